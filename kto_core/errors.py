@@ -1,0 +1,46 @@
+"""Errors that a user can mend.
+
+    KTOError
+    |-- ConfigError        an option or a YAML file
+    |-- FeedbackError      the feedback: files, formats, labels
+    |-- TokenizationError  a row that a tokenizer or chat template cannot render safely
+    |-- PairingError       no valid mismatched completion exists
+    |-- ModelError         a model, adapter or tokenizer that cannot be loaded or scored
+    |-- CacheError         a cache that is absent, incomplete, damaged or of another identity
+    `-- TrainingError      training cannot start or go on
+
+Each message says where, what was found and what to do. The commands print it and exit with 1.
+Everything else that is raised is our own mistake and keeps its traceback.
+"""
+
+
+class KTOError(Exception):
+    """Base of all errors that the user, rather than the program, can mend."""
+
+
+class ConfigError(KTOError):
+    """An option or a YAML file holds something that cannot be used."""
+
+
+class FeedbackError(KTOError):
+    """A feedback file or one of its rows cannot be used."""
+
+
+class TokenizationError(KTOError):
+    """A row cannot be rendered into prompt and completion tokens without ambiguity."""
+
+
+class PairingError(KTOError):
+    """The rows admit no mismatched completions under the rule asked for."""
+
+
+class ModelError(KTOError):
+    """A model, adapter or tokenizer cannot be loaded, or its log-probabilities cannot be trusted."""
+
+
+class CacheError(KTOError):
+    """A reference cache is absent, incomplete, damaged, or not the one that was asked for."""
+
+
+class TrainingError(KTOError):
+    """Training cannot start, or had to stop before it did harm."""

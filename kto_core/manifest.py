@@ -1,0 +1,186 @@
+"""The manifest: what a cache is, what it was made from, and whether its files are still those.
+
+`manifest.json` is written last; without it there is no cache.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from kto_core.errors import CacheError
+from kto_core.identity import file_hashes, json_hash
+from kto_core.shards import write_json
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+# What decides a reference number. Ids, paths, revisions and versions name things; these are the things.
+_IDENTITY_FIELDS = {
+    "reference": ("weights_hash", "config_hash", "adapter_hash", "quantization", "dtype", "attention"),
+    "tokenizer": ("files_hash", "chat_template_hash"),
+    "tokenization": ("max_length", "rule"),
+    "scorer": ("backend",),
+}
+
+_HOW_TO_MAKE = "Make a reference cache with: kto-precompute --model MODEL --data FILE --out {}"
+_AGAIN = "Run the same kto-precompute again."
+
+_SECTIONS = ("reference", "tokenizer", "tokenization", "pairing", "scorer", "data", "run")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The sections of `manifest.json`; see the README for the fields of each."""
+
+    reference: dict[str, Any]
+    tokenizer: dict[str, Any]
+    tokenization: dict[str, Any]
+    pairing: dict[str, Any]
+    scorer: dict[str, Any]
+    data: dict[str, Any]
+    shards: list[dict[str, Any]]
+    run: dict[str, Any]
+    created: str
+    fingerprint: str
+
+    @property
+    def rows(self) -> int:
+        return sum(int(shard["rows"]) for shard in self.shards)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return identity_of({name: getattr(self, name) for name in _IDENTITY_FIELDS})
+
+
+def identity_of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields that decide a score, `section.field` -> value."""
+    return {
+        f"{section}.{field}": sections[section].get(field)
+        for section, fields in _IDENTITY_FIELDS.items()
+        for field in fields
+    }
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Lines like `tokenization.max_length: 1024 in the cache, 512 now`, for what differs."""
+    lines = []
+    for key in sorted({*found, *wanted}):
+        if found.get(key) != wanted.get(key):
+            lines.append(f"{key}: {_short(found.get(key))} in the cache, {_short(wanted.get(key))} now")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text[:12] + "..." if len(text) > 40 else text
+
+
+def fingerprint(identity: Mapping[str, Any], pairing: Mapping[str, Any], rows_hash: str) -> str:
+    """Hash of all that can change a number in the cache, and of nothing else.
+
+    Args:
+        identity: from `identity_of`.
+        pairing: method, seed, block, partners.
+        rows_hash: hash over the sequences scored; labels and order are not in it.
+    """
+    return json_hash({"format": FORMAT, "identity": dict(identity), "pairing": dict(pairing), "rows": rows_hash})
+
+
+def write_manifest(folder: Path, sections: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], mark: str) -> None:
+    """Declare the cache complete."""
+    content = {
+        "format": FORMAT,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "fingerprint": mark,
+        **{name: sections[name] for name in _SECTIONS},
+        "shards": list(shards),
+    }
+    write_json(folder / MANIFEST, content)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `manifest.json`.
+
+    Raises:
+        CacheError: no cache here, an unfinished one, a newer format, a damaged manifest, or a shard
+            path that leaves the folder.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise CacheError(f"{folder}: no such folder. {_HOW_TO_MAKE.format(folder)}")
+    if not path.exists():
+        if any((folder / "train").glob("*.parquet")):
+            raise CacheError(
+                f"{folder}: an unfinished cache (shards, but no {MANIFEST}). {_AGAIN} It goes on where it stopped."
+            )
+        raise CacheError(f"{folder}: not a reference cache (no {MANIFEST}). {_HOW_TO_MAKE.format(folder)}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path}: cannot be read ({error}). {_AGAIN}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise CacheError(f"{path}: not the manifest of a reference cache.")
+    if content["format"] != FORMAT:
+        raise CacheError(
+            f"{path}: cache format {content['format']}; this version reads format {FORMAT}. "
+            "Update offline-kto, or run kto-precompute again."
+        )
+    return _parse(path, content)
+
+
+def _parse(path: Path, content: dict[str, Any]) -> Manifest:
+    for section in _SECTIONS:
+        if not isinstance(content.get(section), dict):
+            raise CacheError(f"{path}: section {section!r} is missing or damaged. {_AGAIN}")
+    shards = content.get("shards")
+    if not isinstance(shards, list) or not shards:
+        raise CacheError(f"{path}: lists no shards. {_AGAIN}")
+    for shard in shards:
+        wanted = {"file": str, "rows": int, "bytes": int, "sha256": str}
+        if not isinstance(shard, dict) or any(not isinstance(shard.get(key), kind) for key, kind in wanted.items()):
+            raise CacheError(f"{path}: a shard entry is damaged: {_short(shard)}. {_AGAIN}")
+        parts = PurePosixPath(shard["file"]).parts
+        if PurePosixPath(shard["file"]).is_absolute() or ".." in parts or "\\" in shard["file"]:
+            raise CacheError(f"{path}: shard {shard['file']!r} lies outside of the cache folder; it is not read.")
+    if len({shard["file"] for shard in shards}) != len(shards):
+        raise CacheError(f"{path}: lists a shard twice.")
+    for key in ("fingerprint", "created"):
+        if not isinstance(content.get(key), str):
+            raise CacheError(f"{path}: {key!r} is missing. {_AGAIN}")
+    manifest = Manifest(
+        **{name: content[name] for name in _SECTIONS},
+        shards=shards,
+        created=content["created"],
+        fingerprint=content["fingerprint"],
+    )
+    _check_edited(path, manifest)
+    return manifest
+
+
+def _check_edited(path: Path, manifest: Manifest) -> None:
+    expected = fingerprint(manifest.identity, manifest.pairing, str(manifest.data.get("rows_hash")))
+    if expected != manifest.fingerprint:
+        raise CacheError(f"{path}: does not match its own fingerprint: it was edited or damaged. {_AGAIN}")
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every shard with the manifest: there, as long, and with the same sha256.
+
+    Raises:
+        CacheError: naming each file and what is wrong with it.
+    """
+    paths = [folder / shard["file"] for shard in manifest.shards]
+    for path, shard in zip(paths, manifest.shards, strict=True):
+        if not path.is_file():
+            raise CacheError(f"{path}: missing. Run the same kto-precompute again; it scores only what is missing.")
+        if path.resolve().parent != (folder / "train").resolve():
+            raise CacheError(f"{path}: lies outside of the cache folder; it is not read.")
+        size = path.stat().st_size
+        if size != shard["bytes"]:
+            raise CacheError(f"{path}: {size} bytes, the manifest says {shard['bytes']}. {_AGAIN}")
+    for path, shard, digest in zip(paths, manifest.shards, file_hashes(paths), strict=True):
+        if digest != shard["sha256"]:
+            raise CacheError(f"{path}: its content is not what was written (sha256 differs). {_AGAIN}")

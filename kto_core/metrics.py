@@ -1,0 +1,89 @@
+"""Metrics as sums and counts: added up on the device, reduced over ranks once per logging step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Positions in the vector of sums.
+_NAMES = (
+    "loss",
+    "rows",
+    "desirable",
+    "undesirable",
+    "rewards_desirable",
+    "rewards_undesirable",
+    "logps_desirable",
+    "logps_undesirable",
+    "correct",
+    "tokens",
+    "padded_tokens",
+)
+
+
+@dataclass(frozen=True)
+class BatchOutcome:
+    """What one rank computed for its rows of one batch; all tensors float64 on one device.
+
+    Attributes:
+        losses, logratios, logps: nats (losses without unit), shape (rows,).
+        labels: bool, shape (rows,).
+        kl: z0 of the whole batch, scalar.
+        tokens, padded_tokens: of all forward passes, mismatched ones included.
+    """
+
+    losses: Tensor
+    logratios: Tensor
+    logps: Tensor
+    labels: Tensor
+    kl: Tensor
+    tokens: int
+    padded_tokens: int
+
+    def sums(self) -> Tensor:
+        """Vector of sums over this rank's rows, shape (11,), float64."""
+        good, bad = self.labels.double(), (~self.labels).double()
+        signs = torch.where(self.labels, 1.0, -1.0)
+        right = (signs * (self.logratios - self.kl) > 0).double()
+        counted = [
+            self.losses.sum(),
+            good.sum() + bad.sum(),
+            good.sum(),
+            bad.sum(),
+            (good * self.logratios).sum(),
+            (bad * self.logratios).sum(),
+            (good * self.logps).sum(),
+            (bad * self.logps).sum(),
+            right.sum(),
+        ]
+        constant = torch.tensor([self.tokens, self.padded_tokens], dtype=torch.float64, device=self.logps.device)
+        return torch.cat([torch.stack(counted), constant])
+
+
+def metrics_from(sums: Tensor, *, beta: float) -> dict[str, float]:
+    """Means from sums over all ranks; a class without rows is left out.
+
+    Names follow TRL: chosen is desirable, rejected undesirable. `accuracy` is the share of rows on
+    the right side of z0.
+
+    Args:
+        sums: from `BatchOutcome.sums`, added over batches and ranks.
+        beta: turns log-ratios into rewards.
+    """
+    value = dict(zip(_NAMES, sums.tolist(), strict=True))
+    metrics = {"loss": value["loss"] / value["rows"]}
+    for trl, ours in (("chosen", "desirable"), ("rejected", "undesirable")):
+        if value[ours]:
+            metrics[f"rewards/{trl}"] = beta * value[f"rewards_{ours}"] / value[ours]
+            metrics[f"logps/{trl}"] = value[f"logps_{ours}"] / value[ours]
+    if value["desirable"] and value["undesirable"]:
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    metrics["accuracy"] = value["correct"] / value["rows"]
+    if value["padded_tokens"]:
+        metrics["padding"] = 1 - value["tokens"] / value["padded_tokens"]
+    return metrics
+
+
+def tokens_of(sums: Tensor) -> float:
+    """Tokens processed, from the vector of sums."""
+    return float(sums[_NAMES.index("tokens")])

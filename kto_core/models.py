@@ -1,0 +1,252 @@
+"""Loading causal language models so that both stages compute the same numbers.
+
+Stage 1 and stage 2 hand in the `transformers` class; folder, precision, adapter, dropout and
+scoring forward are settled here, once.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kto_core.errors import ModelError
+from kto_core.logps import add_scoring_forward
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are computed.
+
+    `float32`: no autocast. `bfloat16`, `float16`: matrix products in that type under autocast, with
+    the residual stream, norms and softmax in float32. A frozen model also stores its matrices in it;
+    since autocast would cast them anyway, that changes memory and no number.
+    """
+
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def is_full(self) -> bool:
+        return self.dtype == torch.float32
+
+    @contextlib.contextmanager
+    def autocast(self, device: torch.device) -> Iterator[None]:
+        with torch.autocast(device.type, dtype=self.dtype, enabled=not self.is_full):
+            yield
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        ModelError: the device asked for does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {name}: not available here ({str(error).splitlines()[0]}).") from error
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return Precision(getattr(torch, name))
+
+
+def find_folder(model: str, *, revision: str | None, what: str = "model") -> tuple[Path, str | None]:
+    """The local folder of a model or adapter, and the commit it was resolved to.
+
+    A hub id is downloaded, or found in the hub's cache on disk.
+
+    Raises:
+        ModelError: neither a folder nor a hub id that can be had.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder, None
+    if folder.exists():
+        raise ModelError(f"{model}: a file; expected the {what}'s folder (with its config and *.safetensors).")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise ModelError(f"{model}: no such {what} folder.")
+    import huggingface_hub
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    try:
+        path = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{model}: no such {what} folder here, and it cannot be fetched from the hub: {reason}"
+        ) from error
+    return path, path.name
+
+
+def load_tokenizer(auto_tokenizer: Any, folder: Path, *, trust_remote_code: bool) -> Any:
+    """The tokenizer in a model folder.
+
+    Raises:
+        ModelError: the folder holds none that can be loaded.
+    """
+    try:
+        return auto_tokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def load_causal_lm(
+    auto_model: Any,
+    folder: Path,
+    *,
+    precision: Precision,
+    device: torch.device,
+    frozen: bool,
+    adapter: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a model, merge its adapter, set its precision, switch dropout off, add the scoring forward.
+
+    Args:
+        auto_model: `transformers.AutoModelForCausalLM`.
+        folder: local folder with config.json and *.safetensors.
+        precision: see `Precision`; trainable weights stay float32, because an update of 1e-6 on a
+            weight of 1e-2 is below half a unit in the last place of bfloat16.
+        device: where the model goes.
+        frozen: True where no weight of this model will be trained (a reference, the base under LoRA).
+        adapter: a PEFT folder to merge into the weights, in float32.
+
+    Raises:
+        ModelError: not loadable, or weights missing from the files.
+    """
+    check_model_folder(folder)
+    exact = precision.is_full or not frozen or adapter is not None
+    try:
+        model, info = auto_model.from_pretrained(
+            str(folder),
+            dtype=torch.float32 if exact else "auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder}: the files lack {len(missing)} weights ({', '.join(missing[:3])}, ...), which would be random. "
+            "Copy the model again, or point to a complete checkpoint."
+        )
+    if adapter is not None:
+        merge_adapter(model, adapter)
+    if frozen and not precision.is_full and not _is_quantized(model):
+        store_matrices_in(model, precision.dtype)
+    disable_dropout(model)
+    add_scoring_forward(model)
+    return model if _is_quantized(model) else model.to(device)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Say what is missing before anything heavy is loaded.
+
+    Raises:
+        ModelError: no config.json, or no safetensors.
+    """
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ModelError(
+            f"{folder}: an adapter, not a model. Pass the base model to --model and this folder to --adapter."
+        )
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder}: no config.json, so this is not a model folder.")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder}: no *.safetensors file. Weights in pickle files are not read; "
+            "load the model once with transformers and save it with save_pretrained()."
+        )
+
+
+def _is_quantized(model: Any) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store matrices in `dtype`; embeddings, norms and biases in float32.
+
+    Autocast casts matrices before each product, so their storage changes no number. Embeddings and
+    norms feed the float32 residual stream: rounding them would.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            continue
+        matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+        parameter.data = parameter.data.to(dtype if matrix else torch.float32)
+        parameter.requires_grad_(False)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0: the start-up check, z0 and the loss must see one and the same policy.
+
+    The configuration keeps its values, so the saved model does too.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def merge_adapter(model: Any, adapter: Path) -> None:
+    """Merge a PEFT adapter into a model's weights, in place.
+
+    `transformers` loads the adapter (peft must be installed); the tuner layers it puts in know how
+    to merge themselves and which layer they wrap.
+
+    Raises:
+        ModelError: not an adapter, peft missing, weights that do not fit, or a kind that cannot be merged.
+    """
+    if not (adapter / "adapter_config.json").exists():
+        raise ModelError(f"{adapter}: no adapter_config.json, so this is not an adapter folder.")
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise ModelError(f"{adapter}: no adapter_model.safetensors. Adapters in pickle files are not read.")
+    try:
+        info = model.load_adapter(str(adapter), adapter_name="default", use_safetensors=True)
+    except ImportError as error:
+        raise ModelError(
+            f"--adapter needs peft: {_first_line(error)} Install it with: pip install 'offline-kto[lora]'"
+        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{adapter}: the adapter does not fit the model: {_first_line(error)}") from error
+    left_out = sorted(getattr(info, "missing_keys", ()) or ()) + sorted(getattr(info, "unexpected_keys", ()) or ())
+    if left_out:
+        raise ModelError(
+            f"{adapter}: the adapter does not fit the model: {left_out[0]} and {len(left_out) - 1} more do not match."
+        )
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
+            layer.merge(safe_merge=True)
+            model.set_submodule(name, layer.get_base_layer())
+        elif hasattr(layer, "modules_to_save") and hasattr(layer, "original_module"):
+            model.set_submodule(name, layer.modules_to_save["default"])
+    model._hf_peft_config_loaded = False
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,274 @@
+"""Options: one frozen dataclass for each command is the only home of its defaults.
+
+    @dataclass(frozen=True)
+    class TrainConfig:
+        beta: float = option(0.1, "strength of the pull towards the reference")
+
+The commands read names, types, defaults and help from the fields; YAML files fill the same fields.
+Precedence: command line, then YAML, then the default.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from kto_core.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT")
+
+AUTO = "auto"
+
+
+def option(
+    default: Any,
+    help: str,  # noqa: A002 - the word that command lines use
+    *,
+    choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
+    off: str | None = None,
+    yaml: bool = True,
+) -> Any:
+    """A dataclass field that is also a command-line option.
+
+    Args:
+        default: value, or a zero-argument factory for a mapping.
+        help: one line, shown by `--help`.
+        choices: the words allowed.
+        metavar: placeholder shown for the value.
+        off: the flag that switches a boolean off (`--no-shuffle`).
+        yaml: whether a YAML file may set it (paths that name the run itself may not).
+    """
+    metadata = {"help": help, "choices": choices, "metavar": metavar, "off": off, "yaml": yaml}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """`learning_rate` -> `--learning-rate`."""
+    return "--" + name.replace("_", "-")
+
+
+def value_types(config: type) -> dict[str, tuple[type, ...]]:
+    """Field name -> the plain types it takes, `None` left out (`float | str` for "auto" or a number)."""
+    hints = typing.get_type_hints(config)
+    names = [field.name for field in dataclasses.fields(config)]
+    return {name: _plain_types(hints[name]) for name in names}
+
+
+def _plain_types(hint: Any) -> tuple[type, ...]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return tuple(plain for arg in inner for plain in _plain_types(arg))
+    return (typing.get_origin(hint) or hint,)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-6` is a number, as YAML 1.2 has it and every user means it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: dict[Any, Any] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, str) and key in seen:
+            line = key_node.start_mark.line + 1
+            raise ConfigError(f"{key_node.start_mark.name}:{line}: {key!r} is given twice; keep one of them.")
+        if isinstance(key, str):
+            seen[key] = True
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
+        loader = _Loader(text)
+        loader.name = str(path)
+        try:
+            content = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f":{where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: expected `option: value` lines, found a {type(content).__name__}. See configs/ for examples."
+        )
+    return content
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """` Did you mean 'beta'?`, or nothing when no known word is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def resolve(config: type[ConfigT], command_line: Mapping[str, Any], *, yaml_path: Path | None = None) -> ConfigT:
+    """Build a config from the command line (given options only), then YAML, then defaults.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or one that
+            the config itself refuses.
+    """
+    values = dict(_yaml_values(config, yaml_path)) if yaml_path else {}
+    values.update(command_line)
+    return config(**values)
+
+
+def _yaml_values(config: type, path: Path) -> Mapping[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    known = [name for name, field in fields.items() if field.metadata.get("yaml", True)]
+    values = {}
+    for key, value in read_yaml(path).items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            if name in fields:
+                raise ConfigError(f"{path}: {key!r} belongs on the command line: {flag(name)} ...")
+            raise ConfigError(
+                f"{path}: unknown key {str(key)!r}.{nearest(name, known)} Known keys: {', '.join(known)}."
+            )
+        values[name] = _coerce(value, value_types(config)[name], f"{path}: {key}", fields[name])
+    return values
+
+
+def _coerce(value: Any, allowed: tuple[type, ...], where: str, field: "dataclasses.Field[Any]") -> Any:
+    """Bring a YAML value to a field's type without ever guessing: "true" is not True, 1.5 is not an int."""
+    if value is None:
+        if field.default is None:
+            return None
+        raise ConfigError(f"{where}: has no value. Give one, or delete the line to use {field.default!r}.")
+    if isinstance(value, bool):
+        if bool in allowed:
+            return value
+    elif isinstance(value, int | float):
+        if int in allowed and float(value).is_integer():
+            return int(value)
+        if float in allowed:
+            return float(value)
+    elif isinstance(value, str):
+        choices = field.metadata.get("choices")
+        if choices and value not in choices:
+            raise ConfigError(
+                f"{where}: got {value!r}; choose one of {', '.join(choices)}.{nearest(value, list(choices))}"
+            )
+        if str in allowed:
+            return value
+        if Path in allowed:
+            return Path(value)
+    elif isinstance(value, list) and tuple in allowed:
+        return tuple(value)
+    elif isinstance(value, dict) and dict in allowed:
+        return value
+    wanted = " or ".join(_WORDS.get(kind, kind.__name__) for kind in allowed)
+    raise ConfigError(f"{where}: expected {wanted}, got {value!r}.")
+
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    dict: "a table",
+    tuple: "a list",
+}
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A config as plain values for JSON and YAML, in field order."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return value
+
+
+def click_settings(config: type) -> list[tuple[list[str], dict[str, Any]]]:
+    """For each field: the flags and keyword arguments of `click.option` (which this package never imports).
+
+    A `choices` entry is left for the caller to turn into `click.Choice`.
+    """
+    settings = []
+    kinds = value_types(config)
+    for field in dataclasses.fields(config):
+        kind, metadata = kinds[field.name], field.metadata
+        if dict in kind:  # tables live in YAML alone
+            continue
+        default = field.default
+        shown = default not in (None, "", Path(""), False)
+        one: dict[str, Any] = {"help": _help(field), "default": default, "show_default": shown}
+        flags = [flag(field.name)]
+        if bool in kind:
+            flags = [f"{flags[0]}/{metadata['off']}"] if metadata["off"] else flags
+            one.update(is_flag=True, show_default=bool(metadata["off"]))
+        elif float in kind and str in kind:
+            one["type"] = number_or_auto
+            one["metavar"] = "FLOAT|auto"
+        elif metadata["choices"]:
+            one["choices"] = list(metadata["choices"])
+        else:
+            one["type"] = kind[0]
+        if metadata["metavar"]:
+            one["metavar"] = metadata["metavar"]
+        settings.append((flags, one))
+    return settings
+
+
+def _help(field: "dataclasses.Field[Any]") -> str:
+    """Help with the defaults that click does not show by itself."""
+    text: str = field.metadata["help"]
+    if "[default:" in text or field.default in ("", Path("")):
+        return text
+    if field.default is None:
+        return f"{text}  [default: none]"
+    if field.default is False and not field.metadata["off"]:
+        return f"{text}  [default: off]"
+    return text
+
+
+def number_or_auto(text: Any) -> float | str:
+    """`auto`, or a number.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text == AUTO:
+        return AUTO
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{text!r} is neither a number nor 'auto'") from None

@@ -1,0 +1,19 @@
+"""Keeping libraries from talking over the program."""
+
+import logging
+import os
+import sys
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Before the libraries are imported: only their errors are shown, and no progress bars but ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|accelerate|peft)\b")

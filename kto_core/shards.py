@@ -1,0 +1,243 @@
+"""Parquet shards of the reference cache, format 1: schema, checks, atomic writing, reading.
+
+A shard is written to a temporary file, closed, read back and checked, then renamed: a name that
+ends in `.parquet` is always a complete file.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kto_core.errors import CacheError
+
+SCHEMA = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("pair_id", pa.string()),
+        pa.field("source", pa.int64(), nullable=False),
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("completion_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("label", pa.bool_(), nullable=False),
+        pa.field("ref_logps", pa.float64(), nullable=False),
+        pa.field("ref_token_logps", pa.list_(pa.float32()), nullable=False),
+        pa.field("kl_completion_ids", pa.list_(pa.list_(pa.int32())), nullable=False),
+        pa.field("ref_kl_logps", pa.list_(pa.float64()), nullable=False),
+        pa.field("ref_kl_token_logps", pa.list_(pa.list_(pa.float32())), nullable=False),
+    ]
+)
+
+# Rows are read in random order during training: small groups keep such a read small.
+_ROWS_PER_GROUP = 64
+
+# Relative difference allowed between a stored sum and the sum of the stored tokens.
+_SUM_TOLERANCE = 1e-9
+
+_METADATA_KEY = b"kto"
+
+
+def shard_name(index: int) -> str:
+    """`train/00003.parquet`; zero-padded, so that sorted names are in row order."""
+    return f"train/{index:05d}.parquet"
+
+
+def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> None:
+    """Write rows atomically.
+
+    Args:
+        path: final name; its folder exists.
+        rows: one mapping for each row, with the columns of `SCHEMA`.
+        metadata: JSON values kept in the file's footer (what the shard was made from).
+
+    Raises:
+        CacheError: the rows break a rule of the format, or the disk does not take them.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    try:
+        pq.write_table(table, temporary, row_group_size=_ROWS_PER_GROUP, compression="zstd", write_page_checksum=True)
+        check_table(pq.read_table(temporary, page_checksum_verification=True), path.name)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except OSError as error:
+        raise CacheError(
+            f"{path}: cannot be written: {error}. Finished shards are kept; run again to go on."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Make sure that what was written is on the disk before the rename that vouches for it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be written: {error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """What a shard was made from, or None where the file is no complete shard of ours."""
+    try:
+        raw = (pq.read_schema(path).metadata or {}).get(_METADATA_KEY)
+        content = json.loads(raw) if raw else None
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def open_shard(path: Path) -> pq.ParquetFile:
+    """Open a shard and check its columns.
+
+    Raises:
+        CacheError: not Parquet, or other columns than those of the format.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise CacheError(
+            f"{path}: not a readable Parquet file ({_first_line(error)}). Run kto-precompute again."
+        ) from error
+    found = {field.name: field.type for field in file.schema_arrow}
+    for field in SCHEMA:
+        if found.get(field.name) != field.type:
+            raise CacheError(
+                f"{path}: column {field.name!r} should be {field.type}, found {found.get(field.name, 'none')}. "
+                "This is no shard of a reference cache; run kto-precompute again."
+            )
+    return file
+
+
+def decode_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows as mappings; token ids and scores are numpy views, not Python lists."""
+    plain = {name: table.column(name).to_pylist() for name in _PLAIN_COLUMNS}
+    nested = {name: _Lists(table, name) for name in SCHEMA.names if name not in _PLAIN_COLUMNS}
+    split = {
+        name: _split(lists.inner().arrays(), lists.lengths) if name in _TWICE_NESTED else lists.arrays()
+        for name, lists in nested.items()
+    }
+    columns = {**plain, **split}
+    return [{name: columns[name][i] for name in SCHEMA.names} for i in range(table.num_rows)]
+
+
+_PLAIN_COLUMNS = ("row_id", "prompt_id", "pair_id", "source", "label", "ref_logps")
+_TWICE_NESTED = ("kl_completion_ids", "ref_kl_token_logps")
+
+
+def _split(values: Any, lengths: np.ndarray) -> list[Any]:
+    ends = np.cumsum(lengths)
+    return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None) -> None:
+    """Check every rule of the format: counts, finiteness, signs, sums, token ids.
+
+    Args:
+        table: rows with the columns of `SCHEMA`.
+        where: named in errors.
+        vocabulary: token ids must be below it; None skips that check.
+
+    Raises:
+        CacheError: naming the first row and the rule it breaks.
+    """
+    for name in SCHEMA.names:
+        column = table.column(name)
+        if name != "pair_id" and column.null_count:
+            raise CacheError(f"{where}: column {name!r} lacks {column.null_count} values.")
+    prompts, completions = _Lists(table, "prompt_ids"), _Lists(table, "completion_ids")
+    logps = _Lists(table, "ref_token_logps")
+    kl_completions, kl_logps = _Lists(table, "kl_completion_ids"), _Lists(table, "ref_kl_token_logps")
+    kl_sums = _Lists(table, "ref_kl_logps")
+    if (prompts.lengths == 0).any() or (completions.lengths == 0).any():
+        raise CacheError(f"{where}: a row without prompt or completion tokens.")
+    _require_equal(where, "ref_token_logps", logps.lengths, completions.lengths)
+    _require_equal(where, "ref_kl_token_logps", kl_logps.lengths, kl_completions.lengths)
+    _require_equal(where, "ref_kl_logps", kl_sums.lengths, kl_completions.lengths)
+    inner_ids, inner_logps = kl_completions.inner(), kl_logps.inner()
+    _require_equal(where, "ref_kl_token_logps (tokens)", inner_logps.lengths, inner_ids.lengths)
+    for name, values in (("ref_token_logps", logps.values), ("ref_kl_token_logps", inner_logps.values)):
+        if not np.isfinite(values).all():
+            raise CacheError(f"{where}: {name} holds {int((~np.isfinite(values)).sum())} values that are not finite.")
+        if (values > 0).any():
+            raise CacheError(f"{where}: {name} holds positive log-probabilities (up to {values.max():g}).")
+    _require_sums(where, "ref_logps", table.column("ref_logps").to_numpy(), logps)
+    _require_sums(where, "ref_kl_logps", kl_sums.values, inner_logps)
+    for name, ids in (
+        ("prompt_ids", prompts),
+        ("completion_ids", completions),
+        ("kl_completion_ids", inner_ids),
+    ):
+        if len(ids.values) and (ids.values.min() < 0 or (vocabulary is not None and ids.values.max() >= vocabulary)):
+            raise CacheError(
+                f"{where}: {name} holds token ids from {ids.values.min()} to {ids.values.max()}, "
+                f"outside of the vocabulary ({vocabulary} tokens)."
+            )
+
+
+class _Lists:
+    """A list column as flat values and lengths."""
+
+    def __init__(self, source: pa.Table | pa.Array, name: str = "") -> None:
+        array = source.column(name).combine_chunks() if isinstance(source, pa.Table) else source
+        if isinstance(array, pa.ChunkedArray):  # an empty table keeps its chunks
+            array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+        self.flat = array.flatten()
+        self.lengths = array.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.flat.to_numpy(zero_copy_only=False)
+
+    def inner(self) -> "_Lists":
+        return _Lists(self.flat)
+
+    def arrays(self) -> list[np.ndarray]:
+        return _split(self.values, self.lengths)
+
+    def sums(self) -> np.ndarray:
+        """Sum of each list, in float64."""
+        ends = np.cumsum(self.lengths)
+        running = np.concatenate([[0.0], np.cumsum(self.values.astype(np.float64))])
+        return np.asarray(running[ends] - running[ends - self.lengths])
+
+
+def _require_equal(where: str, name: str, found: np.ndarray, wanted: np.ndarray) -> None:
+    if len(found) != len(wanted) or (found != wanted).any():
+        row = int(np.flatnonzero(found != wanted)[0]) if len(found) == len(wanted) else 0
+        raise CacheError(f"{where}: {name} does not have one score for each token (first at entry {row}).")
+
+
+def _require_sums(where: str, name: str, found: np.ndarray, tokens: _Lists) -> None:
+    wanted = tokens.sums()
+    # A running sum over a whole shard loses a few digits: allow for its size.
+    slack = _SUM_TOLERANCE * max(1.0, float(np.abs(wanted).sum()) if len(wanted) else 0.0)
+    wrong = ~(np.abs(found - wanted) <= slack)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise CacheError(f"{where}: {name} of row {row} is {found[row]:.6f}, but its tokens sum to {wanted[row]:.6f}.")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,87 @@
+"""Command lines of `kto-precompute` and `kto-cache`: options in, one call, errors out."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kto_core.errors import KTOError
+from kto_core.options import click_settings, resolve
+from precompute.config import PrecomputeConfig
+
+
+class _Command(click.Command):
+    """Turns the errors a user can mend into one message and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KTOError as error:
+            raise click.ClickException(str(error)) from None
+
+
+def _options(command: Any) -> Any:
+    for flags, settings in reversed(click_settings(PrecomputeConfig)):
+        if "choices" in settings:
+            settings["type"] = click.Choice(settings.pop("choices"))
+        command = click.option(*flags, **settings)(command)
+    return command
+
+
+@click.command(cls=_Command, context_settings={"max_content_width": 120})
+@_options
+@click.pass_context
+def precompute(ctx: click.Context, /, **values: Any) -> None:
+    """Score every labelled and every mismatched completion once under the frozen reference.
+
+    \b
+    kto-precompute --model MODEL --data feedback.jsonl --out refs/
+    """
+    from kto_core.quiet import quiet_libraries
+    from precompute.run import precompute as run
+
+    given = {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
+    for name in ("model", "data"):
+        if name not in given:
+            raise click.UsageError(f"Missing option '--{name}'.", ctx)
+    quiet_libraries()
+    run(resolve(PrecomputeConfig, given))
+
+
+@click.group()
+def cache() -> None:
+    """Look into a reference cache, or check it."""
+
+
+_FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+
+
+@cache.command(cls=_Command)
+@_FOLDER
+def info(folder: Path) -> None:
+    """What the cache was made from, and how many rows it has."""
+    from precompute.inspect_cache import info as run
+
+    run(folder)
+
+
+@cache.command(cls=_Command)
+@_FOLDER
+def verify(folder: Path) -> None:
+    """Check every file and every row against the manifest and the rules of the format."""
+    from precompute.inspect_cache import verify as run
+
+    run(folder)
+
+
+@cache.command(cls=_Command)
+@_FOLDER
+@click.option("--rows", "-n", default=3, show_default=True, help="Rows to show.")
+@click.option("--model", default=None, help="Tokenizer to decode with.  [default: the reference's]", metavar="MODEL")
+def head(folder: Path, rows: int, model: str | None) -> None:
+    """Show the first rows as text: prompt, completion y and mismatched completions y'."""
+    from kto_core.quiet import quiet_libraries
+    from precompute.inspect_cache import head as run
+
+    quiet_libraries()
+    run(folder, rows=rows, model=model)

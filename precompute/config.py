@@ -1,0 +1,60 @@
+"""Options of `kto-precompute`: the only home of their defaults."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kto_core.errors import ConfigError
+from kto_core.models import DTYPES
+from kto_core.options import AUTO, option
+
+BACKENDS = (AUTO, "transformers", "vllm")
+PAIRINGS = ("shuffled", "rotate")
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """What `kto-precompute` scores, and how."""
+
+    model: str = option("", "The reference: a local folder or a hub id.", metavar="MODEL")
+    data: str = option(
+        "", "Feedback: JSONL, JSON, CSV or Parquet (.gz too), a dataset folder or a hub id.", metavar="FILE"
+    )
+    out: Path = option(Path("refs"), "Folder of the reference cache.", metavar="DIR")
+    backend: str = option(AUTO, "Engine that scores.", choices=BACKENDS)
+    adapter: str | None = option(None, "PEFT adapter to merge into the reference.", metavar="DIR")
+    revision: str | None = option(None, "Commit, tag or branch of a hub model.")
+    max_length: int = option(1024, "Tokens in prompt and completion together; longer completions are cut.")
+    dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
+    device: str = option(AUTO, "auto, cpu, cuda or cuda:N.")
+    max_tokens: int | None = option(
+        None, "Tokens in one forward pass: memory, never a result.  [default: 32768 on a GPU, 4096 on a CPU]"
+    )
+    kl_partners: int = option(1, "Mismatched completions for each row.")
+    pairing: str = option("shuffled", "How mismatched completions are chosen.", choices=PAIRINGS)
+    pairing_block: int = option(32, "Rows in one block of --pairing rotate.")
+    seed: int = option(0, "Seed of the pairing.")
+    rows_per_shard: int = option(4096, "Rows in one Parquet file; finished files survive an interruption.")
+    limit: int | None = option(None, "Read the first N records only.", metavar="N")
+    rating_threshold: str | None = option(
+        None, "Ratings of at least this are desirable: a number or 'median'.", metavar="NUMBER|median"
+    )
+    prompt_field: str | None = option(None, "Field that holds the prompt.")
+    completion_field: str | None = option(None, "Field that holds the completion.")
+    label_field: str | None = option(None, "Field that holds the label (or the rating).")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    overwrite: bool = option(False, "Replace a cache of another reference in --out.")
+    dry_run: bool = option(False, "Stop after the plan.")
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_length", 2),
+            ("max_tokens", 1),
+            ("kl_partners", 1),
+            ("pairing_block", 2),
+            ("rows_per_shard", 1),
+            ("limit", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")

@@ -1,0 +1,149 @@
+"""`kto-cache`: reading a reference cache with human eyes."""
+
+import json
+import shutil
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+from kto_core.errors import CacheError
+from kto_core.manifest import Manifest, check_files, read_manifest
+from kto_core.shards import check_table, open_shard
+
+
+def info(folder: Path) -> None:
+    """Print the manifest in words.
+
+    Raises:
+        CacheError: no readable cache.
+    """
+    manifest = read_manifest(folder)
+    for name, value in describe(manifest):
+        print(f"{name:<12}{printable(value)}")
+
+
+def describe(manifest: Manifest) -> list[tuple[str, str]]:
+    """Name and value of each line of `kto-cache info`."""
+    reference, data, run = manifest.reference, manifest.data, manifest.run
+    size = sum(shard["bytes"] for shard in manifest.shards)
+    dropped = ", ".join(f"{count} {reason}" for reason, count in (data.get("dropped") or {}).items()) or "none"
+    adapter = f" + adapter {reference['adapter']}" if reference.get("adapter") else ""
+    pairing = manifest.pairing
+    return [
+        ("reference", f"{reference.get('id')}{adapter}"),
+        ("revision", str(reference.get("revision") or "local files")),
+        ("weights", str(reference.get("weights_hash"))),
+        ("precision", f"{reference.get('dtype')}, attention {reference.get('attention')}"),
+        ("scored with", f"{manifest.scorer.get('backend')} {json.dumps(manifest.scorer.get('versions'))}"),
+        ("max length", str(manifest.tokenization.get("max_length"))),
+        (
+            "pairing",
+            f"{pairing.get('method')}, {pairing.get('partners')} mismatched per row, seed {pairing.get('seed')}",
+        ),
+        ("data", ", ".join(str(file.get("name")) for file in data.get("files") or [])),
+        (
+            "rows",
+            f"{manifest.rows:,} ({data.get('desirable'):,} desirable, {data.get('undesirable'):,} undesirable)",
+        ),
+        ("read", f"{data.get('read'):,}, dropped: {dropped}, truncated: {data.get('truncated')}"),
+        ("files", f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB"),
+        (
+            "scoring",
+            f"{run.get('scored_sequences'):,} sequences scored, {run.get('reused_sequences'):,} reused, "
+            f"{run.get('tokens_per_second'):,} tokens/s",
+        ),
+        ("created", manifest.created),
+        ("fingerprint", manifest.fingerprint),
+    ]
+
+
+def verify(folder: Path) -> None:
+    """Check files against the manifest, and every row against the format.
+
+    Raises:
+        CacheError: naming the file and what is wrong.
+    """
+    started = time.monotonic()
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    rows = 0
+    for shard in manifest.shards:
+        path = folder / shard["file"]
+        file = open_shard(path)
+        if file.metadata.num_rows != shard["rows"]:
+            raise CacheError(f"{path}: {file.metadata.num_rows} rows, the manifest says {shard['rows']}.")
+        for group in range(file.num_row_groups):
+            check_table(file.read_row_group(group), str(path))
+        rows += file.metadata.num_rows
+    listed = {shard["file"] for shard in manifest.shards}
+    strays = [p.name for p in sorted((folder / "train").glob("*.parquet")) if f"train/{p.name}" not in listed]
+    if strays:
+        raise CacheError(
+            f"{folder}: {strays[0]} is in the folder, but not in the manifest. Remove it, or run the same kto-precompute again."
+        )
+    print(
+        f"{folder}: {rows:,} rows in {len(manifest.shards)} shards, all as written ({time.monotonic() - started:.1f} s)."
+    )
+
+
+def head(folder: Path, *, rows: int, model: str | None) -> None:
+    """Decode the first rows and print y beside y'.
+
+    Raises:
+        CacheError, ModelError: no cache, or no tokenizer to decode with.
+    """
+    manifest = read_manifest(folder)
+    tokenizer = _tokenizer(manifest, model)
+    shown = 0
+    for shard in manifest.shards:
+        for batch in open_shard(folder / shard["file"]).iter_batches(batch_size=max(1, rows)):
+            for row in batch.to_pylist():
+                if shown == rows:
+                    return
+                _show(row, tokenizer)
+                shown += 1
+
+
+def _tokenizer(manifest: Manifest, model: str | None) -> Any:
+    import transformers
+
+    from kto_core.models import find_folder, load_tokenizer
+
+    folder, _ = find_folder(model or str(manifest.reference["id"]), revision=manifest.reference.get("revision"))
+    return load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=False)
+
+
+def _show(row: dict[str, Any], tokenizer: Any) -> None:
+    width = min(shutil.get_terminal_size((100, 20)).columns, 160)
+    column = (width - 3) // 2
+    thumb = "desirable" if row["label"] else "undesirable"
+    print(
+        f"row {row['source']}  {thumb}  {row['row_id']}  ref_logps {row['ref_logps']:.3f} over {len(row['completion_ids'])} tokens"
+    )
+    print(_block("x  ", printable(tokenizer.decode(row["prompt_ids"])), width))
+    left = _lines(f"y   ({row['ref_logps']:.2f})", printable(tokenizer.decode(row["completion_ids"])), column)
+    for ids, total in zip(row["kl_completion_ids"], row["ref_kl_logps"], strict=True):
+        right = _lines(f"y'  ({total:.2f})", printable(tokenizer.decode(ids)), column)
+        for i in range(max(len(left), len(right))):
+            a, b = (side[i] if i < len(side) else "" for side in (left, right))
+            print(f"{a:<{column}} | {b}")
+    print()
+
+
+def _lines(title: str, text: str, width: int, most: int = 12) -> list[str]:
+    lines = textwrap.wrap(text, width) or [""]
+    cut = [f"... {len(lines) - most} more lines"] if len(lines) > most else []
+    return [title, *lines[:most], *cut]
+
+
+def _block(title: str, text: str, width: int, most: int = 6) -> str:
+    lines = textwrap.wrap(text, width - len(title)) or [""]
+    if len(lines) > most:
+        lines = [*lines[: most // 2], "...", *lines[-most // 2 :]]
+    return "\n".join(title + line for line in lines)
+
+
+def printable(text: str) -> str:
+    """Text without control characters: data must not drive the terminal."""
+    return "".join(c if c.isprintable() or c == " " else " " if c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

@@ -1,0 +1,261 @@
+"""The plan: which rows are kept, who is paired with whom, and what there is to score.
+
+Rows are immutable: what is cut is cut where it is used, so that the same completion can be shortened
+for one prompt and whole for another.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from kto_core.errors import FeedbackError
+from kto_core.feedback import FeedbackFields, FeedbackRow, parse_record, resolve_threshold
+from kto_core.identity import ids_id, json_hash, sequence_id
+from kto_core.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
+from kto_core.tokenization import tokenize_rows
+from precompute.config import PrecomputeConfig
+from precompute.sources import read_records
+
+# Rows tokenized in one call of the tokenizer.
+_TOKENIZE_ROWS = 1024
+
+PROMPT_TOO_LONG = "prompt_too_long"
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row that will be scored.
+
+    Attributes:
+        source: row number in the input, from 0; the two rows of a pair have two numbers.
+        prompt_ids: int32.
+        full_completion_ids: int32, before it is cut to fit behind this prompt.
+        completion_ids: int32, as scored.
+    """
+
+    where: str
+    source: int
+    row_id: str
+    prompt_id: str
+    pair_id: str | None
+    label: bool
+    prompt_ids: np.ndarray
+    full_completion_ids: np.ndarray
+    completion_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows with their partners; see `describe` for the words."""
+
+    rows: list[PlannedRow]
+    pairing: Pairing
+    max_length: int
+    read: int
+    dropped: dict[str, int]
+
+    def kl_completions(self, index: int) -> list[np.ndarray]:
+        """The mismatched completions of a row, cut to fit behind its prompt."""
+        room = self.max_length - len(self.rows[index].prompt_ids)
+        return [self.rows[t].full_completion_ids[:room] for t in self.pairing.partners[index]]
+
+    def sequences(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What is scored for a row: (x, y), then each (x, y')."""
+        row = self.rows[index]
+        return [
+            (row.prompt_ids, row.completion_ids),
+            *((row.prompt_ids, y) for y in self.kl_completions(index)),
+        ]
+
+    def counts(self) -> "PlanCounts":
+        return PlanCounts.of(self)
+
+
+@dataclass(frozen=True)
+class PlanCounts:
+    """Numbers of the plan, for the terminal and for the manifest."""
+
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    desirable: int
+    undesirable: int
+    truncated: int
+    kl_truncated: int
+    prompts: int
+    sequences: int
+    tokens: int
+    rows_hash: str
+    duplicates: int
+    contradictions: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> "PlanCounts":
+        rows = plan.rows
+        lengths: dict[str, int] = {}
+        truncated = kl_truncated = 0
+        for i, row in enumerate(rows):
+            truncated += len(row.completion_ids) < len(row.full_completion_ids)
+            lengths[row.row_id] = len(row.prompt_ids) + len(row.completion_ids)
+            for t, y in zip(plan.pairing.partners[i], plan.kl_completions(i), strict=True):
+                kl_truncated += len(y) < len(rows[t].full_completion_ids)
+                lengths[sequence_id(row.prompt_ids, y)] = len(row.prompt_ids) + len(y)
+        labels: dict[str, set[bool]] = {}
+        for row in rows:
+            labels.setdefault(row.row_id, set()).add(row.label)
+        desirable = sum(row.label for row in rows)
+        return cls(
+            read=plan.read,
+            kept=len(rows),
+            dropped=plan.dropped,
+            desirable=desirable,
+            undesirable=len(rows) - desirable,
+            truncated=truncated,
+            kl_truncated=kl_truncated,
+            prompts=len({row.prompt_id for row in rows}),
+            sequences=len(lengths),
+            tokens=sum(lengths.values()),
+            rows_hash=json_hash(sorted(lengths)),
+            duplicates=len(rows) - len(labels),
+            contradictions=sum(len(both) == 2 for both in labels.values()),
+        )
+
+
+def read_rows(config: PrecomputeConfig, tokenizer: Any) -> tuple[list[PlannedRow], int, dict[str, int]]:
+    """Read, parse and tokenize the feedback; drop prompts that leave no room for a completion.
+
+    Returns:
+        (rows kept, rows read, dropped rows by reason).
+
+    Raises:
+        FeedbackError, TokenizationError: naming file and line.
+    """
+    rows: list[PlannedRow] = []
+    dropped: Counter[str] = Counter()
+    read = 0
+    parsed = _parsed(config, bool(getattr(tokenizer, "chat_template", None)))
+    while chunk := list(islice(parsed, _TOKENIZE_ROWS)):
+        for row, tokens in zip(chunk, tokenize_rows(chunk, tokenizer), strict=True):
+            room = config.max_length - len(tokens.prompt_ids)
+            if room < 1:
+                dropped[PROMPT_TOO_LONG] += 1
+            else:
+                rows.append(_planned(row, read, tokens.prompt_ids, tokens.completion_ids, room, config.max_length))
+            read += 1
+    if not rows:
+        raise FeedbackError(
+            f"{config.data}: no row is left of {read}: every prompt has {config.max_length} tokens or more. "
+            "Raise --max-length."
+        )
+    return rows, read, dict(dropped)
+
+
+def _parsed(config: PrecomputeConfig, chat_template: bool) -> Iterator[FeedbackRow]:
+    threshold = None
+    if config.rating_threshold is not None:
+        threshold = resolve_threshold(
+            config.rating_threshold,
+            read_records(config.data, limit=config.limit),
+            fields=_fields(config, chat_template, None),
+        )
+    fields = _fields(config, chat_template, threshold)
+    for where, record in read_records(config.data, limit=config.limit):
+        yield from parse_record(record, where, fields)
+
+
+def _fields(config: PrecomputeConfig, chat_template: bool, threshold: float | None) -> FeedbackFields:
+    return FeedbackFields(
+        prompt=config.prompt_field,
+        completion=config.completion_field,
+        label=config.label_field,
+        rating_threshold=threshold,
+        chat_template=chat_template,
+    )
+
+
+def _planned(
+    row: FeedbackRow, source: int, prompt: np.ndarray, completion: np.ndarray, room: int, max_length: int
+) -> PlannedRow:
+    cut = completion[:room]
+    return PlannedRow(
+        where=row.where,
+        source=source,
+        row_id=sequence_id(prompt, cut),
+        prompt_id=ids_id(prompt),
+        pair_id=row.pair_id,
+        label=row.label,
+        prompt_ids=prompt,
+        # No prompt leaves room for more than this: longer tails are never used.
+        full_completion_ids=completion[:max_length],
+        completion_ids=cut,
+    )
+
+
+def make_plan(config: PrecomputeConfig, tokenizer: Any) -> Plan:
+    """Read the feedback and choose every row's mismatched completions.
+
+    Raises:
+        FeedbackError, TokenizationError, PairingError: what cannot be used, and where it stands.
+    """
+    rows, read, dropped = read_rows(config, tokenizer)
+    pairable = [PairableRow(row.row_id, row.prompt_id, ids_id(row.full_completion_ids), row.label) for row in rows]
+    if config.pairing == "rotate":
+        pairing = pair_rotate(pairable, partners=config.kl_partners, block=config.pairing_block)
+    else:
+        pairing = pair_shuffled(pairable, partners=config.kl_partners, seed=config.seed)
+    return Plan(rows, pairing, config.max_length, read, dropped)
+
+
+def describe(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> list[str]:
+    """The plan in words, one line each."""
+    dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.dropped.items()) or "none"
+    lines = [
+        f"rows        {counts.read:,} read, {counts.kept:,} kept, dropped: {dropped}",
+        f"labels      {counts.desirable:,} desirable, {counts.undesirable:,} undesirable",
+        f"prompts     {counts.prompts:,} distinct",
+        f"truncated   {counts.truncated:,} completions, {counts.kl_truncated:,} mismatched completions "
+        f"(--max-length {config.max_length})",
+        f"pairing     {config.pairing}, {config.kl_partners} mismatched "
+        f"{'completion' if config.kl_partners == 1 else 'completions'} for each row",
+        f"to score    {counts.sequences:,} sequences, {counts.tokens:,} tokens",
+    ]
+    return lines + [f"warning     {text}" for text in _warnings(plan, counts)]
+
+
+def _warnings(plan: Plan, counts: PlanCounts) -> list[str]:
+    warnings = []
+    if not counts.desirable or not counts.undesirable:
+        only = "desirable" if counts.desirable else "undesirable"
+        warnings.append(f"every row is {only}: KTO needs both classes. Check the labels.")
+    if counts.contradictions:
+        warnings.append(f"{counts.contradictions:,} completions carry both labels; their effects cancel out.")
+    elif counts.duplicates:
+        warnings.append(f"{counts.duplicates:,} rows repeat another row.")
+    if plan.pairing.same_prompt:
+        warnings.append(
+            f"{plan.pairing.same_prompt:,} mismatched completions answer the same prompt (--pairing rotate)."
+        )
+    if plan.pairing.same_completion:
+        warnings.append(f"{plan.pairing.same_completion:,} mismatched completions read like the row's own.")
+    fair = len(plan.pairing.partners[0])
+    if plan.pairing.most_served > 2 * fair + 2:
+        warnings.append(
+            f"one prompt holds most rows, so a completion serves up to {plan.pairing.most_served:,} times as a mismatch; "
+            "z0 rests on few completions."
+        )
+    if counts.truncated > counts.kept // 4:
+        warnings.append(
+            f"{counts.truncated / counts.kept:.0%} of the completions are cut. Raise --max-length if memory allows."
+        )
+    return warnings
+
+
+def shard_rows(plan: Plan, rows_per_shard: int) -> Sequence[range]:
+    """Row ranges of the shards."""
+    return [
+        range(start, min(start + rows_per_shard, len(plan.rows))) for start in range(0, len(plan.rows), rows_per_shard)
+    ]

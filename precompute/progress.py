@@ -1,0 +1,49 @@
+"""Progress of long work: a bar on a terminal, a plain line every so often elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts units (tokens, bytes) towards a total and shows rate and time left."""
+
+    def __init__(self, description: str, total: int, unit: str, *, scale: bool = True) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done = 0
+        self.started = self.last_line = time.monotonic()
+        self.bar = (
+            tqdm(total=total, desc=description, unit=unit, unit_scale=scale, dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= _SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            rate = self.done / (now - self.started)
+            left = (self.total - self.done) / rate if rate else 0.0
+            print(
+                f"{self.description}: {self.done / max(self.total, 1):.0%}, {rate:,.0f} {self.unit}/s, "
+                f"{left:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,0 +1,167 @@
+"""The reference model: where its files are, what identifies it, and loading it."""
+
+import importlib.metadata
+import json
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kto_core.errors import ModelError
+from kto_core.identity import (
+    chat_template_hash,
+    config_hash,
+    json_hash,
+    tokenizer_hash,
+    weights_bytes,
+    weights_hash,
+)
+from kto_core.models import (
+    Precision,
+    check_model_folder,
+    find_folder,
+    load_causal_lm,
+    load_tokenizer,
+    resolve_device,
+    resolve_precision,
+)
+from precompute.config import PrecomputeConfig
+from precompute.progress import Progress
+
+# Raised when the rules of kto_core/tokenization.py change in a way that changes ids.
+TOKENIZATION_RULE = 1
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference whose files were found and whose tokenizer is loaded; its weights are not, yet."""
+
+    config: PrecomputeConfig
+    folder: Path
+    revision: str | None
+    adapter: Path | None
+    device: torch.device
+    precision: Precision
+    tokenizer: Any
+    shape: Any  # the model without weights, on the meta device
+
+    @classmethod
+    def find(cls, config: PrecomputeConfig) -> "Reference":
+        """Check all that is cheap to check.
+
+        Raises:
+            ModelError: model, adapter, tokenizer or device cannot be used.
+        """
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
+        device = resolve_device(config.device)
+        folder, revision = find_folder(config.model, revision=config.revision)
+        check_model_folder(folder)
+        adapter = find_folder(config.adapter, revision=None, what="adapter")[0] if config.adapter else None
+        tokenizer = load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=config.trust_remote_code)
+        shape = _shape(folder, config)
+        longest = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and config.max_length > longest:
+            raise ModelError(f"--max-length {config.max_length}: this model has positions for {longest} tokens.")
+        return cls(
+            config,
+            folder,
+            revision,
+            adapter,
+            device,
+            resolve_precision(config.dtype, device),
+            tokenizer,
+            shape,
+        )
+
+    def hash_weights(self) -> "Future[tuple[str, str | None]]":
+        """Start hashing weights and adapter in the background; the result is (weights, adapter)."""
+
+        def work() -> tuple[str, str | None]:
+            with Progress("hashing weights", weights_bytes(self.folder), "B") as progress:
+                weights = weights_hash(self.folder, on_bytes=progress.add)
+            return weights, _adapter_hash(self.adapter) if self.adapter else None
+
+        pool = ThreadPoolExecutor(max_workers=1)
+        future = pool.submit(work)
+        pool.shutdown(wait=False)
+        return future
+
+    def sections(self, hashes: tuple[str, str | None]) -> dict[str, dict[str, Any]]:
+        """The manifest's sections `reference`, `tokenizer`, `tokenization` and `scorer`."""
+        shape = self.shape.config
+        quantization = getattr(shape, "quantization_config", None)
+        return {
+            "reference": {
+                "id": self.config.model,
+                "revision": self.revision or self.config.revision,
+                "weights_hash": hashes[0],
+                "config_hash": config_hash(shape.to_dict()),
+                "adapter": self.config.adapter,
+                "adapter_hash": hashes[1],
+                "quantization": quantization if isinstance(quantization, dict | None) else quantization.to_dict(),
+                "dtype": self.precision.name,
+                "attention": shape._attn_implementation,
+            },
+            "tokenizer": {
+                "files_hash": tokenizer_hash(self.tokenizer),
+                "chat_template_hash": chat_template_hash(self.tokenizer),
+            },
+            "tokenization": {"max_length": self.config.max_length, "rule": TOKENIZATION_RULE},
+            "scorer": {
+                "backend": "transformers",
+                "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+            },
+        }
+
+    def load(self) -> Any:
+        """The model, frozen, in eval mode, on its device."""
+        model = load_causal_lm(
+            transformers.AutoModelForCausalLM,
+            self.folder,
+            precision=self.precision,
+            device=self.device,
+            frozen=True,
+            adapter=self.adapter,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        return model.eval().requires_grad_(False)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.shape.get_input_embeddings().weight.shape[0])
+
+
+def _shape(folder: Path, config: PrecomputeConfig) -> Any:
+    try:
+        shape = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{folder}: not a causal language model that transformers can load: {reason}") from error
+
+
+def _adapter_hash(adapter: Path) -> str:
+    """Weights and the settings that decide how they are merged."""
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    merged = {key: settings.get(key) for key in _ADAPTER_FIELDS}
+    return json_hash([weights_hash(adapter), merged])
+
+
+_ADAPTER_FIELDS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "alpha_pattern",
+    "rank_pattern",
+    "fan_in_fan_out",
+)

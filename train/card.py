@@ -1,0 +1,74 @@
+"""The model card of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kto_core.manifest import Manifest
+from kto_core.options import as_plain, flag
+from train.config import TrainConfig
+from train.policy import PolicyFiles
+
+_SHOWN = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "accuracy")
+
+
+def write_card(
+    out: Path,
+    config: TrainConfig,
+    manifest: Manifest,
+    files: PolicyFiles,
+    weights: tuple[float, float],
+    history: list[dict[str, Any]],
+) -> None:
+    """Write README.md: base model, cache fingerprint, the command, and the last metrics."""
+    front: dict[str, Any] = {
+        "base_model": files.name,
+        "library_name": "peft" if config.lora_rank and files.adapter is None else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["kto", "alignment"],
+    }
+    data = manifest.data
+    last: dict[str, Any] = next((log for log in reversed(history) if "loss" in log), {})
+    held: dict[str, Any] = next((log for log in reversed(history) if "eval_loss" in log), {})
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {out.resolve().name}",
+        "",
+        f"Aligned with Kahneman-Tversky Optimization (arXiv 2402.01306) from `{files.name}`, against reference scores of "
+        f"`{manifest.reference.get('id')}`" + (f" with adapter `{files.adapter}`." if files.adapter else "."),
+        "",
+        f"- reference cache: fingerprint `{manifest.fingerprint}`",
+        f"- feedback: {data.get('desirable'):,} desirable and {data.get('undesirable'):,} undesirable rows from "
+        + ", ".join(f"`{file.get('name')}`" for file in data.get("files") or []),
+        f"- class weights: {weights[0]:.4g} desirable, {weights[1]:.4g} undesirable",
+        "",
+        "```",
+        f"{_command(config)}",
+        "```",
+        "",
+        "| | last update |" + (" held out |" if held else ""),
+        "| --- | --- |" + (" --- |" if held else ""),
+    ]
+    for name in _SHOWN:
+        if name in last:
+            held_value = held.get(f"eval_{name}")
+            held_cell = ("" if held_value is None else f" {held_value:.4f}") + " |" if held else ""
+            lines.append(f"| {name} | {last[name]:.4f} |{held_cell}")
+    (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _command(config: TrainConfig) -> str:
+    default = as_plain(TrainConfig())
+    words = ["kto-train"]
+    for name, value in as_plain(config).items():
+        if value == default[name] or name in ("resume", "training"):
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name) if value else "--no-" + name.replace("_", "-"))
+        else:
+            words.append(f"{flag(name)} {value}")
+    return " ".join(words)

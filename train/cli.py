@@ -1,0 +1,50 @@
+"""Command line of `kto-train`: options in, one call, errors out."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kto_core.errors import KTOError
+from kto_core.options import click_settings, resolve
+from train.config import TrainConfig
+
+
+class _Command(click.Command):
+    """Turns the errors a user can mend into one message and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KTOError as error:
+            raise click.ClickException(str(error)) from None
+
+
+def _options(command: Any) -> Any:
+    for flags, settings in reversed(click_settings(TrainConfig)):
+        if "choices" in settings:
+            settings["type"] = click.Choice(settings.pop("choices"))
+        command = click.option(*flags, **settings)(command)
+    return command
+
+
+@click.command(cls=_Command, context_settings={"max_content_width": 120})
+@click.option("--config", type=click.Path(path_type=Path), help="YAML with any of these options.", metavar="FILE")
+@_options
+@click.pass_context
+def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
+    """Train the policy against cached reference scores; no reference model is loaded.
+
+    \b
+    kto-train --cache refs/ --out runs/first
+    """
+    from kto_core.quiet import quiet_libraries
+
+    given = {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
+    resolved = resolve(TrainConfig, given, yaml_path=config)
+    if resolved.cache == Path(""):
+        raise click.UsageError("Missing option '--cache'.", ctx)
+    quiet_libraries()
+    from train.run import train as run
+
+    run(resolved)

@@ -1,0 +1,86 @@
+"""Options of `kto-train`: the only home of their defaults."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kto_core.errors import ConfigError
+from kto_core.options import AUTO, flag, option
+
+LOSSES = ("kto",)
+DTYPES = (AUTO, "float32", "bfloat16")
+SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What `kto-train` trains, and how."""
+
+    cache: Path = option(Path(""), "Reference cache made by kto-precompute.", metavar="DIR")
+    out: Path | None = option(None, "Run folder.  [default: runs/ and the time]", metavar="DIR", yaml=False)
+    model: str | None = option(
+        None, "Policy to start from.  [default: the model the cache was scored with]", metavar="MODEL"
+    )
+    loss: str = option("kto", "Loss.", choices=LOSSES)
+    beta: float = option(0.1, "How fast the value of an outcome saturates, per nat of log-ratio.")
+    desirable_weight: float | str = option(1.0, "Weight of desirable rows; auto balances the classes.")
+    undesirable_weight: float | str = option(1.0, "Weight of undesirable rows; auto balances the classes.")
+    learning_rate: float = option(1e-6, "Peak learning rate.")
+    epochs: float = option(1.0, "Passes over the rows.")
+    max_steps: int | None = option(None, "Stop after N updates.", metavar="N")
+    batch_size: int = option(32, "Rows in one update, over all devices.")
+    max_tokens: int | None = option(
+        None,
+        "Tokens in one forward and backward pass on one device: memory, never a result.  "
+        "[default: 16384 on a GPU, 1024 on a CPU]",
+    )
+    max_length: int | None = option(None, "Shorten rows to N tokens.  [default: as cached]", metavar="N")
+    scheduler: str = option("constant", "Learning-rate schedule.", choices=SCHEDULERS)
+    warmup: float = option(0.0, "Warm-up: a fraction of all updates below 1, else a number of updates.")
+    weight_decay: float = option(0.0, "Decoupled weight decay.")
+    seed: int = option(0, "Seed of the row order, the hold-out and LoRA's start.")
+    shuffle: bool = option(True, "Shuffle rows in every epoch.", off="--no-shuffle")
+    dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
+    device: str = option(AUTO, "Device.", choices=(AUTO, "cpu", "cuda"))
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass.", off="--no-gradient-checkpointing"
+    )
+    lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all weights.")
+    lora_alpha: float | None = option(None, "Scale of LoRA adapters.  [default: twice the rank]")
+    lora_targets: str = option("all-linear", "Layers that get adapters: names with commas.")
+    eval_fraction: float = option(0.0, "Share of prompts held out for evaluation.")
+    eval_cache: Path | None = option(None, "Reference cache of held-out rows.", metavar="DIR")
+    eval_steps: int | None = option(None, "Evaluate every N updates.  [default: once per epoch]", metavar="N")
+    save_steps: int = option(500, "Write a checkpoint every N updates; 0 for none.")
+    logging_steps: int = option(1, "Log metrics every N updates.")
+    report_to: str = option("none", "tensorboard, wandb, trackio, mlflow ... (with commas).")
+    resume: bool = option(False, "Go on from the last checkpoint in --out.", yaml=False)
+    allow_different_policy: bool = option(False, "Train a policy that is not the cached reference.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    training: dict[str, Any] = option(dict, "YAML only: passed to transformers.TrainingArguments.")
+
+    def __post_init__(self) -> None:
+        self._at_least(batch_size=1, max_tokens=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1)
+        self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0)
+        for name in ("beta", "learning_rate", "epochs", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{flag(name)} must be above 0, got {value}.")
+        for name in ("desirable_weight", "undesirable_weight"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != AUTO:
+                raise ConfigError(f"{flag(name)} must be a number or auto, got {value!r}.")
+            if not isinstance(value, str) and not 0 <= value < float("inf"):
+                raise ConfigError(f"{flag(name)} must not be negative, got {value}.")
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(f"--eval-fraction must be at least 0 and below 1, got {self.eval_fraction}.")
+        if self.eval_fraction and self.eval_cache:
+            raise ConfigError("--eval-fraction and --eval-cache both name held-out rows; give one of them.")
+        if self.resume and self.out is None:
+            raise ConfigError("--resume needs --out, the folder of the run to go on with.")
+
+    def _at_least(self, **least: float) -> None:
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= bound:
+                raise ConfigError(f"{flag(name)} must be at least {bound:g}, got {value}.")

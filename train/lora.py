@@ -1,0 +1,54 @@
+"""LoRA: the only file that knows peft."""
+
+from pathlib import Path
+from typing import Any
+
+from kto_core.errors import ConfigError, ModelError
+from train.config import TrainConfig
+
+
+def check_installed() -> None:
+    """Raises: ModelError: peft is missing."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ModelError("--lora-rank needs peft. Install it with: pip install 'offline-kto[lora]'") from error
+
+
+def add_adapters(model: Any, config: TrainConfig, *, base: str) -> Any:
+    """Freeze a model and put trainable float32 adapters on it; at the start they change nothing (B = 0).
+
+    Args:
+        model: from `load_causal_lm`, frozen.
+        config: `lora_rank`, `lora_alpha`, `lora_targets`.
+        base: the name under which the saved adapters will look for their base model.
+
+    Raises:
+        ConfigError: targets that this model does not have.
+    """
+    import peft
+
+    targets: Any = config.lora_targets
+    if targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",") if name.strip()]
+        if any(name.split(".")[-1] in ("lm_head", "embed_out", "output") for name in targets):
+            raise ConfigError("--lora-targets: the output layer cannot carry an adapter; its rows are read one by one.")
+    settings = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        target_modules=targets,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(f"--lora-targets {config.lora_targets}: {str(error).splitlines()[0]}") from error
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted
+
+
+def merge_and_save(adapted: Any, out: Path) -> None:
+    """Save the whole model: adapters on a base that exists only in memory could not be loaded again."""
+    adapted.merge_and_unload().save_pretrained(str(out))

@@ -1,0 +1,105 @@
+"""The policy: loading it as the trained copy of the cached reference."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kto_core.errors import KTOError, ModelError, TrainingError
+from kto_core.identity import chat_template_hash, tokenizer_hash
+from kto_core.manifest import Manifest
+from kto_core.models import Precision, find_folder, load_causal_lm, load_tokenizer
+from train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class PolicyFiles:
+    """Where the policy comes from.
+
+    Attributes:
+        name: as the user or the manifest names it.
+        adapter: merged into the weights before training, as it was into the reference's.
+    """
+
+    name: str
+    folder: Path
+    adapter: Path | None
+    tokenizer: Any
+
+    @classmethod
+    def find(cls, config: TrainConfig, manifest: Manifest) -> "PolicyFiles":
+        """The model named by `--model`, or else the one the cache was scored with.
+
+        Raises:
+            ModelError: it cannot be found.
+            TrainingError: its tokenizer or chat template is not the cache's.
+        """
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
+        reference = manifest.reference
+        name = config.model or str(reference["id"])
+        adapter = None
+        try:
+            # A hub model is loaded at the commit that was scored.
+            revision = None if config.model else reference.get("revision")
+            folder, _ = find_folder(name, revision=revision)
+            if not config.model and reference.get("adapter"):
+                adapter, _ = find_folder(str(reference["adapter"]), revision=None, what="adapter")
+        except KTOError as error:
+            if config.model:
+                raise
+            raise ModelError(
+                f"{error} The cache names it as its reference; if it was moved, pass it with --model."
+            ) from error
+        tokenizer = load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=config.trust_remote_code)
+        files = cls(name, folder, adapter, tokenizer)
+        files.compare_tokenizer(manifest, allow=config.allow_different_policy)
+        return files
+
+    def compare_tokenizer(self, manifest: Manifest, *, allow: bool) -> None:
+        """Stop where the policy would read or write other tokens than the cache holds."""
+        found = {
+            "tokenizer": (tokenizer_hash(self.tokenizer), manifest.tokenizer.get("files_hash")),
+            "chat template": (
+                chat_template_hash(self.tokenizer),
+                manifest.tokenizer.get("chat_template_hash"),
+            ),
+        }
+        other = [what for what, (mine, cached) in found.items() if mine != cached]
+        if not other:
+            return
+        message = (
+            f"{self.name}: its {' and '.join(other)} differ{'s' if len(other) == 1 else ''} from what the cache "
+            f"was tokenized with ({manifest.reference.get('id')})."
+        )
+        if not allow:
+            raise TrainingError(
+                f"{message} The trained model would be prompted in another way than it was trained. Score again with "
+                f"kto-precompute --model {self.name}, or pass --allow-different-policy if this is meant."
+            )
+        print(f"warning     {message}")
+
+    def load(self, config: TrainConfig, precision: Precision, device: torch.device) -> Any:
+        """The model, ready to train: all weights in float32, or frozen with LoRA adapters."""
+        torch.manual_seed(config.seed)  # LoRA starts from random A matrices
+        model = load_causal_lm(
+            transformers.AutoModelForCausalLM,
+            self.folder,
+            precision=precision,
+            device=device,
+            frozen=config.lora_rank > 0,
+            adapter=self.adapter,
+            trust_remote_code=config.trust_remote_code,
+        )
+        model.config.use_cache = False
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.lora_rank:
+            from train.lora import add_adapters
+
+            base = str(self.folder.resolve()) if Path(self.name).expanduser().is_dir() else self.name
+            model = add_adapters(model, config, base=base)
+        return model

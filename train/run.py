@@ -1,0 +1,346 @@
+"""Stage 2 from end to end: cache, policy, checks, training, run folder."""
+
+import datetime
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from kto_core.errors import ConfigError, TrainingError
+from kto_core.models import Precision, resolve_device, resolve_precision
+from kto_core.options import as_plain, nearest
+from train.advice import class_weight_values, warnings_for
+from train.cache_rows import CacheRows, EpochBatches, split_by_prompt
+from train.card import write_card
+from train.config import TrainConfig
+from train.policy import PolicyFiles
+from train.start_check import check_start
+from train.trainer import KTOTrainer, Objective
+from train.watching import ConsoleLines, MetricsFile
+
+_MAX_TOKENS = {"cuda": 16384}
+_MAX_TOKENS_CPU = 1024
+
+# Set from our own options: a second place to say the same thing would sooner or later disagree.
+_OURS = {
+    "output_dir": "--out",
+    "per_device_train_batch_size": "--batch-size",
+    "per_device_eval_batch_size": "--max-tokens",
+    "gradient_accumulation_steps": "--batch-size and --max-tokens",
+    "auto_find_batch_size": "--max-tokens",
+    "learning_rate": "--learning-rate",
+    "num_train_epochs": "--epochs",
+    "max_steps": "--max-steps",
+    "lr_scheduler_type": "--scheduler",
+    "warmup_steps": "--warmup",
+    "warmup_ratio": "--warmup",
+    "weight_decay": "--weight-decay",
+    "seed": "--seed",
+    "bf16": "--dtype",
+    "fp16": "--dtype",
+    "use_cpu": "--device",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "eval_steps": "--eval-steps",
+    "save_steps": "--save-steps",
+    "logging_steps": "--logging-steps",
+    "report_to": "--report-to",
+    "resume_from_checkpoint": "--resume",
+}
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The cache and which of its rows train; held-out rows may lie in another cache."""
+
+    rows: CacheRows
+    train: list[int]
+    held_out: tuple[CacheRows, list[int]] | None
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> "TrainingData":
+        """Raises: CacheError, TrainingError: unusable caches, or nothing left on one side."""
+        rows = CacheRows(config.cache, max_length=config.max_length)
+        everything = list(range(len(rows)))
+        if config.eval_cache is not None:
+            held = CacheRows(config.eval_cache, max_length=config.max_length)
+            _same_identity(rows, held)
+            return cls(rows, everything, (held, list(range(len(held)))))
+        if not config.eval_fraction:
+            return cls(rows, everything, None)
+        train, held_rows = split_by_prompt(rows, config.eval_fraction, config.seed)
+        if not train or not held_rows:
+            side = "trained on" if not train else "held out"
+            raise TrainingError(
+                f"--eval-fraction {config.eval_fraction:g} of {len(set(rows.prompt_ids))} prompts leaves no row to be {side}. "
+                "Use another fraction, or --eval-cache."
+            )
+        return cls(rows, train, (rows, held_rows))
+
+
+def _same_identity(rows: CacheRows, held: CacheRows) -> None:
+    from kto_core.manifest import differences
+
+    lines = differences(held.manifest.identity, rows.manifest.identity)
+    lines = [line for line in lines if not line.startswith("tokenization.max_length")]
+    if lines:
+        raise TrainingError(
+            f"--eval-cache {held.folder}: scored by another reference than {rows.folder}:\n  " + "\n  ".join(lines)
+        )
+
+
+def train(config: TrainConfig) -> Path:
+    """Run `kto-train`.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        KTOError: the user's input cannot be used, or training had to stop.
+    """
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.dtype, device)
+    if config.lora_rank:
+        from train.lora import check_installed
+
+        check_installed()
+    out = _run_folder(config)
+    data = TrainingData.open(config)
+    files = PolicyFiles.find(config, data.rows.manifest)
+    weights = class_weight_values(config, *data.rows.class_counts(data.train))
+    args = training_arguments(config, out, precision, rows=len(data.train), held_out=data.held_out is not None)
+    checkpoint = _checkpoint(config, out)
+    if args.process_index == 0:
+        _print_plan(config, data, files, precision, weights, out, device)
+    model = files.load(config, precision, torch.device("cpu") if device.type == "cpu" else args.device)
+    _check_vocabulary(model, data.rows)
+    trainer = _trainer(config, args, data, model, files, weights, out, checkpoint)
+    trainer.add_callback(_Start(trainer, config, data.rows, precision, files.name, out))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    _save(trainer, files, config, out)
+    if args.process_index == 0:
+        write_card(out, config, data.rows.manifest, files, weights, trainer.state.log_history)
+        print(f"wrote       {out}")
+    return out
+
+
+class _Start(transformers.TrainerCallback):
+    """Runs when the Trainer has prepared the model: in training precision, on its device."""
+
+    def __init__(
+        self,
+        trainer: KTOTrainer,
+        config: TrainConfig,
+        rows: CacheRows,
+        precision: Precision,
+        policy: str,
+        out: Path,
+    ) -> None:
+        self.trainer, self.config, self.rows = trainer, config, rows
+        self.precision, self.policy, self.out = precision, policy, out
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:  # a resumed policy has left the reference
+            return
+        allow = self.config.allow_different_policy
+        found = check_start(self.trainer, self.rows, self.precision, policy=self.policy, allow=allow)
+        if state.is_world_process_zero:
+            _write_config(self.config, self.out)  # the folder stays empty until the checks have passed
+            print(
+                f"start       policy and cache differ by {found.mean:.1e} nats a token (mean), {found.largest:.1e} (max)"
+            )
+
+
+def _run_folder(config: TrainConfig) -> Path:
+    out = config.out
+    if out is None:
+        stamp = os.environ.get("TORCHELASTIC_RUN_ID") or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        out = Path("runs") / stamp
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
+    rank = int(os.environ.get("RANK", "0"))
+    if not config.resume and rank == 0 and out.exists() and any(out.iterdir()):
+        raise ConfigError(
+            f"--out {out}: the folder is not empty. Choose another one, or pass --resume to go on with the run in it."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error}.") from error
+    return out
+
+
+def _checkpoint(config: TrainConfig, out: Path) -> str | None:
+    checkpoint: str | None = get_last_checkpoint(str(out)) if config.resume else None
+    if config.resume and checkpoint is None:
+        print(f"resume      no checkpoint in {out}: starting from the beginning")
+    return checkpoint
+
+
+def training_arguments(
+    config: TrainConfig, out: Path, precision: Precision, *, rows: int, held_out: bool
+) -> transformers.TrainingArguments:
+    """`TrainingArguments` from our options and the YAML's `training:` table.
+
+    Raises:
+        ConfigError: an unknown key in that table, or one that an option of ours sets.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    settings: dict[str, Any] = {
+        "output_dir": str(out),
+        # The number of rows a rank gets; micro-batches are cut inside `training_step`.
+        "per_device_train_batch_size": math.ceil(config.batch_size / world),
+        "gradient_accumulation_steps": 1,
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "lr_scheduler_type": _scheduler(config),
+        "warmup_steps": config.warmup if config.warmup < 1 else int(config.warmup),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": 1.0,
+        "seed": config.seed,
+        "bf16": precision.dtype == torch.bfloat16,
+        "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # costs a device sync in every step; a non-finite loss stops the run
+        "report_to": [name.strip() for name in config.report_to.split(",") if name.strip()],
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "eval_strategy": "no" if not held_out else "steps" if config.eval_steps else "epoch",
+        "eval_steps": config.eval_steps,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "ddp_broadcast_buffers": False,  # ranks run different numbers of forward passes
+        "average_tokens_across_devices": False,
+    }
+    settings.update(_table(config))
+    try:
+        return transformers.TrainingArguments(**settings)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+
+
+def _table(config: TrainConfig) -> dict[str, Any]:
+    known = list(transformers.TrainingArguments.__dataclass_fields__)
+    for name in config.training:
+        if name in _OURS:
+            raise ConfigError(f"training: {name} is set by {_OURS[name]}; remove it from the table.")
+        if name not in known:
+            raise ConfigError(f"training: unknown key {name!r}.{nearest(str(name), known)}")
+    return dict(config.training)
+
+
+def _scheduler(config: TrainConfig) -> str:
+    if config.scheduler == "constant" and config.warmup:
+        return "constant_with_warmup"
+    return config.scheduler
+
+
+def _trainer(
+    config: TrainConfig,
+    args: transformers.TrainingArguments,
+    data: TrainingData,
+    model: Any,
+    files: PolicyFiles,
+    weights: tuple[float, float],
+    out: Path,
+    checkpoint: str | None,
+) -> KTOTrainer:
+    batches = EpochBatches(
+        data.train,
+        config.batch_size,
+        shuffle=config.shuffle,
+        seed=config.seed,
+        rank=args.process_index,
+        world=args.world_size,
+    )
+    watchers = (
+        [MetricsFile(out / "metrics.jsonl", resumed=checkpoint), ConsoleLines()] if args.process_index == 0 else []
+    )
+    trainer = KTOTrainer(
+        model=model,
+        args=args,
+        rows=data.rows,
+        batches=batches,
+        objective=Objective(config.beta, *weights),
+        max_tokens=config.max_tokens or _MAX_TOKENS.get(args.device.type, _MAX_TOKENS_CPU),
+        eval_data=data.held_out,
+        processing_class=files.tokenizer,
+        callbacks=watchers,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    if trainer.is_deepspeed_enabled:
+        raise TrainingError("DeepSpeed is not supported yet: use one device, or DDP or FSDP through accelerate.")
+    return trainer
+
+
+def _check_vocabulary(model: Any, rows: CacheRows) -> None:
+    """A model with fewer embeddings than the tokenizer has ids would read past its table."""
+    size = int(model.get_input_embeddings().weight.shape[0])
+    largest = rows.largest_id()
+    if largest >= size:
+        raise TrainingError(
+            f"The cache holds token id {largest}, but the policy's vocabulary has {size} tokens: it is another model."
+        )
+
+
+def _save(trainer: KTOTrainer, files: PolicyFiles, config: TrainConfig, out: Path) -> None:
+    if config.lora_rank and files.adapter is not None:
+        from train.lora import merge_and_save
+
+        if trainer.is_world_process_zero():
+            merge_and_save(trainer.accelerator.unwrap_model(trainer.model), out)
+            files.tokenizer.save_pretrained(str(out))
+    else:
+        trainer.save_model(str(out))
+    if trainer.is_world_process_zero():
+        trainer.save_state()
+        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs: config.yaml says it all
+
+
+def _write_config(config: TrainConfig, out: Path) -> None:
+    """The resolved options, as `kto-train --config` takes them."""
+    values = {k: v for k, v in as_plain(config).items() if k not in ("out", "resume") and v not in (None, {})}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    (out / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def _print_plan(
+    config: TrainConfig,
+    data: TrainingData,
+    files: PolicyFiles,
+    precision: Precision,
+    weights: tuple[float, float],
+    out: Path,
+    device: torch.device,
+) -> None:
+    desirable, undesirable = data.rows.class_counts(data.train)
+    kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights"
+    held = f", {len(data.held_out[1]):,} held out" if data.held_out else ""
+    dropped = f", {data.rows.dropped:,} dropped (prompt too long)" if data.rows.dropped else ""
+    steps = config.max_steps or math.ceil(math.ceil(len(data.train) / config.batch_size) * config.epochs)
+    print(f"cache       {config.cache} (fingerprint {data.rows.manifest.fingerprint[:12]})")
+    print(f"policy      {files.name} ({kind}, {precision.name} on {device})")
+    print(f"rows        {len(data.train):,} to train on{held}{dropped}")
+    print(
+        f"labels      {desirable:,} desirable (weight {weights[0]:.4g}), {undesirable:,} undesirable (weight {weights[1]:.4g})"
+    )
+    print(
+        f"updates     {steps:,} of {config.batch_size} rows, beta {config.beta:g}, learning rate {config.learning_rate:g}"
+    )
+    print(f"run         {out}")
+    for line in warnings_for(config, desirable, undesirable, weights):
+        print(f"warning     {line}")
+    print(end="", flush=True)
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,105 @@
+"""Watching a run: `metrics.jsonl` and plain lines on the console."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+_SECONDS_BETWEEN_LINES = 2.0
+
+# What the Trainer calls `eval_loss` is `eval/loss` everywhere a user looks.
+_INTERNAL = ("total_flos", "train_loss", "train_samples_per_second", "train_steps_per_second")
+
+
+def record_of(logs: dict[str, Any], step: int) -> dict[str, Any]:
+    """A log as it is written: step first, `eval/` names, numbers that JSON can hold."""
+    record: dict[str, Any] = {"step": step}
+    for name, value in logs.items():
+        if name not in _INTERNAL:
+            record[name.replace("eval_", "eval/", 1) if name.startswith("eval_") else name] = value
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+class MetricsFile(transformers.TrainerCallback):
+    """One JSON record for each log. A resumed run drops the records after its checkpoint, and writes them anew."""
+
+    def __init__(self, path: Path, *, resumed: str | None) -> None:
+        self.path, self.resumed = path, resumed
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = []
+        if not self.resumed:
+            return
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                if (
+                    (record := _parsed(line)) is not None
+                    and record["step"] <= state.global_step
+                    and "train_runtime" not in record
+                ):
+                    kept.append(line)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record_of(logs, state.global_step)) + "\n")
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A record, or None for a line that a crash cut off."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+class ConsoleLines(transformers.TrainerCallback):
+    """One line every few seconds, and for the first and last update and each evaluation."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.monotonic()
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        record = record_of(logs, state.global_step)
+        if "train_runtime" in record:
+            print(f"trained     {state.global_step:,} updates in {record['train_runtime']:.1f} s")
+        elif "eval/loss" in record:
+            print(self._line("eval", {k.removeprefix("eval/"): v for k, v in record.items()}, state), flush=True)
+        elif "loss" in record:
+            now = time.monotonic()
+            if now - self.last >= _SECONDS_BETWEEN_LINES or state.global_step in (
+                self.first_step + 1,
+                state.max_steps,
+            ):
+                self.last = now
+                print(self._line("step", record, state), flush=True)
+
+    def _line(self, kind: str, record: dict[str, Any], state: Any) -> str:
+        parts = [
+            f"{kind:<12}{state.global_step}/{state.max_steps}",
+            f"loss {_number(record['loss'])}",
+            f"kl {_number(record['kl'])}",
+        ]
+        for name, word in (("rewards/chosen", "desirable"), ("rewards/rejected", "undesirable")):
+            if name in record:
+                parts.append(f"{word} {record[name]:+.3f}")
+        parts.append(f"accuracy {record['accuracy']:.0%}")
+        if kind == "step":
+            done = state.global_step - self.first_step
+            left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
+            parts += [f"{record['tokens_per_second']:,.0f} tokens/s", f"{left:,.0f} s left"]
+        return "  ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4f}"
