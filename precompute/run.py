@@ -1,39 +1,22 @@
 """Stage 1 from end to end: plan, score what is missing, write shards, declare the cache complete."""
 
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from kto_core.errors import CacheError, ModelError
-from kto_core.identity import file_hash, json_hash, sequence_id
-from kto_core.manifest import (
-    MANIFEST,
-    Manifest,
-    check_files,
-    differences,
-    fingerprint,
-    identity_of,
-    read_manifest,
-    write_manifest,
-)
-from kto_core.shards import check_table, decode_rows, open_shard, read_metadata, shard_name, write_shard
+from kto_core.errors import ModelError
+from kto_core.identity import json_hash, sequence_id
+from kto_core.manifest import fingerprint, identity_of
 from precompute.config import PrecomputeConfig
 from precompute.plan import Plan, PlanCounts, describe, make_plan, shard_rows
 from precompute.progress import Progress
 from precompute.reference import Reference
 from precompute.sources import describe_source
+from precompute.store import Store, check_out
 from precompute.transformers_scorer import TransformersScorer
-
-# New shards of a cache that is being updated; the finished cache stays valid until they are complete.
-_NEXT = ".next"
 
 
 def precompute(config: PrecomputeConfig) -> None:
@@ -42,30 +25,42 @@ def precompute(config: PrecomputeConfig) -> None:
     Raises:
         KTOError: the user's input cannot be used.
     """
-    backend = _choose_backend(config)
+    backend = choose_backend(config.backend)
     check_out(config.out)
     reference = Reference.find(config)
     hashing = reference.hash_weights()
     plan = make_plan(config, reference.tokenizer)
     counts = plan.counts()
-    print(f"reference   {config.model} ({reference.precision.name} on {reference.device}, {backend})")
-    print("\n".join(describe(plan, counts, config)))
+    print(f"reference   {config.model} ({reference.precision.name} on {reference.device}, scored with {backend})")
+    print("\n".join(describe(plan, counts, config)), flush=True)
     _check_vocabulary(plan, reference)
     if config.dry_run:
-        print("dry run: nothing was scored.")
+        print("dry run     nothing was scored")
         return
-    sections = reference.sections(hashing.result())
-    sections["pairing"] = {
-        "method": config.pairing,
-        "seed": config.seed if config.pairing == "shuffled" else None,
-        "block": config.pairing_block if config.pairing == "rotate" else None,
-        "partners": config.kl_partners,
-    }
-    Scoring(config, reference, plan, counts, sections).run()
+    sections = {**reference.sections(hashing.result()), "pairing": _pairing(config)}
+    mark = fingerprint(identity_of(sections), sections["pairing"], counts.rows_hash)
+    store = Store(config.out, identity_of(sections), sections["pairing"])
+    labels_hash = _labels_hash(plan)
+    if not store.open(
+        overwrite=config.overwrite, mark=mark, labels_hash=labels_hash, rows_per_shard=config.rows_per_shard
+    ):
+        print(f"complete    {config.out} holds these scores already; nothing to do")
+        return
+    scoring = Scoring(config, reference, plan, store)
+    scoring.run()
+    data = {**_data(config, counts), "labels_hash": labels_hash}
+    run = scoring.summary(counts.sequences)
+    store.publish(len(scoring.shards), {**sections, "data": data, "run": run}, mark)
+    _report(config, run, len(scoring.shards), mark)
 
 
-def _choose_backend(config: PrecomputeConfig) -> str:
-    if config.backend == "vllm":
+def choose_backend(asked: str) -> str:
+    """The engine that scores.
+
+    Raises:
+        ModelError: one that this version does not have.
+    """
+    if asked == "vllm":
         raise ModelError("--backend vllm: this version scores with transformers only. Use --backend transformers.")
     return "transformers"
 
@@ -79,72 +74,52 @@ def _check_vocabulary(plan: Plan, reference: Reference) -> None:
         )
 
 
-def check_out(out: Path) -> None:
-    """Refuse a folder that holds something else, before any work is done.
-
-    Raises:
-        CacheError: not a folder, not writable, or holds files that are not a reference cache.
-    """
-    if out.exists() and not out.is_dir():
-        raise CacheError(f"--out {out}: a file of that name exists; choose another folder.")
-    try:
-        (out / "train").mkdir(parents=True, exist_ok=True)
-        probe = out / "train" / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CacheError(f"--out {out}: cannot be written: {error}.") from error
-    if (out / MANIFEST).exists():
-        return
-    foreign = [path.name for path in _shards(out) if read_metadata(path) is None]
-    foreign += [
-        path.name for path in out.iterdir() if path.name not in ("train", _NEXT) and not path.name.startswith(".")
-    ]
-    if foreign:
-        raise CacheError(
-            f"--out {out}: the folder holds {foreign[0]}, which is no part of a reference cache. Choose an empty folder."
-        )
+def _pairing(config: PrecomputeConfig) -> dict[str, Any]:
+    shuffled = config.pairing == "shuffled"
+    return {
+        "method": config.pairing,
+        "seed": config.seed if shuffled else None,
+        "block": None if shuffled else config.pairing_block,
+        "partners": config.kl_partners,
+    }
 
 
-def _shards(folder: Path) -> list[Path]:
-    return sorted((folder / "train").glob("[!.]*.parquet"))
+def _labels_hash(plan: Plan) -> str:
+    """What the fingerprint leaves out on purpose: order, labels, pairs, source rows."""
+    return json_hash([[row.row_id, row.label, row.pair_id, row.source] for row in plan.rows])
 
 
-@dataclass
 class Scoring:
-    """One run over one plan: which shards are there, which scores can be reused, what is left."""
+    """Scores what a plan lacks, shard by shard."""
 
-    config: PrecomputeConfig
-    reference: Reference
-    plan: Plan
-    counts: PlanCounts
-    sections: dict[str, Any]
-    known: dict[str, np.ndarray] = field(default_factory=dict)  # sequence id -> token log-probs
-    scored: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+    def __init__(self, config: PrecomputeConfig, reference: Reference, plan: Plan, store: Store) -> None:
+        self.config, self.reference, self.plan, self.store = config, reference, plan, store
+        self.shards = shard_rows(plan, config.rows_per_shard)
+        self.scored = self.tokens = 0
+        self.seconds = 0.0
+        self._scorer: TransformersScorer | None = None
 
     def run(self) -> None:
-        out = self.config.out
-        self.identity = identity_of(self.sections)
-        mark = fingerprint(self.identity, self.sections["pairing"], self.counts.rows_hash)
-        ranges = shard_rows(self.plan, self.config.rows_per_shard)
-        keys = [self._shard_key(rows) for rows in ranges]
-        updating = self._prepare(mark)
-        if updating is None:
-            print(f"{out}: complete, nothing to score.")
-            return
-        target = out / _NEXT if updating else out
-        (target / "train").mkdir(parents=True, exist_ok=True)
-        places = [self._finished(key, i, target) for i, key in enumerate(keys)]
-        todo = [i for i, place in enumerate(places) if place is None]
-        if len(todo) < len(ranges):
-            print(f"resuming    {len(ranges) - len(todo)} of {len(ranges)} shards are there")
-        self._load_known([rows for i, rows in enumerate(ranges) if i in set(todo)])
-        self._score([(ranges[i], keys[i], target / shard_name(i)) for i in todo])
-        self._finish(len(ranges), target, mark)
+        keys = [self._key(rows) for rows in self.shards]
+        missing = [i for i, key in enumerate(keys) if not self.store.has(i, key)]
+        if len(missing) < len(keys):
+            print(f"resuming    {len(keys) - len(missing)} of {len(keys)} shards are there", flush=True)
+        uses: Counter[str] = Counter()
+        tokens: dict[str, int] = {}
+        for i in missing:
+            mine = {key: len(s[0]) + len(s[1]) for key, s in self._sequences(self.shards[i]).items()}
+            uses.update(mine.keys())
+            tokens.update(mine)
+        known = self.store.known_scores(set(tokens))
+        total = sum(count for key, count in tokens.items() if key not in known)
+        with Progress("scoring", total, "tokens") as progress:
+            for i in missing:
+                scores = self._score(self.shards[i], known, progress)
+                # A sequence that another shard needs too is scored once.
+                known.update({key: one for key, one in scores.items() if uses[key] > 1})
+                self.store.write(i, keys[i], [self._row(j, scores) for j in self.shards[i]])
 
-    def _shard_key(self, rows: range) -> str:
+    def _key(self, rows: range) -> str:
         """Hash of everything in a shard but the scores."""
         entries = []
         for i in rows:
@@ -153,141 +128,33 @@ class Scoring:
             entries.append([row.row_id, kl_ids, row.label, row.pair_id, row.source])
         return json_hash(entries)
 
-    def _prepare(self, mark: str) -> bool | None:
-        """What to do with what is in `--out`: None for nothing, True for an update next to a finished cache."""
-        out = self.config.out
-        if self.config.overwrite:
-            (out / MANIFEST).unlink(missing_ok=True)
-            for path in _shards(out):
-                path.unlink()
-            shutil.rmtree(out / _NEXT, ignore_errors=True)
-            return False
-        if (out / MANIFEST).exists():
-            return self._prepare_update(read_manifest(out), mark)
-        for path in _shards(out):
-            self._refuse_other((read_metadata(path) or {}).get("identity", {}))
-        return False
+    def _sequences(self, rows: range) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The distinct sequences of some rows, by id."""
+        return {sequence_id(*s): s for i in rows for s in self.plan.sequences(i)}
 
-    def _prepare_update(self, old: Manifest, mark: str) -> bool | None:
-        self._refuse_other(old.identity, old.pairing)
-        try:
-            check_files(self.config.out, old)
-        except CacheError as error:
-            # The damaged shard is scored again; the others are kept.
-            print(f"damaged     {error}")
-            (self.config.out / MANIFEST).unlink()
-            self._drop_damaged(old)
-            return False
-        same_files = old.data.get("labels_hash") == self._labels_hash()
-        same_shards = max(int(shard["rows"]) for shard in old.shards) <= self.config.rows_per_shard
-        return None if old.fingerprint == mark and same_files and same_shards else True
-
-    def _drop_damaged(self, old: Manifest) -> None:
-        for shard in old.shards:
-            path = self.config.out / shard["file"]
-            if path.exists() and file_hash(path) != shard["sha256"]:
-                path.unlink()
-
-    def _refuse_other(self, identity: Mapping[str, Any], pairing: Mapping[str, Any] | None = None) -> None:
-        lines = differences(identity, self.identity)
-        if pairing is not None:
-            # More partners are an extension: the pairs that are there stay.
-            wanted = self.sections["pairing"]
-            lines += differences(
-                {f"pairing.{k}": v for k, v in pairing.items() if k != "partners"},
-                {f"pairing.{k}": v for k, v in wanted.items() if k != "partners"},
-            )
-        if lines:
-            raise CacheError(
-                f"--out {self.config.out}: holds a cache of another reference:\n  "
-                + "\n  ".join(lines)
-                + "\nChoose another --out, or replace it with --overwrite."
-            )
-
-    def _labels_hash(self) -> str:
-        """What the fingerprint leaves out on purpose: order, labels, pairs, source rows."""
-        return json_hash([[row.row_id, row.label, row.pair_id, row.source] for row in self.plan.rows])
-
-    def _finished(self, key: str, index: int, target: Path) -> Path | None:
-        """A complete shard with this content, in the target or (after a crash while moving) in place."""
-        for folder in dict.fromkeys((target, self.config.out)):
-            path = folder / shard_name(index)
-            metadata = read_metadata(path) if path.exists() else None
-            if not metadata or metadata.get("key") != key or metadata.get("identity") != self.identity:
-                continue
-            try:
-                check_table(pq.read_table(path, page_checksum_verification=True), path.name)
-            except (CacheError, OSError, pa.ArrowException):
-                continue
-            if folder != target:
-                continue_from = target / shard_name(index)
-                shutil.copyfile(path, continue_from)
-                return continue_from
-            return path
-        return None
-
-    def _load_known(self, missing: Iterable[range]) -> None:
-        """Collect scores that older shards hold for the sequences still missing."""
-        wanted = {sequence_id(*s) for rows in missing for i in rows for s in self.plan.sequences(i)}
-        for folder in (self.config.out, self.config.out / _NEXT):
-            for path in _shards(folder):
-                if wanted - self.known.keys():
-                    self._collect(path, wanted)
-
-    def _collect(self, path: Path, wanted: set[str]) -> None:
-        if (read_metadata(path) or {}).get("identity") != self.identity:
-            return
-        file = open_shard(path)
-        for group in range(file.num_row_groups):
-            for row in decode_rows(file.read_row_group(group)):
-                pairs = [(row["completion_ids"], row["ref_token_logps"])]
-                pairs += list(zip(row["kl_completion_ids"], row["ref_kl_token_logps"], strict=True))
-                for ids, scores in pairs:
-                    key = sequence_id(row["prompt_ids"], ids)
-                    if key in wanted:
-                        self.known[key] = scores
-
-    def _score(self, shards: list[tuple[range, str, Path]]) -> None:
-        repeated, total = self._survey(shards)
-        scorer = None
-        with Progress("scoring", total, "tokens") as progress:
-            for rows, key, path in shards:
-                missing = {}
-                for i in rows:
-                    for s in self.plan.sequences(i):
-                        missing[sequence_id(*s)] = s
-                scores = {k: self.known[k] for k in missing if k in self.known}
-                missing = {k: s for k, s in missing.items() if k not in scores}
-                if missing:
-                    if scorer is None:
-                        scorer = self._load_scorer(list(missing.values()))
-                    started = time.monotonic()
-                    fresh = scorer.score(list(missing.values()), on_tokens=progress.add)
-                    self.seconds += time.monotonic() - started
-                    scores.update(zip(missing, fresh, strict=True))
-                    self.scored += len(missing)
-                    self.tokens += sum(len(p) + len(c) for p, c in missing.values())
-                    self.known.update({k: scores[k] for k in missing if k in repeated})
-                metadata = {"format": 1, "key": key, "identity": self.identity}
-                write_shard(path, [self._cached_row(i, scores) for i in rows], metadata)
-
-    def _survey(self, shards: list[tuple[range, str, Path]]) -> tuple[set[str], int]:
-        """Sequences that several shards need (scored once, then kept), and the tokens to score."""
-        uses: Counter[str] = Counter()
-        tokens: dict[str, int] = {}
-        for rows, _, _ in shards:
-            mine = {sequence_id(*s): len(s[0]) + len(s[1]) for i in rows for s in self.plan.sequences(i)}
-            uses.update(mine)
-            tokens.update(mine)
-        total = sum(n for k, n in tokens.items() if k not in self.known)
-        return {k for k, n in uses.items() if n > 1}, total
+    def _score(self, rows: range, known: Mapping[str, np.ndarray], progress: Progress) -> dict[str, np.ndarray]:
+        wanted = self._sequences(rows)
+        scores = {key: known[key] for key in wanted if key in known}
+        missing = {key: s for key, s in wanted.items() if key not in scores}
+        if missing:
+            scorer = self._load_scorer(list(missing.values()))
+            started = time.monotonic()
+            fresh = scorer.score(list(missing.values()), on_tokens=progress.add)
+            self.seconds += time.monotonic() - started
+            self.scored += len(missing)
+            self.tokens += sum(len(prompt) + len(completion) for prompt, completion in missing.values())
+            scores.update(zip(missing, fresh, strict=True))
+        return scores
 
     def _load_scorer(self, sequences: list[tuple[np.ndarray, np.ndarray]]) -> TransformersScorer:
-        scorer = TransformersScorer(self.reference.load(), self.reference.precision, max_tokens=self.config.max_tokens)
-        scorer.self_check(sequences)
-        return scorer
+        if self._scorer is None:
+            model = self.reference.load()
+            self._scorer = TransformersScorer(model, self.reference.precision, max_tokens=self.config.max_tokens)
+            self._scorer.self_check(sequences)
+        return self._scorer
 
-    def _cached_row(self, index: int, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def _row(self, index: int, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """One row of the cache, with the columns of `kto_core.shards.SCHEMA`."""
         row = self.plan.rows[index]
         kl_completions = self.plan.kl_completions(index)
         own = scores[row.row_id]
@@ -307,61 +174,37 @@ class Scoring:
             "ref_kl_token_logps": kl_scores,
         }
 
-    def _finish(self, count: int, target: Path, mark: str) -> None:
-        out = self.config.out
-        if target != out:
-            # From here until the manifest is written there is no cache; a crash in between loses no shard.
-            (out / MANIFEST).unlink(missing_ok=True)
-            for i in range(count):
-                (target / shard_name(i)).replace(out / shard_name(i))
-        names = [shard_name(i) for i in range(count)]
-        for path in _shards(out):
-            if f"train/{path.name}" not in names:
-                path.unlink()
-        for leftover in (out / "train").glob(".*.tmp"):
-            leftover.unlink()
-        shutil.rmtree(out / _NEXT, ignore_errors=True)
-        shards = [self._entry(out, name) for name in names]
-        write_manifest(out, {**self.sections, "data": self._data(), "run": self._run()}, shards, mark)
-        speed = f"{self.tokens / self.seconds:,.0f} tokens/s" if self.scored else "nothing to score"
-        reused = self.counts.sequences - self.scored
-        print(
-            f"scored      {self.scored:,} sequences, {reused:,} reused, {self.tokens:,} tokens, {self.seconds:,.1f} s, {speed}"
-        )
-        print(f"wrote       {out} ({count} shard{'s' if count > 1 else ''}, fingerprint {mark[:12]})")
-        print(f"next        kto-train --cache {out}")
-
-    def _entry(self, out: Path, name: str) -> dict[str, Any]:
-        path = out / name
-        return {
-            "file": name,
-            "rows": open_shard(path).metadata.num_rows,
-            "bytes": path.stat().st_size,
-            "sha256": file_hash(path),
-        }
-
-    def _data(self) -> dict[str, Any]:
-        counts = self.counts
-        files = [{"name": f.name, "sha256": f.sha256, "bytes": f.bytes} for f in describe_source(self.config.data)]
-        return {
-            "files": files,
-            "read": counts.read,
-            "kept": counts.kept,
-            "dropped": counts.dropped,
-            "desirable": counts.desirable,
-            "undesirable": counts.undesirable,
-            "truncated": counts.truncated,
-            "kl_truncated": counts.kl_truncated,
-            "prompts": counts.prompts,
-            "rows_hash": counts.rows_hash,
-            "labels_hash": self._labels_hash(),
-        }
-
-    def _run(self) -> dict[str, Any]:
+    def summary(self, sequences: int) -> dict[str, Any]:
+        """The manifest's section `run`."""
         return {
             "scored_sequences": self.scored,
-            "reused_sequences": self.counts.sequences - self.scored,
+            "reused_sequences": sequences - self.scored,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else 0.0,
         }
+
+
+def _data(config: PrecomputeConfig, counts: PlanCounts) -> dict[str, Any]:
+    files = [{"name": f.name, "sha256": f.sha256, "bytes": f.bytes} for f in describe_source(config.data)]
+    return {
+        "files": files,
+        "read": counts.read,
+        "kept": counts.kept,
+        "dropped": counts.dropped,
+        "desirable": counts.desirable,
+        "undesirable": counts.undesirable,
+        "truncated": counts.truncated,
+        "kl_truncated": counts.kl_truncated,
+        "prompts": counts.prompts,
+        "rows_hash": counts.rows_hash,
+    }
+
+
+def _report(config: PrecomputeConfig, run: Mapping[str, Any], shards: int, mark: str) -> None:
+    print(
+        f"scored      {run['scored_sequences']:,} sequences ({run['reused_sequences']:,} reused), {run['tokens']:,} tokens "
+        f"in {run['seconds']:,.1f} s"
+    )
+    print(f"wrote       {config.out} ({shards} shard{'s' if shards > 1 else ''}, fingerprint {mark[:12]})")
+    print(f"next        kto-train --cache {config.out}")

@@ -217,6 +217,7 @@ def training_arguments(
         "eval_steps": config.eval_steps,
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
         "ddp_broadcast_buffers": False,  # ranks run different numbers of forward passes
         "average_tokens_across_devices": False,
     }

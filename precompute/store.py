@@ -1,0 +1,206 @@
+"""The folder that a reference cache grows in: what is there, what can be reused, and when it is complete.
+
+refs/manifest.json          last of all; without it there is no cache
+refs/train/00000.parquet    complete shards; an interrupted run goes on at the first missing one
+refs/.next/train/...        new shards while a finished cache is updated; the old one stays valid meanwhile
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kto_core.errors import CacheError
+from kto_core.identity import file_hash, sequence_id
+from kto_core.manifest import (
+    FORMAT,
+    MANIFEST,
+    Manifest,
+    check_files,
+    differences,
+    read_manifest,
+    write_manifest,
+)
+from kto_core.shards import check_table, decode_rows, open_shard, read_metadata, shard_name, write_shard
+
+_NEXT = ".next"
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder that cannot or must not be written, before any work is done. Creates nothing.
+
+    Raises:
+        CacheError: a file, not writable, or a folder with something else in it.
+    """
+    if out.exists() and not out.is_dir():
+        raise CacheError(f"--out {out}: a file of that name exists; choose another folder.")
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise CacheError(f"--out {out}: no permission to write in {parent}.")
+    if not out.exists() or (out / MANIFEST).exists():
+        return
+    foreign = [path.name for path in _shards(out) if read_metadata(path) is None]
+    foreign += [p.name for p in out.iterdir() if p.name != "train" and not p.name.startswith(".")]
+    if foreign:
+        raise CacheError(
+            f"--out {out}: holds {sorted(foreign)[0]}, which is no part of a reference cache. Choose an empty folder."
+        )
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted((folder / "train").glob("[!.]*.parquet"))
+
+
+class Store:
+    """One run's view of `--out`.
+
+    Args:
+        out: the folder.
+        identity: what decides a score (`identity_of`).
+        pairing: the manifest's section.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], pairing: Mapping[str, Any]) -> None:
+        self.out, self.identity, self.pairing = out, dict(identity), dict(pairing)
+        self.target = out
+
+    def open(self, *, overwrite: bool, mark: str, labels_hash: str, rows_per_shard: int) -> bool:
+        """Prepare the folder for writing.
+
+        Returns:
+            False where a complete cache with exactly this content is there already.
+
+        Raises:
+            CacheError: a cache of another reference is there and `overwrite` is off.
+        """
+        (self.out / "train").mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            self._clear()
+        elif (self.out / MANIFEST).exists():
+            old = read_manifest(self.out)
+            self._refuse_other(old.identity, old.pairing)
+            if not self._drop_damaged(old):
+                if _is_same(old, mark, labels_hash, rows_per_shard):
+                    return False
+                self.target = self.out / _NEXT
+        else:
+            for path in _shards(self.out):
+                self._refuse_other((read_metadata(path) or {}).get("identity", {}))
+        (self.target / "train").mkdir(parents=True, exist_ok=True)
+        return True
+
+    def _clear(self) -> None:
+        (self.out / MANIFEST).unlink(missing_ok=True)
+        for path in _shards(self.out):
+            path.unlink()
+        shutil.rmtree(self.out / _NEXT, ignore_errors=True)
+
+    def _refuse_other(self, identity: Mapping[str, Any], pairing: Mapping[str, Any] | None = None) -> None:
+        lines = differences(identity, self.identity)
+        if pairing is not None:
+            # More partners are an extension: the pairs that are there stay.
+            old, new = ({f"pairing.{k}": v for k, v in p.items() if k != "partners"} for p in (pairing, self.pairing))
+            lines += differences(old, new)
+        if lines:
+            raise CacheError(
+                f"--out {self.out}: holds a cache with other settings:\n  "
+                + "\n  ".join(lines)
+                + "\nChoose another --out, or replace it with --overwrite."
+            )
+
+    def _drop_damaged(self, old: Manifest) -> bool:
+        """Remove shards that are not what was written, and with them the manifest that vouched for them."""
+        try:
+            check_files(self.out, old)
+        except CacheError as error:
+            print(f"damaged     {error}")
+            (self.out / MANIFEST).unlink()
+            for shard in old.shards:
+                path = self.out / shard["file"]
+                if path.exists() and file_hash(path) != shard["sha256"]:
+                    path.unlink()
+            return True
+        return False
+
+    def has(self, index: int, key: str) -> bool:
+        """Whether a complete shard with this content is there.
+
+        A crash while new shards were moved into place leaves some of them there already; they are
+        taken back to where this run writes.
+        """
+        for folder in dict.fromkeys((self.target, self.out)):
+            path = folder / shard_name(index)
+            if path.exists() and self._is_good(path, key):
+                if folder != self.target:
+                    shutil.copyfile(path, self.target / shard_name(index))
+                return True
+        return False
+
+    def _is_good(self, path: Path, key: str) -> bool:
+        metadata = read_metadata(path) or {}
+        if metadata.get("key") != key or metadata.get("identity") != self.identity:
+            return False
+        try:
+            check_table(pq.read_table(path, page_checksum_verification=True), path.name)
+        except (CacheError, OSError, pa.ArrowException):
+            return False
+        return True
+
+    def known_scores(self, wanted: set[str]) -> dict[str, np.ndarray]:
+        """Per-token scores that are on disk already, by sequence id."""
+        known: dict[str, np.ndarray] = {}
+        for folder in (self.out, self.out / _NEXT):
+            for path in _shards(folder):
+                if wanted - known.keys() and (read_metadata(path) or {}).get("identity") == self.identity:
+                    known.update(_scores_in(path, wanted))
+        return known
+
+    def write(self, index: int, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write one shard. Raises: CacheError: the disk does not take it."""
+        metadata = {"format": FORMAT, "key": key, "identity": self.identity}
+        write_shard(self.target / shard_name(index), rows, metadata)
+
+    def publish(self, count: int, sections: Mapping[str, Any], mark: str) -> None:
+        """Declare shards 0 to `count` - 1 the cache."""
+        names = [shard_name(i) for i in range(count)]
+        if self.target != self.out:
+            # From here until the manifest is written there is no cache; a crash in between loses no shard.
+            (self.out / MANIFEST).unlink(missing_ok=True)
+            for name in names:
+                (self.target / name).replace(self.out / name)
+        for path in _shards(self.out):
+            if f"train/{path.name}" not in names:
+                path.unlink()
+        for leftover in [*(self.out / "train").glob(".*.tmp"), *self.out.glob(".*.tmp")]:
+            leftover.unlink()
+        shutil.rmtree(self.out / _NEXT, ignore_errors=True)
+        write_manifest(self.out, sections, [self._entry(name) for name in names], mark)
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        path = self.out / name
+        rows = open_shard(path).metadata.num_rows
+        return {"file": name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_hash(path)}
+
+
+def _is_same(old: Manifest, mark: str, labels_hash: str, rows_per_shard: int) -> bool:
+    fits = max(int(shard["rows"]) for shard in old.shards) <= rows_per_shard
+    return fits and old.fingerprint == mark and old.data.get("labels_hash") == labels_hash
+
+
+def _scores_in(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
+    found = {}
+    file = open_shard(path)
+    for group in range(file.num_row_groups):
+        for row in decode_rows(file.read_row_group(group)):
+            scored = [(row["completion_ids"], row["ref_token_logps"])]
+            scored += list(zip(row["kl_completion_ids"], row["ref_kl_token_logps"], strict=True))
+            for ids, scores in scored:
+                key = sequence_id(row["prompt_ids"], ids)
+                if key in wanted:
+                    found[key] = scores
+    return found

@@ -1,0 +1,813 @@
+import copy
+import hashlib
+import json
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kto_core.errors import ConfigError, FeedbackError
+from kto_core.feedback import (
+    LABEL_WORDS,
+    FeedbackFields,
+    FeedbackRow,
+    parse_label,
+    parse_rating,
+    parse_record,
+    resolve_threshold,
+)
+from kto_core.feedback_formats import quoted
+
+WHERE = "feedback.jsonl:17"
+THUMB_UP, THUMB_DOWN = "\U0001f44d", "\U0001f44e"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def parse(record, **fields):
+    return parse_record(record, WHERE, FeedbackFields(**fields))
+
+
+def one(record, **fields):
+    (row,) = parse(record, **fields)
+    return row
+
+
+def pair(record, **fields):
+    chosen, rejected = parse(record, **fields)
+    assert (chosen.label, rejected.label) == (True, False)
+    assert chosen.prompt == rejected.prompt
+    assert chosen.pair_id == rejected.pair_id
+    assert re.fullmatch("[0-9a-f]{32}", chosen.pair_id)
+    return chosen.prompt, chosen.completion, rejected.completion
+
+
+def refusal(record, **fields):
+    with pytest.raises(FeedbackError) as caught:
+        parse(record, **fields)
+    message = str(caught.value)
+    assert message.startswith(WHERE + ": ")
+    assert "\n" not in message
+    return message
+
+
+# Labels
+
+
+@pytest.mark.parametrize("value", [True, 1, 1.0, "true", " True\n", "1", "GOOD", "Desirable", "thumbs_up", "up"])
+def test_label_desirable(value):
+    assert parse_label(value, WHERE, "label") is True
+
+
+@pytest.mark.parametrize("value", [False, 0, 0.0, -0.0, "FALSE", "0", "bad", "undesirable", "Thumbs_Down", "no"])
+def test_label_undesirable(value):
+    assert parse_label(value, WHERE, "label") is False
+
+
+def test_label_words_are_exactly_the_documented_ones():
+    pairs = "true/false 1/0 good/bad desirable/undesirable thumbs_up/thumbs_down up/down yes/no chosen/rejected"
+    expected = {}
+    for words in pairs.split():
+        desirable, undesirable = words.split("/")
+        expected |= {desirable: True, undesirable: False}
+    for selector in ("", "\ufe0f", "\ufe0e"):
+        expected |= {THUMB_UP + selector: True, THUMB_DOWN + selector: False}
+    assert expected == LABEL_WORDS
+    for word, label in expected.items():
+        assert parse_label(f" {word.upper()} ", WHERE, "label") is label
+
+
+NUMBERS = [math.nan, math.inf, 2, -1, 0.5, 4, 10**400]
+WORDS = ["maybe", "", " ", "up!", "1.0", "2", "t", "None", "nan", "true false"]
+SIGNS = ["good\ufe0f", "\ufe0f", THUMB_UP + "\U0001f3fd", THUMB_UP + THUMB_UP]
+OTHERS = [None, [], {}, [True], {"label": True}, b"true", ()]
+
+
+@pytest.mark.parametrize("value", [*NUMBERS, *WORDS, *SIGNS, *OTHERS])
+def test_label_refuses_everything_else(value):
+    with pytest.raises(FeedbackError, match=r"^feedback.jsonl:17: 'thumb' must be true or false, got "):
+        parse_label(value, WHERE, "thumb")
+
+
+def test_label_messages_say_what_to_do():
+    with pytest.raises(FeedbackError) as caught:
+        parse_label("up!", WHERE, "label")
+    assert str(caught.value) == (
+        "feedback.jsonl:17: 'label' must be true or false, got \"up!\". Thumbs data: write true for up, false for down."
+    )
+    with pytest.raises(FeedbackError, match=r"got 4\. If it is a rating, pass --label-field stars --rating-thr"):
+        parse_label(4, WHERE, "stars")
+
+
+def is_label(value):
+    """Slow second opinion: written from the rule, not from the code."""
+    if isinstance(value, str):
+        return any(value.strip().lower() == word for word in LABEL_WORDS)
+    return isinstance(value, bool | int | float) and any(value == number for number in (0, 1))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(json_values | st.sampled_from(sorted(LABEL_WORDS)) | st.sampled_from(["tru", "goodbad", "10", "no!"]))
+def test_parse_label_returns_for_labels_and_for_nothing_else(value):
+    if is_label(value):
+        assert isinstance(parse_label(value, WHERE, "label"), bool)
+    else:
+        with pytest.raises(FeedbackError):
+            parse_label(value, WHERE, "label")
+
+
+# Prompt, completion, label
+
+
+def test_plain_text_is_kept_as_it_is():
+    row = one({"prompt": " 2+2=", "completion": " 4\n", "label": "good", "id": 7})
+    assert row == FeedbackRow(WHERE, " 2+2=", " 4\n", True)
+    assert (row.pair_id, row.tools, row.template_kwargs) == (None, None, {})
+
+
+def test_empty_prompt_text_is_let_through():
+    assert one({"prompt": "", "completion": "x", "label": 0}).prompt == ""
+
+
+def test_conversation_sides():
+    row = one({"prompt": [system("s"), user("q")], "completion": [assistant("a")], "label": False})
+    assert row == FeedbackRow(WHERE, (system("s"), user("q")), (assistant("a"),), False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [([user("q")], "a"), ("q", [assistant("a")]), ("q", assistant("a")), (user("q"), "a")],
+)
+def test_text_beside_messages_becomes_a_message(prompt, completion):
+    row = one({"prompt": prompt, "completion": completion, "label": True})
+    assert (row.prompt, row.completion) == ((user("q"),), (assistant("a"),))
+
+
+def test_completion_that_repeats_the_prompt_is_cut():
+    row = one({"prompt": "q", "completion": [user("q"), assistant("a")], "label": True})
+    assert (row.prompt, row.completion) == ((user("q"),), (assistant("a"),))
+
+
+def test_completion_of_several_messages_with_a_tool_in_between():
+    call = assistant("", tool_calls=[{"function": {"name": "f", "arguments": {}}}])
+    turns = [call, {"role": "tool", "content": "3"}, assistant("It is 3.")]
+    row = one({"prompt": [user("q")], "completion": turns, "label": True})
+    assert row.completion == tuple(turns)
+    assert one({"prompt": "q", "completion": [user("q"), *turns], "label": True}).completion == tuple(turns)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        [user("q"), assistant("a")],  # not the prompt
+        [assistant("a"), user("b"), assistant("c")],
+        [assistant("a"), system("b"), assistant("c")],
+        [assistant("a"), user("b")],
+        [{"role": "tool", "content": "x"}],
+        [{"role": "model", "content": "x"}],
+    ],
+)
+def test_completion_with_other_speakers_is_refused(completion):
+    refusal({"prompt": [user("other")], "completion": completion, "label": True})
+
+
+def test_prompt_repeated_without_an_answer_is_refused():
+    assert "answers nothing" in refusal({"prompt": "q", "completion": [user("q")], "label": True})
+    assert "answers nothing" in refusal({"prompt": [user("q")], "completion": [user("q")], "label": True})
+
+
+@pytest.mark.parametrize("completion", ["", "  \n\t", [assistant("")], [assistant(" ")], assistant("")])
+def test_empty_completion_is_an_error(completion):
+    message = refusal({"prompt": "q", "completion": completion, "label": False})
+    assert "empty" in message
+    assert "remove the row" in message
+
+
+def test_empty_completion_with_tool_calls_is_fine():
+    calls = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    for content in ({}, {"content": None}, {"content": ""}):
+        row = one({"prompt": "q", "completion": [{"role": "assistant", "tool_calls": calls, **content}], "label": 1})
+        assert row.completion == (assistant("", tool_calls=calls),)
+    assert "content" in refusal({"prompt": "q", "completion": [{"role": "assistant", "tool_calls": []}], "label": 1})
+
+
+def test_missing_prompt_names_the_option():
+    message = refusal({"question": "q", "completion": "a", "label": True})
+    assert "no 'prompt'" in message
+    assert "--prompt-field" in message
+    assert '"question"' in message
+
+
+@pytest.mark.parametrize("value", [3, 1.5, True, [], [3], ["q"], [[]], [{}], {}, {"role": "user"}])
+def test_prompts_and_completions_of_other_types(value):
+    refusal({"prompt": value, "completion": "a", "label": True})
+    refusal({"prompt": "q", "completion": value, "label": True})
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user"},
+        {"content": "x"},
+        {"role": 3, "content": "x"},
+        {"role": None, "content": "x"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": 3},
+        {"role": "user", "content": {"text": "x"}},
+        {"role": "user", "content": ["x"]},
+        {"role": "user", "content": [{"type": "text"}]},
+    ],
+)
+def test_messages_need_a_role_and_a_content(message):
+    refusal({"messages": [message, assistant("a")], "label": True})
+
+
+def test_text_parts_are_joined_and_images_refused():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]
+    assert one({"messages": [{"role": "user", "content": parts}, assistant("c")], "label": 1}).prompt == (user("ab"),)
+    parts = [*parts, {"type": "image_url", "image_url": {"url": "x" * 1000}}]
+    message = refusal({"messages": [{"role": "user", "content": parts}, assistant("c")], "label": 1})
+    assert "Multimodal" in message
+    assert len(message) < 300
+    assert "Multimodal" in refusal({"prompt": "q", "completion": "a", "label": True, "images": ["x.png"]})
+    assert one({"prompt": "q", "completion": "a", "label": True, "images": []}).label is True
+
+
+def test_unknown_roles_and_other_keys_are_kept_and_nulls_dropped():
+    odd = {"role": "ipython", "content": "1", "name": "n", "thinking": None}
+    row = one({"messages": [user("q"), odd, assistant("a", weight=1)], "label": 1})
+    assert row.prompt == (user("q"), {"role": "ipython", "content": "1", "name": "n"})
+    assert row.completion == (assistant("a", weight=1),)
+
+
+# Messages and ShareGPT
+
+
+def test_messages_end_with_the_completion():
+    row = one({"messages": [user("a"), assistant("b"), user("c"), assistant("d")], "label": False})
+    assert row.prompt == (user("a"), assistant("b"), user("c"))
+    assert row.completion == (assistant("d"),)
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+@pytest.mark.parametrize("turns", [[user("a")], [assistant("a"), user("b")], [assistant("a")], [], "text", 3])
+def test_conversations_that_do_not_end_in_an_answer(key, turns):
+    assert key in refusal({key: turns, "label": True})
+
+
+@pytest.mark.parametrize("speaker", ["gpt", "assistant", "chatgpt", "bing", "bard", "model", "GPT"])
+def test_sharegpt_roles(speaker):
+    turns = [
+        ("system", "s"),
+        ("human", "a"),
+        (speaker, "b"),
+        ("observation", "c"),
+        ("user", "d"),
+        (speaker, "e"),
+    ]
+    expected = [("system", "s"), ("user", "a"), ("assistant", "b"), ("tool", "c"), ("user", "d")]
+    for role, content in (("from", "value"), ("role", "content")):
+        row = one({"conversations": [{role: who, content: text} for who, text in turns], "kto_tag": True})
+        assert [(m["role"], m["content"]) for m in row.prompt] == expected
+        assert row.completion == (assistant("e"),)
+
+
+def test_sharegpt_tool_roles_and_strangers():
+    names = ["human", "tool", "function_response", "function_call"]
+    turns = [{"from": name, "value": "x"} for name in [*names, "gpt"]]
+    row = one({"conversations": turns, "label": False})
+    assert [m["role"] for m in row.prompt] == ["user", "tool", "tool", "function_call"]
+
+
+def test_role_names_of_messages_are_not_translated():
+    turns = [{"role": "human", "content": "x"}, assistant("a")]
+    assert one({"messages": turns, "label": True}).prompt[0]["role"] == "human"
+
+
+def test_system_column_leads_a_conversation():
+    turns = [user("q"), assistant("a")]
+    assert one({"conversations": turns, "system": "s", "label": True}).prompt == (system("s"), user("q"))
+    assert one({"conversations": turns, "system": "", "label": True}).prompt == (user("q"),)
+    own = [system("s"), *turns]
+    assert one({"messages": own, "system": "s", "label": True}).prompt == (system("s"), user("q"))
+    assert "system" in refusal({"messages": own, "system": "other", "label": True})
+    assert "system" in refusal({"prompt": "q", "completion": "a", "system": "s", "label": True})
+
+
+# Labels of a record
+
+
+def test_kto_tag_and_label_must_agree():
+    record = {"prompt": "q", "completion": "a", "label": True}
+    assert one({**record, "kto_tag": "yes"}).label is True
+    assert one({**record, "kto_tag": None}).label is True
+    assert "contradict" in refusal({**record, "kto_tag": False})
+
+
+def test_missing_label_lists_the_columns():
+    message = refusal({"prompt": "q", "completion": "a", "label": None, "liked": True})
+    assert "no 'label'" in message
+    assert '["prompt", "completion", "liked"]' in message
+    assert "--label-field" in message
+
+
+def test_label_field_replaces_the_usual_names():
+    record = {"prompt": "q", "completion": "a", "label": True, "liked": False}
+    assert one(record, label="liked").label is False
+    assert "'lkied'" in refusal(record, label="lkied")
+
+
+def test_field_options():
+    record = {"question": "q", "answer": "a", "good": 1, "messages": [user("x"), assistant("y")]}
+    row = one(record, prompt="question", completion="answer", label="good")
+    assert (row.prompt, row.completion, row.label) == ("q", "a", True)
+    assert "--prompt-field" in refusal(record, completion="answer", label="good")
+    assert one(record, label="good").completion == (assistant("y"),)
+    assert "--completion-field" in refusal({"question": "q", "good": 1}, prompt="question", completion="answer")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"text": "x", "label": True},
+        {"prompt": "q", "label": True},
+        {"prompt": "q", "chosen": "a", "label": True},
+        {"prompt": "q", "rejected": "a"},
+        {"instruction": "q", "label": True},
+        {"prompt": None, "completion": None, "label": None},
+    ],
+)
+def test_unknown_formats(record):
+    assert "found" in refusal(record)
+
+
+def test_formats_are_recognised_record_by_record():
+    nothing = dict.fromkeys(["prompt", "completion", "messages", "chosen", "rejected", "instruction", "output"])
+    assert one({**nothing, "prompt": "q", "completion": "a", "label": True}).completion == "a"
+    assert one({**nothing, "messages": [user("q"), assistant("a")], "label": True}).prompt == (user("q"),)
+    assert one({**nothing, "instruction": "q", "output": "a", "label": True}, chat_template=False).prompt == "q"
+    assert pair({**nothing, "prompt": "q", "chosen": "a", "rejected": "b"}) == ("q", "a", "b")
+
+
+# Ratings
+
+
+def rated(rating, **more):
+    return {"prompt": "q", "completion": "a", "rating": rating, **more}
+
+
+@pytest.mark.parametrize(
+    ("rating", "label"), [(5, True), (4, True), (4.0, True), ("4", True), (3.9, False), ("-1e1", False)]
+)
+def test_rating_at_the_threshold_is_desirable(rating, label):
+    assert one(rated(rating), rating_threshold=4.0).label is label
+
+
+def test_rating_wins_over_a_label_only_with_a_threshold():
+    assert one(rated(5, label=False), rating_threshold=4.0).label is True
+    assert one(rated(5, label=False)).label is False
+
+
+def test_rating_without_threshold_or_label():
+    message = refusal(rated(4))
+    assert "--rating-threshold 4" in message
+    assert "median" in message
+
+
+@pytest.mark.parametrize("rating", [True, None, "good", "", "1_0", "nan", "inf", math.nan, math.inf, [4], {}, 10**400])
+def test_what_is_no_rating(rating):
+    assert "rating" in refusal(rated(rating, label=True), rating_threshold=4.0)
+
+
+def test_label_field_names_the_rating():
+    fields = FeedbackFields(label="stars", rating_threshold=3)
+    record = {"prompt": "q", "completion": "a", "stars": "3.5"}
+    assert parse_rating(record, WHERE, fields) == 3.5
+    assert parse_record(record, WHERE, fields)[0].label is True
+
+
+def test_ratings_do_not_touch_pairs():
+    assert pair({"prompt": "q", "chosen": "a", "rejected": "b"}, rating_threshold=4.0)[0] == "q"
+
+
+@pytest.mark.parametrize("threshold", [math.nan, math.inf])
+def test_threshold_must_be_finite(threshold):
+    with pytest.raises(ConfigError):
+        FeedbackFields(rating_threshold=threshold)
+
+
+def test_resolve_threshold_number_reads_no_record():
+    def never():
+        raise AssertionError("read")
+        yield
+
+    assert resolve_threshold(" 3.5 ", never()) == 3.5
+
+
+@pytest.mark.parametrize("text", ["", "nan", "inf", "mean", "4 stars", "1e999"])
+def test_resolve_threshold_refuses_other_text(text):
+    with pytest.raises(ConfigError, match="--rating-threshold"):
+        resolve_threshold(text, [])
+
+
+def test_resolve_threshold_median():
+    ratings = [1, "5", 4.0, 2, None]
+    records = [(f"f:{i}", rated(rating)) for i, rating in enumerate(ratings)]
+    records.append(("f:9", {"prompt": "q", "chosen": "a", "rejected": "b", "rating": 100}))
+    assert resolve_threshold("Median", records) == 3.0
+    stars = [("f:1", {"stars": 7})]
+    assert resolve_threshold("median", stars, FeedbackFields(label="stars")) == 7.0
+    with pytest.raises(ConfigError, match=r"no record has a 'rating'\."):
+        resolve_threshold("median", stars)
+    with pytest.raises(FeedbackError, match=r"^f:2: 'rating' must be a number"):
+        resolve_threshold("median", [("f:1", rated(1)), ("f:2", rated("five"))])
+
+
+# Alpaca
+
+ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3", "kto_tag": True}
+
+
+def test_alpaca_as_a_conversation():
+    row = one({**ALPACA, "system": "s", "history": [["a", "b"], ("c", "d")]})
+    history = (user("a"), assistant("b"), user("c"), assistant("d"))
+    assert row.prompt == (system("s"), *history, user("Add.\n1 2"))
+    assert row.completion == (assistant("3"),)
+
+
+def test_alpaca_as_text():
+    row = one({**ALPACA, "system": "s", "history": [["a", "b"]]}, chat_template=False)
+    assert (row.prompt, row.completion) == ("s\n\na\n\nb\n\nAdd.\n\n1 2", "3")
+    assert one(ALPACA, chat_template=False).prompt == "Add.\n\n1 2"
+
+
+@pytest.mark.parametrize("more", [{"input": ""}, {"input": None}, {"input": "", "system": "", "history": []}])
+def test_alpaca_without_input(more):
+    assert one({**ALPACA, **more}).prompt == (user("Add."),)
+    assert one({**ALPACA, **more}, chat_template=False).prompt == "Add."
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"input": 3},
+        {"system": 1},
+        {"history": "x"},
+        {"history": [["a"]]},
+        {"history": [[1, 2]]},
+        {"output": " "},
+    ],
+)
+def test_alpaca_refusals(more):
+    refusal({**ALPACA, **more})
+
+
+def test_alpaca_pair():
+    record = {"instruction": "q", "system": "s", "chosen": "a", "rejected": "b"}
+    assert pair(record) == ((system("s"), user("q")), (assistant("a"),), (assistant("b"),))
+    assert pair(record, chat_template=False) == ("s\n\nq", "a", "b")
+
+
+# Pairs
+
+
+def test_pair_of_text_and_its_id():
+    record = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert pair(record) == ("q", "a", "b")
+    ids = {parse(other)[0].pair_id for other in (record, {**record, "note": 1}, dict(reversed(record.items())))}
+    assert ids == {parse_record(record, "elsewhere:1", FeedbackFields())[0].pair_id}
+    assert parse({**record, "chosen": "c"})[0].pair_id not in ids
+    assert parse({**record, "chosen": "b", "rejected": "a"})[0].pair_id not in ids
+    assert parse({**record, "prompt": "r"})[0].pair_id not in ids
+
+
+def test_pair_id_hashes_the_canonical_content():
+    canonical = '["q\u00e9","a","b"]'.encode()
+    expected = hashlib.sha256(canonical).hexdigest()[:32]
+    assert parse({"prompt": "q\u00e9", "chosen": "a", "rejected": "b"})[0].pair_id == expected
+
+
+def test_pair_of_messages_with_and_without_the_prompt():
+    expected = ((user("q"),), (assistant("a"),), (assistant("b"),))
+    whole = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
+    bare = {"chosen": [assistant("a")], "rejected": [assistant("b")]}
+    ids = set()
+    for prompt in ({"prompt": "q"}, {"prompt": [user("q")]}):
+        for record in (whole, bare, {"chosen": "a", "rejected": [assistant("b")]}):
+            assert pair({**prompt, **record}) == expected
+            ids.add(parse({**prompt, **record})[0].pair_id)
+    assert pair(whole) == expected
+    assert len(ids | {parse(whole)[0].pair_id}) == 1
+
+
+def test_pair_with_text_prompt_inside_a_longer_conversation():
+    begin = [system("s"), user("q"), assistant("x"), user("y")]
+    record = {"prompt": "q", "chosen": [*begin, assistant("a")], "rejected": [*begin, assistant("b")]}
+    assert pair(record) == (tuple(begin), (assistant("a"),), (assistant("b"),))
+    assert "does not repeat the prompt" in refusal({**record, "prompt": "other"})
+    record["rejected"] = [user("q"), assistant("b")]
+    assert "different prompts" in refusal(record)
+
+
+def test_pair_ignores_a_messages_column_that_repeats_chosen():
+    whole = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
+    assert pair({**whole, "prompt": "q", "messages": whole["chosen"]})[0] == (user("q"),)
+    assert pair({**whole, "messages": whole["chosen"]})[0] == (user("q"),)
+
+
+def test_pair_with_sharegpt_prompt():
+    record = {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    }
+    assert pair(record) == ((user("q"),), (assistant("a"),), (assistant("b"),))
+
+
+def test_pair_of_messages_with_a_shared_beginning():
+    begin = [system("s"), user("q"), assistant("x"), user("y")]
+    record = {"chosen": [*begin, assistant("a")], "rejected": [*begin, assistant("b")]}
+    assert pair(record) == (tuple(begin), (assistant("a"),), (assistant("b"),))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        (
+            [user("q"), assistant("a"), user("r"), assistant("c")],
+            [user("q"), assistant("b"), user("r"), assistant("c")],
+        ),
+        ([user("q"), assistant("a")], [user("q"), assistant("a"), user("r"), assistant("b")]),
+        ([user("q"), assistant("a")], [user("r"), assistant("b")]),
+        ([assistant("a")], [assistant("b")]),
+        ([user("q"), user("a")], [user("q"), assistant("b")]),
+        ([user("q"), assistant("a")], [user("q")]),
+        ([user("q"), assistant("a")], "b"),
+        ([user("q"), assistant("a")], [user("q"), assistant(" ")]),
+    ],
+)
+def test_pairs_without_a_usable_beginning(chosen, rejected):
+    refusal({"chosen": chosen, "rejected": rejected})
+    refusal({"chosen": rejected, "rejected": chosen})
+
+
+def test_pair_where_one_side_goes_on_names_that_side():
+    first = [user("q"), assistant("a")]
+    message = refusal({"chosen": first, "rejected": [*first, user("r"), assistant("b")]})
+    assert "after the 1 messages" in message
+    assert "'rejected' must hold one message of the assistant" in message
+
+
+HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?\n\nAssistant:"
+
+
+def test_pair_of_text_turns():
+    assert pair({"chosen": HH + " Yes.", "rejected": HH + " Yet."}) == (HH, " Yes.", " Yet.")
+    # A marker that only one side has belongs to its answer.
+    odd = " Yes.\n\nAssistant: More."
+    assert pair({"chosen": HH + odd, "rejected": HH + " No."}) == (HH, odd, " No.")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "part"),
+    [
+        ("The sky is blue.", "The sky is green.", "Add a prompt"),
+        (HH + " a", "\n\nHuman: other\n\nAssistant: b", "Add a prompt"),
+        (HH + " a\n\nHuman: x\n\nAssistant: b", HH + " c", "'chosen' goes on"),
+        (HH + " a", HH + " c\n\nHuman: x\n\nAssistant: b", "'rejected' goes on"),
+        (HH + " a", HH, "'rejected' is empty"),
+        (HH + " ", HH + " a", "'chosen' is empty"),
+        (HH + " a", HH + " a", "the same"),
+    ],
+)
+def test_text_pairs_without_a_usable_beginning(chosen, rejected, part):
+    assert part in refusal({"chosen": chosen, "rejected": rejected})
+
+
+@given(st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:", " a", " b", "\n\n"]), max_size=8), st.data())
+def test_shared_text_is_the_last_shared_marker(begin, data):
+    tails = st.lists(st.sampled_from([" a", " b", "\n\nAssistant:", "\n\nHuman:", "\n\nAss"]), max_size=4)
+    chosen, rejected = ("".join(begin + data.draw(tails)) for _ in range(2))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+        min(len(chosen), len(rejected)),
+    )
+    cut = chosen[:same].rfind("\n\nAssistant:") + len("\n\nAssistant:")
+    try:
+        rows = parse({"chosen": chosen, "rejected": rejected})
+    except FeedbackError:
+        tails_ = chosen[cut:], rejected[cut:]
+        usable = "\n\nAssistant:" in chosen[:same] and all(t.strip() and "\n\nHuman:" not in t for t in tails_)
+        assert not usable or chosen == rejected
+    else:
+        assert [(r.prompt, r.completion) for r in rows] == [
+            (chosen[:cut], chosen[cut:]),
+            (chosen[:cut], rejected[cut:]),
+        ]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "a"},
+        {"prompt": "q", "chosen": "a", "rejected": [assistant("a")]},
+        {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": "a"},
+        {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("a")]},
+    ],
+)
+def test_pairs_that_contradict_themselves(record):
+    assert "the same" in refusal(record)
+
+
+def test_completion_beside_a_pair_is_ambiguous():
+    record = {"prompt": "q", "completion": "c", "label": True, "chosen": "a", "rejected": "b"}
+    assert "--completion-field completion" in refusal(record)
+    assert one(record, completion="completion").completion == "c"
+
+
+def test_pair_with_a_named_prompt_and_empty_side():
+    assert pair({"question": "q", "chosen": "a", "rejected": "b"}, prompt="question")[0] == "q"
+    assert "'rejected' is empty" in refusal({"prompt": "q", "chosen": "a", "rejected": ""})
+
+
+# Tools and template arguments
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"x": None}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_tools(tools):
+    row = one({"messages": [user("q"), assistant("a")], "label": 1, "tools": tools})
+    assert row.tools == (TOOL,)
+
+
+@pytest.mark.parametrize("tools", [None, "", [], "[]"])
+def test_no_tools(tools):
+    assert one({"prompt": "q", "completion": "a", "label": 1, "tools": tools}).tools is None
+
+
+@pytest.mark.parametrize("tools", [3, "x", "{}", {}, [3], "[3]", {"a": 1}])
+def test_what_are_no_tools(tools):
+    assert "'tools'" in refusal({"messages": [user("q"), assistant("a")], "label": 1, "tools": tools})
+
+
+def test_tools_beside_plain_text():
+    assert "'tools'" in refusal({"prompt": "q", "completion": "a", "label": 1, "tools": [TOOL]})
+
+
+@pytest.mark.parametrize("kwargs", [{"thinking": False, "effort": None}, '{"thinking": false}'])
+def test_template_kwargs(kwargs):
+    row = one({"messages": [user("q"), assistant("a")], "label": 1, "chat_template_kwargs": kwargs})
+    assert row.template_kwargs == {"thinking": False}
+
+
+@pytest.mark.parametrize("kwargs", [3, "x", [], "[]"])
+def test_what_are_no_template_kwargs(kwargs):
+    refusal({"messages": [user("q"), assistant("a")], "label": 1, "chat_template_kwargs": kwargs})
+
+
+# All records
+
+
+def test_lone_surrogates_are_refused_before_a_tokenizer_meets_them():
+    record = json.loads('{"prompt": "q", "completion": "well \\ud83d", "label": true}')
+    message = refusal(record)
+    assert "surrogate" in message
+    assert message.isascii()
+    turns = {"messages": [user("q"), assistant("a")], "label": True}
+    refusal({**turns, "tools": [{"name": "\ud83d"}]})
+    refusal({**turns, "chat_template_kwargs": {"x": "\ud83d"}})
+    refusal({"messages": [user("q"), assistant("a", name="\ud83d")], "label": True})
+
+
+def test_values_outside_of_json_and_deep_nesting_are_refused():
+    refusal({"messages": [user("q"), assistant("a", seen={1, 2})], "label": True})
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert "nested" in refusal({"messages": [user("q"), assistant("a", extra=deep)], "label": True})
+    while deep:  # let go of it level by level
+        deep = deep.pop()
+
+
+def test_rows_share_nothing_with_the_record():
+    record = {
+        "messages": [user("q"), assistant("a", tool_calls=[{"function": {"name": "f"}}])],
+        "tools": [copy.deepcopy(TOOL)],
+        "chat_template_kwargs": {"x": [1]},
+        "label": True,
+    }
+    before = copy.deepcopy(record)
+    row = one(record)
+    assert record == before
+    record["messages"][1]["tool_calls"][0]["function"]["name"] = "g"
+    record["tools"][0]["function"]["name"] = "g"
+    record["chat_template_kwargs"]["x"].append(2)
+    assert row == one(before)
+
+
+def test_echoed_values_are_short_and_harmless():
+    message = refusal({"prompt": "q", "completion": "a", "label": "\u202e\x1b[31m\n" + "x" * 10_000})
+    assert len(message) < 220
+    assert "\\u202e\\u001b" in message
+    assert quoted("caf\u00e9") == '"caf\u00e9"'
+    assert quoted(object()) == "a value of type object"
+
+
+KEYS = [
+    "prompt",
+    "completion",
+    "label",
+    "kto_tag",
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+]
+KEYS += [
+    "system",
+    "history",
+    "chosen",
+    "rejected",
+    "rating",
+    "tools",
+    "chat_template_kwargs",
+    "images",
+    "other",
+]
+texts = st.sampled_from(["", " ", "a", "b", HH + " a", HH + " b", "true", "4", "[]", "{}"])
+roles = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "x"]) | st.integers()
+messages = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": roles,
+        "from": roles,
+        "content": texts | json_values,
+        "value": texts,
+        "tool_calls": json_values | st.just([{"id": 1}]),
+    },
+)
+turns = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.sampled_from("ab")), max_size=3).map(
+    lambda pairs: [{"role": role, "content": text} for role, text in pairs]
+)
+columns = json_values | texts | turns | st.lists(messages, max_size=3) | messages
+records = st.dictionaries(st.sampled_from(KEYS), columns, max_size=7)
+options = st.builds(
+    FeedbackFields,
+    prompt=st.sampled_from([None, "input"]),
+    completion=st.sampled_from([None, "output"]),
+    label=st.sampled_from([None, "other"]),
+    rating_threshold=st.sampled_from([None, 3.0]),
+    chat_template=st.booleans(),
+)
+
+
+def rows_or_refusal(record, fields):
+    try:
+        return parse_record(record, WHERE, fields), None
+    except FeedbackError as error:
+        return [], str(error)
+
+
+@given(records, options)
+def test_parse_record_returns_good_rows_or_raises_feedback_error(record, fields):
+    before = json.dumps(record)
+    rows, message = rows_or_refusal(record, fields)
+    assert json.dumps(record) == before
+    assert rows == rows_or_refusal(json.loads(before), fields)[0]
+    assert message is None or (message.startswith(WHERE + ": ") and message.isprintable())
+    for row in rows:
+        assert type(row.prompt) is type(row.completion)
+        assert row.label is True or row.label is False
+        said = row.completion if isinstance(row.completion, str) else row.completion[-1]["content"]
+        assert said.strip() or row.completion[-1]["tool_calls"]
+        for message in () if isinstance(row.prompt, str) else row.prompt + row.completion:
+            assert isinstance(message["role"], str)
+            assert isinstance(message["content"], str)
+    assert [row.label for row in rows if row.pair_id] in ([], [True, False])
+
+
+@given(st.text(), st.text().filter(lambda text: text.strip()), st.booleans())
+def test_any_text_comes_through_unchanged(prompt, completion, label):
+    row = one({"prompt": prompt, "completion": completion, "label": label})
+    assert (row.prompt, row.completion, row.label) == (prompt, completion, label)

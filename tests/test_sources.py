@@ -1,0 +1,645 @@
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kto_core.errors import FeedbackError
+from kto_core.feedback import FeedbackFields, parse_record
+from precompute.sources import SourceFile, describe_source, read_records
+
+ROWS = [
+    {"prompt": "2+2=", "completion": " 4", "label": True},
+    {"prompt": "caf\u00e9, \u4f60\u597d", "completion": 'a "b",\nc', "label": False},
+    {"prompt": "x", "completion": "y\tz", "label": True},
+]
+
+
+def read(path, **options):
+    return list(read_records(str(path), **options))
+
+
+def save(path, content):
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def refusal(path, start=None):
+    """The message of the error, which begins with the place, is one line and can be printed."""
+    with pytest.raises(FeedbackError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert message.startswith(f"{os.path.basename(path) if start is None else start}: ")
+    assert message.isprintable()
+    return message
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def as_csv(rows, delimiter=",", lineterminator="\r\n"):
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter, lineterminator=lineterminator)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def parquet(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+# JSON lines
+
+
+def test_jsonl_lines_are_numbered_with_blank_ones(tmp_path):
+    lines = [json.dumps(row) for row in ROWS]
+    path = save(tmp_path / "f.jsonl", f"{lines[0]}\n\n{lines[1]}\r\n  \n{lines[2]}")
+    assert read(path) == [("f.jsonl:1", ROWS[0]), ("f.jsonl:3", ROWS[1]), ("f.jsonl:5", ROWS[2])]
+
+
+def test_other_line_breaks_stay_inside_their_line(tmp_path):
+    row = {"prompt": "a\u2028b\x0c\x85", "completion": "c\u2029", "label": True}
+    path = save(tmp_path / "f.ndjson", json.dumps(row, ensure_ascii=False) + "\n" + jsonl(ROWS))
+    assert [where for where, _ in read(path)] == ["f.ndjson:1", "f.ndjson:2", "f.ndjson:3", "f.ndjson:4"]
+    assert read(path)[0][1] == row
+
+
+def test_limit_reads_no_further(tmp_path):
+    path = save(tmp_path / "f.jsonl", jsonl(ROWS[:2]) + "broken\n")
+    assert [row for _, row in read(path, limit=2)] == ROWS[:2]
+    assert read(path, limit=0) == []
+    assert "f.jsonl:3: not valid JSON" in refusal(path, "f.jsonl:3")
+
+
+def test_jsonl_streams(tmp_path):
+    path = save(tmp_path / "f.jsonl", jsonl(ROWS[:1]) + "broken\n")
+    records = read_records(str(path))
+    assert next(records) == ("f.jsonl:1", ROWS[0])
+    with pytest.raises(FeedbackError, match=r"^f.jsonl:2: "):
+        next(records)
+
+
+@pytest.mark.parametrize("line", ["{'prompt': 1}", '{"a": 1,}', '{"a": 1} x', "{", '{"a": 1}{"a": 2}', "NULL", '"a'])
+def test_bad_json_in_the_middle_names_line_and_column(tmp_path, line):
+    message = refusal(save(tmp_path / "f.jsonl", f"{jsonl(ROWS)}{line}\n{jsonl(ROWS)}"), "f.jsonl:4")
+    assert "not valid JSON" in message
+    assert "(column " in message
+
+
+@pytest.mark.parametrize("line", ["3", "null", "[1]", '"text"', "true", "NaN"])
+def test_jsonl_items_must_be_objects(tmp_path, line):
+    assert f"got {line}" in refusal(save(tmp_path / "f.jsonl", f"{jsonl(ROWS)}{line}\n"), "f.jsonl:4")
+
+
+def test_every_truncation_of_the_last_line_is_noticed(tmp_path):
+    last = json.dumps({"prompt": "q \u00e9 {x}", "n": [1, 2], "label": True}, ensure_ascii=False).encode()
+    for size in range(1, len(last)):
+        path = save(tmp_path / "f.jsonl", jsonl(ROWS).encode() + last[:size])
+        assert "cut off" in refusal(path, "f.jsonl:4"), last[:size]
+    assert len(read(save(path, jsonl(ROWS).encode() + last))) == 4
+
+
+def test_jsonl_that_is_an_array(tmp_path):
+    assert "end in .json" in refusal(save(tmp_path / "f.jsonl", json.dumps(ROWS, indent=1)), "f.jsonl:1")
+
+
+def test_deep_nesting_and_huge_numbers(tmp_path):
+    for line in ('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", '{"a": ' + "9" * 5000 + "}"):
+        assert len(refusal(save(tmp_path / "f.jsonl", jsonl(ROWS) + line + "\n"), "f.jsonl:4")) < 300
+        assert len(refusal(save(tmp_path / "f.json", jsonl(ROWS) + line + "\n"), "f.json:4")) < 300
+        assert len(refusal(save(tmp_path / "f.json", f"[{{}},\n{line}]"), "f.json:2")) < 300
+
+
+# JSON
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_array_items_have_the_line_they_begin_on(tmp_path, indent):
+    text = "\n" + json.dumps(ROWS, indent=indent) + "\n"
+    lines = [2, 2, 2] if indent is None else [3, 8, 13]
+    assert read(save(tmp_path / "f.json", text)) == [(f"f.json:{n}", row) for n, row in zip(lines, ROWS, strict=True)]
+
+
+def test_json_array_laid_out_oddly(tmp_path):
+    path = save(tmp_path / "f.json", '[{"a": 1}\n\n,\n {"a":\n 2}, {"a": 3}\n]')
+    assert read(path) == [("f.json:1", {"a": 1}), ("f.json:4", {"a": 2}), ("f.json:5", {"a": 3})]
+
+
+def test_json_suffix_with_json_lines(tmp_path):
+    assert read(save(tmp_path / "f.json", "\n" + jsonl(ROWS)))[2] == ("f.json:4", ROWS[2])
+    pretty = "\n".join(json.dumps(row, indent=2) for row in ROWS)
+    assert [where for where, _ in read(save(tmp_path / "f.json", pretty))] == [
+        "f.json:1",
+        "f.json:6",
+        "f.json:11",
+    ]
+    assert read(save(tmp_path / "f.json", json.dumps(ROWS[0]))) == [("f.json:1", ROWS[0])]
+
+
+@pytest.mark.parametrize("key", ["data", "train", "rows"])
+def test_json_with_a_wrapper_says_what_is_expected(tmp_path, key):
+    message = refusal(save(tmp_path / "f.json", json.dumps({"version": 1, key: ROWS})), "f.json:1")
+    assert "an array of records" in message
+    assert f"jq .{key}" in message
+
+
+def test_a_data_column_is_no_wrapper(tmp_path):
+    rows = [{"data": [1]}, {"data": [2]}]
+    assert [row for _, row in read(save(tmp_path / "f.json", jsonl(rows)))] == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "part"),
+    [
+        ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', 3, "Expecting ',' or ']'"),
+        ('[{"a": 1},\n{"a": }]', 2, "not valid JSON"),
+        ('[{"a": 1},\n{"a": "x\ny"}]', 2, "not valid JSON"),
+        ('[{"a": 1},\n]', 2, "not valid JSON"),
+        ('[{"a": 1},\n\n3]', 3, "must be a JSON object, got 3"),
+        ('[{"a": 1}]\n\n[]', 3, "follows the array"),
+        ('{"a": 1}\n{"a": }\n{"a": 2}\n', 2, "not valid JSON"),
+        ('{"a": 1}\n3\n', 2, "must be a JSON object, got 3"),
+        ("text\n", 1, "not valid JSON"),
+    ],
+)
+def test_broken_json_names_the_line(tmp_path, text, line, part):
+    assert part in refusal(save(tmp_path / "f.json", text), f"f.json:{line}")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_every_truncation_of_an_array_is_noticed(tmp_path, indent):
+    text = json.dumps([{"a": "x {y}"}, {"b": [1, True]}], indent=indent)
+    for size in range(1, len(text)):
+        path = save(tmp_path / "f.json", text[:size])
+        assert "cut off" in refusal(path, f"f.json:{1 + text[:size].rstrip().count(chr(10))}"), text[:size]
+
+
+# CSV
+
+
+def test_csv_records_have_the_line_they_begin_on(tmp_path):
+    rows = [{**row, "label": str(row["label"])} for row in ROWS]
+    path = save(tmp_path / "f.csv", as_csv(rows))
+    assert read(path) == [("f.csv:2", rows[0]), ("f.csv:3", rows[1]), ("f.csv:5", rows[2])]
+    path = save(tmp_path / "f.tsv", "\n" + as_csv(rows, "\t", "\n").replace("\nx", "\n\nx"))
+    assert read(path) == [("f.tsv:3", rows[0]), ("f.tsv:4", rows[1]), ("f.tsv:7", rows[2])]
+
+
+def test_csv_empty_cells_are_none_and_the_index_of_pandas_is_left_out(tmp_path):
+    path = save(tmp_path / "f.csv", ', prompt ,label,chosen\n0,q,,""\n1,r,0, \n')
+    assert [row for _, row in read(path)] == [
+        {"prompt": "q", "label": None, "chosen": None},
+        {"prompt": "r", "label": "0", "chosen": " "},
+    ]
+
+
+def test_csv_cells_longer_than_the_default_limit(tmp_path):
+    row = {"prompt": "q", "completion": "x" * 300_000}
+    assert read(save(tmp_path / "f.csv", as_csv([row]))) == [("f.csv:2", row)]
+
+
+def test_csv_parses_json_in_message_columns_only(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    cell = json.dumps(turns)
+    row = {"messages": cell, "conversations": " " + cell, "prompt": cell, "completion": cell}
+    assert read(save(tmp_path / "f.csv", as_csv([row])))[0][1] == {
+        "messages": turns,
+        "conversations": turns,
+        "prompt": cell,
+        "completion": cell,
+    }
+    path = save(tmp_path / "f.csv", as_csv([{"messages": str(turns), "label": "good"}]))
+    assert "json.dumps" in refusal(path, "f.csv:2")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "part"),
+    [
+        ("prompt;label\na;1\n", 1, 'the single column "prompt;label". Separate columns by commas'),
+        ("prompt\tlabel\na\t1\n", 1, "commas"),
+        ("a,b,a\n1,2,3\n", 1, 'two columns have the name "a"'),
+        ("a,b\n1,2\n\n3\n", 4, "1 cells under a header of 2"),
+        ("a,b\n1,2,3\n", 2, "3 cells under a header of 2"),
+        ('a,b\n"1\n2",3\n4,"5\n6', 4, "never closed"),
+        ('a,b\n"1"2,3\n', 2, "quotes"),
+        ("a,b\n1,2\r3,4\n", 2, "carriage return"),
+    ],
+)
+def test_broken_csv_names_the_line(tmp_path, text, line, part):
+    assert part in refusal(save(tmp_path / "f.csv", text), f"f.csv:{line}")
+
+
+# Encodings, gzip, empty files
+
+
+@pytest.mark.parametrize("name", ["f.jsonl", "f.json", "f.csv"])
+def test_byte_order_mark_is_skipped(tmp_path, name):
+    text = {"f.jsonl": '{"a": "1", "b": "2"}', "f.json": '[{"a": "1", "b": "2"}]', "f.csv": "a,b\n1,2"}[name]
+    assert read(save(tmp_path / name, text.encode("utf-8-sig")))[0][1] == {"a": "1", "b": "2"}
+
+
+@pytest.mark.parametrize("name", ["f.jsonl", "f.json", "f.csv", "f.jsonl.gz"])
+def test_other_encodings_are_named_with_the_line(tmp_path, name):
+    text = "a,b\n1,2\n\u00e9,3\n" if name == "f.csv" else '{"a": 1}\n{"a": 2}\n{"a": "\u00e9t\u00e9"}\n'
+    content = text.encode("latin1")
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    message = refusal(save(tmp_path / name, content), f"{name}:3")
+    assert "not UTF-8 (byte 0xe9)" in message
+    assert "iconv -f latin1 -t utf-8" in message
+
+
+def test_utf_16_is_named(tmp_path):
+    assert "iconv -f utf-16" in refusal(save(tmp_path / "f.jsonl", jsonl(ROWS).encode("utf-16")), "f.jsonl:1")
+
+
+@pytest.mark.parametrize("name", ["f.jsonl.gz", "f.json.gz", "f.csv.gz", "F.TSV.GZ"])
+def test_gzip(tmp_path, name):
+    text = {
+        "jsonl": '{"a": "1", "b": "2"}\n',
+        "json": '[\n{"a": "1", "b": "2"}]',
+        "csv": "a,b\n1,2\n",
+        "TSV": "a\tb\n1\t2",
+    }
+    path = save(tmp_path / name, gzip.compress(text[name.split(".")[1]].encode()))
+    assert read(path) == [(f"{name}:{1 if 'jsonl' in name else 2}", {"a": "1", "b": "2"})]
+
+
+def test_broken_gzip(tmp_path):
+    packed = gzip.compress(jsonl(ROWS * 50).encode())
+    assert "cut off" in refusal(save(tmp_path / "f.jsonl.gz", packed[:-9]))
+    damaged = packed[:40] + bytes(byte ^ 255 for byte in packed[40:50]) + packed[50:]
+    assert "gzip" in refusal(save(tmp_path / "f.jsonl.gz", damaged))
+    assert "Drop .gz" in refusal(save(tmp_path / "f.jsonl.gz", jsonl(ROWS)))
+
+
+@pytest.mark.parametrize("content", ["", "\n", "\n\n"])
+@pytest.mark.parametrize("name", ["f.jsonl", "f.json", "f.csv", "f.tsv"])
+def test_empty_files(tmp_path, name, content):
+    assert "without any record" in refusal(save(tmp_path / name, content))
+
+
+def test_files_without_records(tmp_path):
+    for name, content in (("f.json", "[ ]"), ("f.csv", "a,b\n"), ("f.jsonl.gz", gzip.compress(b""))):
+        assert "without any record" in refusal(save(tmp_path / name, content))
+    table = pa.table({"prompt": pa.array([], pa.string())})
+    pq.write_table(table, tmp_path / "f.parquet")
+    assert "without any record" in refusal(tmp_path / "f.parquet")
+
+
+# Parquet
+
+
+def test_parquet_rows_and_values(tmp_path):
+    rows = [{"prompt": "a", "label": True, "n": 1}, {"prompt": "b", "label": None, "n": None}]
+    assert read(parquet(tmp_path / "f.parquet", rows)) == [
+        ("f.parquet: row 1", rows[0]),
+        ("f.parquet: row 2", rows[1]),
+    ]
+
+
+def test_parquet_drops_keys_that_only_other_rows_have(tmp_path):
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]},
+    ]
+    kwargs = [{"thinking": True}, {"effort": "low"}]
+    rows = [{"messages": turns, "chat_template_kwargs": item, "label": None} for item in kwargs]
+    assert [row for _, row in read(parquet(tmp_path / "f.parquet", rows))] == rows
+
+
+def test_parquet_reads_in_batches(tmp_path, monkeypatch):
+    sizes = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def spy(self, **options):
+        for batch in iter_batches(self, **options):
+            sizes.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    path = parquet(tmp_path / "f.parquet", [{"n": n} for n in range(1000)])
+    assert [row["n"] for _, row in read(path, limit=300)] == list(range(300))
+    assert sum(sizes) < 1000
+    assert [(where, row["n"]) for where, row in read(path)][-1] == ("f.parquet: row 1000", 999)
+    assert max(sizes) <= 256
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "middle"])
+def test_corrupt_parquet(tmp_path, damage):
+    path = parquet(tmp_path / "f.parquet", [{"text": "x" * 50 + str(n)} for n in range(1000)])
+    content = path.read_bytes()
+    half = len(content) // 2
+    save(
+        path,
+        {
+            "text": b"no parquet",
+            "cut": content[:half],
+            "middle": content[:4] + bytes(half) + content[half + 4 :],
+        }[damage],
+    )
+    assert "not readable as Parquet" in refusal(path)
+
+
+# Paths
+
+
+def test_missing_file_suggests_its_neighbours(tmp_path):
+    save(tmp_path / "feedback.jsonl", jsonl(ROWS))
+    message = refusal(tmp_path / "feedbak.jsonl", tmp_path / "feedbak.jsonl")
+    assert "Did you mean feedback.jsonl?" in message
+    missing = tmp_path / "nowhere" / "f.jsonl"
+    assert "cannot be listed" in refusal(missing, missing)
+
+
+def test_bare_names_are_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "imdb.json", "[]")
+    assert "no such file. Did you mean imdb.json?" in refusal("imdb")
+    assert "no such file" in refusal("owner/name.jsonl", "owner/name.jsonl")
+    assert "no such file" in refusal("a/b/c", "a/b/c")
+    assert "no such file" in refusal("bad\0name", "bad\\x00name")
+    assert "no such file" in refusal("~nobody-of-this-name/f.jsonl", "~nobody-of-this-name/f.jsonl")
+    assert "no such file" in refusal("x" * 5000, "x" * 197 + "...")
+    for empty in ("", "  "):
+        with pytest.raises(FeedbackError, match="--data is empty"):
+            read_records(empty)
+
+
+@pytest.mark.parametrize("name", ["f.txt", "f", "f.parquet.gz", "f.xlsx", "f.gz", ".jsonl"])
+def test_unknown_kinds_of_files(tmp_path, name):
+    path = save(tmp_path / name, jsonl(ROWS))
+    message = refusal(path)
+    assert ".jsonl .ndjson .json .csv .tsv .parquet" in message
+    with pytest.raises(FeedbackError, match="unknown kind"):
+        describe_source(str(path))
+
+
+def test_special_files(tmp_path):
+    os.mkfifo(tmp_path / "f.jsonl")
+    assert "neither a file nor a folder" in refusal(tmp_path / "f.jsonl", tmp_path / "f.jsonl")
+
+
+def test_no_permission(tmp_path, monkeypatch):
+    # Permission bits do not stop the superuser, under which tests often run.
+    def closed(*_args, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("f.jsonl", "f.parquet"):
+        path = save(tmp_path / name, jsonl(ROWS))
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.open", closed)
+            assert "no permission" in refusal(path)
+            with pytest.raises(FeedbackError, match="no permission"):
+                describe_source(str(path))
+    monkeypatch.setattr("pathlib.Path.stat", closed)
+    assert "no permission" in refusal(path, path)
+
+
+# Folders and the hub
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "set").mkdir()
+    return tmp_path / "set"
+
+
+def test_saved_dataset(folder):
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder)
+    assert read(folder) == [(f"set: row {n}", row) for n, row in enumerate(ROWS, 1)]
+    assert read(folder, limit=1) == [("set: row 1", ROWS[0])]
+
+
+def test_saved_splits(folder):
+    one, two = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[:1])
+    datasets.DatasetDict(train=one, test=two).save_to_disk(folder / "a")
+    assert [row for _, row in read(folder / "a")] == ROWS
+    datasets.DatasetDict(train_prefs=one, test=two).save_to_disk(folder / "b")
+    assert '["train_prefs", "test"]' in refusal(folder / "b")
+
+
+def test_damaged_dataset(folder):
+    save(folder / "dataset_info.json", "{}")
+    save(folder / "state.json", "{")
+    assert "not readable as a dataset" in refusal(folder)
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("name", ["f.jsonl", "f.csv", "f.parquet", "data/train.jsonl"])
+def test_folder_of_data_files(folder, name):
+    (folder / "data").mkdir()
+    if name == "f.parquet":
+        parquet(folder / name, ROWS)
+    else:
+        save(folder / name, as_csv(ROWS) if name == "f.csv" else jsonl(ROWS))
+    save(folder / "README.md", "# rows")
+    assert read(folder) == [(f"set: row {n}", row) for n, row in enumerate(ROWS, 1)]
+    content = (folder / name).read_bytes()
+    assert describe_source(str(folder)) == [
+        SourceFile(os.path.basename(name), hashlib.sha256(content).hexdigest(), len(content))
+    ]
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_folder_of_data_files_without_train(folder):
+    save(folder / "test.jsonl", jsonl(ROWS))
+    assert "train" in refusal(folder)
+
+
+def test_folders_without_a_dataset(folder):
+    save(folder / "notes.txt", "x")
+    save(folder / ".hidden.jsonl", jsonl(ROWS))
+    (folder / "x.jsonl").mkdir()
+    assert "no dataset" in refusal(folder)
+    with pytest.raises(FeedbackError, match="no dataset"):
+        describe_source(str(folder))
+    save(folder / "a.jsonl", jsonl(ROWS))
+    save(folder / "b.csv", as_csv(ROWS))
+    assert "several kinds, .csv, .json" in refusal(folder)
+
+
+def test_reference_cache_is_no_feedback(folder):
+    save(folder / "manifest.json", "{}")
+    (folder / "train").mkdir()
+    parquet(folder / "train" / "00000.parquet", ROWS)
+    assert "reference cache" in refusal(folder)
+    with pytest.raises(FeedbackError, match="reference cache"):
+        describe_source(str(folder))
+
+
+def test_hub_id(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def load_dataset(name, *, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("owner/na.me-1") == [(f"owner/na.me-1: row {n}", row) for n, row in enumerate(ROWS, 1)]
+    assert asked == [("owner/na.me-1", "train")]
+
+
+def test_hub_failures_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def load_dataset(_name, *, split):
+        raise ConnectionError(f"no route for {split}\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = refusal("owner/name", "owner/name")
+    assert "neither a local path nor readable from the hub (no route for train). Check the name" in message
+    (tmp_path / "owner").mkdir()
+    save(tmp_path / "owner" / "names", "")
+    assert "Did you mean names?" in refusal("owner/name", "owner/name")
+    with pytest.raises(FeedbackError) as caught:
+        describe_source("owner/name")
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+def test_failures_while_a_dataset_is_read(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def load_dataset(_name, *, split):
+        assert split == "train"
+        yield ROWS[0]
+        raise ValueError("no decoder")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert "after row 1 (no decoder)" in refusal("owner/name", "owner/name")
+
+
+def test_a_folder_is_preferred_to_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "owner" / "name")
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    assert read("owner/name")[0][0] == "name: row 1"
+
+
+# Descriptions
+
+
+def test_describe_file(tmp_path):
+    path = save(tmp_path / "f.jsonl", jsonl(ROWS))
+    expected = [SourceFile("f.jsonl", hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)]
+    assert describe_source(str(path)) == expected
+    (tmp_path / "deeper").mkdir()
+    path.rename(tmp_path / "deeper" / "f.jsonl")
+    assert describe_source(str(tmp_path / "deeper" / "f.jsonl")) == expected
+    save(path, jsonl(ROWS[:2]))
+    assert describe_source(str(path)) != expected
+    with pytest.raises(FeedbackError, match="no such file"):
+        describe_source(str(tmp_path / "none.jsonl"))
+
+
+def test_describe_folder_in_order(folder):
+    for name in ("b.jsonl", "a.jsonl", "a/c.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        save(folder / name, name)
+    assert [(file.name, file.bytes) for file in describe_source(str(folder))] == [
+        ("c.jsonl", 9),
+        ("a.jsonl", 7),
+        ("b.jsonl", 7),
+    ]
+
+
+def test_describe_dataset_by_its_rows(folder):
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder / "a" / "set")
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder / "b" / "set", num_shards=2)
+    (file,) = describe_source(str(folder / "a" / "set"))
+    assert [file] == describe_source(str(folder / "b" / "set"))
+    lines = [json.dumps(row, sort_keys=True) + "\n" for row in ROWS]
+    assert file == SourceFile("set", hashlib.sha256("".join(lines).encode()).hexdigest(), len("".join(lines)))
+
+
+# Every format reads back alike
+
+text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
+spoken = text.filter(lambda value: value.strip())
+labelled = st.fixed_dictionaries({"prompt": text, "completion": spoken, "label": st.booleans()})
+conversations = st.builds(
+    lambda texts, calls, label: {
+        "messages": [
+            *({"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(texts)),
+            {"role": "assistant", "content": "", "tool_calls": calls},
+        ],
+        "label": label,
+    },
+    st.lists(text, min_size=1, max_size=3),
+    st.lists(st.fixed_dictionaries({"id": text}), min_size=1, max_size=2),
+    st.sampled_from([0, 1, True, False]),
+).map(lambda record: {**record, "label": bool(record["label"])})
+prefers = st.fixed_dictionaries({"prompt": text, "chosen": spoken, "rejected": spoken}).filter(
+    lambda record: record["chosen"] != record["rejected"]
+)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("formats")
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.lists(labelled | conversations | prefers, min_size=1, max_size=5))
+def test_all_formats_give_equal_rows(scratch, rows):
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = [{key: row.get(key) for key in columns} for row in rows]
+    cells = [{k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in table]
+    contents = {
+        "f.jsonl": jsonl(rows),
+        "f.ndjson": jsonl(table),
+        "f.json": json.dumps(rows, indent=1, ensure_ascii=False),
+        "lines.json": jsonl(rows),
+        "f.csv": as_csv(cells),
+        "f.tsv": as_csv(cells, "\t"),
+    }
+    for name, content in contents.items():
+        save(scratch / name, content)
+        save(scratch / f"{name}.gz", gzip.compress(content.encode()))
+    parquet(scratch / "f.parquet", table)
+    names = [*contents, *(f"{name}.gz" for name in contents), "f.parquet"]
+    expected = [parse_record(row, "", FeedbackFields()) for row in rows]
+    for name in names:
+        records = read(scratch / name)
+        assert [parse_record(record, "", FeedbackFields()) for _, record in records] == expected, name
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=60) | st.text(alphabet='[]{}":,\n\r\t ea1\\\u00e9').map(str.encode), st.data())
+def test_any_bytes_give_objects_or_a_feedback_error(scratch, content, data):
+    name = data.draw(st.sampled_from(["g.jsonl", "g.json", "g.csv", "g.tsv", "g.jsonl.gz", "g.parquet"]))
+    path = save(scratch / name, content)
+    try:
+        records = read(path)
+    except FeedbackError:
+        return
+    assert len(records) > 0
+    assert all(where.startswith(name) and isinstance(record, dict) for where, record in records)
+
+
+def test_help_does_not_pay_for_pyarrow_and_datasets():
+    code = "import sys, precompute.sources; print({'pyarrow', 'datasets', 'torch', 'pandas'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
