@@ -20,6 +20,9 @@ _NAMES = (
     "padded_tokens",
 )
 
+# Nats: nearer to z0 than this, float32 rounding decides on which side a row stands.
+_TIE = 1e-4
+
 
 @dataclass(frozen=True)
 class BatchOutcome:
@@ -44,7 +47,9 @@ class BatchOutcome:
         """Vector of sums over this rank's rows, shape (11,), float64."""
         good, bad = self.labels.double(), (~self.labels).double()
         signs = torch.where(self.labels, 1.0, -1.0)
-        right = (signs * (self.logratios - self.kl) > 0).double()
+        distance = signs * (self.logratios - self.kl)
+        # Before the first update all rows stand on z0, up to rounding: that is neither side.
+        right = torch.where(distance.abs() < _TIE, 0.5, (distance > 0).double())
         counted = [
             self.losses.sum(),
             good.sum() + bad.sum(),
@@ -64,7 +69,7 @@ def metrics_from(sums: Tensor, *, beta: float) -> dict[str, float]:
     """Means from sums over all ranks; a class without rows is left out.
 
     Names follow TRL: chosen is desirable, rejected undesirable. `accuracy` is the share of rows on
-    the right side of z0.
+    the right side of z0; a row that stands on it counts half.
 
     Args:
         sums: from `BatchOutcome.sums`, added over batches and ranks.

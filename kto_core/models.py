@@ -223,6 +223,7 @@ def merge_adapter(model: Any, adapter: Path) -> None:
         raise ModelError(f"{adapter}: no adapter_config.json, so this is not an adapter folder.")
     if not (adapter / "adapter_model.safetensors").exists():
         raise ModelError(f"{adapter}: no adapter_model.safetensors. Adapters in pickle files are not read.")
+    before, trainable = dict(vars(model)), any(p.requires_grad for p in model.parameters())
     try:
         info = model.load_adapter(str(adapter), adapter_name="default", use_safetensors=True)
     except ImportError as error:
@@ -242,9 +243,21 @@ def merge_adapter(model: Any, adapter: Path) -> None:
             model.set_submodule(name, layer.get_base_layer())
         elif hasattr(layer, "modules_to_save") and hasattr(layer, "original_module"):
             model.set_submodule(name, layer.modules_to_save["default"])
-    model._hf_peft_config_loaded = False
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    _forget_adapter(model, before)
+    model.requires_grad_(trainable)
+
+
+def _forget_adapter(model: nn.Module, before: dict[str, Any]) -> None:
+    """Undo what loading an adapter notes on the model object.
+
+    Among it is how parameter names map to checkpoint names: left there, `save_pretrained` would
+    write the merged weights under names that no loader finds.
+    """
+    for name in set(vars(model)) - set(before):
+        delattr(model, name)
+    for name, value in before.items():
+        if not isinstance(getattr(nn.Module(), name, None), dict):
+            model.__dict__[name] = value
 
 
 def _first_line(error: BaseException) -> str:

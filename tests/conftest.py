@@ -1,0 +1,40 @@
+"""Shared by all tests: one thread (tiny models are slower on more), and a cache made once."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from feedback_files import write_feedback  # noqa: E402
+from models import save_tiny  # noqa: E402
+
+from precompute.config import PrecomputeConfig  # noqa: E402
+from precompute.run import precompute  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer."""
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def feedback(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty rows of chat feedback on twelve prompts, of very different lengths."""
+    return write_feedback(tmp_path_factory.mktemp("data") / "feedback.jsonl", 20)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory, base: Path, feedback: Path) -> Path:
+    """The reference cache of `feedback` under `base`, two mismatched completions for each row. Do not write to it."""
+    out = tmp_path_factory.mktemp("cache") / "refs"
+    precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=out, kl_partners=2, max_length=256))
+    return out

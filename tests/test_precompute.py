@@ -1,0 +1,378 @@
+"""Stage 1 from end to end, on tiny models: numbers, resume, reuse, refusals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from feedback_files import chat_rows, write_feedback, write_rows
+from models import FAMILIES, save_tiny, tiny_tokenizer
+
+from kto_core.errors import CacheError, ModelError, PairingError
+from kto_core.manifest import read_manifest
+from precompute.config import PrecomputeConfig
+from precompute.inspect_cache import head, verify
+from precompute.run import precompute
+from precompute.transformers_scorer import TransformersScorer
+
+
+def scored(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a cache in file order."""
+    return [row for path in sorted((folder / "train").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def naive_logps(model: Any, prompt: list[int], completion: list[int]) -> np.ndarray:
+    """Log-probs from full logits of one row alone, softmax in float64."""
+    ids = torch.tensor([prompt + completion])
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mistral"])
+def test_scores_equal_a_naive_forward(family: str, tmp_path: Path, feedback: Path) -> None:
+    base = save_tiny(tmp_path / "base", family)
+    precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs", max_tokens=200, limit=8))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    for row in scored(tmp_path / "refs"):
+        own = naive_logps(model, row["prompt_ids"], row["completion_ids"])
+        np.testing.assert_allclose(row["ref_token_logps"], own, atol=2e-5)
+        assert row["ref_logps"] == pytest.approx(own.sum(), abs=2e-4)
+        mismatched = naive_logps(model, row["prompt_ids"], row["kl_completion_ids"][0])
+        np.testing.assert_allclose(row["ref_kl_token_logps"][0], mismatched, atol=2e-5)
+
+
+def test_scores_do_not_depend_on_budget_shards_or_neighbours(tmp_path: Path, base: Path, feedback: Path) -> None:
+    config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "a")
+    precompute(replace(config, max_tokens=1))
+    precompute(replace(config, out=tmp_path / "b", max_tokens=10**6, rows_per_shard=3))
+    for one, other in zip(scored(tmp_path / "a"), scored(tmp_path / "b"), strict=True):
+        assert one["row_id"] == other["row_id"]
+        assert one["kl_completion_ids"] == other["kl_completion_ids"]
+        np.testing.assert_allclose(one["ref_token_logps"], other["ref_token_logps"], atol=1e-5)
+    a, b = read_manifest(tmp_path / "a"), read_manifest(tmp_path / "b")
+    assert a.fingerprint == b.fingerprint
+    assert len(b.shards) == 7
+
+
+def test_mismatched_completions_come_from_other_prompts(cache: Path) -> None:
+    rows = scored(cache)
+    prompts_of: dict[tuple[int, ...], set[str]] = {}
+    for row in rows:
+        prompts_of.setdefault(tuple(row["completion_ids"]), set()).add(row["prompt_id"])
+    for row in rows:
+        assert len(row["kl_completion_ids"]) == 2
+        for ids in row["kl_completion_ids"]:
+            assert prompts_of[tuple(ids)] - {row["prompt_id"]}
+
+
+def test_manifest_counts_and_has_no_path(cache: Path, base: Path, feedback: Path) -> None:
+    manifest = read_manifest(cache)
+    assert manifest.rows == manifest.data["kept"] == manifest.data["read"] == 20
+    assert manifest.data["desirable"] + manifest.data["undesirable"] == 20
+    # Two completions of one prompt may share a mismatched completion; it is scored once.
+    assert 50 < manifest.run["scored_sequences"] <= 60
+    assert manifest.run["reused_sequences"] == 0
+    content = json.loads((cache / "manifest.json").read_text())
+    content["reference"].pop("id")  # the one place that says where the model was found
+    assert str(base) not in json.dumps(content)
+    assert str(feedback.parent) not in json.dumps(content)
+
+
+def test_fingerprint_is_the_same_under_another_path_and_after_use(tmp_path: Path, feedback: Path) -> None:
+    marks = []
+    for name in ("here", "there"):
+        base = save_tiny(tmp_path / name)
+        precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / f"refs-{name}"))
+        marks.append(read_manifest(tmp_path / f"refs-{name}").fingerprint)
+    assert marks[0] == marks[1]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"max_length": 64}, {"pairing": "rotate"}, {"kl_partners": 2}])
+def test_fingerprint_covers_what_changes_numbers(
+    change: dict[str, Any], tmp_path: Path, base: Path, feedback: Path
+) -> None:
+    config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "a")
+    precompute(config)
+    precompute(replace(config, out=tmp_path / "b", **change))
+    assert read_manifest(tmp_path / "a").fingerprint != read_manifest(tmp_path / "b").fingerprint
+
+
+def test_prompts_without_room_are_dropped_and_long_completions_cut(tmp_path: Path, base: Path) -> None:
+    rows = chat_rows(8, seed=1)
+    rows[2]["prompt"] = [{"role": "user", "content": "word " * 60}]
+    rows[5]["completion"] = [{"role": "assistant", "content": "long " * 60}]
+    data = write_rows(tmp_path / "f.jsonl", rows)
+    precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "refs", max_length=140))
+    found = scored(tmp_path / "refs")
+    assert [row["source"] for row in found] == [0, 1, 3, 4, 5, 6, 7]
+    assert max(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in found) == 140
+    assert all(len(r["prompt_ids"]) + len(y) <= 140 for r in found for y in r["kl_completion_ids"])
+    data_section = read_manifest(tmp_path / "refs").data
+    assert data_section["dropped"] == {"prompt_too_long": 1}
+    assert data_section["truncated"] >= 1
+    assert data_section["kl_truncated"] >= 1
+
+
+def count_scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collect how many sequences each call of the scorer got."""
+    calls: list[int] = []
+    real = TransformersScorer.score
+
+    def counting(self: Any, sequences: Any, **options: Any) -> Any:
+        calls.append(len(sequences))
+        return real(self, sequences, **options)
+
+    monkeypatch.setattr(TransformersScorer, "score", counting)
+    return calls
+
+
+class TestReuse:
+    """A changed data file reuses every score whose ids are there."""
+
+    @pytest.fixture
+    def config(self, tmp_path: Path, base: Path) -> PrecomputeConfig:
+        data = write_rows(tmp_path / "f.jsonl", chat_rows(30, seed=2))
+        config = PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "refs", rows_per_shard=8)
+        precompute(config)
+        return config
+
+    def test_same_rows_need_nothing(self, config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = count_scored(monkeypatch)
+        before = {p: p.stat().st_mtime_ns for p in (config.out).rglob("*")}
+        precompute(config)
+        assert calls == []
+        assert {p: p.stat().st_mtime_ns for p in (config.out).rglob("*")} == before
+
+    def test_flipped_labels_and_another_order_need_no_forward(
+        self, config: PrecomputeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = count_scored(monkeypatch)
+        rows = chat_rows(30, seed=2)[::-1]
+        rows[4]["label"] = not rows[4]["label"]
+        write_rows(tmp_path / "f.jsonl", rows)
+        old = {row["row_id"]: row for row in scored(config.out)}
+        precompute(config)
+        assert calls == []
+        assert read_manifest(config.out).run["scored_sequences"] == 0
+        new = scored(config.out)
+        assert [row["source"] for row in new] == list(range(30))
+        changed = [row["source"] for row in new if row["label"] != old[row["row_id"]]["label"]]
+        assert changed == [4]
+        for row in new:
+            assert row["kl_completion_ids"] == old[row["row_id"]]["kl_completion_ids"]
+            assert row["ref_logps"] == old[row["row_id"]]["ref_logps"]
+        verify(config.out)
+
+    def test_appended_rows_cost_little(
+        self, config: PrecomputeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = count_scored(monkeypatch)
+        extra = {"prompt": "hello", "completion": "world", "label": True}
+        write_rows(tmp_path / "f.jsonl", [*chat_rows(30, seed=2), extra])
+        precompute(config)
+        assert 2 <= sum(calls) <= 4  # its own two, and a neighbour that got another partner
+        assert read_manifest(config.out).run["reused_sequences"] >= 55
+        verify(config.out)
+
+    def test_limit_then_all_and_more_partners(
+        self, config: PrecomputeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        precompute(replace(config, out=tmp_path / "other", limit=10))
+        calls = count_scored(monkeypatch)
+        precompute(replace(config, out=tmp_path / "other"))
+        assert sum(calls) <= 60 - 10  # at least every labelled row of the ten is reused
+        calls.clear()
+        precompute(replace(config, out=tmp_path / "other", kl_partners=2))
+        assert 0 < sum(calls) <= 30  # the added pairs, and nothing else
+        assert all(len(row["ref_kl_logps"]) == 2 for row in scored(tmp_path / "other"))
+
+    def test_a_damaged_shard_alone_is_scored_again(
+        self, config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = config.out / "train/00001.parquet"
+        good = path.read_bytes()
+        path.write_bytes(good[:900] + bytes([good[900] ^ 1]) + good[901:])
+        calls = count_scored(monkeypatch)
+        with pytest.raises(CacheError, match=r"00001\.parquet"):
+            verify(config.out)
+        precompute(config)
+        verify(config.out)
+        assert 0 < sum(calls) <= 16
+
+    def test_a_crash_while_shards_move_into_place_loses_nothing(
+        self, config: PrecomputeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_rows(tmp_path / "f.jsonl", chat_rows(40, seed=2))
+        real = Path.replace
+        moved = []
+
+        def crashing(self: Path, target: Any) -> Any:
+            if ".next" in str(self) and len(moved) == 2:
+                raise KeyboardInterrupt
+            moved.append(self)
+            return real(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", crashing)
+            with pytest.raises(KeyboardInterrupt):
+                precompute(config)
+        with pytest.raises(CacheError, match="unfinished"):
+            read_manifest(config.out)
+        calls = count_scored(monkeypatch)
+        precompute(config)
+        assert calls == []
+        verify(config.out)
+        assert not (config.out / ".next").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"max_length": 64}, "tokenization.max_length: 1024 in the cache, 64 now"),
+        ({"seed": 5}, "pairing.seed: 0 in the cache, 5 now"),
+        ({"pairing": "rotate"}, "pairing.method: shuffled in the cache, rotate now"),
+        ({"dtype": "bfloat16"}, "reference.dtype: float32 in the cache, bfloat16 now"),
+    ],
+)
+def test_a_cache_with_other_settings_is_not_touched(
+    change: dict[str, Any], named: str, tmp_path: Path, base: Path, feedback: Path
+) -> None:
+    config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs")
+    precompute(config)
+    before = (tmp_path / "refs/manifest.json").read_bytes()
+    with pytest.raises(CacheError) as refused:
+        precompute(replace(config, **change))
+    assert named in str(refused.value)
+    assert (tmp_path / "refs/manifest.json").read_bytes() == before
+    precompute(replace(config, overwrite=True, **change))
+    verify(tmp_path / "refs")
+
+
+def test_other_weights_tokenizer_and_template_are_named(tmp_path: Path, base: Path, feedback: Path) -> None:
+    config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs")
+    precompute(config)
+    other = save_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(CacheError, match=r"reference\.weights_hash"):
+        precompute(replace(config, model=str(other)))
+    template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    spoken = save_tiny(tmp_path / "spoken", tokenizer=tiny_tokenizer(chat_template=template))
+    with pytest.raises(CacheError, match=r"tokenizer\.chat_template_hash"):
+        precompute(replace(config, model=str(spoken)))
+
+
+def test_dry_run_writes_nothing(
+    tmp_path: Path, base: Path, feedback: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "refs"
+    precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=out, dry_run=True))
+    printed = capsys.readouterr().out
+    assert "20 read, 20 kept" in printed
+    assert re.search(r"to score    \d+ sequences, [\d,]+ tokens", printed)
+    assert not out.exists()
+
+
+def test_rotate_pairs_with_the_row_before(tmp_path: Path, base: Path, feedback: Path) -> None:
+    config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs")
+    precompute(replace(config, pairing="rotate", pairing_block=4))
+    rows = scored(tmp_path / "refs")
+    for i, row in enumerate(rows):
+        before = i - 1 if i % 4 else i + 3
+        assert row["kl_completion_ids"] == [rows[before]["completion_ids"]]
+
+
+def test_one_prompt_only_is_refused(tmp_path: Path, base: Path) -> None:
+    rows = [{"prompt": "same", "completion": f"answer {i}", "label": bool(i % 2)} for i in range(6)]
+    data = write_rows(tmp_path / "f.jsonl", rows)
+    with pytest.raises(PairingError, match="All 6 rows share one prompt"):
+        precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "refs"))
+
+
+def test_a_folder_with_other_files_is_not_written_to(tmp_path: Path, base: Path, feedback: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("do not lose me")
+    with pytest.raises(CacheError, match=r"thesis\.txt"):
+        precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.txt"]
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path: Path, feedback: Path) -> None:
+    base = save_tiny(tmp_path / "base", vocab_size=50)
+    with pytest.raises(ModelError, match="vocabulary has 50 tokens"):
+        precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs"))
+
+
+def test_weights_that_are_not_finite_never_reach_the_cache(tmp_path: Path, feedback: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(base)
+    with pytest.raises(ModelError):
+        precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs"))
+    assert not list((tmp_path / "refs").rglob("*.parquet"))
+
+
+def test_out_of_memory_halves_the_budget_and_goes_on(
+    tmp_path: Path, base: Path, feedback: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = TransformersScorer._forward
+
+    def small_device(self: TransformersScorer, sequences: Any) -> Any:
+        if len(sequences) > 3:
+            raise torch.OutOfMemoryError("simulated")
+        return real(self, sequences)
+
+    config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "a")
+    precompute(config)
+    monkeypatch.setattr(TransformersScorer, "_forward", small_device)
+    precompute(replace(config, out=tmp_path / "b"))
+    for one, other in zip(scored(tmp_path / "a"), scored(tmp_path / "b"), strict=True):
+        assert one["ref_logps"] == pytest.approx(other["ref_logps"], abs=1e-4)
+
+
+def test_head_shows_text_side_by_side(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head(cache, rows=2, model=None)
+    printed = capsys.readouterr().out
+    assert printed.count("y'  (") == 4
+    assert "user" in printed
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_where_they_stopped(tmp_path: Path, base: Path) -> None:
+    data = write_feedback(tmp_path / "f.jsonl", 300, seed=3)
+    config = PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "whole", rows_per_shard=5)
+    precompute(config)
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", "from precompute.cli import precompute; precompute()", "--model", str(base)]
+    command += ["--data", str(data), "--out", str(out), "--rows-per-shard", "5", "--max-tokens", "1"]
+    survived = 0
+    for kill_at in (3, 20, 40):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("train/[!.]*.parquet"))) < kill_at and process.poll() is None:
+            assert time.monotonic() < deadline, "the run wrote no shard"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        shards = len(list(out.glob("train/[!.]*.parquet")))
+        assert shards >= survived
+        survived = shards
+        assert not (out / "manifest.json").exists()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    verify(out)
+    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "train"]
+    assert len(list((out / "train").iterdir())) == 60
+    for one, other in zip(scored(tmp_path / "whole"), scored(out), strict=True):
+        assert one["row_id"] == other["row_id"]
+        np.testing.assert_allclose(one["ref_token_logps"], other["ref_token_logps"], atol=1e-5)
