@@ -178,6 +178,18 @@ def check_model_folder(folder: Path) -> None:
         )
 
 
+def check_adapter_folder(adapter: Path) -> None:
+    """Say what is missing before anything heavy is loaded.
+
+    Raises:
+        ModelError: no adapter_config.json, or no safetensors.
+    """
+    if not (adapter / "adapter_config.json").exists():
+        raise ModelError(f"{adapter}: no adapter_config.json, so this is not an adapter folder.")
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise ModelError(f"{adapter}: no adapter_model.safetensors. Adapters in pickle files are not read.")
+
+
 def _is_quantized(model: Any) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
 
@@ -219,10 +231,7 @@ def merge_adapter(model: Any, adapter: Path) -> None:
     Raises:
         ModelError: not an adapter, peft missing, weights that do not fit, or a kind that cannot be merged.
     """
-    if not (adapter / "adapter_config.json").exists():
-        raise ModelError(f"{adapter}: no adapter_config.json, so this is not an adapter folder.")
-    if not (adapter / "adapter_model.safetensors").exists():
-        raise ModelError(f"{adapter}: no adapter_model.safetensors. Adapters in pickle files are not read.")
+    check_adapter_folder(adapter)
     before, trainable = dict(vars(model)), any(p.requires_grad for p in model.parameters())
     try:
         info = model.load_adapter(str(adapter), adapter_name="default", use_safetensors=True)

@@ -22,6 +22,7 @@ from kto_core.identity import (
 )
 from kto_core.models import (
     Precision,
+    check_adapter_folder,
     check_model_folder,
     find_folder,
     load_causal_lm,
@@ -64,6 +65,8 @@ class Reference:
         folder, revision = find_folder(config.model, revision=config.revision)
         check_model_folder(folder)
         adapter = find_folder(config.adapter, revision=None, what="adapter")[0] if config.adapter else None
+        if adapter:
+            check_adapter_folder(adapter)
         tokenizer = load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=config.trust_remote_code)
         shape = _shape(folder, config)
         longest = getattr(shape.config.get_text_config(), "max_position_embeddings", None)

@@ -7,15 +7,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from feedback_files import write_feedback  # noqa: E402
-from models import save_tiny  # noqa: E402
+import pytest
+import torch
+from feedback_files import write_feedback
+from models import save_tiny
 
-from precompute.config import PrecomputeConfig  # noqa: E402
-from precompute.run import precompute  # noqa: E402
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
 
 torch.set_num_threads(1)
 

@@ -272,9 +272,7 @@ def test_other_weights_tokenizer_and_template_are_named(tmp_path: Path, base: Pa
         precompute(replace(config, model=str(spoken)))
 
 
-def test_dry_run_writes_nothing(
-    tmp_path: Path, base: Path, feedback: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_writes_nothing(tmp_path: Path, base: Path, feedback: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "refs"
     precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=out, dry_run=True))
     printed = capsys.readouterr().out

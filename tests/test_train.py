@@ -137,19 +137,19 @@ def test_resumed_equals_uninterrupted(config: TrainConfig, tmp_path: Path, lora_
     name = "adapter_model.safetensors" if lora_rank else "model.safetensors"
     stopped = replace(config, out=tmp_path / "stopped")
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     real = KTOTrainer.training_step
 
     def stopping(self: Any, *arguments: Any, **options: Any) -> Any:
         if self.state.global_step == 3:
-            raise Stop
+            raise StopError
         return real(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KTOTrainer, "training_step", stopping)
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             train(stopped)
     assert [r["step"] for r in metrics(stopped.out)] == [1, 2, 3]  # the third is lost with its update
     run = train(replace(stopped, resume=True))
@@ -187,7 +187,14 @@ def test_a_rank_without_rows_takes_part(config: TrainConfig, tmp_path: Path) -> 
 def run_ranks(ranks: int, config: TrainConfig, out: Path) -> None:
     """`kto-train` under torchrun with gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    command += ["--no-python", sys.executable, "-c", "from train.cli import train; train()", "--cache", str(config.cache)]
+    command += [
+        "--no-python",
+        sys.executable,
+        "-c",
+        "from train.cli import train; train()",
+        "--cache",
+        str(config.cache),
+    ]
     command += ["--out", str(out), "--batch-size", str(config.batch_size), "--max-steps", str(config.max_steps)]
     command += ["--learning-rate", str(config.learning_rate), "--save-steps", "0", "--device", "cpu"]
     command += ["--eval-fraction", str(config.eval_fraction)]
@@ -475,7 +482,13 @@ def test_mixture_of_experts_keeps_its_router_loss(tmp_path: Path, feedback: Path
     base = save_tiny(tmp_path / "base", "mixtral", router_aux_loss_coef=0.5)
     precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs"))
     config = TrainConfig(
-        cache=tmp_path / "refs", batch_size=20, max_steps=3, learning_rate=3e-3, save_steps=0, shuffle=False, device="cpu"
+        cache=tmp_path / "refs",
+        batch_size=20,
+        max_steps=3,
+        learning_rate=3e-3,
+        save_steps=0,
+        shuffle=False,
+        device="cpu",
     )
     run = train(replace(config, out=tmp_path / "a"))
     cut = train(replace(config, out=tmp_path / "b", max_tokens=1))
@@ -486,7 +499,9 @@ def test_mixture_of_experts_keeps_its_router_loss(tmp_path: Path, feedback: Path
     ids, mask = torch.zeros(20, width, dtype=torch.long), torch.zeros(20, width, dtype=torch.long)
     for i in range(20):
         sequence = rows[i].matched
-        ids[i, : len(sequence)] = torch.tensor(np.concatenate([sequence.prompt_ids, sequence.completion_ids]).astype(int))
+        ids[i, : len(sequence)] = torch.tensor(
+            np.concatenate([sequence.prompt_ids, sequence.completion_ids]).astype(int)
+        )
         mask[i, : len(sequence)] = 1
     with torch.no_grad():
         expected = model(ids, attention_mask=mask, output_router_logits=True).aux_loss

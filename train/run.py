@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
 from kto_core.errors import ConfigError, TrainingError
@@ -223,9 +224,15 @@ def training_arguments(
     }
     settings.update(_table(config))
     try:
-        return transformers.TrainingArguments(**settings)
+        args = transformers.TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+    try:
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()  # says here, and not after the model was loaded, that its package is missing
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"--report-to {config.report_to}: {str(error).splitlines()[0]}") from error
+    return args
 
 
 def _table(config: TrainConfig) -> dict[str, Any]:
