@@ -229,7 +229,7 @@ def click_settings(config: type) -> list[tuple[list[str], dict[str, Any]]]:
         if dict in kind:  # tables live in YAML alone
             continue
         default = field.default
-        shown = default not in (None, "", Path(""), False)
+        shown = default is not None and not isinstance(default, bool) and default not in ("", Path(""))
         one: dict[str, Any] = {"help": _help(field), "default": default, "show_default": shown}
         flags = [flag(field.name)]
         if bool in kind:

@@ -1,0 +1,93 @@
+"""What README.md and configs/ must say, rendered from the config dataclasses. `python tests/docs_tables.py` rewrites them."""
+
+import dataclasses
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kto_core.options import as_plain, flag
+from precompute.config import PrecomputeConfig
+from train.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES: dict[str, type] = {"kto-precompute": PrecomputeConfig, "kto-train": TrainConfig}
+
+
+def default_text(field: "dataclasses.Field[Any]") -> str:
+    """A default as the README shows it."""
+    stated = re.search(r"\[default: (.*?)\]", field.metadata["help"])
+    if stated:
+        return stated.group(1)
+    if field.default in ("", Path("")):
+        return "required"
+    if field.default is None:
+        return "none"
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
+
+
+def options_table(config: type) -> str:
+    """Markdown table of a command's options."""
+    lines = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(config):
+        if field.name == "training":
+            continue
+        text = re.sub(r"\s*\[default: .*?\]", "", field.metadata["help"]).strip()
+        if field.metadata["choices"]:
+            text += " One of " + ", ".join(f"`{choice}`" for choice in field.metadata["choices"]) + "."
+        name = f"`{flag(field.name)}`"
+        if field.metadata["off"]:
+            name = f"`{flag(field.name)}`, `{field.metadata['off']}`"
+        lines.append(f"| {name} | {default_text(field)} | {text.replace('|', '/')} |")
+    return "\n".join(lines)
+
+
+def kto_yaml() -> str:
+    """configs/kto.yaml: every option that a YAML file may set, at its default."""
+    lines = [
+        "# Every option of kto-train at its default. Copy, keep what you change:",
+        "#     kto-train --cache refs/ --config my.yaml",
+        "# The command line wins over this file, this file over the defaults.",
+        "",
+    ]
+    values = as_plain(TrainConfig())
+    for field in dataclasses.fields(TrainConfig):
+        if not field.metadata["yaml"] or field.name in ("cache", "training"):
+            continue
+        text = field.metadata["help"]
+        if field.metadata["choices"]:
+            text += " One of " + ", ".join(field.metadata["choices"]) + "."
+        lines += textwrap.wrap(text, 110, initial_indent="# ", subsequent_indent="# ")
+        value = values[field.name]
+        entry = yaml.safe_dump({field.name: value}, default_flow_style=False).strip()
+        lines += [f"# {field.name}:" if value is None else entry, ""]
+    lines += [
+        "# Passed to transformers.TrainingArguments as it is: optimizers, loggers, FSDP, hub uploads, ...",
+        "# training:",
+        "#   optim: adamw_torch",
+        "#   save_total_limit: 2",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def readme_with_tables(readme: str) -> str:
+    """README text with its option tables replaced by current ones."""
+    for command, config in TABLES.items():
+        start, end = f"<!-- options of {command} -->", f"<!-- end of options of {command} -->"
+        readme = re.sub(
+            re.escape(start) + ".*?" + re.escape(end),
+            lambda _, s=start, e=end, c=config: f"{s}\n{options_table(c)}\n{e}",
+            readme,
+            flags=re.S,
+        )
+    return readme
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(readme_with_tables((ROOT / "README.md").read_text()))
+    (ROOT / "configs/kto.yaml").write_text(kto_yaml())

@@ -1,0 +1,72 @@
+"""README, --help, configs/*.yaml and the dataclasses say the same."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from docs_tables import ROOT, TABLES, kto_yaml, readme_with_tables
+
+from kto_core.feedback import LABEL_WORDS
+from kto_core.options import as_plain, flag, resolve
+from kto_core.shards import SCHEMA
+from precompute.cli import cache as kto_cache
+from precompute.cli import precompute as kto_precompute
+from train.cli import train as kto_train
+from train.config import TrainConfig
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS: dict[str, click.Command] = {"kto-precompute": kto_precompute, "kto-train": kto_train}
+
+
+def test_readme_tables_are_current() -> None:
+    assert readme_with_tables(README) == README, "run: python tests/docs_tables.py"
+
+
+def test_kto_yaml_is_current_and_resolves_to_the_defaults() -> None:
+    path = ROOT / "configs/kto.yaml"
+    assert path.read_text(encoding="utf-8") == kto_yaml(), "run: python tests/docs_tables.py"
+    assert as_plain(resolve(TrainConfig, {}, yaml_path=path)) == as_plain(TrainConfig())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_resolves(path: Path) -> None:
+    resolve(TrainConfig, {}, yaml_path=path)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_option_with_its_default(command: str) -> None:
+    text = CliRunner().invoke(COMMANDS[command], ["--help"], terminal_width=200).output
+    options = re.split(r"\n  (?=--)", text)[1:]
+    shown = {re.split(r"[ /]", option)[0]: " ".join(option.split()) for option in options}
+    for field in dataclasses.fields(TABLES[command]):
+        if field.name == "training":
+            continue
+        entry = shown[flag(field.name)]
+        assert field.metadata["help"].split("[default")[0].split()[0] in entry
+        if field.name in ("model", "data", "cache") and field.default in ("", Path("")):
+            continue  # required
+        assert "[default: " in entry, entry
+        if isinstance(field.default, float):
+            assert float(re.search(r"\[default: (.*?)\]", entry).group(1)) == field.default  # type: ignore[union-attr]
+        elif isinstance(field.default, int | str) and not isinstance(field.default, bool):
+            assert f"[default: {field.default}]" in entry
+
+
+def test_readme_names_every_command_label_and_column() -> None:
+    for name in (*COMMANDS, *(f"kto-cache {sub}" for sub in kto_cache.commands)):
+        assert name in README
+    for word in LABEL_WORDS:
+        assert f"`{word}`" in README, word
+    for column in SCHEMA.names:
+        assert f"`{column}`" in README, column
+
+
+def test_readme_flags_exist() -> None:
+    known = {flag(field.name) for config in TABLES.values() for field in dataclasses.fields(config)}
+    known |= {"--config", "--help", "--no-shuffle", "--no-gradient-checkpointing", "--rows", "--version"}
+    own = re.sub(r"```.*?```", "", README, flags=re.S)
+    for name in set(re.findall(r"`(--[a-z][a-z-]+)", own)):
+        assert name in known, name
