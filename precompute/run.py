@@ -1,5 +1,6 @@
 """Stage 1 from end to end: plan, score what is missing, write shards, declare the cache complete."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -60,6 +61,8 @@ def choose_backend(asked: str) -> str:
     Raises:
         ModelError: one that this version does not have.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ModelError("kto-precompute runs in one process in this version; start it without torchrun or accelerate.")
     if asked == "vllm":
         raise ModelError("--backend vllm: this version scores with transformers only. Use --backend transformers.")
     return "transformers"

@@ -1,0 +1,114 @@
+"""Records of dataset folders and hub datasets, through the datasets library."""
+
+import difflib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kto_core.errors import FeedbackError
+from kto_core.feedback_formats import printable, quoted
+from precompute.table_records import without_nulls
+from precompute.text_files import Located, first_line, readable
+
+# JSON files of the datasets library that hold no rows.
+_DATASET_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+
+
+def read_dataset(path: Path, kind: str) -> Iterator[Located]:
+    name = dataset_name(path, kind)
+    number = 0
+    dataset = _load_hub(path) if kind == "hub" else _load_folder(path)
+    try:
+        for row in dataset:
+            number += 1
+            yield f"{name}: row {number}", without_nulls(row)
+    except Exception as error:
+        raise FeedbackError(f"{name}: not readable after row {number} ({first_line(error)}).") from error
+
+
+def dataset_name(path: Path, kind: str) -> str:
+    return path.as_posix() if kind == "hub" else path.resolve().name
+
+
+def _load_hub(path: Path) -> Any:
+    import datasets
+
+    name = path.as_posix()
+    try:
+        return datasets.load_dataset(name, split="train")
+    except Exception as error:
+        hint = suggest(path) if path.parent.is_dir() else " Check the name, or log in (hf auth login)."
+        raise FeedbackError(
+            f"{name}: neither a local path nor readable from the hub ({first_line(error)}).{hint}"
+        ) from error
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `path` is a folder that save_to_disk wrote."""
+    info = (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
+    return info or (path / "dataset_dict.json").is_file()
+
+
+def _load_folder(path: Path) -> Any:
+    import datasets
+
+    name = dataset_name(path, "folder")
+    saved = is_saved(path)
+    if not saved:
+        data_files(path)
+    try:
+        if not saved:
+            return datasets.load_dataset(str(path), split="train")
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise FeedbackError(f"{name}: not readable as a dataset ({first_line(error)}).") from error
+    if not isinstance(dataset, dict):
+        return dataset
+    if "train" not in dataset:
+        raise FeedbackError(
+            f"{name}: no split 'train'; found {quoted(list(dataset))}. Pass the folder of the split you want."
+        )
+    return dataset["train"]
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files of one kind that make up the folder, at most one folder down, sorted.
+
+    Raises:
+        FeedbackError: none, several kinds (of which datasets would quietly read one), or a cache of ours.
+    """
+    name = printable(dataset_name(path, "folder"), 200)
+    if (path / "manifest.json").is_file():
+        raise FeedbackError(f"{name}: this is a reference cache (manifest.json). Pass the feedback it came from.")
+    with readable(name):
+        found = [file for pattern in ("*", "*/*") for file in path.glob(pattern)]
+    files = [file for file in sorted(found) if _is_data(file, path)]
+    kinds = sorted({_suffix(file).replace("jsonl", "json") for file in files})
+    if len(kinds) == 0:
+        raise FeedbackError(
+            f"{name}: a folder with no dataset in it. Expected one from save_to_disk, or files that end in"
+            " .parquet, .jsonl, .json or .csv."
+        )
+    if len(kinds) > 1:
+        raise FeedbackError(f"{name}: holds files of several kinds, {', '.join(kinds)}. Pass one file, or one kind.")
+    return files
+
+
+def _is_data(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+    known = _suffix(file) in (".parquet", ".jsonl", ".json", ".csv")
+    return known and not hidden and file.name not in _DATASET_NOTES and file.is_file()
+
+
+def _suffix(file: Path) -> str:
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def suggest(path: Path) -> str:
+    try:
+        names = sorted(os.listdir(path.parent))
+    except (OSError, ValueError):
+        return f" Its folder {printable(str(path.parent), 200)} cannot be listed either. Check the path."
+    near = [printable(name, 100) for name in difflib.get_close_matches(path.name, names, n=3)]
+    return f" Did you mean {' or '.join(near)}?" if near else " Check the path."

@@ -1,0 +1,56 @@
+"""Bytes of a feedback file to lines of text, and what the system says of a file in words a user can act on."""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+from kto_core.errors import FeedbackError
+from kto_core.feedback_formats import printable
+
+Record = dict[str, Any]
+Located = tuple[str, Record]
+COPY_AGAIN = "Copy or download it again."
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Puts what the system says of a file into words that the user can act on."""
+    try:
+        yield
+    except PermissionError:
+        raise FeedbackError(f"{name}: no permission to read it. Check its owner and mode (ls -l).") from None
+    except EOFError:
+        raise FeedbackError(f"{name}: the gzip data is cut off. {COPY_AGAIN}") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise FeedbackError(
+            f"{name}: not readable as gzip ({first_line(error)}). {COPY_AGAIN} Drop .gz if it is not packed."
+        ) from error
+    except OSError as error:
+        raise FeedbackError(f"{name}: cannot be read ({first_line(error)}).") from error
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return printable(lines[0] if lines else type(error).__name__, 200)
+
+
+def decode(raw: bytes, name: str, line: int) -> str:
+    """`raw`, which begins at `line`, as text; only the first line may begin with a byte order mark."""
+    try:
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        where = f"{name}:{line + error.object.count(10, 0, error.start)}"  # 10 is the line feed
+        if error.reason == "unexpected end of data" and error.end == len(error.object):
+            raise FeedbackError(f"{where}: the last line looks cut off. {COPY_AGAIN}") from None
+        encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"
+        raise FeedbackError(
+            f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}). Convert it, for instance with"
+            f" iconv -f {encoding} -t utf-8."
+        ) from None
+
+
+def lines_of(handle: IO[bytes], name: str) -> Iterator[str]:
+    for number, raw in enumerate(handle, 1):
+        yield decode(raw, name, number)

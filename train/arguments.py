@@ -1,0 +1,108 @@
+"""From our options to `transformers.TrainingArguments`."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.integrations import get_reporting_integration_callbacks
+
+from kto_core.errors import ConfigError
+from kto_core.models import Precision
+from kto_core.options import nearest
+from train.config import TrainConfig
+
+# Set from our own options: a second place to say the same thing would sooner or later disagree.
+_OURS = {
+    "output_dir": "--out",
+    "per_device_train_batch_size": "--batch-size",
+    "per_device_eval_batch_size": "--max-tokens",
+    "gradient_accumulation_steps": "--batch-size and --max-tokens",
+    "auto_find_batch_size": "--max-tokens",
+    "learning_rate": "--learning-rate",
+    "num_train_epochs": "--epochs",
+    "max_steps": "--max-steps",
+    "lr_scheduler_type": "--scheduler",
+    "warmup_steps": "--warmup",
+    "warmup_ratio": "--warmup",
+    "weight_decay": "--weight-decay",
+    "seed": "--seed",
+    "bf16": "--dtype",
+    "fp16": "--dtype",
+    "use_cpu": "--device",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "eval_steps": "--eval-steps",
+    "save_steps": "--save-steps",
+    "logging_steps": "--logging-steps",
+    "report_to": "--report-to",
+    "resume_from_checkpoint": "--resume",
+}
+
+
+def training_arguments(
+    config: TrainConfig, out: Path, precision: Precision, *, held_out: bool
+) -> transformers.TrainingArguments:
+    """`TrainingArguments` from our options and the YAML's `training:` table.
+
+    Raises:
+        ConfigError: an unknown key in that table, or one that an option of ours sets.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    settings: dict[str, Any] = {
+        "output_dir": str(out),
+        # The number of rows a rank gets; micro-batches are cut inside `training_step`.
+        "per_device_train_batch_size": math.ceil(config.batch_size / world),
+        "gradient_accumulation_steps": 1,
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "lr_scheduler_type": _scheduler(config),
+        "warmup_steps": config.warmup if config.warmup < 1 else int(config.warmup),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": 1.0,
+        "seed": config.seed,
+        "bf16": precision.dtype == torch.bfloat16,
+        "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # costs a device sync in every step; a non-finite loss stops the run
+        "report_to": [name.strip() for name in config.report_to.split(",") if name.strip()],
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "eval_strategy": "no" if not held_out else "steps" if config.eval_steps else "epoch",
+        "eval_steps": config.eval_steps,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,  # ranks run different numbers of forward passes
+        "average_tokens_across_devices": False,
+    }
+    settings.update(_table(config))
+    try:
+        args = transformers.TrainingArguments(**settings)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+    try:
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()  # says here, and not after the model was loaded, that its package is missing
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"--report-to {config.report_to}: {str(error).splitlines()[0]}") from error
+    return args
+
+
+def _table(config: TrainConfig) -> dict[str, Any]:
+    known = list(transformers.TrainingArguments.__dataclass_fields__)
+    for name in config.training:
+        if name in _OURS:
+            raise ConfigError(f"training: {name} is set by {_OURS[name]}; remove it from the table.")
+        if name not in known:
+            raise ConfigError(f"training: unknown key {name!r}.{nearest(str(name), known)}")
+    return dict(config.training)
+
+
+def _scheduler(config: TrainConfig) -> str:
+    if config.scheduler == "constant" and config.warmup:
+        return "constant_with_warmup"
+    return config.scheduler
