@@ -440,6 +440,18 @@ class TestRunFolder:
         assert "no checkpoint" in capsys.readouterr().out
         assert len(metrics(run)) == 3
 
+    def test_resume_refuses_another_cache_or_another_order(
+        self, config: TrainConfig, tmp_path: Path, base: Path, feedback: Path
+    ) -> None:
+        train(replace(config, max_steps=2, save_steps=1))
+        again = replace(config, resume=True, save_steps=1)
+        with pytest.raises(ConfigError, match="started with --batch-size 8, not 4"):
+            train(replace(again, batch_size=4))
+        precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs", seed=1))
+        with pytest.raises(ConfigError, match="started with another cache"):
+            train(replace(again, cache=tmp_path / "refs"))
+        assert len(metrics(train(again))) == 6
+
 
 def test_shorter_max_length_is_a_prefix_sum(config: TrainConfig, tmp_path: Path, base: Path, feedback: Path) -> None:
     """Shortened rows carry the score that a reference pass over the shortened rows gives."""

@@ -1,30 +1,26 @@
 """Stage 2 from end to end: cache, policy, checks, training, run folder."""
 
-import datetime
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
-from transformers.trainer_utils import get_last_checkpoint
 
-from kto_core.errors import ConfigError, TrainingError
+from kto_core.errors import TrainingError
 from kto_core.manifest import differences
 from kto_core.models import Precision, resolve_device, resolve_precision
-from kto_core.options import as_plain
 from train.advice import class_weight_values, warnings_for
 from train.arguments import training_arguments
 from train.cache_rows import CacheRows, EpochBatches, split_by_prompt
 from train.card import write_card
 from train.config import TrainConfig
 from train.policy import PolicyFiles
+from train.run_folder import choose_folder, last_checkpoint, write_start
 from train.start_check import check_start
 from train.trainer import KTOTrainer, Objective
-from train.watching import ConsoleLines, MetricsFile
+from train.watching import Console, MetricsFile
 
 _MAX_TOKENS = {"cuda": 16384}
 _MAX_TOKENS_CPU = 1024
@@ -83,14 +79,16 @@ def train(config: TrainConfig) -> Path:
         from train.lora import check_installed
 
         check_installed()
-    out = _run_folder(config)
+    out = choose_folder(config)
     data = TrainingData.open(config)
     files = PolicyFiles.find(config, data.rows.manifest)
     weights = class_weight_values(config, *data.rows.class_counts(data.train))
     args = training_arguments(config, out, precision, held_out=data.held_out is not None)
-    checkpoint = _checkpoint(config, out)
+    checkpoint = last_checkpoint(config, out, data.rows.manifest)
     if args.process_index == 0:
         _print_plan(config, data, files, precision, weights, out, device)
+        if config.resume:
+            print(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}", flush=True)
     model = files.load(config, precision, torch.device("cpu") if device.type == "cpu" else args.device)
     _check_vocabulary(model, data.rows)
     trainer = _trainer(config, args, data, model, files, weights, out, checkpoint)
@@ -124,36 +122,10 @@ class _Start(transformers.TrainerCallback):
         allow = self.config.allow_different_policy
         found = check_start(self.trainer, self.rows, self.precision, policy=self.policy, allow=allow)
         if state.is_world_process_zero:
-            _write_config(self.config, self.out)  # the folder stays empty until the checks have passed
+            write_start(self.config, self.out, self.rows.manifest)
             print(
                 f"start       policy and cache differ by {found.mean:.1e} nats a token (mean), {found.largest:.1e} (max)"
             )
-
-
-def _run_folder(config: TrainConfig) -> Path:
-    out = config.out
-    if out is None:
-        stamp = os.environ.get("TORCHELASTIC_RUN_ID") or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        out = Path("runs") / stamp
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
-    rank = int(os.environ.get("RANK", "0"))
-    if not config.resume and rank == 0 and out.exists() and any(out.iterdir()):
-        raise ConfigError(
-            f"--out {out}: the folder is not empty. Choose another one, or pass --resume to go on with the run in it."
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error}.") from error
-    return out
-
-
-def _checkpoint(config: TrainConfig, out: Path) -> str | None:
-    checkpoint: str | None = get_last_checkpoint(str(out)) if config.resume else None
-    if config.resume and checkpoint is None:
-        print(f"resume      no checkpoint in {out}: starting from the beginning")
-    return checkpoint
 
 
 def _trainer(
@@ -174,9 +146,7 @@ def _trainer(
         rank=args.process_index,
         world=args.world_size,
     )
-    watchers = (
-        [MetricsFile(out / "metrics.jsonl", resumed=checkpoint), ConsoleLines()] if args.process_index == 0 else []
-    )
+    watchers = [MetricsFile(out / "metrics.jsonl", resumed=checkpoint), Console()] if args.process_index == 0 else []
     trainer = KTOTrainer(
         model=model,
         args=args,
@@ -216,13 +186,6 @@ def _save(trainer: KTOTrainer, files: PolicyFiles, config: TrainConfig, out: Pat
     if trainer.is_world_process_zero():
         trainer.save_state()
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs: config.yaml says it all
-
-
-def _write_config(config: TrainConfig, out: Path) -> None:
-    """The resolved options, as `kto-train --config` takes them."""
-    values = {k: v for k, v in as_plain(config).items() if k not in ("out", "resume") and v not in (None, {})}
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    (out / "config.yaml").write_text(text, encoding="utf-8")
 
 
 def _print_plan(

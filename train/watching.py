@@ -1,12 +1,14 @@
-"""Watching a run: `metrics.jsonl` and plain lines on the console."""
+"""Watching a run: `metrics.jsonl` and what the console shows."""
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import transformers
+from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -59,46 +61,62 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-class ConsoleLines(transformers.TrainerCallback):
-    """One line every few seconds, and for the first and last update and each evaluation."""
+class Console(transformers.TrainerCallback):
+    """A bar on a terminal; elsewhere a line every few seconds, and for the first and last update and each evaluation."""
 
     def __init__(self) -> None:
         self.started = self.last = time.monotonic()
         self.first_step = 0
+        self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first_step = time.monotonic(), state.global_step
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", dynamic_ncols=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         record = record_of(logs, state.global_step)
         if "train_runtime" in record:
-            print(f"trained     {state.global_step:,} updates in {record['train_runtime']:.1f} s")
+            self._say(f"trained     {state.global_step:,} updates in {record['train_runtime']:.1f} s")
         elif "eval/loss" in record:
-            print(self._line("eval", {k.removeprefix("eval/"): v for k, v in record.items()}, state), flush=True)
+            values = {name.removeprefix("eval/"): value for name, value in record.items()}
+            self._say(f"{'eval':<12}{state.global_step}/{state.max_steps}  {_summary(values)}")
         elif "loss" in record:
-            now = time.monotonic()
-            if now - self.last >= _SECONDS_BETWEEN_LINES or state.global_step in (
-                self.first_step + 1,
-                state.max_steps,
-            ):
-                self.last = now
-                print(self._line("step", record, state), flush=True)
+            self._step(record, state)
 
-    def _line(self, kind: str, record: dict[str, Any], state: Any) -> str:
-        parts = [
-            f"{kind:<12}{state.global_step}/{state.max_steps}",
-            f"loss {_number(record['loss'])}",
-            f"kl {_number(record['kl'])}",
-        ]
-        for name, word in (("rewards/chosen", "desirable"), ("rewards/rejected", "undesirable")):
-            if name in record:
-                parts.append(f"{word} {record[name]:+.3f}")
-        parts.append(f"accuracy {record['accuracy']:.0%}")
-        if kind == "step":
-            done = state.global_step - self.first_step
-            left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
-            parts += [f"{record['tokens_per_second']:,.0f} tokens/s", f"{left:,.0f} s left"]
-        return "  ".join(parts)
+    def _step(self, record: dict[str, Any], state: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+            self.bar.set_postfix_str(f"{_summary(record)}  {record['tokens_per_second']:,.0f} tokens/s")
+            return
+        now = time.monotonic()
+        if now - self.last < _SECONDS_BETWEEN_LINES and state.global_step not in (self.first_step + 1, state.max_steps):
+            return
+        self.last = now
+        done = state.global_step - self.first_step
+        left = (now - self.started) / max(done, 1) * (state.max_steps - state.global_step)
+        self._say(
+            f"{'step':<12}{state.global_step}/{state.max_steps}  {_summary(record)}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  {left:,.0f} s left"
+        )
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+def _summary(record: dict[str, Any]) -> str:
+    parts = [f"loss {_number(record['loss'])}", f"kl {_number(record['kl'])}"]
+    for name, word in (("rewards/chosen", "desirable"), ("rewards/rejected", "undesirable")):
+        if name in record:
+            parts.append(f"{word} {record[name]:+.3f}")
+    return "  ".join([*parts, f"accuracy {record['accuracy']:.0%}"])
 
 
 def _number(value: float | None) -> str:

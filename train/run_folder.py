@@ -1,0 +1,93 @@
+"""The run folder: choosing it, what is written at the start, and whether a resumed run is still the same run.
+
+runs/NAME/config.yaml      resolved options, as `--config` takes them
+runs/NAME/run.json         the cache's fingerprint
+runs/NAME/metrics.jsonl    one record for each log
+runs/NAME/checkpoint-N/    what --resume goes on from
+runs/NAME/                 at the end: model, tokenizer, model card
+"""
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from kto_core.errors import ConfigError
+from kto_core.manifest import Manifest
+from kto_core.options import as_plain, flag, read_yaml
+from train.config import TrainConfig
+
+# A run that goes on with another value of these is another run: rows would be repeated or skipped,
+# or the weights would not fit.
+_FIXED = ("loss", "batch_size", "seed", "shuffle", "max_length", "eval_fraction", "lora_rank", "lora_targets")
+
+
+def choose_folder(config: TrainConfig) -> Path:
+    """The folder named by `--out`, or runs/ and the time; it is made if it does not exist.
+
+    Raises:
+        ConfigError: a file, not writable, or holds something and `--resume` is off.
+    """
+    out = config.out
+    if out is None:
+        # All ranks of one launch must choose the same name.
+        stamp = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        out = Path("runs") / (datetime.datetime.now().strftime("%Y%m%d-%H%M%S") if stamp == "none" else stamp)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
+    if not config.resume and int(os.environ.get("RANK", "0")) == 0 and out.exists() and any(out.iterdir()):
+        raise ConfigError(
+            f"--out {out}: the folder is not empty. Choose another one, or pass --resume to go on with the run in it."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error}.") from error
+    return out
+
+
+def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest) -> str | None:
+    """The checkpoint to go on from, or None to start at the beginning.
+
+    Raises:
+        ConfigError: the run in the folder was started with another cache, or with options that cannot change.
+    """
+    checkpoint: str | None = get_last_checkpoint(str(out)) if config.resume else None
+    if checkpoint is not None:
+        _check_same_run(config, out, manifest)
+    return checkpoint
+
+
+def _check_same_run(config: TrainConfig, out: Path, manifest: Manifest) -> None:
+    if not (out / "run.json").exists() or not (out / "config.yaml").exists():
+        raise ConfigError(
+            f"--out {out}: holds a checkpoint, but no run.json and config.yaml; it is no run of kto-train."
+        )
+    before = json.loads((out / "run.json").read_text(encoding="utf-8")).get("fingerprint")
+    if before != manifest.fingerprint:
+        raise ConfigError(
+            f"--resume {out}: the run was started with another cache (fingerprint {str(before)[:12]}, now "
+            f"{manifest.fingerprint[:12]}). Pass that cache, or start a new run."
+        )
+    started = {**as_plain(TrainConfig()), **read_yaml(out / "config.yaml")}
+    now = as_plain(config)
+    changed = [name for name in _FIXED if started.get(name) != now[name]]
+    if changed:
+        name = changed[0]
+        raise ConfigError(
+            f"--resume {out}: the run was started with {flag(name)} {started.get(name)}, not {now[name]}. "
+            "Pass the same value, or start a new run."
+        )
+
+
+def write_start(config: TrainConfig, out: Path, manifest: Manifest) -> None:
+    """Write config.yaml and run.json. The folder stays empty until the checks before the first update have passed."""
+    values = {k: v for k, v in as_plain(config).items() if k not in ("out", "resume") and v not in (None, {})}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    (out / "config.yaml").write_text(text, encoding="utf-8")
+    facts: dict[str, Any] = {"fingerprint": manifest.fingerprint, "cache": str(config.cache)}
+    (out / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
