@@ -201,7 +201,7 @@ class _SelectedLogps(torch.autograd.Function):
                     _add_product(grad_weight, flow.T, rows)
                 if grad_bias is not None:
                     # The bias is added before the scaling, as the weight is.
-                    grad_bias += flow.sum(0, dtype=torch.float32).to(grad_bias.dtype)
+                    grad_bias += flow.sum(0, dtype=normalizer.dtype).to(grad_bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
@@ -318,7 +318,8 @@ def check_scoring(model: Any, rows: Sequence[tuple[np.ndarray, np.ndarray]], *, 
             ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64)).to(device)
             logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1].double()
             own = logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
-            worst = max(worst, float((own - mine).abs().max()))
+            difference = (own - mine).abs().nan_to_num(nan=float("inf"))
+            worst = max(worst, float(difference.max()))
     if not worst <= tolerance:
         raise ModelError(
             f"{type(model).__name__}: log-probabilities from hidden states differ from the model's own logits by up to "

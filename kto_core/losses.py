@@ -46,7 +46,8 @@ def kto_losses(logratios: Tensor, labels: Tensor, kl: Tensor, *, beta: float, we
 
 def class_weights(labels: Tensor, desirable: float, undesirable: float) -> Tensor:
     """lambda_D or lambda_U for each row, float64, shape (batch,)."""
-    return torch.where(labels, desirable, undesirable).to(torch.float64)
+    pair = torch.tensor([undesirable, desirable], dtype=torch.float64, device=labels.device)
+    return pair[labels.long()]
 
 
 def count_routed_tokens(router_logits: Sequence[Tensor], mask: Tensor, top_k: int) -> Tensor:

@@ -145,7 +145,7 @@ def _parse(path: Path, content: dict[str, Any]) -> Manifest:
         parts = PurePosixPath(shard["file"]).parts
         if PurePosixPath(shard["file"]).is_absolute() or ".." in parts or "\\" in shard["file"]:
             raise CacheError(f"{path}: shard {shard['file']!r} lies outside of the cache folder; it is not read.")
-    if len({shard["file"] for shard in shards}) != len(shards):
+    if len({str(PurePosixPath(shard["file"])) for shard in shards}) != len(shards):
         raise CacheError(f"{path}: lists a shard twice.")
     for key in ("fingerprint", "created"):
         if not isinstance(content.get(key), str):
@@ -164,6 +164,11 @@ def _check_edited(path: Path, manifest: Manifest) -> None:
     expected = fingerprint(manifest.identity, manifest.pairing, str(manifest.data.get("rows_hash")))
     if expected != manifest.fingerprint:
         raise CacheError(f"{path}: does not match its own fingerprint: it was edited or damaged. {_AGAIN}")
+    kept = manifest.data.get("kept")
+    if manifest.rows != kept:
+        raise CacheError(
+            f"{path}: its shards hold {manifest.rows} rows, but {kept} were kept: a shard is missing. {_AGAIN}"
+        )
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from kto_core.errors import ModelError
 from kto_core.logps import add_scoring_forward
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -133,16 +132,16 @@ def load_causal_lm(
         ModelError: not loadable, or weights missing from the files.
     """
     check_model_folder(folder)
-    exact = precision.is_full or not frozen or adapter is not None
     try:
         model, info = auto_model.from_pretrained(
             str(folder),
-            dtype=torch.float32 if exact else "auto",
+            # Loaded in 16 bits, constants that a model computes for itself (Gemma's embedding scale) would be rounded.
+            dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -198,7 +197,8 @@ def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Store matrices in `dtype`; embeddings, norms and biases in float32.
 
     Autocast casts matrices before each product, so their storage changes no number. Embeddings and
-    norms feed the float32 residual stream: rounding them would.
+    norms feed the float32 residual stream: rounding them would. (Fused expert matrices, with three
+    dimensions, are outside of autocast: a mixture of experts computes them as they are stored.)
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     for parameter in model.parameters():
@@ -210,7 +210,7 @@ def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0: the start-up check, z0 and the loss must see one and the same policy.
+    """Set every dropout rate and router jitter to 0: the start-up check, z0 and the loss must see one and the same policy.
 
     The configuration keeps its values, so the saved model does too.
     """
@@ -218,7 +218,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
@@ -232,6 +232,7 @@ def merge_adapter(model: Any, adapter: Path) -> None:
         ModelError: not an adapter, peft missing, weights that do not fit, or a kind that cannot be merged.
     """
     check_adapter_folder(adapter)
+    tied = _heads_are_tied(model)
     before, trainable = dict(vars(model)), any(p.requires_grad for p in model.parameters())
     try:
         info = model.load_adapter(str(adapter), adapter_name="default", use_safetensors=True)
@@ -239,21 +240,39 @@ def merge_adapter(model: Any, adapter: Path) -> None:
         raise ModelError(
             f"--adapter needs peft: {_first_line(error)} Install it with: pip install 'offline-kto[lora]'"
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{adapter}: the adapter does not fit the model: {_first_line(error)}") from error
     left_out = sorted(getattr(info, "missing_keys", ()) or ()) + sorted(getattr(info, "unexpected_keys", ()) or ())
     if left_out:
         raise ModelError(
-            f"{adapter}: the adapter does not fit the model: {left_out[0]} and {len(left_out) - 1} more do not match."
+            f"{adapter}: the adapter does not fit the model ({left_out[0]} and {len(left_out) - 1} more weights), or is of "
+            f"a kind that is not supported. {_MERGE_YOURSELF}"
         )
-    for name, layer in list(model.named_modules()):
-        if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
-            layer.merge(safe_merge=True)
-            model.set_submodule(name, layer.get_base_layer())
-        elif hasattr(layer, "modules_to_save") and hasattr(layer, "original_module"):
-            model.set_submodule(name, layer.modules_to_save["default"])
+    try:
+        _merge_layers(model)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(f"{adapter}: cannot be merged: {_first_line(error)} {_MERGE_YOURSELF}") from error
+    if tied and not _heads_are_tied(model):
+        model.config.tie_word_embeddings = False  # the adapter brought a head of its own
     _forget_adapter(model, before)
     model.requires_grad_(trainable)
+
+
+_MERGE_YOURSELF = "Merge it with peft (merge_and_unload) and pass the merged model to --model."
+
+
+def _merge_layers(model: Any) -> None:
+    """Replace every tuner layer by the merged layer it wraps, innermost wrappers first."""
+    for name, layer in sorted(model.named_modules(), key=lambda item: -item[0].count(".")):
+        if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
+            layer.merge(safe_merge=True)
+            model.set_submodule(name, layer.base_layer)
+        elif hasattr(layer, "modules_to_save") and hasattr(layer, "original_module"):
+            model.set_submodule(name, layer.modules_to_save["default"])
+
+
+def _heads_are_tied(model: Any) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _forget_adapter(model: nn.Module, before: dict[str, Any]) -> None:

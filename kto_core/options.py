@@ -84,12 +84,17 @@ _Loader.add_implicit_resolver(
 def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: dict[Any, Any] = {}
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, str) and key in seen:
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        # `max-steps` and `max_steps` name one option.
+        key = key_node.value.replace("-", "_")
+        if key in seen:
             line = key_node.start_mark.line + 1
-            raise ConfigError(f"{key_node.start_mark.name}:{line}: {key!r} is given twice; keep one of them.")
-        if isinstance(key, str):
-            seen[key] = True
+            raise ConfigError(
+                f"{key_node.start_mark.name}:{line}: {key_node.value!r} is given twice; keep one of them."
+            )
+        seen[key] = True
+    loader.flatten_mapping(node)
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
 
@@ -113,6 +118,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             content = loader.get_single_data()
         finally:
             loader.dispose()
+    except ValueError as error:  # a date that no calendar has, say
+        raise ConfigError(f"{path}: not valid YAML: {error}.") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""

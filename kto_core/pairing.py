@@ -92,6 +92,10 @@ def pair_rotate(rows: Sequence[PairableRow], *, partners: int, block: int) -> Pa
         PairingError: one distinct prompt only, or `partners >= block`.
     """
     _check_satisfiable(rows, 1)
+    if partners >= len(rows):
+        raise PairingError(
+            f"--kl-partners {partners} asks for more completions than the other {len(rows) - 1} rows have. Lower it."
+        )
     if partners >= block:
         raise PairingError(
             f"--pairing rotate takes partners from blocks of {block} rows, too few for --kl-partners {partners}. "

@@ -60,6 +60,7 @@ def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], metadata: Mapping
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    check_table(table, path.name)
     table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     try:
         pq.write_table(table, temporary, row_group_size=_ROWS_PER_GROUP, compression="zstd", write_page_checksum=True)
@@ -163,9 +164,9 @@ def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None) -
         CacheError: naming the first row and the rule it breaks.
     """
     for name in SCHEMA.names:
-        column = table.column(name)
-        if name != "pair_id" and column.null_count:
-            raise CacheError(f"{where}: column {name!r} lacks {column.null_count} values.")
+        missing = 0 if name == "pair_id" else _count_nulls(table.column(name))
+        if missing:
+            raise CacheError(f"{where}: column {name!r} lacks {missing} values.")
     prompts, completions = _Lists(table, "prompt_ids"), _Lists(table, "completion_ids")
     logps = _Lists(table, "ref_token_logps")
     kl_completions, kl_logps = _Lists(table, "kl_completion_ids"), _Lists(table, "ref_kl_token_logps")
@@ -194,6 +195,14 @@ def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None) -
                 f"{where}: {name} holds token ids from {ids.values.min()} to {ids.values.max()}, "
                 f"outside of the vocabulary ({vocabulary} tokens)."
             )
+
+
+def _count_nulls(column: pa.ChunkedArray) -> int:
+    """Missing values at any depth of a column."""
+    count = int(column.null_count)
+    if pa.types.is_list(column.type):
+        count += sum(_count_nulls(pa.chunked_array([chunk.flatten()])) for chunk in column.chunks)
+    return count
 
 
 class _Lists:

@@ -41,10 +41,8 @@ def tokenize_rows(rows: Sequence[FeedbackRow], tokenizer: Any) -> list[Tokens]:
     )
     results = []
     for row, item, prompt, full in zip(rows, rendered, prompts, fulls, strict=True):
-        if full[: len(prompt)] == prompt:
-            completion = full[len(prompt) :]
-        else:
-            completion = tokenizer(item.completion, add_special_tokens=False, verbose=False)["input_ids"]
+        joined = full[: len(prompt)] == prompt
+        completion = full[len(prompt) :] if joined else _encode_apart(tokenizer, item.completion)
         if item.append_eos and (not completion or completion[-1] != tokenizer.eos_token_id):
             completion = [*completion, tokenizer.eos_token_id]
         _check(row, prompt, completion)
@@ -97,6 +95,20 @@ def _rewritten(row: FeedbackRow, prompt: str, full: str) -> str:
         "that the answer does not continue). Training would see a prompt that sampling never shows. Use a template "
         "that keeps the prompt, or give prompt and completion as text."
     )
+
+
+def _encode_apart(tokenizer: Any, completion: str) -> list[int]:
+    """Ids of a completion that continues a prompt.
+
+    SentencePiece tokenizers put a space before whatever they encode, which nobody sampled; behind a
+    special token they do not.
+    """
+    alone = {"add_special_tokens": False, "verbose": False}
+    if tokenizer.eos_token_id is not None:
+        ids = list(tokenizer(tokenizer.eos_token + completion, **alone)["input_ids"])
+        if ids and ids[0] == tokenizer.eos_token_id:
+            return ids[1:]
+    return list(tokenizer(completion, **alone)["input_ids"])
 
 
 def _encode(tokenizer: Any, texts: list[str], special: list[bool]) -> list[list[int]]:

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kto_core.errors import ConfigError
-from kto_core.models import DTYPES
 from kto_core.options import AUTO, option
 
 BACKENDS = (AUTO, "transformers", "vllm")
 PAIRINGS = ("shuffled", "rotate")
+DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Console(transformers.TrainerCallback):
     def _step(self, record: dict[str, Any], state: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
-            self.bar.set_postfix_str(f"{_summary(record)}  {record['tokens_per_second']:,.0f} tokens/s")
+            self.bar.set_postfix_str(f"{record['tokens_per_second']:,.0f} tokens/s  {_summary(record)}")
             return
         now = time.monotonic()
         if now - self.last < _SECONDS_BETWEEN_LINES and state.global_step not in (self.first_step + 1, state.max_steps):
