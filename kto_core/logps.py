@@ -119,8 +119,11 @@ class Head:
 def _logit_scale(config: Any) -> float:
     """Factor on the logits. Cohere and Falcon-H1 multiply, Granite divides."""
     for name in ("logit_scale", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
+        scale = getattr(config, name, None)
+        if isinstance(scale, str):
+            raise ModelError(f"{config.model_type} models with {name} {scale!r} are not supported.")
+        if scale is not None:
+            return float(scale)
     if getattr(config, "logits_scaling", None) is not None:
         return 1.0 / float(config.logits_scaling)
     return 1.0

@@ -6,6 +6,8 @@ scoring forward are settled here, once.
 
 import contextlib
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kto_core.errors import ModelError
@@ -132,17 +135,10 @@ def load_causal_lm(
         ModelError: not loadable, or weights missing from the files.
     """
     check_model_folder(folder)
-    try:
-        model, info = auto_model.from_pretrained(
-            str(folder),
-            # Loaded in 16 bits, constants that a model computes for itself (Gemma's embedding scale) would be rounded.
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+    wide = precision.is_full or not frozen or adapter is not None
+    model, info = _read(auto_model, folder, torch.float32 if wide else "auto", trust_remote_code)
+    if not wide and _has_rounded_constants(model):
+        model, info = _read(auto_model, folder, torch.float32, trust_remote_code)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -156,6 +152,24 @@ def load_causal_lm(
     disable_dropout(model)
     add_scoring_forward(model)
     return model if _is_quantized(model) else model.to(device)
+
+
+def _read(auto_model: Any, folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+    try:
+        return auto_model.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+
+
+def _has_rounded_constants(model: nn.Module) -> bool:
+    """Whether constants that the model computes for itself (Gemma's embedding scale) were rounded to 16 bits."""
+    return any(buffer.is_floating_point() and buffer.element_size() < 4 for buffer in model.buffers())
 
 
 def check_model_folder(folder: Path) -> None:
@@ -235,7 +249,8 @@ def merge_adapter(model: Any, adapter: Path) -> None:
     tied = _heads_are_tied(model)
     before, trainable = dict(vars(model)), any(p.requires_grad for p in model.parameters())
     try:
-        info = model.load_adapter(str(adapter), adapter_name="default", use_safetensors=True)
+        with _with_layer_names(adapter) as folder:
+            info = model.load_adapter(str(folder), adapter_name="default", use_safetensors=True)
     except ImportError as error:
         raise ModelError(
             f"--adapter needs peft: {_first_line(error)} Install it with: pip install 'offline-kto[lora]'"
@@ -256,6 +271,25 @@ def merge_adapter(model: Any, adapter: Path) -> None:
         model.config.tie_word_embeddings = False  # the adapter brought a head of its own
     _forget_adapter(model, before)
     model.requires_grad_(trainable)
+
+
+@contextlib.contextmanager
+def _with_layer_names(adapter: Path) -> Iterator[Path]:
+    """An adapter folder whose weights have the names its layers expect.
+
+    peft saves DoRA's magnitudes without the suffix that `transformers` looks for; such an adapter is
+    read from a renamed copy.
+    """
+    suffix = "lora_magnitude_vector"
+    weights = load_file(adapter / "adapter_model.safetensors")
+    if not any(name.endswith(suffix) for name in weights):
+        yield adapter
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copy(adapter / "adapter_config.json", copy)
+        renamed = {f"{name}.weight" if name.endswith(suffix) else name: tensor for name, tensor in weights.items()}
+        save_file(renamed, Path(copy) / "adapter_model.safetensors", metadata={"format": "pt"})
+        yield Path(copy)
 
 
 _MERGE_YOURSELF = "Merge it with peft (merge_and_unload) and pass the merged model to --model."

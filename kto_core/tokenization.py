@@ -101,14 +101,14 @@ def _encode_apart(tokenizer: Any, completion: str) -> list[int]:
     """Ids of a completion that continues a prompt.
 
     SentencePiece tokenizers put a space before whatever they encode, which nobody sampled; behind a
-    special token they do not.
+    line break, which is then taken off again, they do not.
     """
-    alone = {"add_special_tokens": False, "verbose": False}
-    if tokenizer.eos_token_id is not None:
-        ids = list(tokenizer(tokenizer.eos_token + completion, **alone)["input_ids"])
-        if ids and ids[0] == tokenizer.eos_token_id:
-            return ids[1:]
-    return list(tokenizer(completion, **alone)["input_ids"])
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    start, ids = encode("\n"), encode("\n" + completion)
+    return ids[len(start) :] if ids[: len(start)] == start else encode(completion)
 
 
 def _encode(tokenizer: Any, texts: list[str], special: list[bool]) -> list[list[int]]:

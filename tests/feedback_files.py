@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-_WORDS = "hello world or he well red blue stone river seven maybe never always they went".split()
+_WORDS = ["hello", "world", "or", "he", "well", "red", "blue", "stone", "river", "seven", "maybe", "never", "went"]
 
 
 def chat_rows(count: int, *, seed: int = 0, longest: int = 12) -> list[dict[str, Any]]:

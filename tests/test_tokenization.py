@@ -1,0 +1,258 @@
+import re
+
+import numpy as np
+import pytest
+from models import BOS, CHAT_TEMPLATE, EOS, tiny_tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from kto_core.errors import TokenizationError
+from kto_core.feedback import FeedbackRow
+from kto_core.identity import chat_template_hash, tokenizer_hash
+from kto_core.tokenization import tokenize_rows
+
+WHERE = "feedback.jsonl:17"
+
+
+def text_row(prompt, completion):
+    return FeedbackRow(WHERE, prompt, completion, label=True)
+
+
+def chat_row(*turns, **more):
+    """Turns are user, assistant, user, ...; the last one is the completion."""
+    roles = ("user", "assistant")
+    messages = tuple({"role": roles[i % 2], "content": text} for i, text in enumerate(turns))
+    return FeedbackRow(WHERE, messages[:-1], messages[-1:], label=True, **more)
+
+
+def tokenize(row, tokenizer):
+    (tokens,) = tokenize_rows([row], tokenizer)
+    assert tokens.prompt_ids.dtype == tokens.completion_ids.dtype == np.int32
+    return tokens
+
+
+def decoded(tokens, tokenizer):
+    return tuple(tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in tokens)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("closes", [False, True])
+def test_the_chat_template_is_applied_once_with_one_bos_and_no_added_eos(bos, closes):
+    tokenizer = tiny_tokenizer(bos=bos, closes=closes)
+    tokens = tokenize(chat_row("hello", "hi", "world", "hello world"), tokenizer)
+    start = BOS if bos else ""
+    assert decoded(tokens, tokenizer) == (
+        f"{start}<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>\n"
+        "<|im_start|>user\nworld<|im_end|>\n<|im_start|>assistant\n",
+        "hello world<|im_end|>\n",
+    )
+    everything = [*tokens.prompt_ids, *tokens.completion_ids]
+    assert everything.count(tokenizer.convert_tokens_to_ids(BOS)) == int(bos)
+    assert everything.count(tokenizer.eos_token_id) == 0
+
+
+def test_prompt_and_completion_together_are_the_whole_conversation():
+    tokenizer = tiny_tokenizer(bos=True)
+    row = chat_row("hello", "hi", "world", "hello world")
+    tokens = tokenize(row, tokenizer)
+    whole = tokenizer.apply_chat_template([*row.prompt, *row.completion], tokenize=False)
+    assert [*tokens.prompt_ids, *tokens.completion_ids] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_tools_and_template_kwargs_reach_the_template():
+    tokenizer = tiny_tokenizer()
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+    tokens = tokenize(chat_row("hello", "hi", tools=(tool,), template_kwargs={"mood": "curt"}), tokenizer)
+    prompt, completion = decoded(tokens, tokenizer)
+    assert prompt.startswith("<|im_start|>tools\n[{")
+    assert prompt.count("look_up") == 1
+    assert "<|im_start|>mood\ncurt<|im_end|>" in prompt
+    assert completion == "hi<|im_end|>\n"
+
+
+def test_a_conversation_needs_a_chat_template():
+    with pytest.raises(TokenizationError, match=rf"^{WHERE}: .*no chat template.*give prompt and completion as text"):
+        tokenize(chat_row("hello", "hi"), tiny_tokenizer(chat_template=None))
+
+
+DROPS_THINKING = CHAT_TEMPLATE.replace(
+    "message['content']",
+    "(message['content'] if loop.last or message['role'] == 'user' else message['content'].split('</think>')[-1])",
+)
+OPENS_THINKING = CHAT_TEMPLATE.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>' }}")
+
+
+def test_the_template_that_drops_thinking_is_one_that_works_otherwise():
+    tokenizer = tiny_tokenizer(chat_template=DROPS_THINKING)
+    tokens = tokenize(chat_row("hello", "<think>hm</think>hi", "world", "hello world"), tokenizer)
+    assert "hm" not in decoded(tokens, tokenizer)[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "turns"),
+    [
+        pytest.param(OPENS_THINKING, ("hello", "hi"), id="generation prompt that the answer does not continue"),
+        pytest.param(
+            "{% if messages[-1]['role'] == 'assistant' %}closed{% else %}open{% endif %}" + CHAT_TEMPLATE,
+            ("hello", "hi"),
+            id="another beginning",
+        ),
+        pytest.param(
+            CHAT_TEMPLATE.replace("message['content']", "(message['content'] if loop.last else '')"),
+            ("hello", "hi"),
+            id="earlier turns dropped",
+        ),
+    ],
+)
+def test_a_template_that_rewrites_the_prompt_is_refused(template, turns):
+    with pytest.raises(TokenizationError, match=rf"^{WHERE}: the chat template renders the prompt differently"):
+        tokenize(chat_row(*turns), tiny_tokenizer(chat_template=template))
+
+
+def test_a_refused_prompt_is_shown_where_it_changes():
+    with pytest.raises(TokenizationError, match=r"'<think>' becomes 'hi<\|im_end\|>"):
+        tokenize(chat_row("hello", "hi"), tiny_tokenizer(chat_template=OPENS_THINKING))
+
+
+def test_what_the_template_itself_refuses_names_the_row():
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(TokenizationError, match=rf"^{WHERE}: .*refuses this conversation: roles must alternate"):
+        tokenize(chat_row("hello", "hi"), tiny_tokenizer(chat_template=template))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("closes", [False, True])
+@pytest.mark.parametrize("completion", [" world", f" world{EOS}"])
+def test_eos_ends_plain_text_once(bos, closes, completion):
+    """Whether the tokenizer adds it, the text holds it, or neither."""
+    tokenizer = tiny_tokenizer(bos=bos, closes=closes)
+    tokens = tokenize(text_row("hello", completion), tokenizer)
+    assert decoded(tokens, tokenizer) == ((BOS if bos else "") + "hello", f" world{EOS}")
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_eos_that_the_prompt_itself_ends_with_stays(closes):
+    """Some base models separate turns with EOS."""
+    tokenizer = tiny_tokenizer(closes=closes)
+    assert decoded(tokenize(text_row(f"hello{EOS}", " world"), tokenizer), tokenizer) == (f"hello{EOS}", f" world{EOS}")
+
+
+def test_plain_text_needs_an_eos_token():
+    with pytest.raises(TokenizationError, match=rf"^{WHERE}: .*Set eos_token in tokenizer_config.json"):
+        tokenize(text_row("hello", " world"), tiny_tokenizer(eos=False))
+
+
+def test_a_conversation_needs_no_eos_token():
+    tokenizer = tiny_tokenizer(eos=False)
+    assert decoded(tokenize(chat_row("hello", "hi"), tokenizer), tokenizer)[1] == "hi<|im_end|>\n"
+
+
+def test_an_empty_prompt_is_refused_where_nothing_stands_before_the_completion():
+    with pytest.raises(TokenizationError, match=rf"^{WHERE}: the prompt has no tokens"):
+        tokenize(text_row("", "hello"), tiny_tokenizer())
+
+
+def test_an_empty_prompt_with_bos_is_bos():
+    tokenizer = tiny_tokenizer(bos=True)
+    assert decoded(tokenize(text_row("", "hello"), tokenizer), tokenizer) == (BOS, f"hello{EOS}")
+
+
+def test_a_template_that_leaves_no_completion_is_refused():
+    template = "{% for message in messages[:1] %}{{ message['content'] }}{% endfor %}"
+    with pytest.raises(TokenizationError, match=rf"^{WHERE}: the completion has no tokens"):
+        tokenize(chat_row("hello", "hi"), tiny_tokenizer(chat_template=template))
+
+
+def test_a_tokenizer_that_merges_across_the_boundary_reads_the_two_apart():
+    """ "hel" + "lo": together one token "hello", which has no place for the boundary."""
+    tokenizer = tiny_tokenizer()
+    together = tokenizer("hello", add_special_tokens=False)["input_ids"]
+    assert len(together) == 1
+    tokens = tokenize(text_row("hel", "lo"), tokenizer)
+    apart = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("hel", "lo")]
+    assert [*tokens.prompt_ids] == apart[0]
+    assert [*tokens.completion_ids] == [*apart[1], tokenizer.eos_token_id]
+
+
+def test_a_merge_across_the_boundary_of_a_template_is_read_apart():
+    """The newline after the generation prompt and the one that begins the answer."""
+    merges = (("\u010a", "\u010a"),)  # "\u010a" is the byte-level alphabet's newline
+    tokenizer = tiny_tokenizer(merges=merges)
+    tokens = tokenize(chat_row("hello", "\nhi"), tokenizer)
+    assert len(tokenizer("\n\n", add_special_tokens=False)["input_ids"]) == 1
+    assert decoded(tokens, tokenizer)[1] == "\nhi<|im_end|>\n"
+    assert tokens.completion_ids[0] == tokenizer.convert_tokens_to_ids("\u010a")
+
+
+def test_a_merge_across_the_boundary_costs_no_bos_and_keeps_one_eos():
+    tokenizer = tiny_tokenizer(bos=True, closes=True)
+    tokens = tokenize(text_row("hel", "lo"), tokenizer)
+    assert decoded(tokens, tokenizer) == (f"{BOS}hel", f"lo{EOS}")
+
+
+def sentencepiece_like_tokenizer(*, normalizes, scheme="first"):
+    """Whatever is encoded gets a space in front, written as U+2581: by a normalizer (Llama 2) or later (newer ones)."""
+    vocabulary = {token: i for i, token in enumerate(["\u2581", "\n", *"helo", "he", "ll", "hell", "hello"])}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o")]))
+    if normalizes:
+        space = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        tokenizer.normalizer = normalizers.Sequence(space)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        pytest.param(sentencepiece_like_tokenizer(normalizes=False), id="before the text"),
+        pytest.param(sentencepiece_like_tokenizer(normalizes=False, scheme="always"), id="before every piece"),
+        pytest.param(sentencepiece_like_tokenizer(normalizes=True), id="by a normalizer"),
+    ],
+)
+def test_reading_the_two_apart_puts_no_space_between_them(tokenizer):
+    """A model that is sampled after "hel" continues with "lo", not with " lo"."""
+    tokens = tokenize(text_row("hel", "lo"), tokenizer)
+    assert tokenizer.decode(np.concatenate(tokens)) == f"hello{EOS}"
+
+
+def test_rows_of_both_kinds_keep_their_order():
+    tokenizer = tiny_tokenizer(bos=True)
+    rows = [text_row("hello", " one"), chat_row("hello", "two"), text_row("hel", "lo"), chat_row("hi", "four")]
+    together = tokenize_rows(rows, tokenizer)
+    for row, tokens in zip(rows, together, strict=True):
+        alone = tokenize(row, tokenizer)
+        assert [ids.tolist() for ids in tokens] == [ids.tolist() for ids in alone]
+    endings = [decoded(tokens, tokenizer)[1] for tokens in together]
+    assert endings == [f" one{EOS}", "two<|im_end|>\n", f"lo{EOS}", "four<|im_end|>\n"]
+
+
+def test_the_failing_row_is_the_one_that_is_named():
+    rows = [text_row("hello", " world"), FeedbackRow("feedback.jsonl:18", "", "x", label=False)]
+    with pytest.raises(TokenizationError, match=r"^feedback.jsonl:18:"):
+        tokenize_rows(rows, tiny_tokenizer())
+
+
+def test_nothing_is_cut():
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 8
+    tokens = tokenize(text_row("a" * 50, "b" * 70), tokenizer)
+    assert (len(tokens.prompt_ids), len(tokens.completion_ids)) == (50, 71)
+
+
+def test_the_tokenizer_is_not_changed():
+    tokenizer = tiny_tokenizer(bos=True, closes=True)
+    before = tokenizer_hash(tokenizer), chat_template_hash(tokenizer), tokenizer.backend_tokenizer.to_str()
+    tokenize_rows([text_row("hel", "lo"), chat_row("hello", "hi", template_kwargs={"mood": "curt"})], tokenizer)
+    assert (tokenizer_hash(tokenizer), chat_template_hash(tokenizer), tokenizer.backend_tokenizer.to_str()) == before
+
+
+def test_the_row_is_not_changed():
+    row = chat_row("hello", "hi", template_kwargs={"mood": "curt"})
+    before = repr(row)
+    tokenize(row, tiny_tokenizer())
+    assert repr(row) == before
+    assert re.search("curt", before)
