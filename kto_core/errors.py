@@ -7,6 +7,7 @@
     |-- PairingError       no valid mismatched completion exists
     |-- ModelError         a model, adapter or tokenizer that cannot be loaded or scored
     |-- CacheError         a cache that is absent, incomplete, damaged or of another identity
+    |   `-- NewerFormatError   a cache of a format that this version does not know
     `-- TrainingError      training cannot start or go on
 
 Each message says where, what was found and what to do. The commands print it and exit with 1.
@@ -40,6 +41,10 @@ class ModelError(KTOError):
 
 class CacheError(KTOError):
     """A reference cache is absent, incomplete, damaged, or not the one that was asked for."""
+
+
+class NewerFormatError(CacheError):
+    """A cache of a format that this version does not know; it may be perfectly good."""
 
 
 class TrainingError(KTOError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kto_core.errors import CacheError
+from kto_core.errors import CacheError, NewerFormatError
 from kto_core.identity import file_hashes, json_hash
 from kto_core.shards import write_json
 
@@ -124,7 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise CacheError(f"{path}: not the manifest of a reference cache.")
     if content["format"] != FORMAT:
-        raise CacheError(
+        raise NewerFormatError(
             f"{path}: cache format {content['format']}; this version reads format {FORMAT}. "
             "Update offline-kto, or run kto-precompute again."
         )

@@ -18,6 +18,9 @@ class _Command(click.Command):
             return super().invoke(ctx)
         except KTOError as error:
             raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted. What was finished is kept; run the same command again to go on.", err=True)
+            ctx.exit(130)
 
 
 def _options(command: Any) -> Any:

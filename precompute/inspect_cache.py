@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kto_core.errors import CacheError
-from kto_core.manifest import Manifest, check_files, read_manifest
+from kto_core.manifest import MANIFEST, Manifest, check_files, read_manifest
 from kto_core.shards import check_table, open_shard
 
 
@@ -67,15 +67,21 @@ def verify(folder: Path) -> None:
     started = time.monotonic()
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    rows = 0
+    rows = desirable = 0
     for shard in manifest.shards:
         path = folder / shard["file"]
         file = open_shard(path)
         if file.metadata.num_rows != shard["rows"]:
             raise CacheError(f"{path}: {file.metadata.num_rows} rows, the manifest says {shard['rows']}.")
         for group in range(file.num_row_groups):
-            check_table(file.read_row_group(group), str(path))
+            table = file.read_row_group(group)
+            check_table(table, str(path))
+            desirable += int(table.column("label").to_numpy().sum())
         rows += file.metadata.num_rows
+    if desirable != manifest.data.get("desirable"):
+        raise CacheError(
+            f"{folder / MANIFEST}: says {manifest.data.get('desirable')} desirable rows, the shards hold {desirable}."
+        )
     listed = {shard["file"] for shard in manifest.shards}
     strays = [p.name for p in sorted((folder / "train").glob("*.parquet")) if f"train/{p.name}" not in listed]
     if strays:

@@ -1,6 +1,7 @@
 """Stage 1 from end to end: plan, score what is missing, write shards, declare the cache complete."""
 
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -8,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from kto_core.errors import ModelError
+from kto_core.errors import CacheError, ModelError
 from kto_core.identity import json_hash, sequence_id
+from kto_core.lock import only_writer
 from kto_core.manifest import fingerprint, identity_of
 from precompute.config import PrecomputeConfig
 from precompute.plan import Plan, PlanCounts, describe, make_plan, shard_rows
 from precompute.progress import Progress
 from precompute.reference import Reference
 from precompute.sources import describe_source
-from precompute.store import Store, check_out
+from precompute.store import Store, check_out, make_out
 from precompute.transformers_scorer import TransformersScorer
 
 
@@ -32,7 +34,10 @@ def precompute(config: PrecomputeConfig) -> None:
     hashing = reference.hash_weights()
     plan = make_plan(config, reference.tokenizer)
     counts = plan.counts()
-    print(f"reference   {config.model} ({reference.precision.name} on {reference.device}, scored with {backend})")
+    adapter = f" with adapter {config.adapter}" if config.adapter else ""
+    print(
+        f"reference   {config.model}{adapter} ({reference.precision.name} on {reference.device}, scored with {backend})"
+    )
     print("\n".join(describe(plan, counts, config)), flush=True)
     _check_vocabulary(plan, reference)
     if config.dry_run:
@@ -41,13 +46,19 @@ def precompute(config: PrecomputeConfig) -> None:
     sections = {**reference.sections(hashing.result()), "pairing": _pairing(config)}
     mark = fingerprint(identity_of(sections), sections["pairing"], counts.rows_hash)
     store = Store(config.out, identity_of(sections), sections["pairing"])
-    labels_hash = _labels_hash(plan)
+    make_out(config.out)
+    with only_writer(config.out, CacheError):
+        _fill(Scoring(config, reference, plan, store), counts, sections, mark)
+
+
+def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark: str) -> None:
+    """Score what `--out` lacks, and declare it complete."""
+    config, store, labels_hash = scoring.config, scoring.store, _labels_hash(scoring.plan)
     if not store.open(
         overwrite=config.overwrite, mark=mark, labels_hash=labels_hash, rows_per_shard=config.rows_per_shard
     ):
         print(f"complete    {config.out} holds these scores already; nothing to do")
         return
-    scoring = Scoring(config, reference, plan, store)
     scoring.run()
     data = {**_data(config, counts), "labels_hash": labels_hash}
     run = scoring.summary(counts.sequences)
@@ -114,6 +125,8 @@ class Scoring:
             uses.update(mine.keys())
             tokens.update(mine)
         known = self.store.known_scores(set(tokens))
+        if known:
+            print(f"known       {len(known):,} of {len(tokens):,} sequences were scored before", flush=True)
         total = sum(count for key, count in tokens.items() if key not in known)
         with Progress("scoring", total, "tokens") as progress:
             for i in missing:
@@ -210,4 +223,4 @@ def _report(config: PrecomputeConfig, run: Mapping[str, Any], shards: int, mark:
         f"in {run['seconds']:,.1f} s"
     )
     print(f"wrote       {config.out} ({shards} shard{'s' if shards > 1 else ''}, fingerprint {mark[:12]})")
-    print(f"next        kto-train --cache {config.out}")
+    print(f"next        kto-train --cache {shlex.quote(str(config.out))}")

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kto_core.errors import CacheError
+from kto_core.errors import CacheError, NewerFormatError
 from kto_core.identity import file_hash, sequence_id
 from kto_core.manifest import (
     FORMAT,
@@ -40,7 +40,9 @@ def check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise CacheError(f"--out {out}: a file of that name exists; choose another folder.")
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir():
+        raise CacheError(f"--out {out}: {parent} is a file.")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise CacheError(f"--out {out}: no permission to write in {parent}.")
     if not out.exists() or (out / MANIFEST).exists():
         return
@@ -54,6 +56,14 @@ def check_out(out: Path) -> None:
 
 def _shards(folder: Path) -> list[Path]:
     return sorted((folder / "train").glob("[!.]*.parquet"))
+
+
+def make_out(out: Path) -> None:
+    """Make the folder. Raises: CacheError: the system does not allow it."""
+    try:
+        (out / "train").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"--out {out}: cannot be written: {error}.") from error
 
 
 class Store:
@@ -72,33 +82,57 @@ class Store:
     def open(self, *, overwrite: bool, mark: str, labels_hash: str, rows_per_shard: int) -> bool:
         """Prepare the folder for writing.
 
+        With `overwrite`, whatever is there may be replaced; scores of the same reference are still reused.
+
         Returns:
             False where a complete cache with exactly this content is there already.
 
         Raises:
             CacheError: a cache of another reference is there and `overwrite` is off.
         """
-        (self.out / "train").mkdir(parents=True, exist_ok=True)
+        old = self._finished_cache()
         if overwrite:
-            self._clear()
-        elif (self.out / MANIFEST).exists():
-            old = read_manifest(self.out)
-            self._refuse_other(old.identity, old.pairing)
-            if not self._drop_damaged(old):
-                if _is_same(old, mark, labels_hash, rows_per_shard):
-                    return False
-                self.target = self.out / _NEXT
+            self._drop_other(old)
         else:
             for path in _shards(self.out):
                 self._refuse_other((read_metadata(path) or {}).get("identity", {}))
+            if old is not None:
+                self._refuse_other(old.identity, old.pairing)
+        if old is not None and old.identity == self.identity and not self._drop_damaged(old):
+            if _is_same(old, mark, labels_hash, rows_per_shard):
+                self._remove_strays([shard["file"] for shard in old.shards])
+                return False
+            self.target = self.out / _NEXT
         (self.target / "train").mkdir(parents=True, exist_ok=True)
         return True
 
-    def _clear(self) -> None:
-        (self.out / MANIFEST).unlink(missing_ok=True)
+    def _finished_cache(self) -> Manifest | None:
+        """The manifest that is there; a damaged one is removed, since shards vouch for themselves."""
+        if not (self.out / MANIFEST).exists():
+            return None
+        try:
+            return read_manifest(self.out)
+        except NewerFormatError:
+            raise
+        except CacheError as error:
+            print(f"damaged     {error} Its shards are checked one by one.")
+            (self.out / MANIFEST).unlink()
+            return None
+
+    def _drop_other(self, old: Manifest | None) -> None:
+        """Remove what was scored under another reference."""
+        if old is not None and old.identity != self.identity:
+            (self.out / MANIFEST).unlink()
+        for folder in (self.out, self.out / _NEXT):
+            for path in _shards(folder):
+                if (read_metadata(path) or {}).get("identity") != self.identity:
+                    path.unlink()
+
+    def _remove_strays(self, names: Sequence[str]) -> None:
+        """A shard that is not in the manifest would be read by everyone who reads the folder."""
         for path in _shards(self.out):
-            path.unlink()
-        shutil.rmtree(self.out / _NEXT, ignore_errors=True)
+            if f"train/{path.name}" not in names:
+                path.unlink()
 
     def _refuse_other(self, identity: Mapping[str, Any], pairing: Mapping[str, Any] | None = None) -> None:
         lines = differences(identity, self.identity)
@@ -173,9 +207,7 @@ class Store:
             (self.out / MANIFEST).unlink(missing_ok=True)
             for name in names:
                 (self.target / name).replace(self.out / name)
-        for path in _shards(self.out):
-            if f"train/{path.name}" not in names:
-                path.unlink()
+        self._remove_strays(names)
         for leftover in [*(self.out / "train").glob(".*.tmp"), *self.out.glob(".*.tmp")]:
             leftover.unlink()
         shutil.rmtree(self.out / _NEXT, ignore_errors=True)

@@ -20,6 +20,7 @@ from feedback_files import chat_rows, write_feedback, write_rows
 from models import FAMILIES, save_tiny, tiny_tokenizer
 
 from kto_core.errors import CacheError, ModelError, PairingError
+from kto_core.lock import only_writer
 from kto_core.manifest import read_manifest
 from precompute.config import PrecomputeConfig
 from precompute.inspect_cache import head, verify
@@ -235,6 +236,59 @@ class TestReuse:
         assert calls == []
         verify(config.out)
         assert not (config.out / ".next").exists()
+
+
+def test_what_is_not_in_the_manifest_is_removed(config_of: Any, tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    precompute(config)
+    stray = config.out / "train/00099.parquet"
+    stray.write_bytes((config.out / "train/00000.parquet").read_bytes())
+    with pytest.raises(CacheError, match=r"00099\.parquet"):
+        verify(config.out)
+    precompute(config)
+    assert not stray.exists()
+    verify(config.out)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_manifest_costs_no_score(
+    config_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    config = config_of(tmp_path)
+    precompute(config)
+    (config.out / "manifest.json").write_text('{"a":')
+    calls = count_scored(monkeypatch)
+    precompute(replace(config, overwrite=overwrite))
+    assert calls == []
+    verify(config.out)
+
+
+def test_edited_counts_are_found(config_of: Any, tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    precompute(config)
+    content = json.loads((config.out / "manifest.json").read_text())
+    content["data"]["desirable"] += 1
+    (config.out / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(CacheError, match="desirable rows"):
+        verify(config.out)
+
+
+def test_a_folder_has_one_writer(config_of: Any, tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    config.out.mkdir()
+    with (
+        only_writer(config.out, CacheError),
+        pytest.raises(CacheError, match=f"process {os.getpid()} on .* is writing"),
+    ):
+        precompute(config)
+    precompute(config)
+    assert sorted(p.name for p in config.out.iterdir()) == ["manifest.json", "train"]
+
+
+@pytest.fixture
+def config_of(base: Path, feedback: Path) -> Any:
+    """Options for a small cache under a folder."""
+    return lambda folder: PrecomputeConfig(model=str(base), data=str(feedback), out=folder / "refs", rows_per_shard=8)
 
 
 @pytest.mark.parametrize(

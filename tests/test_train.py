@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from models import save_tiny, tiny_tokenizer
 from safetensors.torch import load_file
 
 from kto_core.errors import CacheError, ConfigError, TrainingError
+from kto_core.lock import only_writer
 from kto_core.manifest import read_manifest
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
@@ -212,6 +214,7 @@ class TestWhatChangesNothing:
         often = train(config)
         seldom = train(replace(config, out=tmp_path / "b", logging_steps=2))
         assert_same_weights(often, seldom, atol=0)
+        assert [r["step"] for r in metrics(seldom) if "loss" in r] == [1, 2, 4, 5]  # the last one is never left out
         # The first update is logged alone, then two by two, weighted by rows.
         rows = [8, 8, 4, 8, 8]
         losses = [r["loss"] for r in metrics(often)[:5]]
@@ -367,6 +370,7 @@ class TestEvaluation:
         assert sorted(trained + held) == list(range(20))
         assert not {rows.prompt_ids[i] for i in trained} & {rows.prompt_ids[i] for i in held}
         assert split_by_prompt(rows, 0.3, 1) != (trained, held)
+        assert len({rows.prompt_ids[i] for i in held}) == round(0.3 * len(set(rows.prompt_ids)))
 
     def test_held_out_values_equal_a_naive_computation(self, config: TrainConfig) -> None:
         run = train(replace(config, eval_fraction=0.3, eval_steps=5))
@@ -451,6 +455,36 @@ class TestRunFolder:
         with pytest.raises(ConfigError, match="started with another cache"):
             train(replace(again, cache=tmp_path / "refs"))
         assert len(metrics(train(again))) == 6
+
+    def test_resume_refuses_other_labels(self, config: TrainConfig, tmp_path: Path, base: Path) -> None:
+        data = write_feedback(tmp_path / "f.jsonl", 20)
+        scoring = PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "refs")
+        precompute(scoring)
+        config = replace(config, cache=tmp_path / "refs", save_steps=1)
+        train(replace(config, max_steps=2))
+        write_rows(data, [{**row, "label": not row["label"]} for row in chat_rows(20)])
+        precompute(scoring)
+        with pytest.raises(ConfigError, match="started with other labels"):
+            train(replace(config, resume=True))
+
+    @pytest.mark.parametrize("damage", ["weights cut off", "no state"])
+    def test_an_incomplete_checkpoint_is_named(self, config: TrainConfig, damage: str) -> None:
+        run = train(replace(config, max_steps=2, save_steps=1))
+        last = run / "checkpoint-2"
+        if damage == "no state":
+            (last / "trainer_state.json").unlink()
+        else:
+            (last / "model.safetensors").write_bytes((last / "model.safetensors").read_bytes()[:1000])
+        with pytest.raises(ConfigError, match="checkpoint-2: an incomplete checkpoint"):
+            train(replace(config, resume=True, save_steps=1))
+        shutil.rmtree(last)
+        assert [r["step"] for r in metrics(train(replace(config, resume=True, save_steps=1)))] == [1, 2, 3, 4, 5, 5]
+
+    def test_a_run_has_one_writer(self, config: TrainConfig) -> None:
+        assert config.out is not None
+        config.out.mkdir()
+        with only_writer(config.out, ConfigError), pytest.raises(ConfigError, match="is writing here"):
+            train(replace(config, resume=True))
 
 
 def test_shorter_max_length_is_a_prefix_sum(config: TrainConfig, tmp_path: Path, base: Path, feedback: Path) -> None:

@@ -71,6 +71,7 @@ def training_arguments(
         "report_to": [name.strip() for name in config.report_to.split(",") if name.strip()],
         "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500,
+        "save_total_limit": 2,  # each holds optimizer state: twice the size of the model
         "eval_strategy": "no" if not held_out else "steps" if config.eval_steps else "epoch",
         "eval_steps": config.eval_steps,
         "disable_tqdm": True,

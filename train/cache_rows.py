@@ -167,18 +167,16 @@ class CacheRows(Dataset[TrainingRow]):
 def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Cut a hold-out by prompt, so that no prompt is on both sides.
 
-    The choice is a keyed hash of `prompt_id`: it does not move when rows are added.
+    The prompts with the smallest keyed hashes are held out: an exact share of all prompts, rounded,
+    that hardly moves when rows are added.
 
     Returns:
         (training rows, held-out rows), in file order.
     """
-    held = {p: _unit(f"{seed}/{p}") < fraction for p in set(rows.prompt_ids)}
-    train = [i for i, p in enumerate(rows.prompt_ids) if not held[p]]
-    return train, [i for i, p in enumerate(rows.prompt_ids) if held[p]]
-
-
-def _unit(text: str) -> float:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+    prompts = sorted(set(rows.prompt_ids), key=lambda p: hashlib.blake2b(f"{seed}/{p}".encode()).digest())
+    held = set(prompts[: round(fraction * len(prompts))])
+    train = [i for i, p in enumerate(rows.prompt_ids) if p not in held]
+    return train, [i for i, p in enumerate(rows.prompt_ids) if p in held]
 
 
 class EpochBatches(Sampler[list[RowKey]]):

@@ -41,7 +41,7 @@ def write_card(
         f"Aligned with Kahneman-Tversky Optimization (arXiv 2402.01306) from `{files.name}`, against reference scores of "
         f"`{manifest.reference.get('id')}`" + (f" with adapter `{files.adapter}`." if files.adapter else "."),
         "",
-        f"- reference cache: fingerprint `{manifest.fingerprint}`",
+        f"- reference cache: fingerprint `{manifest.fingerprint}`, labels `{manifest.data.get('labels_hash')}`",
         f"- feedback: {data.get('desirable'):,} desirable and {data.get('undesirable'):,} undesirable rows from "
         + ", ".join(f"`{file.get('name')}`" for file in data.get("files") or []),
         f"- class weights: {weights[0]:.4g} desirable, {weights[1]:.4g} undesirable",

@@ -62,6 +62,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._at_least(batch_size=1, max_tokens=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1)
         self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0)
+        if self.seed > 2**32 - 1:
+            raise ConfigError(f"--seed must be below 2**32, got {self.seed}.")
+        if self.desirable_weight == 0 and self.undesirable_weight == 0:
+            raise ConfigError("--desirable-weight and --undesirable-weight are both 0, which leaves nothing to learn.")
         for name in ("beta", "learning_rate", "epochs", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

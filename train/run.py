@@ -1,6 +1,8 @@
 """Stage 2 from end to end: cache, policy, checks, training, run folder."""
 
+import contextlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ from typing import Any
 import torch
 import transformers
 
-from kto_core.errors import TrainingError
+from kto_core.errors import ConfigError, TrainingError
+from kto_core.lock import only_writer
 from kto_core.manifest import differences
 from kto_core.models import Precision, resolve_device, resolve_precision
 from train.advice import class_weight_values, warnings_for
@@ -80,6 +83,12 @@ def train(config: TrainConfig) -> Path:
 
         check_installed()
     out = choose_folder(config)
+    with only_writer(out, ConfigError) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext():
+        _train(config, out, device, precision)
+    return out
+
+
+def _train(config: TrainConfig, out: Path, device: torch.device, precision: Precision) -> None:
     data = TrainingData.open(config)
     files = PolicyFiles.find(config, data.rows.manifest)
     weights = class_weight_values(config, *data.rows.class_counts(data.train))
@@ -98,7 +107,10 @@ def train(config: TrainConfig) -> Path:
     if args.process_index == 0:
         write_card(out, config, data.rows.manifest, files, weights, trainer.state.log_history)
         print(f"wrote       {out}")
-    return out
+    if trainer.accelerator.num_processes > 1:
+        # A rank that leaves while another still saves takes the whole launch down.
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
 
 
 class _Start(transformers.TrainerCallback):
@@ -115,6 +127,10 @@ class _Start(transformers.TrainerCallback):
     ) -> None:
         self.trainer, self.config, self.rows = trainer, config, rows
         self.precision, self.policy, self.out = precision, policy, out
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last update is always on record
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step:  # a resumed policy has left the reference
@@ -184,7 +200,6 @@ def _save(trainer: KTOTrainer, files: PolicyFiles, config: TrainConfig, out: Pat
     else:
         trainer.save_model(str(out))
     if trainer.is_world_process_zero():
-        trainer.save_state()
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs: config.yaml says it all
 
 
@@ -203,7 +218,8 @@ def _print_plan(
     dropped = f", {data.rows.dropped:,} dropped (prompt too long)" if data.rows.dropped else ""
     steps = config.max_steps or math.ceil(math.ceil(len(data.train) / config.batch_size) * config.epochs)
     print(f"cache       {config.cache} (fingerprint {data.rows.manifest.fingerprint[:12]})")
-    print(f"policy      {files.name} ({kind}, {precision.name} on {device})")
+    adapter = f" with adapter {files.adapter} merged" if files.adapter else ""
+    print(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
     print(f"rows        {len(data.train):,} to train on{held}{dropped}")
     print(
         f"labels      {desirable:,} desirable (weight {weights[0]:.4g}), {undesirable:,} undesirable (weight {weights[1]:.4g})"
@@ -212,6 +228,25 @@ def _print_plan(
         f"updates     {steps:,} of {config.batch_size} rows, beta {config.beta:g}, learning rate {config.learning_rate:g}"
     )
     print(f"run         {out}")
+    for line in _data_warnings(data, precision):
+        print(f"warning     {line}")
     for line in warnings_for(config, desirable, undesirable, weights):
         print(f"warning     {line}")
     print(end="", flush=True)
+
+
+def _data_warnings(data: TrainingData, precision: Precision) -> list[str]:
+    lines = []
+    scored = data.rows.manifest.reference.get("dtype")
+    if scored != precision.name:
+        lines.append(
+            f"the cache was scored in {scored}, the policy computes in {precision.name}: rewards start off 0 by rounding. "
+            f"kto-precompute --dtype {precision.name} scores as this run computes."
+        )
+    if data.held_out is not None and data.held_out[0] is not data.rows:
+        shared = len(set(data.held_out[0].prompt_ids) & set(data.rows.prompt_ids))
+        if shared:
+            lines.append(
+                f"{shared:,} prompts of --eval-cache are trained on as well; its values say little about new prompts."
+            )
+    return lines

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
-from kto_core.errors import ConfigError
+from kto_core.errors import ConfigError, KTOError
+from kto_core.identity import weights_hash
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag, read_yaml
 from train.config import TrainConfig
@@ -58,8 +59,22 @@ def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest) -> str |
     """
     checkpoint: str | None = get_last_checkpoint(str(out)) if config.resume else None
     if checkpoint is not None:
+        _check_complete(Path(checkpoint))
         _check_same_run(config, out, manifest)
     return checkpoint
+
+
+def _check_complete(checkpoint: Path) -> None:
+    """A checkpoint that a crash or a full disk cut short must not be loaded half."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        weights_hash(checkpoint)
+        if not (checkpoint / "optimizer.pt").stat().st_size:
+            raise OSError("optimizer.pt is empty")
+    except (OSError, ValueError, KTOError) as error:
+        raise ConfigError(
+            f"{checkpoint}: an incomplete checkpoint ({error}). Remove that folder; --resume then goes on from the one before."
+        ) from error
 
 
 def _check_same_run(config: TrainConfig, out: Path, manifest: Manifest) -> None:
@@ -67,12 +82,13 @@ def _check_same_run(config: TrainConfig, out: Path, manifest: Manifest) -> None:
         raise ConfigError(
             f"--out {out}: holds a checkpoint, but no run.json and config.yaml; it is no run of kto-train."
         )
-    before = json.loads((out / "run.json").read_text(encoding="utf-8")).get("fingerprint")
-    if before != manifest.fingerprint:
-        raise ConfigError(
-            f"--resume {out}: the run was started with another cache (fingerprint {str(before)[:12]}, now "
-            f"{manifest.fingerprint[:12]}). Pass that cache, or start a new run."
-        )
+    facts, now_facts = json.loads((out / "run.json").read_text(encoding="utf-8")), _facts(manifest)
+    for name, what in (("fingerprint", "another cache"), ("labels_hash", "other labels or another row order")):
+        if facts.get(name) != now_facts[name]:
+            raise ConfigError(
+                f"--resume {out}: the run was started with {what} ({name} {str(facts.get(name))[:12]}, now "
+                f"{str(now_facts[name])[:12]}). Pass the cache it was started with, or start a new run."
+            )
     started = {**as_plain(TrainConfig()), **read_yaml(out / "config.yaml")}
     now = as_plain(config)
     changed = [name for name in _FIXED if started.get(name) != now[name]]
@@ -82,6 +98,9 @@ def _check_same_run(config: TrainConfig, out: Path, manifest: Manifest) -> None:
             f"--resume {out}: the run was started with {flag(name)} {started.get(name)}, not {now[name]}. "
             "Pass the same value, or start a new run."
         )
+    for name in ("beta", "learning_rate", "scheduler", "desirable_weight", "undesirable_weight", "max_steps", "epochs"):
+        if started.get(name) != now[name]:
+            print(f"resume      {flag(name)} {now[name]}, before it was {started.get(name)}")
 
 
 def write_start(config: TrainConfig, out: Path, manifest: Manifest) -> None:
@@ -89,5 +108,9 @@ def write_start(config: TrainConfig, out: Path, manifest: Manifest) -> None:
     values = {k: v for k, v in as_plain(config).items() if k not in ("out", "resume") and v not in (None, {})}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     (out / "config.yaml").write_text(text, encoding="utf-8")
-    facts: dict[str, Any] = {"fingerprint": manifest.fingerprint, "cache": str(config.cache)}
-    (out / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (out / "run.json").write_text(json.dumps(_facts(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    """What identifies the training data; the fingerprint alone leaves labels and order out."""
+    return {"fingerprint": manifest.fingerprint, "labels_hash": manifest.data.get("labels_hash")}

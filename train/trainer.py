@@ -137,7 +137,7 @@ class KTOTrainer(transformers.Trainer):
         counted = [row for row in rows if row.counted]
         kl, kl_raw, total, tokens = self._reference_point(counted)
         model.train()
-        experts = self._expert_counts(rows) if self.balances_experts else None
+        experts = self._expert_counts(counted) if self.balances_experts else None
         parts = self._micro_batches([row.matched for row in rows])
         logps = torch.empty(len(rows), dtype=torch.float64, device=self.args.device)
         aux_loss = torch.zeros((), dtype=torch.float64, device=self.args.device) if experts else None
@@ -152,6 +152,7 @@ class KTOTrainer(transformers.Trainer):
                     share = self._router_coefficient * router_balance_loss(
                         scored.router_logits, _real(batch, [rows[j].matched for j in part]), *experts
                     )
+                    share = share * bool(counted)  # filler rows weigh nothing here either
                     aux_loss, loss = aux_loss + share.detach(), loss + share
                 # DDP averages gradients over ranks; ours are shares of one mean over all of them.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
