@@ -69,7 +69,7 @@ def weights_hash(folder: Path, *, on_bytes: Callable[[int], None] | None = None)
 
     Args:
         folder: holds `*.safetensors`.
-        on_bytes: called with the number of bytes hashed since the last call (for a progress bar).
+        on_bytes: called with the number of bytes hashed since the last call (for a progress bar); may raise to stop.
 
     Raises:
         ModelError: no safetensors file, or one that is damaged.
@@ -86,6 +86,8 @@ def weights_hash(folder: Path, *, on_bytes: Callable[[int], None] | None = None)
 
     def digest(name: str) -> str:
         path, dtype, shape, start, end = tensors[name]
+        if on_bytes:
+            on_bytes(0)  # may raise, to stop before the next tensor
         hasher = hashlib.sha256(f"{name} {dtype} {shape} ".encode())
         if end > start:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -3,7 +3,8 @@
 import importlib.metadata
 import json
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,18 +84,9 @@ class Reference:
             shape,
         )
 
-    def hash_weights(self) -> "Future[tuple[str, str | None]]":
-        """Start hashing weights and adapter in the background; the result is (weights, adapter)."""
-
-        def work() -> tuple[str, str | None]:
-            with Progress("hashing weights", weights_bytes(self.folder), "B") as progress:
-                weights = weights_hash(self.folder, on_bytes=progress.add)
-            return weights, _adapter_hash(self.adapter) if self.adapter else None
-
-        pool = ThreadPoolExecutor(max_workers=1)
-        future = pool.submit(work)
-        pool.shutdown(wait=False)
-        return future
+    def hash_weights(self) -> "WeightsHashing":
+        """Start hashing weights and adapter in the background."""
+        return WeightsHashing(self.folder, self.adapter)
 
     def sections(self, hashes: tuple[str, str | None]) -> dict[str, dict[str, Any]]:
         """The manifest's sections `reference`, `tokenizer`, `tokenization` and `scorer`."""
@@ -139,6 +131,41 @@ class Reference:
     @property
     def vocabulary(self) -> int:
         return int(self.shape.get_input_embeddings().weight.shape[0])
+
+
+class WeightsHashing:
+    """Hashes weights and adapter while other work goes on; leaving the `with` block stops it.
+
+    Without that, a mistake in the data would be reported, and the process then hash on for minutes.
+    """
+
+    def __init__(self, folder: Path, adapter: Path | None) -> None:
+        self._folder, self._adapter = folder, adapter
+        self._stop = threading.Event()
+        pool = ThreadPoolExecutor(max_workers=1)
+        self._future = pool.submit(self._work)
+        pool.shutdown(wait=False)
+
+    def __enter__(self) -> "WeightsHashing":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+
+    def result(self) -> tuple[str, str | None]:
+        """Wait for the hashes of weights and adapter. Raises: ModelError: damaged files."""
+        return self._future.result()
+
+    def _work(self) -> tuple[str, str | None]:
+        with Progress("hashing weights", weights_bytes(self._folder), "B") as progress:
+
+            def on_bytes(count: int) -> None:
+                if self._stop.is_set():
+                    raise CancelledError
+                progress.add(count)
+
+            weights = weights_hash(self._folder, on_bytes=on_bytes)
+        return weights, _adapter_hash(self._adapter) if self._adapter else None
 
 
 def _shape(folder: Path, config: PrecomputeConfig) -> Any:

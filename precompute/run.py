@@ -31,24 +31,27 @@ def precompute(config: PrecomputeConfig) -> None:
     backend = choose_backend(config.backend)
     check_out(config.out)
     reference = Reference.find(config)
-    hashing = reference.hash_weights()
-    plan = make_plan(config, reference.tokenizer)
-    counts = plan.counts()
-    adapter = f" with adapter {config.adapter}" if config.adapter else ""
-    print(
-        f"reference   {config.model}{adapter} ({reference.precision.name} on {reference.device}, scored with {backend})"
-    )
-    print("\n".join(describe(plan, counts, config)), flush=True)
-    _check_vocabulary(plan, reference)
-    if config.dry_run:
-        print("dry run     nothing was scored")
-        return
-    sections = {**reference.sections(hashing.result()), "pairing": _pairing(config)}
+    with reference.hash_weights() as hashing:
+        plan = make_plan(config, reference.tokenizer)
+        counts = plan.counts()
+        _print_plan(config, reference, plan, counts, backend)
+        _check_vocabulary(plan, reference)
+        if config.dry_run:
+            print("dry run     nothing was scored")
+            return
+        sections = {**reference.sections(hashing.result()), "pairing": _pairing(config)}
     mark = fingerprint(identity_of(sections), sections["pairing"], counts.rows_hash)
     store = Store(config.out, identity_of(sections), sections["pairing"])
     make_out(config.out)
     with only_writer(config.out, CacheError):
         _fill(Scoring(config, reference, plan, store), counts, sections, mark)
+
+
+def _print_plan(config: PrecomputeConfig, reference: Reference, plan: Plan, counts: PlanCounts, backend: str) -> None:
+    adapter = f" with adapter {config.adapter}" if config.adapter else ""
+    how = f"{reference.precision.name} on {reference.device}, scored with {backend}"
+    print(f"reference   {config.model}{adapter} ({how})")
+    print("\n".join(describe(plan, counts, config)), flush=True)
 
 
 def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark: str) -> None:

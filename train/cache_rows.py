@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kto_core.errors import CacheError
@@ -111,7 +112,7 @@ class CacheRows(Dataset[TrainingRow]):
                 places += [(number, group, i) for i in range(table.num_rows)]
                 labels.append(table.column("label").to_numpy())
                 prompts += table.column("prompt_id").to_pylist()
-                lengths += [len(ids) for ids in table.column("prompt_ids")]
+                lengths += pc.list_value_length(table.column("prompt_ids")).to_pylist()
         fits = [i for i, length in enumerate(lengths) if length < self.max_length]
         self.dropped = len(lengths) - len(fits)
         self._places = [places[i] for i in fits]
