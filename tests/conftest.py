@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from feedback_files import write_feedback
@@ -18,6 +19,9 @@ from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 
 torch.set_num_threads(1)
+# A busy machine is no reason to fail.
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from models import save_tiny, tiny_tokenizer
 from safetensors.torch import load_file
 
 from kto_core.errors import CacheError, ConfigError, TrainingError
+from kto_core.identity import chat_template_hash, tokenizer_hash
 from kto_core.lock import only_writer
 from kto_core.manifest import read_manifest
 from precompute.config import PrecomputeConfig
@@ -423,7 +424,22 @@ class TestRunFolder:
         assert set(wanted.split()) <= records[0].keys()
         assert records[-1]["train_runtime"] > 0
         tokenizer = transformers.AutoTokenizer.from_pretrained(run)
-        assert tokenizer.chat_template
+        manifest = read_manifest(config.cache)
+        assert tokenizer_hash(tokenizer) == manifest.tokenizer["files_hash"]
+        assert chat_template_hash(tokenizer) == manifest.tokenizer["chat_template_hash"]
+
+    def test_model_config_is_the_base_model_s(self, config: TrainConfig, base: Path) -> None:
+        """Nothing that training needed stays behind: no dropout set to 0, no key/value cache switched off."""
+        run = train(replace(config, max_steps=1, gradient_checkpointing=True))
+        before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, run))
+        aligned = {
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        }  # the Trainer brings these in line with the tokenizer
+        assert {k: v for k, v in after.items() if k not in aligned} == {
+            k: v for k, v in before.items() if k not in aligned
+        }
 
     def test_its_config_repeats_the_run(self, config: TrainConfig, tmp_path: Path) -> None:
         from kto_core.options import resolve

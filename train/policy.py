@@ -94,7 +94,6 @@ class PolicyFiles:
             adapter=self.adapter,
             trust_remote_code=config.trust_remote_code,
         )
-        model.config.use_cache = False
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora_rank:

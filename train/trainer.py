@@ -88,7 +88,11 @@ class KTOTrainer(transformers.Trainer):
         **options: Any,
     ) -> None:
         held_out = eval_data[0] if eval_data else None
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=held_out, **options)
+        if use_cache is not None:
+            # The Trainer switches it off in the configuration, which is saved; the scoring forward never uses a cache.
+            model.config.use_cache = use_cache
         self.rows, self.batches, self.eval_data = rows, batches, eval_data
         self.objective, self.max_tokens = objective, max_tokens
         self.balances_experts = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
