@@ -58,7 +58,11 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark
     """Score what `--out` lacks, and declare it complete."""
     config, store, labels_hash = scoring.config, scoring.store, _labels_hash(scoring.plan)
     if not store.open(
-        overwrite=config.overwrite, mark=mark, labels_hash=labels_hash, rows_per_shard=config.rows_per_shard
+        overwrite=config.overwrite,
+        mark=mark,
+        labels_hash=labels_hash,
+        rows_per_shard=config.rows_per_shard,
+        row_ids=frozenset(row.row_id for row in scoring.plan.rows),
     ):
         print(f"complete    {config.out} holds these scores already; nothing to do")
         return

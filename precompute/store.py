@@ -79,7 +79,9 @@ class Store:
         self.out, self.identity, self.pairing = out, dict(identity), dict(pairing)
         self.target = out
 
-    def open(self, *, overwrite: bool, mark: str, labels_hash: str, rows_per_shard: int) -> bool:
+    def open(
+        self, *, overwrite: bool, mark: str, labels_hash: str, rows_per_shard: int, row_ids: frozenset[str]
+    ) -> bool:
         """Prepare the folder for writing.
 
         With `overwrite`, whatever is there may be replaced; scores of the same reference are still reused.
@@ -103,8 +105,15 @@ class Store:
                 self._remove_strays([shard["file"] for shard in old.shards])
                 return False
             self.target = self.out / _NEXT
+            gone = self._row_ids(old) - row_ids
+            if gone:
+                print(f"drops       {len(gone):,} scored rows that are not in the data any more")
         (self.target / "train").mkdir(parents=True, exist_ok=True)
         return True
+
+    def _row_ids(self, old: Manifest) -> set[str]:
+        tables = [pq.read_table(self.out / shard["file"], columns=["row_id"]) for shard in old.shards]
+        return {row_id for table in tables for row_id in table.column("row_id").to_pylist()}
 
     def _finished_cache(self) -> Manifest | None:
         """The manifest that is there; a damaged one is removed, since shards vouch for themselves."""

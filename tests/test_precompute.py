@@ -187,6 +187,13 @@ class TestReuse:
         assert read_manifest(config.out).run["reused_sequences"] >= 55
         verify(config.out)
 
+    def test_rows_that_leave_are_counted(self, config: PrecomputeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+        capsys.readouterr()
+        precompute(replace(config, limit=20))
+        assert "drops       10 scored rows that are not in the data any more" in capsys.readouterr().out
+        assert len(scored(config.out)) == 20
+        verify(config.out)
+
     def test_limit_then_all_and_more_partners(
         self, config: PrecomputeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
