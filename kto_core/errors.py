@@ -49,3 +49,9 @@ class NewerFormatError(CacheError):
 
 class TrainingError(KTOError):
     """Training cannot start, or had to stop before it did harm."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

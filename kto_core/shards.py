@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kto_core.errors import CacheError
+from kto_core.errors import CacheError, first_line
 
 SCHEMA = pa.schema(
     [
@@ -119,7 +119,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CacheError(
-            f"{path}: not a readable Parquet file ({_first_line(error)}). Run kto-precompute again."
+            f"{path}: not a readable Parquet file ({first_line(error)}). Run kto-precompute again."
         ) from error
     found = {field.name: field.type for field in file.schema_arrow}
     for field in SCHEMA:
@@ -247,7 +247,3 @@ def _require_sums(where: str, name: str, found: np.ndarray, tokens: _Lists) -> N
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise CacheError(f"{where}: {name} of row {row} is {found[row]:.6f}, but its tokens sum to {wanted[row]:.6f}.")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

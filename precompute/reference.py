@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from kto_core.adapters import check_adapter_folder
 from kto_core.errors import ModelError
 from kto_core.identity import (
     chat_template_hash,
@@ -23,7 +24,6 @@ from kto_core.identity import (
 )
 from kto_core.models import (
     Precision,
-    check_adapter_folder,
     check_model_folder,
     find_folder,
     load_causal_lm,
