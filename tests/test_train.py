@@ -448,6 +448,11 @@ class TestRunFolder:
         again = resolve(TrainConfig, {"out": tmp_path / "again"}, yaml_path=run / "config.yaml")
         assert_same_weights(run, train(again), atol=0)
 
+    def test_several_processes_need_a_folder(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ConfigError, match="need --out"):
+            train(replace(config, out=None))
+
     def test_a_run_is_not_overwritten(self, config: TrainConfig) -> None:
         train(replace(config, max_steps=1))
         with pytest.raises(ConfigError, match="not empty"):

@@ -35,9 +35,9 @@ def choose_folder(config: TrainConfig) -> Path:
     """
     out = config.out
     if out is None:
-        # All ranks of one launch must choose the same name.
-        stamp = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        out = Path("runs") / (datetime.datetime.now().strftime("%Y%m%d-%H%M%S") if stamp == "none" else stamp)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("Several processes need --out: each of them would name the run after its own clock.")
+        out = Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
     if not config.resume and int(os.environ.get("RANK", "0")) == 0 and out.exists() and any(out.iterdir()):
