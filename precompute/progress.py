@@ -12,12 +12,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Counts units (tokens, bytes) towards a total and shows rate and time left."""
 
-    def __init__(self, description: str, total: int, unit: str, *, scale: bool = True) -> None:
+    def __init__(self, description: str, total: int, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done = 0
         self.started = self.last_line = time.monotonic()
         self.bar = (
-            tqdm(total=total, desc=description, unit=unit, unit_scale=scale, dynamic_ncols=True)
+            tqdm(total=total, desc=description, unit=unit, unit_scale=True, dynamic_ncols=True)
             if sys.stderr.isatty()
             else None
         )

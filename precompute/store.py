@@ -97,7 +97,8 @@ class Store:
             self._drop_other(old)
         else:
             for path in _shards(self.out):
-                self._refuse_other((read_metadata(path) or {}).get("identity", {}))
+                if metadata := read_metadata(path):  # a damaged shard says nothing; it is scored again
+                    self._refuse_other(metadata.get("identity", {}))
             if old is not None:
                 self._refuse_other(old.identity, old.pairing)
         if old is not None and old.identity == self.identity and not self._drop_damaged(old):
@@ -124,6 +125,8 @@ class Store:
         except NewerFormatError:
             raise
         except CacheError as error:
+            if not any(read_metadata(path) for path in _shards(self.out)):
+                raise  # nothing here is known to be ours: nothing is removed
             print(f"damaged     {error} Its shards are checked one by one.")
             (self.out / MANIFEST).unlink()
             return None
@@ -134,7 +137,8 @@ class Store:
             (self.out / MANIFEST).unlink()
         for folder in (self.out, self.out / _NEXT):
             for path in _shards(folder):
-                if (read_metadata(path) or {}).get("identity") != self.identity:
+                metadata = read_metadata(path)
+                if metadata and metadata.get("identity") != self.identity:
                     path.unlink()
 
     def _remove_strays(self, names: Sequence[str]) -> None:

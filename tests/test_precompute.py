@@ -270,6 +270,27 @@ def test_a_damaged_manifest_costs_no_score(
     verify(config.out)
 
 
+def test_a_shard_that_was_cut_off_is_scored_again(config_of: Any, tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    precompute(config)
+    shard = config.out / "train/00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:500])
+    precompute(config)
+    verify(config.out)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_somebody_elses_manifest_and_data_are_not_touched(config_of: Any, tmp_path: Path, overwrite: bool) -> None:
+    config = replace(config_of(tmp_path), overwrite=overwrite)
+    (config.out / "train").mkdir(parents=True)
+    (config.out / "manifest.json").write_text('{"theirs": 1}')
+    (config.out / "train/data.parquet").write_bytes(b"theirs")
+    with pytest.raises(CacheError, match="not the manifest of a reference cache"):
+        precompute(config)
+    assert (config.out / "manifest.json").read_text() == '{"theirs": 1}'
+    assert (config.out / "train/data.parquet").read_bytes() == b"theirs"
+
+
 def test_edited_counts_are_found(config_of: Any, tmp_path: Path) -> None:
     config = config_of(tmp_path)
     precompute(config)
