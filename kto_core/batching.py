@@ -1,11 +1,19 @@
-"""Cutting sequences into padded micro-batches under a token budget."""
+"""Cutting sequences into micro-batches under a token budget, and dealing them out to ranks."""
 
+import heapq
 from collections.abc import Sequence
 
+import numpy as np
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group sequences of similar length so that `rows * longest row <= max_tokens`.
+# What a pass costs whatever is in it, as a share of the budget: with gradients all weights' gradients are added up.
+GRADIENT_PASS_COST, SCORING_PASS_COST = 1 / 32, 1 / 256
 
+
+def micro_batches(lengths: Sequence[int], max_tokens: int, *, pass_cost: float = SCORING_PASS_COST) -> list[list[int]]:
+    """Group sequences of similar length so that `rows * longest row <= max_tokens`, with the least waste.
+
+    Among all cuts of the rows, ordered by length, this one has the smallest sum of padded tokens
+    and passes, each pass counted as so much padding: one more is worth it where it saves that.
     Longest first: the largest allocation comes first, so a budget that does not fit fails at once
     instead of hours later, and the allocator never has to grow again. A sequence longer than the
     budget gets a micro-batch of its own: every row is scored, whatever the budget.
@@ -13,6 +21,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     Args:
         lengths: tokens in each sequence (prompt and completion).
         max_tokens: padded tokens in one forward pass, at least 1.
+        pass_cost: as a share of `max_tokens`.
 
     Returns:
         Positions into `lengths`, each exactly once.
@@ -21,11 +30,64 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     # Equal lengths keep their order, so that the cut depends on nothing but the lengths.
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    longest_first = np.array([lengths[i] for i in order], dtype=np.int64)
+    cost = np.zeros(len(order) + 1)  # cost[end]: of the best cut of the first `end` rows
+    starts = np.zeros(len(order) + 1, dtype=np.int64)  # where the last micro-batch of that cut begins
+    first = 0
+    for end in range(1, len(order) + 1):
+        # A micro-batch that begins at its longest row gets too large as `end` moves on, never the other way round.
+        while first < end - 1 and (end - first) * longest_first[first] > max_tokens:
+            first += 1
+        begins = np.arange(first, end)
+        costs = cost[begins] + (end - begins) * longest_first[begins] + max_tokens * pass_cost
+        best = int(costs.argmin())
+        cost[end], starts[end] = costs[best], begins[best]
     batches: list[list[int]] = []
-    for i in order:
-        # The first row of a batch is its longest: it sets the padded width.
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+    end = len(order)
+    while end:
+        batches.append(order[starts[end] : end])
+        end = int(starts[end])
+    return batches[::-1]
+
+
+def packed_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group sequences that will stand one behind the other, so that their sum stays within `max_tokens`.
+
+    Longest first, each into the first group that has room; arguments and result as for `micro_batches`.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    batches: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = next((b for b, free in enumerate(room) if lengths[i] <= free), None)
+        if fits is None:
+            fits = len(batches)
+            batches.append([])
+            room.append(max_tokens)
+        batches[fits].append(i)
+        room[fits] -= lengths[i]
     return batches
+
+
+def deal(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Share sequences out so that all ranks have about the same to do.
+
+    The most expensive first, each to the rank with the least so far (Graham's LPT rule: at most a
+    third above the best possible). Every rank computes the same shares from the same numbers, so
+    nothing has to be sent.
+
+    Args:
+        costs: tokens of each sequence.
+        ranks: at least 1.
+
+    Returns:
+        For each rank positions into `costs`; over all ranks each exactly once.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(i)
+        heapq.heappush(loads, (load + costs[i], rank))
+    return shares

@@ -1,6 +1,7 @@
 """Metrics as sums and counts: added up on the device, reduced over ranks once per logging step."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,29 @@ _NAMES = (
     "logps_undesirable",
     "correct",
     "tokens",
+    "fed_tokens",
     "padded_tokens",
 )
 
 # Nats: nearer to z0 than this, float32 rounding decides on which side a row stands.
 _TIE = 1e-4
+
+
+class Tokens(NamedTuple):
+    """What some forward passes had to do with.
+
+    Attributes:
+        scored: in all sequences, prompts counted for each.
+        fed: to the model; fewer where sequences shared a prompt.
+        padded: fed, with padding.
+    """
+
+    scored: int
+    fed: int
+    padded: int
+
+    def __add__(self, other: "Tokens") -> "Tokens":  # type: ignore[override]
+        return Tokens(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -32,7 +51,7 @@ class BatchOutcome:
         losses, logratios, logps: nats (losses without unit), shape (rows,).
         labels: bool, shape (rows,).
         kl: z0 of the whole batch, scalar.
-        tokens, padded_tokens: of all forward passes, mismatched ones included.
+        tokens: of all forward passes, mismatched ones included.
     """
 
     losses: Tensor
@@ -40,11 +59,10 @@ class BatchOutcome:
     logps: Tensor
     labels: Tensor
     kl: Tensor
-    tokens: int
-    padded_tokens: int
+    tokens: Tokens
 
     def sums(self) -> Tensor:
-        """Vector of sums over this rank's rows, shape (11,), float64."""
+        """Vector of sums over this rank's rows, shape (12,), float64."""
         good, bad = self.labels.double(), (~self.labels).double()
         signs = torch.where(self.labels, 1.0, -1.0)
         distance = signs * (self.logratios - self.kl)
@@ -61,7 +79,7 @@ class BatchOutcome:
             (bad * self.logps).sum(),
             right.sum(),
         ]
-        constant = torch.tensor([self.tokens, self.padded_tokens], dtype=torch.float64, device=self.logps.device)
+        constant = torch.tensor(self.tokens, dtype=torch.float64, device=self.logps.device)
         return torch.cat([torch.stack(counted), constant])
 
 
@@ -85,10 +103,10 @@ def metrics_from(sums: Tensor, *, beta: float) -> dict[str, float]:
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     metrics["accuracy"] = value["correct"] / value["rows"]
     if value["padded_tokens"]:
-        metrics["padding"] = 1 - value["tokens"] / value["padded_tokens"]
+        metrics["padding"] = 1 - value["fed_tokens"] / value["padded_tokens"]
     return metrics
 
 
 def tokens_of(sums: Tensor) -> float:
-    """Tokens processed, from the vector of sums."""
+    """Tokens scored, from the vector of sums."""
     return float(sums[_NAMES.index("tokens")])

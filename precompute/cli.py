@@ -40,6 +40,7 @@ def precompute(ctx: click.Context, /, **values: Any) -> None:
     \b
     kto-precompute --model MODEL --data feedback.jsonl --out refs/
     """
+    from kto_core.allocator import keep_freed_memory
     from kto_core.quiet import quiet_libraries
     from precompute.run import precompute as run
 
@@ -47,6 +48,7 @@ def precompute(ctx: click.Context, /, **values: Any) -> None:
     for name in ("model", "data"):
         if name not in given:
             raise click.UsageError(f"Missing option '--{name}'.", ctx)
+    keep_freed_memory()
     quiet_libraries()
     run(resolve(PrecomputeConfig, given))
 
@@ -83,8 +85,10 @@ def verify(folder: Path) -> None:
 @click.option("--model", default=None, help="Tokenizer to decode with.  [default: the reference's]", metavar="MODEL")
 def head(folder: Path, rows: int, model: str | None) -> None:
     """Show the first rows as text: prompt, completion y and mismatched completions y'."""
+    from kto_core.allocator import keep_freed_memory
     from kto_core.quiet import quiet_libraries
     from precompute.inspect_cache import head as run
 
+    keep_freed_memory()
     quiet_libraries()
     run(folder, rows=rows, model=model)

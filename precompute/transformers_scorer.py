@@ -8,16 +8,15 @@ import torch
 
 from kto_core.batching import micro_batches
 from kto_core.errors import ModelError
-from kto_core.logps import POSITIVE_ROUNDING, check_scoring, pad_sequences, token_logps
+from kto_core.logps import POSITIVE_ROUNDING, check_scoring, token_logps
 from kto_core.models import Precision
+from kto_core.sequences import TokenIds, pad_sequences
 
 _MAX_TOKENS = {"cuda": 32768}
 _MAX_TOKENS_CPU = 4096
 
 # Largest difference between the scoring forward and the model's own logits, nats a token.
 _SELF_CHECK = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-
-Sequence_ = tuple[np.ndarray, np.ndarray]  # prompt ids, completion ids
 
 
 class TransformersScorer:
@@ -34,7 +33,7 @@ class TransformersScorer:
         self.device = next(model.parameters()).device
         self.max_tokens = max_tokens or _MAX_TOKENS.get(self.device.type, _MAX_TOKENS_CPU)
 
-    def self_check(self, sequences: Sequence[Sequence_]) -> None:
+    def self_check(self, sequences: Sequence[TokenIds]) -> None:
         """Compare with the model's own logits on a few short sequences, batched and padded.
 
         Raises:
@@ -44,7 +43,7 @@ class TransformersScorer:
         with torch.inference_mode(), self.precision.autocast(self.device):
             check_scoring(self.model, sample, tolerance=_SELF_CHECK[self.precision.dtype])
 
-    def score(self, sequences: Sequence[Sequence_], *, on_tokens: Callable[[int], None]) -> list[np.ndarray]:
+    def score(self, sequences: Sequence[TokenIds], *, on_tokens: Callable[[int], None]) -> list[np.ndarray]:
         """Score sequences; an out-of-memory error halves the budget and goes on.
 
         Args:
@@ -74,7 +73,7 @@ class TransformersScorer:
             pending = [i for i in pending if results[i] is None]
         return [one for one in results if one is not None]
 
-    def _forward(self, sequences: Sequence[Sequence_]) -> list[np.ndarray]:
+    def _forward(self, sequences: Sequence[TokenIds]) -> list[np.ndarray]:
         batch = pad_sequences(sequences).to(self.device)
         with torch.inference_mode(), self.precision.autocast(self.device):
             flat = token_logps(self.model, batch).token_logps.float().cpu().numpy()

@@ -8,18 +8,11 @@ import torch.nn.functional as F
 from models import FAMILIES, VOCABULARY, random_rows, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kto_core.logps
+import kto_core.head
 from kto_core.errors import ModelError
-from kto_core.logps import (
-    Head,
-    Scored,
-    add_scoring_forward,
-    check_scoring,
-    pad_sequences,
-    selected_logps,
-    sum_rows,
-    token_logps,
-)
+from kto_core.head import Head, selected_logps
+from kto_core.logps import Scored, add_scoring_forward, check_scoring, token_logps
+from kto_core.sequences import pad_sequences, sum_rows
 
 # Float32 keeps 7 digits. Logits here reach about 20 after some hundred operations, and another batch shape or another
 # order of sums moves the last digits: the models' own logits differ by up to 5e-6 nats between a row alone and the same
@@ -30,7 +23,7 @@ TOLERANCE = 2e-5
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of five rows: every test then crosses several chunks, the last of them shorter."""
-    monkeypatch.setattr(kto_core.logps, "_CHUNK_ELEMENTS", {"cpu": 5 * VOCABULARY})
+    monkeypatch.setattr(kto_core.head, "_CHUNK_ELEMENTS", {"cpu": 5 * VOCABULARY})
 
 
 @functools.cache
@@ -102,7 +95,7 @@ def values_and_gradients(function, hidden, targets, head):
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_gradients_of_the_projection_are_exact(kind, monkeypatch):
-    monkeypatch.setattr(kto_core.logps, "_CHUNK_ELEMENTS", {"cpu": 2 * 6})
+    monkeypatch.setattr(kto_core.head, "_CHUNK_ELEMENTS", {"cpu": 2 * 6})
     head = make_head(kind, vocabulary=6, hidden_size=3)
     hidden, targets = make_inputs(5, vocabulary=6, hidden_size=3)
 
@@ -195,7 +188,12 @@ def test_the_softmax_of_a_bfloat16_model_is_float32():
 def test_padding_stands_on_the_right_and_is_not_scored():
     batch = pad_sequences([(np.array([5, 6]), np.array([7])), (np.array([1]), np.array([2, 3, 4, 8]))])
     assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0], [1, 2, 3, 4, 8]]
-    assert batch.completion_mask.tolist() == [[False, False, True, False, False], [False, True, True, True, True]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert batch.real.tolist() == [[True, True, True, False, False], [True] * 5]
+    assert batch.predicts.tolist() == [1, 5, 6, 7, 8]
+    assert batch.targets.tolist() == [7, 2, 3, 4, 8]
+    assert batch.row_of_token.tolist() == [0, 1, 1, 1, 1]
+    assert (batch.rows, batch.tokens, batch.padded_tokens) == (2, 8, 10)
     assert batch.input_ids.dtype == torch.int64
 
 
@@ -203,13 +201,13 @@ def test_sums_are_float64_and_keep_rows_apart():
     """2 ** 24 + 1 is the first whole number that float32 lacks."""
     batch = pad_sequences([(np.array([5, 6]), np.array([7, 7])), (np.array([1]), np.array([2, 3, 4, 8]))])
     token_values = torch.tensor([-(2.0**24), -1.0, -0.5, -0.25, -4.0, -8.0])
-    assert sum_rows(token_values, batch.completion_mask).tolist() == [-(2.0**24) - 1, -12.75]
+    assert sum_rows(token_values, batch.row_of_token, batch.rows).tolist() == [-(2.0**24) - 1, -12.75]
 
 
 def test_the_gradient_of_a_sum_reaches_its_own_tokens_only():
     batch = pad_sequences([(np.array([5]), np.array([7, 7])), (np.array([1]), np.array([2, 3, 4]))])
     token_values = torch.zeros(5, requires_grad=True)
-    sum_rows(token_values, batch.completion_mask)[1].backward()
+    sum_rows(token_values, batch.row_of_token, batch.rows)[1].backward()
     assert token_values.grad.tolist() == [0, 0, 1, 1, 1]
 
 
@@ -229,7 +227,7 @@ def test_scores_equal_the_models_own_logits(family, groups):
             own = [own_logps(model, rows[i]) for i in group]
             assert (scored - torch.cat(own)).abs().max() < TOLERANCE
             sums = torch.stack([one.double().sum() for one in own])
-            assert (sum_rows(scored, batch.completion_mask) - sums).abs().max() < 24 * TOLERANCE
+            assert (sum_rows(scored, batch.row_of_token, batch.rows) - sums).abs().max() < 24 * TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -258,7 +256,9 @@ def plain_loss(model, rows, weights):
 
 def scored_loss(model, rows, weights):
     batch = pad_sequences(rows)
-    return (torch.tensor(weights) * sum_rows(token_logps(model, batch).token_logps, batch.completion_mask)).sum()
+    return (
+        torch.tensor(weights) * sum_rows(token_logps(model, batch).token_logps, batch.row_of_token, batch.rows)
+    ).sum()
 
 
 def gradients_of(model, loss):
@@ -326,11 +326,11 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gemma2", "mixtral"])
 def test_no_tensor_holds_the_logits_of_all_tokens(family, monkeypatch):
     vocabulary = 4001
-    monkeypatch.setattr(kto_core.logps, "_CHUNK_ELEMENTS", {"cpu": 8 * vocabulary})
+    monkeypatch.setattr(kto_core.head, "_CHUNK_ELEMENTS", {"cpu": 8 * vocabulary})
     model = fresh_model(family, vocab_size=vocabulary)
     rows = random_rows(8, longest=40, seed=3, vocabulary=vocabulary)
     batch = pad_sequences(rows)
-    completion_tokens = int(batch.completion_mask.sum())
+    completion_tokens = len(batch.targets)
     with LargestTensor() as largest:
         scored_loss(model, rows, [1.0] * 8).backward()
     weight = model.get_output_embeddings().weight.numel()
@@ -352,7 +352,7 @@ def test_router_logits_come_on_request_only():
     torch.testing.assert_close(without.token_logps, with_them.token_logps, rtol=0, atol=0)
 
 
-def test_without_a_completion_mask_the_forward_is_the_models_own():
+def test_without_a_batch_the_forward_is_the_models_own():
     plain, taught = tiny_model("llama"), scoring_model("llama")
     ids = torch.arange(12)[None]
     with torch.no_grad():
@@ -375,7 +375,7 @@ def test_the_self_check_passes_on_known_families(family):
 )
 def test_the_self_check_refuses_a_head_it_does_not_know(change):
     model = fresh_model("llama")
-    model.lm_head.register_forward_hook(lambda module, inputs, logits: change(logits))
+    model.lm_head.register_forward_hook(lambda module, inputs, out: change(out) if out.ndim == 3 else out)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM: .* differ from the model's own logits"):
         check_scoring(model, random_rows(3), tolerance=1e-3)
 

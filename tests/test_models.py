@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kto_core.errors import ModelError
-from kto_core.logps import pad_sequences, token_logps
+from kto_core.logps import token_logps
 from kto_core.models import (
     Precision,
     find_folder,
@@ -20,6 +20,7 @@ from kto_core.models import (
     resolve_device,
     resolve_precision,
 )
+from kto_core.sequences import pad_sequences
 
 CPU = torch.device("cpu")
 FULL, HALF = Precision(torch.float32), Precision(torch.bfloat16)

@@ -23,6 +23,7 @@ from kto_core.errors import CacheError, ConfigError, TrainingError
 from kto_core.identity import chat_template_hash, tokenizer_hash
 from kto_core.lock import only_writer
 from kto_core.manifest import read_manifest
+from kto_core.passes import ScoringPasses
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from train.cache_rows import CacheRows, EpochBatches, RowKey, split_by_prompt
@@ -228,19 +229,48 @@ class TestWhatChangesNothing:
         self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         expected = train(config)
-        real = KTOTrainer._part_loss
+        real = KTOTrainer._backward
         seen = []
 
-        def small_device(self: KTOTrainer, rows: Any, *arguments: Any) -> Any:
-            seen.append(len(rows))
-            if self.max_tokens > 600 and len(seen) > 1:  # after the first micro-batch left gradients behind
+        def small_device(self: KTOTrainer, loss: Any, last: bool) -> None:
+            seen.append(last)
+            real(self, loss, last)
+            if self.max_tokens > 600 and last and len(seen) > 1:  # all gradients of the batch are there already
                 raise torch.OutOfMemoryError("simulated")
-            return real(self, rows, *arguments)
 
-        monkeypatch.setattr(KTOTrainer, "_part_loss", small_device)
+        monkeypatch.setattr(KTOTrainer, "_backward", small_device)
         run = train(replace(config, out=tmp_path / "small"))
         assert "out of memory: going on with --max-tokens 512" in capsys.readouterr().out
         assert_same_weights(expected, run, atol=2e-5)
+
+    def test_an_out_of_memory_error_in_the_z0_pass_repeats_it(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        expected = train(config)
+        real = ScoringPasses._forward
+
+        def small_device(self: ScoringPasses, indices: list[int], batch: Any) -> Any:
+            done = real(self, indices, batch)
+            if self.max_tokens > 300 and len(indices) > 1:
+                raise torch.OutOfMemoryError("simulated")
+            return done
+
+        monkeypatch.setattr(ScoringPasses, "_forward", small_device)
+        run = train(replace(config, out=tmp_path / "small"))
+        assert "out of memory: going on with 256 tokens in one scoring pass" in capsys.readouterr().out
+        assert_same_weights(expected, run, atol=2e-5)
+
+    def test_out_of_memory_on_a_single_row_is_one_message(
+        self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_memory(*arguments: Any) -> None:
+            raise torch.OutOfMemoryError("simulated")
+
+        monkeypatch.setattr(KTOTrainer, "_backward", no_memory)
+        with pytest.raises(
+            TrainingError, match=r"Out of memory with --max-tokens \d+, rows of at most \d+ tokens: simulated"
+        ):
+            train(config)
 
 
 def test_bfloat16_trains_close_to_float32(config: TrainConfig, tmp_path: Path, base: Path, feedback: Path) -> None:

@@ -39,6 +39,11 @@ class ScoredSequence:
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    @property
+    def ids(self) -> tuple[np.ndarray, np.ndarray]:
+        """(prompt ids, completion ids)"""
+        return self.prompt_ids, self.completion_ids
+
     def shortened(self, max_length: int) -> "ScoredSequence":
         """Cut the completion to fit; the score of the rest is a prefix sum."""
         room = max_length - len(self.prompt_ids)
@@ -50,17 +55,12 @@ class ScoredSequence:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A labelled sequence with the mismatched one of this epoch.
-
-    `counted` is False for filler: a rank without rows of its own in a short last batch must still
-    take part in the collectives.
-    """
+    """A labelled sequence with the mismatched one of this epoch."""
 
     row_id: str
     label: bool
     matched: ScoredSequence
     mismatched: ScoredSequence
-    counted: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ class RowKey:
 
     index: int
     partner: int
-    counted: bool = True
 
 
 class CacheRows(Dataset[TrainingRow]):
@@ -141,7 +140,6 @@ class CacheRows(Dataset[TrainingRow]):
             label=row["label"],
             matched=matched.shortened(self.max_length),
             mismatched=mismatched.shortened(self.max_length),
-            counted=key.counted,
         )
 
     def _read_group(self, number: int, group: int) -> list[dict[str, Any]]:
@@ -181,23 +179,14 @@ def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[list[i
 
 
 class EpochBatches(Sampler[list[RowKey]]):
-    """Optimizer batches of one rank: rows `rank`, `rank + world`, ... of each global batch.
+    """Optimizer batches, the same on every rank.
 
     The order depends on seed and epoch alone; epoch e uses mismatched completion e mod K.
     """
 
-    def __init__(
-        self,
-        indices: Sequence[int],
-        batch_size: int,
-        *,
-        shuffle: bool,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
+    def __init__(self, indices: Sequence[int], batch_size: int, *, shuffle: bool, seed: int) -> None:
         self.indices, self.batch_size, self.shuffle, self.seed = list(indices), batch_size, shuffle, seed
-        self.rank, self.world, self.epoch = rank, world, 0
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -210,13 +199,11 @@ class EpochBatches(Sampler[list[RowKey]]):
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.indices).tolist()
         for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            mine = [RowKey(i, self.epoch) for i in batch[self.rank :: self.world]]
-            yield mine or [RowKey(batch[0], self.epoch, counted=False)]
+            yield [RowKey(i, self.epoch) for i in order[start : start + self.batch_size]]
 
 
 class BatchLoader(DataLoader[TrainingRow]):
-    """One item is one rank's part of one optimizer batch: a list of `TrainingRow`."""
+    """One item is one optimizer batch: a list of `TrainingRow`."""
 
     def __init__(self, rows: CacheRows, batches: EpochBatches) -> None:
         super().__init__(rows, batch_sampler=batches, collate_fn=list)

@@ -45,12 +45,14 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     \b
     kto-train --cache refs/ --out runs/first
     """
+    from kto_core.allocator import keep_freed_memory
     from kto_core.quiet import quiet_libraries
 
     given = {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
     resolved = resolve(TrainConfig, given, yaml_path=config)
     if resolved.cache == Path(""):
         raise click.UsageError("Missing option '--cache'.", ctx)
+    keep_freed_memory()
     quiet_libraries()
     from train.run import train as run
 

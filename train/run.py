@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from kto_core.errors import ConfigError, TrainingError
+from kto_core.errors import ConfigError, TrainingError, first_line
 from kto_core.lock import only_writer
 from kto_core.manifest import differences
 from kto_core.models import Precision, resolve_device, resolve_precision
@@ -21,7 +21,7 @@ from train.card import write_card
 from train.config import TrainConfig
 from train.policy import PolicyFiles
 from train.run_folder import choose_folder, last_checkpoint, write_start
-from train.start_check import check_start
+from train.start_check import check_start, tolerance_for
 from train.trainer import KTOTrainer, Objective
 from train.watching import Console, MetricsFile
 
@@ -100,9 +100,16 @@ def _train(config: TrainConfig, out: Path, device: torch.device, precision: Prec
             print(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}", flush=True)
     model = files.load(config, precision, torch.device("cpu") if device.type == "cpu" else args.device)
     _check_vocabulary(model, data.rows)
-    trainer = _trainer(config, args, data, model, files, weights, out, checkpoint)
+    trainer = _trainer(config, args, data, model, files, weights, out, checkpoint, precision)
     trainer.add_callback(_Start(trainer, config, data.rows, precision, files.name, out))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"Out of memory with --max-tokens {trainer.max_tokens}, rows of at most {data.rows.max_length} tokens: "
+            f"{first_line(error)} Use a smaller --max-tokens or --max-length, --gradient-checkpointing, --lora-rank 16 "
+            "or an 8-bit optimizer (training: optim: adamw_bnb_8bit). --resume goes on from the last checkpoint."
+        ) from error
     _save(trainer, files, config, out)
     if args.process_index == 0:
         write_card(out, config, data.rows.manifest, files, weights, trainer.state.log_history)
@@ -153,14 +160,13 @@ def _trainer(
     weights: tuple[float, float],
     out: Path,
     checkpoint: str | None,
+    precision: Precision,
 ) -> KTOTrainer:
     batches = EpochBatches(
         data.train,
         config.batch_size,
         shuffle=config.shuffle,
         seed=config.seed,
-        rank=args.process_index,
-        world=args.world_size,
     )
     watchers = [MetricsFile(out / "metrics.jsonl", resumed=checkpoint), Console()] if args.process_index == 0 else []
     trainer = KTOTrainer(
@@ -170,6 +176,7 @@ def _trainer(
         batches=batches,
         objective=Objective(config.beta, *weights),
         max_tokens=config.max_tokens or _MAX_TOKENS.get(args.device.type, _MAX_TOKENS_CPU),
+        rounding=tolerance_for(data.rows.manifest, precision),
         eval_data=data.held_out,
         processing_class=files.tokenizer,
         callbacks=watchers,

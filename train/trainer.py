@@ -1,11 +1,10 @@
 """A thin `transformers.Trainer`: checkpoints, schedules and loggers are its; one update is ours.
 
-batch          one update: this rank's rows
+batch          one update: rows of all ranks, dealt out by length
   z0 pass      mismatched rows, no gradient, eval mode, mean over all ranks, clamped once
   loss pass    labelled rows in micro-batches; gradients add up to those of the whole batch
 """
 
-import contextlib
 import resource
 import sys
 import time
@@ -18,9 +17,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from kto_core.batching import micro_batches
+from kto_core.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
 from kto_core.errors import TrainingError
-from kto_core.logps import Sequences, pad_sequences, sum_rows, token_logps
+from kto_core.logps import token_logps
 from kto_core.losses import (
     class_weights,
     count_routed_tokens,
@@ -28,8 +27,17 @@ from kto_core.losses import (
     kto_losses,
     router_balance_loss,
 )
-from kto_core.metrics import BatchOutcome, metrics_from, tokens_of
+from kto_core.metrics import BatchOutcome, Tokens, metrics_from, tokens_of
+from kto_core.passes import ScoringPasses
+from kto_core.sequences import FILLER, Sequences, pack_sequences, pad_sequences, sum_rows
 from train.cache_rows import BatchLoader, CacheRows, EpochBatches, RowKey, ScoredSequence, TrainingRow
+from train.ranks import Ranks
+
+# Without gradient nothing is kept for a backward pass, so a pass holds this many times the tokens.
+_SCORING_TOKENS = 4
+
+# Attention that reads the boundaries of sequences laid one behind the other, at no cost.
+_PACKING_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -66,13 +74,13 @@ class KTOTrainer(transformers.Trainer):
 
     Args:
         model: from `PolicyFiles.load`.
-        args: with `per_device_train_batch_size` rows per rank and no gradient accumulation.
+        args: without gradient accumulation; micro-batches are cut here.
         rows: the training cache.
-        train_rows: rows of it to train on.
-        batches: optimizer batches of this rank.
+        batches: optimizer batches, over all ranks.
         eval_data: (cache, rows) held out, or None.
         objective: hyperparameters of the loss.
         max_tokens: padded tokens in one forward and backward pass.
+        rounding: nats a token by which two ways to compute the same score may differ.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class KTOTrainer(transformers.Trainer):
         batches: EpochBatches,
         objective: Objective,
         max_tokens: int,
+        rounding: float,
         eval_data: tuple[CacheRows, list[int]] | None = None,
         **options: Any,
     ) -> None:
@@ -94,9 +103,13 @@ class KTOTrainer(transformers.Trainer):
             # The Trainer switches it off in the configuration, which is saved; the scoring forward never uses a cache.
             model.config.use_cache = use_cache
         self.rows, self.batches, self.eval_data = rows, batches, eval_data
-        self.objective, self.max_tokens = objective, max_tokens
+        self.objective, self.max_tokens, self.rounding = objective, max_tokens, rounding
         self.balances_experts = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+        attention = getattr(model.config, "_attn_implementation", None)
+        self.packs = args.device.type == "cuda" and attention in _PACKING_ATTENTION
+        self.ranks = Ranks(self.accelerator, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._window = _Window(started=time.monotonic())
+        self._passes: ScoringPasses | None = None
         self.control: transformers.TrainerControl
 
     # -- what the Trainer asks for ------------------------------------------------------------------
@@ -116,108 +129,151 @@ class KTOTrainer(transformers.Trainer):
         inputs: Sequence[TrainingRow],
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """One batch: z0, losses, gradients. Out of memory halves `max_tokens` and repeats it."""
+        """One batch: z0, losses, gradients. Out of memory halves `max_tokens` and repeats what failed."""
+        rows = inputs
+        kl, kl_raw, z0_tokens = self._reference_point([row.mismatched for row in rows])
         while True:
             try:
-                return self._batch_gradients(model, inputs)
+                outcome, aux_loss = self._gradients(rows, kl, z0_tokens)
+                break
             except torch.OutOfMemoryError:
-                self._halve_max_tokens(inputs)
-            model.zero_grad()
+                # Gradients meet those of other ranks afterwards, so a rank mends this alone; but a sharded model's
+                # ranks wait for each other within every pass. And a single row cannot be cut.
+                if self.ranks.sharded or self.max_tokens <= max(len(row.matched) for row in rows):
+                    raise
+            self._halve_max_tokens(rows)  # outside of `except`, whose traceback holds on to the tensors
+        self.ranks.sum_gradients(self.model)
+        self._window.add(outcome, kl_raw, aux_loss)
+        return outcome.losses.sum() * (self.ranks.world / len(rows))
 
     def _halve_max_tokens(self, rows: Sequence[TrainingRow]) -> None:
-        longest = max(max(len(row.matched), len(row.mismatched)) for row in rows)
-        if self.max_tokens <= longest or self.accelerator.num_processes > 1:
-            raise TrainingError(
-                f"Out of memory with --max-tokens {self.max_tokens} (longest row: {longest} tokens). Use a smaller "
-                "--max-tokens or --max-length, --gradient-checkpointing or --lora-rank 16."
-            )
-        self.max_tokens = max(longest, self.max_tokens // 2)
+        self.model.zero_grad()
+        self.max_tokens = max(max(len(row.matched) for row in rows), self.max_tokens // 2)
+        self._passes = None
         torch.cuda.empty_cache()
         print(f"out of memory: going on with --max-tokens {self.max_tokens}", flush=True)
 
     # -- one update ---------------------------------------------------------------------------------
 
-    def _batch_gradients(self, model: Any, rows: Sequence[TrainingRow]) -> Tensor:
-        counted = [row for row in rows if row.counted]
-        kl, kl_raw, total, tokens = self._reference_point(counted)
-        model.train()
-        experts = self._expert_counts(counted) if self.balances_experts else None
-        parts = self._micro_batches([row.matched for row in rows])
-        logps = torch.empty(len(rows), dtype=torch.float64, device=self.args.device)
+    @property
+    def _callable(self) -> Any:
+        """What to call: a sharded model through its wrapper, else the model itself (see `Ranks.sum_gradients`)."""
+        return self.model_wrapped if self.ranks.sharded else self.model
+
+    def _gradients(
+        self, rows: Sequence[TrainingRow], kl: Tensor, z0_tokens: Tokens
+    ) -> tuple[BatchOutcome, Tensor | None]:
+        """Backward passes over this rank's labelled rows; their gradients add up to this rank's part of the mean."""
+        lengths = [len(row.matched) for row in rows]
+        mine, passes = self.ranks.share(lengths, lambda part: len(self._cut([lengths[i] for i in part])))
+        own = [rows[i] for i in mine]
+        model, total = self._callable.train(), len(rows)
+        experts = self._expert_counts(own, passes) if self.balances_experts else None
+        logps = torch.empty(len(own), dtype=torch.float64, device=self.args.device)
         aux_loss = torch.zeros((), dtype=torch.float64, device=self.args.device) if experts else None
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            batch = self._padded([rows[j].matched for j in part])
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                scored = token_logps(model, batch, router_logits=self.balances_experts)
-                part_logps = sum_rows(scored.token_logps, batch.completion_mask)
-                loss = self._part_loss([rows[j] for j in part], part_logps, kl, total)
-                if experts is not None and aux_loss is not None:
-                    share = self._router_coefficient * router_balance_loss(
-                        scored.router_logits, _real(batch, [rows[j].matched for j in part]), *experts
-                    )
-                    share = share * bool(counted)  # filler rows weigh nothing here either
-                    aux_loss, loss = aux_loss + share.detach(), loss + share
-                # DDP averages gradients over ranks; ours are shares of one mean over all of them.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
-            logps[part] = part_logps.detach()
-            tokens = tokens[0] + sum(len(rows[j].matched) for j in part), tokens[1] + batch.input_ids.numel()
-        outcome = self._outcome(counted, logps[: len(counted)], kl, tokens)
-        self._stop_if_not_finite(counted, outcome)
-        self._window.add(outcome, kl_raw, aux_loss)
-        return outcome.losses.sum() * (self.accelerator.num_processes / total)
+        tokens = z0_tokens
+        for part, batch, last in self._labelled_passes(own, passes):
+            scored = token_logps(model, batch, router_logits=self.balances_experts)
+            if part:
+                logps_part = sum_rows(scored.token_logps, batch.row_of_token, batch.rows)
+                loss = self._losses([own[j] for j in part], logps_part, kl).sum() / total
+                logps[part] = logps_part.detach()
+                tokens += Tokens(batch.tokens, batch.tokens, batch.padded_tokens)
+            else:
+                loss = (
+                    scored.token_logps.sum() * 0.0
+                )  # takes part in what sharded ranks do together, and weighs nothing
+            if part and experts is not None and aux_loss is not None:
+                share = self._router_coefficient * router_balance_loss(scored.router_logits, batch.real, *experts)
+                aux_loss, loss = aux_loss + share.detach(), loss + share
+            if last:
+                outcome = self._outcome(own, logps, kl, tokens)
+                self._stop_if_not_finite(own, outcome)  # before DeepSpeed's last backward pass, which updates
+            self._backward(loss * self.ranks.mean_to_sum, last)
+        if not own and not passes:
+            outcome = self._outcome(own, logps, kl, tokens)
+        return outcome, aux_loss
 
-    def _reference_point(self, rows: Sequence[TrainingRow]) -> tuple[Tensor, Tensor, int, tuple[int, int]]:
-        """z0 of the whole batch: (kl, kl_raw, rows over all ranks, (tokens, padded tokens))."""
-        logps, tokens = self.score([row.mismatched for row in rows])
-        ref = self._tensor([row.mismatched.ref_logps for row in rows])
-        sums = torch.stack([(logps - ref).sum(), self._tensor(float(len(rows)))])
-        sums = self.accelerator.reduce(sums, reduction="sum")
-        kl, kl_raw = kl_reference_point(sums[0], sums[1])
-        return kl, kl_raw, int(sums[1]), tokens
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        # DeepSpeed takes its step inside of the backward pass that "synchronizes".
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        self.accelerator.backward(loss)
 
-    @torch.no_grad()
-    def score(self, sequences: Sequence[ScoredSequence]) -> tuple[Tensor, tuple[int, int]]:
-        """`logps` under the current policy, in eval mode: (float64, shape (sequences,); tokens and padded tokens)."""
+    def _cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        if self.packs:
+            return packed_batches(lengths, self.max_tokens)
+        return micro_batches(lengths, self.max_tokens, pass_cost=GRADIENT_PASS_COST)
+
+    def _labelled_passes(
+        self, rows: Sequence[TrainingRow], at_least: int
+    ) -> Iterator[tuple[list[int], Sequences, bool]]:
+        """(positions into `rows`, their batch, whether it is the last); filler where other ranks make more passes."""
+        parts = self._cut([len(row.matched) for row in rows])
+        parts += [[]] * (at_least - len(parts))
+        lay_out = pack_sequences if self.packs else pad_sequences
+        for number, part in enumerate(parts):
+            batch = lay_out([rows[j].matched.ids for j in part] or [FILLER])
+            yield part, batch.to(self.args.device), number == len(parts) - 1
+
+    def _reference_point(self, mismatched: Sequence[ScoredSequence]) -> tuple[Tensor, Tensor, Tokens]:
+        """z0 over sequences of the whole batch: (kl, kl_raw, this rank's tokens)."""
+        lengths = [len(sequence) for sequence in mismatched]
+        mine, passes = self.ranks.share(lengths, lambda part: self._scoring().passes_for([lengths[i] for i in part]))
+        own = [mismatched[i] for i in mine]
+        logps, tokens = self._score(own, passes)
+        kl, kl_raw = self._kl(own, logps, len(mismatched))
+        return kl, kl_raw, tokens
+
+    def _kl(self, mismatched: Sequence[ScoredSequence], logps: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """(kl, kl_raw) from this rank's part of `total` mismatched sequences."""
+        logratios = logps - self._tensor([sequence.ref_logps for sequence in mismatched])
+        return kl_reference_point(self.ranks.sum(logratios.sum()), total)
+
+    def _score(self, sequences: Sequence[ScoredSequence], passes: int) -> tuple[Tensor, Tokens]:
+        """`logps` under the current policy, float64, shape (sequences,), and what was run for them."""
         logps = torch.zeros(len(sequences), dtype=torch.float64, device=self.args.device)
-        tokens = padded = 0
-        for part, batch, flat in self._forward(sequences):
-            logps[part] = sum_rows(flat, batch.completion_mask)
-            tokens += sum(len(sequences[i]) for i in part)
-            padded += batch.input_ids.numel()
-        return logps, (tokens, padded)
+        tokens = Tokens(0, 0, 0)
+        for done in self._scoring().run([sequence.ids for sequence in sequences], at_least=passes):
+            logps[done.indices] = sum_rows(done.token_logps, done.batch.row_of_token, done.batch.rows)
+            scored = sum(len(sequences[i]) for i in done.indices)
+            tokens += Tokens(scored, done.batch.tokens, done.batch.padded_tokens)
+        return logps, tokens
 
-    @torch.no_grad()
     def score_tokens(self, sequences: Sequence[ScoredSequence]) -> list[np.ndarray]:
         """Per-token log-probs under the current policy, in eval mode: float32, one array for each sequence."""
         results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(sequences)
-        for part, _, flat in self._forward(sequences):
-            pieces = flat.float().cpu().split([len(sequences[i].completion_ids) for i in part])
-            for i, piece in zip(part, pieces, strict=True):
+        for done in self._scoring().run([sequence.ids for sequence in sequences]):
+            pieces = done.token_logps.float().cpu().split([len(sequences[i].completion_ids) for i in done.indices])
+            for i, piece in zip(done.indices, pieces, strict=True):
                 results[i] = piece.numpy()
         return results
 
-    def _forward(self, sequences: Sequence[ScoredSequence]) -> Iterator[tuple[list[int], Sequences, Tensor]]:
-        # After from_pretrained a model is in eval mode for the first batch only; this pass says what it needs.
-        self.model.eval()
-        for part in self._micro_batches(sequences):
-            batch = self._padded([sequences[i] for i in part])
-            yield part, batch, token_logps(self.model, batch).token_logps
+    def _scoring(self) -> ScoringPasses:
+        """Made when the Trainer has wrapped the model; keeps what it learns about memory and shared prompts."""
+        if self._passes is None:
+            self._passes = self._new_passes()
+        return self._passes
 
-    def _part_loss(self, rows: Sequence[TrainingRow], logps: Tensor, kl: Tensor, total: int) -> Tensor:
-        """This micro-batch's share of the mean over the whole batch; filler rows weigh nothing."""
+    def _new_passes(self) -> ScoringPasses:
+        return ScoringPasses(
+            self._callable,
+            self.args.device,
+            max_tokens=_SCORING_TOKENS * self.max_tokens,
+            alone=not self.ranks.sharded,
+            pack=self.packs,
+            tolerance=self.rounding,
+        )
+
+    def _losses(self, rows: Sequence[TrainingRow], logps: Tensor, kl: Tensor) -> Tensor:
+        """Loss of each row, shape (rows,)."""
         labels = self._labels(rows)
         weights = class_weights(labels, self.objective.desirable_weight, self.objective.undesirable_weight)
-        weights = weights * self._tensor([float(row.counted) for row in rows])
         logratios = logps - self._tensor([row.matched.ref_logps for row in rows])
-        return kto_losses(logratios, labels, kl, beta=self.objective.beta, weights=weights).sum() / total
+        return kto_losses(logratios, labels, kl, beta=self.objective.beta, weights=weights)
 
-    def _outcome(self, rows: Sequence[TrainingRow], logps: Tensor, kl: Tensor, tokens: tuple[int, int]) -> BatchOutcome:
-        labels = self._labels(rows)
-        weights = class_weights(labels, self.objective.desirable_weight, self.objective.undesirable_weight)
+    def _outcome(self, rows: Sequence[TrainingRow], logps: Tensor, kl: Tensor, tokens: Tokens) -> BatchOutcome:
         logratios = logps - self._tensor([row.matched.ref_logps for row in rows])
-        losses = kto_losses(logratios, labels, kl, beta=self.objective.beta, weights=weights)
-        return BatchOutcome(losses, logratios, logps, labels, kl, *tokens)
+        return BatchOutcome(self._losses(rows, logps, kl), logratios, logps, self._labels(rows), kl, tokens)
 
     def _stop_if_not_finite(self, rows: Sequence[TrainingRow], outcome: BatchOutcome) -> None:
         finite = outcome.logratios.isfinite() & outcome.losses.isfinite() & outcome.kl.isfinite()
@@ -238,19 +294,17 @@ class KTOTrainer(transformers.Trainer):
         return float(self.model.config.get_text_config().router_aux_loss_coef)
 
     @torch.no_grad()
-    def _expert_counts(self, rows: Sequence[TrainingRow]) -> tuple[Tensor, Tensor]:
+    def _expert_counts(self, rows: Sequence[TrainingRow], passes: int) -> tuple[Tensor, Tensor]:
         """Slots of each expert over the whole batch, and all slots: what makes the shares add up."""
         config = self.model.config.get_text_config()
-        counts = slots = self._tensor(0.0)
-        for part in self._micro_batches([row.matched for row in rows]):
-            sequences = [rows[j].matched for j in part]
-            batch = self._padded(sequences)
-            router_logits = token_logps(self.model, batch, router_logits=True).router_logits
-            mask = _real(batch, sequences)
-            counts = counts + count_routed_tokens(router_logits, mask, config.num_experts_per_tok)
-            slots = slots + mask.sum() * len(router_logits)
-        counts = self.accelerator.reduce(counts, reduction="sum")
-        return counts, self.accelerator.reduce(slots, reduction="sum")
+        slots = self._tensor(0.0)
+        counts = slots.repeat(getattr(config, "num_local_experts", None) or config.num_experts)
+        for part, batch, _ in self._labelled_passes(rows, passes):
+            router_logits = token_logps(self._callable, batch, router_logits=True).router_logits
+            if part:
+                counts = counts + count_routed_tokens(router_logits, batch.real, config.num_experts_per_tok)
+                slots = slots + batch.real.sum() * len(router_logits)
+        return self.ranks.sum(counts), self.ranks.sum(slots)
 
     # -- evaluation ---------------------------------------------------------------------------------
 
@@ -264,12 +318,17 @@ class KTOTrainer(transformers.Trainer):
         if self.eval_data is None:
             raise TrainingError("No held-out rows: give --eval-fraction or --eval-cache.")
         cache, indices = self.eval_data
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        rows = [cache[RowKey(i, 0)] for i in indices[rank::world]]
-        kl, kl_raw, _, kl_tokens = self._reference_point(rows)
-        logps, tokens = self.score([row.matched for row in rows])
-        both = kl_tokens[0] + tokens[0], kl_tokens[1] + tokens[1]
-        sums = self.accelerator.reduce(self._outcome(rows, logps, kl, both).sums(), reduction="sum")
+        rows = [cache[RowKey(i, 0)] for i in indices]
+        # A row's two sequences begin with the same prompt: one rank scores both, and runs the prompt once.
+        pairs = [(len(row.matched), len(row.mismatched)) for row in rows]
+        mine, passes = self.ranks.share(
+            [sum(pair) for pair in pairs],
+            lambda part: self._scoring().passes_for([length for i in part for length in pairs[i]]),
+        )
+        own = [rows[i] for i in mine]
+        logps, tokens = self._score([r.matched for r in own] + [r.mismatched for r in own], passes)
+        kl, kl_raw = self._kl([row.mismatched for row in own], logps[len(own) :], len(rows))
+        sums = self.ranks.sum(self._outcome(own, logps[: len(own)], kl, tokens).sums())
         found = {**metrics_from(sums, beta=self.objective.beta), "kl": float(kl), "kl_raw": float(kl_raw)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
@@ -281,13 +340,13 @@ class KTOTrainer(transformers.Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         window = self._window
         if "loss" in logs and window.sums is not None:
-            sums = self.accelerator.reduce(window.sums, reduction="sum")
+            sums = self.ranks.sum(window.sums)
             seconds = time.monotonic() - window.started
             logs.update(metrics_from(sums, beta=self.objective.beta))
             logs["kl"] = float(window.kl) / window.updates
             logs["kl_raw"] = float(window.kl_raw) / window.updates
             if window.aux_loss is not None:
-                logs["aux_loss"] = float(self.accelerator.reduce(window.aux_loss, reduction="sum")) / window.updates
+                logs["aux_loss"] = float(self.ranks.sum(torch.as_tensor(window.aux_loss))) / window.updates
             logs["tokens_per_second"] = tokens_of(sums) / seconds
             logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
             self._window = _Window(started=time.monotonic())
@@ -295,23 +354,11 @@ class KTOTrainer(transformers.Trainer):
 
     # -- tensors ------------------------------------------------------------------------------------
 
-    def _micro_batches(self, sequences: Sequence[ScoredSequence]) -> list[list[int]]:
-        return micro_batches([len(s) for s in sequences], self.max_tokens)
-
-    def _padded(self, sequences: Sequence[ScoredSequence]) -> Sequences:
-        return pad_sequences([(s.prompt_ids, s.completion_ids) for s in sequences]).to(self.args.device)
-
     def _labels(self, rows: Sequence[TrainingRow]) -> Tensor:
         return torch.tensor([row.label for row in rows], dtype=torch.bool, device=self.args.device)
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.args.device)
-
-
-def _real(batch: Sequences, sequences: Sequence[ScoredSequence]) -> Tensor:
-    """Mask of tokens that are not padding, shape (batch, length)."""
-    lengths = torch.from_numpy(np.array([len(s) for s in sequences])).to(batch.input_ids.device)
-    return torch.arange(batch.input_ids.shape[1], device=lengths.device)[None, :] < lengths[:, None]
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -1,0 +1,165 @@
+"""Scoring many sequences without gradient: cut into passes, prompts shared where that is proven to be right."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kto_core.batching import SCORING_PASS_COST, micro_batches, packed_batches
+from kto_core.logps import Batch, token_logps
+from kto_core.sequences import FILLER, TokenIds, pack_sequences, pad_sequences
+from kto_core.shared_prompts import longest_shared, share_prompts
+
+# What a model that cannot run on given keys and values may raise.
+_UNSUPPORTED = (TypeError, AttributeError, ValueError, IndexError, KeyError, NotImplementedError, RuntimeError)
+
+Planned = tuple[list[int], Callable[[], Batch]]
+
+
+class Pass(NamedTuple):
+    """One forward pass, finished.
+
+    Attributes:
+        indices: which sequences it scored.
+        batch: what the model was called with; its rows are `indices`, in this order.
+        token_logps: float32 nats, shape (completion tokens,), row after row.
+    """
+
+    indices: list[int]
+    batch: Batch
+    token_logps: Tensor
+
+
+class ScoringPasses:
+    """Scores sequences under a token budget, in eval mode, without gradient.
+
+    Args:
+        model: prepared by `add_scoring_forward`, wrapped or not.
+        device: where batches go.
+        max_tokens: padded tokens in one pass.
+        alone: how many passes are made is this process's own affair. Then a prompt that several sequences begin with
+            runs once (the first time, both ways are compared; where they disagree, or the model cannot do it,
+            sharing is switched off with a word), and out of memory halves the budget and goes on.
+        pack: lay sequences one behind the other, without padding.
+        tolerance: largest mean difference between the two ways, nats a token, that rounding explains.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        *,
+        max_tokens: int,
+        alone: bool = True,
+        pack: bool = False,
+        tolerance: float = 1e-4,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.model, self.device, self.max_tokens = model, device, max_tokens
+        self.pack, self.tolerance, self.say = pack, tolerance, say
+        self.alone = alone
+        self.longest_shared = longest_shared(model) if alone else 0
+        self._proven = False
+
+    @torch.no_grad()
+    def run(self, sequences: Sequence[TokenIds], *, at_least: int = 0) -> Iterator[Pass]:
+        """Score all sequences, each once; the order of passes is the plan's.
+
+        Args:
+            sequences: (prompt ids, completion ids), neither empty.
+            at_least: passes to make, for ranks that must make equally many: empty ones are added.
+
+        Raises:
+            torch.OutOfMemoryError: on a single sequence, or where the process is not alone.
+        """
+        pending, passes = list(range(len(sequences))), 0
+        while pending:
+            done: set[int] = set()
+            for indices, build in self._plan(pending, sequences):
+                try:
+                    finished = self._forward(indices, build())
+                except torch.OutOfMemoryError:
+                    if not self.alone or len(indices) == 1:
+                        raise
+                    finished = None
+                if finished is None:  # outside of `except`, whose traceback holds on to the tensors
+                    self._halve(max(sum(map(len, sequences[i])) for i in indices))
+                    break
+                done.update(indices)
+                passes += 1
+                yield finished
+            pending = [i for i in pending if i not in done]
+        while passes < at_least:
+            passes += 1
+            self._forward([], pad_sequences([FILLER]))
+
+    def passes_for(self, lengths: Sequence[int]) -> int:
+        """How many passes sequences of these lengths take, prompts unshared."""
+        return len((packed_batches if self.pack else micro_batches)(lengths, self.max_tokens))
+
+    def _forward(self, indices: list[int], batch: Batch) -> Pass:
+        # After from_pretrained a model is in eval mode for the first batch only; this pass says what it needs.
+        self.model.eval()
+        batch = batch.to(self.device)
+        return Pass(indices, batch, token_logps(self.model, batch).token_logps)
+
+    def _halve(self, longest: int) -> None:
+        self.max_tokens = max(longest, self.max_tokens // 2)
+        torch.cuda.empty_cache()
+        self.say(f"out of memory: going on with {self.max_tokens} tokens in one scoring pass")
+
+    # -- plan ---------------------------------------------------------------------------------------
+
+    def _plan(self, pending: list[int], sequences: Sequence[TokenIds]) -> Iterator[Planned]:
+        """What to run, in which order; a batch is built when its turn comes."""
+        groups = self._groups(pending, sequences)
+        if groups and not self._proven:
+            self._prove([[sequences[i] for i in group[:2]] for group in (groups[0], groups[-1])])
+            groups = groups if self.longest_shared else []
+        shared = {i for group in groups for i in group}
+        for part in micro_batches([len(sequences[group[0]][0]) for group in groups], self.max_tokens):
+            chosen = [groups[number] for number in part]
+            indices = [i for group in chosen for i in group]
+            rows = [[sequences[i] for i in group] for group in chosen]
+            yield indices, lambda rows=rows: share_prompts(rows, self.max_tokens)  # type: ignore[misc]
+        alone = [i for i in pending if i not in shared]
+        cut, lay_out = (packed_batches, pack_sequences) if self.pack else (micro_batches, pad_sequences)
+        for part in cut([sum(map(len, sequences[i])) for i in alone], self.max_tokens):
+            indices = [alone[j] for j in part]
+            yield indices, lambda indices=indices: lay_out([sequences[i] for i in indices])  # type: ignore[misc]
+
+    def _groups(self, pending: list[int], sequences: Sequence[TokenIds]) -> list[list[int]]:
+        """Sequences that share a prompt, where that saves more than the passes it adds."""
+        if not self.longest_shared:
+            return []
+        of_prompt: dict[bytes, list[int]] = defaultdict(list)
+        for i in pending:
+            of_prompt[sequences[i][0].tobytes()].append(i)
+        groups = [
+            group
+            for group in of_prompt.values()
+            if len(group) > 1 and max(sum(map(len, sequences[i])) for i in group) <= self.longest_shared
+        ]
+        saved = sum((len(group) - 1) * len(sequences[group[0]][0]) for group in groups)
+        return groups if saved > SCORING_PASS_COST * self.max_tokens else []
+
+    def _prove(self, groups: list[list[TokenIds]]) -> None:
+        """Score two completions of two prompts both ways."""
+        self._proven = True
+        rows = [row for group in groups for row in group]
+        plain = self._forward([], pad_sequences(rows)).token_logps
+        try:
+            shared = self._forward([], share_prompts(groups, self.max_tokens)).token_logps
+        except torch.OutOfMemoryError:
+            raise
+        except _UNSUPPORTED as error:
+            apart, why = float("inf"), f"the model cannot run on given keys and values ({type(error).__name__})"
+        else:
+            apart = float((shared - plain).abs().mean().nan_to_num(nan=float("inf")))
+            why = f"log-probabilities would differ by {apart:.2g} nats a token"
+        if not apart <= self.tolerance:
+            self.longest_shared = 0
+            self.say(f"prompts are not shared between sequences: {why}")

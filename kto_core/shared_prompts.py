@@ -1,0 +1,176 @@
+"""Several completions of one prompt: the prompt runs through the model once.
+
+    prompts        p0 p1 p2      q0 q1 .          right-padded, once each; keys and values are kept
+                      |             |
+    completions    c0 c1 c2      d0 d1            attend to their prompt's keys and to themselves
+                   e0 e1 .       f0 f1 f2         positions go on where the prompt ended
+
+The hidden state of a prompt's last token predicts the first token of each of its completions; the
+last token of a completion predicts nothing and is never fed. No gradient flows through this path.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kto_core.batching import micro_batches
+from kto_core.sequences import TokenIds
+
+
+class Branches(NamedTuple):
+    """Completions that run together, each behind its prompt.
+
+    Attributes:
+        input_ids: int64, shape (rows, length): completions without their last token, right-padded.
+        position_ids: int64, shape (rows, length).
+        attention_mask: int64, shape (rows, prompt length + length), 1 at what may be attended to.
+        prompts: int64, shape (rows,): the prompt of each.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    prompts: Tensor
+
+
+class SharedPrompts(NamedTuple):
+    """One micro-batch of prompts with all of their completions.
+
+    Hidden states are counted through: those of the prompts (prompts * prompt length) first, then those
+    of each of the `branches` in turn.
+
+    Attributes:
+        input_ids, position_ids: int64, shape (prompts, prompt length).
+        branches: what runs behind them; empty where every completion is a single token.
+        predicts, targets, row_of_token, rows, tokens: as in `Sequences`.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    branches: tuple[Branches, ...]
+    predicts: Tensor
+    targets: Tensor
+    row_of_token: Tensor
+    rows: int
+    tokens: int
+
+    def to(self, device: torch.device | str) -> "SharedPrompts":
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return SharedPrompts(
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            branches=tuple(Branches(*map(move, branch)) for branch in self.branches),
+            predicts=move(self.predicts),
+            targets=move(self.targets),
+            row_of_token=move(self.row_of_token),
+            rows=self.rows,
+            tokens=self.tokens,
+        )
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.input_ids.numel() + sum(branch.input_ids.numel() for branch in self.branches)
+
+
+def share_prompts(groups: Sequence[Sequence[TokenIds]], max_tokens: int) -> SharedPrompts:
+    """Lay out groups of sequences; those in one group have the same prompt.
+
+    Args:
+        groups: (prompt ids, completion ids), group after group; the result counts rows in this order.
+        max_tokens: keys, prompts' and padding included, that run together.
+    """
+    prompts = [group[0][0] for group in groups]
+    rows = [(number, completion) for number, group in enumerate(groups) for _, completion in group]
+    width = max(map(len, prompts))
+    ids = _padded(prompts, width)
+    # Where each row's hidden states stand: the prompt's last, then one for each token but the last.
+    predicts = [np.array([number * width + len(prompts[number]) - 1]) for number, _ in rows]
+    branches, offset = [], ids.size
+    longer = [row for row, (_, completion) in enumerate(rows) if len(completion) > 1]
+    lengths = [len(rows[row][1]) - 1 for row in longer]
+    for part in micro_batches([width + length for length in lengths], max_tokens):
+        chosen = [longer[i] for i in part]
+        of = np.array([rows[row][0] for row in chosen])
+        branch = _branch([rows[row][1][:-1] for row in chosen], of, np.array([len(p) for p in prompts])[of], width)
+        for i, row in enumerate(chosen):
+            start = offset + i * branch.input_ids.shape[1]
+            predicts[row] = np.concatenate([predicts[row], start + np.arange(len(rows[row][1]) - 1)])
+        offset += branch.input_ids.numel()
+        branches.append(branch)
+    completions = [completion for _, completion in rows]
+    return SharedPrompts(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.arange(width).repeat(len(prompts), 1),
+        branches=tuple(branches),
+        predicts=torch.from_numpy(np.concatenate(predicts)),
+        targets=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
+        row_of_token=torch.from_numpy(np.repeat(np.arange(len(rows)), [len(c) for c in completions])),
+        rows=len(rows),
+        tokens=sum(map(len, prompts)) + sum(lengths),
+    )
+
+
+def _branch(inputs: Sequence[np.ndarray], of: np.ndarray, prompt_lengths: np.ndarray, width: int) -> Branches:
+    length = max(map(len, inputs))
+    keys = np.arange(width)[None] < prompt_lengths[:, None]  # (rows, width)
+    own = np.arange(length)[None] < np.array([len(one) for one in inputs])[:, None]  # (rows, length)
+    return Branches(
+        torch.from_numpy(_padded(inputs, length)),
+        torch.from_numpy(prompt_lengths[:, None] + np.arange(length)[None]),
+        torch.from_numpy(np.concatenate([keys, own], axis=1).astype(np.int64)),
+        torch.from_numpy(of),
+    )
+
+
+def _padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    return ids
+
+
+def hidden_states(body: Callable[..., Any], batch: SharedPrompts, *, takes_positions: bool) -> Tensor:
+    """All hidden states, (prompts * prompt length + rows * length of each branch, hidden size).
+
+    Args:
+        body: the model below its output layer; it returns keys and values as `transformers` does.
+    """
+
+    def positions(part: SharedPrompts | Branches) -> dict[str, Tensor]:
+        return {"position_ids": part.position_ids} if takes_positions else {}
+
+    out = body(input_ids=batch.input_ids, use_cache=True, return_dict=True, **positions(batch))
+    states = [out.last_hidden_state.flatten(0, 1)]
+    layers = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+    for branch in batch.branches:
+        copies = [(keys[branch.prompts], values[branch.prompts]) for keys, values in layers]
+        done = body(
+            input_ids=branch.input_ids,
+            attention_mask=branch.attention_mask,
+            past_key_values=type(out.past_key_values)(copies),
+            use_cache=True,
+            return_dict=True,
+            **positions(branch),
+        )
+        states.append(done.last_hidden_state.flatten(0, 1))
+    return torch.cat(states)
+
+
+def longest_shared(model: Any) -> int:
+    """How many tokens a prompt with a completion may have for this path; 0 where the model cannot take it.
+
+    Below a sliding window all keys are visible, and where they stand in the cache does not matter. Beyond it, or
+    without keys (recurrent layers), sequences have to run whole.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= {"full_attention", "sliding_attention"} or getattr(config, "is_encoder_decoder", False):
+        return 0
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    longest = min([int(window) for window in windows if window], default=2**31)
+    return longest if getattr(config, "use_cache", None) is not None else 0
