@@ -245,6 +245,9 @@ def click_settings(config: type) -> list[tuple[list[str], dict[str, Any]]]:
         elif float in kind and str in kind:
             one["type"] = number_or_auto
             one["metavar"] = "FLOAT|auto"
+        elif int in kind and str in kind:
+            one["type"] = whole_number_or_auto
+            one["metavar"] = "N|auto"
         elif metadata["choices"]:
             one["choices"] = list(metadata["choices"])
         else:
@@ -279,3 +282,17 @@ def number_or_auto(text: Any) -> float | str:
         return float(text)
     except (TypeError, ValueError):
         raise ValueError(f"{text!r} is neither a number nor 'auto'") from None
+
+
+def whole_number_or_auto(text: Any) -> int | str:
+    """`auto`, or a whole number.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{text!r} is neither a whole number nor 'auto'") from None

@@ -163,3 +163,18 @@ class ScoringPasses:
         if not apart <= self.tolerance:
             self.longest_shared = 0
             self.say(f"prompts are not shared between sequences: {why}")
+
+
+@torch.no_grad()
+def packs_alike(model: Any, device: torch.device, rows: Sequence[TokenIds], *, tolerance: float) -> bool:
+    """Whether sequences laid one behind the other score as they do in lines of their own.
+
+    Args:
+        rows: at least two, whose first must not be visible from the second.
+        tolerance: largest mean difference, nats a token, that rounding explains.
+    """
+    model.eval()
+    packed, padded = (
+        token_logps(model, lay_out(rows).to(device)).token_logps for lay_out in (pack_sequences, pad_sequences)
+    )
+    return bool((packed - padded).abs().mean() <= tolerance)

@@ -29,10 +29,10 @@ class TrainConfig:
     epochs: float = option(1.0, "Passes over the rows.")
     max_steps: int | None = option(None, "Stop after N updates.", metavar="N")
     batch_size: int = option(32, "Rows in one update, over all devices.")
-    max_tokens: int | None = option(
-        None,
-        "Tokens in one forward and backward pass on one device: memory, never a result.  "
-        "[default: 16384 on a GPU, 1024 on a CPU]",
+    max_tokens: int | str = option(
+        AUTO,
+        "Tokens in one forward and backward pass on one device: memory, never a result. auto measures what fits on a "
+        "GPU and is 1024 on a CPU.",
     )
     max_length: int | None = option(None, "Shorten rows to N tokens.  [default: as cached]", metavar="N")
     scheduler: str = option("constant", "Learning-rate schedule.", choices=SCHEDULERS)
@@ -60,7 +60,12 @@ class TrainConfig:
     training: dict[str, Any] = option(dict, "YAML only: passed to transformers.TrainingArguments.")
 
     def __post_init__(self) -> None:
-        self._at_least(batch_size=1, max_tokens=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1)
+        if isinstance(self.max_tokens, str):
+            if self.max_tokens != AUTO:
+                raise ConfigError(f"--max-tokens must be a whole number or auto, got {self.max_tokens!r}.")
+        else:
+            self._at_least(max_tokens=1)
+        self._at_least(batch_size=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1)
         self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0)
         if self.seed > 2**32 - 1:
             raise ConfigError(f"--seed must be below 2**32, got {self.seed}.")

@@ -47,6 +47,12 @@ class Ranks:
         """The sum over all ranks."""
         return self.accelerator.reduce(tensor, reduction="sum") if self.world > 1 else tensor
 
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers where they must agree, else one's own."""
+        if not self.sharded:
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).min())
+
     def sum_gradients(self, model: Any) -> None:
         """Add up gradients over the ranks, once for each update.
 

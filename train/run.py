@@ -25,7 +25,6 @@ from train.start_check import check_start, tolerance_for
 from train.trainer import KTOTrainer, Objective
 from train.watching import Console, MetricsFile
 
-_MAX_TOKENS = {"cuda": 16384}
 _MAX_TOKENS_CPU = 1024
 
 
@@ -140,6 +139,9 @@ class _Start(transformers.TrainerCallback):
             control.should_log = True  # the last update is always on record
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.settle()
+        if state.is_world_process_zero and self.trainer.measures_memory:
+            print(f"memory      --max-tokens {self.trainer.max_tokens} (measured)", flush=True)
         if state.global_step:  # a resumed policy has left the reference
             return
         allow = self.config.allow_different_policy
@@ -175,7 +177,7 @@ def _trainer(
         rows=data.rows,
         batches=batches,
         objective=Objective(config.beta, *weights),
-        max_tokens=config.max_tokens or _MAX_TOKENS.get(args.device.type, _MAX_TOKENS_CPU),
+        max_tokens=_max_tokens(config, args.device),
         rounding=tolerance_for(data.rows.manifest, precision),
         eval_data=data.held_out,
         processing_class=files.tokenizer,
@@ -185,6 +187,13 @@ def _trainer(
     if trainer.is_deepspeed_enabled:
         raise TrainingError("DeepSpeed is not supported yet: use one device, or DDP or FSDP through accelerate.")
     return trainer
+
+
+def _max_tokens(config: TrainConfig, device: torch.device) -> int | None:
+    """None: to be measured when the model is there."""
+    if not isinstance(config.max_tokens, str):
+        return config.max_tokens
+    return None if device.type == "cuda" else _MAX_TOKENS_CPU
 
 
 def _check_vocabulary(model: Any, rows: CacheRows) -> None:

@@ -28,13 +28,17 @@ from kto_core.losses import (
     router_balance_loss,
 )
 from kto_core.metrics import BatchOutcome, Tokens, metrics_from, tokens_of
-from kto_core.passes import ScoringPasses
+from kto_core.passes import ScoringPasses, packs_alike
 from kto_core.sequences import FILLER, Sequences, pack_sequences, pad_sequences, sum_rows
 from train.cache_rows import BatchLoader, CacheRows, EpochBatches, RowKey, ScoredSequence, TrainingRow
+from train.memory import CudaMeter, optimizer_bytes, tokens_that_fit
 from train.ranks import Ranks
 
 # Without gradient nothing is kept for a backward pass, so a pass holds this many times the tokens.
 _SCORING_TOKENS = 4
+
+# Where memory is not measured.
+_DEEPSPEED_TOKENS = 8192
 
 # Attention that reads the boundaries of sequences laid one behind the other, at no cost.
 _PACKING_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
@@ -79,7 +83,7 @@ class KTOTrainer(transformers.Trainer):
         batches: optimizer batches, over all ranks.
         eval_data: (cache, rows) held out, or None.
         objective: hyperparameters of the loss.
-        max_tokens: padded tokens in one forward and backward pass.
+        max_tokens: padded tokens in one forward and backward pass; None to measure what fits (CUDA).
         rounding: nats a token by which two ways to compute the same score may differ.
     """
 
@@ -91,7 +95,7 @@ class KTOTrainer(transformers.Trainer):
         rows: CacheRows,
         batches: EpochBatches,
         objective: Objective,
-        max_tokens: int,
+        max_tokens: int | None,
         rounding: float,
         eval_data: tuple[CacheRows, list[int]] | None = None,
         **options: Any,
@@ -103,7 +107,8 @@ class KTOTrainer(transformers.Trainer):
             # The Trainer switches it off in the configuration, which is saved; the scoring forward never uses a cache.
             model.config.use_cache = use_cache
         self.rows, self.batches, self.eval_data = rows, batches, eval_data
-        self.objective, self.max_tokens, self.rounding = objective, max_tokens, rounding
+        self.objective, self.max_tokens, self.rounding = objective, max_tokens or rows.max_length, rounding
+        self.measures_memory = max_tokens is None
         self.balances_experts = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
         attention = getattr(model.config, "_attn_implementation", None)
         self.packs = args.device.type == "cuda" and attention in _PACKING_ATTENTION
@@ -152,6 +157,32 @@ class KTOTrainer(transformers.Trainer):
         self._passes = None
         torch.cuda.empty_cache()
         print(f"out of memory: going on with --max-tokens {self.max_tokens}", flush=True)
+
+    # -- before the first update --------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """What can only be known once the Trainer has prepared the model: whether rows may be packed, and what fits."""
+        sample = [self.rows[i].matched.ids for i in range(min(2, len(self.rows)))]
+        if self.packs:
+            self.packs = packs_alike(self._callable, self.args.device, sample, tolerance=self.rounding)
+        if not self.measures_memory:
+            return
+        if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
+            self.max_tokens = max(_DEEPSPEED_TOKENS, self.rows.max_length)
+            return
+        reserve = optimizer_bytes(self.model, sharded_over=self.ranks.world if self.ranks.sharded else 1)
+        meter = CudaMeter(self.args.device)
+        tokens = tokens_that_fit(meter, self._try_rows, row=self.rows.max_length, reserve=reserve)
+        self.model.zero_grad()
+        torch.cuda.empty_cache()
+        self.max_tokens = self.ranks.least(tokens)
+
+    def _try_rows(self, rows: int) -> None:
+        """A forward and backward pass over rows of the greatest length; all of each but one token is completion."""
+        row = FILLER[0], np.zeros(self.rows.max_length - 1, dtype=np.int32)
+        batch = (pack_sequences if self.packs else pad_sequences)([row] * rows).to(self.args.device)
+        self._callable.train()
+        self._backward(token_logps(self._callable, batch).token_logps.sum() * 0.0, last=True)
 
     # -- one update ---------------------------------------------------------------------------------
 

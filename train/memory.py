@@ -1,0 +1,80 @@
+"""How many tokens fit into one forward and backward pass: measured at the start, not guessed."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+# What is left free: fragmentation, other libraries' workspaces, the spread of row lengths.
+_USED = 0.85
+
+# More tokens than this in one pass make no GPU faster, and cost padding.
+_MOST = 65_536
+
+# Adam: two float32 moments for each trained weight, allocated at the first update.
+_OPTIMIZER_BYTES = 8
+
+
+class Meter(Protocol):
+    """Reads a device's memory, in bytes."""
+
+    def used(self) -> int: ...
+    def available(self) -> int:
+        """Free now, the allocator's own reserve included."""
+
+    def peak_of(self, work: Callable[[], None]) -> int:
+        """The most that was in use while `work` ran."""
+
+
+class CudaMeter:
+    """`torch.cuda`'s figures."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def used(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def available(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - self.used()
+
+    def peak_of(self, work: Callable[[], None]) -> int:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        work()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, reserve: int) -> int:
+    """Padded tokens of one pass that keep memory within 85 % of the device.
+
+    Activations grow by the same number of bytes with each row of a given length, so two small trials
+    say what any number of rows needs.
+
+    Args:
+        meter: of the device.
+        trial: a forward and backward pass over so many rows of the longest length; gradients may stay.
+        row: tokens in the longest row.
+        reserve: bytes that training will need and that are not in use yet (optimizer states).
+
+    Returns:
+        A multiple of `row`, at least `row`: a device on which not even two rows fit is left to out-of-memory handling.
+    """
+    before = meter.used()
+    room = _USED * (before + meter.available()) - reserve
+    try:
+        trial(1)  # kernels' workspaces and the gradients come with the first pass
+        one, two = (meter.peak_of(lambda rows=rows: trial(rows)) for rows in (1, 2))  # type: ignore[misc]
+    except torch.OutOfMemoryError:
+        return row
+    each = max(1, two - one)
+    rows = int((room - (one - each)) // each)
+    return row * max(1, min(rows, _MOST // row))
+
+
+def optimizer_bytes(model: nn.Module, *, sharded_over: int) -> int:
+    """Bytes of Adam's moments on this device."""
+    return _OPTIMIZER_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad) // sharded_over
