@@ -5,6 +5,7 @@ scoring forward are settled here, once.
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -187,6 +188,12 @@ def check_model_folder(folder: Path) -> None:
             f"{folder}: no *.safetensors file. Weights in pickle files are not read; "
             "load the model once with transformers and save it with save_pretrained()."
         )
+
+
+def is_quantized_folder(folder: Path) -> bool:
+    """Whether the weights in a model folder are stored quantised."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return bool(config.get("quantization_config"))
 
 
 def _is_quantized(model: Any) -> bool:

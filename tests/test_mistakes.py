@@ -181,6 +181,10 @@ def test_a_cache_that_is_not_one(tmp_path: Path, cache: Path) -> None:
         ("beta: [", ["YAML"]),
         ("beta: 0.1\nbeta: 0.2", ["twice"]),
         ("training: {adam_beta: 1}", ["adam_beta", "Did you mean"]),
+        ("training: {optim: adamw_torch_4bit}", ["optim", "adamw_torch_4bit", "torchao"]),
+        ("max_tokens: plenty", ["--max-tokens", "auto", "plenty"]),
+        ("max_tokens: 1.5", ["max_tokens", "1.5"]),
+        ("max_tokens: 0", ["--max-tokens", "at least 1"]),
         ("resume: true", ["--resume"]),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.integrations import get_reporting_integration_callbacks
 
-from kto_core.errors import ConfigError
+from kto_core.errors import ConfigError, first_line
 from kto_core.models import Precision
 from kto_core.options import nearest
 from train.config import TrainConfig
@@ -85,6 +85,11 @@ def training_arguments(
         args = transformers.TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+    try:
+        # Says here, and not after the model was loaded, that an optimizer's package is missing.
+        transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"training: optim: {getattr(args.optim, 'value', args.optim)}: {first_line(error)}") from error
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()  # says here, and not after the model was loaded, that its package is missing

@@ -11,7 +11,7 @@ import transformers
 from kto_core.errors import KTOError, ModelError, TrainingError
 from kto_core.identity import chat_template_hash, tokenizer_hash
 from kto_core.manifest import Manifest
-from kto_core.models import Precision, find_folder, load_causal_lm, load_tokenizer
+from kto_core.models import Precision, find_folder, is_quantized_folder, load_causal_lm, load_tokenizer
 from train.config import TrainConfig
 
 
@@ -83,7 +83,17 @@ class PolicyFiles:
         print(f"warning     {message}")
 
     def load(self, config: TrainConfig, precision: Precision, device: torch.device) -> Any:
-        """The model, ready to train: all weights in float32, or frozen with LoRA adapters."""
+        """The model, ready to train: all weights in float32, or frozen with LoRA adapters.
+
+        Raises:
+            ModelError: it cannot be loaded.
+            TrainingError: its weights are quantised, and no adapters are asked for.
+        """
+        if not config.lora_rank and is_quantized_folder(self.folder):
+            raise TrainingError(
+                f"{self.name}: its weights are quantised, and cannot be trained themselves. Train adapters on them "
+                "(QLoRA) with --lora-rank 16."
+            )
         torch.manual_seed(config.seed)  # LoRA starts from random A matrices
         model = load_causal_lm(
             transformers.AutoModelForCausalLM,
