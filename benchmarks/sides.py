@@ -88,7 +88,9 @@ def run_trl(
     )
 
 
-def run_ours(environments: Environments, workload: Workload, recipe: Recipe, *, out: Path) -> OurRun:
+def run_ours(
+    environments: Environments, workload: Workload, recipe: Recipe, *, out: Path, max_tokens: int | None = None
+) -> OurRun:
     """Score the references with `kto-precompute`, then train with `kto-train`; pairs and row order are TRL's."""
     refs, run = out / "refs", out / "run"
     precompute: list[str | Path] = [environments.our_command("kto-precompute")]
@@ -100,6 +102,8 @@ def run_ours(environments: Environments, workload: Workload, recipe: Recipe, *, 
     train: list[str | Path] = [environments.our_command("kto-train"), "--cache", refs, "--out", run]
     train += [*_recipe_options(recipe), "--scheduler", "constant", "--no-shuffle", "--no-gradient-checkpointing"]
     train += ["--dtype", "float32", "--device", "cpu", "--logging-steps", "1", "--save-steps", "0"]
+    if max_tokens is not None:
+        train += ["--max-tokens", str(max_tokens)]
     trained = run_measured(train, log=out / "train.txt", env=offline_env(out))
 
     manifest = json.loads((refs / "manifest.json").read_text(encoding="utf-8"))

@@ -1,0 +1,267 @@
+"""Time and memory of `kto-train` (and `kto-precompute`) beside TRL's KTOTrainer, on the same rows in one run.
+
+    python benchmarks/train_vs_trl.py
+    python benchmarks/train_vs_trl.py --data feedback.jsonl --repeats 3 --check
+    python benchmarks/train_vs_trl.py --quick        # a tiny model, to see that it works
+
+One pass over the rows on the CPU in float32, without gradient checkpointing, with the same model, pairs, row order, batch
+and optimizer. The sides run one after another; with --repeats the whole round is run again and medians are shown. TRL is
+read three times (--sides chooses):
+
+- cached: `precompute_ref_log_probs=True`, as it comes;
+- cached, GPU rule: the same, but projecting completion positions only. TRL does so on CUDA; on the CPU it projects
+  prompts and padding to the vocabulary too, which flatters whoever is compared with it;
+- live: the reference model stays in memory and scores every batch.
+
+What the lines mean:
+
+- score references: the pass over all rows, from `run.seconds` of our manifest and a clock around TRL's own pass;
+- train: `train_runtime` of both trainers;
+- whole process that trains: from start to saved model, imports included; ours also checks policy against cache. TRL's with
+  cached references contains their scoring;
+- all of it: both of our processes, each with its own imports; TRL's one;
+- tokens/s: tokens of the labelled and of the mismatched sequences, the same number for all sides, over the training time;
+- achieved: useful floating-point operations over the training time. Useful is, for every side alike, what training with
+  given references needs: 2 for each weight of the layers and each token, attention over what a token may see, the output
+  layer at completion positions; all of it three times for labelled rows (forward and backward), once for mismatched
+  ones. Prompts run twice, prompts and padding projected, logits computed again and live references are not useful;
+- of the matmul rate: achieved, over what `matmul_rate.py` measured before and after (mean) in this run;
+- peak memory: resident, of the process. TRL scores and trains in one process, ours in one each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from environments import Environments, add_environment_options, load_average, prepare_environments
+from matmul_rate import measured_rate
+from sides import OurRun, Recipe, TrlRun, run_ours, run_trl
+from text_table import text_table
+from workload import SMALL, ModelShape, Workload, add_workload_options, make_workload
+
+OURS = "ours"
+TRL_SIDES: dict[str, dict[str, Any]] = {
+    "cached": {"reference": "cached"},
+    "cached, GPU rule": {"reference": "cached", "completions_only": True},
+    "live": {"reference": "live"},
+}
+SCORING, TRAINING, PROCESS, ALL = "score references, s", "train, s", "whole process that trains, s", "all of it, s"
+TOKENS, ACHIEVED, SHARE = "tokens/s in training", "achieved, GFLOP/s", "of the matmul rate, %"
+SCORING_MEMORY, MEMORY = "peak memory scoring, MiB", "peak memory training, MiB"
+LINES = (SCORING, TRAINING, PROCESS, ALL, TOKENS, ACHIEVED, SHARE, SCORING_MEMORY, MEMORY)
+
+Reading = dict[str, float | None]
+
+
+def useful_flops(shape: ModelShape, rows: list[dict[str, Any]]) -> float:
+    """Floating-point operations that one pass of training over these cached rows needs; see the top of this file."""
+    layer = 4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
+
+    def forward(prompt: int, completion: int) -> float:
+        tokens = prompt + completion
+        attention = 4 * shape.hidden * tokens * (tokens + 1) / 2
+        return shape.layers * (2 * layer * tokens + attention) + 2 * shape.hidden * shape.vocabulary * completion
+
+    return sum(
+        3 * forward(len(row["prompt_ids"]), len(row["completion_ids"]))
+        + forward(len(row["prompt_ids"]), len(row["kl_completion_ids"][0]))
+        for row in rows
+    )
+
+
+def sequence_tokens(rows: list[dict[str, Any]]) -> int:
+    """Tokens of the labelled and of the mismatched sequences."""
+    return sum(
+        2 * len(row["prompt_ids"]) + len(row["completion_ids"]) + len(row["kl_completion_ids"][0]) for row in rows
+    )
+
+
+def read_ours(run: OurRun) -> Reading:
+    """Our side's value of each line that a run itself gives."""
+    return {
+        SCORING: run.manifest["run"]["seconds"],
+        TRAINING: run.train_seconds,
+        PROCESS: run.train.seconds,
+        ALL: run.precompute.seconds + run.train.seconds,
+        SCORING_MEMORY: run.precompute.peak_mib,
+        MEMORY: run.train.peak_mib,
+    }
+
+
+def read_trl(run: TrlRun) -> Reading:
+    """TRL's; with a live reference there is no scoring pass to read."""
+    return {
+        SCORING: run.reference_seconds,
+        TRAINING: run.train_seconds,
+        PROCESS: run.process.seconds,
+        ALL: run.process.seconds,
+        SCORING_MEMORY: run.reference_peak_mib,
+        MEMORY: run.process.peak_mib,
+    }
+
+
+def one_round(
+    environments: Environments, workload: Workload, recipe: Recipe, out: Path, sides: list[str], max_tokens: int | None
+) -> tuple[dict[str, Reading], list[str]]:
+    """Run every side once; returns the readings and a line on each that says how the run compares with ours."""
+    before = measured_rate(environments.our_python)
+    print(f"  {OURS}: {load_average()}", flush=True)
+    ours = run_ours(environments, workload, recipe, out=out / "ours", max_tokens=max_tokens)
+    readings, checks = {OURS: read_ours(ours)}, []
+    for i, name in enumerate(sides):
+        print(f"  TRL {name}: {load_average()}", flush=True)
+        trl = run_trl(environments, workload, recipe, out=out / f"trl-{i}", **TRL_SIDES[name])
+        readings[name] = read_trl(trl)
+        checks.append(same_work(name, trl, ours))
+    after = measured_rate(environments.our_python)
+    print(f"  matmul rate: {before / 1e9:.0f} GFLOP/s before, {after / 1e9:.0f} after", flush=True)
+    flops, tokens = useful_flops(workload.shape, ours.rows), sequence_tokens(ours.rows)
+    for reading in readings.values():
+        seconds = reading[TRAINING] or float("nan")
+        reading[TOKENS], reading[ACHIEVED] = tokens / seconds, flops / seconds / 1e9
+        reading[SHARE] = 100 * flops / seconds / ((before + after) / 2)
+    return readings, checks
+
+
+def same_work(name: str, trl: TrlRun, ours: OurRun) -> str:
+    """Rows, updates and losses of both sides: a ratio of times counts only where the work was the same.
+
+    Raises:
+        ValueError: if the sides kept other rows or made another number of updates.
+    """
+    sizes = [(len(run.rows), len(run.steps)) for run in (trl, ours)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{name} trained on (rows, updates) {sizes[0]}, ours on {sizes[1]}: nothing to compare")
+    apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(trl.steps, ours.steps, strict=True))
+    return f"TRL {name}: {sizes[0][0]} rows, {sizes[0][1]} updates on both sides, losses at most {apart:.1e} apart"
+
+
+def medians(rounds: list[dict[str, Reading]]) -> dict[str, Reading]:
+    """Each side's median of each line over the rounds."""
+    result: dict[str, Reading] = {}
+    for side in rounds[0]:
+        result[side] = {}
+        for line in LINES:
+            values = [value for readings in rounds if (value := readings[side][line]) is not None]
+            result[side][line] = statistics.median(values) if values else None
+    return result
+
+
+def ratio(readings: dict[str, Reading], line: str, side: str) -> float | None:
+    """Ours over TRL's."""
+    ours, theirs = readings[OURS][line], readings[side][line]
+    return None if ours is None or theirs is None else ours / theirs
+
+
+def readings_table(readings: dict[str, Reading]) -> str:
+    """Every side's values, and ours divided by each of TRL's."""
+    sides = [side for side in readings if side != OURS]
+    header = ["", OURS, *(f"TRL {side}" for side in sides), *(f"ours / {side}" for side in sides)]
+    rows = []
+    for line in LINES:
+        digits = 1 if line.endswith(", s") else 0
+        values = [_number(reading[line], digits=digits) for reading in readings.values()]
+        rows.append([line, *values, *(_number(ratio(readings, line, side), digits=2) for side in sides)])
+    return text_table(header, rows)
+
+
+def markdown_table(readings: dict[str, Reading]) -> str:
+    """Ratios alone, as the README shows them."""
+    sides = [side for side in readings if side != OURS]
+    lines = ["| ours / TRL | " + " | ".join(sides) + " |", "| --- |" + " --- |" * len(sides)]
+    for line in (SCORING, TRAINING, PROCESS, ALL, SCORING_MEMORY, MEMORY):
+        cells = [_number(ratio(readings, line, side), digits=2) for side in sides]
+        lines.append(f"| {line.rsplit(',', 1)[0]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, *, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def missed_targets(readings: dict[str, Reading]) -> list[str]:
+    """What this project promises of these lines, where it is not kept."""
+
+    def at_most(what: str, value: float | None, bound: float) -> str | None:
+        return f"{what}: {value:.2f}, promised at most {bound}" if value is not None and value > bound else None
+
+    found = []
+    if "cached" in readings:
+        found.append(at_most("training time / TRL cached", ratio(readings, TRAINING, "cached"), 0.45))
+        process, cached = readings[OURS][PROCESS] or 0.0, readings["cached"][TRAINING] or 1.0
+        found.append(at_most("our whole process / TRL cached training time", process / cached, 0.52))
+        found.append(at_most("peak memory / TRL cached", ratio(readings, MEMORY, "cached"), 0.45))
+    if "live" in readings:
+        found.append(at_most("training time / TRL live", ratio(readings, TRAINING, "live"), 0.30))
+    share = readings[OURS][SHARE] or 0.0
+    found.append(f"{share:.0f} % of the matmul rate, promised at least 60" if share < 60 else None)
+    return [line for line in found if line]
+
+
+def run(args: argparse.Namespace, work: Path) -> dict[str, Reading]:
+    """Make the workload, run all rounds, print the table."""
+    environments = prepare_environments(args.trl_python)
+    shape, num_rows, batch_size = (SMALL, 16, 4) if args.quick else (ModelShape(), 96, 16)
+    workload = make_workload(work, data=args.data, num_rows=args.rows or num_rows, shape=shape, seed=args.seed)
+    recipe = Recipe(
+        batch_size=args.batch_size or batch_size,
+        max_length=args.max_length,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+    )
+    print(f"{workload.describe()}\n{environments.describe()}")
+    print(f"batch {recipe.batch_size}, at most {recipe.max_length} tokens, learning rate {recipe.learning_rate:g}")
+    rounds = []
+    for i in range(args.repeats):
+        print(f"round {i + 1} of {args.repeats}")
+        out = work / f"round-{i}"
+        readings, checks = one_round(environments, workload, recipe, out, args.sides, args.max_tokens)
+        rounds.append(readings)
+    print("\n".join(checks))
+    print(f"at the end: {load_average()}\n")
+    result = medians(rounds)
+    print(readings_table(result))
+    return result
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_workload_options(parser, rows=None)
+    add_environment_options(parser)
+    parser.add_argument("--quick", action="store_true", help="a model of 1.3M parameters, 16 rows, batches of 4")
+    parser.add_argument("--batch-size", type=int, help="default: 16 (--quick: 4)")
+    parser.add_argument("--max-length", type=int, default=512, help="default: 512")
+    parser.add_argument("--max-tokens", type=int, help="ours: tokens in one pass (default: kto-train's)")
+    parser.add_argument("--learning-rate", type=float, default=1e-6, help="default: 1e-6")
+    parser.add_argument("--repeats", type=int, default=1, help="rounds; the table shows medians (default: 1)")
+    parser.add_argument("--sides", nargs="*", choices=list(TRL_SIDES), default=list(TRL_SIDES), help="default: all")
+    parser.add_argument("--markdown", action="store_true", help="print the ratios as a Markdown table as well")
+    parser.add_argument("--json", type=Path, help="write all values to this file")
+    parser.add_argument("--check", action="store_true", help="exit code 1 where a promised ratio is not kept")
+    parser.add_argument("--work", type=Path, help="keep caches, runs and logs here (default: a temporary directory)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Read the command line, run, judge."""
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory() as temporary:
+        readings = run(args, args.work or Path(temporary))
+    if args.markdown:
+        print(f"\n{markdown_table(readings)}")
+    if args.json:
+        args.json.write_text(json.dumps(readings, indent=2) + "\n", encoding="utf-8")
+    missed = missed_targets(readings) if args.check else []
+    print("".join(f"\nMISSED {line}" for line in missed))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
