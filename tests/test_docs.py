@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from click.testing import CliRunner
 from docs_tables import ROOT, TABLES, kto_yaml, readme_with_tables
 
@@ -31,9 +32,20 @@ def test_kto_yaml_is_current_and_resolves_to_the_defaults() -> None:
     assert as_plain(resolve(TrainConfig, {}, yaml_path=path)) == as_plain(TrainConfig())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if not p.name.startswith("accelerate_")], ids=lambda p: p.name)
 def test_every_config_resolves(path: Path) -> None:
     assert resolve(TrainConfig, {}, yaml_path=path).loss == "kto"
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.name.startswith("accelerate_")], ids=lambda p: p.name)
+def test_every_accelerate_file_is_one(path: Path) -> None:
+    """accelerate refuses keys that it does not know."""
+    found = load_config_from_file(str(path))
+    assert f"--config_file configs/{path.name} --no_python kto-train" in path.read_text(encoding="utf-8")
+    assert str(found.distributed_type).split(".")[-1] in ("FSDP", "DEEPSPEED")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,5 +1,7 @@
-"""How many tokens fit into one forward and backward pass: measured at the start, not guessed."""
+"""Memory of the device: how much was used, and how many tokens fit into one forward and backward pass."""
 
+import resource
+import sys
 from collections.abc import Callable
 from typing import Protocol
 
@@ -78,3 +80,11 @@ def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, res
 def optimizer_bytes(model: nn.Module, *, sharded_over: int) -> int:
     """Bytes of Adam's moments on this device."""
     return _OPTIMIZER_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad) // sharded_over
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory so far, MB: of the allocator on CUDA, resident memory of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -184,8 +184,13 @@ def _trainer(
         callbacks=watchers,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    if trainer.is_deepspeed_enabled:
-        raise TrainingError("DeepSpeed is not supported yet: use one device, or DDP or FSDP through accelerate.")
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise TrainingError("FSDP 1 is not supported: set fsdp_version: 2, as in configs/accelerate_fsdp2.yaml.")
+    if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise TrainingError(
+            "The run folder would hold no model: set fsdp_state_dict_type: FULL_STATE_DICT, as in configs/accelerate_fsdp2.yaml."
+        )
     return trainer
 
 

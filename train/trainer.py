@@ -5,9 +5,6 @@ batch          one update: rows of all ranks, dealt out by length
   loss pass    labelled rows in micro-batches; gradients add up to those of the whole batch
 """
 
-import resource
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +24,13 @@ from kto_core.losses import (
     kto_losses,
     router_balance_loss,
 )
-from kto_core.metrics import BatchOutcome, Tokens, metrics_from, tokens_of
+from kto_core.metrics import BatchOutcome, Tokens, metrics_from
 from kto_core.passes import ScoringPasses, packs_alike
 from kto_core.sequences import FILLER, Sequences, pack_sequences, pad_sequences, sum_rows
 from train.cache_rows import BatchLoader, CacheRows, EpochBatches, RowKey, ScoredSequence, TrainingRow
-from train.memory import CudaMeter, optimizer_bytes, tokens_that_fit
+from train.memory import CudaMeter, optimizer_bytes, peak_memory_mb, tokens_that_fit
 from train.ranks import Ranks
+from train.window import Window
 
 # Without gradient nothing is kept for a backward pass, so a pass holds this many times the tokens.
 _SCORING_TOKENS = 4
@@ -51,26 +49,6 @@ class Objective:
     beta: float
     desirable_weight: float
     undesirable_weight: float
-
-
-@dataclass
-class _Window:
-    """What was added up since the last log."""
-
-    sums: Tensor | None = None
-    kl: Tensor | float = 0.0
-    kl_raw: Tensor | float = 0.0
-    aux_loss: Tensor | float | None = None
-    updates: int = 0
-    started: float = 0.0
-
-    def add(self, outcome: BatchOutcome, kl_raw: Tensor, aux_loss: Tensor | None) -> None:
-        sums = outcome.sums()
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.kl, self.kl_raw = self.kl + outcome.kl, self.kl_raw + kl_raw
-        if aux_loss is not None:
-            self.aux_loss = aux_loss + (self.aux_loss or 0.0)
-        self.updates += 1
 
 
 class KTOTrainer(transformers.Trainer):
@@ -113,7 +91,7 @@ class KTOTrainer(transformers.Trainer):
         attention = getattr(model.config, "_attn_implementation", None)
         self.packs = args.device.type == "cuda" and attention in _PACKING_ATTENTION
         self.ranks = Ranks(self.accelerator, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        self._window = _Window(started=time.monotonic())
+        self._window = Window()
         self._passes: ScoringPasses | None = None
         self.control: transformers.TrainerControl
 
@@ -369,18 +347,10 @@ class KTOTrainer(transformers.Trainer):
     # -- logging ------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        window = self._window
-        if "loss" in logs and window.sums is not None:
-            sums = self.ranks.sum(window.sums)
-            seconds = time.monotonic() - window.started
-            logs.update(metrics_from(sums, beta=self.objective.beta))
-            logs["kl"] = float(window.kl) / window.updates
-            logs["kl_raw"] = float(window.kl_raw) / window.updates
-            if window.aux_loss is not None:
-                logs["aux_loss"] = float(self.ranks.sum(torch.as_tensor(window.aux_loss))) / window.updates
-            logs["tokens_per_second"] = tokens_of(sums) / seconds
+        if "loss" in logs and self._window.updates:
+            logs.update(self._window.metrics(self.ranks, beta=self.objective.beta))
             logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
-            self._window = _Window(started=time.monotonic())
+            self._window = Window()
         super().log(logs, start_time)
 
     # -- tensors ------------------------------------------------------------------------------------
@@ -390,11 +360,3 @@ class KTOTrainer(transformers.Trainer):
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.args.device)
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far, MB: of the allocator on CUDA, resident memory of the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
