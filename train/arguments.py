@@ -89,7 +89,9 @@ def training_arguments(
         # Says here, and not after the model was loaded, that an optimizer's package is missing.
         transformers.Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"training: optim: {getattr(args.optim, 'value', args.optim)}: {first_line(error)}") from error
+        raise ConfigError(
+            f"training: optim: {getattr(args.optim, 'value', args.optim)}: {first_line(error)}"
+        ) from error
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()  # says here, and not after the model was loaded, that its package is missing

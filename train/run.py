@@ -21,6 +21,7 @@ from train.card import write_card
 from train.config import TrainConfig
 from train.policy import PolicyFiles
 from train.run_folder import choose_folder, last_checkpoint, write_start
+from train.sharding import gather_when_saving, prepare_sharding
 from train.start_check import check_start, tolerance_for
 from train.trainer import KTOTrainer, Objective
 from train.watching import Console, MetricsFile
@@ -184,8 +185,7 @@ def _trainer(
         callbacks=watchers,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    if trainer.is_deepspeed_enabled:
-        raise TrainingError("DeepSpeed is not supported yet: use one device, or DDP or FSDP through accelerate.")
+    prepare_sharding(trainer.accelerator, precision.dtype, merges=bool(config.lora_rank and files.adapter))
     return trainer
 
 
@@ -214,6 +214,7 @@ def _save(trainer: KTOTrainer, files: PolicyFiles, config: TrainConfig, out: Pat
             merge_and_save(trainer.accelerator.unwrap_model(trainer.model), out)
             files.tokenizer.save_pretrained(str(out))
     else:
+        gather_when_saving(trainer.accelerator)
         trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs: config.yaml says it all

@@ -33,6 +33,7 @@ from kto_core.sequences import FILLER, Sequences, pack_sequences, pad_sequences,
 from train.cache_rows import BatchLoader, CacheRows, EpochBatches, RowKey, ScoredSequence, TrainingRow
 from train.memory import CudaMeter, optimizer_bytes, tokens_that_fit
 from train.ranks import Ranks
+from train.sharding import tie_again
 
 # Without gradient nothing is kept for a backward pass, so a pass holds this many times the tokens.
 _SCORING_TOKENS = 4
@@ -117,6 +118,9 @@ class KTOTrainer(transformers.Trainer):
         self._passes: ScoringPasses | None = None
         self.control: transformers.TrainerControl
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict and tie_again(state_dict, self.model))
+
     # -- what the Trainer asks for ------------------------------------------------------------------
 
     def get_train_dataloader(self) -> BatchLoader:
@@ -164,7 +168,8 @@ class KTOTrainer(transformers.Trainer):
         """What can only be known once the Trainer has prepared the model: whether rows may be packed, and what fits."""
         sample = [self.rows[i].matched.ids for i in range(min(2, len(self.rows)))]
         if self.packs:
-            self.packs = packs_alike(self._callable, self.args.device, sample, tolerance=self.rounding)
+            alike = packs_alike(self._callable, self.args.device, sample, tolerance=self.rounding)
+            self.packs = bool(self.ranks.least(alike))
         if not self.measures_memory:
             return
         if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
