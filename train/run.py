@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from kto_core.errors import ConfigError, TrainingError, first_line
+from kto_core.head import whole_shape
 from kto_core.lock import only_writer
 from kto_core.manifest import differences
 from kto_core.models import Precision, resolve_device, resolve_precision
@@ -198,7 +199,7 @@ def _max_tokens(config: TrainConfig, device: torch.device) -> int | None:
 
 def _check_vocabulary(model: Any, rows: CacheRows) -> None:
     """A model with fewer embeddings than the tokenizer has ids would read past its table."""
-    size = int(model.get_input_embeddings().weight.shape[0])
+    size = whole_shape(model.get_input_embeddings().weight)[0]
     largest = rows.largest_id()
     if largest >= size:
         raise TrainingError(

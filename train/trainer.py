@@ -203,7 +203,8 @@ class KTOTrainer(transformers.Trainer):
         lengths = [len(row.matched) for row in rows]
         mine, passes = self.ranks.share(lengths, lambda part: len(self._cut([lengths[i] for i in part])))
         own = [rows[i] for i in mine]
-        model, total = self._callable.train(), len(rows)
+        model, total = self._callable, len(rows)
+        model.train()
         experts = self._expert_counts(own, passes) if self.balances_experts else None
         logps = torch.empty(len(own), dtype=torch.float64, device=self.args.device)
         aux_loss = torch.zeros((), dtype=torch.float64, device=self.args.device) if experts else None
