@@ -36,13 +36,18 @@ class Head:
         """
         layer = model.get_output_embeddings()
         weight = getattr(layer, "weight", None)
-        if weight is None or weight.ndim != 2:
+        if weight is None or len(whole_shape(weight)) != 2:
             raise ModelError(
                 f"{type(model).__name__} has no linear output layer; only causal language models can be scored."
             )
         config = model.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
         return cls(weight, getattr(layer, "bias", None), _logit_scale(config), softcap or None)
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """DeepSpeed ZeRO-3 leaves an empty tensor where it takes the weights away, and notes the shape."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _logit_scale(config: Any) -> float:

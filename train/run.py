@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from kto_core.errors import ConfigError, TrainingError, first_line
+from kto_core.head import whole_shape
 from kto_core.lock import only_writer
 from kto_core.manifest import differences
 from kto_core.models import Precision, resolve_device, resolve_precision
@@ -21,6 +22,7 @@ from train.card import write_card
 from train.config import TrainConfig
 from train.policy import PolicyFiles
 from train.run_folder import choose_folder, last_checkpoint, write_start
+from train.sharding import gather_when_saving, prepare_sharding
 from train.start_check import check_start, tolerance_for
 from train.trainer import KTOTrainer, Objective
 from train.watching import Console, MetricsFile
@@ -184,13 +186,7 @@ def _trainer(
         callbacks=watchers,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version == 1:
-        raise TrainingError("FSDP 1 is not supported: set fsdp_version: 2, as in configs/accelerate_fsdp2.yaml.")
-    if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise TrainingError(
-            "The run folder would hold no model: set fsdp_state_dict_type: FULL_STATE_DICT, as in configs/accelerate_fsdp2.yaml."
-        )
+    prepare_sharding(trainer.accelerator, precision.dtype, merges=bool(config.lora_rank and files.adapter))
     return trainer
 
 
@@ -203,7 +199,7 @@ def _max_tokens(config: TrainConfig, device: torch.device) -> int | None:
 
 def _check_vocabulary(model: Any, rows: CacheRows) -> None:
     """A model with fewer embeddings than the tokenizer has ids would read past its table."""
-    size = int(model.get_input_embeddings().weight.shape[0])
+    size = whole_shape(model.get_input_embeddings().weight)[0]
     largest = rows.largest_id()
     if largest >= size:
         raise TrainingError(
@@ -219,6 +215,7 @@ def _save(trainer: KTOTrainer, files: PolicyFiles, config: TrainConfig, out: Pat
             merge_and_save(trainer.accelerator.unwrap_model(trainer.model), out)
             files.tokenizer.save_pretrained(str(out))
     else:
+        gather_when_saving(trainer.accelerator)
         trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs: config.yaml says it all

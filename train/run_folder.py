@@ -68,6 +68,8 @@ def _check_complete(checkpoint: Path) -> None:
     """A checkpoint that a crash or a full disk cut short must not be loaded half."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if _is_sharded(checkpoint):
+            return
         weights_hash(checkpoint)
         if not (checkpoint / "optimizer.pt").stat().st_size:
             raise OSError("optimizer.pt is empty")
@@ -75,6 +77,25 @@ def _check_complete(checkpoint: Path) -> None:
         raise ConfigError(
             f"{checkpoint}: an incomplete checkpoint ({error}). Remove that folder; --resume then goes on from the one before."
         ) from error
+
+
+def _is_sharded(checkpoint: Path) -> bool:
+    """Whether FSDP or DeepSpeed wrote it: in formats of their own, of which the last part names all others.
+
+    Raises:
+        OSError: it did, but not to the end.
+    """
+    ends = {
+        "pytorch_model_fsdp.bin": "optimizer.bin",
+        "pytorch_model_fsdp_0": "optimizer_0/.metadata",
+        f"global_step{checkpoint.name.split('-')[-1]}": "latest",
+    }
+    for begun, end in ends.items():
+        if (checkpoint / begun).exists():
+            if not (checkpoint / end).stat().st_size:
+                raise OSError(f"{end} is empty")
+            return True
+    return False
 
 
 def _check_same_run(config: TrainConfig, out: Path, manifest: Manifest) -> None:

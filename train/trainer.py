@@ -30,7 +30,7 @@ from kto_core.sequences import FILLER, Sequences, pack_sequences, pad_sequences,
 from train.cache_rows import BatchLoader, CacheRows, EpochBatches, RowKey, ScoredSequence, TrainingRow
 from train.memory import CudaMeter, optimizer_bytes, peak_memory_mb, tokens_that_fit
 from train.ranks import Ranks
-from train.window import Window
+from train.sharding import tie_again
 
 # Without gradient nothing is kept for a backward pass, so a pass holds this many times the tokens.
 _SCORING_TOKENS = 4
@@ -95,6 +95,9 @@ class KTOTrainer(transformers.Trainer):
         self._passes: ScoringPasses | None = None
         self.control: transformers.TrainerControl
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict and tie_again(state_dict, self.model))
+
     # -- what the Trainer asks for ------------------------------------------------------------------
 
     def get_train_dataloader(self) -> BatchLoader:
@@ -142,7 +145,8 @@ class KTOTrainer(transformers.Trainer):
         """What can only be known once the Trainer has prepared the model: whether rows may be packed, and what fits."""
         sample = [self.rows[i].matched.ids for i in range(min(2, len(self.rows)))]
         if self.packs:
-            self.packs = packs_alike(self._callable, self.args.device, sample, tolerance=self.rounding)
+            alike = packs_alike(self._callable, self.args.device, sample, tolerance=self.rounding)
+            self.packs = bool(self.ranks.least(alike))
         if not self.measures_memory:
             return
         if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
@@ -176,7 +180,8 @@ class KTOTrainer(transformers.Trainer):
         lengths = [len(row.matched) for row in rows]
         mine, passes = self.ranks.share(lengths, lambda part: len(self._cut([lengths[i] for i in part])))
         own = [rows[i] for i in mine]
-        model, total = self._callable.train(), len(rows)
+        model, total = self._callable, len(rows)
+        model.train()
         experts = self._expert_counts(own, passes) if self.balances_experts else None
         logps = torch.empty(len(own), dtype=torch.float64, device=self.args.device)
         aux_loss = torch.zeros((), dtype=torch.float64, device=self.args.device) if experts else None
