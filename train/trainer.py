@@ -31,6 +31,7 @@ from train.cache_rows import BatchLoader, CacheRows, EpochBatches, RowKey, Score
 from train.memory import CudaMeter, optimizer_bytes, peak_memory_mb, tokens_that_fit
 from train.ranks import Ranks
 from train.sharding import tie_again
+from train.window import Window
 
 # Without gradient nothing is kept for a backward pass, so a pass holds this many times the tokens.
 _SCORING_TOKENS = 4
