@@ -24,7 +24,8 @@ What the lines mean:
 - achieved: useful floating-point operations over the training time. Useful is, for every side alike, what training with
   given references needs: 2 for each weight of the layers and each token, attention over what a token may see, the output
   layer at completion positions; all of it three times for labelled rows (forward and backward), once for mismatched
-  ones. Prompts run twice, prompts and padding projected, logits computed again and live references are not useful;
+  ones. Prompts and padding projected, logits computed again and live references are not useful. A prompt counts in every
+  sequence that begins with it, so on data that repeat prompts a side that runs them once shows more than its hardware did;
 - of the matmul rate: achieved, over what `matmul_rate.py` measured before and after (mean) in this run;
 - peak memory: resident, of the process. TRL scores and trains in one process, ours in one each.
 """
