@@ -72,6 +72,12 @@ def test_a_device_too_small_for_two_rows_gets_one():
     assert budget(device) == 1000
 
 
+def test_where_ranks_wait_for_each_other_a_failed_trial_stops_them_all():
+    device = SimulatedDevice(total=8 * GIB, weights=2 * GIB, gradients=2 * GIB, per_row=3 * GIB)
+    with pytest.raises(torch.OutOfMemoryError):
+        tokens_that_fit(device, device.train, row=1000, reserve=0, alone=False)
+
+
 def test_no_room_beside_the_optimizer_gives_one_row():
     device = SimulatedDevice(total=24 * GIB, weights=6 * GIB, gradients=6 * GIB, per_row=GIB)
     assert budget(device, reserve=12 * GIB) == 1000

@@ -163,6 +163,12 @@ def test_what_could_not_train_or_save_is_refused() -> None:
         prepare(SimpleNamespace(fsdp_version=1))
     with pytest.raises(TrainingError, match="carries an adapter"):
         prepare(SimpleNamespace(fsdp_version=2), merges=True)
+    with pytest.raises(TrainingError, match=r"small updates vanish: pass --dtype float32"):
+        prepare_sharding(
+            SimpleNamespace(state=SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=SimpleNamespace(zero_stage=2))),
+            torch.bfloat16,
+            merges=False,
+        )
     unsaved = SimpleNamespace(zero_stage=3, hf_ds_config=SimpleNamespace(is_true=lambda name: False))
     with pytest.raises(TrainingError, match="zero3_save_16bit_model: true"):
         prepare(deepspeed=unsaved)

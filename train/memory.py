@@ -50,7 +50,7 @@ class CudaMeter:
         return torch.cuda.max_memory_allocated(self.device)
 
 
-def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, reserve: int) -> int:
+def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, reserve: int, alone: bool = True) -> int:
     """Padded tokens of one pass that keep memory within 85 % of the device.
 
     Activations grow by the same number of bytes with each row of a given length, so two small trials
@@ -61,6 +61,7 @@ def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, res
         trial: a forward and backward pass over so many rows of the longest length; gradients may stay.
         row: tokens in the longest row.
         reserve: bytes that training will need and that are not in use yet (optimizer states).
+        alone: no other rank waits for this one within a trial.
 
     Returns:
         A multiple of `row`, at least `row`: a device on which not even two rows fit is left to out-of-memory handling.
@@ -71,6 +72,8 @@ def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, res
         trial(1)  # kernels' workspaces and the gradients come with the first pass
         one, two = (meter.peak_of(lambda rows=rows: trial(rows)) for rows in (1, 2))  # type: ignore[misc]
     except torch.OutOfMemoryError:
+        if not alone:
+            raise
         return row
     each = max(1, two - one)
     rows = int((room - (one - each)) // each)

@@ -28,6 +28,11 @@ def prepare_sharding(accelerator: Any, dtype: torch.dtype, *, merges: bool) -> N
         if fsdp.fsdp_version != 2:
             raise TrainingError("FSDP 1 is not supported: set fsdp_version: 2, as in configs/accelerate_fsdp2.yaml.")
         _keep_float32(fsdp, dtype)
+    if deepspeed is not None and dtype != torch.float32:
+        raise TrainingError(
+            "DeepSpeed in 16 bits would save the weights in 16 bits, in which KTO's small updates vanish: pass --dtype float32, "
+            "or use configs/accelerate_fsdp2.yaml, which keeps float32 weights."
+        )
     if deepspeed is not None and deepspeed.zero_stage == 3:
         gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
         if not deepspeed.hf_ds_config.is_true(gathers):

@@ -155,7 +155,8 @@ class KTOTrainer(transformers.Trainer):
             return
         reserve = optimizer_bytes(self.model, sharded_over=self.ranks.world if self.ranks.sharded else 1)
         meter = CudaMeter(self.args.device)
-        tokens = tokens_that_fit(meter, self._try_rows, row=self.rows.max_length, reserve=reserve)
+        alone = not self.ranks.sharded
+        tokens = tokens_that_fit(meter, self._try_rows, row=self.rows.max_length, reserve=reserve, alone=alone)
         self.model.zero_grad()
         torch.cuda.empty_cache()
         self.max_tokens = self.ranks.least(tokens)
