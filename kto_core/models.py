@@ -148,6 +148,8 @@ def load_causal_lm(
         merge_adapter(model, adapter)
     if frozen and not precision.is_full and not _is_quantized(model):
         store_matrices_in(model, precision.dtype)
+    if _is_quantized(model):
+        keep_gradients_of_four_bits(model)
     disable_dropout(model)
     add_scoring_forward(model)
     return model if _is_quantized(model) else model.to(device)
@@ -198,6 +200,17 @@ def is_quantized_folder(folder: Path) -> bool:
 
 def _is_quantized(model: Any) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
+
+
+def keep_gradients_of_four_bits(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for a CPU's bfloat16 instructions in the first pass in eval mode.
+
+    The kernel for packed weights computes in bfloat16 and has no backward pass: once packed, all that lies in front
+    of such a layer gets no gradient any more, and nothing says so.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import save_tiny, tiny_tokenizer
+from models import random_rows, save_tiny, tiny_tokenizer
 from safetensors.torch import load_file
 
 from kto_core.errors import TrainingError
+from kto_core.logps import token_logps
+from kto_core.models import Precision, load_causal_lm
+from kto_core.sequences import pad_sequences
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from train.config import TrainConfig
+from train.lora import add_adapters
 from train.run import train
 
 pytestmark = [
@@ -57,6 +61,24 @@ def test_adapters_on_a_quantized_base_learn(quantized_cache: Path, tmp_path: Pat
     assert last["loss"] < 0.45
     stored = json.loads((quantized_cache / "manifest.json").read_text())["reference"]["quantization"]
     assert stored["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_every_adapter_on_a_quantized_base_gets_a_gradient(four_bits: Path) -> None:
+    """bitsandbytes repacks weights in eval mode on some CPUs, and packed ones pass no gradient on."""
+    cpu, precision = torch.device("cpu"), Precision(torch.float32)
+    model = load_causal_lm(
+        transformers.AutoModelForCausalLM, four_bits, precision=precision, device=cpu, frozen=True
+    )
+    model = add_adapters(model, TrainConfig(lora_rank=4), base="base")
+    batch = pad_sequences(random_rows(4))
+    with torch.no_grad():
+        scored = token_logps(model.eval(), batch).token_logps
+    learned = token_logps(model.train(), batch).token_logps
+    torch.testing.assert_close(learned, scored, atol=1e-4, rtol=0)
+    learned.sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
+    assert found
+    assert all(grad is not None and grad.abs().max() > 0 for grad in found.values())
 
 
 def test_quantized_weights_themselves_are_not_trained(quantized_cache: Path, tmp_path: Path) -> None:
