@@ -209,8 +209,8 @@ def keep_gradients_of_four_bits(model: nn.Module) -> None:
     of such a layer gets no gradient any more, and nothing says so.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -66,9 +66,7 @@ def test_adapters_on_a_quantized_base_learn(quantized_cache: Path, tmp_path: Pat
 def test_every_adapter_on_a_quantized_base_gets_a_gradient(four_bits: Path) -> None:
     """bitsandbytes repacks weights in eval mode on some CPUs, and packed ones pass no gradient on."""
     cpu, precision = torch.device("cpu"), Precision(torch.float32)
-    model = load_causal_lm(
-        transformers.AutoModelForCausalLM, four_bits, precision=precision, device=cpu, frozen=True
-    )
+    model = load_causal_lm(transformers.AutoModelForCausalLM, four_bits, precision=precision, device=cpu, frozen=True)
     model = add_adapters(model, TrainConfig(lora_rank=4), base="base")
     batch = pad_sequences(random_rows(4))
     with torch.no_grad():
