@@ -98,7 +98,7 @@ class Bench:
         self, name: str, shape: ModelShape, prompt: int, completion: int, *options: str
     ) -> tuple[Point, float]:
         """A run, and MiB at its peak beyond what a run of the same model on rows of a few tokens holds."""
-        whole = self.train(self.cache(name, shape, self.rows(64), prompt, completion), "run", *options)
+        whole = self.train(self.cache(name, shape, self.rows(32), prompt, completion), "run", *options)
         short = self.train(self.cache(f"{name}-short", shape, 16, 2, 2), "run", *options)
         return whole, whole.peak_mib - short.peak_mib
 

@@ -205,8 +205,8 @@ def missed_targets(readings: dict[str, Reading]) -> list[str]:
     return [line for line in found if line]
 
 
-def run(args: argparse.Namespace, work: Path) -> dict[str, Reading]:
-    """Make the workload, run all rounds, print the table."""
+def run(args: argparse.Namespace, work: Path) -> list[dict[str, Reading]]:
+    """Make the workload, run all rounds, print the table of medians; returns the rounds."""
     environments = prepare_environments(args.trl_python)
     shape, num_rows, batch_size = (SMALL, 16, 4) if args.quick else (ModelShape(), 96, 16)
     workload = make_workload(work, data=args.data, num_rows=args.rows or num_rows, shape=shape, seed=args.seed)
@@ -226,9 +226,8 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Reading]:
         rounds.append(readings)
     print("\n".join(checks))
     print(f"at the end: {load_average()}\n")
-    result = medians(rounds)
-    print(readings_table(result))
-    return result
+    print(readings_table(medians(rounds)))
+    return rounds
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -247,18 +246,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write all values to this file")
     parser.add_argument("--check", action="store_true", help="exit code 1 where a promised ratio is not kept")
     parser.add_argument("--work", type=Path, help="keep caches, runs and logs here (default: a temporary directory)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.check and not {"cached", "live"} <= set(args.sides):
+        parser.error("--check judges the sides cached and live; leave --sides out, or name both")
+    return args
 
 
 def main() -> int:
     """Read the command line, run, judge."""
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as temporary:
-        readings = run(args, args.work or Path(temporary))
+        rounds = run(args, args.work or Path(temporary))
+    readings = medians(rounds)
     if args.markdown:
         print(f"\n{markdown_table(readings)}")
     if args.json:
-        args.json.write_text(json.dumps(readings, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps({"medians": readings, "rounds": rounds}, indent=2) + "\n", encoding="utf-8")
     missed = missed_targets(readings) if args.check else []
     print("".join(f"\nMISSED {line}" for line in missed))
     return 1 if missed else 0

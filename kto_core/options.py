@@ -22,6 +22,7 @@ import yaml
 from kto_core.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
+NumberT = TypeVar("NumberT", int, float)
 
 AUTO = "auto"
 
@@ -276,12 +277,7 @@ def number_or_auto(text: Any) -> float | str:
     Raises:
         ValueError: neither.
     """
-    if text == AUTO:
-        return AUTO
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        raise ValueError(f"{text!r} is neither a number nor 'auto'") from None
+    return _or_auto(text, float)
 
 
 def whole_number_or_auto(text: Any) -> int | str:
@@ -290,9 +286,13 @@ def whole_number_or_auto(text: Any) -> int | str:
     Raises:
         ValueError: neither.
     """
+    return _or_auto(text, int)
+
+
+def _or_auto(text: Any, kind: type[NumberT]) -> NumberT | str:
     if text == AUTO:
         return AUTO
     try:
-        return int(text)
+        return kind(text)
     except (TypeError, ValueError):
-        raise ValueError(f"{text!r} is neither a whole number nor 'auto'") from None
+        raise ValueError(f"{text!r} is neither {_WORDS[kind]} nor 'auto'") from None

@@ -85,10 +85,8 @@ def verify(folder: Path) -> None:
 @click.option("--model", default=None, help="Tokenizer to decode with.  [default: the reference's]", metavar="MODEL")
 def head(folder: Path, rows: int, model: str | None) -> None:
     """Show the first rows as text: prompt, completion y and mismatched completions y'."""
-    from kto_core.allocator import keep_freed_memory
     from kto_core.quiet import quiet_libraries
     from precompute.inspect_cache import head as run
 
-    keep_freed_memory()
     quiet_libraries()
     run(folder, rows=rows, model=model)

@@ -153,6 +153,13 @@ KTOTrainer._backward = small_device
     assert "Out of memory with --max-tokens 400" in errors[0]
 
 
+def test_settings_that_would_not_shard_are_refused(uneven: TrainConfig, tmp_path: Path, monkeypatch: Any) -> None:
+    """accelerate leaves them aside on a CPU, and each rank would hold the whole model."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(TrainingError, match="ask for FSDP, but on this device it would train without"):
+        train(replace(uneven, out=tmp_path / "one"))
+
+
 def test_what_could_not_train_or_save_is_refused() -> None:
     def prepare(fsdp: Any = None, deepspeed: Any = None, merges: bool = False) -> None:
         state = SimpleNamespace(fsdp_plugin=fsdp, deepspeed_plugin=deepspeed)

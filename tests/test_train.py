@@ -495,6 +495,17 @@ class TestRunFolder:
         assert "no checkpoint" in capsys.readouterr().out
         assert len(metrics(run)) == 3
 
+    @pytest.mark.parametrize("max_steps", [1, 2])
+    def test_resuming_a_finished_run_changes_nothing(self, config: TrainConfig, max_steps: int) -> None:
+        """Two of the three updates of an epoch, so that batches are left."""
+        run = train(replace(config, max_steps=2, save_steps=1))
+        before = weights(run)
+        (run / "model.safetensors").unlink()  # killed while it was written
+        train(replace(config, max_steps=max_steps, save_steps=1, resume=True))
+        for name, value in weights(run).items():
+            assert torch.equal(value, before[name])
+        assert [r["step"] for r in metrics(run)] == [1, 2, 2]
+
     def test_resume_refuses_another_cache_or_another_order(
         self, config: TrainConfig, tmp_path: Path, base: Path, feedback: Path
     ) -> None:

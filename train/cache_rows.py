@@ -186,18 +186,22 @@ class EpochBatches(Sampler[list[RowKey]]):
 
     def __init__(self, indices: Sequence[int], batch_size: int, *, shuffle: bool, seed: int) -> None:
         self.indices, self.batch_size, self.shuffle, self.seed = list(indices), batch_size, shuffle, seed
-        self.epoch = 0
+        self.epoch, self.finished = 0, False
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def finish(self) -> None:
+        """No further batch: the run that is resumed has made all its updates."""
+        self.finished = True
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[RowKey]]:
-        order = self.indices
+        order = [] if self.finished else self.indices
         if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.indices).tolist()
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(order).tolist()
         for start in range(0, len(order), self.batch_size):
             yield [RowKey(i, self.epoch) for i in order[start : start + self.batch_size]]
 

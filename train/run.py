@@ -22,7 +22,7 @@ from train.card import write_card
 from train.config import TrainConfig
 from train.policy import PolicyFiles
 from train.run_folder import choose_folder, last_checkpoint, write_start
-from train.sharding import gather_when_saving, prepare_sharding
+from train.sharding import gather_when_saving, prepare_sharding, sharding_asked_for
 from train.start_check import check_start, tolerance_for
 from train.trainer import KTOTrainer, Objective
 from train.watching import Console, MetricsFile
@@ -99,7 +99,9 @@ def _train(config: TrainConfig, out: Path, device: torch.device, precision: Prec
         _print_plan(config, data, files, precision, weights, out, device)
         if config.resume:
             print(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}", flush=True)
-    model = files.load(config, precision, torch.device("cpu") if device.type == "cpu" else args.device)
+    # A sharded model need not fit on one device; sharding moves each rank's part there.
+    whole_fits = device.type == "cuda" and not sharding_asked_for()
+    model = files.load(config, precision, args.device if whole_fits else torch.device("cpu"))
     _check_vocabulary(model, data.rows)
     trainer = _trainer(config, args, data, model, files, weights, out, checkpoint, precision)
     trainer.add_callback(_Start(trainer, config, data.rows, precision, files.name, out))
@@ -144,6 +146,8 @@ class _Start(transformers.TrainerCallback):
         self.trainer.settle()
         if state.is_world_process_zero and self.trainer.measures_memory:
             print(f"memory      --max-tokens {self.trainer.max_tokens} (measured)", flush=True)
+        if state.global_step >= state.max_steps:
+            self.trainer.batches.finish()  # the Trainer looks only after an update whether it was the last
         if state.global_step:  # a resumed policy has left the reference
             return
         allow = self.config.allow_different_policy

@@ -1,10 +1,19 @@
 """Weights spread over ranks (FSDP2, DeepSpeed): what accelerate's settings must be, and putting the model together."""
 
+import os
 from typing import Any
 
 import torch
 
 from kto_core.errors import TrainingError
+
+# How `accelerate launch` asks each rank to shard.
+_ASKS = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+
+
+def sharding_asked_for() -> list[str]:
+    """The ways to shard that accelerate's settings name: none, or one."""
+    return [way for way, variable in _ASKS.items() if os.environ.get(variable, "").lower() in ("1", "true", "yes")]
 
 
 def prepare_sharding(accelerator: Any, dtype: torch.dtype, *, merges: bool) -> None:
@@ -20,6 +29,13 @@ def prepare_sharding(accelerator: Any, dtype: torch.dtype, *, merges: bool) -> N
     """
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    shards = [way for way, plugin in {"FSDP": fsdp, "DeepSpeed": deepspeed}.items() if plugin is not None]
+    for way in sharding_asked_for():
+        if way not in shards:
+            raise TrainingError(
+                f"accelerate's settings ask for {way}, but on this device it would train without: every rank would hold "
+                "all weights. Use GPUs, or launch without these settings."
+            )
     if (fsdp is not None or deepspeed is not None) and merges:
         raise TrainingError(
             "LoRA on a reference that carries an adapter is saved merged, and sharded weights cannot be: use DDP or one device."
