@@ -147,22 +147,26 @@ class ScoringPasses:
         return groups if saved > SCORING_PASS_COST * self.max_tokens else []
 
     def _prove(self, groups: list[list[TokenIds]]) -> None:
-        """Score two completions of two prompts both ways."""
+        """Score two completions of two prompts both ways; one difference, and prompts are not shared any more."""
         self._proven = True
-        rows = [row for group in groups for row in group]
-        plain = self._forward([], pad_sequences(rows)).token_logps
+        try:
+            why = self._against_sharing(groups)
+        except torch.OutOfMemoryError:
+            why = "there is no memory to compare both ways"
+        if why is not None:
+            self.longest_shared = 0
+            self.say(f"prompts are not shared between sequences: {why}")
+
+    def _against_sharing(self, groups: list[list[TokenIds]]) -> str | None:
+        plain = self._forward([], pad_sequences([row for group in groups for row in group])).token_logps
         try:
             shared = self._forward([], share_prompts(groups, self.max_tokens)).token_logps
         except torch.OutOfMemoryError:
             raise
         except _UNSUPPORTED as error:
-            apart, why = float("inf"), f"the model cannot run on given keys and values ({type(error).__name__})"
-        else:
-            apart = float((shared - plain).abs().mean().nan_to_num(nan=float("inf")))
-            why = f"log-probabilities would differ by {apart:.2g} nats a token"
-        if not apart <= self.tolerance:
-            self.longest_shared = 0
-            self.say(f"prompts are not shared between sequences: {why}")
+            return f"the model cannot run on given keys and values ({type(error).__name__})"
+        apart = float((shared - plain).abs().mean().nan_to_num(nan=float("inf")))
+        return None if apart <= self.tolerance else f"log-probabilities would differ by {apart:.2g} nats a token"
 
 
 @torch.no_grad()

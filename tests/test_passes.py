@@ -145,6 +145,24 @@ def test_a_model_that_takes_no_keys_runs_plain(capsys):
     assert "cannot run on given keys and values (NotImplementedError)" in capsys.readouterr().out
 
 
+def test_no_memory_for_the_proof_means_no_sharing(capsys):
+    """Four whole sequences at once can be more than a pass of the budget."""
+    model, rows = model_of("llama"), branching_rows([3, 3])
+    real, calls = model.model.forward, []
+
+    def forward(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("simulated")
+        return real(*args, **kwargs)
+
+    model.model.forward = forward
+    found, batches = scores(passes_of(model, 100), rows)
+    assert_equal_scores(found, alone(LLAMA, rows))
+    assert not any(isinstance(batch, SharedPrompts) for batch in batches)
+    assert "there is no memory to compare both ways" in capsys.readouterr().out
+
+
 PACKING = [family for family in FAMILIES if family != "opt"]
 
 
