@@ -10,8 +10,8 @@
 - vocabulary: 32,000 against 152,000: memory beyond weights, gradients and optimizer states must not differ by more than
   10 %, up or down. What a run holds beyond them is its peak memory less that of a run of the same model on rows of a few
   tokens: both hold the same weights, gradients, moments and libraries. Whatever else grows with the model (a second
-  gradient of the embeddings, say) cancels out as well and is not seen here;
-- prompts: 64 or 960 tokens of prompt before 40 of completion: likewise, under one --max-tokens that holds the longest row;
+  gradient of the embeddings, say) cancels out as well if the first micro-batch needs it already;
+- prompts: 64 or 960 tokens of prompt before 40 of completion: likewise, with one batch that fills one --max-tokens;
 - logging: --logging-steps 1 against 1000 on the same rows, in turns. The median difference of neighbours, over the records
   that one side writes and the other does not, is the cost of one record; it must be less than 2 % of a step.
 
@@ -39,7 +39,7 @@ SHAPE = ModelShape(hidden=256, layers=6, heads=4, intermediate=688, vocabulary=3
 QUICK_SHAPE = ModelShape(hidden=64, layers=2, heads=2, intermediate=176, vocabulary=4_000)
 LARGE_VOCABULARY, QUICK_LARGE_VOCABULARY = 152_000, 19_000
 LOGGING_BOUND, MEMORY_BOUND, LINE_BOUND, FLAT_BOUND = 0.02, 0.10, 0.10, 0.05
-PROMPT_MAX_TOKENS = 2048  # the longest row of `prompts_part` fits, so that both runs have the same budget to fill
+PROMPT_MAX_TOKENS = 2048  # two of the longest rows of `prompts_part`, and a batch of its shortest is more than that
 WORDS = 200  # of one token each: letters only, because the tokenizer cuts between letters and digits
 
 
@@ -98,7 +98,7 @@ class Bench:
         self, name: str, shape: ModelShape, prompt: int, completion: int, *options: str
     ) -> tuple[Point, float]:
         """A run, and MiB at its peak beyond what a run of the same model on rows of a few tokens holds."""
-        whole = self.train(self.cache(name, shape, self.rows(32), prompt, completion), "run", *options)
+        whole = self.train(self.cache(name, shape, self.rows(64), prompt, completion), "run", *options)
         short = self.train(self.cache(f"{name}-short", shape, 16, 2, 2), "run", *options)
         return whole, whole.peak_mib - short.peak_mib
 

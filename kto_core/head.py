@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kto_core.errors import ModelError
 
@@ -16,6 +16,9 @@ from kto_core.errors import ModelError
 # and what it costs does not depend on the vocabulary.
 _CHUNK_ELEMENTS = {"cpu": 2**24}
 _CHUNK_ELEMENTS_ACCELERATOR = 2**26
+
+# Marks an output layer whose weight's gradient exists before the forward pass, and is added to in the backward pass.
+_IN_PLACE = "gradient_in_place"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Head:
     bias: Tensor | None
     scale: float
     softcap: float | None
+    # Where the weight's gradient is added to, instead of being returned: see `add_gradients_in_place`.
+    gradient: Tensor | None = None
 
     @classmethod
     def of(cls, model: Any) -> "Head":
@@ -42,7 +47,29 @@ class Head:
             )
         config = model.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(weight, getattr(layer, "bias", None), _logit_scale(config), softcap or None)
+        gradient = weight.grad if getattr(layer, _IN_PLACE, False) else None
+        return cls(weight, getattr(layer, "bias", None), _logit_scale(config), softcap or None, gradient)
+
+
+def add_gradients_in_place(model: Any) -> list[Tensor]:
+    """Let backward passes add to the gradients of a model's largest matrices where they lie.
+
+    By itself autograd makes a tensor as large as the vocabulary's matrix in every pass, for the output layer and for
+    the embeddings, and adds them up in a third. Only for weights that are whole, in one process or under DDP without
+    its reducer: nothing that hooks into gradients sees these.
+
+    Returns:
+        The weights; their `grad` must be a tensor (zeros at first) when a forward pass begins.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    weights = []
+    if head.weight.requires_grad:
+        setattr(head, _IN_PLACE, True)
+        weights.append(head.weight)
+    if isinstance(embeddings, nn.Embedding) and embeddings.weight.requires_grad:
+        embeddings.sparse = True  # the gradient is then the rows that were read
+        weights += [] if embeddings.weight is head.weight else [embeddings.weight]
+    return weights
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -78,7 +105,7 @@ def selected_logps(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     logps: Tensor = _SelectedLogps.apply(
-        hidden, head.weight, head.bias, targets, head.scale, head.softcap, dtype, torch.is_grad_enabled()
+        hidden, head.weight, head.bias, targets, head.scale, head.softcap, dtype, head.gradient, torch.is_grad_enabled()
     )
     return logps
 
@@ -96,6 +123,7 @@ class _SelectedLogps(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         dtype: torch.dtype,
+        gradient: Tensor | None,
         keep: bool,
     ) -> Tensor:
         # With gradients the cast weight would be kept anyway; cast once, not once for each chunk.
@@ -108,7 +136,7 @@ class _SelectedLogps(torch.autograd.Function):
                 logits = project(hidden[part].to(dtype), buffer)
                 logps[part] = _softmax_(logits, targets[part])
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.options = (scale, softcap, dtype)
+        ctx.options = (scale, softcap, dtype, gradient)
         # A softcap's slope needs the logits themselves, which are gone.
         ctx.kept = buffer if keep and softcap is None else None
         return logps
@@ -116,7 +144,7 @@ class _SelectedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        scale, softcap, dtype = ctx.options
+        scale, softcap, dtype, gradient = ctx.options
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         project = _Projection(weight.to(dtype), bias, scale, softcap)
         chunks = _chunks(len(hidden), len(weight), hidden.device)
@@ -124,7 +152,7 @@ class _SelectedLogps(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         buffer = kept if kept is not None else project.buffer(chunks, hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = grad_bias = None
+        grad_weight, grad_bias = gradient, None
         with torch.autocast(hidden.device.type, enabled=False):
             for part in reversed(chunks):
                 rows = hidden[part].to(dtype)
@@ -151,7 +179,7 @@ class _SelectedLogps(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight)
         if need_bias:
             grad_bias = torch.zeros_like(bias) if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, *[None] * 5
+        return grad_hidden, grad_weight if gradient is None else None, grad_bias, *[None] * 6
 
 
 def _chunks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:

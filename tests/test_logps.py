@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kto_core.head
 from kto_core.errors import ModelError
-from kto_core.head import Head, selected_logps
+from kto_core.head import Head, add_gradients_in_place, selected_logps
 from kto_core.logps import Scored, add_scoring_forward, check_scoring, token_logps
 from kto_core.sequences import pad_sequences, sum_rows
 
@@ -311,16 +311,25 @@ def test_autocast_scores_are_close_to_float32(family):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation returns, in the backward pass as well."""
+    """Records the size of the largest dense tensor that any operation returns, in the backward pass as well.
 
-    elements = 0
+    Args:
+        besides: tensors whose memory, and views of it, do not count.
+    """
+
+    def __init__(self, besides=()):
+        super().__init__()
+        self.elements, self.known = 0, {tensor.untyped_storage().data_ptr() for tensor in besides}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_sparse and self._is_new(tensor):
                 self.elements = max(self.elements, tensor.numel())
         return out
+
+    def _is_new(self, tensor):
+        return not self.known or tensor.untyped_storage().data_ptr() not in self.known
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gemma2", "mixtral"])
@@ -395,3 +404,46 @@ def test_the_self_check_refuses_a_model_that_sees_its_padding():
 def test_a_model_without_a_linear_head_is_refused():
     with pytest.raises(ModelError, match="no linear output layer"):
         Head.of(SimpleNamespace(get_output_embeddings=lambda: None))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_added_in_place_are_those_of_autograd(family, autocast):
+    """Over two micro-batches, with tied and untied weights, scaled embeddings and a padding row."""
+    batches = [pad_sequences(random_rows(3, seed=seed)) for seed in (0, 1)]
+    gradients = []
+    for in_place in (False, True):
+        model = fresh_model(family)
+        for weight in add_gradients_in_place(model) if in_place else []:
+            weight.grad = torch.zeros_like(weight)
+        for batch in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                token_logps(model, batch).token_logps.sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    expected, found = gradients
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert found[name].layout == torch.strided
+        torch.testing.assert_close(found[name], gradient, atol=2e-2 if autocast else 2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_adding_in_place_makes_no_tensor_of_the_vocabulary_s_size(family, monkeypatch):
+    monkeypatch.setattr(kto_core.head, "_CHUNK_ELEMENTS", {"cpu": 8 * 4001})
+    model, batch = fresh_model(family, vocab_size=4001), pad_sequences(random_rows(8, longest=40))
+    sizes = []
+    for in_place in (False, True):
+        for weight in add_gradients_in_place(model) if in_place else []:
+            weight.grad = torch.zeros_like(weight)
+        there = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
+        with LargestTensor(besides=there) as largest:
+            token_logps(model, batch).token_logps.sum().backward()
+        sizes.append(largest.elements)
+    weight = model.get_input_embeddings().weight
+    assert sizes[0] >= weight.numel()
+    assert sizes[1] <= 8 * 4001 < weight.numel()
+
+
+def test_frozen_weights_get_no_gradient_in_place():
+    assert add_gradients_in_place(fresh_model("llama").requires_grad_(False)) == []

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kto_core.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
 from kto_core.errors import TrainingError
+from kto_core.head import add_gradients_in_place
 from kto_core.logps import token_logps
 from kto_core.losses import (
     class_weights,
@@ -94,6 +95,7 @@ class KTOTrainer(transformers.Trainer):
         self.ranks = Ranks(self.accelerator, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._window = Window()
         self._passes: ScoringPasses | None = None
+        self._in_place = [] if self.ranks.sharded else add_gradients_in_place(model)
         self.control: transformers.TrainerControl
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -166,6 +168,7 @@ class KTOTrainer(transformers.Trainer):
         row = FILLER[0], np.zeros(self.rows.max_length - 1, dtype=np.int32)
         batch = (pack_sequences if self.packs else pad_sequences)([row] * rows).to(self.args.device)
         self._callable.train()
+        self._begin_gradients()
         self._backward(token_logps(self._callable, batch).token_logps.sum() * 0.0, last=True)
 
     # -- one update ---------------------------------------------------------------------------------
@@ -184,6 +187,7 @@ class KTOTrainer(transformers.Trainer):
         own = [rows[i] for i in mine]
         model, total = self._callable, len(rows)
         model.train()
+        self._begin_gradients()
         experts = self._expert_counts(own, passes) if self.balances_experts else None
         logps = torch.empty(len(own), dtype=torch.float64, device=self.args.device)
         aux_loss = torch.zeros((), dtype=torch.float64, device=self.args.device) if experts else None
@@ -209,6 +213,11 @@ class KTOTrainer(transformers.Trainer):
         if not own and not passes:
             outcome = self._outcome(own, logps, kl, tokens)
         return outcome, aux_loss
+
+    def _begin_gradients(self) -> None:
+        for weight in self._in_place:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         # DeepSpeed takes its step inside of the backward pass that "synchronizes".
