@@ -11,7 +11,7 @@
   10 %, up or down. What a run holds beyond them is its peak memory less that of a run of the same model on rows of a few
   tokens: both hold the same weights, gradients, moments and libraries. Whatever else grows with the model (a second
   gradient of the embeddings, say) cancels out as well if the first micro-batch needs it already;
-- prompts: 64 or 960 tokens of prompt before 40 of completion: likewise, with one batch that fills one --max-tokens;
+- prompts: 64 or 960 tokens of prompt before 40 of completion: likewise, in passes of as many tokens;
 - logging: --logging-steps 1 against 1000 on the same rows, in turns. The median difference of neighbours, over the records
   that one side writes and the other does not, is the cost of one record; it must be less than 2 % of a step.
 
@@ -39,7 +39,8 @@ SHAPE = ModelShape(hidden=256, layers=6, heads=4, intermediate=688, vocabulary=3
 QUICK_SHAPE = ModelShape(hidden=64, layers=2, heads=2, intermediate=176, vocabulary=4_000)
 LARGE_VOCABULARY, QUICK_LARGE_VOCABULARY = 152_000, 19_000
 LOGGING_BOUND, MEMORY_BOUND, LINE_BOUND, FLAT_BOUND = 0.02, 0.10, 0.10, 0.05
-PROMPT_MAX_TOKENS = 2048  # two of the longest rows of `prompts_part`, and a batch of its shortest is more than that
+# Peak memory differs by some 50 MiB from run to run: activations are read where they are much more than that.
+ACTIVATION_TOKENS = 8192
 WORDS = 200  # of one token each: letters only, because the tokenizer cuts between letters and digits
 
 
@@ -94,12 +95,15 @@ class Bench:
         logs = sum("loss" in record for record in records)
         return Point(records[-1]["train_runtime"], measured.peak_mib, tokens, records[-1]["step"], logs)
 
-    def activations(
-        self, name: str, shape: ModelShape, prompt: int, completion: int, *options: str
-    ) -> tuple[Point, float]:
-        """A run, and MiB at its peak beyond what a run of the same model on rows of a few tokens holds."""
-        whole = self.train(self.cache(name, shape, self.rows(64), prompt, completion), "run", *options)
-        short = self.train(self.cache(f"{name}-short", shape, 16, 2, 2), "run", *options)
+    def activations(self, name: str, shape: ModelShape, prompt: int, completion: int) -> tuple[Point, float]:
+        """One update over rows that fill two passes of ACTIVATION_TOKENS; and MiB at its peak beyond what a run of the
+        same model on rows of a few tokens holds."""
+        tokens = self.rows(ACTIVATION_TOKENS)
+        rows = 2 * tokens // (prompt + completion)
+        cache = self.cache(name, shape, rows, prompt, completion)
+        whole = self.train(cache, "run", "--batch-size", str(rows), "--max-tokens", str(tokens))
+        # Row by row: even the logits of sixteen short rows would be megabytes with a large vocabulary.
+        short = self.train(self.cache(f"{name}-short", shape, 16, 2, 2), "run", "--max-tokens", "1")
         return whole, whole.peak_mib - short.peak_mib
 
 
@@ -165,8 +169,7 @@ def prompts_part(bench: Bench) -> tuple[str, list[str]]:
     """Activations with short and with long prompts."""
     found = []
     for prompt in (64, 960):
-        budget = ("--max-tokens", str(PROMPT_MAX_TOKENS))
-        point, extra = bench.activations(f"prompt-{prompt}", bench.shape, prompt, 40, *budget)
+        point, extra = bench.activations(f"prompt-{prompt}", bench.shape, prompt, 40)
         found.append((f"prompts of about {prompt} tokens", point, extra))
     return _activations_table(found)
 
