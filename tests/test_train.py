@@ -662,6 +662,8 @@ class TestTrainingTable:
             ({"adam_beta": 0.5}, "Did you mean 'adam_beta[12]'"),
             ({"learning_rate": 1.0}, "set by --learning-rate"),
             ({"gradient_accumulation_steps": 4}, "set by --batch-size"),
+            ({"optim": "galore_adamw_layerwise"}, "inside of the backward pass"),
+            ({"optim": "lomo"}, "inside of the backward pass"),
         ],
     )
     def test_what_it_cannot_hold(self, config: TrainConfig, table: dict[str, Any], message: str) -> None:

@@ -40,6 +40,9 @@ _OURS = {
     "resume_from_checkpoint": "--resume",
 }
 
+# Their steps are taken inside of backward passes, of which an update here has many.
+_STEPS_INSIDE = ("lomo", "adalomo", "_layerwise")
+
 
 def training_arguments(
     config: TrainConfig, out: Path, precision: Precision, *, held_out: bool
@@ -85,13 +88,17 @@ def training_arguments(
         args = transformers.TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer.endswith(_STEPS_INSIDE):
+        raise ConfigError(
+            f"training: optim: {optimizer} updates weights inside of the backward pass, but one batch here takes many of "
+            "them. Choose another optimizer, adamw_bnb_8bit to save memory."
+        )
     try:
         # Says here, and not after the model was loaded, that an optimizer's package is missing.
         transformers.Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"training: optim: {getattr(args.optim, 'value', args.optim)}: {first_line(error)}"
-        ) from error
+        raise ConfigError(f"training: optim: {optimizer}: {first_line(error)}") from error
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()  # says here, and not after the model was loaded, that its package is missing
