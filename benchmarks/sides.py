@@ -6,7 +6,7 @@ Every option that could make the two differ is given here, once, for both.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class TrlRun:
     steps: list[Step]
     reference_seconds: float | None
     reference_peak_mib: float | None
-    train_seconds: float
+    train_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def run_trl(
     out: Path,
     reference: str,
     completions_only: bool = False,
+    score_only: bool = False,
 ) -> TrlRun:
     """Train with TRL.
 
@@ -70,12 +71,15 @@ def run_trl(
         out: Directory for its record, its log and the model.
         reference: "cached" (scored before training, TRL's `precompute_ref_log_probs`) or "live".
         completions_only: See `trl_kto.project_completions_only`.
+        score_only: Stop after the pass over the references.
     """
     command: list[str | Path] = [environments.trl_python, HERE / "trl_kto.py"]
     command += ["--model", workload.model, "--data", workload.data, "--out", out, "--reference", reference]
     command += [*_recipe_options(recipe), "--max-length", str(recipe.max_length)]
     if completions_only:
         command.append("--completions-only")
+    if score_only:
+        command.append("--score-only")
     process = run_measured(command, log=out / "log.txt", env=offline_env(out))
     record = json.loads((out / "trl.json").read_text(encoding="utf-8"))
     return TrlRun(
@@ -93,11 +97,7 @@ def run_ours(
 ) -> OurRun:
     """Score the references with `kto-precompute`, then train with `kto-train`; pairs and row order are TRL's."""
     refs, run = out / "refs", out / "run"
-    precompute: list[str | Path] = [environments.our_command("kto-precompute")]
-    precompute += ["--model", workload.model, "--data", workload.data, "--out", refs, "--backend", "transformers"]
-    precompute += ["--pairing", "rotate", "--pairing-block", str(recipe.batch_size)]
-    precompute += ["--max-length", str(recipe.max_length), "--dtype", "float32", "--device", "cpu"]
-    precomputed = run_measured(precompute, log=out / "precompute.txt", env=offline_env(out))
+    precomputed = score(environments.our_command("kto-precompute"), workload, recipe, refs=refs)
 
     train: list[str | Path] = [environments.our_command("kto-train"), "--cache", refs, "--out", run]
     train += [*_recipe_options(recipe), "--scheduler", "constant", "--no-shuffle", "--no-gradient-checkpointing"]
@@ -109,6 +109,22 @@ def run_ours(
     manifest = json.loads((refs / "manifest.json").read_text(encoding="utf-8"))
     steps, train_seconds = read_metrics(run / "metrics.jsonl")
     return OurRun(precomputed, trained, read_cache(refs), manifest, steps, train_seconds)
+
+
+def score(
+    command: Path, workload: Workload, recipe: Recipe, *, refs: Path, options: Sequence[str] = (), program: str = ""
+) -> Measured:
+    """Score the references of a workload; pairs are TRL's.
+
+    Args:
+        command: `kto-precompute`, or an interpreter where there is a `program`.
+        program: Python that takes the same options.
+    """
+    line: list[str | Path] = [command, *(("-c", program) if program else ())]
+    line += ["--model", workload.model, "--data", workload.data, "--out", refs]
+    line += ["--pairing", "rotate", "--pairing-block", str(recipe.batch_size), "--max-length", str(recipe.max_length)]
+    line += ["--dtype", "float32", "--device", "cpu", *options]
+    return run_measured(line, log=refs.with_suffix(".txt"), env=offline_env(refs.parent))
 
 
 def _recipe_options(recipe: Recipe) -> list[str]:

@@ -12,8 +12,8 @@ The record, `OUT/trl.json`:
   `completion_ids` (cut as TRL's collator cuts them) and, with a cached reference, `ref_logps` and `ref_kl_logps`.
 - `sum_ref_logps`, `sum_ref_kl_logps`: over all of these rows.
 - `steps`: what the trainer logged after each update, under TRL's names.
-- `reference_seconds`, `reference_peak_mib` (the pass over the references; null when live), `train_seconds`,
-  `peak_mib`.
+- `reference_seconds`, `reference_peak_mib` (the pass over the references; null when live), `train_seconds` (null
+  when only scored), `peak_mib`.
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--max-steps", type=int, default=-1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--score-only", action="store_true", help="stop after the pass over the references")
     parser.add_argument(
         "--completions-only",
         action="store_true",
@@ -152,7 +153,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train once and write the record."""
+    """Score, train once, and write the record."""
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.completions_only:
@@ -165,8 +166,10 @@ def main() -> None:
         train_dataset=load_rows(args.data),
         processing_class=AutoTokenizer.from_pretrained(args.model),
     )
-    result = trainer.train()
-    trainer.save_model()
+    train_seconds = None
+    if not args.score_only:
+        train_seconds = trainer.train().metrics["train_runtime"]
+        trainer.save_model()
 
     rows = kept_rows(trainer, args.max_length)
     cached = args.reference == "cached"
@@ -177,7 +180,7 @@ def main() -> None:
         "steps": [entry for entry in trainer.state.log_history if "loss" in entry],
         "reference_seconds": trainer.reference_seconds,
         "reference_peak_mib": trainer.reference_peak_mib,
-        "train_seconds": result.metrics["train_runtime"],
+        "train_seconds": train_seconds,
         "peak_mib": peak_mib(),
     }
     (args.out / "trl.json").write_text(json.dumps(record), encoding="utf-8")

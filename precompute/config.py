@@ -29,6 +29,8 @@ class PrecomputeConfig:
     max_tokens: int | None = option(
         None, "Tokens in one forward pass: memory, never a result.  [default: 32768 on a GPU, 4096 on a CPU]"
     )
+    tensor_parallel: int = option(1, "GPUs that share the model (vLLM).")
+    gpu_memory_utilization: float = option(0.8, "Share of each GPU's memory that vLLM takes.")
     kl_partners: int = option(1, "Mismatched completions for each row.")
     pairing: str = option("shuffled", "How mismatched completions are chosen.", choices=PAIRINGS)
     pairing_block: int = option(32, "Rows in one block of --pairing rotate.")
@@ -49,6 +51,7 @@ class PrecomputeConfig:
         for name, least in (
             ("max_length", 2),
             ("max_tokens", 1),
+            ("tensor_parallel", 1),
             ("kl_partners", 1),
             ("pairing_block", 2),
             ("rows_per_shard", 1),
@@ -58,3 +61,7 @@ class PrecomputeConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization:g}."
+            )

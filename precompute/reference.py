@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import sys
 import threading
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,9 @@ class Reference:
         """Start hashing weights and adapter in the background."""
         return WeightsHashing(self.folder, self.adapter)
 
-    def sections(self, hashes: tuple[str, str | None]) -> dict[str, dict[str, Any]]:
+    def sections(
+        self, hashes: tuple[str, str | None], *, backend: str, engine_versions: Mapping[str, str]
+    ) -> dict[str, dict[str, Any]]:
         """The manifest's sections `reference`, `tokenizer`, `tokenization` and `scorer`."""
         shape = self.shape.config
         quantization = getattr(shape, "quantization_config", None)
@@ -110,8 +113,8 @@ class Reference:
             },
             "tokenization": {"max_length": self.config.max_length, "rule": TOKENIZATION_RULE},
             "scorer": {
-                "backend": "transformers",
-                "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+                "backend": backend,
+                "versions": {**{name: importlib.metadata.version(name) for name in _LIBRARIES}, **engine_versions},
             },
         }
 

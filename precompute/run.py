@@ -1,10 +1,11 @@
 """Stage 1 from end to end: plan, score what is missing, write shards, declare the cache complete."""
 
-import os
+import contextlib
 import shlex
+import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,47 @@ from kto_core.errors import CacheError, ModelError
 from kto_core.identity import json_hash, sequence_id
 from kto_core.lock import only_writer
 from kto_core.manifest import fingerprint, identity_of
+from kto_core.sequences import TokenIds
+from precompute.comparison import choose_sample
 from precompute.config import PrecomputeConfig
+from precompute.engines import Backend, choose_backend, load_transformers, vllm_engine
 from precompute.plan import Plan, PlanCounts, describe, make_plan, shard_rows
 from precompute.progress import Progress
+from precompute.ranks import RankedScorer, joined, on_own_device, rank, work, world_size
 from precompute.reference import Reference
+from precompute.remote import Scorer
 from precompute.sources import describe_source
 from precompute.store import Store, check_out, make_out
-from precompute.transformers_scorer import TransformersScorer
+
+# The model with its adapter merged, for an engine that reads it from disk; gone when the run ends.
+_MERGED = ".merged"
 
 
 def precompute(config: PrecomputeConfig) -> None:
-    """Run `kto-precompute`.
+    """Run `kto-precompute`, or one rank of it.
 
     Raises:
         KTOError: the user's input cannot be used.
     """
-    backend = choose_backend(config.backend)
+    if world_size() == 1:
+        _precompute(config, None)
+        return
+    config = on_own_device(config)
+
+    def load(sequences: Sequence[TokenIds]) -> Scorer:
+        return load_transformers(Reference.find(config), sequences)
+
+    with joined():
+        if rank() > 0:
+            work(load)
+            return
+        ranks = RankedScorer(load)
+        _precompute(config, ranks)
+        ranks.dismiss()
+
+
+def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
+    backend = choose_backend(config)
     check_out(config.out)
     reference = Reference.find(config)
     with reference.hash_weights() as hashing:
@@ -39,17 +65,24 @@ def precompute(config: PrecomputeConfig) -> None:
         if config.dry_run:
             print("dry run     nothing was scored")
             return
-        sections = {**reference.sections(hashing.result()), "pairing": _pairing(config)}
+        sections = {
+            **reference.sections(hashing.result(), backend=backend.name, engine_versions=backend.versions()),
+            "pairing": _pairing(config),
+        }
     mark = fingerprint(identity_of(sections), sections["pairing"], counts.rows_hash)
     store = Store(config.out, identity_of(sections), sections["pairing"])
     make_out(config.out)
     with only_writer(config.out, CacheError):
-        _fill(Scoring(config, reference, plan, store), counts, sections, mark)
+        _fill(Scoring(config, reference, plan, store, backend, ranks), counts, sections, mark)
 
 
-def _print_plan(config: PrecomputeConfig, reference: Reference, plan: Plan, counts: PlanCounts, backend: str) -> None:
+def _print_plan(
+    config: PrecomputeConfig, reference: Reference, plan: Plan, counts: PlanCounts, backend: Backend
+) -> None:
     adapter = f" with adapter {config.adapter}" if config.adapter else ""
-    how = f"{reference.precision.name} on {reference.device}, scored with {backend}"
+    engine = f"{backend.name} ({backend.why})" if backend.why else backend.name
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    how = f"{reference.precision.name} on {reference.device.type}, scored with {engine}{processes}"
     print(f"reference   {config.model}{adapter} ({how})")
     print("\n".join(describe(plan, counts, config)), flush=True)
 
@@ -68,22 +101,10 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark
         return
     scoring.run()
     data = {**_data(config, counts), "labels_hash": labels_hash}
+    sections = {**sections, "scorer": {**sections["scorer"], **scoring.found}}
     run = scoring.summary(counts.sequences)
     store.publish(len(scoring.shards), {**sections, "data": data, "run": run}, mark)
     _report(config, run, len(scoring.shards), mark)
-
-
-def choose_backend(asked: str) -> str:
-    """The engine that scores.
-
-    Raises:
-        ModelError: one that this version does not have.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ModelError("kto-precompute runs in one process in this version; start it without torchrun or accelerate.")
-    if asked == "vllm":
-        raise ModelError("--backend vllm: this version scores with transformers only. Use --backend transformers.")
-    return "transformers"
 
 
 def _check_vocabulary(plan: Plan, reference: Reference) -> None:
@@ -111,14 +132,30 @@ def _labels_hash(plan: Plan) -> str:
 
 
 class Scoring:
-    """Scores what a plan lacks, shard by shard."""
+    """Scores what a plan lacks, shard by shard.
 
-    def __init__(self, config: PrecomputeConfig, reference: Reference, plan: Plan, store: Store) -> None:
+    Args:
+        ranks: the processes of this launch, where there are several.
+
+    Attributes:
+        found: how the engine compares with Transformers, for the manifest; empty where Transformers scored.
+    """
+
+    def __init__(
+        self,
+        config: PrecomputeConfig,
+        reference: Reference,
+        plan: Plan,
+        store: Store,
+        backend: Backend,
+        ranks: RankedScorer | None,
+    ) -> None:
         self.config, self.reference, self.plan, self.store = config, reference, plan, store
+        self.backend, self.ranks = backend, ranks
         self.shards = shard_rows(plan, config.rows_per_shard)
         self.scored = self.tokens = 0
         self.seconds = 0.0
-        self._scorer: TransformersScorer | None = None
+        self.found: dict[str, Any] = {}
 
     def run(self) -> None:
         keys = [self._key(rows) for rows in self.shards]
@@ -126,21 +163,41 @@ class Scoring:
         if len(missing) < len(keys):
             print(f"resuming    {len(keys) - len(missing)} of {len(keys)} shards are there", flush=True)
         uses: Counter[str] = Counter()
-        tokens: dict[str, int] = {}
+        wanted: dict[str, TokenIds] = {}
         for i in missing:
-            mine = {key: len(s[0]) + len(s[1]) for key, s in self._sequences(self.shards[i]).items()}
+            mine = self._sequences(self.shards[i])
             uses.update(mine.keys())
-            tokens.update(mine)
-        known = self.store.known_scores(set(tokens))
+            wanted.update(mine)
+        known = self.store.known_scores(set(wanted))
         if known:
-            print(f"known       {len(known):,} of {len(tokens):,} sequences were scored before", flush=True)
-        total = sum(count for key, count in tokens.items() if key not in known)
-        with Progress("scoring", total, "tokens") as progress:
+            print(f"known       {len(known):,} of {len(wanted):,} sequences were scored before", flush=True)
+        unknown = [sequence for key, sequence in wanted.items() if key not in known]
+        total = sum(len(prompt) + len(completion) for prompt, completion in unknown)
+        with self._engine(unknown) as scorer, Progress("scoring", total, "tokens") as progress:
             for i in missing:
-                scores = self._score(self.shards[i], known, progress)
+                scores = self._score(self.shards[i], known, scorer, progress)
                 # A sequence that another shard needs too is scored once.
                 known.update({key: one for key, one in scores.items() if uses[key] > 1})
                 self.store.write(i, keys[i], [self._row(j, scores) for j in self.shards[i]])
+
+    @contextlib.contextmanager
+    def _engine(self, sequences: Sequence[TokenIds]) -> Iterator[Scorer | None]:
+        """The engine, ready to score these sequences; None where there are none."""
+        if not sequences:
+            yield None
+        elif self.ranks is not None:
+            yield self.ranks
+        elif self.backend.name == "transformers":
+            yield load_transformers(self.reference, sequences)
+        else:
+            merged = self.config.out / _MERGED
+            shutil.rmtree(merged, ignore_errors=True)  # a killed run leaves it
+            try:
+                with vllm_engine(self.reference, choose_sample(sequences), merged) as scorer:
+                    yield scorer
+                    self.found = {"difference": scorer.difference()}
+            finally:
+                shutil.rmtree(merged, ignore_errors=True)
 
     def _key(self, rows: range) -> str:
         """Hash of everything in a shard but the scores."""
@@ -151,16 +208,17 @@ class Scoring:
             entries.append([row.row_id, kl_ids, row.label, row.pair_id, row.source])
         return json_hash(entries)
 
-    def _sequences(self, rows: range) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def _sequences(self, rows: range) -> dict[str, TokenIds]:
         """The distinct sequences of some rows, by id."""
         return {sequence_id(*s): s for i in rows for s in self.plan.sequences(i)}
 
-    def _score(self, rows: range, known: Mapping[str, np.ndarray], progress: Progress) -> dict[str, np.ndarray]:
+    def _score(
+        self, rows: range, known: Mapping[str, np.ndarray], scorer: Scorer | None, progress: Progress
+    ) -> dict[str, np.ndarray]:
         wanted = self._sequences(rows)
         scores = {key: known[key] for key in wanted if key in known}
         missing = {key: s for key, s in wanted.items() if key not in scores}
-        if missing:
-            scorer = self._load_scorer(list(missing.values()))
+        if missing and scorer is not None:
             started = time.monotonic()
             fresh = scorer.score(list(missing.values()), on_tokens=progress.add)
             self.seconds += time.monotonic() - started
@@ -168,13 +226,6 @@ class Scoring:
             self.tokens += sum(len(prompt) + len(completion) for prompt, completion in missing.values())
             scores.update(zip(missing, fresh, strict=True))
         return scores
-
-    def _load_scorer(self, sequences: list[tuple[np.ndarray, np.ndarray]]) -> TransformersScorer:
-        if self._scorer is None:
-            model = self.reference.load()
-            self._scorer = TransformersScorer(model, self.reference.precision, max_tokens=self.config.max_tokens)
-            self._scorer.self_check(sequences)
-        return self._scorer
 
     def _row(self, index: int, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """One row of the cache, with the columns of `kto_core.shards.SCHEMA`."""

@@ -1,4 +1,4 @@
-"""Scoring with plain Transformers: longest first, under a token budget, completions only."""
+"""Scoring with plain Transformers: prompts shared, longest first, under a token budget, completions only."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,17 +6,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from kto_core.batching import micro_batches
 from kto_core.errors import ModelError
-from kto_core.logps import POSITIVE_ROUNDING, check_scoring, token_logps
+from kto_core.logps import POSITIVE_ROUNDING, check_scoring
 from kto_core.models import Precision
-from kto_core.sequences import TokenIds, pad_sequences
+from kto_core.passes import Pass, ScoringPasses
+from kto_core.sequences import TokenIds
 
 _MAX_TOKENS = {"cuda": 32768}
 _MAX_TOKENS_CPU = 4096
 
-# Largest difference between the scoring forward and the model's own logits, nats a token.
+# Nats a token by which two right ways to compute a score may differ: the scoring forward and the model's own logits
+# (largest), prompts shared and prompts run whole (mean).
 _SELF_CHECK = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+_SHARING = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 class TransformersScorer:
@@ -26,12 +28,21 @@ class TransformersScorer:
         model: from `load_causal_lm`, frozen, in eval mode.
         precision: autocast to score under.
         max_tokens: padded tokens in one forward pass; None for a default by device.
+        say: prints a line.
     """
 
-    def __init__(self, model: Any, precision: Precision, *, max_tokens: int | None = None) -> None:
+    def __init__(
+        self, model: Any, precision: Precision, *, max_tokens: int | None = None, say: Callable[[str], None] = print
+    ) -> None:
         self.model, self.precision = model, precision
         self.device = next(model.parameters()).device
-        self.max_tokens = max_tokens or _MAX_TOKENS.get(self.device.type, _MAX_TOKENS_CPU)
+        self._passes = ScoringPasses(
+            model,
+            self.device,
+            max_tokens=max_tokens or _MAX_TOKENS.get(self.device.type, _MAX_TOKENS_CPU),
+            tolerance=_SHARING[precision.dtype],
+            say=say,
+        )
 
     def self_check(self, sequences: Sequence[TokenIds]) -> None:
         """Compare with the model's own logits on a few short sequences, batched and padded.
@@ -48,47 +59,43 @@ class TransformersScorer:
 
         Args:
             sequences: (prompt ids, completion ids), neither empty.
-            on_tokens: called with the tokens of each finished micro-batch.
+            on_tokens: called with the tokens of the sequences of each finished pass.
 
         Returns:
             float32 nats for each completion token, in the order of `sequences`.
 
         Raises:
-            ModelError: a score is missing, not finite or positive.
+            ModelError: a score is missing, not finite or positive; a single sequence does not fit into memory.
         """
-        lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
-        results: list[np.ndarray | None] = [None] * len(sequences)
-        pending = list(range(len(sequences)))
-        while pending:
-            for batch in micro_batches([lengths[i] for i in pending], self.max_tokens):
-                indices = [pending[j] for j in batch]
-                try:
-                    scores = self._forward([sequences[i] for i in indices])
-                except torch.OutOfMemoryError:
-                    self._halve(max(lengths[i] for i in indices), len(indices))
-                    break
-                for i, one in zip(indices, scores, strict=True):
-                    results[i] = checked(one, sequences[i][1])
-                on_tokens(sum(lengths[i] for i in indices))
-            pending = [i for i in pending if results[i] is None]
-        return [one for one in results if one is not None]
+        results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(sequences)
 
-    def _forward(self, sequences: Sequence[TokenIds]) -> list[np.ndarray]:
-        batch = pad_sequences(sequences).to(self.device)
+        def keep(done: Pass) -> None:
+            ends = np.cumsum([len(sequences[i][1]) for i in done.indices])
+            pieces = np.split(done.token_logps.float().cpu().numpy(), ends[:-1])
+            for i, piece in zip(done.indices, pieces, strict=True):
+                results[i] = checked(piece, sequences[i][1])
+            on_tokens(sum(len(sequences[i][0]) + len(sequences[i][1]) for i in done.indices))
+
         with torch.inference_mode(), self.precision.autocast(self.device):
-            flat = token_logps(self.model, batch).token_logps.float().cpu().numpy()
-        ends = np.cumsum([len(completion) for _, completion in sequences])
-        return np.split(flat, ends[:-1])
+            # A pass is fetched when the next one is under way, so that a GPU does not wait for the host.
+            last: Pass | None = None
+            try:
+                for done in self._passes.run(sequences):
+                    if last is not None:
+                        keep(last)
+                    last = done
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"Out of memory on a single sequence (the longest has {max(map(_length, sequences))} tokens). Use a "
+                    "smaller --max-length, --dtype bfloat16, or a device with more memory."
+                ) from error
+            if last is not None:
+                keep(last)
+        return results
 
-    def _halve(self, width: int, rows: int) -> None:
-        if rows == 1:
-            raise ModelError(
-                f"Out of memory on a single sequence of {width} tokens. Use a smaller --max-length, "
-                "--dtype bfloat16, or a device with more memory."
-            )
-        self.max_tokens = max(width, self.max_tokens // 2)
-        torch.cuda.empty_cache()
-        print(f"out of memory: going on with --max-tokens {self.max_tokens}")
+
+def _length(sequence: TokenIds) -> int:
+    return len(sequence[0]) + len(sequence[1])
 
 
 def checked(scores: np.ndarray, completion_ids: np.ndarray) -> np.ndarray:

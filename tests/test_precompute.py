@@ -22,6 +22,7 @@ from models import FAMILIES, save_tiny, tiny_tokenizer
 from kto_core.errors import CacheError, ModelError, PairingError
 from kto_core.lock import only_writer
 from kto_core.manifest import read_manifest
+from kto_core.passes import ScoringPasses
 from precompute.config import PrecomputeConfig
 from precompute.inspect_cache import head, verify
 from precompute.run import precompute
@@ -406,16 +407,16 @@ def test_weights_that_are_not_finite_never_reach_the_cache(tmp_path: Path, feedb
 def test_out_of_memory_halves_the_budget_and_goes_on(
     tmp_path: Path, base: Path, feedback: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = TransformersScorer._forward
+    real = ScoringPasses._forward
 
-    def small_device(self: TransformersScorer, sequences: Any) -> Any:
-        if len(sequences) > 3:
+    def small_device(self: ScoringPasses, indices: list[int], batch: Any) -> Any:
+        if batch.rows > 3:
             raise torch.OutOfMemoryError("simulated")
-        return real(self, sequences)
+        return real(self, indices, batch)
 
     config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "a")
     precompute(config)
-    monkeypatch.setattr(TransformersScorer, "_forward", small_device)
+    monkeypatch.setattr(ScoringPasses, "_forward", small_device)
     precompute(replace(config, out=tmp_path / "b"))
     for one, other in zip(scored(tmp_path / "a"), scored(tmp_path / "b"), strict=True):
         assert one["ref_logps"] == pytest.approx(other["ref_logps"], abs=1e-4)

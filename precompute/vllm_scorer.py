@@ -1,0 +1,189 @@
+"""Scoring with vLLM: the only file that knows it. It runs in a process of its own, see `precompute.child`.
+
+Token ids go in, so nothing is tokenized again; raw log-probabilities of the given tokens come out. One token must be
+generated for each request, and is thrown away.
+"""
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from kto_core.errors import ModelError, first_line
+from kto_core.sequences import TokenIds
+
+# Tokens in one step. Asking for log-probabilities of the prompt makes vLLM hold logits of all of them, several times.
+_MAX_TOKENS = 2048
+_MAX_SEQUENCES = 256
+
+
+class VllmScorer:
+    """Per-token log-probs of completions from vLLM.
+
+    Args:
+        model: a local folder.
+        dtype: vLLM's `dtype`.
+        max_length: tokens in the longest sequence.
+        max_tokens: tokens in one step; None for a default.
+        tensor_parallel: GPUs that share the model.
+        gpu_memory_utilization: share of each GPU's memory that vLLM takes.
+        gpu: the only one that vLLM may see; None for all.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ModelError: vLLM does not start.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str,
+        max_length: int,
+        max_tokens: int | None,
+        tensor_parallel: int,
+        gpu_memory_utilization: float,
+        gpu: int | None,
+        trust_remote_code: bool,
+    ) -> None:
+        _set_environment(tensor_parallel, gpu)
+        tokens = max_tokens or _MAX_TOKENS
+        try:
+            import vllm
+
+            self._llm = vllm.LLM(
+                model=model,
+                dtype=dtype,
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # not the model's: a temperature in it would scale the logits
+                logprobs_mode="raw_logprobs",
+                max_model_len=max_length + 1,  # room for the token that must be generated
+                max_num_batched_tokens=tokens,
+                max_num_seqs=min(_MAX_SEQUENCES, tokens),
+                enable_chunked_prefill=True,  # else a step must hold the longest row, with its logits
+                tensor_parallel_size=tensor_parallel,
+                gpu_memory_utilization=gpu_memory_utilization,
+                # Wrong or dependent on order with prompt log-probabilities in several versions (vllm #8268, #42019).
+                enable_prefix_caching=False,
+                trust_remote_code=trust_remote_code,
+                seed=0,
+                disable_log_stats=True,
+            )
+        except Exception as error:
+            raise ModelError(
+                f"vLLM does not start: {first_line(error)}. Use --backend transformers, or mend what it says."
+            ) from error
+        config = self._llm.llm_engine.vllm_config
+        self._given_ids = bool(getattr(config, "use_v2_model_runner", False)) and "prompt_logprob_start" in _fields()
+
+    def score(self, sequences: Sequence[TokenIds], *, on_tokens: Callable[[int], None]) -> list[np.ndarray]:
+        """As `precompute.remote.Scorer` says. Raises: ModelError: an answer is missing or belongs to other tokens."""
+        order = _neighbours(sequences)
+        requests = [{"prompt_token_ids": np.concatenate(sequences[i]).tolist()} for i in order]
+        wanted = [_parameters(*sequences[i], given_ids=self._given_ids) for i in order]
+        lengths = [len(request["prompt_token_ids"]) for request in requests]
+        try:
+            answers = self._llm.generate(requests, wanted, use_tqdm=_telling(lengths, on_tokens))
+        except Exception as error:
+            raise ModelError(f"vLLM stopped: {first_line(error)}. Finished shards are kept.") from error
+        results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(sequences)
+        for i, answer in zip(order, answers, strict=True):
+            results[i] = _scores(answer, *sequences[i], given_ids=self._given_ids)
+        return results
+
+
+def _set_environment(tensor_parallel: int, gpu: int | None) -> None:
+    defaults = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        # A row of exactly the model's length needs room for one token more, which is never fed.
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+    }
+    if tensor_parallel == 1:
+        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+
+
+def _fields() -> tuple[str, ...]:
+    import vllm
+
+    return tuple(vllm.SamplingParams.__struct_fields__)
+
+
+def _neighbours(sequences: Sequence[TokenIds]) -> list[int]:
+    """Equal prompts next to each other; the longest rows first."""
+    longest: dict[bytes, int] = {}
+    for prompt, completion in sequences:
+        key = prompt.tobytes()
+        longest[key] = max(longest.get(key, 0), len(prompt) + len(completion))
+    keys = [prompt.tobytes() for prompt, _ in sequences]
+    return sorted(range(len(sequences)), key=lambda i: (-longest[keys[i]], keys[i]))
+
+
+def _parameters(prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) -> Any:
+    """Greedy, no penalties, no detokenizing; log-probabilities of the tokens that are there.
+
+    Args:
+        given_ids: the engine can score given ids at given rows, and then projects nothing else.
+    """
+    import vllm
+
+    if given_ids:
+        asked: dict[str, Any] = {
+            "prompt_logprob_token_ids": completion[:, None].astype(np.int32),
+            "prompt_logprob_start": len(prompt) - 1,
+        }
+    else:
+        asked = {"prompt_logprobs": 0, "flat_logprobs": True}
+    return vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **asked)
+
+
+def _scores(answer: Any, prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) -> np.ndarray:
+    """float32, shape (completion tokens,). Raises: ModelError: nothing there, or scores of other tokens."""
+    if given_ids:
+        scores = answer.prompt_token_id_logprobs
+        if scores is None:
+            raise ModelError("vLLM returned no log-probabilities for a row.")
+        return np.asarray(scores, dtype=np.float32)[:, 0]
+    flat = answer.prompt_logprobs
+    if flat is None or len(flat) != len(prompt) + len(completion):
+        there = "none" if flat is None else f"{len(flat)}"
+        raise ModelError(
+            f"vLLM returned {there} log-probabilities for a row of {len(prompt) + len(completion)} tokens."
+        )
+    # The first position has none; every other one that of the token that stands there.
+    first = flat.start_indices[len(prompt)]
+    ids = np.array(flat.token_ids[first:], dtype=np.int64)
+    if not np.array_equal(ids, completion):
+        raise ModelError("vLLM returned log-probabilities of other tokens than it was asked for.")
+    return np.array(flat.logprobs[first:], dtype=np.float32)
+
+
+def _telling(lengths: Sequence[int], on_tokens: Callable[[int], None]) -> Callable[..., Any]:
+    """What vLLM makes its progress bars with: one around the requests as it takes them in, one for finished ones."""
+
+    def make(*iterable: Any, **options: Any) -> Any:
+        return iterable[0] if iterable else _Told(lengths, on_tokens, **options)
+
+    return make
+
+
+class _Told(tqdm):
+    """What vLLM counts finished requests with; passes on their tokens."""
+
+    def __init__(self, lengths: Sequence[int], on_tokens: Callable[[int], None], **options: Any) -> None:
+        self._lengths, self._on_tokens = lengths, on_tokens
+        super().__init__(**{**options, "file": io.StringIO(), "mininterval": float("inf")})
+
+    def update(self, n: float | None = 1) -> bool | None:
+        done = int(self.n)
+        self._on_tokens(sum(self._lengths[done : done + int(n or 0)]))
+        return super().update(n)

