@@ -74,7 +74,7 @@ class VllmScorer:
             )
         except Exception as error:
             raise ModelError(
-                f"vLLM does not start: {first_line(error)}. Use --backend transformers, or mend what it says."
+                f"vLLM does not start: {first_line(error).rstrip('.')}. Mend what it says, or use --backend transformers."
             ) from error
         config = self._llm.llm_engine.vllm_config
         self._given_ids = bool(getattr(config, "use_v2_model_runner", False)) and "prompt_logprob_start" in _fields()
@@ -88,7 +88,10 @@ class VllmScorer:
         try:
             answers = self._llm.generate(requests, wanted, use_tqdm=_telling(lengths, on_tokens))
         except Exception as error:
-            raise ModelError(f"vLLM stopped: {first_line(error)}. Finished shards are kept.") from error
+            raise ModelError(
+                f"vLLM stopped: {first_line(error).rstrip('.')}. Finished shards are kept; mend what it says, or use "
+                "--backend transformers in another --out."
+            ) from error
         results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(sequences)
         for i, answer in zip(order, answers, strict=True):
             results[i] = _scores(answer, *sequences[i], given_ids=self._given_ids)
