@@ -56,6 +56,8 @@ SCORING, PROCESS, TOKENS = "scoring, s", "whole process, s", "tokens/s"
 ACHIEVED, SHARE, MEMORY, APART = "achieved, GFLOP/s", "of the matmul rate, %", "peak memory, MiB", "scores differ by"
 LINES = (SCORING, PROCESS, TOKENS, ACHIEVED, SHARE, MEMORY, APART)
 
+LONG = 256  # mean tokens of a sequence: below, a promise on the share of the matmul rate is not judged
+
 
 @dataclass(frozen=True)
 class Side:
@@ -172,8 +174,8 @@ def table_of(sides: dict[str, Side], tokens: int, rate: float) -> str:
     return text_table(["", *sides], rows)
 
 
-def missed_targets(sides: dict[str, Side], rate: float, *, speedup: float) -> list[str]:
-    """What this project promises, where it is not kept."""
+def missed_targets(sides: dict[str, Side], rate: float, *, speedup: float, length: float) -> list[str]:
+    """What this project promises, where it is not kept; `length` is the mean of a sequence's tokens."""
     ours, peer = sides["shared"], sides["TRL"]
     missed = []
     if peer.seconds < speedup * ours.process.seconds:
@@ -183,7 +185,7 @@ def missed_targets(sides: dict[str, Side], rate: float, *, speedup: float) -> li
     if ours.peak_mib > 0.5 * peer.peak_mib:
         missed.append(f"peak memory {ours.peak_mib / peer.peak_mib:.2f} of TRL's, promised at most 0.5")
     share = ours.flops / ours.seconds / rate
-    if share < 0.7:
+    if share < 0.7 and length >= LONG:
         missed.append(f"{share:.0%} of the matmul rate, promised at least 70 % on long rows")
     missed += [f"{name}: sums differ by {apart(sides[name], peer):.1e}" for name in ("shared", "plain")
                if apart(sides[name], peer) > 1e-6]  # fmt: skip
@@ -219,7 +221,11 @@ def main() -> int:
         f"{len(rows)} rows kept, {len(sequences_of(rows))} distinct sequences; matmul rate {rate / 1e9:.0f} GFLOP/s\n"
     )
     print(table_of(sides, asked_tokens(rows), rate))
-    missed = missed_targets(sides, rate, speedup=args.check) if args.check else []
+    missed = (
+        missed_targets(sides, rate, speedup=args.check, length=asked_tokens(rows) / (2 * len(rows)))
+        if args.check
+        else []
+    )
     print("".join(f"\nMISSED {line}" for line in missed))
     return 1 if missed else 0
 

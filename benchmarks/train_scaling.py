@@ -246,8 +246,9 @@ def main() -> int:
     missed: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         for name in args.parts:
+            print(f"\n{name} ...", flush=True)
             table, lines = PARTS[name](Bench(Path(temporary), args.quick))
-            print(f"\n{name}\n{table}", flush=True)
+            print(table, flush=True)
             missed += lines
     if not args.quick:
         print("".join(f"\nMISSED {line}" for line in missed))

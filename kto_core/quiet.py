@@ -13,7 +13,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    for name in ("torch.distributed", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|accelerate|peft)\b")

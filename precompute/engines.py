@@ -75,7 +75,7 @@ def choose_backend(config: PrecomputeConfig) -> Backend:
 def _why_not_vllm(config: PrecomputeConfig) -> str:
     """Empty where `auto` takes vLLM."""
     if world_size() > 1:
-        return "several processes"
+        return "vLLM takes one process"
     if config.device == "cpu" or not torch.cuda.is_available():
         return "no GPU" if config.device != "cpu" else "--device cpu"
     version = _vllm_version()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kto_core.errors import FeedbackError
+from kto_core.errors import FeedbackError, PairingError
 from kto_core.feedback import FeedbackFields, FeedbackRow, parse_record, resolve_threshold
 from kto_core.identity import ids_id, json_hash, sequence_id
 from kto_core.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
@@ -202,12 +202,23 @@ def make_plan(config: PrecomputeConfig, tokenizer: Any) -> Plan:
         FeedbackError, TokenizationError, PairingError: what cannot be used, and where it stands.
     """
     rows, read, dropped = read_rows(config, tokenizer)
+    try:
+        pairing = _pair(config, rows)
+    except PairingError as error:
+        if not dropped:
+            raise
+        raise PairingError(
+            f"{error} (Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "
+            f"--max-length {config.max_length}.)"
+        ) from error
+    return Plan(rows, pairing, config.max_length, read, dropped)
+
+
+def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:
     pairable = [PairableRow(row.row_id, row.prompt_id, ids_id(row.full_completion_ids), row.label) for row in rows]
     if config.pairing == "rotate":
-        pairing = pair_rotate(pairable, partners=config.kl_partners, block=config.pairing_block)
-    else:
-        pairing = pair_shuffled(pairable, partners=config.kl_partners, seed=config.seed)
-    return Plan(rows, pairing, config.max_length, read, dropped)
+        return pair_rotate(pairable, partners=config.kl_partners, block=config.pairing_block)
+    return pair_shuffled(pairable, partners=config.kl_partners, seed=config.seed)
 
 
 def describe(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> list[str]:

@@ -89,7 +89,7 @@ class TestChoice:
     def test_vllm_under_a_launcher(self, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         machine(gpu=True, vllm="0.32.0")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert choose_backend(PrecomputeConfig()) == Backend("transformers", "several processes")
+        assert choose_backend(PrecomputeConfig()) == Backend("transformers", "vLLM takes one process")
         with pytest.raises(ModelError, match="with --tensor-parallel N"):
             choose_backend(PrecomputeConfig(backend="vllm"))
 

@@ -163,6 +163,20 @@ def test_no_memory_for_the_proof_means_no_sharing(capsys):
     assert "there is no memory to compare both ways" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+def test_in_bfloat16_sharing_moves_a_score_less_than_the_precision_does(family):
+    model, rows = model_of(family), branching_rows([4, 3, 4, 2], longest_prompt=40, longest_completion=30)
+    exact = torch.cat(alone(model, rows))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = torch.cat(alone(model, rows))
+        found, batches = scores(passes_of(model, 10_000, tolerance=0.2), rows)
+    assert any(isinstance(batch, SharedPrompts) for batch in batches)
+    rounding = (plain - exact).abs()
+    apart = (torch.cat(found) - plain).abs()
+    assert 0 < apart.mean() < rounding.mean()
+    assert apart.max() < 1.5 * rounding.max()
+
+
 PACKING = [family for family in FAMILIES if family != "opt"]
 
 

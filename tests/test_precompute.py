@@ -42,7 +42,7 @@ def naive_logps(model: Any, prompt: list[int], completion: list[int]) -> np.ndar
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_a_naive_forward(family: str, tmp_path: Path, feedback: Path) -> None:
     base = save_tiny(tmp_path / "base", family)
     precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs", max_tokens=200, limit=8))
@@ -53,6 +53,18 @@ def test_scores_equal_a_naive_forward(family: str, tmp_path: Path, feedback: Pat
         assert row["ref_logps"] == pytest.approx(own.sum(), abs=2e-4)
         mismatched = naive_logps(model, row["prompt_ids"], row["kl_completion_ids"][0])
         np.testing.assert_allclose(row["ref_kl_token_logps"][0], mismatched, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tokenizer_s_padding_side_changes_nothing(side: str, cache: Path, tmp_path: Path, feedback: Path) -> None:
+    """Nothing is padded by the tokenizer."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = side
+    base = save_tiny(tmp_path / "base", tokenizer=tokenizer)
+    out = tmp_path / "refs"
+    precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=out, kl_partners=2, max_length=256))
+    for one, other in zip(scored(cache), scored(out), strict=True):
+        np.testing.assert_allclose(one["ref_token_logps"], other["ref_token_logps"], atol=1e-5)
 
 
 def test_scores_do_not_depend_on_budget_shards_or_neighbours(tmp_path: Path, base: Path, feedback: Path) -> None:
@@ -66,6 +78,12 @@ def test_scores_do_not_depend_on_budget_shards_or_neighbours(tmp_path: Path, bas
     a, b = read_manifest(tmp_path / "a"), read_manifest(tmp_path / "b")
     assert a.fingerprint == b.fingerprint
     assert len(b.shards) == 7
+    rows = [json.loads(line) for line in feedback.read_text().splitlines()]
+    data = write_rows(tmp_path / "reversed.jsonl", rows[::-1])
+    precompute(replace(config, data=str(data), out=tmp_path / "c"))
+    found = {row["row_id"]: row for row in scored(tmp_path / "c")}
+    for row in scored(tmp_path / "a"):
+        np.testing.assert_allclose(row["ref_token_logps"], found[row["row_id"]]["ref_token_logps"], atol=1e-5)
 
 
 def test_mismatched_completions_come_from_other_prompts(cache: Path) -> None:
@@ -125,6 +143,17 @@ def test_prompts_without_room_are_dropped_and_long_completions_cut(tmp_path: Pat
     assert data_section["dropped"] == {"prompt_too_long": 1}
     assert data_section["truncated"] >= 1
     assert data_section["kl_truncated"] >= 1
+
+
+def test_too_few_prompts_because_of_their_length_are_told_so(tmp_path: Path, base: Path) -> None:
+    rows = [{**row, "prompt": [{"role": "user", "content": "word " * 60}]} for row in chat_rows(8)]
+    rows[0]["prompt"] = [{"role": "user", "content": "short"}]
+    rows[1]["prompt"] = rows[0]["prompt"]
+    data = write_rows(tmp_path / "f.jsonl", rows)
+    with pytest.raises(
+        PairingError, match=r"share one prompt.*Of 8 rows read, 6 were dropped before.*--max-length 140"
+    ):
+        precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "refs", max_length=140))
 
 
 def count_scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -513,6 +513,9 @@ class TestRunFolder:
         again = replace(config, resume=True, save_steps=1)
         with pytest.raises(ConfigError, match="started with --batch-size 8, not 4"):
             train(replace(again, batch_size=4))
+        # The checkpoint's optimizer would keep the old one.
+        with pytest.raises(ConfigError, match=r"started with --learning-rate 0\.\d+, not 1e-05"):
+            train(replace(again, learning_rate=1e-5))
         precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs", seed=1))
         with pytest.raises(ConfigError, match="started with another cache"):
             train(replace(again, cache=tmp_path / "refs"))

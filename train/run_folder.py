@@ -22,9 +22,22 @@ from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag, read_yaml
 from train.config import TrainConfig
 
-# A run that goes on with another value of these is another run: rows would be repeated or skipped,
-# or the weights would not fit.
-_FIXED = ("loss", "batch_size", "seed", "shuffle", "max_length", "eval_fraction", "lora_rank", "lora_targets")
+# A run that goes on with another value of these is another run: rows would be repeated or skipped, the weights would
+# not fit, or the checkpoint's optimizer and schedule would go on with the old value.
+_FIXED = (
+    "loss",
+    "batch_size",
+    "seed",
+    "shuffle",
+    "max_length",
+    "eval_fraction",
+    "lora_rank",
+    "lora_targets",
+    "learning_rate",
+    "scheduler",
+    "warmup",
+    "weight_decay",
+)
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -119,7 +132,7 @@ def _check_same_run(config: TrainConfig, out: Path, manifest: Manifest) -> None:
             f"--resume {out}: the run was started with {flag(name)} {started.get(name)}, not {now[name]}. "
             "Pass the same value, or start a new run."
         )
-    for name in ("beta", "learning_rate", "scheduler", "desirable_weight", "undesirable_weight", "max_steps", "epochs"):
+    for name in ("beta", "desirable_weight", "undesirable_weight", "max_steps", "epochs"):
         if started.get(name) != now[name]:
             print(f"resume      {flag(name)} {now[name]}, before it was {started.get(name)}")
 
