@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# What a pass costs whatever is in it, as a share of the budget: with gradients all weights' gradients are added up.
-GRADIENT_PASS_COST, SCORING_PASS_COST = 1 / 32, 1 / 256
+# What a pass costs whatever is in it, as a share of the budget: weights are read once, small matrices are slower to
+# multiply, and with gradients all weights' gradients are added up.
+GRADIENT_PASS_COST, SCORING_PASS_COST = 1 / 32, 1 / 64
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, *, pass_cost: float = SCORING_PASS_COST) -> list[list[int]]:

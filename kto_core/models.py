@@ -97,6 +97,21 @@ def find_folder(model: str, *, revision: str | None, what: str = "model") -> tup
     return path, path.name
 
 
+def longest_alike(config: Any) -> int | None:
+    """How many tokens a sequence may have before its scores depend on what else is in its batch; None without a limit.
+
+    With "longrope" (Phi-3 and its kin) a batch switches to other position frequencies, for all of its
+    rows, when its longest row goes beyond the length of pre-training.
+
+    Args:
+        config: the model's, from `transformers`.
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [parameters, *(one for one in parameters.values() if isinstance(one, dict))]  # all layers', or each kind's
+    lengths = [one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"]
+    return min(lengths, default=None)
+
+
 def load_tokenizer(auto_tokenizer: Any, folder: Path, *, trust_remote_code: bool) -> Any:
     """The tokenizer in a model folder.
 

@@ -14,6 +14,7 @@ from kto_core.errors import CacheError, ModelError
 from kto_core.identity import json_hash, sequence_id
 from kto_core.lock import only_writer
 from kto_core.manifest import fingerprint, identity_of
+from kto_core.models import longest_alike
 from kto_core.sequences import TokenIds
 from precompute.comparison import choose_sample
 from precompute.config import PrecomputeConfig
@@ -62,6 +63,7 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
         counts = plan.counts()
         _print_plan(config, reference, plan, counts, backend)
         _check_vocabulary(plan, reference)
+        _check_lengths(plan, reference)
         if config.dry_run:
             print("dry run     nothing was scored")
             return
@@ -113,6 +115,19 @@ def _check_vocabulary(plan: Plan, reference: Reference) -> None:
         raise ModelError(
             f"{reference.config.model}: its tokenizer gives token id {largest}, but the model's vocabulary has "
             f"{reference.vocabulary} tokens. The tokenizer belongs to another model."
+        )
+
+
+def _check_lengths(plan: Plan, reference: Reference) -> None:
+    limit = longest_alike(reference.shape.config)
+    if limit is None or reference.config.max_length <= limit:
+        return
+    longest = max(len(prompt) + len(y) for i in range(len(plan.rows)) for prompt, y in plan.sequences(i))
+    if longest > limit:
+        raise ModelError(
+            f"{reference.config.model}: the longest sequence has {longest} tokens, and beyond {limit} this model changes "
+            "the positions of a whole batch (longrope), so that a score would depend on its neighbours. Use "
+            f"--max-length {limit}."
         )
 
 

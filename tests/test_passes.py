@@ -61,7 +61,7 @@ SHARING = [family for family in FAMILIES if family not in ("gemma2", "mistral")]
 
 
 @pytest.mark.parametrize("family", SHARING)
-@pytest.mark.parametrize("max_tokens", [1, 90, 10_000])
+@pytest.mark.parametrize("max_tokens", [1, 90, 1_000])
 def test_shared_prompts_change_no_score(family, max_tokens, capsys):
     model, rows = model_of(family), branching_rows([3, 1, 2, 4, 2, 1])
     found, batches = scores(passes_of(model, max_tokens), rows)
@@ -73,7 +73,7 @@ def test_shared_prompts_change_no_score(family, max_tokens, capsys):
 @pytest.mark.parametrize("family", ["gemma2", "mistral"])
 def test_a_window_shorter_than_the_rows_is_not_shared_across(family):
     model, rows = model_of(family), branching_rows([3, 2, 2])
-    found, batches = scores(passes_of(model, 10_000), rows)
+    found, batches = scores(passes_of(model, 1_000), rows)
     assert_equal_scores(found, alone(model, rows))
     assert not any(isinstance(batch, SharedPrompts) for batch in batches)
 
@@ -81,7 +81,7 @@ def test_a_window_shorter_than_the_rows_is_not_shared_across(family):
 @pytest.mark.parametrize("family", ["gemma2", "mistral"])
 def test_a_window_longer_than_the_rows_is_shared(family):
     model, rows = model_of(family, sliding_window=64), branching_rows([3, 2, 2])
-    found, batches = scores(passes_of(model, 10_000), rows)
+    found, batches = scores(passes_of(model, 1_000), rows)
     assert_equal_scores(found, alone(model, rows))
     assert any(isinstance(batch, SharedPrompts) for batch in batches)
 
@@ -99,7 +99,7 @@ LLAMA = model_of("llama")
 
 def test_a_shared_prompt_runs_once():
     rows = branching_rows([4, 4])
-    fed = sum(batch.tokens for batch in scores(passes_of(LLAMA, 10_000), rows)[1])
+    fed = sum(batch.tokens for batch in scores(passes_of(LLAMA, 1_000), rows)[1])
     prompts = {row[0].tobytes(): len(row[0]) for row in rows}
     assert fed == sum(prompts.values()) + sum(len(completion) - 1 for _, completion in rows)
 
@@ -125,7 +125,7 @@ def test_a_model_that_scores_otherwise_on_kept_keys_runs_plain(capsys):
 
     expected = alone(model, rows)
     model.model.forward = forward
-    found, batches = scores(passes_of(model, 10_000), rows)
+    found, batches = scores(passes_of(model, 1_000), rows)
     assert_equal_scores(found, expected)
     assert not any(isinstance(batch, SharedPrompts) for batch in batches)
     assert "prompts are not shared between sequences: log-probabilities would differ by" in capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_a_model_that_takes_no_keys_runs_plain(capsys):
         return real(*args, **kwargs)
 
     model.model.forward = forward
-    assert_equal_scores(scores(passes_of(model, 10_000), rows)[0], alone(LLAMA, rows))
+    assert_equal_scores(scores(passes_of(model, 1_000), rows)[0], alone(LLAMA, rows))
     assert "cannot run on given keys and values (NotImplementedError)" in capsys.readouterr().out
 
 
@@ -169,7 +169,7 @@ def test_in_bfloat16_sharing_moves_a_score_less_than_the_precision_does(family):
     exact = torch.cat(alone(model, rows))
     with torch.autocast("cpu", torch.bfloat16):
         plain = torch.cat(alone(model, rows))
-        found, batches = scores(passes_of(model, 10_000, tolerance=0.2), rows)
+        found, batches = scores(passes_of(model, 1_000, tolerance=0.2), rows)
     assert any(isinstance(batch, SharedPrompts) for batch in batches)
     rounding = (plain - exact).abs()
     apart = (torch.cat(found) - plain).abs()
@@ -211,7 +211,7 @@ def test_where_ranks_must_keep_step_nothing_is_shared_and_empty_passes_are_added
     made = []
     real = ScoringPasses._forward
     monkeypatch.setattr(ScoringPasses, "_forward", lambda *a: made.append(a[1]) or real(*a))
-    passes = passes_of(LLAMA, 10_000, alone=False)
+    passes = passes_of(LLAMA, 1_000, alone=False)
     rows = branching_rows([3, 3])
     done = list(passes.run(rows, at_least=4))
     assert len(made) == 4

@@ -156,6 +156,20 @@ def test_too_few_prompts_because_of_their_length_are_told_so(tmp_path: Path, bas
         precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "refs", max_length=140))
 
 
+def test_positions_that_change_with_the_batch_are_refused_beyond_their_limit(tmp_path: Path, feedback: Path) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "factor": 8.0}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 100, **factors}
+    base = save_tiny(tmp_path / "base", rope_parameters=rope)
+    config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs")
+    with pytest.raises(ModelError, match=r"beyond 100 this model changes the positions.*--max-length 100"):
+        precompute(config)
+    precompute(replace(config, max_length=100))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    for row in scored(tmp_path / "refs"):
+        own = naive_logps(model, row["prompt_ids"], row["completion_ids"])
+        np.testing.assert_allclose(row["ref_token_logps"], own, atol=2e-5)
+
+
 def count_scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Collect how many sequences each call of the scorer got."""
     calls: list[int] = []
