@@ -65,8 +65,8 @@ class ScoringPasses:
         self.model, self.device, self.max_tokens = model, device, max_tokens
         self.pack, self.tolerance, self.say = pack, tolerance, say
         self.alone = alone
-        self.longest_shared = longest_shared(model) if alone else 0
-        self._proven = False
+        self.longest_shared = longest_shared(model)
+        self._shares, self._proven, self._told = True, False, False
 
     @torch.no_grad()
     def run(self, sequences: Sequence[TokenIds], *, at_least: int = 0) -> Iterator[Pass]:
@@ -122,7 +122,7 @@ class ScoringPasses:
         groups = self._groups(pending, sequences)
         if groups and not self._proven:
             self._prove([[sequences[i] for i in group[:2]] for group in _shortest_and_longest(groups, sequences)])
-            groups = groups if self.longest_shared else []
+            groups = groups if self._shares else []
         shared = {i for group in groups for i in group}
         for part in micro_batches([len(sequences[group[0]][0]) for group in groups], self.max_tokens):
             chosen = [groups[number] for number in part]
@@ -136,20 +136,34 @@ class ScoringPasses:
             yield indices, lambda indices=indices: lay_out([sequences[i] for i in indices])  # type: ignore[misc]
 
     def _groups(self, pending: list[int], sequences: Sequence[TokenIds]) -> list[list[int]]:
-        """Sequences that share a prompt, where that saves more than the passes it adds."""
-        if not self.longest_shared:
+        """Sequences that share a prompt, where that saves more than it costs."""
+        if not self.alone or not self._shares:
             return []
         of_prompt: dict[bytes, list[int]] = defaultdict(list)
         for i in pending:
             of_prompt[sequences[i][0].tobytes()].append(i)
-        groups = [
-            group
-            for group in of_prompt.values()
-            if len(group) > 1 and max(sum(map(len, sequences[i])) for i in group) <= self.longest_shared
-        ]
+        groups = [group for group in of_prompt.values() if len(group) > 1]
+        if not self._is_worth_sharing(groups, pending, sequences):
+            return []
+        groups = [g for g in groups if max(sum(map(len, sequences[i])) for i in g) <= self.longest_shared]
+        if self._is_worth_sharing(groups, pending, sequences):
+            return groups
+        self._say_why(
+            f"the model sees {self.longest_shared} tokens, and most rows with a common prompt have more"
+            if self.longest_shared
+            else "the model has recurrent layers, or keeps no keys and values"
+        )
+        return []
+
+    def _is_worth_sharing(self, groups: list[list[int]], pending: list[int], sequences: Sequence[TokenIds]) -> bool:
         saved = sum((len(group) - 1) * len(sequences[group[0]][0]) for group in groups)
         total = sum(sum(map(len, sequences[i])) for i in pending)
-        return groups if saved > max(SCORING_PASS_COST * self.max_tokens, WORTH_SHARING * total) else []
+        return saved > max(SCORING_PASS_COST * self.max_tokens, WORTH_SHARING * total)
+
+    def _say_why(self, why: str) -> None:
+        if not self._told:
+            self.say(f"prompts are not shared between sequences: {why}")
+        self._told = True
 
     def _prove(self, groups: list[list[TokenIds]]) -> None:
         """Score two completions of two prompts both ways; one difference, and prompts are not shared any more."""
@@ -159,8 +173,8 @@ class ScoringPasses:
         except torch.OutOfMemoryError:
             why = "there is no memory to compare both ways"
         if why is not None:
-            self.longest_shared = 0
-            self.say(f"prompts are not shared between sequences: {why}")
+            self._shares = False
+            self._say_why(why)
 
     def _against_sharing(self, groups: list[list[TokenIds]]) -> str | None:
         plain = self._forward([], pad_sequences([row for group in groups for row in group])).token_logps

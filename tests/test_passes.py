@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, VOCABULARY, random_rows, tiny_model
@@ -71,11 +72,23 @@ def test_shared_prompts_change_no_score(family, max_tokens, capsys):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral"])
-def test_a_window_shorter_than_the_rows_is_not_shared_across(family):
+def test_a_window_shorter_than_the_rows_is_not_shared_across(family, capsys):
     model, rows = model_of(family), branching_rows([3, 2, 2])
     found, batches = scores(passes_of(model, 1_000), rows)
     assert_equal_scores(found, alone(model, rows))
     assert not any(isinstance(batch, SharedPrompts) for batch in batches)
+    assert "not shared between sequences: the model sees 4 tokens" in capsys.readouterr().out
+
+
+def test_a_model_without_keys_and_values_runs_plain_and_says_so_once(capsys):
+    config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    add_scoring_forward(model)
+    passes, rows = passes_of(model, 90), branching_rows([3, 2, 2, 5, 4])
+    for _ in range(2):
+        assert_equal_scores(scores(passes, rows)[0], alone(model, rows))
+    said = capsys.readouterr().out
+    assert said.count("not shared between sequences: the model has recurrent layers") == 1
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral"])
