@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kto_core.errors import ModelError, first_line
+from kto_core.errors import ModelError, in_one_line
 
 
 def check_adapter_folder(adapter: Path) -> None:
@@ -43,10 +43,10 @@ def merge_adapter(model: Any, adapter: Path) -> None:
             info = model.load_adapter(str(folder), adapter_name="default", use_safetensors=True)
     except ImportError as error:
         raise ModelError(
-            f"--adapter needs peft: {first_line(error)} Install it with: pip install 'offline-kto[lora]'"
+            f"--adapter needs peft: {in_one_line(error)} Install it with: pip install 'offline-kto[lora]'"
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{adapter}: the adapter does not fit the model: {first_line(error)}") from error
+        raise ModelError(f"{adapter}: the adapter does not fit the model: {in_one_line(error)}") from error
     left_out = sorted(getattr(info, "missing_keys", ()) or ()) + sorted(getattr(info, "unexpected_keys", ()) or ())
     if left_out:
         raise ModelError(
@@ -56,7 +56,7 @@ def merge_adapter(model: Any, adapter: Path) -> None:
     try:
         _merge_layers(model)
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"{adapter}: cannot be merged: {first_line(error)} {_MERGE_YOURSELF}") from error
+        raise ModelError(f"{adapter}: cannot be merged: {in_one_line(error)} {_MERGE_YOURSELF}") from error
     if tied and not _heads_are_tied(model):
         model.config.tie_word_embeddings = False  # the adapter brought a head of its own
     _forget_adapter(model, before)

@@ -51,7 +51,14 @@ class TrainingError(KTOError):
     """Training cannot start, or had to stop before it did harm."""
 
 
-def first_line(error: BaseException) -> str:
-    """What a library says, in one line."""
+def in_one_line(error: BaseException) -> str:
+    """What a library says, in one line: its first one, with those behind it where it is only a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    said = ""
+    while lines and (not said or said.endswith(":") or len(said) < _HEADING) and len(said) < _ENOUGH:
+        said = f"{said} {lines.pop(0)}".strip()
+    return said or type(error).__name__
+
+
+# Characters: shorter is a heading; with so many nothing more is added.
+_HEADING, _ENOUGH = 50, 300

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kto_core.adapters import merge_adapter
-from kto_core.errors import ModelError, first_line
+from kto_core.errors import ModelError, in_one_line
 from kto_core.logps import add_scoring_forward
 
 
@@ -121,7 +121,7 @@ def load_tokenizer(auto_tokenizer: Any, folder: Path, *, trust_remote_code: bool
     try:
         return auto_tokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {in_one_line(error)}") from error
 
 
 def load_causal_lm(
@@ -180,7 +180,7 @@ def _read(auto_model: Any, folder: Path, dtype: torch.dtype | str, trust_remote_
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
+        raise ModelError(f"{folder}: the model cannot be loaded: {in_one_line(error)}") from error
 
 
 def _has_rounded_constants(model: nn.Module) -> bool:

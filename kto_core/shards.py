@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kto_core.errors import CacheError, first_line
+from kto_core.errors import CacheError, in_one_line
 
 SCHEMA = pa.schema(
     [
@@ -119,7 +119,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CacheError(
-            f"{path}: not a readable Parquet file ({first_line(error)}). Run kto-precompute again."
+            f"{path}: not a readable Parquet file ({in_one_line(error)}). Run kto-precompute again."
         ) from error
     found = {field.name: field.type for field in file.schema_arrow}
     for field in SCHEMA:

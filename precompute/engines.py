@@ -49,11 +49,16 @@ def choose_backend(config: PrecomputeConfig) -> Backend:
     Raises:
         ModelError: it is not there, or cannot be used in this launch.
     """
-    if config.backend == "transformers":
-        return Backend("transformers")
-    if config.backend == AUTO:
-        why = _why_not_vllm(config)
-        return Backend("transformers", why) if why else Backend("vllm", "it is installed, and there is a GPU")
+    if config.backend != "vllm":
+        why = _why_not_vllm(config) if config.backend == AUTO else ""
+        if config.backend == AUTO and not why:
+            return Backend("vllm", "it is installed, and there is a GPU")
+        if config.tensor_parallel > 1:
+            raise ModelError(
+                f"--tensor-parallel {config.tensor_parallel} is vLLM's, and Transformers would score here"
+                f"{f' ({why})' if why else ''}. Leave it out, and start one process for each GPU with torchrun."
+            )
+        return Backend("transformers", why)
     if world_size() > 1:
         raise ModelError(
             "--backend vllm runs in one process and spreads over GPUs by itself: start it without torchrun or accelerate, "
@@ -74,14 +79,14 @@ def choose_backend(config: PrecomputeConfig) -> Backend:
 
 def _why_not_vllm(config: PrecomputeConfig) -> str:
     """Empty where `auto` takes vLLM."""
-    if world_size() > 1:
-        return "vLLM takes one process"
     if config.device == "cpu" or not torch.cuda.is_available():
         return "no GPU" if config.device != "cpu" else "--device cpu"
     version = _vllm_version()
     if version is None:
         return "vLLM is not installed"
-    return "" if _numbers(version) >= _OLDEST_VLLM else f"vLLM {version} is too old"
+    if _numbers(version) < _OLDEST_VLLM:
+        return f"vLLM {version} is too old"
+    return "vLLM takes one process" if world_size() > 1 else ""
 
 
 def _vllm_version() -> str | None:
@@ -135,6 +140,11 @@ def vllm_engine(reference: Reference, sample: Sequence[TokenIds], merged: Path) 
         ModelError: one of the two does not start, or they disagree.
     """
     config = reference.config
+    heads = getattr(reference.shape.config.get_text_config(), "num_attention_heads", config.tensor_parallel)
+    if heads % config.tensor_parallel:
+        raise ModelError(
+            f"--tensor-parallel {config.tensor_parallel}: does not divide the model's {heads} attention heads."
+        )
     plain = {name: value for name, value in as_plain(config).items() if name != "out"}
     if config.tensor_parallel > 1:  # too large for one GPU: the sample takes the CPU, and a while
         plain.update(device="cpu", dtype=reference.precision.name)

@@ -90,7 +90,7 @@ class RemoteScorer:
             return act()
         except (ConnectionError, EOFError) as error:
             raise ModelError(
-                f"{self.name} ended unexpectedly; what it said stands above. Finished shards are kept: the same command goes on."
+                f"{self.name} ended unexpectedly. Finished shards are kept: the same command goes on."
             ) from error
 
 

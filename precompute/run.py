@@ -91,6 +91,7 @@ def _print_plan(
 
 def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark: str) -> None:
     """Score what `--out` lacks, and declare it complete."""
+    shutil.rmtree(scoring.config.out / _MERGED, ignore_errors=True)  # a killed run leaves it
     config, store, labels_hash = scoring.config, scoring.store, _labels_hash(scoring.plan)
     if not store.open(
         overwrite=config.overwrite,
@@ -206,7 +207,6 @@ class Scoring:
             yield load_transformers(self.reference, sequences)
         else:
             merged = self.config.out / _MERGED
-            shutil.rmtree(merged, ignore_errors=True)  # a killed run leaves it
             try:
                 with vllm_engine(self.reference, choose_sample(sequences), merged) as scorer:
                     yield scorer

@@ -6,13 +6,14 @@ generated for each request, and is thrown away.
 
 import io
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from kto_core.errors import ModelError, first_line
+from kto_core.errors import ModelError, in_one_line
 from kto_core.sequences import TokenIds
 
 # Tokens in one step. Asking for log-probabilities of the prompt makes vLLM hold logits of all of them, several times.
@@ -73,8 +74,9 @@ class VllmScorer:
                 disable_log_stats=True,
             )
         except Exception as error:
+            traceback.print_exc()  # for the log
             raise ModelError(
-                f"vLLM does not start: {first_line(error).rstrip('.')}. Mend what it says, or use --backend transformers."
+                f"vLLM does not start: {in_one_line(error).rstrip('.')}. Mend what it says, or use --backend transformers."
             ) from error
         config = self._llm.llm_engine.vllm_config
         self._given_ids = bool(getattr(config, "use_v2_model_runner", False)) and "prompt_logprob_start" in _fields()
@@ -88,8 +90,9 @@ class VllmScorer:
         try:
             answers = self._llm.generate(requests, wanted, use_tqdm=_telling(lengths, on_tokens))
         except Exception as error:
+            traceback.print_exc()
             raise ModelError(
-                f"vLLM stopped: {first_line(error).rstrip('.')}. Finished shards are kept; mend what it says, or use "
+                f"vLLM stopped: {in_one_line(error).rstrip('.')}. Finished shards are kept; mend what it says, or use "
                 "--backend transformers in another --out."
             ) from error
         results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(sequences)

@@ -19,7 +19,7 @@ from kto_core.options import as_plain
 from precompute.child import engine_process
 from precompute.comparison import TOLERANCE, ComparedScorer, choose_sample
 from precompute.config import PrecomputeConfig
-from precompute.engines import Backend, choose_backend, load_transformers
+from precompute.engines import Backend, choose_backend, load_transformers, vllm_engine
 from precompute.reference import Reference
 from precompute.remote import decode, encode
 
@@ -90,8 +90,28 @@ class TestChoice:
         machine(gpu=True, vllm="0.32.0")
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert choose_backend(PrecomputeConfig()) == Backend("transformers", "vLLM takes one process")
+        machine(gpu=False, vllm=None)
+        assert choose_backend(PrecomputeConfig()) == Backend("transformers", "no GPU")
+        machine(gpu=True, vllm="0.32.0")
         with pytest.raises(ModelError, match="with --tensor-parallel N"):
             choose_backend(PrecomputeConfig(backend="vllm"))
+
+    @pytest.mark.parametrize(("backend", "why"), [("auto", r" \(no GPU\)"), ("transformers", "")])
+    def test_a_model_is_not_split_where_transformers_scores(self, machine: Any, backend: str, why: str) -> None:
+        machine(gpu=False, vllm=None)
+        with pytest.raises(
+            ModelError, match=rf"--tensor-parallel 2 is vLLM's, and Transformers would score here{why}\."
+        ):
+            choose_backend(PrecomputeConfig(backend=backend, tensor_parallel=2))
+
+
+def test_heads_that_cannot_be_shared_out_are_refused_before_anything_starts(base: Path, feedback: Path) -> None:
+    config = PrecomputeConfig(model=str(base), data=str(feedback), backend="vllm", tensor_parallel=3)
+    with (
+        pytest.raises(ModelError, match="--tensor-parallel 3: does not divide the model's 2 attention heads"),
+        vllm_engine(Reference.find(config), random_rows(2), Path("unused")),
+    ):
+        pass
 
 
 @given(st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=6), max_size=6))

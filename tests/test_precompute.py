@@ -473,6 +473,26 @@ def test_head_shows_text_side_by_side(cache: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
+def test_a_scheduler_s_signal_ends_a_run_as_an_interrupt_does(tmp_path: Path, base: Path) -> None:
+    data = write_feedback(tmp_path / "f.jsonl", 300, seed=3)
+    out = tmp_path / "refs"
+    command = [sys.executable, "-c", "from precompute.cli import precompute; precompute()", "--model", str(base)]
+    command += ["--data", str(data), "--out", str(out), "--rows-per-shard", "5", "--max-tokens", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("train/[!.]*.parquet")):
+        assert time.monotonic() < deadline, "the run wrote no shard"
+        time.sleep(0.01)
+    process.terminate()
+    said = process.communicate()[1]
+    assert process.returncode == 130
+    assert "What was finished is kept" in said
+    assert "Traceback" not in said
+    assert [path.name for path in out.iterdir()] == ["train"]
+    assert not list((out / "train").glob(".*"))
+
+
+@pytest.mark.slow
 def test_killed_runs_go_on_where_they_stopped(tmp_path: Path, base: Path) -> None:
     data = write_feedback(tmp_path / "f.jsonl", 300, seed=3)
     config = PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "whole", rows_per_shard=5)
@@ -482,6 +502,7 @@ def test_killed_runs_go_on_where_they_stopped(tmp_path: Path, base: Path) -> Non
     command += ["--data", str(data), "--out", str(out), "--rows-per-shard", "5", "--max-tokens", "1"]
     survived = 0
     for kill_at in (3, 20, 40):
+        (out / ".merged").mkdir(parents=True, exist_ok=True)  # where a run with vLLM merges an adapter
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
         deadline = time.monotonic() + 60
         while len(list(out.glob("train/[!.]*.parquet"))) < kill_at and process.poll() is None:

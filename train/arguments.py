@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.integrations import get_reporting_integration_callbacks
 
-from kto_core.errors import ConfigError, first_line
+from kto_core.errors import ConfigError, in_one_line
 from kto_core.models import Precision
 from kto_core.options import nearest
 from train.config import TrainConfig
@@ -98,7 +98,7 @@ def training_arguments(
         # Says here, and not after the model was loaded, that an optimizer's package is missing.
         transformers.Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"training: optim: {optimizer}: {first_line(error)}") from error
+        raise ConfigError(f"training: optim: {optimizer}: {in_one_line(error)}") from error
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()  # says here, and not after the model was loaded, that its package is missing

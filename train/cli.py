@@ -1,6 +1,7 @@
 """Command line of `kto-train`: options in, one call, errors out."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ class _Command(click.Command):
     """Turns the errors a user can mend into one message and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # a launcher's ranks wait for each other outside of Python
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send: as Ctrl-C
         try:
             return super().invoke(ctx)
         except KTOError as error:

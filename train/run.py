@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from kto_core.errors import ConfigError, TrainingError, first_line
+from kto_core.errors import ConfigError, TrainingError, in_one_line
 from kto_core.head import whole_shape
 from kto_core.lock import only_writer
 from kto_core.manifest import differences
@@ -110,7 +110,7 @@ def _train(config: TrainConfig, out: Path, device: torch.device, precision: Prec
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"Out of memory with --max-tokens {trainer.max_tokens}, rows of at most {data.rows.max_length} tokens: "
-            f"{first_line(error)} Use a smaller --max-tokens or --max-length, --gradient-checkpointing, --lora-rank 16 "
+            f"{in_one_line(error)} Use a smaller --max-tokens or --max-length, --gradient-checkpointing, --lora-rank 16 "
             "or an 8-bit optimizer (training: optim: adamw_bnb_8bit). --resume goes on from the last checkpoint."
         ) from error
     _save(trainer, files, config, out)
