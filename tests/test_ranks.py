@@ -74,7 +74,7 @@ def test_four_ranks_score_what_one_scores_and_three_train_on_it(config: Precompu
     four = tmp_path / "four"
     done = launch(4, SCORE, *scoring(config, four))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "scored with transformers (no GPU), 4 processes" in done.stdout
+    assert "scored with transformers (--device cpu), 4 processes" in done.stdout
     assert_same_rows(config.out, four)
     ones, fours = read_manifest(config.out), read_manifest(four)
     assert fours.fingerprint == ones.fingerprint
