@@ -14,6 +14,8 @@ Each message says where, what was found and what to do. The commands print it an
 Everything else that is raised is our own mistake and keeps its traceback.
 """
 
+import re
+
 
 class KTOError(Exception):
     """Base of all errors that the user, rather than the program, can mend."""
@@ -54,11 +56,12 @@ class TrainingError(KTOError):
 def in_one_line(error: BaseException) -> str:
     """What a library says, in one line: its first one, with those behind it where it is only a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = ""
-    while lines and (not said or said.endswith(":") or len(said) < _HEADING) and len(said) < _ENOUGH:
-        said = f"{said} {lines.pop(0)}".strip()
-    return said or type(error).__name__
+    said = lines.pop(0) if lines else type(error).__name__
+    while lines and _HEADING.search(said) and len(said) < _ENOUGH:
+        said = f"{said} {lines.pop(0)}"
+    return said
 
 
-# Characters: shorter is a heading; with so many nothing more is added.
-_HEADING, _ENOUGH = 50, 300
+# What announces the lines behind it: a colon, or the first line of pydantic's errors.
+_HEADING = re.compile(r":$|validation errors? for \S+$")
+_ENOUGH = 300

@@ -15,9 +15,9 @@ from kto_core.shared_prompts import longest_shared, share_prompts
 # What a model that cannot run on given keys and values may raise.
 _UNSUPPORTED = (TypeError, AttributeError, ValueError, IndexError, KeyError, NotImplementedError, RuntimeError)
 
-# The share of all tokens that shared prompts must save. Below it smaller passes, explicit masks and the comparison of
-# both ways eat what is saved (benchmarks/score_vs_trl.py: 19 % fewer tokens were 0 to 6 % less time).
-WORTH_SHARING = 0.2
+# The share of all tokens that shared prompts must save. Below it smaller passes and explicit masks eat what is saved:
+# benchmarks/shared_prompts.py shows where the two ways break even.
+WORTH_SHARING = 0.1
 
 Planned = tuple[list[int], Callable[[], Batch]]
 

@@ -9,7 +9,7 @@ from typing import Any
 from kto_core.errors import FeedbackError
 from kto_core.feedback_formats import printable, quoted
 from precompute.table_records import without_nulls
-from precompute.text_files import Located, first_line, readable
+from precompute.text_files import Located, readable, said_by
 
 # JSON files of the datasets library that hold no rows.
 _DATASET_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
@@ -24,7 +24,7 @@ def read_dataset(path: Path, kind: str) -> Iterator[Located]:
             number += 1
             yield f"{name}: row {number}", without_nulls(row)
     except Exception as error:
-        raise FeedbackError(f"{name}: not readable after row {number} ({first_line(error)}).") from error
+        raise FeedbackError(f"{name}: not readable after row {number} ({said_by(error)}).") from error
 
 
 def dataset_name(path: Path, kind: str) -> str:
@@ -40,7 +40,7 @@ def _load_hub(path: Path) -> Any:
     except Exception as error:
         hint = suggest(path) if path.parent.is_dir() else " Check the name, or log in (hf auth login)."
         raise FeedbackError(
-            f"{name}: neither a local path nor readable from the hub ({first_line(error)}).{hint}"
+            f"{name}: neither a local path nor readable from the hub ({said_by(error)}).{hint}"
         ) from error
 
 
@@ -62,7 +62,7 @@ def _load_folder(path: Path) -> Any:
             return datasets.load_dataset(str(path), split="train")
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise FeedbackError(f"{name}: not readable as a dataset ({first_line(error)}).") from error
+        raise FeedbackError(f"{name}: not readable as a dataset ({said_by(error)}).") from error
     if not isinstance(dataset, dict):
         return dataset
     if "train" not in dataset:

@@ -7,7 +7,7 @@ from typing import IO, Any
 
 from kto_core.errors import FeedbackError
 from kto_core.feedback_formats import quoted
-from precompute.text_files import COPY_AGAIN, Located, Record, decode, first_line, lines_of
+from precompute.text_files import COPY_AGAIN, Located, Record, decode, lines_of, said_by
 
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 # Keys under which one object holds a whole data set.
@@ -115,7 +115,7 @@ def _bad_json(error: Exception, where: str, *, cut: bool) -> FeedbackError:
         return FeedbackError(f"{where}: the last line looks cut off. {COPY_AGAIN}")
     if isinstance(error, json.JSONDecodeError):
         return FeedbackError(f"{where}: not valid JSON: {error.msg} (column {error.colno}). Repair the line.")
-    return FeedbackError(f"{where}: not readable as JSON ({first_line(error)}). Repair or remove the record.")
+    return FeedbackError(f"{where}: not readable as JSON ({said_by(error)}). Repair or remove the record.")
 
 
 def _skip(text: str, position: int) -> int:

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from kto_core.errors import FeedbackError
 from kto_core.feedback_formats import quoted
-from precompute.text_files import COPY_AGAIN, Located, Record, first_line, lines_of, readable
+from precompute.text_files import COPY_AGAIN, Located, Record, lines_of, readable, said_by
 
 _BATCH_ROWS = 256
 
@@ -58,7 +58,7 @@ def _bad_csv(error: csv.Error, where: str) -> FeedbackError:
         return FeedbackError(
             f"{where}: a carriage return outside of quotes. Put the cell in quotes, or end lines with \\n."
         )
-    return FeedbackError(f"{where}: not readable as a table ({first_line(error)}). Repair the row's quotes.")
+    return FeedbackError(f"{where}: not readable as a table ({said_by(error)}). Repair the row's quotes.")
 
 
 def _csv_header(cells: list[str], where: str, delimiter: str) -> list[str]:
@@ -102,7 +102,7 @@ def read_parquet(path: Path) -> Iterator[Located]:
                     yield f"{path.name}: row {number}", without_nulls(row)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise FeedbackError(
-                f"{path.name}: not readable as Parquet after row {number} ({first_line(error)}). {COPY_AGAIN}"
+                f"{path.name}: not readable as Parquet after row {number} ({said_by(error)}). {COPY_AGAIN}"
             ) from error
 
 

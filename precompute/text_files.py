@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from kto_core.errors import FeedbackError
+from kto_core.errors import FeedbackError, in_one_line
 from kto_core.feedback_formats import printable
 
 Record = dict[str, Any]
@@ -25,15 +25,15 @@ def readable(name: str) -> Iterator[None]:
         raise FeedbackError(f"{name}: the gzip data is cut off. {COPY_AGAIN}") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise FeedbackError(
-            f"{name}: not readable as gzip ({first_line(error)}). {COPY_AGAIN} Drop .gz if it is not packed."
+            f"{name}: not readable as gzip ({said_by(error)}). {COPY_AGAIN} Drop .gz if it is not packed."
         ) from error
     except OSError as error:
-        raise FeedbackError(f"{name}: cannot be read ({first_line(error)}).") from error
+        raise FeedbackError(f"{name}: cannot be read ({said_by(error)}).") from error
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return printable(lines[0] if lines else type(error).__name__, 200)
+def said_by(error: BaseException) -> str:
+    """What a library says of a file, fit for a terminal: it may quote what the file holds."""
+    return printable(in_one_line(error), 200)
 
 
 def decode(raw: bytes, name: str, line: int) -> str:

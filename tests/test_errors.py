@@ -12,7 +12,8 @@ SENTENCE = "a whole sentence that says what is wrong, and with what it is wrong"
     [
         ("", "ValueError"),
         (f"{SENTENCE}\n  at 0x7f", SENTENCE),
-        (f"a heading\n\n  {SENTENCE}\n  at 0x7f", f"a heading {SENTENCE}"),
+        (f"a few words\n{SENTENCE}", "a few words"),
+        (f"1 validation error for VllmConfig\n\n  {SENTENCE}\n  at", f"1 validation error for VllmConfig {SENTENCE}"),
         (f"{SENTENCE}:\nits reason\nmore", f"{SENTENCE}: its reason"),
     ],
 )

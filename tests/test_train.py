@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -494,6 +495,24 @@ class TestRunFolder:
         run = train(replace(config, resume=True, max_steps=2))
         assert "no checkpoint" in capsys.readouterr().out
         assert len(metrics(run)) == 3
+
+    @pytest.mark.slow
+    def test_a_scheduler_s_signal_ends_a_run_as_an_interrupt_does(self, config: TrainConfig, tmp_path: Path) -> None:
+        out = tmp_path / "signalled"
+        command = [sys.executable, "-c", "from train.cli import train; train()", "--cache", str(config.cache)]
+        command += ["--out", str(out), "--epochs", "100000", "--save-steps", "5"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 100
+        while not (out / "checkpoint-5/trainer_state.json").exists():
+            assert time.monotonic() < deadline, "the run wrote no checkpoint"
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 130
+        assert "with --resume to go on" in said
+        assert "Traceback" not in said
+        assert not (out / ".lock").exists()
 
     @pytest.mark.parametrize("max_steps", [1, 2])
     def test_resuming_a_finished_run_changes_nothing(self, config: TrainConfig, max_steps: int) -> None:
