@@ -80,6 +80,10 @@ class ScoringPasses:
             torch.OutOfMemoryError: on a single sequence, or where the process is not alone.
         """
         pending, passes = list(range(len(sequences))), 0
+        for proven in self._prove(pending, sequences):
+            pending = [i for i in pending if i not in proven.indices]
+            passes += 1
+            yield proven
         while pending:
             done: set[int] = set()
             for indices, build in self._plan(pending, sequences):
@@ -120,9 +124,6 @@ class ScoringPasses:
     def _plan(self, pending: list[int], sequences: Sequence[TokenIds]) -> Iterator[Planned]:
         """What to run, in which order; a batch is built when its turn comes."""
         groups = self._groups(pending, sequences)
-        if groups and not self._proven:
-            self._prove([[sequences[i] for i in group[:2]] for group in _shortest_and_longest(groups, sequences)])
-            groups = groups if self._shares else []
         shared = {i for group in groups for i in group}
         for part in micro_batches([len(sequences[group[0]][0]) for group in groups], self.max_tokens):
             chosen = [groups[number] for number in part]
@@ -165,19 +166,31 @@ class ScoringPasses:
             self.say(f"prompts are not shared between sequences: {why}")
         self._told = True
 
-    def _prove(self, groups: list[list[TokenIds]]) -> None:
-        """Score two completions of two prompts both ways; one difference, and prompts are not shared any more."""
+    def _prove(self, pending: list[int], sequences: Sequence[TokenIds]) -> list[Pass]:
+        """Once: score two completions of two prompts both ways; one difference, and prompts are not shared any more.
+
+        Returns:
+            The passes over whole sequences, whose scores are right in either case.
+        """
+        groups = [] if self._proven else self._groups(pending, sequences)
+        if not groups:
+            return []
         self._proven = True
+        chosen = [group[:2] for group in _shortest_and_longest(groups, sequences)]
+        rows = [[sequences[i] for i in group] for group in chosen]
+        plain: list[Pass] = []
         try:
-            why = self._against_sharing(groups)
+            for indices, group in zip(chosen, rows, strict=True):
+                plain.append(self._forward(indices, pad_sequences(group)))
+            why = self._against_sharing(rows, torch.cat([one.token_logps for one in plain]))
         except torch.OutOfMemoryError:
             why = "there is no memory to compare both ways"
         if why is not None:
             self._shares = False
             self._say_why(why)
+        return plain
 
-    def _against_sharing(self, groups: list[list[TokenIds]]) -> str | None:
-        plain = self._forward([], pad_sequences([row for group in groups for row in group])).token_logps
+    def _against_sharing(self, groups: list[list[TokenIds]], plain: Tensor) -> str | None:
         try:
             shared = self._forward([], share_prompts(groups, self.max_tokens)).token_logps
         except torch.OutOfMemoryError:
@@ -191,7 +204,7 @@ class ScoringPasses:
 def _shortest_and_longest(groups: list[list[int]], sequences: Sequence[TokenIds]) -> list[list[int]]:
     """The groups with the shortest and with the longest prompt, so that both padding and long positions are compared."""
     by_prompt = sorted(groups, key=lambda group: len(sequences[group[0]][0]))
-    return [by_prompt[0], by_prompt[-1]]
+    return [by_prompt[0], by_prompt[-1]] if len(by_prompt) > 1 else by_prompt
 
 
 @torch.no_grad()
