@@ -1,15 +1,20 @@
 """One writer for a folder: a lock that the system releases when its process ends, however it ends."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from kto_core.errors import KTOError
 
-_NAME = ".lock"
+LOCK = ".lock"
+
+# What file systems say that keep no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
@@ -17,21 +22,64 @@ def only_writer(folder: Path, error: type[KTOError]) -> Iterator[None]:
     """Hold the folder's lock.
 
     Args:
-        folder: exists and is writable.
-        error: raised where another process holds it, with that process's host and id.
+        folder: exists.
+        error: raised where another process holds it, with that process's host and id, or where the folder cannot be
+            written.
     """
-    path = folder / _NAME
-    with path.open("a+", encoding="utf-8") as file:
+    path = folder / LOCK
+    try:
+        file = _held(path)
+    except BlockingIOError:
+        holder = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+        raise error(
+            f"{folder}: {holder or 'another process'} is writing here. Wait for it, or choose another --out."
+        ) from None
+    except OSError as problem:
+        raise error(f"{folder}: cannot be written: {problem}.") from problem
+    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise error(f"{folder}: {holder} is writing here. Wait for it, or choose another --out.") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+            file.truncate(0)
+            file.write(f"{holder_name()}\n")
+            file.flush()
+        except OSError as problem:
+            path.unlink(missing_ok=True)
+            raise error(f"{folder}: cannot be written: {problem}.") from problem
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def holder_name() -> str:
+    """This process, as the other one is told."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _held(path: Path) -> TextIO:
+    """The lock file, locked.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it until now has removed the file, and somebody may have made a new one.
+            if _is_at(file, path):
+                return file
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                print(f"unlocked    {path.parent}: this file system keeps no locks; let one process write at a time")
+                return file
+            file.close()
+            raise
+        file.close()
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    """Whether the path still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

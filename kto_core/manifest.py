@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from kto_core.durable import write_text
 from kto_core.errors import CacheError, NewerFormatError
 from kto_core.identity import file_hashes, json_hash
-from kto_core.shards import write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -90,7 +90,7 @@ def fingerprint(identity: Mapping[str, Any], pairing: Mapping[str, Any], rows_ha
 
 
 def write_manifest(folder: Path, sections: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], mark: str) -> None:
-    """Declare the cache complete."""
+    """Declare the cache complete. Raises: CacheError: the disk does not take it."""
     content = {
         "format": FORMAT,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -98,7 +98,13 @@ def write_manifest(folder: Path, sections: Mapping[str, Any], shards: Sequence[M
         **{name: sections[name] for name in _SECTIONS},
         "shards": list(shards),
     }
-    write_json(folder / MANIFEST, content)
+    path = folder / MANIFEST
+    try:
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise CacheError(
+            f"{path}: cannot be written: {error}. Finished shards are kept; run again to go on."
+        ) from error
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -5,7 +5,6 @@ ends in `.parquet` is always a complete file.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kto_core.durable import replacing
 from kto_core.errors import CacheError, in_one_line
 
 SCHEMA = pa.schema(
@@ -58,45 +58,19 @@ def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], metadata: Mapping
     Raises:
         CacheError: the rows break a rule of the format, or the disk does not take them.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
     check_table(table, path.name)
     table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     try:
-        pq.write_table(table, temporary, row_group_size=_ROWS_PER_GROUP, compression="zstd", write_page_checksum=True)
-        check_table(pq.read_table(temporary, page_checksum_verification=True), path.name)
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
+        with replacing(path) as temporary:
+            pq.write_table(
+                table, temporary, row_group_size=_ROWS_PER_GROUP, compression="zstd", write_page_checksum=True
+            )
+            check_table(pq.read_table(temporary, page_checksum_verification=True), path.name)
     except OSError as error:
         raise CacheError(
             f"{path}: cannot be written: {error}. Finished shards are kept; run again to go on."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Make sure that what was written is on the disk before the rename that vouches for it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except OSError as error:
-        raise CacheError(f"{path}: cannot be written: {error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:

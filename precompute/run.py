@@ -25,7 +25,7 @@ from precompute.ranks import RankedScorer, joined, on_own_device, rank, work, wo
 from precompute.reference import Reference
 from precompute.remote import Scorer
 from precompute.sources import describe_source
-from precompute.store import Store, check_out, make_out
+from precompute.store import Store, check_out, made_out
 
 # The model with its adapter merged, for an engine that reads it from disk; gone when the run ends.
 _MERGED = ".merged"
@@ -73,8 +73,7 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
         }
     mark = fingerprint(identity_of(sections), sections["pairing"], counts.rows_hash)
     store = Store(config.out, identity_of(sections), sections["pairing"])
-    make_out(config.out)
-    with only_writer(config.out, CacheError):
+    with made_out(config.out), only_writer(config.out, CacheError):
         _fill(Scoring(config, reference, plan, store, backend, ranks), counts, sections, mark)
 
 

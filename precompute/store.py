@@ -5,9 +5,10 @@ refs/train/00000.parquet    complete shards; an interrupted run goes on at the f
 refs/.next/train/...        new shards while a finished cache is updated; the old one stays valid meanwhile
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kto_core.durable import flush, remove_temporary, replacing
 from kto_core.errors import CacheError, NewerFormatError
 from kto_core.identity import file_hash, sequence_id
 from kto_core.manifest import (
@@ -29,6 +31,7 @@ from kto_core.manifest import (
 from kto_core.shards import check_table, decode_rows, open_shard, read_metadata, shard_name, write_shard
 
 _NEXT = ".next"
+_KEPT = "Finished shards are kept; run again to go on."
 
 
 def check_out(out: Path) -> None:
@@ -58,12 +61,29 @@ def _shards(folder: Path) -> list[Path]:
     return sorted((folder / "train").glob("[!.]*.parquet"))
 
 
-def make_out(out: Path) -> None:
-    """Make the folder. Raises: CacheError: the system does not allow it."""
+@contextlib.contextmanager
+def made_out(out: Path) -> Iterator[None]:
+    """The folder, for as long as it is written; one that was made for nothing is taken away again.
+
+    Raises:
+        CacheError: the system does not allow it.
+    """
     try:
         (out / "train").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CacheError(f"--out {out}: cannot be written: {error}.") from error
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(
+            out
+        ):  # a write, or a name, of ours
+            raise CacheError(f"--out {out}: cannot be written: {error}. {_KEPT}") from error
+        raise
+    finally:
+        for folder in (out / "train", out):
+            with contextlib.suppress(OSError):  # something was written there
+                folder.rmdir()
 
 
 class Store:
@@ -128,13 +148,18 @@ class Store:
             if not any(read_metadata(path) for path in _shards(self.out)):
                 raise  # nothing here is known to be ours: nothing is removed
             print(f"damaged     {error} Its shards are checked one by one.")
-            (self.out / MANIFEST).unlink()
+            self._drop_manifest()
             return None
+
+    def _drop_manifest(self) -> None:
+        """Declare that there is no cache, before the first of its files changes."""
+        (self.out / MANIFEST).unlink(missing_ok=True)
+        flush(self.out)
 
     def _drop_other(self, old: Manifest | None) -> None:
         """Remove what was scored under another reference."""
         if old is not None and old.identity != self.identity:
-            (self.out / MANIFEST).unlink()
+            self._drop_manifest()
         for folder in (self.out, self.out / _NEXT):
             for path in _shards(folder):
                 metadata = read_metadata(path)
@@ -166,7 +191,7 @@ class Store:
             check_files(self.out, old)
         except CacheError as error:
             print(f"damaged     {error}")
-            (self.out / MANIFEST).unlink()
+            self._drop_manifest()
             for shard in old.shards:
                 path = self.out / shard["file"]
                 if path.exists() and file_hash(path) != shard["sha256"]:
@@ -184,7 +209,8 @@ class Store:
             path = folder / shard_name(index)
             if path.exists() and self._is_good(path, key):
                 if folder != self.target:
-                    shutil.copyfile(path, self.target / shard_name(index))
+                    with replacing(self.target / shard_name(index)) as temporary:
+                        shutil.copyfile(path, temporary)
                 return True
         return False
 
@@ -217,13 +243,14 @@ class Store:
         names = [shard_name(i) for i in range(count)]
         if self.target != self.out:
             # From here until the manifest is written there is no cache; a crash in between loses no shard.
-            (self.out / MANIFEST).unlink(missing_ok=True)
+            self._drop_manifest()
             for name in names:
                 (self.target / name).replace(self.out / name)
         self._remove_strays(names)
-        for leftover in [*(self.out / "train").glob(".*.tmp"), *self.out.glob(".*.tmp")]:
-            leftover.unlink()
+        for folder in (self.out, self.out / "train"):
+            remove_temporary(folder)
         shutil.rmtree(self.out / _NEXT, ignore_errors=True)
+        flush(self.out / "train")  # the manifest must not reach the disk before the names it lists
         write_manifest(self.out, sections, [self._entry(name) for name in names], mark)
 
     def _entry(self, name: str) -> dict[str, Any]:

@@ -1,4 +1,3 @@
-import json
 import os
 
 import numpy as np
@@ -14,7 +13,6 @@ from kto_core.shards import (
     open_shard,
     read_metadata,
     shard_name,
-    write_json,
     write_shard,
 )
 
@@ -273,17 +271,6 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_a_folder_that_is_missing_is_an_error_of_the_user(tmp_path):
     with pytest.raises(CacheError, match="cannot be written"):
         write_shard(tmp_path / "absent" / "00000.parquet", ROWS[:2], {})
-
-
-def test_writing_json_is_atomic(tmp_path, monkeypatch):
-    path = tmp_path / "manifest.json"
-    write_json(path, {"a": [1, "\u00e9"]})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": [1, "\u00e9"]}
-    monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(CacheError, match=r"manifest\.json: cannot be written: .*No space left"):
-        write_json(path, {"a": 2})
-    assert files_in(tmp_path) == ["manifest.json"]
-    assert json.loads(path.read_text(encoding="utf-8"))["a"] == [1, "\u00e9"]
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-20], lambda data: b"PK" + data[2:200]])

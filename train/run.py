@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from kto_core.durable import remove_temporary
 from kto_core.errors import ConfigError, TrainingError, in_one_line
 from kto_core.head import whole_shape
 from kto_core.lock import only_writer
@@ -21,7 +22,7 @@ from train.cache_rows import CacheRows, EpochBatches, split_by_prompt
 from train.card import write_card
 from train.config import TrainConfig
 from train.policy import PolicyFiles
-from train.run_folder import choose_folder, last_checkpoint, write_start
+from train.run_folder import METRICS, choose_folder, last_checkpoint, publish_model, unfinished, write_start
 from train.sharding import gather_when_saving, prepare_sharding, sharding_asked_for
 from train.start_check import check_start, tolerance_for
 from train.trainer import KTOTrainer, Objective
@@ -96,6 +97,7 @@ def _train(config: TrainConfig, out: Path, device: torch.device, precision: Prec
     args = training_arguments(config, out, precision, held_out=data.held_out is not None)
     checkpoint = last_checkpoint(config, out, data.rows.manifest)
     if args.process_index == 0:
+        remove_temporary(out)
         _print_plan(config, data, files, precision, weights, out, device)
         if config.resume:
             print(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}", flush=True)
@@ -139,8 +141,9 @@ class _Start(transformers.TrainerCallback):
         self.precision, self.policy, self.out = precision, policy, out
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last update is always on record
+        # The last update is always on record; and a run that goes on from a checkpoint has nothing of what was added up
+        # for the next record before it.
+        control.should_log |= control.should_save or state.global_step >= state.max_steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.settle()
@@ -149,6 +152,8 @@ class _Start(transformers.TrainerCallback):
         if state.global_step >= state.max_steps:
             self.trainer.batches.finish()  # the Trainer looks only after an update whether it was the last
         if state.global_step:  # a resumed policy has left the reference
+            if state.is_world_process_zero:
+                self.trainer.remove_old_checkpoints()
             return
         allow = self.config.allow_different_policy
         found = check_start(self.trainer, self.rows, self.precision, policy=self.policy, allow=allow)
@@ -176,7 +181,7 @@ def _trainer(
         shuffle=config.shuffle,
         seed=config.seed,
     )
-    watchers = [MetricsFile(out / "metrics.jsonl", resumed=checkpoint), Console()] if args.process_index == 0 else []
+    watchers = [MetricsFile(out / METRICS), Console()] if args.process_index == 0 else []
     trainer = KTOTrainer(
         model=model,
         args=args,
@@ -212,17 +217,22 @@ def _check_vocabulary(model: Any, rows: CacheRows) -> None:
 
 
 def _save(trainer: KTOTrainer, files: PolicyFiles, config: TrainConfig, out: Path) -> None:
-    if config.lora_rank and files.adapter is not None:
-        from train.lora import merge_and_save
+    main = trainer.is_world_process_zero()
+    with unfinished(out, "model", main=main) as folder:
+        if config.lora_rank and files.adapter is not None:
+            from train.lora import merge_and_save
 
-        if trainer.is_world_process_zero():
-            merge_and_save(trainer.accelerator.unwrap_model(trainer.model), out)
-            files.tokenizer.save_pretrained(str(out))
-    else:
-        gather_when_saving(trainer.accelerator)
-        trainer.save_model(str(out))
-    if trainer.is_world_process_zero():
-        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs: config.yaml says it all
+            if main:
+                merge_and_save(trainer.accelerator.unwrap_model(trainer.model), folder)
+                files.tokenizer.save_pretrained(str(folder))
+        else:
+            gather_when_saving(trainer.accelerator)
+            trainer.save_model(str(folder))
+        if main:
+            (folder / "training_args.bin").unlink(
+                missing_ok=True
+            )  # a pickle that nobody needs: config.yaml says it all
+            publish_model(folder, out)
 
 
 def _print_plan(

@@ -4,23 +4,37 @@ runs/NAME/config.yaml      resolved options, as `--config` takes them
 runs/NAME/run.json         the cache's fingerprint
 runs/NAME/metrics.jsonl    one record for each log
 runs/NAME/checkpoint-N/    what --resume goes on from
+runs/NAME/_unfinished/     a checkpoint or model that is being written; it gets its name when it is whole and on the disk
 runs/NAME/                 at the end: model, tokenizer, model card
 """
 
+import contextlib
 import datetime
 import json
 import os
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
+from safetensors import SafetensorError
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from kto_core.errors import ConfigError, KTOError
+from kto_core.durable import flush, flush_all, write_text
+from kto_core.errors import ConfigError, KTOError, TrainingError, in_one_line
 from kto_core.identity import weights_hash
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag, read_yaml
 from train.config import TrainConfig
+
+METRICS = "metrics.jsonl"
+_UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed to the hub
+_MAKES_LOADABLE = ("config.json", "adapter_config.json")
+
+# What torch.save raises, as plain RuntimeErrors, where a disk is full.
+_CANNOT_WRITE = re.compile(r"PytorchStreamWriter|inline_container\.cc|iostream error")
 
 # A run that goes on with another value of these is another run: rows would be repeated or skipped, the weights would
 # not fit, or the checkpoint's optimizer and schedule would go on with the old value.
@@ -78,7 +92,7 @@ def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest) -> str |
 
 
 def _check_complete(checkpoint: Path) -> None:
-    """A checkpoint that a crash or a full disk cut short must not be loaded half."""
+    """A checkpoint that was copied or damaged in part must not be loaded half."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if _is_sharded(checkpoint):
@@ -111,6 +125,62 @@ def _is_sharded(checkpoint: Path) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
+    """A folder to save into, for all ranks; it is gone after the block, with what the block left there.
+
+    Args:
+        what: is being saved, for the message.
+        main: whether this is the rank that removes it.
+
+    Raises:
+        TrainingError: the disk does not take it.
+    """
+    folder = out / _UNFINISHED
+    try:
+        if main:
+            shutil.rmtree(folder, ignore_errors=True)  # a killed run leaves it
+        yield folder
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _CANNOT_WRITE.search(str(error)):
+            raise
+        raise TrainingError(
+            f"{out}: the {what} cannot be written: {in_one_line(error)}. What was saved before is whole; "
+            "make room, and pass --resume to go on from there."
+        ) from error
+    finally:
+        if main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish_checkpoint(folder: Path, out: Path) -> None:
+    """Give a checkpoint its name, once it and the metrics up to it are on the disk."""
+    flush_all(folder)
+    flush(out / METRICS)
+    shutil.rmtree(out / folder.name, ignore_errors=True)  # one that --resume did not go on from
+    folder.rename(out / folder.name)
+    flush(out)
+
+
+def remove_old_checkpoints(out: Path, *, keep: int | None, best: str | None) -> None:
+    """Remove all but the last ones.
+
+    Args:
+        keep: how many stay; None for all.
+        best: the checkpoint that stays whatever its age.
+    """
+    # By number: what a killed run removed in part is the newest by time.
+    rotate_checkpoints(str(out), save_total_limit=keep, best_model_checkpoint=best, use_mtime=False)
+
+
+def publish_model(folder: Path, out: Path) -> None:
+    """Move a saved model into the run folder; what makes it loadable comes last."""
+    flush_all(folder)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in _MAKES_LOADABLE):
+        path.replace(out / path.name)
+    flush(out)
+
+
 def _check_same_run(config: TrainConfig, out: Path, manifest: Manifest) -> None:
     if not (out / "run.json").exists() or not (out / "config.yaml").exists():
         raise ConfigError(
@@ -141,8 +211,8 @@ def write_start(config: TrainConfig, out: Path, manifest: Manifest) -> None:
     """Write config.yaml and run.json. The folder stays empty until the checks before the first update have passed."""
     values = {k: v for k, v in as_plain(config).items() if k not in ("out", "resume") and v not in (None, {})}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    (out / "config.yaml").write_text(text, encoding="utf-8")
-    (out / "run.json").write_text(json.dumps(_facts(manifest), indent=2) + "\n", encoding="utf-8")
+    write_text(out / "config.yaml", text)
+    write_text(out / "run.json", json.dumps(_facts(manifest), indent=2) + "\n")
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:

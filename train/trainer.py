@@ -7,12 +7,15 @@ batch          one update: rows of all ranks, dealt out by length
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kto_core.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
 from kto_core.errors import TrainingError
@@ -31,6 +34,7 @@ from kto_core.sequences import FILLER, Sequences, pack_sequences, pad_sequences,
 from train.cache_rows import BatchLoader, CacheRows, EpochBatches, RowKey, ScoredSequence, TrainingRow
 from train.memory import CudaMeter, optimizer_bytes, peak_memory_mb, tokens_that_fit
 from train.ranks import Ranks
+from train.run_folder import publish_checkpoint, remove_old_checkpoints, unfinished
 from train.sharding import tie_again
 from train.window import Window
 
@@ -95,11 +99,47 @@ class KTOTrainer(transformers.Trainer):
         self.ranks = Ranks(self.accelerator, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._window = Window()
         self._passes: ScoringPasses | None = None
+        self._saving_to: Path | None = None
         self._in_place = [] if self.ranks.sharded else add_gradients_in_place(model)
         self.control: transformers.TrainerControl
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict and tie_again(state_dict, self.model))
+
+    # -- checkpoints --------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saving_to or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's, into a folder that gets a checkpoint's name when all of it is on the disk."""
+        out, main = Path(self.args.output_dir), self.is_world_process_zero()
+        with unfinished(out, "checkpoint", main=main) as folder:
+            self._saving_to = folder
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving_to = None
+            checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.state.best_model_checkpoint == str(checkpoint):
+                self.state.best_model_checkpoint = str(out / checkpoint.name)
+                if main:
+                    self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            if main:
+                publish_checkpoint(checkpoint, out)
+                self.remove_old_checkpoints()
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(out / checkpoint.name))
+
+    def remove_old_checkpoints(self) -> None:
+        """All but the last ones and the best one. A killed run may leave one more, in part."""
+        keep, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        remove_old_checkpoints(Path(self.args.output_dir), keep=keep, best=best)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        pass  # later, under its name
 
     # -- what the Trainer asks for ------------------------------------------------------------------
 

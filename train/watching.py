@@ -1,14 +1,19 @@
 """Watching a run: `metrics.jsonl` and what the console shows."""
 
+import contextlib
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import transformers
 from tqdm import tqdm
+
+from kto_core.durable import write_text
+from kto_core.errors import TrainingError
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -26,30 +31,35 @@ def record_of(logs: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 class MetricsFile(transformers.TrainerCallback):
-    """One JSON record for each log. A resumed run drops the records after its checkpoint, and writes them anew."""
+    """One JSON record for each log. A run drops the records after the checkpoint it starts from, and writes them anew."""
 
-    def __init__(self, path: Path, *, resumed: str | None) -> None:
-        self.path, self.resumed = path, resumed
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kept = []
-        if not self.resumed:
+        if not self.path.exists():
             return
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                if (
-                    (record := _parsed(line)) is not None
-                    and record["step"] <= state.global_step
-                    and "train_runtime" not in record
-                ):
-                    kept.append(line)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if state.global_step else []:
+            record = _parsed(line)
+            if record is not None and record["step"] <= state.global_step and "train_runtime" not in record:
+                kept.append(line + "\n")
+        with _writing(self.path):
+            write_text(self.path, "".join(kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record_of(logs, state.global_step)) + "\n")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path}: cannot be written: {error}. Make room, and pass --resume to go on from the last checkpoint."
+        ) from error
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
