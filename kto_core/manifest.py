@@ -26,7 +26,7 @@ _IDENTITY_FIELDS = {
 }
 
 _HOW_TO_MAKE = "Make a reference cache with: kto-precompute --model MODEL --data FILE --out {}"
-_AGAIN = "Run the same kto-precompute again."
+AGAIN = "Run the same kto-precompute again."
 
 _SECTIONS = ("reference", "tokenizer", "tokenization", "pairing", "scorer", "data", "run")
 
@@ -49,6 +49,12 @@ class Manifest:
     @property
     def rows(self) -> int:
         return sum(int(shard["rows"]) for shard in self.shards)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens that the reference knows; None where the manifest does not say."""
+        size = self.reference.get("vocabulary")
+        return size if isinstance(size, int) else None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -120,13 +126,13 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists():
         if any((folder / "train").glob("*.parquet")):
             raise CacheError(
-                f"{folder}: an unfinished cache (shards, but no {MANIFEST}). {_AGAIN} It goes on where it stopped."
+                f"{folder}: an unfinished cache (shards, but no {MANIFEST}). {AGAIN} It goes on where it stopped."
             )
         raise CacheError(f"{folder}: not a reference cache (no {MANIFEST}). {_HOW_TO_MAKE.format(folder)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CacheError(f"{path}: cannot be read ({error}). {_AGAIN}") from error
+        raise CacheError(f"{path}: cannot be read ({error}). {AGAIN}") from error
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise CacheError(f"{path}: not the manifest of a reference cache.")
     if content["format"] != FORMAT:
@@ -140,14 +146,14 @@ def read_manifest(folder: Path) -> Manifest:
 def _parse(path: Path, content: dict[str, Any]) -> Manifest:
     for section in _SECTIONS:
         if not isinstance(content.get(section), dict):
-            raise CacheError(f"{path}: section {section!r} is missing or damaged. {_AGAIN}")
+            raise CacheError(f"{path}: section {section!r} is missing or damaged. {AGAIN}")
     shards = content.get("shards")
     if not isinstance(shards, list) or not shards:
-        raise CacheError(f"{path}: lists no shards. {_AGAIN}")
+        raise CacheError(f"{path}: lists no shards. {AGAIN}")
     for shard in shards:
         wanted = {"file": str, "rows": int, "bytes": int, "sha256": str}
         if not isinstance(shard, dict) or any(not isinstance(shard.get(key), kind) for key, kind in wanted.items()):
-            raise CacheError(f"{path}: a shard entry is damaged: {_short(shard)}. {_AGAIN}")
+            raise CacheError(f"{path}: a shard entry is damaged: {_short(shard)}. {AGAIN}")
         parts = PurePosixPath(shard["file"]).parts
         if PurePosixPath(shard["file"]).is_absolute() or ".." in parts or "\\" in shard["file"]:
             raise CacheError(f"{path}: shard {shard['file']!r} lies outside of the cache folder; it is not read.")
@@ -155,7 +161,7 @@ def _parse(path: Path, content: dict[str, Any]) -> Manifest:
         raise CacheError(f"{path}: lists a shard twice.")
     for key in ("fingerprint", "created"):
         if not isinstance(content.get(key), str):
-            raise CacheError(f"{path}: {key!r} is missing. {_AGAIN}")
+            raise CacheError(f"{path}: {key!r} is missing. {AGAIN}")
     manifest = Manifest(
         **{name: content[name] for name in _SECTIONS},
         shards=shards,
@@ -169,11 +175,34 @@ def _parse(path: Path, content: dict[str, Any]) -> Manifest:
 def _check_edited(path: Path, manifest: Manifest) -> None:
     expected = fingerprint(manifest.identity, manifest.pairing, str(manifest.data.get("rows_hash")))
     if expected != manifest.fingerprint:
-        raise CacheError(f"{path}: does not match its own fingerprint: it was edited or damaged. {_AGAIN}")
+        raise CacheError(f"{path}: does not match its own fingerprint: it was edited or damaged. {AGAIN}")
     kept = manifest.data.get("kept")
     if manifest.rows != kept:
         raise CacheError(
-            f"{path}: its shards hold {manifest.rows} rows, but {kept} were kept: a shard is missing. {_AGAIN}"
+            f"{path}: its shards hold {manifest.rows} rows, but {kept} were kept: a shard is missing. {AGAIN}"
+        )
+
+
+def check_places(folder: Path, manifest: Manifest) -> None:
+    """Compare names and sizes of the shards with the manifest.
+
+    Raises:
+        CacheError: a shard that is missing, of another size, outside of the folder, or not in the manifest.
+    """
+    for shard in manifest.shards:
+        path = folder / shard["file"]
+        if not path.is_file():
+            raise CacheError(f"{path}: missing. Run the same kto-precompute again; it scores only what is missing.")
+        if path.resolve().parent != (folder / "train").resolve():
+            raise CacheError(f"{path}: lies outside of the cache folder; it is not read.")
+        size = path.stat().st_size
+        if size != shard["bytes"]:
+            raise CacheError(f"{path}: {size} bytes, the manifest says {shard['bytes']}. {AGAIN}")
+    listed = {PurePosixPath(shard["file"]).name for shard in manifest.shards}
+    strays = sorted(path.name for path in (folder / "train").glob("[!.]*.parquet") if path.name not in listed)
+    if strays:
+        raise CacheError(
+            f"{folder / 'train' / strays[0]}: in the folder, but not in the manifest. Remove it, or run the same kto-precompute again."
         )
 
 
@@ -181,17 +210,10 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     """Compare every shard with the manifest: there, as long, and with the same sha256.
 
     Raises:
-        CacheError: naming each file and what is wrong with it.
+        CacheError: naming the file and what is wrong with it.
     """
+    check_places(folder, manifest)
     paths = [folder / shard["file"] for shard in manifest.shards]
-    for path, shard in zip(paths, manifest.shards, strict=True):
-        if not path.is_file():
-            raise CacheError(f"{path}: missing. Run the same kto-precompute again; it scores only what is missing.")
-        if path.resolve().parent != (folder / "train").resolve():
-            raise CacheError(f"{path}: lies outside of the cache folder; it is not read.")
-        size = path.stat().st_size
-        if size != shard["bytes"]:
-            raise CacheError(f"{path}: {size} bytes, the manifest says {shard['bytes']}. {_AGAIN}")
     for path, shard, digest in zip(paths, manifest.shards, file_hashes(paths), strict=True):
         if digest != shard["sha256"]:
-            raise CacheError(f"{path}: its content is not what was written (sha256 differs). {_AGAIN}")
+            raise CacheError(f"{path}: its content is not what was written (sha256 differs). {AGAIN}")

@@ -4,10 +4,11 @@ A shard is written to a temporary file, closed, read back and checked, then rena
 ends in `.parquet` is always a complete file.
 """
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -105,25 +106,64 @@ def open_shard(path: Path) -> pq.ParquetFile:
     return file
 
 
-def decode_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows as mappings; token ids and scores are numpy views, not Python lists."""
-    plain = {name: table.column(name).to_pylist() for name in _PLAIN_COLUMNS}
-    nested = {name: _Lists(table, name) for name in SCHEMA.names if name not in _PLAIN_COLUMNS}
-    split = {
-        name: _split(lists.inner().arrays(), lists.lengths) if name in _TWICE_NESTED else lists.arrays()
-        for name, lists in nested.items()
-    }
-    columns = {**plain, **split}
-    return [{name: columns[name][i] for name in SCHEMA.names} for i in range(table.num_rows)]
+def read_groups(
+    path: Path,
+    file: pq.ParquetFile,
+    *,
+    columns: list[str] | None = None,
+    groups: Sequence[int] | None = None,
+    at_once: int = 1,
+) -> Iterator[pa.Table]:
+    """Row groups of an open shard (all, if not told otherwise), one after another or several together.
+
+    Raises:
+        CacheError: damaged content.
+    """
+    wanted = range(file.num_row_groups) if groups is None else groups
+    for start in range(0, len(wanted), at_once):
+        try:
+            yield file.read_row_groups(wanted[start : start + at_once], columns=columns, use_threads=False)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise CacheError(f"{path}: damaged content ({in_one_line(error)}). Run kto-precompute again.") from error
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """Rows of a table as mappings, made when they are asked for; token ids and scores are numpy views of its buffers."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table.combine_chunks()
+        self._plain = {name: self._table.column(name) for name in _PLAIN_COLUMNS}
+        self._lists = {name: _Lists(self._table, name) for name in SCHEMA.names if name not in _PLAIN_COLUMNS}
+        self._inner = {name: self._lists[name].inner() for name in _TWICE_NESTED}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the table holds."""
+        return int(self._table.nbytes)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row: dict[str, Any] = {name: column[index].as_py() for name, column in self._plain.items()}
+        for name, lists in self._lists.items():
+            if name in _TWICE_NESTED:
+                row[name] = [self._inner[name].one(i) for i in lists.span(index)]
+            else:
+                row[name] = lists.one(index)
+        return row
 
 
 _PLAIN_COLUMNS = ("row_id", "prompt_id", "pair_id", "source", "label", "ref_logps")
 _TWICE_NESTED = ("kl_completion_ids", "ref_kl_token_logps")
-
-
-def _split(values: Any, lengths: np.ndarray) -> list[Any]:
-    ends = np.cumsum(lengths)
-    return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
 def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None) -> None:
@@ -189,15 +229,26 @@ class _Lists:
         self.flat = array.flatten()
         self.lengths = array.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
 
-    @property
+    @functools.cached_property
     def values(self) -> np.ndarray:
         return self.flat.to_numpy(zero_copy_only=False)
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.lengths)
 
     def inner(self) -> "_Lists":
         return _Lists(self.flat)
 
-    def arrays(self) -> list[np.ndarray]:
-        return _split(self.values, self.lengths)
+    def span(self, index: int) -> range:
+        """Where the entries of one list lie among all."""
+        end = int(self._ends[index])
+        return range(end - int(self.lengths[index]), end)
+
+    def one(self, index: int) -> np.ndarray:
+        """One list, as a view."""
+        span = self.span(index)
+        return self.values[span.start : span.stop]
 
     def sums(self) -> np.ndarray:
         """Sum of each list, in float64."""

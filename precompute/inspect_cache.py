@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kto_core.errors import CacheError
-from kto_core.manifest import MANIFEST, Manifest, check_files, read_manifest
-from kto_core.shards import check_table, open_shard
+from kto_core.manifest import Manifest, read_manifest
+from kto_core.progress import Progress
+from kto_core.shards import open_shard
+from kto_core.verification import verify_cache
 
 
 def info(folder: Path) -> None:
@@ -66,30 +67,11 @@ def verify(folder: Path) -> None:
     """
     started = time.monotonic()
     manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    rows = desirable = 0
-    for shard in manifest.shards:
-        path = folder / shard["file"]
-        file = open_shard(path)
-        if file.metadata.num_rows != shard["rows"]:
-            raise CacheError(f"{path}: {file.metadata.num_rows} rows, the manifest says {shard['rows']}.")
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group)
-            check_table(table, str(path))
-            desirable += int(table.column("label").to_numpy().sum())
-        rows += file.metadata.num_rows
-    if desirable != manifest.data.get("desirable"):
-        raise CacheError(
-            f"{folder / MANIFEST}: says {manifest.data.get('desirable')} desirable rows, the shards hold {desirable}."
-        )
-    listed = {shard["file"] for shard in manifest.shards}
-    strays = [p.name for p in sorted((folder / "train").glob("*.parquet")) if f"train/{p.name}" not in listed]
-    if strays:
-        raise CacheError(
-            f"{folder}: {strays[0]} is in the folder, but not in the manifest. Remove it, or run the same kto-precompute again."
-        )
+    with Progress("verifying", manifest.rows, "rows") as progress:
+        verify_cache(folder, manifest, on_rows=progress.add)
     print(
-        f"{folder}: {rows:,} rows in {len(manifest.shards)} shards, all as written ({time.monotonic() - started:.1f} s)."
+        f"{folder}: {manifest.rows:,} rows in {len(manifest.shards)} shards, all as written "
+        f"({time.monotonic() - started:.1f} s)."
     )
 
 

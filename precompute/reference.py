@@ -32,8 +32,8 @@ from kto_core.models import (
     resolve_device,
     resolve_precision,
 )
+from kto_core.progress import Progress
 from precompute.config import PrecomputeConfig
-from precompute.progress import Progress
 
 # Raised when the rules of kto_core/tokenization.py change in a way that changes ids.
 TOKENIZATION_RULE = 1
@@ -106,6 +106,7 @@ class Reference:
                 "quantization": quantization if isinstance(quantization, dict | None) else quantization.to_dict(),
                 "dtype": self.precision.name,
                 "attention": shape._attn_implementation,
+                "vocabulary": self.vocabulary,
             },
             "tokenizer": {
                 "files_hash": tokenizer_hash(self.tokenizer),

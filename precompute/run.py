@@ -15,12 +15,12 @@ from kto_core.identity import json_hash, sequence_id
 from kto_core.lock import only_writer
 from kto_core.manifest import fingerprint, identity_of
 from kto_core.models import longest_alike
+from kto_core.progress import Progress
 from kto_core.sequences import TokenIds
 from precompute.comparison import choose_sample
 from precompute.config import PrecomputeConfig
 from precompute.engines import Backend, choose_backend, load_transformers, vllm_engine
 from precompute.plan import Plan, PlanCounts, describe, make_plan, shard_rows
-from precompute.progress import Progress
 from precompute.ranks import RankedScorer, joined, on_own_device, rank, work, world_size
 from precompute.reference import Reference
 from precompute.remote import Scorer

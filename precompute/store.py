@@ -28,7 +28,7 @@ from kto_core.manifest import (
     read_manifest,
     write_manifest,
 )
-from kto_core.shards import check_table, decode_rows, open_shard, read_metadata, shard_name, write_shard
+from kto_core.shards import Rows, check_table, open_shard, read_metadata, shard_name, write_shard
 
 _NEXT = ".next"
 _KEPT = "Finished shards are kept; run again to go on."
@@ -268,7 +268,7 @@ def _scores_in(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
     found = {}
     file = open_shard(path)
     for group in range(file.num_row_groups):
-        for row in decode_rows(file.read_row_group(group)):
+        for row in Rows(file.read_row_group(group)):
             scored = [(row["completion_ids"], row["ref_token_logps"])]
             scored += list(zip(row["kl_completion_ids"], row["ref_kl_token_logps"], strict=True))
             for ids, scores in scored:

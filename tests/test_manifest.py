@@ -19,7 +19,7 @@ from kto_core.manifest import (
     read_manifest,
     write_manifest,
 )
-from kto_core.shards import decode_rows, open_shard, shard_name, write_shard
+from kto_core.shards import Rows, open_shard, shard_name, write_shard
 
 
 def sections(rows):
@@ -352,7 +352,7 @@ def test_shards_that_changed_places_are_refused(cache):
 def test_shards_of_equal_size_that_changed_places_are_refused(tmp_path):
     cache = make_cache(tmp_path / "refs", shards=1)
     other = tmp_path / "other.parquet"
-    row = decode_rows(open_shard(cache / shard_name(0)).read())[0]
+    row = Rows(open_shard(cache / shard_name(0)).read())[0]
     write_shard(cache / shard_name(0), [{**row, "row_id": "row1"}], {})
     write_shard(other, [{**row, "row_id": "row2"}], {})
     data = (cache / shard_name(0)).read_bytes()

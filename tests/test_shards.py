@@ -8,8 +8,8 @@ import pytest
 from kto_core.errors import CacheError
 from kto_core.shards import (
     SCHEMA,
+    Rows,
     check_table,
-    decode_rows,
     open_shard,
     read_metadata,
     shard_name,
@@ -69,7 +69,7 @@ def test_rows_come_back_as_they_were_written(tmp_path, partners):
     rows = [make_row(i, partners=partners) for i in range(150)]
     write_shard(tmp_path / "00000.parquet", rows, {"first": 0})
     file = open_shard(tmp_path / "00000.parquet")
-    back = decode_rows(file.read())
+    back = Rows(file.read())
     assert as_plain(back) == as_plain(rows)
     assert back[0]["prompt_ids"].dtype == back[0]["kl_completion_ids"][0].dtype == np.int32
     assert back[0]["ref_token_logps"].dtype == back[0]["ref_kl_token_logps"][0].dtype == np.float32
@@ -81,14 +81,14 @@ def test_row_groups_decode_by_themselves(tmp_path):
     write_shard(tmp_path / "00000.parquet", ROWS, {})
     file = open_shard(tmp_path / "00000.parquet")
     assert file.num_row_groups > 1
-    groups = [row for g in range(file.num_row_groups) for row in decode_rows(file.read_row_group(g))]
+    groups = [row for g in range(file.num_row_groups) for row in Rows(file.read_row_group(g))]
     assert as_plain(groups) == as_plain(ROWS)
 
 
 def test_a_slice_of_a_table_decodes_to_its_own_rows(tmp_path):
     write_shard(tmp_path / "00000.parquet", ROWS, {})
     table = open_shard(tmp_path / "00000.parquet").read()
-    assert as_plain(decode_rows(table.slice(20, 5))) == as_plain(ROWS[20:25])
+    assert as_plain(Rows(table.slice(20, 5))) == as_plain(ROWS[20:25])
 
 
 def test_metadata_come_back(tmp_path):

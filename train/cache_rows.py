@@ -1,22 +1,30 @@
 """Rows of a reference cache: random access, hold-outs, and optimizer batches."""
 
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kto_core.errors import CacheError
-from kto_core.manifest import Manifest, check_files, read_manifest
-from kto_core.shards import decode_rows, open_shard
+from kto_core.manifest import Manifest, read_manifest
+from kto_core.progress import Progress
+from kto_core.shards import Rows, open_shard, read_groups
+from kto_core.verification import verify_cache
+from train.ranks import local_rank
 
 # Row groups kept decoded: a small cache ends up in memory, a large one does not.
-_GROUPS_IN_MEMORY = 1024
+_BYTES_IN_MEMORY = 512 * 2**20
 
 _ID_COLUMNS = ("prompt_ids", "completion_ids", "kl_completion_ids")
 
@@ -75,8 +83,12 @@ class CacheRows(Dataset[TrainingRow]):
     """The rows of a cache, read from Parquet when they are asked for.
 
     Args:
-        folder: the cache.
+        folder: the cache; every byte and every row of it is checked first.
         max_length: shorten rows; rows whose prompt leaves no room are dropped.
+
+    Attributes:
+        labels: bool, shape (rows,).
+        dropped: how many rows `max_length` leaves no room for.
 
     Raises:
         CacheError: damaged, or `max_length` above the cached one.
@@ -85,7 +97,6 @@ class CacheRows(Dataset[TrainingRow]):
     def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
-        check_files(folder, self.manifest)
         cached = int(self.manifest.tokenization["max_length"])
         if max_length is not None and max_length > cached:
             raise CacheError(
@@ -94,41 +105,50 @@ class CacheRows(Dataset[TrainingRow]):
             )
         self.max_length = max_length or cached
         self.partners = int(self.manifest.pairing["partners"])
-        self._files = [open_shard(folder / shard["file"]) for shard in self.manifest.shards]
-        self._index_rows()
-        self._group = lru_cache(maxsize=_GROUPS_IN_MEMORY)(self._read_group)
-
-    def _index_rows(self) -> None:
-        """Where each row lies, its label, prompt and prompt length."""
-        places, labels, prompts, lengths = [], [], [], []
-        for number, (file, shard) in enumerate(zip(self._files, self.manifest.shards, strict=True)):
-            if file.metadata.num_rows != shard["rows"]:
-                raise CacheError(
-                    f"{self.folder / shard['file']}: {file.metadata.num_rows} rows, the manifest says {shard['rows']}."
-                )
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=["label", "prompt_id", "prompt_ids"])
-                places += [(number, group, i) for i in range(table.num_rows)]
-                labels.append(table.column("label").to_numpy())
-                prompts += table.column("prompt_id").to_pylist()
-                lengths += pc.list_value_length(table.column("prompt_ids")).to_pylist()
-        fits = [i for i, length in enumerate(lengths) if length < self.max_length]
-        self.dropped = len(lengths) - len(fits)
-        self._places = [places[i] for i in fits]
-        self.labels = np.concatenate(labels)[fits].astype(bool)
-        self.prompt_ids = [prompts[i] for i in fits]
-        if not fits:
+        started = time.monotonic()
+        with Progress("verifying", self.manifest.rows, "rows") as progress:
+            labels = verify_cache(folder, self.manifest, share=local_rank(), on_rows=progress.add)
+        self.seconds = time.monotonic() - started
+        self._paths = [folder / shard["file"] for shard in self.manifest.shards]
+        self._files = [open_shard(path) for path in self._paths]
+        groups = [(k, g) for k, file in enumerate(self._files) for g in range(file.num_row_groups)]
+        counts = [self._files[k].metadata.row_group(g).num_rows for k, g in groups]
+        self._groups, self._group_ends = groups, np.cumsum(counts)
+        self._fitting = np.arange(len(labels))  # row in the files, of each row here
+        if self.max_length < cached:
+            self._fitting = np.flatnonzero(self._read("prompt_ids", pc.list_value_length).to_numpy() < self.max_length)
+        self.dropped, self.labels = len(labels) - len(self._fitting), labels[self._fitting]
+        self._lock = threading.Lock()  # the next batch is read by a thread of its own
+        self._decoded: OrderedDict[int, Rows] = OrderedDict()
+        self._decoded_bytes = 0
+        if not len(self):
             raise CacheError(
-                f"--max-length {self.max_length}: every prompt in {self.folder} is as long or longer; no row is left."
+                f"--max-length {self.max_length}: every prompt in {folder} is as long or longer; no row is left."
             )
 
+    def _read(self, column: str, summary: Callable[[pa.Array], pa.Array] = lambda values: values) -> pa.ChunkedArray:
+        """A column of all files, summarized in pieces."""
+        pieces: list[pa.Array] = []
+        for path, file in zip(self._paths, self._files, strict=True):
+            for table in read_groups(path, file, columns=[column], at_once=16):
+                pieces += [summary(chunk) for chunk in table.column(column).chunks]
+        return pa.chunked_array(pieces)
+
+    @functools.cached_property
+    def prompt_ids(self) -> list[str]:
+        """Which prompt each row has; read when a hold-out asks for it."""
+        every: list[str] = self._read("prompt_id").take(pa.array(self._fitting)).to_pylist()
+        return every
+
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._fitting)
 
     def __getitem__(self, key: "int | RowKey") -> TrainingRow:
         key = RowKey(key, 0) if isinstance(key, int) else key
-        number, group, i = self._places[key.index]
-        row = self._group(number, group)[i]
+        number = int(self._fitting[key.index])
+        group = int(np.searchsorted(self._group_ends, number, side="right"))
+        rows = self._group(group)
+        row = rows[number - (int(self._group_ends[group]) - len(rows))]
         k = key.partner % self.partners
         prompt = row["prompt_ids"]
         matched = ScoredSequence(prompt, row["completion_ids"], row["ref_logps"], row["ref_token_logps"])
@@ -142,8 +162,19 @@ class CacheRows(Dataset[TrainingRow]):
             mismatched=mismatched.shortened(self.max_length),
         )
 
-    def _read_group(self, number: int, group: int) -> list[dict[str, Any]]:
-        return decode_rows(self._files[number].read_row_group(group))
+    def _group(self, group: int) -> Rows:
+        """A row group, from memory where it was read lately."""
+        with self._lock:
+            if group in self._decoded:
+                self._decoded.move_to_end(group)
+                return self._decoded[group]
+            number, position = self._groups[group]
+            (table,) = read_groups(self._paths[number], self._files[number], groups=[position])
+            rows = self._decoded[group] = Rows(table)
+            self._decoded_bytes += rows.nbytes
+            while self._decoded_bytes > _BYTES_IN_MEMORY and len(self._decoded) > 1:
+                self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
+            return rows
 
     def largest_id(self) -> int:
         """The largest token id in the cache, from the statistics in the Parquet footers."""
@@ -207,10 +238,18 @@ class EpochBatches(Sampler[list[RowKey]]):
 
 
 class BatchLoader(DataLoader[TrainingRow]):
-    """One item is one optimizer batch: a list of `TrainingRow`."""
+    """One item is one optimizer batch: a list of `TrainingRow`. The next one is read while the last one trains."""
 
     def __init__(self, rows: CacheRows, batches: EpochBatches) -> None:
         super().__init__(rows, batch_sampler=batches, collate_fn=list)
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            coming = pool.submit(next, batches, None)
+            while (batch := coming.result()) is not None:
+                coming = pool.submit(next, batches, None)
+                yield batch
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer at the start of each epoch."""

@@ -249,7 +249,8 @@ def _print_plan(
     held = f", {len(data.held_out[1]):,} held out" if data.held_out else ""
     dropped = f", {data.rows.dropped:,} dropped (prompt too long)" if data.rows.dropped else ""
     steps = config.max_steps or math.ceil(math.ceil(len(data.train) / config.batch_size) * config.epochs)
-    print(f"cache       {config.cache} (fingerprint {data.rows.manifest.fingerprint[:12]})")
+    fingerprint = data.rows.manifest.fingerprint[:12]
+    print(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
     adapter = f" with adapter {files.adapter} merged" if files.adapter else ""
     print(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
     print(f"rows        {len(data.train):,} to train on{held}{dropped}")

@@ -1,0 +1,74 @@
+"""Whether a cache still is what was written: every byte against the manifest, every row against the rules of the format.
+
+A byte that changed is found by its shard's sha256; a shard that was made by something else, and declared in the
+manifest, by its rows. Both run shard by shard in threads, in little memory.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kto_core.errors import CacheError
+from kto_core.identity import file_hash
+from kto_core.manifest import AGAIN, MANIFEST, Manifest, check_places
+from kto_core.shards import check_table, open_shard, read_groups
+
+# Decoded at a time: enough that the rows' number, not that of the reads, decides the time.
+_GROUPS_AT_ONCE = 16
+
+
+def verify_cache(
+    folder: Path, manifest: Manifest, *, share: tuple[int, int] = (0, 1), on_rows: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """Check everything about a cache that can be checked without a model.
+
+    Args:
+        share: (i, n) checks the content of every n-th shard from the i-th on; other processes do the rest.
+        on_rows: called with the number of rows checked since the last call.
+
+    Returns:
+        The labels, bool, shape (rows,).
+
+    Raises:
+        CacheError: naming the file and what is wrong with it.
+    """
+    check_places(folder, manifest)
+    first, every = share
+
+    def check(number: int) -> np.ndarray:
+        shard = manifest.shards[number]
+        labels = _check_shard(folder / shard["file"], shard, manifest.vocabulary, whole=number % every == first)
+        if on_rows is not None:
+            on_rows(len(labels))
+        return labels
+
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        tasks = [pool.submit(check, number) for number in range(len(manifest.shards))]
+        try:
+            labels = np.concatenate([task.result() for task in tasks])
+        finally:
+            pool.shutdown(cancel_futures=True)  # the first error ends it
+    if int(labels.sum()) != manifest.data.get("desirable"):
+        raise CacheError(
+            f"{folder / MANIFEST}: says {manifest.data.get('desirable')} desirable rows, the shards hold {labels.sum()}. "
+            f"{AGAIN}"
+        )
+    return labels
+
+
+def _check_shard(path: Path, shard: dict[str, Any], vocabulary: int | None, *, whole: bool) -> np.ndarray:
+    if whole and file_hash(path) != shard["sha256"]:
+        raise CacheError(f"{path}: its content is not what was written (sha256 differs). {AGAIN}")
+    file = open_shard(path)
+    if file.metadata.num_rows != shard["rows"]:
+        raise CacheError(f"{path}: {file.metadata.num_rows} rows, the manifest says {shard['rows']}. {AGAIN}")
+    labels = []
+    for table in read_groups(path, file, columns=None if whole else ["label"], at_once=_GROUPS_AT_ONCE):
+        if whole:
+            check_table(table, str(path), vocabulary=vocabulary)
+        labels.append(table.column("label").to_numpy())
+    return np.concatenate(labels) if labels else np.empty(0, dtype=bool)
