@@ -8,6 +8,7 @@ import hashlib
 import json
 import mmap
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,7 +76,7 @@ def weights_hash(folder: Path, *, on_bytes: Callable[[int], None] | None = None)
         ModelError: no safetensors file, or one that is damaged.
     """
     tensors: dict[str, tuple[Path, str, list[int], int, int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         for name, (dtype, shape, start, end) in _safetensors_header(path).items():
             tensors[name] = (path, dtype, shape, start, end)
     if not tensors:
@@ -103,9 +104,44 @@ def weights_hash(folder: Path, *, on_bytes: Callable[[int], None] | None = None)
     return json_hash(digests)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that loading the folder reads; backups and leftovers beside them are none of them.
+
+    Raises:
+        ModelError: an index that cannot be read.
+    """
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        if (folder / name).exists():
+            return [folder / name]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{index}: not a complete index of safetensors files ({error}). Copy the model again."
+        ) from error
+
+
 def weights_bytes(folder: Path) -> int:
-    """Total size of a folder's safetensors files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Total size of the files that `weights_hash` reads."""
+    return sum(path.stat().st_size for path in weight_files(folder) if path.exists())
+
+
+def stored_type(folder: Path) -> str | None:
+    """The type that most of a model's floating-point weights are stored in: F32, BF16 or F16; None without any.
+
+    Raises:
+        ModelError: a file that is damaged.
+    """
+    sizes: Counter[str] = Counter()
+    for path in weight_files(folder):
+        for dtype, _, start, end in _safetensors_header(path).values():
+            if dtype in ("F32", "BF16", "F16"):
+                sizes[dtype] += end - start
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
 
 
 def _safetensors_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from kto_core.adapters import merge_adapter
 from kto_core.errors import ModelError, in_one_line
+from kto_core.identity import stored_type
 from kto_core.logps import add_scoring_forward
 
 
@@ -150,7 +151,7 @@ def load_causal_lm(
     """
     check_model_folder(folder)
     wide = precision.is_full or not frozen or adapter is not None
-    model, info = _read(auto_model, folder, torch.float32 if wide else "auto", trust_remote_code)
+    model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code)
     if not wide and _has_rounded_constants(model):
         model, info = _read(auto_model, folder, torch.float32, trust_remote_code)
     missing = sorted(info["missing_keys"])
@@ -168,6 +169,15 @@ def load_causal_lm(
     disable_dropout(model)
     add_scoring_forward(model)
     return model if _is_quantized(model) else model.to(device)
+
+
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _stored_type(folder: Path) -> torch.dtype | str:
+    """What the weights are read in where nothing is lost: their own type, not the one that config.json names."""
+    stored = None if is_quantized_folder(folder) else stored_type(folder)
+    return _TYPES[stored] if stored else "auto"
 
 
 def _read(auto_model: Any, folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
@@ -200,6 +210,11 @@ def check_model_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder}: no config.json, so this is not a model folder.")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder}: adapter_config.json lies beside config.json, and loading would put that adapter into the model "
+            "unasked. Move the adapter's files into a folder of their own, and pass it to --adapter."
+        )
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"{folder}: no *.safetensors file. Weights in pickle files are not read; "

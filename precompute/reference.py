@@ -18,6 +18,7 @@ from kto_core.errors import ModelError
 from kto_core.identity import (
     chat_template_hash,
     config_hash,
+    file_hash,
     json_hash,
     tokenizer_hash,
     weights_bytes,
@@ -95,12 +96,13 @@ class Reference:
         """The manifest's sections `reference`, `tokenizer`, `tokenization` and `scorer`."""
         shape = self.shape.config
         quantization = getattr(shape, "quantization_config", None)
+        code = _code_hashes(self.folder) if self.config.trust_remote_code else {}
         return {
             "reference": {
                 "id": self.config.model,
                 "revision": self.revision or self.config.revision,
                 "weights_hash": hashes[0],
-                "config_hash": config_hash(shape.to_dict()),
+                "config_hash": config_hash({**shape.to_dict(), **({"code": code} if code else {})}),
                 "adapter": self.config.adapter,
                 "adapter_hash": hashes[1],
                 "quantization": quantization if isinstance(quantization, dict | None) else quantization.to_dict(),
@@ -183,19 +185,14 @@ def _shape(folder: Path, config: PrecomputeConfig) -> Any:
 
 
 def _adapter_hash(adapter: Path) -> str:
-    """Weights and the settings that decide how they are merged."""
+    """Weights and settings: any of them may decide how they are merged, but for those that only name things."""
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    merged = {key: settings.get(key) for key in _ADAPTER_FIELDS}
-    return json_hash([weights_hash(adapter), merged])
+    return json_hash([weights_hash(adapter), {k: v for k, v in settings.items() if k not in _NAMES}])
 
 
-_ADAPTER_FIELDS = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "alpha_pattern",
-    "rank_pattern",
-    "fan_in_fan_out",
-)
+_NAMES = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type")
+
+
+def _code_hashes(folder: Path) -> dict[str, str]:
+    """Of the code that comes with a model, which `--trust-remote-code` runs."""
+    return {path.name: file_hash(path) for path in sorted(folder.glob("*.py"))}

@@ -177,6 +177,7 @@ class Scoring:
         missing = [i for i, key in enumerate(keys) if not self.store.has(i, key)]
         if len(missing) < len(keys):
             print(f"resuming    {len(keys) - len(missing)} of {len(keys)} shards are there", flush=True)
+        self.store.set_aside(missing)
         uses: Counter[str] = Counter()
         wanted: dict[str, TokenIds] = {}
         for i in missing:

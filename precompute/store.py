@@ -3,6 +3,7 @@
 refs/manifest.json          last of all; without it there is no cache
 refs/train/00000.parquet    complete shards; an interrupted run goes on at the first missing one
 refs/.next/train/...        new shards while a finished cache is updated; the old one stays valid meanwhile
+refs/.kept/train/...        shards of an unfinished run with other rows in them, for their scores
 """
 
 import contextlib
@@ -31,7 +32,8 @@ from kto_core.manifest import (
 from kto_core.shards import Rows, check_table, open_shard, read_metadata, shard_name, write_shard
 
 _NEXT = ".next"
-_KEPT = "Finished shards are kept; run again to go on."
+_KEPT = ".kept"
+_STAYS = "Finished shards are kept; run again to go on."
 
 
 def check_out(out: Path) -> None:
@@ -75,11 +77,10 @@ def made_out(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(
-            out
-        ):  # a write, or a name, of ours
-            raise CacheError(f"--out {out}: cannot be written: {error}. {_KEPT}") from error
-        raise
+        ours = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(out)
+        if not ours:
+            raise
+        raise CacheError(f"--out {out}: cannot be written: {error}. {_STAYS}") from error
     finally:
         for folder in (out / "train", out):
             with contextlib.suppress(OSError):  # something was written there
@@ -114,19 +115,20 @@ class Store:
         """
         old = self._finished_cache()
         if overwrite:
-            self._drop_other(old)
+            self._drop_others(old)
         else:
+            if old is not None:
+                self._refuse_other(old.identity, old.pairing)
             for path in _shards(self.out):
                 if metadata := read_metadata(path):  # a damaged shard says nothing; it is scored again
                     self._refuse_other(metadata.get("identity", {}))
-            if old is not None:
-                self._refuse_other(old.identity, old.pairing)
-        if old is not None and old.identity == self.identity and not self._drop_damaged(old):
+        if old is not None and not self._drop_damaged(old):
             if _is_same(old, mark, labels_hash, rows_per_shard):
                 self._remove_strays([shard["file"] for shard in old.shards])
+                self._remove_folders()
                 return False
             self.target = self.out / _NEXT
-            gone = self._row_ids(old) - row_ids
+            gone = self._row_ids(old) - row_ids if old.identity == self.identity else set()
             if gone:
                 print(f"drops       {len(gone):,} scored rows that are not in the data any more")
         (self.target / "train").mkdir(parents=True, exist_ok=True)
@@ -156,15 +158,21 @@ class Store:
         (self.out / MANIFEST).unlink(missing_ok=True)
         flush(self.out)
 
-    def _drop_other(self, old: Manifest | None) -> None:
-        """Remove what was scored under another reference."""
-        if old is not None and old.identity != self.identity:
-            self._drop_manifest()
-        for folder in (self.out, self.out / _NEXT):
+    def _drop_others(self, old: Manifest | None) -> None:
+        """Remove what was scored under another reference; a finished cache stays until the new one is."""
+        for folder in (self.out, *self._folders) if old is None else self._folders:
             for path in _shards(folder):
                 metadata = read_metadata(path)
                 if metadata and metadata.get("identity") != self.identity:
                     path.unlink()
+
+    @property
+    def _folders(self) -> tuple[Path, Path]:
+        return self.out / _NEXT, self.out / _KEPT
+
+    def _remove_folders(self) -> None:
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _remove_strays(self, names: Sequence[str]) -> None:
         """A shard that is not in the manifest would be read by everyone who reads the folder."""
@@ -224,10 +232,19 @@ class Store:
             return False
         return True
 
+    def set_aside(self, indices: Sequence[int]) -> None:
+        """Keep the scores of shards that are about to be written over, until the cache is complete."""
+        for index in indices:
+            path = self.target / shard_name(index)
+            if path.exists():
+                kept = self.out / _KEPT / "train"
+                kept.mkdir(parents=True, exist_ok=True)
+                path.replace(kept / f"{file_hash(path)[:32]}.parquet")
+
     def known_scores(self, wanted: set[str]) -> dict[str, np.ndarray]:
         """Per-token scores that are on disk already, by sequence id."""
         known: dict[str, np.ndarray] = {}
-        for folder in (self.out, self.out / _NEXT):
+        for folder in (self.out, *self._folders):
             for path in _shards(folder):
                 if wanted - known.keys() and (read_metadata(path) or {}).get("identity") == self.identity:
                     known.update(_scores_in(path, wanted))
@@ -249,7 +266,7 @@ class Store:
         self._remove_strays(names)
         for folder in (self.out, self.out / "train"):
             remove_temporary(folder)
-        shutil.rmtree(self.out / _NEXT, ignore_errors=True)
+        self._remove_folders()
         flush(self.out / "train")  # the manifest must not reach the disk before the names it lists
         write_manifest(self.out, sections, [self._entry(name) for name in names], mark)
 
