@@ -65,3 +65,15 @@ def in_one_line(error: BaseException) -> str:
 # What announces the lines behind it: a colon, or the first line of pydantic's errors.
 _HEADING = re.compile(r":$|validation errors? for \S+$")
 _ENOUGH = 300
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """`text` cut to about `limit` characters; line breaks and whatever else could drive a terminal are escaped."""
+    if limit is not None and len(text) > limit:
+        text = text[: limit - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def message_of(error: KTOError) -> str:
+    """An error for the terminal: its lines, and nothing else that drives one."""
+    return "\n".join(printable(line) for line in str(error).split("\n"))

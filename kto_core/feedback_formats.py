@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from kto_core.errors import FeedbackError
+from kto_core.errors import FeedbackError, printable
 
 # {"role": str, "content": str, ...}; other keys, such as tool_calls or name, are kept.
 Message: TypeAlias = dict[str, Any]
@@ -44,13 +44,6 @@ def quoted(value: object, limit: int = 60) -> str:
     except (TypeError, ValueError, RecursionError):
         text = f"a value of type {type(value).__name__}"
     return printable(text, limit)
-
-
-def printable(text: str, limit: int) -> str:
-    """`text` cut to about `limit` characters, line breaks and other unprintable characters escaped."""
-    if len(text) > limit:
-        text = text[: limit - 3] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def as_turns(value: Any, where: str, field: str) -> Turns:

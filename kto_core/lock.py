@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from kto_core.errors import KTOError
+from kto_core.errors import KTOError, printable
 
 LOCK = ".lock"
 
@@ -18,21 +18,22 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path, error: type[KTOError]) -> Iterator[None]:
+def only_writer(folder: Path, error: type[KTOError], *, wait: bool = False) -> Iterator[None]:
     """Hold the folder's lock.
 
     Args:
         folder: exists.
         error: raised where another process holds it, with that process's host and id, or where the folder cannot be
             written.
+        wait: until the other process is done, instead.
     """
     path = folder / LOCK
     try:
-        file = _held(path)
+        file = _held(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
         raise error(
-            f"{folder}: {holder or 'another process'} is writing here. Wait for it, or choose another --out."
+            f"{folder}: {printable(holder) or 'another process'} is writing here. Wait for it, or choose another --out."
         ) from None
     except OSError as problem:
         raise error(f"{folder}: cannot be written: {problem}.") from problem
@@ -55,16 +56,16 @@ def holder_name() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _held(path: Path) -> TextIO:
+def _held(path: Path, operation: int) -> TextIO:
     """The lock file, locked.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it, and `operation` does not wait.
     """
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, operation)
             # Whoever held it until now has removed the file, and somebody may have made a new one.
             if _is_at(file, path):
                 return file

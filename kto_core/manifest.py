@@ -5,13 +5,13 @@
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kto_core.durable import write_text
-from kto_core.errors import CacheError, NewerFormatError
+from kto_core.errors import CacheError, NewerFormatError, printable
 from kto_core.identity import file_hashes, json_hash
 
 FORMAT = 1
@@ -124,26 +124,67 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise CacheError(f"{folder}: no such folder. {_HOW_TO_MAKE.format(folder)}")
     if not path.exists():
-        if any((folder / "train").glob("*.parquet")):
-            raise CacheError(
-                f"{folder}: an unfinished cache (shards, but no {MANIFEST}). {AGAIN} It goes on where it stopped."
-            )
-        raise CacheError(f"{folder}: not a reference cache (no {MANIFEST}). {_HOW_TO_MAKE.format(folder)}")
+        raise no_manifest(folder, unfinished=any((folder / "train").glob("*.parquet")))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise CacheError(f"{path}: cannot be read ({error}). {AGAIN}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+    return parse_manifest(path, content)
+
+
+def no_manifest(folder: Path | str, *, unfinished: bool) -> CacheError:
+    """The error for a folder without `manifest.json`, which may hold shards already."""
+    if unfinished:
+        return CacheError(
+            f"{folder}: an unfinished cache (shards, but no {MANIFEST}). {AGAIN} It goes on where it stopped."
+        )
+    return CacheError(f"{folder}: not a reference cache (no {MANIFEST}). {_HOW_TO_MAKE.format(folder)}")
+
+
+def parse_manifest(path: Path | str, text: bytes) -> Manifest:
+    """A manifest from its content.
+
+    Args:
+        path: named in errors.
+
+    Raises:
+        CacheError: as `read_manifest`.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{path}: cannot be read ({error}). {AGAIN}") from error
+    if not isinstance(content, dict) or not _is_whole(content.get("format")):
         raise CacheError(f"{path}: not the manifest of a reference cache.")
     if content["format"] != FORMAT:
         raise NewerFormatError(
-            f"{path}: cache format {content['format']}; this version reads format {FORMAT}. "
+            f"{path}: cache format {_short(content['format'])}; this version reads format {FORMAT}. "
             "Update offline-kto, or run kto-precompute again."
         )
+    for found in _texts(content):
+        if not found.isprintable():
+            raise CacheError(f"{path}: holds control characters ({_short(printable(found))}); it is not read.")
     return _parse(path, content)
 
 
-def _parse(path: Path, content: dict[str, Any]) -> Manifest:
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in a JSON value: what is printed later."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _parse(path: Path | str, content: dict[str, Any]) -> Manifest:
     for section in _SECTIONS:
         if not isinstance(content.get(section), dict):
             raise CacheError(f"{path}: section {section!r} is missing or damaged. {AGAIN}")
@@ -172,7 +213,7 @@ def _parse(path: Path, content: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _check_edited(path: Path, manifest: Manifest) -> None:
+def _check_edited(path: Path | str, manifest: Manifest) -> None:
     expected = fingerprint(manifest.identity, manifest.pairing, str(manifest.data.get("rows_hash")))
     if expected != manifest.fingerprint:
         raise CacheError(f"{path}: does not match its own fingerprint: it was edited or damaged. {AGAIN}")

@@ -26,6 +26,20 @@ NumberT = TypeVar("NumberT", int, float)
 
 AUTO = "auto"
 
+Location = Path | str
+"""A local folder, or the URL of a remote one (which a `Path` would spoil: it makes one slash of two)."""
+
+
+def is_url(location: Location) -> bool:
+    """Whether this names a remote folder."""
+    return "://" in str(location)
+
+
+def to_location(text: str | Path) -> Location:
+    """A folder as it is given on a command line or in YAML."""
+    text = str(text).removeprefix("file://")
+    return text if is_url(text) else Path(text)
+
 
 def option(
     default: Any,
@@ -189,10 +203,10 @@ def _coerce(value: Any, allowed: tuple[type, ...], where: str, field: "dataclass
             raise ConfigError(
                 f"{where}: got {value!r}; choose one of {', '.join(choices)}.{nearest(value, list(choices))}"
             )
+        if Path in allowed:
+            return to_location(value) if str in allowed else Path(value)
         if str in allowed:
             return value
-        if Path in allowed:
-            return Path(value)
     elif isinstance(value, list) and tuple in allowed:
         return tuple(value)
     elif isinstance(value, dict) and dict in allowed:
@@ -249,6 +263,8 @@ def click_settings(config: type) -> list[tuple[list[str], dict[str, Any]]]:
         elif int in kind and str in kind:
             one["type"] = whole_number_or_auto
             one["metavar"] = "N|auto"
+        elif Path in kind and str in kind:
+            one["type"] = to_location
         elif metadata["choices"]:
             one["choices"] = list(metadata["choices"])
         else:

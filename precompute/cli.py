@@ -2,13 +2,12 @@
 
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import click
 
-from kto_core.errors import KTOError
-from kto_core.options import click_settings, resolve
+from kto_core.errors import KTOError, message_of
+from kto_core.options import Location, click_settings, resolve, to_location
 from precompute.config import PrecomputeConfig
 
 
@@ -21,7 +20,7 @@ class _Command(click.Command):
         try:
             return super().invoke(ctx)
         except KTOError as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(message_of(error)) from None
         except KeyboardInterrupt:
             click.echo("\nInterrupted. What was finished is kept; run the same command again to go on.", err=True)
             ctx.exit(130)
@@ -62,12 +61,12 @@ def cache() -> None:
     """Look into a reference cache, or check it."""
 
 
-_FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+_FOLDER = click.argument("folder", type=to_location)
 
 
 @cache.command(cls=_Command)
 @_FOLDER
-def info(folder: Path) -> None:
+def info(folder: Location) -> None:
     """What the cache was made from, and how many rows it has."""
     from precompute.inspect_cache import info as run
 
@@ -76,7 +75,7 @@ def info(folder: Path) -> None:
 
 @cache.command(cls=_Command)
 @_FOLDER
-def verify(folder: Path) -> None:
+def verify(folder: Location) -> None:
     """Check every file and every row against the manifest and the rules of the format."""
     from precompute.inspect_cache import verify as run
 
@@ -87,7 +86,7 @@ def verify(folder: Path) -> None:
 @_FOLDER
 @click.option("--rows", "-n", default=3, show_default=True, help="Rows to show.")
 @click.option("--model", default=None, help="Tokenizer to decode with.  [default: the reference's]", metavar="MODEL")
-def head(folder: Path, rows: int, model: str | None) -> None:
+def head(folder: Location, rows: int, model: str | None) -> None:
     """Show the first rows as text: prompt, completion y and mismatched completions y'."""
     from kto_core.quiet import quiet_libraries
     from precompute.inspect_cache import head as run

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kto_core.errors import ConfigError
-from kto_core.options import AUTO, option
+from kto_core.options import AUTO, Location, option
 
 BACKENDS = (AUTO, "transformers", "vllm")
 PAIRINGS = ("shuffled", "rotate")
@@ -19,7 +19,9 @@ class PrecomputeConfig:
     data: str = option(
         "", "Feedback: JSONL, JSON, CSV or Parquet (.gz too), a dataset folder or a hub id.", metavar="FILE"
     )
-    out: Path = option(Path("refs"), "Folder of the reference cache.", metavar="DIR")
+    out: Location = option(
+        Path("refs"), "Folder of the reference cache, or its URL (s3://, gs://, hf://).", metavar="DIR"
+    )
     backend: str = option(AUTO, "Engine that scores.", choices=BACKENDS)
     adapter: str | None = option(None, "PEFT adapter to merge into the reference.", metavar="DIR")
     revision: str | None = option(None, "Commit, tag or branch of a hub model.")

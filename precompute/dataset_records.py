@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kto_core.errors import FeedbackError
-from kto_core.feedback_formats import printable, quoted
+from kto_core.errors import FeedbackError, printable
+from kto_core.feedback_formats import quoted
 from precompute.table_records import without_nulls
 from precompute.text_files import Located, readable, said_by
 

@@ -4,22 +4,24 @@ import json
 import shutil
 import textwrap
 import time
-from pathlib import Path
 from typing import Any
 
+from kto_core.errors import printable
 from kto_core.manifest import Manifest, read_manifest
+from kto_core.options import Location
 from kto_core.progress import Progress
 from kto_core.shards import open_shard
+from kto_core.storage import local_copy, speaking_of
 from kto_core.verification import verify_cache
 
 
-def info(folder: Path) -> None:
+def info(location: Location) -> None:
     """Print the manifest in words.
 
     Raises:
         CacheError: no readable cache.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(local_copy(location))
     for name, value in describe(manifest):
         print(f"{name:<12}{printable(value)}")
 
@@ -59,28 +61,30 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def verify(folder: Path) -> None:
+def verify(location: Location) -> None:
     """Check files against the manifest, and every row against the format.
 
     Raises:
         CacheError: naming the file and what is wrong.
     """
     started = time.monotonic()
+    folder = local_copy(location)
     manifest = read_manifest(folder)
-    with Progress("verifying", manifest.rows, "rows") as progress:
+    with speaking_of(location, folder), Progress("verifying", manifest.rows, "rows") as progress:
         verify_cache(folder, manifest, on_rows=progress.add)
     print(
-        f"{folder}: {manifest.rows:,} rows in {len(manifest.shards)} shards, all as written "
+        f"{location}: {manifest.rows:,} rows in {len(manifest.shards)} shards, all as written "
         f"({time.monotonic() - started:.1f} s)."
     )
 
 
-def head(folder: Path, *, rows: int, model: str | None) -> None:
+def head(location: Location, *, rows: int, model: str | None) -> None:
     """Decode the first rows and print y beside y'.
 
     Raises:
         CacheError, ModelError: no cache, or no tokenizer to decode with.
     """
+    folder = local_copy(location)
     manifest = read_manifest(folder)
     tokenizer = _tokenizer(manifest, model)
     shown = 0
@@ -109,14 +113,19 @@ def _show(row: dict[str, Any], tokenizer: Any) -> None:
     print(
         f"row {row['source']}  {thumb}  {row['row_id']}  ref_logps {row['ref_logps']:.3f} over {len(row['completion_ids'])} tokens"
     )
-    print(_block("x  ", printable(tokenizer.decode(row["prompt_ids"])), width))
-    left = _lines(f"y   ({row['ref_logps']:.2f})", printable(tokenizer.decode(row["completion_ids"])), column)
+    print(_block("x  ", _decoded(tokenizer, row["prompt_ids"]), width))
+    left = _lines(f"y   ({row['ref_logps']:.2f})", _decoded(tokenizer, row["completion_ids"]), column)
     for ids, total in zip(row["kl_completion_ids"], row["ref_kl_logps"], strict=True):
-        right = _lines(f"y'  ({total:.2f})", printable(tokenizer.decode(ids)), column)
+        right = _lines(f"y'  ({total:.2f})", _decoded(tokenizer, ids), column)
         for i in range(max(len(left), len(right))):
             a, b = (side[i] if i < len(side) else "" for side in (left, right))
             print(f"{a:<{column}} | {b}")
     print()
+
+
+def _decoded(tokenizer: Any, ids: Any) -> str:
+    """Text on one line: data must not drive the terminal."""
+    return printable(" ".join(tokenizer.decode(ids).split("\n")).replace("\t", " "))
 
 
 def _lines(title: str, text: str, width: int, most: int = 12) -> list[str]:
@@ -130,8 +139,3 @@ def _block(title: str, text: str, width: int, most: int = 6) -> str:
     if len(lines) > most:
         lines = [*lines[: most // 2], "...", *lines[-most // 2 :]]
     return "\n".join(title + line for line in lines)
-
-
-def printable(text: str) -> str:
-    """Text without control characters: data must not drive the terminal."""
-    return "".join(c if c.isprintable() or c == " " else " " if c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

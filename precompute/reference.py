@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from kto_core.adapters import check_adapter_folder
-from kto_core.errors import ModelError
+from kto_core.errors import ModelError, printable
 from kto_core.identity import (
     chat_template_hash,
     config_hash,
@@ -64,6 +64,9 @@ class Reference:
         """
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
+        for name in (config.model, config.adapter, config.revision):
+            if name is not None and not name.isprintable():
+                raise ModelError(f"{printable(name)}: a name with control characters; rename it.")
         device = resolve_device(config.device)
         folder, revision = find_folder(config.model, revision=config.revision)
         check_model_folder(folder)

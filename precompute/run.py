@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kto_core.errors import CacheError, ModelError
+from kto_core.errors import ModelError, printable
 from kto_core.identity import json_hash, sequence_id
-from kto_core.lock import only_writer
 from kto_core.manifest import fingerprint, identity_of
 from kto_core.models import longest_alike
 from kto_core.progress import Progress
@@ -25,7 +24,7 @@ from precompute.ranks import RankedScorer, joined, on_own_device, rank, work, wo
 from precompute.reference import Reference
 from precompute.remote import Scorer
 from precompute.sources import describe_source
-from precompute.store import Store, check_out, made_out
+from precompute.store import Store, check_out, opened_out
 
 # The model with its adapter merged, for an engine that reads it from disk; gone when the run ends.
 _MERGED = ".merged"
@@ -72,8 +71,8 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
             "pairing": _pairing(config),
         }
     mark = fingerprint(identity_of(sections), sections["pairing"], counts.rows_hash)
-    store = Store(config.out, identity_of(sections), sections["pairing"])
-    with made_out(config.out), only_writer(config.out, CacheError):
+    with opened_out(config.out) as (out, on_change):
+        store = Store(out, identity_of(sections), sections["pairing"], on_change=on_change)
         _fill(Scoring(config, reference, plan, store, backend, ranks), counts, sections, mark)
 
 
@@ -90,7 +89,7 @@ def _print_plan(
 
 def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark: str) -> None:
     """Score what `--out` lacks, and declare it complete."""
-    shutil.rmtree(scoring.config.out / _MERGED, ignore_errors=True)  # a killed run leaves it
+    shutil.rmtree(scoring.store.out / _MERGED, ignore_errors=True)  # a killed run leaves it
     config, store, labels_hash = scoring.config, scoring.store, _labels_hash(scoring.plan)
     if not store.open(
         overwrite=config.overwrite,
@@ -206,7 +205,7 @@ class Scoring:
         elif self.backend.name == "transformers":
             yield load_transformers(self.reference, sequences)
         else:
-            merged = self.config.out / _MERGED
+            merged = self.store.out / _MERGED
             try:
                 with vllm_engine(self.reference, choose_sample(sequences), merged) as scorer:
                     yield scorer
@@ -275,7 +274,7 @@ class Scoring:
 
 
 def _data(config: PrecomputeConfig, counts: PlanCounts) -> dict[str, Any]:
-    files = [{"name": f.name, "sha256": f.sha256, "bytes": f.bytes} for f in describe_source(config.data)]
+    files = [{"name": printable(f.name), "sha256": f.sha256, "bytes": f.bytes} for f in describe_source(config.data)]
     return {
         "files": files,
         "read": counts.read,

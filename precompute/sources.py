@@ -24,8 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, cast
 
-from kto_core.errors import FeedbackError
-from kto_core.feedback_formats import printable
+from kto_core.errors import FeedbackError, printable
 from precompute.dataset_records import data_files, dataset_name, is_saved, read_dataset, suggest
 from precompute.json_records import read_json, read_jsonl
 from precompute.table_records import read_csv, read_parquet

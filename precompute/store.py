@@ -9,7 +9,7 @@ refs/.kept/train/...        shards of an unfinished run with other rows in them,
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from kto_core.durable import flush, remove_temporary, replacing
 from kto_core.errors import CacheError, NewerFormatError
 from kto_core.identity import file_hash, sequence_id
+from kto_core.lock import only_writer
 from kto_core.manifest import (
     FORMAT,
     MANIFEST,
@@ -29,19 +30,25 @@ from kto_core.manifest import (
     read_manifest,
     write_manifest,
 )
+from kto_core.options import Location, is_url
 from kto_core.shards import Rows, check_table, open_shard, read_metadata, shard_name, write_shard
+from kto_core.storage import check_remote, working_folder
 
 _NEXT = ".next"
 _KEPT = ".kept"
 _STAYS = "Finished shards are kept; run again to go on."
 
 
-def check_out(out: Path) -> None:
+def check_out(location: Location) -> None:
     """Refuse a folder that cannot or must not be written, before any work is done. Creates nothing.
 
     Raises:
         CacheError: a file, not writable, or a folder with something else in it.
     """
+    if is_url(location):
+        check_remote(str(location))
+        return
+    out = Path(location)
     if out.exists() and not out.is_dir():
         raise CacheError(f"--out {out}: a file of that name exists; choose another folder.")
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
@@ -64,8 +71,27 @@ def _shards(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def made_out(out: Path) -> Iterator[None]:
-    """The folder, for as long as it is written; one that was made for nothing is taken away again.
+def opened_out(location: Location) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """`--out`, for this process alone.
+
+    Yields:
+        the local folder to write, and what to call when a change in it is finished.
+
+    Raises:
+        CacheError: another process writes there, or the system does not allow it.
+    """
+    if is_url(location):
+        with working_folder(str(location), kept=_KEPT) as opened, _made(opened[0]):
+            yield opened
+    else:
+        out = Path(location)
+        with _made(out), only_writer(out, CacheError):
+            yield out, lambda: None
+
+
+@contextlib.contextmanager
+def _made(out: Path) -> Iterator[None]:
+    """The folder exists; one that was made for nothing is taken away again.
 
     Raises:
         CacheError: the system does not allow it.
@@ -94,10 +120,18 @@ class Store:
         out: the folder.
         identity: what decides a score (`identity_of`).
         pairing: the manifest's section.
+        on_change: called when a shard, or the cache, is finished.
     """
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], pairing: Mapping[str, Any]) -> None:
-        self.out, self.identity, self.pairing = out, dict(identity), dict(pairing)
+    def __init__(
+        self,
+        out: Path,
+        identity: Mapping[str, Any],
+        pairing: Mapping[str, Any],
+        *,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.out, self.identity, self.pairing, self._on_change = out, dict(identity), dict(pairing), on_change
         self.target = out
 
     def open(
@@ -126,6 +160,7 @@ class Store:
             if _is_same(old, mark, labels_hash, rows_per_shard):
                 self._remove_strays([shard["file"] for shard in old.shards])
                 self._remove_folders()
+                self._on_change()
                 return False
             self.target = self.out / _NEXT
             gone = self._row_ids(old) - row_ids if old.identity == self.identity else set()
@@ -254,6 +289,7 @@ class Store:
         """Write one shard. Raises: CacheError: the disk does not take it."""
         metadata = {"format": FORMAT, "key": key, "identity": self.identity}
         write_shard(self.target / shard_name(index), rows, metadata)
+        self._on_change()
 
     def publish(self, count: int, sections: Mapping[str, Any], mark: str) -> None:
         """Declare shards 0 to `count` - 1 the cache."""
@@ -269,6 +305,7 @@ class Store:
         self._remove_folders()
         flush(self.out / "train")  # the manifest must not reach the disk before the names it lists
         write_manifest(self.out, sections, [self._entry(name) for name in names], mark)
+        self._on_change()
 
     def _entry(self, name: str) -> dict[str, Any]:
         path = self.out / name

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from kto_core.errors import FeedbackError, in_one_line
-from kto_core.feedback_formats import printable
+from kto_core.errors import FeedbackError, in_one_line, printable
 
 Record = dict[str, Any]
 Located = tuple[str, Record]

@@ -12,9 +12,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import kto_core.storage
+from kto_core.options import to_location
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from train.config import TrainConfig
@@ -30,8 +31,11 @@ def main(orders: dict[str, Any]) -> dict[str, Any]:
     Args:
         orders: `stage`, `options`, and either `kills`, `seed` and `after` (seconds, from and to), or `begin_with`: a
             folder to start from, in a copy of its own for each change to the disk; a run is killed before that
-            change, and repeated.
+            change, and repeated. `stale_after`: seconds, of a remote lock.
     """
+    if "stale_after" in orders:
+        kto_core.storage.STALE_SECONDS = orders["stale_after"]
+        kto_core.storage.REFRESH_SECONDS = orders["stale_after"] / 3
     stage, options = orders["stage"], orders["options"]
     if "begin_with" in orders:
         out = options["out"]
@@ -54,7 +58,7 @@ def main(orders: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(stage: str, options: dict[str, Any]) -> None:
-    options = {**options, **{name: Path(options[name]) for name in ("out", "cache") if name in options}}
+    options = {**options, **{name: to_location(options[name]) for name in ("out", "cache") if name in options}}
     if stage == "precompute":
         precompute(PrecomputeConfig(**options))
     else:

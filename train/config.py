@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kto_core.errors import ConfigError
-from kto_core.options import AUTO, flag, option
+from kto_core.options import AUTO, Location, flag, option
 
 LOSSES = ("kto",)
 DTYPES = (AUTO, "float32", "bfloat16")
@@ -16,7 +16,9 @@ SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "war
 class TrainConfig:
     """What `kto-train` trains, and how."""
 
-    cache: Path = option(Path(""), "Reference cache made by kto-precompute.", metavar="DIR")
+    cache: Location = option(
+        Path(""), "Reference cache made by kto-precompute: a folder, or its URL (s3://, gs://, hf://).", metavar="DIR"
+    )
     out: Path | None = option(None, "Run folder.  [default: runs/ and the time]", metavar="DIR", yaml=False)
     model: str | None = option(
         None, "Policy to start from.  [default: the model the cache was scored with]", metavar="MODEL"
@@ -49,7 +51,7 @@ class TrainConfig:
     lora_alpha: float | None = option(None, "Scale of LoRA adapters.  [default: twice the rank]")
     lora_targets: str = option("all-linear", "Layers that get adapters: names with commas.")
     eval_fraction: float = option(0.0, "Share of prompts held out for evaluation.")
-    eval_cache: Path | None = option(None, "Reference cache of held-out rows.", metavar="DIR")
+    eval_cache: Location | None = option(None, "Reference cache of held-out rows.", metavar="DIR")
     eval_steps: int | None = option(None, "Evaluate every N updates.  [default: once per epoch]", metavar="N")
     save_steps: int = option(500, "Write a checkpoint every N updates; 0 for none.")
     logging_steps: int = option(1, "Log metrics every N updates.")

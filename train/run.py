@@ -16,6 +16,8 @@ from kto_core.head import whole_shape
 from kto_core.lock import only_writer
 from kto_core.manifest import differences
 from kto_core.models import Precision, resolve_device, resolve_precision
+from kto_core.options import Location
+from kto_core.storage import local_copy, speaking_of
 from train.advice import class_weight_values, warnings_for
 from train.arguments import training_arguments
 from train.cache_rows import CacheRows, EpochBatches, split_by_prompt
@@ -42,10 +44,10 @@ class TrainingData:
     @classmethod
     def open(cls, config: TrainConfig) -> "TrainingData":
         """Raises: CacheError, TrainingError: unusable caches, or nothing left on one side."""
-        rows = CacheRows(config.cache, max_length=config.max_length)
+        rows = _open(config.cache, config.max_length)
         everything = list(range(len(rows)))
         if config.eval_cache is not None:
-            held = CacheRows(config.eval_cache, max_length=config.max_length)
+            held = _open(config.eval_cache, config.max_length)
             _same_identity(rows, held)
             return cls(rows, everything, (held, list(range(len(held)))))
         if not config.eval_fraction:
@@ -60,13 +62,17 @@ class TrainingData:
         return cls(rows, train, (rows, held_rows))
 
 
+def _open(cache: Location, max_length: int | None) -> CacheRows:
+    folder = local_copy(cache)
+    with speaking_of(cache, folder):
+        return CacheRows(folder, max_length=max_length)
+
+
 def _same_identity(rows: CacheRows, held: CacheRows) -> None:
     lines = differences(held.manifest.identity, rows.manifest.identity)
     lines = [line for line in lines if not line.startswith("tokenization.max_length")]
     if lines:
-        raise TrainingError(
-            f"--eval-cache {held.folder}: scored by another reference than {rows.folder}:\n  " + "\n  ".join(lines)
-        )
+        raise TrainingError("--eval-cache: scored by another reference than --cache:\n  " + "\n  ".join(lines))
 
 
 def train(config: TrainConfig) -> Path:

@@ -1,0 +1,403 @@
+"""Caches behind a URL: written to and read from a real S3 server, and fsspec's memory store for what is hard to time."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from feedback_files import chat_rows, write_feedback, write_rows
+from moto.server import ThreadedMotoServer
+from test_crashes import assert_same_cache, killed_runs
+from test_precompute import count_scored
+
+import kto_core.storage
+from kto_core.errors import CacheError, ConfigError, PairingError
+from kto_core.manifest import read_manifest
+from kto_core.options import resolve, to_location
+from kto_core.storage import Remote, RemoteLock, local_copy
+from precompute.config import PrecomputeConfig
+from precompute.inspect_cache import head, info, verify
+from precompute.run import precompute
+from precompute.store import Store
+from train.config import TrainConfig
+from train.run import train
+
+URL = "memory://team/refs"
+SECRET = "a-very-secret-key"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Downloads go here; locks are watched for half a second."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(kto_core.storage, "REFRESH_SECONDS", 0.1)
+    monkeypatch.setattr(kto_core.storage, "STALE_SECONDS", 0.5)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    files = fsspec.filesystem("memory")
+    yield files
+    with contextlib.suppress(FileNotFoundError):
+        files.rm("/team", recursive=True)
+
+
+@pytest.fixture
+def config(base: Path, feedback: Path) -> PrecomputeConfig:
+    return PrecomputeConfig(model=str(base), data=str(feedback), out=URL, rows_per_shard=4)
+
+
+def names(files: Any, root: str = "/team/refs") -> set[str]:
+    return {path.removeprefix(root).lstrip("/") for path in files.find(root)}
+
+
+def shards(count: int) -> set[str]:
+    return {f"train/{i:05d}.parquet" for i in range(count)}
+
+
+def noted(name: str, changes: list[tuple[str, str]]) -> Any:
+    """A method of `Remote` that also writes down what it changes."""
+    change = getattr(Remote, name)
+
+    def noting(self: Remote, *paths: Any) -> None:
+        changes.append((name, str(paths[-1])))
+        change(self, *paths)
+
+    return noting
+
+
+def fetch(files: Any, root: str, folder: Path) -> Path:
+    """A copy of a remote folder."""
+    for name in names(files, root):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        files.get_file(f"{root}/{name}", str(folder / name))
+    return folder
+
+
+class TestWriting:
+    def test_a_remote_cache_is_the_local_one(self, config: PrecomputeConfig, tmp_path: Path, memory: Any) -> None:
+        precompute(config)
+        assert names(memory) == {"manifest.json", *shards(5)}
+        precompute(replace(config, out=tmp_path / "local"))
+        assert_same_cache(fetch(memory, "/team/refs", tmp_path / "fetched"), tmp_path / "local")
+
+    def test_nothing_stays_on_this_machine(self, config: PrecomputeConfig, home: Path, memory: Any) -> None:
+        precompute(config)
+        assert [path for path in home.rglob("*") if path.is_file()] == []
+
+    def test_the_same_data_again_write_nothing(
+        self, config: PrecomputeConfig, memory: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        precompute(config)
+        before = {name: memory.cat_file(f"/team/refs/{name}") for name in names(memory)}
+        calls = count_scored(monkeypatch)
+        precompute(config)
+        assert calls == []
+        assert {name: memory.cat_file(f"/team/refs/{name}") for name in names(memory)} == before
+
+    def test_changed_data_cost_what_is_new_and_the_old_manifest_goes_first(
+        self, config: PrecomputeConfig, tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        precompute(config)
+        data = write_rows(tmp_path / "more.jsonl", chat_rows(22))
+        changes: list[tuple[str, str]] = []
+        for name in ("upload", "copy", "remove"):
+            monkeypatch.setattr(Remote, name, noted(name, changes))
+        config = replace(config, data=str(data))
+        precompute(config)
+        changes.remove(("remove", ".lock"))
+        place = changes.index(("remove", "manifest.json"))
+        assert all(name.startswith(".next/") for _, name in changes[:place])
+        assert {name for what, name in changes[place:] if what == "copy"} == shards(6)  # not uploaded twice
+        assert changes[-1] == ("upload", "manifest.json")
+        precompute(replace(config, out=tmp_path / "local"))
+        assert_same_cache(fetch(memory, "/team/refs", tmp_path / "fetched"), tmp_path / "local")
+
+    def test_what_was_finished_survives_this_machine(
+        self, config: PrecomputeConfig, memory: Any, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Stopped after three shards, and gone on with from another machine."""
+        write = Store.write
+
+        def stopping(store: Store, index: int, *arguments: Any) -> None:
+            if index == 3:
+                raise KeyboardInterrupt
+            write(store, index, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "write", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                precompute(config)
+        assert names(memory) == shards(3)
+        with pytest.raises(CacheError, match="memory://team/refs: an unfinished cache"):
+            verify(URL)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other machine"))
+        calls = count_scored(monkeypatch)
+        precompute(config)
+        whole = read_manifest(local_copy(URL)).run
+        assert whole["reused_sequences"] > 0
+        assert sum(calls) == whole["scored_sequences"]
+
+    def test_a_store_that_fails_loses_no_score(
+        self, config: PrecomputeConfig, memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """The shard that could not be sent is still here, and its scores are used."""
+        upload = Remote.upload
+
+        def failing(self: Remote, path: Path, name: str) -> None:
+            if name.endswith("00002.parquet"):
+                with self._asking():
+                    raise ConnectionResetError("the other side is gone")
+            upload(self, path, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Remote, "upload", failing)
+            with pytest.raises(CacheError, match="memory://team/refs: ConnectionResetError: the other side is gone"):
+                precompute(config)
+        calls = count_scored(monkeypatch)
+        precompute(config)
+        run = read_manifest(local_copy(URL)).run
+        assert sum(calls) == run["scored_sequences"]
+        # Twelve rows were scored, most of them with a completion of another row.
+        assert run["reused_sequences"] >= 24
+        assert names(memory) == {"manifest.json", *shards(5)}
+
+    def test_something_else_there_is_not_touched(self, config: PrecomputeConfig, memory: Any) -> None:
+        memory.pipe_file("/team/refs/thesis.docx", b"years of work")
+        with pytest.raises(CacheError, match=r"memory://team/refs: holds thesis\.docx.*Choose an empty folder"):
+            precompute(config)
+        assert names(memory) == {"thesis.docx"}
+
+    def test_another_reference_is_refused_there_too(
+        self, config: PrecomputeConfig, memory: Any, tmp_path: Path
+    ) -> None:
+        precompute(config)
+        with pytest.raises(CacheError) as refused:
+            precompute(replace(config, max_length=64))
+        assert "memory://team/refs: holds a cache with other settings" in str(refused.value)
+        assert str(tmp_path) not in str(refused.value)
+
+    def test_a_dry_run_writes_nothing(self, config: PrecomputeConfig, memory: Any) -> None:
+        precompute(replace(config, dry_run=True))
+        assert names(memory) == set()
+
+
+class TestReading:
+    def test_training_from_a_url_is_training_from_a_folder(
+        self, config: PrecomputeConfig, tmp_path: Path, memory: Any
+    ) -> None:
+        precompute(config)
+        precompute(replace(config, out=tmp_path / "local"))
+        options = TrainConfig(cache=URL, out=tmp_path / "remote", max_steps=2, batch_size=8, device="cpu", save_steps=0)
+        train(options)
+        train(replace(options, cache=tmp_path / "local", out=tmp_path / "run", eval_cache=URL))
+        losses = [
+            [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+            for run in (tmp_path / "remote", tmp_path / "run")
+        ]
+        np.testing.assert_allclose(*losses, atol=1e-6)
+        assert f"cache: {URL}" in (tmp_path / "remote/config.yaml").read_text()
+
+    def test_a_second_run_fetches_nothing(
+        self, config: PrecomputeConfig, memory: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        precompute(config)
+        folder = local_copy(URL)
+        monkeypatch.setattr(Remote, "download", lambda *arguments: pytest.fail("fetched again"))
+        assert local_copy(URL) == folder
+
+    @pytest.mark.parametrize("damage", ["flipped", "cut off", "missing"])
+    def test_a_damaged_download_is_fetched_again(self, damage: str, config: PrecomputeConfig, memory: Any) -> None:
+        precompute(config)
+        shard = local_copy(URL) / "train/00001.parquet"
+        content = shard.read_bytes()
+        if damage == "missing":
+            shard.unlink()
+        else:
+            shard.write_bytes(bytes([content[0] ^ 1]) + content[1:] if damage == "flipped" else content[:100])
+        verify(URL)
+        assert shard.read_bytes() == content
+
+    @pytest.mark.parametrize("size", [0, 100, None])
+    def test_a_damaged_remote_is_refused_by_its_url(
+        self, size: int | None, config: PrecomputeConfig, memory: Any, tmp_path: Path
+    ) -> None:
+        precompute(config)
+        path = "/team/refs/train/00001.parquet"
+        content = memory.cat_file(path)
+        memory.pipe_file(path, content[:size] if size is not None else content[:-9] + b"x" + content[-8:])
+        for use in (verify, lambda cache: train(TrainConfig(cache=cache, out=tmp_path / "run", device="cpu"))):
+            with pytest.raises(CacheError, match=r"memory://team/refs/train/00001\.parquet: ") as refused:
+                use(URL)
+            assert str(tmp_path) not in str(refused.value)
+
+    def test_what_changed_there_is_seen_at_once(self, config: PrecomputeConfig, memory: Any, tmp_path: Path) -> None:
+        precompute(config)
+        first = local_copy(URL)
+        precompute(replace(config, data=str(write_feedback(tmp_path / "more.jsonl", 23))))
+        assert read_manifest(local_copy(URL)).rows == 23
+        assert read_manifest(first).rows == 20
+
+    def test_it_can_be_looked_into(
+        self, config: PrecomputeConfig, memory: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        precompute(config)
+        capsys.readouterr()
+        info(URL)
+        head(URL, rows=1, model=None)
+        printed = capsys.readouterr().out
+        assert "20 (10 desirable, 10 undesirable)" in printed
+        assert "y'  (" in printed
+
+    @pytest.mark.parametrize(
+        ("url", "words"),
+        [
+            (URL, r"memory://team/refs: not a reference cache \(no manifest.json\)"),
+            ("nosuch://team/refs", "nosuch://team/refs: .*nosuch"),
+            ("s3://key:secret@bucket/refs", "^s3://bucket/refs: leave credentials out of the URL"),
+            ("https://host/refs?signature=abc", "^https://host/refs: leave credentials out of the URL"),
+        ],
+    )
+    def test_what_is_no_cache_is_refused(self, url: str, words: str, memory: Any) -> None:
+        for use in (verify, local_copy):
+            with pytest.raises(CacheError, match=words) as refused:
+                use(url)
+            assert "secret" not in str(refused.value)
+            assert "abc" not in str(refused.value)
+
+    def test_a_missing_package_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "s3fs", None)
+        with pytest.raises(CacheError, match=r"s3://bucket/refs: .*pip install 's3fs'"):
+            local_copy("s3://bucket/refs")
+
+    def test_a_name_that_leaves_the_folder_is_not_fetched(
+        self, config: PrecomputeConfig, memory: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Remote, "files", lambda self: {"train/../../../train/x.parquet": 1})
+        with pytest.raises(CacheError, match="lies outside of the cache folder"):
+            precompute(config)
+
+
+class TestOneWriter:
+    def test_the_other_one_is_named(self, memory: Any) -> None:
+        with RemoteLock(Remote(URL)), pytest.raises(CacheError, match=rf"process {os.getpid()} on .* is writing here"):
+            RemoteLock(Remote(URL)).__enter__()
+        assert names(memory) == set()
+
+    def test_a_lock_whose_owner_died_is_taken_over(self, memory: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        memory.pipe_file("/team/refs/.lock", json.dumps({"holder": "process 7 on \x1b[2Jmars", "token": "x"}).encode())
+        with RemoteLock(Remote(URL)):
+            assert names(memory) == {".lock"}
+        assert "process 7 on \\x1b[2Jmars is gone; going on" in capsys.readouterr().out
+        assert names(memory) == set()
+
+    def test_a_lock_that_is_let_go_meanwhile_is_free(self, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        answers = iter([b"{}", None])
+        read = Remote.read
+        monkeypatch.setattr(Remote, "read", lambda self, name: next(answers, b"") or read(self, name))
+        with RemoteLock(Remote(URL)):
+            assert names(memory) == {".lock"}
+
+    def test_a_writer_that_lost_its_lock_writes_no_more(
+        self, config: PrecomputeConfig, memory: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its machine slept, say, and another one took it for dead."""
+        write = Store.write
+
+        def overtaken(store: Store, index: int, *arguments: Any) -> None:
+            if index == 2:
+                memory.pipe_file("/team/refs/.lock", json.dumps({"holder": "process 7 on mars", "token": "x"}).encode())
+            write(store, index, *arguments)
+
+        monkeypatch.setattr(Store, "write", overtaken)
+        with pytest.raises(CacheError, match="memory://team/refs: process 7 on mars is writing here"):
+            precompute(config)
+        assert names(memory) == {".lock", *shards(2)}
+
+
+class TestS3:
+    """moto's server, over HTTP, with credentials from the environment."""
+
+    @pytest.fixture
+    def bucket(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        files = fsspec.filesystem("s3", skip_instance_cache=True)
+        files.makedirs("bucket", exist_ok=True)
+        yield files
+        files.rm("bucket", recursive=True)
+        server.stop()
+
+    def test_the_three_commands(self, bucket: Any, base: Path, feedback: Path, tmp_path: Path) -> None:
+        url = "s3://bucket/team/refs"
+        scoring = ["precompute.cli import precompute", "--model", str(base), "--data", str(feedback), "--out", url]
+        training = ["train.cli import train", "--cache", url, "--out", str(tmp_path / "run"), "--max-steps", "2"]
+        looking = ["precompute.cli import cache", "verify", url]
+        said = ""
+        for imported, *arguments in (scoring, looking, training):
+            code = f"from {imported}; {imported.split()[-1]}()"
+            done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-3000:]
+            said += done.stdout + done.stderr
+        assert "20 rows in 1 shards, all as written" in said
+        assert names(bucket, "bucket/team/refs") == {"manifest.json", "train/00000.parquet"}
+        written = [bucket.cat_file(path) for path in bucket.find("bucket")]
+        written += [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+        for text in [said.encode(), *written]:
+            assert SECRET.encode() not in text
+            assert b"AKIAEXAMPLE" not in text
+
+    def test_killed_writers_lose_nothing(self, bucket: Any, base: Path, tmp_path: Path) -> None:
+        data = write_feedback(tmp_path / "f.jsonl", 60, seed=3)
+        config = PrecomputeConfig(model=str(base), data=str(data), out="s3://bucket/refs", rows_per_shard=2)
+        assert killed_runs("precompute", config, kills=3, seed=2, after=(1.5, 2.5), stale_after=0.6) == 3
+        assert names(bucket, "bucket/refs") == {"manifest.json", *shards(30)}
+        precompute(replace(config, out=tmp_path / "local"))
+        assert_same_cache(fetch(bucket, "bucket/refs", tmp_path / "fetched"), tmp_path / "local")
+
+    @pytest.mark.parametrize("url", ["s3://no-such-bucket/refs", "s3://bucket/refs"])
+    def test_a_store_that_cannot_be_used_is_one_message(
+        self, url: str, bucket: Any, config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if url == "s3://bucket/refs":
+            monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        with pytest.raises(CacheError, match=f"{url}: .*") as refused:
+            precompute(replace(config, out=url))
+        assert SECRET not in str(refused.value)
+
+
+def test_locations_in_options(tmp_path: Path) -> None:
+    """A URL keeps its slashes, in YAML and on the command line; a local URL is a path."""
+    assert to_location("s3://bucket//refs/") == "s3://bucket//refs/"
+    assert to_location("file:///tmp/refs") == Path("/tmp/refs")
+    assert to_location("refs/") == Path("refs")
+    (tmp_path / "c.yaml").write_text("cache: s3://bucket/refs\neval_cache: refs/held\n")
+    config = resolve(TrainConfig, {}, yaml_path=tmp_path / "c.yaml")
+    assert (config.cache, config.eval_cache) == ("s3://bucket/refs", Path("refs/held"))
+    (tmp_path / "c.yaml").write_text("cache: 3\n")
+    with pytest.raises(ConfigError, match="expected a path or text"):
+        resolve(TrainConfig, {}, yaml_path=tmp_path / "c.yaml")
+
+
+def test_one_prompt_only_is_refused_before_anything_is_written(
+    config: PrecomputeConfig, memory: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "the same", "completion": f"answer {i}", "label": True} for i in range(4)]
+    with pytest.raises(PairingError):
+        precompute(replace(config, data=str(write_rows(tmp_path / "f.jsonl", rows))))
+    assert names(memory) == set()
