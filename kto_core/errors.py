@@ -18,7 +18,13 @@ import re
 
 
 class KTOError(Exception):
-    """Base of all errors that the user, rather than the program, can mend."""
+    """Base of all errors that the user, rather than the program, can mend.
+
+    A message may quote what stands in a file: its lines stay, whatever else could drive a terminal is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(printable(line) for line in message.split("\n")))
 
 
 class ConfigError(KTOError):
@@ -74,6 +80,6 @@ def printable(text: str, limit: int | None = None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def message_of(error: KTOError) -> str:
-    """An error for the terminal: its lines, and nothing else that drives one."""
-    return "\n".join(printable(line) for line in str(error).split("\n"))
+def said_by(error: BaseException) -> str:
+    """What a library says of a file, fit for a message: it may quote at length what the file holds."""
+    return printable(in_one_line(error), 200)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kto_core.errors import ModelError
+from kto_core.errors import ModelError, said_by
 
 
 def sequence_id(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> str:
@@ -157,12 +157,15 @@ def _safetensors_header(path: Path) -> dict[str, tuple[str, list[int], int, int]
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
+            name.encode()  # half a character cannot be hashed
             start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
             if not 8 + length <= start <= end <= size:
                 raise ValueError(f"tensor {name!r} ends at byte {end} of {size}")
             tensors[name] = (str(entry["dtype"]), list(entry["shape"]), start, end)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not a complete safetensors file ({error}). Copy the model again.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ModelError(
+            f"{path}: not a complete safetensors file ({said_by(error)}). Copy the model again."
+        ) from error
     return tensors
 
 

@@ -5,13 +5,13 @@
 
 import datetime
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kto_core.durable import write_text
-from kto_core.errors import CacheError, NewerFormatError, printable
+from kto_core.errors import CacheError, NewerFormatError, printable, said_by
 from kto_core.identity import file_hashes, json_hash
 
 FORMAT = 1
@@ -33,7 +33,11 @@ _SECTIONS = ("reference", "tokenizer", "tokenization", "pairing", "scorer", "dat
 
 @dataclass(frozen=True)
 class Manifest:
-    """The sections of `manifest.json`; see the README for the fields of each."""
+    """The sections of `manifest.json`; see the README for the fields of each.
+
+    Attributes:
+        intact: whether all of it is as it was written; `verify_cache` refuses what is not, after it looked for the reason.
+    """
 
     reference: dict[str, Any]
     tokenizer: dict[str, Any]
@@ -45,6 +49,7 @@ class Manifest:
     run: dict[str, Any]
     created: str
     fingerprint: str
+    intact: bool
 
     @property
     def rows(self) -> int:
@@ -53,8 +58,13 @@ class Manifest:
     @property
     def vocabulary(self) -> int | None:
         """Tokens that the reference knows; None where the manifest does not say."""
-        size = self.reference.get("vocabulary")
-        return size if isinstance(size, int) else None
+        size: int | None = self.reference.get("vocabulary")
+        return size
+
+    @property
+    def partners(self) -> int:
+        """Mismatched completions of each row."""
+        return int(self.pairing["partners"])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -80,8 +90,11 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 
 def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text[:12] + "..." if len(text) > 40 else text
+    try:
+        text = "none" if value is None else str(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a huge number"
+    return printable(text[:12] + "..." if len(text) > 40 else text)
 
 
 def fingerprint(identity: Mapping[str, Any], pairing: Mapping[str, Any], rows_hash: str) -> str:
@@ -95,6 +108,11 @@ def fingerprint(identity: Mapping[str, Any], pairing: Mapping[str, Any], rows_ha
     return json_hash({"format": FORMAT, "identity": dict(identity), "pairing": dict(pairing), "rows": rows_hash})
 
 
+def checksum(content: Mapping[str, Any]) -> str:
+    """Hash of all that a manifest says, as JSON keeps it: what shows that a byte of it has changed."""
+    return json_hash(json.loads(json.dumps({name: value for name, value in content.items() if name != "checksum"})))
+
+
 def write_manifest(folder: Path, sections: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], mark: str) -> None:
     """Declare the cache complete. Raises: CacheError: the disk does not take it."""
     content = {
@@ -104,6 +122,7 @@ def write_manifest(folder: Path, sections: Mapping[str, Any], shards: Sequence[M
         **{name: sections[name] for name in _SECTIONS},
         "shards": list(shards),
     }
+    content["checksum"] = checksum(content)
     path = folder / MANIFEST
     try:
         write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -153,61 +172,109 @@ def parse_manifest(path: Path | str, text: bytes) -> Manifest:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CacheError(f"{path}: cannot be read ({error}). {AGAIN}") from error
-    if not isinstance(content, dict) or not _is_whole(content.get("format")):
+        raise CacheError(f"{path}: cannot be read ({said_by(error)}). {AGAIN}") from error
+    if not isinstance(content, dict) or not _is_count(content.get("format")):
         raise CacheError(f"{path}: not the manifest of a reference cache.")
     if content["format"] != FORMAT:
         raise NewerFormatError(
             f"{path}: cache format {_short(content['format'])}; this version reads format {FORMAT}. "
             "Update offline-kto, or run kto-precompute again."
         )
-    for found in _texts(content):
-        if not found.isprintable():
-            raise CacheError(f"{path}: holds control characters ({_short(printable(found))}); it is not read.")
     return _parse(path, content)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All strings in a JSON value: what is printed later."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
+def _is_positive(value: Any) -> bool:
+    return _is_count(value) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return _is_count(value) or (isinstance(value, float) and 0 <= value < float("inf"))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) <= LONGEST_NAME
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value)) and all(map(_is_count, value.values()))
+
+
+def _are_files(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(file, dict) and _is_text(file.get("name")) for file in value)
+
+
+def _are_versions(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, [*value, *value.values()]))
+
+
+def _or_absent(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+# A longer name is no name; it would only fill the terminal.
+LONGEST_NAME = 500
+
+# What is read or printed, and of which kind it must be: whoever edits a manifest can write a fingerprint that fits.
+_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "reference": {
+        "id": _is_text,
+        **dict.fromkeys(("revision", "adapter", "weights_hash", "dtype", "attention"), _or_absent(_is_text)),
+        "vocabulary": _or_absent(_is_positive),
+    },
+    "tokenization": {"max_length": _is_positive},
+    "pairing": {"partners": _is_positive, "method": _or_absent(_is_text), "seed": _or_absent(_is_count)},
+    "scorer": {"backend": _or_absent(_is_text), "versions": _or_absent(_are_versions)},
+    "data": {
+        "files": _or_absent(_are_files),
+        "dropped": _or_absent(_are_counts),
+        **dict.fromkeys(("read", "desirable", "undesirable", "truncated"), _or_absent(_is_count)),
+        "labels_hash": _or_absent(_is_text),
+    },
+    "run": {
+        **dict.fromkeys(("scored_sequences", "reused_sequences"), _or_absent(_is_count)),
+        "tokens_per_second": _or_absent(_is_number),
+    },
+}
 
 
 def _parse(path: Path | str, content: dict[str, Any]) -> Manifest:
+    unknown = sorted(content.keys() - {"format", "created", "fingerprint", "shards", "checksum", *_SECTIONS})
+    if unknown:
+        raise CacheError(f"{path}: has an entry {_short(unknown[0])!r}, which format {FORMAT} has not. {AGAIN}")
     for section in _SECTIONS:
         if not isinstance(content.get(section), dict):
             raise CacheError(f"{path}: section {section!r} is missing or damaged. {AGAIN}")
+    for section, fields in _FIELDS.items():
+        for name, fits in fields.items():
+            if not fits(content[section].get(name)):
+                raise CacheError(f"{path}: {section}.{name} is {_short(content[section].get(name))}: damaged. {AGAIN}")
     shards = content.get("shards")
     if not isinstance(shards, list) or not shards:
         raise CacheError(f"{path}: lists no shards. {AGAIN}")
     for shard in shards:
-        wanted = {"file": str, "rows": int, "bytes": int, "sha256": str}
-        if not isinstance(shard, dict) or any(not isinstance(shard.get(key), kind) for key, kind in wanted.items()):
+        wanted = {"file": _is_text, "rows": _is_count, "bytes": _is_count, "sha256": _is_text}
+        if not isinstance(shard, dict) or not all(fits(shard.get(key)) for key, fits in wanted.items()):
             raise CacheError(f"{path}: a shard entry is damaged: {_short(shard)}. {AGAIN}")
-        parts = PurePosixPath(shard["file"]).parts
-        if PurePosixPath(shard["file"]).is_absolute() or ".." in parts or "\\" in shard["file"]:
-            raise CacheError(f"{path}: shard {shard['file']!r} lies outside of the cache folder; it is not read.")
+        place = PurePosixPath(shard["file"])
+        if place.is_absolute() or ".." in place.parts or "\\" in shard["file"] or len(place.name) > 200:
+            raise CacheError(
+                f"{path}: shard {printable(shard['file'], 100)!r} lies outside of the cache folder; it is not read."
+            )
     if len({str(PurePosixPath(shard["file"])) for shard in shards}) != len(shards):
         raise CacheError(f"{path}: lists a shard twice.")
     for key in ("fingerprint", "created"):
-        if not isinstance(content.get(key), str):
+        if not _is_text(content.get(key)):
             raise CacheError(f"{path}: {key!r} is missing. {AGAIN}")
     manifest = Manifest(
         **{name: content[name] for name in _SECTIONS},
         shards=shards,
         created=content["created"],
         fingerprint=content["fingerprint"],
+        intact=content.get("checksum", checksum(content)) == checksum(content),
     )
     _check_edited(path, manifest)
     return manifest
@@ -220,7 +287,7 @@ def _check_edited(path: Path | str, manifest: Manifest) -> None:
     kept = manifest.data.get("kept")
     if manifest.rows != kept:
         raise CacheError(
-            f"{path}: its shards hold {manifest.rows} rows, but {kept} were kept: a shard is missing. {AGAIN}"
+            f"{path}: its shards hold {manifest.rows} rows, but {_short(kept)} were kept: a shard is missing. {AGAIN}"
         )
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kto_core.adapters import merge_adapter
-from kto_core.errors import ModelError, in_one_line
+from kto_core.errors import ModelError, in_one_line, printable, said_by
 from kto_core.identity import stored_type
 from kto_core.logps import add_scoring_forward
 
@@ -79,9 +79,13 @@ def find_folder(model: str, *, revision: str | None, what: str = "model") -> tup
         ModelError: neither a folder nor a hub id that can be had.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder, None
-    if folder.exists():
+    try:
+        if folder.is_dir():
+            return folder, None
+        is_file = folder.exists()
+    except (OSError, ValueError) as error:  # too long a name, or one with a null character
+        raise ModelError(f"{printable(model, 100)}: no such {what} folder ({said_by(error)}).") from error
+    if is_file:
         raise ModelError(f"{model}: a file; expected the {what}'s folder (with its config and *.safetensors).")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise ModelError(f"{model}: no such {what} folder.")

@@ -11,6 +11,7 @@ Precedence: command line, then YAML, then the default.
 import dataclasses
 import difflib
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from kto_core.errors import ConfigError
+from kto_core.errors import ConfigError, printable, said_by
 
 ConfigT = TypeVar("ConfigT")
 NumberT = TypeVar("NumberT", int, float)
@@ -88,6 +89,21 @@ def _plain_types(hint: Any) -> tuple[type, ...]:
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which `1e-6` is a number, as YAML 1.2 has it and every user means it."""
 
+    _references = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """References to references grow without bound: a handful is a config, more is an attack."""
+        if self.check_event(yaml.AliasEvent):
+            self._references += 1
+            if self._references > _MOST_REFERENCES:
+                raise yaml.composer.ComposerError(
+                    None, None, f"more than {_MOST_REFERENCES} references (*name)", self.peek_event().start_mark
+                )
+        return super().compose_node(parent, index)
+
+
+_MOST_REFERENCES = 20
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -133,12 +149,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
             content = loader.get_single_data()
         finally:
             loader.dispose()
-    except ValueError as error:  # a date that no calendar has, say
-        raise ConfigError(f"{path}: not valid YAML: {error}.") from error
+    except (ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        # What PyYAML raises for a date that no calendar has, for a tag that does not fit its value, and so on.
+        raise ConfigError(f"{path}: not valid YAML: {said_by(error)}.") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = printable(getattr(error, "problem", None) or str(error).splitlines()[0], 200)
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}.") from error
     if content is None:
         return {}
@@ -147,6 +164,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: expected `option: value` lines, found a {type(content).__name__}. See configs/ for examples."
         )
     return content
+
+
+def shown(value: Any) -> str:
+    """A value from a file, for a message; cut where it is long."""
+    try:
+        return printable(str(value), 100)
+    except ValueError:  # a whole number of thousands of digits
+        return "a huge number"
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -172,14 +197,14 @@ def _yaml_values(config: type, path: Path) -> Mapping[str, Any]:
     known = [name for name, field in fields.items() if field.metadata.get("yaml", True)]
     values = {}
     for key, value in read_yaml(path).items():
-        name = str(key).replace("-", "_")
+        name = shown(key).replace("-", "_")
         if name not in known:
             if name in fields:
-                raise ConfigError(f"{path}: {key!r} belongs on the command line: {flag(name)} ...")
+                raise ConfigError(f"{path}: {shown(key)!r} belongs on the command line: {flag(name)} ...")
             raise ConfigError(
-                f"{path}: unknown key {str(key)!r}.{nearest(name, known)} Known keys: {', '.join(known)}."
+                f"{path}: unknown key {shown(key)!r}.{nearest(name, known)} Known keys: {', '.join(known)}."
             )
-        values[name] = _coerce(value, value_types(config)[name], f"{path}: {key}", fields[name])
+        values[name] = _coerce(value, value_types(config)[name], f"{path}: {shown(key)}", fields[name])
     return values
 
 
@@ -193,15 +218,15 @@ def _coerce(value: Any, allowed: tuple[type, ...], where: str, field: "dataclass
         if bool in allowed:
             return value
     elif isinstance(value, int | float):
-        if int in allowed and float(value).is_integer():
+        if int in allowed and -(2**63) <= value < 2**63 and value == int(value):
             return int(value)
-        if float in allowed:
+        if float in allowed and abs(value) <= sys.float_info.max:
             return float(value)
     elif isinstance(value, str):
         choices = field.metadata.get("choices")
         if choices and value not in choices:
             raise ConfigError(
-                f"{where}: got {value!r}; choose one of {', '.join(choices)}.{nearest(value, list(choices))}"
+                f"{where}: got {shown(value)!r}; choose one of {', '.join(choices)}.{nearest(value, list(choices))}"
             )
         if Path in allowed:
             return to_location(value) if str in allowed else Path(value)
@@ -212,7 +237,9 @@ def _coerce(value: Any, allowed: tuple[type, ...], where: str, field: "dataclass
     elif isinstance(value, dict) and dict in allowed:
         return value
     wanted = " or ".join(_WORDS.get(kind, kind.__name__) for kind in allowed)
-    raise ConfigError(f"{where}: expected {wanted}, got {value!r}.")
+    raise ConfigError(
+        f"{where}: expected {wanted}, got {shown(value) if isinstance(value, int | float) else repr(shown(value))}."
+    )
 
 
 _WORDS = {

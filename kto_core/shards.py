@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kto_core.durable import replacing
-from kto_core.errors import CacheError, in_one_line
+from kto_core.errors import CacheError, said_by
 
 SCHEMA = pa.schema(
     [
@@ -79,7 +79,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
     try:
         raw = (pq.read_schema(path).metadata or {}).get(_METADATA_KEY)
         content = json.loads(raw) if raw else None
-    except (OSError, ValueError, pa.ArrowException):
+    except (OSError, ValueError, RecursionError, pa.ArrowException):
         return None
     return content if isinstance(content, dict) else None
 
@@ -94,7 +94,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CacheError(
-            f"{path}: not a readable Parquet file ({in_one_line(error)}). Run kto-precompute again."
+            f"{path}: not a readable Parquet file ({said_by(error)}). Run kto-precompute again."
         ) from error
     found = {field.name: field.type for field in file.schema_arrow}
     for field in SCHEMA:
@@ -124,7 +124,7 @@ def read_groups(
         try:
             yield file.read_row_groups(wanted[start : start + at_once], columns=columns, use_threads=False)
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise CacheError(f"{path}: damaged content ({in_one_line(error)}). Run kto-precompute again.") from error
+            raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
 
 
 class Rows(Sequence[dict[str, Any]]):
@@ -166,13 +166,17 @@ _PLAIN_COLUMNS = ("row_id", "prompt_id", "pair_id", "source", "label", "ref_logp
 _TWICE_NESTED = ("kl_completion_ids", "ref_kl_token_logps")
 
 
-def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None) -> None:
+def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None, partners: int | None = None) -> int:
     """Check every rule of the format: counts, finiteness, signs, sums, token ids.
 
     Args:
         table: rows with the columns of `SCHEMA`.
         where: named in errors.
         vocabulary: token ids must be below it; None skips that check.
+        partners: mismatched completions that every row must have; None skips that check.
+
+    Returns:
+        The largest token id.
 
     Raises:
         CacheError: naming the first row and the rule it breaks.
@@ -190,6 +194,8 @@ def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None) -
     _require_equal(where, "ref_token_logps", logps.lengths, completions.lengths)
     _require_equal(where, "ref_kl_token_logps", kl_logps.lengths, kl_completions.lengths)
     _require_equal(where, "ref_kl_logps", kl_sums.lengths, kl_completions.lengths)
+    if partners is not None and (kl_completions.lengths != partners).any():
+        raise CacheError(f"{where}: a row without its {partners} mismatched completions.")
     inner_ids, inner_logps = kl_completions.inner(), kl_logps.inner()
     _require_equal(where, "ref_kl_token_logps (tokens)", inner_logps.lengths, inner_ids.lengths)
     for name, values in (("ref_token_logps", logps.values), ("ref_kl_token_logps", inner_logps.values)):
@@ -199,6 +205,7 @@ def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None) -
             raise CacheError(f"{where}: {name} holds positive log-probabilities (up to {values.max():g}).")
     _require_sums(where, "ref_logps", table.column("ref_logps").to_numpy(), logps)
     _require_sums(where, "ref_kl_logps", kl_sums.values, inner_logps)
+    largest = 0
     for name, ids in (
         ("prompt_ids", prompts),
         ("completion_ids", completions),
@@ -209,6 +216,8 @@ def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None) -
                 f"{where}: {name} holds token ids from {ids.values.min()} to {ids.values.max()}, "
                 f"outside of the vocabulary ({vocabulary} tokens)."
             )
+        largest = max(largest, int(ids.values.max(initial=0)))
+    return largest
 
 
 def _count_nulls(column: pa.ChunkedArray) -> int:

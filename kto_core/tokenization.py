@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kto_core.errors import TokenizationError
+from kto_core.errors import TokenizationError, said_by
 from kto_core.feedback import FeedbackRow
 
 
@@ -73,6 +73,12 @@ def _render_chat(row: FeedbackRow, tokenizer: Any) -> _Rendered:
             "model's tokenizer, add chat_template.jinja to the model folder, or give prompt and completion as text."
         )
     prompt_messages, completion_messages = list(row.prompt), list(row.completion)
+    taken = [name for name in row.template_kwargs if name in _NOT_FOR_DATA]
+    if taken:
+        raise TokenizationError(
+            f"{row.where}: 'chat_template_kwargs' sets {taken[0]!r}, which is not a template's own variable. Remove it; "
+            "the template comes with the tokenizer, and tools stand in the record's 'tools'."
+        )
     options = {**row.template_kwargs, "tools": list(row.tools) if row.tools else None, "tokenize": False}
     try:
         prompt = tokenizer.apply_chat_template(prompt_messages, add_generation_prompt=True, **options)
@@ -80,11 +86,32 @@ def _render_chat(row: FeedbackRow, tokenizer: Any) -> _Rendered:
             prompt_messages + completion_messages, add_generation_prompt=False, **options
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = said_by(error)
         raise TokenizationError(f"{row.where}: the chat template refuses this conversation: {reason}") from error
     if not full.startswith(prompt):
         raise TokenizationError(_rewritten(row, prompt, full))
     return _Rendered(prompt, full[len(prompt) :], special=False, append_eos=False)
+
+
+# Parameters of `apply_chat_template`: a record that set them would bring a template, a program that no fingerprint
+# covers, or change what is rendered.
+_NOT_FOR_DATA = {
+    "conversation",
+    "messages",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+    "processor_kwargs",
+}
 
 
 def _rewritten(row: FeedbackRow, prompt: str, full: str) -> str:

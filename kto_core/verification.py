@@ -7,8 +7,8 @@ manifest, by its rows. Both run shard by shard in threads, in little memory.
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,17 +21,27 @@ from kto_core.shards import check_table, open_shard, read_groups
 _GROUPS_AT_ONCE = 16
 
 
+@dataclass(frozen=True)
+class Verified:
+    """What a check of all rows found on its way.
+
+    Attributes:
+        labels: bool, shape (rows,).
+        largest_id: the largest token id in the shards whose content was checked here.
+    """
+
+    labels: np.ndarray
+    largest_id: int
+
+
 def verify_cache(
     folder: Path, manifest: Manifest, *, share: tuple[int, int] = (0, 1), on_rows: Callable[[int], None] | None = None
-) -> np.ndarray:
+) -> Verified:
     """Check everything about a cache that can be checked without a model.
 
     Args:
         share: (i, n) checks the content of every n-th shard from the i-th on; other processes do the rest.
         on_rows: called with the number of rows checked since the last call.
-
-    Returns:
-        The labels, bool, shape (rows,).
 
     Raises:
         CacheError: naming the file and what is wrong with it.
@@ -39,36 +49,41 @@ def verify_cache(
     check_places(folder, manifest)
     first, every = share
 
-    def check(number: int) -> np.ndarray:
-        shard = manifest.shards[number]
-        labels = _check_shard(folder / shard["file"], shard, manifest.vocabulary, whole=number % every == first)
+    def check(number: int) -> Verified:
+        found = _check_shard(folder, manifest, number, whole=number % every == first)
         if on_rows is not None:
-            on_rows(len(labels))
-        return labels
+            on_rows(len(found.labels))
+        return found
 
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         tasks = [pool.submit(check, number) for number in range(len(manifest.shards))]
         try:
-            labels = np.concatenate([task.result() for task in tasks])
+            found = [task.result() for task in tasks]
         finally:
             pool.shutdown(cancel_futures=True)  # the first error ends it
+    labels = np.concatenate([one.labels for one in found])
     if int(labels.sum()) != manifest.data.get("desirable"):
         raise CacheError(
             f"{folder / MANIFEST}: says {manifest.data.get('desirable')} desirable rows, the shards hold {labels.sum()}. "
             f"{AGAIN}"
         )
-    return labels
+    if not manifest.intact:
+        raise CacheError(f"{folder / MANIFEST}: was edited or damaged: it is not what kto-precompute wrote. {AGAIN}")
+    return Verified(labels, max(one.largest_id for one in found))
 
 
-def _check_shard(path: Path, shard: dict[str, Any], vocabulary: int | None, *, whole: bool) -> np.ndarray:
+def _check_shard(folder: Path, manifest: Manifest, number: int, *, whole: bool) -> Verified:
+    shard = manifest.shards[number]
+    path = folder / shard["file"]
     if whole and file_hash(path) != shard["sha256"]:
         raise CacheError(f"{path}: its content is not what was written (sha256 differs). {AGAIN}")
     file = open_shard(path)
     if file.metadata.num_rows != shard["rows"]:
         raise CacheError(f"{path}: {file.metadata.num_rows} rows, the manifest says {shard['rows']}. {AGAIN}")
-    labels = []
+    labels, largest = [np.empty(0, dtype=bool)], 0
     for table in read_groups(path, file, columns=None if whole else ["label"], at_once=_GROUPS_AT_ONCE):
         if whole:
-            check_table(table, str(path), vocabulary=vocabulary)
+            rules = {"vocabulary": manifest.vocabulary, "partners": manifest.partners}
+            largest = max(largest, check_table(table, str(path), **rules))
         labels.append(table.column("label").to_numpy())
-    return np.concatenate(labels) if labels else np.empty(0, dtype=bool)
+    return Verified(np.concatenate(labels), largest)

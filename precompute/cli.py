@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from kto_core.errors import KTOError, message_of
+from kto_core.errors import KTOError
 from kto_core.options import Location, click_settings, resolve, to_location
 from precompute.config import PrecomputeConfig
 
@@ -20,7 +20,7 @@ class _Command(click.Command):
         try:
             return super().invoke(ctx)
         except KTOError as error:
-            raise click.ClickException(message_of(error)) from None
+            raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
             click.echo("\nInterrupted. What was finished is kept; run the same command again to go on.", err=True)
             ctx.exit(130)

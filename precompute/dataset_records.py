@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kto_core.errors import FeedbackError, printable
+from kto_core.errors import FeedbackError, printable, said_by
 from kto_core.feedback_formats import quoted
 from precompute.table_records import without_nulls
-from precompute.text_files import Located, readable, said_by
+from precompute.text_files import Located, readable
 
 # JSON files of the datasets library that hold no rows.
 _DATASET_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")

@@ -4,13 +4,16 @@ import json
 import shutil
 import textwrap
 import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from kto_core.errors import printable
-from kto_core.manifest import Manifest, read_manifest
+from kto_core.manifest import Manifest, check_places, read_manifest
 from kto_core.options import Location
 from kto_core.progress import Progress
-from kto_core.shards import open_shard
+from kto_core.shards import Rows, check_table, open_shard, read_groups
 from kto_core.storage import local_copy, speaking_of
 from kto_core.verification import verify_cache
 
@@ -47,18 +50,22 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("data", ", ".join(str(file.get("name")) for file in data.get("files") or [])),
         (
             "rows",
-            f"{manifest.rows:,} ({data.get('desirable'):,} desirable, {data.get('undesirable'):,} undesirable)",
+            f"{manifest.rows:,} ({_number(data.get('desirable'))} desirable, {_number(data.get('undesirable'))} undesirable)",
         ),
-        ("read", f"{data.get('read'):,}, dropped: {dropped}, truncated: {data.get('truncated')}"),
+        ("read", f"{_number(data.get('read'))}, dropped: {dropped}, truncated: {data.get('truncated')}"),
         ("files", f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB"),
         (
             "scoring",
-            f"{run.get('scored_sequences'):,} sequences scored, {run.get('reused_sequences'):,} reused, "
-            f"{run.get('tokens_per_second'):,} tokens/s",
+            f"{_number(run.get('scored_sequences'))} sequences scored, {_number(run.get('reused_sequences'))} reused, "
+            f"{_number(run.get('tokens_per_second'))} tokens/s",
         ),
         ("created", manifest.created),
         ("fingerprint", manifest.fingerprint),
     ]
+
+
+def _number(value: int | float | None) -> str:
+    return "?" if value is None else f"{value:,}"
 
 
 def verify(location: Location) -> None:
@@ -86,15 +93,18 @@ def head(location: Location, *, rows: int, model: str | None) -> None:
     """
     folder = local_copy(location)
     manifest = read_manifest(folder)
+    check_places(folder, manifest)
     tokenizer = _tokenizer(manifest, model)
-    shown = 0
+    for row in islice(_rows(folder, manifest), rows):
+        _show(row, tokenizer)
+
+
+def _rows(folder: Path, manifest: Manifest) -> Iterator[dict[str, Any]]:
     for shard in manifest.shards:
-        for batch in open_shard(folder / shard["file"]).iter_batches(batch_size=max(1, rows)):
-            for row in batch.to_pylist():
-                if shown == rows:
-                    return
-                _show(row, tokenizer)
-                shown += 1
+        path = folder / shard["file"]
+        for table in read_groups(path, open_shard(path)):
+            check_table(table, str(path), vocabulary=manifest.vocabulary, partners=manifest.partners)
+            yield from Rows(table)
 
 
 def _tokenizer(manifest: Manifest, model: str | None) -> Any:
@@ -110,9 +120,8 @@ def _show(row: dict[str, Any], tokenizer: Any) -> None:
     width = min(shutil.get_terminal_size((100, 20)).columns, 160)
     column = (width - 3) // 2
     thumb = "desirable" if row["label"] else "undesirable"
-    print(
-        f"row {row['source']}  {thumb}  {row['row_id']}  ref_logps {row['ref_logps']:.3f} over {len(row['completion_ids'])} tokens"
-    )
+    tokens, row_id = len(row["completion_ids"]), printable(row["row_id"], 32)
+    print(f"row {row['source']}  {thumb}  {row_id}  ref_logps {row['ref_logps']:.3f} over {tokens} tokens")
     print(_block("x  ", _decoded(tokenizer, row["prompt_ids"]), width))
     left = _lines(f"y   ({row['ref_logps']:.2f})", _decoded(tokenizer, row["completion_ids"]), column)
     for ids, total in zip(row["kl_completion_ids"], row["ref_kl_logps"], strict=True):

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from kto_core.errors import FeedbackError
+from kto_core.errors import FeedbackError, said_by
 from kto_core.feedback_formats import quoted
-from precompute.text_files import COPY_AGAIN, Located, Record, decode, lines_of, said_by
+from precompute.text_files import COPY_AGAIN, Located, Record, decode, lines_of
 
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 # Keys under which one object holds a whole data set.

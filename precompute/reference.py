@@ -24,6 +24,7 @@ from kto_core.identity import (
     weights_bytes,
     weights_hash,
 )
+from kto_core.manifest import LONGEST_NAME
 from kto_core.models import (
     Precision,
     check_model_folder,
@@ -65,8 +66,8 @@ class Reference:
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
         for name in (config.model, config.adapter, config.revision):
-            if name is not None and not name.isprintable():
-                raise ModelError(f"{printable(name)}: a name with control characters; rename it.")
+            if name is not None and not (name.isprintable() and len(name) <= LONGEST_NAME):
+                raise ModelError(f"{printable(name, 100)}: a name with control characters, or too long; rename it.")
         device = resolve_device(config.device)
         folder, revision = find_folder(config.model, revision=config.revision)
         check_model_folder(folder)

@@ -2,13 +2,14 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from kto_core.errors import FeedbackError
+from kto_core.errors import FeedbackError, said_by
 from kto_core.feedback_formats import quoted
-from precompute.text_files import COPY_AGAIN, Located, Record, lines_of, readable, said_by
+from precompute.text_files import COPY_AGAIN, Located, Record, lines_of, readable
 
 _BATCH_ROWS = 256
 
@@ -69,9 +70,9 @@ def _csv_header(cells: list[str], where: str, delimiter: str) -> list[str]:
         raise FeedbackError(
             f"{where}: the header is the single column {quoted(columns[0])}. Separate columns by {expected}."
         )
-    for column in named:
-        if named.count(column) > 1:
-            raise FeedbackError(f"{where}: two columns have the name {quoted(column)}. Rename one of them.")
+    column, count = Counter(named).most_common(1)[0]
+    if count > 1:
+        raise FeedbackError(f"{where}: two columns have the name {quoted(column)}. Rename one of them.")
     return columns
 
 

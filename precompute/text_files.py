@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from kto_core.errors import FeedbackError, in_one_line, printable
+from kto_core.errors import FeedbackError, said_by
 
 Record = dict[str, Any]
 Located = tuple[str, Record]
+# A few packed bytes may stand for a line that fills the memory.
+_LONGEST_LINE = 64 * 2**20
 COPY_AGAIN = "Copy or download it again."
 
 
@@ -30,11 +32,6 @@ def readable(name: str) -> Iterator[None]:
         raise FeedbackError(f"{name}: cannot be read ({said_by(error)}).") from error
 
 
-def said_by(error: BaseException) -> str:
-    """What a library says of a file, fit for a terminal: it may quote what the file holds."""
-    return printable(in_one_line(error), 200)
-
-
 def decode(raw: bytes, name: str, line: int) -> str:
     """`raw`, which begins at `line`, as text; only the first line may begin with a byte order mark."""
     try:
@@ -51,5 +48,11 @@ def decode(raw: bytes, name: str, line: int) -> str:
 
 
 def lines_of(handle: IO[bytes], name: str) -> Iterator[str]:
-    for number, raw in enumerate(handle, 1):
+    number = 0
+    while raw := handle.readline(_LONGEST_LINE):
+        number += 1
+        if len(raw) == _LONGEST_LINE:
+            raise FeedbackError(
+                f"{name}:{number}: a line of more than {_LONGEST_LINE // 2**20} MiB. This is no file of records, one a line."
+            )
         yield decode(raw, name, number)

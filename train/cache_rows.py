@@ -26,8 +26,6 @@ from train.ranks import local_rank
 # Row groups kept decoded: a small cache ends up in memory, a large one does not.
 _BYTES_IN_MEMORY = 512 * 2**20
 
-_ID_COLUMNS = ("prompt_ids", "completion_ids", "kl_completion_ids")
-
 
 @dataclass(frozen=True)
 class ScoredSequence:
@@ -89,6 +87,8 @@ class CacheRows(Dataset[TrainingRow]):
     Attributes:
         labels: bool, shape (rows,).
         dropped: how many rows `max_length` leaves no room for.
+        largest_id: the largest token id, among the rows that this process checked.
+        seconds: what the check took.
 
     Raises:
         CacheError: damaged, or `max_length` above the cached one.
@@ -104,20 +104,20 @@ class CacheRows(Dataset[TrainingRow]):
                 f"exist. Use --max-length {cached} or less, or score again with kto-precompute --max-length {max_length}."
             )
         self.max_length = max_length or cached
-        self.partners = int(self.manifest.pairing["partners"])
+        self.partners = self.manifest.partners
         started = time.monotonic()
         with Progress("verifying", self.manifest.rows, "rows") as progress:
-            labels = verify_cache(folder, self.manifest, share=local_rank(), on_rows=progress.add)
-        self.seconds = time.monotonic() - started
+            found = verify_cache(folder, self.manifest, share=local_rank(), on_rows=progress.add)
+        self.largest_id, self.seconds = found.largest_id, time.monotonic() - started
         self._paths = [folder / shard["file"] for shard in self.manifest.shards]
         self._files = [open_shard(path) for path in self._paths]
         groups = [(k, g) for k, file in enumerate(self._files) for g in range(file.num_row_groups)]
         counts = [self._files[k].metadata.row_group(g).num_rows for k, g in groups]
         self._groups, self._group_ends = groups, np.cumsum(counts)
-        self._fitting = np.arange(len(labels))  # row in the files, of each row here
+        self._fitting = np.arange(len(found.labels))  # row in the files, of each row here
         if self.max_length < cached:
             self._fitting = np.flatnonzero(self._read("prompt_ids", pc.list_value_length).to_numpy() < self.max_length)
-        self.dropped, self.labels = len(labels) - len(self._fitting), labels[self._fitting]
+        self.dropped, self.labels = len(found.labels) - len(self._fitting), found.labels[self._fitting]
         self._lock = threading.Lock()  # the next batch is read by a thread of its own
         self._decoded: OrderedDict[int, Rows] = OrderedDict()
         self._decoded_bytes = 0
@@ -175,18 +175,6 @@ class CacheRows(Dataset[TrainingRow]):
             while self._decoded_bytes > _BYTES_IN_MEMORY and len(self._decoded) > 1:
                 self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
             return rows
-
-    def largest_id(self) -> int:
-        """The largest token id in the cache, from the statistics in the Parquet footers."""
-        largest = 0
-        for file in self._files:
-            for group in range(file.num_row_groups):
-                columns = file.metadata.row_group(group)
-                for i in range(columns.num_columns):
-                    column = columns.column(i)
-                    if column.path_in_schema.split(".")[0] in _ID_COLUMNS and column.statistics is not None:
-                        largest = max(largest, int(column.statistics.max))
-        return largest
 
     def class_counts(self, indices: Sequence[int]) -> tuple[int, int]:
         """(desirable, undesirable) among some rows."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kto_core.errors import KTOError, message_of
+from kto_core.errors import KTOError
 from kto_core.options import click_settings, resolve
 from train.config import TrainConfig
 
@@ -22,7 +22,7 @@ class _Command(click.Command):
         try:
             return super().invoke(ctx)
         except KTOError as error:
-            raise click.ClickException(message_of(error)) from None
+            raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
             click.echo(
                 "\nInterrupted. What was finished is kept; run the same command with --resume to go on.", err=True

@@ -215,10 +215,9 @@ def _max_tokens(config: TrainConfig, device: torch.device) -> int | None:
 def _check_vocabulary(model: Any, rows: CacheRows) -> None:
     """A model with fewer embeddings than the tokenizer has ids would read past its table."""
     size = whole_shape(model.get_input_embeddings().weight)[0]
-    largest = rows.largest_id()
-    if largest >= size:
+    if rows.largest_id >= size:
         raise TrainingError(
-            f"The cache holds token id {largest}, but the policy's vocabulary has {size} tokens: it is another model."
+            f"The cache holds token id {rows.largest_id}, but the policy's vocabulary has {size} tokens: it is another model."
         )
 
 

@@ -1,0 +1,284 @@
+"""A cache that is not what was written: refused before any training, by file and reason, by every command that reads it."""
+
+import json
+import pickle
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from feedback_files import write_feedback
+
+from kto_core.errors import CacheError
+from kto_core.identity import file_hash
+from kto_core.manifest import checksum, read_manifest
+from kto_core.verification import verify_cache
+from precompute.cli import cache as cache_command
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
+from train.cli import train as train_command
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """Twenty rows in five shards. Do not write to it."""
+    folder = tmp_path_factory.mktemp("whole")
+    data = write_feedback(folder / "f.jsonl", 20)
+    precompute(PrecomputeConfig(model=str(base), data=str(data), out=folder / "refs", rows_per_shard=4))
+    return folder / "refs"
+
+
+@pytest.fixture
+def refs(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "refs"))
+
+
+SHARD = "train/00001.parquet"
+
+
+def change_manifest(refs: Path, change: Callable[[dict[str, Any]], object], *, signed: bool = True) -> None:
+    """Edit the manifest; with `signed`, as somebody who knows how it vouches for itself."""
+    path = refs / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    if signed:
+        content["checksum"] = checksum(content)
+    path.write_text(json.dumps(content, indent=2))
+
+
+def entry(content: dict[str, Any], name: str = SHARD) -> dict[str, Any]:
+    found: dict[str, Any] = next(shard for shard in content["shards"] if shard["file"] == name)
+    return found
+
+
+def declare(refs: Path) -> None:
+    """Let the manifest vouch for the shard as it is now."""
+    path = refs / SHARD
+    change_manifest(refs, lambda content: entry(content).update(bytes=path.stat().st_size, sha256=file_hash(path)))
+
+
+def change_rows(refs: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    """Other values in a shard of valid Parquet, which the manifest vouches for."""
+    table = pq.read_table(refs / SHARD)
+    rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), refs / SHARD)
+    declare(refs)
+
+
+def set_score(rows: list[dict[str, Any]], value: float, column: str = "ref_token_logps") -> None:
+    scores = rows[2][column][0] if column == "ref_kl_token_logps" else rows[2][column]
+    scores[0] = value
+    rows[2]["ref_logps"] = float(sum(rows[2]["ref_token_logps"]))
+    rows[2]["ref_kl_logps"] = [float(sum(one)) for one in rows[2]["ref_kl_token_logps"]]
+
+
+def flip(path: Path, at: int, bit: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= bit
+    path.write_bytes(content)
+
+
+def swap(refs: Path) -> None:
+    one, other = refs / SHARD, refs / "train/00002.parquet"
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def other_schema(refs: Path) -> None:
+    table = pq.read_table(refs / SHARD)
+    place = table.schema.get_field_index("ref_logps")
+    pq.write_table(table.set_column(place, "ref_logps", table.column("ref_logps").cast(pa.float32())), refs / SHARD)
+    declare(refs)
+
+
+def pickled(refs: Path) -> None:
+    (refs / SHARD).write_bytes(pickle.dumps(Trap(refs.parent / "executed")))
+    declare(refs)
+
+
+class Trap:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def outside(refs: Path) -> None:
+    shutil.move(refs / SHARD, refs.parent / "00001.parquet")
+    change_manifest(refs, lambda content: entry(content).update(file="../00001.parquet"))
+
+
+def linked(refs: Path) -> None:
+    shutil.move(refs / SHARD, refs.parent / "elsewhere.parquet")
+    (refs / SHARD).symlink_to(refs.parent / "elsewhere.parquet")
+
+
+# name: (what is done to the folder, the file named, the reason given)
+DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "a flipped bit": (lambda refs: flip(refs / SHARD, 2000), SHARD, "sha256 differs"),
+    "a shard that was cut off": (
+        lambda refs: (refs / SHARD).write_bytes((refs / SHARD).read_bytes()[:-500]),
+        SHARD,
+        "bytes, the manifest says",
+    ),
+    "an empty shard": (lambda refs: (refs / SHARD).write_bytes(b""), SHARD, "0 bytes, the manifest says"),
+    "a missing shard": (lambda refs: (refs / SHARD).unlink(), SHARD, "missing"),
+    "a shard twice": (
+        lambda refs: shutil.copy(refs / SHARD, refs / "train/00005.parquet"),
+        "train/00005.parquet",
+        "not in the manifest",
+    ),
+    "a shard in place of another": (
+        lambda refs: shutil.copy(refs / "train/00002.parquet", refs / SHARD),
+        SHARD,
+        "(sha256 differs|bytes, the manifest says)",
+    ),
+    "two shards exchanged": (swap, SHARD, "(sha256 differs|bytes, the manifest says)"),
+    "a shard listed twice": (
+        lambda refs: change_manifest(refs, lambda content: content["shards"].append(content["shards"][1])),
+        "manifest.json",
+        "lists a shard twice",
+    ),
+    "a shard taken from the list": (
+        lambda refs: change_manifest(refs, lambda content: content["shards"].pop()),
+        "manifest.json",
+        "a shard is missing",
+    ),
+    "an empty manifest": (lambda refs: (refs / "manifest.json").write_bytes(b""), "manifest.json", "cannot be read"),
+    "no manifest": (lambda refs: (refs / "manifest.json").unlink(), "", "an unfinished cache"),
+    "an edited number": (
+        lambda refs: change_manifest(refs, lambda content: content["data"].update(truncated=3), signed=False),
+        "manifest.json",
+        "was edited or damaged",
+    ),
+    "an edited length": (
+        lambda refs: change_manifest(refs, lambda content: content["tokenization"].update(max_length=64)),
+        "manifest.json",
+        "does not match its own fingerprint",
+    ),
+    "edited counts": (
+        lambda refs: change_manifest(refs, lambda content: content["data"].update(desirable=3)),
+        "manifest.json",
+        "says 3 desirable rows",
+    ),
+    "a newer format": (
+        lambda refs: change_manifest(refs, lambda content: content.update(format=2)),
+        "manifest.json",
+        "cache format 2; this version reads format 1",
+    ),
+    "a path that leaves the folder": (outside, "manifest.json", "lies outside of the cache folder"),
+    "a link that leaves the folder": (linked, SHARD, "lies outside of the cache folder"),
+    "a pickle": (pickled, SHARD, "not a readable Parquet file"),
+    "another schema": (other_schema, SHARD, "column 'ref_logps' should be double, found float"),
+    "a score that is not a number": (
+        lambda refs: change_rows(refs, lambda rows: set_score(rows, float("nan"))),
+        SHARD,
+        "ref_token_logps holds 1 values that are not finite",
+    ),
+    "an infinite score": (
+        lambda refs: change_rows(refs, lambda rows: set_score(rows, float("-inf"), "ref_kl_token_logps")),
+        SHARD,
+        "ref_kl_token_logps holds 1 values that are not finite",
+    ),
+    "a positive score": (
+        lambda refs: change_rows(refs, lambda rows: set_score(rows, 0.5)),
+        SHARD,
+        "positive log-probabilities",
+    ),
+    "a sum of other scores": (
+        lambda refs: change_rows(refs, lambda rows: rows[2].update(ref_logps=-1.0)),
+        SHARD,
+        "ref_logps of row 2 is -1",
+    ),
+    "a score too few": (
+        lambda refs: change_rows(refs, lambda rows: rows[2]["ref_token_logps"].pop()),
+        SHARD,
+        "one score for each token",
+    ),
+    "a mismatched completion too few": (
+        lambda refs: change_rows(
+            refs, lambda rows: rows[2].update(kl_completion_ids=[], ref_kl_logps=[], ref_kl_token_logps=[])
+        ),
+        SHARD,
+        "without its 1 mismatched completions",
+    ),
+    "a token outside of the vocabulary": (
+        lambda refs: change_rows(refs, lambda rows: rows[2]["prompt_ids"].append(10**6)),
+        SHARD,
+        "outside of the vocabulary",
+    ),
+    "a negative token": (
+        lambda refs: change_rows(refs, lambda rows: rows[2]["completion_ids"].__setitem__(0, -1)),
+        SHARD,
+        "outside of the vocabulary",
+    ),
+    "a row too few": (lambda refs: change_rows(refs, lambda rows: rows.pop()), SHARD, "3 rows, the manifest says 4"),
+}
+
+
+@pytest.mark.parametrize("command", ["kto-train", "kto-train --eval-cache", "kto-cache verify"])
+@pytest.mark.parametrize(("damage", "file", "reason"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_every_command_refuses_by_file_and_reason(
+    command: str, damage: Callable[[Path], object], file: str, reason: str, refs: Path, whole: Path, tmp_path: Path
+) -> None:
+    damage(refs)
+    if command == "kto-cache verify":
+        done = CliRunner().invoke(cache_command, ["verify", str(refs)])
+    else:
+        caches = [str(refs)] if command == "kto-train" else [str(whole), "--eval-cache", str(refs)]
+        options = ["--out", str(tmp_path / "run"), "--device", "cpu"]
+        done = CliRunner().invoke(train_command, ["--cache", *caches, *options])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)  # no traceback
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1
+    said = lines[0]
+    assert str(refs / file) in said
+    assert re.search(reason, said), said
+    assert not (tmp_path / "executed").exists()
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_flipped_bit_anywhere_is_found(refs: Path) -> None:
+    """Each byte of the manifest, and some hundreds of bytes of the shards."""
+    rng = random.Random(0)
+    places = [(refs / "manifest.json", at) for at in range((refs / "manifest.json").stat().st_size)]
+    for path in sorted((refs / "train").iterdir()):
+        places += [(path, rng.randrange(path.stat().st_size)) for _ in range(60)]
+    for path, at in places:
+        bit = 1 << rng.randrange(8)
+        flip(path, at, bit)
+        with pytest.raises(CacheError):
+            verify_cache(refs, read_manifest(refs))
+        flip(path, at, bit)
+    verify_cache(refs, read_manifest(refs))
+
+
+def test_what_was_damaged_is_mended_by_running_again(refs: Path, whole: Path, base: Path) -> None:
+    """Only the shard that was damaged is scored; the others vouch for themselves."""
+    config = PrecomputeConfig(model=str(base), data=str(whole.parent / "f.jsonl"), out=refs, rows_per_shard=4)
+    flip(refs / SHARD, 2000)
+    precompute(config)
+    assert 0 < read_manifest(refs).run["scored_sequences"] <= 8
+    verify_cache(refs, read_manifest(refs))
+
+
+def test_the_processes_of_a_launch_share_the_check_of_what_rows_hold(refs: Path) -> None:
+    """Each checks every other shard's content; sizes, counts and labels all of them."""
+    flip(refs / SHARD, 2000)
+    manifest = read_manifest(refs)
+    found = verify_cache(refs, manifest, share=(0, 2))
+    assert len(found.labels) == 20
+    with pytest.raises(CacheError, match=r"00001\.parquet: .*sha256 differs"):
+        verify_cache(refs, manifest, share=(1, 2))
