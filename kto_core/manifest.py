@@ -207,10 +207,6 @@ def _are_files(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(file, dict) and _is_text(file.get("name")) for file in value)
 
 
-def _are_versions(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_text, [*value, *value.values()]))
-
-
 def _or_absent(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or fits(value)
 
@@ -227,7 +223,7 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     },
     "tokenization": {"max_length": _is_positive},
     "pairing": {"partners": _is_positive, "method": _or_absent(_is_text), "seed": _or_absent(_is_count)},
-    "scorer": {"backend": _or_absent(_is_text), "versions": _or_absent(_are_versions)},
+    "scorer": {"backend": _or_absent(_is_text)},
     "data": {
         "files": _or_absent(_are_files),
         "dropped": _or_absent(_are_counts),
@@ -248,10 +244,6 @@ def _parse(path: Path | str, content: dict[str, Any]) -> Manifest:
     for section in _SECTIONS:
         if not isinstance(content.get(section), dict):
             raise CacheError(f"{path}: section {section!r} is missing or damaged. {AGAIN}")
-    for section, fields in _FIELDS.items():
-        for name, fits in fields.items():
-            if not fits(content[section].get(name)):
-                raise CacheError(f"{path}: {section}.{name} is {_short(content[section].get(name))}: damaged. {AGAIN}")
     shards = content.get("shards")
     if not isinstance(shards, list) or not shards:
         raise CacheError(f"{path}: lists no shards. {AGAIN}")
@@ -277,6 +269,10 @@ def _parse(path: Path | str, content: dict[str, Any]) -> Manifest:
         intact=content.get("checksum", checksum(content)) == checksum(content),
     )
     _check_edited(path, manifest)
+    for section, fields in _FIELDS.items():
+        for name, fits in fields.items():
+            if not fits(content[section].get(name)):
+                raise CacheError(f"{path}: {section}.{name} is {_short(content[section].get(name))}: damaged. {AGAIN}")
     return manifest
 
 

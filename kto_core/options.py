@@ -220,7 +220,7 @@ def _coerce(value: Any, allowed: tuple[type, ...], where: str, field: "dataclass
     elif isinstance(value, int | float):
         if int in allowed and -(2**63) <= value < 2**63 and value == int(value):
             return int(value)
-        if float in allowed and abs(value) <= sys.float_info.max:
+        if float in allowed and (isinstance(value, float) or abs(value) <= sys.float_info.max):
             return float(value)
     elif isinstance(value, str):
         choices = field.metadata.get("choices")
@@ -238,7 +238,7 @@ def _coerce(value: Any, allowed: tuple[type, ...], where: str, field: "dataclass
         return value
     wanted = " or ".join(_WORDS.get(kind, kind.__name__) for kind in allowed)
     raise ConfigError(
-        f"{where}: expected {wanted}, got {shown(value) if isinstance(value, int | float) else repr(shown(value))}."
+        f"{where}: expected {wanted}, got {repr(shown(value)) if isinstance(value, str) else shown(value)}."
     )
 
 

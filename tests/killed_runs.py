@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -31,20 +32,21 @@ def main(orders: dict[str, Any]) -> dict[str, Any]:
     Args:
         orders: `stage`, `options`, and either `kills`, `seed` and `after` (seconds, from and to), or `begin_with`: a
             folder to start from, in a copy of its own for each change to the disk; a run is killed before that
-            change, and repeated. `stale_after`: seconds, of a remote lock.
+            change, and repeated. `every`: of so many changes only the first. `stale_after`: seconds, of a remote lock.
     """
     if "stale_after" in orders:
         kto_core.storage.STALE_SECONDS = orders["stale_after"]
         kto_core.storage.REFRESH_SECONDS = orders["stale_after"] / 3
     stage, options = orders["stage"], orders["options"]
     if "begin_with" in orders:
-        out = options["out"]
-        for number in range(1000):
+        out, killed_before = options["out"], []
+        for number in range(0, 1000, orders.get("every", 1)):
             options["out"] = f"{out}-{number}"
             shutil.copytree(orders["begin_with"], options["out"])
             killed = _ended_by_kill(_attempt(stage, options, prepare=lambda n=number: _kill_before_change(n)))
             if not killed:
-                return {"kills": number}
+                return {"kills": len(killed_before), "folders": [f"{out}-{n}" for n in [*killed_before, number]]}
+            killed_before.append(number)
             _ended_by_kill(_attempt(stage, options))
     rng = random.Random(orders["seed"])
     for number in range(orders["kills"]):
@@ -77,6 +79,8 @@ def _attempt(stage: str, options: dict[str, Any], prepare: Callable[[], object] 
         _run(stage, options)
         code = 0
     finally:
+        if code:
+            traceback.print_exc()  # leaving like this prints none
         os._exit(code)
 
 

@@ -39,8 +39,8 @@ from train.run import train
 _HERE = Path(__file__).parent
 
 
-def killed_runs(stage: str, config: Any, **orders: Any) -> int:
-    """Run a stage under fire (see killed_runs.py). Returns: how many kills it took."""
+def killed_runs(stage: str, config: Any, **orders: Any) -> dict[str, Any]:
+    """Run a stage under fire (see killed_runs.py). Returns: `kills`, and the `folders` that they left behind."""
     defaults = asdict(type(config)())
     options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if v != defaults[k]}
     text = json.dumps({"stage": stage, "options": options, **orders}, default=str)
@@ -48,7 +48,8 @@ def killed_runs(stage: str, config: Any, **orders: Any) -> int:
     command = [sys.executable, str(_HERE / "killed_runs.py")]
     done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return int(json.loads(done.stdout)["kills"])
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -98,7 +99,7 @@ class TestKills:
         precompute(config)
         config = replace(config, out=tmp_path / "killed", max_tokens=64)
         (config.out / ".merged").mkdir(parents=True)  # where a run with vLLM merges an adapter
-        assert killed_runs("precompute", config, kills=20, seed=1, after=(0.05, 0.8)) == 20
+        assert killed_runs("precompute", config, kills=20, seed=1, after=(0.05, 0.8)) == {"kills": 20}
         assert_same_cache(config.out, tmp_path / "whole")
 
     def test_a_kill_before_any_change_to_the_disk_loses_nothing(self, scoring: PrecomputeConfig) -> None:
@@ -110,25 +111,25 @@ class TestKills:
         fresh = replace(scoring, data=str(data), out=scoring.out.parent / "fresh")
         precompute(fresh)
         again = replace(fresh, out=scoring.out.parent / "killed")
-        kills = killed_runs("precompute", again, begin_with=str(scoring.out))
-        assert kills > 20
-        for number in range(kills + 1):
-            assert_same_cache(Path(f"{again.out}-{number}"), fresh.out)
+        found = killed_runs("precompute", again, begin_with=str(scoring.out))
+        assert found["kills"] > 20
+        for folder in found["folders"]:
+            assert_same_cache(Path(folder), fresh.out)
 
     def test_five_kills_change_no_weight_and_no_record(self, training: TrainConfig, tmp_path: Path) -> None:
         whole = train(replace(training, out=tmp_path / "whole"))
-        assert killed_runs("train", training, kills=5, seed=1, after=(0.2, 0.8)) == 5
+        assert killed_runs("train", training, kills=5, seed=1, after=(0.2, 0.8)) == {"kills": 5}
         assert_same_run(tmp_path / "run", whole)
 
-    def test_a_kill_before_any_change_to_the_disk_loses_no_update(self, training: TrainConfig, tmp_path: Path) -> None:
+    def test_a_kill_before_a_change_to_the_disk_loses_no_update(self, training: TrainConfig, tmp_path: Path) -> None:
         """From one checkpoint to the next, the removal of the first, and the final model."""
         training = replace(training, max_steps=2, save_steps=1, training={"save_total_limit": 1})
         begun = train(replace(training, out=tmp_path / "begun", max_steps=1))
         whole = train(replace(training, out=shutil.copytree(begun, tmp_path / "whole")))
-        kills = killed_runs("train", training, begin_with=str(begun))
-        assert kills > 20
-        for number in range(kills + 1):
-            assert_same_run(Path(f"{training.out}-{number}"), whole)
+        found = killed_runs("train", training, begin_with=str(begun), every=3)
+        assert found["kills"] > 10
+        for folder in found["folders"]:
+            assert_same_run(Path(folder), whole)
 
 
 def assert_same_run(one: Path, other: Path) -> None:

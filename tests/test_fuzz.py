@@ -38,7 +38,7 @@ from test_shards import ROWS
 from kto_core.errors import CacheError, ConfigError, FeedbackError, KTOError, ModelError, TokenizationError
 from kto_core.feedback import FeedbackFields, parse_record, resolve_threshold
 from kto_core.identity import weights_hash
-from kto_core.manifest import MANIFEST, check_files, differences, fingerprint, identity_of, read_manifest
+from kto_core.manifest import MANIFEST, check_files, checksum, differences, fingerprint, identity_of, read_manifest
 from kto_core.options import resolve
 from kto_core.shards import check_table, open_shard, read_metadata, shard_name
 from kto_core.tokenization import tokenize_rows
@@ -548,6 +548,7 @@ def _valid():
     content["data"].update(dropped={"prompt_too_long": 1}, labels_hash="l" * 64, prompts=20, sequences=120, tokens=900)
     content["reference"]["vocabulary"] = 97
     content["run"].update(reused_sequences=0, tokens_per_second=100)
+    content["checksum"] = checksum(content)
     return folder, content
 
 
@@ -599,6 +600,7 @@ def manifest_from_value(value, depth=900, digits=4299, *, marked=True):
                 identity_of(content), content["pairing"], str(content["data"].get("rows_hash"))
             )
             content["data"]["kept"] = sum(shard["rows"] for shard in content["shards"])
+            content["checksum"] = checksum(content)
             text = json.dumps(content)
     manifest_from_bytes(text.encode())
 

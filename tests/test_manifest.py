@@ -224,7 +224,7 @@ def test_what_decides_a_number_cannot_be_edited(cache, section, field):
 @pytest.mark.parametrize(("section", "field"), NAMES)
 def test_names_paths_and_versions_are_not_in_the_fingerprint(cache, section, field):
     before = read_manifest(cache).fingerprint
-    edit(cache, lambda content: content[section].update({field: "other"}))
+    edit(cache, lambda content: content[section].update({field: [{"name": "other"}] if field == "files" else "other"}))
     assert read_manifest(cache).fingerprint == before
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -490,34 +489,3 @@ def test_a_scheduler_s_signal_ends_a_run_as_an_interrupt_does(tmp_path: Path, ba
     assert "Traceback" not in said
     assert [path.name for path in out.iterdir()] == ["train"]
     assert not list((out / "train").glob(".*"))
-
-
-@pytest.mark.slow
-def test_killed_runs_go_on_where_they_stopped(tmp_path: Path, base: Path) -> None:
-    data = write_feedback(tmp_path / "f.jsonl", 300, seed=3)
-    config = PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "whole", rows_per_shard=5)
-    precompute(config)
-    out = tmp_path / "killed"
-    command = [sys.executable, "-c", "from precompute.cli import precompute; precompute()", "--model", str(base)]
-    command += ["--data", str(data), "--out", str(out), "--rows-per-shard", "5", "--max-tokens", "1"]
-    survived = 0
-    for kill_at in (3, 20, 40):
-        (out / ".merged").mkdir(parents=True, exist_ok=True)  # where a run with vLLM merges an adapter
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("train/[!.]*.parquet"))) < kill_at and process.poll() is None:
-            assert time.monotonic() < deadline, "the run wrote no shard"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        shards = len(list(out.glob("train/[!.]*.parquet")))
-        assert shards >= survived
-        survived = shards
-        assert not (out / "manifest.json").exists()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    verify(out)
-    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "train"]
-    assert len(list((out / "train").iterdir())) == 60
-    for one, other in zip(scored(tmp_path / "whole"), scored(out), strict=True):
-        assert one["row_id"] == other["row_id"]
-        np.testing.assert_allclose(one["ref_token_logps"], other["ref_token_logps"], atol=1e-5)
