@@ -18,7 +18,7 @@ from kto_core.errors import PairingError
 _TEXT_SEARCH = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PairableRow:
     """What pairing needs of a row.
 

@@ -91,7 +91,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
         CacheError: not Parquet, or other columns than those of the format.
     """
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, pre_buffer=False)  # handing small reads to other threads takes longer than they do
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CacheError(
             f"{path}: not a readable Parquet file ({said_by(error)}). Run kto-precompute again."

@@ -26,7 +26,7 @@ _TOKENIZE_ROWS = 1024
 PROMPT_TOO_LONG = "prompt_too_long"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedRow:
     """A row that will be scored.
 
@@ -104,9 +104,7 @@ class PlanCounts:
             for t, y in zip(plan.pairing.partners[i], plan.kl_completions(i), strict=True):
                 kl_truncated += len(y) < len(rows[t].full_completion_ids)
                 lengths[sequence_id(row.prompt_ids, y)] = len(row.prompt_ids) + len(y)
-        labels: dict[str, set[bool]] = {}
-        for row in rows:
-            labels.setdefault(row.row_id, set()).add(row.label)
+        wanted, unwanted = ({row.row_id for row in rows if row.label is label} for label in (True, False))
         desirable = sum(row.label for row in rows)
         return cls(
             read=plan.read,
@@ -120,8 +118,8 @@ class PlanCounts:
             sequences=len(lengths),
             tokens=sum(lengths.values()),
             rows_hash=json_hash(sorted(lengths)),
-            duplicates=len(rows) - len(labels),
-            contradictions=sum(len(both) == 2 for both in labels.values()),
+            duplicates=len(rows) - len(wanted | unwanted),
+            contradictions=len(wanted & unwanted),
         )
 
 

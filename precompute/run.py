@@ -72,7 +72,8 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
         }
     mark = fingerprint(identity_of(sections), sections["pairing"], counts.rows_hash)
     with opened_out(config.out) as (out, on_change):
-        store = Store(out, identity_of(sections), sections["pairing"], on_change=on_change)
+        identity, vocabulary = identity_of(sections), reference.vocabulary
+        store = Store(out, identity, sections["pairing"], vocabulary=vocabulary, on_change=on_change)
         _fill(Scoring(config, reference, plan, store, backend, ranks), counts, sections, mark)
 
 
@@ -173,7 +174,7 @@ class Scoring:
 
     def run(self) -> None:
         keys = [self._key(rows) for rows in self.shards]
-        missing = [i for i, key in enumerate(keys) if not self.store.has(i, key)]
+        missing = [i for i, key in enumerate(keys) if not self.store.has(i, key, len(self.shards[i]))]
         if len(missing) < len(keys):
             print(f"resuming    {len(keys) - len(missing)} of {len(keys)} shards are there", flush=True)
         self.store.set_aside(missing)

@@ -25,7 +25,6 @@ from kto_core.manifest import (
     FORMAT,
     MANIFEST,
     Manifest,
-    check_files,
     differences,
     read_manifest,
     write_manifest,
@@ -33,6 +32,7 @@ from kto_core.manifest import (
 from kto_core.options import Location, is_url
 from kto_core.shards import Rows, check_table, open_shard, read_metadata, shard_name, write_shard
 from kto_core.storage import check_remote, working_folder
+from kto_core.verification import verify_cache
 
 _NEXT = ".next"
 _KEPT = ".kept"
@@ -120,6 +120,7 @@ class Store:
         out: the folder.
         identity: what decides a score (`identity_of`).
         pairing: the manifest's section.
+        vocabulary: tokens that the reference knows.
         on_change: called when a shard, or the cache, is finished.
     """
 
@@ -129,10 +130,11 @@ class Store:
         identity: Mapping[str, Any],
         pairing: Mapping[str, Any],
         *,
+        vocabulary: int,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.out, self.identity, self.pairing, self._on_change = out, dict(identity), dict(pairing), on_change
-        self.target = out
+        self.vocabulary, self.target = vocabulary, out
 
     def open(
         self, *, overwrite: bool, mark: str, labels_hash: str, rows_per_shard: int, row_ids: frozenset[str]
@@ -178,7 +180,10 @@ class Store:
         if not (self.out / MANIFEST).exists():
             return None
         try:
-            return read_manifest(self.out)
+            manifest = read_manifest(self.out)
+            if not manifest.intact:
+                raise CacheError(f"{self.out / MANIFEST}: was edited or damaged.")
+            return manifest
         except NewerFormatError:
             raise
         except CacheError as error:
@@ -231,41 +236,48 @@ class Store:
     def _drop_damaged(self, old: Manifest) -> bool:
         """Remove shards that are not what was written, and with them the manifest that vouched for them."""
         try:
-            check_files(self.out, old)
+            verify_cache(self.out, old)
         except CacheError as error:
             print(f"damaged     {error}")
             self._drop_manifest()
             for shard in old.shards:
                 path = self.out / shard["file"]
-                if path.exists() and file_hash(path) != shard["sha256"]:
-                    path.unlink()
+                same = path.exists() and file_hash(path) == shard["sha256"]
+                if not (same and self._is_whole(path, shard["rows"], old.partners)):
+                    path.unlink(missing_ok=True)
             return True
         return False
 
-    def has(self, index: int, key: str) -> bool:
-        """Whether a complete shard with this content is there.
+    def has(self, index: int, key: str, rows: int) -> bool:
+        """Whether a complete shard with this content, and so many rows, is there.
 
         A crash while new shards were moved into place leaves some of them there already; they are
         taken back to where this run writes.
         """
         for folder in dict.fromkeys((self.target, self.out)):
             path = folder / shard_name(index)
-            if path.exists() and self._is_good(path, key):
+            if path.exists() and self._is_good(path, key, rows):
                 if folder != self.target:
                     with replacing(self.target / shard_name(index)) as temporary:
                         shutil.copyfile(path, temporary)
                 return True
         return False
 
-    def _is_good(self, path: Path, key: str) -> bool:
+    def _is_good(self, path: Path, key: str, rows: int) -> bool:
         metadata = read_metadata(path) or {}
-        if metadata.get("key") != key or metadata.get("identity") != self.identity:
+        same = metadata.get("key") == key and metadata.get("identity") == self.identity
+        return same and self._is_whole(path, rows, self.pairing["partners"])
+
+    def _is_whole(self, path: Path, rows: int | None = None, partners: int | None = None) -> bool:
+        """Whether a shard is one, and each of its rows keeps the rules; what does not is scored again."""
+        if path.is_symlink():
             return False
         try:
-            check_table(pq.read_table(path, page_checksum_verification=True), path.name)
+            table = pq.read_table(path, page_checksum_verification=True)
+            check_table(table, path.name, vocabulary=self.vocabulary, partners=partners)
         except (CacheError, OSError, pa.ArrowException):
             return False
-        return True
+        return rows is None or table.num_rows == rows
 
     def set_aside(self, indices: Sequence[int]) -> None:
         """Keep the scores of shards that are about to be written over, until the cache is complete."""
@@ -281,7 +293,8 @@ class Store:
         known: dict[str, np.ndarray] = {}
         for folder in (self.out, *self._folders):
             for path in _shards(folder):
-                if wanted - known.keys() and (read_metadata(path) or {}).get("identity") == self.identity:
+                ours = (read_metadata(path) or {}).get("identity") == self.identity
+                if ours and wanted - known.keys() and self._is_whole(path):
                     known.update(_scores_in(path, wanted))
         return known
 

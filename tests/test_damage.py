@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from feedback_files import write_feedback
+from test_crashes import assert_same_cache
 
+import train.cache_rows
 from kto_core.errors import CacheError
 from kto_core.identity import file_hash
 from kto_core.manifest import checksum, read_manifest
@@ -22,6 +24,7 @@ from kto_core.verification import verify_cache
 from precompute.cli import cache as cache_command
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
+from train.cache_rows import CacheRows
 from train.cli import train as train_command
 
 
@@ -272,6 +275,48 @@ def test_what_was_damaged_is_mended_by_running_again(refs: Path, whole: Path, ba
     precompute(config)
     assert 0 < read_manifest(refs).run["scored_sequences"] <= 8
     verify_cache(refs, read_manifest(refs))
+
+
+@pytest.mark.parametrize(("damage", "file", "reason"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_running_again_mends_whatever_can_be_mended(
+    damage: Callable[[Path], object], file: str, reason: str, refs: Path, whole: Path, base: Path
+) -> None:
+    """What the refusal tells the user to do leads to a cache that is taken, with the scores that it had."""
+    damage(refs)
+    config = PrecomputeConfig(model=str(base), data=str(whole.parent / "f.jsonl"), out=refs, rows_per_shard=4)
+    if reason.startswith("cache format 2"):  # another version's, and perhaps perfectly good
+        with pytest.raises(CacheError, match="cache format 2"):
+            precompute(config)
+        return
+    precompute(config)
+    assert_same_cache(refs, whole)
+
+
+def test_a_cache_that_is_updated_stays_what_it_was_for_who_reads_it(refs: Path, whole: Path, base: Path) -> None:
+    rows = CacheRows(refs)
+    data = write_feedback(refs.parent / "other.jsonl", 25, seed=9)
+    precompute(PrecomputeConfig(model=str(base), data=str(data), out=refs, rows_per_shard=4))
+    before = CacheRows(whole)
+    for i in range(len(before)):
+        assert rows[i].row_id == before[i].row_id
+        assert rows[i].matched.ref_logps == before[i].matched.ref_logps
+
+
+def test_a_cache_that_is_updated_while_it_is_opened_is_refused(
+    refs: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the check of its bytes and the opening of its files."""
+    data = write_feedback(refs.parent / "other.jsonl", 25, seed=9)
+    verify = train.cache_rows.verify_cache
+
+    def then_updated(*arguments: Any, **options: Any) -> Any:
+        found = verify(*arguments, **options)
+        precompute(PrecomputeConfig(model=str(base), data=str(data), out=refs, rows_per_shard=4))
+        return found
+
+    monkeypatch.setattr(train.cache_rows, "verify_cache", then_updated)
+    with pytest.raises(CacheError, match="was updated while it was read"):
+        CacheRows(refs)
 
 
 def test_the_processes_of_a_launch_share_the_check_of_what_rows_hold(refs: Path) -> None:

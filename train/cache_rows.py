@@ -24,7 +24,7 @@ from kto_core.verification import verify_cache
 from train.ranks import local_rank
 
 # Row groups kept decoded: a small cache ends up in memory, a large one does not.
-_BYTES_IN_MEMORY = 512 * 2**20
+_BYTES_IN_MEMORY = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ class CacheRows(Dataset[TrainingRow]):
         self.largest_id, self.seconds = found.largest_id, time.monotonic() - started
         self._paths = [folder / shard["file"] for shard in self.manifest.shards]
         self._files = [open_shard(path) for path in self._paths]
+        if read_manifest(folder) != self.manifest:  # a writer takes it away before it changes a shard
+            raise CacheError(f"{folder}: was updated while it was read. Start again.")
         groups = [(k, g) for k, file in enumerate(self._files) for g in range(file.num_row_groups)]
         counts = [self._files[k].metadata.row_group(g).num_rows for k, g in groups]
         self._groups, self._group_ends = groups, np.cumsum(counts)
