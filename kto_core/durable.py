@@ -5,9 +5,12 @@ before the content would vouch for nothing.
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from kto_core.errors import KTOError
 
 
 def flush(path: Path) -> None:
@@ -47,6 +50,22 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file. Raises: OSError: the disk does not take it; `path` is as it was."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+# What the system says of a disk, rather than of a file that is not there or a connection that broke.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+@contextlib.contextmanager
+def written_to(folder: Path, error: type[KTOError], advice: str) -> Iterator[None]:
+    """Turns what the system says of writing into a folder into one message."""
+    try:
+        yield
+    except OSError as problem:
+        inside = problem.filename is not None and Path(os.fsdecode(problem.filename)).is_relative_to(folder)
+        if not inside and problem.errno not in _OF_THE_DISK:
+            raise
+        raise error(f"{folder}: cannot be written: {problem}. {advice}") from problem
 
 
 def remove_temporary(folder: Path) -> None:

@@ -62,10 +62,10 @@ def verify_cache(
         finally:
             pool.shutdown(cancel_futures=True)  # the first error ends it
     labels = np.concatenate([one.labels for one in found])
-    if int(labels.sum()) != manifest.data.get("desirable"):
+    desirable = manifest.data.get("desirable")
+    if desirable is not None and int(labels.sum()) != desirable:
         raise CacheError(
-            f"{folder / MANIFEST}: says {manifest.data.get('desirable')} desirable rows, the shards hold {labels.sum()}. "
-            f"{AGAIN}"
+            f"{folder / MANIFEST}: says {desirable} desirable rows, the shards hold {labels.sum()}. {AGAIN}"
         )
     if not manifest.intact:
         raise CacheError(f"{folder / MANIFEST}: was edited or damaged: it is not what kto-precompute wrote. {AGAIN}")

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kto_core.durable import flush, remove_temporary, replacing
+from kto_core.durable import flush, remove_temporary, replacing, written_to
 from kto_core.errors import CacheError, NewerFormatError
 from kto_core.identity import file_hash, sequence_id
 from kto_core.lock import only_writer
@@ -36,7 +36,6 @@ from kto_core.verification import verify_cache
 
 _NEXT = ".next"
 _KEPT = ".kept"
-_STAYS = "Finished shards are kept; run again to go on."
 
 
 def check_out(location: Location) -> None:
@@ -101,12 +100,8 @@ def _made(out: Path) -> Iterator[None]:
     except OSError as error:
         raise CacheError(f"--out {out}: cannot be written: {error}.") from error
     try:
-        yield
-    except OSError as error:
-        ours = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(out)
-        if not ours:
-            raise
-        raise CacheError(f"--out {out}: cannot be written: {error}. {_STAYS}") from error
+        with written_to(out, CacheError, "Finished shards are kept; run again to go on."):
+            yield
     finally:
         for folder in (out / "train", out):
             with contextlib.suppress(OSError):  # something was written there
@@ -294,7 +289,7 @@ class Store:
         for folder in (self.out, *self._folders):
             for path in _shards(folder):
                 ours = (read_metadata(path) or {}).get("identity") == self.identity
-                if ours and wanted - known.keys() and self._is_whole(path):
+                if ours and len(known) < len(wanted) and self._is_whole(path):
                     known.update(_scores_in(path, wanted))
         return known
 

@@ -38,10 +38,11 @@ from test_shards import ROWS
 from kto_core.errors import CacheError, ConfigError, FeedbackError, KTOError, ModelError, TokenizationError
 from kto_core.feedback import FeedbackFields, parse_record, resolve_threshold
 from kto_core.identity import weights_hash
-from kto_core.manifest import MANIFEST, check_files, checksum, differences, fingerprint, identity_of, read_manifest
+from kto_core.manifest import MANIFEST, checksum, differences, fingerprint, identity_of, read_manifest
 from kto_core.options import resolve
 from kto_core.shards import check_table, open_shard, read_metadata, shard_name
 from kto_core.tokenization import tokenize_rows
+from kto_core.verification import verify_cache
 from precompute import inspect_cache
 from precompute.config import PrecomputeConfig
 from precompute.sources import describe_source, read_records
@@ -569,7 +570,7 @@ def manifest_from_bytes(content):
     attempt(lambda: inspect_cache.verify(folder), CacheError, folder, folder.name)
     use_rows(folder)
     if readable:
-        attempt(lambda: check_files(folder, manifest), CacheError, folder, folder.name)
+        attempt(lambda: verify_cache(folder, manifest), CacheError, folder, folder.name)
         assert_printable("".join(differences(manifest.identity, {})))
         assert all(isinstance(name + value, str) for name, value in inspect_cache.describe(manifest))
         for shard in manifest.shards:

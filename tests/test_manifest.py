@@ -12,7 +12,7 @@ from test_shards import ROWS, as_plain
 from kto_core.errors import CacheError
 from kto_core.manifest import (
     MANIFEST,
-    check_files,
+    checksum,
     differences,
     fingerprint,
     identity_of,
@@ -20,6 +20,7 @@ from kto_core.manifest import (
     write_manifest,
 )
 from kto_core.shards import Rows, open_shard, shard_name, write_shard
+from kto_core.verification import verify_cache
 
 
 def sections(rows):
@@ -76,10 +77,12 @@ def cache(tmp_path):
 
 
 def edit(cache, change):
-    """Apply `change` to the manifest's content, in place."""
+    """Apply `change` to the manifest's content, in place, as somebody who knows of the checksum."""
     path = cache / MANIFEST
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
+    if "checksum" in content:
+        content["checksum"] = checksum(content)
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -100,12 +103,12 @@ def test_a_manifest_comes_back_as_it_was_written(cache):
     assert manifest.identity == identity_of(sections(40))
     assert [shard["file"] for shard in manifest.shards] == ["train/00000.parquet", "train/00001.parquet"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", manifest.created)
-    check_files(cache, manifest)
+    verify_cache(cache, manifest)
 
 
 def test_a_cache_can_be_moved(cache, tmp_path):
     cache.rename(tmp_path / "elsewhere")
-    check_files(tmp_path / "elsewhere", read_manifest(tmp_path / "elsewhere"))
+    verify_cache(tmp_path / "elsewhere", read_manifest(tmp_path / "elsewhere"))
 
 
 def test_a_cache_is_parquet_and_json_and_nothing_else(cache):
@@ -306,7 +309,7 @@ def test_a_link_that_leaves_the_folder_is_refused(cache, kind):
     else:
         (cache / "train/more").symlink_to(outside)
         edit(cache, lambda content: content["shards"][0].update(file="train/more/00000.parquet"))
-    assert "outside of the cache folder; it is not read" in refusal(check_files, cache, read_manifest(cache))
+    assert "outside of the cache folder; it is not read" in refusal(verify_cache, cache, read_manifest(cache))
 
 
 @pytest.mark.parametrize("spelling", ["train/00000.parquet", "./train/00000.parquet", "train//00000.parquet"])
@@ -338,7 +341,7 @@ DAMAGES = {
 def test_a_damaged_shard_is_named(cache, damage, words):
     path = cache / "train/00001.parquet"
     damage(path)
-    assert re.match(rf"{re.escape(str(path))}: .*{words}", refusal(check_files, cache, read_manifest(cache)))
+    assert re.match(rf"{re.escape(str(path))}: .*{words}", refusal(verify_cache, cache, read_manifest(cache)))
 
 
 def test_shards_that_changed_places_are_refused(cache):
@@ -346,7 +349,7 @@ def test_shards_that_changed_places_are_refused(cache):
     first.rename(cache / "held")
     second.rename(first)
     os.rename(cache / "held", second)
-    refusal(check_files, cache, read_manifest(cache))
+    refusal(verify_cache, cache, read_manifest(cache))
 
 
 def test_shards_of_equal_size_that_changed_places_are_refused(tmp_path):
@@ -361,6 +364,6 @@ def test_shards_of_equal_size_that_changed_places_are_refused(tmp_path):
     edit(cache, lambda content: content["shards"][0].update(rows=1, bytes=len(data), sha256=digest))
     edit(cache, lambda content: content["data"].update(kept=1))
     manifest = read_manifest(cache)
-    check_files(cache, manifest)
+    verify_cache(cache, manifest)
     shutil.copy(other, cache / shard_name(0))
-    assert "its content is not what was written" in refusal(check_files, cache, manifest)
+    assert "its content is not what was written" in refusal(verify_cache, cache, manifest)

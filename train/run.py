@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from kto_core.durable import remove_temporary
+from kto_core.durable import written_to
 from kto_core.errors import ConfigError, TrainingError, in_one_line
 from kto_core.head import whole_shape
 from kto_core.lock import only_writer
@@ -24,7 +24,15 @@ from train.cache_rows import CacheRows, EpochBatches, split_by_prompt
 from train.card import write_card
 from train.config import TrainConfig
 from train.policy import PolicyFiles
-from train.run_folder import METRICS, choose_folder, last_checkpoint, publish_model, unfinished, write_start
+from train.run_folder import (
+    METRICS,
+    choose_folder,
+    last_checkpoint,
+    publish_model,
+    remove_leftovers,
+    unfinished,
+    write_start,
+)
 from train.sharding import gather_when_saving, prepare_sharding, sharding_asked_for
 from train.start_check import check_start, tolerance_for
 from train.trainer import KTOTrainer, Objective
@@ -91,7 +99,8 @@ def train(config: TrainConfig) -> Path:
 
         check_installed()
     out = choose_folder(config)
-    with only_writer(out, ConfigError) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext():
+    lock = only_writer(out, ConfigError) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext()
+    with lock, written_to(out, TrainingError, "Make room, and pass --resume to go on from the last checkpoint."):
         _train(config, out, device, precision)
     return out
 
@@ -103,7 +112,7 @@ def _train(config: TrainConfig, out: Path, device: torch.device, precision: Prec
     args = training_arguments(config, out, precision, held_out=data.held_out is not None)
     checkpoint = last_checkpoint(config, out, data.rows.manifest)
     if args.process_index == 0:
-        remove_temporary(out)
+        remove_leftovers(out)
         _print_plan(config, data, files, precision, weights, out, device)
         if config.resume:
             print(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}", flush=True)
@@ -234,9 +243,8 @@ def _save(trainer: KTOTrainer, files: PolicyFiles, config: TrainConfig, out: Pat
             gather_when_saving(trainer.accelerator)
             trainer.save_model(str(folder))
         if main:
-            (folder / "training_args.bin").unlink(
-                missing_ok=True
-            )  # a pickle that nobody needs: config.yaml says it all
+            # A pickle that nobody needs: config.yaml says it all.
+            (folder / "training_args.bin").unlink(missing_ok=True)
             publish_model(folder, out)
 
 

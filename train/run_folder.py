@@ -22,7 +22,7 @@ import yaml
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from kto_core.durable import flush, flush_all, write_text
+from kto_core.durable import flush, flush_all, remove_temporary, write_text
 from kto_core.errors import ConfigError, KTOError, TrainingError, in_one_line
 from kto_core.identity import weights_hash
 from kto_core.manifest import Manifest
@@ -138,8 +138,6 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
     """
     folder = out / _UNFINISHED
     try:
-        if main:
-            shutil.rmtree(folder, ignore_errors=True)  # a killed run leaves it
         yield folder
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _CANNOT_WRITE.search(str(error)):
@@ -151,6 +149,12 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
     finally:
         if main:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what a killed run was writing."""
+    remove_temporary(out)
+    shutil.rmtree(out / _UNFINISHED, ignore_errors=True)
 
 
 def publish_checkpoint(folder: Path, out: Path) -> None:

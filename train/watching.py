@@ -1,11 +1,9 @@
 """Watching a run: `metrics.jsonl` and what the console shows."""
 
-import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import transformers
 from tqdm import tqdm
 
 from kto_core.durable import write_text
-from kto_core.errors import TrainingError
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -44,22 +41,11 @@ class MetricsFile(transformers.TrainerCallback):
             record = _parsed(line)
             if record is not None and record["step"] <= state.global_step and "train_runtime" not in record:
                 kept.append(line + "\n")
-        with _writing(self.path):
-            write_text(self.path, "".join(kept))
+        write_text(self.path, "".join(kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record_of(logs, state.global_step)) + "\n")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(
-            f"{path}: cannot be written: {error}. Make room, and pass --resume to go on from the last checkpoint."
-        ) from error
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
