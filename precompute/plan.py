@@ -37,7 +37,6 @@ class PlannedRow:
         completion_ids: int32, as scored.
     """
 
-    where: str
     source: int
     row_id: str
     prompt_id: str
@@ -180,7 +179,6 @@ def _planned(
 ) -> PlannedRow:
     cut = completion[:room]
     return PlannedRow(
-        where=row.where,
         source=source,
         row_id=sequence_id(prompt, cut),
         prompt_id=ids_id(prompt),
