@@ -53,7 +53,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 # What the system says of a disk, rather than of a file that is not there or a connection that broke.
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def written_to(folder: Path, error: type[KTOError], advice: str) -> Iterator[Non
         yield
     except OSError as problem:
         inside = problem.filename is not None and Path(os.fsdecode(problem.filename)).is_relative_to(folder)
-        if not inside and problem.errno not in _OF_THE_DISK:
+        if not inside and problem.errno not in OF_THE_DISK:
             raise
         raise error(f"{folder}: cannot be written: {problem}. {advice}") from problem
 

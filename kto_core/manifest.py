@@ -3,9 +3,12 @@
 `manifest.json` is written last; without it there is no cache.
 """
 
+import contextlib
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,7 +28,6 @@ _IDENTITY_FIELDS = {
     "scorer": ("backend",),
 }
 
-_HOW_TO_MAKE = "Make a reference cache with: kto-precompute --model MODEL --data FILE --out {}"
 AGAIN = "Run the same kto-precompute again."
 
 _SECTIONS = ("reference", "tokenizer", "tokenization", "pairing", "scorer", "data", "run")
@@ -140,15 +142,26 @@ def read_manifest(folder: Path) -> Manifest:
             path that leaves the folder.
     """
     path = folder / MANIFEST
-    if not folder.is_dir():
-        raise CacheError(f"{folder}: no such folder. {_HOW_TO_MAKE.format(folder)}")
-    if not path.exists():
-        raise no_manifest(folder, unfinished=any((folder / "train").glob("*.parquet")))
+    with readable(path):
+        if folder.is_file():
+            raise CacheError(f"{folder}: a file; pass the cache's folder, which holds {MANIFEST} and train/.")
+        if not folder.is_dir():
+            raise CacheError(f"{folder}: no such folder. {_how_to_make(folder)}")
+        if not path.exists():
+            raise no_manifest(folder, unfinished=any((folder / "train").glob("*.parquet")))
+        if not path.is_file():
+            raise CacheError(f"{path}: not a regular file. Remove it. {AGAIN}")
+        return parse_manifest(path, path.read_bytes())
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Puts what the system says of reading a cache into words that the user can act on."""
     try:
-        content = path.read_bytes()
+        yield
     except OSError as error:
-        raise CacheError(f"{path}: cannot be read ({error}). {AGAIN}") from error
-    return parse_manifest(path, content)
+        where = os.fsdecode(error.filename) if error.filename is not None else path
+        raise CacheError(f"{where}: cannot be read ({said_by(error)}). Check its owner and mode (ls -l).") from error
 
 
 def no_manifest(folder: Path | str, *, unfinished: bool) -> CacheError:
@@ -157,7 +170,11 @@ def no_manifest(folder: Path | str, *, unfinished: bool) -> CacheError:
         return CacheError(
             f"{folder}: an unfinished cache (shards, but no {MANIFEST}). {AGAIN} It goes on where it stopped."
         )
-    return CacheError(f"{folder}: not a reference cache (no {MANIFEST}). {_HOW_TO_MAKE.format(folder)}")
+    return CacheError(f"{folder}: not a reference cache (no {MANIFEST}). {_how_to_make(folder)}")
+
+
+def _how_to_make(folder: Path | str) -> str:
+    return f"Make one with: kto-precompute --model MODEL --data FILE --out {shlex.quote(str(folder))}"
 
 
 def parse_manifest(path: Path | str, text: bytes) -> Manifest:
@@ -175,11 +192,13 @@ def parse_manifest(path: Path | str, text: bytes) -> Manifest:
         raise CacheError(f"{path}: cannot be read ({said_by(error)}). {AGAIN}") from error
     if not isinstance(content, dict) or not _is_count(content.get("format")):
         raise CacheError(f"{path}: not the manifest of a reference cache.")
-    if content["format"] != FORMAT:
+    if content["format"] > FORMAT:
         raise NewerFormatError(
             f"{path}: cache format {_short(content['format'])}; this version reads format {FORMAT}. "
-            "Update offline-kto, or run kto-precompute again."
+            "Update offline-kto, or score again: into another folder, or into this one with --overwrite."
         )
+    if content["format"] != FORMAT:
+        raise CacheError(f"{path}: cache format {content['format']}; this version reads format {FORMAT}. {AGAIN}")
     return _parse(path, content)
 
 
@@ -295,9 +314,11 @@ def check_places(folder: Path, manifest: Manifest) -> None:
     """
     for shard in manifest.shards:
         path = folder / shard["file"]
-        if not path.is_file():
+        if not path.exists():
             raise CacheError(f"{path}: missing. Run the same kto-precompute again; it scores only what is missing.")
-        if path.resolve().parent != (folder / "train").resolve():
+        if not path.is_file():
+            raise CacheError(f"{path}: missing; what stands there is not a regular file. Remove it. {AGAIN}")
+        if path.resolve().parent != folder.resolve() / "train":
             raise CacheError(f"{path}: lies outside of the cache folder; it is not read.")
         size = path.stat().st_size
         if size != shard["bytes"]:

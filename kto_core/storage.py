@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kto_core.durable import replacing
+from kto_core.durable import OF_THE_DISK, replacing
 from kto_core.errors import CacheError, KTOError, in_one_line, printable
 from kto_core.identity import file_hash
 from kto_core.lock import LOCK, holder_name, only_writer
@@ -52,6 +52,8 @@ class Remote:
             raise CacheError(
                 f"{shown}: leave credentials out of the URL, which is logged; put them into the environment."
             )
+        if not parts.netloc and not parts.path.strip("/"):
+            raise CacheError(f"{url}: names no folder.")
         import fsspec
 
         with self._asking():
@@ -70,6 +72,8 @@ class Remote:
         except KTOError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+                raise _no_room(error) from error
             raise CacheError(
                 f"{self.url}: {type(error).__name__}: {in_one_line(error)}. Check the address, the permissions and the "
                 "credentials in the environment."
@@ -224,10 +228,15 @@ def working_folder(url: str, *, kept: str) -> Iterator[tuple[Path, Callable[[], 
     """
     remote = Remote(url)
     folder = _own_folder("working", remote.url)
-    with speaking_of(url, folder), only_writer(folder, CacheError):
-        with RemoteLock(remote) as lock:
-            yield folder, Mirror(remote, folder, kept=kept, check=lock.check).push
-        shutil.rmtree(folder)  # all of it is where it belongs; after an error it stays
+    try:
+        with speaking_of(url, folder), only_writer(folder, CacheError):
+            with RemoteLock(remote) as lock:
+                yield folder, Mirror(remote, folder, kept=kept, check=lock.check).push
+            shutil.rmtree(folder)  # all of it is where it belongs; after an error it stays
+    except CacheError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in OF_THE_DISK:
+            raise _no_room(error.__cause__) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -236,7 +245,7 @@ def speaking_of(location: Location, folder: Path) -> Iterator[None]:
     try:
         yield
     except KTOError as error:
-        raise type(error)(str(error).replace(str(folder), str(location).rstrip("/"))) from error
+        raise type(error)(str(error).replace(str(folder), str(location).rstrip("/"))) from error.__cause__
 
 
 class RemoteLock:
@@ -315,8 +324,11 @@ def _holder(content: bytes) -> str:
         return "another process"
 
 
-def local_copy(location: Location) -> Path:
+def local_copy(location: Location, *, anew: bool = False) -> Path:
     """A local folder with a cache's files: itself, or a download that later runs use again.
+
+    Args:
+        anew: download all of it, whatever is here already: to look at the remote files themselves.
 
     Raises:
         CacheError: no cache there, or the store refuses.
@@ -331,7 +343,7 @@ def local_copy(location: Location) -> Path:
     folder = _own_folder("downloads", hashlib.sha256(content).hexdigest())
     with only_writer(folder, CacheError, wait=True):
         places = {_inside(folder, shard["file"]): shard for shard in manifest.shards}
-        lacking = {p: s for p, s in places.items() if not p.exists() or file_hash(p) != s["sha256"]}
+        lacking = {p: s for p, s in places.items() if anew or not p.exists() or file_hash(p) != s["sha256"]}
         with Progress("downloading", sum(shard["bytes"] for shard in lacking.values()), "B") as progress:
             for path, shard in lacking.items():
                 remote.download(shard["file"], path)
@@ -343,10 +355,19 @@ def local_copy(location: Location) -> Path:
 
 def _own_folder(kind: str, name: str) -> Path:
     """A folder of the user's, made if need be, that stands for something remote."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "offline-kto" / kind / hashlib.sha256(name.encode()).hexdigest()[:32]
     try:
+        folder = _home() / kind / hashlib.sha256(name.encode()).hexdigest()[:32]
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(f"{folder}: cannot be written: {error}. XDG_CACHE_HOME names another place.") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        raise _no_room(error) from error
     return folder
+
+
+def _home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offline-kto"
+
+
+def _no_room(error: Exception) -> CacheError:
+    return CacheError(
+        f"The local folder that stands for a remote cache cannot be written: {error}. XDG_CACHE_HOME names another place."
+    )

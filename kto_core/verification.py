@@ -14,8 +14,8 @@ import numpy as np
 
 from kto_core.errors import CacheError
 from kto_core.identity import file_hash
-from kto_core.manifest import AGAIN, MANIFEST, Manifest, check_places
-from kto_core.shards import check_table, open_shard, read_groups
+from kto_core.manifest import AGAIN, MANIFEST, Manifest, check_places, differences, readable
+from kto_core.shards import check_table, open_shard, read_groups, read_metadata
 
 # Decoded at a time: enough that the rows' number, not that of the reads, decides the time.
 _GROUPS_AT_ONCE = 16
@@ -46,7 +46,6 @@ def verify_cache(
     Raises:
         CacheError: naming the file and what is wrong with it.
     """
-    check_places(folder, manifest)
     first, every = share
 
     def check(number: int) -> Verified:
@@ -55,12 +54,10 @@ def verify_cache(
             on_rows(len(found.labels))
         return found
 
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        tasks = [pool.submit(check, number) for number in range(len(manifest.shards))]
-        try:
-            found = [task.result() for task in tasks]
-        finally:
-            pool.shutdown(cancel_futures=True)  # the first error ends it
+    with readable(folder):
+        check_places(folder, manifest)
+        _check_footers(folder, manifest)
+        found = _in_threads(check, len(manifest.shards))
     labels = np.concatenate([one.labels for one in found])
     desirable = manifest.data.get("desirable")
     if desirable is not None and int(labels.sum()) != desirable:
@@ -70,6 +67,31 @@ def verify_cache(
     if not manifest.intact:
         raise CacheError(f"{folder / MANIFEST}: was edited or damaged: it is not what kto-precompute wrote. {AGAIN}")
     return Verified(labels, max(one.largest_id for one in found))
+
+
+def _in_threads(check: Callable[[int], Verified], count: int) -> list[Verified]:
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        tasks = [pool.submit(check, number) for number in range(count)]
+        try:
+            return [task.result() for task in tasks]
+        finally:
+            pool.shutdown(cancel_futures=True)  # the first error ends it
+
+
+def _check_footers(folder: Path, manifest: Manifest) -> None:
+    """Each shard says what it was made from: the reference that the manifest names, and no other shard's rows."""
+    made_from: dict[str, Path] = {}
+    for shard in manifest.shards:
+        path = folder / shard["file"]
+        metadata = read_metadata(path) or {}
+        lines = (
+            differences(metadata["identity"], manifest.identity) if isinstance(metadata.get("identity"), dict) else []
+        )
+        if lines:
+            raise CacheError(f"{path}: was scored under another reference ({'; '.join(lines)}). {AGAIN}")
+        key = metadata.get("key")
+        if isinstance(key, str) and made_from.setdefault(key, path) != path:
+            raise CacheError(f"{path}: holds the same rows as {made_from[key].name}. {AGAIN}")
 
 
 def _check_shard(folder: Path, manifest: Manifest, number: int, *, whole: bool) -> Verified:

@@ -75,7 +75,7 @@ def verify(location: Location) -> None:
         CacheError: naming the file and what is wrong.
     """
     started = time.monotonic()
-    folder = local_copy(location)
+    folder = local_copy(location, anew=True)
     manifest = read_manifest(folder)
     with speaking_of(location, folder), Progress("verifying", manifest.rows, "rows") as progress:
         verify_cache(folder, manifest, on_rows=progress.add)

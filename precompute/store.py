@@ -53,11 +53,18 @@ def check_out(location: Location) -> None:
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not parent.is_dir():
         raise CacheError(f"--out {out}: {parent} is a file.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise CacheError(f"--out {out}: no permission to write in {parent}.")
+    if (out / "train").is_file() or (out / "train").is_symlink():
+        raise CacheError(f"--out {out}: {out / 'train'} is a file or a link, where a cache has a folder. Remove it.")
+    for folder in (parent, out / "train"):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise CacheError(f"--out {out}: no permission to write in {folder}.")
+    for path in (out / MANIFEST, *(out / "train").glob("*")):
+        if path.exists() and not path.is_file():
+            raise CacheError(f"--out {out}: {path} is not a regular file. Remove it.")
     if not out.exists() or (out / MANIFEST).exists():
         return
-    foreign = [path.name for path in _shards(out) if read_metadata(path) is None]
+    readable = [path for path in _shards(out) if read_metadata(path) is not None]
+    foreign = [] if readable else [path.name for path in _shards(out)]  # beside shards of ours, a damaged one
     foreign += [p.name for p in out.iterdir() if p.name != "train" and not p.name.startswith(".")]
     if foreign:
         raise CacheError(
@@ -66,7 +73,7 @@ def check_out(location: Location) -> None:
 
 
 def _shards(folder: Path) -> list[Path]:
-    return sorted((folder / "train").glob("[!.]*.parquet"))
+    return sorted(path for path in (folder / "train").glob("[!.]*.parquet") if path.is_file())
 
 
 @contextlib.contextmanager
@@ -144,12 +151,12 @@ class Store:
         Raises:
             CacheError: a cache of another reference is there and `overwrite` is off.
         """
-        old = self._finished_cache()
+        old = self._finished_cache(overwrite)
         if overwrite:
             self._drop_others(old)
+        elif old is not None:
+            self._refuse_other(old.identity, old.pairing)
         else:
-            if old is not None:
-                self._refuse_other(old.identity, old.pairing)
             for path in _shards(self.out):
                 if metadata := read_metadata(path):  # a damaged shard says nothing; it is scored again
                     self._refuse_other(metadata.get("identity", {}))
@@ -170,7 +177,7 @@ class Store:
         tables = [pq.read_table(self.out / shard["file"], columns=["row_id"]) for shard in old.shards]
         return {row_id for table in tables for row_id in table.column("row_id").to_pylist()}
 
-    def _finished_cache(self) -> Manifest | None:
+    def _finished_cache(self, overwrite: bool) -> Manifest | None:
         """The manifest that is there; a damaged one is removed, since shards vouch for themselves."""
         if not (self.out / MANIFEST).exists():
             return None
@@ -180,7 +187,10 @@ class Store:
                 raise CacheError(f"{self.out / MANIFEST}: was edited or damaged.")
             return manifest
         except NewerFormatError:
-            raise
+            if not overwrite:
+                raise
+            self._drop_manifest()
+            return None
         except CacheError as error:
             if not any(read_metadata(path) for path in _shards(self.out)):
                 raise  # nothing here is known to be ours: nothing is removed

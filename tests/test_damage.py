@@ -1,11 +1,14 @@
 """A cache that is not what was written: refused before any training, by file and reason, by every command that reads it."""
 
+import errno
 import json
+import os
 import pickle
 import random
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from feedback_files import write_feedback
+from models import save_tiny
 from test_crashes import assert_same_cache
 
 import train.cache_rows
@@ -127,6 +131,42 @@ def linked(refs: Path) -> None:
     (refs / SHARD).symlink_to(refs.parent / "elsewhere.parquet")
 
 
+def of_another_reference(refs: Path) -> None:
+    """A whole shard of the same rows, which a model with other weights scored."""
+    model = save_tiny(refs.parent / "other", seed=5)
+    data = str(write_feedback(refs.parent / "f.jsonl", 20))
+    precompute(PrecomputeConfig(model=str(model), data=data, out=refs.parent / "theirs", rows_per_shard=4))
+    shutil.copy(refs.parent / "theirs" / SHARD, refs / SHARD)
+    declare(refs)
+
+
+def rows_twice(refs: Path) -> None:
+    """A copy of a shard, which the manifest lists and counts."""
+    shutil.copy(refs / SHARD, refs / "train/00005.parquet")
+    wanted = sum(pq.read_table(refs / SHARD).column("label").to_pylist())
+
+    def listed(content: dict[str, Any]) -> None:
+        content["shards"].append({**entry(content), "file": "train/00005.parquet"})
+        content["data"].update(kept=24, desirable=content["data"]["desirable"] + wanted)
+
+    change_manifest(refs, listed)
+
+
+def a_folder(refs: Path) -> None:
+    (refs / SHARD).unlink()
+    (refs / SHARD).mkdir()
+
+
+def a_pipe(refs: Path) -> None:
+    (refs / SHARD).unlink()
+    os.mkfifo(refs / SHARD)
+
+
+def linked_folder(refs: Path) -> None:
+    shutil.move(refs / "train", refs.parent / "elsewhere")
+    (refs / "train").symlink_to(refs.parent / "elsewhere")
+
+
 # name: (what is done to the folder, the file named, the reason given)
 DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a flipped bit": (lambda refs: flip(refs / SHARD, 2000), SHARD, "sha256 differs"),
@@ -226,6 +266,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         SHARD,
         "outside of the vocabulary",
     ),
+    "a shard of another reference": (of_another_reference, SHARD, r"another reference \(reference.weights_hash"),
+    "rows twice": (rows_twice, "train/00005.parquet", r"the same rows as 00001\.parquet"),
+    "a folder in place of a shard": (a_folder, SHARD, "not a regular file. Remove it"),
+    "a pipe in place of a shard": (a_pipe, SHARD, "not a regular file. Remove it"),
+    "a folder of shards that lies elsewhere": (
+        linked_folder,
+        "train/00000.parquet",
+        "lies outside of the cache folder",
+    ),
     "a row too few": (lambda refs: change_rows(refs, lambda rows: rows.pop()), SHARD, "3 rows, the manifest says 4"),
 }
 
@@ -284,12 +333,52 @@ def test_running_again_mends_whatever_can_be_mended(
     """What the refusal tells the user to do leads to a cache that is taken, with the scores that it had."""
     damage(refs)
     config = PrecomputeConfig(model=str(base), data=str(whole.parent / "f.jsonl"), out=refs, rows_per_shard=4)
-    if reason.startswith("cache format 2"):  # another version's, and perhaps perfectly good
-        with pytest.raises(CacheError, match="cache format 2"):
+    if "Remove it" in reason:
+        with pytest.raises(CacheError, match=r"00001\.parquet is not a regular file. Remove it"):
             precompute(config)
-        return
+        (refs / SHARD).rmdir() if (refs / SHARD).is_dir() else (refs / SHARD).unlink()
+    if (refs / "train").is_symlink():
+        with pytest.raises(CacheError, match=r"train is a file or a link, .* Remove it"):
+            precompute(config)
+        (refs / "train").unlink()
+    if reason.startswith("cache format 2"):  # another version's, and perhaps perfectly good
+        with pytest.raises(CacheError, match=r"cache format 2; .*or into this one with --overwrite"):
+            precompute(config)
+        config = replace(config, overwrite=True)
     precompute(config)
     assert_same_cache(refs, whole)
+
+
+@pytest.mark.parametrize("damage", [lambda path: flip(path, -5), lambda path: path.write_bytes(b"")])
+def test_a_damaged_shard_of_an_unfinished_cache_is_scored_again(
+    damage: Callable[[Path], object], refs: Path, whole: Path, base: Path
+) -> None:
+    (refs / "manifest.json").unlink()
+    damage(refs / SHARD)
+    precompute(PrecomputeConfig(model=str(base), data=str(whole.parent / "f.jsonl"), out=refs, rows_per_shard=4))
+    assert_same_cache(refs, whole)
+    assert 0 < read_manifest(refs).run["scored_sequences"] <= 8
+
+
+@pytest.mark.parametrize("place", ["manifest.json", "train", SHARD])
+def test_what_may_not_be_read_is_one_message(place: str, refs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system says it to everyone but root."""
+    is_file = Path.is_file
+
+    def forbidden(path: Path) -> bool:
+        if str(path).startswith(str(refs / place)):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", forbidden)
+    with pytest.raises(CacheError, match=rf"{refs / place}.*: cannot be read .*Permission denied.*owner and mode"):
+        verify_cache(refs, read_manifest(refs))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", SHARD])
+def test_a_file_in_place_of_the_folder_is_named_as_one(name: str, refs: Path) -> None:
+    with pytest.raises(CacheError, match="a file; pass the cache's folder"):
+        read_manifest(refs / name)
 
 
 def test_a_cache_that_is_updated_stays_what_it_was_for_who_reads_it(refs: Path, whole: Path, base: Path) -> None:

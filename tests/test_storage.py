@@ -1,6 +1,7 @@
 """Caches behind a URL: written to and read from a real S3 server, and fsspec's memory store for what is hard to time."""
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import numpy as np
@@ -18,6 +20,7 @@ from moto.server import ThreadedMotoServer
 from test_crashes import assert_same_cache, killed_runs
 from test_precompute import count_scored
 
+import kto_core.durable
 import kto_core.storage
 from kto_core.errors import CacheError, ConfigError, PairingError
 from kto_core.manifest import read_manifest
@@ -227,6 +230,36 @@ class TestReading:
         verify(URL)
         assert shard.read_bytes() == content
 
+    def test_verify_looks_at_the_remote_files_themselves(self, config: PrecomputeConfig, memory: Any) -> None:
+        precompute(config)
+        verify(URL)
+        path = "/team/refs/train/00001.parquet"
+        content = memory.cat_file(path)
+        memory.pipe_file(path, content[:-9] + b"x" + content[-8:])
+        local_copy(URL)  # what training reads is what was verified
+        with pytest.raises(CacheError, match=r"memory://team/refs/train/00001\.parquet: "):
+            verify(URL)
+
+    def test_a_user_without_a_home_is_told_what_to_set(
+        self, config: PrecomputeConfig, memory: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        precompute(config)
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+        for use in (verify, lambda url: precompute(replace(config, limit=8))):
+            with pytest.raises(CacheError, match="XDG_CACHE_HOME names another place"):
+                use(URL)
+
+    def test_a_full_disk_here_is_not_blamed_on_the_store(
+        self, config: PrecomputeConfig, memory: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        precompute(config)
+        full = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(kto_core.durable, "flush", Mock(side_effect=full))
+        for use in (verify, lambda url: precompute(replace(config, limit=8))):
+            with pytest.raises(CacheError, match=r"local folder .* No space left on device.*XDG_CACHE_HOME"):
+                use(URL)
+
     @pytest.mark.parametrize("size", [0, 100, None])
     def test_a_damaged_remote_is_refused_by_its_url(
         self, size: int | None, config: PrecomputeConfig, memory: Any, tmp_path: Path
@@ -262,6 +295,7 @@ class TestReading:
         ("url", "words"),
         [
             (URL, r"memory://team/refs: not a reference cache \(no manifest.json\)"),
+            ("s3://", "s3://: names no folder"),
             ("nosuch://team/refs", "nosuch://team/refs: .*nosuch"),
             ("s3://key:secret@bucket/refs", "^s3://bucket/refs: leave credentials out of the URL"),
             ("https://host/refs?signature=abc", "^https://host/refs: leave credentials out of the URL"),

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from train.run_folder import (
     choose_folder,
     last_checkpoint,
     publish_model,
+    refuse_occupied,
     remove_leftovers,
     unfinished,
     write_start,
@@ -99,10 +101,26 @@ def train(config: TrainConfig) -> Path:
 
         check_installed()
     out = choose_folder(config)
-    lock = only_writer(out, ConfigError) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext()
-    with lock, written_to(out, TrainingError, "Make room, and pass --resume to go on from the last checkpoint."):
+    with _folder_of(config, out):
         _train(config, out, device, precision)
     return out
+
+
+@contextlib.contextmanager
+def _folder_of(config: TrainConfig, out: Path) -> Iterator[None]:
+    """The run folder is this launch's alone; nothing is left of one in which no run began."""
+    first = int(os.environ.get("RANK", "0")) == 0
+    lock = only_writer(out, ConfigError) if first else contextlib.nullcontext()
+    advice = "Make room, and pass --resume to go on from the last checkpoint."
+    try:
+        with lock, written_to(out, TrainingError, advice):
+            if first:
+                refuse_occupied(config, out)
+            yield
+    finally:
+        if first:
+            with contextlib.suppress(OSError):  # something was written there
+                out.rmdir()
 
 
 def _train(config: TrainConfig, out: Path, device: torch.device, precision: Precision) -> None:

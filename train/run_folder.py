@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from kto_core.durable import flush, flush_all, remove_temporary, write_text
 from kto_core.errors import ConfigError, KTOError, TrainingError, in_one_line
 from kto_core.identity import weights_hash
+from kto_core.lock import LOCK
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag, read_yaml
 from train.config import TrainConfig
@@ -58,7 +59,7 @@ def choose_folder(config: TrainConfig) -> Path:
     """The folder named by `--out`, or runs/ and the time; it is made if it does not exist.
 
     Raises:
-        ConfigError: a file, not writable, or holds something and `--resume` is off.
+        ConfigError: a file, or not writable.
     """
     out = config.out
     if out is None:
@@ -67,15 +68,23 @@ def choose_folder(config: TrainConfig) -> Path:
         out = Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
-    if not config.resume and int(os.environ.get("RANK", "0")) == 0 and out.exists() and any(out.iterdir()):
-        raise ConfigError(
-            f"--out {out}: the folder is not empty. Choose another one, or pass --resume to go on with the run in it."
-        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error}.") from error
     return out
+
+
+def refuse_occupied(config: TrainConfig, out: Path) -> None:
+    """Without `--resume` a run begins in an empty folder; called with its lock held, which names who is writing there.
+
+    Raises:
+        ConfigError: it holds something.
+    """
+    if not config.resume and any(path.name != LOCK for path in out.iterdir()):
+        raise ConfigError(
+            f"--out {out}: the folder is not empty. Choose another one, or pass --resume to go on with the run in it."
+        )
 
 
 def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest) -> str | None:
@@ -142,8 +151,9 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _CANNOT_WRITE.search(str(error)):
             raise
+        reason = "the disk does not take it" if isinstance(error, RuntimeError) else in_one_line(error)
         raise TrainingError(
-            f"{out}: the {what} cannot be written: {in_one_line(error)}. What was saved before is whole; "
+            f"{out}: the {what} cannot be written: {reason}. What was saved before is whole; "
             "make room, and pass --resume to go on from there."
         ) from error
     finally:
