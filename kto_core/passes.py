@@ -1,7 +1,7 @@
 """Scoring many sequences without gradient: cut into passes, prompts shared where that is proven to be right."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +80,7 @@ class ScoringPasses:
             torch.OutOfMemoryError: on a single sequence, or where the process is not alone.
         """
         pending, passes = list(range(len(sequences))), 0
-        for proven in self._prove(pending, sequences):
+        for proven in [] if self._proven else self._prove(self._groups(pending, sequences), sequences):
             pending = [i for i in pending if i not in proven.indices]
             passes += 1
             yield proven
@@ -103,6 +103,16 @@ class ScoringPasses:
         while passes < at_least:
             passes += 1
             self._forward([], pad_sequences([FILLER]))
+
+    @torch.no_grad()
+    def settle(self, sequences: Sequence[TokenIds]) -> None:
+        """Compare both ways now, and throw the scores away, so that no later pass depends on when that was done.
+
+        Args:
+            sequences: some that begin with the same prompt.
+        """
+        if self.alone and not self._proven and self.longest_shared:
+            self._prove(self._with_common_prompts(range(len(sequences)), sequences), sequences)
 
     def passes_for(self, lengths: Sequence[int]) -> int:
         """How many passes sequences of these lengths take, prompts unshared."""
@@ -140,10 +150,7 @@ class ScoringPasses:
         """Sequences that share a prompt, where that saves more than it costs."""
         if not self.alone or not self._shares:
             return []
-        of_prompt: dict[bytes, list[int]] = defaultdict(list)
-        for i in pending:
-            of_prompt[sequences[i][0].tobytes()].append(i)
-        groups = [group for group in of_prompt.values() if len(group) > 1]
+        groups = self._with_common_prompts(pending, sequences)
         if not self._is_worth_sharing(groups, pending, sequences):
             return []
         groups = [g for g in groups if max(sum(map(len, sequences[i])) for i in g) <= self.longest_shared]
@@ -156,6 +163,13 @@ class ScoringPasses:
         )
         return []
 
+    @staticmethod
+    def _with_common_prompts(pending: Iterable[int], sequences: Sequence[TokenIds]) -> list[list[int]]:
+        of_prompt: dict[bytes, list[int]] = defaultdict(list)
+        for i in pending:
+            of_prompt[sequences[i][0].tobytes()].append(i)
+        return [group for group in of_prompt.values() if len(group) > 1]
+
     def _is_worth_sharing(self, groups: list[list[int]], pending: list[int], sequences: Sequence[TokenIds]) -> bool:
         saved = sum((len(group) - 1) * len(sequences[group[0]][0]) for group in groups)
         total = sum(sum(map(len, sequences[i])) for i in pending)
@@ -166,13 +180,13 @@ class ScoringPasses:
             self.say(f"prompts are not shared between sequences: {why}")
         self._told = True
 
-    def _prove(self, pending: list[int], sequences: Sequence[TokenIds]) -> list[Pass]:
+    def _prove(self, groups: list[list[int]], sequences: Sequence[TokenIds]) -> list[Pass]:
         """Once: score two completions of two prompts both ways; one difference, and prompts are not shared any more.
 
         Returns:
             The passes over whole sequences, whose scores are right in either case.
         """
-        groups = [] if self._proven else self._groups(pending, sequences)
+        groups = [g for g in groups if max(sum(map(len, sequences[i])) for i in g) <= self.longest_shared]
         if not groups:
             return []
         self._proven = True
