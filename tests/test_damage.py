@@ -317,6 +317,14 @@ def test_a_flipped_bit_anywhere_is_found(refs: Path) -> None:
     verify_cache(refs, read_manifest(refs))
 
 
+def test_info_says_that_a_manifest_was_edited(refs: Path) -> None:
+    said = CliRunner().invoke(cache_command, ["info", str(refs)]).output
+    assert "edited" not in said
+    change_manifest(refs, lambda content: content["data"].update(truncated=3), signed=False)
+    said = CliRunner().invoke(cache_command, ["info", str(refs)]).output
+    assert "truncated: 3" in said and "was edited or damaged" in said
+
+
 def test_what_was_damaged_is_mended_by_running_again(refs: Path, whole: Path, base: Path) -> None:
     """Only the shard that was damaged is scored; the others vouch for themselves."""
     config = PrecomputeConfig(model=str(base), data=str(whole.parent / "f.jsonl"), out=refs, rows_per_shard=4)
