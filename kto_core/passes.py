@@ -19,6 +19,9 @@ _UNSUPPORTED = (TypeError, AttributeError, ValueError, IndexError, KeyError, Not
 # benchmarks/shared_prompts.py shows where the two ways break even.
 WORTH_SHARING = 0.1
 
+# Of each completion, where the two ways are compared: all of it sees the prompt in the same way.
+_COMPARED_TOKENS = 16
+
 Planned = tuple[list[int], Callable[[], Batch]]
 
 
@@ -80,10 +83,8 @@ class ScoringPasses:
             torch.OutOfMemoryError: on a single sequence, or where the process is not alone.
         """
         pending, passes = list(range(len(sequences))), 0
-        for proven in [] if self._proven else self._prove(self._groups(pending, sequences), sequences):
-            pending = [i for i in pending if i not in proven.indices]
-            passes += 1
-            yield proven
+        if not self._proven:
+            self._prove(self._groups(pending, sequences), sequences)
         while pending:
             done: set[int] = set()
             for indices, build in self._plan(pending, sequences):
@@ -103,16 +104,6 @@ class ScoringPasses:
         while passes < at_least:
             passes += 1
             self._forward([], pad_sequences([FILLER]))
-
-    @torch.no_grad()
-    def settle(self, sequences: Sequence[TokenIds]) -> None:
-        """Compare both ways now, and throw the scores away, so that no later pass depends on when that was done.
-
-        Args:
-            sequences: some that begin with the same prompt.
-        """
-        if self.alone and not self._proven and self.longest_shared:
-            self._prove(self._with_common_prompts(range(len(sequences)), sequences), sequences)
 
     def passes_for(self, lengths: Sequence[int]) -> int:
         """How many passes sequences of these lengths take, prompts unshared."""
@@ -180,29 +171,24 @@ class ScoringPasses:
             self.say(f"prompts are not shared between sequences: {why}")
         self._told = True
 
-    def _prove(self, groups: list[list[int]], sequences: Sequence[TokenIds]) -> list[Pass]:
+    def _prove(self, groups: list[list[int]], sequences: Sequence[TokenIds]) -> None:
         """Once: score two completions of two prompts both ways; one difference, and prompts are not shared any more.
 
-        Returns:
-            The passes over whole sequences, whose scores are right in either case.
+        The scores are thrown away: those of a pass must not depend on whether it was the first.
         """
-        groups = [g for g in groups if max(sum(map(len, sequences[i])) for i in g) <= self.longest_shared]
         if not groups:
-            return []
+            return
         self._proven = True
         chosen = [group[:2] for group in _shortest_and_longest(groups, sequences)]
-        rows = [[sequences[i] for i in group] for group in chosen]
-        plain: list[Pass] = []
+        rows = [[(sequences[i][0], sequences[i][1][:_COMPARED_TOKENS]) for i in group] for group in chosen]
         try:
-            for indices, group in zip(chosen, rows, strict=True):
-                plain.append(self._forward(indices, pad_sequences(group)))
-            why = self._against_sharing(rows, torch.cat([one.token_logps for one in plain]))
+            plain = [self._forward([], pad_sequences(group)).token_logps for group in rows]
+            why = self._against_sharing(rows, torch.cat(plain))
         except torch.OutOfMemoryError:
             why = "there is no memory to compare both ways"
         if why is not None:
             self._shares = False
             self._say_why(why)
-        return plain
 
     def _against_sharing(self, groups: list[list[TokenIds]], plain: Tensor) -> str | None:
         try:

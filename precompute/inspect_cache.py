@@ -28,7 +28,9 @@ def info(location: Location) -> None:
     for name, value in describe(manifest):
         print(f"{name:<12}{printable(value)}")
     if not manifest.intact:
-        print("warning     manifest.json was edited or damaged: kto-cache verify says more, and kto-train will refuse it")
+        print(
+            "warning     manifest.json was edited or damaged: kto-cache verify says more, and kto-train will refuse it"
+        )
 
 
 def describe(manifest: Manifest) -> list[tuple[str, str]]:

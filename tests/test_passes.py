@@ -119,6 +119,13 @@ def test_a_shared_prompt_runs_once():
     assert fed == sum(prompts.values()) + sum(len(completion) - 1 for _, completion in rows)
 
 
+def test_the_first_time_gives_the_scores_of_every_later_time():
+    """Bit for bit: a resumed run compares both ways in another update than one that was not stopped."""
+    rows, passes = branching_rows([4, 3, 1]), passes_of(LLAMA, 60)
+    first, again = scores(passes, rows)[0], scores(passes, rows)[0]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
 def test_completions_of_one_token_need_no_second_pass():
     prompt = np.arange(9, dtype=np.int32)
     rows = [(prompt, np.array([i], dtype=np.int32)) for i in (5, 6)]
@@ -161,7 +168,7 @@ def test_a_model_that_takes_no_keys_runs_plain(capsys):
 
 
 def test_no_memory_for_the_proof_means_no_sharing(capsys):
-    """Four whole sequences at once can be more than a pass of the budget."""
+    """Four prompts at once can be more than a pass of the budget."""
     model, rows = model_of("llama"), branching_rows([3, 3])
     real, calls = model.model.forward, []
 

@@ -190,12 +190,8 @@ class KTOTrainer(transformers.Trainer):
         if self.packs:
             alike = packs_alike(self._callable, self.args.device, sample, tolerance=self.rounding)
             self.packs = bool(self.ranks.least(alike))
-        if self.measures_memory:
-            self._measure_memory()
-        rows = [self.rows[i] for i in range(min(2, len(self.rows)))]
-        self._scoring().settle([sequence.ids for row in rows for sequence in (row.matched, row.mismatched)])
-
-    def _measure_memory(self) -> None:
+        if not self.measures_memory:
+            return
         if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
             self.max_tokens = max(_DEEPSPEED_TOKENS, self.rows.max_length)
             return
