@@ -20,7 +20,7 @@ _UNSUPPORTED = (TypeError, AttributeError, ValueError, IndexError, KeyError, Not
 WORTH_SHARING = 0.1
 
 # Of each completion, where the two ways are compared: all of it sees the prompt in the same way.
-_COMPARED_TOKENS = 16
+_COMPARED_TOKENS = 64
 
 Planned = tuple[list[int], Callable[[], Batch]]
 

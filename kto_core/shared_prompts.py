@@ -116,12 +116,15 @@ def share_prompts(groups: Sequence[Sequence[TokenIds]], max_tokens: int) -> Shar
 
 
 def _branch(inputs: Sequence[np.ndarray], of: np.ndarray, prompt_lengths: np.ndarray, width: int) -> Branches:
-    length = max(map(len, inputs))
+    lengths = np.array([len(one) for one in inputs])[:, None]
+    steps = np.arange(lengths.max())[None]
     keys = np.arange(width)[None] < prompt_lengths[:, None]  # (rows, width)
-    own = np.arange(length)[None] < np.array([len(one) for one in inputs])[:, None]  # (rows, length)
+    own = steps < lengths  # (rows, length)
+    # Padding stays where its row ends: behind a long prompt it would reach positions that no row has, beyond a table's
+    # end or the length at which frequencies change.
     return Branches(
-        torch.from_numpy(_padded(inputs, length)),
-        torch.from_numpy(prompt_lengths[:, None] + np.arange(length)[None]),
+        torch.from_numpy(_padded(inputs, steps.size)),
+        torch.from_numpy(prompt_lengths[:, None] + np.minimum(steps, lengths - 1)),
         torch.from_numpy(np.concatenate([keys, own], axis=1).astype(np.int64)),
         torch.from_numpy(of),
     )

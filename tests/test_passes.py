@@ -126,6 +126,20 @@ def test_the_first_time_gives_the_scores_of_every_later_time():
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_padding_reaches_no_position_that_no_row_has(family):
+    """A long prompt beside a short one with longer completions; a table of positions has an end."""
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, 60).astype(np.int32)
+    rows = [(ids[:50], ids[50:]), (ids[:50], ids[40:50]), (ids[:20], ids[20:35]), (ids[:20], ids[25:40])]
+    batch = share_prompts([rows[:2], rows[2:]], 1_000)
+    (branch,) = batch.branches
+    assert int(branch.position_ids.max()) < 60
+    model = model_of(family, max_position_embeddings=60) if family == "llama" else model_of(family, n_positions=60)
+    with torch.no_grad():
+        found = token_logps(model, batch).token_logps
+    assert_equal_scores([found], [torch.cat(alone(model, rows))])
+
+
 def test_completions_of_one_token_need_no_second_pass():
     prompt = np.arange(9, dtype=np.int32)
     rows = [(prompt, np.array([i], dtype=np.int32)) for i in (5, 6)]
