@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kto_core.errors import ModelError
+from kto_core.errors import ModelError, in_one_line
 from kto_core.head import Head, selected_logps
 from kto_core.sequences import Sequences, TokenIds, pad_sequences
 from kto_core.shared_prompts import SharedPrompts, hidden_states
@@ -56,7 +56,7 @@ def add_scoring_forward(model: Any) -> None:
     """
     Head.of(model)
     original: Callable[..., Any] = model.forward
-    takes_positions = _takes(model.base_model, "position_ids")
+    takes_positions = _takes(_body(model), "position_ids")
 
     @functools.wraps(original)
     def forward(*args: Any, batch: Batch | None = None, router_logits: bool = False, **kwargs: Any) -> Any:
@@ -82,6 +82,12 @@ def _add_head_forward(model: Any) -> None:
     layer.forward = forward
 
 
+def _body(model: Any) -> Any:
+    """The model below its output layer."""
+    # Some name their body otherwise than they call it, and are handed back themselves.
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
+
+
 def _takes(module: nn.Module, argument: str) -> bool:
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
@@ -89,7 +95,7 @@ def _takes(module: nn.Module, argument: str) -> bool:
 
 def _score(model: Any, batch: Batch, router_logits: bool, takes_positions: bool) -> Scored:
     if isinstance(batch, SharedPrompts):
-        hidden = hidden_states(model.base_model, batch, takes_positions=takes_positions)
+        hidden = hidden_states(_body(model), batch, takes_positions=takes_positions)
         return Scored(_of_completions(model, hidden, batch), ())
     extra: dict[str, Any] = {}
     if takes_positions:
@@ -97,7 +103,7 @@ def _score(model: Any, batch: Batch, router_logits: bool, takes_positions: bool)
         extra["position_ids"] = batch.position_ids
     if router_logits:
         extra["output_router_logits"] = True
-    out = model.base_model(input_ids=batch.input_ids, use_cache=False, return_dict=True, **extra)
+    out = _body(model)(input_ids=batch.input_ids, use_cache=False, return_dict=True, **extra)
     logps = _of_completions(model, out.last_hidden_state.flatten(0, 1), batch)
     return Scored(logps, tuple(getattr(out, "router_logits", None) or ()) if router_logits else ())
 
@@ -132,7 +138,16 @@ def check_scoring(model: Any, rows: Sequence[TokenIds], *, tolerance: float) -> 
     device = next(model.parameters()).device
     with torch.no_grad():
         batch = pad_sequences(rows).to(device)
-        ours = token_logps(model, batch).token_logps.double().split([len(c) for _, c in rows])
+        try:
+            scored = token_logps(model, batch).token_logps
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+            raise ModelError(
+                f"{type(model).__name__}: this model family cannot be scored from its hidden states "
+                f"({type(error).__name__}: {in_one_line(error)}); please report the model's name."
+            ) from error
+        ours = scored.double().split([len(c) for _, c in rows])
         worst = 0.0
         for (prompt, completion), mine in zip(rows, ours, strict=True):
             ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64)).to(device)

@@ -106,7 +106,8 @@ def longest_alike(config: Any) -> int | None:
     """How many tokens a sequence may have before its scores depend on what else is in its batch; None without a limit.
 
     With "longrope" (Phi-3 and its kin) a batch switches to other position frequencies, for all of its
-    rows, when its longest row goes beyond the length of pre-training.
+    rows, when its longest row goes beyond the length of pre-training. Where a row keeps only its strongest keys
+    (Doge), padding takes part in the choice.
 
     Args:
         config: the model's, from `transformers`.
@@ -114,7 +115,8 @@ def longest_alike(config: Any) -> int | None:
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [parameters, *(one for one in parameters.values() if isinstance(one, dict))]  # all layers', or each kind's
     lengths = [one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"]
-    return min(lengths, default=None)
+    kept = getattr(config.get_text_config(), "keep_window_size", None)
+    return min(lengths + ([kept] if kept else []), default=None)
 
 
 def load_tokenizer(auto_tokenizer: Any, folder: Path, *, trust_remote_code: bool) -> Any:
@@ -271,6 +273,10 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "router_jitter_noise"):
+            # PhiMoE's router reads it in eval mode as well, as a threshold, and draws its experts by lot in training.
+            module.train = lambda mode=True, router=module: nn.Module.train(router, False)  # type: ignore[method-assign,misc]
+            continue
         for name, value in list(vars(module).items()):
             if ("drop" in name or "jitter" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)

@@ -4,13 +4,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kto_core.batching import SCORING_PASS_COST, micro_batches, packed_batches
 from kto_core.logps import Batch, token_logps
 from kto_core.sequences import FILLER, TokenIds, pack_sequences, pad_sequences
-from kto_core.shared_prompts import longest_shared, share_prompts
+from kto_core.shared_prompts import SharedPrompts, longest_shared, share_prompts
 
 # What a model that cannot run on given keys and values may raise.
 _UNSUPPORTED = (TypeError, AttributeError, ValueError, IndexError, KeyError, NotImplementedError, RuntimeError)
@@ -18,9 +19,6 @@ _UNSUPPORTED = (TypeError, AttributeError, ValueError, IndexError, KeyError, Not
 # The share of all tokens that shared prompts must save. Below it smaller passes and explicit masks eat what is saved:
 # benchmarks/shared_prompts.py shows where the two ways break even.
 WORTH_SHARING = 0.1
-
-# Of each completion, where the two ways are compared: all of it sees the prompt in the same way.
-_COMPARED_TOKENS = 64
 
 Planned = tuple[list[int], Callable[[], Batch]]
 
@@ -69,7 +67,7 @@ class ScoringPasses:
         self.pack, self.tolerance, self.say = pack, tolerance, say
         self.alone = alone
         self.longest_shared = longest_shared(model)
-        self._shares, self._proven, self._told = True, False, False
+        self._shares, self._proven, self._told = True, 0, False
 
     @torch.no_grad()
     def run(self, sequences: Sequence[TokenIds], *, at_least: int = 0) -> Iterator[Pass]:
@@ -83,8 +81,7 @@ class ScoringPasses:
             torch.OutOfMemoryError: on a single sequence, or where the process is not alone.
         """
         pending, passes = list(range(len(sequences))), 0
-        if not self._proven:
-            self._prove(self._groups(pending, sequences), sequences)
+        self._prove(self._groups(pending, sequences), sequences)
         while pending:
             done: set[int] = set()
             for indices, build in self._plan(pending, sequences):
@@ -95,7 +92,7 @@ class ScoringPasses:
                         raise
                     finished = None
                 if finished is None:  # outside of `except`, whose traceback holds on to the tensors
-                    self._halve(max(sum(map(len, sequences[i])) for i in indices))
+                    self._make_room(max(sum(map(len, sequences[i])) for i in indices))
                     break
                 done.update(indices)
                 passes += 1
@@ -115,10 +112,15 @@ class ScoringPasses:
         batch = batch.to(self.device)
         return Pass(indices, batch, token_logps(self.model, batch).token_logps)
 
-    def _halve(self, longest: int) -> None:
-        self.max_tokens = max(longest, self.max_tokens // 2)
+    def _make_room(self, longest: int) -> None:
+        """After a pass of several sequences, the longest of so many tokens, did not fit."""
+        if self.max_tokens > longest:
+            self.max_tokens = max(longest, self.max_tokens // 2)
+            self.say(f"out of memory: going on with {self.max_tokens} tokens in one scoring pass")
+        else:  # one prompt, whose completions run one by one already
+            self._shares = False
+            self._say_why("there is no memory for a prompt with all of its completions")
         torch.cuda.empty_cache()
-        self.say(f"out of memory: going on with {self.max_tokens} tokens in one scoring pass")
 
     # -- plan ---------------------------------------------------------------------------------------
 
@@ -130,7 +132,7 @@ class ScoringPasses:
             chosen = [groups[number] for number in part]
             indices = [i for group in chosen for i in group]
             rows = [[sequences[i] for i in group] for group in chosen]
-            yield indices, lambda rows=rows: share_prompts(rows, self.max_tokens)  # type: ignore[misc]
+            yield indices, lambda rows=rows: self._share(rows)  # type: ignore[misc]
         alone = [i for i in pending if i not in shared]
         cut, lay_out = (packed_batches, pack_sequences) if self.pack else (micro_batches, pad_sequences)
         for part in cut([sum(map(len, sequences[i])) for i in alone], self.max_tokens):
@@ -171,40 +173,45 @@ class ScoringPasses:
             self.say(f"prompts are not shared between sequences: {why}")
         self._told = True
 
-    def _prove(self, groups: list[list[int]], sequences: Sequence[TokenIds]) -> None:
-        """Once: score two completions of two prompts both ways; one difference, and prompts are not shared any more.
+    def _share(self, groups: list[list[TokenIds]]) -> SharedPrompts:
+        return share_prompts(groups, self.max_tokens, self.longest_shared)
 
-        The scores are thrown away: those of a pass must not depend on whether it was the first.
+    def _prove(self, groups: list[list[int]], sequences: Sequence[TokenIds]) -> None:
+        """Compare both ways for each new greatest length; one difference, and prompts are not shared any more.
+
+        The longest sequence is run once as it is, and cut behind its first quarter and before its last one: a short
+        prompt with a long completion and a long one with a short, padded together. The scores are thrown away: those
+        of a pass must not depend on whether it was the first.
         """
-        if not groups:
+        longest = max(
+            (sequences[i] for group in groups for i in group), key=lambda ids: sum(map(len, ids)), default=None
+        )
+        if longest is None or sum(map(len, longest)) <= self._proven:
             return
-        self._proven = True
-        chosen = [group[:2] for group in _shortest_and_longest(groups, sequences)]
-        rows = [[(sequences[i][0], sequences[i][1][:_COMPARED_TOKENS]) for i in group] for group in chosen]
+        ids = np.concatenate(longest)
+        self._proven, quarter = len(ids), max(1, len(ids) // 4)
+        head, tail = ids[:quarter], ids[-quarter:]
         try:
-            plain = [self._forward([], pad_sequences(group)).token_logps for group in rows]
-            why = self._against_sharing(rows, torch.cat(plain))
+            whole = self._forward([], pad_sequences([(head, ids[quarter:])])).token_logps
+            plain = [whole, whole[:quarter], whole[-quarter:]]
+            groups_of_it = [[(head, ids[quarter:]), (head, ids[quarter : 2 * quarter])], [(ids[:-quarter], tail)]]
+            why = self._against_sharing(groups_of_it, plain)
         except torch.OutOfMemoryError:
             why = "there is no memory to compare both ways"
         if why is not None:
             self._shares = False
             self._say_why(why)
 
-    def _against_sharing(self, groups: list[list[TokenIds]], plain: Tensor) -> str | None:
+    def _against_sharing(self, groups: list[list[TokenIds]], plain: list[Tensor]) -> str | None:
         try:
-            shared = self._forward([], share_prompts(groups, self.max_tokens)).token_logps
+            shared = self._forward([], self._share(groups)).token_logps.split([len(one) for one in plain])
         except torch.OutOfMemoryError:
             raise
         except _UNSUPPORTED as error:
             return f"the model cannot run on given keys and values ({type(error).__name__})"
-        apart = float((shared - plain).abs().mean().nan_to_num(nan=float("inf")))
+        differences = [(one - other).abs().mean() for one, other in zip(shared, plain, strict=True)]
+        apart = float(torch.stack(differences).nan_to_num(nan=float("inf")).max())
         return None if apart <= self.tolerance else f"log-probabilities would differ by {apart:.2g} nats a token"
-
-
-def _shortest_and_longest(groups: list[list[int]], sequences: Sequence[TokenIds]) -> list[list[int]]:
-    """The groups with the shortest and with the longest prompt, so that both padding and long positions are compared."""
-    by_prompt = sorted(groups, key=lambda group: len(sequences[group[0]][0]))
-    return [by_prompt[0], by_prompt[-1]] if len(by_prompt) > 1 else by_prompt
 
 
 @torch.no_grad()

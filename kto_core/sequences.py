@@ -91,7 +91,7 @@ def _sequences(
     ]
     return Sequences(
         input_ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(np.array(positions)),
+        position_ids=torch.from_numpy(np.array(positions, order="C")),
         real=torch.from_numpy(real),
         predicts=torch.from_numpy(np.concatenate(predicts)),
         targets=torch.from_numpy(np.concatenate([completion for _, completion in rows]).astype(np.int64)),

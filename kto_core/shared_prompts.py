@@ -1,15 +1,18 @@
 """Several completions of one prompt: the prompt runs through the model once.
 
     prompts        p0 p1 p2      q0 q1 .          right-padded, once each; keys and values are kept
-                      |             |
-    completions    c0 c1 c2      d0 d1            attend to their prompt's keys and to themselves
-                   e0 e1 .       f0 f1 f2         positions go on where the prompt ended
+
+    completions    p0 p1 p2 c0 c1                 behind their prompt's keys, which end where the
+                   p0 p1 p2 e0 .                  completion begins; positions go on there
+                   .  q0 q1 d0 d1
 
 The hidden state of a prompt's last token predicts the first token of each of its completions; the
-last token of a completion predicts nothing and is never fed. No gradient flows through this path.
+last token of a completion predicts nothing and is never fed. There is no gap between a prompt's keys
+and its completion, because sliding windows and some tables count slots, not positions. No gradient
+flows through this path.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +22,12 @@ from torch import Tensor
 from kto_core.batching import micro_batches
 from kto_core.sequences import TokenIds
 
+# In configurations: windows of attention, and positions.
+_LIMITS = (
+    *("sliding_window", "attention_chunk_size", "window_size", "keep_window_size"),
+    *("max_position_embeddings", "n_positions", "max_seq_len"),
+)
+
 
 class Branches(NamedTuple):
     """Completions that run together, each behind its prompt.
@@ -26,14 +35,16 @@ class Branches(NamedTuple):
     Attributes:
         input_ids: int64, shape (rows, length): completions without their last token, right-padded.
         position_ids: int64, shape (rows, length).
-        attention_mask: int64, shape (rows, prompt length + length), 1 at what may be attended to.
-        prompts: int64, shape (rows,): the prompt of each.
+        attention_mask: int64, shape (rows, longest prompt + length), 1 at what may be attended to.
+        prompts: int64, shape (rows, 1): the prompt of each.
+        keys: int64, shape (rows, longest prompt): which of its keys stands in each slot in front.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor
     prompts: Tensor
+    keys: Tensor
 
 
 class SharedPrompts(NamedTuple):
@@ -77,12 +88,13 @@ class SharedPrompts(NamedTuple):
         return self.input_ids.numel() + sum(branch.input_ids.numel() for branch in self.branches)
 
 
-def share_prompts(groups: Sequence[Sequence[TokenIds]], max_tokens: int) -> SharedPrompts:
+def share_prompts(groups: Sequence[Sequence[TokenIds]], max_tokens: int, longest: int = 2**31) -> SharedPrompts:
     """Lay out groups of sequences; those in one group have the same prompt.
 
     Args:
         groups: (prompt ids, completion ids), group after group; the result counts rows in this order.
         max_tokens: keys, prompts' and padding included, that run together.
+        longest: slots that a line of keys may have, padding included (`longest_shared`); no sequence has more tokens.
     """
     prompts = [group[0][0] for group in groups]
     rows = [(number, completion) for number, group in enumerate(groups) for _, completion in group]
@@ -92,16 +104,18 @@ def share_prompts(groups: Sequence[Sequence[TokenIds]], max_tokens: int) -> Shar
     predicts = [np.array([number * width + len(prompts[number]) - 1]) for number, _ in rows]
     branches, offset = [], ids.size
     longer = [row for row, (_, completion) in enumerate(rows) if len(completion) > 1]
-    lengths = [len(rows[row][1]) - 1 for row in longer]
-    for part in micro_batches([width + length for length in lengths], max_tokens):
-        chosen = [longer[i] for i in part]
-        of = np.array([rows[row][0] for row in chosen])
-        branch = _branch([rows[row][1][:-1] for row in chosen], of, np.array([len(p) for p in prompts])[of], width)
-        for i, row in enumerate(chosen):
-            start = offset + i * branch.input_ids.shape[1]
-            predicts[row] = np.concatenate([predicts[row], start + np.arange(len(rows[row][1]) - 1)])
-        offset += branch.input_ids.numel()
-        branches.append(branch)
+    lengths = [(len(prompts[rows[row][0]]), len(rows[row][1]) - 1) for row in longer]
+    for part in micro_batches([width + own for _, own in lengths], max_tokens):
+        for fitting in _within(part, lengths, longest):
+            chosen = [longer[i] for i in fitting]
+            branch = _branch(
+                [(rows[row][0], lengths[i][0], rows[row][1][:-1]) for i, row in zip(fitting, chosen, strict=True)]
+            )
+            for i, row in enumerate(chosen):
+                start = offset + i * branch.input_ids.shape[1]
+                predicts[row] = np.concatenate([predicts[row], start + np.arange(len(rows[row][1]) - 1)])
+            offset += branch.input_ids.numel()
+            branches.append(branch)
     completions = [completion for _, completion in rows]
     return SharedPrompts(
         input_ids=torch.from_numpy(ids),
@@ -111,22 +125,39 @@ def share_prompts(groups: Sequence[Sequence[TokenIds]], max_tokens: int) -> Shar
         targets=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
         row_of_token=torch.from_numpy(np.repeat(np.arange(len(rows)), [len(c) for c in completions])),
         rows=len(rows),
-        tokens=sum(map(len, prompts)) + sum(lengths),
+        tokens=sum(map(len, prompts)) + sum(own for _, own in lengths),
     )
 
 
-def _branch(inputs: Sequence[np.ndarray], of: np.ndarray, prompt_lengths: np.ndarray, width: int) -> Branches:
-    lengths = np.array([len(one) for one in inputs])[:, None]
-    steps = np.arange(lengths.max())[None]
-    keys = np.arange(width)[None] < prompt_lengths[:, None]  # (rows, width)
-    own = steps < lengths  # (rows, length)
+def _within(part: list[int], lengths: Sequence[tuple[int, int]], longest: int) -> Iterator[list[int]]:
+    """Cut a branch until its longest prompt and its longest completion fit one behind the other."""
+    prompt, own = (max(lengths[i][k] for i in part) for k in (0, 1))
+    if prompt + own <= longest or len(part) == 1:
+        yield part
+        return
+    part = sorted(part, key=lambda i: lengths[i][0])
+    yield from _within(part[: len(part) // 2], lengths, longest)
+    yield from _within(part[len(part) // 2 :], lengths, longest)
+
+
+def _branch(rows: Sequence[tuple[int, int, np.ndarray]]) -> Branches:
+    """From (which prompt, its length, what is fed of the completion)."""
+    inputs = [fed for _, _, fed in rows]
+    prompts, prompt_lengths, lengths = (
+        np.array(column)[:, None] for column in zip(*((of, length, len(fed)) for of, length, fed in rows), strict=True)
+    )
+    steps, slots = np.arange(lengths.max())[None], np.arange(prompt_lengths.max())[None]
+    keys = slots - (slots.size - prompt_lengths)  # (rows, longest prompt), below 0 in front of a shorter one
     # Padding stays where its row ends: behind a long prompt it would reach positions that no row has, beyond a table's
     # end or the length at which frequencies change.
+    positions = prompt_lengths + np.minimum(steps, lengths - 1)
+    mask = np.concatenate([keys >= 0, steps < lengths], axis=1)
     return Branches(
         torch.from_numpy(_padded(inputs, steps.size)),
-        torch.from_numpy(prompt_lengths[:, None] + np.minimum(steps, lengths - 1)),
-        torch.from_numpy(np.concatenate([keys, own], axis=1).astype(np.int64)),
-        torch.from_numpy(of),
+        torch.from_numpy(positions),
+        torch.from_numpy(mask.astype(np.int64)),
+        torch.from_numpy(prompts),
+        torch.from_numpy(np.maximum(keys, 0)),
     )
 
 
@@ -151,7 +182,7 @@ def hidden_states(body: Callable[..., Any], batch: SharedPrompts, *, takes_posit
     states = [out.last_hidden_state.flatten(0, 1)]
     layers = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
     for branch in batch.branches:
-        copies = [(keys[branch.prompts], values[branch.prompts]) for keys, values in layers]
+        copies = [tuple(_lined_up(kept, branch) for kept in layer) for layer in layers]
         done = body(
             input_ids=branch.input_ids,
             attention_mask=branch.attention_mask,
@@ -164,16 +195,21 @@ def hidden_states(body: Callable[..., Any], batch: SharedPrompts, *, takes_posit
     return torch.cat(states)
 
 
-def longest_shared(model: Any) -> int:
-    """How many tokens a prompt with a completion may have for this path; 0 where the model cannot take it.
+def _lined_up(kept: Tensor, branch: Branches) -> Tensor:
+    """Keys or values of prompts, (prompts, heads, prompt length, size), as each row of a branch sees them."""
+    return kept[branch.prompts, :, branch.keys].transpose(1, 2)  # (rows, heads, longest prompt, size)
 
-    Below a sliding window all keys are visible, and where they stand in the cache does not matter. Beyond it, or
-    without keys (recurrent layers), sequences have to run whole.
+
+def longest_shared(model: Any) -> int:
+    """How many slots a prompt with a completion may take for this path; 0 where the model cannot take it.
+
+    Beyond a sliding window the model itself forgets keys, and some keep tables of as many slots as there are
+    positions. Without keys (recurrent layers) sequences have to run whole.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"} or getattr(config, "is_encoder_decoder", False):
         return 0
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    longest = min([int(window) for window in windows if window], default=2**31)
+    limits = [getattr(config, name, None) for name in _LIMITS]
+    longest = min([int(limit) for limit in limits if isinstance(limit, int) and limit > 0], default=2**31)
     return longest if getattr(config, "use_cache", None) is not None else 0

@@ -125,8 +125,8 @@ def _check_lengths(plan: Plan, reference: Reference) -> None:
     longest = max(len(prompt) + len(y) for i in range(len(plan.rows)) for prompt, y in plan.sequences(i))
     if longest > limit:
         raise ModelError(
-            f"{reference.config.model}: the longest sequence has {longest} tokens, and beyond {limit} this model changes "
-            "the positions of a whole batch (longrope), so that a score would depend on its neighbours. Use "
+            f"{reference.config.model}: the longest sequence has {longest} tokens, and beyond {limit} this model computes a "
+            "row in another way when another one stands beside it, so that a score would depend on its neighbours. Use "
             f"--max-length {limit}."
         )
 

@@ -51,7 +51,8 @@ _OPT: dict[str, Any] = {
     "pad_token_id": 1,
 }
 
-# What each family has that the others have not: tied weights, absolute positions, softcaps, scales, experts, windows.
+# What each family has that the others have not: tied weights, absolute positions, softcaps, scales, experts, windows,
+# routers that draw lots, a body of another name, tables of slots.
 _FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, _LLAMA),
     "llama-tied": (transformers.LlamaConfig, {**_LLAMA, "tie_word_embeddings": True}),
@@ -75,6 +76,29 @@ _FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     "mistral": (transformers.MistralConfig, {**_LLAMA, "sliding_window": 4}),
     "opt": (transformers.OPTConfig, _OPT),
+    "phimoe": (transformers.PhimoeConfig, {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "llama4": (
+        transformers.Llama4TextConfig,
+        {**_LLAMA, "head_dim": 8, "intermediate_size_mlp": 32, "num_local_experts": 2, "attention_chunk_size": 512},
+    ),
+    "gpt-neo": (
+        transformers.GPTNeoConfig,
+        {
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "attention_types": [[["global", "local"], 1]],
+            "initializer_range": 0.4,
+        },
+    ),
+    "mpt": (
+        transformers.MptConfig,
+        {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 512, "initializer_range": 0.4},
+    ),
+    "xglm": (
+        transformers.XGLMConfig,
+        {"d_model": 16, "ffn_dim": 32, "num_layers": 2, "attention_heads": 2, "pad_token_id": 1, "init_std": 0.4},
+    ),
 }
 FAMILIES = tuple(_FAMILIES)
 

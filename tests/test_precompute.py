@@ -160,7 +160,7 @@ def test_positions_that_change_with_the_batch_are_refused_beyond_their_limit(tmp
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 100, **factors}
     base = save_tiny(tmp_path / "base", rope_parameters=rope)
     config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs")
-    with pytest.raises(ModelError, match=r"beyond 100 this model changes the positions.*--max-length 100"):
+    with pytest.raises(ModelError, match=r"beyond 100 this model computes a row in another way.*--max-length 100"):
         precompute(config)
     precompute(replace(config, max_length=100))
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
