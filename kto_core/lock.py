@@ -6,8 +6,8 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from kto_core.errors import KTOError, printable
 
@@ -40,8 +40,7 @@ def only_writer(folder: Path, error: type[KTOError], *, wait: bool = False) -> I
     with file:
         try:
             file.truncate(0)
-            file.write(f"{holder_name()}\n")
-            file.flush()
+            file.write(f"{holder_name()}\n".encode())
         except OSError as problem:
             path.unlink(missing_ok=True)
             raise error(f"{folder}: cannot be written: {problem}.") from problem
@@ -56,14 +55,15 @@ def holder_name() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _held(path: Path, operation: int) -> TextIO:
+def _held(path: Path, operation: int) -> FileIO:
     """The lock file, locked.
 
     Raises:
         BlockingIOError: another process holds it, and `operation` does not wait.
     """
     while True:
-        file = path.open("a+", encoding="utf-8")
+        # A link could lead to a file of somebody's.
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)
         try:
             fcntl.flock(file, operation)
             # Whoever held it until now has removed the file, and somebody may have made a new one.
@@ -78,7 +78,7 @@ def _held(path: Path, operation: int) -> TextIO:
         file.close()
 
 
-def _is_at(file: TextIO, path: Path) -> bool:
+def _is_at(file: FileIO, path: Path) -> bool:
     """Whether the path still names the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))

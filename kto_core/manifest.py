@@ -246,7 +246,8 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "data": {
         "files": _or_absent(_are_files),
         "dropped": _or_absent(_are_counts),
-        **dict.fromkeys(("read", "desirable", "undesirable", "truncated"), _or_absent(_is_count)),
+        **dict.fromkeys(("desirable", "undesirable"), _is_count),
+        **dict.fromkeys(("read", "truncated"), _or_absent(_is_count)),
         "labels_hash": _or_absent(_is_text),
     },
     "run": {
@@ -285,7 +286,7 @@ def _parse(path: Path | str, content: dict[str, Any]) -> Manifest:
         shards=shards,
         created=content["created"],
         fingerprint=content["fingerprint"],
-        intact=content.get("checksum", checksum(content)) == checksum(content),
+        intact=content.get("checksum") == checksum(content),
     )
     _check_edited(path, manifest)
     for section, fields in _FIELDS.items():

@@ -340,6 +340,10 @@ def local_copy(location: Location, *, anew: bool = False) -> Path:
     if content is None:
         raise no_manifest(remote.url, unfinished=any(map(_is_part, remote.files())))
     manifest = parse_manifest(f"{remote.url}/{MANIFEST}", content)
+    listed = {shard["file"] for shard in manifest.shards}
+    strays = [name for name in remote.files() if name.startswith("train/") and _is_part(name) and name not in listed]
+    if strays:
+        raise CacheError(f"{remote.url}/{printable(strays[0])}: in the folder, but not in the manifest. Remove it.")
     folder = _own_folder("downloads", hashlib.sha256(content).hexdigest())
     with only_writer(folder, CacheError, wait=True):
         places = {_inside(folder, shard["file"]): shard for shard in manifest.shards}

@@ -18,7 +18,7 @@ from kto_core.identity import ids_id, json_hash, sequence_id
 from kto_core.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
 from kto_core.tokenization import tokenize_rows
 from precompute.config import PrecomputeConfig
-from precompute.sources import read_records
+from precompute.sources import SourceFile, describe_source, read_records
 
 # Rows tokenized in one call of the tokenizer.
 _TOKENIZE_ROWS = 1024
@@ -56,6 +56,7 @@ class Plan:
     max_length: int
     read: int
     dropped: dict[str, int]
+    files: list[SourceFile]
 
     def kl_completions(self, index: int) -> list[np.ndarray]:
         """The mismatched completions of a row, cut to fit behind its prompt."""
@@ -197,6 +198,7 @@ def make_plan(config: PrecomputeConfig, tokenizer: Any) -> Plan:
     Raises:
         FeedbackError, TokenizationError, PairingError: what cannot be used, and where it stands.
     """
+    files = describe_source(config.data)  # as they are read: they may change while they are scored
     rows, read, dropped = read_rows(config, tokenizer)
     try:
         pairing = _pair(config, rows)
@@ -207,7 +209,7 @@ def make_plan(config: PrecomputeConfig, tokenizer: Any) -> Plan:
             f"{error} (Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "
             f"--max-length {config.max_length}.)"
         ) from error
-    return Plan(rows, pairing, config.max_length, read, dropped)
+    return Plan(rows, pairing, config.max_length, read, dropped, files)
 
 
 def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:

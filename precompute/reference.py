@@ -21,6 +21,7 @@ from kto_core.identity import (
     file_hash,
     json_hash,
     tokenizer_hash,
+    weight_files,
     weights_bytes,
     weights_hash,
 )
@@ -55,6 +56,7 @@ class Reference:
     precision: Precision
     tokenizer: Any
     shape: Any  # the model without weights, on the meta device
+    state: tuple[Any, ...]  # of its weight files, before they were hashed
 
     @classmethod
     def find(cls, config: PrecomputeConfig) -> "Reference":
@@ -88,6 +90,7 @@ class Reference:
             resolve_precision(config.dtype, device),
             tokenizer,
             shape,
+            _state(folder, adapter),
         )
 
     def hash_weights(self) -> "WeightsHashing":
@@ -138,6 +141,18 @@ class Reference:
         )
         return model.eval().requires_grad_(False)
 
+    def check_unchanged(self) -> None:
+        """Called when the weights are loaded: they must be those that were hashed.
+
+        Raises:
+            ModelError: a file was replaced or written to.
+        """
+        if _state(self.folder, self.adapter) != self.state:
+            raise ModelError(
+                f"{self.config.model}: its weight files changed since this command was started, so that nobody knows which "
+                "weights would be scored. Run it again when they are complete."
+            )
+
     @property
     def vocabulary(self) -> int:
         return int(self.shape.get_input_embeddings().weight.shape[0])
@@ -176,6 +191,12 @@ class WeightsHashing:
 
             weights = weights_hash(self._folder, on_bytes=on_bytes)
         return weights, _adapter_hash(self._adapter) if self._adapter else None
+
+
+def _state(folder: Path, adapter: Path | None) -> tuple[Any, ...]:
+    files = [file for one in (folder, adapter) if one is not None for file in weight_files(one)]
+    states = [(file, file.stat()) for file in files if file.exists()]
+    return tuple((file, state.st_ino, state.st_size, state.st_mtime_ns) for file, state in states)
 
 
 def _shape(folder: Path, config: PrecomputeConfig) -> Any:

@@ -23,7 +23,6 @@ from precompute.plan import Plan, PlanCounts, describe, make_plan, shard_rows
 from precompute.ranks import RankedScorer, joined, on_own_device, rank, work, world_size
 from precompute.reference import Reference
 from precompute.remote import Scorer
-from precompute.sources import describe_source
 from precompute.store import Store, check_out, opened_out
 
 # The model with its adapter merged, for an engine that reads it from disk; gone when the run ends.
@@ -102,7 +101,7 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark
         print(f"complete    {config.out} holds these scores already; nothing to do")
         return
     scoring.run()
-    data = {**_data(config, counts), "labels_hash": labels_hash}
+    data = {**_data(scoring.plan, counts), "labels_hash": labels_hash}
     sections = {**sections, "scorer": {**sections["scorer"], **scoring.found}}
     run = scoring.summary(counts.sequences)
     store.publish(len(scoring.shards), {**sections, "data": data, "run": run}, mark)
@@ -190,6 +189,7 @@ class Scoring:
         unknown = [sequence for key, sequence in wanted.items() if key not in known]
         total = sum(len(prompt) + len(completion) for prompt, completion in unknown)
         with self._engine(unknown) as scorer, Progress("scoring", total, "tokens") as progress:
+            self.reference.check_unchanged()
             for i in missing:
                 scores = self._score(self.shards[i], known, scorer, progress)
                 # A sequence that another shard needs too is scored once.
@@ -274,8 +274,8 @@ class Scoring:
         }
 
 
-def _data(config: PrecomputeConfig, counts: PlanCounts) -> dict[str, Any]:
-    files = [{"name": printable(f.name), "sha256": f.sha256, "bytes": f.bytes} for f in describe_source(config.data)]
+def _data(plan: Plan, counts: PlanCounts) -> dict[str, Any]:
+    files = [{"name": printable(f.name), "sha256": f.sha256, "bytes": f.bytes} for f in plan.files]
     return {
         "files": files,
         "read": counts.read,

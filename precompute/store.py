@@ -51,13 +51,14 @@ def check_out(location: Location) -> None:
     if out.exists() and not out.is_dir():
         raise CacheError(f"--out {out}: a file of that name exists; choose another folder.")
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK):
+        raise CacheError(f"--out {out}: no permission to write in {parent}.")
     if not parent.is_dir():
         raise CacheError(f"--out {out}: {parent} is a file.")
     if (out / "train").is_file() or (out / "train").is_symlink():
         raise CacheError(f"--out {out}: {out / 'train'} is a file or a link, where a cache has a folder. Remove it.")
-    for folder in (parent, out / "train"):
-        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-            raise CacheError(f"--out {out}: no permission to write in {folder}.")
+    if (out / "train").exists() and not os.access(out / "train", os.W_OK | os.X_OK):
+        raise CacheError(f"--out {out}: no permission to write in {out / 'train'}.")
     for path in (out / MANIFEST, *(out / "train").glob("*")):
         if path.exists() and not path.is_file():
             raise CacheError(f"--out {out}: {path} is not a regular file. Remove it.")
@@ -87,32 +88,34 @@ def opened_out(location: Location) -> Iterator[tuple[Path, Callable[[], None]]]:
         CacheError: another process writes there, or the system does not allow it.
     """
     if is_url(location):
-        with working_folder(str(location), kept=_KEPT) as opened, _made(opened[0]):
+        with working_folder(str(location), kept=_KEPT) as opened, _made(opened[0] / "train"), _written_to(opened[0]):
             yield opened
     else:
         out = Path(location)
-        with _made(out), only_writer(out, CacheError):
+        with _made(out), only_writer(out, CacheError), _made(out / "train"), _written_to(out):
             yield out, lambda: None
 
 
 @contextlib.contextmanager
-def _made(out: Path) -> Iterator[None]:
-    """The folder exists; one that was made for nothing is taken away again.
+def _made(folder: Path) -> Iterator[None]:
+    """The folder exists; one in which nothing was written is taken away again.
 
     Raises:
         CacheError: the system does not allow it.
     """
     try:
-        (out / "train").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CacheError(f"--out {out}: cannot be written: {error}.") from error
+        raise CacheError(f"--out {folder}: cannot be written: {error}. Choose another folder.") from error
     try:
-        with written_to(out, CacheError, "Finished shards are kept; run again to go on."):
-            yield
+        yield
     finally:
-        for folder in (out / "train", out):
-            with contextlib.suppress(OSError):  # something was written there
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # something was written there
+            folder.rmdir()
+
+
+def _written_to(out: Path) -> contextlib.AbstractContextManager[None]:
+    return written_to(out, CacheError, "Finished shards are kept; run again to go on.")
 
 
 class Store:

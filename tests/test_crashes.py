@@ -32,7 +32,7 @@ from kto_core.manifest import read_manifest
 from precompute.config import PrecomputeConfig
 from precompute.inspect_cache import verify
 from precompute.run import precompute
-from precompute.store import Store
+from precompute.store import Store, opened_out
 from train.config import TrainConfig
 from train.run import train
 
@@ -318,6 +318,21 @@ class TestOneWriter:
         ):
             second.enter_context(only_writer(tmp_path, CacheError))
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_process_that_is_refused_touches_nothing(self, tmp_path: Path) -> None:
+        with opened_out(tmp_path / "refs") as (out, _):
+            with pytest.raises(CacheError, match="is writing here"), opened_out(tmp_path / "refs"):
+                pass
+            assert (out / "train").is_dir()
+        assert not out.exists()  # nothing was written
+
+    def test_a_lock_is_not_written_through_a_link(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("mine")
+        (tmp_path / "refs").mkdir()
+        (tmp_path / "refs" / ".lock").symlink_to(tmp_path / "mine")
+        with pytest.raises(CacheError, match="cannot be written"), only_writer(tmp_path / "refs", CacheError):
+            pass
+        assert (tmp_path / "mine").read_text() == "mine"
 
     def test_a_lock_that_a_crash_left_does_not_block(self, tmp_path: Path) -> None:
         (tmp_path / ".lock").write_text("process 1 on elsewhere\n")

@@ -205,6 +205,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "manifest.json",
         "was edited or damaged",
     ),
+    "a manifest without its checksum": (
+        lambda refs: change_manifest(refs, lambda content: content.pop("checksum"), signed=False),
+        "manifest.json",
+        "was edited or damaged",
+    ),
     "an edited length": (
         lambda refs: change_manifest(refs, lambda content: content["tokenization"].update(max_length=64)),
         "manifest.json",

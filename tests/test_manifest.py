@@ -44,6 +44,8 @@ def sections(rows):
             "files": [{"name": "feedback.jsonl", "sha256": "d" * 64, "bytes": 10}],
             "read": rows,
             "kept": rows,
+            "desirable": sum(row["label"] for row in ROWS[:rows]),
+            "undesirable": sum(not row["label"] for row in ROWS[:rows]),
             "rows_hash": "r" * 64,
         },
         "run": {"scored_sequences": 3 * rows, "seconds": 1.5},
@@ -362,7 +364,7 @@ def test_shards_of_equal_size_that_changed_places_are_refused(tmp_path):
     assert len(data) == len(other.read_bytes())
     digest = hashlib.sha256(data).hexdigest()
     edit(cache, lambda content: content["shards"][0].update(rows=1, bytes=len(data), sha256=digest))
-    edit(cache, lambda content: content["data"].update(kept=1))
+    edit(cache, lambda content: content["data"].update(kept=1, desirable=int(row["label"])))
     manifest = read_manifest(cache)
     verify_cache(cache, manifest)
     shutil.copy(other, cache / shard_name(0))

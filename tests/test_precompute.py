@@ -1,8 +1,10 @@
 """Stage 1 from end to end, on tiny models: numbers, resume, reuse, refusals."""
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ import transformers
 from feedback_files import chat_rows, write_feedback, write_rows
 from models import FAMILIES, save_tiny, tiny_tokenizer
 
+import precompute.run as precompute_run
 from kto_core.errors import CacheError, ModelError, PairingError
 from kto_core.lock import only_writer
 from kto_core.manifest import read_manifest
@@ -25,6 +28,7 @@ from kto_core.passes import ScoringPasses
 from precompute.config import PrecomputeConfig
 from precompute.inspect_cache import head, verify
 from precompute.run import precompute
+from precompute.store import Store
 from precompute.transformers_scorer import TransformersScorer
 
 
@@ -444,6 +448,38 @@ def test_weights_that_are_not_finite_never_reach_the_cache(tmp_path: Path, feedb
     with pytest.raises(ModelError):
         precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs"))
     assert not list((tmp_path / "refs").rglob("*.parquet"))
+
+
+def test_weights_that_change_while_they_are_loaded_are_not_scored(
+    tmp_path: Path, base: Path, feedback: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = Path(shutil.copytree(base, tmp_path / "mine")), save_tiny(tmp_path / "other", seed=5)
+    real = precompute_run.load_transformers
+
+    def load(*args: Any) -> Any:
+        os.replace(other / "model.safetensors", mine / "model.safetensors")
+        return real(*args)
+
+    monkeypatch.setattr(precompute_run, "load_transformers", load)
+    with pytest.raises(ModelError, match="changed since this command was started"):
+        precompute(PrecomputeConfig(model=str(mine), data=str(feedback), out=tmp_path / "refs"))
+    assert not (tmp_path / "refs").exists()
+
+
+def test_the_manifest_describes_the_data_that_were_read(
+    tmp_path: Path, base: Path, feedback: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may change, or go, while they are scored."""
+    data = Path(shutil.copy(feedback, tmp_path / "feedback.jsonl"))
+    digest, real = hashlib.sha256(data.read_bytes()).hexdigest(), Store.write
+
+    def write(*args: Any) -> None:
+        data.unlink(missing_ok=True)
+        real(*args)
+
+    monkeypatch.setattr(Store, "write", write)
+    precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "refs"))
+    assert read_manifest(tmp_path / "refs").data["files"][0]["sha256"] == digest
 
 
 def test_out_of_memory_halves_the_budget_and_goes_on(

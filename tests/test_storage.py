@@ -240,6 +240,12 @@ class TestReading:
         with pytest.raises(CacheError, match=r"memory://team/refs/train/00001\.parquet: "):
             verify(URL)
 
+    def test_a_shard_that_is_not_in_the_manifest_is_named(self, config: PrecomputeConfig, memory: Any) -> None:
+        precompute(config)
+        memory.pipe_file("/team/refs/train/zz.parquet", memory.cat_file("/team/refs/train/00000.parquet"))
+        with pytest.raises(CacheError, match=r"refs/train/zz\.parquet: in the folder, but not in the manifest"):
+            verify(URL)
+
     def test_a_user_without_a_home_is_told_what_to_set(
         self, config: PrecomputeConfig, memory: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:

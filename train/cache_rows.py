@@ -2,6 +2,8 @@
 
 import functools
 import hashlib
+import os
+import resource
 import threading
 import time
 from collections import OrderedDict
@@ -110,6 +112,7 @@ class CacheRows(Dataset[TrainingRow]):
             found = verify_cache(folder, self.manifest, share=local_rank(), on_rows=progress.add)
         self.largest_id, self.seconds = found.largest_id, time.monotonic() - started
         self._paths = [folder / shard["file"] for shard in self.manifest.shards]
+        _allow_open_files(len(self._paths))
         self._files = [open_shard(path) for path in self._paths]
         if read_manifest(folder) != self.manifest:  # a writer takes it away before it changes a shard
             raise CacheError(f"{folder}: was updated while it was read. Start again.")
@@ -182,6 +185,24 @@ class CacheRows(Dataset[TrainingRow]):
         """(desirable, undesirable) among some rows."""
         desirable = int(self.labels[list(indices)].sum())
         return desirable, len(indices) - desirable
+
+
+def _allow_open_files(count: int) -> None:
+    """All shards stay open: the files that were verified are the ones that are read.
+
+    Raises:
+        CacheError: the system does not allow so many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/proc/self/fd")) + count + 256 if Path("/proc/self/fd").exists() else 2 * count + 512
+    if resource.RLIM_INFINITY in (soft, hard) or wanted <= soft:
+        return
+    if wanted > hard:
+        raise CacheError(
+            f"The cache has {count:,} shards, and this system allows {hard:,} open files (ulimit -Hn). Make fewer shards: "
+            "kto-precompute --rows-per-shard 65536 into another folder."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[list[int], list[int]]:

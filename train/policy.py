@@ -11,7 +11,14 @@ import transformers
 from kto_core.errors import KTOError, ModelError, TrainingError
 from kto_core.identity import chat_template_hash, tokenizer_hash
 from kto_core.manifest import Manifest
-from kto_core.models import Precision, find_folder, is_quantized_folder, load_causal_lm, load_tokenizer
+from kto_core.models import (
+    Precision,
+    check_model_folder,
+    find_folder,
+    is_quantized_folder,
+    load_causal_lm,
+    load_tokenizer,
+)
 from train.config import TrainConfig
 
 
@@ -46,6 +53,7 @@ class PolicyFiles:
             # A hub model is loaded at the commit that was scored.
             revision = None if config.model else reference.get("revision")
             folder, _ = find_folder(name, revision=revision)
+            check_model_folder(folder)
             if not config.model and reference.get("adapter"):
                 adapter, _ = find_folder(str(reference["adapter"]), revision=None, what="adapter")
         except KTOError as error:
@@ -104,6 +112,7 @@ class PolicyFiles:
             adapter=self.adapter,
             trust_remote_code=config.trust_remote_code,
         )
+        _repair_generation(model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora_rank:
@@ -112,3 +121,21 @@ class PolicyFiles:
             base = str(self.folder.resolve()) if Path(self.name).expanduser().is_dir() else self.name
             model = add_adapters(model, config, base=base)
         return model
+
+
+def _repair_generation(model: Any) -> None:
+    """Published models sample by settings that lack the word for it; saving them would fail after the training."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+        return
+    except ValueError:
+        generation.do_sample = True
+    try:
+        generation.validate(strict=True)
+        print("warning     generation_config.json samples without do_sample; it is saved with it")
+    except ValueError:
+        model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
+        print("warning     generation_config.json contradicts itself; it is saved with its defaults")

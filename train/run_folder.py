@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from kto_core.durable import flush, flush_all, remove_temporary, write_text
-from kto_core.errors import ConfigError, KTOError, TrainingError, in_one_line
+from kto_core.errors import ConfigError, KTOError, TrainingError, in_one_line, said_by
 from kto_core.identity import weights_hash
 from kto_core.lock import LOCK
 from kto_core.manifest import Manifest
@@ -32,14 +32,17 @@ from train.config import TrainConfig
 
 METRICS = "metrics.jsonl"
 _UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed to the hub
+_FACTS = "run.json"
+_SIZES = "sizes.json"
 _MAKES_LOADABLE = ("config.json", "adapter_config.json")
 
-# What torch.save raises, as plain RuntimeErrors, where a disk is full.
-_CANNOT_WRITE = re.compile(r"PytorchStreamWriter|inline_container\.cc|iostream error")
+# What torch.save and tokenizers raise, as plain errors, where a disk is full.
+_CANNOT_WRITE = re.compile(r"PytorchStreamWriter|inline_container\.cc|iostream error|os error|No space left on device")
 
 # A run that goes on with another value of these is another run: rows would be repeated or skipped, the weights would
 # not fit, or the checkpoint's optimizer and schedule would go on with the old value.
 _FIXED = (
+    "model",
     "loss",
     "batch_size",
     "seed",
@@ -53,6 +56,7 @@ _FIXED = (
     "warmup",
     "weight_decay",
 )
+_OF_OPTIMIZER = ("optim", "adam")  # keys of the training: table
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -66,6 +70,8 @@ def choose_folder(config: TrainConfig) -> Path:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("Several processes need --out: each of them would name the run after its own clock.")
         out = Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    if re.match(r"\w+:/", str(out)):
+        raise ConfigError(f"--out {out}: a run is written to a local folder; copy it from there when it is done.")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
     try:
@@ -76,14 +82,23 @@ def choose_folder(config: TrainConfig) -> Path:
 
 
 def refuse_occupied(config: TrainConfig, out: Path) -> None:
-    """Without `--resume` a run begins in an empty folder; called with its lock held, which names who is writing there.
+    """A run begins in an empty folder; with `--resume` it may go on in its own.
+
+    Called with the folder's lock held, which names who is writing there.
 
     Raises:
-        ConfigError: it holds something.
+        ConfigError: the folder holds something else.
     """
-    if not config.resume and any(path.name != LOCK for path in out.iterdir()):
+    # What a run leaves that is killed before its first file is whole.
+    begun = (LOCK, f".{_FACTS}.")
+    found = sorted(path.name for path in out.iterdir() if not path.name.startswith(begun))
+    if found and not config.resume:
         raise ConfigError(
             f"--out {out}: the folder is not empty. Choose another one, or pass --resume to go on with the run in it."
+        )
+    if found and not (out / _FACTS).exists():
+        raise ConfigError(
+            f"--resume {out}: holds {found[0]}, but no {_FACTS}: it is no run of kto-train. Choose another --out."
         )
 
 
@@ -93,23 +108,30 @@ def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest) -> str |
     Raises:
         ConfigError: the run in the folder was started with another cache, or with options that cannot change.
     """
-    checkpoint: str | None = get_last_checkpoint(str(out)) if config.resume else None
+    if not config.resume or not any(out.glob("[!.]*")):
+        return None
+    _check_same_cache(out, manifest)
+    checkpoint: str | None = get_last_checkpoint(str(out))
     if checkpoint is not None:
         _check_complete(Path(checkpoint))
-        _check_same_run(config, out, manifest)
+        _check_same_options(config, out)
     return checkpoint
 
 
 def _check_complete(checkpoint: Path) -> None:
     """A checkpoint that was copied or damaged in part must not be loaded half."""
     try:
+        for name, size in json.loads((checkpoint / _SIZES).read_text(encoding="utf-8")).items():
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                raise OSError(f"{name} has {found} bytes, {size} were written")
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if _is_sharded(checkpoint):
             return
         weights_hash(checkpoint)
         if not (checkpoint / "optimizer.pt").stat().st_size:
             raise OSError("optimizer.pt is empty")
-    except (OSError, ValueError, KTOError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KTOError) as error:
         raise ConfigError(
             f"{checkpoint}: an incomplete checkpoint ({error}). Remove that folder; --resume then goes on from the one before."
         ) from error
@@ -148,13 +170,16 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
     folder = out / _UNFINISHED
     try:
         yield folder
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _CANNOT_WRITE.search(str(error)):
+    except Exception as error:
+        known = isinstance(error, OSError | SafetensorError)
+        if not known and not _CANNOT_WRITE.search(str(error)):
             raise
-        reason = "the disk does not take it" if isinstance(error, RuntimeError) else in_one_line(error)
+        reason = in_one_line(error) if known else "the disk does not take it"
+        saved = get_last_checkpoint(str(out)) is not None
+        then = "What was saved before is whole" if saved else "Nothing was saved before"
+        go_on = "go on from there" if saved else "begin again"
         raise TrainingError(
-            f"{out}: the {what} cannot be written: {reason}. What was saved before is whole; "
-            "make room, and pass --resume to go on from there."
+            f"{out}: the {what} cannot be written: {reason}. {then}; make room, and pass --resume to {go_on}."
         ) from error
     finally:
         if main:
@@ -169,6 +194,8 @@ def remove_leftovers(out: Path) -> None:
 
 def publish_checkpoint(folder: Path, out: Path) -> None:
     """Give a checkpoint its name, once it and the metrics up to it are on the disk."""
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    write_text(folder / _SIZES, json.dumps(sizes, indent=2) + "\n")
     flush_all(folder)
     flush(out / METRICS)
     shutil.rmtree(out / folder.name, ignore_errors=True)  # one that --resume did not go on from
@@ -195,20 +222,35 @@ def publish_model(folder: Path, out: Path) -> None:
     flush(out)
 
 
-def _check_same_run(config: TrainConfig, out: Path, manifest: Manifest) -> None:
-    if not (out / "run.json").exists() or not (out / "config.yaml").exists():
+def _check_same_cache(out: Path, manifest: Manifest) -> None:
+    try:
+        facts, now_facts = dict(json.loads((out / _FACTS).read_text(encoding="utf-8"))), _facts(manifest)
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"--out {out}: holds a checkpoint, but no run.json and config.yaml; it is no run of kto-train."
-        )
-    facts, now_facts = json.loads((out / "run.json").read_text(encoding="utf-8")), _facts(manifest)
+            f"{out / _FACTS}: cannot be read ({said_by(error)}), so that nobody knows what the run was started with. "
+            "Start a new run."
+        ) from error
     for name, what in (("fingerprint", "another cache"), ("labels_hash", "other labels or another row order")):
         if facts.get(name) != now_facts[name]:
             raise ConfigError(
                 f"--resume {out}: the run was started with {what} ({name} {str(facts.get(name))[:12]}, now "
                 f"{str(now_facts[name])[:12]}). Pass the cache it was started with, or start a new run."
             )
+
+
+def _check_same_options(config: TrainConfig, out: Path) -> None:
+    if not (out / "config.yaml").exists():
+        raise ConfigError(f"--resume {out}: holds a checkpoint, but no config.yaml. Start a new run.")
     started = {**as_plain(TrainConfig()), **read_yaml(out / "config.yaml")}
     now = as_plain(config)
+    tables = [
+        {k: v for k, v in (one.get("training") or {}).items() if k.startswith(_OF_OPTIMIZER)} for one in (started, now)
+    ]
+    if tables[0] != tables[1]:
+        raise ConfigError(
+            f"--resume {out}: the run was started with another optimizer (training: {tables[0]}, not {tables[1]}), whose "
+            "state its checkpoint holds. Pass the same, or start a new run."
+        )
     changed = [name for name in _FIXED if started.get(name) != now[name]]
     if changed:
         name = changed[0]
@@ -225,8 +267,8 @@ def write_start(config: TrainConfig, out: Path, manifest: Manifest) -> None:
     """Write config.yaml and run.json. The folder stays empty until the checks before the first update have passed."""
     values = {k: v for k, v in as_plain(config).items() if k not in ("out", "resume") and v not in (None, {})}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    write_text(out / _FACTS, json.dumps(_facts(manifest), indent=2) + "\n")  # first: what tells the folder is a run's
     write_text(out / "config.yaml", text)
-    write_text(out / "run.json", json.dumps(_facts(manifest), indent=2) + "\n")
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:

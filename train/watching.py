@@ -37,7 +37,7 @@ class MetricsFile(transformers.TrainerCallback):
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if state.global_step else []:
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if state.global_step else []:
             record = _parsed(line)
             if record is not None and record["step"] <= state.global_step and "train_runtime" not in record:
                 kept.append(line + "\n")
