@@ -59,8 +59,8 @@ def verify_cache(
         _check_footers(folder, manifest)
         found = _in_threads(check, len(manifest.shards))
     labels = np.concatenate([one.labels for one in found])
-    desirable = manifest.data.get("desirable")
-    if desirable is not None and int(labels.sum()) != desirable:
+    desirable = manifest.data["desirable"]
+    if int(labels.sum()) != desirable:
         raise CacheError(
             f"{folder / MANIFEST}: says {desirable} desirable rows, the shards hold {labels.sum()}. {AGAIN}"
         )
