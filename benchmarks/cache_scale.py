@@ -112,12 +112,20 @@ def peak_mib() -> float:
 
 def read(folder: Path, batches: int) -> None:
     """In a process of its own: open, read batches as training does, and print what it took."""
-    from train.cache_rows import BatchLoader, CacheRows, EpochBatches
+    from train.batches import BatchLoader, EpochBatches, strata_of, units_of
+    from train.cache_rows import CacheRows
 
     imported, started = peak_mib(), time.perf_counter()
     rows = CacheRows(folder)
     opened = time.perf_counter()
-    loader = iter(BatchLoader(rows, EpochBatches(range(len(rows)), BATCH, shuffle=True, seed=0)))
+    loader = iter(
+        BatchLoader(
+            rows,
+            EpochBatches(
+                strata_of(rows, units_of(rows, range(len(rows)), 1), balance=True), BATCH, shuffle=True, seed=0
+            ),
+        )
+    )
     next(loader)
     first = time.perf_counter()
     for _ in range(batches - 1):

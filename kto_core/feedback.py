@@ -392,3 +392,16 @@ def _canonical(value: object, where: str) -> bytes:
 def _columns(record: Mapping[str, Any]) -> str:
     names = [name for name, value in record.items() if value is not None]
     return f"found {quoted(names, 200)}" if names else "found no columns with a value"
+
+
+# A class with a smaller share of the rows is nearly absent: 1 in 20 is far from the published 1:1 to 4:3.
+_RARE = 0.05
+
+
+def rare_class(desirable: int, undesirable: int) -> str | None:
+    """A sentence about a class that is nearly, but not quite, absent; None where both are there."""
+    rarer, total = min(desirable, undesirable), desirable + undesirable
+    if not rarer or rarer >= _RARE * total:
+        return None
+    name = "desirable" if desirable < undesirable else "undesirable"
+    return f"only {rarer:,} of {total:,} rows are {name} ({rarer / total:.1%})."

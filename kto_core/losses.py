@@ -1,13 +1,16 @@
-"""The KTO loss and its reference point: free functions, tensors in, tensors out."""
+"""The losses that cached references serve, and KTO's reference point: free functions, tensors in, tensors out.
 
-from collections.abc import Sequence
+All of them see the policy through log-ratios r = log pi(y|x) - log pi_ref(y|x), nats. Those of single rows are written
+in the sign form, s = +1 for desirable and -1 for undesirable rows; those of pairs take both rows of each.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def kl_reference_point(kl_logratio_sum: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
-    """`z0 = max(0, mean of log pi(y'|x) - log pi_ref(y'|x))` over mismatched pairs (paper, section 4.1).
+    """`z0 = max(0, mean of log pi(y'|x) - log pi_ref(y'|x))` over mismatched pairs (KTO paper, section 4.1).
 
     Sums and counts are those of the whole batch, over all ranks: the clamp comes after the global
     mean, once.
@@ -24,24 +27,101 @@ def kl_reference_point(kl_logratio_sum: Tensor, count: Tensor | int) -> tuple[Te
 
 
 def kto_losses(logratios: Tensor, labels: Tensor, kl: Tensor, *, beta: float, weights: Tensor) -> Tensor:
-    """`w (1 - sigmoid(beta s (r - z0)))` with s = +1 for desirable and -1 for undesirable.
+    """`w (1 - sigmoid(beta s (r - z0)))`.
 
-    KTO paper (arXiv 2402.01306), eq. 7 and 8: the value of an outcome is measured from the
+    KTO (arXiv 2402.01306), eq. 7 and 8: the value of an outcome is measured from the
     reference point z0, and losses are mirrored gains. `1 - sigmoid(t)` is computed as
     `sigmoid(-t)`, which keeps its precision where the sigmoid saturates.
 
     Args:
-        logratios: r = log pi(y|x) - log pi_ref(y|x), nats, shape (batch,).
+        logratios: r, nats, shape (batch,).
         labels: bool, shape (batch,), true for desirable.
-        kl: z0, nats, scalar, no gradient flows into it.
+        kl: z0, nats, scalar (or a shape that broadcasts), no gradient flows into it.
         beta: how fast the value saturates, per nat.
         weights: lambda_D or lambda_U of each row, shape (batch,).
 
     Returns:
         Loss of each row, shape (batch,); the batch loss is their mean over the whole batch.
     """
-    signs = torch.where(labels, 1.0, -1.0).to(logratios.dtype)
-    return weights * torch.sigmoid(-beta * signs * (logratios - kl.detach()))
+    return weights * torch.sigmoid(-beta * _signs(labels, logratios) * (logratios - kl.detach()))
+
+
+def apo_zero_losses(logratios: Tensor, labels: Tensor, *, beta: float, weights: Tensor) -> Tensor:
+    """`w (1 - sigmoid(beta s r))`: desirable rows get likelier and undesirable ones less likely than the reference has them.
+
+    Anchored preference optimization (arXiv 2408.06266), the "zero" objective, on single rows (TRL: `apo_zero_unpaired`):
+    KTO whose reference point stays at 0.
+
+    Args, returns: as `kto_losses`, without its `kl`.
+    """
+    return kto_losses(logratios, labels, logratios.new_zeros(()), beta=beta, weights=weights)
+
+
+def bco_losses(logratios: Tensor, labels: Tensor, shift: Tensor, *, beta: float, weights: Tensor) -> Tensor:
+    """`-w log sigmoid(s (beta r - delta))`: a classifier of the two classes whose logit is the reward.
+
+    Binary classifier optimization (arXiv 2404.04656); delta, the reward shift, is a mean of rewards over the
+    updates so far.
+
+    Args:
+        shift: delta / beta, nats, scalar: where on the scale of log-ratios the two classes are told apart.
+
+    Other arguments and returns: as `kto_losses`.
+    """
+    return -weights * F.logsigmoid(beta * _signs(labels, logratios) * (logratios - shift.detach()))
+
+
+def dpo_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """`-log sigmoid(beta (r_chosen - r_rejected))`.
+
+    Direct preference optimization (arXiv 2305.18290), eq. 7.
+
+    Args:
+        chosen, rejected: log-ratios of the two completions of each pair, nats, shape (pairs,).
+        beta: per nat.
+
+    Returns:
+        Loss of each pair, shape (pairs,).
+    """
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def ipo_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """`(r_chosen - r_rejected - 1 / (2 beta))^2`: a margin to reach, not one to grow for ever.
+
+    Identity preference optimization (arXiv 2310.12036), eq. 17; its tau is beta. Its authors divide each log-ratio by the
+    completion's tokens, and so does TRL: sums would make the margin a matter of length.
+
+    Args:
+        chosen, rejected: log-ratios for one token (sum over the completion / its tokens), nats, shape (pairs,).
+
+    Other arguments and returns: as `dpo_losses`.
+    """
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def slic_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """`max(0, 1 - beta (r_chosen - r_rejected))`: no loss where the margin is wide enough.
+
+    SLiC-HF's calibration (arXiv 2305.10425) on log-ratios instead of log-probs, as RSO (arXiv 2309.06657,
+    hinge-norm) has it; the reference takes the place of SLiC's regularization.
+
+    Args, returns: as `dpo_losses`.
+    """
+    return F.relu(1 - beta * (chosen - rejected))
+
+
+def humanline_logratios(token_logratios: Tensor, low: float, high: float) -> Tensor:
+    """`clamp(log pi - log pi_ref, low, high)` of each token; the row's log-ratio is their sum.
+
+    Humanline variants (arXiv 2509.24207): a token that the policy has made too much likelier or less likely
+    than the reference counts as if it stood at the limit, and gets no gradient. HALOs uses -1 and 1.5.
+
+    Args:
+        token_logratios: nats, any shape.
+        low, high: limits, nats.
+    """
+    return token_logratios.clamp(low, high)
 
 
 def class_weights(labels: Tensor, desirable: float, undesirable: float) -> Tensor:
@@ -50,43 +130,5 @@ def class_weights(labels: Tensor, desirable: float, undesirable: float) -> Tenso
     return pair[labels.long()]
 
 
-def count_routed_tokens(router_logits: Sequence[Tensor], mask: Tensor, top_k: int) -> Tensor:
-    """How many (layer, token) slots each expert got.
-
-    Args:
-        router_logits: for each layer, shape (batch * length, experts).
-        mask: bool, shape (batch, length), true at real tokens.
-        top_k: experts for each token.
-
-    Returns:
-        Shape (experts,), float64.
-    """
-    flat = mask.reshape(-1)
-    counts = torch.zeros(router_logits[0].shape[-1], dtype=torch.float64, device=mask.device)
-    for logits in router_logits:
-        chosen = logits[flat].topk(top_k, dim=-1).indices
-        counts += torch.bincount(chosen.reshape(-1), minlength=len(counts))
-    return counts
-
-
-def router_balance_loss(router_logits: Sequence[Tensor], mask: Tensor, expert_counts: Tensor, slots: Tensor) -> Tensor:
-    """This micro-batch's share of the load-balancing loss of the whole batch.
-
-    Switch Transformer (arXiv 2101.03961), eq. 4 to 6, as `transformers` computes it for a batch:
-    `experts * sum_e f_e P_e`, with f_e the fraction of slots routed to expert e and P_e its mean
-    probability. f_e has no gradient and is taken from the whole batch, so the shares add up to the
-    same loss and gradient however memory cuts the batch.
-
-    Args:
-        router_logits: for each layer, shape (batch * length, experts).
-        mask: bool, shape (batch, length), true at real tokens.
-        expert_counts: from `count_routed_tokens`, summed over the whole batch.
-        slots: layers * real tokens of the whole batch, scalar.
-
-    Returns:
-        Scalar.
-    """
-    flat = mask.reshape(-1)
-    probabilities = torch.stack([logits[flat].float().softmax(-1).sum(0) for logits in router_logits]).sum(0)
-    experts = len(expert_counts)
-    return experts * (expert_counts / slots * (probabilities.double() / slots)).sum()
+def _signs(labels: Tensor, like: Tensor) -> Tensor:
+    return torch.where(labels, 1.0, -1.0).to(like.dtype)

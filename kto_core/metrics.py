@@ -50,7 +50,7 @@ class BatchOutcome:
     Attributes:
         losses, logratios, logps: nats (losses without unit), shape (rows,).
         labels: bool, shape (rows,).
-        kl: z0 of the whole batch, scalar.
+        point: what a row's side is judged from, nats: z0 of the whole batch, or one for each row.
         tokens: of all forward passes, mismatched ones included.
     """
 
@@ -58,16 +58,14 @@ class BatchOutcome:
     logratios: Tensor
     logps: Tensor
     labels: Tensor
-    kl: Tensor
+    point: Tensor
     tokens: Tokens
 
     def sums(self) -> Tensor:
         """Vector of sums over this rank's rows, shape (12,), float64."""
         good, bad = self.labels.double(), (~self.labels).double()
         signs = torch.where(self.labels, 1.0, -1.0)
-        distance = signs * (self.logratios - self.kl)
-        # Before the first update all rows stand on z0, up to rounding: that is neither side.
-        right = torch.where(distance.abs() < _TIE, 0.5, (distance > 0).double())
+        right = on_the_right_side(signs * (self.logratios - self.point))
         counted = [
             self.losses.sum(),
             good.sum() + bad.sum(),
@@ -83,11 +81,19 @@ class BatchOutcome:
         return torch.cat([torch.stack(counted), constant])
 
 
+def on_the_right_side(distances: Tensor) -> Tensor:
+    """1 for distances above 0 nats, 0 for those below, 1/2 near it: float64, same shape.
+
+    Before the first update all rows stand on their reference point, up to rounding: that is neither side.
+    """
+    return torch.where(distances.abs() < _TIE, 0.5, (distances > 0).double())
+
+
 def metrics_from(sums: Tensor, *, beta: float) -> dict[str, float]:
     """Means from sums over all ranks; a class without rows is left out.
 
     Names follow TRL: chosen is desirable, rejected undesirable. `accuracy` is the share of rows on
-    the right side of z0; a row that stands on it counts half.
+    the right side of what their loss measures them from (z0); a row that stands on it counts half.
 
     Args:
         sums: from `BatchOutcome.sums`, added over batches and ranks.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kto_core.errors import FeedbackError, PairingError
-from kto_core.feedback import FeedbackFields, FeedbackRow, parse_record, resolve_threshold
+from kto_core.feedback import FeedbackFields, FeedbackRow, parse_record, rare_class, resolve_threshold
 from kto_core.identity import ids_id, json_hash, sequence_id
 from kto_core.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
 from kto_core.tokenization import tokenize_rows
@@ -240,6 +240,8 @@ def _warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     if not counts.desirable or not counts.undesirable:
         only = "desirable" if counts.desirable else "undesirable"
         warnings.append(f"every row is {only}: KTO needs both classes. Check the labels.")
+    if rare := rare_class(counts.desirable, counts.undesirable):
+        warnings.append(rare)
     if counts.contradictions:
         warnings.append(f"{counts.contradictions:,} completions carry both labels; their effects cancel out.")
     elif counts.duplicates:

@@ -585,7 +585,7 @@ def use_rows(folder):
     readable, rows = attempt(lambda: CacheRows(folder), CacheError, folder, folder.name)
     if readable:
         assert 0 <= rows.largest_id < 2**31
-        attempt(lambda: rows.class_counts(range(len(rows))), CacheError, folder, folder.name)
+        attempt(lambda: rows.contradictions, CacheError, folder, folder.name)
         for index in range(len(rows)):
             for partner in range(min(rows.partners, 9)):
                 attempt(functools.partial(rows.__getitem__, RowKey(index, partner)), CacheError, folder, folder.name)

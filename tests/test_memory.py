@@ -124,7 +124,7 @@ def test_auto_measures_with_the_model_itself_and_leaves_no_trace(cache, tmp_path
 
     monkeypatch.setattr("train.trainer.CudaMeter", RowCounter)
     monkeypatch.setattr("train.trainer.optimizer_bytes", lambda model, sharded_over: 0)
-    monkeypatch.setattr("train.run._max_tokens", lambda config, device: None)
+    monkeypatch.setattr("train.training_run._max_tokens", lambda config, device: None)
     monkeypatch.setattr(KTOTrainer, "_try_rows", trial)
     measured = train(replace(config, out=tmp_path / "b"))
     longest = json.loads((cache / "manifest.json").read_text())["tokenization"]["max_length"]

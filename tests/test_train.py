@@ -27,7 +27,8 @@ from kto_core.manifest import read_manifest
 from kto_core.passes import ScoringPasses
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
-from train.cache_rows import CacheRows, EpochBatches, RowKey, split_by_prompt
+from train.batches import EpochBatches, split_by_prompt
+from train.cache_rows import CacheRows, RowKey
 from train.config import TrainConfig
 from train.run import train
 from train.trainer import KTOTrainer
@@ -598,7 +599,7 @@ def test_shorter_max_length_is_a_prefix_sum(config: TrainConfig, tmp_path: Path,
 
 def test_every_epoch_uses_the_next_partner(cache: Path) -> None:
     rows = CacheRows(cache)
-    batches = EpochBatches(range(20), 6, shuffle=True, seed=0)
+    batches = EpochBatches([np.arange(20)[:, None]], 6, shuffle=True, seed=0)
     seen = []
     for epoch in range(3):
         batches.set_epoch(epoch)
@@ -650,12 +651,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     real = KTOTrainer._outcome
     names = []
 
-    def broken(self: KTOTrainer, rows: Any, logps: torch.Tensor, *arguments: Any) -> Any:
+    def broken(self: KTOTrainer, rows: Any, logps: Any, logratios: torch.Tensor, *arguments: Any) -> Any:
         if self.state.global_step == 2:
             names.append(rows[1].row_id)
-            logps = logps.clone()
-            logps[1] = float("nan")
-        return real(self, rows, logps, *arguments)
+            logratios = logratios.clone()
+            logratios[1] = float("nan")
+        return real(self, rows, logps, logratios, *arguments)
 
     monkeypatch.setattr(KTOTrainer, "_outcome", broken)
     with pytest.raises(TrainingError, match="Step 3: the loss is not finite") as stopped:

@@ -38,7 +38,13 @@ _OURS = {
     "logging_steps": "--logging-steps",
     "report_to": "--report-to",
     "resume_from_checkpoint": "--resume",
+    "metric_for_best_model": "--metric",
+    "greater_is_better": "--metric",
+    "load_best_model_at_end": "--early-stopping",
 }
+
+# Updates that no run makes.
+_NEVER = 2**31
 
 # Their steps are taken inside of backward passes, of which an update here has many.
 _STEPS_INSIDE = ("lomo", "adalomo", "_layerwise")
@@ -72,11 +78,15 @@ def training_arguments(
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # costs a device sync in every step; a non-finite loss stops the run
         "report_to": [name.strip() for name in config.report_to.split(",") if name.strip()],
-        "save_strategy": "steps" if config.save_steps else "no",
-        "save_steps": config.save_steps or 500,
+        # Early stopping ends with the best checkpoint, so there has to be one.
+        "save_strategy": "steps" if config.save_steps or config.early_stopping else "no",
+        "save_steps": config.save_steps or _NEVER,
         "save_total_limit": 2,  # each holds optimizer state: twice the size of the model
         "eval_strategy": "no" if not held_out else "steps" if config.eval_steps else "epoch",
         "eval_steps": config.eval_steps,
+        "metric_for_best_model": config.metric.replace("/", "_", 1) if held_out else None,
+        "greater_is_better": config.metric != "eval/loss",
+        "restore_callback_states_from_checkpoint": True,  # early stopping's patience, BCO's running mean
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,

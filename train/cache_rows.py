@@ -1,14 +1,12 @@
-"""Rows of a reference cache: random access, hold-outs, and optimizer batches."""
+"""Rows of a reference cache: verified, then read at random."""
 
 import functools
-import hashlib
 import os
 import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from kto_core.errors import CacheError
 from kto_core.manifest import Manifest, read_manifest
@@ -24,6 +22,8 @@ from kto_core.progress import Progress
 from kto_core.shards import Rows, open_shard, read_groups
 from kto_core.verification import verify_cache
 from train.ranks import local_rank
+
+_ROWS_PER_GROUP = 64  # as kto-precompute writes them
 
 # Row groups kept decoded: a small cache ends up in memory, a large one does not.
 _BYTES_IN_MEMORY = 256 * 2**20
@@ -63,8 +63,9 @@ class ScoredSequence:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A labelled sequence with the mismatched one of this epoch."""
+    """A labelled sequence with the mismatched one of this epoch; `index` is its place among the cache's rows."""
 
+    index: int
     row_id: str
     label: bool
     matched: ScoredSequence
@@ -142,8 +143,56 @@ class CacheRows(Dataset[TrainingRow]):
     @functools.cached_property
     def prompt_ids(self) -> list[str]:
         """Which prompt each row has; read when a hold-out asks for it."""
-        every: list[str] = self._read("prompt_id").take(pa.array(self._fitting)).to_pylist()
+        return self._of_rows("prompt_id")
+
+    def row_ids(self, rows: np.ndarray) -> pa.ChunkedArray:
+        """Ids of some rows, by their places here."""
+        return self._read("row_id").take(pa.array(self._fitting[rows]))
+
+    @functools.cached_property
+    def pair_ids(self) -> list[str | None]:
+        """Which preference pair each row belongs to; read when a loss asks for it."""
+        return self._of_rows("pair_id")
+
+    @functools.cached_property
+    def contradictions(self) -> int:
+        """How many different rows (prompt and completion) carry both labels."""
+        labelled = pa.table({"row": self._read("row_id"), "label": self._read("label")})
+        both = labelled.group_by("row").aggregate([("label", "min"), ("label", "max")])
+        return int(pc.sum(pc.not_equal(both["label_min"], both["label_max"])).as_py() or 0)
+
+    def _of_rows(self, column: str) -> list[Any]:
+        every: list[Any] = self._read(column).take(pa.array(self._fitting)).to_pylist()
         return every
+
+    def lengths(self, sample: int) -> dict[str, Any]:
+        """Lengths in tokens of about `sample` rows from all over the cache, as the files hold them.
+
+        Returns:
+            `sample`: how many rows; `truncated`: how many of them fill `max_length`; `lengths`: of prompts, and of
+            completions by class.
+        """
+        groups = len(self._groups)
+        chosen = np.unique(np.linspace(0, groups - 1, min(groups, -(-sample // _ROWS_PER_GROUP))).astype(int))
+        of_rows = []
+        for number, position in (self._groups[group] for group in chosen):
+            path, file = self._paths[number], self._files[number]
+            (table,) = read_groups(path, file, groups=[position], columns=["prompt_ids", "completion_ids", "label"])
+            lists = [pc.list_value_length(table.column(name)).to_numpy() for name in ("prompt_ids", "completion_ids")]
+            of_rows.append(np.stack([*lists, table.column("label").to_numpy().astype(np.int64)]))
+        prompts, completions, labels = np.concatenate(of_rows, axis=1)
+        kept = prompts < self.max_length
+        prompts, completions, labels = prompts[kept], completions[kept], labels[kept].astype(bool)
+        completions = np.minimum(completions, self.max_length - prompts)
+        return {
+            "sample": len(prompts),
+            "truncated": int((prompts + completions >= self.max_length).sum()),
+            "lengths": {
+                "prompt": prompts.tolist(),
+                "desirable": completions[labels].tolist(),
+                "undesirable": completions[~labels].tolist(),
+            },
+        }
 
     def __len__(self) -> int:
         return len(self._fitting)
@@ -161,6 +210,7 @@ class CacheRows(Dataset[TrainingRow]):
             prompt, row["kl_completion_ids"][k], float(row["ref_kl_logps"][k]), row["ref_kl_token_logps"][k]
         )
         return TrainingRow(
+            index=key.index,
             row_id=row["row_id"],
             label=row["label"],
             matched=matched.shortened(self.max_length),
@@ -181,11 +231,6 @@ class CacheRows(Dataset[TrainingRow]):
                 self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
             return rows
 
-    def class_counts(self, indices: Sequence[int]) -> tuple[int, int]:
-        """(desirable, undesirable) among some rows."""
-        desirable = int(self.labels[list(indices)].sum())
-        return desirable, len(indices) - desirable
-
 
 def _allow_open_files(count: int) -> None:
     """All shards stay open: the files that were verified are the ones that are read.
@@ -203,65 +248,3 @@ def _allow_open_files(count: int) -> None:
             "kto-precompute --rows-per-shard 65536 into another folder."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Cut a hold-out by prompt, so that no prompt is on both sides.
-
-    The prompts with the smallest keyed hashes are held out: an exact share of all prompts, rounded,
-    that hardly moves when rows are added.
-
-    Returns:
-        (training rows, held-out rows), in file order.
-    """
-    prompts = sorted(set(rows.prompt_ids), key=lambda p: hashlib.blake2b(f"{seed}/{p}".encode()).digest())
-    held = set(prompts[: round(fraction * len(prompts))])
-    train = [i for i, p in enumerate(rows.prompt_ids) if p not in held]
-    return train, [i for i, p in enumerate(rows.prompt_ids) if p in held]
-
-
-class EpochBatches(Sampler[list[RowKey]]):
-    """Optimizer batches, the same on every rank.
-
-    The order depends on seed and epoch alone; epoch e uses mismatched completion e mod K.
-    """
-
-    def __init__(self, indices: Sequence[int], batch_size: int, *, shuffle: bool, seed: int) -> None:
-        self.indices, self.batch_size, self.shuffle, self.seed = list(indices), batch_size, shuffle, seed
-        self.epoch, self.finished = 0, False
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def finish(self) -> None:
-        """No further batch: the run that is resumed has made all its updates."""
-        self.finished = True
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[RowKey]]:
-        order = [] if self.finished else self.indices
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(order).tolist()
-        for start in range(0, len(order), self.batch_size):
-            yield [RowKey(i, self.epoch) for i in order[start : start + self.batch_size]]
-
-
-class BatchLoader(DataLoader[TrainingRow]):
-    """One item is one optimizer batch: a list of `TrainingRow`. The next one is read while the last one trains."""
-
-    def __init__(self, rows: CacheRows, batches: EpochBatches) -> None:
-        super().__init__(rows, batch_sampler=batches, collate_fn=list)
-
-    def __iter__(self) -> Any:
-        batches = super().__iter__()
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            coming = pool.submit(next, batches, None)
-            while (batch := coming.result()) is not None:
-                coming = pool.submit(next, batches, None)
-                yield batch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer at the start of each epoch."""
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

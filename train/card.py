@@ -1,5 +1,6 @@
 """The model card of a run."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def write_card(
         f"- class weights: {weights[0]:.4g} desirable, {weights[1]:.4g} undesirable",
         "",
         "```",
-        f"{_command(config)}",
+        f"{command_of(config)}",
         "```",
         "",
         "| | last update |" + (" held out |" if held else ""),
@@ -61,7 +62,8 @@ def write_card(
     (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _command(config: TrainConfig) -> str:
+def command_of(config: TrainConfig) -> str:
+    """The command line that does this again."""
     default = as_plain(TrainConfig())
     words = ["kto-train"]
     for name, value in as_plain(config).items():
@@ -70,5 +72,5 @@ def _command(config: TrainConfig) -> str:
         if isinstance(value, bool):
             words.append(flag(name) if value else "--no-" + name.replace("_", "-"))
         else:
-            words.append(f"{flag(name)} {value}")
-    return " ".join(words)
+            words += [flag(name), str(value)]
+    return shlex.join(words)

@@ -52,6 +52,11 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     from kto_core.quiet import quiet_libraries
 
     given = {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
+    if values["evaluate_only"] is not None:
+        # The run's own options: its beta and hold-out, unless the command line says otherwise.
+        if config is not None:
+            raise click.UsageError("--evaluate-only reads the run's own config.yaml; leave --config out.", ctx)
+        config = values["evaluate_only"] / "config.yaml"
     resolved = resolve(TrainConfig, given, yaml_path=config)
     if resolved.cache == Path(""):
         raise click.UsageError("Missing option '--cache'.", ctx)

@@ -7,7 +7,9 @@ from typing import Any
 from kto_core.errors import ConfigError
 from kto_core.options import AUTO, Location, flag, option
 
-LOSSES = ("kto",)
+LOSSES = ("kto", "humanline", "apo_zero", "bco", "dpo", "ipo", "slic")
+PAIRED_LOSSES = ("dpo", "ipo", "slic")
+METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
 DTYPES = (AUTO, "float32", "bfloat16")
 SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
 
@@ -23,10 +25,14 @@ class TrainConfig:
     model: str | None = option(
         None, "Policy to start from.  [default: the model the cache was scored with]", metavar="MODEL"
     )
-    loss: str = option("kto", "Loss.", choices=LOSSES)
+    loss: str = option(
+        "kto", "Loss; humanline is KTO with limited tokens, and dpo, ipo and slic need pairs.", choices=LOSSES
+    )
     beta: float = option(0.1, "How fast the value of an outcome saturates, per nat of log-ratio.")
     desirable_weight: float | str = option(1.0, "Weight of desirable rows; auto balances the classes.")
     undesirable_weight: float | str = option(1.0, "Weight of undesirable rows; auto balances the classes.")
+    humanline_low: float = option(-1.0, "Least log-ratio of a token under --loss humanline, nats.")
+    humanline_high: float = option(1.5, "Greatest log-ratio of a token under --loss humanline, nats.")
     learning_rate: float = option(1e-6, "Peak learning rate.")
     epochs: float = option(1.0, "Passes over the rows.")
     max_steps: int | None = option(None, "Stop after N updates.", metavar="N")
@@ -42,6 +48,11 @@ class TrainConfig:
     weight_decay: float = option(0.0, "Decoupled weight decay.")
     seed: int = option(0, "Seed of the row order, the hold-out and LoRA's start.")
     shuffle: bool = option(True, "Shuffle rows in every epoch.", off="--no-shuffle")
+    balance: bool = option(
+        True,
+        "Keep both classes in every batch, at the data's ratio. Without --shuffle rows keep the file's order.",
+        off="--no-balance",
+    )
     dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
     device: str = option(AUTO, "Device.", choices=(AUTO, "cpu", "cuda"))
     gradient_checkpointing: bool = option(
@@ -53,10 +64,23 @@ class TrainConfig:
     eval_fraction: float = option(0.0, "Share of prompts held out for evaluation.")
     eval_cache: Location | None = option(None, "Reference cache of held-out rows.", metavar="DIR")
     eval_steps: int | None = option(None, "Evaluate every N updates.  [default: once per epoch]", metavar="N")
+    eval_seed: int | None = option(None, "Seed of the hold-out.  [default: --seed]", metavar="N")
+    metric: str = option(
+        "eval/loss", "Held-out value that makes a checkpoint the best one, which is kept.", choices=METRICS
+    )
+    early_stopping: int | None = option(
+        None, "Stop after N evaluations in a row without a better --metric, and end with the best model.", metavar="N"
+    )
     save_steps: int = option(500, "Write a checkpoint every N updates; 0 for none.")
     logging_steps: int = option(1, "Log metrics every N updates.")
     report_to: str = option("none", "tensorboard, wandb, trackio, mlflow ... (with commas).")
     resume: bool = option(False, "Go on from the last checkpoint in --out.", yaml=False)
+    evaluate_only: Path | None = option(
+        None,
+        "Train nothing: evaluate a finished run on its held-out rows, or on all rows of another --cache.",
+        metavar="RUN",
+        yaml=False,
+    )
     allow_different_policy: bool = option(False, "Train a policy that is not the cached reference.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     training: dict[str, Any] = option(dict, "YAML only: passed to transformers.TrainingArguments.")
@@ -67,10 +91,11 @@ class TrainConfig:
                 raise ConfigError(f"--max-tokens must be a whole number or auto, got {self.max_tokens!r}.")
         else:
             self._at_least(max_tokens=1)
-        self._at_least(batch_size=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1)
-        self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0)
-        if self.seed > 2**32 - 1:
-            raise ConfigError(f"--seed must be below 2**32, got {self.seed}.")
+        self._at_least(batch_size=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1, early_stopping=1)
+        self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0, eval_seed=0)
+        for name in ("seed", "eval_seed"):
+            if (getattr(self, name) or 0) > 2**32 - 1:
+                raise ConfigError(f"{flag(name)} must be below 2**32, got {getattr(self, name)}.")
         if self.desirable_weight == 0 and self.undesirable_weight == 0:
             raise ConfigError("--desirable-weight and --undesirable-weight are both 0, which leaves nothing to learn.")
         for name in ("beta", "learning_rate", "epochs", "lora_alpha"):
@@ -83,12 +108,32 @@ class TrainConfig:
                 raise ConfigError(f"{flag(name)} must be a number or auto, got {value!r}.")
             if not isinstance(value, str) and not 0 <= value < float("inf"):
                 raise ConfigError(f"{flag(name)} must not be negative, got {value}.")
+        if not self.humanline_low <= 0 <= self.humanline_high or self.humanline_low == self.humanline_high:
+            raise ConfigError(
+                f"--humanline-low {self.humanline_low:g} and --humanline-high {self.humanline_high:g} must have 0 between "
+                "them: there every token starts."
+            )
+        if self.loss in PAIRED_LOSSES:
+            self._check_pairs()
         if not 0 <= self.eval_fraction < 1:
             raise ConfigError(f"--eval-fraction must be at least 0 and below 1, got {self.eval_fraction}.")
         if self.eval_fraction and self.eval_cache:
             raise ConfigError("--eval-fraction and --eval-cache both name held-out rows; give one of them.")
+        if self.early_stopping is not None and not self.eval_fraction and self.eval_cache is None:
+            raise ConfigError("--early-stopping needs held-out rows: give --eval-fraction 0.1 or --eval-cache.")
         if self.resume and self.out is None:
             raise ConfigError("--resume needs --out, the folder of the run to go on with.")
+
+    def _check_pairs(self) -> None:
+        if self.batch_size % 2:
+            raise ConfigError(
+                f"--loss {self.loss} counts both rows of a pair in --batch-size: give an even number, not {self.batch_size}."
+            )
+        if (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
+            raise ConfigError(
+                f"--loss {self.loss} compares the two rows of a pair: class weights have no meaning there. Leave "
+                "--desirable-weight and --undesirable-weight at 1."
+            )
 
     def _at_least(self, **least: float) -> None:
         for name, bound in least.items():

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from kto_core.errors import ConfigError, ModelError
+from kto_core.errors import ConfigError, ModelError, in_one_line
 from train.config import TrainConfig
 
 
@@ -47,6 +47,28 @@ def add_adapters(model: Any, config: TrainConfig, *, base: str) -> Any:
         raise ConfigError(f"--lora-targets {config.lora_targets}: {str(error).splitlines()[0]}") from error
     adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
+
+
+def load_adapters(model: Any, folder: Path) -> Any:
+    """Put trained adapters on the model below them, unmerged as they were trained.
+
+    Raises:
+        ModelError: they cannot be read, or do not fit.
+    """
+    check_installed()
+    import peft
+
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{folder}: its adapters cannot be put on the model: {in_one_line(error)}") from error
+
+
+def remove_adapters(adapted: Any) -> None:
+    """Leave the model below as it was before `add_adapters`."""
+    model = adapted.unload()
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def merge_and_save(adapted: Any, out: Path) -> None:

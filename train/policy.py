@@ -91,7 +91,7 @@ class PolicyFiles:
         print(f"warning     {message}")
 
     def load(self, config: TrainConfig, precision: Precision, device: torch.device) -> Any:
-        """The model, ready to train: all weights in float32, or frozen with LoRA adapters.
+        """The model as it is on disk: all weights in float32, or frozen to carry adapters.
 
         Raises:
             ModelError: it cannot be loaded.
@@ -102,7 +102,6 @@ class PolicyFiles:
                 f"{self.name}: its weights are quantised, and cannot be trained themselves. Train adapters on them "
                 "(QLoRA) with --lora-rank 16."
             )
-        torch.manual_seed(config.seed)  # LoRA starts from random A matrices
         model = load_causal_lm(
             transformers.AutoModelForCausalLM,
             self.folder,
@@ -115,12 +114,17 @@ class PolicyFiles:
         _repair_generation(model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if config.lora_rank:
-            from train.lora import add_adapters
-
-            base = str(self.folder.resolve()) if Path(self.name).expanduser().is_dir() else self.name
-            model = add_adapters(model, config, base=base)
         return model
+
+    def prepare(self, model: Any, config: TrainConfig) -> Any:
+        """A loaded model, ready to train: with new LoRA adapters where the run trains those."""
+        if not config.lora_rank:
+            return model
+        from train.lora import add_adapters
+
+        torch.manual_seed(config.seed)  # LoRA starts from random A matrices
+        base = str(self.folder.resolve()) if Path(self.name).expanduser().is_dir() else self.name
+        return add_adapters(model, config, base=base)
 
 
 def _repair_generation(model: Any) -> None:

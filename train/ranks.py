@@ -53,6 +53,13 @@ class Ranks:
         """The sum over all ranks."""
         return self.accelerator.reduce(tensor, reduction="sum") if self.world > 1 else tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every rank's tensor, on the host, shape (ranks, ...)."""
+        if self.world == 1:
+            return tensor[None].cpu()
+        every: Tensor = self.accelerator.gather(tensor[None].to(self.accelerator.device))
+        return every.cpu()
+
     def least(self, number: int) -> int:
         """The smallest of all ranks' numbers where they must agree, else one's own."""
         if not self.sharded:

@@ -1,14 +1,15 @@
 """The run folder: choosing it, what is written at the start, and whether a resumed run is still the same run.
 
 runs/NAME/config.yaml      resolved options, as `--config` takes them
-runs/NAME/run.json         the cache's fingerprint
+runs/NAME/run.json         the cache's fingerprint, and what else the run was started with
 runs/NAME/metrics.jsonl    one record for each log
 runs/NAME/checkpoint-N/    what --resume goes on from
 runs/NAME/_unfinished/     a checkpoint or model that is being written; it gets its name when it is whole and on the disk
-runs/NAME/                 at the end: model, tokenizer, model card
+runs/NAME/                 at the end: model, tokenizer, model card, evaluation.json, rewards.parquet, report.html
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -30,6 +31,7 @@ from kto_core.options import as_plain, flag, read_yaml
 from train.config import TrainConfig
 
 METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
 _UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed to the hub
 _FACTS = "run.json"
 _SIZES = "sizes.json"
@@ -46,8 +48,11 @@ _FIXED = (
     "batch_size",
     "seed",
     "shuffle",
+    "balance",
     "max_length",
     "eval_fraction",
+    "eval_seed",
+    "metric",
     "lora_rank",
     "lora_targets",
     "learning_rate",
@@ -197,25 +202,21 @@ def publish_model(folder: Path, out: Path) -> None:
 
 
 def _check_same_cache(out: Path, manifest: Manifest) -> None:
-    try:
-        facts, now_facts = dict(json.loads((out / _FACTS).read_text(encoding="utf-8"))), _facts(manifest)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{out / _FACTS}: cannot be read ({said_by(error)}), so that nobody knows what the run was started with. "
-            "Start a new run."
-        ) from error
+    """The fingerprint alone leaves labels and order out."""
+    facts = read_facts(out)
+    now = {"fingerprint": manifest.fingerprint, "labels_hash": manifest.data.get("labels_hash")}
     for name, what in (("fingerprint", "another cache"), ("labels_hash", "other labels or another row order")):
-        if facts.get(name) != now_facts[name]:
+        if facts.get(name) != now[name]:
             raise ConfigError(
                 f"--resume {out}: the run was started with {what} ({name} {str(facts.get(name))[:12]}, now "
-                f"{str(now_facts[name])[:12]}). Pass the cache it was started with, or start a new run."
+                f"{str(now[name])[:12]}). Pass the cache it was started with, or start a new run."
             )
 
 
 def _check_same_options(config: TrainConfig, out: Path) -> None:
-    if not (out / "config.yaml").exists():
+    if not (out / CONFIG).exists():
         raise ConfigError(f"--resume {out}: holds a checkpoint, but no config.yaml. Start a new run.")
-    started = {**as_plain(TrainConfig()), **read_yaml(out / "config.yaml")}
+    started = {**as_plain(TrainConfig()), **read_yaml(out / CONFIG)}
     now = as_plain(config)
     tables = [
         {k: v for k, v in (one.get("training") or {}).items() if k.startswith(_OF_OPTIMIZER)} for one in (started, now)
@@ -237,14 +238,30 @@ def _check_same_options(config: TrainConfig, out: Path) -> None:
             print(f"resume      {flag(name)} {now[name]}, before it was {started.get(name)}")
 
 
-def write_start(config: TrainConfig, out: Path, manifest: Manifest) -> None:
+def write_start(config: TrainConfig, out: Path, facts: dict[str, Any]) -> None:
     """Write config.yaml and run.json. The folder stays empty until the checks before the first update have passed."""
-    values = {k: v for k, v in as_plain(config).items() if k not in ("out", "resume") and v not in (None, {})}
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    write_text(out / _FACTS, json.dumps(_facts(manifest), indent=2) + "\n")  # first: what tells the folder is a run's
-    write_text(out / "config.yaml", text)
+    write_text(out / _FACTS, json.dumps(facts, indent=2) + "\n")  # first: what tells the folder is a run's
+    write_text(out / CONFIG, config_text(config))
 
 
-def _facts(manifest: Manifest) -> dict[str, Any]:
-    """What identifies the training data; the fingerprint alone leaves labels and order out."""
-    return {"fingerprint": manifest.fingerprint, "labels_hash": manifest.data.get("labels_hash")}
+def config_text(config: TrainConfig) -> str:
+    """YAML that `kto-train --config` takes: everything that is set, but for what names a run itself."""
+    names = {field.name for field in dataclasses.fields(config) if field.metadata["yaml"]}
+    values = {k: v for k, v in as_plain(config).items() if k in names and v not in (None, {})}
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def read_facts(out: Path) -> dict[str, Any]:
+    """What run.json holds.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return dict(json.loads((out / _FACTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{out / _FACTS}: cannot be read ({said_by(error)}), so that nobody knows what the run was started with. "
+            "Start a new run."
+        ) from error

@@ -1,12 +1,11 @@
 """A thin `transformers.Trainer`: checkpoints, schedules and loggers are its; one update is ours.
 
-batch          one update: rows of all ranks, dealt out by length
-  z0 pass      mismatched rows, no gradient, eval mode, mean over all ranks, clamped once
-  loss pass    labelled rows in micro-batches; gradients add up to those of the whole batch
+batch             one update: rows of all ranks, dealt out by length
+  reference pass  what the loss measures rows from, if it needs one: mismatched rows for z0; no gradient, eval mode
+  loss pass       labelled rows in micro-batches; gradients add up to those of the whole batch
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,21 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from kto_core.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
 from kto_core.errors import TrainingError
 from kto_core.head import add_gradients_in_place
-from kto_core.logps import token_logps
-from kto_core.losses import (
-    class_weights,
-    count_routed_tokens,
-    kl_reference_point,
-    kto_losses,
-    router_balance_loss,
-)
-from kto_core.metrics import BatchOutcome, Tokens, metrics_from
+from kto_core.logps import Batch, token_logps
+from kto_core.losses import kl_reference_point
+from kto_core.metrics import BatchOutcome, Tokens
 from kto_core.passes import ScoringPasses, packs_alike
+from kto_core.router_losses import count_routed_tokens, router_balance_loss
 from kto_core.sequences import FILLER, Sequences, pack_sequences, pad_sequences, sum_rows
-from train.cache_rows import BatchLoader, CacheRows, EpochBatches, RowKey, ScoredSequence, TrainingRow
+from train.batches import BatchLoader, EpochBatches
+from train.cache_rows import CacheRows, RowKey, ScoredSequence, TrainingRow
+from train.evaluation import HeldOutRows, Scores, held_out_metrics
 from train.memory import CudaMeter, optimizer_bytes, peak_memory_mb, tokens_that_fit
+from train.objective import Objective
 from train.ranks import Ranks
 from train.run_folder import publish_checkpoint, remove_old_checkpoints, unfinished
 from train.sharding import tie_again
-from train.window import Window
+from train.window import ReferencePoint, RowLogratios, RunningShift, Window
 
 # Without gradient nothing is kept for a backward pass, so a pass holds this many times the tokens.
 _SCORING_TOKENS = 4
@@ -48,15 +45,6 @@ _DEEPSPEED_TOKENS = 8192
 _PACKING_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The hyperparameters of the loss."""
-
-    beta: float
-    desirable_weight: float
-    undesirable_weight: float
-
-
 class KTOTrainer(transformers.Trainer):
     """KTO from cached reference scores.
 
@@ -65,8 +53,8 @@ class KTOTrainer(transformers.Trainer):
         args: without gradient accumulation; micro-batches are cut here.
         rows: the training cache.
         batches: optimizer batches, over all ranks.
-        eval_data: (cache, rows) held out, or None.
-        objective: hyperparameters of the loss.
+        held_out: rows held out, or None.
+        objective: the loss.
         max_tokens: padded tokens in one forward and backward pass; None to measure what fits (CUDA).
         rounding: nats a token by which two ways to compute the same score may differ.
     """
@@ -81,27 +69,34 @@ class KTOTrainer(transformers.Trainer):
         objective: Objective,
         max_tokens: int | None,
         rounding: float,
-        eval_data: tuple[CacheRows, list[int]] | None = None,
+        held_out: HeldOutRows | None = None,
         **options: Any,
     ) -> None:
-        held_out = eval_data[0] if eval_data else None
         use_cache = getattr(model.config, "use_cache", None)
-        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=held_out, **options)
+        eval_dataset = held_out.cache if held_out else None
+        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=eval_dataset, **options)
         if use_cache is not None:
             # The Trainer switches it off in the configuration, which is saved; the scoring forward never uses a cache.
             model.config.use_cache = use_cache
-        self.rows, self.batches, self.eval_data = rows, batches, eval_data
+        self.rows, self.batches, self.held_out = rows, batches, held_out
         self.objective, self.max_tokens, self.rounding = objective, max_tokens or rows.max_length, rounding
         self.measures_memory = max_tokens is None
         self.balances_experts = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
         attention = getattr(model.config, "_attn_implementation", None)
         self.packs = args.device.type == "cuda" and attention in _PACKING_ATTENTION
         self.ranks = Ranks(self.accelerator, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        self._window = Window()
+        self._window, self.row_logratios = Window(), RowLogratios(len(rows))
+        self.held_out_scores: Scores | None = None
+        self._best_scores: Scores | None = None
+        self.final_step = 0
+        if objective.uses_shift:
+            self.add_callback(RunningShift())
         self._passes: ScoringPasses | None = None
         self._saving_to: Path | None = None
         self._in_place = [] if self.ranks.sharded else add_gradients_in_place(model)
         self.control: transformers.TrainerControl
+        self.model: Any
+        self.model_wrapped: Any
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict and tie_again(state_dict, self.model))
@@ -158,31 +153,36 @@ class KTOTrainer(transformers.Trainer):
         inputs: Sequence[TrainingRow],
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """One batch: z0, losses, gradients. Out of memory halves `max_tokens` and repeats what failed."""
+        """One batch: reference point, losses, gradients. Out of memory halves `max_tokens` and repeats what failed."""
         rows = inputs
-        kl, kl_raw, z0_tokens = self._reference_point([row.mismatched for row in rows])
+        reference = self._reference_point(rows)
+        least = self.objective.rows_in_unit * max(len(row.matched) for row in rows)  # what cannot be cut
         while True:
             try:
-                outcome, aux_loss = self._gradients(rows, kl, z0_tokens)
+                outcome, aux_loss = self._gradients(rows, reference)
                 break
             except torch.OutOfMemoryError:
                 # Gradients meet those of other ranks afterwards, so a rank mends this alone; but a sharded model's
-                # ranks wait for each other within every pass. And a single row cannot be cut.
-                if self.ranks.sharded or self.max_tokens <= max(len(row.matched) for row in rows):
+                # ranks wait for each other within every pass.
+                if self.ranks.sharded or self.max_tokens <= least:
                     raise
-            self._halve_max_tokens(rows)  # outside of `except`, whose traceback holds on to the tensors
+            self._halve_max_tokens(least)  # outside of `except`, whose traceback holds on to the tensors
         self.ranks.sum_gradients(self.model)
-        self._window.add(outcome, kl_raw, aux_loss)
+        self._window.add(outcome, reference, aux_loss)
         return outcome.losses.sum() * (self.ranks.world / len(rows))
 
-    def _halve_max_tokens(self, rows: Sequence[TrainingRow]) -> None:
+    def _halve_max_tokens(self, least: int) -> None:
         self.model.zero_grad()
-        self.max_tokens = max(max(len(row.matched) for row in rows), self.max_tokens // 2)
+        self.max_tokens = max(least, self.max_tokens // 2)
         self._passes = None
         torch.cuda.empty_cache()
         print(f"out of memory: going on with --max-tokens {self.max_tokens}", flush=True)
 
     # -- before the first update --------------------------------------------------------------------
+
+    def prepare_to_score(self) -> None:
+        """What the Trainer does to a model before it trains, for one that will only be scored with."""
+        self.model_wrapped = self.model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
     def settle(self) -> None:
         """What can only be known once the Trainer has prepared the model: whether rows may be packed, and what fits."""
@@ -218,26 +218,30 @@ class KTOTrainer(transformers.Trainer):
         """What to call: a sharded model through its wrapper, else the model itself (see `Ranks.sum_gradients`)."""
         return self.model_wrapped if self.ranks.sharded else self.model
 
-    def _gradients(
-        self, rows: Sequence[TrainingRow], kl: Tensor, z0_tokens: Tokens
-    ) -> tuple[BatchOutcome, Tensor | None]:
+    def _gradients(self, rows: Sequence[TrainingRow], reference: ReferencePoint) -> tuple[BatchOutcome, Tensor | None]:
         """Backward passes over this rank's labelled rows; their gradients add up to this rank's part of the mean."""
-        lengths = [len(row.matched) for row in rows]
-        mine, passes = self.ranks.share(lengths, lambda part: len(self._cut([lengths[i] for i in part])))
-        own = [rows[i] for i in mine]
+        units = self._units(rows)
+        mine, passes = self.ranks.share(
+            [sum(len(row.matched) for row in unit) for unit in units],
+            lambda part: len(self._cut([row for i in part for row in units[i]])),
+        )
+        own = [row for i in mine for row in units[i]]
         model, total = self._callable, len(rows)
         model.train()
         self._begin_gradients()
         experts = self._expert_counts(own, passes) if self.balances_experts else None
-        logps = torch.empty(len(own), dtype=torch.float64, device=self.args.device)
+        logps, logratios = (torch.empty(len(own), dtype=torch.float64, device=self.args.device) for _ in range(2))
         aux_loss = torch.zeros((), dtype=torch.float64, device=self.args.device) if experts else None
-        tokens = z0_tokens
+        tokens = reference.tokens
         for part, batch, last in self._labelled_passes(own, passes):
             scored = token_logps(model, batch, router_logits=self.balances_experts)
             if part:
-                logps_part = sum_rows(scored.token_logps, batch.row_of_token, batch.rows)
-                loss = self._losses([own[j] for j in part], logps_part, kl).sum() / total
-                logps[part] = logps_part.detach()
+                part_rows = [own[j] for j in part]
+                part_logps, part_logratios = self._row_scores(
+                    [row.matched for row in part_rows], scored.token_logps, batch
+                )
+                loss = self._losses(part_rows, part_logratios, reference.point).sum() / total
+                logps[part], logratios[part] = part_logps.detach(), part_logratios.detach()
                 tokens += Tokens(batch.tokens, batch.tokens, batch.padded_tokens)
             else:
                 loss = (
@@ -247,11 +251,11 @@ class KTOTrainer(transformers.Trainer):
                 share = self._router_coefficient * router_balance_loss(scored.router_logits, batch.real, *experts)
                 aux_loss, loss = aux_loss + share.detach(), loss + share
             if last:
-                outcome = self._outcome(own, logps, kl, tokens)
+                outcome = self._outcome(own, logps, logratios, reference.point, tokens)
                 self._stop_if_not_finite(own, outcome)  # before DeepSpeed's last backward pass, which updates
             self._backward(loss * self.ranks.mean_to_sum, last)
         if not own and not passes:
-            outcome = self._outcome(own, logps, kl, tokens)
+            outcome = self._outcome(own, logps, logratios, reference.point, tokens)
         return outcome, aux_loss
 
     def _begin_gradients(self) -> None:
@@ -264,45 +268,80 @@ class KTOTrainer(transformers.Trainer):
         self.accelerator.gradient_state._set_sync_gradients(last)
         self.accelerator.backward(loss)
 
-    def _cut(self, lengths: Sequence[int]) -> list[list[int]]:
+    def _units(self, rows: Sequence[TrainingRow]) -> list[Sequence[TrainingRow]]:
+        """Rows that share a loss: single ones, or the two of a pair, which stand side by side."""
+        size = self.objective.rows_in_unit
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _cut(self, rows: Sequence[TrainingRow]) -> list[list[int]]:
+        """Positions into `rows` for each micro-batch; units stay whole."""
+        size = self.objective.rows_in_unit
+        lengths = [[len(row.matched) for row in unit] for unit in self._units(rows)]
         if self.packs:
-            return packed_batches(lengths, self.max_tokens)
-        return micro_batches(lengths, self.max_tokens, pass_cost=GRADIENT_PASS_COST)
+            parts = packed_batches([sum(unit) for unit in lengths], self.max_tokens)
+        else:
+            budget = max(1, self.max_tokens // size)
+            parts = micro_batches([max(unit) for unit in lengths], budget, pass_cost=GRADIENT_PASS_COST)
+        return [[unit * size + k for unit in part for k in range(size)] for part in parts]
 
     def _labelled_passes(
         self, rows: Sequence[TrainingRow], at_least: int
     ) -> Iterator[tuple[list[int], Sequences, bool]]:
         """(positions into `rows`, their batch, whether it is the last); filler where other ranks make more passes."""
-        parts = self._cut([len(row.matched) for row in rows])
+        parts = self._cut(rows)
         parts += [[]] * (at_least - len(parts))
         lay_out = pack_sequences if self.packs else pad_sequences
         for number, part in enumerate(parts):
             batch = lay_out([rows[j].matched.ids for j in part] or [FILLER])
             yield part, batch.to(self.args.device), number == len(parts) - 1
 
-    def _reference_point(self, mismatched: Sequence[ScoredSequence]) -> tuple[Tensor, Tensor, Tokens]:
-        """z0 over sequences of the whole batch: (kl, kl_raw, this rank's tokens)."""
-        lengths = [len(sequence) for sequence in mismatched]
+    # -- scoring without gradient -------------------------------------------------------------------
+
+    def _reference_point(self, rows: Sequence[TrainingRow]) -> ReferencePoint:
+        """What the loss measures this batch's rows from, over all ranks."""
+        if self.objective.uses_kl:
+            logratio_sum, tokens = self._logratio_sum([row.mismatched for row in rows])
+            kl, kl_raw = kl_reference_point(logratio_sum, len(rows))
+            return ReferencePoint(kl, {"kl": kl, "kl_raw": kl_raw}, tokens)
+        if self.objective.uses_shift:
+            logratio_sum, tokens = self._logratio_sum([row.matched for row in rows])
+            point = self.shift.after(logratio_sum / len(rows))
+            return ReferencePoint(point, {"reward_shift": self.objective.beta * point}, tokens)
+        return ReferencePoint(self._tensor(0.0), {}, Tokens(0, 0, 0))
+
+    @property
+    def shift(self) -> RunningShift:
+        """BCO's running mean."""
+        # Looked up, not kept: --resume puts another object in its place.
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, RunningShift))
+
+    def _logratio_sum(self, sequences: Sequence[ScoredSequence]) -> tuple[Tensor, Tokens]:
+        """Sum of log-ratios over sequences of the whole batch, and this rank's tokens."""
+        lengths = [len(sequence) for sequence in sequences]
         mine, passes = self.ranks.share(lengths, lambda part: self._scoring().passes_for([lengths[i] for i in part]))
-        own = [mismatched[i] for i in mine]
-        logps, tokens = self._score(own, passes)
-        kl, kl_raw = self._kl(own, logps, len(mismatched))
-        return kl, kl_raw, tokens
+        _, logratios, tokens = self._score([sequences[i] for i in mine], passes)
+        return self.ranks.sum(logratios.sum()), tokens
 
-    def _kl(self, mismatched: Sequence[ScoredSequence], logps: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """(kl, kl_raw) from this rank's part of `total` mismatched sequences."""
-        logratios = logps - self._tensor([sequence.ref_logps for sequence in mismatched])
-        return kl_reference_point(self.ranks.sum(logratios.sum()), total)
-
-    def _score(self, sequences: Sequence[ScoredSequence], passes: int) -> tuple[Tensor, Tokens]:
-        """`logps` under the current policy, float64, shape (sequences,), and what was run for them."""
-        logps = torch.zeros(len(sequences), dtype=torch.float64, device=self.args.device)
+    def _score(self, sequences: Sequence[ScoredSequence], passes: int) -> tuple[Tensor, Tensor, Tokens]:
+        """`logps` and log-ratios under the current policy, float64, shape (sequences,), and what was run for them."""
+        logps, logratios = (torch.zeros(len(sequences), dtype=torch.float64, device=self.args.device) for _ in range(2))
         tokens = Tokens(0, 0, 0)
         for done in self._scoring().run([sequence.ids for sequence in sequences], at_least=passes):
-            logps[done.indices] = sum_rows(done.token_logps, done.batch.row_of_token, done.batch.rows)
-            scored = sum(len(sequences[i]) for i in done.indices)
-            tokens += Tokens(scored, done.batch.tokens, done.batch.padded_tokens)
-        return logps, tokens
+            part = [sequences[i] for i in done.indices]
+            logps[done.indices], logratios[done.indices] = self._row_scores(part, done.token_logps, done.batch)
+            tokens += Tokens(sum(map(len, part)), done.batch.tokens, done.batch.padded_tokens)
+        return logps, logratios, tokens
+
+    def _row_scores(
+        self, sequences: Sequence[ScoredSequence], policy_token_logps: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """`logps` and log-ratios of a micro-batch's rows, float64, shape (rows,)."""
+        logps = sum_rows(policy_token_logps, batch.row_of_token, batch.rows)
+        if not self.objective.limits_tokens:
+            return logps, logps - self._tensor([sequence.ref_logps for sequence in sequences])
+        ref_token_logps = self._tensor(np.concatenate([sequence.ref_token_logps for sequence in sequences]))
+        token_logratios = self.objective.limited(policy_token_logps.double() - ref_token_logps)
+        return logps, sum_rows(token_logratios, batch.row_of_token, batch.rows)
 
     def score_tokens(self, sequences: Sequence[ScoredSequence]) -> list[np.ndarray]:
         """Per-token log-probs under the current policy, in eval mode: float32, one array for each sequence."""
@@ -329,19 +368,20 @@ class KTOTrainer(transformers.Trainer):
             tolerance=self.rounding,
         )
 
-    def _losses(self, rows: Sequence[TrainingRow], logps: Tensor, kl: Tensor) -> Tensor:
+    def _losses(self, rows: Sequence[TrainingRow], logratios: Tensor, point: Tensor) -> Tensor:
         """Loss of each row, shape (rows,)."""
-        labels = self._labels(rows)
-        weights = class_weights(labels, self.objective.desirable_weight, self.objective.undesirable_weight)
-        logratios = logps - self._tensor([row.matched.ref_logps for row in rows])
-        return kto_losses(logratios, labels, kl, beta=self.objective.beta, weights=weights)
+        tokens = self._tensor([len(row.matched.completion_ids) for row in rows])
+        return self.objective.losses(logratios, self._labels(rows), tokens, point)
 
-    def _outcome(self, rows: Sequence[TrainingRow], logps: Tensor, kl: Tensor, tokens: Tokens) -> BatchOutcome:
-        logratios = logps - self._tensor([row.matched.ref_logps for row in rows])
-        return BatchOutcome(self._losses(rows, logps, kl), logratios, logps, self._labels(rows), kl, tokens)
+    def _outcome(
+        self, rows: Sequence[TrainingRow], logps: Tensor, logratios: Tensor, point: Tensor, tokens: Tokens
+    ) -> BatchOutcome:
+        self.row_logratios.add([row.index for row in rows], logratios, self.state.global_step)
+        losses, midpoints = self._losses(rows, logratios, point), self.objective.midpoints(logratios, point)
+        return BatchOutcome(losses, logratios, logps, self._labels(rows), midpoints, tokens)
 
     def _stop_if_not_finite(self, rows: Sequence[TrainingRow], outcome: BatchOutcome) -> None:
-        finite = outcome.logratios.isfinite() & outcome.losses.isfinite() & outcome.kl.isfinite()
+        finite = outcome.logratios.isfinite() & outcome.losses.isfinite() & outcome.point.isfinite()
         if bool(finite.all()):
             return
         bad = [row.row_id for row, good in zip(rows, finite.tolist(), strict=True) if not good]
@@ -380,25 +420,58 @@ class KTOTrainer(transformers.Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Held-out metrics from cached references: one z0 and one mean over all held-out rows."""
-        if self.eval_data is None:
+        if self.held_out is None:
             raise TrainingError("No held-out rows: give --eval-fraction or --eval-cache.")
-        cache, indices = self.eval_data
-        rows = [cache[RowKey(i, 0)] for i in indices]
-        # A row's two sequences begin with the same prompt: one rank scores both, and runs the prompt once.
-        pairs = [(len(row.matched), len(row.mismatched)) for row in rows]
-        mine, passes = self.ranks.share(
-            [sum(pair) for pair in pairs],
-            lambda part: self._scoring().passes_for([length for i in part for length in pairs[i]]),
-        )
-        own = [rows[i] for i in mine]
-        logps, tokens = self._score([r.matched for r in own] + [r.mismatched for r in own], passes)
-        kl, kl_raw = self._kl([row.mismatched for row in own], logps[len(own) :], len(rows))
-        sums = self.ranks.sum(self._outcome(own, logps[: len(own)], kl, tokens).sums())
-        found = {**metrics_from(sums, beta=self.objective.beta), "kl": float(kl), "kl_raw": float(kl_raw)}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.held_out_scores = scores = self._score_held_out(self.held_out)
+        metrics = {
+            f"{metric_key_prefix}_{name}": value for name, value in held_out_metrics(scores, self.objective).items()
+        }
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best = bool(super()._determine_best_metric(metrics, trial))
+        if best:
+            self._best_scores = self.held_out_scores
+            self.control.should_save = self.args.save_strategy != "no"  # the best checkpoint is kept
+        return best
+
+    def load_best(self) -> None:
+        """Put the best checkpoint's weights in place of the last ones."""
+        if self.state.best_model_checkpoint is None:
+            return
+        self._load_best_model()
+        self.final_step, self.held_out_scores = int(self.state.best_global_step or 0), self._best_scores
+
+    def final_scores(self) -> Scores | None:
+        """Held-out scores of the model as it is now, after `final_step` updates; called on every rank."""
+        self.final_step = self.final_step or int(self.state.global_step)
+        if self.held_out is not None and self.held_out_scores is None:
+            self.held_out_scores = self._score_held_out(self.held_out)
+        return self.held_out_scores
+
+    def _score_held_out(self, held_out: HeldOutRows) -> Scores:
+        """Every held-out row's scores, on every rank."""
+        rows = [held_out.cache[RowKey(i, 0)] for i in held_out.indices]
+        with_kl = self.objective.uses_kl
+        # A row's two sequences begin with the same prompt: one rank scores both, and runs the prompt once.
+        sequences = [[row.matched, row.mismatched] if with_kl else [row.matched] for row in rows]
+        lengths = [[len(sequence) for sequence in of_row] for of_row in sequences]
+        mine, passes = self.ranks.share(
+            [sum(of_row) for of_row in lengths],
+            lambda part: self._scoring().passes_for([length for i in part for length in lengths[i]]),
+        )
+        logps, logratios, _ = self._score([sequence for i in mine for sequence in sequences[i]], passes)
+        per_row = 1 + with_kl
+        everywhere = torch.zeros(3, len(rows), dtype=torch.float64, device=self.args.device)
+        everywhere[0, mine], everywhere[1, mine] = logps[::per_row], logratios[::per_row]
+        if with_kl:
+            everywhere[2, mine] = logratios[1::2]
+        matched_logps, matched, mismatched = self.ranks.sum(everywhere).cpu()
+        point = self.shift.mean if self.objective.uses_shift else None
+        prompt_ids = [held_out.cache.prompt_ids[i] for i in held_out.indices]
+        return Scores.of(rows, prompt_ids, matched_logps, matched, mismatched if with_kl else None, point)
 
     # -- logging ------------------------------------------------------------------------------------
 
@@ -406,6 +479,7 @@ class KTOTrainer(transformers.Trainer):
         if "loss" in logs and self._window.updates:
             logs.update(self._window.metrics(self.ranks, beta=self.objective.beta))
             logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
+            self.row_logratios.settle()
             self._window = Window()
         super().log(logs, start_time)
 
@@ -415,4 +489,4 @@ class KTOTrainer(transformers.Trainer):
         return torch.tensor([row.label for row in rows], dtype=torch.bool, device=self.args.device)
 
     def _tensor(self, values: Any) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self.args.device)
+        return torch.as_tensor(values, dtype=torch.float64, device=self.args.device)

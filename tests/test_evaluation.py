@@ -1,0 +1,308 @@
+"""Held-out values: what they are, how sure they are, which checkpoint is the best, and evaluating a finished run."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner
+from feedback_files import write_feedback, write_rows
+from safetensors.torch import load_file
+from test_loss_family import metrics, pair_rows
+
+from kto_core.bootstrap import intervals
+from kto_core.errors import ConfigError, TrainingError
+from kto_core.losses import class_weights, kto_losses
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
+from train.cache_rows import CacheRows
+from train.cli import train as kto_train
+from train.config import TrainConfig
+from train.evaluate_run import evaluate_run
+from train.evaluation import Scores, held_out_metrics, summary
+from train.objective import Objective
+from train.run import train
+from train.trainer import KTOTrainer
+
+
+def means(values: torch.Tensor) -> Any:
+    return lambda weights: {"mean": (weights * values).sum(1) / weights.sum(1)}
+
+
+class TestIntervals:
+    def test_of_a_mean_are_those_of_the_textbook(self) -> None:
+        values = torch.from_numpy(np.random.default_rng(0).normal(3.0, 2.0, size=400))
+        low, high = intervals(means(values), [str(i) for i in range(400)], resamples=4000)["mean"]
+        half = 1.96 * float(values.std()) / 20
+        assert low == pytest.approx(float(values.mean()) - half, abs=0.1 * half)
+        assert high == pytest.approx(float(values.mean()) + half, abs=0.1 * half)
+
+    def test_cover_the_truth_as_often_as_they_say(self) -> None:
+        rng, hits = np.random.default_rng(1), 0
+        for _ in range(200):
+            values = torch.from_numpy(rng.exponential(1.0, size=100))
+            low, high = intervals(means(values), [str(i) for i in range(100)], resamples=300)["mean"]
+            hits += low <= 1.0 <= high
+        assert 0.88 <= hits / 200 <= 0.99
+
+    def test_rows_of_one_prompt_are_drawn_together(self) -> None:
+        """Ten rows that say the same are one observation, not ten."""
+        once = torch.from_numpy(np.random.default_rng(2).normal(size=50))
+        wide = intervals(means(once), [str(i) for i in range(50)])["mean"]
+        repeated = intervals(means(once.repeat_interleave(10)), [str(i // 10) for i in range(500)])["mean"]
+        assert repeated == pytest.approx(wide, abs=0.02)
+
+    def test_one_prompt_has_none(self) -> None:
+        assert intervals(means(torch.ones(3, dtype=torch.float64)), ["a", "a", "a"]) == {}
+
+    def test_what_most_samples_lack_has_none(self) -> None:
+        values = torch.full((4,), float("nan"), dtype=torch.float64)
+        assert intervals(means(values), list("abcd")) == {}
+
+    def test_many_rows_are_drawn_in_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        values = torch.arange(30, dtype=torch.float64)
+        whole = intervals(means(values), [str(i) for i in range(30)])
+        monkeypatch.setattr("kto_core.bootstrap._ELEMENTS", 64)
+        assert intervals(means(values), [str(i) for i in range(30)])["mean"] == pytest.approx(whole["mean"], abs=0.5)
+
+
+def some_scores(rows: int = 40) -> Scores:
+    rng = np.random.default_rng(3)
+    labels = torch.from_numpy(rng.random(rows) < 0.5)
+    logratios = torch.from_numpy(rng.normal(size=rows)) + labels
+    return Scores(
+        row_ids=[str(i) for i in range(rows)],
+        prompt_ids=[str(i // 2) for i in range(rows)],
+        labels=labels,
+        tokens=torch.from_numpy(rng.integers(1, 9, size=rows).astype(float)),
+        logps=logratios - 20,
+        logratios=logratios,
+        kl_logratios=torch.from_numpy(rng.normal(0.4, 1.0, size=rows)),
+        shift=None,
+    )
+
+
+def test_metrics_are_means_with_one_reference_point() -> None:
+    scores = some_scores()
+    objective = Objective("kto", 0.3, (1.2, 0.7))
+    found = held_out_metrics(scores, objective)
+    kl = scores.kl_logratios.mean().clamp(min=0)
+    weights = class_weights(scores.labels, 1.2, 0.7)
+    losses = kto_losses(scores.logratios, scores.labels, kl, beta=0.3, weights=weights)
+    assert found["loss"] == pytest.approx(float(losses.mean()), abs=1e-12)
+    assert found["kl"] == found["kl_raw"] == pytest.approx(float(kl))
+    assert found["rewards/chosen"] == pytest.approx(0.3 * float(scores.logratios[scores.labels].mean()))
+    assert found["rewards/margins"] == pytest.approx(found["rewards/chosen"] - found["rewards/rejected"])
+    right = (scores.logratios > kl) == scores.labels
+    assert found["accuracy"] == pytest.approx(float(right.double().mean()))
+
+
+def test_intervals_estimate_z0_anew_in_every_sample() -> None:
+    """Against resampling by hand, prompt by prompt."""
+    scores, objective = some_scores(), Objective("kto", 0.3)
+    found = summary(scores, objective, 7)
+    assert (found["rows"], found["prompts"], found["step"]) == (40, 20, 7)
+    rng, samples = np.random.default_rng(4), []
+    for _ in range(2000):
+        drawn = np.concatenate([[2 * p, 2 * p + 1] for p in rng.integers(0, 20, size=20)])
+        kl = max(0.0, float(scores.kl_logratios[drawn].mean()))
+        signs = torch.where(scores.labels[drawn], 1.0, -1.0)
+        samples.append(float(torch.sigmoid(-0.3 * signs * (scores.logratios[drawn] - kl)).mean()))
+    low, high = np.quantile(samples, [0.025, 0.975])
+    loss = found["metrics"]["loss"]
+    assert loss["low"] < loss["value"] < loss["high"]
+    assert (loss["low"], loss["high"]) == pytest.approx((low, high), abs=0.15 * (high - low))
+
+
+def test_a_class_without_rows_is_left_out() -> None:
+    scores = some_scores()
+    scores = replace(scores, labels=torch.ones(40, dtype=torch.bool))
+    found = summary(scores, Objective("kto", 0.3), 1)["metrics"]
+    assert {"loss", "accuracy", "kl", "rewards/chosen"} <= set(found)
+    assert not {"rewards/rejected", "rewards/margins", "logps/rejected"} & set(found)
+
+
+@pytest.fixture
+def config(cache: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        cache=cache,
+        out=tmp_path / "run",
+        batch_size=4,
+        max_steps=6,
+        learning_rate=3e-3,
+        save_steps=0,
+        eval_fraction=0.4,
+        eval_steps=2,
+        device="cpu",
+    )
+
+
+def test_the_summary_is_the_last_evaluation(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(config)
+    found = json.loads((run / "evaluation.json").read_text())
+    last = [record for record in metrics(run) if "eval/loss" in record][-1]
+    assert (found["step"], last["step"]) == (6, 6)
+    for name, metric in found["metrics"].items():
+        assert metric["value"] == pytest.approx(last[f"eval/{name}"], abs=1e-9)
+        assert metric["low"] <= metric["value"] + 1e-9
+        assert metric["value"] - 1e-9 <= metric["high"]
+    out = capsys.readouterr().out
+    assert f"held out    {found['rows']} rows of {found['prompts']} prompts after 6 updates, 95 % intervals" in out
+    assert f"{found['metrics']['loss']['low']:.4f}" in out
+
+
+def test_rows_are_on_record(config: TrainConfig, cache: Path) -> None:
+    run = train(replace(config, max_steps=None, epochs=1))
+    table = pq.read_table(run / "rewards.parquet").to_pydict()
+    rows = CacheRows(cache)
+    every = {row.row_id: row.label for row in map(rows.__getitem__, range(len(rows)))}
+    assert dict(zip(table["row_id"], table["label"], strict=True)) == every
+    held = [i for i, split in enumerate(table["split"]) if split == "held_out"]
+    found = json.loads((run / "evaluation.json").read_text())
+    assert len(held) == found["rows"]
+    desirable = [table["logratio"][i] for i in held if table["label"][i]]
+    assert 0.1 * np.mean(desirable) == pytest.approx(found["metrics"]["rewards/chosen"]["value"], abs=1e-5)
+    trained = [abs(table["logratio"][i]) for i in range(len(every)) if i not in held]
+    assert max(trained) > 0.1
+
+
+def worse_and_worse(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """Evaluations come out as told."""
+    left = list(values)
+    real = KTOTrainer.evaluate
+
+    def told(self: Any, *arguments: Any, **options: Any) -> dict[str, float]:
+        real_log, self.log = self.log, lambda logs, *rest: None
+        handler, self.callback_handler.on_evaluate = self.callback_handler.on_evaluate, lambda a, s, c, m: c
+        found = real(self, *arguments, **options)
+        self.log, self.callback_handler.on_evaluate = real_log, handler
+        found["eval_loss"] = left.pop(0)
+        self.log(dict(found))
+        self.control = handler(self.args, self.state, self.control, found)
+        return found
+
+    monkeypatch.setattr(KTOTrainer, "evaluate", told)
+
+
+class TestBest:
+    def test_early_stopping_ends_with_the_best_model(
+        self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        short = train(replace(config, out=tmp_path / "short", max_steps=4))
+        worse_and_worse(monkeypatch, [0.5, 0.4, 0.6, 0.7, 0.8, 0.9])
+        run = train(replace(config, max_steps=12, early_stopping=2))
+        steps = [record["step"] for record in metrics(run) if "eval/loss" in record]
+        assert steps == [2, 4, 6, 8]
+        best, four = (load_file(one / "model.safetensors") for one in (run, short))
+        for name in best:
+            torch.testing.assert_close(best[name], four[name], atol=1e-6, rtol=0)
+        assert json.loads((run / "evaluation.json").read_text())["step"] == 4
+
+    def test_the_best_checkpoint_is_kept(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        worse_and_worse(monkeypatch, [0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+        run = train(replace(config, max_steps=12, save_steps=3))
+        kept = sorted(path.name for path in run.glob("checkpoint-*"))
+        assert "checkpoint-2" in kept
+        assert "checkpoint-12" in kept
+        assert len(kept) <= 3
+
+    def test_better_means_greater_for_accuracy(self, config: TrainConfig) -> None:
+        run = train(replace(config, metric="eval/accuracy", save_steps=100))
+        state = json.loads(next(run.glob("checkpoint-6/trainer_state.json")).read_text())
+        values = [record["eval/accuracy"] for record in metrics(run) if "eval/accuracy" in record]
+        assert state["best_metric"] == pytest.approx(max(values))
+
+    def test_nothing_to_stop_by(self, config: TrainConfig) -> None:
+        with pytest.raises(ConfigError, match="--early-stopping needs held-out rows"):
+            replace(config, eval_fraction=0.0, early_stopping=1)
+
+    def test_margins_of_one_class(self, base: Path, tmp_path: Path, config: TrainConfig) -> None:
+        rows = [{"prompt": f"p {i}", "completion": f"c {i}", "label": True} for i in range(6)]
+        precompute(
+            PrecomputeConfig(
+                model=str(base), data=str(write_rows(tmp_path / "good.jsonl", rows)), out=tmp_path / "good"
+            )
+        )
+        with pytest.raises(TrainingError, match="--metric eval/rewards/margins needs held-out rows of both classes"):
+            train(replace(config, eval_fraction=0.0, eval_cache=tmp_path / "good", metric="eval/rewards/margins"))
+
+
+class TestEvaluateOnly:
+    @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"loss": "bco"}, {"loss": "apo_zero"}], ids=str)
+    def test_says_what_the_run_said(self, config: TrainConfig, options: dict[str, Any], tmp_path: Path) -> None:
+        run = train(replace(config, **options))
+        said = json.loads((run / "evaluation.json").read_text())
+        (run / "evaluation.json").unlink()
+        result = CliRunner().invoke(kto_train, ["--evaluate-only", str(run), "--cache", str(config.cache)])
+        assert result.exit_code == 0, result.output
+        found = json.loads((run / "evaluation.json").read_text())
+        assert found["rows"] == said["rows"]
+        assert found["step"] == said["step"] == 6
+        for name, metric in said["metrics"].items():
+            assert found["metrics"][name]["value"] == pytest.approx(metric["value"], abs=2e-5), name
+            assert found["metrics"][name]["low"] == pytest.approx(metric["low"], abs=2e-5)
+
+    def test_another_cache_is_evaluated_as_a_whole(self, config: TrainConfig, base: Path, tmp_path: Path) -> None:
+        run = train(config)
+        before = (run / "evaluation.json").read_bytes()
+        data = write_feedback(tmp_path / "other.jsonl", 9, seed=5)
+        precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "other"))
+        path = evaluate_run(replace(config, cache=tmp_path / "other", evaluate_only=run))
+        found = json.loads(path.read_text())
+        assert found["rows"] == 9
+        assert path.name == f"evaluation-{found['fingerprint'][:12]}.json"
+        assert (run / "evaluation.json").read_bytes() == before
+
+    def test_trains_and_changes_nothing(self, config: TrainConfig) -> None:
+        run = train(config)
+        before = {
+            path: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != "evaluation.json"
+        }
+        evaluate_run(replace(config, evaluate_only=run))
+        assert {path: path.read_bytes() for path in before} == before
+        assert {path.name for path in run.iterdir()} == {path.name for path in before} | {"evaluation.json"}
+
+    def test_an_unfinished_run(self, config: TrainConfig, tmp_path: Path) -> None:
+        run = train(config)
+        (run / "config.json").unlink()
+        with pytest.raises(ConfigError, match="holds no model; the run is not finished"):
+            evaluate_run(replace(config, evaluate_only=run))
+        result = CliRunner().invoke(
+            kto_train, ["--evaluate-only", str(tmp_path / "none"), "--cache", str(config.cache)]
+        )
+        assert result.exit_code == 1
+        assert "config.yaml: cannot be read" in result.output
+
+    def test_a_cache_of_another_tokenizer(self, config: TrainConfig, tmp_path: Path) -> None:
+        run = train(config)
+        shutil.copytree(run, tmp_path / "other")
+        tokenizer = json.loads((tmp_path / "other/tokenizer_config.json").read_text())
+        tokenizer["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        (tmp_path / "other/tokenizer_config.json").write_text(json.dumps(tokenizer))
+        (tmp_path / "other/chat_template.jinja").unlink(missing_ok=True)
+        with pytest.raises(TrainingError, match="its chat template differs"):
+            evaluate_run(replace(config, evaluate_only=tmp_path / "other"))
+
+    def test_pairs(self, base: Path, tmp_path: Path, config: TrainConfig) -> None:
+        data = write_rows(tmp_path / "pairs.jsonl", pair_rows(8))
+        precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "pairs"))
+        run = train(replace(config, cache=tmp_path / "pairs", loss="dpo"))
+        said = json.loads((run / "evaluation.json").read_text())
+        evaluate_run(replace(config, cache=tmp_path / "pairs", loss="dpo", evaluate_only=run))
+        found = json.loads((run / "evaluation.json").read_text())
+        assert found["metrics"]["loss"]["value"] == pytest.approx(said["metrics"]["loss"]["value"], abs=2e-5)
+
+
+def test_the_hold_out_has_a_seed_of_its_own(config: TrainConfig) -> None:
+    """Runs with other seeds are compared on the same rows."""
+    splits = []
+    for seed, eval_seed in ((0, None), (1, 0), (1, None)):
+        run = train(replace(config, out=config.out.with_name(f"{seed}-{eval_seed}"), seed=seed, eval_seed=eval_seed))
+        table = pq.read_table(run / "rewards.parquet").to_pydict()
+        splits.append({r for r, s in zip(table["row_id"], table["split"], strict=True) if s == "held_out"})
+    assert splits[0] == splits[1] != splits[2]

@@ -1,0 +1,292 @@
+"""Every loss from one cache: against a live reference and the formulas of the papers, written out row by row."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from feedback_files import write_rows
+from safetensors.torch import load_file
+
+from kto_core.errors import ConfigError, TrainingError
+from kto_core.passes import ScoringPasses
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
+from train.cache_rows import CacheRows, RowKey, TrainingRow
+from train.config import LOSSES, PAIRED_LOSSES, TrainConfig
+from train.run import train
+from train.start_check import Difference
+from train.trainer import KTOTrainer
+
+BATCH, STEPS = 8, 5
+
+
+def pair_rows(count: int) -> list[dict[str, Any]]:
+    """Pairs whose answers differ in length, so that sums and means over tokens differ."""
+    words = ["stone", "river", "red", "maybe", "never", "went", "seven"]
+
+    def text(seed: int, length: int) -> str:
+        return " ".join(words[(seed * 3 + k * k) % len(words)] for k in range(length)) + f" {seed}"
+
+    return [
+        {"prompt": text(i, 2 + i % 5), "chosen": text(i + 100, 1 + i % 7), "rejected": text(i + 200, 3 + (i * 2) % 6)}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """A cache of ten pairs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    data = write_rows(folder / "pairs.jsonl", pair_rows(10))
+    precompute(PrecomputeConfig(model=str(base), data=str(data), out=folder / "refs", kl_partners=2))
+    return folder / "refs"
+
+
+def config_for(cache: Path, out: Path, loss: str, **options: Any) -> TrainConfig:
+    """Updates that move the weights visibly, in the order of the file."""
+    settings = {"batch_size": BATCH, "max_steps": STEPS, "learning_rate": 3e-3, "save_steps": 0, "shuffle": False}
+    return TrainConfig(cache=cache, out=out, loss=loss, device="cpu", **{**settings, **options})
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+TokenLogps = Callable[[torch.nn.Module, Any], torch.Tensor]
+
+
+def naive_losses(
+    config: TrainConfig, batch: list[TrainingRow], r: Any, kl_r: Any, history: list[float]
+) -> torch.Tensor:
+    """The formulas, row by row and pair by pair.
+
+    Args:
+        r, kl_r: from a row to the log-ratios of its tokens, and of its mismatched completion's.
+        history: batch means of rewards so far (BCO).
+    """
+    beta, losses = config.beta, []
+    if config.loss in PAIRED_LOSSES:
+        for good, bad in zip(batch[::2], batch[1::2], strict=True):
+            assert good.label
+            assert not bad.label
+            margin = r(good).sum() - r(bad).sum()
+            if config.loss == "dpo":
+                losses.append(torch.log(1 + torch.exp(-beta * margin)))
+            elif config.loss == "slic":
+                losses.append(torch.clamp(1 - beta * margin, min=0))
+            else:
+                losses.append((r(good).mean() - r(bad).mean() - 1 / (2 * beta)) ** 2)
+        return torch.stack(losses)
+    low, high = (-1.0, 1.5) if config.loss == "humanline" else (-math.inf, math.inf)
+    with torch.no_grad():
+        z0 = max(0.0, float(torch.stack([kl_r(row).clamp(low, high).sum() for row in batch]).mean()))
+        history.append(float(torch.stack([beta * r(row).sum() for row in batch]).mean()))
+    delta = sum(history) / len(history)
+    for row in batch:
+        x, sign = r(row).clamp(low, high).sum(), 1.0 if row.label else -1.0
+        if config.loss == "bco":
+            losses.append(torch.log(1 + torch.exp(-sign * (beta * x - delta))))
+        else:
+            losses.append(1 - torch.sigmoid(beta * sign * (x - (0.0 if config.loss == "apo_zero" else z0))))
+    return torch.stack(losses)
+
+
+def naive_run(base: Path, config: TrainConfig) -> tuple[torch.nn.Module, list[float]]:
+    """Training with a live reference, full logits and one row at a time. Returns: the model, and each update's loss."""
+    policy = transformers.AutoModelForCausalLM.from_pretrained(base).train()
+    reference = copy.deepcopy(policy).eval()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    rows = CacheRows(config.cache)
+
+    def token_logps(model: torch.nn.Module, sequence: Any) -> torch.Tensor:
+        ids = torch.tensor(np.concatenate([sequence.prompt_ids, sequence.completion_ids]).astype(int))[None]
+        scores = model(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        return scores[len(sequence.prompt_ids) - 1 :]
+
+    def logratios(sequence: Any) -> torch.Tensor:
+        with torch.no_grad():
+            ref = token_logps(reference, sequence)
+        return token_logps(policy, sequence) - ref
+
+    history: list[float] = []
+    shown = []
+    for step in range(config.max_steps or 0):
+        steps_per_epoch = -(-len(rows) // config.batch_size)
+        start = step % steps_per_epoch * config.batch_size
+        end = min(start + config.batch_size, len(rows))
+        batch = [rows[RowKey(i, step // steps_per_epoch)] for i in range(start, end)]
+        loss = naive_losses(
+            config, batch, lambda row: logratios(row.matched), lambda row: logratios(row.mismatched), history
+        ).mean()
+        shown.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return policy, shown
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_cached_equals_live_reference(loss: str, cache: Path, pairs: Path, base: Path, tmp_path: Path) -> None:
+    config = config_for(pairs if loss in PAIRED_LOSSES else cache, tmp_path / "run", loss)
+    expected, shown = naive_run(base, config)
+    run = train(config)
+    for one, other in zip(metrics(run)[:STEPS], shown, strict=True):
+        assert one["loss"] == pytest.approx(other, abs=1e-4)
+    start = load_file(base / "model.safetensors")
+    found, moved = load_file(run / "model.safetensors"), 0.0
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found[name], value, atol=3e-5, rtol=0)
+        moved = max(moved, float((found[name] - start[name]).abs().max()))
+    assert moved > 1e-3
+
+
+def test_limits_on_tokens_matter_here(cache: Path, tmp_path: Path) -> None:
+    """Else the test above could not tell humanline from kto."""
+    runs = [train(config_for(cache, tmp_path / loss, loss)) for loss in ("kto", "humanline")]
+    last = [metrics(run)[STEPS - 1] for run in runs]
+    assert abs(last[0]["rewards/rejected"] - last[1]["rewards/rejected"]) > 0.01
+    narrow = config_for(cache, tmp_path / "narrow", "humanline", humanline_low=-1e-3, humanline_high=1e-3)
+    tokens = max(len(row.matched.completion_ids) for row in map(CacheRows(cache).__getitem__, range(20)))
+    assert abs(metrics(train(narrow))[STEPS - 1]["rewards/rejected"]) <= 0.1 * 1e-3 * tokens
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("budget", [1, 300])
+def test_max_tokens_never_changes_the_result(loss: str, budget: int, cache: Path, pairs: Path, tmp_path: Path) -> None:
+    config = config_for(pairs if loss in PAIRED_LOSSES else cache, tmp_path / "one", loss, shuffle=True)
+    one, other = train(config), train(replace(config, out=tmp_path / "other", max_tokens=budget))
+    first, second = (load_file(run / "model.safetensors") for run in (one, other))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_only_losses_with_a_reference_point_make_its_pass(
+    loss: str, cache: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    real = ScoringPasses.run
+
+    def counting(self: Any, sequences: Any, **options: Any) -> Any:
+        scored.append(len(sequences))
+        return real(self, sequences, **options)
+
+    monkeypatch.setattr(ScoringPasses, "run", counting)
+    nothing = Difference(0, 0, 0, 0)
+    monkeypatch.setattr("train.training_run.check_start", lambda *_, **__: nothing)
+    run = train(config_for(pairs if loss in PAIRED_LOSSES else cache, tmp_path / "run", loss, max_steps=2))
+    assert len(scored) == (2 if loss in ("kto", "humanline", "bco") else 0)
+    shown = set(metrics(run)[0])
+    assert ({"kl", "kl_raw"} <= shown) == (loss in ("kto", "humanline"))
+    assert ("reward_shift" in shown) == (loss == "bco")
+
+
+class TestPairs:
+    def test_each_batch_holds_whole_pairs(self, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        batches: list[list[TrainingRow]] = []
+        real = KTOTrainer.training_step
+
+        def watching(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+            batches.append(inputs)
+            return real(self, model, inputs, *rest)
+
+        monkeypatch.setattr(KTOTrainer, "training_step", watching)
+        train(config_for(pairs, tmp_path / "run", "dpo", shuffle=True, max_steps=None, epochs=2, batch_size=6))
+        assert [len(batch) for batch in batches] == [6, 6, 6, 2] * 2
+        rows = CacheRows(pairs)
+        for batch in batches:
+            for good, bad in zip(batch[::2], batch[1::2], strict=True):
+                assert (good.label, bad.label) == (True, False)
+                assert rows.pair_ids[good.index] == rows.pair_ids[bad.index]
+        order = [[row.index for batch in part for row in batch] for part in (batches[:4], batches[4:])]
+        assert sorted(order[0]) == sorted(order[1]) == list(range(20))
+        assert order[0] != order[1]
+
+    def test_the_loss_starts_where_its_formula_does(self, pairs: Path, tmp_path: Path) -> None:
+        for loss, start in (("dpo", math.log(2)), ("slic", 1.0), ("ipo", (1 / 0.2) ** 2)):
+            first = metrics(train(config_for(pairs, tmp_path / loss, loss, max_steps=1)))[0]
+            assert first["loss"] == pytest.approx(start, abs=1e-5)
+            assert first["accuracy"] == 0.5
+
+    def test_rows_without_a_partner_are_left_out_and_counted(
+        self, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        single = [{"prompt": "alone", "completion": f"here {i}", "label": bool(i % 2)} for i in range(3)]
+        data = write_rows(tmp_path / "mixed.jsonl", [*single, *pair_rows(4)])
+        cache = tmp_path / "refs"
+        precompute(PrecomputeConfig(model=str(base), data=str(data), out=cache))
+        run = train(config_for(cache, tmp_path / "run", "dpo", batch_size=4, max_steps=None, epochs=1))
+        out = capsys.readouterr().out
+        assert "8 to train on, 3 left out (in no pair)" in out
+        assert metrics(run)[-1]["step"] == 2
+
+    def test_held_out_pairs_are_whole(self, pairs: Path, tmp_path: Path) -> None:
+        run = train(config_for(pairs, tmp_path / "run", "dpo", eval_fraction=0.3))
+        found = json.loads((run / "evaluation.json").read_text())
+        assert (found["rows"], found["prompts"]) == (6, 3)
+        assert 0 <= found["metrics"]["accuracy"]["value"] <= 1
+        assert found["metrics"]["accuracy"]["value"] * 3 == pytest.approx(
+            round(found["metrics"]["accuracy"]["value"] * 3)
+        )
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("loss", PAIRED_LOSSES)
+    def test_a_cache_without_pairs(self, loss: str, cache: Path, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match=f"--loss {loss} compares two completions .* share a pair_id"):
+            train(config_for(cache, tmp_path / "run", loss))
+        assert not (tmp_path / "run").exists()
+
+    def test_half_a_pair_in_a_batch(self, pairs: Path) -> None:
+        with pytest.raises(ConfigError, match="--loss dpo counts both rows of a pair in --batch-size: give an even"):
+            config_for(pairs, Path("x"), "dpo", batch_size=7)
+
+    @pytest.mark.parametrize("weight", [2.0, "auto"])
+    def test_class_weights_on_pairs(self, pairs: Path, weight: Any) -> None:
+        with pytest.raises(ConfigError, match="class weights have no meaning there"):
+            config_for(pairs, Path("x"), "ipo", desirable_weight=weight)
+
+    @pytest.mark.parametrize("limits", [(0.5, 1.0), (-1.0, -0.5), (0.0, 0.0)])
+    def test_limits_that_leave_the_start_out(self, cache: Path, limits: tuple[float, float]) -> None:
+        with pytest.raises(ConfigError, match="must have 0 between"):
+            config_for(cache, Path("x"), "humanline", humanline_low=limits[0], humanline_high=limits[1])
+
+
+@pytest.mark.parametrize("loss", ["bco", "dpo"])
+def test_resumed_equals_uninterrupted(loss: str, cache: Path, pairs: Path, tmp_path: Path) -> None:
+    """BCO's running mean is part of a checkpoint."""
+    config = config_for(pairs if loss == "dpo" else cache, tmp_path / "whole", loss, save_steps=2, shuffle=True)
+    whole = train(config)
+    stopped = replace(config, out=tmp_path / "stopped")
+
+    class StopError(Exception):
+        pass
+
+    real = KTOTrainer.training_step
+
+    def stopping(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step == 3:
+            raise StopError
+        return real(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KTOTrainer, "training_step", stopping)
+        with pytest.raises(StopError):
+            train(stopped)
+    run = train(replace(stopped, resume=True))
+    first, second = (load_file(one / "model.safetensors") for one in (whole, run))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-7, rtol=0)
+    if loss == "bco":
+        shifts = [[r["reward_shift"] for r in metrics(one)[:STEPS]] for one in (whole, run)]
+        assert shifts[0] == pytest.approx(shifts[1], abs=1e-6)
+        assert abs(shifts[0][-1]) > 1e-3

@@ -1,0 +1,193 @@
+"""The rows of a run: which cache, which of its rows train and which are held out, and what is to be said of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kto_core.errors import TrainingError
+from kto_core.feedback import rare_class
+from kto_core.manifest import differences
+from kto_core.models import Precision
+from kto_core.options import Location
+from kto_core.storage import local_copy, speaking_of
+from train.batches import EpochBatches, split_by_prompt, strata_of, units_of
+from train.cache_rows import CacheRows
+from train.config import PAIRED_LOSSES, TrainConfig
+from train.evaluation import HeldOutRows
+
+# Rows whose lengths are shown in the report.
+_SAMPLE = 4096
+
+# What rows are that a run was not trained on, though they lie in its own cache.
+HELD_OUT = "held out"
+
+
+def open_cache(cache: Location, max_length: int | None) -> CacheRows:
+    """Raises: CacheError: damaged, incomplete or not there; every byte is checked."""
+    folder = local_copy(cache)
+    with speaking_of(cache, folder):
+        return CacheRows(folder, max_length=max_length)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The rows of a run.
+
+    Attributes:
+        rows: the cache.
+        units: which of its rows train, shape (units, rows in each): single rows, or pairs.
+        held_out: rows held out, here or in another cache; None if there are none.
+        unpaired: training rows left out because a loss of pairs cannot use them.
+    """
+
+    rows: CacheRows
+    units: np.ndarray
+    held_out: HeldOutRows | None
+    unpaired: int = 0
+
+    @classmethod
+    def open(
+        cls, config: TrainConfig, read: Callable[[Location, int | None], CacheRows] = open_cache
+    ) -> "TrainingData":
+        """Open the caches and choose the rows.
+
+        Args:
+            config: of the run.
+            read: opens a cache.
+
+        Raises:
+            CacheError, TrainingError: unusable caches, a loss that they cannot serve, or nothing left on one side.
+        """
+        rows = read(config.cache, config.max_length)
+        train: Sequence[int] = range(len(rows))
+        held_out: tuple[CacheRows, Sequence[int]] | None = None
+        if config.eval_cache is not None:
+            held = read(config.eval_cache, config.max_length)
+            _same_identity(rows, held)
+            held_out = held, range(len(held))
+        elif config.eval_fraction:
+            seed = config.seed if config.eval_seed is None else config.eval_seed
+            train, held_rows = split_by_prompt(rows, config.eval_fraction, seed)
+            if not train or not held_rows:
+                side = "trained on" if not train else "held out"
+                raise TrainingError(
+                    f"--eval-fraction {config.eval_fraction:g} of {len(set(rows.prompt_ids))} prompts leaves no row to be {side}. "
+                    "Use another fraction, or --eval-cache."
+                )
+            held_out = rows, held_rows
+        units = _units(rows, train, config, f"--cache {config.cache}")
+        return cls(rows, units, held_out and _held_out(*held_out, config), len(train) - units.size)
+
+    def batches(self, config: TrainConfig) -> EpochBatches:
+        """Optimizer batches of the training rows."""
+        strata = strata_of(self.rows, self.units, balance=config.balance and config.shuffle)
+        return EpochBatches(strata, config.batch_size, shuffle=config.shuffle, seed=config.seed)
+
+    @property
+    def class_counts(self) -> tuple[int, int]:
+        """(desirable, undesirable) training rows."""
+        desirable = int(self.rows.labels[self.units].sum())
+        return desirable, self.units.size - desirable
+
+    def warnings(self, config: TrainConfig, precision: Precision) -> list[str]:
+        """One line for each thing about the rows that somebody should look at, with its numbers."""
+        lines = []
+        scored = self.rows.manifest.reference.get("dtype")
+        if scored != precision.name:
+            lines.append(
+                f"the cache was scored in {scored}, the policy computes in {precision.name}: rewards start off 0 by rounding. "
+                f"kto-precompute --dtype {precision.name} scores as this run computes."
+            )
+        if self.held_out is not None and self.held_out.cache is not self.rows:
+            shared = len(set(self.held_out.cache.prompt_ids) & set(self.rows.prompt_ids))
+            if shared:
+                lines.append(
+                    f"{shared:,} prompts of --eval-cache are trained on as well; its values say little about new prompts."
+                )
+        contradictions = self.rows.contradictions
+        if contradictions:
+            lines.append(
+                f"{contradictions:,} completions carry both labels, each for one and the same prompt; their effects cancel "
+                "out. Decide which label is right, or drop them."
+            )
+        return lines + self._rare_class(config)
+
+    def _rare_class(self, config: TrainConfig) -> list[str]:
+        rare = rare_class(*self.class_counts)
+        if rare is None:
+            return []  # with one class alone there is a warning of its own
+        rarer, total, batches = min(self.class_counts), self.units.size, len(self.batches(config))
+        if batches <= rarer:
+            return [rare]
+        return [
+            f"{rare} At least {batches - rarer:,} of {batches:,} batches hold none of them; --batch-size {-(-total // rarer)} "
+            "gives each one."
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """Counts and a sample of lengths, for the report."""
+        manifest, (desirable, undesirable) = self.rows.manifest, self.class_counts
+        held = self.held_out.cache.labels[self.held_out.indices] if self.held_out else np.empty(0, dtype=bool)
+        return {
+            "files": [str(file.get("name")) for file in manifest.data.get("files") or []],
+            "desirable": desirable,
+            "undesirable": undesirable,
+            "held_out_desirable": int(held.sum()),
+            "held_out_undesirable": int((~held).sum()),
+            "dropped": self.rows.dropped,
+            "unpaired": self.unpaired,
+            "contradictory": self.rows.contradictions,
+            "max_length": self.rows.max_length,
+            **self.rows.lengths(_SAMPLE),
+        }
+
+
+def _units(rows: CacheRows, indices: Sequence[int], config: TrainConfig, where: str) -> np.ndarray:
+    paired = config.loss in PAIRED_LOSSES
+    units = units_of(rows, indices, 2 if paired else 1)
+    if len(units):
+        return units
+    raise TrainingError(
+        f"{where}: --loss {config.loss} compares two completions of one prompt, but no two of its {len(indices):,} rows share a "
+        "pair_id. Feedback with 'chosen' and 'rejected' makes pairs; --loss kto, apo_zero or bco use rows as they are."
+    )
+
+
+def _held_out(cache: CacheRows, indices: Sequence[int], config: TrainConfig) -> HeldOutRows:
+    units = _units(cache, indices, config, "held-out rows")
+    held_out = HeldOutRows(cache, units.ravel().tolist())
+    labels = cache.labels[held_out.indices]
+    if config.metric == "eval/rewards/margins" and (labels.all() or not labels.any()):
+        raise TrainingError(
+            f"--metric {config.metric} needs held-out rows of both classes; all {len(labels):,} are "
+            f"{'desirable' if labels.all() else 'undesirable'}. Use another --eval-fraction, or --metric eval/loss."
+        )
+    return held_out
+
+
+def _same_identity(rows: CacheRows, held: CacheRows) -> None:
+    lines = differences(held.manifest.identity, rows.manifest.identity)
+    lines = [line for line in lines if not line.startswith("tokenization.max_length")]
+    if lines:
+        raise TrainingError("--eval-cache: scored by another reference than --cache:\n  " + "\n  ".join(lines))
+
+
+def rows_to_evaluate(config: TrainConfig, trained_with: str | None) -> tuple[HeldOutRows, str]:
+    """What `--evaluate-only` evaluates: (rows, what they are).
+
+    Args:
+        config: the run's own, with the cache to evaluate on.
+        trained_with: fingerprint of the cache that the run was trained with.
+    """
+    rows = open_cache(config.cache, config.max_length)
+    same = rows.manifest.fingerprint == trained_with
+    if same and (config.eval_fraction or config.eval_cache is not None):
+        held_out = TrainingData.open(
+            config, lambda cache, max_length: rows if cache == config.cache else open_cache(cache, max_length)
+        ).held_out
+        assert held_out is not None
+        return held_out, HELD_OUT
+    what = "the run was trained on them" if same else "all rows of a cache that the run was not trained with"
+    return _held_out(rows, range(len(rows)), config), what

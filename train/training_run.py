@@ -1,0 +1,312 @@
+"""One training run: set up, trained, summed up. `kto-train` makes one, a sweep's worker many."""
+
+import dataclasses
+import datetime
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import transformers
+
+from kto_core.durable import replacing
+from kto_core.errors import TrainingError, in_one_line
+from kto_core.head import whole_shape
+from kto_core.models import Precision, resolve_device, resolve_precision
+from train.advice import class_weight_values, warnings_for
+from train.arguments import training_arguments
+from train.cache_rows import CacheRows
+from train.card import command_of, write_card
+from train.config import TrainConfig
+from train.data import TrainingData
+from train.evaluation import EVALUATION, Scores, summary, to_columns, write_summary
+from train.materials import Materials
+from train.objective import Objective
+from train.policy import PolicyFiles
+from train.run_folder import METRICS, last_checkpoint, publish_model, remove_leftovers, unfinished, write_start
+from train.sharding import gather_when_saving, prepare_sharding, sharding_asked_for
+from train.start_check import check_start, tolerance_for
+from train.trainer import KTOTrainer
+from train.watching import Console, MetricsFile
+
+REWARDS = "rewards.parquet"
+
+_MAX_TOKENS_CPU = 1024
+
+
+@dataclass
+class TrainingRun:
+    """A run that is ready to train.
+
+    Attributes:
+        checkpoint: to go on from, or None.
+        checked: whether policy and cache were compared before, with these materials.
+    """
+
+    config: TrainConfig
+    out: Path
+    data: TrainingData
+    files: PolicyFiles
+    precision: Precision
+    objective: Objective
+    trainer: KTOTrainer
+    checkpoint: str | None
+    checked: bool = False
+
+    @classmethod
+    def set_up(cls, config: TrainConfig, out: Path, materials: Materials, *, show_plan: bool = True) -> "TrainingRun":
+        """Everything up to the first update.
+
+        Raises:
+            KTOError: the user's input cannot be used.
+        """
+        device = resolve_device(config.device)
+        precision = resolve_precision(config.dtype, device)
+        data = materials.data(config)
+        files = materials.files(config, data.rows.manifest)
+        objective = Objective.of(config, class_weight_values(config, *data.class_counts))
+        args = training_arguments(config, out, precision, held_out=data.held_out is not None)
+        checkpoint = last_checkpoint(config, out, data.rows.manifest)
+        if args.process_index == 0:
+            remove_leftovers(out)
+            if show_plan:
+                _print_plan(config, data, files, precision, objective, out, device)
+            if config.resume:
+                print(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}", flush=True)
+        # A sharded model need not fit on one device; sharding moves each rank's part there.
+        whole_fits = device.type == "cuda" and not sharding_asked_for()
+        model = materials.model(files, config, precision, args.device if whole_fits else torch.device("cpu"))
+        check_vocabulary(model, data.rows)
+        callbacks: list[Any] = [MetricsFile(out / METRICS), Console()] if args.process_index == 0 else []
+        if config.early_stopping:
+            callbacks.append(transformers.EarlyStoppingCallback(config.early_stopping))
+        trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks)
+        run = cls(config, out, data, files, precision, objective, trainer, checkpoint)
+        trainer.add_callback(_Steps(run))
+        return run
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return bool(self.trainer.is_world_process_zero())
+
+    def train(self) -> None:
+        """All updates; afterwards the model is the last one, or with early stopping the best.
+
+        Raises:
+            TrainingError: out of memory for a single row, a loss that is not finite, a disk that is full.
+        """
+        trainer = self.trainer
+        try:
+            trainer.train(resume_from_checkpoint=self.checkpoint)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"Out of memory with --max-tokens {trainer.max_tokens}, rows of at most {self.data.rows.max_length} tokens: "
+                f"{in_one_line(error)} Use a smaller --max-tokens or --max-length, --gradient-checkpointing, --lora-rank 16 "
+                "or an 8-bit optimizer (training: optim: adamw_bnb_8bit). --resume goes on from the last checkpoint."
+            ) from error
+        if self.config.early_stopping:
+            trainer.load_best()
+
+    def sum_up(self) -> dict[str, Any] | None:
+        """Write evaluation.json and rewards.parquet; called on every rank.
+
+        Returns:
+            What evaluation.json holds; None without held-out rows.
+        """
+        scores = self.trainer.final_scores()
+        seen, logratios = self.trainer.row_logratios.over_ranks(self.trainer.ranks)
+        if not self.is_main:
+            return None
+        _write_rewards(self.out / REWARDS, self.data.rows, seen, logratios, scores)
+        if scores is None:
+            return None
+        found = summary(scores, self.objective, self.trainer.final_step)
+        found["fingerprint"] = self.data.rows.manifest.fingerprint
+        write_summary(self.out / EVALUATION, found)
+        return found
+
+    def save_model(self, out: Path) -> None:
+        """Model, tokenizer and model card into a folder; called on every rank.
+
+        Raises:
+            TrainingError: the disk does not take it.
+        """
+        trainer, files, config = self.trainer, self.files, self.config
+        with unfinished(out, "model", main=self.is_main) as folder:
+            if config.lora_rank and files.adapter is not None:
+                from train.lora import merge_and_save
+
+                if self.is_main:
+                    merge_and_save(trainer.accelerator.unwrap_model(trainer.model), folder)
+                    files.tokenizer.save_pretrained(str(folder))
+            else:
+                gather_when_saving(trainer.accelerator)
+                trainer.save_model(str(folder))
+            if self.is_main:
+                # A pickle that nobody needs: config.yaml says it all.
+                (folder / "training_args.bin").unlink(missing_ok=True)
+                publish_model(folder, out)
+        if self.is_main:
+            history = trainer.state.log_history
+            write_card(out, config, self.data.rows.manifest, files, self.objective.weights, history)
+
+    def begin(self) -> None:
+        """Compare policy and cache, and put the run on record; the Trainer has prepared the model, on every rank."""
+        trainer = self.trainer
+        trainer.settle()
+        if self.is_main and trainer.measures_memory:
+            print(f"memory      --max-tokens {trainer.max_tokens} (measured)", flush=True)
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.batches.finish()  # the Trainer looks only after an update whether it was the last
+        if trainer.state.global_step:  # a resumed policy has left the reference
+            if self.is_main:
+                trainer.remove_old_checkpoints()
+            return
+        if not self.checked:
+            allow = self.config.allow_different_policy
+            found = check_start(trainer, self.data.rows, self.precision, policy=self.files.name, allow=allow)
+            if self.is_main:
+                print(
+                    f"start       policy and cache differ by {found.mean:.1e} nats a token (mean), {found.largest:.1e} (max)"
+                )
+        if self.is_main:
+            write_start(self.config, self.out, self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json holds: what the run was started with."""
+        manifest = self.data.rows.manifest
+        return {
+            "fingerprint": manifest.fingerprint,
+            "labels_hash": manifest.data.get("labels_hash"),
+            "command": command_of(dataclasses.replace(self.config, out=self.out)),
+            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "precision": self.precision.name,
+            "device": self.trainer.args.device.type,
+            "weights": list(self.objective.weights),
+            "reference": manifest.reference,
+            "data": self.data.facts(),
+        }
+
+
+class _Steps(transformers.TrainerCallback):
+    """What happens before the first update, and beside the Trainer's own logs and evaluations."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.begin()  # in training precision, on the model's device
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The last update is always on record; and a run that goes on from a checkpoint has nothing of what was added up
+        # for the next record before it.
+        last = state.global_step >= state.max_steps
+        control.should_log |= control.should_save or last
+        # Once per epoch the Trainer evaluates at the end anyway.
+        control.should_evaluate |= (
+            last and self.run.config.eval_steps is not None and self.run.data.held_out is not None
+        )
+
+
+def make_trainer(
+    config: TrainConfig,
+    args: transformers.TrainingArguments,
+    data: TrainingData,
+    model: Any,
+    files: PolicyFiles,
+    objective: Objective,
+    precision: Precision,
+    callbacks: list[Any],
+) -> KTOTrainer:
+    """The Trainer for a policy that is loaded."""
+    trainer = KTOTrainer(
+        model=model,
+        args=args,
+        rows=data.rows,
+        batches=data.batches(config),
+        objective=objective,
+        max_tokens=_max_tokens(config, args.device),
+        rounding=tolerance_for(data.rows.manifest, precision),
+        held_out=data.held_out,
+        processing_class=files.tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    prepare_sharding(trainer.accelerator, precision.dtype, merges=bool(config.lora_rank and files.adapter))
+    return trainer
+
+
+def _max_tokens(config: TrainConfig, device: torch.device) -> int | None:
+    """None: to be measured when the model is there."""
+    if not isinstance(config.max_tokens, str):
+        return config.max_tokens
+    return None if device.type == "cuda" else _MAX_TOKENS_CPU
+
+
+def check_vocabulary(model: Any, rows: CacheRows) -> None:
+    """A model with fewer embeddings than the tokenizer has ids would read past its table."""
+    size = whole_shape(model.get_input_embeddings().weight)[0]
+    if rows.largest_id >= size:
+        raise TrainingError(
+            f"The cache holds token id {rows.largest_id}, but the policy's vocabulary has {size} tokens: it is another model."
+        )
+
+
+def _write_rewards(
+    path: Path, rows: CacheRows, seen: np.ndarray, logratios: np.ndarray, held_out: Scores | None
+) -> None:
+    """Log-ratios of single rows: training rows as they were seen last, held-out rows as they are at the end."""
+    columns = {"row_id": rows.row_ids(seen), "label": rows.labels[seen], "logratio": logratios}
+    pieces = [("train", columns)] + ([("held_out", to_columns(held_out))] if held_out is not None else [])
+    tables = []
+    for split, one in pieces:
+        split_column = pa.array([split] * len(one["label"]), pa.string())
+        label, logratio = pa.array(one["label"], pa.bool_()), pa.array(one["logratio"], pa.float32())
+        tables.append(pa.table({"split": split_column, "row_id": one["row_id"], "label": label, "logratio": logratio}))
+    with replacing(path) as temporary:
+        pq.write_table(pa.concat_tables(tables), temporary, compression="zstd")
+
+
+def _print_plan(
+    config: TrainConfig,
+    data: TrainingData,
+    files: PolicyFiles,
+    precision: Precision,
+    objective: Objective,
+    out: Path,
+    device: torch.device,
+) -> None:
+    desirable, undesirable = data.class_counts
+    kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights"
+    held = f", {len(data.held_out.indices):,} held out" if data.held_out else ""
+    dropped = f", {data.rows.dropped:,} dropped (prompt too long)" if data.rows.dropped else ""
+    unpaired = f", {data.unpaired:,} left out (in no pair)" if data.unpaired else ""
+    steps = config.max_steps or math.ceil(math.ceil(data.units.size / config.batch_size) * config.epochs)
+    fingerprint = data.rows.manifest.fingerprint[:12]
+    print(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
+    adapter = f" with adapter {files.adapter} merged" if files.adapter else ""
+    print(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
+    print(f"rows        {data.units.size:,} to train on{held}{dropped}{unpaired}")
+    weights = objective.weights
+    print(
+        f"labels      {desirable:,} desirable (weight {weights[0]:.4g}), {undesirable:,} undesirable (weight {weights[1]:.4g})"
+    )
+    loss = "" if config.loss == "kto" else f"loss {config.loss}, "
+    print(
+        f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
+    )
+    print(f"run         {out}")
+    for line in [*data.warnings(config, precision), *warnings_for(config, desirable, undesirable, weights)]:
+        print(f"warning     {line}")
+    print(end="", flush=True)
