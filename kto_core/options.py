@@ -193,18 +193,30 @@ def resolve(config: type[ConfigT], command_line: Mapping[str, Any], *, yaml_path
 
 
 def _yaml_values(config: type, path: Path) -> Mapping[str, Any]:
+    return checked_values(config, read_yaml(path), str(path))
+
+
+def checked_values(config: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values for a config's fields from a table that somebody wrote.
+
+    Args:
+        where: the file, and the table in it, for messages.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), or a value of the wrong type.
+    """
     fields = {field.name: field for field in dataclasses.fields(config)}
     known = [name for name, field in fields.items() if field.metadata.get("yaml", True)]
     values = {}
-    for key, value in read_yaml(path).items():
+    for key, value in table.items():
         name = shown(key).replace("-", "_")
         if name not in known:
             if name in fields:
-                raise ConfigError(f"{path}: {shown(key)!r} belongs on the command line: {flag(name)} ...")
+                raise ConfigError(f"{where}: {shown(key)!r} belongs on the command line: {flag(name)} ...")
             raise ConfigError(
-                f"{path}: unknown key {shown(key)!r}.{nearest(name, known)} Known keys: {', '.join(known)}."
+                f"{where}: unknown key {shown(key)!r}.{nearest(name, known)} Known keys: {', '.join(known)}."
             )
-        values[name] = _coerce(value, value_types(config)[name], f"{path}: {shown(key)}", fields[name])
+        values[name] = _coerce(value, value_types(config)[name], f"{where}: {shown(key)}", fields[name])
     return values
 
 

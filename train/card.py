@@ -11,18 +11,21 @@ from kto_core.options import as_plain, flag
 from train.config import TrainConfig
 from train.policy import PolicyFiles
 
+CARD = "README.md"
+
 _SHOWN = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "accuracy")
 
 
 def write_card(
-    out: Path,
+    path: Path,
+    title: str,
     config: TrainConfig,
     manifest: Manifest,
     files: PolicyFiles,
     weights: tuple[float, float],
     history: list[dict[str, Any]],
 ) -> None:
-    """Write README.md: base model, cache fingerprint, the command, and the last metrics."""
+    """Write the card: base model, cache fingerprint, the command, and the last metrics."""
     front: dict[str, Any] = {
         "base_model": files.name,
         "library_name": "peft" if config.lora_rank and files.adapter is None else "transformers",
@@ -37,7 +40,7 @@ def write_card(
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
         "",
-        f"# {out.resolve().name}",
+        f"# {title}",
         "",
         f"Aligned with Kahneman-Tversky Optimization (arXiv 2402.01306) from `{files.name}`, against reference scores of "
         f"`{manifest.reference.get('id')}`" + (f" with adapter `{files.adapter}`." if files.adapter else "."),
@@ -59,7 +62,7 @@ def write_card(
             held_value = held.get(f"eval_{name}")
             held_cell = ("" if held_value is None else f" {held_value:.4f}") + " |" if held else ""
             lines.append(f"| {name} | {last[name]:.4f} |{held_cell}")
-    (out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def command_of(config: TrainConfig) -> str:

@@ -1,8 +1,9 @@
-"""Command line of `kto-train`: options in, one call, errors out."""
+"""Command lines of `kto-train`, `kto-sweep` and `kto-report`: options in, one call, errors out."""
 
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import click
 from kto_core.errors import KTOError
 from kto_core.options import click_settings, resolve
 from train.config import TrainConfig
+from train.sweep_config import SweepConfig
 
 
 class _Command(click.Command):
     """Turns the errors a user can mend into one message and exit code 1."""
+
+    go_on = "run the same command with --resume to go on"
 
     def invoke(self, ctx: click.Context) -> Any:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # a launcher's ranks wait for each other outside of Python
@@ -24,23 +28,35 @@ class _Command(click.Command):
         except KTOError as error:
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
-            click.echo(
-                "\nInterrupted. What was finished is kept; run the same command with --resume to go on.", err=True
-            )
+            click.echo(f"\nInterrupted. What was finished is kept; {self.go_on}.", err=True)
             ctx.exit(130)
 
 
-def _options(command: Any) -> Any:
-    for flags, settings in reversed(click_settings(TrainConfig)):
-        if "choices" in settings:
-            settings["type"] = click.Choice(settings.pop("choices"))
-        command = click.option(*flags, **settings)(command)
-    return command
+class _SweepCommand(_Command):
+    go_on = "the same command goes on, if --out is given"
 
 
-@click.command(cls=_Command, context_settings={"max_content_width": 120})
+def _options(config: type) -> Callable[[Any], Any]:
+    def add(command: Any) -> Any:
+        for flags, settings in reversed(click_settings(config)):
+            if "choices" in settings:
+                settings["type"] = click.Choice(settings.pop("choices"))
+            command = click.option(*flags, **settings)(command)
+        return command
+
+    return add
+
+
+def _given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
+
+
+_SETTINGS = {"max_content_width": 120}
+
+
+@click.command(cls=_Command, context_settings=_SETTINGS)
 @click.option("--config", type=click.Path(path_type=Path), help="YAML with any of these options.", metavar="FILE")
-@_options
+@_options(TrainConfig)
 @click.pass_context
 def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     """Train the policy against cached reference scores; no reference model is loaded.
@@ -51,13 +67,12 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     from kto_core.allocator import keep_freed_memory
     from kto_core.quiet import quiet_libraries
 
-    given = {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
     if values["evaluate_only"] is not None:
         # The run's own options: its beta and hold-out, unless the command line says otherwise.
         if config is not None:
             raise click.UsageError("--evaluate-only reads the run's own config.yaml; leave --config out.", ctx)
         config = values["evaluate_only"] / "config.yaml"
-    resolved = resolve(TrainConfig, given, yaml_path=config)
+    resolved = resolve(TrainConfig, _given(ctx, values), yaml_path=config)
     if resolved.cache == Path(""):
         raise click.UsageError("Missing option '--cache'.", ctx)
     keep_freed_memory()
@@ -71,3 +86,53 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+@click.command(cls=_SweepCommand, context_settings=_SETTINGS)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="YAML with space:, train: and any of these options.",
+    metavar="FILE",
+)
+@_options(SweepConfig)
+@click.pass_context
+def sweep(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
+    """Try many settings on one cache; the policy is loaded once for each worker, a reference never.
+
+    \b
+    kto-sweep --cache refs/ --config configs/sweep.yaml --out sweeps/first
+    """
+    from kto_core.allocator import keep_freed_memory
+    from kto_core.quiet import quiet_libraries
+
+    if config is None:
+        raise click.UsageError("Missing option '--config': a YAML with space: and train:, as configs/sweep.yaml.", ctx)
+    resolved = resolve(SweepConfig, _given(ctx, values), yaml_path=config)
+    if resolved.cache == Path(""):
+        raise click.UsageError("Missing option '--cache'.", ctx)
+    keep_freed_memory()
+    quiet_libraries()
+    from train.sweep import sweep as run
+
+    run(resolved)
+
+
+@click.command(cls=_Command, context_settings=_SETTINGS)
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_SWEEP...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="HTML file.  [default: report.html in the folder, or here for several]",
+    metavar="FILE",
+)
+def report(folders: tuple[Path, ...], out: Path | None) -> None:
+    """Draw runs and sweeps as one HTML page, which needs nothing else.
+
+    \b
+    kto-report runs/first
+    kto-report runs/first runs/second --out compared.html
+    """
+    from train.report import write_report
+
+    click.echo(f"wrote       {write_report(folders, out)}")

@@ -15,10 +15,10 @@ from train.advice import class_weight_values
 from train.arguments import training_arguments
 from train.config import TrainConfig
 from train.data import HELD_OUT, TrainingData, rows_to_evaluate
-from train.evaluation import EVALUATION, HeldOutRows, summary, summary_lines, write_summary
+from train.evaluation import HeldOutRows, summary, summary_lines, write_summary
 from train.objective import Objective
 from train.policy import PolicyFiles
-from train.run_folder import METRICS, read_facts
+from train.run_files import EVALUATION, METRICS, read_facts
 from train.training_run import check_vocabulary, make_trainer
 
 

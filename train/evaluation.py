@@ -16,8 +16,6 @@ from kto_core.metrics import on_the_right_side
 from train.cache_rows import CacheRows, TrainingRow
 from train.objective import Objective
 
-EVALUATION = "evaluation.json"
-
 
 @dataclass(frozen=True)
 class HeldOutRows:

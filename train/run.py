@@ -13,6 +13,7 @@ from train.config import TrainConfig
 from train.evaluate_run import evaluate_run
 from train.evaluation import summary_lines
 from train.materials import Materials
+from train.report import write_report
 from train.run_folder import choose_folder, refuse_occupied
 from train.training_run import TrainingRun
 
@@ -63,6 +64,7 @@ def _train(config: TrainConfig, out: Path) -> None:
     if run.is_main:
         if found is not None:
             print("\n".join(summary_lines(found)))
+        print(f"report      {write_report([out])}")
         print(f"wrote       {out}")
     accelerator = run.trainer.accelerator
     if accelerator.num_processes > 1:

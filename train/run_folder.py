@@ -9,7 +9,6 @@ runs/NAME/                 at the end: model, tokenizer, model card, evaluation.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
@@ -19,21 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from kto_core.durable import flush, flush_all, remove_temporary, write_text
-from kto_core.errors import ConfigError, TrainingError, in_one_line, said_by
+from kto_core.errors import ConfigError, TrainingError, in_one_line
 from kto_core.lock import LOCK
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag, read_yaml
 from train.config import TrainConfig
+from train.run_files import CONFIG, FACTS, METRICS, config_text, read_facts
 
-METRICS = "metrics.jsonl"
-CONFIG = "config.yaml"
 _UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed to the hub
-_FACTS = "run.json"
 _SIZES = "sizes.json"
 _MAKES_LOADABLE = ("config.json", "adapter_config.json")
 
@@ -94,15 +90,15 @@ def refuse_occupied(config: TrainConfig, out: Path) -> None:
         ConfigError: the folder holds something else.
     """
     # What a run leaves that is killed before its first file is whole.
-    begun = (LOCK, f".{_FACTS}.")
+    begun = (LOCK, f".{FACTS}.")
     found = sorted(path.name for path in out.iterdir() if not path.name.startswith(begun))
     if found and not config.resume:
         raise ConfigError(
             f"--out {out}: the folder is not empty. Choose another one, or pass --resume to go on with the run in it."
         )
-    if found and not (out / _FACTS).exists():
+    if found and not (out / FACTS).exists():
         raise ConfigError(
-            f"--resume {out}: holds {found[0]}, but no {_FACTS}: it is no run of kto-train. Choose another --out."
+            f"--resume {out}: holds {found[0]}, but no {FACTS}: it is no run of kto-train. Choose another --out."
         )
 
 
@@ -240,28 +236,5 @@ def _check_same_options(config: TrainConfig, out: Path) -> None:
 
 def write_start(config: TrainConfig, out: Path, facts: dict[str, Any]) -> None:
     """Write config.yaml and run.json. The folder stays empty until the checks before the first update have passed."""
-    write_text(out / _FACTS, json.dumps(facts, indent=2) + "\n")  # first: what tells the folder is a run's
+    write_text(out / FACTS, json.dumps(facts, indent=2) + "\n")  # first: what tells the folder is a run's
     write_text(out / CONFIG, config_text(config))
-
-
-def config_text(config: TrainConfig) -> str:
-    """YAML that `kto-train --config` takes: everything that is set, but for what names a run itself."""
-    names = {field.name for field in dataclasses.fields(config) if field.metadata["yaml"]}
-    values = {k: v for k, v in as_plain(config).items() if k in names and v not in (None, {})}
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    return text
-
-
-def read_facts(out: Path) -> dict[str, Any]:
-    """What run.json holds.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        return dict(json.loads((out / _FACTS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{out / _FACTS}: cannot be read ({said_by(error)}), so that nobody knows what the run was started with. "
-            "Start a new run."
-        ) from error

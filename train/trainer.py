@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from tqdm import tqdm
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -176,7 +177,7 @@ class KTOTrainer(transformers.Trainer):
         self.max_tokens = max(least, self.max_tokens // 2)
         self._passes = None
         torch.cuda.empty_cache()
-        print(f"out of memory: going on with --max-tokens {self.max_tokens}", flush=True)
+        tqdm.write(f"out of memory: going on with --max-tokens {self.max_tokens}")  # above the live line
 
     # -- before the first update --------------------------------------------------------------------
 

@@ -19,22 +19,22 @@ from kto_core.errors import TrainingError, in_one_line
 from kto_core.head import whole_shape
 from kto_core.models import Precision, resolve_device, resolve_precision
 from train.advice import class_weight_values, warnings_for
+from train.alarms import Settings, Watch
 from train.arguments import training_arguments
 from train.cache_rows import CacheRows
-from train.card import command_of, write_card
+from train.card import CARD, command_of, write_card
 from train.config import TrainConfig
 from train.data import TrainingData
-from train.evaluation import EVALUATION, Scores, summary, to_columns, write_summary
+from train.evaluation import Scores, summary, to_columns, write_summary
 from train.materials import Materials
 from train.objective import Objective
 from train.policy import PolicyFiles
-from train.run_folder import METRICS, last_checkpoint, publish_model, remove_leftovers, unfinished, write_start
+from train.run_files import EVALUATION, METRICS, REWARDS
+from train.run_folder import last_checkpoint, publish_model, remove_leftovers, unfinished, write_start
 from train.sharding import gather_when_saving, prepare_sharding, sharding_asked_for
 from train.start_check import check_start, tolerance_for
 from train.trainer import KTOTrainer
 from train.watching import Console, MetricsFile
-
-REWARDS = "rewards.parquet"
 
 _MAX_TOKENS_CPU = 1024
 
@@ -44,6 +44,9 @@ class TrainingRun:
     """A run that is ready to train.
 
     Attributes:
+        model: as the materials gave it.
+        settings: what warnings during the run depend on.
+        console: of the process that prints.
         checkpoint: to go on from, or None.
         checked: whether policy and cache were compared before, with these materials.
     """
@@ -54,7 +57,10 @@ class TrainingRun:
     files: PolicyFiles
     precision: Precision
     objective: Objective
+    model: Any
     trainer: KTOTrainer
+    settings: Settings
+    console: Console | None
     checkpoint: str | None
     checked: bool = False
 
@@ -82,11 +88,13 @@ class TrainingRun:
         whole_fits = device.type == "cuda" and not sharding_asked_for()
         model = materials.model(files, config, precision, args.device if whole_fits else torch.device("cpu"))
         check_vocabulary(model, data.rows)
-        callbacks: list[Any] = [MetricsFile(out / METRICS), Console()] if args.process_index == 0 else []
+        settings = Settings.of(config, objective.weights, data.class_counts)
+        console = Console(Watch(settings), out / METRICS) if args.process_index == 0 else None
+        callbacks: list[Any] = [MetricsFile(out / METRICS), console] if console is not None else []
         if config.early_stopping:
             callbacks.append(transformers.EarlyStoppingCallback(config.early_stopping))
         trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks)
-        run = cls(config, out, data, files, precision, objective, trainer, checkpoint)
+        run = cls(config, out, data, files, precision, objective, model, trainer, settings, console, checkpoint)
         trainer.add_callback(_Steps(run))
         return run
 
@@ -110,6 +118,9 @@ class TrainingRun:
                 f"{in_one_line(error)} Use a smaller --max-tokens or --max-length, --gradient-checkpointing, --lora-rank 16 "
                 "or an 8-bit optimizer (training: optim: adamw_bnb_8bit). --resume goes on from the last checkpoint."
             ) from error
+        finally:
+            if self.console is not None:
+                self.console.close()  # whatever is printed next begins on a line of its own
         if self.config.early_stopping:
             trainer.load_best()
 
@@ -131,8 +142,11 @@ class TrainingRun:
         write_summary(self.out / EVALUATION, found)
         return found
 
-    def save_model(self, out: Path) -> None:
+    def save_model(self, out: Path, *, title: str | None = None) -> None:
         """Model, tokenizer and model card into a folder; called on every rank.
+
+        Args:
+            title: of the card.  [default: the folder's name]
 
         Raises:
             TrainingError: the disk does not take it.
@@ -154,7 +168,8 @@ class TrainingRun:
                 publish_model(folder, out)
         if self.is_main:
             history = trainer.state.log_history
-            write_card(out, config, self.data.rows.manifest, files, self.objective.weights, history)
+            title = title or out.resolve().name
+            write_card(out / CARD, title, config, self.data.rows.manifest, files, self.objective.weights, history)
 
     def begin(self) -> None:
         """Compare policy and cache, and put the run on record; the Trainer has prepared the model, on every rank."""
@@ -194,6 +209,8 @@ class TrainingRun:
             "precision": self.precision.name,
             "device": self.trainer.args.device.type,
             "weights": list(self.objective.weights),
+            "total_updates": self.trainer.state.max_steps,
+            "alarms": dataclasses.asdict(self.settings),
             "reference": manifest.reference,
             "data": self.data.facts(),
         }

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import sys
+import textwrap
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,15 @@ import transformers
 from tqdm import tqdm
 
 from kto_core.durable import write_text
+from train.alarms import Watch
 
 _SECONDS_BETWEEN_LINES = 2.0
+
+# A live line in too narrow a terminal loses these first.
+_DROPPED = ("tokens", "accuracy", "kl", "left", "undesirable", "desirable", "loss")
+
+# Where a terminal does not tell its width.
+_USUAL_WIDTH = 80
 
 # What the Trainer calls `eval_loss` is `eval/loss` everywhere a user looks.
 _INTERNAL = ("total_flos", "train_loss", "train_samples_per_second", "train_steps_per_second")
@@ -48,6 +58,12 @@ class MetricsFile(transformers.TrainerCallback):
             file.write(json.dumps(record_of(logs, state.global_step)) + "\n")
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a line that a crash cut off is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [record for line in lines if (record := _parsed(line)) is not None]
+
+
 def _parsed(line: str) -> dict[str, Any] | None:
     """A record, or None for a line that a crash cut off."""
     try:
@@ -58,61 +74,172 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 class Console(transformers.TrainerCallback):
-    """A bar on a terminal; elsewhere a line every few seconds, and for the first and last update and each evaluation."""
+    """A live line on a terminal; elsewhere a line every few seconds, and for the first and last update and each evaluation.
 
-    def __init__(self) -> None:
+    Args:
+        watch: finds what to warn of; None for no warnings.
+        metrics: where a resumed run's earlier records are: what they gave rise to was told before.
+    """
+
+    def __init__(self, watch: Watch | None = None, metrics: Path | None = None) -> None:
+        self.watch, self.metrics = watch, metrics
         self.started = self.last = time.monotonic()
-        self.first_step = 0
-        self.bar: tqdm | None = None
+        self.first_step: int | None = None
+        self.bar: _LiveLine | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started, self.first_step = time.monotonic(), state.global_step
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", dynamic_ncols=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
+        """Leave the live line as it is; the next output starts below. For a run that an error ends."""
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.watch is not None and state.global_step and self.metrics is not None and self.metrics.exists():
+            for record in read_metrics(self.metrics):
+                self.watch.add(record)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.first_step is not None:
+            return
+        # Not before: other callbacks check and print when training begins.
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if _shows_live_lines():
+            # smoothing=0: time left from the average so far, evaluations included, as in the plain lines.
+            self.bar = _LiveLine(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, miniters=1, smoothing=0
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None and not control.should_log:  # else the line moves on with the new values
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         record = record_of(logs, state.global_step)
         if "train_runtime" in record:
+            self.close()
             self._say(f"trained     {state.global_step:,} updates in {record['train_runtime']:.1f} s")
         elif "eval/loss" in record:
             values = {name.removeprefix("eval/"): value for name, value in record.items()}
             self._say(f"{'eval':<12}{state.global_step}/{state.max_steps}  {_summary(values)}")
         elif "loss" in record:
             self._step(record, state)
+        for alarm in self.watch.add(record) if self.watch is not None else ():
+            self._say(f"{'warning':<12}step {alarm.step:,}: {alarm.text}")
 
     def _step(self, record: dict[str, Any], state: Any) -> None:
         if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-            self.bar.set_postfix_str(f"{record['tokens_per_second']:,.0f} tokens/s  {_summary(record)}")
+            self.bar.record = record
+            moved = state.global_step - self.bar.n
+            if not self.bar.update(moved) and (not moved or state.global_step == state.max_steps):
+                self.bar.refresh()  # nothing may come for minutes: an evaluation, a checkpoint
             return
+        first = self.first_step or 0
         now = time.monotonic()
-        if now - self.last < _SECONDS_BETWEEN_LINES and state.global_step not in (self.first_step + 1, state.max_steps):
+        if now - self.last < _SECONDS_BETWEEN_LINES and state.global_step not in (first + 1, state.max_steps):
             return
         self.last = now
-        done = state.global_step - self.first_step
-        left = (now - self.started) / max(done, 1) * (state.max_steps - state.global_step)
-        self._say(
-            f"{'step':<12}{state.global_step}/{state.max_steps}  {_summary(record)}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  {left:,.0f} s left"
-        )
+        left = (now - self.started) / max(state.global_step - first, 1) * (state.max_steps - state.global_step)
+        line = f"{'step':<12}{state.global_step}/{state.max_steps}  {_summary(record)}  "
+        if record.get("tokens_per_second") is not None:
+            line += f"{record['tokens_per_second']:,.0f} tokens/s  "
+        self._say(f"{line}{left:,.0f} s left")
 
     def _say(self, line: str) -> None:
-        if self.bar is not None:
-            self.bar.write(line)
-        else:
+        if self.bar is None:
             print(line, flush=True)
+            return
+        self.bar.write(_wrapped(line, self.bar.width()) if sys.stdout.isatty() else line)
+        sys.stdout.flush()
+
+
+class _LiveLine(tqdm):
+    """tqdm's bar and time left, with as much of the last record as the terminal has room for at this moment."""
+
+    record: dict[str, Any] | None = None
+
+    def width(self) -> int:
+        """Columns that a line may fill; in the last one some terminals go to the next line."""
+        return (self.format_dict["ncols"] or _USUAL_WIDTH) - 1
+
+    def __str__(self) -> str:
+        width, meter = self.width(), self.format_dict
+        for layout in _layouts(self.record or {}):
+            # Without a width tqdm draws the shortest bar; with one, a bar as long as there is room.
+            if len(self.format_meter(**{**meter, "ncols": None, "bar_format": layout})) <= width:
+                return self.format_meter(**{**meter, "ncols": width, "bar_format": layout})
+        return ""
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """tqdm's covers a longer line with blanks, which wrap when the terminal has become narrower."""
+
+        def show(line: str) -> None:
+            file.write(f"\r\x1b[J{line}")  # all below too: what other bars left there
+            file.flush()
+
+        return show
+
+
+def _shows_live_lines() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _layouts(record: dict[str, Any]) -> Iterator[str]:
+    """`bar_format`s for tqdm, from all there is to say to nothing."""
+    bar, count = "{percentage:3.0f}%|{bar}| ", "{n:,}/{total:,}"
+    long, short = _parts(record), _short_parts(record)
+    yield "  ".join([bar + count, *long.values()])
+    yield "  ".join([bar + count, *short.values()])
+    yield "  ".join([count, *short.values()])
+    short["left"] = "{remaining}"
+    for name in ("", *_DROPPED):
+        short.pop(name, None)
+        yield " ".join(["{n}/{total}", *short.values()])
+
+
+def _parts(record: dict[str, Any]) -> dict[str, str]:
+    """What a line says about a record; a loss may have no kl, a batch no row of a class."""
+    parts = {"loss": f"loss {_number(record['loss'])}"} if "loss" in record else {}
+    if "kl" in record:
+        parts["kl"] = f"kl {_number(record['kl'])}"
+    for name, word in (("rewards/chosen", "desirable"), ("rewards/rejected", "undesirable")):
+        if record.get(name) is not None:
+            parts[word] = f"{word} {record[name]:+.3f}"
+    if record.get("accuracy") is not None:
+        parts["accuracy"] = f"accuracy {record['accuracy']:.0%}"
+    if record.get("tokens_per_second") is not None:
+        parts["tokens"] = f"{record['tokens_per_second']:,.0f} tokens/s"
+    return {**parts, "left": "{remaining} left"}
+
+
+def _short_parts(record: dict[str, Any]) -> dict[str, str]:
+    parts = _parts(record)
+    for name, value, words in (
+        ("loss", "loss", "loss {:.3f}"),
+        ("kl", "kl", "kl {:.1f}"),
+        ("desirable", "rewards/chosen", "des {:+.2f}"),
+        ("undesirable", "rewards/rejected", "undes {:+.2f}"),
+        ("accuracy", "accuracy", "acc {:.0%}"),
+    ):
+        if record.get(value) is not None:
+            parts[name] = words.format(record[value])
+    if "tokens" in parts:
+        parts["tokens"] = f"{tqdm.format_sizeof(record['tokens_per_second'])} tok/s"
+    return parts
 
 
 def _summary(record: dict[str, Any]) -> str:
-    parts = [f"loss {_number(record['loss'])}", f"kl {_number(record['kl'])}"]
-    for name, word in (("rewards/chosen", "desirable"), ("rewards/rejected", "undesirable")):
-        if name in record:
-            parts.append(f"{word} {record[name]:+.3f}")
-    return "  ".join([*parts, f"accuracy {record['accuracy']:.0%}"])
+    return "  ".join(text for name, text in _parts(record).items() if name not in ("tokens", "left"))
+
+
+def _wrapped(line: str, width: int) -> str:
+    """In lines of at most `width` columns, at words; the heading's column stays free."""
+    return textwrap.fill(
+        line, max(width, 24), subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _number(value: float | None) -> str:

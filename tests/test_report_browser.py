@@ -1,0 +1,311 @@
+"""The report page in a real browser, without a network."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from report_samples import write_rewards, write_run, write_sweep
+
+from kto_core.losses import kto_losses
+from train.report import write_report
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+PAGES = ("run", "sweep", "several")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium on the PATH to open the page with")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pages")
+    run, sweep = write_run(root / "runs" / "first"), write_sweep(root / "sweeps" / "search", trials=32)
+    other = write_run(root / "runs" / "second", seed=1, gain=1.5)
+    return {
+        "run": write_report([run]),
+        "sweep": write_report([sweep]),
+        "several": write_report([run, other, sweep], root / "several.html"),
+    }
+
+
+@pytest.fixture
+def visit(chromium):
+    """Opens a file; after the test, the page must have said, asked for and broken nothing."""
+    contexts, problems = [], []
+
+    def visit(path, *, width=1200, scheme="light"):
+        context = chromium.new_context(offline=True, viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: problems.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: problems.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: _allowed(request.url, path) or problems.append(f"request: {request.url}"))
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-ready]")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def _allowed(url, path):
+    return url.startswith("data:") or url.split("#")[0] == path.as_uri()
+
+
+def open_all(page):
+    for part in page.locator("details.part > summary").all():
+        part.click()
+
+
+UNDRAWN = """() => [...document.querySelectorAll('[data-figure], [data-panel]')].filter(
+    (div) => div.offsetParent !== null && !(div.querySelector('svg.main-svg') && div.clientHeight > 50
+        && div.querySelector('.scatterlayer path, .barlayer path'))).map((div) => div.ariaLabel)"""
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_plot_is_drawn(name, scheme, pages, visit):
+    page = visit(pages[name], scheme=scheme)
+    open_all(page)
+    assert page.evaluate(UNDRAWN) == []
+    for box in page.locator(".switch").all():
+        for label in box.locator("label").all():
+            label.click()
+            assert page.evaluate(UNDRAWN) == []
+            assert box.locator(".pane:visible").count() == 1
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", [390, 1600])
+def test_no_page_scrolls_sideways(name, width, pages, visit):
+    page = visit(pages[name], width=width)
+    open_all(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.set_viewport_size({"width": 1990 - width, "height": 900})
+    page.wait_for_function("() => document.documentElement.scrollWidth <= innerWidth", timeout=5000)
+
+
+CONTRASTS = """() => {
+  const channels = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
+    .map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const rgba = channels(getComputedStyle(e).backgroundColor);
+      if (rgba.length === 3 || rgba[3] === 1) return rgba;
+    }
+    return [255, 255, 255];
+  };
+  const found = {};
+  for (const element of document.querySelectorAll('body *')) {
+    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    if (!own || ['SCRIPT', 'STYLE', 'OPTION'].includes(element.tagName) || !element.checkVisibility()) continue;
+    const style = getComputedStyle(element);
+    const colour = channels(element.closest('svg') ? style.fill : style.color);
+    const [a, b] = [light(colour), light(behind(element.closest('svg') ? element.closest('.plot') : element))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const key = `${element.tagName} ${element.getAttribute('class') || ''}`;
+    found[key] = Math.min(found[key] ?? 99, ratio);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_text_can_be_read_light_dark_and_after_the_change(name, pages, visit):
+    page = visit(pages[name])
+    open_all(page)
+    grounds = []
+    for scheme in ("light", "dark", "light"):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_timeout(300)
+        found = page.evaluate(CONTRASTS)
+        assert len(found) > 25
+        assert {key: ratio for key, ratio in found.items() if ratio < 4.5} == {}
+        grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert grounds[0] == grounds[2] != grounds[1]
+
+
+def slide(page, **values):
+    page.evaluate(
+        """(values) => { const form = document.querySelector('#panel form');
+        for (const [name, value] of Object.entries(values)) form[name].value = value;
+        form.dispatchEvent(new Event('input')); }""",
+        values,
+    )
+    # Drawn in the next frame; the second one is after it.
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def panel_numbers(page):
+    texts = page.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('#panel output')].map((o) => [o.dataset.of, o.textContent]))"
+    )
+    return {name: float(text.replace("\u2212", "-").replace(",", "")) for name, text in texts.items()}
+
+
+def panel_curves(page):
+    div = "document.querySelector('[data-panel]')"
+    return page.evaluate(f"{div}.data.slice(2, 5).map((trace) => [[...trace.x], [...trace.y]])")
+
+
+def exact(r, z0, beta, weight, *, desirable):
+    """Value, loss and d loss / d r by kto_losses and autograd."""
+    logratios = torch.tensor(r, dtype=torch.float64, requires_grad=True)
+    labels, weights = torch.full((len(r),), desirable), torch.full((len(r),), weight, dtype=torch.float64)
+    losses = kto_losses(logratios, labels, torch.tensor(z0, dtype=torch.float64), beta=beta, weights=weights)
+    losses.sum().backward()
+    return (weights - losses).detach().numpy(), losses.detach().numpy(), logratios.grad.numpy()
+
+
+@pytest.mark.parametrize("side", ["desirable", "undesirable"])
+@pytest.mark.parametrize(
+    ("r", "z0", "beta", "weight"), [(3.0, 0.5, 0.1, 1.0), (-20.0, 4.0, 0.5, 1.7), (11.0, 0.0, 0.02, 0.4)]
+)
+def test_the_panel_is_the_loss_that_trains(side, r, z0, beta, weight, pages, visit):
+    page = visit(pages["run"])
+    before = panel_curves(page)
+    page.locator("#panel .segments label", has_text=side).filter(has=page.locator(f"input[value={side}]")).click()
+    slide(page, r=r, z0=z0, beta=float(np.log10(beta)), **{side: weight})
+    shown = panel_numbers(page)
+    assert (shown["r"], shown["z0"], shown[side]) == pytest.approx((r, z0, weight), rel=1e-3)
+    assert shown["beta"] == pytest.approx(beta, rel=1e-3)
+    expected = exact([r], z0, beta, weight, desirable=side == "desirable")
+    for name, value in zip(("value", "loss", "gradient"), expected, strict=True):
+        assert shown[name] == pytest.approx(value[0], rel=6e-4), name
+    after = panel_curves(page)
+    assert after != before
+    for (x, y), curve in zip(after, exact(after[0][0], z0, beta, weight, desirable=side == "desirable"), strict=True):
+        assert x == after[0][0]
+        np.testing.assert_allclose(y, curve, rtol=1e-9, atol=1e-15)
+
+
+def test_the_panel_begins_with_the_run_and_goes_back_to_it(pages, visit):
+    page = visit(pages["run"])
+    metrics = [json.loads(line) for line in (pages["run"].parent / "metrics.jsonl").read_text().splitlines()]
+    kl = next(record["kl"] for record in reversed(metrics) if "kl" in record)
+    begin = panel_numbers(page)
+    assert (begin["beta"], begin["desirable"], begin["undesirable"]) == (0.1, 1.0, 1.33)
+    assert begin["z0"] == pytest.approx(kl, rel=1e-3)
+    slide(page, r=9, beta=-1.5)
+    assert panel_numbers(page) != begin
+    page.locator("#panel .reset").click()
+    assert panel_numbers(page) == begin
+    page.locator("#panel input[name=r]").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(100)
+    assert panel_numbers(page)["r"] > begin["r"]
+
+
+def test_the_panel_counts_the_saturated_rows(tmp_path, visit):
+    folder = write_run(tmp_path / "run")
+    rows = write_rewards(folder, rows=20_000)
+    page = visit(write_report([folder]))
+    for z0, beta in ((0.0, 0.1), (3.0, 0.5), (1.0, 1.9)):
+        slide(page, z0=z0, beta=float(np.log10(beta)))
+        text = page.locator("#panel .share").inner_text()
+        told = [float(share) for share in re.findall(r"([\d.]+) %", text)]
+        greatest = abs(exact([z0], z0, beta, 1.0, desirable=True)[2][0])
+        few = {y: np.abs(exact(r, z0, beta, 1.0, desirable=y)[2]) < greatest / 10 for y, r in rows.items()}
+        shares = [np.concatenate([*few.values()]).mean(), few[True].mean(), few[False].mean()]
+        np.testing.assert_allclose(told, 100 * np.array(shares), atol=0.3)
+
+
+def column(page, index):
+    cells = f"[...document.querySelectorAll('.sortable tbody tr')].map((row) => row.children[{index}].dataset.sort)"
+    return page.evaluate(cells)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3, 4])
+def test_the_table_sorts_with_missing_values_last(index, pages, visit):
+    page = visit(pages["sweep"])
+    header = page.locator(".sortable thead th").nth(index)
+    for direction in ("ascending", "descending"):
+        header.locator("button").focus()
+        page.keyboard.press("Enter")
+        assert header.get_attribute("aria-sort") == direction
+        assert page.locator(".sortable th[aria-sort$=ending]").count() == 1
+        cells = column(page, index)
+        present = [cell for cell in cells if cell != ""]
+        assert cells == present + [""] * (3 if index == 1 else 0)
+        key = str if index == 4 else float
+        assert present == sorted(present, key=key, reverse=direction == "descending")
+
+
+def test_a_trial_is_marked_in_table_and_plots(pages, visit):
+    page = visit(pages["sweep"])
+    best = page.locator("tr.best")
+    assert best.count() == 1
+    number = int(best.get_attribute("data-trial"))
+    best.locator(".trial").click()
+    assert best.locator(".trial").get_attribute("aria-pressed") == "true"
+    opacities = "[...document.querySelector('[data-figure]').data].map((t) => [t.meta.trial, t.opacity])"
+    page.wait_for_function(f"() => {opacities}.some(([_, opacity]) => opacity < 1)")
+    assert [trial for trial, opacity in page.evaluate(opacities) if opacity == 1] == [number]
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_timeout(300)
+    assert [trial for trial, opacity in page.evaluate(opacities) if opacity == 1] == [number]
+    best.locator(".trial").click()
+    assert best.locator(".trial").get_attribute("aria-pressed") == "false"
+
+
+def test_the_command_is_copied_or_selected(pages, visit):
+    page = visit(pages["run"])
+    page.locator(".copy").first.click()
+    page.wait_for_function("() => ['Copied', 'Selected'].includes(document.querySelector('.copy').textContent)")
+
+
+def test_paper_gets_light_colours_and_every_part(pages, visit):
+    page = visit(pages["several"], scheme="dark")
+    ground = "getComputedStyle(document.documentElement).getPropertyValue('--page')"
+    dark = page.evaluate(ground)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(ground) != dark
+    assert page.locator("details.part:not([open])").count() == 0
+    assert page.evaluate(UNDRAWN) == []
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(ground) == dark
+
+
+def test_hostile_names_are_shown_and_do_nothing(tmp_path, visit):
+    hostile = "</script><img src=x onerror=alert(1)><a href='javascript:alert(2)'>$x$ %{y}"
+    folder = write_sweep(tmp_path / "<img src=x onerror=alert(3)>", trials=6)
+    facts = json.loads((folder / "sweep.json").read_text())
+    for trial in facts["trials"]:
+        trial.update(reason=hostile, params={hostile: f"{hostile}{trial['number']}", "beta": 0.1 * trial["number"]})
+    facts |= {"importance": {hostile: 1.0}, "metric": hostile, "command": hostile}
+    (folder / "sweep.json").write_text(json.dumps(facts))
+    runs = [write_run(tmp_path / f"<img src=x onerror=alert(4)><b>{index}") for index in range(2)]
+    for path in (write_report([folder]), write_report(runs, tmp_path / "several.html")):
+        page = visit(path)
+        page.wait_for_timeout(200)
+        assert page.locator("img[onerror], a[href^=javascript], .plot b, .plot a[href]").count() == 0
+    assert "<img src=x onerror=alert(4)><b>0" in page.locator(".legendtext").first.text_content()
+
+
+def test_a_page_of_almost_nothing_opens(tmp_path, visit):
+    (tmp_path / "run.json").write_text("{}")
+    page = visit(write_report([tmp_path]))
+    assert "No update was logged yet." in page.inner_text("body")
+    assert page.evaluate(UNDRAWN) == []

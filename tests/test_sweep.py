@@ -1,0 +1,563 @@
+"""Sweeps: real processes, one policy in memory, killed and gone on with, shared by two sweepers."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from kto_core.errors import ConfigError, TrainingError
+from kto_core.options import resolve
+from train.cli import sweep as kto_sweep
+from train.config import TrainConfig
+from train.materials import KeptMaterials
+from train.run import train
+from train.study import Study
+from train.sweep import sweep
+from train.sweep_config import SweepConfig, Trials
+from train.training_run import TrainingRun
+
+SCRIPT = Path(sysconfig.get_path("scripts")) / "kto-sweep"
+TRAIN = {"batch_size": 8, "max_steps": 3, "learning_rate": 3e-3, "eval_fraction": 0.3, "device": "cpu"}
+
+
+@pytest.fixture
+def config(cache: Path, tmp_path: Path) -> SweepConfig:
+    """A grid of six."""
+    space = {"beta": [0.05, 0.1, 0.3], "learning_rate": [1e-3, 3e-3]}
+    settings = {name: value for name, value in TRAIN.items() if name not in space}
+    return SweepConfig(cache=cache, out=tmp_path / "sweep", search="grid", space=space, train=settings)
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_yaml(path: Path, config: SweepConfig, **more: Any) -> Path:
+    values = {"search": config.search, "metric": config.metric, "space": config.space, "train": config.train, **more}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+class TestWhatItFinds:
+    @pytest.fixture(scope="class")
+    def done(self, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepConfig, Path]:
+        folder = tmp_path_factory.mktemp("done")
+        space = {"beta": [0.05, 0.1, 0.3], "learning_rate": [1e-3, 3e-3]}
+        settings = {name: value for name, value in TRAIN.items() if name not in space}
+        config = SweepConfig(cache=cache, out=folder / "sweep", search="grid", space=space, train=settings)
+        before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in cache.rglob("*") if path.is_file()}
+        sweep(config)
+        after = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in cache.rglob("*") if path.is_file()}
+        assert after == before
+        return config, folder / "sweep"
+
+    def test_every_trial_is_the_run_that_kto_train_makes(self, done: tuple[SweepConfig, Path], tmp_path: Path) -> None:
+        config, folder = done
+        rows = rows_of(folder)
+        assert [(row["trial"], row["state"]) for row in rows] == [(str(i), "complete") for i in range(6)]
+        assert [(row["beta"], row["learning_rate"]) for row in rows] == [
+            (str(beta), str(rate)) for beta in (0.05, 0.1, 0.3) for rate in (0.001, 0.003)
+        ]
+        for number in (0, 5):  # the first one after loading, and the last one after five others
+            alone = train(
+                TrainConfig(
+                    **{**config.train, **Trials.of(config).grid_point(number)},
+                    cache=config.cache,
+                    out=tmp_path / str(number),
+                    save_steps=0,
+                )
+            )
+            said = json.loads((alone / "evaluation.json").read_text())["metrics"]
+            for name, metric in said.items():
+                assert float(rows[number][f"eval/{name}"]) == metric["value"], name
+
+    def test_the_best_one_is_named_and_loads(self, done: tuple[SweepConfig, Path], tmp_path: Path) -> None:
+        _, folder = done
+        rows = rows_of(folder)
+        best = min(rows, key=lambda row: float(row["eval/loss"]))
+        options = resolve(TrainConfig, {"out": tmp_path / "again"}, yaml_path=folder / "best.yaml")
+        assert (options.beta, options.learning_rate) == (float(best["beta"]), float(best["learning_rate"]))
+        assert (folder / "best.yaml").read_text().startswith(f"# Trial {best['trial']} of ")
+        again = train(options)
+        first, second = (load_file(one / "model.safetensors") for one in (folder / "best", again))
+        assert first.keys() == second.keys()
+        for name in first:
+            assert torch.equal(first[name], second[name])
+        assert json.loads((folder / "best/run.json").read_text())["trial"] == int(best["trial"])
+        assert not list((folder / "trials").glob("*/model"))
+
+    def test_what_it_says(self, done: tuple[SweepConfig, Path]) -> None:
+        _, folder = done
+        state = json.loads((folder / "sweep.json").read_text())
+        assert state["direction"] == "minimize"
+        assert len(state["trials"]) == state["planned"] == 6
+        assert set(state["importance"]) == {"beta", "learning_rate"}
+        assert "What mattered" in (folder / "report.html").read_text()
+        assert {path.name for path in (folder / "trials/0003").iterdir()} >= {"metrics.jsonl", "config.yaml", "log.txt"}
+
+    def test_the_same_command_does_nothing_more(
+        self, done: tuple[SweepConfig, Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config, folder = done
+        before = (folder / "results.csv").read_bytes()
+        sweep(config)
+        assert (folder / "results.csv").read_bytes() == before
+        assert "6 trials done, 0 to go" in capsys.readouterr().out
+        assert (folder / "best/model.safetensors").exists()
+
+
+def test_no_reference_and_one_load(config: SweepConfig) -> None:
+    """In the worker's process: what it imported, and how often it read a model."""
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import train.materials, train.policy\n"
+        "from train.sweep_worker import _Worker\n"
+        "from train.sweep_config import SweepConfig, Trials\n"
+        "class Pipe:\n"
+        "    def send(self, message): self.last = message\n"
+        "    def recv(self): return 'drop'\n"
+        f"config = SweepConfig(cache=Path({str(config.cache)!r}), search='grid', space={config.space!r}, train={config.train!r})\n"
+        "trials, worker = Trials.of(config), _Worker(Pipe())\n"
+        "for number in range(trials.count):\n"
+        f"    worker.run(number, trials.config(trials.grid_point(number)), Path({str(config.out)!r}) / str(number))\n"
+        "    assert worker.pipe.last.state == 'complete', worker.pipe.last\n"
+        "assert worker.materials.loads == 1\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] in ('precompute', 'vllm', 'optuna')]\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+class TestMaterials:
+    @pytest.mark.parametrize(
+        "options",
+        [[{}, {}], [{"lora_rank": 2}, {"lora_rank": 4}, {"lora_rank": 2}], [{}, {"lora_rank": 2}, {}]],
+        ids=["weights", "adapters", "both"],
+    )
+    def test_a_policy_is_put_back_to_its_first_state(
+        self, options: list[dict[str, Any]], cache: Path, tmp_path: Path
+    ) -> None:
+        materials = KeptMaterials()
+        for number, one in enumerate(options):
+            config = TrainConfig(cache=cache, save_steps=0, seed=number, **{**TRAIN, **one})
+            run = TrainingRun.set_up(config, tmp_path / str(number), materials)
+            (tmp_path / str(number)).mkdir(exist_ok=True)
+            run.train()
+            run.save_model(tmp_path / str(number))
+            materials.give_back(run.model)
+            alone = train(replace(config, out=tmp_path / f"alone-{number}"))
+            name = "adapter_model.safetensors" if config.lora_rank else "model.safetensors"
+            first, second = load_file(tmp_path / str(number) / name), load_file(alone / name)
+            assert first.keys() == second.keys()
+            for key in first:
+                assert torch.equal(first[key], second[key]), key
+        # Between training all weights and adapters the model is read anew: its frozen form is another one.
+        assert materials.loads == (3 if len({bool(one) for one in options}) > 1 else 1)
+
+
+class Started:
+    """A sweep in a process of its own, and what it prints."""
+
+    def __init__(self, config: SweepConfig, path: Path, *more: str) -> None:
+        assert config.out is not None
+        command = [SCRIPT, "--cache", config.cache, "--config", path, "--out", config.out, *more]
+        self.log = config.out.with_name(f"{config.out.name}.log")
+        with self.log.open("a") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+
+    def ends_with(self, code: int) -> str:
+        """Wait for the end. Returns: what was printed."""
+        found = self.process.wait(timeout=200)
+        text = self.log.read_text()
+        assert found == code, text
+        return text
+
+
+def children_of(process: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == process:
+            found.append(int(status.parent.name))
+    return found
+
+
+def wait_until(said: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not said():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)
+
+
+def complete(folder: Path) -> int:
+    return sum(row["state"] == "complete" for row in rows_of(folder)) if (folder / "results.csv").exists() else 0
+
+
+@pytest.mark.slow
+class TestKills:
+    @pytest.mark.parametrize("search", ["grid", "tpe"])
+    def test_killed_and_started_again_it_has_the_same_rows(
+        self, search: str, config: SweepConfig, tmp_path: Path
+    ) -> None:
+        space = (
+            config.space
+            if search == "grid"
+            else {**config.space, "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
+        )
+        config = replace(config, search=search, space=space, train={**config.train, "max_steps": 10})
+        path = write_yaml(tmp_path / "sweep.yaml", config, trials=6)
+        undisturbed = replace(config, out=tmp_path / "undisturbed")
+        other = Started(undisturbed, path)
+        assert config.out is not None
+        assert undisturbed.out is not None
+        for wanted in (1, 3)[: 1 + (search == "grid")]:  # killed while the next trial runs
+            process = Started(config, path).process
+            wait_until(lambda n=wanted: complete(config.out) >= n)  # type: ignore[misc]
+            workers = children_of(process.pid)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            wait_until(lambda w=workers: not any(Path(f"/proc/{one}").exists() for one in w), 10)  # type: ignore[misc]
+        assert complete(config.out) < 6
+        Started(config, path).ends_with(0)
+        other.ends_with(0)
+        assert (config.out / "results.csv").read_bytes() == (undisturbed.out / "results.csv").read_bytes()
+        first, second = (load_file(folder / "best/model.safetensors") for folder in (config.out, undisturbed.out))
+        for name in first:
+            assert torch.equal(first[name], second[name])
+
+    def test_a_worker_that_is_killed_fails_its_trial_alone(self, config: SweepConfig, tmp_path: Path) -> None:
+        config = replace(config, train={**config.train, "max_steps": 40})
+        path = write_yaml(tmp_path / "sweep.yaml", config)
+        assert config.out is not None
+        started = Started(config, path)
+        wait_until(lambda: complete(config.out) >= 1)  # type: ignore[arg-type]
+        wait_until(lambda: (config.out / "trials/0001/metrics.jsonl").exists())  # type: ignore[operator]
+        for worker in children_of(started.process.pid):
+            if b"spawn_main" in Path(f"/proc/{worker}/cmdline").read_bytes():
+                os.kill(worker, signal.SIGKILL)
+        out = started.ends_with(0)
+        states = [row["state"] for row in rows_of(config.out)]
+        assert states.count("failed") == 1
+        assert states.count("complete") == 5
+        failed = next(row for row in rows_of(config.out) if row["state"] == "failed")
+        assert "its process ended (signal 9" in failed["reason"]
+        assert f"trial {failed['trial']}" in out
+
+    def test_interrupted_by_hand_it_says_how_to_go_on(self, config: SweepConfig, tmp_path: Path) -> None:
+        path = write_yaml(tmp_path / "sweep.yaml", config)
+        started = Started(config, path)
+        wait_until(lambda: complete(config.out) >= 1)  # type: ignore[arg-type]
+        started.process.send_signal(signal.SIGINT)
+        out = started.ends_with(130)
+        assert "Interrupted. What was finished is kept; the same command goes on" in out
+        assert "Traceback" not in out
+
+    def test_two_sweepers_share_one_storage(self, config: SweepConfig, tmp_path: Path) -> None:
+        config = replace(config, train={**config.train, "max_steps": 30})
+        path = write_yaml(tmp_path / "sweep.yaml", config)
+        storage = f"sqlite:///{tmp_path}/shared.db"
+        both = [replace(config, out=tmp_path / name) for name in ("one", "two")]
+        for started in [Started(one, path, "--storage", storage) for one in both]:
+            started.ends_with(0)
+        tables = [rows_of(one.out) for one in both]  # type: ignore[arg-type]
+        assert tables[0] == tables[1]
+        assert [row["state"] for row in tables[0]] == ["complete"] * 6
+        made = [{path.name for path in (one.out / "trials").iterdir()} for one in both if one.out is not None]
+        assert made[0] | made[1] == {f"{i:04d}" for i in range(6)}
+        assert made[0] & made[1] == set()
+        assert made[0]
+        assert made[1]
+
+
+class TestTrialsThatFail:
+    def test_one_that_cannot_be_trained_is_on_record(self, config: SweepConfig) -> None:
+        """No pairs in this cache: dpo is refused, the rest goes on."""
+        out = sweep(replace(config, space={"loss": ["kto", "dpo", "apo_zero"]}))
+        assert [row["state"] for row in rows_of(out)] == ["complete", "failed", "complete"]
+        assert "--loss dpo compares two completions" in rows_of(out)[1]["reason"]
+        assert "Error: " in (out / "trials/0001/log.txt").read_text()
+
+    def test_values_that_do_not_go_together(self, config: SweepConfig) -> None:
+        out = sweep(
+            replace(
+                config,
+                space={"loss": ["kto", "dpo"], "batch_size": [7, 8]},
+                train={name: value for name, value in config.train.items() if name != "batch_size"},
+            )
+        )
+        rows = rows_of(out)
+        assert [row["state"] for row in rows] == ["complete", "complete", "failed", "failed"]
+        assert "give an even number, not 7" in rows[2]["reason"]
+
+    def test_all_of_them(self, config: SweepConfig) -> None:
+        with pytest.raises(TrainingError, match=r"no trial came to its end\. The first one: .*--loss dpo"):
+            sweep(replace(config, space={"loss": ["dpo", "ipo"]}))
+        assert config.out is not None
+        assert [row["state"] for row in rows_of(config.out)] == ["failed", "failed"]
+        assert (config.out / "report.html").exists()
+
+    def test_a_learning_rate_that_explodes(self, config: SweepConfig) -> None:
+        settings = {**config.train, "max_steps": 6}
+        out = sweep(replace(config, space={"learning_rate": [1e-3, 1e30]}, train=settings))
+        rows = rows_of(out)
+        assert rows[0]["state"] == "complete"
+        assert rows[1]["state"] == "failed"
+        assert "not finite" in rows[1]["reason"]
+
+    def test_a_damaged_cache_ends_the_sweep_before_its_first_trial(self, config: SweepConfig, tmp_path: Path) -> None:
+        shutil.copytree(config.cache, tmp_path / "damaged")
+        shard = next((tmp_path / "damaged").rglob("*.parquet"))
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(bytes(content))
+        with pytest.raises(TrainingError, match="sha256 differs"):
+            sweep(replace(config, cache=tmp_path / "damaged"))
+        assert config.out is not None
+        assert not (config.out / "results.csv").exists()
+
+
+def drawn(config: SweepConfig, url: str, *, at_once: int = 1) -> list[dict[str, Any]]:
+    """What each trial of a search would try, where smaller betas are better; `at_once` sweepers take turns."""
+    trials = Trials.of(config)
+    studies = [Study(config, trials, url, {"space": config.space}) for _ in range(at_once)]
+    while not studies[0].is_done():
+        for study in studies:
+            trial = study.next()
+            if trial is not None:
+                study.tell(trial, "complete", trial.params["beta"], {})
+    return [record.params for record in studies[0].records()]
+
+
+SPACE = {"beta": {"low": 0.01, "high": 0.5, "log": True}, "batch_size": {"low": 4, "high": 8}, "warmup": [0, 1]}
+
+
+class TestStudy:
+    @pytest.mark.parametrize("search", ["random", "tpe"])
+    def test_draws_depend_on_the_trial_and_what_is_known(
+        self, search: str, config: SweepConfig, tmp_path: Path
+    ) -> None:
+        urls = [f"sqlite:///{tmp_path}/{name}.db" for name in ("one", "two", "three")]
+        config = replace(config, search=search, space=SPACE, train={}, trials=15)
+        whole = drawn(config, urls[0])
+        assert drawn(replace(config, trials=4), urls[1]) == whole[:4]
+        assert drawn(config, urls[1]) == whole  # goes on
+        other = drawn(replace(config, seed=1), urls[2])
+        betas = [params["beta"] for params in whole]
+        assert len(set(betas)) == 15
+        assert {params["beta"] for params in other}.isdisjoint(betas)
+        assert all(0.01 <= p["beta"] <= 0.5 and p["batch_size"] in range(4, 9) and p["warmup"] in (0, 1) for p in whole)
+        if search == "tpe":
+            assert sum(betas[10:]) / 5 < sum(betas[:10]) / 10  # it has learned
+
+    def test_two_sweepers_never_try_the_same(self, config: SweepConfig, tmp_path: Path) -> None:
+        config = replace(config, search="random", space=SPACE, train={}, trials=9)
+        alone = drawn(config, f"sqlite:///{tmp_path}/alone.db")
+        assert drawn(config, f"sqlite:///{tmp_path}/shared.db", at_once=3) == alone
+
+    def test_a_trial_of_a_dead_process_is_taken_over_at_once(self, config: SweepConfig, tmp_path: Path) -> None:
+        url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(config)
+        program = (
+            "import os; from pathlib import Path; from train.study import Study; from train.sweep_config import *\n"
+            f"config = SweepConfig(cache=Path('x'), search='grid', space={config.space!r}, train={config.train!r})\n"
+            f"study = Study(config, Trials.of(config), {url!r}, {{}})\n"
+            "print(study.next().params); study._study.ask(); os._exit(9)\n"  # one with an owner, one that has none yet
+        )
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert ran.stdout.strip() == str(trials.grid_point(0)), ran.stderr
+        study = Study(config, trials, url, {})
+        for number in range(6):
+            trial = study.next()
+            assert trial is not None
+            assert (trial.number, trial.params) == (number, trials.grid_point(number))
+        assert study.next() is None
+
+    def test_one_that_lives_elsewhere_keeps_its_trial(
+        self, config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its signs of life change; when they stop for a while, whatever the clocks say, it is gone."""
+        url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(replace(config, trials=1))
+        monkeypatch.setattr("train.study._place", lambda: "elsewhere")
+        there = Study(config, trials, url, {})
+        assert there.next() is not None
+        monkeypatch.undo()
+        monkeypatch.setattr("train.study.BEAT_SECONDS", 0.0)
+        now = [time.monotonic()]
+        monkeypatch.setattr("train.study.time.monotonic", lambda: now[0])
+        here = Study(config, trials, url, {})
+        for _ in range(20):
+            there.beat()
+            assert here.next() is None
+            now[0] += 10
+        now[0] += 25
+        taken = here.next()
+        assert taken is not None
+        assert taken.number == 0
+
+    def test_more_trials_than_planned_are_never_made(
+        self, config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two machines may ask at the same moment: the one too many waits for a longer sweep."""
+        url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(replace(config, trials=1))
+        study = Study(config, trials, url, {})
+        first = study.next()
+        assert first is not None
+        study._study.ask()
+        assert study.next() is None
+        study.tell(first, "complete", 0.5, {})
+        assert len(study.records()) == 1
+        assert study.is_done()
+        monkeypatch.setattr("train.study._GONE_SECONDS", -1.0)
+        longer = Study(config, Trials.of(config), url, {})
+        numbers = [trial.number for _ in range(5) if (trial := longer.next()) is not None]
+        assert numbers == [1, 2, 3, 4, 5]
+
+
+class TestSearches:
+    def test_pruning_stops_what_falls_behind(self, config: SweepConfig) -> None:
+        """Five trials of one quality, and one that learns nothing: the median of the others is better."""
+        space = {"learning_rate": [3e-3, 2.9e-3, 3.1e-3, 2.8e-3, 3.2e-3, 1e-9]}
+        settings = {**config.train, "max_steps": 8, "eval_steps": 2, "epochs": 9}
+        out = sweep(replace(config, space=space, train=settings, pruning="median", metric="eval/rewards/margins"))
+        rows = rows_of(out)
+        assert [row["state"] for row in rows[:5]] == ["complete"] * 5
+        assert rows[5]["state"] in ("pruned", "complete")
+        margins = [float(row["eval/rewards/margins"]) for row in rows]
+        if sum(margin > margins[5] for margin in margins[:5]) >= 4:
+            assert rows[5]["state"] == "pruned"
+            steps = [json.loads(line)["step"] for line in (out / "trials/0005/metrics.jsonl").read_text().splitlines()]
+            assert max(steps) < 8
+
+    def test_seeds_are_compared_on_the_same_rows(self, config: SweepConfig) -> None:
+        out = sweep(replace(config, space={"seed": [0, 1]}, train={**TRAIN, "max_steps": 1}))
+        held = []
+        for number in range(2):
+            table = pq.read_table(out / f"trials/{number:04d}/rewards.parquet").to_pydict()
+            held.append({r for r, s in zip(table["row_id"], table["split"], strict=True) if s == "held_out"})
+        assert held[0] == held[1]
+        assert "eval_seed: 0" in (out / "best.yaml").read_text()
+
+    def test_rows_are_held_out_unless_told(self, config: SweepConfig) -> None:
+        trials = Trials.of(replace(config, train={}))
+        assert trials.base["eval_fraction"] == 0.1
+
+    def test_metrics_that_should_grow(self, config: SweepConfig) -> None:
+        out = sweep(replace(config, metric="eval/accuracy", space={"learning_rate": [1e-9, 3e-3]}))
+        rows = rows_of(out)
+        best = yaml.safe_load((out / "best.yaml").read_text())
+        assert float(best["learning_rate"]) == float(
+            max(rows, key=lambda row: float(row["eval/accuracy"]))["learning_rate"]
+        )
+        assert json.loads((out / "sweep.json").read_text())["direction"] == "maximize"
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"space": {}}, "names no option to search over"),
+    ({"space": {"betta": [0.1]}}, "unknown key 'betta'. Did you mean 'beta'"),
+    ({"space": {"betta": {"low": 1, "high": 2}}}, "unknown key 'betta'. Did you mean 'beta'"),
+    (
+        {"space": {"beta": 0.1}},
+        "expected a list of values or a range, got 0.1. A value that all trials share belongs into train:",
+    ),
+    ({"space": {"beta": []}}, "an empty list"),
+    ({"space": {"beta": [0.1, 0.1]}}, "a value is given twice"),
+    ({"space": {"beta": ["big"]}}, "expected a number, got 'big'"),
+    ({"space": {"beta": [-1.0]}}, "beta: -1.0 cannot be used: --beta must be above 0"),
+    ({"space": {"beta": {"low": 0.1}}}, "high must be a number, got None"),
+    ({"space": {"beta": {"low": 0.3, "high": 0.1}}}, "low (0.3) must be below high (0.1)"),
+    ({"space": {"beta": {"low": 0, "high": 1, "log": True}}}, "a range on a log scale must begin above 0"),
+    ({"space": {"beta": {"low": 0.1, "high": 1, "logg": True}}}, "unknown key 'logg'"),
+    ({"space": {"beta": {"low": 0.1, "high": 1}}}, "add points: 5 to the range"),
+    ({"space": {"batch_size": {"low": 1.5, "high": 4, "points": 2}}}, "low must be a whole number, got 1.5"),
+    ({"space": {"loss": {"low": 1, "high": 4}}}, "takes no numbers, so it has no range"),
+    ({"space": {"loss": ["ktoo"]}}, "choose one of kto"),
+    ({"space": {"cache": ["refs"]}}, "'cache' cannot differ between the trials"),
+    ({"space": {"eval_fraction": [0.1, 0.2]}}, "compared on the same held-out rows"),
+    ({"space": {"out": ["a", "b"]}}, "belongs on the command line: --out"),
+    ({"train": {"beta": 0.1}}, "'beta' stands in space: and in train:"),
+    ({"train": {"lerning_rate": 0.1}}, "unknown key 'lerning_rate'. Did you mean 'learning_rate'"),
+    ({"train": {"metric": "eval/loss"}}, "'metric' is set for all of the sweep"),
+    ({"trials": 0}, "--trials must be at least 1"),
+    ({"workers": 0}, "--workers must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_mistakes_are_told_before_anything_starts(
+    options: dict[str, Any], message: str, config: SweepConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        sweep(replace(config, **options))
+    assert message in str(refused.value)
+    assert config.out is not None
+    assert not config.out.exists()
+
+
+class TestFolders:
+    def test_another_sweep_in_the_same_folder(self, config: SweepConfig) -> None:
+        sweep(replace(config, trials=1))
+        with pytest.raises(ConfigError, match="begun with another space"):
+            sweep(replace(config, space={"beta": [0.1, 0.2]}))
+        with pytest.raises(ConfigError, match="begun with another metric"):
+            sweep(replace(config, metric="eval/accuracy"))
+        assert config.out is not None
+        assert len(rows_of(config.out)) == 1
+
+    def test_a_folder_of_something_else(self, config: SweepConfig) -> None:
+        assert config.out is not None
+        config.out.mkdir()
+        (config.out / "notes.txt").write_text("mine")
+        with pytest.raises(ConfigError, match=r"holds notes.txt, but no sweep.yaml"):
+            sweep(config)
+        assert [path.name for path in config.out.iterdir()] == ["notes.txt"]
+
+    def test_a_storage_that_is_not_there(self, config: SweepConfig) -> None:
+        with pytest.raises(ConfigError, match="--storage postgresql://nobody"):
+            sweep(replace(config, storage="postgresql://nobody@127.0.0.1:1/none"))
+
+    def test_without_a_config(self, config: SweepConfig) -> None:
+        result = CliRunner().invoke(kto_sweep, ["--cache", str(config.cache)])
+        assert result.exit_code == 2
+        assert "Missing option '--config'" in result.output
+
+
+def test_ranges_make_grids(config: SweepConfig) -> None:
+    space = {
+        "learning_rate": {"low": 1e-7, "high": 1e-5, "log": True, "points": 3},
+        "beta": {"low": 0.1, "high": 0.5, "points": 3},
+        "batch_size": {"low": 4, "high": 6, "points": 5},
+    }
+    trials = Trials.of(replace(config, space=space, train={}))
+    values = [entry.grid() for entry in trials.space.values()]
+    assert values[0] == pytest.approx((1e-7, 1e-6, 1e-5))
+    assert (values[0][0], values[0][-1]) == (1e-7, 1e-5)
+    assert values[1] == pytest.approx((0.1, 0.3, 0.5))
+    assert values[2] == (4, 5, 6)
+    assert trials.count == 27
+    assert len({tuple(trials.grid_point(i).values()) for i in range(27)}) == 27
+
+
+def test_what_is_not_comparable_is_said(config: SweepConfig) -> None:
+    assert "eval/loss is measured with each trial's own beta" in Trials.of(config).warnings()[0]
+    assert Trials.of(replace(config, metric="eval/accuracy")).warnings() == []
+    assert Trials.of(replace(config, space={"seed": [1, 2]})).warnings() == []

@@ -1,0 +1,259 @@
+"""The plots of a run's report page. Their colours are names of the page's CSS, `var(--desirable)`: the page fills them in,
+light or dark, so that a class has one colour everywhere.
+
+Nothing from a file is plotted at full length: curves keep the lowest and highest value of each stretch, rows are counted
+in bins.
+"""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+Floats = npt.NDArray[np.float64]
+CLASSES = ((True, "desirable"), (False, "undesirable"))
+_POINTS = 1000  # of one curve
+_BINS = 60
+_ENOUGH_TO_SMOOTH = 40
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with what stands around it.
+
+    label: what the plot shows, for those who cannot see it.
+    note: one or two sentences below the title.
+    """
+
+    title: str
+    label: str
+    figure: go.Figure
+    note: str = ""
+    height: int = 260
+    min_width: int = 0
+
+    @property
+    def json(self) -> str:
+        """The figure as plotly.js takes it."""
+        return str(self.figure.to_json())
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve over updates: steps and values of shape (n,), nan where there is no number.
+
+    held_out: few points, each of them drawn; else the records themselves are thin and their running mean is thick.
+    named: stands in the legend.
+    smooth: false where each record counts, as of a schedule.
+    """
+
+    name: str
+    steps: Floats
+    values: Floats
+    color: str
+    held_out: bool = False
+    dash: str = "solid"
+    trial: int | None = None
+    named: bool = True
+    smooth: bool = True
+
+
+def plotly_js() -> str:
+    """The library, to be put into the page."""
+    return str(get_plotlyjs())
+
+
+def literal(text: object) -> str:
+    """Text from a file as plotly shows it: letter by letter, whatever tags or formulas it holds."""
+    return html.escape(str(text), quote=False).replace("$", "&#36;")
+
+
+def new_figure(**layout: Any) -> go.Figure:
+    """An empty figure in the page's look."""
+    figure = go.Figure(layout={"template": "none"})
+    axis = {
+        "gridcolor": "var(--grid)",
+        "zeroline": False,
+        "linecolor": "var(--rule)",
+        "tickcolor": "var(--rule)",
+        "automargin": True,
+        "ticks": "outside",
+        "ticklen": 4,
+        "title": {"standoff": 8, "font": {"size": 12}},
+    }
+    figure.update_layout(
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": "var(--muted)", "size": 12},
+        margin={"l": 48, "r": 14, "t": 10, "b": 40},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": "var(--ink)"}},
+        hoverlabel={"bgcolor": "var(--surface)", "bordercolor": "var(--rule)", "font": {"color": "var(--ink)"}},
+        xaxis={**axis, "showgrid": False},
+        yaxis={**axis, "ticks": "", "showline": False},
+    )
+    figure.update_layout(**layout)
+    return figure
+
+
+def curves(lines: Sequence[Line], *, percent: bool = False, unified: bool = True, from_zero: bool = False) -> go.Figure:
+    """Curves over updates."""
+    figure = new_figure(hovermode="x unified" if unified else "closest", showlegend=len(lines) > 1 and unified)
+    form = ".0%" if percent else ".4~g"
+    for line in lines:
+        window = 1 if line.held_out or not line.smooth else smoothing_window(len(line.values))
+        if window > 1 and line.trial is None:
+            steps, values = thinned(line.steps, line.values)
+            look = {"color": line.color, "width": 1}
+            figure.add_trace(_trace(steps, values, line=look, opacity=0.25, showlegend=False, hoverinfo="skip"))
+        steps, values = thinned(
+            line.steps, running_mean(line.values, window), 200 if line.trial is not None else _POINTS
+        )
+        single = np.isfinite(values).sum() == 1
+        figure.add_trace(
+            _trace(
+                steps,
+                values,
+                name=literal(line.name),
+                showlegend=line.named,
+                mode="lines+markers" if line.held_out or single else "lines",
+                line={"color": line.color, "width": 1.5 if line.trial is not None else 2, "dash": line.dash},
+                marker={"color": line.color, "size": 5, "symbol": "circle"},
+                hovertemplate=f"%{{y:{form}}}" if unified else f"{literal(line.name)}: %{{y:{form}}}<extra></extra>",
+                meta=None if line.trial is None else {"trial": line.trial},
+            )
+        )
+    figure.update_xaxes(title_text="update", tickformat=",~d", hoverformat=",~d", rangemode="tozero")
+    figure.update_yaxes(tickformat=".0%" if percent else None, exponentformat="e")
+    if from_zero:
+        figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def _trace(steps: Floats, values: Floats, **look: Any) -> go.Scatter:
+    return go.Scatter(
+        x=steps.astype(np.int32) if steps.max(initial=0) < 2**31 else steps,
+        y=values.astype(np.float32),
+        **{"mode": "lines", **look},
+    )
+
+
+def smoothing_window(records: int) -> int:
+    """Over how many records a curve's running mean goes; 1 for a short one."""
+    return max(1, records // 30) if records >= _ENOUGH_TO_SMOOTH else 1
+
+
+def running_mean(values: Floats, window: int) -> Floats:
+    """The mean of each value and the `window - 1` before it, of those that are numbers. Shape as `values`."""
+    if window <= 1:
+        return values
+    known = np.isfinite(values)
+    sums = np.cumsum(np.concatenate([[0.0], np.where(known, values, 0.0)]))
+    counts = np.cumsum(np.concatenate([[0], known]))
+    first = np.maximum(np.arange(1, len(values) + 1) - window, 0)
+    count = counts[1:] - counts[first]
+    mean = (sums[1:] - sums[first]) / np.maximum(count, 1)
+    return np.asarray(np.where((count > 0) & known, mean, math.nan))
+
+
+def thinned(steps: Floats, values: Floats, most: int = _POINTS) -> tuple[Floats, Floats]:
+    """At most about `most` points: of each stretch the lowest and the highest, and the first and last point of all."""
+    if len(values) <= most:
+        return steps, values
+    stretch = -(-2 * len(values) // most)
+    kept = {0, len(values) - 1}
+    for start in range(0, len(values), stretch):
+        part = values[start : start + stretch]
+        kept.add(start + int(np.argmin(np.where(np.isnan(part), math.inf, part))))
+        kept.add(start + int(np.argmax(np.where(np.isnan(part), -math.inf, part))))
+    index = np.array(sorted(kept))
+    return steps[index], values[index]
+
+
+def histograms(groups: Mapping[str, tuple[Floats, str]], *, unit: str, whole: bool = False) -> tuple[go.Figure, int]:
+    """Histograms of several groups on one axis, as shares of each group.
+
+    Args:
+        groups: by name, values of shape (n,) and the colour.
+        unit: the axis' title.
+        whole: the values are whole numbers, and no bin is narrower than one.
+
+    Returns:
+        The figure, and how many values lie beyond its axis, which ends at the outermost thousandth.
+    """
+    everything = np.concatenate([values for values, _ in groups.values()])
+    low, high = (float(bound) for bound in np.quantile(everything, [0.001, 0.999]))
+    beyond = int(((everything < low) | (everything > high)).sum()) if len(everything) > 1000 else 0
+    if not beyond:
+        low, high = float(everything.min()), float(everything.max())
+    if whole:
+        width = max(1, math.ceil((high - low + 1) / _BINS))
+        edges = low - 0.5 + width * np.arange(math.ceil((high - low + 1) / width) + 1)
+    else:
+        bins = min(_BINS, max(12, int(2 * math.sqrt(len(everything)))))
+        margin = 1e-3 * (high - low) or 0.5 * max(abs(high), 1e-3)
+        edges = np.linspace(low - margin, high + margin, bins + 1)
+    figure = new_figure(barmode="overlay", bargap=0, hovermode="x unified", showlegend=len(groups) > 1)
+    for name, (values, color) in groups.items():
+        counts = np.histogram(values, edges)[0]
+        figure.add_trace(
+            go.Bar(
+                x=(edges[:-1] + edges[1:]) / 2,
+                y=(counts / len(values)).astype(np.float32),
+                width=float(edges[1] - edges[0]),
+                name=literal(name),
+                opacity=0.55,
+                marker={"color": color, "line": {"width": 0}},
+                hovertemplate="%{y:.1%}",
+            )
+        )
+    figure.update_xaxes(title_text=unit, hoverformat=",.0f" if whole else ".3~g", tickformat=",~d" if whole else None)
+    figure.update_yaxes(tickformat=".0%", rangemode="tozero", nticks=5)
+    return figure, beyond
+
+
+def marked_at(figure: go.Figure, x: float, text: str) -> None:
+    """A thin vertical line with a word."""
+    figure.add_vline(x=x, line={"color": "var(--muted)", "width": 1, "dash": "dot"})
+    figure.add_annotation(
+        x=x, y=1, yref="paper", text=literal(text), showarrow=False, xanchor="right", yanchor="top", xshift=-4
+    )
+
+
+def value_function() -> go.Figure:
+    """The stage of the panel: the page's script fills in curves, rows and lines as the sliders move.
+
+    Traces in this order: rows of each class, value, loss, gradient, and the points at r on these three.
+    """
+    figure = new_figure(barmode="overlay", bargap=0, hovermode="x unified", showlegend=True)
+    for _, name in CLASSES:
+        marker = {"color": f"var(--{name})", "line": {"width": 0}}
+        figure.add_trace(go.Bar(name=f"{name} rows", yaxis="y3", marker=marker, opacity=0.28, hoverinfo="skip"))
+    for name, axis, width, dash in (
+        ("value", "y", 2.5, "solid"),
+        ("loss", "y", 2, "dash"),
+        ("gradient of the loss", "y2", 2, "dot"),
+    ):
+        line = {"width": width, "dash": dash}
+        figure.add_trace(go.Scatter(name=name, mode="lines", yaxis=axis, line=line, hovertemplate="%{y:.4~g}"))
+    for axis in ("y", "y", "y2"):
+        point = {"size": 9, "line": {"width": 2, "color": "var(--surface)"}}
+        figure.add_trace(go.Scatter(mode="markers", yaxis=axis, showlegend=False, marker=point, hoverinfo="skip"))
+    plain = {"gridcolor": "var(--grid)", "zeroline": False, "automargin": True}
+    figure.update_layout(
+        yaxis={"domain": [0.36, 1], "title": {"text": "value, loss"}, "rangemode": "tozero"},
+        yaxis2={
+            **plain,
+            "domain": [0, 0.26],
+            "title": {"text": "gradient", "standoff": 8, "font": {"size": 12}},
+            "nticks": 4,
+        },
+        yaxis3={"domain": [0.36, 1], "overlaying": "y", "visible": False, "range": [0, 2.2], "fixedrange": True},
+        xaxis={"title": {"text": "log-ratio r, nats"}, "anchor": "y2", "hoverformat": ".3~f"},
+    )
+    return figure

@@ -1,0 +1,340 @@
+"""`kto-report`: one HTML file that shows runs and sweeps, opens without a network and may be sent to anybody.
+
+    report_folders.py reads, report_words.py says, figures.py and sweep_figures.py draw, report.html.j2 lays out
+
+Whatever stands in a folder may come from anybody: the template escapes it, data in scripts cannot end them, plots show
+it letter by letter, and the page's policy runs no script but its own.
+"""
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kto_core.durable import write_text
+from kto_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from train.figures import Plot
+    from train.report_folders import Run, Sweep
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: what it shows, and what it is sorted by; None stands last."""
+
+    text: str
+    sort: float | str | None
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report page of one or several runs and sweeps.
+
+    Args:
+        folders: of kto-train and kto-sweep, finished or not.
+        out: the HTML file.  [default: report.html in the folder; of several folders, in the current directory]
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ConfigError: a folder is neither run nor sweep, or the file cannot be written.
+    """
+    from train.report_folders import read_folder
+
+    if not folders:
+        raise ConfigError("kto-report: no folder given. Name the folders of runs (runs/NAME) or sweeps (sweeps/NAME).")
+    out = out or (folders[0] / REPORT if len(folders) == 1 else Path(REPORT))
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: a folder of that name exists; name an .html file.")
+    page = _page([read_folder(folder) for folder in folders])
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, page)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error}. Name another file with --out.") from error
+    return out
+
+
+def warnings_of(run: "Run") -> list[str]:
+    """What was warned of during a run, a sentence each: the same as on its console."""
+    from train.alarms import Settings, alarms
+
+    try:
+        return [f"Step {alarm.step:,}: {alarm.text}" for alarm in alarms(run.records, Settings(**run.facts["alarms"]))]
+    except (KeyError, TypeError, ValueError):  # a run of another version, or values that are no numbers
+        return []
+
+
+def _page(found: Sequence["Run | Sweep"]) -> str:
+    """The page's HTML."""
+    import jinja2
+    from markupsafe import Markup
+
+    from train import report_words as words
+    from train.figures import plotly_js
+    from train.report_folders import Run, Sweep
+
+    home = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(home),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    plots: list[str] = []
+
+    def place(plot: "Plot") -> int:
+        plots.append(plot.json)
+        return len(plots) - 1
+
+    names = _names([folder.path for folder in found])
+    runs = [_run_parts(folder, name) for folder, name in zip(found, names, strict=True) if isinstance(folder, Run)]
+    sweeps = [
+        _sweep_parts(folder, name) for folder, name in zip(found, names, strict=True) if isinstance(folder, Sweep)
+    ]
+    whole = [(folder, name) for folder, name in zip(found, names, strict=True) if isinstance(folder, Run)]
+    context = {
+        "title": names[0] if len(names) == 1 else f"{len(names)} folders compared",
+        "runs": runs,
+        "sweeps": sweeps,
+        "comparison": _comparison(whole) if len(whole) > 1 else None,
+        "panel": {"plot": _panel_plot(), "sources": _sources(found, names)},
+        "words": words,
+        "place": place,
+        "placed": lambda: Markup("[" + ",".join(_in_script(plot) for plot in plots) + "]"),
+        "in_script": lambda value: Markup(_in_script(json.dumps(value, allow_nan=False))),
+        "css": Markup((home / "report.css").read_text(encoding="utf-8")),
+        "js": Markup((home / "report.js").read_text(encoding="utf-8")),
+        "plotly_js": Markup(plotly_js()),
+        "nonce": secrets.token_urlsafe(16),
+    }
+    return environment.get_template("report.html.j2").render(context)
+
+
+def _in_script(text: str) -> str:
+    """JSON that can stand in a script element: nothing in it ends the element or begins a comment."""
+    escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+    return text.translate({ord(character): escape for character, escape in escapes.items()})
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with those above where two are alike."""
+    parts = [path.resolve().parts for path in paths]
+    depth = 1
+    while depth < 4 and len({part[-depth:] for part in parts}) < len({*parts}):
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
+
+
+def _run_parts(run: "Run", name: str) -> dict[str, Any]:
+    from train import report_plots as plots
+    from train import report_words as words
+
+    return {
+        "name": name,
+        "path": str(run.path),
+        "status": words.status(run),
+        "started": words.moment(run.facts.get("started")),
+        "changed": words.moment(run.changed.isoformat(timespec="seconds")) if run.changed else "",
+        "summary": words.summary(run),
+        "tiles": words.tiles(run),
+        "warnings": warnings_of(run),
+        "notes": run.notes,
+        "smoothing": plots.smoothing_note(run),
+        "curves": plots.run_curves(run),
+        "rewards": plots.reward_histograms(run),
+        "held_out": _held_out(run),
+        "data": _data(run.facts),
+        "origin": _origin(run.path, run.facts, run.config),
+    }
+
+
+def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, Any]:
+    from train import report_plots as plots
+    from train import report_words as words
+    from train import sweep_figures
+
+    best = sweep.best
+    header, rows = _trial_table(sweep)
+    return {
+        "name": name,
+        "path": str(sweep.path),
+        "status": words.sweep_status(sweep),
+        "started": words.moment(sweep.facts.get("started")),
+        "summary": words.sweep_summary(sweep),
+        "tiles": words.sweep_tiles(sweep),
+        "notes": sweep.notes,
+        "best": best,
+        "parallel": sweep_figures.parallel_coordinates(sweep),
+        "importance": sweep_figures.importance_bars(sweep),
+        "slices": sweep_figures.slices(sweep),
+        "curves": plots.trial_curves(sweep),
+        "header": header,
+        "rows": rows,
+        "metric": words.plain_name(sweep.metric),
+        "data": _data(sweep.facts),
+        "origin": _origin(sweep.path, sweep.facts, sweep.config, best=best is not None),
+    }
+
+
+def _held_out(run: "Run") -> dict[str, Any] | None:
+    """The held-out table: metrics with intervals, or the last evaluation of the training."""
+    from train import report_words as words
+    from train.report_folders import mapping, number
+
+    facts = run.evaluation
+    names = list(mapping(facts.get("metrics")))
+    if not names:
+        logged = {name.removeprefix("eval/") for record in run.records for name in record if name.startswith("eval/")}
+        names = [name for name in words.WORDS if name in logged]
+    rows = []
+    for name in names:
+        value, bounds, _ = words.final(run, name)
+        rows.append((words.plain_name(name), words.metric_value(name, value), bounds or words.NOTHING))
+    counts = [
+        f"{words.shown(count)} {what}" for what in ("rows", "prompts") if (count := number(facts.get(what))) is not None
+    ]
+    note = "The last evaluation in training; no intervals were computed."
+    if facts:
+        resamples = number(facts.get("resamples"))
+        note = f"{' of '.join(counts)}, after {words.shown(number(facts.get('step')))} updates. " if counts else ""
+        note += f"95 % intervals from {words.shown(resamples)} bootstrap resamples of the prompts." if resamples else ""
+    return {"rows": rows, "note": note} if rows else None
+
+
+def _data(facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The data section of a run or sweep."""
+    from train import report_plots as plots
+    from train import report_words as words
+    from train.report_folders import listed, mapping, number
+
+    data = mapping(facts.get("data"))
+    if not data:
+        return None
+    counts = [
+        (kind, words.shown(number(data.get(kind))), words.shown(number(data.get(f"held_out_{kind}"))))
+        for kind in ("desirable", "undesirable")
+    ]
+    lines = []
+    for key, text in (
+        ("truncated", "completions cut at the greatest length"),
+        ("dropped", "rows dropped, their prompt leaves no room"),
+        ("contradictory", "rows that carry both labels"),
+        ("max_length", "tokens are the greatest length"),
+    ):
+        value = number(data.get(key))
+        if value is not None:
+            lines.append((words.shown(value), text))
+    files = [str(name) for name in listed(data.get("files"))]
+    return {"counts": counts, "lines": lines, "files": files, "plots": plots.length_histograms(data)}
+
+
+def _origin(path: Path, facts: dict[str, Any], config: dict[str, Any], *, best: bool = False) -> dict[str, Any]:
+    """The reproduction section: commands, fingerprints, versions, options."""
+    import yaml
+
+    from train import report_words as words
+    from train.report_folders import mapping
+
+    reference = mapping(facts.get("reference"))
+    pairs = [
+        ("cache fingerprint", facts.get("fingerprint")),
+        ("labels", facts.get("labels_hash")),
+        ("reference model", reference.get("id")),
+        ("reference weights", reference.get("weights_hash")),
+        ("reference precision", reference.get("dtype")),
+        ("precision", facts.get("precision")),
+        ("device", facts.get("device")),
+        ("class weights", facts.get("weights")),
+        *((name, version) for name, version in mapping(facts.get("versions")).items()),
+    ]
+    return {
+        "commands": words.commands(path, facts, best=best),
+        "pairs": [(name, _in_words(value)) for name, value in pairs if value not in (None, "", [])],
+        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+    }
+
+
+def _in_words(value: Any) -> str:
+    from train.report_words import shown
+
+    return ", ".join(shown(item) for item in value) if isinstance(value, list) else shown(value)
+
+
+def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, Any]]]:
+    """The table of all trials: its header, and each trial's cells, the best trials first."""
+    from train import report_words as words
+    from train.report_folders import number
+
+    params = list(dict.fromkeys(name for trial in sweep.trials for name in trial.params))
+    others = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
+    metrics = [name for name in others if name != sweep.metric and any(name in t.metrics for t in sweep.trials)]
+    several = len({trial.host for trial in sweep.trials}) > 1
+    reasons = any(trial.reason for trial in sweep.trials)
+    header = ["trial", words.plain_name(sweep.metric), *params, *map(words.plain_name, metrics), "time", "state"]
+    header += ["host"] * several + ["reason"] * reasons
+    complete = sweep.complete
+    ordered = [*complete, *(trial for trial in sweep.trials if trial not in complete)]
+    rows = []
+    for trial in ordered:
+        cells = [Cell(words.metric_value(sweep.metric, trial.value), trial.value)]
+        for name in params:
+            value = trial.params.get(name)
+            found = number(value)
+            cells.append(Cell(words.shown(value), found if found is not None or value is None else str(value)))
+        cells += [Cell(words.metric_value(name, v), v) for name in metrics for v in [trial.metrics.get(name)]]
+        cells += [Cell(words.duration(trial.seconds), trial.seconds), Cell(trial.state, trial.state)]
+        cells += [Cell(trial.host, trial.host or None)] * several + [Cell(trial.reason, trial.reason or None)] * reasons
+        best = sweep.best is not None and trial.number == sweep.best.number
+        rows.append({"number": trial.number, "best": best, "state": trial.state, "cells": cells})
+    return header, rows
+
+
+def _comparison(runs: Sequence[tuple["Run", str]]) -> dict[str, Any]:
+    """Several runs side by side: overlaid curves, and a table of final values."""
+    from train import report_plots as plots
+    from train import report_words as words
+
+    metrics = [m for m in words.WORDS if any(words.final(run, m)[0] is not None for run, _ in runs)]
+    rows = []
+    for run, name in runs:
+        finals = [(metric, words.final(run, metric)) for metric in metrics]
+        cells = [Cell(f"{words.metric_value(m, value)} {bounds}".strip(), value) for m, (value, bounds, _) in finals]
+        where = (
+            "held out" if any(found[2] == "held out" and found[0] is not None for _, found in finals) else "training"
+        )
+        state = [Cell(f"{run.updates:,}", run.updates), Cell(words.status(run), words.status(run)), Cell(where, where)]
+        rows.append({"name": name, "cells": [*cells, *state]})
+    header = ["run", *(words.plain_name(metric) for metric in metrics), "updates", "status", "measured on"]
+    return {"curves": plots.compared_curves(runs), "header": header, "rows": rows}
+
+
+def _panel_plot() -> "Plot":
+    from train.figures import Plot, value_function
+
+    label = "Value, loss and gradient of one row over its log-ratio, with this run's rows behind them."
+    return Plot("The value of an outcome", label, value_function(), height=430)
+
+
+def _sources(found: Sequence["Run | Sweep"], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Where the panel starts: a run's settings and rows, for each folder."""
+    from train.report_folders import Run
+    from train.report_plots import panel_source
+
+    sources = []
+    for folder, name in zip(found, names, strict=True):
+        if isinstance(folder, Run):
+            sources.append(panel_source(name, folder, folder.config, folder.facts))
+        else:
+            best = folder.best
+            run, params = (best.run, best.params) if best else (None, {})
+            title = f"{name}, trial {best.number}" if best else name
+            config = {**folder.config, **(run.config if run else {}), **params}
+            sources.append(panel_source(title, run, config, folder.facts))
+    return sources

@@ -1,0 +1,210 @@
+"""How the report page writes numbers, and what it says in sentences."""
+
+import datetime
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.report_folders import Run, Sweep, mapping, number
+
+NOTHING = "–"
+PERCENT = frozenset({"accuracy", "padding"})
+# Metrics as the files name them, and as the page does.
+WORDS = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "rewards/chosen": "reward, desirable",
+    "rewards/rejected": "reward, undesirable",
+    "rewards/margins": "reward margin",
+    "kl": "reference point z0",
+    "kl_raw": "z0 before its clamp",
+    "logps/chosen": "log-prob., desirable",
+    "logps/rejected": "log-prob., undesirable",
+    "reward_shift": "reward shift",
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A key number: what, how much, and what stands below it."""
+
+    name: str
+    value: str
+    below: str = ""
+
+
+def shown(value: Any, digits: int = 4) -> str:
+    """A value as the page writes it: numbers with `digits` significant digits and thousands separators."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return NOTHING
+    if not isinstance(value, int | float):
+        return str(value)
+    found = number(value)
+    if found is None:
+        return NOTHING
+    if found == int(found) and abs(found) < 1e15:
+        text = f"{int(found):,}"
+    elif abs(found) >= 10 ** (digits - 1):
+        text = f"{found:,.0f}" if abs(found) < 1e15 else f"{found:.{digits - 1}e}"
+    elif abs(found) < 1e-3:
+        mantissa, exponent = f"{found:.{digits - 1}e}".split("e")
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    else:
+        text = f"{found:.{digits}g}"
+    return text.replace("-", "\u2212", 1) if text.startswith("-") else text
+
+
+def plain_name(metric: str) -> str:
+    """`eval/rewards/chosen` in words."""
+    held = metric.startswith("eval/")
+    name = metric.removeprefix("eval/")
+    return ("held-out " if held else "") + WORDS.get(name, name)
+
+
+def metric_value(metric: str, value: float | None) -> str:
+    """A metric's value, shares as percentages."""
+    if value is not None and metric.removeprefix("eval/") in PERCENT:
+        return f"{100 * value:.1f} %".replace(".0 %", " %")
+    return shown(value)
+
+
+def interval(metric: str, held: dict[str, Any]) -> str:
+    """`[64, 78]`, or nothing."""
+    low, high = number(held.get("low")), number(held.get("high"))
+    if low is None or high is None:
+        return ""
+    if metric in PERCENT:
+        return f"[{100 * low:.0f}, {100 * high:.0f}]"
+    return f"[{shown(low, 3)}, {shown(high, 3)}]"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words."""
+    if seconds is None:
+        return NOTHING
+    if seconds < 60:
+        return f"{shown(seconds, 3)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def moment(text: Any) -> str:
+    """A time stamp of a file, in words; as it is where it is none."""
+    try:
+        when = datetime.datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return str(text or "")
+    return f"{when.day} {when:%B %Y, %H:%M}" + (" UTC" if when.utcoffset() == datetime.timedelta(0) else "")
+
+
+def final(run: Run, metric: str) -> tuple[float | None, str, str]:
+    """A run's final value of a metric: held out with its interval, held out, or of the last training record.
+
+    Returns:
+        The value, its interval in words or "", and what it was measured on.
+    """
+    held = mapping(mapping(run.evaluation.get("metrics")).get(metric))
+    value = number(held.get("value"))
+    if value is not None:
+        return value, interval(metric, held), "held out"
+    value = run.last(f"eval/{metric}")
+    if value is not None:
+        return value, "", "held out"
+    return run.last(metric), "", "training"
+
+
+def status(run: Run) -> str:
+    """finished, going on, or unfinished."""
+    return "finished" if run.finished else "going on" if run.going_on else "unfinished"
+
+
+def summary(run: Run) -> str:
+    """A run in one line."""
+    if not run.records and not run.evaluation:
+        return "No update was logged yet."
+    total = number(run.facts.get("total_updates"))
+    of = f" of {total:,.0f}" if total and not run.finished else ""
+    after = f"after {run.updates:,}{of} update{'' if run.updates == 1 and not of else 's'}"
+    value, bounds, where = final(run, "accuracy")
+    name = "Held-out" if where == "held out" else "Training"
+    text = f"No accuracy was logged {after}"
+    if value is not None:
+        text = f"{name} accuracy {100 * value:.0f} %{' ' + bounds if bounds else ''} {after}"
+    margin, bounds, _ = final(run, "rewards/margins")
+    if margin is not None:
+        text += f"; reward margin {shown(margin, 3)}{' ' + bounds if bounds else ''}"
+    if run.finished:
+        return text + "."
+    return text + ("; still going on." if run.going_on else "; the run has not finished.")
+
+
+def tiles(run: Run) -> list[Tile]:
+    """A run's key numbers."""
+    found = []
+    for metric in ("accuracy", "loss", "rewards/margins", "kl"):
+        value, bounds, where = final(run, metric)
+        if value is not None:
+            found.append(Tile(WORDS[metric], metric_value(metric, value), f"{bounds} {where}".strip()))
+    seconds = run.last("train_runtime")
+    found.append(Tile("updates", f"{run.updates:,}", f"in {duration(seconds)}" if seconds is not None else ""))
+    speed, memory = run.last("tokens_per_second"), run.last("peak_memory_mb")
+    if speed is not None:
+        below = f"peak memory {shown(memory)} MB" if memory is not None else ""
+        found.append(Tile("tokens per second", shown(speed), below))
+    return found
+
+
+def sweep_status(sweep: Sweep) -> str:
+    """finished, going on, or unfinished."""
+    ended = [trial for trial in sweep.trials if trial.state != "running"]
+    if sweep.trials and len(ended) >= (number(sweep.facts.get("planned")) or len(sweep.trials)):
+        return "finished"
+    return "going on" if sweep.going_on else "unfinished"
+
+
+def sweep_summary(sweep: Sweep) -> str:
+    """A sweep in one line."""
+    best, complete = sweep.best, sweep.complete
+    if best is None or best.value is None:
+        return f"{len(sweep.trials):,} trials so far, none of them complete."
+    way = "highest" if sweep.maximize else "lowest"
+    text = f"Trial {best.number} has the {way} {plain_name(sweep.metric)}, {metric_value(sweep.metric, best.value)}"
+    if len(complete) > 1:
+        worst = metric_value(sweep.metric, complete[-1].value)
+        text += (
+            f"; the {len(complete):,} complete trials go down to {worst}"
+            if sweep.maximize
+            else f"; the {len(complete):,} complete trials reach up to {worst}"
+        )
+    return text + "."
+
+
+def sweep_tiles(sweep: Sweep) -> list[Tile]:
+    """A sweep's key numbers."""
+    found = []
+    best = sweep.best
+    if best is not None and best.value is not None:
+        value = metric_value(sweep.metric, best.value)
+        found.append(Tile(f"best {plain_name(sweep.metric)}", value, f"trial {best.number}"))
+        for name in ("eval/accuracy", "eval/rewards/margins"):
+            if name != sweep.metric and best.metrics.get(name) is not None:
+                found.append(Tile(plain_name(name), metric_value(name, best.metrics[name]), "of the best trial"))
+    states = [trial.state for trial in sweep.trials]
+    others = [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "complete"]
+    found.append(Tile("complete trials", f"{states.count('complete'):,}", ", ".join(others)))
+    seconds = number(sweep.facts.get("seconds"))
+    if seconds is not None:
+        found.append(Tile("time", duration(seconds), ""))
+    return found
+
+
+def commands(path: Path, facts: dict[str, Any], *, best: bool = False) -> list[str]:
+    """What makes this folder again, and its page."""
+    given = facts.get("command")
+    found = [given] if isinstance(given, str) and given else []
+    if best:
+        found.append(f"kto-train --config {shlex.quote(str(path / 'best.yaml'))} --out runs/best")
+    return [*found, f"kto-report {shlex.quote(str(path))}"]

@@ -1,0 +1,291 @@
+"""The trials of a sweep, in Optuna's storage: the only file that knows optuna.
+
+A trial's number decides what it tries, so a sweep that was killed goes on with what it would have tried. Several
+machines may share one storage: whoever asks gets the next trial, and takes over those of a sweeper that is gone: at once
+where it ran on this machine, else when its sign of life has not changed for a while.
+"""
+
+import contextlib
+import os
+import random
+import secrets
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kto_core.errors import ConfigError, in_one_line
+from train.sweep_config import Range, SweepConfig, Trials
+
+STUDY = "kto-sweep"
+BEAT_SECONDS = 5.0
+
+# A sweeper whose sign of life has not changed for so long is gone.
+_GONE_SECONDS = 30.0
+
+_OWNER, _ALIVE, _RESULT = "owner", "alive", "result"
+
+
+def check_installed() -> None:
+    """Raises: ConfigError: optuna is missing."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("kto-sweep needs optuna. Install it with: pip install 'offline-kto[sweep]'") from error
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial as the study knows it.
+
+    Attributes:
+        state: complete, failed, pruned or running.
+        value: of the metric; None if there is none.
+        result: what was told with it: `metrics`, `seconds`, `reason`, `host`, `folder`.
+    """
+
+    number: int
+    state: str
+    params: dict[str, Any]
+    value: float | None
+    result: dict[str, Any]
+
+
+class Study:
+    """What was tried, what comes next, and who does it.
+
+    Args:
+        config: of the sweep.
+        trials: what they are made from.
+        url: of the storage.
+        identity: of the cache and the sweep; a study that was begun with another one is refused.
+
+    Raises:
+        ConfigError: the storage cannot be opened, or holds another sweep.
+    """
+
+    def __init__(self, config: SweepConfig, trials: Trials, url: str, identity: dict[str, Any]) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self._optuna, self._config, self._trials = optuna, config, trials
+        self.maximize = config.metric != "eval/loss"
+        with _of_storage(url):
+            self._study = self._opened_study(url)
+            self._check(identity, url)
+        self._me = f"{_place()}/{os.getpid()}/{secrets.token_hex(4)}"
+        self._signs: dict[str, tuple[Any, float]] = {}  # of each sweeper: the last one, and when it was seen first
+        self._beaten = -BEAT_SECONDS
+        self._beats = 0
+        self.beat()
+
+    def _opened_study(self, url: str) -> Any:
+        for tries_left in (4, 3, 2, 1, 0):
+            try:
+                return self._optuna.create_study(
+                    study_name=STUDY,
+                    storage=url,
+                    direction="maximize" if self.maximize else "minimize",
+                    load_if_exists=True,
+                    pruner=self._pruner(),
+                )
+            except Exception:
+                if not tries_left:
+                    raise
+                time.sleep(
+                    random.uniform(0.1, 0.5)
+                )  # two machines that make the tables at once get in each other's way
+        raise AssertionError
+
+    def _check(self, identity: dict[str, Any], url: str) -> None:
+        begun = dict(self._study.user_attrs.get("identity") or {})
+        if not begun:
+            self._study.set_user_attr("identity", identity)
+            return
+        for name, value in identity.items():
+            if begun.get(name) != value:
+                raise ConfigError(
+                    f"{url}: holds a sweep that was begun with another {name}: {begun.get(name)!r}, not {value!r}. Give the same "
+                    "one, or another --out (with --storage: another database)."
+                )
+
+    def _pruner(self) -> Any:
+        pruners = self._optuna.pruners
+        match self._config.pruning:
+            case "median":
+                return pruners.MedianPruner()
+            case "hyperband":
+                return pruners.HyperbandPruner()
+        return pruners.NopPruner()
+
+    # -- who is there -------------------------------------------------------------------------------
+
+    def beat(self) -> None:
+        """Give a sign of life, if the last one is a while ago."""
+        if time.monotonic() - self._beaten >= BEAT_SECONDS:
+            self._beaten, self._beats = time.monotonic(), self._beats + 1
+            self._study.set_user_attr(f"{_ALIVE}:{self._me}", self._beats)
+
+    def _is_gone(self, owner: str | None) -> bool:
+        if owner == self._me:
+            return False
+        if owner is None:  # somebody has just made this trial, or was killed while doing so
+            sweepers = [name.partition(":")[2] for name in self._study.user_attrs if name.startswith(f"{_ALIVE}:")]
+            return all(self._is_gone(one) for one in sweepers if one != self._me)
+        place, _, rest = owner.partition("/")
+        if place == _place() and not _runs(int(rest.split("/")[0])):
+            return True
+        # Only changes count: the clocks of two machines may differ.
+        sign = self._study.user_attrs.get(f"{_ALIVE}:{owner}")
+        known, since = self._signs.get(owner, (None, 0.0))
+        if sign != known:
+            since = time.monotonic()
+            self._signs[owner] = sign, since
+        return time.monotonic() - since > _GONE_SECONDS
+
+    # -- trials -------------------------------------------------------------------------------------
+
+    def next(self) -> "Trial | None":
+        """A trial to run, or None if there is none at the moment (see `is_done`)."""
+        for frozen in self._frozen():
+            if frozen.state.name == "RUNNING" and self._is_gone(frozen.user_attrs.get(_OWNER)):
+                trial = self._optuna.trial.Trial(self._study, frozen._trial_id)
+                if self._claim(trial):
+                    return self._opened(trial)
+        if len(self._frozen()) >= self._trials.count:
+            return None
+        trial = self._study.ask()
+        if trial.number >= self._trials.count:  # another machine was faster; a longer sweep will take it up
+            return None
+        trial.set_user_attr(_OWNER, self._me)
+        return self._opened(trial)
+
+    def _claim(self, trial: Any) -> bool:
+        """Two machines may find the same trial without an owner: the last one to write its name has it."""
+        trial.set_user_attr(_OWNER, self._me)
+        if self._config.storage is not None:
+            time.sleep(1.0)
+        owner: str = self._study.get_trials(deepcopy=False)[trial.number].user_attrs[_OWNER]
+        return owner == self._me
+
+    def _opened(self, trial: Any) -> "Trial":
+        """Its parameters: those of before, or drawn now, by its number and, for tpe, what is known so far."""
+        self._study.sampler = self._sampler(trial.number)
+        params = {name: self._suggest(trial, name) for name in self._trials.space}
+        return Trial(trial, params)
+
+    def _sampler(self, number: int) -> Any:
+        samplers, seed = self._optuna.samplers, (self._config.seed * 1_000_003 + number) % 2**32
+        match self._config.search:
+            case "grid":
+                return samplers.PartialFixedSampler(self._trials.grid_point(number), samplers.RandomSampler(seed))
+            case "random":
+                return samplers.RandomSampler(seed)
+        return samplers.TPESampler(seed=seed, constant_liar=True)
+
+    def _suggest(self, trial: Any, name: str) -> Any:
+        entry = self._trials.space[name]
+        if not isinstance(entry, Range) or self._config.search == "grid":
+            return trial.suggest_categorical(name, entry.grid())
+        if entry.whole:
+            return trial.suggest_int(name, int(entry.low), int(entry.high), log=entry.log)
+        return trial.suggest_float(name, entry.low, entry.high, log=entry.log)
+
+    def falls_behind(self, trial: "Trial", step: int, value: float) -> bool:
+        """Note an evaluation. Returns: whether the trial should stop."""
+        trial.handle.report(value, step)
+        return bool(trial.handle.should_prune())
+
+    def tell(self, trial: "Trial", state: str, value: float | None, result: dict[str, Any]) -> None:
+        """A trial has ended: complete, pruned or failed."""
+        trial.handle.set_user_attr(_RESULT, result)
+        states = self._optuna.trial.TrialState
+        found = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state]
+        with contextlib.suppress(ValueError):  # it was taken over meanwhile, and has ended there
+            self._study.tell(trial.handle, value if state == "complete" else None, state=found)
+
+    def records(self) -> list[TrialRecord]:
+        """All trials, by number."""
+        names = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+        return [
+            TrialRecord(
+                number=frozen.number,
+                state=names.get(frozen.state.name, "running"),
+                params={name: frozen.params[name] for name in self._trials.space if name in frozen.params},
+                value=frozen.value if frozen.state.name != "FAIL" else None,
+                result=dict(frozen.user_attrs.get(_RESULT) or {}),
+            )
+            for frozen in self._frozen()
+        ]
+
+    def is_done(self) -> bool:
+        """Whether every trial has ended."""
+        records = self.records()
+        return len(records) >= self._trials.count and all(record.state != "running" for record in records)
+
+    def best(self) -> TrialRecord | None:
+        """The trial with the best value; the first of equals."""
+        complete = [record for record in self.records() if record.state == "complete" and record.value is not None]
+        sign = -1 if self.maximize else 1
+        return min(complete, key=lambda record: sign * (record.value or 0.0), default=None)
+
+    def importance(self) -> dict[str, float] | None:
+        """Share of the metric's variation that each option explains; None where that cannot be told."""
+        importance = self._optuna.importance
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # "The number of trials is too small"
+                found = importance.get_param_importances(
+                    self._study, evaluator=importance.PedAnovaImportanceEvaluator(), normalize=True
+                )
+        except (ValueError, RuntimeError, ZeroDivisionError, UserWarning):
+            return None
+        return {name: float(share) for name, share in found.items()}
+
+    def _frozen(self) -> list[Any]:
+        found: list[Any] = self._study.get_trials(deepcopy=False)
+        return found[: self._trials.count]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that this process runs."""
+
+    handle: Any
+    params: dict[str, Any]
+
+    @property
+    def number(self) -> int:
+        """From 0; the same whatever was interrupted."""
+        return int(self.handle.number)
+
+
+@contextlib.contextmanager
+def _of_storage(url: str) -> Iterator[None]:
+    """What a database says becomes a message."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"--storage {url}: cannot be used: {in_one_line(error)}") from error
+
+
+def _place() -> str:
+    """Where a process number means something: this machine, or this container on it."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()}:{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,194 @@
+"""Many runs from one cache: `kto-sweep` hands trials to workers, and keeps what they find.
+
+sweeps/NAME/sweep.yaml     resolved options
+sweeps/NAME/study.db       Optuna's study, unless --storage names another database
+sweeps/NAME/trials/0000/   a trial: config.yaml, metrics.jsonl, evaluation.json, rewards.parquet, log.txt
+sweeps/NAME/sweep.json     what was tried and found, for the report
+sweeps/NAME/results.csv    one row for each trial
+sweeps/NAME/best.yaml      options of the best trial, as `kto-train --config` takes them
+sweeps/NAME/best/          its run: model, tokenizer, metrics
+sweeps/NAME/report.html
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from kto_core.durable import write_text, written_to
+from kto_core.errors import ConfigError, TrainingError
+from kto_core.lock import LOCK, only_writer
+from kto_core.manifest import Manifest, read_manifest
+from kto_core.options import as_plain, is_url
+from kto_core.storage import local_copy, speaking_of
+from train.study import BEAT_SECONDS, Study, Trial, check_installed
+from train.sweep_config import SweepConfig, Trials
+from train.sweep_results import Results
+from train.workers import Ended, Evaluated, Kept, Lost, Worker, Workers
+
+SWEEP = "sweep.yaml"
+DATABASE = "study.db"
+
+
+def sweep(config: SweepConfig) -> Path:
+    """Run `kto-sweep`.
+
+    Returns:
+        The sweep folder.
+
+    Raises:
+        KTOError: the user's input cannot be used, or every trial failed.
+    """
+    check_installed()
+    trials = Trials.of(config)
+    out = _choose_folder(config)
+    try:
+        with only_writer(out, ConfigError), written_to(out, TrainingError, "Make room; the same command goes on."):
+            _begin_folder(config, out)
+            _sweep(config, trials, out)
+    finally:
+        with contextlib.suppress(OSError):  # something was written there
+            out.rmdir()
+    return out
+
+
+def _choose_folder(config: SweepConfig) -> Path:
+    out = config.out or Path("sweeps") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    if is_url(str(out).replace(":/", "://", 1)):
+        raise ConfigError(f"--out {out}: a sweep is written to a local folder; copy it from there when it is done.")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error}.") from error
+    return out
+
+
+def _begin_folder(config: SweepConfig, out: Path) -> None:
+    """A sweep begins in an empty folder, and goes on in its own."""
+    begun = (LOCK, f".{SWEEP}.")
+    found = sorted(path.name for path in out.iterdir() if not path.name.startswith(begun))
+    if found and not (out / SWEEP).exists():
+        raise ConfigError(
+            f"--out {out}: holds {found[0]}, but no {SWEEP}: it is no sweep of kto-sweep. Choose another --out."
+        )
+    values = {k: v for k, v in as_plain(config).items() if k != "out" and v not in (None, {})}
+    write_text(out / SWEEP, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _identity(config: SweepConfig, manifest: Manifest) -> dict[str, Any]:
+    """What all trials of one study have in common; more trials may be added to it, by any number of workers."""
+    return {
+        "fingerprint": manifest.fingerprint,
+        "labels_hash": manifest.data.get("labels_hash"),
+        **{name: getattr(config, name) for name in ("search", "metric", "pruning", "seed", "space", "train")},
+    }
+
+
+def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
+    folder = local_copy(config.cache)
+    with speaking_of(config.cache, folder):
+        manifest = read_manifest(folder)
+    url = config.storage or f"sqlite:///{(out / DATABASE).resolve()}"
+    study = Study(config, trials, url, _identity(config, manifest))
+    results = Results(out, config, trials, study)
+    left = trials.count - sum(record.state != "running" for record in study.records())
+    with Workers(_worker_count(config, trials, left), trials) as workers:
+        facts = workers.check(trials.config({"loss": trials.base.get("loss", "kto")}))
+        results.begin(manifest, facts)
+        _print_plan(config, trials, manifest, out, workers, left)
+        if left:
+            with _bar(trials.count - left, trials.count) as say:
+                _run(study, trials, workers, results, out, say)
+    results.finish()
+
+
+def _worker_count(config: SweepConfig, trials: Trials, left: int) -> int:
+    wanted = config.workers or max(1, len(Workers.gpus(trials)))
+    return max(1, min(wanted, left))
+
+
+def _run(study: Study, trials: Trials, workers: Workers, results: Results, out: Path, say: Any) -> None:
+    """Until every trial has ended, here or on another machine."""
+    running: dict[Worker, Trial] = {}
+    while True:
+        study.beat()
+        for worker in workers.idle(running):
+            trial = study.next()
+            if trial is None:
+                break
+            folder = out / "trials" / f"{trial.number:04d}"
+            try:
+                # A trial that is interrupted begins again.
+                worker.start(trial.number, dataclasses.replace(trials.config(trial.params), save_steps=0), folder)
+            except ConfigError as error:  # values that do not go together
+                say(results.ended(trial, Ended.refused(str(error))))
+                continue
+            running[worker] = trial
+        if not running:
+            if study.is_done():
+                return
+            time.sleep(1.0)  # another machine still works
+            continue
+        for worker, message in workers.wait(BEAT_SECONDS):
+            if worker not in running:
+                continue
+            trial = running[worker]
+            match message:
+                case Evaluated(step, value):
+                    worker.answer("stop" if study.falls_behind(trial, step, value) else "go on")
+                case Ended():
+                    if results.is_best(message):
+                        worker.answer("keep")
+                        results.keep(trial, message)
+                    else:
+                        worker.answer("drop")
+                        say(results.ended(trial, message))
+                        del running[worker]
+                case Kept():
+                    say(results.kept(trial))
+                    del running[worker]
+                case Lost():
+                    say(results.ended(trial, Ended.refused(message.reason)))
+                    del running[worker]
+
+
+@contextlib.contextmanager
+def _bar(done: int, total: int) -> Iterator[Any]:
+    """Yields: prints a line about a trial that has ended, above a bar where there is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda line: print(line, flush=True)
+        return
+    with tqdm(total=total, initial=done, desc="trials", unit="trial", dynamic_ncols=True) as bar:
+
+        def say(line: str) -> None:
+            bar.write(line)
+            bar.update()
+
+        yield say
+
+
+def _print_plan(
+    config: SweepConfig, trials: Trials, manifest: Manifest, out: Path, workers: Workers, left: int
+) -> None:
+    names = ", ".join(trials.space)
+    print(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
+    print(f"search      {config.search} over {names}, {trials.count:,} trials")
+    rows = workers.facts["data"]
+    held = rows["held_out_desirable"] + rows["held_out_undesirable"]
+    print(f"rows        {rows['desirable'] + rows['undesirable']:,} to train on, {held:,} held out")
+    print(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
+    print(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
+    print(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
+    for line in trials.warnings():
+        print(f"warning     {line}")
+    print(end="", flush=True)

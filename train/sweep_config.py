@@ -1,0 +1,244 @@
+"""Options of `kto-sweep`, and the space that it searches."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kto_core.errors import ConfigError
+from kto_core.options import Location, checked_values, flag, option, shown, value_types
+from train.config import METRICS, TrainConfig
+
+SEARCHES = ("grid", "random", "tpe")
+PRUNERS = ("none", "median", "hyperband")
+
+# Trials of a search that has no end of its own.
+_TRIALS = 20
+
+_JUDGED = "they are compared on the same held-out rows"
+_SAME_FOR_ALL = {
+    "cache": "give --cache",
+    "metric": "they are compared by one",
+    "training": "it is no option; set it in train:",
+    "eval_fraction": _JUDGED,
+    "eval_cache": _JUDGED,
+    "eval_seed": _JUDGED,
+}
+
+# Options that are part of the held-out loss itself.
+_CHANGES_LOSS = ("loss", "beta", "desirable_weight", "undesirable_weight", "humanline_low", "humanline_high")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What `kto-sweep` tries, and how."""
+
+    cache: Location = option(
+        Path(""), "Reference cache made by kto-precompute: a folder, or its URL (s3://, gs://, hf://).", metavar="DIR"
+    )
+    out: Path | None = option(None, "Sweep folder.  [default: sweeps/ and the time]", metavar="DIR", yaml=False)
+    search: str = option("tpe", "How trials are chosen.", choices=SEARCHES)
+    metric: str = option("eval/loss", "Held-out value by which trials are compared.", choices=METRICS)
+    trials: int | None = option(None, f"How many trials.  [default: the whole grid, else {_TRIALS}]", metavar="N")
+    pruning: str = option(
+        "none", "Stop trials early that fall behind at an evaluation (--eval-steps).", choices=PRUNERS
+    )
+    workers: int | None = option(
+        None,
+        "Trials that run at the same time, each in a process of its own.  [default: one for each GPU, one on a CPU]",
+        metavar="N",
+    )
+    storage: str | None = option(
+        None,
+        "Database of the study (Optuna's URL), shared by several machines.  [default: study.db in --out]",
+        metavar="URL",
+    )
+    seed: int = option(0, "Seed of the search.")
+    space: dict[str, Any] = option(dict, "YAML only: values or ranges of kto-train's options.")
+    train: dict[str, Any] = option(dict, "YAML only: kto-train's options that are the same in all trials.")
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag(name)} must be at least 1, got {value}.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed must be at least 0 and below 2**32, got {self.seed}.")
+
+
+@dataclass(frozen=True)
+class Values:
+    """An option that takes one of some values."""
+
+    values: tuple[Any, ...]
+
+    def grid(self) -> tuple[Any, ...]:
+        """All of them."""
+        return self.values
+
+
+@dataclass(frozen=True)
+class Range:
+    """An option that takes any number between two, both included.
+
+    Attributes:
+        whole: whether it takes whole numbers only.
+        points: how many of them a grid takes.
+    """
+
+    low: float
+    high: float
+    log: bool
+    whole: bool
+    points: int | None
+
+    def grid(self) -> tuple[Any, ...]:
+        """`points` numbers at equal distances (equal ratios if `log`)."""
+        assert self.points is not None
+        share = [i / max(1, self.points - 1) for i in range(self.points)]
+        if self.log:
+            numbers = [math.exp(math.log(self.low) + s * (math.log(self.high) - math.log(self.low))) for s in share]
+        else:
+            numbers = [self.low + s * (self.high - self.low) for s in share]
+        if self.whole:
+            return tuple(dict.fromkeys(round(n) for n in numbers))
+        return (self.low, *numbers[1:-1], self.high) if self.points > 1 else (self.low,)
+
+
+Space = dict[str, Values | Range]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What the trials of a sweep are made from.
+
+    Attributes:
+        base: options that all trials share.
+        space: options that they differ in.
+        count: how many there are.
+    """
+
+    base: dict[str, Any]
+    space: Space
+    count: int
+
+    @classmethod
+    def of(cls, config: SweepConfig) -> "Trials":
+        """Raises: ConfigError: a key, a value or a range that kto-train would refuse."""
+        base = _base(config)
+        if not config.space:
+            raise ConfigError("space: names no option to search over. For instance:  space: {beta: [0.05, 0.1, 0.3]}")
+        space = {name: _parse(name, entry, config.search) for name, entry in _names(config.space).items()}
+        twice = sorted(set(space) & set(config.train))
+        if twice:
+            raise ConfigError(f"{twice[0]!r} stands in space: and in train:; keep one of them.")
+        if "seed" in space:
+            # All trials are judged on the same held-out rows.
+            base.setdefault("eval_seed", base.get("seed", TrainConfig.seed))
+        for name, entry in space.items():
+            _try_values(base, name, entry)
+        points = math.prod(len(entry.grid()) for entry in space.values()) if config.search == "grid" else None
+        wanted = config.trials or points or _TRIALS
+        return cls(base, space, min(wanted, points or wanted))
+
+    def warnings(self) -> list[str]:
+        """One line for each thing that makes trials hard to compare."""
+        changed = [name for name in self.space if name in _CHANGES_LOSS]
+        if self.base["metric"] != "eval/loss" or not changed:
+            return []
+        names = " and ".join(changed) if len(changed) < 3 else ", ".join(changed)
+        return [
+            f"eval/loss is measured with each trial's own {names}, so its scale differs between trials; metric: eval/accuracy "
+            "compares them on one."
+        ]
+
+    def config(self, params: dict[str, Any]) -> TrainConfig:
+        """A trial's options. Raises: ConfigError: values that do not go together."""
+        return TrainConfig(**{**self.base, **params})
+
+    def grid_point(self, number: int) -> dict[str, Any]:
+        """The parameters of a grid's trial; the last option of the space changes fastest."""
+        values = [entry.grid() for entry in self.space.values()]
+        point = next(itertools.islice(itertools.product(*values), number, None))
+        return dict(zip(self.space, point, strict=True))
+
+
+def _names(space: dict[str, Any]) -> dict[str, Any]:
+    """The space with names as `TrainConfig` has them."""
+    names = {shown(key).replace("-", "_"): entry for key, entry in space.items()}
+    for name in names:
+        if name in _SAME_FOR_ALL:
+            raise ConfigError(f"space: {name!r} cannot differ between the trials of one sweep: {_SAME_FOR_ALL[name]}.")
+    return names
+
+
+def _base(config: SweepConfig) -> dict[str, Any]:
+    base = checked_values(TrainConfig, config.train, "train")
+    for name, where in (("cache", "--cache"), ("metric", "metric:, beside train:")):
+        if name in base:
+            raise ConfigError(f"train: {name!r} is set for all of the sweep by {where}; remove it from the table.")
+    if "eval_cache" not in base and not base.get("eval_fraction"):
+        base["eval_fraction"] = 0.1  # trials are compared on rows that none of them saw
+    return {**base, "cache": config.cache, "metric": config.metric}
+
+
+def _parse(name: str, entry: Any, search: str) -> Values | Range:
+    where = f"space: {name}"
+    if isinstance(entry, list):
+        values = tuple(checked_values(TrainConfig, {name: value}, "space")[name] for value in entry)
+        if not values:
+            raise ConfigError(f"{where}: an empty list; give at least one value.")
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{where}: a value is given twice.")
+        return Values(values)
+    if not isinstance(entry, dict):
+        raise ConfigError(
+            f"{where}: expected a list of values or a range, got {shown(entry)}. A value that all trials share belongs into train:."
+        )
+    kinds = value_types(TrainConfig).get(name)
+    if kinds is None:
+        checked_values(TrainConfig, {name: None}, "space")  # names the nearest
+    if kinds is None or not {int, float} & set(kinds):
+        raise ConfigError(f"{where}: takes no numbers, so it has no range; give a list of values.")
+    unknown = sorted(set(map(str, entry)) - {"low", "high", "log", "points"})
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}. A range has low, high, log and, for a grid, points.")
+    return _range(where, entry, whole=float not in kinds, grid=search == "grid")
+
+
+def _range(where: str, entry: dict[str, Any], *, whole: bool, grid: bool) -> Range:
+    log, points = entry.get("log", False), entry.get("points")
+    low, high = (_end(where, name, entry.get(name), whole=whole) for name in ("low", "high"))
+    if low >= high:
+        raise ConfigError(f"{where}: low ({low:g}) must be below high ({high:g}).")
+    if not isinstance(log, bool):
+        raise ConfigError(f"{where}: log must be true or false, got {shown(log)}.")
+    if log and low <= 0:
+        raise ConfigError(f"{where}: a range on a log scale must begin above 0, got {low:g}.")
+    if grid and points is None:
+        raise ConfigError(
+            f"{where}: a grid needs to know how many: add points: 5 to the range, or give a list of values."
+        )
+    if points is not None and (not isinstance(points, int) or isinstance(points, bool) or not 1 <= points <= 1000):
+        raise ConfigError(f"{where}: points must be a whole number from 1 to 1000, got {shown(points)}.")
+    return Range(low, high, log, whole, points)
+
+
+def _end(where: str, name: str, value: Any, *, whole: bool) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (whole and value != int(value)):
+        raise ConfigError(f"{where}: {name} must be {'a whole number' if whole else 'a number'}, got {shown(value)}.")
+    return float(value)
+
+
+def _try_values(base: dict[str, Any], name: str, entry: Values | Range) -> None:
+    """Each value by itself, beside what all trials share."""
+    ends = (entry.low, entry.high) if isinstance(entry, Range) else entry.values
+    for value in ends:
+        if isinstance(entry, Range) and entry.whole:
+            value = int(value)
+        try:
+            TrainConfig(**{**base, name: value})
+        except ConfigError as error:
+            raise ConfigError(f"space: {name}: {shown(value)} cannot be used: {error}") from error

@@ -1,0 +1,228 @@
+"""What a sweep has found: results.csv, sweep.json, best.yaml, the best model and the report."""
+
+import csv
+import datetime
+import io
+import json
+import math
+import platform
+import shlex
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+from kto_core.durable import flush, write_text
+from kto_core.errors import TrainingError
+from kto_core.manifest import Manifest
+from kto_core.options import as_plain, flag
+from train.report import write_report
+from train.run_files import config_text, read_facts
+from train.study import Study, Trial, TrialRecord
+from train.sweep_config import Range, SweepConfig, Trials
+from train.workers import Ended
+
+RESULTS, BEST, BEST_OPTIONS, STATE = "results.csv", "best", "best.yaml", "sweep.json"
+
+# First in results.csv, in this order; others follow.
+_METRICS = (
+    "eval/loss",
+    "eval/accuracy",
+    "eval/rewards/chosen",
+    "eval/rewards/rejected",
+    "eval/rewards/margins",
+    "eval/kl",
+)
+
+
+class Results:
+    """The files of a sweep folder that say what was found; written anew after every trial.
+
+    Args:
+        out: the sweep folder.
+    """
+
+    def __init__(self, out: Path, config: SweepConfig, trials: Trials, study: Study) -> None:
+        self.out, self.config, self.trials, self.study = out, config, trials, study
+        best = study.best()
+        self._best = best.value if best is not None else None
+        self._keeping: dict[int, Ended] = {}
+        self._facts: dict[str, Any] = {}
+
+    def begin(self, manifest: Manifest, facts: dict[str, Any]) -> None:
+        """Put on record what the sweep was started with."""
+        known = _read(self.out / STATE)
+        self._facts = {
+            "fingerprint": manifest.fingerprint,
+            "labels_hash": manifest.data.get("labels_hash"),
+            "command": self._command(),
+            "started": known.get("started")
+            or datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "versions": {"python": platform.python_version(), **facts.pop("versions", {})},
+            **facts,
+            "metric": self.config.metric,
+            "direction": "maximize" if self.study.maximize else "minimize",
+            "space": {name: _space_entry(entry) for name, entry in self.trials.space.items()},
+        }
+        self._write()
+
+    # -- one trial ----------------------------------------------------------------------------------
+
+    def is_best(self, ended: Ended) -> bool:
+        """Whether a trial is better than all that ended before, here or on another machine."""
+        value = self._value(ended)
+        if ended.state != "complete" or value is None:
+            return False
+        elsewhere = self.study.best()
+        known = [found for found in (self._best, elsewhere.value if elsewhere else None) if found is not None]
+        return all(value > found if self.study.maximize else value < found for found in known)
+
+    def keep(self, trial: Trial, ended: Ended) -> None:
+        """It is the best so far; its model is being written."""
+        self._best, self._keeping[trial.number] = self._value(ended), ended
+
+    def kept(self, trial: Trial) -> str:
+        """Its model is on the disk; those of worse trials go. Returns: a line about it."""
+        line = self.ended(trial, self._keeping.pop(trial.number))
+        for folder in (self.out / "trials").glob("*/model"):
+            if folder.parent.name != f"{trial.number:04d}" and int(folder.parent.name) not in self._keeping:
+                shutil.rmtree(folder)
+        return line
+
+    def ended(self, trial: Trial, ended: Ended) -> str:
+        """A trial has ended, without a model to keep. Returns: a line about it."""
+        value, reason, state = self._value(ended), ended.reason, ended.state
+        if state == "complete" and value is None:
+            state, reason = "failed", f"{self.config.metric} is not finite"
+        result = {
+            "metrics": {name: found for name, found in ended.metrics.items() if math.isfinite(found)},
+            "seconds": ended.seconds,
+            "train_seconds": ended.train_seconds,
+            "reason": reason,
+            "host": socket.gethostname(),
+            "folder": str((self.out / "trials" / f"{trial.number:04d}").resolve()),
+        }
+        self.study.tell(trial, state, value, result)
+        self._write()
+        said = f"failed: {reason}" if state == "failed" else f"{state}, " * (state != "complete") + self._shown(value)
+        return f"trial {trial.number:<6}{said}  {_words(trial.params)}  {ended.seconds:.1f} s"
+
+    def _shown(self, value: float | None) -> str:
+        return "" if value is None else f"{self.config.metric} {value:.4f}"
+
+    def _value(self, ended: Ended) -> float | None:
+        value = ended.metrics.get(self.config.metric)
+        return value if value is not None and math.isfinite(value) else None
+
+    # -- all of them --------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        records = self.study.records()
+        write_text(self.out / RESULTS, self._csv(records))
+        best = self.study.best()
+        trials = [
+            {
+                "number": record.number,
+                "state": record.state,
+                "params": record.params,
+                "value": record.value,
+                **{name: record.result.get(name) for name in ("metrics", "seconds", "train_seconds", "reason", "host")},
+            }
+            for record in records
+        ]
+        state = {
+            **self._facts,
+            "seconds": sum(record.result.get("seconds") or 0.0 for record in records),
+            "importance": self.study.importance(),
+            "best": best.number if best else None,
+            "planned": self.trials.count,
+            "trials": trials,
+        }
+        write_text(self.out / STATE, json.dumps(state, indent=2) + "\n")
+
+    def _csv(self, records: list[TrialRecord]) -> str:
+        """No times and no places: the same sweep gives the same rows, whatever interrupted it."""
+        found = {name for record in records for name in record.result.get("metrics") or {}}
+        names = [name for name in _METRICS if name in found] + sorted(found - set(_METRICS))
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["trial", "state", *self.trials.space, *names, "reason"])
+        for record in records:
+            metrics = record.result.get("metrics") or {}
+            params = [record.params.get(name) for name in self.trials.space]
+            table.writerow(
+                [
+                    record.number,
+                    record.state,
+                    *params,
+                    *(metrics.get(name) for name in names),
+                    record.result.get("reason"),
+                ]
+            )
+        return text.getvalue()
+
+    def finish(self) -> None:
+        """Every trial has ended: name the best, and write the report.
+
+        Raises:
+            TrainingError: all trials failed.
+        """
+        self._write()
+        best = self.study.best()
+        if best is not None:
+            self._publish(best)
+        report = write_report([self.out])
+        if best is None:
+            reasons = [record.result.get("reason") for record in self.study.records() if record.state == "failed"]
+            raise TrainingError(
+                f"{self.out}: no trial came to its end. The first one: {reasons[0] if reasons else 'was pruned'}"
+            )
+        failed = sum(record.state == "failed" for record in self.study.records())
+        print(f"best        trial {best.number}: {self._shown(best.value)}  {_words(best.params)}")
+        if failed:
+            print(f"failed      {failed:,} trials; {RESULTS} has the reasons")
+        print(f"next        kto-train --config {shlex.quote(str(self.out / BEST_OPTIONS))} --out runs/best")
+        print(f"report      {report}")
+        print(f"wrote       {self.out}", flush=True)
+
+    def _publish(self, best: TrialRecord) -> None:
+        config = self.trials.config(best.params)
+        head = f"# Trial {best.number} of {self.out}: {self._shown(best.value)}\n"
+        write_text(self.out / BEST_OPTIONS, head + config_text(config))
+        model, out = self.out / "trials" / f"{best.number:04d}" / "model", self.out / BEST
+        if not model.exists():
+            if not out.exists() or read_facts(out).get("trial") != best.number:
+                where = f"{best.result.get('folder')} on {best.result.get('host')}"
+                print(f"best model  is with the sweeper that made it: {where}")
+                shutil.rmtree(out, ignore_errors=True)
+            return
+        shutil.rmtree(out, ignore_errors=True)
+        model.rename(out)
+        flush(self.out)
+
+    def _command(self) -> str:
+        words = ["kto-sweep", "--config", str(self.out / "sweep.yaml"), "--out", str(self.out)]
+        default = as_plain(SweepConfig())
+        for name, value in as_plain(self.config).items():
+            if name in ("cache", "workers") and value != default[name]:
+                words += [flag(name), str(value)]
+        return shlex.join(words)
+
+
+def _words(params: dict[str, Any]) -> str:
+    return " ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
+    )
+
+
+def _space_entry(entry: Any) -> dict[str, Any]:
+    if isinstance(entry, Range):
+        return {"low": entry.low, "high": entry.high, "log": entry.log}
+    return {"values": list(entry.values)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}

@@ -1,0 +1,185 @@
+"""One worker of a sweep: a process that loads the policy once and runs one trial after another.
+
+What it is told over a pipe, and what it answers:
+
+    ("check", config)                    ("ready", facts) or ("refused", message)
+    ("trial", number, config, folder)    `Evaluated`, and waits for "go on" or "stop"; `Ended`, and waits for "keep" or
+                                         "drop"; `Kept`, once the model is on the disk
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kto_core.durable import write_text
+from kto_core.errors import KTOError, in_one_line
+from train.config import TrainConfig
+from train.materials import KeptMaterials
+from train.run_files import CONFIG, EVALUATION, FACTS, METRICS, REWARDS, read_facts
+from train.training_run import TrainingRun
+from train.workers import Ended, Evaluated, Kept
+
+LOG = "log.txt"
+MODEL = "model"
+
+
+def work(pipe: Connection, threads: int | None) -> None:
+    """Run what the pipe asks for, until it is closed.
+
+    Args:
+        threads: of a CPU; None leaves torch's own number.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the sweep ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    worker = _Worker(pipe)
+    while True:
+        try:
+            order = pipe.recv()
+        except EOFError:
+            return
+        if order[0] == "check":
+            pipe.send(worker.check(*order[1:]))
+        else:
+            worker.run(*order[1:])
+
+
+def _end_with_parent() -> None:
+    """A sweep that is killed takes its workers along: the next one starts its own."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+class _Worker:
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe, self.materials = pipe, KeptMaterials()
+        self.checked: set[tuple[Any, ...]] = set()
+        self.loads = -1
+
+    def check(self, config: TrainConfig) -> tuple[str, Any]:
+        """Whether cache and policy can be used at all, before the first trial."""
+        try:
+            data = self.materials.data(config)
+            self.materials.files(config, data.rows.manifest)
+        except KTOError as error:
+            return "refused", str(error)
+        return "ready", {"reference": data.rows.manifest.reference, "data": data.facts()}
+
+    def run(self, number: int, config: TrainConfig, folder: Path) -> None:
+        """A trial from its first line to its last."""
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed sweep left
+        folder.mkdir(parents=True)
+        started = time.monotonic()
+        with _log_into(folder / LOG):
+            run = None
+            try:
+                run = TrainingRun.set_up(config, folder, self.materials)
+                outcome = self._train(run)
+            except KTOError as error:
+                print(f"Error: {error}")
+                outcome = Ended.refused(str(error))
+            except Exception as error:  # noqa: BLE001 - a trial that fails must not stop the others
+                traceback.print_exc(file=sys.stdout)
+                outcome = Ended.refused(f"{type(error).__name__}: {in_one_line(error)} (see {LOG})")
+            outcome = dataclasses.replace(outcome, seconds=time.monotonic() - started)
+            self.pipe.send(outcome)
+            if self.pipe.recv() == "keep" and run is not None:
+                self._keep(run, folder)
+            if run is not None:
+                self.materials.give_back(run.model)
+            del run
+        for checkpoint in folder.glob("checkpoint-*"):  # early stopping's
+            shutil.rmtree(checkpoint)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Optimizer and gradients go, before the next trial makes its own."""
+        if self.loads != self.materials.loads:
+            # Libraries and the policy stay: looking through them takes longer than a short trial.
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
+            self.loads = self.materials.loads
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _train(self, run: TrainingRun) -> Ended:
+        # The same weights in memory, the same rows: compared once.
+        key = (run.config.model, run.config.dtype, run.config.max_length, run.config.lora_rank > 0)
+        run.checked = key in self.checked
+        watcher = _Evaluations(self.pipe, run.config.metric)
+        run.trainer.add_callback(watcher)
+        run.train()
+        self.checked.add(key)
+        found = run.sum_up()
+        assert found is not None
+        history = run.trainer.state.log_history
+        return Ended(
+            "pruned" if watcher.stopped else "complete",
+            metrics={f"eval/{name}": metric["value"] for name, metric in found["metrics"].items()},
+            train_seconds=sum(record.get("train_runtime", 0.0) for record in history),
+        )
+
+    def _keep(self, run: TrainingRun, folder: Path) -> None:
+        """The best model so far, as a run folder of its own; its name comes when the sweep is over."""
+        out = folder / MODEL
+        out.mkdir()
+        for name in (METRICS, CONFIG, EVALUATION, REWARDS):
+            shutil.copy2(folder / name, out / name)
+        write_text(out / FACTS, json.dumps({**read_facts(folder), "trial": int(folder.name)}, indent=2) + "\n")
+        run.save_model(out, title=f"{folder.parent.parent.resolve().name}, trial {folder.name}")
+        self.pipe.send(Kept())
+
+
+class _Evaluations(transformers.TrainerCallback):
+    """Tells the sweep what each evaluation found, and stops the trial where it falls behind."""
+
+    def __init__(self, pipe: Connection, metric: str) -> None:
+        self.pipe, self.name, self.stopped = pipe, metric.replace("/", "_", 1), False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # there is nothing left to stop
+            return
+        self.pipe.send(Evaluated(state.global_step, metrics[self.name]))
+        if self.pipe.recv() == "stop":
+            self.stopped = control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def _log_into(path: Path) -> Iterator[None]:
+    """What a run prints goes to a file of its own; what libraries write past Python does too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with path.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in zip((1, 2), kept, strict=True):
+                os.dup2(descriptor, number)
+                os.close(descriptor)

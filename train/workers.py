@@ -1,0 +1,197 @@
+"""The worker processes of a sweep, seen from the sweep."""
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from kto_core.errors import TrainingError
+from kto_core.quiet import quiet_libraries
+from train.config import TrainConfig
+from train.sweep_config import Trials
+
+# Where a system with GPUs for torch shows them: NVIDIA, the same under Windows' Linux, AMD.
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A trial was evaluated; the worker waits to hear whether to go on."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A trial has ended; the worker waits to hear whether to keep its model.
+
+    Attributes:
+        state: complete, pruned or failed.
+        metrics: held-out values by name.
+        seconds: of the trial, and `train_seconds` of it for updates and evaluations.
+        reason: of a failure.
+    """
+
+    state: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    reason: str | None = None
+
+    @classmethod
+    def refused(cls, reason: str) -> "Ended":
+        """A trial that did not come to an end of its own."""
+        return cls("failed", reason=reason)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The model is on the disk."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The worker is gone."""
+
+    reason: str
+
+
+Message = Evaluated | Ended | Kept | Lost
+
+
+class Worker:
+    """One process, and the pipe to it."""
+
+    def __init__(self, context: Any, device: str | None, threads: int | None) -> None:
+        self.pipe: Connection
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_process, args=(theirs, device, threads), daemon=True)
+        self.process.start()
+        theirs.close()  # or the end of the process would not close the pipe
+
+    def start(self, number: int, config: TrainConfig, folder: Path) -> None:
+        """Send a trial. If the worker is gone, `Workers.wait` says so."""
+        self._send(("trial", number, config, folder))
+
+    def check(self, config: TrainConfig) -> None:
+        """Ask whether cache and policy can be used."""
+        self._send(("check", config))
+
+    def answer(self, word: str) -> None:
+        """Answer a message that waits for it."""
+        self._send(word)
+
+    def _send(self, what: Any) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.pipe.send(what)
+
+    def end(self) -> None:
+        """End the process, at once."""
+        self.process.terminate()
+        self.process.join()
+        self.pipe.close()
+
+
+def _process(pipe: Connection, device: str | None, threads: int | None) -> None:
+    """A worker's process. What decides how libraries behave is set before they are imported."""
+    quiet_libraries()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    from train.sweep_worker import work
+
+    work(pipe, threads)
+
+
+class Workers:
+    """So many processes. One that is lost is replaced.
+
+    Args:
+        count: of processes.
+        trials: of the sweep.
+    """
+
+    def __init__(self, count: int, trials: Trials) -> None:
+        self._context = multiprocessing.get_context("spawn")  # threads and CUDA do not survive a fork
+        self._devices = self.gpus(trials) or [None]
+        alone = count == 1 or "OMP_NUM_THREADS" in os.environ
+        self._threads = None if alone else max(1, (os.cpu_count() or 1) // count)
+        self._count, self._workers = count, [self._new(number) for number in range(count)]
+        self.facts: dict[str, Any] = {}
+
+    @staticmethod
+    def gpus(trials: Trials) -> list[str | None]:
+        """The GPUs that trials may use, as CUDA_VISIBLE_DEVICES names them."""
+        if trials.base.get("device") == "cpu":
+            return []
+        if not any(map(os.path.exists, _GPU_DRIVERS)):
+            return []
+        import torch  # takes seconds
+
+        if not torch.cuda.is_available():
+            return []
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return [*visible.split(",")] if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+    def _new(self, number: int) -> Worker:
+        return Worker(self._context, self._devices[number % len(self._devices)], self._threads)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self._workers:
+            worker.end()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def check(self, config: TrainConfig) -> dict[str, Any]:
+        """What the first worker says of cache and policy.
+
+        Raises:
+            TrainingError: they cannot be used, or no worker comes up.
+        """
+        worker = self._workers[0]
+        worker.check(config)
+        try:
+            verdict, found = worker.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            worker.process.join()
+            raise TrainingError(f"A worker ended before its first trial ({_end_of(worker)}).") from None
+        if verdict == "refused":
+            raise TrainingError(found)
+        self.facts = found
+        return self.facts
+
+    def idle(self, running: Iterable[Worker]) -> list[Worker]:
+        """Workers without a trial."""
+        busy = set(running)
+        return [worker for worker in self._workers if worker not in busy]
+
+    def wait(self, seconds: float) -> Iterator[tuple[Worker, Message]]:
+        """Messages that have come, or come within so many seconds."""
+        of_pipe = {worker.pipe: worker for worker in self._workers}
+        for pipe in wait(list(of_pipe), timeout=seconds):
+            worker = of_pipe[pipe]  # type: ignore[index]
+            try:
+                message = worker.pipe.recv()
+            except (EOFError, ConnectionResetError):
+                worker.process.join()
+                yield worker, Lost(f"its process ended ({_end_of(worker)})")
+                position = self._workers.index(worker)
+                worker.end()
+                self._workers[position] = self._new(position)
+                continue
+            yield worker, message
+
+
+def _end_of(worker: Worker) -> str:
+    code = worker.process.exitcode
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    return f"signal {-code}" + (", as for want of memory" if code == -9 else "")
