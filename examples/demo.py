@@ -71,6 +71,7 @@ def main() -> None:
     except DemoError as error:
         sys.exit(f"\nThe demo failed: {error}")
     say(f"\nDone in {time.monotonic() - started:.0f} s. Model, cache and metrics: {shown_path(OUT)}/")
+    say(f"The run as a page, to be opened in any browser: {shown_path(RUN / 'report.html')}")
 
 
 def run_demo(seed: int) -> None:
@@ -95,7 +96,9 @@ def run_demo(seed: int) -> None:
     with act("4/5  Train, with no reference model in sight"):
         say("Expect a warning: for a real checkpoint, taught over many days, this learning rate would be ruinous.")
         say("Our tiny one was taught at 6e-3 a minute ago and gets few updates; it takes large steps well.")
-        command("kto-train", "--cache", REFS, "--out", RUN, "--learning-rate", "5e-4", "--epochs", "3")
+        say("A tenth of the questions is held out from it, to judge by.")
+        more = ("--learning-rate", "5e-4", "--epochs", "3", "--eval-fraction", "0.1")
+        command("kto-train", "--cache", REFS, "--out", RUN, *more)
     with act(f"5/5  {HELD_OUT} questions that neither stage has seen"):
         after = ask(RUN, held_out, seed + 3)
         rates_after = measure(held_out, after)

@@ -11,9 +11,12 @@ import yaml
 from kto_core.options import as_plain, flag
 from precompute.config import PrecomputeConfig
 from train.config import TrainConfig
+from train.sweep_config import SweepConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES: dict[str, type] = {"kto-precompute": PrecomputeConfig, "kto-train": TrainConfig}
+TABLES: dict[str, type] = {"kto-precompute": PrecomputeConfig, "kto-train": TrainConfig, "kto-sweep": SweepConfig}
+
+TABLE_FIELDS = ("training", "space", "train")  # in YAML alone
 
 
 def default_text(field: "dataclasses.Field[Any]") -> str:
@@ -34,7 +37,7 @@ def options_table(config: type) -> str:
     """Markdown table of a command's options."""
     lines = ["| option | default | meaning |", "| --- | --- | --- |"]
     for field in dataclasses.fields(config):
-        if field.name == "training":
+        if field.name in TABLE_FIELDS:
             continue
         text = re.sub(r"\s*\[default: .*?\]", "", field.metadata["help"]).strip()
         if field.metadata["choices"]:

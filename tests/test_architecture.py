@@ -12,12 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kto_core", "precompute", "train")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-SCRIPTS = ("kto-precompute", "kto-train", "kto-cache")
+SCRIPTS = ("kto-precompute", "kto-train", "kto-cache", "kto-sweep", "kto-report")
 
 # Files that may import a library, where not all may.
 ONLY_IN = {
     "click": {"precompute/cli.py", "train/cli.py"},
     "peft": {"train/lora.py"},
+    "optuna": {"train/study.py"},
+    "plotly": {"train/figures.py", "train/sweep_figures.py"},
 }
 # At most this many files may.
 AT_MOST = {"vllm": 1, "peft": 1}

@@ -8,18 +8,20 @@ import click
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from click.testing import CliRunner
-from docs_tables import ROOT, TABLES, kto_yaml, readme_with_tables
+from docs_tables import ROOT, TABLE_FIELDS, TABLES, kto_yaml, readme_with_tables
 
 from kto_core.feedback import LABEL_WORDS
 from kto_core.options import as_plain, flag, resolve
 from kto_core.shards import SCHEMA
 from precompute.cli import cache as kto_cache
 from precompute.cli import precompute as kto_precompute
+from train.cli import sweep as kto_sweep
 from train.cli import train as kto_train
-from train.config import TrainConfig
+from train.config import LOSSES, TrainConfig
+from train.sweep_config import SweepConfig, Trials
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS: dict[str, click.Command] = {"kto-precompute": kto_precompute, "kto-train": kto_train}
+COMMANDS: dict[str, click.Command] = {"kto-precompute": kto_precompute, "kto-train": kto_train, "kto-sweep": kto_sweep}
 
 
 def test_readme_tables_are_current() -> None:
@@ -32,10 +34,17 @@ def test_kto_yaml_is_current_and_resolves_to_the_defaults() -> None:
     assert as_plain(resolve(TrainConfig, {}, yaml_path=path)) == as_plain(TrainConfig())
 
 
+def test_the_sweep_of_configs_can_be_run() -> None:
+    config = resolve(SweepConfig, {"cache": Path("refs")}, yaml_path=ROOT / "configs/sweep.yaml")
+    assert Trials.of(config).warnings() == []
+
+
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if not p.name.startswith("accelerate_")], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if not p.name.startswith(("accelerate_", "sweep"))], ids=lambda p: p.name
+)
 def test_every_config_resolves(path: Path) -> None:
     assert resolve(TrainConfig, {}, yaml_path=path).loss == "kto"
 
@@ -54,7 +63,7 @@ def test_help_shows_every_option_with_its_default(command: str) -> None:
     options = re.split(r"\n  (?=--)", text)[1:]
     shown = {re.split(r"[ /]", option)[0]: " ".join(option.split()) for option in options}
     for field in dataclasses.fields(TABLES[command]):
-        if field.name == "training":
+        if field.name in TABLE_FIELDS:
             continue
         entry = shown[flag(field.name)]
         assert field.metadata["help"].split("[default")[0].split()[0] in entry
@@ -68,7 +77,12 @@ def test_help_shows_every_option_with_its_default(command: str) -> None:
 
 
 def test_readme_names_every_command_label_and_column() -> None:
-    for name in (*COMMANDS, *(f"kto-cache {sub}" for sub in kto_cache.commands)):
+    for name in (
+        *COMMANDS,
+        "kto-report",
+        *(f"`{loss}`" for loss in LOSSES),
+        *(f"kto-cache {sub}" for sub in kto_cache.commands),
+    ):
         assert name in README
     for word in LABEL_WORDS:
         assert f"`{word}`" in README, word
