@@ -75,7 +75,7 @@ def run_trl(
     """
     command: list[str | Path] = [environments.trl_python, HERE / "trl_kto.py"]
     command += ["--model", workload.model, "--data", workload.data, "--out", out, "--reference", reference]
-    command += [*_recipe_options(recipe), "--max-length", str(recipe.max_length)]
+    command += [*recipe_options(recipe), "--max-length", str(recipe.max_length)]
     if completions_only:
         command.append("--completions-only")
     if score_only:
@@ -100,7 +100,7 @@ def run_ours(
     precomputed = score(environments.our_command("kto-precompute"), workload, recipe, refs=refs)
 
     train: list[str | Path] = [environments.our_command("kto-train"), "--cache", refs, "--out", run]
-    train += [*_recipe_options(recipe), "--scheduler", "constant", "--no-shuffle", "--no-gradient-checkpointing"]
+    train += [*recipe_options(recipe), "--scheduler", "constant", "--no-shuffle", "--no-gradient-checkpointing"]
     train += ["--dtype", "float32", "--device", "cpu", "--logging-steps", "1", "--save-steps", "0"]
     if max_tokens is not None:
         train += ["--max-tokens", str(max_tokens)]
@@ -127,7 +127,7 @@ def score(
     return run_measured(line, log=refs.with_suffix(".txt"), env=offline_env(refs.parent))
 
 
-def _recipe_options(recipe: Recipe) -> list[str]:
+def recipe_options(recipe: Recipe) -> list[str]:
     """The options that both sides call by the same name."""
     options = ["--batch-size", str(recipe.batch_size), "--learning-rate", repr(recipe.learning_rate)]
     options += ["--beta", repr(recipe.beta), "--seed", str(recipe.seed)]

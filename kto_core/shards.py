@@ -84,14 +84,20 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def open_shard(path: Path) -> pq.ParquetFile:
+def open_shard(path: Path, *, mapped: bool = False) -> pq.ParquetFile:
     """Open a shard and check its columns.
+
+    Args:
+        mapped: map the file instead of reading it, so that processes share its pages. A file that is cut off while it is
+            mapped ends the process.
 
     Raises:
         CacheError: not Parquet, or other columns than those of the format.
     """
     try:
-        file = pq.ParquetFile(path, pre_buffer=False)  # handing small reads to other threads takes longer than they do
+        file = pq.ParquetFile(
+            path, pre_buffer=False, memory_map=mapped
+        )  # handing small reads to other threads takes longer than they do
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CacheError(
             f"{path}: not a readable Parquet file ({said_by(error)}). Run kto-precompute again."

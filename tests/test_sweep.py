@@ -140,6 +140,7 @@ def test_no_reference_and_one_load(config: SweepConfig) -> None:
         f"    worker.run(number, trials.config(trials.grid_point(number)), Path({str(config.out)!r}) / str(number))\n"
         "    assert worker.pipe.last.state == 'complete', worker.pipe.last\n"
         "assert worker.materials.loads == 1\n"
+        "assert '.parquet\\n' in Path('/proc/self/maps').read_text()\n"
         "assert not [name for name in sys.modules if name.split('.')[0] in ('precompute', 'vllm', 'optuna')]\n"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

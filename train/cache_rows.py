@@ -86,6 +86,7 @@ class CacheRows(Dataset[TrainingRow]):
     Args:
         folder: the cache; every byte and every row of it is checked first.
         max_length: shorten rows; rows whose prompt leaves no room are dropped.
+        mapped: map the files into memory, which the workers of a sweep share.
 
     Attributes:
         labels: bool, shape (rows,).
@@ -97,7 +98,7 @@ class CacheRows(Dataset[TrainingRow]):
         CacheError: damaged, or `max_length` above the cached one.
     """
 
-    def __init__(self, folder: Path, *, max_length: int | None = None) -> None:
+    def __init__(self, folder: Path, *, max_length: int | None = None, mapped: bool = False) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         cached = int(self.manifest.tokenization["max_length"])
@@ -114,7 +115,7 @@ class CacheRows(Dataset[TrainingRow]):
         self.largest_id, self.seconds = found.largest_id, time.monotonic() - started
         self._paths = [folder / shard["file"] for shard in self.manifest.shards]
         _allow_open_files(len(self._paths))
-        self._files = [open_shard(path) for path in self._paths]
+        self._files = [open_shard(path, mapped=mapped) for path in self._paths]
         if read_manifest(folder) != self.manifest:  # a writer takes it away before it changes a shard
             raise CacheError(f"{folder}: was updated while it was read. Start again.")
         groups = [(k, g) for k, file in enumerate(self._files) for g in range(file.num_row_groups)]

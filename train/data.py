@@ -24,11 +24,11 @@ _SAMPLE = 4096
 HELD_OUT = "held out"
 
 
-def open_cache(cache: Location, max_length: int | None) -> CacheRows:
+def open_cache(cache: Location, max_length: int | None, *, mapped: bool = False) -> CacheRows:
     """Raises: CacheError: damaged, incomplete or not there; every byte is checked."""
     folder = local_copy(cache)
     with speaking_of(cache, folder):
-        return CacheRows(folder, max_length=max_length)
+        return CacheRows(folder, max_length=max_length, mapped=mapped)
 
 
 @dataclass(frozen=True)

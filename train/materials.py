@@ -86,7 +86,7 @@ class KeptMaterials(Materials):
     def _open(self, cache: Location, max_length: int | None) -> CacheRows:
         key = (cache, max_length)
         if key not in self._caches:
-            self._caches[key] = open_cache(cache, max_length)
+            self._caches[key] = open_cache(cache, max_length, mapped=True)
         return self._caches[key]
 
     def files(self, config: TrainConfig, manifest: Manifest) -> PolicyFiles:

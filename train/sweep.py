@@ -98,13 +98,14 @@ def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
     folder = local_copy(config.cache)
     with speaking_of(config.cache, folder):
         manifest = read_manifest(folder)
-    url = config.storage or f"sqlite:///{(out / DATABASE).resolve()}"
-    study = Study(config, trials, url, _identity(config, manifest))
-    results = Results(out, config, trials, study)
-    left = trials.count - sum(record.state != "running" for record in study.records())
-    with Workers(_worker_count(config, trials, left), trials) as workers:
-        facts = workers.check(trials.config({"loss": trials.base.get("loss", "kto")}))
-        results.begin(manifest, facts)
+    with Workers(_worker_count(config, trials), trials) as workers:
+        # They import their libraries and verify the cache while the study is opened here.
+        workers.ask(trials.config({"loss": trials.base.get("loss", "kto")}))
+        url = config.storage or f"sqlite:///{(out / DATABASE).resolve()}"
+        study = Study(config, trials, url, _identity(config, manifest))
+        results = Results(out, config, trials, study)
+        left = trials.count - sum(record.state != "running" for record in study.records())
+        results.begin(manifest, workers.told() if left else {})
         _print_plan(config, trials, manifest, out, workers, left)
         if left:
             with _bar(trials.count - left, trials.count) as say:
@@ -112,9 +113,8 @@ def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
     results.finish()
 
 
-def _worker_count(config: SweepConfig, trials: Trials, left: int) -> int:
-    wanted = config.workers or max(1, len(Workers.gpus(trials)))
-    return max(1, min(wanted, left))
+def _worker_count(config: SweepConfig, trials: Trials) -> int:
+    return min(config.workers or max(1, len(Workers.gpus(trials))), trials.count)
 
 
 def _run(study: Study, trials: Trials, workers: Workers, results: Results, out: Path, say: Any) -> None:
@@ -183,9 +183,10 @@ def _print_plan(
     names = ", ".join(trials.space)
     print(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
     print(f"search      {config.search} over {names}, {trials.count:,} trials")
-    rows = workers.facts["data"]
-    held = rows["held_out_desirable"] + rows["held_out_undesirable"]
-    print(f"rows        {rows['desirable'] + rows['undesirable']:,} to train on, {held:,} held out")
+    rows = workers.facts.get("data")
+    if rows:
+        held = rows["held_out_desirable"] + rows["held_out_undesirable"]
+        print(f"rows        {rows['desirable'] + rows['undesirable']:,} to train on, {held:,} held out")
     print(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
     print(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
     print(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")

@@ -5,7 +5,6 @@ import datetime
 import io
 import json
 import math
-import platform
 import shlex
 import shutil
 import socket
@@ -58,8 +57,10 @@ class Results:
             "command": self._command(),
             "started": known.get("started")
             or datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "versions": {"python": platform.python_version(), **facts.pop("versions", {})},
-            **facts,
+            "versions": known.get("versions"),
+            "reference": known.get("reference"),
+            "data": known.get("data"),
+            **facts,  # of a worker; nothing is new where every trial has ended
             "metric": self.config.metric,
             "direction": "maximize" if self.study.maximize else "minimize",
             "space": {name: _space_entry(entry) for name, entry in self.trials.space.items()},

@@ -32,7 +32,7 @@ from kto_core.errors import KTOError, in_one_line
 from train.config import TrainConfig
 from train.materials import KeptMaterials
 from train.run_files import CONFIG, EVALUATION, FACTS, METRICS, REWARDS, read_facts
-from train.training_run import TrainingRun
+from train.training_run import TrainingRun, versions
 from train.workers import Ended, Evaluated, Kept
 
 LOG = "log.txt"
@@ -83,7 +83,7 @@ class _Worker:
             self.materials.files(config, data.rows.manifest)
         except KTOError as error:
             return "refused", str(error)
-        return "ready", {"reference": data.rows.manifest.reference, "data": data.facts()}
+        return "ready", {"versions": versions(), "reference": data.rows.manifest.reference, "data": data.facts()}
 
     def run(self, number: int, config: TrainConfig, folder: Path) -> None:
         """A trial from its first line to its last."""

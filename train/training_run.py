@@ -201,11 +201,7 @@ class TrainingRun:
             "labels_hash": manifest.data.get("labels_hash"),
             "command": command_of(dataclasses.replace(self.config, out=self.out)),
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "versions": versions(),
             "precision": self.precision.name,
             "device": self.trainer.args.device.type,
             "weights": list(self.objective.weights),
@@ -214,6 +210,15 @@ class TrainingRun:
             "reference": manifest.reference,
             "data": self.data.facts(),
         }
+
+
+def versions() -> dict[str, str]:
+    """What computes here."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 class _Steps(transformers.TrainerCallback):

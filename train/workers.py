@@ -150,14 +150,17 @@ class Workers:
     def __len__(self) -> int:
         return self._count
 
-    def check(self, config: TrainConfig) -> dict[str, Any]:
-        """What the first worker says of cache and policy.
+    def ask(self, config: TrainConfig) -> None:
+        """Let the first worker look at cache and policy."""
+        self._workers[0].check(config)
+
+    def told(self) -> dict[str, Any]:
+        """What it says of them.
 
         Raises:
             TrainingError: they cannot be used, or no worker comes up.
         """
         worker = self._workers[0]
-        worker.check(config)
         try:
             verdict, found = worker.pipe.recv()
         except (EOFError, ConnectionResetError):

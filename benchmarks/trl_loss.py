@@ -1,0 +1,73 @@
+"""A few updates of TRL's trainer for one loss, with a live reference; its logs as JSON.
+
+Runs inside TRL's environment, on the CPU, in float32; `equal_losses.py` starts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+LOSSES = ("apo_zero", "dpo", "ipo")
+
+
+def make_trainer(args: argparse.Namespace) -> Any:
+    """TRL's trainer of the loss; `--batch-size` counts rows, two of a pair."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+    settings: dict[str, Any] = {
+        "output_dir": str(args.out / "model"),
+        "max_steps": args.max_steps,
+        "max_length": args.max_length,
+        "learning_rate": args.learning_rate,
+        "beta": args.beta,
+        "seed": args.seed,
+        "gradient_accumulation_steps": 1,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "fp16": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "train_sampling_strategy": "sequential",
+    }
+    rows = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines()]
+    shared = {"train_dataset": Dataset.from_list(rows), "processing_class": AutoTokenizer.from_pretrained(args.model)}
+    if args.loss == "apo_zero":
+        config = KTOConfig(loss_type="apo_zero_unpaired", per_device_train_batch_size=args.batch_size, **settings)
+        return KTOTrainer(model=str(args.model), args=config, **shared)
+    loss = {"dpo": "sigmoid", "ipo": "ipo"}[args.loss]
+    config = DPOConfig(loss_type=[loss], per_device_train_batch_size=args.batch_size // 2, **settings)
+    return DPOTrainer(model=str(args.model), args=config, **shared)
+
+
+def main() -> None:
+    """Train, and write what was logged after each update to `OUT/steps.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loss", choices=LOSSES, required=True)
+    for name in ("--model", "--data", "--out"):
+        parser.add_argument(name, type=Path, required=True)
+    for name, kind in (("batch-size", int), ("max-length", int), ("max-steps", int), ("seed", int)):
+        parser.add_argument(f"--{name}", type=kind, required=True)
+    for name in ("learning-rate", "beta"):
+        parser.add_argument(f"--{name}", type=float, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    trainer = make_trainer(args)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    (args.out / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
