@@ -1,7 +1,9 @@
 """Files of a run folder that others read, by their names; light to import."""
 
 import dataclasses
+import datetime
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,27 @@ from train.config import TrainConfig
 
 CONFIG, FACTS, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVALUATION, REWARDS = "evaluation.json", "rewards.parquet"
+
+
+def make_folder(out: Path | None, parent: str) -> Path:
+    """The folder of a new run or sweep: `out`, or one in `parent` that is named after the time.
+
+    Raises:
+        ConfigError: a file, a URL, or not writable.
+    """
+    if out is None:
+        out = Path(parent) / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    if re.match(r"\w+:/", str(out)):
+        raise ConfigError(
+            f"--out {out}: what is trained is written to a local folder; copy it from there when it is done."
+        )
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error}.") from error
+    return out
 
 
 def config_text(config: TrainConfig) -> str:

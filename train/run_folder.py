@@ -9,7 +9,6 @@ runs/NAME/                 at the end: model, tokenizer, model card, evaluation.
 """
 
 import contextlib
-import datetime
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from kto_core.lock import LOCK
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag, read_yaml
 from train.config import TrainConfig
-from train.run_files import CONFIG, FACTS, METRICS, config_text, read_facts
+from train.run_files import CONFIG, FACTS, METRICS, config_text, make_folder, read_facts
 
 _UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed to the hub
 _SIZES = "sizes.json"
@@ -65,20 +64,9 @@ def choose_folder(config: TrainConfig) -> Path:
     Raises:
         ConfigError: a file, or not writable.
     """
-    out = config.out
-    if out is None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("Several processes need --out: each of them would name the run after its own clock.")
-        out = Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    if re.match(r"\w+:/", str(out)):
-        raise ConfigError(f"--out {out}: a run is written to a local folder; copy it from there when it is done.")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error}.") from error
-    return out
+    if config.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("Several processes need --out: each of them would name the run after its own clock.")
+    return make_folder(config.out, "runs")
 
 
 def refuse_occupied(config: TrainConfig, out: Path) -> None:

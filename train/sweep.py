@@ -12,7 +12,6 @@ sweeps/NAME/report.html
 
 import contextlib
 import dataclasses
-import datetime
 import os
 import sys
 import time
@@ -27,8 +26,9 @@ from kto_core.durable import write_text, written_to
 from kto_core.errors import ConfigError, TrainingError
 from kto_core.lock import LOCK, only_writer
 from kto_core.manifest import Manifest, read_manifest
-from kto_core.options import as_plain, is_url
+from kto_core.options import as_plain
 from kto_core.storage import local_copy, speaking_of
+from train.run_files import make_folder
 from train.study import BEAT_SECONDS, Study, Trial, check_installed
 from train.sweep_config import SweepConfig, Trials
 from train.sweep_results import Results
@@ -49,7 +49,7 @@ def sweep(config: SweepConfig) -> Path:
     """
     check_installed()
     trials = Trials.of(config)
-    out = _choose_folder(config)
+    out = make_folder(config.out, "sweeps")
     try:
         with only_writer(out, ConfigError), written_to(out, TrainingError, "Make room; the same command goes on."):
             _begin_folder(config, out)
@@ -57,19 +57,6 @@ def sweep(config: SweepConfig) -> Path:
     finally:
         with contextlib.suppress(OSError):  # something was written there
             out.rmdir()
-    return out
-
-
-def _choose_folder(config: SweepConfig) -> Path:
-    out = config.out or Path("sweeps") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    if is_url(str(out).replace(":/", "://", 1)):
-        raise ConfigError(f"--out {out}: a sweep is written to a local folder; copy it from there when it is done.")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error}.") from error
     return out
 
 
