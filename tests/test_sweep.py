@@ -163,7 +163,7 @@ class TestMaterials:
             (tmp_path / str(number)).mkdir(exist_ok=True)
             run.train()
             run.save_model(tmp_path / str(number))
-            materials.give_back(run.model)
+            materials.take_back()
             alone = train(replace(config, out=tmp_path / f"alone-{number}"))
             name = "adapter_model.safetensors" if config.lora_rank else "model.safetensors"
             first, second = load_file(tmp_path / str(number) / name), load_file(alone / name)
@@ -172,6 +172,29 @@ class TestMaterials:
                 assert torch.equal(first[key], second[key]), key
         # Between training all weights and adapters the model is read anew: its frozen form is another one.
         assert materials.loads == (3 if len({bool(one) for one in options}) > 1 else 1)
+
+
+def test_a_run_that_cannot_begin_leaves_the_policy_as_it_was(cache: Path, tmp_path: Path) -> None:
+    materials = KeptMaterials()
+    config = TrainConfig(cache=cache, save_steps=0, lora_rank=2, **TRAIN)
+    for wrong in ({"lora_targets": "nowhere"}, {"training": {"optim": "no_such_optimizer"}}):
+        with pytest.raises(ConfigError):
+            TrainingRun.set_up(replace(config, **wrong), tmp_path / "wrong", materials)
+        materials.take_back()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.training_run.check_vocabulary", lambda *_: 1 / 0)  # with adapters on the model already
+        with pytest.raises(ZeroDivisionError):
+            TrainingRun.set_up(config, tmp_path / "wrong", materials)
+        materials.take_back()
+    (tmp_path / "right").mkdir()
+    run = TrainingRun.set_up(config, tmp_path / "right", materials)
+    run.train()
+    run.save_model(tmp_path / "right")
+    alone = train(replace(config, out=tmp_path / "alone"))
+    first, second = (load_file(one / "adapter_model.safetensors") for one in (tmp_path / "right", alone))
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name])
 
 
 class Started:

@@ -33,8 +33,8 @@ class Materials:
         """The policy, ready to train. Raises: ModelError, TrainingError: see `PolicyFiles.load`."""
         return files.prepare(files.load(config, precision, device), config)
 
-    def give_back(self, model: Any) -> None:
-        """The run is over."""
+    def take_back(self) -> None:
+        """The run that was given the policy is over, or could not begin."""
 
 
 @dataclass
@@ -79,6 +79,7 @@ class KeptMaterials(Materials):
     _caches: dict[tuple[Location, int | None], CacheRows] = field(default_factory=dict)
     _files: dict[tuple[Any, ...], PolicyFiles] = field(default_factory=dict)
     _initial: _Initial | None = None
+    _given: Any = None
 
     def data(self, config: TrainConfig) -> TrainingData:
         return TrainingData.open(config, self._open)
@@ -102,10 +103,14 @@ class KeptMaterials(Materials):
             self._initial = None  # before the next one is read: two would not fit
             self.loads += 1
             self._initial = _Initial.of(key, files.load(config, precision, device), frozen=frozen)
-        return files.prepare(self._initial.restore(), config)
+        initial, self._initial = self._initial, None  # one that cannot be prepared is not used again
+        self._given = files.prepare(initial.restore(), config)
+        self._initial = initial
+        return self._given
 
-    def give_back(self, model: Any) -> None:
-        if self._initial is not None and model is not self._initial.model:
+    def take_back(self) -> None:
+        given, self._given = self._given, None
+        if self._initial is not None and given is not None and given is not self._initial.model:
             from train.lora import remove_adapters
 
-            remove_adapters(model)
+            remove_adapters(given)

@@ -105,8 +105,7 @@ class _Worker:
             self.pipe.send(outcome)
             if self.pipe.recv() == "keep" and run is not None:
                 self._keep(run, folder)
-            if run is not None:
-                self.materials.give_back(run.model)
+            self.materials.take_back()
             del run
         for checkpoint in folder.glob("checkpoint-*"):  # early stopping's
             shutil.rmtree(checkpoint)

@@ -44,7 +44,6 @@ class TrainingRun:
     """A run that is ready to train.
 
     Attributes:
-        model: as the materials gave it.
         settings: what warnings during the run depend on.
         console: of the process that prints.
         checkpoint: to go on from, or None.
@@ -57,7 +56,6 @@ class TrainingRun:
     files: PolicyFiles
     precision: Precision
     objective: Objective
-    model: Any
     trainer: KTOTrainer
     settings: Settings
     console: Console | None
@@ -65,7 +63,7 @@ class TrainingRun:
     checked: bool = False
 
     @classmethod
-    def set_up(cls, config: TrainConfig, out: Path, materials: Materials, *, show_plan: bool = True) -> "TrainingRun":
+    def set_up(cls, config: TrainConfig, out: Path, materials: Materials) -> "TrainingRun":
         """Everything up to the first update.
 
         Raises:
@@ -80,8 +78,7 @@ class TrainingRun:
         checkpoint = last_checkpoint(config, out, data.rows.manifest)
         if args.process_index == 0:
             remove_leftovers(out)
-            if show_plan:
-                _print_plan(config, data, files, precision, objective, out, device)
+            _print_plan(config, data, files, precision, objective, out, device)
             if config.resume:
                 print(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}", flush=True)
         # A sharded model need not fit on one device; sharding moves each rank's part there.
@@ -94,7 +91,7 @@ class TrainingRun:
         if config.early_stopping:
             callbacks.append(transformers.EarlyStoppingCallback(config.early_stopping))
         trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks)
-        run = cls(config, out, data, files, precision, objective, model, trainer, settings, console, checkpoint)
+        run = cls(config, out, data, files, precision, objective, trainer, settings, console, checkpoint)
         trainer.add_callback(_Steps(run))
         return run
 
