@@ -19,18 +19,24 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from feedback_files import write_feedback
 from safetensors.torch import load_file
 
 from kto_core.errors import ConfigError, TrainingError
+from kto_core.manifest import read_manifest
 from kto_core.options import resolve
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
 from train.cli import sweep as kto_sweep
 from train.config import TrainConfig
 from train.materials import KeptMaterials
 from train.run import train
-from train.study import Study
+from train.study import Study, Trial
 from train.sweep import sweep
 from train.sweep_config import SweepConfig, Trials
+from train.sweep_results import Results
 from train.training_run import TrainingRun
+from train.workers import Ended
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "kto-sweep"
 TRAIN = {"batch_size": 8, "max_steps": 3, "learning_rate": 3e-3, "eval_fraction": 0.3, "device": "cpu"}
@@ -129,13 +135,15 @@ def test_no_reference_and_one_load(config: SweepConfig) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "import train.materials, train.policy\n"
+        "from train.data import TrainingData\n"
         "from train.sweep_worker import _Worker\n"
         "from train.sweep_config import SweepConfig, Trials\n"
         "class Pipe:\n"
         "    def send(self, message): self.last = message\n"
         "    def recv(self): return 'drop'\n"
         f"config = SweepConfig(cache=Path({str(config.cache)!r}), search='grid', space={config.space!r}, train={config.train!r})\n"
-        "trials, worker = Trials.of(config), _Worker(Pipe())\n"
+        "trials = Trials.of(config)\n"
+        "worker = _Worker(Pipe(), TrainingData.open(trials.config({})).identity())\n"
         "for number in range(trials.count):\n"
         f"    worker.run(number, trials.config(trials.grid_point(number)), Path({str(config.out)!r}) / str(number))\n"
         "    assert worker.pipe.last.state == 'complete', worker.pipe.last\n"
@@ -457,6 +465,141 @@ class TestStudy:
         assert numbers == [1, 2, 3, 4, 5]
 
 
+class TestInterruptedTrials:
+    """What a killed sweep left half done must not show in what the next one does."""
+
+    def test_options_that_were_drawn_already_do_not_change_the_others(
+        self, config: SweepConfig, tmp_path: Path
+    ) -> None:
+        config = replace(config, search="random", space=SPACE, train={}, trials=1)
+        whole = drawn(config, f"sqlite:///{tmp_path}/whole.db")
+        trials, url = Trials.of(config), f"sqlite:///{tmp_path}/part.db"
+        study = Study(config, trials, url, {})
+        handle = study._study.ask()
+        study._study.sampler = study._sampler(0, 0)
+        assert study._suggest(handle, "beta") == whole[0]["beta"]
+        handle.set_user_attr("owner", "")
+        taken = Study(config, trials, url, {}).next()
+        assert taken is not None
+        assert taken.params == whole[0]
+
+    def test_evaluations_that_were_reported_do_not_prune_the_second_time(
+        self, config: SweepConfig, tmp_path: Path
+    ) -> None:
+        config = replace(config, pruning="median")
+        url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(config)
+        study = Study(config, trials, url, {})
+        for value in (0.1, 0.2, 0.3, 0.4, 0.5):
+            trial = study.next()
+            assert trial is not None
+            assert not study.falls_behind(trial, 2, 0.5)
+            assert not study.falls_behind(trial, 4, value)
+            study.tell(trial, "complete", value, {})
+        trial = study.next()
+        assert trial is not None
+        for step, value in ((2, 0.5), (4, 0.9)):
+            trial.handle.report(value, step)  # killed after this
+        trial.handle.set_user_attr("owner", "")
+        again = Study(config, trials, url, {})
+        taken = again.next()
+        assert taken is not None
+        assert not again.falls_behind(taken, 2, 0.5)
+        assert again.falls_behind(taken, 4, 0.9)
+        again.tell(taken, "pruned", None, {})
+        assert [record.state for record in again.records()] == ["complete"] * 5 + ["pruned"]
+
+    def test_a_sweeper_that_wakes_up_late_changes_nothing(self, config: SweepConfig, tmp_path: Path) -> None:
+        url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(replace(config, trials=1))
+        late = Study(config, trials, url, {})
+        trial = late.next()
+        assert trial is not None
+        trial.handle.set_user_attr("owner", "")
+        other = Study(config, trials, url, {})
+        taken = other.next()
+        assert taken is not None
+        other.tell(taken, "complete", 0.25, {"metrics": {"eval/loss": 0.25}})
+        late.falls_behind(trial, 2, 0.9)
+        late.tell(trial, "complete", 0.9, {"metrics": {"eval/loss": 0.9}})
+        assert [(record.value, record.result) for record in late.records()] == [
+            (0.25, {"metrics": {"eval/loss": 0.25}})
+        ]
+
+    def test_a_trial_is_released_once(self, config: SweepConfig, tmp_path: Path) -> None:
+        study = Study(config, Trials.of(config), f"sqlite:///{tmp_path}/study.db", {})
+        for times in range(2):
+            trial = study.next()
+            assert trial is not None
+            assert trial.number == 0
+            assert study.release(trial) is (times == 0)
+
+
+class TestBestModel:
+    """Models of trials that end in any order, beside a sweep of two workers."""
+
+    @pytest.fixture
+    def results(self, config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
+        assert config.out is not None
+        (config.out / "trials").mkdir(parents=True)
+        monkeypatch.setattr("train.sweep_results.write_report", lambda folders: folders[0] / "report.html")
+        trials = Trials.of(config)
+        results = Results(config.out, config, trials, Study(config, trials, f"sqlite:///{tmp_path}/study.db", {}))
+        results.begin(read_manifest(config.cache), {})
+        return results
+
+    @staticmethod
+    def model_of(results: Results, trial: Trial) -> Path:
+        folder = results.out / "trials" / f"{trial.number:04d}" / "model"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"trial": trial.number}))
+        return folder
+
+    def trials(self, results: Results, count: int) -> list[Trial]:
+        found = [results.study.next() for _ in range(count)]
+        return [trial for trial in found if trial is not None]
+
+    @staticmethod
+    def with_loss(value: float) -> Ended:
+        return Ended("complete", {"eval/loss": value})
+
+    def test_a_slow_save_does_not_take_a_better_model_away(self, results: Results) -> None:
+        slow, fast = self.trials(results, 2)
+        assert results.is_best(self.with_loss(0.5))
+        results.keep(slow, self.with_loss(0.5))
+        first = self.model_of(results, slow)
+        assert results.is_best(self.with_loss(0.4))
+        results.keep(fast, self.with_loss(0.4))
+        second = self.model_of(results, fast)
+        results.kept(fast)
+        results.kept(slow)
+        assert second.exists()
+        assert not first.exists()
+
+    def test_a_worker_that_is_lost_while_it_saves(self, results: Results) -> None:
+        lost, worse = self.trials(results, 2)
+        results.keep(lost, self.with_loss(0.4))
+        assert "begins again" in results.lost(lost, "its process ended (signal 9)")
+        assert results.is_best(self.with_loss(0.5))  # nothing is better by now
+        results.keep(worse, self.with_loss(0.5))
+        self.model_of(results, worse)
+        results.kept(worse)
+        again = results.study.next()
+        assert again is not None
+        assert again.number == lost.number
+
+    def test_the_only_model_is_never_removed(self, results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+        first, second = self.trials(results, 2)
+        results.keep(first, self.with_loss(0.5))
+        self.model_of(results, first)
+        results.kept(first)
+        results.finish()
+        assert json.loads((results.out / "best/run.json").read_text())["trial"] == 0
+        results.keep(second, self.with_loss(0.4))
+        results.kept(second)  # whose model somebody removed
+        results.finish()
+        assert (results.out / "best/run.json").exists()
+        assert "best model  gone; best.yaml makes it again" in capsys.readouterr().out
+
+
 class TestSearches:
     def test_pruning_stops_what_falls_behind(self, config: SweepConfig) -> None:
         """Five trials of one quality, and one that learns nothing: the median of the others is better."""
@@ -516,6 +659,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"space": {"loss": {"low": 1, "high": 4}}}, "takes no numbers, so it has no range"),
     ({"space": {"loss": ["ktoo"]}}, "choose one of kto"),
     ({"space": {"cache": ["refs"]}}, "'cache' cannot differ between the trials"),
+    ({"space": {"max_length": [None, 120]}}, "compared on the same held-out rows, which it cuts"),
+    ({"space": {"batch_size": {"low": 1, "high": 1e300, "points": 2}}}, "high must be at most 1,000,000,000"),
+    ({"space": {"beta": {"low": 0.1, "high": 1, "points": 1000}, "seed": [*range(101)]}}, "would have 101,000 trials"),
     ({"space": {"eval_fraction": [0.1, 0.2]}}, "compared on the same held-out rows"),
     ({"space": {"out": ["a", "b"]}}, "belongs on the command line: --out"),
     ({"train": {"beta": 0.1}}, "'beta' stands in space: and in train:"),
@@ -542,10 +688,39 @@ class TestFolders:
         sweep(replace(config, trials=1))
         with pytest.raises(ConfigError, match="begun with another space"):
             sweep(replace(config, space={"beta": [0.1, 0.2]}))
+        assert config.out is not None
+        said = (config.out / "sweep.yaml").read_bytes()
         with pytest.raises(ConfigError, match="begun with another metric"):
             sweep(replace(config, metric="eval/accuracy"))
-        assert config.out is not None
+        assert (config.out / "sweep.yaml").read_bytes() == said
         assert len(rows_of(config.out)) == 1
+
+    def test_fewer_trials_than_there_are(self, config: SweepConfig) -> None:
+        sweep(replace(config, trials=2))
+        with pytest.raises(ConfigError, match="the sweep has 2 trials already, and none of them is thrown away"):
+            sweep(replace(config, trials=1))
+        assert config.out is not None
+        assert (config.out / "best/model.safetensors").exists()
+
+    def test_another_held_out_cache(self, config: SweepConfig, base: Path, tmp_path: Path) -> None:
+        for name, seed in (("one", 3), ("two", 4)):
+            data = write_feedback(tmp_path / f"{name}.jsonl", 8, seed=seed)
+            precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / name, max_length=256))
+        shutil.copytree(tmp_path / "one", tmp_path / "held")
+        settings = {k: v for k, v in config.train.items() if k != "eval_fraction"}
+        config = replace(config, trials=1, train={**settings, "eval_cache": str(tmp_path / "held")})
+        sweep(config)
+        shutil.rmtree(tmp_path / "held")
+        shutil.copytree(tmp_path / "two", tmp_path / "held")
+        with pytest.raises(ConfigError, match="begun with another held-out cache"):
+            sweep(replace(config, trials=2))
+
+    def test_a_password_is_shown_nowhere(self, config: SweepConfig, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(ConfigError) as refused:
+            sweep(replace(config, storage="postgresql://me:sekret@127.0.0.1:1/none"))
+        assert "sekret" not in str(refused.value)
+        assert config.out is not None
+        assert all(b"sekret" not in path.read_bytes() for path in config.out.rglob("*") if path.is_file())
 
     def test_a_folder_of_something_else(self, config: SweepConfig) -> None:
         assert config.out is not None
@@ -556,7 +731,7 @@ class TestFolders:
         assert [path.name for path in config.out.iterdir()] == ["notes.txt"]
 
     def test_a_storage_that_is_not_there(self, config: SweepConfig) -> None:
-        with pytest.raises(ConfigError, match="--storage postgresql://nobody"):
+        with pytest.raises(ConfigError, match="the sweep's database cannot be used"):
             sweep(replace(config, storage="postgresql://nobody@127.0.0.1:1/none"))
 
     def test_without_a_config(self, config: SweepConfig) -> None:
@@ -585,3 +760,6 @@ def test_what_is_not_comparable_is_said(config: SweepConfig) -> None:
     assert "eval/loss is measured with each trial's own beta" in Trials.of(config).warnings()[0]
     assert Trials.of(replace(config, metric="eval/accuracy")).warnings() == []
     assert Trials.of(replace(config, space={"seed": [1, 2]})).warnings() == []
+    assert "eval/rewards/margins is measured" in Trials.of(replace(config, metric="eval/rewards/margins")).warnings()[0]
+    mixed = Trials.of(replace(config, metric="eval/accuracy", space={"loss": ["kto", "dpo"]})).warnings()
+    assert "losses of pairs are judged on whole pairs" in mixed[0]

@@ -8,7 +8,7 @@ import numpy as np
 
 from kto_core.errors import TrainingError
 from kto_core.feedback import rare_class
-from kto_core.manifest import differences
+from kto_core.manifest import Manifest, differences
 from kto_core.models import Precision
 from kto_core.options import Location
 from kto_core.storage import local_copy, speaking_of
@@ -29,6 +29,11 @@ def open_cache(cache: Location, max_length: int | None, *, mapped: bool = False)
     folder = local_copy(cache)
     with speaking_of(cache, folder):
         return CacheRows(folder, max_length=max_length, mapped=mapped)
+
+
+def rows_identity(manifest: Manifest) -> dict[str, Any]:
+    """A cache's rows and labels; the fingerprint alone leaves labels and order out."""
+    return {"fingerprint": manifest.fingerprint, "labels_hash": manifest.data.get("labels_hash")}
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ class TrainingData:
         """Optimizer batches of the training rows."""
         strata = strata_of(self.rows, self.units, balance=config.balance and config.shuffle)
         return EpochBatches(strata, config.batch_size, shuffle=config.shuffle, seed=config.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """What training and evaluation read, as far as hashes say."""
+        caches = {"cache": self.rows, "held-out cache": self.held_out.cache if self.held_out else self.rows}
+        return {name: rows_identity(rows.manifest) for name, rows in caches.items()}
 
     @property
     def class_counts(self) -> tuple[int, int]:

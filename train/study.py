@@ -6,14 +6,17 @@ where it ran on this machine, else when its sign of life has not changed for a w
 """
 
 import contextlib
+import copy
+import json
 import os
 import random
+import re
 import secrets
 import socket
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kto_core.errors import ConfigError, in_one_line
@@ -26,6 +29,7 @@ BEAT_SECONDS = 5.0
 _GONE_SECONDS = 30.0
 
 _OWNER, _ALIVE, _RESULT = "owner", "alive", "result"
+_NOBODY = ""
 
 
 def check_installed() -> None:
@@ -76,7 +80,14 @@ class Study:
         with _of_storage(url):
             self._study = self._opened_study(url)
             self._check(identity, url)
+            done = sum(frozen.state.is_finished() for frozen in self._study.get_trials(deepcopy=False))
+        if done > trials.count:
+            raise ConfigError(
+                f"--trials {trials.count}: the sweep has {done} trials already, and none of them is thrown away. Give {done} or more, or "
+                "another --out."
+            )
         self._me = f"{_place()}/{os.getpid()}/{secrets.token_hex(4)}"
+        self._url = url
         self._signs: dict[str, tuple[Any, float]] = {}  # of each sweeper: the last one, and when it was seen first
         self._beaten = -BEAT_SECONDS
         self._beats = 0
@@ -101,6 +112,7 @@ class Study:
         raise AssertionError
 
     def _check(self, identity: dict[str, Any], url: str) -> None:
+        identity = json.loads(json.dumps(identity, default=str))  # as the storage gives it back
         begun = dict(self._study.user_attrs.get("identity") or {})
         if not begun:
             self._study.set_user_attr("identity", identity)
@@ -108,18 +120,13 @@ class Study:
         for name, value in identity.items():
             if begun.get(name) != value:
                 raise ConfigError(
-                    f"{url}: holds a sweep that was begun with another {name}: {begun.get(name)!r}, not {value!r}. Give the same "
-                    "one, or another --out (with --storage: another database)."
+                    f"{without_password(url)}: holds a sweep that was begun with another {name}: {begun.get(name)!r}, not "
+                    f"{value!r}. Give the same one, or another --out (with --storage: another database)."
                 )
 
     def _pruner(self) -> Any:
         pruners = self._optuna.pruners
-        match self._config.pruning:
-            case "median":
-                return pruners.MedianPruner()
-            case "hyperband":
-                return pruners.HyperbandPruner()
-        return pruners.NopPruner()
+        return pruners.MedianPruner() if self._config.pruning == "median" else pruners.NopPruner()
 
     # -- who is there -------------------------------------------------------------------------------
 
@@ -127,11 +134,14 @@ class Study:
         """Give a sign of life, if the last one is a while ago."""
         if time.monotonic() - self._beaten >= BEAT_SECONDS:
             self._beaten, self._beats = time.monotonic(), self._beats + 1
-            self._study.set_user_attr(f"{_ALIVE}:{self._me}", self._beats)
+            with _of_storage(self._url):
+                self._study.set_user_attr(f"{_ALIVE}:{self._me}", self._beats)
 
     def _is_gone(self, owner: str | None) -> bool:
         if owner == self._me:
             return False
+        if owner == _NOBODY:
+            return True
         if owner is None:  # somebody has just made this trial, or was killed while doing so
             sweepers = [name.partition(":")[2] for name in self._study.user_attrs if name.startswith(f"{_ALIVE}:")]
             return all(self._is_gone(one) for one in sweepers if one != self._me)
@@ -150,6 +160,10 @@ class Study:
 
     def next(self) -> "Trial | None":
         """A trial to run, or None if there is none at the moment (see `is_done`)."""
+        with _of_storage(self._url):
+            return self._next()
+
+    def _next(self) -> "Trial | None":
         for frozen in self._frozen():
             if frozen.state.name == "RUNNING" and self._is_gone(frozen.user_attrs.get(_OWNER)):
                 trial = self._optuna.trial.Trial(self._study, frozen._trial_id)
@@ -173,12 +187,15 @@ class Study:
 
     def _opened(self, trial: Any) -> "Trial":
         """Its parameters: those of before, or drawn now, by its number and, for tpe, what is known so far."""
-        self._study.sampler = self._sampler(trial.number)
-        params = {name: self._suggest(trial, name) for name in self._trials.space}
+        params = {}
+        for position, name in enumerate(self._trials.space):
+            # A sampler for each of them: some may have been drawn before their sweeper was killed.
+            self._study.sampler = self._sampler(trial.number, position)
+            params[name] = self._suggest(trial, name)
         return Trial(trial, params)
 
-    def _sampler(self, number: int) -> Any:
-        samplers, seed = self._optuna.samplers, (self._config.seed * 1_000_003 + number) % 2**32
+    def _sampler(self, number: int, position: int) -> Any:
+        samplers, seed = self._optuna.samplers, ((self._config.seed * 1009 + number) * 1_000_003 + position) % 2**32
         match self._config.search:
             case "grid":
                 return samplers.PartialFixedSampler(self._trials.grid_point(number), samplers.RandomSampler(seed))
@@ -196,16 +213,35 @@ class Study:
 
     def falls_behind(self, trial: "Trial", step: int, value: float) -> bool:
         """Note an evaluation. Returns: whether the trial should stop."""
-        trial.handle.report(value, step)
-        return bool(trial.handle.should_prune())
+        trial.evaluations[step] = value
+        if self._config.pruning == "none":
+            return False
+        # Told to the storage at the end: what a trial found before it was interrupted must not decide about it.
+        with _of_storage(self._url):
+            frozen = copy.deepcopy(self._study.get_trials(deepcopy=False)[trial.number])
+            frozen.intermediate_values = dict(trial.evaluations)
+            return bool(self._study.pruner.prune(self._study, frozen))
 
     def tell(self, trial: "Trial", state: str, value: float | None, result: dict[str, Any]) -> None:
         """A trial has ended: complete, pruned or failed."""
-        trial.handle.set_user_attr(_RESULT, result)
         states = self._optuna.trial.TrialState
         found = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state]
-        with contextlib.suppress(ValueError):  # it was taken over meanwhile, and has ended there
+        taken_over = (ValueError, self._optuna.exceptions.UpdateFinishedTrialError)  # and it has ended there
+        with _of_storage(self._url), contextlib.suppress(*taken_over), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "This step is already reported"
+            for step, one in trial.evaluations.items():
+                trial.handle.report(one, step)
+            trial.handle.set_user_attr(_RESULT, result)
             self._study.tell(trial.handle, value if state == "complete" else None, state=found)
+
+    def release(self, trial: "Trial") -> bool:
+        """Let a trial be run once more. Returns: False if it was released before."""
+        with _of_storage(self._url):
+            if trial.handle.user_attrs.get("released"):
+                return False
+            trial.handle.set_user_attr("released", True)
+            trial.handle.set_user_attr(_OWNER, _NOBODY)
+        return True
 
     def records(self) -> list[TrialRecord]:
         """All trials, by number."""
@@ -246,7 +282,8 @@ class Study:
         return {name: float(share) for name, share in found.items()}
 
     def _frozen(self) -> list[Any]:
-        found: list[Any] = self._study.get_trials(deepcopy=False)
+        with _of_storage(self._url):
+            found: list[Any] = self._study.get_trials(deepcopy=False)
         return found[: self._trials.count]
 
 
@@ -256,6 +293,7 @@ class Trial:
 
     handle: Any
     params: dict[str, Any]
+    evaluations: dict[int, float] = field(default_factory=dict)
 
     @property
     def number(self) -> int:
@@ -265,13 +303,22 @@ class Trial:
 
 @contextlib.contextmanager
 def _of_storage(url: str) -> Iterator[None]:
-    """What a database says becomes a message."""
+    """What a database says becomes a message. Raises: ConfigError: it cannot be used."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
         yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"--storage {url}: cannot be used: {in_one_line(error)}") from error
+    except (StorageInternalError, SQLAlchemyError, ImportError) as error:
+        raise ConfigError(
+            f"{without_password(url)}: the sweep's database cannot be used: {in_one_line(error.__cause__ or error)} What was "
+            "finished is kept; when it can, the same command goes on."
+        ) from error
+
+
+def without_password(url: str) -> str:
+    """A database's URL, fit to be shown."""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
 
 
 def _place() -> str:

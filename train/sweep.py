@@ -26,13 +26,13 @@ from kto_core.durable import write_text, written_to
 from kto_core.errors import ConfigError, TrainingError
 from kto_core.lock import LOCK, only_writer
 from kto_core.manifest import Manifest, read_manifest
-from kto_core.options import as_plain
+from kto_core.options import Location, as_plain
 from kto_core.storage import local_copy, speaking_of
 from train.run_files import make_folder
-from train.study import BEAT_SECONDS, Study, Trial, check_installed
+from train.study import BEAT_SECONDS, Study, Trial, check_installed, without_password
 from train.sweep_config import SweepConfig, Trials
 from train.sweep_results import Results
-from train.workers import Ended, Evaluated, Kept, Lost, Worker, Workers
+from train.workers import Ended, Evaluated, Kept, Lost, Stop, Worker, Workers
 
 SWEEP = "sweep.yaml"
 DATABASE = "study.db"
@@ -52,7 +52,7 @@ def sweep(config: SweepConfig) -> Path:
     out = make_folder(config.out, "sweeps")
     try:
         with only_writer(out, ConfigError), written_to(out, TrainingError, "Make room; the same command goes on."):
-            _begin_folder(config, out)
+            _check_folder(out)
             _sweep(config, trials, out)
     finally:
         with contextlib.suppress(OSError):  # something was written there
@@ -60,7 +60,7 @@ def sweep(config: SweepConfig) -> Path:
     return out
 
 
-def _begin_folder(config: SweepConfig, out: Path) -> None:
+def _check_folder(out: Path) -> None:
     """A sweep begins in an empty folder, and goes on in its own."""
     begun = (LOCK, f".{SWEEP}.")
     found = sorted(path.name for path in out.iterdir() if not path.name.startswith(begun))
@@ -68,28 +68,50 @@ def _begin_folder(config: SweepConfig, out: Path) -> None:
         raise ConfigError(
             f"--out {out}: holds {found[0]}, but no {SWEEP}: it is no sweep of kto-sweep. Choose another --out."
         )
+
+
+def _write_config(config: SweepConfig, out: Path) -> None:
     values = {k: v for k, v in as_plain(config).items() if k != "out" and v not in (None, {})}
+    if config.storage:
+        values["storage"] = without_password(config.storage)
     write_text(out / SWEEP, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def _identity(config: SweepConfig, manifest: Manifest) -> dict[str, Any]:
+def _manifest(cache: Location) -> Manifest:
+    folder = local_copy(cache)
+    with speaking_of(cache, folder):
+        return read_manifest(folder)
+
+
+def _rows(manifest: Manifest, trials: Trials) -> dict[str, Any]:
+    """What all trials read, as `TrainingData.identity` says it."""
+    held_out = trials.base.get("eval_cache")
+    manifests = {"cache": manifest, "held-out cache": manifest if held_out is None else _manifest(held_out)}
+    return {
+        name: {"fingerprint": one.fingerprint, "labels_hash": one.data.get("labels_hash")}
+        for name, one in manifests.items()
+    }
+
+
+def _identity(config: SweepConfig, rows: dict[str, Any]) -> dict[str, Any]:
     """What all trials of one study have in common; more trials may be added to it, by any number of workers."""
     return {
-        "fingerprint": manifest.fingerprint,
-        "labels_hash": manifest.data.get("labels_hash"),
+        **rows,
         **{name: getattr(config, name) for name in ("search", "metric", "pruning", "seed", "space", "train")},
     }
 
 
 def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
-    folder = local_copy(config.cache)
-    with speaking_of(config.cache, folder):
-        manifest = read_manifest(folder)
-    with Workers(_worker_count(config, trials), trials) as workers:
+    manifest = _manifest(config.cache)
+    rows = _rows(manifest, trials)
+    if not (out / SWEEP).exists():
+        _write_config(config, out)
+    with Workers(_worker_count(config, trials), trials, rows) as workers:
         # They import their libraries and verify the cache while the study is opened here.
         workers.ask(trials.config({"loss": trials.base.get("loss", "kto")}))
         url = config.storage or f"sqlite:///{(out / DATABASE).resolve()}"
-        study = Study(config, trials, url, _identity(config, manifest))
+        study = Study(config, trials, url, _identity(config, rows))
+        _write_config(config, out)
         results = Results(out, config, trials, study)
         left = trials.count - sum(record.state != "running" for record in study.records())
         results.begin(manifest, workers.told() if left else {})
@@ -144,8 +166,10 @@ def _run(study: Study, trials: Trials, workers: Workers, results: Results, out: 
                 case Kept():
                     say(results.kept(trial))
                     del running[worker]
+                case Stop():
+                    raise TrainingError(message.reason)
                 case Lost():
-                    say(results.ended(trial, Ended.refused(message.reason)))
+                    say(results.lost(trial, message.reason))
                     del running[worker]
 
 

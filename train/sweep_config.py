@@ -8,13 +8,13 @@ from typing import Any
 
 from kto_core.errors import ConfigError
 from kto_core.options import Location, checked_values, flag, option, shown, value_types
-from train.config import METRICS, TrainConfig
+from train.config import METRICS, PAIRED_LOSSES, TrainConfig
 
 SEARCHES = ("grid", "random", "tpe")
-PRUNERS = ("none", "median", "hyperband")
+PRUNERS = ("none", "median")
 
-# Trials of a search that has no end of its own.
-_TRIALS = 20
+# Trials of a search that has no end of its own, and of any.
+_TRIALS, _MOST = 20, 100_000
 
 _JUDGED = "they are compared on the same held-out rows"
 _SAME_FOR_ALL = {
@@ -24,7 +24,11 @@ _SAME_FOR_ALL = {
     "eval_fraction": _JUDGED,
     "eval_cache": _JUDGED,
     "eval_seed": _JUDGED,
+    "max_length": f"{_JUDGED}, which it cuts",
 }
+
+# Of a range of whole numbers.
+_GREATEST = 10**9
 
 # Options that are part of the held-out loss itself.
 _CHANGES_LOSS = ("loss", "beta", "desirable_weight", "undesirable_weight", "humanline_low", "humanline_high")
@@ -140,18 +144,31 @@ class Trials:
             _try_values(base, name, entry)
         points = math.prod(len(entry.grid()) for entry in space.values()) if config.search == "grid" else None
         wanted = config.trials or points or _TRIALS
+        if wanted > _MOST:
+            raise ConfigError(
+                f"The sweep would have {wanted:,} trials. Give trials: (at most {_MOST:,}), or fewer values."
+            )
         return cls(base, space, min(wanted, points or wanted))
 
     def warnings(self) -> list[str]:
         """One line for each thing that makes trials hard to compare."""
-        changed = [name for name in self.space if name in _CHANGES_LOSS]
-        if self.base["metric"] != "eval/loss" or not changed:
-            return []
-        names = " and ".join(changed) if len(changed) < 3 else ", ".join(changed)
-        return [
-            f"eval/loss is measured with each trial's own {names}, so its scale differs between trials; metric: eval/accuracy "
-            "compares them on one."
-        ]
+        lines, metric = [], self.base["metric"]
+        scale = {"eval/loss": _CHANGES_LOSS, "eval/rewards/margins": ("beta",)}.get(metric, ())
+        changed = [name for name in self.space if name in scale]
+        if changed:
+            names = " and ".join(changed) if len(changed) < 3 else ", ".join(changed)
+            lines.append(
+                f"{metric} is measured with each trial's own {names}, so its scale differs between trials; metric: eval/accuracy "
+                "compares them on one."
+            )
+        losses = self.space.get("loss")
+        paired = [loss in PAIRED_LOSSES for loss in losses.grid()] if isinstance(losses, Values) else []
+        if any(paired) and not all(paired):
+            lines.append(
+                "losses of pairs are judged on whole pairs, by the better row of each; the others on single rows, by their side "
+                "of the reference point: compare the two kinds with care."
+            )
+        return lines
 
     def config(self, params: dict[str, Any]) -> TrainConfig:
         """A trial's options. Raises: ConfigError: values that do not go together."""
@@ -210,6 +227,8 @@ def _parse(name: str, entry: Any, search: str) -> Values | Range:
 def _range(where: str, entry: dict[str, Any], *, whole: bool, grid: bool) -> Range:
     log, points = entry.get("log", False), entry.get("points")
     low, high = (_end(where, name, entry.get(name), whole=whole) for name in ("low", "high"))
+    if whole and high > _GREATEST:
+        raise ConfigError(f"{where}: high must be at most {_GREATEST:,}, got {high:g}.")
     if low >= high:
         raise ConfigError(f"{where}: low ({low:g}) must be below high ({high:g}).")
     if not isinstance(log, bool):

@@ -85,10 +85,22 @@ class Results:
     def kept(self, trial: Trial) -> str:
         """Its model is on the disk; those of worse trials go. Returns: a line about it."""
         line = self.ended(trial, self._keeping.pop(trial.number))
+        best = self.study.best()  # another one may have become better meanwhile
+        stay = {*self._keeping, *((best.number,) if best else ())}
         for folder in (self.out / "trials").glob("*/model"):
-            if folder.parent.name != f"{trial.number:04d}" and int(folder.parent.name) not in self._keeping:
+            if int(folder.parent.name) not in stay:
                 shutil.rmtree(folder)
         return line
+
+    def lost(self, trial: Trial, reason: str) -> str:
+        """Its worker is gone. Returns: a line about it."""
+        if trial.number in self._keeping:  # trained and judged: only its model is missing
+            del self._keeping[trial.number]
+            best = self.study.best()
+            self._best = best.value if best else None
+            if self.study.release(trial):
+                return f"trial {trial.number:<6}begins again: {reason} while it wrote its model"
+        return self.ended(trial, Ended.refused(reason))
 
     def ended(self, trial: Trial, ended: Ended) -> str:
         """A trial has ended, without a model to keep. Returns: a line about it."""
@@ -191,15 +203,17 @@ class Results:
         head = f"# Trial {best.number} of {self.out}: {self._shown(best.value)}\n"
         write_text(self.out / BEST_OPTIONS, head + config_text(config))
         model, out = self.out / "trials" / f"{best.number:04d}" / "model", self.out / BEST
-        if not model.exists():
-            if not out.exists() or read_facts(out).get("trial") != best.number:
-                where = f"{best.result.get('folder')} on {best.result.get('host')}"
-                print(f"best model  is with the sweeper that made it: {where}")
-                shutil.rmtree(out, ignore_errors=True)
-            return
-        shutil.rmtree(out, ignore_errors=True)
-        model.rename(out)
-        flush(self.out)
+        if model.exists():
+            shutil.rmtree(out, ignore_errors=True)
+            model.rename(out)
+            flush(self.out)
+        elif not out.exists() or read_facts(out).get("trial") != best.number:
+            folder, host = str(best.result.get("folder")), best.result.get("host")
+            elsewhere = host != socket.gethostname() or Path(folder).parent.parent != self.out.resolve()
+            where = (
+                f"with the sweeper that made it: {folder} on {host}" if elsewhere else "gone; best.yaml makes it again"
+            )
+            print(f"best model  {where}")
 
     def _command(self) -> str:
         words = ["kto-sweep", "--config", str(self.out / "sweep.yaml"), "--out", str(self.out)]

@@ -33,16 +33,17 @@ from train.config import TrainConfig
 from train.materials import KeptMaterials
 from train.run_files import CONFIG, EVALUATION, FACTS, METRICS, REWARDS, read_facts
 from train.training_run import TrainingRun, versions
-from train.workers import Ended, Evaluated, Kept
+from train.workers import Ended, Evaluated, Kept, Stop
 
 LOG = "log.txt"
 MODEL = "model"
 
 
-def work(pipe: Connection, threads: int | None) -> None:
+def work(pipe: Connection, rows: dict[str, Any], threads: int | None) -> None:
     """Run what the pipe asks for, until it is closed.
 
     Args:
+        rows: what `TrainingData.identity` must be.
         threads: of a CPU; None leaves torch's own number.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -50,7 +51,7 @@ def work(pipe: Connection, threads: int | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if threads is not None:
         torch.set_num_threads(threads)
-    worker = _Worker(pipe)
+    worker = _Worker(pipe, rows)
     while True:
         try:
             order = pipe.recv()
@@ -71,8 +72,8 @@ def _end_with_parent() -> None:
 
 
 class _Worker:
-    def __init__(self, pipe: Connection) -> None:
-        self.pipe, self.materials = pipe, KeptMaterials()
+    def __init__(self, pipe: Connection, rows: dict[str, Any]) -> None:
+        self.pipe, self.rows, self.materials = pipe, rows, KeptMaterials()
         self.checked: set[tuple[Any, ...]] = set()
         self.loads = -1
 
@@ -83,6 +84,8 @@ class _Worker:
             self.materials.files(config, data.rows.manifest)
         except KTOError as error:
             return "refused", str(error)
+        if data.identity() != self.rows:
+            return "refused", _other_rows(config)
         return "ready", {"versions": versions(), "reference": data.rows.manifest.reference, "data": data.facts()}
 
     def run(self, number: int, config: TrainConfig, folder: Path) -> None:
@@ -94,6 +97,10 @@ class _Worker:
             run = None
             try:
                 run = TrainingRun.set_up(config, folder, self.materials)
+                if run.data.identity() != self.rows:  # this worker took another one's place
+                    self.materials.take_back()
+                    self.pipe.send(Stop(_other_rows(config)))
+                    return
                 outcome = self._train(run)
             except KTOError as error:
                 print(f"Error: {error}")
@@ -104,7 +111,15 @@ class _Worker:
             outcome = dataclasses.replace(outcome, seconds=time.monotonic() - started)
             self.pipe.send(outcome)
             if self.pipe.recv() == "keep" and run is not None:
-                self._keep(run, folder)
+                try:
+                    self._keep(run, folder)
+                except (KTOError, OSError) as error:  # a disk that is full
+                    self.pipe.send(
+                        Stop(
+                            f"{folder / MODEL}: the model cannot be written: {in_one_line(error)} Make room; the same command goes on."
+                        )
+                    )
+                    return
             self.materials.take_back()
             del run
         for checkpoint in folder.glob("checkpoint-*"):  # early stopping's
@@ -149,6 +164,13 @@ class _Worker:
         write_text(out / FACTS, json.dumps({**read_facts(folder), "trial": int(folder.name)}, indent=2) + "\n")
         run.save_model(out, title=f"{folder.parent.parent.resolve().name}, trial {folder.name}")
         self.pipe.send(Kept())
+
+
+def _other_rows(config: TrainConfig) -> str:
+    return (
+        f"{config.cache}: the cache, or the held-out one, is not what this sweep began with. Bring it back, or begin another "
+        "sweep."
+    )
 
 
 class _Evaluations(transformers.TrainerCallback):

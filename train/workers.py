@@ -14,6 +14,9 @@ from kto_core.quiet import quiet_libraries
 from train.config import TrainConfig
 from train.sweep_config import Trials
 
+# Given to a worker for its own end.
+_LAST_SECONDS = 10.0
+
 # Where a system with GPUs for torch shows them: NVIDIA, the same under Windows' Linux, AMD.
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
@@ -55,22 +58,29 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """No trial can go on: the cache is another one, or the disk is full."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Lost:
     """The worker is gone."""
 
     reason: str
 
 
-Message = Evaluated | Ended | Kept | Lost
+Message = Evaluated | Ended | Kept | Stop | Lost
 
 
 class Worker:
     """One process, and the pipe to it."""
 
-    def __init__(self, context: Any, device: str | None, threads: int | None) -> None:
+    def __init__(self, context: Any, rows: dict[str, Any], device: str | None, threads: int | None) -> None:
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_process, args=(theirs, device, threads), daemon=True)
+        self.process = context.Process(target=_process, args=(theirs, rows, device, threads), daemon=True)
         self.process.start()
         theirs.close()  # or the end of the process would not close the pipe
 
@@ -90,21 +100,24 @@ class Worker:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(what)
 
-    def end(self) -> None:
-        """End the process, at once."""
-        self.process.terminate()
-        self.process.join()
+    def end(self, *, at_once: bool) -> None:
+        """End the process: at once, or when it sees that nothing more will come."""
+        if at_once:
+            self.process.terminate()
         self.pipe.close()
+        self.process.join(_LAST_SECONDS)
+        self.process.kill()
+        self.process.join()
 
 
-def _process(pipe: Connection, device: str | None, threads: int | None) -> None:
+def _process(pipe: Connection, rows: dict[str, Any], device: str | None, threads: int | None) -> None:
     """A worker's process. What decides how libraries behave is set before they are imported."""
     quiet_libraries()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     from train.sweep_worker import work
 
-    work(pipe, threads)
+    work(pipe, rows, threads)
 
 
 class Workers:
@@ -113,13 +126,15 @@ class Workers:
     Args:
         count: of processes.
         trials: of the sweep.
+        rows: what they must read, as `train.data.TrainingData.identity` says it.
     """
 
-    def __init__(self, count: int, trials: Trials) -> None:
+    def __init__(self, count: int, trials: Trials, rows: dict[str, Any]) -> None:
         self._context = multiprocessing.get_context("spawn")  # threads and CUDA do not survive a fork
         self._devices = self.gpus(trials) or [None]
         alone = count == 1 or "OMP_NUM_THREADS" in os.environ
         self._threads = None if alone else max(1, (os.cpu_count() or 1) // count)
+        self._rows = rows
         self._count, self._workers = count, [self._new(number) for number in range(count)]
         self.facts: dict[str, Any] = {}
 
@@ -138,14 +153,14 @@ class Workers:
         return [*visible.split(",")] if visible else [str(number) for number in range(torch.cuda.device_count())]
 
     def _new(self, number: int) -> Worker:
-        return Worker(self._context, self._devices[number % len(self._devices)], self._threads)
+        return Worker(self._context, self._rows, self._devices[number % len(self._devices)], self._threads)
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *error: object) -> None:
         for worker in self._workers:
-            worker.end()
+            worker.end(at_once=error[0] is not None)
 
     def __len__(self) -> int:
         return self._count
@@ -187,7 +202,7 @@ class Workers:
                 worker.process.join()
                 yield worker, Lost(f"its process ended ({_end_of(worker)})")
                 position = self._workers.index(worker)
-                worker.end()
+                worker.end(at_once=True)
                 self._workers[position] = self._new(position)
                 continue
             yield worker, message
