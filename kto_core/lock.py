@@ -50,6 +50,18 @@ def only_writer(folder: Path, error: type[KTOError], *, wait: bool = False) -> I
             path.unlink(missing_ok=True)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether somebody writes there now; a lock file that a crash left says nothing."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # held, or on a file system without locks
+        return True
+    return False
+
+
 def holder_name() -> str:
     """This process, as the other one is told."""
     return f"process {os.getpid()} on {socket.gethostname()}"

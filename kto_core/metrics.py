@@ -107,6 +107,7 @@ def metrics_from(sums: Tensor, *, beta: float) -> dict[str, float]:
             metrics[f"logps/{trl}"] = value[f"logps_{ours}"] / value[ours]
     if value["desirable"] and value["undesirable"]:
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    metrics["num_desirable"], metrics["num_undesirable"] = int(value["desirable"]), int(value["undesirable"])
     metrics["accuracy"] = value["correct"] / value["rows"]
     if value["padded_tokens"]:
         metrics["padding"] = 1 - value["fed_tokens"] / value["padded_tokens"]

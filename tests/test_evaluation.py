@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from feedback_files import write_feedback, write_rows
-from safetensors.torch import load_file
+from feedback_files import chat_rows, write_rows
+from safetensors.torch import load_file, save_file
 from test_loss_family import metrics, pair_rows
 
 from kto_core.bootstrap import intervals
@@ -218,8 +218,73 @@ class TestBest:
         assert state["best_metric"] == pytest.approx(max(values))
 
     def test_nothing_to_stop_by(self, config: TrainConfig) -> None:
-        with pytest.raises(ConfigError, match="--early-stopping needs held-out rows"):
-            replace(config, eval_fraction=0.0, early_stopping=1)
+        config = replace(config, eval_fraction=0.0, eval_steps=None)
+        for name, value in (("early_stopping", 1), ("metric", "eval/accuracy"), ("eval_steps", 3)):
+            with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} needs held-out rows"):
+                replace(config, **{name: value})
+
+    def test_an_evaluation_that_a_kill_fell_into_is_made_up_for(self, config: TrainConfig, tmp_path: Path) -> None:
+        """At the end of an epoch, where the checkpoint and the evaluation fall together."""
+        config = replace(config, max_steps=None, epochs=3, eval_steps=None, save_steps=3)
+        whole = train(config)
+        stopped = replace(config, out=tmp_path / "stopped")
+
+        class StopError(Exception):
+            pass
+
+        def stop(*_: Any, **__: Any) -> Any:
+            raise StopError
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(KTOTrainer, "evaluate", stop)
+            with pytest.raises(StopError):
+                train(stopped)
+        run = train(replace(stopped, resume=True))
+        timeless = ("tokens_per_second", "peak_memory_mb", "train_runtime", "epoch")
+        records = [[{k: v for k, v in r.items() if k not in timeless} for r in metrics(one)] for one in (whole, run)]
+        assert records[0] == records[1]
+        assert [record["step"] for record in records[0] if "eval/loss" in record] == [3, 6, 9]
+        kept = [sorted(path.name for path in one.glob("checkpoint-*")) for one in (whole, run)]
+        assert kept[0] == kept[1]
+
+    def test_what_a_resumed_run_says_is_what_it_did(self, config: TrainConfig, tmp_path: Path) -> None:
+        config = replace(config, save_steps=2, max_steps=4, epochs=2)
+        run = train(config)
+        rewards = pq.read_table(run / "rewards.parquet")
+        train(replace(config, resume=True))  # nothing left to do
+        assert pq.read_table(run / "rewards.parquet").equals(rewards)
+        shutil.rmtree(run / "checkpoint-4")
+        train(replace(config, resume=True, beta=0.5))
+        assert pq.read_table(run / "rewards.parquet")["logratio"].null_count == rewards["logratio"].null_count
+        assert "beta: 0.5" in (run / "config.yaml").read_text()
+        facts = json.loads((run / "run.json").read_text())
+        assert "--beta 0.5" in facts["command"]
+        assert facts["alarms"]["beta"] == 0.5
+
+    def test_logs_do_not_depend_on_where_a_run_was_resumed(self, config: TrainConfig, tmp_path: Path) -> None:
+        config = replace(config, max_steps=8, eval_steps=3, logging_steps=5, save_steps=100)
+        whole = train(config)
+        stopped = replace(config, out=tmp_path / "stopped")
+
+        class StopError(Exception):
+            pass
+
+        real = KTOTrainer.training_step
+
+        def stopping(self: Any, *arguments: Any, **options: Any) -> Any:
+            if self.state.global_step == 4:
+                raise StopError
+            return real(self, *arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(KTOTrainer, "training_step", stopping)
+            with pytest.raises(StopError):
+                train(stopped)
+        run = train(replace(stopped, resume=True))
+        found = [{r["step"]: r["loss"] for r in metrics(one) if "loss" in r} for one in (whole, run)]
+        assert found[0].keys() == found[1].keys()
+        for step, loss in found[0].items():
+            assert found[1][step] == pytest.approx(loss, abs=1e-6)
 
     def test_margins_of_one_class(self, base: Path, tmp_path: Path, config: TrainConfig) -> None:
         rows = [{"prompt": f"p {i}", "completion": f"c {i}", "label": True} for i in range(6)]
@@ -247,16 +312,98 @@ class TestEvaluateOnly:
             assert found["metrics"][name]["value"] == pytest.approx(metric["value"], abs=2e-5), name
             assert found["metrics"][name]["low"] == pytest.approx(metric["low"], abs=2e-5)
 
+    def other(self, base: Path, folder: Path, rows: list[dict[str, Any]]) -> Path:
+        folder.mkdir()
+        data = write_rows(folder / "rows.jsonl", rows)
+        precompute(PrecomputeConfig(model=str(base), data=str(data), out=folder / "refs", max_length=256))
+        return folder / "refs"
+
     def test_another_cache_is_evaluated_as_a_whole(self, config: TrainConfig, base: Path, tmp_path: Path) -> None:
         run = train(config)
         before = (run / "evaluation.json").read_bytes()
-        data = write_feedback(tmp_path / "other.jsonl", 9, seed=5)
-        precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "other"))
-        path = evaluate_run(replace(config, cache=tmp_path / "other", evaluate_only=run))
+        other = self.other(base, tmp_path / "other", chat_rows(9, seed=5))
+        path = evaluate_run(replace(config, cache=other, evaluate_only=run))
         found = json.loads(path.read_text())
-        assert found["rows"] == 9
-        assert path.name == f"evaluation-{found['fingerprint'][:12]}.json"
+        assert (found["rows"], found["rows_are"]) == (9, "not trained on")
+        assert path.name.startswith(f"evaluation-{found['fingerprint'][:12]}-")
         assert (run / "evaluation.json").read_bytes() == before
+
+    def test_rows_that_were_trained_on_are_never_taken_for_new_ones(
+        self, config: TrainConfig, base: Path, tmp_path: Path
+    ) -> None:
+        """A cache that has grown since, and one of the training rows alone."""
+        cache = self.other(base, tmp_path / "small", chat_rows(20))
+        config = replace(config, cache=cache)
+        run = train(config)
+        table = pq.read_table(run / "rewards.parquet").to_pydict()
+        trained = {p for p, split in zip(table["prompt_id"], table["split"], strict=True) if split == "train"}
+        grown = self.other(base, tmp_path / "grown", chat_rows(26))
+        found = json.loads(evaluate_run(replace(config, cache=grown, evaluate_only=run)).read_text())
+        rows = CacheRows(grown)
+        new = [p for p in rows.prompt_ids if p not in trained]
+        assert found["rows"] == len(new) < len(rows)
+        assert found["rows_are"] == f"not trained on; {len(rows) - len(new)} more were, and are left out"
+        everything = train(replace(config, out=tmp_path / "everything", eval_fraction=0.0, eval_steps=None))
+        path = evaluate_run(replace(config, eval_fraction=0.0, eval_steps=None, evaluate_only=everything))
+        assert json.loads(path.read_text())["rows_are"] == "the run was trained on their prompts"
+        assert path.name != "evaluation.json"
+
+    def test_flipped_labels_are_another_set(self, config: TrainConfig, base: Path, tmp_path: Path) -> None:
+        rows = chat_rows(20)
+        config = replace(config, cache=self.other(base, tmp_path / "right", rows))
+        run = train(config)
+        before = (run / "evaluation.json").read_bytes()
+        flipped = self.other(base, tmp_path / "wrong", [{**row, "label": not row["label"]} for row in rows])
+        evaluate_run(replace(config, cache=flipped, evaluate_only=run))
+        assert (run / "evaluation.json").read_bytes() == before
+
+    def test_adapters_stand_on_the_model_they_were_trained_on(
+        self, config: TrainConfig, base: Path, tmp_path: Path
+    ) -> None:
+        """Not on the reference of the cache that is evaluated, which is refused anyway unless it is meant."""
+        run = train(replace(config, lora_rank=2))
+        other_base = tmp_path / "other-base"
+        shutil.copytree(base, other_base)
+        weights = load_file(other_base / "model.safetensors")
+        save_file({name: tensor * 1.1 for name, tensor in weights.items()}, other_base / "model.safetensors")
+        other = self.other(other_base, tmp_path / "other", chat_rows(9, seed=5))
+        options = replace(config, lora_rank=2, cache=other, evaluate_only=run)
+        with pytest.raises(TrainingError, match=r"scored by another reference than the run's"):
+            evaluate_run(options)
+        found = json.loads(evaluate_run(replace(options, allow_different_policy=True)).read_text())
+        same = self.other(base, tmp_path / "same", chat_rows(9, seed=5))
+        expected = json.loads(evaluate_run(replace(options, cache=same)).read_text())
+        for name in ("logps/chosen", "logps/rejected"):
+            assert found["metrics"][name]["value"] == pytest.approx(expected["metrics"][name]["value"], abs=1e-4)
+
+    def test_options_are_the_runs_own(self, config: TrainConfig) -> None:
+        run = train(config)
+        command = ["--evaluate-only", str(run), "--cache", str(config.cache)]
+        for more in (["--beta", "3"], ["--eval-fraction", "0.5"], ["--eval-seed", "9"]):
+            result = CliRunner().invoke(kto_train, [*command, *more])
+            assert result.exit_code == 2
+            assert f"takes the run's own options; leave {more[0]} out" in result.output
+
+    def test_the_shift_and_step_are_those_of_the_model(
+        self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Few logs, and a best model that is not the last one."""
+        config = replace(config, loss="bco", early_stopping=2, eval_steps=1, logging_steps=4, max_steps=8)
+        with pytest.MonkeyPatch.context() as patch:
+            worse_and_worse(patch, [0.9, 0.4, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9])
+            run = train(config)
+        said = json.loads((run / "evaluation.json").read_text())
+        evaluate_run(replace(config, evaluate_only=run))
+        found = json.loads((run / "evaluation.json").read_text())
+        assert said["step"] == found["step"] == 2
+        for name, metric in said["metrics"].items():
+            assert found["metrics"][name]["value"] == pytest.approx(metric["value"], abs=2e-5), name
+
+    def test_a_line_that_a_crash_cut_off_is_no_obstacle(self, config: TrainConfig) -> None:
+        run = train(config)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 5, "lo')
+        evaluate_run(replace(config, evaluate_only=run))
 
     def test_trains_and_changes_nothing(self, config: TrainConfig) -> None:
         run = train(config)

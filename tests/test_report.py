@@ -13,6 +13,7 @@ import pytest
 from report_samples import COMMAND, records, write_records, write_rewards, write_run, write_sweep
 
 from kto_core.errors import ConfigError
+from kto_core.lock import only_writer
 from train import figures, report_folders, report_words
 from train.report import write_report
 
@@ -191,8 +192,10 @@ def test_a_run_that_goes_on_has_a_page(tmp_path):
     facts = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**facts, "total_updates": 300}))
     assert "after 120 of 300 updates; reward margin" in read(write_report([folder]))[1]
-    (folder / ".lock").write_text("process 1 on host")
-    _, text = read(write_report([folder]))
+    (folder / ".lock").write_text("process 1 on host")  # as a crash leaves it
+    assert "; the run has not finished." in read(write_report([folder]))[1]
+    with only_writer(folder, ConfigError):
+        _, text = read(write_report([folder]))
     assert "; still going on." in text
     assert "Held-out accuracy" in text
 

@@ -82,8 +82,9 @@ def training_arguments(
         "save_strategy": "steps" if config.save_steps or config.early_stopping else "no",
         "save_steps": config.save_steps or _NEVER,
         "save_total_limit": 2,  # each holds optimizer state: twice the size of the model
-        "eval_strategy": "no" if not held_out else "steps" if config.eval_steps else "epoch",
-        "eval_steps": config.eval_steps,
+        # By default once per epoch, which `training_run` sees to: the Trainer would save before it evaluates there.
+        "eval_strategy": "steps" if held_out else "no",
+        "eval_steps": config.eval_steps or _NEVER,
         "metric_for_best_model": config.metric.replace("/", "_", 1) if held_out else None,
         "greater_is_better": config.metric != "eval/loss",
         "restore_callback_states_from_checkpoint": True,  # early stopping's patience, BCO's running mean

@@ -91,6 +91,7 @@ class CacheRows(Dataset[TrainingRow]):
     Attributes:
         labels: bool, shape (rows,).
         dropped: how many rows `max_length` leaves no room for.
+        cut: how many completions it shortens.
         largest_id: the largest token id, among the rows that this process checked.
         seconds: what the check took.
 
@@ -122,8 +123,13 @@ class CacheRows(Dataset[TrainingRow]):
         counts = [self._files[k].metadata.row_group(g).num_rows for k, g in groups]
         self._groups, self._group_ends = groups, np.cumsum(counts)
         self._fitting = np.arange(len(found.labels))  # row in the files, of each row here
+        self.cut = 0
         if self.max_length < cached:
-            self._fitting = np.flatnonzero(self._read("prompt_ids", pc.list_value_length).to_numpy() < self.max_length)
+            prompts, completions = (
+                self._read(column, pc.list_value_length).to_numpy() for column in ("prompt_ids", "completion_ids")
+            )
+            self._fitting = np.flatnonzero(prompts < self.max_length)
+            self.cut = int(((prompts + completions)[self._fitting] > self.max_length).sum())
         self.dropped, self.labels = len(found.labels) - len(self._fitting), found.labels[self._fitting]
         self._lock = threading.Lock()  # the next batch is read by a thread of its own
         self._decoded: OrderedDict[int, Rows] = OrderedDict()

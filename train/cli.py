@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from kto_core.errors import KTOError
-from kto_core.options import click_settings, resolve
+from kto_core.options import click_settings, flag, resolve
 from train.config import TrainConfig
 from train.sweep_config import SweepConfig
 
@@ -51,6 +51,17 @@ def _given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
 
 
+# What may be told about an evaluation; all else is the run's.
+_WHERE_AND_HOW = {
+    "cache",
+    "evaluate_only",
+    "device",
+    "dtype",
+    "max_tokens",
+    "allow_different_policy",
+    "trust_remote_code",
+}
+
 _SETTINGS = {"max_content_width": 120}
 
 
@@ -71,6 +82,9 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
         # The run's own options: its beta and hold-out, unless the command line says otherwise.
         if config is not None:
             raise click.UsageError("--evaluate-only reads the run's own config.yaml; leave --config out.", ctx)
+        others = sorted(set(_given(ctx, values)) - _WHERE_AND_HOW)
+        if others:
+            raise click.UsageError(f"--evaluate-only takes the run's own options; leave {flag(others[0])} out.", ctx)
         config = values["evaluate_only"] / "config.yaml"
     resolved = resolve(TrainConfig, _given(ctx, values), yaml_path=config)
     if resolved.cache == Path(""):

@@ -77,7 +77,7 @@ class TrainConfig:
     resume: bool = option(False, "Go on from the last checkpoint in --out.", yaml=False)
     evaluate_only: Path | None = option(
         None,
-        "Train nothing: evaluate a finished run on its held-out rows, or on all rows of another --cache.",
+        "Train nothing: evaluate a finished run on its held-out rows, or on the rows of another --cache that it was not trained on.",
         metavar="RUN",
         yaml=False,
     )
@@ -119,8 +119,10 @@ class TrainConfig:
             raise ConfigError(f"--eval-fraction must be at least 0 and below 1, got {self.eval_fraction}.")
         if self.eval_fraction and self.eval_cache:
             raise ConfigError("--eval-fraction and --eval-cache both name held-out rows; give one of them.")
-        if self.early_stopping is not None and not self.eval_fraction and self.eval_cache is None:
-            raise ConfigError("--early-stopping needs held-out rows: give --eval-fraction 0.1 or --eval-cache.")
+        if not self.eval_fraction and self.eval_cache is None and self.evaluate_only is None:
+            for name in ("early_stopping", "eval_steps", "metric"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ConfigError(f"{flag(name)} needs held-out rows: give --eval-fraction 0.1 or --eval-cache.")
         if self.resume and self.out is None:
             raise ConfigError("--resume needs --out, the folder of the run to go on with.")
 

@@ -20,9 +20,6 @@ from train.evaluation import HeldOutRows
 # Rows whose lengths are shown in the report.
 _SAMPLE = 4096
 
-# What rows are that a run was not trained on, though they lie in its own cache.
-HELD_OUT = "held out"
-
 
 def open_cache(cache: Location, max_length: int | None, *, mapped: bool = False) -> CacheRows:
     """Raises: CacheError: damaged, incomplete or not there; every byte is checked."""
@@ -44,7 +41,7 @@ class TrainingData:
         rows: the cache.
         units: which of its rows train, shape (units, rows in each): single rows, or pairs.
         held_out: rows held out, here or in another cache; None if there are none.
-        unpaired: training rows left out because a loss of pairs cannot use them.
+        unpaired: rows left out because a loss of pairs cannot use them.
     """
 
     rows: CacheRows
@@ -70,7 +67,7 @@ class TrainingData:
         held_out: tuple[CacheRows, Sequence[int]] | None = None
         if config.eval_cache is not None:
             held = read(config.eval_cache, config.max_length)
-            _same_identity(rows, held)
+            _same_reference(held, rows.manifest.identity, "--eval-cache", "--cache")
             held_out = held, range(len(held))
         elif config.eval_fraction:
             seed = config.seed if config.eval_seed is None else config.eval_seed
@@ -83,7 +80,11 @@ class TrainingData:
                 )
             held_out = rows, held_rows
         units = _units(rows, train, config, f"--cache {config.cache}")
-        return cls(rows, units, held_out and _held_out(*held_out, config), len(train) - units.size)
+        held_rows_out = held_out and _held_out(*held_out, config)
+        left_out = len(train) - units.size
+        if held_out and held_rows_out:
+            left_out += len(held_out[1]) - len(held_rows_out.indices)
+        return cls(rows, units, held_rows_out, left_out)
 
     def batches(self, config: TrainConfig) -> EpochBatches:
         """Optimizer batches of the training rows."""
@@ -157,12 +158,20 @@ class TrainingData:
 def _units(rows: CacheRows, indices: Sequence[int], config: TrainConfig, where: str) -> np.ndarray:
     paired = config.loss in PAIRED_LOSSES
     units = units_of(rows, indices, 2 if paired else 1)
+    if paired and rows.cut:
+        units = np.array([pair for pair in units if not _alike(rows, pair)], dtype=np.int64).reshape(-1, 2)
     if len(units):
         return units
     raise TrainingError(
         f"{where}: --loss {config.loss} compares two completions of one prompt, but no two of its {len(indices):,} rows share a "
         "pair_id. Feedback with 'chosen' and 'rejected' makes pairs; --loss kto, apo_zero or bco use rows as they are."
     )
+
+
+def _alike(rows: CacheRows, pair: np.ndarray) -> bool:
+    """Whether --max-length leaves the same of both completions: nothing to tell apart, and so nothing to learn."""
+    chosen, rejected = (rows[int(i)].matched.completion_ids for i in pair)
+    return bool(np.array_equal(chosen, rejected))
 
 
 def _held_out(cache: CacheRows, indices: Sequence[int], config: TrainConfig) -> HeldOutRows:
@@ -177,27 +186,59 @@ def _held_out(cache: CacheRows, indices: Sequence[int], config: TrainConfig) -> 
     return held_out
 
 
-def _same_identity(rows: CacheRows, held: CacheRows) -> None:
-    lines = differences(held.manifest.identity, rows.manifest.identity)
+def _same_reference(rows: CacheRows, identity: dict[str, Any], cache: str, other: str) -> None:
+    lines = differences(rows.manifest.identity, identity)
     lines = [line for line in lines if not line.startswith("tokenization.max_length")]
     if lines:
-        raise TrainingError("--eval-cache: scored by another reference than --cache:\n  " + "\n  ".join(lines))
+        raise TrainingError(f"{cache}: scored by another reference than {other}:\n  " + "\n  ".join(lines))
 
 
-def rows_to_evaluate(config: TrainConfig, trained_with: str | None) -> tuple[HeldOutRows, str]:
-    """What `--evaluate-only` evaluates: (rows, what they are).
+@dataclass(frozen=True)
+class RowsToEvaluate:
+    """What `--evaluate-only` evaluates.
+
+    Attributes:
+        held_out: the rows.
+        what: they are, in words.
+        of_run: they are the ones that the run itself held out.
+    """
+
+    held_out: HeldOutRows
+    what: str
+    of_run: bool
+
+
+def rows_to_evaluate(config: TrainConfig, facts: dict[str, Any], trained_prompts: set[str] | None) -> RowsToEvaluate:
+    """The run's held-out rows where `--cache` is its own, else the rows of `--cache` whose prompts it was not trained on.
 
     Args:
         config: the run's own, with the cache to evaluate on.
-        trained_with: fingerprint of the cache that the run was trained with.
+        facts: of the run.
+        trained_prompts: None where they are not on record.
+
+    Raises:
+        CacheError, TrainingError: an unusable cache, or one that was scored by another reference.
     """
     rows = open_cache(config.cache, config.max_length)
-    same = rows.manifest.fingerprint == trained_with
+    identity = facts.get("identity")
+    if isinstance(identity, dict) and not config.allow_different_policy:
+        _same_reference(rows, identity, f"--cache {config.cache}", "the run's")
+    same = rows_identity(rows.manifest) == {name: facts.get(name) for name in ("fingerprint", "labels_hash")}
     if same and (config.eval_fraction or config.eval_cache is not None):
-        held_out = TrainingData.open(
-            config, lambda cache, max_length: rows if cache == config.cache else open_cache(cache, max_length)
-        ).held_out
+
+        def read(cache: Location, max_length: int | None) -> CacheRows:
+            return rows if cache == config.cache else open_cache(cache, max_length)
+
+        held_out = TrainingData.open(config, read).held_out
         assert held_out is not None
-        return held_out, HELD_OUT
-    what = "the run was trained on them" if same else "all rows of a cache that the run was not trained with"
-    return _held_out(rows, range(len(rows)), config), what
+        return RowsToEvaluate(held_out, "held out", of_run=True)
+    everything = range(len(rows))
+    if trained_prompts is None:
+        what = "all of them; which ones the run was trained on is not on record"
+        return RowsToEvaluate(_held_out(rows, everything, config), what, of_run=False)
+    new = [i for i in everything if rows.prompt_ids[i] not in trained_prompts]
+    if not new:
+        return RowsToEvaluate(_held_out(rows, everything, config), "the run was trained on their prompts", of_run=False)
+    left_out = len(rows) - len(new)
+    what = "not trained on" + (f"; {left_out:,} more were, and are left out" if left_out else "")
+    return RowsToEvaluate(_held_out(rows, new, config), what, of_run=False)

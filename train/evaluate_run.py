@@ -1,11 +1,13 @@
 """`kto-train --evaluate-only RUN`: a finished run's model on held-out rows, against the cached reference."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from kto_core.errors import ConfigError
@@ -14,18 +16,18 @@ from kto_core.models import resolve_device, resolve_precision
 from train.advice import class_weight_values
 from train.arguments import training_arguments
 from train.config import TrainConfig
-from train.data import HELD_OUT, TrainingData, rows_to_evaluate
+from train.data import TrainingData, rows_identity, rows_to_evaluate
 from train.evaluation import HeldOutRows, summary, summary_lines, write_summary
 from train.objective import Objective
 from train.policy import PolicyFiles
-from train.run_files import EVALUATION, METRICS, read_facts
+from train.run_files import EVALUATION, REWARDS, read_facts
 from train.training_run import check_vocabulary, make_trainer
 
 
 def evaluate_run(config: TrainConfig) -> Path:
     """Evaluate a finished run.
 
-    Its held-out rows where `--cache` is the one it was trained with, else all rows of `--cache`.
+    Its held-out rows where `--cache` is the one it was trained with, else the rows of `--cache` that it was not trained on.
 
     Args:
         config: the run's own, with the options of the command line.
@@ -38,13 +40,14 @@ def evaluate_run(config: TrainConfig) -> Path:
     """
     run = config.evaluate_only
     assert run is not None
-    config = dataclasses.replace(config, report_to="none", early_stopping=None)
-    facts, last = read_facts(run), _last_records(run)
+    config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
+    facts = read_facts(run)
+    final = facts.get("final") or {}
     device = resolve_device(config.device)
     precision = resolve_precision(config.dtype, device)
-    held_out, what = rows_to_evaluate(config, facts.get("fingerprint"))
-    manifest = held_out.cache.manifest
-    files, adapters = _find(config, run, manifest)
+    rows = rows_to_evaluate(config, facts, _trained_prompts(run))
+    held_out, manifest = rows.held_out, rows.held_out.cache.manifest
+    files, adapters = _find(config, run, manifest, facts)
     objective = Objective.of(config, _weights(config, held_out, facts))
     args = training_arguments(config, run, precision, held_out=True)
     model = files.load(config, precision, args.device if device.type == "cuda" else torch.device("cpu"))
@@ -58,27 +61,30 @@ def evaluate_run(config: TrainConfig) -> Path:
     trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks=[])
     trainer.prepare_to_score()
     if objective.uses_shift:
-        trainer.shift.begin_at(last.get("reward_shift", 0.0) / config.beta)
+        trainer.shift.begin_at(float(final.get("shift", 0.0)), 1)
     main = trainer.is_world_process_zero()
     if main:
         print(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
         print(f"policy      {run} ({precision.name} on {device})")
-        print(f"rows        {len(held_out.indices):,}: {what}", flush=True)
+        print(f"rows        {len(held_out.indices):,}: {rows.what}", flush=True)
     scores = trainer.final_scores()
     assert scores is not None
-    path = run / (EVALUATION if what == HELD_OUT else f"evaluation-{manifest.fingerprint[:12]}.json")
+    labels = str(manifest.data.get("labels_hash"))[:4]
+    path = run / (EVALUATION if rows.of_run else f"evaluation-{manifest.fingerprint[:12]}-{labels}.json")
     if main:
-        found = summary(scores, objective, int(last.get("step", 0)))
-        print("\n".join(summary_lines(found)))
-        write_summary(path, {**found, "fingerprint": manifest.fingerprint, "rows_are": what})
+        found = summary(scores, objective, int(final.get("step", 0)))
+        print("\n".join(summary_lines(found, rows="held out" if rows.of_run else "rows")))
+        write_summary(path, {**found, **rows_identity(manifest), "rows_are": rows.what})
         print(f"wrote       {path}")
     return path
 
 
-def _find(config: TrainConfig, run: Path, manifest: Manifest) -> tuple[PolicyFiles, Path | None]:
+def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: dict[str, Any]) -> tuple[PolicyFiles, Path | None]:
     """The run's model, or the model below its adapters and the adapters."""
     if (run / "adapter_config.json").exists():
-        return PolicyFiles.find(config, manifest), run
+        # The model that the run started from, whatever the cache to be evaluated was scored with.
+        own = dataclasses.replace(manifest, reference=facts.get("reference") or manifest.reference)
+        return PolicyFiles.find(config, own), run
     if not (run / "config.json").exists():
         raise ConfigError(f"--evaluate-only {run}: holds no model; the run is not finished. --resume goes on with it.")
     return PolicyFiles.find(dataclasses.replace(config, model=str(run)), manifest), None
@@ -93,10 +99,10 @@ def _weights(config: TrainConfig, held_out: HeldOutRows, facts: dict[str, Any]) 
     return class_weight_values(config, desirable, len(held_out.indices) - desirable)
 
 
-def _last_records(run: Path) -> dict[str, Any]:
-    """The last value of each metric."""
-    last: dict[str, Any] = {}
-    if (run / METRICS).exists():
-        for line in (run / METRICS).read_text(encoding="utf-8").splitlines():
-            last.update(json.loads(line))
-    return last
+def _trained_prompts(run: Path) -> set[str] | None:
+    """Ids of the prompts that the run was trained on; None where that is not on record."""
+    try:
+        table = pq.read_table(run / REWARDS, columns=["split", "prompt_id"])
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    return set(table.filter(pc.equal(table["split"], "train"))["prompt_id"].to_pylist())

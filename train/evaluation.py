@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,14 +98,20 @@ def write_summary(path: Path, found: dict[str, Any]) -> None:
     write_text(path, json.dumps(found, indent=2) + "\n")
 
 
-def summary_lines(found: dict[str, Any]) -> list[str]:
+def summary_lines(found: dict[str, Any], *, rows: str = "held out") -> list[str]:
     """The summary as a table for the console."""
-    head = f"held out    {found['rows']:,} rows of {found['prompts']:,} prompts after {found['step']:,} updates"
-    lines = [f"{head}, 95 % intervals over prompts"]
+    head = f"{rows:<12}{counted(found['rows'], 'row')} of {counted(found['prompts'], 'prompt')} after "
+    with_intervals = any("low" in metric for metric in found["metrics"].values())
+    lines = [f"{head}{counted(found['step'], 'update')}" + ", 95 % intervals over prompts" * with_intervals]
     for name, metric in found["metrics"].items():
         between = f"[{metric['low']:.4f}, {metric['high']:.4f}]" if "low" in metric else ""
         lines.append(f"  {name:<18}{metric['value']:>12.4f}  {between}".rstrip())
     return lines
+
+
+def counted(number: int, what: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _statistics(scores: Scores, objective: Objective, weights: Tensor) -> dict[str, Tensor]:
@@ -140,12 +145,3 @@ def _statistics(scores: Scores, objective: Objective, weights: Tensor) -> dict[s
     found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
     found["accuracy"] = (weights * right).sum(1) / total
     return {**found, **shown}
-
-
-def to_columns(scores: Scores) -> dict[str, Any]:
-    """Row ids, labels and log-ratios, for `rewards.parquet`."""
-    return {
-        "row_id": scores.row_ids,
-        "label": scores.labels.numpy(),
-        "logratio": scores.logratios.numpy().astype(np.float32),
-    }

@@ -223,10 +223,10 @@ def _data(facts: dict[str, Any]) -> dict[str, Any] | None:
     ]
     lines = []
     for key, text in (
-        ("truncated", "completions cut at the greatest length"),
+        ("truncated", "rows of the sample fill the limit of tokens"),
         ("dropped", "rows dropped, their prompt leaves no room"),
         ("contradictory", "rows that carry both labels"),
-        ("max_length", "tokens are the greatest length"),
+        ("max_length", "tokens are the limit of a row"),
     ):
         value = number(data.get(key))
         if value is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kto_core.errors import ConfigError, KTOError, said_by
-from kto_core.lock import LOCK
+from kto_core.lock import is_held
 from kto_core.options import read_yaml
 
 Floats = npt.NDArray[np.float64]
@@ -196,10 +196,12 @@ class _Reader:
         if not path.exists():
             return {}
         import pyarrow as pa
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         try:
             table = pq.read_table(path, columns=["split", "label", "logratio"])
+            table = table.filter(pc.is_valid(table["logratio"]))  # the others were not reached
             split = np.asarray(table["split"].to_pylist(), dtype=object)
             label = np.asarray(table["label"].to_pylist(), dtype=object)
             values = np.asarray(table["logratio"].to_numpy(), dtype=np.float64)
@@ -241,7 +243,7 @@ def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
         evaluation=reader.json("evaluation.json", expected=False),
         logratios=reader.logratios(),
         changed=changed,
-        going_on=recently and (folder / LOCK).exists(),
+        going_on=recently and is_held(folder),
         notes=(),
     )
     return Run(**{**run.__dict__, "notes": tuple(reader.notes)})
@@ -262,7 +264,7 @@ def _sweep(folder: Path) -> Sweep:
         trials=tuple(trial for trial in trials if trial is not None),
         metric=str(metric),
         maximize=str(facts.get("direction", "")).lower().startswith("max"),
-        going_on=(folder / LOCK).exists(),
+        going_on=is_held(folder),
         notes=(*reader.notes, *notes),
     )
 

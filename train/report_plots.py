@@ -8,7 +8,7 @@ import numpy as np
 
 from train.figures import CLASSES, Floats, Line, Plot, curves, histograms, marked_at, smoothing_window
 from train.report_folders import SPLITS, Run, Sweep, listed, mapping, number
-from train.report_words import plain_name, shown
+from train.report_words import final, plain_name, shown
 from train.sweep_figures import shades
 
 _CLASS_COLORS = {"chosen": "var(--desirable)", "rejected": "var(--undesirable)"}
@@ -195,12 +195,13 @@ def trial_curves(sweep: Sweep) -> list[tuple[str, Plot]]:
 def panel_source(name: str, run: Run | None, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """Where the panel's sliders start, and how the run's log-ratios are spread: quantiles of each class, no rows."""
     logratios = run.logratios if run is not None else {}
-    split = next((split for split in SPLITS if any(key[0] == split for key in logratios)), None)
+    # Held-out rows, where there are any: the model as it is now, and their z0.
+    split = next((split for split in reversed(SPLITS) if any(key[0] == split for key in logratios)), None)
     rows = {word: logratios.get((str(split), label), np.empty(0)) for label, word in CLASSES}
     everything: Floats = np.concatenate([*rows.values()])
     beta = number(config.get("beta")) or 0.0
     beta = beta if 1e-6 < beta < 1e6 else 0.1
-    z0 = (run.last("kl") if run is not None else None) or 0.0
+    z0 = (final(run, "kl")[0] if run is not None else None) or 0.0
     reach = 8 / beta
     low, high = z0 - reach, z0 + reach
     if len(everything):

@@ -106,13 +106,13 @@ def final(run: Run, metric: str) -> tuple[float | None, str, str]:
     Returns:
         The value, its interval in words or "", and what it was measured on.
     """
-    held = mapping(mapping(run.evaluation.get("metrics")).get(metric))
-    value = number(held.get("value"))
-    if value is not None:
-        return value, interval(metric, held), "held out"
-    value = run.last(f"eval/{metric}")
-    if value is not None:
-        return value, "", "held out"
+    # One kind of rows for all metrics: where held-out rows lack one (a class of which there is none), it stays empty.
+    metrics = mapping(run.evaluation.get("metrics"))
+    if metrics:
+        held = mapping(metrics.get(metric))
+        return number(held.get("value")), interval(metric, held), "held out"
+    if run.last("eval/loss") is not None:
+        return run.last(f"eval/{metric}"), "", "held out"
     return run.last(metric), "", "training"
 
 
@@ -128,6 +128,9 @@ def summary(run: Run) -> str:
     total = number(run.facts.get("total_updates"))
     of = f" of {total:,.0f}" if total and not run.finished else ""
     after = f"after {run.updates:,}{of} update{'' if run.updates == 1 and not of else 's'}"
+    kept = best_update(run)
+    if kept is not None:
+        after = f"after {kept:,} updates, the best of {run.updates:,}"
     value, bounds, where = final(run, "accuracy")
     name = "Held-out" if where == "held out" else "Training"
     text = f"No accuracy was logged {after}"
@@ -141,6 +144,12 @@ def summary(run: Run) -> str:
     return text + ("; still going on." if run.going_on else "; the run has not finished.")
 
 
+def best_update(run: Run) -> int | None:
+    """The update whose model a run ended with, where that is not the last one."""
+    kept = number(mapping(run.facts.get("final")).get("step"))
+    return int(kept) if kept is not None and 0 < kept < run.updates else None
+
+
 def tiles(run: Run) -> list[Tile]:
     """A run's key numbers."""
     found = []
@@ -149,7 +158,9 @@ def tiles(run: Run) -> list[Tile]:
         if value is not None:
             found.append(Tile(WORDS[metric], metric_value(metric, value), f"{bounds} {where}".strip()))
     seconds = run.last("train_runtime")
-    found.append(Tile("updates", f"{run.updates:,}", f"in {duration(seconds)}" if seconds is not None else ""))
+    kept = best_update(run)
+    below = f"in {duration(seconds)}" if seconds is not None else ""
+    found.append(Tile("updates", f"{run.updates:,}", f"{below}; kept: {kept:,}" if kept is not None else below))
     speed, memory = run.last("tokens_per_second"), run.last("peak_memory_mb")
     if speed is not None:
         below = f"peak memory {shown(memory)} MB" if memory is not None else ""

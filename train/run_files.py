@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from kto_core.durable import write_text
 from kto_core.errors import ConfigError, said_by
 from kto_core.options import as_plain
 from train.config import TrainConfig
@@ -44,6 +45,11 @@ def config_text(config: TrainConfig) -> str:
     values = {k: v for k, v in as_plain(config).items() if k in names and v not in (None, {})}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
+
+
+def write_facts(out: Path, facts: dict[str, Any]) -> None:
+    """Write run.json."""
+    write_text(out / FACTS, json.dumps(facts, indent=2) + "\n")
 
 
 def read_facts(out: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from kto_core.lock import LOCK
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag, read_yaml
 from train.config import TrainConfig
-from train.run_files import CONFIG, FACTS, METRICS, config_text, make_folder, read_facts
+from train.run_files import CONFIG, FACTS, METRICS, config_text, make_folder, read_facts, write_facts
 
 _UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed to the hub
 _SIZES = "sizes.json"
@@ -54,6 +54,17 @@ _FIXED = (
     "scheduler",
     "warmup",
     "weight_decay",
+)
+# These may change, with a word.
+_MAY_CHANGE = (
+    "beta",
+    "desirable_weight",
+    "undesirable_weight",
+    "humanline_low",
+    "humanline_high",
+    "max_steps",
+    "epochs",
+    "early_stopping",
 )
 _OF_OPTIMIZER = ("optim", "adam")  # keys of the training: table
 
@@ -217,12 +228,12 @@ def _check_same_options(config: TrainConfig, out: Path) -> None:
             f"--resume {out}: the run was started with {flag(name)} {started.get(name)}, not {now[name]}. "
             "Pass the same value, or start a new run."
         )
-    for name in ("beta", "desirable_weight", "undesirable_weight", "max_steps", "epochs"):
+    for name in _MAY_CHANGE:
         if started.get(name) != now[name]:
             print(f"resume      {flag(name)} {now[name]}, before it was {started.get(name)}")
 
 
 def write_start(config: TrainConfig, out: Path, facts: dict[str, Any]) -> None:
     """Write config.yaml and run.json. The folder stays empty until the checks before the first update have passed."""
-    write_text(out / FACTS, json.dumps(facts, indent=2) + "\n")  # first: what tells the folder is a run's
+    write_facts(out, facts)  # first: what tells the folder is a run's
     write_text(out / CONFIG, config_text(config))

@@ -10,7 +10,6 @@ What it is told over a pipe, and what it answers:
 import contextlib
 import dataclasses
 import gc
-import json
 import os
 import shutil
 import signal
@@ -27,11 +26,10 @@ from typing import Any
 import torch
 import transformers
 
-from kto_core.durable import write_text
 from kto_core.errors import KTOError, in_one_line
 from train.config import TrainConfig
 from train.materials import KeptMaterials
-from train.run_files import CONFIG, EVALUATION, FACTS, METRICS, REWARDS, read_facts
+from train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_facts, write_facts
 from train.training_run import TrainingRun, versions
 from train.workers import Ended, Evaluated, Kept, Stop
 
@@ -161,7 +159,7 @@ class _Worker:
         out.mkdir()
         for name in (METRICS, CONFIG, EVALUATION, REWARDS):
             shutil.copy2(folder / name, out / name)
-        write_text(out / FACTS, json.dumps({**read_facts(folder), "trial": int(folder.name)}, indent=2) + "\n")
+        write_facts(out, {**read_facts(folder), "trial": int(folder.name)})
         run.save_model(out, title=f"{folder.parent.parent.resolve().name}, trial {folder.name}")
         self.pipe.send(Kept())
 

@@ -5,6 +5,7 @@ batch             one update: rows of all ranks, dealt out by length
   loss pass       labelled rows in micro-batches; gradients add up to those of the whole batch
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ class KTOTrainer(transformers.Trainer):
                 self.state.best_model_checkpoint = str(out / checkpoint.name)
                 if main:
                     self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+            self.row_logratios.save(checkpoint, self.ranks, main=main)
             self.accelerator.wait_for_everyone()
             if main:
                 publish_checkpoint(checkpoint, out)
@@ -444,6 +446,9 @@ class KTOTrainer(transformers.Trainer):
             return
         self._load_best_model()
         self.final_step, self.held_out_scores = int(self.state.best_global_step or 0), self._best_scores
+        if self.objective.uses_shift:
+            path = Path(self.state.best_model_checkpoint) / TRAINER_STATE_NAME
+            self.shift.begin_at(**json.loads(path.read_text())["stateful_callbacks"][RunningShift.__name__]["args"])
 
     def final_scores(self) -> Scores | None:
         """Held-out scores of the model as it is now, after `final_step` updates; called on every rank."""

@@ -24,12 +24,12 @@ from train.arguments import training_arguments
 from train.cache_rows import CacheRows
 from train.card import CARD, command_of, write_card
 from train.config import TrainConfig
-from train.data import TrainingData
-from train.evaluation import Scores, summary, to_columns, write_summary
+from train.data import TrainingData, rows_identity
+from train.evaluation import Scores, summary, write_summary
 from train.materials import Materials
 from train.objective import Objective
 from train.policy import PolicyFiles
-from train.run_files import EVALUATION, METRICS, REWARDS
+from train.run_files import EVALUATION, METRICS, REWARDS, read_facts, write_facts
 from train.run_folder import last_checkpoint, publish_model, remove_leftovers, unfinished, write_start
 from train.sharding import gather_when_saving, prepare_sharding, sharding_asked_for
 from train.start_check import check_start, tolerance_for
@@ -107,6 +107,8 @@ class TrainingRun:
             TrainingError: out of memory for a single row, a loss that is not finite, a disk that is full.
         """
         trainer = self.trainer
+        if self.checkpoint is not None:
+            trainer.row_logratios.load(Path(self.checkpoint))
         try:
             trainer.train(resume_from_checkpoint=self.checkpoint)
         except torch.OutOfMemoryError as error:
@@ -120,6 +122,11 @@ class TrainingRun:
                 self.console.close()  # whatever is printed next begins on a line of its own
         if self.config.early_stopping:
             trainer.load_best()
+            if self.is_main and trainer.final_step < trainer.state.global_step:
+                print(
+                    f"stopped     after {trainer.state.global_step:,} updates; the model is the one of update {trainer.final_step:,}, with "
+                    f"the best {self.config.metric}"
+                )
 
     def sum_up(self) -> dict[str, Any] | None:
         """Write evaluation.json and rewards.parquet; called on every rank.
@@ -127,14 +134,20 @@ class TrainingRun:
         Returns:
             What evaluation.json holds; None without held-out rows.
         """
-        scores = self.trainer.final_scores()
-        seen, logratios = self.trainer.row_logratios.over_ranks(self.trainer.ranks)
+        trainer = self.trainer
+        scores = trainer.final_scores()
+        steps, logratios = trainer.row_logratios.over_ranks(trainer.ranks)
         if not self.is_main:
             return None
-        _write_rewards(self.out / REWARDS, self.data.rows, seen, logratios, scores)
+        seen = np.flatnonzero(steps >= 0)
+        _write_rewards(self.out / REWARDS, self.data, seen, logratios[seen], scores)
+        final: dict[str, Any] = {"step": trainer.final_step, "updates": trainer.state.global_step}
+        if self.objective.uses_shift:
+            final["shift"] = trainer.shift.mean
+        write_facts(self.out, {**read_facts(self.out), "final": final})
         if scores is None:
             return None
-        found = summary(scores, self.objective, self.trainer.final_step)
+        found = summary(scores, self.objective, trainer.final_step)
         found["fingerprint"] = self.data.rows.manifest.fingerprint
         write_summary(self.out / EVALUATION, found)
         return found
@@ -179,6 +192,8 @@ class TrainingRun:
         if trainer.state.global_step:  # a resumed policy has left the reference
             if self.is_main:
                 trainer.remove_old_checkpoints()
+                started = read_facts(self.out).get("started")
+                write_start(self.config, self.out, {**self.facts(), "started": started})  # what may change has changed
             return
         if not self.checked:
             allow = self.config.allow_different_policy
@@ -194,8 +209,8 @@ class TrainingRun:
         """What run.json holds: what the run was started with."""
         manifest = self.data.rows.manifest
         return {
-            "fingerprint": manifest.fingerprint,
-            "labels_hash": manifest.data.get("labels_hash"),
+            **rows_identity(manifest),
+            "identity": manifest.identity,
             "command": command_of(dataclasses.replace(self.config, out=self.out)),
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
@@ -228,14 +243,12 @@ class _Steps(transformers.TrainerCallback):
         self.run.begin()  # in training precision, on the model's device
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The last update is always on record; and a run that goes on from a checkpoint has nothing of what was added up
-        # for the next record before it.
+        if self.run.data.held_out is not None and self.run.config.eval_steps is None:
+            control.should_evaluate |= state.global_step % len(self.run.trainer.batches) == 0
+        # The last update is always on record; and a run that goes on from a checkpoint (an evaluation may make one) has
+        # nothing of what was added up for the next record before it.
         last = state.global_step >= state.max_steps
-        control.should_log |= control.should_save or last
-        # Once per epoch the Trainer evaluates at the end anyway.
-        control.should_evaluate |= (
-            last and self.run.config.eval_steps is not None and self.run.data.held_out is not None
-        )
+        control.should_log |= control.should_save or control.should_evaluate or last
 
 
 def make_trainer(
@@ -283,18 +296,31 @@ def check_vocabulary(model: Any, rows: CacheRows) -> None:
 
 
 def _write_rewards(
-    path: Path, rows: CacheRows, seen: np.ndarray, logratios: np.ndarray, held_out: Scores | None
+    path: Path, data: TrainingData, seen: np.ndarray, logratios: np.ndarray, held_out: Scores | None
 ) -> None:
-    """Log-ratios of single rows: training rows as they were seen last, held-out rows as they are at the end."""
-    columns = {"row_id": rows.row_ids(seen), "label": rows.labels[seen], "logratio": logratios}
-    pieces = [("train", columns)] + ([("held_out", to_columns(held_out))] if held_out is not None else [])
-    tables = []
-    for split, one in pieces:
-        split_column = pa.array([split] * len(one["label"]), pa.string())
-        label, logratio = pa.array(one["label"], pa.bool_()), pa.array(one["logratio"], pa.float32())
-        tables.append(pa.table({"split": split_column, "row_id": one["row_id"], "label": label, "logratio": logratio}))
+    """Log-ratios of single rows: training rows as they were seen last (null: never), held-out rows as they are at the end."""
+    trained = np.sort(data.units.ravel())
+    values = np.full(len(data.rows), np.nan)
+    values[seen] = logratios
+    tables = [_rewards("train", data.rows, trained, values[trained])]
+    if held_out is not None and data.held_out is not None:
+        tables.append(
+            _rewards("held_out", data.held_out.cache, np.asarray(data.held_out.indices), held_out.logratios.numpy())
+        )
     with replacing(path) as temporary:
         pq.write_table(pa.concat_tables(tables), temporary, compression="zstd")
+
+
+def _rewards(split: str, rows: CacheRows, indices: np.ndarray, logratios: np.ndarray) -> pa.Table:
+    return pa.table(
+        {
+            "split": pa.array([split] * len(indices), pa.string()),
+            "row_id": rows.row_ids(indices),
+            "prompt_id": pa.array([rows.prompt_ids[i] for i in indices], pa.string()),
+            "label": pa.array(rows.labels[indices], pa.bool_()),
+            "logratio": pa.array(logratios.astype(np.float32), pa.float32(), mask=np.isnan(logratios)),
+        }
+    )
 
 
 def _print_plan(
@@ -310,13 +336,14 @@ def _print_plan(
     kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights"
     held = f", {len(data.held_out.indices):,} held out" if data.held_out else ""
     dropped = f", {data.rows.dropped:,} dropped (prompt too long)" if data.rows.dropped else ""
-    unpaired = f", {data.unpaired:,} left out (in no pair)" if data.unpaired else ""
+    unpaired = f", {data.unpaired:,} left out (in no pair, or its two rows are alike)" if data.unpaired else ""
+    cut = f", {data.rows.cut:,} cut (--max-length {config.max_length})" if data.rows.cut else ""
     steps = config.max_steps or math.ceil(math.ceil(data.units.size / config.batch_size) * config.epochs)
     fingerprint = data.rows.manifest.fingerprint[:12]
     print(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
     adapter = f" with adapter {files.adapter} merged" if files.adapter else ""
     print(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
-    print(f"rows        {data.units.size:,} to train on{held}{dropped}{unpaired}")
+    print(f"rows        {data.units.size:,} to train on{held}{dropped}{cut}{unpaired}")
     weights = objective.weights
     print(
         f"labels      {desirable:,} desirable (weight {weights[0]:.4g}), {undesirable:,} undesirable (weight {weights[1]:.4g})"

@@ -3,16 +3,20 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_callback import ExportableState
 
 from kto_core.metrics import BatchOutcome, Tokens, metrics_from, tokens_of
 from train.ranks import Ranks
+
+_ROWS = "row_logratios.safetensors"
 
 
 class ReferencePoint(NamedTuple):
@@ -71,9 +75,9 @@ class RunningShift(transformers.TrainerCallback, ExportableState):
         self.total: Tensor | float = total
         self.batches = batches
 
-    def begin_at(self, mean: float) -> None:
-        """Go on from a mean, nats."""
-        self.total, self.batches = mean, 1
+    def begin_at(self, total: float, batches: int) -> None:
+        """Go on from a sum over batches, nats."""
+        self.total, self.batches = total, batches
 
     def after(self, batch_mean: Tensor) -> Tensor:
         """The mean, this batch's included; nats, scalar."""
@@ -112,9 +116,22 @@ class RowLogratios:
         self._waiting = []
 
     def over_ranks(self, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
-        """(rows seen, their log-ratios), each as whichever rank saw it last; called on every rank."""
+        """(step, log-ratio) of every row, as whichever rank saw it last; step -1: never. Called on every rank."""
         self.settle()
         steps, logratios = ranks.gather(torch.from_numpy(self.steps)), ranks.gather(torch.from_numpy(self.logratios))
-        last = steps.argmax(0)
-        seen = (steps.max(0).values >= 0).nonzero()[:, 0]
-        return seen.numpy(), logratios.gather(0, last[None])[0][seen].numpy()
+        last = steps.argmax(0)[None]
+        return steps.gather(0, last)[0].numpy(), logratios.gather(0, last)[0].numpy()
+
+    def save(self, checkpoint: Path, ranks: Ranks, *, main: bool) -> None:
+        """Put them into a checkpoint; called on every rank."""
+        steps, logratios = self.over_ranks(ranks)
+        if main:
+            save_file({"steps": torch.from_numpy(steps), "logratios": torch.from_numpy(logratios)}, checkpoint / _ROWS)
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint; one of an older version has none."""
+        if not (checkpoint / _ROWS).exists():
+            return
+        found = load_file(checkpoint / _ROWS)
+        if len(found["steps"]) == len(self.steps):
+            self.steps, self.logratios = found["steps"].numpy(), found["logratios"].numpy()
