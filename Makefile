@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not vllm and not gpu" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not vllm and not gpu" $(ARGS)
 
 # Real vLLM, in an environment of its own.
 test-vllm: $(VENV_VLLM)/installed

@@ -90,14 +90,14 @@ def write_records(folder, found):
 
 
 def write_rewards(folder, seed=0, rows=300):
-    """Returns the log-ratios by class."""
+    """Returns the held-out log-ratios by class."""
     rng = np.random.default_rng(seed)
     label = np.arange(rows) % 2 == 0
     logratio = np.where(label, rng.normal(5, 9, rows), rng.normal(-4, 12, rows)).astype(np.float32)
     split = np.where(rng.random(rows) < 0.9, "train", "held_out")
     columns = {"split": split, "row_id": [str(i) for i in range(rows)], "label": label, "logratio": logratio}
     pq.write_table(pa.table(columns), folder / "rewards.parquet")
-    return {y: logratio[(split == "train") & (label == y)].astype(np.float64) for y in (True, False)}
+    return {y: logratio[(split == "held_out") & (label == y)].astype(np.float64) for y in (True, False)}
 
 
 def write_evaluation(folder, shift=0.0):

@@ -127,7 +127,7 @@ class TestKills:
         training = replace(training, max_steps=2, save_steps=1, training={"save_total_limit": 1})
         begun = train(replace(training, out=tmp_path / "begun", max_steps=1))
         whole = train(replace(training, out=shutil.copytree(begun, tmp_path / "whole")))
-        found = killed_runs("train", training, begin_with=str(begun), every=3)
+        found = killed_runs("train", training, begin_with=str(begun), every=5)
         assert found["kills"] > 10
         for folder in found["folders"]:
             assert_same_run(Path(folder), whole)

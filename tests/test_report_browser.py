@@ -203,8 +203,7 @@ def test_the_panel_is_the_loss_that_trains(side, r, z0, beta, weight, pages, vis
 
 def test_the_panel_begins_with_the_run_and_goes_back_to_it(pages, visit):
     page = visit(pages["run"])
-    metrics = [json.loads(line) for line in (pages["run"].parent / "metrics.jsonl").read_text().splitlines()]
-    kl = next(record["kl"] for record in reversed(metrics) if "kl" in record)
+    kl = json.loads((pages["run"].parent / "evaluation.json").read_text())["metrics"]["kl"]["value"]
     begin = panel_numbers(page)
     assert (begin["beta"], begin["desirable"], begin["undesirable"]) == (0.1, 1.0, 1.33)
     assert begin["z0"] == pytest.approx(kl, rel=1e-3)

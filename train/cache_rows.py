@@ -152,9 +152,9 @@ class CacheRows(Dataset[TrainingRow]):
         """Which prompt each row has; read when a hold-out asks for it."""
         return self._of_rows("prompt_id")
 
-    def row_ids(self, rows: np.ndarray) -> pa.ChunkedArray:
-        """Ids of some rows, by their places here."""
-        return self._read("row_id").take(pa.array(self._fitting[rows]))
+    def ids(self, column: str, rows: np.ndarray) -> pa.ChunkedArray:
+        """`row_id` or `prompt_id` of some rows, by their places here."""
+        return self._read(column).take(pa.array(self._fitting[rows]))
 
     @functools.cached_property
     def pair_ids(self) -> list[str | None]:

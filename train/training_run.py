@@ -315,8 +315,8 @@ def _rewards(split: str, rows: CacheRows, indices: np.ndarray, logratios: np.nda
     return pa.table(
         {
             "split": pa.array([split] * len(indices), pa.string()),
-            "row_id": rows.row_ids(indices),
-            "prompt_id": pa.array([rows.prompt_ids[i] for i in indices], pa.string()),
+            "row_id": rows.ids("row_id", indices),
+            "prompt_id": rows.ids("prompt_id", indices),
             "label": pa.array(rows.labels[indices], pa.bool_()),
             "logratio": pa.array(logratios.astype(np.float32), pa.float32(), mask=np.isnan(logratios)),
         }
