@@ -300,7 +300,7 @@ class TestKills:
         path = write_yaml(tmp_path / "sweep.yaml", config)
         started = Started(config, path)
         wait_until(lambda: complete(config.out) >= 1)  # type: ignore[arg-type]
-        started.process.send_signal(signal.SIGINT)
+        started.process.send_signal(signal.SIGTERM)  # as Ctrl-C, which shells let background jobs ignore
         out = started.ends_with(130)
         assert "Interrupted. What was finished is kept; the same command goes on" in out
         assert "Traceback" not in out
@@ -733,6 +733,11 @@ class TestFolders:
     def test_a_storage_that_is_not_there(self, config: SweepConfig) -> None:
         with pytest.raises(ConfigError, match="the sweep's database cannot be used"):
             sweep(replace(config, storage="postgresql://nobody@127.0.0.1:1/none"))
+
+    def test_under_a_launcher(self, config: SweepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ConfigError, match="starts its own processes"):
+            sweep(config)
 
     def test_without_a_config(self, config: SweepConfig) -> None:
         result = CliRunner().invoke(kto_sweep, ["--cache", str(config.cache)])

@@ -1,6 +1,7 @@
 """The live line on real pseudo-terminals, warnings above it, and the plain lines of everything else."""
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -18,6 +19,8 @@ import pytest
 from tqdm import tqdm
 
 from train.alarms import Settings, Watch, alarms
+from train.config import TrainConfig
+from train.run import train
 from train.watching import Console, MetricsFile, read_metrics
 
 SETTINGS = Settings("kto", 0.1, 1e-6, 1.0, 1.0, 100, 100, 1.0)
@@ -321,3 +324,17 @@ class TestWarnings:
         path = tmp_path / "metrics.jsonl"
         path.write_text('{"step": 1, "loss": 0.5}\nnonsense\n[]\n{"step": 2, "lo')
         assert read_metrics(path) == [{"step": 1, "loss": 0.5}]
+
+
+def test_tensorboard_gets_every_metric(cache: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"max_steps": 3, "batch_size": 8, "save_steps": 0, "eval_fraction": 0.3, "device": "cpu"}
+    run = train(TrainConfig(cache=cache, out=tmp_path / "run", report_to="tensorboard", **options))
+    (events,) = run.rglob("events.out.tfevents.*")
+    found = EventAccumulator(str(events.parent)).Reload()
+    tags = set(found.Tags()["scalars"])
+    assert {"train/loss", "train/kl", "train/rewards/chosen", "train/accuracy", "eval/loss", "eval/accuracy"} <= tags
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(losses, rel=1e-5)

@@ -302,6 +302,7 @@ def _comparison(runs: Sequence[tuple["Run", str]]) -> dict[str, Any]:
     from train import report_words as words
 
     metrics = [m for m in words.WORDS if any(words.final(run, m)[0] is not None for run, _ in runs)]
+    options = words.different_options([run for run, _ in runs])
     rows = []
     for run, name in runs:
         finals = [(metric, words.final(run, metric)) for metric in metrics]
@@ -310,8 +311,9 @@ def _comparison(runs: Sequence[tuple["Run", str]]) -> dict[str, Any]:
             "held out" if any(found[2] == "held out" and found[0] is not None for _, found in finals) else "training"
         )
         state = [Cell(f"{run.updates:,}", run.updates), Cell(words.status(run), words.status(run)), Cell(where, where)]
-        rows.append({"name": name, "cells": [*cells, *state]})
-    header = ["run", *(words.plain_name(metric) for metric in metrics), "updates", "status", "measured on"]
+        chosen = [Cell(words.shown(value), words.sortable(value)) for value in map(run.config.get, options)]
+        rows.append({"name": name, "cells": [*chosen, *cells, *state]})
+    header = ["run", *options, *(words.plain_name(metric) for metric in metrics), "updates", "status", "measured on"]
     return {"curves": plots.compared_curves(runs), "header": header, "rows": rows}
 
 

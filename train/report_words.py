@@ -2,6 +2,7 @@
 
 import datetime
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,30 @@ def summary(run: Run) -> str:
     if run.finished:
         return text + "."
     return text + ("; still going on." if run.going_on else "; the run has not finished.")
+
+
+# What runs that are compared differ in, as far as it is worth a column.
+_COMPARED = (
+    "loss",
+    "beta",
+    "learning_rate",
+    "desirable_weight",
+    "undesirable_weight",
+    "lora_rank",
+    "batch_size",
+    "seed",
+)
+
+
+def different_options(runs: Sequence[Run]) -> list[str]:
+    """Names of the options in which some runs differ: values under different ones may not be comparable."""
+    return [name for name in _COMPARED if len({str(run.config.get(name)) for run in runs}) > 1]
+
+
+def sortable(value: Any) -> float | str | None:
+    """A value as a table sorts it."""
+    found = number(value)
+    return found if found is not None else None if value is None else str(value)
 
 
 def best_update(run: Run) -> int | None:

@@ -48,6 +48,10 @@ def sweep(config: SweepConfig) -> Path:
         KTOError: the user's input cannot be used, or every trial failed.
     """
     check_installed()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "kto-sweep starts its own processes, a trial in each; run it without torchrun, with --workers."
+        )
     trials = Trials.of(config)
     out = make_folder(config.out, "sweeps")
     try:
