@@ -6,6 +6,7 @@ in bins.
 """
 
 import html
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 Floats = npt.NDArray[np.float64]
@@ -33,7 +33,7 @@ class Plot:
 
     title: str
     label: str
-    figure: go.Figure
+    figure: "Figure"
     note: str = ""
     height: int = 260
     min_width: int = 0
@@ -41,7 +41,7 @@ class Plot:
     @property
     def json(self) -> str:
         """The figure as plotly.js takes it."""
-        return str(self.figure.to_json())
+        return self.figure.json()
 
 
 @dataclass(frozen=True)
@@ -74,73 +74,113 @@ def literal(text: object) -> str:
     return html.escape(str(text), quote=False).replace("$", "&#36;")
 
 
-def new_figure(**layout: Any) -> go.Figure:
-    """An empty figure in the page's look."""
-    figure = go.Figure(layout={"template": "none"})
-    axis = {
-        "gridcolor": "var(--grid)",
-        "zeroline": False,
-        "linecolor": "var(--rule)",
-        "tickcolor": "var(--rule)",
-        "automargin": True,
-        "ticks": "outside",
-        "ticklen": 4,
-        "title": {"standoff": 8, "font": {"size": 12}},
-    }
-    figure.update_layout(
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "var(--muted)", "size": 12},
-        margin={"l": 48, "r": 14, "t": 10, "b": 40},
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": "var(--ink)"}},
-        hoverlabel={"bgcolor": "var(--surface)", "bordercolor": "var(--rule)", "font": {"color": "var(--ink)"}},
-        xaxis={**axis, "showgrid": False},
-        yaxis={**axis, "ticks": "", "showline": False},
-    )
-    figure.update_layout(**layout)
-    return figure
+class Figure:
+    """Traces and layout as plotly.js takes them.
+
+    Plain dictionaries: plotly's Python objects hold every property against a schema, which took a second for a page.
+    """
+
+    def __init__(self, **layout: Any) -> None:
+        """An empty figure in the page's look."""
+        axis = {
+            "gridcolor": "var(--grid)",
+            "zeroline": False,
+            "linecolor": "var(--rule)",
+            "tickcolor": "var(--rule)",
+            "automargin": True,
+            "ticks": "outside",
+            "ticklen": 4,
+            "title": {"standoff": 8, "font": {"size": 12}},
+        }
+        self.data: list[dict[str, Any]] = []
+        self.layout: dict[str, Any] = {
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"color": "var(--muted)", "size": 12},
+            "margin": {"l": 48, "r": 14, "t": 10, "b": 40},
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": "var(--ink)"}},
+            "hoverlabel": {
+                "bgcolor": "var(--surface)",
+                "bordercolor": "var(--rule)",
+                "font": {"color": "var(--ink)"},
+            },
+            "xaxis": {**axis, "showgrid": False},
+            "yaxis": {**axis, "ticks": "", "showline": False},
+            "annotations": [],
+            "shapes": [],
+            **layout,
+        }
+
+    def add(self, kind: str, **trace: Any) -> None:
+        """Add a trace: `scatter` or `bar`."""
+        self.data.append({"type": kind, **trace})
+
+    def axis(self, name: str, *, title: str | None = None, **look: Any) -> None:
+        """Set what an axis looks like: `xaxis`, `yaxis`, `yaxis2`, ..."""
+        axis = self.layout.setdefault(name, {})
+        axis.update(look)
+        if title is not None:
+            axis["title"] = {**axis.get("title", {}), "text": title}
+
+    def annotate(self, **annotation: Any) -> None:
+        """Add a word without an arrow."""
+        self.layout["annotations"].append({"showarrow": False, **annotation})
+
+    def json(self) -> str:
+        """As plotly.js takes it; a number that is none is a gap."""
+        return json.dumps(_plain({"data": self.data, "layout": self.layout}), allow_nan=False)
 
 
-def curves(lines: Sequence[Line], *, percent: bool = False, unified: bool = True, from_zero: bool = False) -> go.Figure:
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
+
+
+def curves(lines: Sequence[Line], *, percent: bool = False, unified: bool = True, from_zero: bool = False) -> Figure:
     """Curves over updates."""
-    figure = new_figure(hovermode="x unified" if unified else "closest", showlegend=len(lines) > 1 and unified)
+    figure = Figure(hovermode="x unified" if unified else "closest", showlegend=len(lines) > 1 and unified)
     form = ".0%" if percent else ".4~g"
     for line in lines:
         window = 1 if line.held_out or not line.smooth else smoothing_window(len(line.values))
         if window > 1 and line.trial is None:
             steps, values = thinned(line.steps, line.values)
             look = {"color": line.color, "width": 1}
-            figure.add_trace(_trace(steps, values, line=look, opacity=0.25, showlegend=False, hoverinfo="skip"))
+            thin = {"line": look, "opacity": 0.25, "showlegend": False, "hoverinfo": "skip"}
+            figure.add("scatter", mode="lines", x=_whole(steps), y=values, **thin)
         steps, values = thinned(
             line.steps, running_mean(line.values, window), 200 if line.trial is not None else _POINTS
         )
         single = np.isfinite(values).sum() == 1
-        figure.add_trace(
-            _trace(
-                steps,
-                values,
-                name=literal(line.name),
-                showlegend=line.named,
-                mode="lines+markers" if line.held_out or single else "lines",
-                line={"color": line.color, "width": 1.5 if line.trial is not None else 2, "dash": line.dash},
-                marker={"color": line.color, "size": 5, "symbol": "circle"},
-                hovertemplate=f"%{{y:{form}}}" if unified else f"{literal(line.name)}: %{{y:{form}}}<extra></extra>",
-                meta=None if line.trial is None else {"trial": line.trial},
-            )
+        figure.add(
+            "scatter",
+            x=_whole(steps),
+            y=values,
+            name=literal(line.name),
+            showlegend=line.named,
+            mode="lines+markers" if line.held_out or single else "lines",
+            line={"color": line.color, "width": 1.5 if line.trial is not None else 2, "dash": line.dash},
+            marker={"color": line.color, "size": 5, "symbol": "circle"},
+            hovertemplate=f"%{{y:{form}}}" if unified else f"{literal(line.name)}: %{{y:{form}}}<extra></extra>",
+            meta=None if line.trial is None else {"trial": line.trial},
         )
-    figure.update_xaxes(title_text="update", tickformat=",~d", hoverformat=",~d", rangemode="tozero")
-    figure.update_yaxes(tickformat=".0%" if percent else None, exponentformat="e")
+    figure.axis("xaxis", title="update", tickformat=",~d", hoverformat=",~d", rangemode="tozero")
+    figure.axis("yaxis", tickformat=".0%" if percent else None, exponentformat="e")
     if from_zero:
-        figure.update_yaxes(rangemode="tozero")
+        figure.axis("yaxis", rangemode="tozero")
     return figure
 
 
-def _trace(steps: Floats, values: Floats, **look: Any) -> go.Scatter:
-    return go.Scatter(
-        x=steps.astype(np.int32) if steps.max(initial=0) < 2**31 else steps,
-        y=values.astype(np.float32),
-        **{"mode": "lines", **look},
-    )
+def _whole(steps: Floats) -> list[int]:
+    return [int(step) for step in steps]
 
 
 def smoothing_window(records: int) -> int:
@@ -175,7 +215,7 @@ def thinned(steps: Floats, values: Floats, most: int = _POINTS) -> tuple[Floats,
     return steps[index], values[index]
 
 
-def histograms(groups: Mapping[str, tuple[Floats, str]], *, unit: str, whole: bool = False) -> tuple[go.Figure, int]:
+def histograms(groups: Mapping[str, tuple[Floats, str]], *, unit: str, whole: bool = False) -> tuple[Figure, int]:
     """Histograms of several groups on one axis, as shares of each group.
 
     Args:
@@ -198,62 +238,56 @@ def histograms(groups: Mapping[str, tuple[Floats, str]], *, unit: str, whole: bo
         bins = min(_BINS, max(12, int(2 * math.sqrt(len(everything)))))
         margin = 1e-3 * (high - low) or 0.5 * max(abs(high), 1e-3)
         edges = np.linspace(low - margin, high + margin, bins + 1)
-    figure = new_figure(barmode="overlay", bargap=0, hovermode="x unified", showlegend=len(groups) > 1)
+    figure = Figure(barmode="overlay", bargap=0, hovermode="x unified", showlegend=len(groups) > 1)
     for name, (values, color) in groups.items():
         counts = np.histogram(values, edges)[0]
-        figure.add_trace(
-            go.Bar(
-                x=(edges[:-1] + edges[1:]) / 2,
-                y=(counts / len(values)).astype(np.float32),
-                width=float(edges[1] - edges[0]),
-                name=literal(name),
-                opacity=0.55,
-                marker={"color": color, "line": {"width": 0}},
-                hovertemplate="%{y:.1%}",
-            )
+        figure.add(
+            "bar",
+            x=(edges[:-1] + edges[1:]) / 2,
+            y=counts / len(values),
+            width=float(edges[1] - edges[0]),
+            name=literal(name),
+            opacity=0.55,
+            marker={"color": color, "line": {"width": 0}},
+            hovertemplate="%{y:.1%}",
         )
-    figure.update_xaxes(title_text=unit, hoverformat=",.0f" if whole else ".3~g", tickformat=",~d" if whole else None)
-    figure.update_yaxes(tickformat=".0%", rangemode="tozero", nticks=5)
+    figure.axis("xaxis", title=unit, hoverformat=",.0f" if whole else ".3~g", tickformat=",~d" if whole else None)
+    figure.axis("yaxis", tickformat=".0%", rangemode="tozero", nticks=5)
     return figure, beyond
 
 
-def marked_at(figure: go.Figure, x: float, text: str) -> None:
+def marked_at(figure: Figure, x: float, text: str) -> None:
     """A thin vertical line with a word."""
-    figure.add_vline(x=x, line={"color": "var(--muted)", "width": 1, "dash": "dot"})
-    figure.add_annotation(
-        x=x, y=1, yref="paper", text=literal(text), showarrow=False, xanchor="right", yanchor="top", xshift=-4
-    )
+    line = {"color": "var(--muted)", "width": 1, "dash": "dot"}
+    ends = {"x0": x, "x1": x, "xref": "x", "y0": 0, "y1": 1, "yref": "y domain"}
+    figure.layout["shapes"].append({"type": "line", "line": line, **ends})
+    figure.annotate(x=x, y=1, yref="paper", text=literal(text), xanchor="right", yanchor="top", xshift=-4)
 
 
-def value_function() -> go.Figure:
+def value_function() -> Figure:
     """The stage of the panel: the page's script fills in curves, rows and lines as the sliders move.
 
     Traces in this order: rows of each class, value, loss, gradient, and the points at r on these three.
     """
-    figure = new_figure(barmode="overlay", bargap=0, hovermode="x unified", showlegend=True)
+    figure = Figure(barmode="overlay", bargap=0, hovermode="x unified", showlegend=True)
     for _, name in CLASSES:
         marker = {"color": f"var(--{name})", "line": {"width": 0}}
-        figure.add_trace(go.Bar(name=f"{name} rows", yaxis="y3", marker=marker, opacity=0.28, hoverinfo="skip"))
+        figure.add("bar", name=f"{name} rows", yaxis="y3", marker=marker, opacity=0.28, hoverinfo="skip")
     for name, axis, width, dash in (
         ("value", "y", 2.5, "solid"),
         ("loss", "y", 2, "dash"),
         ("gradient of the loss", "y2", 2, "dot"),
     ):
         line = {"width": width, "dash": dash}
-        figure.add_trace(go.Scatter(name=name, mode="lines", yaxis=axis, line=line, hovertemplate="%{y:.4~g}"))
+        figure.add("scatter", name=name, mode="lines", yaxis=axis, line=line, hovertemplate="%{y:.4~g}")
     for axis in ("y", "y", "y2"):
         point = {"size": 9, "line": {"width": 2, "color": "var(--surface)"}}
-        figure.add_trace(go.Scatter(mode="markers", yaxis=axis, showlegend=False, marker=point, hoverinfo="skip"))
+        figure.add("scatter", mode="markers", yaxis=axis, showlegend=False, marker=point, hoverinfo="skip")
     plain = {"gridcolor": "var(--grid)", "zeroline": False, "automargin": True}
-    figure.update_layout(
-        yaxis={"domain": [0.36, 1], "title": {"text": "value, loss"}, "rangemode": "tozero"},
-        yaxis2={
-            **plain,
-            "domain": [0, 0.26],
-            "title": {"text": "gradient", "standoff": 8, "font": {"size": 12}},
-            "nticks": 4,
-        },
-        yaxis3={"domain": [0.36, 1], "overlaying": "y", "visible": False, "range": [0, 2.2], "fixedrange": True},
-        xaxis={"title": {"text": "log-ratio r, nats"}, "anchor": "y2", "hoverformat": ".3~f"},
-    )
+    figure.axis("yaxis", title="value, loss", domain=[0.36, 1], rangemode="tozero")
+    small = {"standoff": 8, "font": {"size": 12}}
+    figure.layout["yaxis2"] = {**plain, "title": {**small, "text": "gradient"}, "domain": [0, 0.26], "nticks": 4}
+    hidden: dict[str, Any] = {"overlaying": "y", "visible": False, "fixedrange": True}
+    figure.axis("yaxis3", domain=[0.36, 1], range=[0, 2.2], **hidden)
+    figure.axis("xaxis", title="log-ratio r, nats", anchor="y2", hoverformat=".3~f")
     return figure

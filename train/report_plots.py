@@ -60,7 +60,7 @@ def run_curves(run: Run) -> list[Plot]:
             label = f"{title} over {run.updates:,} updates: {', '.join(line.name for line in lines)}."
             figure = curves(lines, percent=title == "Accuracy", from_zero=metrics[0] in _FROM_ZERO)
             if metrics[0] == "tokens_per_second":
-                figure.update_yaxes(exponentformat="SI")  # 80k
+                figure.axis("yaxis", exponentformat="SI")  # 80k
             plots.append(Plot(title, label, figure, note))
     return plots
 

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 
-from train.figures import Plot, literal, new_figure
+from train.figures import Figure, Plot, literal
 from train.report_folders import Sweep, Trial, mapping, number
 from train.report_words import shown
 
@@ -106,48 +105,46 @@ def parallel_coordinates(sweep: Sweep) -> Plot | None:
     axes = [_Axis([trial.params.get(name) for trial in trials], log=_is_log(sweep, name)) for name in names]
     axes.append(_Axis([trial.value for trial in trials], flipped=not sweep.maximize))
     labels = [*names, sweep.metric]
-    figure = new_figure(hovermode="closest", showlegend=False, margin={"l": 70, "r": 70, "t": 34, "b": 14})
+    figure = Figure(hovermode="closest", showlegend=False, margin={"l": 70, "r": 70, "t": 34, "b": 14})
     best = sweep.best
     for trial in reversed(trials):  # the best one last, above the others
         values = [*(trial.params.get(name) for name in names), trial.value]
         is_best = best is not None and trial.number == best.number
-        figure.add_trace(
-            go.Scatter(
-                x=list(range(len(axes))),
-                y=[axis.place(value) for axis, value in zip(axes, values, strict=True)],
-                mode="lines+markers",
-                connectgaps=True,
-                line={"color": colors[trial.number], "width": 3.5 if is_best else 1.5},
-                marker={"size": 7 if is_best else 4, "color": colors[trial.number]},
-                hovertext=told(trial, sweep.metric),
-                hoverinfo="text",
-                meta={"trial": trial.number},
-            )
+        figure.add(
+            "scatter",
+            x=list(range(len(axes))),
+            y=[axis.place(value) for axis, value in zip(axes, values, strict=True)],
+            mode="lines+markers",
+            connectgaps=True,
+            line={"color": colors[trial.number], "width": 3.5 if is_best else 1.5},
+            marker={"size": 7 if is_best else 4, "color": colors[trial.number]},
+            hovertext=told(trial, sweep.metric),
+            hoverinfo="text",
+            meta={"trial": trial.number},
         )
     for index, (axis, label) in enumerate(zip(axes, labels, strict=True)):
-        figure.add_shape(type="line", x0=index, x1=index, y0=0, y1=1, line={"color": "var(--muted)", "width": 1})
-        figure.add_annotation(
+        line = {"color": "var(--muted)", "width": 1}
+        figure.layout["shapes"].append({"type": "line", "x0": index, "x1": index, "y0": 0, "y1": 1, "line": line})
+        figure.annotate(
             x=index,
             y=1,
             yshift=22,
             text=f"<b>{literal(_short(label))}</b>",
-            showarrow=False,
             font={"color": "var(--ink)"},
         )
         for at, word in axis.ticks():
-            figure.add_annotation(
+            figure.annotate(
                 x=index,
                 y=at,
                 text=literal(word),
-                showarrow=False,
                 xanchor="left",
                 xshift=5,
                 bgcolor="var(--halo)",
                 borderpad=1,
                 font={"size": 11, "color": "var(--ink)"},
             )
-    figure.update_xaxes(visible=False, range=[-0.12, len(axes) - 0.6], fixedrange=True)
-    figure.update_yaxes(visible=False, range=[-0.06, 1.06], fixedrange=True)
+    figure.axis("xaxis", visible=False, range=[-0.12, len(axes) - 0.6], fixedrange=True)
+    figure.axis("yaxis", visible=False, range=[-0.06, 1.06], fixedrange=True)
     which = f"Each line is a trial{f', of the best {_LINES}' if len(sweep.complete) > _LINES else ''}."
     return Plot(
         "All trials at once",
@@ -170,22 +167,21 @@ def importance_bars(sweep: Sweep) -> Plot | None:
     ranked = sorted(((value, name) for name, value in given.items() if value is not None), reverse=True)[:_AXES]
     if not ranked:
         return None
-    figure = new_figure(showlegend=False, hovermode="closest", margin={"l": 10, "r": 40, "t": 4, "b": 30})
-    figure.add_trace(
-        go.Bar(
-            x=[value for value, _ in reversed(ranked)],
-            y=[literal(_short(name)) + " " for _, name in reversed(ranked)],
-            orientation="h",
-            marker={"color": "var(--shade-6)"},
-            width=0.6,
-            text=[f"{100 * value:.0f} %" for value, _ in reversed(ranked)],
-            textposition="outside",
-            cliponaxis=False,
-            hoverinfo="skip",
-        )
+    figure = Figure(showlegend=False, hovermode="closest", margin={"l": 10, "r": 40, "t": 4, "b": 30})
+    figure.add(
+        "bar",
+        x=[value for value, _ in reversed(ranked)],
+        y=[literal(_short(name)) + " " for _, name in reversed(ranked)],
+        orientation="h",
+        marker={"color": "var(--shade-6)"},
+        width=0.6,
+        text=[f"{100 * value:.0f} %" for value, _ in reversed(ranked)],
+        textposition="outside",
+        cliponaxis=False,
+        hoverinfo="skip",
     )
-    figure.update_xaxes(visible=False, range=[0, 1.1 * max(ranked[0][0], 1e-9)], fixedrange=True)
-    figure.update_yaxes(type="category", ticks="", fixedrange=True, tickfont={"color": "var(--ink)"}, showgrid=False)
+    figure.axis("xaxis", visible=False, range=[0, 1.1 * max(ranked[0][0], 1e-9)], fixedrange=True)
+    figure.axis("yaxis", type="category", ticks="", fixedrange=True, tickfont={"color": "var(--ink)"}, showgrid=False)
     label = "; ".join(f"{name} {100 * value:.0f} %" for value, name in ranked)
     note = f"The share of the variation in {sweep.metric} that each parameter explains, as the search estimates it."
     return Plot("What mattered", f"Importance: {label}.", figure, note, height=60 + 34 * len(ranked))
@@ -200,32 +196,35 @@ def slices(sweep: Sweep) -> list[Plot]:
             continue
         values = [trial.params[name] for trial in shown_trials]
         axis = _Axis(values, log=_is_log(sweep, name))
-        figure = new_figure(showlegend=False, hovermode="closest")
-        figure.add_trace(
-            go.Scatter(
-                x=[literal(value) if axis.words is not None else value for value in values],
-                y=[trial.value for trial in shown_trials],
-                mode="markers",
-                marker={
-                    "size": 9,
-                    "color": [colors[trial.number] for trial in shown_trials],
-                    "line": {"width": 1, "color": "var(--surface)"},
-                },
-                unselected={"marker": {"opacity": 0.15}},
-                hovertext=[told(trial, sweep.metric) for trial in shown_trials],
-                hoverinfo="text",
-                meta={"trials": [trial.number for trial in shown_trials]},
-            )
+        figure = Figure(showlegend=False, hovermode="closest")
+        figure.add(
+            "scatter",
+            x=[literal(value) if axis.words is not None else value for value in values],
+            y=[trial.value for trial in shown_trials],
+            mode="markers",
+            marker={
+                "size": 9,
+                "color": [colors[trial.number] for trial in shown_trials],
+                "line": {"width": 1, "color": "var(--surface)"},
+            },
+            unselected={"marker": {"opacity": 0.15}},
+            hovertext=[told(trial, sweep.metric) for trial in shown_trials],
+            hoverinfo="text",
+            meta={"trials": [trial.number for trial in shown_trials]},
         )
         if axis.words is not None:
-            order = {"type": "category", "categoryorder": "array", "categoryarray": [literal(w) for w in axis.words]}
-            figure.update_xaxes(**order)
+            order: dict[str, Any] = {
+                "type": "category",
+                "categoryorder": "array",
+                "categoryarray": [literal(w) for w in axis.words],
+            }
+            figure.axis("xaxis", **order)
         else:
-            figure.update_xaxes(type="log" if axis.log else "linear", exponentformat="e")
+            figure.axis("xaxis", type="log" if axis.log else "linear", exponentformat="e")
             if axis.numbers is not None:
-                figure.update_xaxes(tickvals=axis.numbers, ticktext=[shown(value, 3) for value in axis.numbers])
+                figure.axis("xaxis", tickvals=axis.numbers, ticktext=[shown(value, 3) for value in axis.numbers])
             elif axis.log:
-                figure.update_xaxes(dtick=1 if axis.high - axis.low > 1.5 else "D2", nticks=6)
-        figure.update_yaxes(exponentformat="e", nticks=5)
+                figure.axis("xaxis", dtick=1 if axis.high - axis.low > 1.5 else "D2", nticks=6)
+        figure.axis("yaxis", exponentformat="e", nticks=5)
         plots.append(Plot(name, f"{sweep.metric} against {name}, {len(values)} trials.", figure, height=210))
     return plots
