@@ -6,9 +6,11 @@ before the content would vouch for nothing.
 
 import contextlib
 import errno
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from kto_core.errors import KTOError
 
@@ -50,6 +52,11 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file. Raises: OSError: the disk does not take it; `path` is as it was."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that people read as well. Raises: OSError: as `write_text`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")  # as ASCII: a path need not be text
 
 
 # What the system says of a disk, rather than of a file that is not there or a connection that broke.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kto_core.durable import write_text
+from kto_core.durable import write_json
 from kto_core.errors import CacheError, NewerFormatError, printable, said_by
 from kto_core.identity import json_hash
 
@@ -67,6 +67,11 @@ class Manifest:
     def partners(self) -> int:
         """Mismatched completions of each row."""
         return int(self.pairing["partners"])
+
+    @property
+    def rows_identity(self) -> dict[str, Any]:
+        """What tells these rows from others; the fingerprint alone leaves labels and order out."""
+        return {"fingerprint": self.fingerprint, "labels_hash": self.data.get("labels_hash")}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -127,7 +132,7 @@ def write_manifest(folder: Path, sections: Mapping[str, Any], shards: Sequence[M
     content["checksum"] = checksum(content)
     path = folder / MANIFEST
     try:
-        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, content)
     except OSError as error:
         raise CacheError(
             f"{path}: cannot be written: {error}. Finished shards are kept; run again to go on."

@@ -76,7 +76,6 @@ def some_scores(rows: int = 40) -> Scores:
     labels = torch.from_numpy(rng.random(rows) < 0.5)
     logratios = torch.from_numpy(rng.normal(size=rows)) + labels
     return Scores(
-        row_ids=[str(i) for i in range(rows)],
         prompt_ids=[str(i // 2) for i in range(rows)],
         labels=labels,
         tokens=torch.from_numpy(rng.integers(1, 9, size=rows).astype(float)),

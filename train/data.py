@@ -8,7 +8,7 @@ import numpy as np
 
 from kto_core.errors import TrainingError
 from kto_core.feedback import rare_class
-from kto_core.manifest import Manifest, differences
+from kto_core.manifest import differences
 from kto_core.models import Precision
 from kto_core.options import Location
 from kto_core.storage import local_copy, speaking_of
@@ -26,11 +26,6 @@ def open_cache(cache: Location, max_length: int | None, *, mapped: bool = False)
     folder = local_copy(cache)
     with speaking_of(cache, folder):
         return CacheRows(folder, max_length=max_length, mapped=mapped)
-
-
-def rows_identity(manifest: Manifest) -> dict[str, Any]:
-    """A cache's rows and labels; the fingerprint alone leaves labels and order out."""
-    return {"fingerprint": manifest.fingerprint, "labels_hash": manifest.data.get("labels_hash")}
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class TrainingData:
     def identity(self) -> dict[str, Any]:
         """What training and evaluation read, as far as hashes say."""
         caches = {"cache": self.rows, "held-out cache": self.held_out.cache if self.held_out else self.rows}
-        return {name: rows_identity(rows.manifest) for name, rows in caches.items()}
+        return {name: rows.manifest.rows_identity for name, rows in caches.items()}
 
     @property
     def class_counts(self) -> tuple[int, int]:
@@ -223,7 +218,8 @@ def rows_to_evaluate(config: TrainConfig, facts: dict[str, Any], trained_prompts
     identity = facts.get("identity")
     if isinstance(identity, dict) and not config.allow_different_policy:
         _same_reference(rows, identity, f"--cache {config.cache}", "the run's")
-    same = rows_identity(rows.manifest) == {name: facts.get(name) for name in ("fingerprint", "labels_hash")}
+    mine = rows.manifest.rows_identity
+    same = mine == {name: facts.get(name) for name in mine}
     if same and (config.eval_fraction or config.eval_cache is not None):
 
         def read(cache: Location, max_length: int | None) -> CacheRows:

@@ -10,14 +10,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from kto_core.durable import write_json
 from kto_core.errors import ConfigError
 from kto_core.manifest import Manifest
 from kto_core.models import resolve_device, resolve_precision
 from train.advice import class_weight_values
 from train.arguments import training_arguments
 from train.config import TrainConfig
-from train.data import TrainingData, rows_identity, rows_to_evaluate
-from train.evaluation import HeldOutRows, summary, summary_lines, write_summary
+from train.data import TrainingData, rows_to_evaluate
+from train.evaluation import HeldOutRows, summary, summary_lines
 from train.objective import Objective
 from train.policy import PolicyFiles
 from train.run_files import EVALUATION, REWARDS, read_facts
@@ -74,7 +75,7 @@ def evaluate_run(config: TrainConfig) -> Path:
     if main:
         found = summary(scores, objective, int(final.get("step", 0)))
         print("\n".join(summary_lines(found, rows="held out" if rows.of_run else "rows")))
-        write_summary(path, {**found, **rows_identity(manifest), "rows_are": rows.what})
+        write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
         print(f"wrote       {path}")
     return path
 

@@ -1,16 +1,13 @@
 """Held-out rows: their metrics, with 95 % intervals."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kto_core.bootstrap import RESAMPLES, intervals
-from kto_core.durable import write_text
 from kto_core.metrics import on_the_right_side
 from train.cache_rows import CacheRows, TrainingRow
 from train.objective import Objective
@@ -29,7 +26,7 @@ class Scores:
     """Held-out rows under the policy; float64 on the host, shape (rows,).
 
     Attributes:
-        row_ids, prompt_ids: of each row.
+        prompt_ids: of each row.
         labels: bool.
         tokens: of each completion.
         logps, logratios: nats.
@@ -37,7 +34,6 @@ class Scores:
         shift: the reward shift / beta, nats, where the loss has one.
     """
 
-    row_ids: list[str]
     prompt_ids: list[str]
     labels: Tensor
     tokens: Tensor
@@ -58,7 +54,6 @@ class Scores:
     ) -> "Scores":
         """From rows and what was computed for them."""
         return cls(
-            row_ids=[row.row_id for row in rows],
             prompt_ids=prompt_ids,
             labels=torch.tensor([row.label for row in rows]),
             tokens=torch.tensor([len(row.matched.completion_ids) for row in rows], dtype=torch.float64),
@@ -91,11 +86,6 @@ def summary(scores: Scores, objective: Objective, step: int) -> dict[str, Any]:
         "resamples": RESAMPLES,
         "metrics": metrics,
     }
-
-
-def write_summary(path: Path, found: dict[str, Any]) -> None:
-    """Write evaluation.json."""
-    write_text(path, json.dumps(found, indent=2) + "\n")
 
 
 def summary_lines(found: dict[str, Any], *, rows: str = "held out") -> list[str]:

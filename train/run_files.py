@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from kto_core.durable import write_text
+from kto_core.durable import write_json
 from kto_core.errors import ConfigError, said_by
 from kto_core.options import as_plain
 from train.config import TrainConfig
@@ -49,7 +49,7 @@ def config_text(config: TrainConfig) -> str:
 
 def write_facts(out: Path, facts: dict[str, Any]) -> None:
     """Write run.json."""
-    write_text(out / FACTS, json.dumps(facts, indent=2) + "\n")
+    write_json(out / FACTS, facts)
 
 
 def read_facts(out: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from kto_core.durable import flush, flush_all, remove_temporary, write_text
+from kto_core.durable import flush, flush_all, remove_temporary, write_json, write_text
 from kto_core.errors import ConfigError, TrainingError, in_one_line
 from kto_core.lock import LOCK
 from kto_core.manifest import Manifest
@@ -169,7 +169,7 @@ def remove_leftovers(out: Path) -> None:
 def publish_checkpoint(folder: Path, out: Path) -> None:
     """Give a checkpoint its name, once it and the metrics up to it are on the disk."""
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    write_text(folder / _SIZES, json.dumps(sizes, indent=2) + "\n")
+    write_json(folder / _SIZES, sizes)
     flush_all(folder)
     flush(out / METRICS)
     shutil.rmtree(out / folder.name, ignore_errors=True)  # one that --resume did not go on from
@@ -197,9 +197,7 @@ def publish_model(folder: Path, out: Path) -> None:
 
 
 def _check_same_cache(out: Path, manifest: Manifest) -> None:
-    """The fingerprint alone leaves labels and order out."""
-    facts = read_facts(out)
-    now = {"fingerprint": manifest.fingerprint, "labels_hash": manifest.data.get("labels_hash")}
+    facts, now = read_facts(out), manifest.rows_identity
     for name, what in (("fingerprint", "another cache"), ("labels_hash", "other labels or another row order")):
         if facts.get(name) != now[name]:
             raise ConfigError(

@@ -94,7 +94,8 @@ class Study:
         self.beat()
 
     def _opened_study(self, url: str) -> Any:
-        for tries_left in (4, 3, 2, 1, 0):
+        tries = 5
+        while True:
             try:
                 return self._optuna.create_study(
                     study_name=STUDY,
@@ -103,13 +104,14 @@ class Study:
                     load_if_exists=True,
                     pruner=self._pruner(),
                 )
-            except Exception:
-                if not tries_left:
+            except Exception as error:
+                # Two machines that make the tables at once get in each other's way.
+                tries -= 1
+                if not tries or isinstance(error, ValueError):
+                    if isinstance(error, ValueError | RuntimeError):  # a URL of another kind; tables of another optuna
+                        raise ConfigError(f"--storage {without_password(url)}: {in_one_line(error)}") from error
                     raise
-                time.sleep(
-                    random.uniform(0.1, 0.5)
-                )  # two machines that make the tables at once get in each other's way
-        raise AssertionError
+                time.sleep(random.uniform(0.1, 0.5))
 
     def _check(self, identity: dict[str, Any], url: str) -> None:
         identity = json.loads(json.dumps(identity, default=str))  # as the storage gives it back
@@ -311,8 +313,9 @@ def _of_storage(url: str) -> Iterator[None]:
         yield
     except (StorageInternalError, SQLAlchemyError, ImportError) as error:
         raise ConfigError(
-            f"{without_password(url)}: the sweep's database cannot be used: {in_one_line(error.__cause__ or error)} What was "
-            "finished is kept; when it can, the same command goes on."
+            f"{without_password(url)}: the sweep's database cannot be used: "
+            f"{in_one_line(error.__cause__ or error).rstrip('.')}. What was finished is kept; when it can, the same command "
+            "goes on."
         ) from error
 
 

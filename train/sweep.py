@@ -91,10 +91,7 @@ def _rows(manifest: Manifest, trials: Trials) -> dict[str, Any]:
     """What all trials read, as `TrainingData.identity` says it."""
     held_out = trials.base.get("eval_cache")
     manifests = {"cache": manifest, "held-out cache": manifest if held_out is None else _manifest(held_out)}
-    return {
-        name: {"fingerprint": one.fingerprint, "labels_hash": one.data.get("labels_hash")}
-        for name, one in manifests.items()
-    }
+    return {name: one.rows_identity for name, one in manifests.items()}
 
 
 def _identity(config: SweepConfig, rows: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from kto_core.durable import flush, write_text
+from kto_core.durable import flush, write_json, write_text
 from kto_core.errors import TrainingError
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag
@@ -43,8 +43,6 @@ class Results:
 
     def __init__(self, out: Path, config: SweepConfig, trials: Trials, study: Study) -> None:
         self.out, self.config, self.trials, self.study = out, config, trials, study
-        best = study.best()
-        self._best = best.value if best is not None else None
         self._keeping: dict[int, Ended] = {}
         self._facts: dict[str, Any] = {}
 
@@ -52,8 +50,7 @@ class Results:
         """Put on record what the sweep was started with."""
         known = _read(self.out / STATE)
         self._facts = {
-            "fingerprint": manifest.fingerprint,
-            "labels_hash": manifest.data.get("labels_hash"),
+            **manifest.rows_identity,
             "command": self._command(),
             "started": known.get("started")
             or datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -74,13 +71,13 @@ class Results:
         value = self._value(ended)
         if ended.state != "complete" or value is None:
             return False
-        elsewhere = self.study.best()
-        known = [found for found in (self._best, elsewhere.value if elsewhere else None) if found is not None]
-        return all(value > found if self.study.maximize else value < found for found in known)
+        best = self.study.best()
+        known = [best.value if best else None, *map(self._value, self._keeping.values())]
+        return all(value > one if self.study.maximize else value < one for one in known if one is not None)
 
     def keep(self, trial: Trial, ended: Ended) -> None:
         """It is the best so far; its model is being written."""
-        self._best, self._keeping[trial.number] = self._value(ended), ended
+        self._keeping[trial.number] = ended
 
     def kept(self, trial: Trial) -> str:
         """Its model is on the disk; those of worse trials go. Returns: a line about it."""
@@ -96,8 +93,6 @@ class Results:
         """Its worker is gone. Returns: a line about it."""
         if trial.number in self._keeping:  # trained and judged: only its model is missing
             del self._keeping[trial.number]
-            best = self.study.best()
-            self._best = best.value if best else None
             if self.study.release(trial):
                 return f"trial {trial.number:<6}begins again: {reason} while it wrote its model"
         return self.ended(trial, Ended.refused(reason))
@@ -129,7 +124,7 @@ class Results:
 
     # -- all of them --------------------------------------------------------------------------------
 
-    def _write(self) -> None:
+    def _write(self, *, importance: dict[str, float] | None = None) -> None:
         records = self.study.records()
         write_text(self.out / RESULTS, self._csv(records))
         best = self.study.best()
@@ -146,12 +141,12 @@ class Results:
         state = {
             **self._facts,
             "seconds": sum(record.result.get("seconds") or 0.0 for record in records),
-            "importance": self.study.importance(),
+            "importance": importance,
             "best": best.number if best else None,
             "planned": self.trials.count,
             "trials": trials,
         }
-        write_text(self.out / STATE, json.dumps(state, indent=2) + "\n")
+        write_json(self.out / STATE, state)
 
     def _csv(self, records: list[TrialRecord]) -> str:
         """No times and no places: the same sweep gives the same rows, whatever interrupted it."""
@@ -180,7 +175,7 @@ class Results:
         Raises:
             TrainingError: all trials failed.
         """
-        self._write()
+        self._write(importance=self.study.importance())  # not after each trial: it takes a while
         best = self.study.best()
         if best is not None:
             self._publish(best)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 
-from kto_core.durable import replacing
+from kto_core.durable import replacing, write_json
 from kto_core.errors import TrainingError, in_one_line
 from kto_core.head import whole_shape
 from kto_core.models import Precision, resolve_device, resolve_precision
@@ -24,8 +24,8 @@ from train.arguments import training_arguments
 from train.cache_rows import CacheRows
 from train.card import CARD, command_of, write_card
 from train.config import TrainConfig
-from train.data import TrainingData, rows_identity
-from train.evaluation import Scores, summary, write_summary
+from train.data import TrainingData
+from train.evaluation import Scores, summary
 from train.materials import Materials
 from train.objective import Objective
 from train.policy import PolicyFiles
@@ -149,7 +149,7 @@ class TrainingRun:
             return None
         found = summary(scores, self.objective, trainer.final_step)
         found["fingerprint"] = self.data.rows.manifest.fingerprint
-        write_summary(self.out / EVALUATION, found)
+        write_json(self.out / EVALUATION, found)
         return found
 
     def save_model(self, out: Path, *, title: str | None = None) -> None:
@@ -209,7 +209,7 @@ class TrainingRun:
         """What run.json holds: what the run was started with."""
         manifest = self.data.rows.manifest
         return {
-            **rows_identity(manifest),
+            **manifest.rows_identity,
             "identity": manifest.identity,
             "command": command_of(dataclasses.replace(self.config, out=self.out)),
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

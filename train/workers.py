@@ -137,6 +137,7 @@ class Workers:
         self._rows = rows
         self._count, self._workers = count, [self._new(number) for number in range(count)]
         self.facts: dict[str, Any] = {}
+        self._asked = False
 
     @staticmethod
     def gpus(trials: Trials) -> list[str | None]:
@@ -160,13 +161,14 @@ class Workers:
 
     def __exit__(self, *error: object) -> None:
         for worker in self._workers:
-            worker.end(at_once=error[0] is not None)
+            worker.end(at_once=error[0] is not None or self._asked)  # nobody listens any more
 
     def __len__(self) -> int:
         return self._count
 
     def ask(self, config: TrainConfig) -> None:
         """Let the first worker look at cache and policy."""
+        self._asked = True
         self._workers[0].check(config)
 
     def told(self) -> dict[str, Any]:
@@ -175,7 +177,7 @@ class Workers:
         Raises:
             TrainingError: they cannot be used, or no worker comes up.
         """
-        worker = self._workers[0]
+        worker, self._asked = self._workers[0], False
         try:
             verdict, found = worker.pipe.recv()
         except (EOFError, ConnectionResetError):
