@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from feedback_files import chat_rows, write_rows
 from safetensors.torch import load_file, save_file
+from stopped_runs import train_until
 from test_loss_family import metrics, pair_rows
 
 from kto_core.bootstrap import intervals
@@ -227,17 +228,7 @@ class TestBest:
         config = replace(config, max_steps=None, epochs=3, eval_steps=None, save_steps=3)
         whole = train(config)
         stopped = replace(config, out=tmp_path / "stopped")
-
-        class StopError(Exception):
-            pass
-
-        def stop(*_: Any, **__: Any) -> Any:
-            raise StopError
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(KTOTrainer, "evaluate", stop)
-            with pytest.raises(StopError):
-                train(stopped)
+        train_until(stopped, step=3, method="evaluate")
         run = train(replace(stopped, resume=True))
         timeless = ("tokens_per_second", "peak_memory_mb", "train_runtime", "epoch")
         records = [[{k: v for k, v in r.items() if k not in timeless} for r in metrics(one)] for one in (whole, run)]
@@ -264,21 +255,7 @@ class TestBest:
         config = replace(config, max_steps=8, eval_steps=3, logging_steps=5, save_steps=100)
         whole = train(config)
         stopped = replace(config, out=tmp_path / "stopped")
-
-        class StopError(Exception):
-            pass
-
-        real = KTOTrainer.training_step
-
-        def stopping(self: Any, *arguments: Any, **options: Any) -> Any:
-            if self.state.global_step == 4:
-                raise StopError
-            return real(self, *arguments, **options)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(KTOTrainer, "training_step", stopping)
-            with pytest.raises(StopError):
-                train(stopped)
+        train_until(stopped, step=4)
         run = train(replace(stopped, resume=True))
         found = [{r["step"]: r["loss"] for r in metrics(one) if "loss" in r} for one in (whole, run)]
         assert found[0].keys() == found[1].keys()
@@ -402,7 +379,23 @@ class TestEvaluateOnly:
         run = train(config)
         with (run / "metrics.jsonl").open("a") as file:
             file.write('{"step": 5, "lo')
+        (run / "evaluation.json").unlink()
         evaluate_run(replace(config, evaluate_only=run))
+        assert json.loads((run / "evaluation.json").read_text())["metrics"]
+
+    def test_what_a_run_does_not_say(self, config: TrainConfig, base: Path, tmp_path: Path) -> None:
+        """Which rows it was trained on, and how much they weighed."""
+        run = train(config)
+        other = self.other(base, tmp_path / "other", chat_rows(9, seed=5))
+        options = replace(config, cache=other, evaluate_only=run)
+        (run / "rewards.parquet").unlink()
+        found = json.loads(evaluate_run(options).read_text())
+        assert found["rows"] == 9
+        assert found["rows_are"] == "all of them; which ones the run was trained on is not on record"
+        facts = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps({**facts, "weights": "auto"}))
+        with pytest.raises(ConfigError, match=r"run\.json: does not say which class weights"):
+            evaluate_run(options)
 
     def test_trains_and_changes_nothing(self, config: TrainConfig) -> None:
         run = train(config)

@@ -14,6 +14,7 @@ import torch
 import transformers
 from feedback_files import write_rows
 from safetensors.torch import load_file
+from stopped_runs import train_until
 
 from kto_core.errors import ConfigError, TrainingError
 from kto_core.passes import ScoringPasses
@@ -281,21 +282,7 @@ def test_resumed_equals_uninterrupted(loss: str, cache: Path, pairs: Path, tmp_p
     config = config_for(pairs if loss == "dpo" else cache, tmp_path / "whole", loss, save_steps=2, shuffle=True)
     whole = train(config)
     stopped = replace(config, out=tmp_path / "stopped")
-
-    class StopError(Exception):
-        pass
-
-    real = KTOTrainer.training_step
-
-    def stopping(self: Any, *arguments: Any, **options: Any) -> Any:
-        if self.state.global_step == 3:
-            raise StopError
-        return real(self, *arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KTOTrainer, "training_step", stopping)
-        with pytest.raises(StopError):
-            train(stopped)
+    train_until(stopped, step=3)
     run = train(replace(stopped, resume=True))
     first, second = (load_file(one / "model.safetensors") for one in (whole, run))
     for name in first:

@@ -727,7 +727,9 @@ class TestFolders:
         assert [path.name for path in config.out.iterdir()] == ["notes.txt"]
 
     def test_a_storage_that_is_not_there(self, config: SweepConfig) -> None:
-        with pytest.raises(ConfigError, match=r"the sweep's database cannot be used: .*[^.]\. What was finished is kept"):
+        with pytest.raises(
+            ConfigError, match=r"the sweep's database cannot be used: .*[^.]\. What was finished is kept"
+        ):
             sweep(replace(config, storage="postgresql://nobody@127.0.0.1:1/none"))
         with pytest.raises(ConfigError, match=r"--storage redis://x:\*\*\*@127.0.0.1/1: RedisStorage is removed"):
             sweep(replace(config, storage="redis://x:secret@127.0.0.1/1"))

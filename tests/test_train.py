@@ -19,6 +19,7 @@ import transformers
 from feedback_files import chat_rows, write_feedback, write_rows
 from models import save_tiny, tiny_tokenizer
 from safetensors.torch import load_file
+from stopped_runs import train_until
 
 from kto_core.errors import CacheError, ConfigError, TrainingError
 from kto_core.identity import chat_template_hash, tokenizer_hash
@@ -142,21 +143,7 @@ def test_resumed_equals_uninterrupted(config: TrainConfig, tmp_path: Path, lora_
     whole = train(config)
     name = "adapter_model.safetensors" if lora_rank else "model.safetensors"
     stopped = replace(config, out=tmp_path / "stopped")
-
-    class StopError(Exception):
-        pass
-
-    real = KTOTrainer.training_step
-
-    def stopping(self: Any, *arguments: Any, **options: Any) -> Any:
-        if self.state.global_step == 3:
-            raise StopError
-        return real(self, *arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KTOTrainer, "training_step", stopping)
-        with pytest.raises(StopError):
-            train(stopped)
+    train_until(stopped, step=3)
     assert [r["step"] for r in metrics(stopped.out)] == [1, 2, 3]  # the third is lost with its update
     run = train(replace(stopped, resume=True))
     one, other = load_file(whole / name), load_file(run / name)

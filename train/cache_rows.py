@@ -23,7 +23,8 @@ from kto_core.shards import Rows, open_shard, read_groups
 from kto_core.verification import verify_cache
 from train.ranks import local_rank
 
-_ROWS_PER_GROUP = 64  # as kto-precompute writes them
+# Whose lengths the report shows; kto-precompute writes 64 rows into each.
+_GROUPS_SAMPLED = 64
 
 # Row groups kept decoded: a small cache ends up in memory, a large one does not.
 _BYTES_IN_MEMORY = 256 * 2**20
@@ -172,15 +173,15 @@ class CacheRows(Dataset[TrainingRow]):
         every: list[Any] = self._read(column).take(pa.array(self._fitting)).to_pylist()
         return every
 
-    def lengths(self, sample: int) -> dict[str, Any]:
-        """Lengths in tokens of about `sample` rows from all over the cache, as the files hold them.
+    @functools.cached_property
+    def lengths(self) -> dict[str, Any]:
+        """Lengths in tokens of a few thousand rows from all over the cache, as the files hold them.
 
-        Returns:
-            `sample`: how many rows; `truncated`: how many of them fill `max_length`; `lengths`: of prompts, and of
-            completions by class.
+        `sample`: how many rows; `truncated`: how many of them fill `max_length`; `lengths`: of prompts, and of
+        completions by class.
         """
         groups = len(self._groups)
-        chosen = np.unique(np.linspace(0, groups - 1, min(groups, -(-sample // _ROWS_PER_GROUP))).astype(int))
+        chosen = np.unique(np.linspace(0, groups - 1, min(groups, _GROUPS_SAMPLED)).astype(int))
         of_rows = []
         for number, position in (self._groups[group] for group in chosen):
             path, file = self._paths[number], self._files[number]

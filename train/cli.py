@@ -5,14 +5,18 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
+from kto_core.allocator import keep_freed_memory
 from kto_core.errors import KTOError
 from kto_core.options import click_settings, flag, resolve
+from kto_core.quiet import quiet_libraries
 from train.config import TrainConfig
 from train.sweep_config import SweepConfig
+
+_Config = TypeVar("_Config", TrainConfig, SweepConfig)
 
 
 class _Command(click.Command):
@@ -51,6 +55,16 @@ def _given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
 
 
+def _ready(ctx: click.Context, config: type[_Config], values: dict[str, Any], yaml_path: Path | None) -> _Config:
+    """The options, and a process that is ready for the libraries to be imported."""
+    resolved = resolve(config, _given(ctx, values), yaml_path=yaml_path)
+    if resolved.cache == Path(""):
+        raise click.UsageError("Missing option '--cache'.", ctx)
+    keep_freed_memory()
+    quiet_libraries()
+    return resolved
+
+
 # What may be told about an evaluation; all else is the run's.
 _WHERE_AND_HOW = {
     "cache",
@@ -75,9 +89,6 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     \b
     kto-train --cache refs/ --out runs/first
     """
-    from kto_core.allocator import keep_freed_memory
-    from kto_core.quiet import quiet_libraries
-
     if values["evaluate_only"] is not None:
         # The run's own options: its beta and hold-out, unless the command line says otherwise.
         if config is not None:
@@ -86,11 +97,7 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
         if others:
             raise click.UsageError(f"--evaluate-only takes the run's own options; leave {flag(others[0])} out.", ctx)
         config = values["evaluate_only"] / "config.yaml"
-    resolved = resolve(TrainConfig, _given(ctx, values), yaml_path=config)
-    if resolved.cache == Path(""):
-        raise click.UsageError("Missing option '--cache'.", ctx)
-    keep_freed_memory()
-    quiet_libraries()
+    resolved = _ready(ctx, TrainConfig, values, config)
     from train.run import train as run
 
     run(resolved)
@@ -117,16 +124,9 @@ def sweep(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     \b
     kto-sweep --cache refs/ --config configs/sweep.yaml --out sweeps/first
     """
-    from kto_core.allocator import keep_freed_memory
-    from kto_core.quiet import quiet_libraries
-
     if config is None:
         raise click.UsageError("Missing option '--config': a YAML with space: and train:, as configs/sweep.yaml.", ctx)
-    resolved = resolve(SweepConfig, _given(ctx, values), yaml_path=config)
-    if resolved.cache == Path(""):
-        raise click.UsageError("Missing option '--cache'.", ctx)
-    keep_freed_memory()
-    quiet_libraries()
+    resolved = _ready(ctx, SweepConfig, values, config)
     from train.sweep import sweep as run
 
     run(resolved)

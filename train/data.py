@@ -17,9 +17,6 @@ from train.cache_rows import CacheRows
 from train.config import PAIRED_LOSSES, TrainConfig
 from train.evaluation import HeldOutRows
 
-# Rows whose lengths are shown in the report.
-_SAMPLE = 4096
-
 
 def open_cache(cache: Location, max_length: int | None, *, mapped: bool = False) -> CacheRows:
     """Raises: CacheError: damaged, incomplete or not there; every byte is checked."""
@@ -146,7 +143,7 @@ class TrainingData:
             "unpaired": self.unpaired,
             "contradictory": self.rows.contradictions,
             "max_length": self.rows.max_length,
-            **self.rows.lengths(_SAMPLE),
+            **self.rows.lengths,
         }
 
 

@@ -14,14 +14,13 @@ from kto_core.durable import write_json
 from kto_core.errors import ConfigError
 from kto_core.manifest import Manifest
 from kto_core.models import resolve_device, resolve_precision
-from train.advice import class_weight_values
 from train.arguments import training_arguments
 from train.config import TrainConfig
 from train.data import TrainingData, rows_to_evaluate
-from train.evaluation import HeldOutRows, summary, summary_lines
+from train.evaluation import summary, summary_lines
 from train.objective import Objective
 from train.policy import PolicyFiles
-from train.run_files import EVALUATION, REWARDS, read_facts
+from train.run_files import EVALUATION, FACTS, REWARDS, read_facts
 from train.training_run import check_vocabulary, make_trainer
 
 
@@ -49,7 +48,7 @@ def evaluate_run(config: TrainConfig) -> Path:
     rows = rows_to_evaluate(config, facts, _trained_prompts(run))
     held_out, manifest = rows.held_out, rows.held_out.cache.manifest
     files, adapters = _find(config, run, manifest, facts)
-    objective = Objective.of(config, _weights(config, held_out, facts))
+    objective = Objective.of(config, _weights(run, facts))
     args = training_arguments(config, run, precision, held_out=True)
     model = files.load(config, precision, args.device if device.type == "cuda" else torch.device("cpu"))
     if adapters is not None:
@@ -91,13 +90,14 @@ def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: dict[str, A
     return PolicyFiles.find(dataclasses.replace(config, model=str(run)), manifest), None
 
 
-def _weights(config: TrainConfig, held_out: HeldOutRows, facts: dict[str, Any]) -> tuple[float, float]:
+def _weights(run: Path, facts: dict[str, Any]) -> tuple[float, float]:
     """The class weights the run was trained with; `auto` depends on its training rows."""
-    known = facts.get("weights")
-    if isinstance(known, list) and len(known) == 2:
-        return float(known[0]), float(known[1])
-    desirable = int(held_out.cache.labels[held_out.indices].sum())
-    return class_weight_values(config, desirable, len(held_out.indices) - desirable)
+    match facts.get("weights"):
+        case [int() | float() as desirable, int() | float() as undesirable]:
+            return float(desirable), float(undesirable)
+    raise ConfigError(
+        f"{run / FACTS}: does not say which class weights the run was trained with; it cannot be evaluated."
+    )
 
 
 def _trained_prompts(run: Path) -> set[str] | None:

@@ -15,7 +15,7 @@ from train.data import TrainingData, open_cache
 from train.policy import PolicyFiles
 
 # What makes a loaded model another one. Options that are not here are put on it, or taken off, in memory.
-_OF_MODEL = ("model", "dtype", "device", "gradient_checkpointing", "trust_remote_code")
+_OF_MODEL = ("model", "dtype", "gradient_checkpointing", "trust_remote_code")
 
 
 class Materials:

@@ -112,11 +112,8 @@ class _Worker:
                 try:
                     self._keep(run, folder)
                 except (KTOError, OSError) as error:  # a disk that is full
-                    self.pipe.send(
-                        Stop(
-                            f"{folder / MODEL}: the model cannot be written: {in_one_line(error)} Make room; the same command goes on."
-                        )
-                    )
+                    why = f"{folder / MODEL}: the model cannot be written: {in_one_line(error)}"
+                    self.pipe.send(Stop(f"{why} Make room; the same command goes on."))
                     return
             self.materials.take_back()
             del run

@@ -1,0 +1,28 @@
+"""A run that stops in the middle, as if it had been killed, in the process of the test."""
+
+from typing import Any
+
+import pytest
+
+from train.config import TrainConfig
+from train.run import train
+from train.trainer import KTOTrainer
+
+
+class StopError(Exception):
+    """The kill."""
+
+
+def train_until(config: TrainConfig, *, step: int, method: str = "training_step") -> None:
+    """Train, until a method of the trainer is called after so many updates."""
+    real = getattr(KTOTrainer, method)
+
+    def stopping(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step == step:
+            raise StopError
+        return real(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KTOTrainer, method, stopping)
+        with pytest.raises(StopError):
+            train(config)
