@@ -353,6 +353,12 @@ class TestTrialsThatFail:
         assert rows[1]["state"] == "failed"
         assert "not finite" in rows[1]["reason"]
 
+    def test_what_no_trial_can_be_trained_with_ends_the_sweep_before_its_first(self, config: SweepConfig) -> None:
+        with pytest.raises(TrainingError, match=r"training: unknown key 'optimm'\. Did you mean 'optim'"):
+            sweep(replace(config, train={**config.train, "training": {"optimm": "sgd"}}))
+        assert config.out is not None
+        assert not (config.out / "trials").exists()
+
     def test_a_damaged_cache_ends_the_sweep_before_its_first_trial(self, config: SweepConfig, tmp_path: Path) -> None:
         shutil.copytree(config.cache, tmp_path / "damaged")
         shard = next((tmp_path / "damaged").rglob("*.parquet"))

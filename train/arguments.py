@@ -51,9 +51,12 @@ _STEPS_INSIDE = ("lomo", "adalomo", "_layerwise")
 
 
 def training_arguments(
-    config: TrainConfig, out: Path, precision: Precision, *, held_out: bool
+    config: TrainConfig, out: Path, precision: Precision, *, held_out: bool, name: str | None = None
 ) -> transformers.TrainingArguments:
     """`TrainingArguments` from our options and the YAML's `training:` table.
+
+    Args:
+        name: under which the run is reported; None leaves it to where it is reported to.
 
     Raises:
         ConfigError: an unknown key in that table, or one that an option of ours sets.
@@ -77,7 +80,8 @@ def training_arguments(
         "logging_steps": config.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # costs a device sync in every step; a non-finite loss stops the run
-        "report_to": [name.strip() for name in config.report_to.split(",") if name.strip()],
+        "report_to": [one.strip() for one in config.report_to.split(",") if one.strip()],
+        "run_name": name,
         # Early stopping ends with the best checkpoint, so there has to be one.
         "save_strategy": "steps" if config.save_steps or config.early_stopping else "no",
         "save_steps": config.save_steps or _NEVER,

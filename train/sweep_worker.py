@@ -27,6 +27,8 @@ import torch
 import transformers
 
 from kto_core.errors import KTOError, in_one_line
+from kto_core.models import resolve_device, resolve_precision
+from train.arguments import training_arguments
 from train.config import TrainConfig
 from train.materials import KeptMaterials
 from train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_facts, write_facts
@@ -76,10 +78,12 @@ class _Worker:
         self.loads = -1
 
     def check(self, config: TrainConfig) -> tuple[str, Any]:
-        """Whether cache and policy can be used at all, before the first trial."""
+        """Whether cache, policy and options can be used at all, before the first trial."""
         try:
             data = self.materials.data(config)
             self.materials.files(config, data.rows.manifest)
+            precision = resolve_precision(config.dtype, resolve_device(config.device))
+            training_arguments(config, Path(), precision, held_out=data.held_out is not None)
         except KTOError as error:
             return "refused", str(error)
         if data.identity() != self.rows:
@@ -94,7 +98,8 @@ class _Worker:
         with _log_into(folder / LOG):
             run = None
             try:
-                run = TrainingRun.set_up(config, folder, self.materials)
+                name = f"{folder.parent.parent.resolve().name}, trial {folder.name}"
+                run = TrainingRun.set_up(config, folder, self.materials, name)
                 if run.data.identity() != self.rows:  # this worker took another one's place
                     self.materials.take_back()
                     self.pipe.send(Stop(_other_rows(config)))
@@ -116,6 +121,7 @@ class _Worker:
                     self.pipe.send(Stop(f"{why} Make room; the same command goes on."))
                     return
             self.materials.take_back()
+            _end_reports()
             del run
         for checkpoint in folder.glob("checkpoint-*"):  # early stopping's
             shutil.rmtree(checkpoint)
@@ -157,7 +163,7 @@ class _Worker:
         for name in (METRICS, CONFIG, EVALUATION, REWARDS):
             shutil.copy2(folder / name, out / name)
         write_facts(out, {**read_facts(folder), "trial": int(folder.name)})
-        run.save_model(out, title=f"{folder.parent.parent.resolve().name}, trial {folder.name}")
+        run.save_model(out)
         self.pipe.send(Kept())
 
 
@@ -166,6 +172,16 @@ def _other_rows(config: TrainConfig) -> str:
         f"{config.cache}: the cache, or the held-out one, is not what this sweep began with. Bring it back, or begin another "
         "sweep."
     )
+
+
+def _end_reports() -> None:
+    """Each trial is a run of its own where it is reported to; these two wait for the process to end."""
+    for name, end in (("wandb", "finish"), ("mlflow", "end_run")):
+        if name in sys.modules:
+            try:
+                getattr(sys.modules[name], end)()
+            except Exception:  # noqa: BLE001 - a service that cannot be reached must not end the sweep
+                traceback.print_exc(file=sys.stdout)
 
 
 class _Evaluations(transformers.TrainerCallback):

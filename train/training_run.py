@@ -47,6 +47,7 @@ class TrainingRun:
         settings: what warnings during the run depend on.
         console: of the process that prints.
         checkpoint: to go on from, or None.
+        name: for people; None for the folder's.
         checked: whether policy and cache were compared before, with these materials.
     """
 
@@ -60,11 +61,18 @@ class TrainingRun:
     settings: Settings
     console: Console | None
     checkpoint: str | None
+    name: str | None = None
     checked: bool = False
 
     @classmethod
-    def set_up(cls, config: TrainConfig, out: Path, materials: Materials) -> "TrainingRun":
+    def set_up(cls, config: TrainConfig, out: Path, materials: Materials, name: str | None = None) -> "TrainingRun":
         """Everything up to the first update.
+
+        Args:
+            config: of the run.
+            out: its folder.
+            materials: where its data and policy come from.
+            name: for people, where the folder's says too little.
 
         Raises:
             KTOError: the user's input cannot be used.
@@ -74,7 +82,7 @@ class TrainingRun:
         data = materials.data(config)
         files = materials.files(config, data.rows.manifest)
         objective = Objective.of(config, class_weight_values(config, *data.class_counts))
-        args = training_arguments(config, out, precision, held_out=data.held_out is not None)
+        args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
         checkpoint = last_checkpoint(config, out, data.rows.manifest)
         if args.process_index == 0:
             remove_leftovers(out)
@@ -91,7 +99,7 @@ class TrainingRun:
         if config.early_stopping:
             callbacks.append(transformers.EarlyStoppingCallback(config.early_stopping))
         trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks)
-        run = cls(config, out, data, files, precision, objective, trainer, settings, console, checkpoint)
+        run = cls(config, out, data, files, precision, objective, trainer, settings, console, checkpoint, name)
         trainer.add_callback(_Steps(run))
         return run
 
@@ -152,11 +160,8 @@ class TrainingRun:
         write_json(self.out / EVALUATION, found)
         return found
 
-    def save_model(self, out: Path, *, title: str | None = None) -> None:
+    def save_model(self, out: Path) -> None:
         """Model, tokenizer and model card into a folder; called on every rank.
-
-        Args:
-            title: of the card.  [default: the folder's name]
 
         Raises:
             TrainingError: the disk does not take it.
@@ -178,7 +183,7 @@ class TrainingRun:
                 publish_model(folder, out)
         if self.is_main:
             history = trainer.state.log_history
-            title = title or out.resolve().name
+            title = self.name or out.resolve().name
             write_card(out / CARD, title, config, self.data.rows.manifest, files, self.objective.weights, history)
 
     def begin(self) -> None:
