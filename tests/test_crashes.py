@@ -201,7 +201,7 @@ class TestFullDisk:
         data = write_rows(scoring.out.parent / "more.jsonl", chat_rows(21))
         full = OSError(errno.ENOSPC, "No space left on device")
         with monkeypatch.context() as patch:
-            patch.setattr(kto_core.manifest, "write_text", Mock(side_effect=full))
+            patch.setattr(kto_core.manifest, "write_json", Mock(side_effect=full))
             with pytest.raises(CacheError, match=r"manifest\.json: cannot be written: .*run again to go on"):
                 precompute(replace(scoring, data=str(data)))
         with pytest.raises(CacheError, match="an unfinished cache"):

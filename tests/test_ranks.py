@@ -24,7 +24,6 @@ from train.config import TrainConfig
 from train.run import train
 
 SCORE = "from precompute.cli import precompute; precompute()"
-TRAIN = "from train.cli import train; train()"
 
 
 def command_of(ranks: int, program: str, *options: object) -> list[str]:
@@ -70,7 +69,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, base: Path) -> PrecomputeCo
 
 
 @pytest.mark.slow
-def test_four_ranks_score_what_one_scores_and_three_train_on_it(config: PrecomputeConfig, tmp_path: Path) -> None:
+def test_four_ranks_score_what_one_scores(config: PrecomputeConfig, tmp_path: Path) -> None:
     four = tmp_path / "four"
     done = launch(4, SCORE, *scoring(config, four))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -85,11 +84,10 @@ def test_four_ranks_score_what_one_scores_and_three_train_on_it(config: Precompu
     settings = TrainConfig(
         cache=config.out, out=tmp_path / "a", batch_size=8, max_steps=3, learning_rate=3e-3, save_steps=0
     )
-    train(settings)
-    options = ["--cache", four, "--out", tmp_path / "b", "--batch-size", 8, "--max-steps", 3]
-    done = launch(3, TRAIN, *options, "--learning-rate", 3e-3, "--save-steps", 0, "--device", "cpu")
-    assert done.returncode == 0, done.stderr[-3000:]
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    a, b = (
+        load_file(train(one) / "model.safetensors")
+        for one in (settings, replace(settings, cache=four, out=tmp_path / "b"))
+    )
     for name, weight in a.items():
         torch.testing.assert_close(b[name], weight, atol=2e-5, rtol=0)
 
@@ -97,7 +95,7 @@ def test_four_ranks_score_what_one_scores_and_three_train_on_it(config: Precompu
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_rank_that_is_killed_leaves_a_cache_that_others_finish(
-    config: PrecomputeConfig, tmp_path: Path, killed: int
+    config: PrecomputeConfig, tmp_path: Path, killed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, pids = tmp_path / "refs", tmp_path / "pids"
     pids.mkdir()
@@ -122,9 +120,14 @@ def test_a_rank_that_is_killed_leaves_a_cache_that_others_finish(
     assert 3 <= finished < 10
     assert not (out / "manifest.json").exists()
 
-    done = launch(3, SCORE, *options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{finished} of 10 shards are there" in done.stdout
+    if killed == 0:  # three others go on
+        done = launch(3, SCORE, *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said = done.stdout
+    else:  # one does
+        precompute(replace(config, rows_per_shard=6, out=out, device="cpu"))
+        said = capsys.readouterr().out
+    assert f"{finished} of 10 shards are there" in said
     verify(out)
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "train"]
     assert_same_rows(config.out, out)

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -318,6 +319,14 @@ class TestKills:
         assert made[1]
 
 
+@pytest.fixture
+def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real processes, forked from one that has imported the libraries: seconds saved, where starting is not the point."""
+    monkeypatch.setattr("train.workers.START", "forkserver")
+    multiprocessing.set_forkserver_preload(["train.sweep_worker"])
+
+
+@pytest.mark.usefixtures("warm_workers")
 class TestTrialsThatFail:
     def test_one_that_cannot_be_trained_is_on_record(self, config: SweepConfig) -> None:
         """No pairs in this cache: dpo is refused, the rest goes on."""
@@ -602,6 +611,7 @@ class TestBestModel:
         assert "best model  gone; best.yaml makes it again" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("warm_workers")
 class TestSearches:
     def test_pruning_stops_what_falls_behind(self, config: SweepConfig) -> None:
         """Five trials of one quality, and one that learns nothing: the median of the others is better."""
@@ -685,6 +695,7 @@ def test_mistakes_are_told_before_anything_starts(
     assert not config.out.exists()
 
 
+@pytest.mark.usefixtures("warm_workers")
 class TestFolders:
     def test_another_sweep_in_the_same_folder(self, config: SweepConfig) -> None:
         sweep(replace(config, trials=1))

@@ -9,10 +9,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from kto_core.allocator import keep_freed_memory
 from kto_core.errors import TrainingError
 from kto_core.quiet import quiet_libraries
 from train.config import TrainConfig
 from train.sweep_config import Trials
+
+START = "spawn"  # threads and CUDA do not survive a fork
 
 # Given to a worker for its own end.
 _LAST_SECONDS = 10.0
@@ -112,6 +115,7 @@ class Worker:
 
 def _process(pipe: Connection, rows: dict[str, Any], device: str | None, threads: int | None) -> None:
     """A worker's process. What decides how libraries behave is set before they are imported."""
+    keep_freed_memory()
     quiet_libraries()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -130,7 +134,7 @@ class Workers:
     """
 
     def __init__(self, count: int, trials: Trials, rows: dict[str, Any]) -> None:
-        self._context = multiprocessing.get_context("spawn")  # threads and CUDA do not survive a fork
+        self._context = multiprocessing.get_context(START)
         self._devices = self.gpus(trials) or [None]
         alone = count == 1 or "OMP_NUM_THREADS" in os.environ
         self._threads = None if alone else max(1, (os.cpu_count() or 1) // count)
