@@ -156,6 +156,21 @@ def test_the_summary_is_the_last_evaluation(config: TrainConfig, capsys: pytest.
     assert f"{found['metrics']['loss']['low']:.4f}" in out
 
 
+@pytest.mark.parametrize("loss", ["kto", "apo_zero"])
+def test_rows_are_read_a_few_at_a_time(loss: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one z0 over all of them."""
+    config = replace(config, loss=loss)
+    run = train(config)
+    said = json.loads((run / "evaluation.json").read_text())
+    monkeypatch.setattr("train.trainer._HELD_OUT_ROWS", 3)
+    evaluate_run(replace(config, evaluate_only=run))
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["rows"] % 3
+    assert found["metrics"].keys() == said["metrics"].keys()
+    for name, metric in said["metrics"].items():
+        assert found["metrics"][name] == pytest.approx(metric, abs=2e-5), name
+
+
 def test_rows_are_on_record(config: TrainConfig, cache: Path) -> None:
     run = train(replace(config, max_steps=None, epochs=1))
     table = pq.read_table(run / "rewards.parquet").to_pydict()

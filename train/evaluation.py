@@ -1,6 +1,5 @@
 """Held-out rows: their metrics, with 95 % intervals."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from kto_core.bootstrap import RESAMPLES, intervals
 from kto_core.metrics import on_the_right_side
-from train.cache_rows import CacheRows, TrainingRow
+from train.cache_rows import CacheRows
 from train.objective import Objective
 
 
@@ -41,27 +40,6 @@ class Scores:
     logratios: Tensor
     kl_logratios: Tensor | None
     shift: float | None
-
-    @classmethod
-    def of(
-        cls,
-        rows: Sequence[TrainingRow],
-        prompt_ids: list[str],
-        logps: Tensor,
-        logratios: Tensor,
-        kl_logratios: Tensor | None,
-        shift: float | None,
-    ) -> "Scores":
-        """From rows and what was computed for them."""
-        return cls(
-            prompt_ids=prompt_ids,
-            labels=torch.tensor([row.label for row in rows]),
-            tokens=torch.tensor([len(row.matched.completion_ids) for row in rows], dtype=torch.float64),
-            logps=logps,
-            logratios=logratios,
-            kl_logratios=kl_logratios,
-            shift=shift,
-        )
 
 
 def held_out_metrics(scores: Scores, objective: Objective) -> dict[str, float]:

@@ -56,7 +56,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, page)
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error}. Name another file with --out.") from error
+        raise ConfigError(
+            f"{out}: cannot be written: {error}. Make room, or write it elsewhere: kto-report {folders[0]} --out FILE"
+        ) from error
     return out
 
 

@@ -40,6 +40,9 @@ from train.window import ReferencePoint, RowLogratios, RunningShift, Window
 # Without gradient nothing is kept for a backward pass, so a pass holds this many times the tokens.
 _SCORING_TOKENS = 4
 
+# Rows in memory at a time while they are evaluated.
+_HELD_OUT_ROWS = 4096
+
 # Where memory is not measured.
 _DEEPSPEED_TOKENS = 8192
 
@@ -459,7 +462,25 @@ class KTOTrainer(transformers.Trainer):
 
     def _score_held_out(self, held_out: HeldOutRows) -> Scores:
         """Every held-out row's scores, on every rank."""
-        rows = [held_out.cache[RowKey(i, 0)] for i in held_out.indices]
+        indices, tokens = held_out.indices, []
+        scores = torch.empty(3, len(indices), dtype=torch.float64)
+        for start in range(0, len(indices), _HELD_OUT_ROWS):
+            rows = [held_out.cache[RowKey(i, 0)] for i in indices[start : start + _HELD_OUT_ROWS]]
+            scores[:, start : start + len(rows)] = self._score_rows(rows)
+            tokens += [len(row.matched.completion_ids) for row in rows]
+        logps, matched, mismatched = scores
+        return Scores(
+            prompt_ids=[held_out.cache.prompt_ids[i] for i in indices],
+            labels=torch.from_numpy(held_out.cache.labels[indices]),
+            tokens=torch.tensor(tokens, dtype=torch.float64),
+            logps=logps,
+            logratios=matched,
+            kl_logratios=mismatched if self.objective.uses_kl else None,
+            shift=self.shift.mean if self.objective.uses_shift else None,
+        )
+
+    def _score_rows(self, rows: Sequence[TrainingRow]) -> Tensor:
+        """`logps`, log-ratios and, where the loss has a z0, those of mismatched completions: float64, shape (3, rows)."""
         with_kl = self.objective.uses_kl
         # A row's two sequences begin with the same prompt: one rank scores both, and runs the prompt once.
         sequences = [[row.matched, row.mismatched] if with_kl else [row.matched] for row in rows]
@@ -474,10 +495,7 @@ class KTOTrainer(transformers.Trainer):
         everywhere[0, mine], everywhere[1, mine] = logps[::per_row], logratios[::per_row]
         if with_kl:
             everywhere[2, mine] = logratios[1::2]
-        matched_logps, matched, mismatched = self.ranks.sum(everywhere).cpu()
-        point = self.shift.mean if self.objective.uses_shift else None
-        prompt_ids = [held_out.cache.prompt_ids[i] for i in held_out.indices]
-        return Scores.of(rows, prompt_ids, matched_logps, matched, mismatched if with_kl else None, point)
+        return self.ranks.sum(everywhere).cpu()
 
     # -- logging ------------------------------------------------------------------------------------
 
