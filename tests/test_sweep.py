@@ -85,7 +85,7 @@ class TestWhatItFinds:
         for number in (0, 5):  # the first one after loading, and the last one after five others
             alone = train(
                 TrainConfig(
-                    **{**config.train, **Trials.of(config).grid_point(number)},
+                    **{**config.train, **Trials.of(config).point(number)},
                     cache=config.cache,
                     out=tmp_path / str(number),
                     save_steps=0,
@@ -148,7 +148,7 @@ def test_no_reference_and_one_load(config: SweepConfig) -> None:
         "trials = Trials.of(config)\n"
         "worker = _Worker(Pipe(), TrainingData.open(trials.config({})).identity())\n"
         "for number in range(trials.count):\n"
-        f"    worker.run(number, trials.config(trials.grid_point(number)), Path({str(config.out)!r}) / str(number))\n"
+        f"    worker.run(number, trials.config(trials.point(number)), Path({str(config.out)!r}) / str(number))\n"
         "    assert worker.pipe.last.state == 'complete', worker.pipe.last\n"
         "assert worker.materials.loads == 1\n"
         "assert '.parquet\\n' in Path('/proc/self/maps').read_text()\n"
@@ -206,6 +206,13 @@ def test_a_run_that_cannot_begin_leaves_the_policy_as_it_was(cache: Path, tmp_pa
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name])
+
+
+def begun(config: SweepConfig, trials: Trials, url: str, identity: dict[str, Any]) -> Study:
+    """A study that a sweep has begun."""
+    study = Study(config, trials, url, identity)
+    study.begin()
+    return study
 
 
 class Started:
@@ -383,7 +390,7 @@ class TestTrialsThatFail:
 def drawn(config: SweepConfig, url: str, *, at_once: int = 1) -> list[dict[str, Any]]:
     """What each trial of a search would try, where smaller betas are better; `at_once` sweepers take turns."""
     trials = Trials.of(config)
-    studies = [Study(config, trials, url, {"space": config.space}) for _ in range(at_once)]
+    studies = [begun(config, trials, url, {"space": config.space}) for _ in range(at_once)]
     while not studies[0].is_done():
         for study in studies:
             trial = study.next()
@@ -413,6 +420,25 @@ class TestStudy:
         if search == "tpe":
             assert sum(betas[10:]) / 5 < sum(betas[:10]) / 10  # it has learned
 
+    @pytest.mark.parametrize("search", ["random", "tpe"])
+    def test_nothing_is_tried_twice(self, search: str, config: SweepConfig, tmp_path: Path) -> None:
+        """A space of twelve, of which one was tried by a sweeper that is gone."""
+        space = {"beta": [0.05, 0.1, 0.3], "batch_size": {"low": 3, "high": 6}}
+        train = {name: value for name, value in config.train.items() if name != "batch_size"}
+        config = replace(config, search=search, space=space, train=train)
+        trials = Trials.of(config)
+        assert (trials.count, trials.points) == (12, 12)
+        assert Trials.of(replace(config, trials=7)).count == 7
+        found = []
+        for _ in range(12):  # each by another sweeper
+            study = begun(config, trials, f"sqlite:///{tmp_path}/study.db", {})
+            trial = study.next()
+            assert trial is not None
+            found.append(tuple(trial.params.values()))
+            study.tell(trial, "complete" if len(found) % 3 else "failed", 0.5, {})
+        assert sorted(found) == [(beta, size) for beta in (0.05, 0.1, 0.3) for size in (3, 4, 5, 6)]
+        assert found != sorted(found)
+
     def test_two_sweepers_never_try_the_same(self, config: SweepConfig, tmp_path: Path) -> None:
         config = replace(config, search="random", space=SPACE, train={}, trials=9)
         alone = drawn(config, f"sqlite:///{tmp_path}/alone.db")
@@ -423,16 +449,16 @@ class TestStudy:
         program = (
             "import os; from pathlib import Path; from train.study import Study; from train.sweep_config import *\n"
             f"config = SweepConfig(cache=Path('x'), search='grid', space={config.space!r}, train={config.train!r})\n"
-            f"study = Study(config, Trials.of(config), {url!r}, {{}})\n"
+            f"study = Study(config, Trials.of(config), {url!r}, {{}}); study.begin()\n"
             "print(study.next().params); study._study.ask(); os._exit(9)\n"  # one with an owner, one that has none yet
         )
         ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-        assert ran.stdout.strip() == str(trials.grid_point(0)), ran.stderr
-        study = Study(config, trials, url, {})
+        assert ran.stdout.strip() == str(trials.point(0)), ran.stderr
+        study = begun(config, trials, url, {})
         for number in range(6):
             trial = study.next()
             assert trial is not None
-            assert (trial.number, trial.params) == (number, trials.grid_point(number))
+            assert (trial.number, trial.params) == (number, trials.point(number))
         assert study.next() is None
 
     def test_one_that_lives_elsewhere_keeps_its_trial(
@@ -441,13 +467,13 @@ class TestStudy:
         """Its signs of life change; when they stop for a while, whatever the clocks say, it is gone."""
         url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(replace(config, trials=1))
         monkeypatch.setattr("train.study._place", lambda: "elsewhere")
-        there = Study(config, trials, url, {})
+        there = begun(config, trials, url, {})
         assert there.next() is not None
         monkeypatch.undo()
         monkeypatch.setattr("train.study.BEAT_SECONDS", 0.0)
         now = [time.monotonic()]
         monkeypatch.setattr("train.study.time.monotonic", lambda: now[0])
-        here = Study(config, trials, url, {})
+        here = begun(config, trials, url, {})
         for _ in range(20):
             there.beat()
             assert here.next() is None
@@ -462,7 +488,7 @@ class TestStudy:
     ) -> None:
         """Two machines may ask at the same moment: the one too many waits for a longer sweep."""
         url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(replace(config, trials=1))
-        study = Study(config, trials, url, {})
+        study = begun(config, trials, url, {})
         first = study.next()
         assert first is not None
         study._study.ask()
@@ -471,7 +497,7 @@ class TestStudy:
         assert len(study.records()) == 1
         assert study.is_done()
         monkeypatch.setattr("train.study._GONE_SECONDS", -1.0)
-        longer = Study(config, Trials.of(config), url, {})
+        longer = begun(config, Trials.of(config), url, {})
         numbers = [trial.number for _ in range(5) if (trial := longer.next()) is not None]
         assert numbers == [1, 2, 3, 4, 5]
 
@@ -485,12 +511,12 @@ class TestInterruptedTrials:
         config = replace(config, search="random", space=SPACE, train={}, trials=1)
         whole = drawn(config, f"sqlite:///{tmp_path}/whole.db")
         trials, url = Trials.of(config), f"sqlite:///{tmp_path}/part.db"
-        study = Study(config, trials, url, {})
+        study = begun(config, trials, url, {})
         handle = study._study.ask()
         study._study.sampler = study._sampler(0, 0)
         assert study._suggest(handle, "beta") == whole[0]["beta"]
         handle.set_user_attr("owner", "")
-        taken = Study(config, trials, url, {}).next()
+        taken = begun(config, trials, url, {}).next()
         assert taken is not None
         assert taken.params == whole[0]
 
@@ -499,7 +525,7 @@ class TestInterruptedTrials:
     ) -> None:
         config = replace(config, pruning="median")
         url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(config)
-        study = Study(config, trials, url, {})
+        study = begun(config, trials, url, {})
         for value in (0.1, 0.2, 0.3, 0.4, 0.5):
             trial = study.next()
             assert trial is not None
@@ -511,7 +537,7 @@ class TestInterruptedTrials:
         for step, value in ((2, 0.5), (4, 0.9)):
             trial.handle.report(value, step)  # killed after this
         trial.handle.set_user_attr("owner", "")
-        again = Study(config, trials, url, {})
+        again = begun(config, trials, url, {})
         taken = again.next()
         assert taken is not None
         assert not again.falls_behind(taken, 2, 0.5)
@@ -521,11 +547,11 @@ class TestInterruptedTrials:
 
     def test_a_sweeper_that_wakes_up_late_changes_nothing(self, config: SweepConfig, tmp_path: Path) -> None:
         url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(replace(config, trials=1))
-        late = Study(config, trials, url, {})
+        late = begun(config, trials, url, {})
         trial = late.next()
         assert trial is not None
         trial.handle.set_user_attr("owner", "")
-        other = Study(config, trials, url, {})
+        other = begun(config, trials, url, {})
         taken = other.next()
         assert taken is not None
         other.tell(taken, "complete", 0.25, {"metrics": {"eval/loss": 0.25}})
@@ -536,7 +562,7 @@ class TestInterruptedTrials:
         ]
 
     def test_a_trial_is_released_once(self, config: SweepConfig, tmp_path: Path) -> None:
-        study = Study(config, Trials.of(config), f"sqlite:///{tmp_path}/study.db", {})
+        study = begun(config, Trials.of(config), f"sqlite:///{tmp_path}/study.db", {})
         for times in range(2):
             trial = study.next()
             assert trial is not None
@@ -553,7 +579,7 @@ class TestBestModel:
         (config.out / "trials").mkdir(parents=True)
         monkeypatch.setattr("train.sweep_results.write_report", lambda folders: folders[0] / "report.html")
         trials = Trials.of(config)
-        results = Results(config.out, config, trials, Study(config, trials, f"sqlite:///{tmp_path}/study.db", {}))
+        results = Results(config.out, config, trials, begun(config, trials, f"sqlite:///{tmp_path}/study.db", {}))
         results.begin(read_manifest(config.cache), {})
         return results
 
@@ -677,6 +703,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"space": {"eval_fraction": [0.1, 0.2]}}, "compared on the same held-out rows"),
     ({"space": {"out": ["a", "b"]}}, "belongs on the command line: --out"),
     ({"train": {"beta": 0.1}}, "'beta' stands in space: and in train:"),
+    ({"train": {"eval_fraction": 0}}, "train: eval_fraction: 0 leaves no held-out rows"),
+    ({"train": {"eval_fraction": 1.5}}, "train: --eval-fraction must"),
     ({"train": {"lerning_rate": 0.1}}, "unknown key 'lerning_rate'. Did you mean 'learning_rate'"),
     ({"train": {"metric": "eval/loss"}}, "'metric' is set for all of the sweep"),
     ({"trials": 0}, "--trials must be at least 1"),
@@ -707,6 +735,14 @@ class TestFolders:
             sweep(replace(config, metric="eval/accuracy"))
         assert (config.out / "sweep.yaml").read_bytes() == said
         assert len(rows_of(config.out)) == 1
+
+    @pytest.mark.parametrize("mended", [{"space": {"beta": [0.1]}}, {"metric": "eval/accuracy"}], ids=str)
+    def test_a_mistake_that_was_told_can_be_mended(self, mended: dict[str, Any], config: SweepConfig) -> None:
+        """Nothing has begun, so nothing of it holds."""
+        with pytest.raises(TrainingError, match="--loss dpo compares two completions"):
+            sweep(replace(config, train={**config.train, "loss": "dpo"}))
+        out = sweep(replace(config, **mended, trials=1))
+        assert [row["state"] for row in rows_of(out)] == ["complete"]
 
     def test_fewer_trials_than_there_are(self, config: SweepConfig) -> None:
         sweep(replace(config, trials=2))
@@ -747,7 +783,11 @@ class TestFolders:
         with pytest.raises(
             ConfigError, match=r"the sweep's database cannot be used: .*[^.]\. What was finished is kept"
         ):
-            sweep(replace(config, storage="postgresql://nobody@127.0.0.1:1/none"))
+            sweep(replace(config, storage=f"sqlite:///{config.out}/none/study.db"))
+        with pytest.raises(
+            ConfigError, match=r"none: No module named 'cx_Oracle'\. Install the driver of that database"
+        ):
+            sweep(replace(config, storage="oracle+cx_oracle://nobody@127.0.0.1:1/none"))
         with pytest.raises(ConfigError, match=r"--storage redis://x:\*\*\*@127.0.0.1/1: RedisStorage is removed"):
             sweep(replace(config, storage="redis://x:secret@127.0.0.1/1"))
 
@@ -775,7 +815,7 @@ def test_ranges_make_grids(config: SweepConfig) -> None:
     assert values[1] == pytest.approx((0.1, 0.3, 0.5))
     assert values[2] == (4, 5, 6)
     assert trials.count == 27
-    assert len({tuple(trials.grid_point(i).values()) for i in range(27)}) == 27
+    assert len({tuple(trials.point(i).values()) for i in range(27)}) == 27
 
 
 def test_what_is_not_comparable_is_said(config: SweepConfig) -> None:

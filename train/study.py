@@ -15,7 +15,7 @@ import secrets
 import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,44 +77,64 @@ class Study:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self._optuna, self._config, self._trials = optuna, config, trials
         self.maximize = config.metric != "eval/loss"
-        with _of_storage(url):
-            self._study = self._opened_study(url)
-            self._check(identity, url)
-            done = sum(frozen.state.is_finished() for frozen in self._study.get_trials(deepcopy=False))
-        if done > trials.count:
-            raise ConfigError(
-                f"--trials {trials.count}: the sweep has {done} trials already, and none of them is thrown away. Give {done} or more, or "
-                "another --out."
-            )
         self._me = f"{_place()}/{os.getpid()}/{secrets.token_hex(4)}"
-        self._url = url
+        self._url, self._identity = url, identity
         self._signs: dict[str, tuple[Any, float]] = {}  # of each sweeper: the last one, and when it was seen first
         self._beaten = -BEAT_SECONDS
         self._beats = 0
+        with _of_storage(url):
+            self._storage = self._patiently(lambda: optuna.storages.get_storage(url))
+            names = [summary.study_name for summary in optuna.get_all_study_summaries(self._storage, False)]
+            self._study: Any = None  # nobody has begun
+            if STUDY in names:
+                self._join()
+            every: list[Any] = [] if self._study is None else self._study.get_trials(deepcopy=False)
+        done = sum(frozen.state.is_finished() for frozen in every)
+        if done > trials.count:
+            raise ConfigError(
+                f"trials: {trials.count}: the sweep has {done} trials already, and none of them is thrown away. Give --trials {done} or "
+                "more, or another --out."
+            )
+
+    def begin(self) -> None:
+        """Put the sweep on record, unless it is. Until then another one may take its place.
+
+        Raises:
+            ConfigError: another sweep has begun there meanwhile.
+        """
+        with _of_storage(self._url):
+            self._join()
         self.beat()
 
-    def _opened_study(self, url: str) -> Any:
+    def _join(self) -> None:
+        """Begin the study, or take part in it."""
+        self._study = self._patiently(
+            lambda: self._optuna.create_study(
+                study_name=STUDY,
+                storage=self._storage,
+                direction="maximize" if self.maximize else "minimize",
+                load_if_exists=True,
+                pruner=self._pruner(),
+            )
+        )
+        self._check()
+
+    def _patiently(self, open_it: Callable[[], Any]) -> Any:
         tries = 5
         while True:
             try:
-                return self._optuna.create_study(
-                    study_name=STUDY,
-                    storage=url,
-                    direction="maximize" if self.maximize else "minimize",
-                    load_if_exists=True,
-                    pruner=self._pruner(),
-                )
+                return open_it()
             except Exception as error:
                 # Two machines that make the tables at once get in each other's way.
                 tries -= 1
                 if not tries or isinstance(error, ValueError):
                     if isinstance(error, ValueError | RuntimeError):  # a URL of another kind; tables of another optuna
-                        raise ConfigError(f"--storage {without_password(url)}: {in_one_line(error)}") from error
+                        raise ConfigError(f"--storage {without_password(self._url)}: {in_one_line(error)}") from error
                     raise
                 time.sleep(random.uniform(0.1, 0.5))
 
-    def _check(self, identity: dict[str, Any], url: str) -> None:
-        identity = json.loads(json.dumps(identity, default=str))  # as the storage gives it back
+    def _check(self) -> None:
+        identity = json.loads(json.dumps(self._identity, default=str))  # as the storage gives it back
         begun = dict(self._study.user_attrs.get("identity") or {})
         if not begun:
             self._study.set_user_attr("identity", identity)
@@ -122,7 +142,7 @@ class Study:
         for name, value in identity.items():
             if begun.get(name) != value:
                 raise ConfigError(
-                    f"{without_password(url)}: holds a sweep that was begun with another {name}: {begun.get(name)!r}, not "
+                    f"{without_password(self._url)}: holds a sweep that was begun with another {name}: {begun.get(name)!r}, not "
                     f"{value!r}. Give the same one, or another --out (with --storage: another database)."
                 )
 
@@ -189,29 +209,58 @@ class Study:
 
     def _opened(self, trial: Any) -> "Trial":
         """Its parameters: those of before, or drawn now, by its number and, for tpe, what is known so far."""
-        params = {}
-        for position, name in enumerate(self._trials.space):
-            # A sampler for each of them: some may have been drawn before their sweeper was killed.
-            self._study.sampler = self._sampler(trial.number, position)
-            params[name] = self._suggest(trial, name)
-        return Trial(trial, params)
+        frozen = self._study.get_trials(deepcopy=False)[trial.number]
+        # Some may have been put on record before their sweeper was killed.
+        params = {**self._drawn(frozen), **frozen.params}
+        samplers = self._optuna.samplers
+        self._study.sampler = samplers.PartialFixedSampler(params, samplers.RandomSampler(0))
+        return Trial(trial, {name: self._suggest(trial, name) for name in self._trials.space})
+
+    def _drawn(self, frozen: Any) -> dict[str, Any]:
+        """What the search draws for a trial; nothing twice, in a space that can be counted."""
+        if self._config.search == "grid":
+            return self._trials.point(frozen.number)
+        params = {
+            name: self._sampler(frozen.number, position).sample_independent(
+                self._study, frozen, name, self._distribution(name)
+            )
+            for position, name in enumerate(self._trials.space)
+        }
+        points = self._trials.points
+        if points is None:
+            return params
+        tried = [one.params for one in self._frozen() if one.number != frozen.number]
+        if params not in tried:
+            return params
+        first = random.Random(self._seed(frozen.number, 0)).randrange(points)
+        others = (self._trials.point((first + step) % points) for step in range(points))
+        return next((point for point in others if point not in tried), params)
+
+    def _seed(self, number: int, position: int) -> int:
+        """Of a trial's option. A sampler for each of them: what one draws must not depend on the others."""
+        return ((self._config.seed * 1009 + number) * 1_000_003 + position) % 2**32
 
     def _sampler(self, number: int, position: int) -> Any:
-        samplers, seed = self._optuna.samplers, ((self._config.seed * 1009 + number) * 1_000_003 + position) % 2**32
-        match self._config.search:
-            case "grid":
-                return samplers.PartialFixedSampler(self._trials.grid_point(number), samplers.RandomSampler(seed))
-            case "random":
-                return samplers.RandomSampler(seed)
+        samplers, seed = self._optuna.samplers, self._seed(number, position)
+        if self._config.search == "random":
+            return samplers.RandomSampler(seed)
         return samplers.TPESampler(seed=seed, constant_liar=True)
 
-    def _suggest(self, trial: Any, name: str) -> Any:
-        entry = self._trials.space[name]
+    def _distribution(self, name: str) -> Any:
+        entry, distributions = self._trials.space[name], self._optuna.distributions
         if not isinstance(entry, Range) or self._config.search == "grid":
-            return trial.suggest_categorical(name, entry.grid())
+            return distributions.CategoricalDistribution(entry.grid())
         if entry.whole:
-            return trial.suggest_int(name, int(entry.low), int(entry.high), log=entry.log)
-        return trial.suggest_float(name, entry.low, entry.high, log=entry.log)
+            return distributions.IntDistribution(int(entry.low), int(entry.high), log=entry.log)
+        return distributions.FloatDistribution(entry.low, entry.high, log=entry.log)
+
+    def _suggest(self, trial: Any, name: str) -> Any:
+        """Put on record what was drawn."""
+        found = self._distribution(name)
+        if hasattr(found, "choices"):
+            return trial.suggest_categorical(name, found.choices)
+        suggest = trial.suggest_int if isinstance(found.low, int) else trial.suggest_float
+        return suggest(name, found.low, found.high, log=found.log)
 
     def falls_behind(self, trial: "Trial", step: int, value: float) -> bool:
         """Note an evaluation. Returns: whether the trial should stop."""
@@ -284,6 +333,8 @@ class Study:
         return {name: float(share) for name, share in found.items()}
 
     def _frozen(self) -> list[Any]:
+        if self._study is None:
+            return []
         with _of_storage(self._url):
             found: list[Any] = self._study.get_trials(deepcopy=False)
         return found[: self._trials.count]
@@ -311,7 +362,13 @@ def _of_storage(url: str) -> Iterator[None]:
 
     try:
         yield
-    except (StorageInternalError, SQLAlchemyError, ImportError) as error:
+    except ImportError as error:
+        missing = in_one_line(error.__cause__ or error).rstrip(".")
+        raise ConfigError(
+            f"{without_password(url)}: {missing}. Install the driver of that database, or name another one in the URL "
+            "(postgresql+psycopg://, mysql+pymysql://)."
+        ) from error
+    except (StorageInternalError, SQLAlchemyError) as error:
         raise ConfigError(
             f"{without_password(url)}: the sweep's database cannot be used: "
             f"{in_one_line(error.__cause__ or error).rstrip('.')}. What was finished is kept; when it can, the same command "

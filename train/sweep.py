@@ -115,7 +115,9 @@ def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
         _write_config(config, out)
         results = Results(out, config, trials, study)
         left = trials.count - sum(record.state != "running" for record in study.records())
-        results.begin(manifest, workers.told() if left else {})
+        found = workers.told() if left else {}
+        study.begin()
+        results.begin(manifest, found)
         _print_plan(config, trials, manifest, out, workers, left)
         if left:
             with _bar(trials.count - left, trials.count) as say:

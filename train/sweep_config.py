@@ -1,7 +1,7 @@
 """Options of `kto-sweep`, and the space that it searches."""
 
-import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ class Range:
             numbers = [self.low + s * (self.high - self.low) for s in share]
         if self.whole:
             return tuple(dict.fromkeys(round(n) for n in numbers))
+        numbers = [float(f"{n:.12g}") for n in numbers]  # 1e-4, not 9.999999999999991e-05
         return (self.low, *numbers[1:-1], self.high) if self.points > 1 else (self.low,)
 
 
@@ -121,11 +122,13 @@ class Trials:
         base: options that all trials share.
         space: options that they differ in.
         count: how many there are.
+        choices: of each option, where all of them have so many and no more; None of a space without end.
     """
 
     base: dict[str, Any]
     space: Space
     count: int
+    choices: dict[str, Sequence[Any]] | None
 
     @classmethod
     def of(cls, config: SweepConfig) -> "Trials":
@@ -142,13 +145,19 @@ class Trials:
             base.setdefault("eval_seed", base.get("seed", TrainConfig.seed))
         for name, entry in space.items():
             _try_values(base, name, entry)
-        points = math.prod(len(entry.grid()) for entry in space.values()) if config.search == "grid" else None
-        wanted = config.trials or points or _TRIALS
+        choices = _choices(space, config.search)
+        points = None if choices is None else math.prod(map(len, choices.values()))
+        wanted = config.trials or (points if config.search == "grid" and points else _TRIALS)
         if wanted > _MOST:
             raise ConfigError(
                 f"The sweep would have {wanted:,} trials. Give trials: (at most {_MOST:,}), or fewer values."
             )
-        return cls(base, space, min(wanted, points or wanted))
+        return cls(base, space, min(wanted, points or wanted), choices)
+
+    @property
+    def points(self) -> int | None:
+        """How many different trials there can be; None without end."""
+        return None if self.choices is None else math.prod(map(len, self.choices.values()))
 
     def warnings(self) -> list[str]:
         """One line for each thing that makes trials hard to compare."""
@@ -174,11 +183,27 @@ class Trials:
         """A trial's options. Raises: ConfigError: values that do not go together."""
         return TrainConfig(**{**self.base, **params})
 
-    def grid_point(self, number: int) -> dict[str, Any]:
-        """The parameters of a grid's trial; the last option of the space changes fastest."""
-        values = [entry.grid() for entry in self.space.values()]
-        point = next(itertools.islice(itertools.product(*values), number, None))
-        return dict(zip(self.space, point, strict=True))
+    def point(self, number: int) -> dict[str, Any]:
+        """Parameters by their number, below `points`; the last option of the space changes fastest."""
+        assert self.choices is not None
+        params: dict[str, Any] = {}
+        for name, values in reversed(self.choices.items()):
+            number, place = divmod(number, len(values))
+            params[name] = values[place]
+        return {name: params[name] for name in self.space}
+
+
+def _choices(space: Space, search: str) -> dict[str, Sequence[Any]] | None:
+    """The values of each option, where they can be counted."""
+    choices: dict[str, Sequence[Any]] = {}
+    for name, entry in space.items():
+        if isinstance(entry, Values) or search == "grid":
+            choices[name] = entry.grid()
+        elif entry.whole:
+            choices[name] = range(int(entry.low), int(entry.high) + 1)
+        else:
+            return None
+    return choices
 
 
 def _names(space: dict[str, Any]) -> dict[str, Any]:
@@ -195,8 +220,12 @@ def _base(config: SweepConfig) -> dict[str, Any]:
     for name, where in (("cache", "--cache"), ("metric", "metric:, beside train:")):
         if name in base:
             raise ConfigError(f"train: {name!r} is set for all of the sweep by {where}; remove it from the table.")
-    if "eval_cache" not in base and not base.get("eval_fraction"):
-        base["eval_fraction"] = 0.1  # trials are compared on rows that none of them saw
+    if "eval_cache" not in base:
+        base.setdefault("eval_fraction", 0.1)  # trials are compared on rows that none of them saw
+        if not base["eval_fraction"]:
+            raise ConfigError(
+                "train: eval_fraction: 0 leaves no held-out rows to compare trials by. Hold some out, or give eval_cache."
+            )
     return {**base, "cache": config.cache, "metric": config.metric}
 
 
@@ -260,4 +289,15 @@ def _try_values(base: dict[str, Any], name: str, entry: Values | Range) -> None:
         try:
             TrainConfig(**{**base, name: value})
         except ConfigError as error:
+            if _refused(base) == str(error):
+                raise ConfigError(f"train: {error}") from error
             raise ConfigError(f"space: {name}: {shown(value)} cannot be used: {error}") from error
+
+
+def _refused(base: dict[str, Any]) -> str | None:
+    """What is wrong with the options that all trials share, whatever they differ in."""
+    try:
+        TrainConfig(**base)
+    except ConfigError as error:
+        return str(error)
+    return None
