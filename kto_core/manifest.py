@@ -28,6 +28,9 @@ _IDENTITY_FIELDS = {
     "scorer": ("backend",),
 }
 
+# Why rows were left out, among the reasons in `data.dropped`.
+PROMPT_TOO_LONG = "prompt_too_long"
+
 AGAIN = "Run the same kto-precompute again."
 
 _SECTIONS = ("reference", "tokenizer", "tokenization", "pairing", "scorer", "data", "run")

@@ -15,6 +15,7 @@ import numpy as np
 from kto_core.errors import FeedbackError, PairingError
 from kto_core.feedback import FeedbackFields, FeedbackRow, parse_record, rare_class, resolve_threshold
 from kto_core.identity import ids_id, json_hash, sequence_id
+from kto_core.manifest import PROMPT_TOO_LONG
 from kto_core.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
 from kto_core.tokenization import tokenize_rows
 from precompute.config import PrecomputeConfig
@@ -22,8 +23,6 @@ from precompute.sources import SourceFile, describe_source, read_records
 
 # Rows tokenized in one call of the tokenizer.
 _TOKENIZE_ROWS = 1024
-
-PROMPT_TOO_LONG = "prompt_too_long"
 
 
 @dataclass(frozen=True, slots=True)

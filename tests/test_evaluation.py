@@ -432,6 +432,15 @@ class TestEvaluateOnly:
         assert result.exit_code == 1
         assert "config.yaml: cannot be read" in result.output
 
+    def test_a_sweep_and_its_trials(self, config: TrainConfig, tmp_path: Path) -> None:
+        run = train(replace(config, out=tmp_path / "sweep/trials/0003"))
+        (run / "config.json").unlink()
+        (tmp_path / "sweep/sweep.yaml").touch()
+        with pytest.raises(ConfigError, match="only the best trial's is kept, in best/"):
+            evaluate_run(replace(config, evaluate_only=run))
+        command = ["--evaluate-only", str(tmp_path / "sweep"), "--cache", str(config.cache)]
+        assert f"a sweep; its best run is {tmp_path}/sweep/best" in CliRunner().invoke(kto_train, command).output
+
     def test_a_cache_of_another_tokenizer(self, config: TrainConfig, tmp_path: Path) -> None:
         run = train(config)
         shutil.copytree(run, tmp_path / "other")

@@ -14,7 +14,7 @@ from report_samples import COMMAND, records, write_records, write_rewards, write
 
 from kto_core.errors import ConfigError
 from kto_core.lock import only_writer
-from train import figures, report_folders, report_words
+from train import figures, report_folders, report_words, sweep_figures
 from train.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +121,59 @@ def test_several_folders_stand_side_by_side(pages, tmp_path, monkeypatch, run):
     assert "elsewhere/first" in read(Path("report.html"))[1]
 
 
+def test_a_sweep_is_compared_by_its_best_trial(pages, sweep):
+    best = report_folders.read_folder(sweep).best
+    rows = read(pages["several"])[0].found
+    assert ("th", {"scope": "row", "data-sort": f"search, trial {best.number}"}) in rows
+    assert ("th", {"scope": "row", "data-sort": "second"}) in rows
+
+
+def test_trials_of_another_sweeper_are_read_where_they_are(tmp_path):
+    folder = write_sweep(tmp_path / "mine", trials=8)
+    other = write_sweep(tmp_path / "other", trials=8)
+    facts = json.loads((folder / "sweep.json").read_text())
+    for trial in facts["trials"]:
+        trial["folder"] = str(other / "trials" / f"{trial['number']:04d}")
+    facts["trials"][3]["folder"] = "\x00"
+    (folder / "sweep.json").write_text(json.dumps(facts))
+    for number in (2, 3):
+        shutil.rmtree(folder / f"trials/{number:04d}")
+    found = report_folders.read_folder(folder).trials
+    assert [trial.run and trial.run.path.parent.parent.name for trial in found[:4]] == ["mine", "mine", "other", None]
+
+
+def test_what_was_warned_of_and_dropped_before_is_said(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    facts = json.loads((folder / "run.json").read_text())
+    facts |= {"warnings": ["every training row is desirable: <b>"], "data": {**facts["data"], "dropped": 18}}
+    (folder / "run.json").write_text(json.dumps(facts))
+    text = read(write_report([folder]))[1]
+    assert "Warnings Every training row is desirable: <b>" in text
+    assert "18 rows dropped, their prompt leaves no room" in text
+    assert "2 completions that carry both labels" in text
+
+
+def test_equal_trials_have_no_worst_one(tmp_path):
+    folder = write_sweep(tmp_path / "same", trials=4)
+    facts = json.loads((folder / "sweep.json").read_text())
+    for trial, value in zip(facts["trials"], (0.4999871, 0.4999872, 0.5, 0.5), strict=True):
+        trial["value"] = value
+    (folder / "sweep.json").write_text(json.dumps(facts | {"best": 0}))
+    assert "held-out loss, 0.499987; the 4 complete trials reach up to 0.5." in read(write_report([folder]))[1]
+    for trial in facts["trials"]:
+        trial["value"] = 0.5
+    (folder / "sweep.json").write_text(json.dumps(facts | {"best": 0}))
+    assert "held-out loss, 0.5; so have the other complete trials." in read(write_report([folder]))[1]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0.05, 0.4, [0.05, 0.1, 0.2]), (1e-7, 3e-6, [1e-7, 2e-7, 5e-7, 1e-6, 2e-6]), (0.11, 0.19, [0.11, 0.19])],
+)
+def test_ticks_of_a_short_logarithmic_axis(low, high, ticks):
+    assert sweep_figures._round_numbers(low, high) == pytest.approx(ticks)
+
+
 def test_what_is_no_run_is_refused(tmp_path, run):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
@@ -134,8 +187,12 @@ def test_what_is_no_run_is_refused(tmp_path, run):
         write_report([])
     with pytest.raises(ConfigError, match=r"a folder of that name exists.*html"):
         write_report([run], tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"config.json: a file of that name exists, and is no report"):
+        write_report([run], tmp_path / "config.json")
     with pytest.raises(ConfigError, match="cannot be written"):
         write_report([run], tmp_path / "other" / "notes.txt" / "page.html")
+    assert (tmp_path / "config.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "run.json", "metrics.jsonl", "evaluation.json", "rewards.parquet"])

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from feedback_files import write_feedback
+from feedback_files import write_feedback, write_rows
 from safetensors.torch import load_file
 
 from kto_core.errors import ConfigError, TrainingError
@@ -32,6 +32,7 @@ from train.cli import sweep as kto_sweep
 from train.config import TrainConfig
 from train.materials import KeptMaterials
 from train.run import train
+from train.run_files import read_facts
 from train.study import Study, Trial
 from train.sweep import sweep
 from train.sweep_config import SweepConfig, Trials
@@ -324,6 +325,14 @@ class TestKills:
         assert made[0] & made[1] == set()
         assert made[0]
         assert made[1]
+        models = [one.out / "best/model.safetensors" for one in both if one.out is not None]
+        assert models[0].read_bytes() == models[1].read_bytes()
+        taken = models[0].parent.parent
+        shutil.rmtree(taken / "best")  # as if its owner had been killed, or were still at work
+        number = read_facts(models[1].parent)["trial"]
+        models[1].parent.rename(models[1].parent.parent / f"trials/{number:04d}/model")
+        assert "best model" not in Started(both[0], path, "--storage", storage).ends_with(0)
+        assert read_facts(taken / "best")["trial"] == number
 
 
 @pytest.fixture
@@ -374,6 +383,21 @@ class TestTrialsThatFail:
             sweep(replace(config, train={**config.train, "training": {"optimm": "sgd"}}))
         assert config.out is not None
         assert not (config.out / "trials").exists()
+
+    def test_what_is_odd_about_the_data_is_told(
+        self, base: Path, config: SweepConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = [{"prompt": f"p {i}", "completion": f"c {i}", "label": True} for i in range(20)]
+        data = write_rows(tmp_path / "good.jsonl", rows)
+        precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "good"))
+        capsys.readouterr()
+        out = sweep(replace(config, cache=tmp_path / "good", space={"loss": ["kto", "dpo"]}))
+        said = capsys.readouterr().out
+        assert "warning     every training row is desirable" in said
+        assert "warning     every trial with loss dpo will fail: " in said
+        warnings = json.loads((out / "sweep.json").read_text())["warnings"]
+        assert [line[:20] for line in warnings] == ["every trial with los", "every training row i"]
+        assert "Every training row is desirable" in (out / "report.html").read_text()
 
     def test_a_damaged_cache_ends_the_sweep_before_its_first_trial(self, config: SweepConfig, tmp_path: Path) -> None:
         shutil.copytree(config.cache, tmp_path / "damaged")

@@ -45,15 +45,7 @@ def class_weight_values(config: TrainConfig, desirable: int, undesirable: int) -
 
 def warnings_for(config: TrainConfig, desirable: int, undesirable: int, weights: tuple[float, float]) -> list[str]:
     """One line for each setting outside the published ranges, with the number to use."""
-    lines = []
-    if not desirable or not undesirable:
-        only = "desirable" if desirable else "undesirable"
-        lines.append(f"every training row is {only}: KTO learns from the contrast of two classes. Check the labels.")
-    elif (
-        weights[1] * undesirable == 0
-        or not BALANCE[0] * 0.99 <= weights[0] * desirable / (weights[1] * undesirable) <= BALANCE[1] * 1.01
-    ):
-        lines.append(_imbalance(desirable, undesirable, weights))
+    lines = class_warnings(desirable, undesirable, weights)
     if not _BETA[0] <= config.beta <= _BETA[1]:
         lines.append(
             f"--beta {config.beta:g} lies outside of the published {_BETA[0]:g} to {_BETA[1]:g}; 0.1 is usual."
@@ -70,6 +62,17 @@ def warnings_for(config: TrainConfig, desirable: int, undesirable: int, weights:
             "usual. Memory does not depend on it."
         )
     return lines
+
+
+def class_warnings(desirable: int, undesirable: int, weights: tuple[float, float]) -> list[str]:
+    """What is to be said of the classes: of one alone, or of weights that do not balance them."""
+    if not desirable or not undesirable:
+        only = "desirable" if desirable else "undesirable"
+        return [f"every training row is {only}: KTO learns from the contrast of two classes. Check the labels."]
+    weighted = weights[0] * desirable, weights[1] * undesirable
+    if weighted[1] and BALANCE[0] * 0.99 <= weighted[0] / weighted[1] <= BALANCE[1] * 1.01:
+        return []
+    return [_imbalance(desirable, undesirable, weights)]
 
 
 def _imbalance(desirable: int, undesirable: int, weights: tuple[float, float]) -> str:

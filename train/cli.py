@@ -96,7 +96,10 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
         others = sorted(set(_given(ctx, values)) - _WHERE_AND_HOW)
         if others:
             raise click.UsageError(f"--evaluate-only takes the run's own options; leave {flag(others[0])} out.", ctx)
-        config = values["evaluate_only"] / "config.yaml"
+        run_folder = values["evaluate_only"]
+        if (run_folder / "sweep.yaml").exists():
+            raise click.UsageError(f"{run_folder}: a sweep; its best run is {run_folder / 'best'}.", ctx)
+        config = run_folder / "config.yaml"
     resolved = _ready(ctx, TrainConfig, values, config)
     from train.run import train as run
 

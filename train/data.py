@@ -8,7 +8,7 @@ import numpy as np
 
 from kto_core.errors import TrainingError
 from kto_core.feedback import rare_class
-from kto_core.manifest import differences
+from kto_core.manifest import PROMPT_TOO_LONG, differences
 from kto_core.models import Precision
 from kto_core.options import Location
 from kto_core.storage import local_copy, speaking_of
@@ -139,7 +139,7 @@ class TrainingData:
             "undesirable": undesirable,
             "held_out_desirable": int(held.sum()),
             "held_out_undesirable": int((~held).sum()),
-            "dropped": self.rows.dropped,
+            "dropped": self.rows.dropped + (manifest.data.get("dropped") or {}).get(PROMPT_TOO_LONG, 0),
             "unpaired": self.unpaired,
             "contradictory": self.rows.contradictions,
             "max_length": self.rows.max_length,

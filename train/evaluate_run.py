@@ -73,7 +73,7 @@ def evaluate_run(config: TrainConfig) -> Path:
     path = run / (EVALUATION if rows.of_run else f"evaluation-{manifest.fingerprint[:12]}-{labels}.json")
     if main:
         found = summary(scores, objective, int(final.get("step", 0)))
-        print("\n".join(summary_lines(found, rows="held out" if rows.of_run else "rows")))
+        print("\n".join(summary_lines(found, rows="held out" if rows.of_run else "evaluated")))
         write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
         print(f"wrote       {path}")
     return path
@@ -86,6 +86,10 @@ def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: dict[str, A
         own = dataclasses.replace(manifest, reference=facts.get("reference") or manifest.reference)
         return PolicyFiles.find(config, own), run
     if not (run / "config.json").exists():
+        if (run / "../../sweep.yaml").exists():
+            raise ConfigError(
+                f"--evaluate-only {run}: holds no model; of a sweep only the best trial's is kept, in best/."
+            )
         raise ConfigError(f"--evaluate-only {run}: holds no model; the run is not finished. --resume goes on with it.")
     return PolicyFiles.find(dataclasses.replace(config, model=str(run)), manifest), None
 

@@ -174,6 +174,8 @@ def curves(lines: Sequence[Line], *, percent: bool = False, unified: bool = True
         )
     figure.axis("xaxis", title="update", tickformat=",~d", hoverformat=",~d", rangemode="tozero")
     figure.axis("yaxis", tickformat=".0%" if percent else None, exponentformat="e")
+    if percent and len({value for line in lines for value in line.values[np.isfinite(line.values)]}) == 1:
+        figure.axis("yaxis", range=[-0.02, 1.02])  # else from -50 % to 150 %
     if from_zero:
         figure.axis("yaxis", rangemode="tozero")
     return figure

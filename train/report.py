@@ -51,6 +51,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     out = out or (folders[0] / REPORT if len(folders) == 1 else Path(REPORT))
     if out.is_dir():
         raise ConfigError(f"--out {out}: a folder of that name exists; name an .html file.")
+    if out.exists() and out.suffix not in (".html", ".htm"):
+        raise ConfigError(f"--out {out}: a file of that name exists, and is no report; name an .html file.")
     page = _page([read_folder(folder) for folder in folders])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -63,13 +65,22 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def warnings_of(run: "Run") -> list[str]:
-    """What was warned of during a run, a sentence each: the same as on its console."""
+    """What was warned of before and during a run, a sentence each: the same as on its console."""
     from train.alarms import Settings, alarms
 
+    said = _plan_warnings(run.facts)
     try:
-        return [f"Step {alarm.step:,}: {alarm.text}" for alarm in alarms(run.records, Settings(**run.facts["alarms"]))]
+        found = alarms(run.records, Settings(**run.facts["alarms"]))
     except (KeyError, TypeError, ValueError):  # a run of another version, or values that are no numbers
-        return []
+        return said
+    return said + [f"Step {alarm.step:,}: {alarm.text}" for alarm in found]
+
+
+def _plan_warnings(facts: dict[str, Any]) -> list[str]:
+    from train.report_folders import listed
+
+    lines = map(str, listed(facts.get("warnings")))
+    return [line[:1].upper() + line[1:] for line in lines]
 
 
 def _page(found: Sequence["Run | Sweep"]) -> str:
@@ -100,7 +111,7 @@ def _page(found: Sequence["Run | Sweep"]) -> str:
     sweeps = [
         _sweep_parts(folder, name) for folder, name in zip(found, names, strict=True) if isinstance(folder, Sweep)
     ]
-    whole = [(folder, name) for folder, name in zip(found, names, strict=True) if isinstance(folder, Run)]
+    whole = [one for folder, name in zip(found, names, strict=True) if (one := _compared(folder, name))]
     context = {
         "title": names[0] if len(names) == 1 else f"{len(names)} folders compared",
         "runs": runs,
@@ -117,6 +128,16 @@ def _page(found: Sequence["Run | Sweep"]) -> str:
         "nonce": secrets.token_urlsafe(16),
     }
     return environment.get_template("report.html.j2").render(context)
+
+
+def _compared(folder: "Run | Sweep", name: str) -> tuple["Run", str] | None:
+    """What stands for a folder among others: a run, or a sweep's best trial."""
+    from train.report_folders import Run
+
+    if isinstance(folder, Run):
+        return folder, name
+    best = folder.best
+    return (best.run, f"{name}, trial {best.number}") if best and best.run else None
 
 
 def _in_script(text: str) -> str:
@@ -171,6 +192,7 @@ def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, Any]:
         "started": words.moment(sweep.facts.get("started")),
         "summary": words.sweep_summary(sweep),
         "tiles": words.sweep_tiles(sweep),
+        "warnings": _plan_warnings(sweep.facts),
         "notes": sweep.notes,
         "best": best,
         "parallel": sweep_figures.parallel_coordinates(sweep),
@@ -227,7 +249,7 @@ def _data(facts: dict[str, Any]) -> dict[str, Any] | None:
     for key, text in (
         ("truncated", "rows of the sample fill the limit of tokens"),
         ("dropped", "rows dropped, their prompt leaves no room"),
-        ("contradictory", "rows that carry both labels"),
+        ("contradictory", "completions that carry both labels"),
         ("max_length", "tokens are the limit of a row"),
     ):
         value = number(data.get(key))
@@ -285,7 +307,7 @@ def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, Any]]]:
     ordered = [*complete, *(trial for trial in sweep.trials if trial not in complete)]
     rows = []
     for trial in ordered:
-        cells = [Cell(words.metric_value(sweep.metric, trial.value), trial.value)]
+        cells = [Cell(words.judged(sweep, trial.value), trial.value)]
         for name in params:
             value = trial.params.get(name)
             found = number(value)

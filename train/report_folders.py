@@ -269,11 +269,20 @@ def _sweep(folder: Path) -> Sweep:
     )
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # no path at all
+        return False
+
+
 def _trial(folder: Path, trial: dict[str, Any]) -> Trial | None:
     index = trial.get("number")
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 10**6:
         return None
-    path = folder / "trials" / f"{index:04d}"
+    path, elsewhere = folder / "trials" / f"{index:04d}", trial.get("folder")
+    if not path.is_dir() and isinstance(elsewhere, str) and Path(elsewhere).name == path.name:
+        path = Path(elsewhere)  # of a sweeper that shares the storage, where its disk can be read here
     return Trial(
         number=index,
         state=str(trial.get("state") or "unknown"),
@@ -283,5 +292,5 @@ def _trial(folder: Path, trial: dict[str, Any]) -> Trial | None:
         seconds=number(trial.get("seconds")),
         reason=str(trial.get("reason") or ""),
         host=str(trial.get("host") or ""),
-        run=_run(path, of_a_sweep=True) if path.is_dir() else None,
+        run=_run(path, of_a_sweep=True) if _is_folder(path) else None,
     )

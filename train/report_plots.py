@@ -171,7 +171,12 @@ def trial_curves(sweep: Sweep) -> list[tuple[str, Plot]]:
     complete = sweep.complete
     others = [trial for trial in sweep.trials if trial not in complete]
     chosen = [trial for trial in [*complete, *others] if trial.run is not None][:_TRIALS]
-    for metric in ("eval/loss", "loss", "eval/rewards/margins", "rewards/margins", "eval/accuracy", "accuracy"):
+    metrics = ["eval/loss", "loss", "eval/rewards/margins", "rewards/margins", "eval/accuracy", "accuracy"]
+    judged = sweep.metric
+    if all(len(trial.run.curve(judged)[0]) < 2 for trial in chosen if trial.run):
+        judged = judged.removeprefix("eval/")  # points without a curve are not what is looked at first
+    metrics.sort(key=lambda metric: metric != judged)
+    for metric in metrics:
         lines = []
         for trial in reversed(chosen):  # the best one last, above the others
             steps, values = trial.run.curve(metric) if trial.run else (np.empty(0), np.empty(0))

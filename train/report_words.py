@@ -65,11 +65,19 @@ def plain_name(metric: str) -> str:
     return ("held-out " if held else "") + WORDS.get(name, name)
 
 
-def metric_value(metric: str, value: float | None) -> str:
+def metric_value(metric: str, value: float | None, digits: int = 4) -> str:
     """A metric's value, shares as percentages."""
     if value is not None and metric.removeprefix("eval/") in PERCENT:
         return f"{100 * value:.1f} %".replace(".0 %", " %")
-    return shown(value)
+    return shown(value, digits)
+
+
+_SWEEP_DIGITS = 6  # trials of a small learning rate differ late
+
+
+def judged(sweep: Sweep, value: float | None) -> str:
+    """A value of the metric by which a sweep's trials are compared."""
+    return metric_value(sweep.metric, value, _SWEEP_DIGITS)
 
 
 def interval(metric: str, held: dict[str, Any]) -> str:
@@ -207,14 +215,13 @@ def sweep_summary(sweep: Sweep) -> str:
     if best is None or best.value is None:
         return f"{len(sweep.trials):,} trials so far, none of them complete."
     way = "highest" if sweep.maximize else "lowest"
-    text = f"Trial {best.number} has the {way} {plain_name(sweep.metric)}, {metric_value(sweep.metric, best.value)}"
+    text = f"Trial {best.number} has the {way} {plain_name(sweep.metric)}, {judged(sweep, best.value)}"
     if len(complete) > 1:
-        worst = metric_value(sweep.metric, complete[-1].value)
-        text += (
-            f"; the {len(complete):,} complete trials go down to {worst}"
-            if sweep.maximize
-            else f"; the {len(complete):,} complete trials reach up to {worst}"
-        )
+        worst = judged(sweep, complete[-1].value)
+        if worst == judged(sweep, best.value):
+            return f"{text}; so have the other complete trials."
+        way = "go down to" if sweep.maximize else "reach up to"
+        text += f"; the {len(complete):,} complete trials {way} {worst}"
     return text + "."
 
 
@@ -223,7 +230,7 @@ def sweep_tiles(sweep: Sweep) -> list[Tile]:
     found = []
     best = sweep.best
     if best is not None and best.value is not None:
-        value = metric_value(sweep.metric, best.value)
+        value = judged(sweep, best.value)
         found.append(Tile(f"best {plain_name(sweep.metric)}", value, f"trial {best.number}"))
         for name in ("eval/accuracy", "eval/rewards/margins"):
             if name != sweep.metric and best.metrics.get(name) is not None:

@@ -109,7 +109,7 @@ def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
         _write_config(config, out)
     with Workers(_worker_count(config, trials), trials, rows) as workers:
         # They import their libraries and verify the cache while the study is opened here.
-        workers.ask(trials.config({"loss": trials.base.get("loss", "kto")}))
+        workers.ask(trials)
         url = config.storage or f"sqlite:///{(out / DATABASE).resolve()}"
         study = Study(config, trials, url, _identity(config, rows))
         _write_config(config, out)
@@ -196,7 +196,8 @@ def _print_plan(
 ) -> None:
     names = ", ".join(trials.space)
     print(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
-    print(f"search      {config.search} over {names}, {trials.count:,} trials")
+    all_of_them = " (there are no more)" if trials.count == trials.points and config.search != "grid" else ""
+    print(f"search      {config.search} over {names}, {trials.count:,} trials{all_of_them}")
     rows = workers.facts.get("data")
     if rows:
         held = rows["held_out_desirable"] + rows["held_out_undesirable"]
@@ -204,6 +205,6 @@ def _print_plan(
     print(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
     print(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
     print(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
-    for line in trials.warnings():
+    for line in [*workers.facts.get("warnings", []), *trials.warnings()]:
         print(f"warning     {line}")
     print(end="", flush=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from train.figures import Figure, Plot, literal
 from train.report_folders import Sweep, Trial, mapping, number
-from train.report_words import shown
+from train.report_words import plain_name, shown
 
 _SHADES = 9  # var(--shade-0), the worst trial's, to var(--shade-8), the best one's
 _SHADE_NAMES = [f"var(--shade-{i})" for i in range(_SHADES)]
@@ -42,6 +42,11 @@ def shades(sweep: Sweep) -> dict[int, str]:
     return {t.number: _SHADE_NAMES[round(float(p) * (_SHADES - 1))] for t, p in zip(trials, places, strict=True)}
 
 
+def _word(value: Any) -> str:
+    """A value of an axis that has words, as the tables have it."""
+    return shown(value) if isinstance(value, bool) else str(value)
+
+
 class _Axis:
     """Where values of one parameter stand on an axis from 0 to 1, and the ticks there."""
 
@@ -50,7 +55,7 @@ class _Axis:
         numbers = [found for value in present if (found := number(value)) is not None]
         self.flipped = flipped
         self.words: list[str] | None = None
-        distinct = list(dict.fromkeys(str(value) for value in present))
+        distinct = list(dict.fromkeys(map(_word, present)))
         if len(numbers) < len(present) or not numbers:
             self.words = sorted(distinct)
             return
@@ -66,7 +71,7 @@ class _Axis:
         if value is None:
             return None
         if self.words is not None:
-            at = (self.words.index(str(value)) + 0.5) / len(self.words)
+            at = (self.words.index(_word(value)) + 0.5) / len(self.words)
         elif self.high == self.low:
             at = 0.5
         else:
@@ -89,7 +94,7 @@ def _is_log(sweep: Sweep, name: str) -> bool:
 
 def told(trial: Trial, metric: str) -> str:
     """A trial in the lines of a hover box."""
-    lines = [f"trial {trial.number}", f"{literal(metric)}: {shown(trial.value)}"]
+    lines = [f"trial {trial.number}", f"{literal(metric)}: {shown(trial.value, 6)}"]
     return "<br>".join([*lines, *(f"{literal(name)}: {literal(shown(v))}" for name, v in trial.params.items())])
 
 
@@ -187,6 +192,13 @@ def importance_bars(sweep: Sweep) -> Plot | None:
     return Plot("What mattered", f"Importance: {label}.", figure, note, height=60 + 34 * len(ranked))
 
 
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten from low to high; these two where there are fewer than two."""
+    tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [number for ten in tens for factor in (1, 2, 5) if low <= (number := factor * 10.0**ten) <= high]
+    return found if len(found) > 1 else [low, high]
+
+
 def slices(sweep: Sweep) -> list[Plot]:
     """The metric against each parameter that varied."""
     trials, colors, plots = sweep.complete, shades(sweep), []
@@ -199,7 +211,7 @@ def slices(sweep: Sweep) -> list[Plot]:
         figure = Figure(showlegend=False, hovermode="closest")
         figure.add(
             "scatter",
-            x=[literal(value) if axis.words is not None else value for value in values],
+            x=[literal(_word(value)) if axis.words is not None else value for value in values],
             y=[trial.value for trial in shown_trials],
             mode="markers",
             marker={
@@ -223,8 +235,11 @@ def slices(sweep: Sweep) -> list[Plot]:
             figure.axis("xaxis", type="log" if axis.log else "linear", exponentformat="e")
             if axis.numbers is not None:
                 figure.axis("xaxis", tickvals=axis.numbers, ticktext=[shown(value, 3) for value in axis.numbers])
+            elif axis.log and axis.high - axis.low > 1.5:
+                figure.axis("xaxis", dtick=1)
             elif axis.log:
-                figure.axis("xaxis", dtick=1 if axis.high - axis.low > 1.5 else "D2", nticks=6)
-        figure.axis("yaxis", exponentformat="e", nticks=5)
+                ticks = _round_numbers(min(values), max(values))
+                figure.axis("xaxis", tickvals=ticks, ticktext=[shown(value, 3) for value in ticks])
+        figure.axis("yaxis", title=literal(plain_name(sweep.metric)), exponentformat="e", nticks=5)
         plots.append(Plot(name, f"{sweep.metric} against {name}, {len(values)} trials.", figure, height=210))
     return plots

@@ -16,7 +16,7 @@ from kto_core.errors import TrainingError
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag
 from train.report import write_report
-from train.run_files import config_text, read_facts
+from train.run_files import FACTS, config_text
 from train.study import Study, Trial, TrialRecord
 from train.sweep_config import Range, SweepConfig, Trials
 from train.workers import Ended
@@ -113,10 +113,11 @@ class Results:
         self.study.tell(trial, state, value, result)
         self._write()
         said = f"failed: {reason}" if state == "failed" else f"{state}, " * (state != "complete") + self._shown(value)
-        return f"trial {trial.number:<6}{said}  {_words(trial.params)}  {ended.seconds:.1f} s"
+        took = f"  {ended.seconds:.1f} s" if ended.seconds else ""  # nobody knows of one that was lost
+        return f"trial {trial.number:<6}{said}  {_words(trial.params)}{took}"
 
     def _shown(self, value: float | None) -> str:
-        return "" if value is None else f"{self.config.metric} {value:.4f}"
+        return "" if value is None else f"{self.config.metric} {value:.6g}"
 
     def _value(self, ended: Ended) -> float | None:
         value = ended.metrics.get(self.config.metric)
@@ -134,7 +135,10 @@ class Results:
                 "state": record.state,
                 "params": record.params,
                 "value": record.value,
-                **{name: record.result.get(name) for name in ("metrics", "seconds", "train_seconds", "reason", "host")},
+                **{
+                    name: record.result.get(name)
+                    for name in ("metrics", "seconds", "train_seconds", "reason", "host", "folder")
+                },
             }
             for record in records
         ]
@@ -202,13 +206,28 @@ class Results:
             shutil.rmtree(out, ignore_errors=True)
             model.rename(out)
             flush(self.out)
-        elif not out.exists() or read_facts(out).get("trial") != best.number:
-            folder, host = str(best.result.get("folder")), best.result.get("host")
-            elsewhere = host != socket.gethostname() or Path(folder).parent.parent != self.out.resolve()
-            where = (
-                f"with the sweeper that made it: {folder} on {host}" if elsewhere else "gone; best.yaml makes it again"
+        elif not self._is_of(out, best):
+            folder, host = Path(str(best.result.get("folder"))), best.result.get("host")
+            # Of a sweeper that shares the storage: its model, while it works or after it was killed, or its best one.
+            there = next(
+                (one for one in (folder / "model", folder.parent.parent / BEST) if self._is_of(one, best)), None
             )
-            print(f"best model  {where}")
+            if there is not None:
+                copy = self.out / f".{BEST}.tmp"
+                shutil.rmtree(copy, ignore_errors=True)
+                shutil.copytree(there, copy)
+                shutil.rmtree(out, ignore_errors=True)
+                copy.rename(out)
+                flush(self.out)
+            elif host != socket.gethostname():
+                print(f"best model  with the sweeper that made it, on {host}: {folder.parent.parent}")
+            else:
+                print("best model  gone; best.yaml makes it again")
+
+    def _is_of(self, folder: Path, best: TrialRecord) -> bool:
+        """Whether a folder holds the model of a trial of this sweep."""
+        facts = _read(folder / FACTS)
+        return facts.get("trial") == best.number and facts.get("fingerprint") == self._facts["fingerprint"]
 
     def _command(self) -> str:
         words = ["kto-sweep", "--config", str(self.out / "sweep.yaml"), "--out", str(self.out)]

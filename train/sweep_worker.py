@@ -2,7 +2,7 @@
 
 What it is told over a pipe, and what it answers:
 
-    ("check", config)                    ("ready", facts) or ("refused", message)
+    ("check", trials)                    ("ready", facts) or ("refused", message)
     ("trial", number, config, folder)    `Evaluated`, and waits for "go on" or "stop"; `Ended`, and waits for "keep" or
                                          "drop"; `Kept`, once the model is on the disk
 """
@@ -28,10 +28,12 @@ import transformers
 
 from kto_core.errors import KTOError, in_one_line
 from kto_core.models import resolve_device, resolve_precision
+from train.advice import class_warnings, class_weight_values
 from train.arguments import training_arguments
 from train.config import TrainConfig
 from train.materials import KeptMaterials
 from train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_facts, write_facts
+from train.sweep_config import Trials, Values
 from train.training_run import TrainingRun, versions
 from train.workers import Ended, Evaluated, Kept, Stop
 
@@ -77,8 +79,9 @@ class _Worker:
         self.checked: set[tuple[Any, ...]] = set()
         self.loads = -1
 
-    def check(self, config: TrainConfig) -> tuple[str, Any]:
+    def check(self, trials: Trials) -> tuple[str, Any]:
         """Whether cache, policy and options can be used at all, before the first trial."""
+        config = trials.config({"loss": trials.base.get("loss", TrainConfig.loss)})
         try:
             data = self.materials.data(config)
             self.materials.files(config, data.rows.manifest)
@@ -88,7 +91,21 @@ class _Worker:
             return "refused", str(error)
         if data.identity() != self.rows:
             return "refused", _other_rows(config)
-        return "ready", {"versions": versions(), "reference": data.rows.manifest.reference, "data": data.facts()}
+        lines = [*data.warnings(config, precision), *self._losses_refused(trials)]
+        if not {"desirable_weight", "undesirable_weight"} & set(trials.space) or not all(data.class_counts):
+            lines += class_warnings(*data.class_counts, class_weight_values(config, *data.class_counts))
+        found = {"versions": versions(), "reference": data.rows.manifest.reference, "data": data.facts()}
+        return "ready", {**found, "warnings": lines}
+
+    def _losses_refused(self, trials: Trials) -> list[str]:
+        """Losses of the space that the cache cannot serve: their trials will fail."""
+        lines, entry = [], trials.space.get("loss")
+        for loss in entry.values if isinstance(entry, Values) else ():
+            try:
+                self.materials.data(trials.config({"loss": loss}))
+            except KTOError as error:
+                lines.append(f"every trial with loss {loss} will fail: {error}")
+        return lines
 
     def run(self, number: int, config: TrainConfig, folder: Path) -> None:
         """A trial from its first line to its last."""

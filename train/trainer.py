@@ -394,8 +394,8 @@ class KTOTrainer(transformers.Trainer):
         where = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise TrainingError(
             f"Step {self.state.global_step + 1}: the loss is not finite (row_id {where}). The run stopped before the "
-            "update. Usual causes: a learning rate that is too high, or damaged weights; use --resume with the last checkpoint "
-            "and a lower --learning-rate."
+            "update. Usual causes: a learning rate that is too high, or damaged weights. Use a lower --learning-rate; --resume "
+            "goes on from the last checkpoint of a run."
         )
 
     # -- mixture of experts -------------------------------------------------------------------------

@@ -47,6 +47,7 @@ class TrainingRun:
         settings: what warnings during the run depend on.
         console: of the process that prints.
         checkpoint: to go on from, or None.
+        warnings: of the plan.
         name: for people; None for the folder's.
         checked: whether policy and cache were compared before, with these materials.
     """
@@ -61,6 +62,7 @@ class TrainingRun:
     settings: Settings
     console: Console | None
     checkpoint: str | None
+    warnings: list[str]
     name: str | None = None
     checked: bool = False
 
@@ -82,11 +84,15 @@ class TrainingRun:
         data = materials.data(config)
         files = materials.files(config, data.rows.manifest)
         objective = Objective.of(config, class_weight_values(config, *data.class_counts))
+        warnings = [
+            *data.warnings(config, precision),
+            *warnings_for(config, *data.class_counts, objective.weights),
+        ]
         args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
         checkpoint = last_checkpoint(config, out, data.rows.manifest)
         if args.process_index == 0:
             remove_leftovers(out)
-            _print_plan(config, data, files, precision, objective, out, device)
+            _print_plan(config, data, files, precision, objective, out, device, warnings)
             if config.resume:
                 print(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}", flush=True)
         # A sharded model need not fit on one device; sharding moves each rank's part there.
@@ -99,7 +105,9 @@ class TrainingRun:
         if config.early_stopping:
             callbacks.append(transformers.EarlyStoppingCallback(config.early_stopping))
         trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks)
-        run = cls(config, out, data, files, precision, objective, trainer, settings, console, checkpoint, name)
+        run = cls(
+            config, out, data, files, precision, objective, trainer, settings, console, checkpoint, warnings, name
+        )
         trainer.add_callback(_Steps(run))
         return run
 
@@ -189,6 +197,7 @@ class TrainingRun:
     def begin(self) -> None:
         """Compare policy and cache, and put the run on record; the Trainer has prepared the model, on every rank."""
         trainer = self.trainer
+        transformers.utils.logging.disable_progress_bar()  # of files being written, between the live lines
         trainer.settle()
         if self.is_main and trainer.measures_memory:
             print(f"memory      --max-tokens {trainer.max_tokens} (measured)", flush=True)
@@ -223,6 +232,7 @@ class TrainingRun:
             "device": self.trainer.args.device.type,
             "weights": list(self.objective.weights),
             "total_updates": self.trainer.state.max_steps,
+            "warnings": self.warnings,
             "alarms": dataclasses.asdict(self.settings),
             "reference": manifest.reference,
             "data": self.data.facts(),
@@ -336,6 +346,7 @@ def _print_plan(
     objective: Objective,
     out: Path,
     device: torch.device,
+    warnings: list[str],
 ) -> None:
     desirable, undesirable = data.class_counts
     kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights"
@@ -358,6 +369,6 @@ def _print_plan(
         f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
     )
     print(f"run         {out}")
-    for line in [*data.warnings(config, precision), *warnings_for(config, desirable, undesirable, weights)]:
+    for line in warnings:
         print(f"warning     {line}")
     print(end="", flush=True)

@@ -162,7 +162,8 @@ class _LiveLine(tqdm):
 
     def width(self) -> int:
         """Columns that a line may fill; in the last one some terminals go to the next line."""
-        return (self.format_dict["ncols"] or _USUAL_WIDTH) - 1
+        columns = self.format_dict["ncols"] or 0
+        return (columns if columns > 1 else _USUAL_WIDTH) - 1
 
     def __str__(self) -> str:
         width, meter = self.width(), self.format_dict

@@ -91,9 +91,9 @@ class Worker:
         """Send a trial. If the worker is gone, `Workers.wait` says so."""
         self._send(("trial", number, config, folder))
 
-    def check(self, config: TrainConfig) -> None:
-        """Ask whether cache and policy can be used."""
-        self._send(("check", config))
+    def check(self, trials: Trials) -> None:
+        """Ask whether cache, policy and options can be used."""
+        self._send(("check", trials))
 
     def answer(self, word: str) -> None:
         """Answer a message that waits for it."""
@@ -170,10 +170,10 @@ class Workers:
     def __len__(self) -> int:
         return self._count
 
-    def ask(self, config: TrainConfig) -> None:
-        """Let the first worker look at cache and policy."""
+    def ask(self, trials: Trials) -> None:
+        """Let the first worker look at cache, policy and options."""
         self._asked = True
-        self._workers[0].check(config)
+        self._workers[0].check(trials)
 
     def told(self) -> dict[str, Any]:
         """What it says of them.
