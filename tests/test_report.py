@@ -339,3 +339,14 @@ def test_writing_a_report_needs_no_torch(run, tmp_path):
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert ran.stdout.split() == ["False"]
+
+
+def test_shades_tell_trials_apart_where_most_are_equal(tmp_path):
+    folder = write_sweep(tmp_path / "equal", trials=5)
+    facts = json.loads((folder / "sweep.json").read_text())
+    for trial, value in zip(facts["trials"], (0.5, 0.5, 0.4, 0.5, 0.5), strict=True):
+        trial["value"] = value
+    (folder / "sweep.json").write_text(json.dumps(facts | {"best": 2}))
+    shades = sweep_figures.shades(report_folders.read_folder(folder))
+    assert shades[2] == "var(--shade-8)"
+    assert shades[0] == "var(--shade-0)"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kto_core.durable import write_text
 from kto_core.errors import ConfigError
+from kto_core.options import flag
 
 if TYPE_CHECKING:
     from train.figures import Plot
@@ -337,7 +338,14 @@ def _comparison(runs: Sequence[tuple["Run", str]]) -> dict[str, Any]:
         state = [Cell(f"{run.updates:,}", run.updates), Cell(words.status(run), words.status(run)), Cell(where, where)]
         chosen = [Cell(words.shown(value), words.sortable(value)) for value in map(run.config.get, options)]
         rows.append({"name": name, "cells": [*chosen, *cells, *state]})
-    header = ["run", *options, *(words.plain_name(metric) for metric in metrics), "updates", "status", "measured on"]
+    header = [
+        "run",
+        *map(flag, options),
+        *(words.plain_name(metric) for metric in metrics),
+        "updates",
+        "status",
+        "measured on",
+    ]
     return {"curves": plots.compared_curves(runs), "header": header, "rows": rows}
 
 

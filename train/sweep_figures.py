@@ -35,7 +35,8 @@ def shades(sweep: Sweep) -> dict[int, str]:
         return {}
     quarter, three_quarters = np.quantile(values, [0.25, 0.75])
     reach = 1.5 * (three_quarters - quarter)
-    values = np.clip(values, quarter - reach, three_quarters + reach)
+    if reach > 0:
+        values = np.clip(values, quarter - reach, three_quarters + reach)
     span = values.max() - values.min()
     places = (values - values.min()) / span if span > 0 else np.ones_like(values)
     places = places if sweep.maximize or span == 0 else 1 - places
