@@ -230,18 +230,20 @@ class TestPairs:
         assert "8 to train on, 3 left out (in no pair, or its two rows are alike)" in out
         assert metrics(run)[-1]["step"] == 2
 
+    @pytest.mark.parametrize("scored_at", [60, 1024])
     def test_pairs_that_become_alike_are_left_out(
-        self, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, scored_at: int, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """Cut to the same tokens there is nothing to tell apart; Adam would amplify the rounding of a gradient of zero."""
         long = " ".join(["stone"] * 40)
         rows = [{"prompt": f"p {i}", "chosen": f"{long} yes", "rejected": f"{long} no"} for i in range(4)]
         data, cache = write_rows(tmp_path / "alike.jsonl", [*rows, *pair_rows(4)]), tmp_path / "refs"
-        precompute(PrecomputeConfig(model=str(base), data=str(data), out=cache))
+        precompute(PrecomputeConfig(model=str(base), data=str(data), out=cache, max_length=scored_at))
+        capsys.readouterr()
         run = train(config_for(cache, tmp_path / "run", "dpo", batch_size=4, max_steps=None, epochs=1, max_length=60))
         out = capsys.readouterr().out
         assert "8 left out (in no pair, or its two rows are alike)" in out
-        assert " cut (--max-length 60)" in out
+        assert (" cut (--max-length 60)" in out) == (scored_at > 60)  # else it was cut when it was scored
         assert metrics(run)[-1]["step"] == 2
 
     def test_held_out_pairs_are_whole(self, pairs: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -401,6 +402,8 @@ class TestTrialsThatFail:
         warnings = json.loads((out / "sweep.json").read_text())["warnings"]
         assert [line[:20] for line in warnings] == ["every trial with los", "every training row i"]
         assert "Every training row is desirable" in (out / "report.html").read_text()
+        sweep(replace(config, cache=tmp_path / "good", space={"loss": ["kto", "dpo"]}))  # nothing is left to do
+        assert json.loads((out / "sweep.json").read_text())["warnings"] == warnings
 
     def test_a_damaged_cache_ends_the_sweep_before_its_first_trial(self, config: SweepConfig, tmp_path: Path) -> None:
         shutil.copytree(config.cache, tmp_path / "damaged")
@@ -588,6 +591,14 @@ class TestInterruptedTrials:
             (0.25, {"metrics": {"eval/loss": 0.25}})
         ]
 
+    def test_another_sweep_that_began_meanwhile(self, config: SweepConfig, tmp_path: Path) -> None:
+        trials, url = Trials.of(config), f"sqlite:///{tmp_path}/study.db"
+        both = [Study(config, trials, url, {"space": name}) for name in ("mine", "theirs")]
+        both[1].begin()
+        with pytest.raises(ConfigError, match="begun with another space: 'theirs', not 'mine'"):
+            both[0].begin()
+        assert both[1].next() is not None
+
     def test_a_trial_is_released_once(self, config: SweepConfig, tmp_path: Path) -> None:
         study = begun(config, Trials.of(config), f"sqlite:///{tmp_path}/study.db", {})
         for times in range(2):
@@ -650,7 +661,10 @@ class TestBestModel:
         assert again is not None
         assert again.number == lost.number
 
-    def test_the_only_model_is_never_removed(self, results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_only_model_is_never_removed(
+        self, results: Results, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here = socket.gethostname()
         first, second = self.trials(results, 2)
         results.keep(first, self.with_loss(0.5))
         self.model_of(results, first)
@@ -662,6 +676,9 @@ class TestBestModel:
         results.finish()
         assert (results.out / "best/run.json").exists()
         assert "best model  gone; best.yaml makes it again" in capsys.readouterr().out
+        monkeypatch.setattr("train.sweep_results.socket.gethostname", lambda: "another")
+        results.finish()
+        assert f"best model  with the sweeper that made it, on {here}: {results.out}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("warm_workers")

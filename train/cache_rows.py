@@ -92,7 +92,7 @@ class CacheRows(Dataset[TrainingRow]):
     Attributes:
         labels: bool, shape (rows,).
         dropped: how many rows `max_length` leaves no room for.
-        cut: how many completions it shortens.
+        cut: bool, shape (rows,): whether it shortens the completion.
         largest_id: the largest token id, among the rows that this process checked.
         seconds: what the check took.
 
@@ -124,13 +124,13 @@ class CacheRows(Dataset[TrainingRow]):
         counts = [self._files[k].metadata.row_group(g).num_rows for k, g in groups]
         self._groups, self._group_ends = groups, np.cumsum(counts)
         self._fitting = np.arange(len(found.labels))  # row in the files, of each row here
-        self.cut = 0
+        self.cut = np.zeros(len(found.labels), dtype=bool)
         if self.max_length < cached:
             prompts, completions = (
                 self._read(column, pc.list_value_length).to_numpy() for column in ("prompt_ids", "completion_ids")
             )
             self._fitting = np.flatnonzero(prompts < self.max_length)
-            self.cut = int(((prompts + completions)[self._fitting] > self.max_length).sum())
+            self.cut = (prompts + completions)[self._fitting] > self.max_length
         self.dropped, self.labels = len(found.labels) - len(self._fitting), found.labels[self._fitting]
         self._lock = threading.Lock()  # the next batch is read by a thread of its own
         self._decoded: OrderedDict[int, Rows] = OrderedDict()

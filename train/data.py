@@ -150,8 +150,8 @@ class TrainingData:
 def _units(rows: CacheRows, indices: Sequence[int], config: TrainConfig, where: str) -> np.ndarray:
     paired = config.loss in PAIRED_LOSSES
     units = units_of(rows, indices, 2 if paired else 1)
-    if paired and rows.cut:
-        units = np.array([pair for pair in units if not _alike(rows, pair)], dtype=np.int64).reshape(-1, 2)
+    if paired:
+        units = units[~_alike(rows, units)]
     if len(units):
         return units
     raise TrainingError(
@@ -160,10 +160,17 @@ def _units(rows: CacheRows, indices: Sequence[int], config: TrainConfig, where: 
     )
 
 
-def _alike(rows: CacheRows, pair: np.ndarray) -> bool:
-    """Whether --max-length leaves the same of both completions: nothing to tell apart, and so nothing to learn."""
-    chosen, rejected = (rows[int(i)].matched.completion_ids for i in pair)
-    return bool(np.array_equal(chosen, rejected))
+def _alike(rows: CacheRows, pairs: np.ndarray) -> np.ndarray:
+    """Whether both completions of a pair are the same, as they were scored or as --max-length leaves them.
+
+    There is nothing to tell apart then, and so nothing to learn. Shape (pairs,).
+    """
+    chosen, rejected = (rows.ids("row_id", side).to_numpy() for side in pairs.T)
+    alike = np.asarray(chosen == rejected)
+    for number in np.flatnonzero(rows.cut[pairs].any(axis=1)):  # only these are read
+        one, other = (rows[int(i)].matched.completion_ids for i in pairs[number])
+        alike[number] |= np.array_equal(one, other)
+    return alike
 
 
 def _held_out(cache: CacheRows, indices: Sequence[int], config: TrainConfig) -> HeldOutRows:

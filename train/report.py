@@ -295,7 +295,6 @@ def _in_words(value: Any) -> str:
 def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, Any]]]:
     """The table of all trials: its header, and each trial's cells, the best trials first."""
     from train import report_words as words
-    from train.report_folders import number
 
     params = list(dict.fromkeys(name for trial in sweep.trials for name in trial.params))
     others = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
@@ -311,8 +310,7 @@ def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, Any]]]:
         cells = [Cell(words.judged(sweep, trial.value), trial.value)]
         for name in params:
             value = trial.params.get(name)
-            found = number(value)
-            cells.append(Cell(words.shown(value), found if found is not None or value is None else str(value)))
+            cells.append(Cell(words.shown(value), words.sortable(value)))
         cells += [Cell(words.metric_value(name, v), v) for name in metrics for v in [trial.metrics.get(name)]]
         cells += [Cell(words.duration(trial.seconds), trial.seconds), Cell(trial.state, trial.state)]
         cells += [Cell(trial.host, trial.host or None)] * several + [Cell(trial.reason, trial.reason or None)] * reasons

@@ -102,8 +102,9 @@ class Study:
         Raises:
             ConfigError: another sweep has begun there meanwhile.
         """
-        with _of_storage(self._url):
-            self._join()
+        if self._study is None:
+            with _of_storage(self._url):
+                self._join()
         self.beat()
 
     def _join(self) -> None:
@@ -229,12 +230,12 @@ class Study:
         points = self._trials.points
         if points is None:
             return params
-        tried = [one.params for one in self._frozen() if one.number != frozen.number]
-        if params not in tried:
+        tried = {tuple(map(one.params.get, params)) for one in self._frozen() if one.number != frozen.number}
+        if tuple(params.values()) not in tried:
             return params
         first = random.Random(self._seed(frozen.number, 0)).randrange(points)
         others = (self._trials.point((first + step) % points) for step in range(points))
-        return next((point for point in others if point not in tried), params)
+        return next((point for point in others if tuple(point.values()) not in tried), params)
 
     def _seed(self, number: int, position: int) -> int:
         """Of a trial's option. A sampler for each of them: what one draws must not depend on the others."""

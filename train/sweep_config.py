@@ -146,7 +146,7 @@ class Trials:
         for name, entry in space.items():
             _try_values(base, name, entry)
         choices = _choices(space, config.search)
-        points = None if choices is None else math.prod(map(len, choices.values()))
+        points = _count(choices)
         wanted = config.trials or (points if config.search == "grid" and points else _TRIALS)
         if wanted > _MOST:
             raise ConfigError(
@@ -157,7 +157,7 @@ class Trials:
     @property
     def points(self) -> int | None:
         """How many different trials there can be; None without end."""
-        return None if self.choices is None else math.prod(map(len, self.choices.values()))
+        return _count(self.choices)
 
     def warnings(self) -> list[str]:
         """One line for each thing that makes trials hard to compare."""
@@ -204,6 +204,10 @@ def _choices(space: Space, search: str) -> dict[str, Sequence[Any]] | None:
         else:
             return None
     return choices
+
+
+def _count(choices: dict[str, Sequence[Any]] | None) -> int | None:
+    return None if choices is None else math.prod(map(len, choices.values()))
 
 
 def _names(space: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from train.figures import Figure, Plot, literal
 from train.report_folders import Sweep, Trial, mapping, number
-from train.report_words import plain_name, shown
+from train.report_words import judged, plain_name, shown
 
 _SHADES = 9  # var(--shade-0), the worst trial's, to var(--shade-8), the best one's
 _SHADE_NAMES = [f"var(--shade-{i})" for i in range(_SHADES)]
@@ -93,9 +93,9 @@ def _is_log(sweep: Sweep, name: str) -> bool:
     return mapping(mapping(sweep.facts.get("space")).get(name)).get("log") is True
 
 
-def told(trial: Trial, metric: str) -> str:
+def told(sweep: Sweep, trial: Trial) -> str:
     """A trial in the lines of a hover box."""
-    lines = [f"trial {trial.number}", f"{literal(metric)}: {shown(trial.value, 6)}"]
+    lines = [f"trial {trial.number}", f"{literal(sweep.metric)}: {judged(sweep, trial.value)}"]
     return "<br>".join([*lines, *(f"{literal(name)}: {literal(shown(v))}" for name, v in trial.params.items())])
 
 
@@ -124,7 +124,7 @@ def parallel_coordinates(sweep: Sweep) -> Plot | None:
             connectgaps=True,
             line={"color": colors[trial.number], "width": 3.5 if is_best else 1.5},
             marker={"size": 7 if is_best else 4, "color": colors[trial.number]},
-            hovertext=told(trial, sweep.metric),
+            hovertext=told(sweep, trial),
             hoverinfo="text",
             meta={"trial": trial.number},
         )
@@ -221,7 +221,7 @@ def slices(sweep: Sweep) -> list[Plot]:
                 "line": {"width": 1, "color": "var(--surface)"},
             },
             unselected={"marker": {"opacity": 0.15}},
-            hovertext=[told(trial, sweep.metric) for trial in shown_trials],
+            hovertext=[told(sweep, trial) for trial in shown_trials],
             hoverinfo="text",
             meta={"trials": [trial.number for trial in shown_trials]},
         )

@@ -54,9 +54,7 @@ class Results:
             "command": self._command(),
             "started": known.get("started")
             or datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "versions": known.get("versions"),
-            "reference": known.get("reference"),
-            "data": known.get("data"),
+            **{name: known.get(name) for name in ("versions", "reference", "data", "warnings")},
             **facts,  # of a worker; nothing is new where every trial has ended
             "metric": self.config.metric,
             "direction": "maximize" if self.study.maximize else "minimize",

@@ -47,7 +47,7 @@ class TrainingRun:
         settings: what warnings during the run depend on.
         console: of the process that prints.
         checkpoint: to go on from, or None.
-        warnings: of the plan.
+        warnings: of the plan, on the process that prints.
         name: for people; None for the folder's.
         checked: whether policy and cache were compared before, with these materials.
     """
@@ -84,14 +84,13 @@ class TrainingRun:
         data = materials.data(config)
         files = materials.files(config, data.rows.manifest)
         objective = Objective.of(config, class_weight_values(config, *data.class_counts))
-        warnings = [
-            *data.warnings(config, precision),
-            *warnings_for(config, *data.class_counts, objective.weights),
-        ]
+        warnings: list[str] = []
         args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
         checkpoint = last_checkpoint(config, out, data.rows.manifest)
         if args.process_index == 0:
             remove_leftovers(out)
+            warnings += data.warnings(config, precision)
+            warnings += warnings_for(config, *data.class_counts, objective.weights)
             _print_plan(config, data, files, precision, objective, out, device, warnings)
             if config.resume:
                 print(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}", flush=True)
@@ -353,7 +352,8 @@ def _print_plan(
     held = f", {len(data.held_out.indices):,} held out" if data.held_out else ""
     dropped = f", {data.rows.dropped:,} dropped (prompt too long)" if data.rows.dropped else ""
     unpaired = f", {data.unpaired:,} left out (in no pair, or its two rows are alike)" if data.unpaired else ""
-    cut = f", {data.rows.cut:,} cut (--max-length {config.max_length})" if data.rows.cut else ""
+    shortened = int(data.rows.cut.sum())
+    cut = f", {shortened:,} cut (--max-length {config.max_length})" if shortened else ""
     steps = config.max_steps or math.ceil(math.ceil(data.units.size / config.batch_size) * config.epochs)
     fingerprint = data.rows.manifest.fingerprint[:12]
     print(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
