@@ -247,7 +247,7 @@ def test_in_bfloat16_sharing_moves_a_score_less_than_the_precision_does(family):
     assert any(isinstance(batch, SharedPrompts) for batch in batches)
     rounding = (plain - exact).abs()
     apart = (torch.cat(found) - plain).abs()
-    assert 0 < apart.mean() < rounding.mean()
+    assert apart.mean() < rounding.mean()  # equal to the last bit on some processors
     assert apart.max() < 1.5 * rounding.max()
 
 
