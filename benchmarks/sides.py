@@ -62,6 +62,7 @@ def run_trl(
     *,
     out: Path,
     reference: str,
+    rows_a_pass: int | None = None,
     completions_only: bool = False,
     score_only: bool = False,
 ) -> TrlRun:
@@ -70,12 +71,15 @@ def run_trl(
     Args:
         out: Directory for its record, its log and the model.
         reference: "cached" (scored before training, TRL's `precompute_ref_log_probs`) or "live".
+        rows_a_pass: Rows in one forward pass, of which a batch takes several; None is all of the batch at once.
         completions_only: See `trl_kto.project_completions_only`.
         score_only: Stop after the pass over the references.
     """
     command: list[str | Path] = [environments.trl_python, HERE / "trl_kto.py"]
     command += ["--model", workload.model, "--data", workload.data, "--out", out, "--reference", reference]
     command += [*recipe_options(recipe), "--max-length", str(recipe.max_length)]
+    if rows_a_pass is not None:
+        command += ["--rows-a-pass", str(rows_a_pass)]
     if completions_only:
         command.append("--completions-only")
     if score_only:

@@ -4,9 +4,9 @@
     python benchmarks/sweep_vs_trl.py --quick        # a tiny model, to see that it works
 
 A grid of four betas and two learning rates, short runs on the CPU in float32. TRL's side is eight processes, one after
-another, each of which trains on all rows and evaluates nothing. Ours is `kto-precompute` and `kto-sweep`: scoring, start-up,
-the eight trials with an evaluation of held-out rows each, best model and report. The held-out rows come on top of the same
-training rows.
+another, each of which trains on all rows and evaluates nothing; its batch is cut into passes of whichever --rows-a-pass
+trains fastest. Ours is `kto-precompute` and `kto-sweep`: scoring, start-up, the eight trials with an evaluation of held-out
+rows each, best model and report. The held-out rows come on top of the same training rows.
 
 - whole: processes from start to end, imports included; ours both commands;
 - in the trials: `train_runtime` of all runs, ours with evaluations;
@@ -74,12 +74,21 @@ def sweep_side(environments: Environments, workload: Workload, recipe: Recipe, o
     return Reading(seconds + swept.seconds, training, whole - training, swept.seconds - whole)
 
 
-def trl_side(environments: Environments, workload: Workload, recipe: Recipe, out: Path) -> Reading:
-    """The same runs with TRL, a process for each."""
+def trl_side(
+    environments: Environments, workload: Workload, recipe: Recipe, out: Path, rows_a_pass: list[int]
+) -> Reading:
+    """The same runs with TRL, a process for each, at whichever number of rows in a pass trains fastest."""
+
+    def seconds(rows: int) -> float:
+        run = run_trl(environments, workload, recipe, out=out / f"try-{rows}", reference="live", rows_a_pass=rows)
+        print(f"  TRL, {rows} rows a pass: {run.process.seconds:.1f} s; {load_average()}", flush=True)
+        return run.train_seconds or 0.0
+
+    fastest = min(rows_a_pass, key=seconds)
     whole = in_trials = 0.0
     for number, (beta, rate) in enumerate(itertools.product(BETAS, RATES)):
         one = replace(recipe, beta=beta, learning_rate=rate)
-        run = run_trl(environments, workload, one, out=out / str(number), reference="live")
+        run = run_trl(environments, workload, one, out=out / str(number), reference="live", rows_a_pass=fastest)
         print(f"  TRL, run {number + 1}: {run.process.seconds:.1f} s; {load_average()}", flush=True)
         whole, in_trials = whole + run.process.seconds, in_trials + (run.train_seconds or 0.0)
     return Reading(whole, in_trials)
@@ -92,6 +101,7 @@ def main() -> int:
     add_environment_options(parser)
     parser.add_argument("--updates", type=int, default=2, help="of each run (default: 2)")
     parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
+    parser.add_argument("--rows-a-pass", type=int, nargs="+", default=[2, 4, 8, 16], help="TRL's (default: 2 4 8 16)")
     parser.add_argument("--quick", action="store_true", help="a model of 1.3M parameters")
     parser.add_argument("--check", action="store_true", help=f"exit with 1 above {BOUND}")
     args = parser.parse_args()
@@ -103,7 +113,7 @@ def main() -> int:
         print(f"{workload.describe()}\n{environments.describe()}", flush=True)
         ours = sweep_side(environments, workload, recipe, work / "ours")
         print(f"  ours: {ours.whole:.1f} s; {load_average()}", flush=True)
-        trl = trl_side(environments, workload, recipe, work / "trl")
+        trl = trl_side(environments, workload, recipe, work / "trl", args.rows_a_pass)
     lines = [
         ["whole, s", f"{ours.whole:.1f}", f"{trl.whole:.1f}", f"{ours.whole / trl.whole:.2f}"],
         ["in the trials, s", f"{ours.in_trials:.1f}", f"{trl.in_trials:.1f}", f"{ours.in_trials / trl.in_trials:.2f}"],

@@ -88,8 +88,8 @@ def training_config(args: argparse.Namespace) -> KTOConfig:
 
     return KTOConfig(
         output_dir=str(args.out / "model"),
-        per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=args.rows_a_pass or args.batch_size,
+        gradient_accumulation_steps=args.batch_size // (args.rows_a_pass or args.batch_size),
         train_sampling_strategy="sequential",
         num_train_epochs=args.epochs,
         max_steps=args.max_steps,
@@ -137,6 +137,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="directory for trl.json and the trained model")
     parser.add_argument("--reference", choices=["cached", "live"], default="cached")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--rows-a-pass", type=int, help="rows in one forward pass; a batch is several (default: all of it)"
+    )
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-6)
     parser.add_argument("--beta", type=float, default=0.1)
