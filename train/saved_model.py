@@ -1,0 +1,316 @@
+"""Write a policy to a folder that holds what was trained and nothing else, and check that it can be loaded.
+
+A folder gets   the weights, in float32 or as --save-dtype says
+                the configuration and sampling settings of the model the run started from, as they were written there
+                its tokenizer files, as long as they still read what the run's tokenizer reads
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+
+from kto_core.durable import write_json
+from kto_core.errors import TrainingError, said_by
+from kto_core.head import whole_shape
+from kto_core.identity import chat_template_hash, stored_type, tokenizer_hash, weight_files
+
+ADAPTER_CONFIG = "adapter_config.json"
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+
+# Beside the vocabulary files that each tokenizer class names.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tekken.json",
+)
+_MORE_TEMPLATES = "additional_chat_templates"
+
+
+class UnloadableModelError(TrainingError):
+    """A saved folder does not give back the model that was trained."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of a model's weights.
+
+    Attributes:
+        shapes: of every name; tied weights have several.
+        tied: the names that stand for one weight, where there are several.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    tied: frozenset[frozenset[str]]
+
+    @classmethod
+    def of(cls, model: Any) -> "Layout":
+        shapes: dict[str, tuple[int, ...]] = {}
+        names: dict[int, set[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            shapes[name] = whole_shape(parameter)
+            names.setdefault(id(parameter), set()).add(name)
+        return cls(shapes, frozenset(frozenset(group) for group in names.values() if len(group) > 1))
+
+    def difference(self, other: "Layout") -> str | None:
+        """Return what another model has otherwise, in words; None if it has the same weights."""
+        if missing := sorted(self.shapes.keys() - other.shapes.keys()):
+            return f"{len(missing)} weights are missing ({missing[0]}, ...)"
+        if added := sorted(other.shapes.keys() - self.shapes.keys()):
+            return f"{len(added)} weights are not the policy's ({added[0]}, ...)"
+        for name, shape in self.shapes.items():
+            if shape != other.shapes[name]:
+                return f"{name} has shape {other.shapes[name]}, not {shape}"
+        if self.tied != other.tied:
+            return f"{' and '.join(sorted(next(iter(self.tied ^ other.tied))))} share one weight in only one of the two"
+        return None
+
+
+@dataclass(frozen=True)
+class ModelWriter:
+    """Writes one run's policy.
+
+    Attributes:
+        source: the folder of the model that the run started from.
+        tokenizer: the run's.
+        layout: of the policy below its adapters, before it was sharded.
+    """
+
+    source: Path
+    tokenizer: Any
+    layout: Layout
+    trust_remote_code: bool = False
+
+    def write(
+        self,
+        model: Any,
+        folder: Path,
+        *,
+        state_dict: dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        layout: Layout | None = None,
+    ) -> None:
+        """Write weights, configuration and tokenizer, then load the folder on the meta device and compare.
+
+        Args:
+            model: a `transformers` model, or a PEFT model, whose adapters are written.
+            state_dict: its gathered weights, where it is sharded.
+            dtype: of floating-point weights; None for their own.
+            layout: of `model`, where it is not the policy that the run began with.
+
+        Raises:
+            TrainingError: the folder would not give back what was trained, or a value does not fit `dtype`.
+        """
+        if dtype is not None:
+            state_dict = cast_weights(
+                model.state_dict() if state_dict is None else state_dict, dtype, self.keeps(model)
+            )
+        model.save_pretrained(str(folder), state_dict=state_dict)
+        if (folder / ADAPTER_CONFIG).exists():
+            check_adapters(folder, model)
+        else:
+            self._write_own_config(model, folder, dtype)
+            self._copy_code(folder)
+            self._check_loads(folder, layout or self.layout)
+        self._write_tokenizer(folder)
+
+    def keeps(self, model: Any) -> set[str]:
+        """Return the names of weights that stay in float32: those that the model's authors keep in it."""
+        modules = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+        modules += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+        pattern = re.compile("|".join(rf"(?:^|\.){module}(?:$|\.)" for module in modules) or "$^")
+        kept = {name for name, _ in model.named_parameters(remove_duplicate=False) if pattern.search(name)}
+        if stored_type(self.source) in (None, "F32"):
+            return kept
+        for path in weight_files(self.source):
+            with safe_open(path, "pt") as file:
+                kept |= {name for name in file.keys() if file.get_slice(name).get_dtype() == "F32"}  # noqa: SIM118
+        return kept
+
+    def _write_own_config(self, model: Any, folder: Path, dtype: torch.dtype | None) -> None:
+        """Replace what `transformers` writes by the model's own files; only what the run changed differs."""
+        written, own = _read(folder / _CONFIG), _read(self.source / _CONFIG)
+        own_generation = self.source / _GENERATION
+        if own_generation.exists() and _can_be_saved(self.source):
+            shutil.copyfile(own_generation, folder / _GENERATION)
+        if own.get("model_type") != written.get("model_type"):
+            own = written  # one part of a larger model: its configuration is found nowhere else
+        own["architectures"] = written.get("architectures")
+        name = str(dtype or torch.float32).removeprefix("torch.")
+        for config in (own, own.get("text_config")):
+            if isinstance(config, dict):
+                config.update({key: name for key in ("dtype", "torch_dtype") if key in config})
+        if "dtype" not in own and "torch_dtype" not in own:
+            own["dtype"] = name
+        tied = getattr(model.config, "tie_word_embeddings", None)
+        if tied is not None and tied != written.get("tie_word_embeddings", tied):
+            own["tie_word_embeddings"] = tied
+        if getattr(model.config, "quantization_config", None) is None:
+            own.pop("quantization_config", None)
+        write_json(folder / _CONFIG, own)
+
+    def _copy_code(self, folder: Path) -> None:
+        """Copy the Python files that the model's own configuration names."""
+        for name in (_CONFIG, "tokenizer_config.json"):
+            path = self.source / name
+            if path.exists() and "auto_map" in _read(path):
+                for code in self.source.glob("*.py"):
+                    shutil.copyfile(code, folder / code.name)
+
+    def _check_loads(self, folder: Path, layout: Layout) -> None:
+        try:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype="auto",
+                device_map="meta",
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            if self.trust_remote_code:
+                return  # code of the model's own need not know the meta device
+            raise UnloadableModelError(f"the saved model cannot be loaded: {said_by(error)}") from error
+        wrong = [f"{len(names)} {kind.replace('_', ' ')}" for kind, names in info.items() if names]
+        found = ", ".join(wrong) or layout.difference(Layout.of(model))
+        if found:
+            raise UnloadableModelError(f"the saved model is not the one that was trained: {found}")
+
+    def _write_tokenizer(self, folder: Path) -> None:
+        """Copy the model's own files; a tokenizer that the run was told to change is written out instead."""
+        names = {*_TOKENIZER_FILES, *getattr(self.tokenizer, "vocab_files_names", {}).values()}
+        copied = [name for name in sorted(names) if (self.source / name).is_file()]
+        for name in copied:
+            shutil.copyfile(self.source / name, folder / name)
+        if (self.source / _MORE_TEMPLATES).is_dir():
+            shutil.copytree(self.source / _MORE_TEMPLATES, folder / _MORE_TEMPLATES, copy_function=shutil.copyfile)
+        if copied and _reads_alike(folder, self.tokenizer, self.trust_remote_code):
+            return
+        for name in copied:
+            (folder / name).unlink()
+        shutil.rmtree(folder / _MORE_TEMPLATES, ignore_errors=True)
+        self.tokenizer.save_pretrained(str(folder))
+
+
+def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, keep: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Return floating-point weights in another type, on the host.
+
+    Args:
+        keep: names that stay as they are.
+
+    Raises:
+        TrainingError: a finite value that is too large for the type.
+    """
+    stay, done, result = set(keep), {}, {}
+    for name, weight in weights.items():
+        if name in stay or not torch.is_tensor(weight) or not weight.is_floating_point():
+            result[name] = weight
+            continue
+        key = (weight.data_ptr(), weight.shape, weight.device)  # tied weights stay one
+        if key not in done or not weight.numel():
+            done[key] = narrowed(name, weight, dtype).to("cpu")
+        result[name] = done[key]
+    return result
+
+
+def narrowed(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight in another type. Raises: TrainingError: a finite value is too large for it."""
+    narrow = weight.detach().to(dtype)
+    if not_finite({name: narrow}) and not not_finite({name: weight}):
+        largest = float(weight.abs().max())
+        kind = str(dtype).removeprefix("torch.")
+        raise TrainingError(
+            f"--save-dtype {kind}: {name} holds {largest:.3g}, which {kind} cannot hold. Use --save-dtype bfloat16 or float32."
+        )
+    return narrow
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors that hold NaN or infinity: one pass over them, one transfer from the device."""
+    checked = {name: one.detach() for name, one in weights.items() if one.numel() and one.is_floating_point()}
+    if not checked:
+        return []
+    # The largest magnitude; NaN where one value is. It needs no copy of the tensor, as `isfinite` does.
+    largest = [torch.linalg.vector_norm(one, ord=float("inf")).float() for one in checked.values()]
+    device = largest[0].device
+    finite = torch.stack([one.to(device) for one in largest]).isfinite().tolist()
+    return [name for name, good in zip(checked, finite, strict=True) if not good]
+
+
+def check_adapters(folder: Path, model: Any) -> None:
+    """Compare the names and shapes in an adapter's file with the adapters of a model.
+
+    Raises:
+        UnloadableModelError: they differ.
+    """
+    trained = {
+        name.replace(".default", ""): whole_shape(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    wrong = sorted(name for name, shape in trained.items() if saved.get(name) != shape)
+    wrong += sorted(name for name in saved.keys() - trained.keys() if "lora_" in name)
+    if wrong:
+        raise UnloadableModelError(
+            f"the saved adapters are not those of the run ({wrong[0]} and {len(wrong) - 1} more)"
+        )
+
+
+def load_weights(model: Any, folder: Path, trust_remote_code: bool) -> None:
+    """Put a saved folder's weights into a model, as `from_pretrained` reads them.
+
+    Raises:
+        UnloadableModelError: they are not those of this model.
+    """
+    saved, info = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    found = next((f"{len(names)} {kind.replace('_', ' ')}" for kind, names in info.items() if names), None)
+    found = found or Layout.of(model).difference(Layout.of(saved))
+    if found:
+        raise UnloadableModelError(f"its weights are not those of the run's model: {found}")
+    model.load_state_dict(saved.state_dict())
+
+
+def _can_be_saved(folder: Path) -> bool:
+    """Return whether a folder's sampling settings agree with each other, as saving a model asks for."""
+    try:
+        transformers.GenerationConfig.from_pretrained(str(folder)).validate(strict=True)
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _reads_alike(folder: Path, tokenizer: Any, trust_remote_code: bool) -> bool:
+    """Return whether the tokenizer in a folder, loaded as anybody would, is the given one."""
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        return _marks(found) == _marks(tokenizer)
+    except Exception:  # noqa: BLE001 - a tokenizer's own code may raise anything; it is written out instead
+        return False
+
+
+def _marks(tokenizer: Any) -> tuple[str, str | None]:
+    return tokenizer_hash(tokenizer), chat_template_hash(tokenizer)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8-sig")))
