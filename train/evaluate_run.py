@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from kto_core.durable import write_json
-from kto_core.errors import ConfigError
+from kto_core.durable import write_json, written_to
+from kto_core.errors import ConfigError, WriteError
 from kto_core.manifest import Manifest
 from kto_core.models import resolve_device, resolve_precision
 from train.arguments import training_arguments
@@ -74,7 +74,8 @@ def evaluate_run(config: TrainConfig) -> Path:
     if main:
         found = summary(scores, objective, int(final.get("step", 0)))
         print("\n".join(summary_lines(found, rows="held out" if rows.of_run else "evaluated")))
-        write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
+        with written_to(run, WriteError, "Make room, and evaluate again; what was there is as it was."):
+            write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
         print(f"wrote       {path}")
     return path
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from kto_core.durable import flush, flush_all, give_usual_modes, remove_temporary, write_text
-from kto_core.errors import ConfigError, TrainingError, in_one_line
+from kto_core.errors import ConfigError, TrainingError, WriteError, in_one_line
 from kto_core.lock import LOCK
 from kto_core.manifest import Manifest
 from kto_core.options import read_yaml
@@ -103,7 +103,8 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
         main: whether this is the rank that removes it.
 
     Raises:
-        TrainingError: the disk does not take it.
+        WriteError: the disk does not take it.
+        TrainingError: what was saved is not the model.
     """
     folder = out / _UNFINISHED
     try:
@@ -121,7 +122,7 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
         saved = get_last_checkpoint(str(out)) is not None
         then = "What was saved before is whole" if saved else "Nothing was saved before"
         go_on = "go on from there" if saved else "begin again"
-        raise TrainingError(
+        raise WriteError(
             f"{out}: the {what} cannot be written: {reason}. {then}; make room, and pass --resume to {go_on}."
         ) from error
     finally:
