@@ -70,7 +70,7 @@ def check_checkpoint(checkpoint: Path, *, hashes: bool = True) -> None:
             if name.endswith((".pt", ".pth")) and _is_damaged(checkpoint / name):
                 raise OSError(f"{name} is damaged")
         _check_state(checkpoint)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{checkpoint}: an incomplete checkpoint ({said_by(error)}). {_BEFORE}") from error
     if not any(True for pattern in _OPTIMIZERS for _ in checkpoint.glob(pattern)):
         raise ConfigError(
@@ -80,7 +80,10 @@ def check_checkpoint(checkpoint: Path, *, hashes: bool = True) -> None:
 
 
 def _files_of(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    files = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
+    try:
+        files = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{_FILES} is not JSON: {said_by(error)}") from error
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{_FILES} does not say what was written")
     entries = {name: entry if isinstance(entry, dict) else {"bytes": entry} for name, entry in files.items()}
@@ -96,7 +99,7 @@ def _check_state(checkpoint: Path) -> None:
     """Check what the Trainer reads from its state without a look."""
     try:
         step = transformers.TrainerState.load_from_json(str(checkpoint / _STATE)).global_step
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{_STATE} holds no state of a Trainer: {said_by(error)}") from error
     if isinstance(step, bool) or step != int(checkpoint.name.rpartition("-")[2]):
         raise ValueError(f"{_STATE} is of update {shown(step)}")

@@ -79,7 +79,11 @@ def compare_options(config: TrainConfig, started: Mapping[str, Any], where: Path
                 "Pass the same value, or start a new run."
             )
     lines = [(flag(name), now[name], before.get(name)) for name in now if name in SAID]
-    lines += [(f"training: {name}", *values) for name, *values in _changed(now["training"], before["training"])]
+    lines += [
+        (f"training: {name}", *values)
+        for name, *values in _changed(now["training"], before["training"])
+        if name in TRAINING_SAID
+    ]
     return [f"{name} {new}, before it was {shown(old)}" for name, new, old in lines if new != old]
 
 

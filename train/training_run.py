@@ -94,6 +94,7 @@ class TrainingRun:
         if main:
             remove_leftovers(out)
             warnings += data.warnings(config, precision)
+            warnings += _saving_warnings(config)
             warnings += warnings_for(config, *data.class_counts, objective.weights)
             _print_plan(config, data, files, precision, objective, out, device, warnings)
             if config.resume:
@@ -263,6 +264,20 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _saving_warnings(config: TrainConfig) -> list[str]:
+    """Return a line for each thing that saved files will lack."""
+    lines = []
+    if config.training.get("save_only_model") and config.save_steps:
+        lines.append("training: save_only_model: checkpoints hold no optimizer state, and --resume cannot use them.")
+    if config.save_dtype in ("bfloat16", "float16"):
+        share, kind = ("0.2", "bfloat16") if config.save_dtype == "bfloat16" else ("0.02", "float16")
+        lines.append(
+            f"--save-dtype {kind}: a weight that training moves by less than {share} % of itself is saved as it was; "
+            "held-out rows are evaluated with the weights that are saved."
+        )
+    return lines
 
 
 class _Steps(transformers.TrainerCallback):
