@@ -111,10 +111,11 @@ class _Worker:
     def run(self, number: int, config: TrainConfig, folder: Path) -> None:
         """A trial from its first line to its last."""
         try:
-            with written_to(folder, WriteError, "Make room; the same command goes on."):
+            with written_to(folder, WriteError, ""):
                 self._run(number, config, folder)
         except WriteError as error:  # no other trial would fare better
-            self.pipe.send(Stop(str(error)))
+            reason = in_one_line(error.__cause__ or error).rstrip(".")
+            self.pipe.send(Stop(f"{folder}: cannot be written: {reason}. Make room; the same command goes on."))
 
     def _run(self, number: int, config: TrainConfig, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed sweep left
