@@ -133,10 +133,32 @@ class TestConfiguration:
             logratio = naive_logps(run, rows[row["row_id"]]) - rows[row["row_id"]]["ref_logps"]
             assert row["logratio"] == pytest.approx(logratio, abs=1e-3)
 
+    @pytest.mark.parametrize("said", [True, False])
+    def test_a_head_that_an_adapter_brought_is_saved(self, tmp_path: Path, said: bool) -> None:
+        """On a tied model, whose configuration says so or leaves it to its family."""
+        base = save_tiny(tmp_path / "base", "gpt2")
+        edited(base, "config.json", tie_word_embeddings=True if said else ...)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+        model.config.tie_word_embeddings = False  # as `merge_adapter` leaves it
+        ModelWriter.of(base, tiny_tokenizer(), model).write(model, tmp_path / "out")
+        found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(found.lm_head.weight, model.lm_head.weight)
+        assert torch.equal(found.transformer.wte.weight, model.transformer.wte.weight)
+
+    def test_the_models_folder_may_be_gone_when_the_run_ends(self, base: Path, tmp_path: Path) -> None:
+        source = Path(shutil.copytree(base, tmp_path / "source"))
+        model = transformers.AutoModelForCausalLM.from_pretrained(source)
+        writer = ModelWriter.of(source, tiny_tokenizer(), model)
+        shutil.rmtree(source)
+        writer.write(model, tmp_path / "out")
+        assert read(tmp_path / "out/config.json") == read(base / "config.json")
+        assert (tmp_path / "out/tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
     def test_a_tokenizer_that_the_run_changed_is_written_out(self, base: Path, tmp_path: Path) -> None:
         tokenizer = tiny_tokenizer(chat_template="{{ messages[0]['content'] }} changed")
         model = transformers.AutoModelForCausalLM.from_pretrained(base)
-        ModelWriter(base, tokenizer, Layout.of(model)).write(model, tmp_path / "out")
+        ModelWriter.of(base, tokenizer, model).write(model, tmp_path / "out")
         found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
         assert found.chat_template == tokenizer.chat_template
         assert found("hello wor").input_ids == tokenizer("hello wor").input_ids
@@ -151,7 +173,7 @@ class TestCheck:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.01)
-        ModelWriter(base, tiny_tokenizer(), Layout.of(model)).write(model, tmp_path / "out", dtype=dtype)
+        ModelWriter.of(base, tiny_tokenizer(), model).write(model, tmp_path / "out", dtype=dtype)
         found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
         expected = model.state_dict()
         assert found.state_dict().keys() == expected.keys()
@@ -175,15 +197,15 @@ class TestCheck:
         model = transformers.AutoModelForCausalLM.from_pretrained(source)
         edited(source, "config.json", **change)  # what is copied into the saved folder
         with pytest.raises(UnloadableModelError, match=words):
-            ModelWriter(source, tiny_tokenizer(), Layout.of(model)).write(model, tmp_path / "out")
+            ModelWriter.of(source, tiny_tokenizer(), model).write(model, tmp_path / "out")
 
     def test_a_head_that_was_tied_by_saving_is_refused(self, tmp_path: Path) -> None:
         source = save_tiny(tmp_path / "source", "llama-tied")
         model = transformers.AutoModelForCausalLM.from_pretrained(source)
-        layout = Layout.of(model)
+        writer = ModelWriter.of(source, tiny_tokenizer(), model)
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
         with pytest.raises(UnloadableModelError, match=r"share one weight|missing"):
-            ModelWriter(source, tiny_tokenizer(), layout).write(model, tmp_path / "out")
+            writer.write(model, tmp_path / "out")
 
     def test_a_run_keeps_what_it_cannot_vouch_for(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(self: Any, folder: Path, layout: Layout) -> None:
@@ -199,7 +221,7 @@ class TestCheck:
     def test_adapters_that_were_not_saved_are_missed(self, config: TrainConfig, base: Path, tmp_path: Path) -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(base)
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-        writer = ModelWriter(base, tiny_tokenizer(), Layout.of(model))
+        writer = ModelWriter.of(base, tiny_tokenizer(), model)
         writer.write(adapted, tmp_path / "whole")
         assert peft.PeftModel.from_pretrained(
             transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "whole"
@@ -339,7 +361,7 @@ class TestSaveDtype:
         weights[kept] = weights[kept].float() + 1e-5
         save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        ModelWriter(base, tiny_tokenizer(), Layout.of(model)).write(model, tmp_path / "out", dtype=torch.bfloat16)
+        ModelWriter.of(base, tiny_tokenizer(), model).write(model, tmp_path / "out", dtype=torch.bfloat16)
         saved = load_file(tmp_path / "out/model.safetensors")
         assert {name for name, weight in saved.items() if weight.dtype == torch.float32} == {kept}
         assert all(torch.equal(weight, weights[name]) for name, weight in saved.items())

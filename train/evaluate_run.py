@@ -42,7 +42,8 @@ def evaluate_run(config: TrainConfig) -> Path:
     assert run is not None
     config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
     facts = read_facts(run)
-    final = facts.get("final") or {}
+    found_final = facts.get("final")
+    final = found_final if isinstance(found_final, dict) else {}
     device = resolve_device(config.device)
     precision = resolve_precision(config.dtype, device)
     rows = rows_to_evaluate(config, facts, _trained_prompts(run))

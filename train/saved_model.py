@@ -7,7 +7,6 @@ A folder gets   the weights, in float32 or as --save-dtype says
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,15 +82,33 @@ class ModelWriter:
     """Writes one run's policy.
 
     Attributes:
-        source: the folder of the model that the run started from.
+        own: contents of the model's own small files, by name: its folder may be gone when a long run ends.
+        wide: names of the weights that are stored in float32 in a model of 16 bits.
         tokenizer: the run's.
         layout: of the policy below its adapters, before it was sharded.
     """
 
-    source: Path
+    own: dict[str, bytes]
+    wide: frozenset[str]
     tokenizer: Any
     layout: Layout
     trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, source: Path, tokenizer: Any, model: Any, *, trust_remote_code: bool = False) -> "ModelWriter":
+        """Read what stays as it is.
+
+        Args:
+            source: the folder of the model that the run started from.
+            model: as it was loaded from there, with or without new adapters.
+
+        Raises:
+            ModelError: the folder's weights are damaged.
+        """
+        own, tables = _own_files(source, tokenizer), (_CONFIG, "tokenizer_config.json")
+        if any("auto_map" in json.loads(own[name]) for name in tables if name in own):
+            own.update({path.name: path.read_bytes() for path in source.glob("*.py")})  # named there
+        return cls(own, _wide_names(source), tokenizer, Layout.of(model), trust_remote_code)
 
     def write(
         self,
@@ -118,33 +135,26 @@ class ModelWriter:
                 model.state_dict() if state_dict is None else state_dict, dtype, self.keeps(model)
             )
         model.save_pretrained(str(folder), state_dict=state_dict)
+        self._write_own_tokenizer(folder)
         if (folder / ADAPTER_CONFIG).exists():
             check_adapters(folder, model)
         else:
             self._write_own_config(model, folder, dtype)
-            self._copy_code(folder)
             self._check_loads(folder, layout or self.layout)
-        self._write_tokenizer(folder)
 
     def keeps(self, model: Any) -> set[str]:
         """Return the names of weights that stay in float32: those that the model's authors keep in it."""
         modules = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
         modules += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
         pattern = re.compile("|".join(rf"(?:^|\.){module}(?:$|\.)" for module in modules) or "$^")
-        kept = {name for name, _ in model.named_parameters(remove_duplicate=False) if pattern.search(name)}
-        if stored_type(self.source) in (None, "F32"):
-            return kept
-        for path in weight_files(self.source):
-            with safe_open(path, "pt") as file:
-                kept |= {name for name in file.keys() if file.get_slice(name).get_dtype() == "F32"}  # noqa: SIM118
-        return kept
+        names = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
+        return {name for name in names if pattern.search(name)} | self.wide
 
     def _write_own_config(self, model: Any, folder: Path, dtype: torch.dtype | None) -> None:
         """Replace what `transformers` writes by the model's own files; only what the run changed differs."""
-        written, own = _read(folder / _CONFIG), _read(self.source / _CONFIG)
-        own_generation = self.source / _GENERATION
-        if own_generation.exists() and _can_be_saved(self.source):
-            shutil.copyfile(own_generation, folder / _GENERATION)
+        written, own = _read(folder / _CONFIG), dict(json.loads(self.own[_CONFIG]))
+        if _GENERATION in self.own and _can_be_saved(json.loads(self.own[_GENERATION])):
+            (folder / _GENERATION).write_bytes(self.own[_GENERATION])
         if own.get("model_type") != written.get("model_type"):
             own = written  # one part of a larger model: its configuration is found nowhere else
         own["architectures"] = written.get("architectures")
@@ -154,20 +164,13 @@ class ModelWriter:
                 config.update({key: name for key in ("dtype", "torch_dtype") if key in config})
         if "dtype" not in own and "torch_dtype" not in own:
             own["dtype"] = name
-        tied = getattr(model.config, "tie_word_embeddings", None)
-        if tied is not None and tied != written.get("tie_word_embeddings", tied):
-            own["tie_word_embeddings"] = tied
+        key = "tie_word_embeddings"
+        tied = getattr(model.config, key, None)
+        if tied != own.get(key, getattr(type(model.config), key, tied)):  # a merged adapter brought a head of its own
+            own[key] = tied
         if getattr(model.config, "quantization_config", None) is None:
             own.pop("quantization_config", None)
         write_json(folder / _CONFIG, own)
-
-    def _copy_code(self, folder: Path) -> None:
-        """Copy the Python files that the model's own configuration names."""
-        for name in (_CONFIG, "tokenizer_config.json"):
-            path = self.source / name
-            if path.exists() and "auto_map" in _read(path):
-                for code in self.source.glob("*.py"):
-                    shutil.copyfile(code, folder / code.name)
 
     def _check_loads(self, folder: Path, layout: Layout) -> None:
         try:
@@ -188,20 +191,37 @@ class ModelWriter:
         if found:
             raise UnloadableModelError(f"the saved model is not the one that was trained: {found}")
 
-    def _write_tokenizer(self, folder: Path) -> None:
-        """Copy the model's own files; a tokenizer that the run was told to change is written out instead."""
-        names = {*_TOKENIZER_FILES, *getattr(self.tokenizer, "vocab_files_names", {}).values()}
-        copied = [name for name in sorted(names) if (self.source / name).is_file()]
-        for name in copied:
-            shutil.copyfile(self.source / name, folder / name)
-        if (self.source / _MORE_TEMPLATES).is_dir():
-            shutil.copytree(self.source / _MORE_TEMPLATES, folder / _MORE_TEMPLATES, copy_function=shutil.copyfile)
-        if copied and _reads_alike(folder, self.tokenizer, self.trust_remote_code):
+    def _write_own_tokenizer(self, folder: Path) -> None:
+        """Write the model's own files; a tokenizer that the run was told to change is written out instead."""
+        others = {_CONFIG, _GENERATION}
+        for name, content in self.own.items():
+            if name not in others:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(content)
+        if _reads_alike(folder, self.tokenizer, self.trust_remote_code):
             return
-        for name in copied:
-            (folder / name).unlink()
-        shutil.rmtree(folder / _MORE_TEMPLATES, ignore_errors=True)
+        for name in self.own.keys() - others:
+            if not name.endswith(".py"):
+                (folder / name).unlink()
         self.tokenizer.save_pretrained(str(folder))
+
+
+def _own_files(source: Path, tokenizer: Any) -> dict[str, bytes]:
+    """Return the contents of a model folder's small files: configuration, sampling settings, tokenizer."""
+    names = {*_TOKENIZER_FILES, *getattr(tokenizer, "vocab_files_names", {}).values()}
+    paths = [source / name for name in (_CONFIG, _GENERATION, *sorted(names))]
+    paths += sorted((source / _MORE_TEMPLATES).glob("*.jinja"))
+    return {path.relative_to(source).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+
+
+def _wide_names(source: Path) -> frozenset[str]:
+    if stored_type(source) in (None, "F32"):
+        return frozenset()
+    names: set[str] = set()
+    for path in weight_files(source):
+        with safe_open(path, "pt") as file:
+            names |= {name for name in file.keys() if file.get_slice(name).get_dtype() == "F32"}  # noqa: SIM118
+    return frozenset(names)
 
 
 def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, keep: Iterable[str] = ()) -> dict[str, Tensor]:
@@ -242,10 +262,10 @@ def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
     checked = {name: one.detach() for name, one in weights.items() if one.numel() and one.is_floating_point()}
     if not checked:
         return []
-    # The largest magnitude; NaN where one value is. It needs no copy of the tensor, as `isfinite` does.
-    largest = [torch.linalg.vector_norm(one, ord=float("inf")).float() for one in checked.values()]
-    device = largest[0].device
-    finite = torch.stack([one.to(device) for one in largest]).isfinite().tolist()
+    # A tensor's extremes are NaN where one value is. They need one read and no copy, unlike `isfinite`.
+    extremes = [torch.stack(torch.aminmax(one)).float() for one in checked.values()]
+    device = extremes[0].device
+    finite = torch.stack([one.to(device) for one in extremes]).isfinite().all(1).tolist()
     return [name for name, good in zip(checked, finite, strict=True) if not good]
 
 
@@ -290,11 +310,11 @@ def load_weights(model: Any, folder: Path, trust_remote_code: bool) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def _can_be_saved(folder: Path) -> bool:
-    """Return whether a folder's sampling settings agree with each other, as saving a model asks for."""
+def _can_be_saved(settings: dict[str, Any]) -> bool:
+    """Return whether sampling settings agree with each other, as saving a model asks for."""
     try:
-        transformers.GenerationConfig.from_pretrained(str(folder)).validate(strict=True)
-    except (OSError, ValueError, TypeError):
+        transformers.GenerationConfig.from_dict(settings).validate(strict=True)
+    except (ValueError, TypeError):
         return False
     return True
 

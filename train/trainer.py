@@ -474,6 +474,8 @@ class KTOTrainer(transformers.Trainer):
         found = f"{len(bad)} of {len(weights)} trained weights are not finite ({bad[0]}, ...)" if bad else ""
         if not found and (states := not_finite(self._optimizer_state())):
             found = f"the optimizer's state is not finite ({states[0]})"
+        if not found and self.held_out_scores is not None and not self.held_out_scores.logps.isfinite().all():
+            found = "log-probabilities of held-out rows are not finite"
         if not self.ranks.any(bool(found)):
             if self._scores_are_finite():
                 return

@@ -24,6 +24,7 @@ from train.alarms import Settings, Watch
 from train.arguments import training_arguments
 from train.cache_rows import CacheRows
 from train.card import CARD, command_of, write_card
+from train.checkpoints import reading
 from train.config import TrainConfig
 from train.data import TrainingData
 from train.evaluation import Scores, summary
@@ -128,7 +129,8 @@ class TrainingRun:
         """
         trainer = self.trainer
         if self.checkpoint is not None:
-            trainer.row_logratios.load(Path(self.checkpoint))
+            with reading(Path(self.checkpoint)):
+                trainer.row_logratios.load(Path(self.checkpoint))
         try:
             trainer.train(resume_from_checkpoint=self.checkpoint)
         except torch.OutOfMemoryError as error:
@@ -318,7 +320,7 @@ def make_trainer(
         max_tokens=_max_tokens(config, args.device),
         rounding=tolerance_for(data.rows.manifest, precision),
         held_out=data.held_out,
-        writer=ModelWriter(files.folder, files.tokenizer, Layout.of(model), config.trust_remote_code),
+        writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)
