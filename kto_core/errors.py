@@ -9,6 +9,7 @@
     |-- CacheError         a cache that is absent, incomplete, damaged or of another identity
     |   `-- NewerFormatError   a cache of a format that this version does not know
     `-- TrainingError      training cannot start or go on
+        `-- WriteError         what was to be saved does not fit on the disk
 
 Each message says where, what was found and what to do. The commands print it and exit with 1.
 Everything else that is raised is our own mistake and keeps its traceback.
@@ -57,6 +58,10 @@ class NewerFormatError(CacheError):
 
 class TrainingError(KTOError):
     """Training cannot start, or had to stop before it did harm."""
+
+
+class WriteError(TrainingError):
+    """What was to be saved does not fit on the disk, or may not be written there."""
 
 
 def in_one_line(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """Held-out values: what they are, how sure they are, which checkpoint is the best, and evaluating a finished run."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from stopped_runs import train_until
 from test_loss_family import metrics, pair_rows
 
+import kto_core.durable
 from kto_core.bootstrap import intervals
 from kto_core.errors import ConfigError, TrainingError
 from kto_core.losses import class_weights, kto_losses
@@ -420,6 +422,21 @@ class TestEvaluateOnly:
         evaluate_run(replace(config, evaluate_only=run))
         assert {path: path.read_bytes() for path in before} == before
         assert {path.name for path in run.iterdir()} == {path.name for path in before} | {"evaluation.json"}
+
+    def test_a_full_disk_is_one_message(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        run = train(config)
+        before = (run / "evaluation.json").read_bytes()
+
+        def full(path: Path) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(kto_core.durable, "flush", full)
+        result = CliRunner().invoke(kto_train, ["--evaluate-only", str(run), "--cache", str(config.cache)])
+        assert result.exit_code == 1
+        assert isinstance(result.exception, SystemExit)
+        assert "cannot be written: [Errno 28] No space left on device. Make room" in result.stderr
+        assert (run / "evaluation.json").read_bytes() == before
+        assert not [*run.glob(".*")]
 
     def test_an_unfinished_run(self, config: TrainConfig, tmp_path: Path) -> None:
         run = train(config)

@@ -1,6 +1,9 @@
 """What `--resume` takes up, and what it refuses: folders of others, damaged checkpoints, another optimizer or model."""
 
+import dataclasses
+import hashlib
 import json
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -8,15 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from models import save_tiny
 
 import train.cache_rows
-from kto_core.errors import CacheError, ConfigError
+from kto_core.errors import CacheError, ConfigError, TrainingError
+from kto_core.options import as_plain
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
+from train.arguments import _OURS
 from train.cache_rows import CacheRows
+from train.checkpoints import check_checkpoint
 from train.config import TrainConfig
+from train.resumed_options import FIXED, FREE, SAID, TRAINING_FREE, TRAINING_SAID, compare_facts, compare_options
 from train.run import train as run_training
 
 
@@ -72,6 +80,21 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def rewrite(path: Path, content: bytes) -> None:
+    """Replace what is in a file, and say on record that this is what was written, as older versions did."""
+    sizes = path.parent / "sizes.json"
+    path.write_bytes(content)
+    found = json.loads(sizes.read_text())
+    sizes.write_text(json.dumps({name: (path.parent / name).stat().st_size for name in found}))
+
+
+def flip(path: Path, at: float) -> None:
+    """Turn one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 0x40
+    path.write_bytes(content)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no schedule": (lambda run: (run / "checkpoint-2/scheduler.pt").unlink(), "scheduler.pt"),
     "half an optimizer": (lambda run: cut(run / "checkpoint-2/optimizer.pt"), "optimizer.pt has"),
@@ -82,6 +105,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "sizes of nothing": (lambda run: (run / "checkpoint-2/sizes.json").write_text("[]"), "incomplete checkpoint"),
     "empty facts": (lambda run: (run / "run.json").write_text(""), "nobody knows what the run was started with"),
     "facts of another kind": (lambda run: (run / "run.json").write_text("[]"), "another cache|nobody knows"),
+    "a deep state": (
+        lambda run: rewrite(run / "checkpoint-2/trainer_state.json", b"[" * 100_000),
+        "trainer_state.json",
+    ),
+    "deep sizes": (lambda run: (run / "checkpoint-2/sizes.json").write_text("[" * 100_000), "incomplete checkpoint"),
+    "sizes of no file": (
+        lambda run: (run / "checkpoint-2/sizes.json").write_text('{"a": {"bytes": "x"}}'),
+        "does not say what was written of a",
+    ),
+    "sizes of another folder": (
+        lambda run: (run / "checkpoint-2/sizes.json").write_text('{"../run.json": 5}'),
+        "not in this folder",
+    ),
+    "deep facts": (lambda run: (run / "run.json").write_text("[" * 100_000), "nobody knows"),
+    "options that are no text": (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00"), "config.yaml"),
     "no options": (lambda run: (run / "config.yaml").unlink(), "no config.yaml"),
 }
 
@@ -116,13 +154,77 @@ class TestCheckpoints:
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3, 3]
 
+    def test_a_flipped_bit_in_any_file_is_found(self, run: Path) -> None:
+        names = [path.name for path in (run / "checkpoint-2").iterdir() if path.name != "sizes.json"]
+        assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"} < {*names}
+        for name in names:
+            for at in (0.0, 0.37, 0.93):
+                copy = Path(shutil.copytree(run / "checkpoint-2", run.with_name(f"{name}{at}") / "checkpoint-2"))
+                flip(copy / name, at)
+                with pytest.raises(ConfigError, match=f"{name} has other content than was written"):
+                    check_checkpoint(copy)
+
+    def test_its_files_are_on_record_by_their_sha256(self, run: Path) -> None:
+        files = json.loads((run / "checkpoint-2/sizes.json").read_text())
+        for name, content in files_in(run / "checkpoint-2").items():
+            if name != "sizes.json":
+                assert files.pop(name) == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert files == {}
+
+    def test_one_of_an_older_version_goes_on(self, run: Path, config: TrainConfig) -> None:
+        """It has sizes alone."""
+        state = run / "checkpoint-2/trainer_state.json"
+        rewrite(state, state.read_bytes())
+        assert json.loads((run / "checkpoint-2/sizes.json").read_text())["config.json"] > 0
+        facts = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(
+            json.dumps({k: v for k, v in facts.items() if k not in ("held_out_cache", "versions")})
+        )
+        run_training(replace(config, max_steps=3, resume=True))
+        assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 3]
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            *(
+                (name, what)
+                for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+                for what in ("noise", "a list")
+            ),
+            ("optimizer.pt", "a flipped bit"),  # in the values; others are mostly padding
+        ],
+    )
+    def test_without_hashes_a_damaged_file_is_still_named(
+        self, run: Path, config: TrainConfig, name: str, content: str
+    ) -> None:
+        path = run / "checkpoint-2" / name
+        old = path.read_bytes()
+        if content == "a flipped bit":
+            flip(path, 0.5)
+        elif content == "a list":
+            torch.save([1, 2], path)
+        rewrite(path, b"\x80" * len(old) if content == "noise" else path.read_bytes())
+        with pytest.raises((ConfigError, TrainingError), match=f"checkpoint-2: .*{name}") as caught:
+            run_training(replace(config, max_steps=3, resume=True))
+        assert "weights_only" not in str(caught.value)
+
+    def test_metrics_that_are_no_numbers_are_left_out(self, run: Path, config: TrainConfig) -> None:
+        lines = ['{"step": 1, "loss": "x"}', '{"step": true}', '{"step": 2, "kl": {"a": 1}}', "[" * 100_000]
+        lines += ['{"step": 2, "loss": 1' + "0" * 400 + "}", '{"step": ' + "9" * 5000 + "}", "\x00" * 50]
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write("\n".join(lines) + "\n")
+        run_training(replace(config, max_steps=3, resume=True))
+        assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 3]
+
     @pytest.mark.usefixtures("run")
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
             ({"training": {"optim": "sgd"}}, "another optimizer"),
             ({"training": {"adam_beta1": 0.5}}, "another optimizer"),
+            ({"training": {"max_grad_norm": 0.5}}, "max_grad_norm: 1.0, not 0.5"),
             ({"model": "elsewhere"}, "--model None"),
+            ({"dtype": "bfloat16"}, r"in another precision \(float32, now bfloat16\). Pass --dtype float32"),
         ],
     )
     def test_it_goes_on_with_the_same_model_and_optimizer(
@@ -132,6 +234,74 @@ class TestCheckpoints:
             options = {"model": str(shutil.copytree(base, tmp_path / "elsewhere"))}
         with pytest.raises(ConfigError, match=reason):
             run_training(replace(config, max_steps=3, resume=True, **options))  # type: ignore[arg-type]
+
+    def test_one_without_optimizer_state_is_refused(
+        self, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = replace(config, training={"save_only_model": True})
+        run_training(config)
+        assert "save_only_model" in capsys.readouterr().out.split("warning")[1]
+        with pytest.raises(ConfigError, match="holds no optimizer state"):
+            run_training(replace(config, max_steps=3, resume=True))
+
+
+class TestOptions:
+    """Each is fixed, said or free when a run is resumed; a new one has to be sorted in."""
+
+    def test_every_option_is_sorted(self) -> None:
+        names = {field.name for field in dataclasses.fields(TrainConfig)}
+        assert names == FIXED | SAID | FREE
+        assert not FIXED & SAID
+        assert not FREE & (FIXED | SAID)
+
+    def test_every_key_of_the_training_table_is_sorted(self) -> None:
+        known = {*transformers.TrainingArguments.__dataclass_fields__}
+        assert not TRAINING_SAID & TRAINING_FREE
+        assert not (TRAINING_SAID | TRAINING_FREE) & _OURS.keys()
+        fixed = known - TRAINING_SAID - TRAINING_FREE - _OURS.keys()
+        assert fixed == {
+            *("adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "optim_target_modules"),
+            *("max_grad_norm", "lr_scheduler_kwargs", "neftune_noise_alpha", "label_smoothing_factor", "tf32"),
+            *("data_seed", "ignore_data_skip", "train_sampling_strategy", "average_tokens_across_devices"),
+            *("bf16_full_eval", "fp16_full_eval", "restore_callback_states_from_checkpoint"),
+        }
+
+    @pytest.mark.parametrize(
+        ("before", "now", "outcome"),
+        [
+            ({"lora_rank": 4, "lora_alpha": 8.0}, {"lora_rank": 4, "lora_alpha": 64.0}, "--lora-alpha 8.0, not 64.0"),
+            ({"lora_rank": 4}, {"lora_rank": 4, "lora_alpha": 8.0}, []),
+            ({}, {"weight_decay": 0.1}, "--weight-decay 0.0, not 0.1"),
+            ({}, {"seed": 3}, "--seed 0, not 3"),
+            ({"eval_seed": 0}, {}, []),
+            ({}, {"scheduler": "cosine"}, "--scheduler constant, not cosine"),
+            ({}, {"training": {"max_grad_norm": 1.0}}, []),
+            ({}, {"training": {"optim_args": "a=1"}}, "optim_args: None, not a=1"),
+            ({}, {"training": {"lr_scheduler_kwargs": {"power": 2}}}, "lr_scheduler_kwargs"),
+            ({}, {"training": {"save_total_limit": 5, "ddp_timeout": 9}}, []),
+            ({}, {"training": {"eval_on_start": True}}, ["training: eval_on_start True, before it was False"]),
+            ({}, {"max_tokens": 64, "save_steps": 7, "gradient_checkpointing": True}, []),
+            ({}, {"beta": 0.2}, ["--beta 0.2, before it was 0.1"]),
+            ({}, {"save_dtype": "bfloat16"}, ["--save-dtype bfloat16, before it was auto"]),
+        ],
+    )
+    def test_a_change_is_refused_said_or_nothing(
+        self, before: dict[str, object], now: dict[str, object], outcome: str | list[str]
+    ) -> None:
+        started = {k: v for k, v in as_plain(TrainConfig(**before)).items() if k in before}  # type: ignore[arg-type]
+        config = TrainConfig(**now)  # type: ignore[arg-type]
+        if isinstance(outcome, list):
+            assert compare_options(config, started, Path("run")) == outcome
+            return
+        with pytest.raises(ConfigError, match=re.escape(outcome)):
+            compare_options(config, started, Path("run"))
+
+    def test_what_computes_is_compared(self) -> None:
+        now = {"precision": "float32", "held_out_cache": None, "versions": {"torch": "2"}}
+        assert compare_facts(now, {**now, "versions": {"torch": "1"}}, Path()) == ["torch 2, before it was 1"]
+        assert compare_facts(now, {}, Path()) == []
+        with pytest.raises(ConfigError, match="other held-out rows"):
+            compare_facts(now, {**now, "held_out_cache": {"fingerprint": "a"}}, Path())
 
 
 @pytest.mark.parametrize(

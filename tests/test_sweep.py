@@ -1,10 +1,12 @@
 """Sweeps: real processes, one policy in memory, killed and gone on with, shared by two sweepers."""
 
 import csv
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,7 +16,8 @@ import sysconfig
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -29,17 +32,19 @@ from kto_core.manifest import read_manifest
 from kto_core.options import resolve
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
+from train import sweep_worker
 from train.cli import sweep as kto_sweep
 from train.config import TrainConfig
 from train.materials import KeptMaterials
 from train.run import train
 from train.run_files import read_facts
+from train.run_folder import unfinished
 from train.study import Study, Trial
 from train.sweep import sweep
 from train.sweep_config import SweepConfig, Trials
 from train.sweep_results import Results
 from train.training_run import TrainingRun
-from train.workers import Ended
+from train.workers import Ended, Stop
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "kto-sweep"
 TRAIN = {"batch_size": 8, "max_steps": 3, "learning_rate": 3e-3, "eval_fraction": 0.3, "device": "cpu"}
@@ -185,6 +190,28 @@ class TestMaterials:
                 assert torch.equal(first[key], second[key]), key
         # Between training all weights and adapters the model is read anew: its frozen form is another one.
         assert materials.loads == (3 if len({bool(one) for one in options}) > 1 else 1)
+
+
+@pytest.mark.parametrize("problem", ["the trial", "its checkpoint", "its log"])
+def test_a_full_disk_ends_the_sweep_and_fails_no_trial(
+    problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def set_up(*arguments: Any) -> None:
+        if problem == "the trial":
+            raise full
+        with unfinished(tmp_path / "0000", "checkpoint", main=True):
+            raise full
+
+    said: list[Any] = []
+    pipe = cast(Any, SimpleNamespace(send=said.append, recv=lambda: "drop"))
+    monkeypatch.setattr(TrainingRun, "set_up", set_up)
+    if problem == "its log":
+        monkeypatch.setattr(sweep_worker, "_log_into", lambda path: (_ for _ in ()).throw(full))
+    sweep_worker._Worker(pipe, {}).run(0, TrainConfig(), tmp_path / "0000")
+    assert [type(message) for message in said] == [Stop]
+    assert re.search(r"0000: cannot be written: .*No space left .*the same command goes on", said[0].reason)
 
 
 def test_a_run_that_cannot_begin_leaves_the_policy_as_it_was(cache: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ LOSSES = ("kto", "humanline", "apo_zero", "bco", "dpo", "ipo", "slic")
 PAIRED_LOSSES = ("dpo", "ipo", "slic")
 METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
 DTYPES = (AUTO, "float32", "bfloat16")
+SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
 SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
 
 
@@ -70,6 +71,12 @@ class TrainConfig:
     )
     early_stopping: int | None = option(
         None, "Stop after N evaluations in a row without a better --metric, and end with the best model.", metavar="N"
+    )
+    save_dtype: str = option(
+        AUTO,
+        "Type of the saved weights; auto keeps what was trained (float32). In bfloat16 and float16 the model has half the "
+        "size, and a weight that training moved by less than about 0.2 % (0.02 %) falls back to what it was.",
+        choices=SAVE_DTYPES,
     )
     save_steps: int = option(500, "Write a checkpoint every N updates; 0 for none.")
     logging_steps: int = option(1, "Log metrics every N updates.")

@@ -89,6 +89,12 @@ class TrainingData:
         return {name: rows.manifest.rows_identity for name, rows in caches.items()}
 
     @property
+    def held_out_cache(self) -> dict[str, Any] | None:
+        """Identity of the rows of another cache that are held out; None where there are none."""
+        held_out = self.held_out
+        return held_out.cache.manifest.rows_identity if held_out and held_out.cache is not self.rows else None
+
+    @property
     def class_counts(self) -> tuple[int, int]:
         """(desirable, undesirable) training rows."""
         desirable = int(self.rows.labels[self.units].sum())

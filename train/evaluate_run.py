@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from kto_core.durable import write_json
-from kto_core.errors import ConfigError
+from kto_core.durable import write_json, written_to
+from kto_core.errors import ConfigError, WriteError
 from kto_core.manifest import Manifest
 from kto_core.models import resolve_device, resolve_precision
 from train.arguments import training_arguments
@@ -42,7 +42,8 @@ def evaluate_run(config: TrainConfig) -> Path:
     assert run is not None
     config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
     facts = read_facts(run)
-    final = facts.get("final") or {}
+    found_final = facts.get("final")
+    final = found_final if isinstance(found_final, dict) else {}
     device = resolve_device(config.device)
     precision = resolve_precision(config.dtype, device)
     rows = rows_to_evaluate(config, facts, _trained_prompts(run))
@@ -74,7 +75,8 @@ def evaluate_run(config: TrainConfig) -> Path:
     if main:
         found = summary(scores, objective, int(final.get("step", 0)))
         print("\n".join(summary_lines(found, rows="held out" if rows.of_run else "evaluated")))
-        write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
+        with written_to(run, WriteError, "Make room, and evaluate again; what was there is as it was."):
+            write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
         print(f"wrote       {path}")
     return path
 

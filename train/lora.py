@@ -71,6 +71,6 @@ def remove_adapters(adapted: Any) -> None:
         del model.peft_config
 
 
-def merge_and_save(adapted: Any, out: Path) -> None:
-    """Save the whole model: adapters on a base that exists only in memory could not be loaded again."""
-    adapted.merge_and_unload().save_pretrained(str(out))
+def merged(adapted: Any) -> Any:
+    """Return the model below with its adapters merged into its weights."""
+    return adapted.merge_and_unload()

@@ -60,6 +60,10 @@ class Ranks:
         every: Tensor = self.accelerator.gather(tensor[None].to(self.accelerator.device))
         return every.cpu()
 
+    def any(self, happened: bool) -> bool:
+        """Return whether something happened on any rank; called on every rank."""
+        return bool(self.sum(torch.tensor(float(happened), device=self.accelerator.device)))
+
     def least(self, number: int) -> int:
         """The smallest of all ranks' numbers where they must agree, else one's own."""
         if not self.sharded:

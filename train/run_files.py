@@ -60,7 +60,7 @@ def read_facts(out: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads((out / FACTS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{out / FACTS}: cannot be read ({said_by(error)}), so that nobody knows what the run was started with. "
             "Start a new run."

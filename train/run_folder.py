@@ -9,64 +9,33 @@ runs/NAME/                 at the end: model, tokenizer, model card, evaluation.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from kto_core.durable import flush, flush_all, remove_temporary, write_json, write_text
-from kto_core.errors import ConfigError, TrainingError, in_one_line
+from kto_core.durable import flush, flush_all, give_usual_modes, remove_temporary, write_text
+from kto_core.errors import ConfigError, TrainingError, WriteError, in_one_line
 from kto_core.lock import LOCK
 from kto_core.manifest import Manifest
-from kto_core.options import as_plain, flag, read_yaml
+from kto_core.options import read_yaml
+from train.checkpoints import check_checkpoint, seal
 from train.config import TrainConfig
+from train.resumed_options import compare_facts, compare_options
 from train.run_files import CONFIG, FACTS, METRICS, config_text, make_folder, read_facts, write_facts
+from train.saved_model import UnloadableModelError
 
 _UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed to the hub
-_SIZES = "sizes.json"
+_UNLOADABLE = "_unloadable"
 _MAKES_LOADABLE = ("config.json", "adapter_config.json")
 
 # What torch.save and tokenizers raise, as plain errors, where a disk is full.
 _CANNOT_WRITE = re.compile(r"PytorchStreamWriter|inline_container\.cc|iostream error|os error|No space left on device")
-
-# A run that goes on with another value of these is another run: rows would be repeated or skipped, the weights would
-# not fit, or the checkpoint's optimizer and schedule would go on with the old value.
-_FIXED = (
-    "model",
-    "loss",
-    "batch_size",
-    "seed",
-    "shuffle",
-    "balance",
-    "max_length",
-    "eval_fraction",
-    "eval_seed",
-    "metric",
-    "lora_rank",
-    "lora_targets",
-    "learning_rate",
-    "scheduler",
-    "warmup",
-    "weight_decay",
-)
-# These may change, with a word.
-_MAY_CHANGE = (
-    "beta",
-    "desirable_weight",
-    "undesirable_weight",
-    "humanline_low",
-    "humanline_high",
-    "max_steps",
-    "epochs",
-    "early_stopping",
-)
-_OF_OPTIMIZER = ("optim", "adam")  # keys of the training: table
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -101,8 +70,14 @@ def refuse_occupied(config: TrainConfig, out: Path) -> None:
         )
 
 
-def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest) -> str | None:
+def last_checkpoint(
+    config: TrainConfig, out: Path, manifest: Manifest, now: Mapping[str, Any], *, main: bool
+) -> str | None:
     """The checkpoint to go on from, or None to start at the beginning.
+
+    Args:
+        now: what the run would compute with; see `compare_facts`.
+        main: whether this is the rank that reads all of the checkpoint, and says what changed.
 
     Raises:
         ConfigError: the run in the folder was started with another cache, or with options that cannot change.
@@ -112,22 +87,11 @@ def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest) -> str |
     _check_same_cache(out, manifest)
     checkpoint: str | None = get_last_checkpoint(str(out))
     if checkpoint is not None:
-        _check_complete(Path(checkpoint))
-        _check_same_options(config, out)
+        changed = _check_same_run(config, out, now)
+        check_checkpoint(Path(checkpoint), hashes=main)
+        for line in changed if main else ():
+            print(f"resume      {line}")
     return checkpoint
-
-
-def _check_complete(checkpoint: Path) -> None:
-    """A checkpoint that was copied or damaged in part must not be loaded half."""
-    try:
-        for name, size in json.loads((checkpoint / _SIZES).read_text(encoding="utf-8")).items():
-            found = (checkpoint / name).stat().st_size
-            if found != size:
-                raise OSError(f"{name} has {found} bytes, {size} were written")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"{checkpoint}: an incomplete checkpoint ({error}). Remove that folder; --resume then goes on from the one before."
-        ) from error
 
 
 @contextlib.contextmanager
@@ -139,11 +103,17 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
         main: whether this is the rank that removes it.
 
     Raises:
-        TrainingError: the disk does not take it.
+        WriteError: the disk does not take it.
+        TrainingError: what was saved is not the model.
     """
     folder = out / _UNFINISHED
     try:
         yield folder
+    except UnloadableModelError as error:
+        if main:
+            shutil.rmtree(out / _UNLOADABLE, ignore_errors=True)
+            folder.rename(out / _UNLOADABLE)
+        raise TrainingError(f"{out / _UNLOADABLE}: {error}. Its weights are kept there, the run stops here.") from error
     except Exception as error:
         known = isinstance(error, OSError | SafetensorError)
         if not known and not _CANNOT_WRITE.search(str(error)):
@@ -152,7 +122,7 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
         saved = get_last_checkpoint(str(out)) is not None
         then = "What was saved before is whole" if saved else "Nothing was saved before"
         go_on = "go on from there" if saved else "begin again"
-        raise TrainingError(
+        raise WriteError(
             f"{out}: the {what} cannot be written: {reason}. {then}; make room, and pass --resume to {go_on}."
         ) from error
     finally:
@@ -168,9 +138,8 @@ def remove_leftovers(out: Path) -> None:
 
 def publish_checkpoint(folder: Path, out: Path) -> None:
     """Give a checkpoint its name, once it and the metrics up to it are on the disk."""
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    write_json(folder / _SIZES, sizes)
-    flush_all(folder)
+    give_usual_modes(folder)
+    seal(folder)
     flush(out / METRICS)
     shutil.rmtree(out / folder.name, ignore_errors=True)  # one that --resume did not go on from
     folder.rename(out / folder.name)
@@ -190,6 +159,7 @@ def remove_old_checkpoints(out: Path, *, keep: int | None, best: str | None) -> 
 
 def publish_model(folder: Path, out: Path) -> None:
     """Move a saved model into the run folder; what makes it loadable comes last."""
+    give_usual_modes(folder)
     flush_all(folder)
     for path in sorted(folder.iterdir(), key=lambda path: path.name in _MAKES_LOADABLE):
         path.replace(out / path.name)
@@ -206,29 +176,10 @@ def _check_same_cache(out: Path, manifest: Manifest) -> None:
             )
 
 
-def _check_same_options(config: TrainConfig, out: Path) -> None:
+def _check_same_run(config: TrainConfig, out: Path, now: Mapping[str, Any]) -> list[str]:
     if not (out / CONFIG).exists():
         raise ConfigError(f"--resume {out}: holds a checkpoint, but no config.yaml. Start a new run.")
-    started = {**as_plain(TrainConfig()), **read_yaml(out / CONFIG)}
-    now = as_plain(config)
-    tables = [
-        {k: v for k, v in (one.get("training") or {}).items() if k.startswith(_OF_OPTIMIZER)} for one in (started, now)
-    ]
-    if tables[0] != tables[1]:
-        raise ConfigError(
-            f"--resume {out}: the run was started with another optimizer (training: {tables[0]}, not {tables[1]}), whose "
-            "state its checkpoint holds. Pass the same, or start a new run."
-        )
-    changed = [name for name in _FIXED if started.get(name) != now[name]]
-    if changed:
-        name = changed[0]
-        raise ConfigError(
-            f"--resume {out}: the run was started with {flag(name)} {started.get(name)}, not {now[name]}. "
-            "Pass the same value, or start a new run."
-        )
-    for name in _MAY_CHANGE:
-        if started.get(name) != now[name]:
-            print(f"resume      {flag(name)} {now[name]}, before it was {started.get(name)}")
+    return compare_options(config, read_yaml(out / CONFIG), out) + compare_facts(now, read_facts(out), out)
 
 
 def write_start(config: TrainConfig, out: Path, facts: dict[str, Any]) -> None:

@@ -77,3 +77,9 @@ def tie_again(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     same = {name: state_dict[source] for name, source in tied.items() if name in state_dict and source in state_dict}
     return {**state_dict, **same}
+
+
+def local_part(weight: Any) -> torch.Tensor:
+    """Return the part of a weight that this rank holds; all of it where nothing is sharded."""
+    part: torch.Tensor = getattr(weight, "ds_tensor", weight)  # ZeRO-3
+    return part.to_local() if hasattr(part, "to_local") else part  # FSDP2

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 import transformers
 
-from kto_core.errors import KTOError, in_one_line
+from kto_core.durable import OF_THE_DISK, written_to
+from kto_core.errors import KTOError, WriteError, in_one_line
 from kto_core.models import resolve_device, resolve_precision
 from train.advice import class_warnings, class_weight_values
 from train.arguments import training_arguments
@@ -109,6 +110,14 @@ class _Worker:
 
     def run(self, number: int, config: TrainConfig, folder: Path) -> None:
         """A trial from its first line to its last."""
+        try:
+            with written_to(folder, WriteError, ""):
+                self._run(number, config, folder)
+        except WriteError as error:  # no other trial would fare better
+            reason = in_one_line(error.__cause__ or error).rstrip(".")
+            self.pipe.send(Stop(f"{folder}: cannot be written: {reason}. Make room; the same command goes on."))
+
+    def _run(self, number: int, config: TrainConfig, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed sweep left
         folder.mkdir(parents=True)
         started = time.monotonic()
@@ -122,21 +131,20 @@ class _Worker:
                     self.pipe.send(Stop(_other_rows(config)))
                     return
                 outcome = self._train(run)
+            except WriteError:
+                raise
             except KTOError as error:
                 print(f"Error: {error}")
                 outcome = Ended.refused(str(error))
-            except Exception as error:  # noqa: BLE001 - a trial that fails must not stop the others
-                traceback.print_exc(file=sys.stdout)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+                    raise
+                traceback.print_exc(file=sys.stdout)  # a trial that fails must not stop the others
                 outcome = Ended.refused(f"{type(error).__name__}: {in_one_line(error)} (see {LOG})")
             outcome = dataclasses.replace(outcome, seconds=time.monotonic() - started)
             self.pipe.send(outcome)
             if self.pipe.recv() == "keep" and run is not None:
-                try:
-                    self._keep(run, folder)
-                except (KTOError, OSError) as error:  # a disk that is full
-                    why = f"{folder / MODEL}: the model cannot be written: {in_one_line(error)}"
-                    self.pipe.send(Stop(f"{why} Make room; the same command goes on."))
-                    return
+                self._keep(run, folder)
             self.materials.take_back()
             _end_reports()
             del run
@@ -227,8 +235,9 @@ def _log_into(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # the disk is full: what is said next goes where it did before
+                sys.stdout.flush()
+                sys.stderr.flush()
             for number, descriptor in zip((1, 2), kept, strict=True):
                 os.dup2(descriptor, number)
                 os.close(descriptor)

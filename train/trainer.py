@@ -5,7 +5,9 @@ batch             one update: rows of all ranks, dealt out by length
   loss pass       labelled rows in micro-batches; gradients add up to those of the whole batch
 """
 
+import contextlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,14 @@ from kto_core.router_losses import count_routed_tokens, router_balance_loss
 from kto_core.sequences import FILLER, Sequences, pack_sequences, pad_sequences, sum_rows
 from train.batches import BatchLoader, EpochBatches
 from train.cache_rows import CacheRows, RowKey, ScoredSequence, TrainingRow
+from train.checkpoints import reading
 from train.evaluation import HeldOutRows, Scores, held_out_metrics
 from train.memory import CudaMeter, optimizer_bytes, peak_memory_mb, tokens_that_fit
 from train.objective import Objective
 from train.ranks import Ranks
 from train.run_folder import publish_checkpoint, remove_old_checkpoints, unfinished
-from train.sharding import tie_again
+from train.saved_model import ADAPTER_CONFIG, ModelWriter, check_adapters, load_weights, narrowed, not_finite
+from train.sharding import local_part, tie_again
 from train.window import ReferencePoint, RowLogratios, RunningShift, Window
 
 # Without gradient nothing is kept for a backward pass, so a pass holds this many times the tokens.
@@ -62,6 +66,7 @@ class KTOTrainer(transformers.Trainer):
         objective: the loss.
         max_tokens: padded tokens in one forward and backward pass; None to measure what fits (CUDA).
         rounding: nats a token by which two ways to compute the same score may differ.
+        writer: of checkpoints' and the final model.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class KTOTrainer(transformers.Trainer):
         objective: Objective,
         max_tokens: int | None,
         rounding: float,
+        writer: ModelWriter,
         held_out: HeldOutRows | None = None,
         **options: Any,
     ) -> None:
@@ -86,6 +92,7 @@ class KTOTrainer(transformers.Trainer):
         self.rows, self.batches, self.held_out = rows, batches, held_out
         self.objective, self.max_tokens, self.rounding = objective, max_tokens or rows.max_length, rounding
         self.measures_memory = max_tokens is None
+        self.writer = writer
         self.balances_experts = bool(getattr(model.config.get_text_config(), "output_router_logits", False))
         attention = getattr(model.config, "_attn_implementation", None)
         self.packs = args.device.type == "cuda" and attention in _PACKING_ATTENTION
@@ -98,13 +105,31 @@ class KTOTrainer(transformers.Trainer):
             self.add_callback(RunningShift())
         self._passes: ScoringPasses | None = None
         self._saving_to: Path | None = None
+        self._saving_as: torch.dtype | None = None
+        self._loading_from = Path()
+        self._last_rows: Sequence[TrainingRow] = ()
         self._in_place = [] if self.ranks.sharded else add_gradients_in_place(model)
         self.control: transformers.TrainerControl
         self.model: Any
         self.model_wrapped: Any
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict and tie_again(state_dict, self.model))
+        model, folder = self.accelerator.unwrap_model(self.model, keep_torch_compile=False), Path(output_dir or "")
+        folder.mkdir(parents=True, exist_ok=True)
+        state_dict = state_dict and tie_again(state_dict, model)
+        self.writer.write(model, folder, state_dict=state_dict, dtype=self._saving_as)
+
+    def save_in(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Save the model as it is to be used; called on every rank.
+
+        Args:
+            dtype: of its weights; None for their own.
+        """
+        self._saving_as = dtype
+        try:
+            self.save_model(str(folder))
+        finally:
+            self._saving_as = None
 
     # -- checkpoints --------------------------------------------------------------------------------
 
@@ -114,6 +139,7 @@ class KTOTrainer(transformers.Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's, into a folder that gets a checkpoint's name when all of it is on the disk."""
         out, main = Path(self.args.output_dir), self.is_world_process_zero()
+        self.stop_if_weights_not_finite("checkpoint")
         with unfinished(out, "checkpoint", main=main) as folder:
             self._saving_to = folder
             try:
@@ -142,6 +168,44 @@ class KTOTrainer(transformers.Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         pass  # later, under its name
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with self._loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with self._loading(str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
+    @contextlib.contextmanager
+    def _loading(self, checkpoint: str) -> Iterator[None]:
+        self._loading_from = Path(checkpoint)
+        with reading(self._loading_from):
+            if (self._loading_from / ADAPTER_CONFIG).exists():
+                check_adapters(self._loading_from, self.model)
+            yield
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Load the weights through `transformers` where the Trainer could not: it only knows names in memory.
+
+        Files of a mixture of experts hold each expert by itself, the model in memory all of a layer in one tensor.
+        """
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        without = {*tied, *(self.model._keys_to_ignore_on_save or ())}
+        if load_result.unexpected_keys or set(load_result.missing_keys) - without:
+            load_weights(self.model, self._loading_from, self.writer.trust_remote_code)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or ""), "optimizer.pt", "scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or ""), "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
+
+    def _load_callback_state(self) -> None:
+        with reading(self._loading_from, TRAINER_STATE_NAME):
+            super()._load_callback_state()
+
     # -- what the Trainer asks for ------------------------------------------------------------------
 
     def get_train_dataloader(self) -> BatchLoader:
@@ -160,7 +224,7 @@ class KTOTrainer(transformers.Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """One batch: reference point, losses, gradients. Out of memory halves `max_tokens` and repeats what failed."""
-        rows = inputs
+        self._last_rows = rows = inputs
         reference = self._reference_point(rows)
         least = self.objective.rows_in_unit * max(len(row.matched) for row in rows)  # what cannot be cut
         while True:
@@ -385,6 +449,87 @@ class KTOTrainer(transformers.Trainer):
         self.row_logratios.add([row.index for row in rows], logratios, self.state.global_step)
         losses, midpoints = self._losses(rows, logratios, point), self.objective.midpoints(logratios, point)
         return BatchOutcome(losses, logratios, logps, self._labels(rows), midpoints, tokens)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The Trainer's, before each update; one that is not finite would spoil all weights."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not math.isfinite(norm):
+            raise TrainingError(
+                f"Step {self.state.global_step + 1}: the gradients are not finite. {self._where_it_broke()} Nothing of this "
+                "update is saved."
+            )
+        return norm
+
+    def stop_if_weights_not_finite(self, what: str) -> None:
+        """Check what is about to be saved: every trained weight, and a score of a row; called on every rank.
+
+        Args:
+            what: is about to be saved, for the message.
+
+        Raises:
+            TrainingError: a weight, an optimizer's state or the score is not finite.
+        """
+        weights = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        bad = not_finite({name: local_part(one) for name, one in weights.items()})
+        found = f"{len(bad)} of {len(weights)} trained weights are not finite ({bad[0]}, ...)" if bad else ""
+        if not found and (states := not_finite(self._optimizer_state())):
+            found = f"the optimizer's state is not finite ({states[0]})"
+        if not found and self.held_out_scores is not None and not self.held_out_scores.logps.isfinite().all():
+            found = "log-probabilities of held-out rows are not finite"
+        if not self.ranks.any(bool(found)):
+            if self._scores_are_finite():
+                return
+            found = "the trained weights are so large that log-probabilities are not finite"
+        raise TrainingError(
+            f"Step {self.state.global_step}: {found or 'the weights of another process are not finite'}. "
+            f"{self._where_it_broke()} The {what} is not saved."
+        )
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        states = getattr(self.optimizer, "state", None) or {}
+        return {
+            f"{name} of tensor {number}": local_part(value)
+            for number, state in enumerate(states.values())
+            if isinstance(state, dict)
+            for name, value in state.items()
+            if torch.is_tensor(value)
+        }
+
+    @torch.no_grad()
+    def _scores_are_finite(self) -> bool:
+        """Whether the shortest row of the last batch still has a score: finite weights may be too large to compute with."""
+        if not self._last_rows:
+            return True
+        row = min(self._last_rows, key=lambda row: len(row.matched))
+        model = self._callable
+        model.eval()
+        batch = pad_sequences([row.matched.ids]).to(self.args.device)
+        return not self.ranks.any(not token_logps(model, batch).token_logps.isfinite().all())
+
+    def _where_it_broke(self) -> str:
+        ids = [row.row_id for row in self._last_rows]
+        more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+        return (
+            f"--learning-rate {self.args.learning_rate:g}; row_id of the last batch: {', '.join(ids[:5])}{more}. Usual causes: "
+            "a learning rate that is too high, or damaged weights. Use a lower --learning-rate; --resume goes on from the "
+            "last checkpoint of a run."
+        )
+
+    @torch.no_grad()
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """Give the trained weights the values that they will have once they are saved in `dtype`.
+
+        What is evaluated afterwards is the model that is saved. Called on every rank.
+
+        Raises:
+            TrainingError: a value that the type cannot hold.
+        """
+        keep = self.writer.keeps(self.model)
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad and name not in keep:
+                part = local_part(weight)
+                part.copy_(narrowed(name, part, dtype))
+        self.held_out_scores = None
 
     def _stop_if_not_finite(self, rows: Sequence[TrainingRow], outcome: BatchOutcome) -> None:
         finite = outcome.logratios.isfinite() & outcome.losses.isfinite() & outcome.point.isfinite()

@@ -18,11 +18,13 @@ from kto_core.durable import replacing, write_json
 from kto_core.errors import TrainingError, in_one_line
 from kto_core.head import whole_shape
 from kto_core.models import Precision, resolve_device, resolve_precision
+from kto_core.options import AUTO
 from train.advice import class_weight_values, warnings_for
 from train.alarms import Settings, Watch
 from train.arguments import training_arguments
 from train.cache_rows import CacheRows
 from train.card import CARD, command_of, write_card
+from train.checkpoints import reading
 from train.config import TrainConfig
 from train.data import TrainingData
 from train.evaluation import Scores, summary
@@ -31,6 +33,7 @@ from train.objective import Objective
 from train.policy import PolicyFiles
 from train.run_files import EVALUATION, METRICS, REWARDS, read_facts, write_facts
 from train.run_folder import last_checkpoint, publish_model, remove_leftovers, unfinished, write_start
+from train.saved_model import Layout, ModelWriter
 from train.sharding import gather_when_saving, prepare_sharding, sharding_asked_for
 from train.start_check import check_start, tolerance_for
 from train.trainer import KTOTrainer
@@ -86,10 +89,13 @@ class TrainingRun:
         objective = Objective.of(config, class_weight_values(config, *data.class_counts))
         warnings: list[str] = []
         args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
-        checkpoint = last_checkpoint(config, out, data.rows.manifest)
-        if args.process_index == 0:
+        main = args.process_index == 0
+        now = {"precision": precision.name, "versions": versions(), "held_out_cache": data.held_out_cache}
+        checkpoint = last_checkpoint(config, out, data.rows.manifest, now, main=main)
+        if main:
             remove_leftovers(out)
             warnings += data.warnings(config, precision)
+            warnings += _saving_warnings(config)
             warnings += warnings_for(config, *data.class_counts, objective.weights)
             _print_plan(config, data, files, precision, objective, out, device, warnings)
             if config.resume:
@@ -123,7 +129,8 @@ class TrainingRun:
         """
         trainer = self.trainer
         if self.checkpoint is not None:
-            trainer.row_logratios.load(Path(self.checkpoint))
+            with reading(Path(self.checkpoint)):
+                trainer.row_logratios.load(Path(self.checkpoint))
         try:
             trainer.train(resume_from_checkpoint=self.checkpoint)
         except torch.OutOfMemoryError as error:
@@ -142,6 +149,20 @@ class TrainingRun:
                     f"stopped     after {trainer.state.global_step:,} updates; the model is the one of update {trainer.final_step:,}, with "
                     f"the best {self.config.metric}"
                 )
+        trainer.stop_if_weights_not_finite("model")
+        if self._saved_type is not None and not self._merges:
+            trainer.round_weights(self._saved_type)
+
+    @property
+    def _saved_type(self) -> torch.dtype | None:
+        """Of the saved weights; None for the one they were trained in."""
+        name = self.config.save_dtype
+        return None if name in (AUTO, "float32") else getattr(torch, name)
+
+    @property
+    def _merges(self) -> bool:
+        """Whether the run ends by merging its adapters, on a base that exists only in memory."""
+        return bool(self.config.lora_rank) and self.files.adapter is not None
 
     def sum_up(self) -> dict[str, Any] | None:
         """Write evaluation.json and rewards.parquet; called on every rank.
@@ -175,18 +196,17 @@ class TrainingRun:
         """
         trainer, files, config = self.trainer, self.files, self.config
         with unfinished(out, "model", main=self.is_main) as folder:
-            if config.lora_rank and files.adapter is not None:
-                from train.lora import merge_and_save
+            if self._merges:
+                # Adapters on a base that exists only in memory could not be loaded again.
+                from train.lora import merged
 
                 if self.is_main:
-                    merge_and_save(trainer.accelerator.unwrap_model(trainer.model), folder)
-                    files.tokenizer.save_pretrained(str(folder))
+                    model = merged(trainer.accelerator.unwrap_model(trainer.model))
+                    trainer.writer.write(model, folder, dtype=self._saved_type, layout=Layout.of(model))
             else:
                 gather_when_saving(trainer.accelerator)
-                trainer.save_model(str(folder))
+                trainer.save_in(folder, self._saved_type)
             if self.is_main:
-                # A pickle that nobody needs: config.yaml says it all.
-                (folder / "training_args.bin").unlink(missing_ok=True)
                 publish_model(folder, out)
         if self.is_main:
             history = trainer.state.log_history
@@ -228,6 +248,7 @@ class TrainingRun:
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
             "precision": self.precision.name,
+            "held_out_cache": self.data.held_out_cache,
             "device": self.trainer.args.device.type,
             "weights": list(self.objective.weights),
             "total_updates": self.trainer.state.max_steps,
@@ -245,6 +266,20 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _saving_warnings(config: TrainConfig) -> list[str]:
+    """Return a line for each thing that saved files will lack."""
+    lines = []
+    if config.training.get("save_only_model") and config.save_steps:
+        lines.append("training: save_only_model: checkpoints hold no optimizer state, and --resume cannot use them.")
+    if config.save_dtype in ("bfloat16", "float16"):
+        share, kind = ("0.2", "bfloat16") if config.save_dtype == "bfloat16" else ("0.02", "float16")
+        lines.append(
+            f"--save-dtype {kind}: a weight that training moves by less than {share} % of itself is saved as it was; "
+            "held-out rows are evaluated with the weights that are saved."
+        )
+    return lines
 
 
 class _Steps(transformers.TrainerCallback):
@@ -285,7 +320,7 @@ def make_trainer(
         max_tokens=_max_tokens(config, args.device),
         rounding=tolerance_for(data.rows.manifest, precision),
         held_out=data.held_out,
-        processing_class=files.tokenizer,
+        writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)

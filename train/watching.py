@@ -65,12 +65,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """A record, or None for a line that a crash cut off."""
+    """A record, or None for a line that a crash cut off or that holds anything but numbers."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict) or not all(value is None or _is_number(value) for value in record.values()):
+        return None
+    return record if isinstance(record.get("step"), int) else None
+
+
+def _is_number(value: Any) -> bool:
+    # A whole number may have more digits than a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class Console(transformers.TrainerCallback):
