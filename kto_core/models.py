@@ -5,7 +5,6 @@ scoring forward are settled here, once.
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +17,12 @@ from torch import nn
 
 from kto_core.adapters import merge_adapter
 from kto_core.errors import ModelError, in_one_line, printable, said_by
+from kto_core.folder_code import check_model_code
 from kto_core.identity import stored_type
 from kto_core.logps import add_scoring_forward
+from kto_core.outline import check_unread, classes_used
+from kto_core.quantization import check_quantization, declared_quantization
+from kto_core.weight_files import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -160,12 +163,9 @@ def load_causal_lm(
     model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code)
     if not wide and _has_rounded_constants(model):
         model, info = _read(auto_model, folder, torch.float32, trust_remote_code)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{folder}: the files lack {len(missing)} weights ({', '.join(missing[:3])}, ...), which would be random. "
-            "Copy the model again, or point to a complete checkpoint."
-        )
+    if not trust_remote_code:
+        check_model_code(folder, *classes_used(model, folder))
+    _check_loaded(model, folder, info)
     if adapter is not None:
         merge_adapter(model, adapter)
     if frozen and not precision.is_full and not _is_quantized(model):
@@ -175,6 +175,23 @@ def load_causal_lm(
     disable_dropout(model)
     add_scoring_forward(model)
     return model if _is_quantized(model) else model.to(device)
+
+
+def _check_loaded(model: Any, folder: Path, info: dict[str, Any]) -> None:
+    """Compare what was read with the files.
+
+    Raises:
+        ModelError: weights that are missing, that were not read, or that are quantised and were read as if they were not.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder}: the files lack {len(missing)} weights ({', '.join(missing[:3])}, ...), which would be random. "
+            "Copy the model again, or point to a complete checkpoint."
+        )
+    tensors, quantizer = stored_tensors(folder), getattr(model, "hf_quantizer", None)
+    check_quantization(folder, tensors, quantizer, is_applied=lambda _: True)
+    check_unread(model, folder, info["unexpected_keys"], tensors)
 
 
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -230,8 +247,7 @@ def check_model_folder(folder: Path) -> None:
 
 def is_quantized_folder(folder: Path) -> bool:
     """Whether the weights in a model folder are stored quantised."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return bool(config.get("quantization_config"))
+    return declared_quantization(folder) is not None
 
 
 def _is_quantized(model: Any) -> bool:
