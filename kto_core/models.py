@@ -19,8 +19,9 @@ from kto_core.adapters import merge_adapter
 from kto_core.errors import ModelError, in_one_line, printable, said_by
 from kto_core.folder_code import check_model_code
 from kto_core.identity import stored_type
+from kto_core.library_warnings import collected_warnings, skipped_quantization
 from kto_core.logps import add_scoring_forward
-from kto_core.outline import check_unread, classes_used
+from kto_core.outline import check_shapes, check_unread, classes_used
 from kto_core.quantization import check_quantization, declared_quantization
 from kto_core.weight_files import stored_tensors
 
@@ -183,14 +184,15 @@ def _check_loaded(model: Any, folder: Path, info: dict[str, Any]) -> None:
     Raises:
         ModelError: weights that are missing, that were not read, or that are quantised and were read as if they were not.
     """
+    check_shapes(folder, info["mismatched_keys"])
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"{folder}: the files lack {len(missing)} weights ({', '.join(missing[:3])}, ...), which would be random. "
             "Copy the model again, or point to a complete checkpoint."
         )
-    tensors, quantizer = stored_tensors(folder), getattr(model, "hf_quantizer", None)
-    check_quantization(folder, tensors, quantizer, is_applied=lambda _: True)
+    tensors = stored_tensors(folder)
+    check_quantization(folder, tensors, is_applied=lambda _: True)  # `_read` refuses unknown ones
     check_unread(model, folder, info["unexpected_keys"], tensors)
 
 
@@ -205,15 +207,21 @@ def _stored_type(folder: Path) -> torch.dtype | str:
 
 def _read(auto_model: Any, folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
     try:
-        return auto_model.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with collected_warnings() as messages:
+            read = auto_model.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused by `_check_loaded`, which names them
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {in_one_line(error)}") from error
+    skipped = skipped_quantization(messages)
+    if skipped is not None:
+        raise ModelError(f"{folder}: its weights are quantised, and would be read as if they were not: {skipped}")
+    return read
 
 
 def _has_rounded_constants(model: nn.Module) -> bool:

@@ -16,11 +16,13 @@ import torch
 from kto_core.errors import ModelError, in_one_line, printable
 from kto_core.folder_code import check_model_code, model_code, not_run
 from kto_core.json_files import read_json_object
+from kto_core.library_warnings import collected_warnings, telling
 from kto_core.quantization import check_quantization, declared_quantization
 from kto_core.weight_files import (
     PREDICTION,
     TOWER,
     StoredTensor,
+    is_activation_scale,
     is_constant,
     is_of_prediction,
     is_of_tower,
@@ -55,11 +57,13 @@ def find_outline(library: Any, folder: Path, *, trust_remote_code: bool) -> Outl
         ModelError: no causal language model, or one that would not compute what the files hold: weights that it does not
             read, weights of another shape, a quantisation that is not applied, code that is not run.
     """
-    model = _build(library, folder, trust_remote_code=trust_remote_code)
-    warnings = [] if trust_remote_code else check_model_code(folder, *classes_used(model, folder))
+    with collected_warnings() as messages:
+        model = _build(library, folder, trust_remote_code=trust_remote_code)
+    warnings = [f"{folder / 'config.json'}: transformers says: {message}" for message in telling(messages)]
+    if not trust_remote_code:
+        warnings += check_model_code(folder, *classes_used(model, folder))
     tensors = stored_tensors(folder)
-    applied = library.quantizers.AutoHfQuantizer.supports_quant_method
-    check_quantization(folder, tensors, _quantization(model.config), is_applied=applied)
+    check_quantization(folder, tensors, is_applied=library.quantizers.AutoHfQuantizer.supports_quant_method)
     unread: dict[str, int] = {}
     if declared_quantization(folder) is None:
         report = _report(library, model, tensors)
@@ -72,6 +76,9 @@ def find_outline(library: Any, folder: Path, *, trust_remote_code: bool) -> Outl
 
 def _build(library: Any, folder: Path, *, trust_remote_code: bool) -> Any:
     config = read_json_object(folder / "config.json")
+    kind = _other_family(config)
+    if kind is not None:
+        raise ModelError(f"{folder}: {kind}")
     try:
         settings = library.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -80,25 +87,20 @@ def _build(library: Any, folder: Path, *, trust_remote_code: bool) -> Any:
         code = None if trust_remote_code else model_code(folder)
         if code is not None:
             raise not_run(folder, code, instead=None) from error
-        kind = _other_family(config)
-        if kind is not None:
-            raise ModelError(f"{folder}: {kind}") from error
+        if str(config.get("architectures")).endswith("ForConditionalGeneration']"):
+            raise ModelError(
+                f"{folder}: transformers has no causal language model for this multimodal model "
+                f"({printable(str(config.get('model_type')), 60)}). Use a text-only model."
+            ) from error
         raise ModelError(
             f"{folder}: not a causal language model that transformers can load: {printable(in_one_line(error), 300)}"
         ) from error
-
-
-def _quantization(config: Any) -> Any:
-    """Return the settings that transformers finds."""
-    found = getattr(config, "quantization_config", None)
-    return found or getattr(config.get_text_config(decoder=True), "quantization_config", None)
 
 
 # What the class names of config.json end in, and what such a model is.
 _FAMILIES = {
     "ForMaskedLM": "an encoder (a masked language model)",
     "ForPreTraining": "an encoder (a masked language model)",
-    "ForConditionalGeneration": "an encoder-decoder or multimodal model without a causal language model of its own",
     "ForSequenceClassification": "a classifier or reward model",
     "ForTokenClassification": "a classifier",
     "ForQuestionAnswering": "a classifier",
@@ -202,6 +204,7 @@ def check_unread(
     config = model.config.get_text_config()
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     prediction = _prediction_layers(read_json_object(folder / "config.json"))
+    quantized = declared_quantization(folder) is not None
     counts: Counter[str] = Counter()
     others = []
     for name in unexpected:
@@ -209,7 +212,9 @@ def check_unread(
             counts[TOWER] += 1
         elif is_of_prediction(name, layers, prediction):
             counts[PREDICTION] += 1
-        elif not is_zero_bias(name, tensors):
+        elif quantized and is_activation_scale(name):
+            continue
+        elif not is_constant(name, tensors.get(name)) and not is_zero_bias(name, tensors):
             others.append(name)
     if others:
         raise ModelError(

@@ -38,17 +38,12 @@ def _declared(config: Mapping[str, Any], where: str = "") -> tuple[str, dict[str
 
 
 def check_quantization(
-    folder: Path,
-    tensors: Mapping[str, StoredTensor],
-    read: Any,
-    *,
-    is_applied: Callable[[dict[str, Any]], bool],
+    folder: Path, tensors: Mapping[str, StoredTensor], *, is_applied: Callable[[dict[str, Any]], bool]
 ) -> None:
     """Refuse quantised weights that would be read as if they were not.
 
     Args:
         tensors: of the folder's files.
-        read: what transformers found in config.json; None where it found nothing.
         is_applied: whether transformers knows the method that such settings name; may raise ValueError.
 
     Raises:
@@ -59,7 +54,7 @@ def check_quantization(
         where, settings = found
         method = printable(str(settings.get("quant_method") or settings.get("quant_algo") or "without a method"), 60)
         try:
-            known = bool(read) and is_applied(settings)
+            known = where.endswith(_KEYS[0]) and is_applied(settings)
         except (ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"{folder / 'config.json'}: {where} cannot be used: {in_one_line(error)}") from error
         if not known:

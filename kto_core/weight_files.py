@@ -48,11 +48,22 @@ _MASKS = re.compile(r"(attn|attention)\.bias$")
 _CACHE_SCALES = re.compile(r"\.(q|k|v|prob|kv)_scale$|\.[kv]_proj\.output_scale$")
 
 
-def is_constant(name: str, tensor: StoredTensor) -> bool:
-    """Return whether a tensor of a file is a constant or a scale that no score depends on."""
+def is_constant(name: str, tensor: StoredTensor | None) -> bool:
+    """Return whether a tensor of a file is a constant or a scale that no score depends on.
+
+    Args:
+        tensor: None where the file has it under another name.
+    """
     if _MASKS.search(name):
-        return len(tensor.shape) >= 3
-    return bool(_CONSTANTS.search(name)) or (bool(_CACHE_SCALES.search(name)) and prod(tensor.shape) == 1)
+        return tensor is not None and len(tensor.shape) >= 3
+    if _CACHE_SCALES.search(name):
+        return tensor is not None and prod(tensor.shape) == 1
+    return bool(_CONSTANTS.search(name))
+
+
+def is_activation_scale(name: str) -> bool:
+    """Return whether a tensor scales activations, which weights that are unpacked while they are read do without."""
+    return name.endswith((".input_scale", ".activation_scale", ".output_scale"))
 
 
 # Narrow floats mean nothing without their scales; whole numbers of 4 and 8 bits as matrices neither.
