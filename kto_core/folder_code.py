@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kto_core.errors import ModelError
-from kto_core.json_files import read_json_object
+from kto_core.model_files import read_json_object
 
 _WAY_OUT = (
     "Pass --trust-remote-code to run it, if you trust its author; or, if transformers' own class is the right one, remove "

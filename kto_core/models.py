@@ -18,9 +18,11 @@ from torch import nn
 from kto_core.adapters import merge_adapter
 from kto_core.errors import ModelError, in_one_line, printable, said_by
 from kto_core.folder_code import check_model_code
+from kto_core.hub import fetch_from_hub
 from kto_core.identity import stored_type
 from kto_core.library_warnings import collected_warnings, skipped_quantization
 from kto_core.logps import add_scoring_forward
+from kto_core.model_files import check_texts
 from kto_core.outline import check_shapes, check_unread, classes_used
 from kto_core.quantization import check_quantization, declared_quantization
 from kto_core.weight_files import stored_tensors
@@ -91,19 +93,34 @@ def find_folder(model: str, *, revision: str | None, what: str = "model") -> tup
         raise ModelError(f"{printable(model, 100)}: no such {what} folder ({said_by(error)}).") from error
     if is_file:
         raise ModelError(f"{model}: a file; expected the {what}'s folder (with its config and *.safetensors).")
+    _refuse_address(model)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise ModelError(f"{model}: no such {what} folder.")
-    import huggingface_hub
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
-    try:
-        path = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"{model}: no such {what} folder here, and it cannot be fetched from the hub: {reason}"
-        ) from error
+    path = fetch_from_hub(model, revision=revision, what=what)
     return path, path.name
+
+
+_HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)(?:\.git)?(?:/(.*))?/?")
+
+
+def _refuse_address(model: str) -> None:
+    """Say what to pass for the address of a hub page, or for `id@revision`.
+
+    Raises:
+        ModelError: it is one.
+    """
+    url, at = _HUB_URL.fullmatch(model), re.fullmatch(r"([\w.-]+/[\w.-]+)@([\w./-]+)", model)
+    if url:
+        kind, _, rest = (url[2] or "").partition("/")
+        name, revision = url[1], rest.split("/")[0] if kind in ("tree", "blob", "resolve", "commit") else ""
+    elif at:
+        name, revision = at[1], at[2]
+    elif "://" in model:
+        raise ModelError(f"{printable(model, 100)}: an address. Pass a local folder, or a hub id (org/name).")
+    else:
+        return
+    rest = f" with --revision {revision} (an option of kto-precompute)" if revision else ""
+    raise ModelError(f"{printable(model, 100)}: neither a folder nor a hub id. Pass {name}{rest}.")
 
 
 def longest_alike(config: Any) -> int | None:
@@ -241,6 +258,7 @@ def check_model_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder}: no config.json, so this is not a model folder.")
+    check_texts(folder)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder}: adapter_config.json lies beside config.json, and loading would put that adapter into the model "

@@ -15,8 +15,8 @@ import torch
 
 from kto_core.errors import ModelError, in_one_line, printable
 from kto_core.folder_code import check_model_code, model_code, not_run
-from kto_core.json_files import read_json_object
 from kto_core.library_warnings import collected_warnings, telling
+from kto_core.model_files import read_json_object
 from kto_core.quantization import check_quantization, declared_quantization
 from kto_core.weight_files import (
     PREDICTION,

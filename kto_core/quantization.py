@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kto_core.errors import ModelError, in_one_line, printable
-from kto_core.json_files import read_json_object
+from kto_core.model_files import read_json_object
 from kto_core.weight_files import StoredTensor, is_packed, some
 
 # Where a configuration says how weights are quantised; transformers reads the first alone.
