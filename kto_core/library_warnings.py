@@ -50,5 +50,5 @@ _SKIPPED = "skip the quantization"
 
 
 def skipped_quantization(messages: list[str]) -> str | None:
-    """Return what the library said where it left a quantisation out, or None."""
-    return next((message for message in messages if _SKIPPED in message), None)
+    """Return what the library said where it left a quantisation out (without its advice to forget it), or None."""
+    return next((message.split(" - ")[0] for message in messages if _SKIPPED in message), None)

@@ -24,7 +24,7 @@ from kto_core.library_warnings import collected_warnings, skipped_quantization
 from kto_core.logps import add_scoring_forward
 from kto_core.model_files import check_texts
 from kto_core.outline import check_shapes, check_unread, classes_used
-from kto_core.quantization import check_quantization, declared_quantization
+from kto_core.quantization import USE_ANOTHER, check_quantization, declared_quantization
 from kto_core.weight_files import stored_tensors
 
 
@@ -237,7 +237,9 @@ def _read(auto_model: Any, folder: Path, dtype: torch.dtype | str, trust_remote_
         raise ModelError(f"{folder}: the model cannot be loaded: {in_one_line(error)}") from error
     skipped = skipped_quantization(messages)
     if skipped is not None:
-        raise ModelError(f"{folder}: its weights are quantised, and would be read as if they were not: {skipped}")
+        raise ModelError(
+            f"{folder}: its weights are quantised, and would be read as if they were not: {skipped}. {USE_ANOTHER}"
+        )
     return read
 
 

@@ -60,7 +60,7 @@ def check_quantization(
         if not known:
             raise ModelError(
                 f"{folder / 'config.json'}: {where} ({method}) is no quantisation that the installed transformers applies: it "
-                f"would read the packed values as weights. {_WAY_OUT}"
+                f"would read the packed values as weights. {USE_ANOTHER}"
             )
         return
     check_unpacked(folder, tensors)
@@ -69,11 +69,11 @@ def check_quantization(
         if path.exists() and not _is_for_cache_alone(path):
             raise ModelError(
                 f"{path}: says that the weights are quantised, but config.json does not, so transformers would read them as "
-                f"they are. {_WAY_OUT} If the weights are not quantised, remove this file."
+                f"they are. {USE_ANOTHER} If the weights are not quantised, remove this file."
             )
 
 
-_WAY_OUT = "Use the unquantised model, or one quantised with bitsandbytes."
+USE_ANOTHER = "Use the unquantised model, or one quantised with bitsandbytes."
 
 
 def check_unpacked(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -87,7 +87,7 @@ def check_unpacked(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
         types = ", ".join(sorted({tensors[name].dtype for name in packed}))
         raise ModelError(
             f"{folder}: {len(packed)} weights are stored as {types} ({some(packed)}), but config.json names no quantisation: "
-            f"they would be read without their scales. {_WAY_OUT}"
+            f"they would be read without their scales. {USE_ANOTHER}"
         )
 
 
