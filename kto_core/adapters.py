@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kto_core.errors import ModelError, in_one_line
+from kto_core.model_files import check_texts
 
 
 def check_adapter_folder(adapter: Path) -> None:
@@ -22,6 +23,7 @@ def check_adapter_folder(adapter: Path) -> None:
     """
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(f"{adapter}: no adapter_config.json, so this is not an adapter folder.")
+    check_texts(adapter)
     if not (adapter / "adapter_model.safetensors").exists():
         raise ModelError(f"{adapter}: no adapter_model.safetensors. Adapters in pickle files are not read.")
 

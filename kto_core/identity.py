@@ -77,7 +77,7 @@ def weights_hash(folder: Path, *, on_bytes: Callable[[int], None] | None = None)
     """
     tensors: dict[str, tuple[Path, str, list[int], int, int]] = {}
     for path in weight_files(folder):
-        for name, (dtype, shape, start, end) in _safetensors_header(path).items():
+        for name, (dtype, shape, start, end) in safetensors_header(path).items():
             tensors[name] = (path, dtype, shape, start, end)
     if not tensors:
         raise ModelError(
@@ -138,13 +138,13 @@ def stored_type(folder: Path) -> str | None:
     """
     sizes: Counter[str] = Counter()
     for path in weight_files(folder):
-        for dtype, _, start, end in _safetensors_header(path).values():
+        for dtype, _, start, end in safetensors_header(path).values():
             if dtype in ("F32", "BF16", "F16"):
                 sizes[dtype] += end - start
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
 
 
-def _safetensors_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
+def safetensors_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
     """Tensor name -> dtype, shape, first and last byte in the file (the format is 8 bytes of length, then JSON)."""
     try:
         size = path.stat().st_size

@@ -5,7 +5,6 @@ scoring forward are settled here, once.
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +17,15 @@ from torch import nn
 
 from kto_core.adapters import merge_adapter
 from kto_core.errors import ModelError, in_one_line, printable, said_by
+from kto_core.folder_code import check_model_code
+from kto_core.hub import fetch_from_hub
 from kto_core.identity import stored_type
+from kto_core.library_warnings import collected_warnings, skipped_quantization
 from kto_core.logps import add_scoring_forward
+from kto_core.model_files import check_texts
+from kto_core.outline import check_shapes, check_unread, classes_used
+from kto_core.quantization import USE_ANOTHER, check_quantization, declared_quantization
+from kto_core.weight_files import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -87,19 +93,34 @@ def find_folder(model: str, *, revision: str | None, what: str = "model") -> tup
         raise ModelError(f"{printable(model, 100)}: no such {what} folder ({said_by(error)}).") from error
     if is_file:
         raise ModelError(f"{model}: a file; expected the {what}'s folder (with its config and *.safetensors).")
+    _refuse_address(model)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise ModelError(f"{model}: no such {what} folder.")
-    import huggingface_hub
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
-    try:
-        path = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"{model}: no such {what} folder here, and it cannot be fetched from the hub: {reason}"
-        ) from error
+    path = fetch_from_hub(model, revision=revision, what=what)
     return path, path.name
+
+
+_HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)(?:\.git)?(?:/(.*))?/?")
+
+
+def _refuse_address(model: str) -> None:
+    """Say what to pass for the address of a hub page, or for `id@revision`.
+
+    Raises:
+        ModelError: it is one.
+    """
+    url, at = _HUB_URL.fullmatch(model), re.fullmatch(r"([\w.-]+/[\w.-]+)@([\w./-]+)", model)
+    if url:
+        kind, _, rest = (url[2] or "").partition("/")
+        name, revision = url[1], rest.split("/")[0] if kind in ("tree", "blob", "resolve", "commit") else ""
+    elif at:
+        name, revision = at[1], at[2]
+    elif "://" in model:
+        raise ModelError(f"{printable(model, 100)}: an address. Pass a local folder, or a hub id (org/name).")
+    else:
+        return
+    rest = f" with --revision {revision} (an option of kto-precompute)" if revision else ""
+    raise ModelError(f"{printable(model, 100)}: neither a folder nor a hub id. Pass {name}{rest}.")
 
 
 def longest_alike(config: Any) -> int | None:
@@ -160,12 +181,9 @@ def load_causal_lm(
     model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code)
     if not wide and _has_rounded_constants(model):
         model, info = _read(auto_model, folder, torch.float32, trust_remote_code)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{folder}: the files lack {len(missing)} weights ({', '.join(missing[:3])}, ...), which would be random. "
-            "Copy the model again, or point to a complete checkpoint."
-        )
+    if not trust_remote_code:
+        check_model_code(folder, *classes_used(model, folder))
+    _check_loaded(model, folder, info)
     if adapter is not None:
         merge_adapter(model, adapter)
     if frozen and not precision.is_full and not _is_quantized(model):
@@ -175,6 +193,24 @@ def load_causal_lm(
     disable_dropout(model)
     add_scoring_forward(model)
     return model if _is_quantized(model) else model.to(device)
+
+
+def _check_loaded(model: Any, folder: Path, info: dict[str, Any]) -> None:
+    """Compare what was read with the files.
+
+    Raises:
+        ModelError: weights that are missing, that were not read, or that are quantised and were read as if they were not.
+    """
+    check_shapes(folder, info["mismatched_keys"])
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder}: the files lack {len(missing)} weights ({', '.join(missing[:3])}, ...), which would be random. "
+            "Copy the model again, or point to a complete checkpoint."
+        )
+    tensors = stored_tensors(folder)
+    check_quantization(folder, tensors, is_applied=lambda _: True)  # `_read` refuses unknown ones
+    check_unread(model, folder, info["unexpected_keys"], tensors)
 
 
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -188,15 +224,23 @@ def _stored_type(folder: Path) -> torch.dtype | str:
 
 def _read(auto_model: Any, folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
     try:
-        return auto_model.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with collected_warnings() as messages:
+            read = auto_model.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused by `_check_loaded`, which names them
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {in_one_line(error)}") from error
+    skipped = skipped_quantization(messages)
+    if skipped is not None:
+        raise ModelError(
+            f"{folder}: its weights are quantised, and would be read as if they were not: {skipped}. {USE_ANOTHER}"
+        )
+    return read
 
 
 def _has_rounded_constants(model: nn.Module) -> bool:
@@ -216,6 +260,7 @@ def check_model_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder}: no config.json, so this is not a model folder.")
+    check_texts(folder)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder}: adapter_config.json lies beside config.json, and loading would put that adapter into the model "
@@ -230,8 +275,7 @@ def check_model_folder(folder: Path) -> None:
 
 def is_quantized_folder(folder: Path) -> bool:
     """Whether the weights in a model folder are stored quantised."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return bool(config.get("quantization_config"))
+    return declared_quantization(folder) is not None
 
 
 def _is_quantized(model: Any) -> bool:

@@ -15,6 +15,7 @@ import transformers
 
 from kto_core.adapters import check_adapter_folder
 from kto_core.errors import ModelError, printable
+from kto_core.folder_code import check_tokenizer_code
 from kto_core.identity import (
     chat_template_hash,
     config_hash,
@@ -35,6 +36,7 @@ from kto_core.models import (
     resolve_device,
     resolve_precision,
 )
+from kto_core.outline import find_outline
 from kto_core.progress import Progress
 from precompute.config import PrecomputeConfig
 
@@ -56,6 +58,8 @@ class Reference:
     precision: Precision
     tokenizer: Any
     shape: Any  # the model without weights, on the meta device
+    unread: dict[str, int]  # weights of the files that are not scored, by what they are for
+    warnings: list[str]  # about the folder, for the plan
     state: tuple[Any, ...]  # of its weight files, before they were hashed
 
     @classmethod
@@ -77,7 +81,10 @@ class Reference:
         if adapter:
             check_adapter_folder(adapter)
         tokenizer = load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=config.trust_remote_code)
-        shape = _shape(folder, config)
+        outline = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code)
+        shape, warnings = outline.model, outline.warnings
+        if not config.trust_remote_code:
+            warnings += check_tokenizer_code(folder, type(tokenizer).__name__)
         longest = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and config.max_length > longest:
             raise ModelError(f"--max-length {config.max_length}: this model has positions for {longest} tokens.")
@@ -90,6 +97,8 @@ class Reference:
             resolve_precision(config.dtype, device),
             tokenizer,
             shape,
+            outline.unread,
+            warnings,
             _state(folder, adapter),
         )
 
@@ -116,6 +125,7 @@ class Reference:
                 "dtype": self.precision.name,
                 "attention": shape._attn_implementation,
                 "vocabulary": self.vocabulary,
+                **({"model_type": shape.model_type, "unread": self.unread} if self.unread else {}),
             },
             "tokenizer": {
                 "files_hash": tokenizer_hash(self.tokenizer),
@@ -197,16 +207,6 @@ def _state(folder: Path, adapter: Path | None) -> tuple[Any, ...]:
     files = [file for one in (folder, adapter) if one is not None for file in weight_files(one)]
     states = [(file, file.stat()) for file in files if file.exists()]
     return tuple((file, state.st_ino, state.st_size, state.st_mtime_ns) for file, state in states)
-
-
-def _shape(folder: Path, config: PrecomputeConfig) -> Any:
-    try:
-        shape = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{folder}: not a causal language model that transformers can load: {reason}") from error
 
 
 def _adapter_hash(adapter: Path) -> str:

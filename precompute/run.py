@@ -84,7 +84,8 @@ def _print_plan(
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     how = f"{reference.precision.name} on {reference.device.type}, scored with {engine}{processes}"
     print(f"reference   {config.model}{adapter} ({how})")
-    print("\n".join(describe(plan, counts, config)), flush=True)
+    warnings = [f"warning     {line}" for line in reference.warnings]
+    print("\n".join([*warnings, *describe(plan, counts, config)]), flush=True)
 
 
 def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark: str) -> None:

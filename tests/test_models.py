@@ -477,7 +477,7 @@ def test_a_hub_id_that_cannot_be_had_says_why(monkeypatch):
 def test_a_hub_id_resolves_to_a_commit_without_pickles(tmp_path, monkeypatch):
     asked = {}
 
-    def download(model, *, revision, allow_patterns):
+    def download(model, *, revision, allow_patterns, ignore_patterns):
         asked.update(model=model, revision=revision, patterns=allow_patterns)
         return str(tmp_path / "models--org--model" / "snapshots" / "0123abc")
 

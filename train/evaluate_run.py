@@ -67,7 +67,8 @@ def evaluate_run(config: TrainConfig) -> Path:
     if main:
         print(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
         print(f"policy      {run} ({precision.name} on {device})")
-        print(f"rows        {len(held_out.indices):,}: {rows.what}", flush=True)
+        print(f"rows        {len(held_out.indices):,}: {rows.what}")
+        print("".join(f"warning     {line}\n" for line in files.warnings), end="", flush=True)
     scores = trainer.final_scores()
     assert scores is not None
     labels = str(manifest.data.get("labels_hash"))[:4]

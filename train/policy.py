@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from kto_core.errors import KTOError, ModelError, TrainingError
+from kto_core.folder_code import check_tokenizer_code
 from kto_core.identity import chat_template_hash, tokenizer_hash
 from kto_core.manifest import Manifest
 from kto_core.models import (
@@ -19,6 +20,7 @@ from kto_core.models import (
     load_causal_lm,
     load_tokenizer,
 )
+from kto_core.outline import find_outline
 from train.config import TrainConfig
 
 
@@ -29,12 +31,14 @@ class PolicyFiles:
     Attributes:
         name: as the user or the manifest names it.
         adapter: merged into the weights before training, as it was into the reference's.
+        warnings: about the folder, for the plan.
     """
 
     name: str
     folder: Path
     adapter: Path | None
     tokenizer: Any
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def find(cls, config: TrainConfig, manifest: Manifest) -> "PolicyFiles":
@@ -63,7 +67,10 @@ class PolicyFiles:
                 f"{error} The cache names it as its reference; if it was moved, pass it with --model."
             ) from error
         tokenizer = load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=config.trust_remote_code)
-        files = cls(name, folder, adapter, tokenizer)
+        warnings = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code).warnings
+        if not config.trust_remote_code:
+            warnings += check_tokenizer_code(folder, type(tokenizer).__name__)
+        files = cls(name, folder, adapter, tokenizer, tuple(warnings))
         files.compare_tokenizer(manifest, allow=config.allow_different_policy)
         return files
 

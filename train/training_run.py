@@ -404,6 +404,6 @@ def _print_plan(
         f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
     )
     print(f"run         {out}")
-    for line in warnings:
+    for line in (*files.warnings, *warnings):
         print(f"warning     {line}")
     print(end="", flush=True)
