@@ -513,15 +513,16 @@ def test_a_scheduler_s_signal_ends_a_run_as_an_interrupt_does(tmp_path: Path, ba
     out = tmp_path / "refs"
     command = [sys.executable, "-c", "from precompute.cli import precompute; precompute()", "--model", str(base)]
     command += ["--data", str(data), "--out", str(out), "--rows-per-shard", "5", "--max-tokens", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(out.glob("train/[!.]*.parquet")):
         assert time.monotonic() < deadline, "the run wrote no shard"
         time.sleep(0.01)
     process.terminate()
-    said = process.communicate()[1]
+    printed, said = process.communicate()
     assert process.returncode == 130
-    assert "What was finished is kept" in said
+    assert "Interrupted. Run the same command again to go on." in said
     assert "Traceback" not in said
-    assert [path.name for path in out.iterdir()] == ["train"]
+    assert re.search(r"^kept +\d+ of 300 rows \(\d+ of \d+ scores\)$", printed, re.MULTILINE)
+    assert {path.name for path in out.iterdir()} <= {"train", ".parts"}
     assert not list((out / "train").glob(".*"))
