@@ -4,7 +4,8 @@
     feedback.json               an array of objects, or one object a line    feedback.json:17
     feedback.csv, .tsv          a header, then one record each               feedback.csv:17
     feedback.parquet                                                         feedback.parquet: row 17
-    a folder                    a saved dataset, or one of data files        folder: row 17
+    a folder of these           its split `train`                            sub/feedback.jsonl:17
+    a folder of save_to_disk    its split `train`                            folder: row 17
     owner/name                  a dataset of the hub, its split `train`      owner/name: row 17
 
 All files but Parquet may end in .gz as well. Lines and rows count from 1; a record of several lines has the
@@ -16,6 +17,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 import re
 import stat
 from collections.abc import Callable, Iterator
@@ -55,7 +57,9 @@ def read_records(data: str, *, limit: int | None = None) -> Iterator[Located]:
     path, kind = _look(data)
     if kind == "file":
         _check_suffix(path.name)
-        name, records = path.name, _read_file(path)
+        name, records = path.name, _read_file(path, path.name)
+    elif kind == "folder" and not is_saved(path):
+        name, records = dataset_name(path, kind), _read_files(path)
     else:
         name, records = dataset_name(path, kind), read_dataset(path, kind)
     return itertools.islice(_not_empty(records, name), limit)
@@ -64,7 +68,7 @@ def read_records(data: str, *, limit: int | None = None) -> Iterator[Located]:
 def describe_source(data: str) -> list[SourceFile]:
     """Name, hash and size of what stands behind `data`, in the order of the paths.
 
-    A file is one entry; a folder of data files has one for each of them, whichever split it belongs to. A
+    A file is one entry; a folder of data files has one for each of those that are read. A
     dataset of the hub or from save_to_disk is one entry, and hash and size are those of its rows as canonical
     JSON, one on each line: the files that hold them differ with the version of the library that wrote them.
 
@@ -76,7 +80,7 @@ def describe_source(data: str) -> list[SourceFile]:
         _check_suffix(path.name)
         return [_hash_file(path)]
     if kind == "folder" and not is_saved(path):
-        return [_hash_file(file) for file in data_files(path)]
+        return [_hash_file(file) for file in sorted(data_files(path))]
     digest = hashlib.sha256()
     size = 0
     for _, row in read_dataset(path, kind):
@@ -135,13 +139,18 @@ def _not_empty(records: Iterator[Located], name: str) -> Iterator[Located]:
         raise FeedbackError(f"{name}: empty, or without any record. Check that this is the right source.")
 
 
-def _read_file(path: Path) -> Iterator[Located]:
+def _read_files(folder: Path) -> Iterator[Located]:
+    for file in data_files(folder):
+        yield from _read_file(file, os.path.relpath(file, folder.resolve()))
+
+
+def _read_file(path: Path, name: str) -> Iterator[Located]:
     suffix = format_of(path.name)
     if suffix is None or suffix == ".parquet":
-        yield from read_parquet(path)
+        yield from read_parquet(path, name)
         return
-    with readable(path.name), _open(path) as handle:
-        yield from _TEXT_FORMATS[suffix](handle, path.name)
+    with readable(name), _open(path) as handle:
+        yield from _TEXT_FORMATS[suffix](handle, name)
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -90,20 +90,20 @@ def _cell(cell: str, column: str, where: str) -> Any:
         ) from None
 
 
-def read_parquet(path: Path) -> Iterator[Located]:
+def read_parquet(path: Path, name: str) -> Iterator[Located]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
-    with readable(path.name), path.open("rb") as handle:
+    with readable(name), path.open("rb") as handle:
         try:
             for batch in pq.ParquetFile(handle).iter_batches(batch_size=_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path.name}: row {number}", without_nulls(row)
+                    yield f"{name}: row {number}", without_nulls(row)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise FeedbackError(
-                f"{path.name}: not readable as Parquet after row {number} ({said_by(error)}). {COPY_AGAIN}"
+                f"{name}: not readable as Parquet after row {number} ({said_by(error)}). {COPY_AGAIN}"
             ) from error
 
 

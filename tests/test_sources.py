@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -455,7 +456,8 @@ def test_folder_of_data_files(folder, name):
     else:
         save(folder / name, as_csv(ROWS) if name == "f.csv" else jsonl(ROWS))
     save(folder / "README.md", "# rows")
-    assert read(folder) == [(f"set: row {n}", row) for n, row in enumerate(ROWS, 1)]
+    alone = read(folder / name)
+    assert read(folder) == [(f"{Path(name).parent / where}", row) for where, row in alone]
     content = (folder / name).read_bytes()
     assert describe_source(str(folder)) == [
         SourceFile(os.path.basename(name), hashlib.sha256(content).hexdigest(), len(content))
@@ -466,6 +468,50 @@ def test_folder_of_data_files(folder, name):
 def test_folder_of_data_files_without_train(folder):
     save(folder / "test.jsonl", jsonl(ROWS))
     assert "train" in refusal(folder)
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "train/a.jsonl"])
+@pytest.mark.parametrize("kept", ["time", "time and size"])
+def test_a_file_that_changed_under_its_old_time_is_read_as_it_is(folder, name, kept):
+    """As rsync -t, cp -p, tar and SOURCE_DATE_EPOCH leave it; the hash and the rows are of the same bytes."""
+    (folder / "train").mkdir()
+    path = folder / name
+
+    def write(label):
+        rows = [{"prompt": f"p{i}", "completion": "c", "label": label} for i in range(3)]
+        if name.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        elif name.endswith(".csv"):
+            save(path, as_csv([{**row, "label": str(row["label"]).lower()} for row in rows]))
+        else:
+            text = json.dumps(rows) if name == "a.json" else jsonl(rows)
+            path.write_bytes(gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text.encode())
+        os.utime(path, ns=(10**18, 10**18))
+
+    for label in (True, False) if kept == "time" else (1, 0):
+        write(label)
+        assert [str(row["label"]).lower() for _, row in read(folder)] == [str(label).lower()] * 3
+        (described,) = describe_source(str(folder))
+        assert described.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_what_is_hashed_of_a_folder_is_what_is_read(folder, tmp_path):
+    """Files deep down and behind links."""
+    for number, name in enumerate(("a.jsonl", "deep/er/b.jsonl", "deep/_x.jsonl", "elsewhere/c.jsonl")):
+        path = tmp_path / name if name.startswith("elsewhere") else folder / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        save(path, jsonl([{"prompt": name, "completion": str(number), "label": True}]))
+    (folder / "link.jsonl").symlink_to(tmp_path / "elsewhere" / "c.jsonl")
+    (tmp_path / "other name").symlink_to(folder)
+    for path in (folder, tmp_path / "other name"):
+        places = [where.rpartition(":")[0] for where, _ in read(path)]
+        assert all((folder / place).is_file() for place in places)
+        expected = sorted(
+            (Path(place).name, hashlib.sha256((folder / place).read_bytes()).hexdigest()) for place in places
+        )
+        assert sorted((file.name, file.sha256) for file in describe_source(str(path))) == expected
 
 
 def test_folders_without_a_dataset(folder):
