@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kto_core.errors import FeedbackError, PairingError
+from kto_core.errors import ConfigError, FeedbackError, PairingError
 from kto_core.feedback import FeedbackFields, FeedbackRow, parse_record, rare_class, resolve_threshold
 from kto_core.identity import ids_id, json_hash, sequence_id
 from kto_core.manifest import PROMPT_TOO_LONG
@@ -154,11 +154,14 @@ def read_rows(config: PrecomputeConfig, tokenizer: Any) -> tuple[list[PlannedRow
 def _parsed(config: PrecomputeConfig, chat_template: bool) -> Iterator[FeedbackRow]:
     threshold = None
     if config.rating_threshold is not None:
-        threshold = resolve_threshold(
-            config.rating_threshold,
-            read_records(config.data, limit=config.limit),
-            fields=_fields(config, chat_template, None),
-        )
+        try:
+            threshold = resolve_threshold(
+                config.rating_threshold,
+                read_records(config.data, limit=config.limit),
+                fields=_fields(config, chat_template, None),
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{config.data}: {error}") from error
     fields = _fields(config, chat_template, threshold)
     for where, record in read_records(config.data, limit=config.limit):
         yield from parse_record(record, where, fields)
@@ -203,9 +206,9 @@ def make_plan(config: PrecomputeConfig, tokenizer: Any) -> Plan:
         pairing = _pair(config, rows)
     except PairingError as error:
         if not dropped:
-            raise
+            raise PairingError(f"{config.data}: {error}") from error
         raise PairingError(
-            f"{error} (Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "
+            f"{config.data}: {error} (Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "
             f"--max-length {config.max_length}.)"
         ) from error
     return Plan(rows, pairing, config.max_length, read, dropped, files)

@@ -1,16 +1,16 @@
 """`--data` -> an iterator of (where, record).
 
     feedback.jsonl, .ndjson     one object on each line                      feedback.jsonl:17
-    feedback.json               an array of objects, or one object a line    feedback.json:17
+    feedback.json               an array of objects                          feedback.json:17
     feedback.csv, .tsv          a header, then one record each               feedback.csv:17
     feedback.parquet                                                         feedback.parquet: row 17
     a folder of these           its split `train`                            sub/feedback.jsonl:17
     a folder of save_to_disk    its split `train`                            folder: row 17
     owner/name                  a dataset of the hub, its split `train`      owner/name: row 17
 
-All files but Parquet may end in .gz as well. Lines and rows count from 1; a record of several lines has the
-number of its first. Text is UTF-8, with or without a byte order mark. Files are read as they are asked for, a
-line or a batch of rows at a time, except .json, which is decoded item by item but held whole.
+The three names of JSON are exchangeable, and objects may take several lines. All files but Parquet may end in .gz as well. Lines and rows count from 1; a record of several lines has the
+number of its first. Text is UTF-8, with or without a byte order mark. Files are read as they are asked for, an
+item, a line or a batch of rows at a time. A record may have 64 MiB: a few packed bytes may stand for more than there is memory.
 """
 
 import gzip

@@ -113,8 +113,32 @@ def test_every_truncation_of_the_last_line_is_noticed(tmp_path):
     assert len(read(save(path, jsonl(ROWS).encode() + last))) == 4
 
 
-def test_jsonl_that_is_an_array(tmp_path):
-    assert "end in .json" in refusal(save(tmp_path / "f.jsonl", json.dumps(ROWS, indent=1)), "f.jsonl:1")
+@pytest.mark.parametrize("name", ["f.jsonl", "f.ndjson", "f.json", "f.jsonl.gz"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n \n"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_the_content_of_a_json_file_says_how_to_read_it(tmp_path, name, start, line_end):
+    """An array under the name of lines, lines under the name of an array, objects over several lines."""
+    pretty = "".join(json.dumps(row, indent=2) + "\n" for row in ROWS)
+    first = 1 + start.count("\n")
+    for text, lines in (
+        (json.dumps(ROWS), [first] * 3),
+        (json.dumps(ROWS, indent=1), [first + 1, first + 6, first + 11]),
+        (jsonl(ROWS), [first, first + 1, first + 2]),
+        (pretty, [first, first + 5, first + 10]),
+    ):
+        content = (start + text).replace("\n", line_end).encode()
+        path = save(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+        assert read(path) == [(f"{name}:{line}", row) for line, row in zip(lines, ROWS, strict=True)]
+
+
+def test_jsonl_of_files_with_marks_one_behind_the_other(tmp_path):
+    path = save(tmp_path / "f.jsonl", ("\ufeff" + jsonl(ROWS[:1])) * 2)
+    assert [row for _, row in read(path)] == ROWS[:1] * 2
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1},\n{"a": }]', '{\n"a": }\n'])
+def test_a_broken_document_under_another_name_names_its_line(tmp_path, text):
+    assert "not valid JSON" in refusal(save(tmp_path / "f.jsonl", text), "f.jsonl:2")
 
 
 def test_deep_nesting_and_huge_numbers(tmp_path):
