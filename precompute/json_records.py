@@ -40,7 +40,7 @@ def read_jsonl(handle: IO[bytes], name: str) -> Iterator[Located]:
 def _is_document(handle: IO[bytes]) -> bool:
     """Whether the file is an array, or its first object goes on in the next line: names do not always say it."""
     lines = itertools.islice(iter(lambda: handle.readline(LARGEST_RECORD), b""), _BLANK_LINES_BEFORE)
-    first = next((line for line in lines if line.strip()), b"")
+    first = next((line for line in lines if line.strip() or len(line) == LARGEST_RECORD), b"")
     text = first.decode("utf-8-sig", errors="replace").strip()
     if text.startswith("{") and first.endswith(b"\n"):
         try:

@@ -31,7 +31,7 @@ from kto_core.manifest import (
     write_manifest,
 )
 from kto_core.options import Location, is_url
-from kto_core.shards import Rows, check_table, open_shard, read_metadata, shard_name, write_shard
+from kto_core.shards import Rows, check_packing, check_table, open_shard, read_metadata, shard_name, write_shard
 from kto_core.storage import check_remote, working_folder
 from kto_core.verification import verify_cache
 
@@ -283,9 +283,10 @@ class Store:
         if path.is_symlink():
             return False
         try:
+            check_packing(path, open_shard(path))
             table = pq.read_table(path, page_checksum_verification=True)
             check_table(table, path.name, vocabulary=self.vocabulary, partners=partners)
-        except (CacheError, OSError, pa.ArrowException):
+        except (CacheError, OSError, MemoryError, pa.ArrowException):
             return False
         return rows is None or table.num_rows == rows
 

@@ -13,6 +13,8 @@ Record = dict[str, Any]
 Located = tuple[str, Record]
 # Bytes of one record. A few packed bytes may stand for one that fills the memory; a million tokens have some 5 MB.
 LARGEST_RECORD = 64 * 2**20
+# How many times its size a file may unpack to: beyond that it says the same again and again.
+MOST_PACKED = 500
 # Blank lines one after another, as a packed file may hold thousands of millions of them.
 _MOST_BLANK_LINES = 10**6
 _PIECE = 2**20
