@@ -37,6 +37,7 @@ from kto_core.feedback_formats import (
 )
 
 __all__ = [
+    "COLUMNS",
     "LABEL_WORDS",
     "FeedbackFields",
     "FeedbackRow",
@@ -77,6 +78,14 @@ LABEL_WORDS: Final[Mapping[str, bool]] = {
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _MEDIA = ("images", "videos", "audios")
 
+# Every key of a record that is looked at, beside those that options name.
+COLUMNS: Final = frozenset(
+    {
+        *("prompt", "completion", "label", "kto_tag", "rating", "chosen", "rejected", "messages", "conversations"),
+        *("instruction", "input", "output", "system", "history", "tools", "chat_template_kwargs", *_MEDIA),
+    }
+)
+
 
 @dataclass(frozen=True)
 class FeedbackRow:
@@ -93,6 +102,12 @@ class FeedbackRow:
     pair_id: str | None = None  # shared by the two rows of a preference pair
     tools: tuple[dict[str, Any], ...] | None = None  # for the chat template
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # the record's `chat_template_kwargs`
+
+    @property
+    def characters(self) -> int:
+        """Of prompt and completion."""
+        sides = (self.prompt, self.completion)
+        return sum(len(side) if isinstance(side, str) else sum(len(m["content"]) for m in side) for side in sides)
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,8 @@ def readable(path: Path) -> Iterator[None]:
     """Puts what the system says of reading a cache into words that the user can act on."""
     try:
         yield
+    except MemoryError as error:
+        raise CacheError(f"{path}: needs more memory than there is ({said_by(error)}).") from error
     except OSError as error:
         where = os.fsdecode(error.filename) if error.filename is not None else path
         raise CacheError(f"{where}: cannot be read ({said_by(error)}). Check its owner and mode (ls -l).") from error

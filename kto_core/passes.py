@@ -70,21 +70,29 @@ class ScoringPasses:
         self._shares, self._proven, self._told = True, 0, False
 
     @torch.no_grad()
-    def run(self, sequences: Sequence[TokenIds], *, at_least: int = 0) -> Iterator[Pass]:
+    def run(
+        self, sequences: Sequence[TokenIds], *, known: frozenset[int] = frozenset(), at_least: int = 0
+    ) -> Iterator[Pass]:
         """Score all sequences, each once; the order of passes is the plan's.
 
         Args:
             sequences: (prompt ids, completion ids), neither empty.
+            known: positions that were scored before. A run that was stopped makes the passes that are left of its plan,
+                so that its scores are those of an undisturbed one to the last bit.
             at_least: passes to make, for ranks that must make equally many: empty ones are added.
 
         Raises:
             torch.OutOfMemoryError: on a single sequence, or where the process is not alone.
         """
-        pending, passes = list(range(len(sequences))), 0
-        self._prove(self._groups(pending, sequences), sequences)
+        done, passes, pending = set(known), 0, list(range(len(sequences)))
+        if len(known) < len(pending):
+            self._prove(self._groups(pending, sequences), sequences)
+        if known and not self._cuts_between(known, pending, sequences):
+            pending = [i for i in pending if i not in known]
         while pending:
-            done: set[int] = set()
             for indices, build in self._plan(pending, sequences):
+                if done.issuperset(indices):
+                    continue
                 try:
                     finished = self._forward(indices, build())
                 except torch.OutOfMemoryError:
@@ -123,6 +131,10 @@ class ScoringPasses:
         torch.cuda.empty_cache()
 
     # -- plan ---------------------------------------------------------------------------------------
+
+    def _cuts_between(self, known: frozenset[int], pending: list[int], sequences: Sequence[TokenIds]) -> bool:
+        """Whether each planned pass is either known as a whole, or not at all."""
+        return all(known.issuperset(part) or known.isdisjoint(part) for part, _ in self._plan(pending, sequences))
 
     def _plan(self, pending: list[int], sequences: Sequence[TokenIds]) -> Iterator[Planned]:
         """What to run, in which order; a batch is built when its turn comes."""

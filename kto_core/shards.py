@@ -40,6 +40,9 @@ _ROWS_PER_GROUP = 64
 # Relative difference allowed between a stored sum and the sum of the stored tokens.
 _SUM_TOLERANCE = 1e-9
 
+# How far the numbers of a row group can be packed, where they are more than a few; and the longest text in a shard.
+_SMALL, _MOST_PACKED, _LONGEST_ID = 2**24, 500, 256
+
 _METADATA_KEY = b"kto"
 
 
@@ -112,6 +115,36 @@ def open_shard(path: Path, *, mapped: bool = False) -> pq.ParquetFile:
     return file
 
 
+def check_packing(path: Path, file: pq.ParquetFile) -> None:
+    """Refuse a shard that unpacks to far more than it is: a few bytes may stand for more than there is memory.
+
+    Raises:
+        CacheError: naming the file.
+    """
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    lists = [i for i, leaf in enumerate(leaves) if "." in leaf]
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        values = [(group.column(i).num_values, i) for i in lists]
+        suspects = [i for count, i in values if 4 * count > _SMALL]
+        if group.num_rows * group.total_byte_size > 64 * _SMALL:  # as if all of it were one text, repeated in each row
+            suspects = [*range(group.num_columns)]
+        for chunk in map(group.column, suspects):
+            text = chunk.num_values * chunk.total_uncompressed_size if chunk.physical_type == "BYTE_ARRAY" else 0
+            size = max(4 * chunk.num_values, chunk.total_uncompressed_size, text)
+            if size > _SMALL + _MOST_PACKED * chunk.total_compressed_size and not _is_short(chunk):
+                raise CacheError(
+                    f"{path}: {chunk.path_in_schema} unpacks to {size:,} bytes in one row group. This is no shard that "
+                    "kto-precompute wrote; it is not read."
+                )
+
+
+def _is_short(chunk: Any) -> bool:
+    """Whether a column holds texts like hashes, and so few that even equally long ones would take little memory."""
+    few = chunk.physical_type == "BYTE_ARRAY" and chunk.num_values <= 16 * _ROWS_PER_GROUP
+    return few and chunk.total_uncompressed_size <= _LONGEST_ID * (chunk.num_values + 64)
+
+
 def read_groups(
     path: Path,
     file: pq.ParquetFile,
@@ -129,7 +162,7 @@ def read_groups(
     for start in range(0, len(wanted), at_once):
         try:
             yield file.read_row_groups(wanted[start : start + at_once], columns=columns, use_threads=False)
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
             raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
 
 

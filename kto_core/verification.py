@@ -15,7 +15,7 @@ import numpy as np
 from kto_core.errors import CacheError
 from kto_core.identity import file_hash
 from kto_core.manifest import AGAIN, MANIFEST, Manifest, check_places, differences, readable
-from kto_core.shards import check_table, open_shard, read_groups, read_metadata
+from kto_core.shards import check_packing, check_table, open_shard, read_groups, read_metadata
 
 # Decoded at a time: enough that the rows' number, not that of the reads, decides the time.
 _GROUPS_AT_ONCE = 16
@@ -102,6 +102,7 @@ def _check_shard(folder: Path, manifest: Manifest, number: int, *, whole: bool) 
     file = open_shard(path)
     if file.metadata.num_rows != shard["rows"]:
         raise CacheError(f"{path}: {file.metadata.num_rows} rows, the manifest says {shard['rows']}. {AGAIN}")
+    check_packing(path, file)
     labels, largest = [np.empty(0, dtype=bool)], 0
     for table in read_groups(path, file, columns=None if whole else ["label"], at_once=_GROUPS_AT_ONCE):
         if whole:

@@ -22,7 +22,7 @@ class _Command(click.Command):
         except KTOError as error:
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
-            click.echo("\nInterrupted. What was finished is kept; run the same command again to go on.", err=True)
+            click.echo("\nInterrupted. Run the same command again to go on.", err=True)
             ctx.exit(130)
 
 

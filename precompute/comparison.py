@@ -12,7 +12,7 @@ import numpy as np
 
 from kto_core.errors import ModelError
 from kto_core.sequences import TokenIds
-from precompute.remote import Scorer
+from precompute.remote import OnScores, Scorer
 from precompute.transformers_scorer import checked
 
 # Largest mean difference, nats a token.
@@ -38,6 +38,10 @@ def _key(sequence: TokenIds) -> bytes:
     return digest.digest()
 
 
+class DisagreementError(ModelError):
+    """Scores are off by more than rounding: none of those that came with them are kept."""
+
+
 class ComparedScorer:
     """A scorer whose answers are checked: each for form, those of the sample for their values.
 
@@ -57,20 +61,34 @@ class ComparedScorer:
 
     def probe(self) -> None:
         """Score a few rows of the sample, to stop before hours of work. Raises: ModelError: they disagree."""
-        self.score(self.sample[:_PROBE], on_tokens=lambda tokens: None)
+        self.score(self.sample[:_PROBE], on_scores=lambda done, scores: None, on_tokens=lambda tokens: None)
         self._found.clear()  # the values that are kept will be compared, in whatever batch they come
 
-    def score(self, sequences: Sequence[TokenIds], *, on_tokens: Callable[[int], None]) -> list[np.ndarray]:
+    def score(
+        self,
+        sequences: Sequence[TokenIds],
+        *,
+        known: frozenset[int] = frozenset(),
+        on_scores: OnScores,
+        on_tokens: Callable[[int], None],
+    ) -> None:
         """As `precompute.remote.Scorer` says. Raises: ModelError: an answer is malformed, or off beyond tolerance."""
-        answers = self.scorer.score(sequences, on_tokens=on_tokens)
-        if len(answers) != len(sequences):
-            raise ModelError(f"The scorer returned {len(answers)} answers for {len(sequences)} sequences.")
-        scores = [checked(answer, ids) for answer, (_, ids) in zip(answers, sequences, strict=True)]
-        for sequence, one in zip(sequences, scores, strict=True):
-            if (key := _key(sequence)) in self._expected:
-                self._found[key] = one
-        self._judge()
-        return scores
+        answered: set[int] = set()
+
+        def keep(done: Sequence[int], answers: Sequence[np.ndarray]) -> None:
+            scores = [checked(answer, sequences[i][1]) for i, answer in zip(done, answers, strict=True)]
+            for i, one in zip(done, scores, strict=True):
+                if (key := _key(sequences[i])) in self._expected:
+                    self._found[key] = one
+            self._judge()
+            answered.update(done)
+            on_scores(done, scores)
+
+        self.scorer.score(sequences, known=known, on_scores=keep, on_tokens=on_tokens)
+        if len(answered | known) != len(sequences):
+            raise ModelError(
+                f"The scorer returned {len(answered)} answers for {len(sequences) - len(known)} sequences."
+            )
 
     def difference(self) -> dict[str, Any]:
         """Absolute differences over the sample so far: rows, tokens, and mean, p95 and max in nats a token."""
@@ -88,8 +106,8 @@ class ComparedScorer:
     def _judge(self) -> None:
         found = self.difference()
         if found and not found["mean"] <= self.tolerance:
-            raise ModelError(
+            raise DisagreementError(
                 f"vLLM and Transformers disagree: log-probs differ by {found['mean']:.2g} nats a token on {found['rows']} rows "
-                f"(at most {found['max']:.2g}); rounding explains {self.tolerance:g}. Nothing of this was kept. Score with "
+                f"(at most {found['max']:.2g}); rounding explains {self.tolerance:g}. Nothing of this shard was kept. Score with "
                 "--backend transformers, or look for a model or a quantisation that one of the two computes in another way."
             )

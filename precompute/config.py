@@ -37,7 +37,7 @@ class PrecomputeConfig:
     pairing: str = option("shuffled", "How mismatched completions are chosen.", choices=PAIRINGS)
     pairing_block: int = option(32, "Rows in one block of --pairing rotate.")
     seed: int = option(0, "Seed of the pairing.")
-    rows_per_shard: int = option(4096, "Rows in one Parquet file; finished files survive an interruption.")
+    rows_per_shard: int = option(4096, "Rows in one Parquet file.")
     limit: int | None = option(None, "Read the first N records only.", metavar="N")
     rating_threshold: str | None = option(
         None, "Ratings of at least this are desirable: a number or 'median'.", metavar="NUMBER|median"

@@ -1,4 +1,4 @@
-"""Records of dataset folders and hub datasets, through the datasets library."""
+"""Records of saved datasets and hub datasets, through the datasets library; the files that a dataset folder is made of."""
 
 import difflib
 import os
@@ -18,7 +18,7 @@ _DATASET_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json"
 def read_dataset(path: Path, kind: str) -> Iterator[Located]:
     name = dataset_name(path, kind)
     number = 0
-    dataset = _load_hub(path) if kind == "hub" else _load_folder(path)
+    dataset = _load_hub(path) if kind == "hub" else _load_saved(path)
     try:
         for row in dataset:
             number += 1
@@ -50,16 +50,11 @@ def is_saved(path: Path) -> bool:
     return info or (path / "dataset_dict.json").is_file()
 
 
-def _load_folder(path: Path) -> Any:
+def _load_saved(path: Path) -> Any:
     import datasets
 
     name = dataset_name(path, "folder")
-    saved = is_saved(path)
-    if not saved:
-        data_files(path)
     try:
-        if not saved:
-            return datasets.load_dataset(str(path), split="train")
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:
         raise FeedbackError(f"{name}: not readable as a dataset ({said_by(error)}).") from error
@@ -73,17 +68,36 @@ def _load_folder(path: Path) -> Any:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The files of one kind that make up the folder, at most one folder down, sorted.
+    """The files of the split `train` in a folder of data files, in the order in which they are read.
+
+    The datasets library says which these are (by their names, or by the folder's README). It is not asked to read them:
+    it keeps what it read under the files' time stamps, and would give the old rows of a file that changed under a
+    stamp that was preserved (rsync -t, cp -p, tar).
 
     Raises:
         FeedbackError: none, several kinds (of which datasets would quietly read one), or a cache of ours.
     """
     name = printable(dataset_name(path, "folder"), 200)
+    _check_kinds(path, name)
+    import datasets
+
+    try:
+        found = datasets.load_dataset_builder(str(path)).config.data_files
+    except Exception as error:
+        raise FeedbackError(f"{name}: not readable as a dataset ({said_by(error)}).") from error
+    if "train" not in found:
+        raise FeedbackError(
+            f"{name}: no split 'train'; found {quoted(list(map(str, found)))}. Pass one file, or the folder of the split"
+            " you want."
+        )
+    return [Path(file) for file in found["train"] if Path(file).name not in _DATASET_NOTES]
+
+
+def _check_kinds(path: Path, name: str) -> None:
     if (path / "manifest.json").is_file():
         raise FeedbackError(f"{name}: this is a reference cache (manifest.json). Pass the feedback it came from.")
     with readable(name):
-        found = [file for pattern in ("*", "*/*") for file in path.glob(pattern)]
-    files = [file for file in sorted(found) if _is_data(file, path)]
+        files = [file for file in path.rglob("*") if _is_data(file, path)]
     kinds = sorted({_suffix(file).replace("jsonl", "json") for file in files})
     if len(kinds) == 0:
         raise FeedbackError(
@@ -92,7 +106,6 @@ def data_files(path: Path) -> list[Path]:
         )
     if len(kinds) > 1:
         raise FeedbackError(f"{name}: holds files of several kinds, {', '.join(kinds)}. Pass one file, or one kind.")
-    return files
 
 
 def _is_data(file: Path, folder: Path) -> bool:

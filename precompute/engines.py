@@ -21,6 +21,7 @@ from precompute.comparison import ComparedScorer
 from precompute.config import PrecomputeConfig
 from precompute.ranks import rank, world_size
 from precompute.reference import Reference
+from precompute.remote import scores_of
 from precompute.transformers_scorer import TransformersScorer
 
 # The oldest vLLM that this was run with.
@@ -153,7 +154,7 @@ def vllm_engine(reference: Reference, sample: Sequence[TokenIds], merged: Path) 
     settings = {"engine": "transformers", "options": plain, "save_to": save_to}
     # Transformers first, and gone before vLLM starts: each of them may need all of the memory.
     with engine_process(settings, name="Transformers, which scores a sample for vLLM,") as transformers:
-        expected = transformers.score(sample, on_tokens=lambda tokens: None)
+        expected = scores_of(transformers, sample)
     options: dict[str, Any] = {
         "model": save_to or str(reference.folder),
         "dtype": reference.precision.name,

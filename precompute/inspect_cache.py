@@ -13,7 +13,7 @@ from kto_core.errors import printable
 from kto_core.manifest import Manifest, check_places, read_manifest
 from kto_core.options import Location
 from kto_core.progress import Progress
-from kto_core.shards import Rows, check_table, open_shard, read_groups
+from kto_core.shards import Rows, check_packing, check_table, open_shard, read_groups
 from kto_core.storage import local_copy, speaking_of
 from kto_core.verification import verify_cache
 
@@ -106,7 +106,9 @@ def head(location: Location, *, rows: int, model: str | None) -> None:
 def _rows(folder: Path, manifest: Manifest) -> Iterator[dict[str, Any]]:
     for shard in manifest.shards:
         path = folder / shard["file"]
-        for table in read_groups(path, open_shard(path)):
+        file = open_shard(path)
+        check_packing(path, file)
+        for table in read_groups(path, file):
             check_table(table, str(path), vocabulary=manifest.vocabulary, partners=manifest.partners)
             yield from Rows(table)
 

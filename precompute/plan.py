@@ -7,22 +7,23 @@ for one prompt and whole for another.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from kto_core.errors import FeedbackError, PairingError
-from kto_core.feedback import FeedbackFields, FeedbackRow, parse_record, rare_class, resolve_threshold
+from kto_core.errors import ConfigError, FeedbackError, PairingError
+from kto_core.feedback import COLUMNS, FeedbackFields, FeedbackRow, parse_record, rare_class, resolve_threshold
 from kto_core.identity import ids_id, json_hash, sequence_id
 from kto_core.manifest import PROMPT_TOO_LONG
 from kto_core.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
 from kto_core.tokenization import tokenize_rows
 from precompute.config import PrecomputeConfig
 from precompute.sources import SourceFile, describe_source, read_records
+from precompute.text_files import Located
 
 # Rows tokenized in one call of the tokenizer.
 _TOKENIZE_ROWS = 1024
+_TOKENIZE_CHARACTERS = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ def read_rows(config: PrecomputeConfig, tokenizer: Any) -> tuple[list[PlannedRow
     dropped: Counter[str] = Counter()
     read = 0
     parsed = _parsed(config, bool(getattr(tokenizer, "chat_template", None)))
-    while chunk := list(islice(parsed, _TOKENIZE_ROWS)):
+    for chunk in _chunks(parsed):
         for row, tokens in zip(chunk, tokenize_rows(chunk, tokenizer), strict=True):
             room = config.max_length - len(tokens.prompt_ids)
             if room < 1:
@@ -154,14 +155,36 @@ def read_rows(config: PrecomputeConfig, tokenizer: Any) -> tuple[list[PlannedRow
 def _parsed(config: PrecomputeConfig, chat_template: bool) -> Iterator[FeedbackRow]:
     threshold = None
     if config.rating_threshold is not None:
-        threshold = resolve_threshold(
-            config.rating_threshold,
-            read_records(config.data, limit=config.limit),
-            fields=_fields(config, chat_template, None),
-        )
+        try:
+            threshold = resolve_threshold(
+                config.rating_threshold,
+                _records(config),
+                fields=_fields(config, chat_template, None),
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{config.data}: {error}") from error
     fields = _fields(config, chat_template, threshold)
-    for where, record in read_records(config.data, limit=config.limit):
+    for where, record in _records(config):
         yield from parse_record(record, where, fields)
+
+
+def _records(config: PrecomputeConfig) -> Iterator[Located]:
+    named = (config.prompt_field, config.completion_field, config.label_field)
+    return read_records(config.data, limit=config.limit, columns={*COLUMNS, *(name for name in named if name)})
+
+
+def _chunks(rows: Iterator[FeedbackRow]) -> Iterator[list[FeedbackRow]]:
+    """Rows for one call of the tokenizer: not too many, and not too much text at once."""
+    chunk: list[FeedbackRow] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += row.characters
+        if len(chunk) == _TOKENIZE_ROWS or size > _TOKENIZE_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _fields(config: PrecomputeConfig, chat_template: bool, threshold: float | None) -> FeedbackFields:
@@ -203,9 +226,9 @@ def make_plan(config: PrecomputeConfig, tokenizer: Any) -> Plan:
         pairing = _pair(config, rows)
     except PairingError as error:
         if not dropped:
-            raise
+            raise PairingError(f"{config.data}: {error}") from error
         raise PairingError(
-            f"{error} (Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "
+            f"{config.data}: {error} (Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "
             f"--max-length {config.max_length}.)"
         ) from error
     return Plan(rows, pairing, config.max_length, read, dropped, files)

@@ -18,7 +18,8 @@ from kto_core.batching import deal
 from kto_core.errors import ModelError
 from kto_core.sequences import TokenIds
 from precompute.config import PrecomputeConfig
-from precompute.remote import RemoteScorer, Scorer, serve
+from precompute.parts import Pace
+from precompute.remote import OnScores, RemoteScorer, Scorer, serve
 
 # A rank may score for hours before it answers; one that dies is noticed at once, because its connection closes.
 _PATIENCE = datetime.timedelta(days=30)
@@ -105,33 +106,49 @@ class RankedScorer:
         self._own: Scorer | None = None
         self._others = [RemoteScorer(_RankChannel(i), f"process {i} of this launch") for i in range(1, world_size())]
 
-    def score(self, sequences: Sequence[TokenIds], *, on_tokens: Callable[[int], None]) -> list[np.ndarray]:
-        shares = _shares(sequences, world_size())
-        for other, share in zip(self._others, shares[1:], strict=True):
-            other.ask([sequences[i] for i in share])
+    def score(
+        self,
+        sequences: Sequence[TokenIds],
+        *,
+        known: frozenset[int] = frozenset(),
+        on_scores: OnScores,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        """As `precompute.remote.Scorer` says."""
+        shares = [_Share(part, sequences, known) for part in _shares(sequences, world_size())]
+        mine, *theirs = shares
+        for other, share in zip(self._others, theirs, strict=True):
+            other.ask(share.sequences, share.known)
+        pending = list(zip(self._others, theirs, strict=True))
+        pace = Pace()
+
+        def hear() -> None:
+            """Take one message from each of the others, which send one as often as this process asks for it."""
+            nonlocal pending
+            pending = [
+                (other, share)
+                for other, share in pending
+                if other.hear(on_scores=share.renumbering(on_scores), on_tokens=lambda tokens: None)
+            ]
+            pace.restart()
+
+        def keep(done: Sequence[int], scores: Sequence[np.ndarray]) -> None:
+            mine.renumbering(on_scores)(done, scores)
+            if pace.is_due():
+                hear()
+
         # The others send no progress; equal shares are done in about equal times.
-        own_tokens, total = (sum(map(_length, part)) for part in ([sequences[i] for i in shares[0]], sequences))
-        told = 0
-
-        def tell(tokens: int) -> None:
-            nonlocal told
-            told += tokens
-            on_tokens(tokens * total // own_tokens)
-
-        answers = [self._score_own([sequences[i] for i in shares[0]], tell)]
-        answers += [other.answer(on_tokens=lambda tokens: None) for other in self._others]
-        results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(sequences)
-        for share, answer in zip(shares, answers, strict=True):
-            for i, one in zip(share, answer, strict=True):
-                results[i] = one
-        return results
-
-    def _score_own(self, sequences: list[TokenIds], on_tokens: Callable[[int], None]) -> list[np.ndarray]:
-        if not sequences:
-            return []
-        if self._own is None:
-            self._own = self._load(sequences)
-        return self._own.score(sequences, on_tokens=on_tokens)
+        total = sum(share.tokens for share in shares)
+        if len(mine.known) < len(mine.sequences):
+            self._own = self._own or self._load(mine.sequences)
+            self._own.score(
+                mine.sequences,
+                known=mine.known,
+                on_scores=keep,
+                on_tokens=lambda tokens: on_tokens(tokens * total // mine.tokens),
+            )
+        while pending:
+            hear()
 
     def dismiss(self) -> None:
         for other in self._others:
@@ -156,5 +173,24 @@ def _shares(sequences: Sequence[TokenIds], ranks: int) -> list[list[int]]:
     return [[i for number in share for i in of_prompt[number]] for share in deal(costs, ranks)]
 
 
-def _length(sequence: TokenIds) -> int:
-    return len(sequence[0]) + len(sequence[1])
+class _Share:
+    """What one rank scores.
+
+    Args:
+        places: positions in all sequences.
+        known: positions, in all sequences, that are scored already.
+
+    Attributes:
+        known: of those, the positions in this share.
+        tokens: how many there are to score.
+    """
+
+    def __init__(self, places: list[int], sequences: Sequence[TokenIds], known: frozenset[int]) -> None:
+        self._places = places
+        self.sequences = [sequences[i] for i in places]
+        self.known = frozenset(j for j, i in enumerate(places) if i in known)
+        self.tokens = sum(len(sequences[i][0]) + len(sequences[i][1]) for i in places if i not in known)
+
+    def renumbering(self, on_scores: OnScores) -> OnScores:
+        """A receiver of scores of this share, which passes them on under their positions in all sequences."""
+        return lambda done, scores: on_scores([self._places[j] for j in done], scores)

@@ -3,26 +3,54 @@
 Any channel that carries whole messages will do: pipes to a child, or the process group of a launch. The other side
 says what it has to say in one-letter messages; an empty one means that there is no more to do.
 
-    s  scores        t  tokens done        e  an error that the user can mend
+    p  some of the scores        s  the last of them        t  tokens done        e  an error that the user can mend
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from kto_core.errors import KTOError, ModelError
 from kto_core.sequences import TokenIds
+from precompute.parts import Pace
 
-_SCORES, _TOKENS, _ERROR = b"s", b"t", b"e"
+_SOME, _LAST, _TOKENS, _ERROR = b"p", b"s", b"t", b"e"
 _NO_MORE = b""
+
+OnScores = Callable[[Sequence[int], Sequence[np.ndarray]], None]
 
 
 class Scorer(Protocol):
     """An engine that scores."""
 
-    def score(self, sequences: Sequence[TokenIds], *, on_tokens: Callable[[int], None]) -> list[np.ndarray]:
-        """float32 nats for each completion token, in the order of `sequences`; `on_tokens` gets the tokens done."""
+    def score(
+        self,
+        sequences: Sequence[TokenIds],
+        *,
+        known: frozenset[int] = frozenset(),
+        on_scores: OnScores,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        """Score sequences.
+
+        Args:
+            sequences: (prompt ids, completion ids), neither empty.
+            known: positions that need no score; what is left runs in the company that it would have had with them.
+            on_scores: called with positions in `sequences`, and float32 nats for each completion token of these.
+            on_tokens: called with the tokens done since the last call.
+        """
+
+
+def scores_of(
+    scorer: Scorer, sequences: Sequence[TokenIds], on_tokens: Callable[[int], None] = lambda tokens: None
+) -> list[np.ndarray]:
+    """The scores of all sequences, in their order."""
+    found: dict[int, np.ndarray] = {}
+    scorer.score(
+        sequences, on_scores=lambda done, scores: found.update(zip(done, scores, strict=True)), on_tokens=on_tokens
+    )
+    return [found[i] for i in range(len(sequences))]
 
 
 class Channel(Protocol):
@@ -57,12 +85,16 @@ class RemoteScorer:
     def __init__(self, channel: Channel, name: str) -> None:
         self.channel, self.name = channel, name
 
-    def ask(self, sequences: Sequence[TokenIds]) -> None:
-        """Hand over what is to be scored; `answer` must follow."""
-        self._guarded(lambda: self.channel.send(encode([ids.astype(np.int32) for s in sequences for ids in s])))
+    def ask(self, sequences: Sequence[TokenIds], known: Iterable[int] = ()) -> None:
+        """Hand over what is to be scored; `hear`, until nothing more comes, must follow."""
+        arrays = [np.array(sorted(known), dtype=np.int32), *(ids.astype(np.int32) for s in sequences for ids in s)]
+        self._guarded(lambda: self.channel.send(encode(arrays)))
 
-    def answer(self, *, on_tokens: Callable[[int], None]) -> list[np.ndarray]:
-        """Wait for the scores.
+    def hear(self, *, on_scores: OnScores, on_tokens: Callable[[int], None]) -> bool:
+        """Wait for the next scores.
+
+        Returns:
+            whether more will come.
 
         Raises:
             ModelError: the other process could not score, or is gone.
@@ -75,11 +107,22 @@ class RemoteScorer:
             elif kind == _ERROR:
                 raise ModelError(content.decode("utf-8"))
             else:
-                return decode(content, np.float32)
+                done, *scores = decode(content, np.int32)
+                on_scores(done.tolist(), [one.view(np.float32) for one in scores])
+                return bool(kind == _SOME)
 
-    def score(self, sequences: Sequence[TokenIds], *, on_tokens: Callable[[int], None]) -> list[np.ndarray]:
-        self.ask(sequences)
-        return self.answer(on_tokens=on_tokens)
+    def score(
+        self,
+        sequences: Sequence[TokenIds],
+        *,
+        known: frozenset[int] = frozenset(),
+        on_scores: OnScores,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        """As `Scorer` says."""
+        self.ask(sequences, known)
+        while self.hear(on_scores=on_scores, on_tokens=on_tokens):
+            pass
 
     def dismiss(self) -> None:
         """There is no more to do."""
@@ -90,7 +133,7 @@ class RemoteScorer:
             return act()
         except (ConnectionError, EOFError) as error:
             raise ModelError(
-                f"{self.name} ended unexpectedly. Finished shards are kept: the same command goes on."
+                f"{self.name} ended unexpectedly. What is scored is kept: the same command goes on."
             ) from error
 
 
@@ -108,13 +151,34 @@ def serve(channel: Channel, load: Callable[[Sequence[TokenIds]], Scorer], *, tel
 
     scorer: Scorer | None = None
     while request := channel.receive():
-        arrays = decode(request, np.int32)
+        known, *arrays = decode(request, np.int32)
         sequences = list(zip(arrays[::2], arrays[1::2], strict=True))
+        answer = _Answer(channel)
         try:
-            if sequences and scorer is None:
-                scorer = load(sequences)
-            scores = scorer.score(sequences, on_tokens=tell) if scorer and sequences else []
+            if len(known) < len(sequences):
+                scorer = scorer or load(sequences)
+                scorer.score(sequences, known=frozenset(known.tolist()), on_scores=answer.add, on_tokens=tell)
         except KTOError as error:
             channel.send(_ERROR + str(error).encode("utf-8"))
             continue
-        channel.send(_SCORES + encode(scores))
+        answer.send(_LAST)
+
+
+class _Answer:
+    """Scores on their way to the process that asked, a message every so often."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._pace = channel, Pace()
+        self._done: list[int] = []
+        self._scores: list[np.ndarray] = []
+
+    def add(self, done: Sequence[int], scores: Sequence[np.ndarray]) -> None:
+        self._done += done
+        self._scores += scores
+        if self._pace.is_due():
+            self.send(_SOME)
+            self._pace.restart()
+
+    def send(self, kind: bytes) -> None:
+        self._channel.send(kind + encode([np.array(self._done, dtype=np.int32), *self._scores]))
+        self._done, self._scores = [], []

@@ -4,26 +4,28 @@ import contextlib
 import shlex
 import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from kto_core.errors import ModelError, printable
+from kto_core.errors import CacheError, ModelError, printable
 from kto_core.identity import json_hash, sequence_id
 from kto_core.manifest import fingerprint, identity_of
 from kto_core.models import longest_alike
 from kto_core.progress import Progress
 from kto_core.sequences import TokenIds
-from precompute.comparison import choose_sample
+from precompute.comparison import DisagreementError, choose_sample
 from precompute.config import PrecomputeConfig
 from precompute.engines import Backend, choose_backend, load_transformers, vllm_engine
+from precompute.parts import Pace, ShardScores
 from precompute.plan import Plan, PlanCounts, describe, make_plan, shard_rows
 from precompute.ranks import RankedScorer, joined, on_own_device, rank, work, world_size
 from precompute.reference import Reference
 from precompute.remote import Scorer
-from precompute.store import Store, check_out, opened_out
+from precompute.store import KnownScores, Store, check_out, opened_out
 
 # The model with its adapter merged, for an engine that reads it from disk; gone when the run ends.
 _MERGED = ".merged"
@@ -101,7 +103,7 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark
     ):
         print(f"complete    {config.out} holds these scores already; nothing to do")
         return
-    scoring.run()
+    scoring.run(counts.sequences)
     data = {**_data(scoring.plan, counts), "labels_hash": labels_hash}
     sections = {**sections, "scorer": {**sections["scorer"], **scoring.found}}
     run = scoring.summary(counts.sequences)
@@ -171,8 +173,14 @@ class Scoring:
         self.scored = self.tokens = 0
         self.seconds = 0.0
         self.found: dict[str, Any] = {}
+        self.underway: ShardScores | None = None
 
-    def run(self) -> None:
+    def run(self, sequences: int) -> None:
+        """Score and write what is missing.
+
+        Args:
+            sequences: how many the whole plan has, for messages.
+        """
         keys = [self._key(rows) for rows in self.shards]
         missing = [i for i, key in enumerate(keys) if not self.store.has(i, key, len(self.shards[i]))]
         if len(missing) < len(keys):
@@ -184,18 +192,69 @@ class Scoring:
             mine = self._sequences(self.shards[i])
             uses.update(mine.keys())
             wanted.update(mine)
-        known = self.store.known_scores(set(wanted))
-        if known:
-            print(f"known       {len(known):,} of {len(wanted):,} sequences were scored before", flush=True)
-        unknown = [sequence for key, sequence in wanted.items() if key not in known]
-        total = sum(len(prompt) + len(completion) for prompt, completion in unknown)
-        with self._engine(unknown) as scorer, Progress("scoring", total, "tokens") as progress:
+        found = self.store.known_scores(set(wanted), {keys[i] for i in missing})
+        known, there = found.scores, found.ids
+        if there:
+            print(f"known       {len(there):,} of {len(wanted):,} sequences were scored before", flush=True)
+        unknown = {one: sequence for one, sequence in wanted.items() if one not in there}
+        total = sum(len(prompt) + len(completion) for prompt, completion in unknown.values())
+        left, pace = list(missing), Pace()
+        with (
+            self._saying_what_is_kept(left, found, unknown, sequences),
+            self._engine(list(unknown.values())) as scorer,
+            Progress("scoring", total, "tokens") as progress,
+        ):
             self.reference.check_unchanged()
             for i in missing:
-                scores = self._score(self.shards[i], known, scorer, progress)
+                to_score = {one: s for one, s in self._sequences(self.shards[i]).items() if one not in known}
+                write = partial(self.store.write_part, keys[i])
+                self.underway = ShardScores(to_score, found.parts[keys[i]], write, pace)
+                self._score(to_score, scorer, progress)
+                fresh = self.underway.scores
+                self.store.write(i, keys[i], [self._row(j, ChainMap(fresh, known)) for j in self.shards[i]])
                 # A sequence that another shard needs too is scored once.
-                known.update({key: one for key, one in scores.items() if uses[key] > 1})
-                self.store.write(i, keys[i], [self._row(j, scores) for j in self.shards[i]])
+                known.update({one: score for one, score in fresh.items() if uses[one] > 1})
+                left.remove(i)
+                for one in to_score:
+                    unknown.pop(one, None)
+                pace.restart()
+
+    @contextlib.contextmanager
+    def _saying_what_is_kept(
+        self, left: Sequence[int], known: KnownScores, unknown: Collection[str], sequences: int
+    ) -> Iterator[None]:
+        """Whatever ends the scoring early, write down what is scored, and say how much that is.
+
+        Args:
+            left: shards that are not written; the first of them is under way.
+            known: scores that need no forward pass.
+            unknown: ids of the sequences that do.
+            sequences: how many the whole plan has.
+        """
+        try:
+            yield
+        except BaseException as error:  # what the user can mend, what she cannot, Ctrl-C, a scheduler's signal
+            kept = self._keep(error, left[0]) if self.underway is not None and left else set()
+            there = known.ids | kept
+            rows = sum(map(len, self.shards)) - sum(len(self.shards[i]) for i in left)
+            rows += sum(there.issuperset(self._sequences(range(j, j + 1))) for i in left[:1] for j in self.shards[i])
+            scores = sequences - sum(one not in kept for one in unknown)
+            if scores:
+                print(
+                    f"kept        {rows:,} of {len(self.plan.rows):,} rows ({scores:,} of {sequences:,} scores)",
+                    flush=True,
+                )
+            raise
+
+    def _keep(self, error: BaseException, index: int) -> set[str]:
+        """The scores of the shard under way that are on the disk when the run ends."""
+        assert self.underway is not None
+        if isinstance(error, DisagreementError):
+            self.store.drop_parts(self._key(self.shards[index]))
+            return set()
+        with contextlib.suppress(CacheError):  # a full disk may be what ends the run; that is said
+            self.underway.flush()
+        return self.underway.kept
 
     @contextlib.contextmanager
     def _engine(self, sequences: Sequence[TokenIds]) -> Iterator[Scorer | None]:
@@ -228,20 +287,18 @@ class Scoring:
         """The distinct sequences of some rows, by id."""
         return {sequence_id(*s): s for i in rows for s in self.plan.sequences(i)}
 
-    def _score(
-        self, rows: range, known: Mapping[str, np.ndarray], scorer: Scorer | None, progress: Progress
-    ) -> dict[str, np.ndarray]:
-        wanted = self._sequences(rows)
-        scores = {key: known[key] for key in wanted if key in known}
-        missing = {key: s for key, s in wanted.items() if key not in scores}
-        if missing and scorer is not None:
-            started = time.monotonic()
-            fresh = scorer.score(list(missing.values()), on_tokens=progress.add)
-            self.seconds += time.monotonic() - started
-            self.scored += len(missing)
-            self.tokens += sum(len(prompt) + len(completion) for prompt, completion in missing.values())
-            scores.update(zip(missing, fresh, strict=True))
-        return scores
+    def _score(self, sequences: Mapping[str, TokenIds], scorer: Scorer | None, progress: Progress) -> None:
+        """Score what the shard under way lacks."""
+        assert self.underway is not None
+        before = self.underway.known
+        if scorer is None or len(before) == len(sequences):
+            return
+        started = time.monotonic()
+        scorer.score(list(sequences.values()), known=before, on_scores=self.underway.add, on_tokens=progress.add)
+        self.seconds += time.monotonic() - started
+        fresh = [sequence for i, sequence in enumerate(sequences.values()) if i not in before]
+        self.scored += len(fresh)
+        self.tokens += sum(len(prompt) + len(completion) for prompt, completion in fresh)
 
     def _row(self, index: int, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """One row of the cache, with the columns of `kto_core.shards.SCHEMA`."""

@@ -1,24 +1,27 @@
 """`--data` -> an iterator of (where, record).
 
     feedback.jsonl, .ndjson     one object on each line                      feedback.jsonl:17
-    feedback.json               an array of objects, or one object a line    feedback.json:17
+    feedback.json               an array of objects                          feedback.json:17
     feedback.csv, .tsv          a header, then one record each               feedback.csv:17
     feedback.parquet                                                         feedback.parquet: row 17
-    a folder                    a saved dataset, or one of data files        folder: row 17
+    a folder of these           its split `train`                            sub/feedback.jsonl:17
+    a folder of save_to_disk    its split `train`                            folder: row 17
     owner/name                  a dataset of the hub, its split `train`      owner/name: row 17
 
-All files but Parquet may end in .gz as well. Lines and rows count from 1; a record of several lines has the
-number of its first. Text is UTF-8, with or without a byte order mark. Files are read as they are asked for, a
-line or a batch of rows at a time, except .json, which is decoded item by item but held whole.
+The three names of JSON are exchangeable, and objects may take several
+lines. All files but Parquet may end in .gz as well. Lines and rows count from 1; a record of several lines has the
+number of its first. Text is UTF-8, with or without a byte order mark. Files are read as they are asked for, an item, a
+line or a batch of rows at a time. A record may have 64 MiB: a few packed bytes may stand for more than there is memory.
 """
 
 import gzip
 import hashlib
 import itertools
 import json
+import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +31,7 @@ from kto_core.errors import FeedbackError, printable
 from precompute.dataset_records import data_files, dataset_name, is_saved, read_dataset, suggest
 from precompute.json_records import read_json, read_jsonl
 from precompute.table_records import read_csv, read_parquet
-from precompute.text_files import Located, readable
+from precompute.text_files import COPY_AGAIN, LARGEST_RECORD, MOST_PACKED, Located, readable
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -42,8 +45,10 @@ class SourceFile:
     bytes: int
 
 
-def read_records(data: str, *, limit: int | None = None) -> Iterator[Located]:
+def read_records(data: str, *, limit: int | None = None, columns: Collection[str] | None = None) -> Iterator[Located]:
     """(where, record) for each record of `data`, or for its first `limit`, in the order they are stored in.
+
+    `columns` names those that are of use. Of Parquet no other is read; there its value is `NOT_READ`.
 
     A record is a dict as it stands there. A column without a value holds None; in Parquet and datasets, which
     give every nested object the keys of all others, nested keys without a value are left out.
@@ -55,7 +60,9 @@ def read_records(data: str, *, limit: int | None = None) -> Iterator[Located]:
     path, kind = _look(data)
     if kind == "file":
         _check_suffix(path.name)
-        name, records = path.name, _read_file(path)
+        name, records = path.name, _read_file(path, path.name, columns)
+    elif kind == "folder" and not is_saved(path):
+        name, records = dataset_name(path, kind), _read_files(path, columns)
     else:
         name, records = dataset_name(path, kind), read_dataset(path, kind)
     return itertools.islice(_not_empty(records, name), limit)
@@ -64,7 +71,7 @@ def read_records(data: str, *, limit: int | None = None) -> Iterator[Located]:
 def describe_source(data: str) -> list[SourceFile]:
     """Name, hash and size of what stands behind `data`, in the order of the paths.
 
-    A file is one entry; a folder of data files has one for each of them, whichever split it belongs to. A
+    A file is one entry; a folder of data files has one for each of those that are read. A
     dataset of the hub or from save_to_disk is one entry, and hash and size are those of its rows as canonical
     JSON, one on each line: the files that hold them differ with the version of the library that wrote them.
 
@@ -76,7 +83,7 @@ def describe_source(data: str) -> list[SourceFile]:
         _check_suffix(path.name)
         return [_hash_file(path)]
     if kind == "folder" and not is_saved(path):
-        return [_hash_file(file) for file in data_files(path)]
+        return [_hash_file(file) for file in sorted(data_files(path))]
     digest = hashlib.sha256()
     size = 0
     for _, row in read_dataset(path, kind):
@@ -135,13 +142,22 @@ def _not_empty(records: Iterator[Located], name: str) -> Iterator[Located]:
         raise FeedbackError(f"{name}: empty, or without any record. Check that this is the right source.")
 
 
-def _read_file(path: Path) -> Iterator[Located]:
+def _read_files(folder: Path, columns: Collection[str] | None) -> Iterator[Located]:
+    for file in data_files(folder):
+        yield from _read_file(file, os.path.relpath(file, folder.resolve()), columns)
+
+
+def _read_file(path: Path, name: str, columns: Collection[str] | None) -> Iterator[Located]:
     suffix = format_of(path.name)
     if suffix is None or suffix == ".parquet":
-        yield from read_parquet(path)
+        yield from read_parquet(path, name, columns)
         return
-    with readable(path.name), _open(path) as handle:
-        yield from _TEXT_FORMATS[suffix](handle, path.name)
+    most = LARGEST_RECORD + MOST_PACKED * path.stat().st_size
+    with readable(name), _open(path) as handle:
+        for item in _TEXT_FORMATS[suffix](handle, name):
+            if handle.tell() > most:
+                raise FeedbackError(f"{name}: unpacks to more than {MOST_PACKED} times its size. {COPY_AGAIN}")
+            yield item
 
 
 def _open(path: Path) -> IO[bytes]:

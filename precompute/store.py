@@ -4,14 +4,15 @@ refs/manifest.json          last of all; without it there is no cache
 refs/train/00000.parquet    complete shards; an interrupted run goes on at the first missing one
 refs/.next/train/...        new shards while a finished cache is updated; the old one stays valid meanwhile
 refs/.kept/train/...        shards of an unfinished run with other rows in them, for their scores
+refs/.parts/train/...       scores of the shard that is under way (`precompute.parts`)
 """
 
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 
 from kto_core.durable import flush, remove_temporary, replacing, written_to
 from kto_core.errors import CacheError, NewerFormatError
-from kto_core.identity import file_hash, sequence_id
+from kto_core.identity import file_hash, json_hash, sequence_id
 from kto_core.lock import only_writer
 from kto_core.manifest import (
     FORMAT,
@@ -30,12 +31,13 @@ from kto_core.manifest import (
     write_manifest,
 )
 from kto_core.options import Location, is_url
-from kto_core.shards import Rows, check_table, open_shard, read_metadata, shard_name, write_shard
+from kto_core.shards import Rows, check_packing, check_table, open_shard, read_metadata, shard_name, write_shard
 from kto_core.storage import check_remote, working_folder
 from kto_core.verification import verify_cache
 
 _NEXT = ".next"
 _KEPT = ".kept"
+_PARTS = ".parts"
 
 
 def check_out(location: Location) -> None:
@@ -160,7 +162,7 @@ class Store:
         elif old is not None:
             self._refuse_other(old.identity, old.pairing)
         else:
-            for path in _shards(self.out):
+            for path in (*_shards(self.out), *_shards(self.out / _PARTS)):
                 if metadata := read_metadata(path):  # a damaged shard says nothing; it is scored again
                     self._refuse_other(metadata.get("identity", {}))
         if old is not None and not self._drop_damaged(old):
@@ -215,8 +217,8 @@ class Store:
                     path.unlink()
 
     @property
-    def _folders(self) -> tuple[Path, Path]:
-        return self.out / _NEXT, self.out / _KEPT
+    def _folders(self) -> tuple[Path, ...]:
+        return self.out / _NEXT, self.out / _KEPT, self.out / _PARTS
 
     def _remove_folders(self) -> None:
         for folder in self._folders:
@@ -281,9 +283,10 @@ class Store:
         if path.is_symlink():
             return False
         try:
+            check_packing(path, open_shard(path))
             table = pq.read_table(path, page_checksum_verification=True)
             check_table(table, path.name, vocabulary=self.vocabulary, partners=partners)
-        except (CacheError, OSError, pa.ArrowException):
+        except (CacheError, OSError, MemoryError, pa.ArrowException):
             return False
         return rows is None or table.num_rows == rows
 
@@ -296,21 +299,46 @@ class Store:
                 kept.mkdir(parents=True, exist_ok=True)
                 path.replace(kept / f"{file_hash(path)[:32]}.parquet")
 
-    def known_scores(self, wanted: set[str]) -> dict[str, np.ndarray]:
-        """Per-token scores that are on disk already, by sequence id."""
-        known: dict[str, np.ndarray] = {}
+    def known_scores(self, wanted: set[str], keys: Collection[str]) -> "KnownScores":
+        """Per-token scores that are on disk already.
+
+        Args:
+            wanted: ids of sequences.
+            keys: of the shards that are about to be scored; parts of these are told apart.
+        """
+        known = KnownScores({}, {key: {} for key in keys})
         for folder in (self.out, *self._folders):
             for path in _shards(folder):
-                ours = (read_metadata(path) or {}).get("identity") == self.identity
-                if ours and len(known) < len(wanted) and self._is_whole(path):
-                    known.update(_scores_in(path, wanted))
+                metadata = read_metadata(path) or {}
+                into = known.parts.get(str(metadata.get("part_of")), known.scores)
+                ours = metadata.get("identity") == self.identity
+                if ours and len(into) < len(wanted) and self._is_whole(path):
+                    into.update(_scores_in(path, wanted))
         return known
 
     def write(self, index: int, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write one shard. Raises: CacheError: the disk does not take it."""
+        """Write one shard, and drop its parts. Raises: CacheError: the disk does not take it."""
         metadata = {"format": FORMAT, "key": key, "identity": self.identity}
         write_shard(self.target / shard_name(index), rows, metadata)
+        self.drop_parts(key)
         self._on_change()
+
+    def write_part(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write some of the scores of a shard. Raises: CacheError: the disk does not take it."""
+        metadata = {"format": FORMAT, "part_of": key, "identity": self.identity}
+        folder = self.out / _PARTS / "train"
+        with _made(folder.parent), _made(folder):
+            content = json_hash([row["row_id"] for row in rows])
+            write_shard(folder / _part_name(key, content[:32]), rows, metadata)
+        self._on_change()
+
+    def drop_parts(self, key: str) -> None:
+        """Remove the parts of a shard."""
+        for path in (self.out / _PARTS / "train").glob(_part_name(key, "*")):
+            path.unlink()
+        for folder in (self.out / _PARTS / "train", self.out / _PARTS):
+            with contextlib.suppress(OSError):  # not there, or not empty
+                folder.rmdir()
 
     def publish(self, count: int, sections: Mapping[str, Any], mark: str) -> None:
         """Declare shards 0 to `count` - 1 the cache."""
@@ -332,6 +360,26 @@ class Store:
         path = self.out / name
         rows = open_shard(path).metadata.num_rows
         return {"file": name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_hash(path)}
+
+
+class KnownScores(NamedTuple):
+    """Per-token scores by sequence id.
+
+    Attributes:
+        scores: of finished shards, of other data, and of whatever else is there.
+        parts: by the key of a shard that was stopped half-way, those of its own sequences.
+    """
+
+    scores: dict[str, np.ndarray]
+    parts: dict[str, dict[str, np.ndarray]]
+
+    @property
+    def ids(self) -> set[str]:
+        return {*self.scores, *(one for part in self.parts.values() for one in part)}
+
+
+def _part_name(key: str, content: str) -> str:
+    return f"{key[:32]}-{content}.parquet"
 
 
 def _is_same(old: Manifest, mark: str, labels_hash: str, rows_per_shard: int) -> bool:

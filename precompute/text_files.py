@@ -1,5 +1,6 @@
 """Bytes of a feedback file to lines of text, and what the system says of a file in words a user can act on."""
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -10,9 +11,15 @@ from kto_core.errors import FeedbackError, said_by
 
 Record = dict[str, Any]
 Located = tuple[str, Record]
-# A few packed bytes may stand for a line that fills the memory.
-_LONGEST_LINE = 64 * 2**20
+# Bytes of one record. A few packed bytes may stand for one that fills the memory; a million tokens have some 5 MB.
+LARGEST_RECORD = 64 * 2**20
+# How many times its size a file may unpack to: beyond that it says the same again and again.
+MOST_PACKED = 500
+# Blank lines one after another, as a packed file may hold thousands of millions of them.
+_MOST_BLANK_LINES = 10**6
+_PIECE = 2**20
 COPY_AGAIN = "Copy or download it again."
+TOO_LARGE = f"A record may have {LARGEST_RECORD // 2**20} MiB: remove what is larger, or store it in another column."
 
 
 @contextmanager
@@ -20,6 +27,8 @@ def readable(name: str) -> Iterator[None]:
     """Puts what the system says of a file into words that the user can act on."""
     try:
         yield
+    except MemoryError as error:
+        raise FeedbackError(f"{name}: needs more memory than there is ({said_by(error)}). {TOO_LARGE}") from error
     except PermissionError:
         raise FeedbackError(f"{name}: no permission to read it. Check its owner and mode (ls -l).") from None
     except EOFError:
@@ -48,11 +57,32 @@ def decode(raw: bytes, name: str, line: int) -> str:
 
 
 def lines_of(handle: IO[bytes], name: str) -> Iterator[str]:
-    number = 0
-    while raw := handle.readline(_LONGEST_LINE):
+    number = blank = 0
+    while raw := handle.readline(LARGEST_RECORD):
         number += 1
-        if len(raw) == _LONGEST_LINE:
+        blank = blank + 1 if raw.isspace() else 0
+        if blank > _MOST_BLANK_LINES:
+            raise FeedbackError(f"{name}:{number}: more than {_MOST_BLANK_LINES:,} blank lines. {COPY_AGAIN}")
+        if len(raw) == LARGEST_RECORD:
             raise FeedbackError(
-                f"{name}:{number}: a line of more than {_LONGEST_LINE // 2**20} MiB. This is no file of records, one a line."
+                f"{name}:{number}: a line of more than {LARGEST_RECORD // 2**20} MiB. This is no file of records, one a line."
             )
         yield decode(raw, name, number)
+
+
+def texts_of(handle: IO[bytes], name: str) -> Iterator[str]:
+    """The text of a file in pieces of about a mebibyte, each when it is asked for."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    line = 1
+    while True:
+        raw = handle.read(_PIECE)
+        try:
+            text = decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as error:
+            decode(error.object, name, line)  # raises the same, with its place
+            raise
+        line += text.count("\n")
+        if text:
+            yield text
+        if not raw:
+            return

@@ -11,6 +11,7 @@ from kto_core.logps import POSITIVE_ROUNDING, check_scoring
 from kto_core.models import Precision
 from kto_core.passes import Pass, ScoringPasses
 from kto_core.sequences import TokenIds
+from precompute.remote import OnScores
 
 _MAX_TOKENS = {"cuda": 32768}
 _MAX_TOKENS_CPU = 4096
@@ -54,33 +55,33 @@ class TransformersScorer:
         with torch.inference_mode(), self.precision.autocast(self.device):
             check_scoring(self.model, sample, tolerance=_SELF_CHECK[self.precision.dtype])
 
-    def score(self, sequences: Sequence[TokenIds], *, on_tokens: Callable[[int], None]) -> list[np.ndarray]:
-        """Score sequences; an out-of-memory error halves the budget and goes on.
-
-        Args:
-            sequences: (prompt ids, completion ids), neither empty.
-            on_tokens: called with the tokens of the sequences of each finished pass.
-
-        Returns:
-            float32 nats for each completion token, in the order of `sequences`.
+    def score(
+        self,
+        sequences: Sequence[TokenIds],
+        *,
+        known: frozenset[int] = frozenset(),
+        on_scores: OnScores,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        """As `precompute.remote.Scorer` says; an out-of-memory error halves the budget and goes on.
 
         Raises:
             ModelError: a score is missing, not finite or positive; a single sequence does not fit into memory.
         """
-        results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(sequences)
 
         def keep(done: Pass) -> None:
             ends = np.cumsum([len(sequences[i][1]) for i in done.indices])
             pieces = np.split(done.token_logps.float().cpu().numpy(), ends[:-1])
-            for i, piece in zip(done.indices, pieces, strict=True):
-                results[i] = checked(piece, sequences[i][1])
+            on_scores(
+                done.indices, [checked(piece, sequences[i][1]) for i, piece in zip(done.indices, pieces, strict=True)]
+            )
             on_tokens(sum(len(sequences[i][0]) + len(sequences[i][1]) for i in done.indices))
 
         with torch.inference_mode(), self.precision.autocast(self.device):
             # A pass is fetched when the next one is under way, so that a GPU does not wait for the host.
             last: Pass | None = None
             try:
-                for done in self._passes.run(sequences):
+                for done in self._passes.run(sequences, known=known):
                     if last is not None:
                         keep(last)
                     last = done
@@ -91,7 +92,6 @@ class TransformersScorer:
                 ) from error
             if last is not None:
                 keep(last)
-        return results
 
 
 def _length(sequence: TokenIds) -> int:

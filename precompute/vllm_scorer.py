@@ -7,7 +7,7 @@ generated for each request, and is thrown away.
 import io
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,13 @@ from tqdm import tqdm
 
 from kto_core.errors import ModelError, in_one_line
 from kto_core.sequences import TokenIds
+from precompute.remote import OnScores
 
 # Tokens in one step. Asking for log-probabilities of the prompt makes vLLM hold logits of all of them, several times.
 _MAX_TOKENS = 2048
 _MAX_SEQUENCES = 256
+# Steps between two answers. Each answer leaves half of a step empty on average.
+_STEPS = 32
 
 
 class VllmScorer:
@@ -51,7 +54,7 @@ class VllmScorer:
         trust_remote_code: bool,
     ) -> None:
         _set_environment(tensor_parallel, gpu)
-        tokens = max_tokens or _MAX_TOKENS
+        self._tokens = tokens = max_tokens or _MAX_TOKENS
         try:
             import vllm
 
@@ -81,24 +84,34 @@ class VllmScorer:
         config = self._llm.llm_engine.vllm_config
         self._given_ids = bool(getattr(config, "use_v2_model_runner", False)) and "prompt_logprob_start" in _fields()
 
-    def score(self, sequences: Sequence[TokenIds], *, on_tokens: Callable[[int], None]) -> list[np.ndarray]:
+    def score(
+        self,
+        sequences: Sequence[TokenIds],
+        *,
+        known: frozenset[int] = frozenset(),
+        on_scores: OnScores,
+        on_tokens: Callable[[int], None],
+    ) -> None:
         """As `precompute.remote.Scorer` says. Raises: ModelError: an answer is missing or belongs to other tokens."""
-        order = _neighbours(sequences)
-        requests = [{"prompt_token_ids": np.concatenate(sequences[i]).tolist()} for i in order]
-        wanted = [_parameters(*sequences[i], given_ids=self._given_ids) for i in order]
+        for part in _parts(_neighbours(sequences), sequences, self._tokens * _STEPS):
+            if not known.issuperset(part):
+                chosen = [sequences[i] for i in part]
+                on_scores(part, self._score(chosen, on_tokens))
+
+    def _score(self, sequences: Sequence[TokenIds], on_tokens: Callable[[int], None]) -> list[np.ndarray]:
+        requests = [{"prompt_token_ids": np.concatenate(sequence).tolist()} for sequence in sequences]
+        wanted = [_parameters(*sequence, given_ids=self._given_ids) for sequence in sequences]
         lengths = [len(request["prompt_token_ids"]) for request in requests]
         try:
             answers = self._llm.generate(requests, wanted, use_tqdm=_telling(lengths, on_tokens))
         except Exception as error:
             traceback.print_exc()
             raise ModelError(
-                f"vLLM stopped: {in_one_line(error).rstrip('.')}. Finished shards are kept; mend what it says, or use "
+                f"vLLM stopped: {in_one_line(error).rstrip('.')}. What is scored is kept; mend what it says, or use "
                 "--backend transformers in another --out."
             ) from error
-        results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(sequences)
-        for i, answer in zip(order, answers, strict=True):
-            results[i] = _scores(answer, *sequences[i], given_ids=self._given_ids)
-        return results
+        pairs = zip(answers, sequences, strict=True)
+        return [_scores(answer, *sequence, given_ids=self._given_ids) for answer, sequence in pairs]
 
 
 def _set_environment(tensor_parallel: int, gpu: int | None) -> None:
@@ -132,6 +145,20 @@ def _neighbours(sequences: Sequence[TokenIds]) -> list[int]:
         longest[key] = max(longest.get(key, 0), len(prompt) + len(completion))
     keys = [prompt.tobytes() for prompt, _ in sequences]
     return sorted(range(len(sequences)), key=lambda i: (-longest[keys[i]], keys[i]))
+
+
+def _parts(order: Sequence[int], sequences: Sequence[TokenIds], tokens: int) -> Iterator[list[int]]:
+    """`order` in parts of at least so many tokens, but for the last."""
+    part: list[int] = []
+    left = tokens
+    for i in order:
+        part.append(i)
+        left -= sum(map(len, sequences[i]))
+        if left <= 0:
+            yield part
+            part, left = [], tokens
+    if part:
+        yield part
 
 
 def _parameters(prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) -> Any:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import kto_core.storage
+import precompute.parts as precompute_parts
 from kto_core.options import to_location
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
@@ -33,7 +34,9 @@ def main(orders: dict[str, Any]) -> dict[str, Any]:
         orders: `stage`, `options`, and either `kills`, `seed` and `after` (seconds, from and to), or `begin_with`: a
             folder to start from, in a copy of its own for each change to the disk; a run is killed before that
             change, and repeated. `every`: of so many changes only the first. `stale_after`: seconds, of a remote lock.
+            `seconds_between_parts`: how often the scores of an unfinished shard are written down.
     """
+    precompute_parts.SECONDS_BETWEEN_PARTS = orders.get("seconds_between_parts", 60.0)
     if "stale_after" in orders:
         kto_core.storage.STALE_SECONDS = orders["stale_after"]
         kto_core.storage.REFRESH_SECONDS = orders["stale_after"] / 3

@@ -1,10 +1,14 @@
 """README, --help, configs/*.yaml and the dataclasses say the same."""
 
 import dataclasses
+import importlib
+import importlib.util
 import re
 from pathlib import Path
 
 import click
+import datasets
+import pyarrow.parquet as pq
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from click.testing import CliRunner
@@ -97,3 +101,21 @@ def test_readme_flags_exist() -> None:
     own = re.sub(r"```.*?```", "", README, flags=re.S)
     for name in set(re.findall(r"`(--[a-z][a-z-]+)", own)):
         assert name in known, name
+
+
+def test_every_way_to_read_a_cache_that_the_readme_names(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the lines stand there; DuckDB and polars where they are installed."""
+    monkeypatch.chdir(cache.parent)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    expected = pq.read_table(next((cache / "train").iterdir())).column("row_id").to_pylist()
+    lines = re.findall(r"^\w+\.\w+\(.*refs/.*\).*$", README, re.MULTILINE)
+    assert [line.split(".")[0] for line in lines] == ["datasets", "pandas", "polars", "duckdb"]
+    for line in lines:
+        name = line.split(".")[0]
+        if importlib.util.find_spec(name) is None:
+            continue
+        frame = eval(line, {name: importlib.import_module(name)})  # noqa: S307
+        found = frame.fetchall() if name == "duckdb" else list(frame["row_id"])
+        assert [row[0] if name == "duckdb" else row for row in found] == expected, line

@@ -21,11 +21,7 @@ from precompute.comparison import TOLERANCE, ComparedScorer, choose_sample
 from precompute.config import PrecomputeConfig
 from precompute.engines import Backend, choose_backend, load_transformers, vllm_engine
 from precompute.reference import Reference
-from precompute.remote import decode, encode
-
-
-def nothing(tokens: int) -> None:
-    """Nobody watches."""
+from precompute.remote import decode, encode, scores_of
 
 
 class TestChoice:
@@ -135,8 +131,8 @@ class TestChild:
         here = load_transformers(Reference.find(PrecomputeConfig(**settings["options"])), rows)
         told: list[int] = []
         with engine_process(settings, name="the engine") as engine:
-            found = [engine.score(part, on_tokens=told.append) for part in (rows, rows[:2])]
-        for one, other in zip(found[0], here.score(rows, on_tokens=nothing), strict=True):
+            found = [scores_of(engine, part, told.append) for part in (rows, rows[:2])]
+        for one, other in zip(found[0], scores_of(here, rows), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
         assert len(found[1]) == 2
         assert sum(told) == sum(len(x) + len(y) for x, y in [*rows, *rows[:2]])
@@ -147,7 +143,7 @@ class TestChild:
             pytest.raises(ModelError, match=r"gone: no such model folder.* Its log: ") as caught,
             engine_process(settings, name="the engine") as engine,
         ):
-            engine.score(random_rows(2), on_tokens=nothing)
+            scores_of(engine, random_rows(2))
         log = Path(str(caught.value).split("Its log: ")[1])
         assert log.exists()
         log.unlink()
@@ -155,11 +151,11 @@ class TestChild:
     def test_an_engine_that_is_killed(self, settings: dict[str, Any]) -> None:
         def score_with_an_accident() -> None:
             with engine_process(settings, name="the engine") as engine:
-                engine.score(random_rows(2), on_tokens=nothing)
+                scores_of(engine, random_rows(2))
                 pid = os.getpid()
                 for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
                     os.kill(int(child), signal.SIGKILL)
-                engine.score(random_rows(2), on_tokens=nothing)
+                scores_of(engine, random_rows(2))
 
         with pytest.raises(ModelError, match=r"the engine ended unexpectedly.*SIGKILL: the system was out of memory\?"):
             score_with_an_accident()
@@ -174,8 +170,9 @@ class TestComparison:
         def __init__(self, off: float = 0.0, answer: Any = lambda scores: scores) -> None:
             self.off, self.answer = off, answer
 
-        def score(self, sequences: Any, *, on_tokens: Any) -> Any:
-            return self.answer([np.full(len(y), -3.0 - self.off, dtype=np.float32) for _, y in sequences])
+        def score(self, sequences: Any, *, known: Any, on_scores: Any, on_tokens: Any) -> None:
+            scores = self.answer([np.full(len(y), -3.0 - self.off, dtype=np.float32) for _, y in sequences])
+            on_scores(list(range(len(scores))), scores)
 
     def compared(self, engine: Any, dtype: str = "float32") -> ComparedScorer:
         sample = choose_sample(self.ROWS)
@@ -193,7 +190,7 @@ class TestComparison:
         scorer = self.compared(self.Engine(off=0.9 * TOLERANCE[dtype]), dtype)
         scorer.probe()
         assert scorer.difference() == {}  # of what is kept alone
-        scorer.score(self.ROWS, on_tokens=nothing)
+        scores_of(scorer, self.ROWS)
         found = scorer.difference()
         assert found["rows"] == 24
         assert found["tokens"] == sum(len(y) for _, y in scorer.sample)

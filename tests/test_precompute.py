@@ -21,7 +21,7 @@ from feedback_files import chat_rows, write_feedback, write_rows
 from models import FAMILIES, save_tiny, tiny_tokenizer
 
 import precompute.run as precompute_run
-from kto_core.errors import CacheError, ModelError, PairingError
+from kto_core.errors import CacheError, KTOError, ModelError, PairingError
 from kto_core.lock import only_writer
 from kto_core.manifest import read_manifest
 from kto_core.passes import ScoringPasses
@@ -422,8 +422,30 @@ def test_rotate_pairs_with_the_row_before(tmp_path: Path, base: Path, feedback: 
 def test_one_prompt_only_is_refused(tmp_path: Path, base: Path) -> None:
     rows = [{"prompt": "same", "completion": f"answer {i}", "label": bool(i % 2)} for i in range(6)]
     data = write_rows(tmp_path / "f.jsonl", rows)
-    with pytest.raises(PairingError, match="All 6 rows share one prompt"):
+    with pytest.raises(PairingError, match=r"f\.jsonl: All 6 rows share one prompt"):
         precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "refs"))
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "words"),
+    [
+        (1, {}, "1 row is left"),
+        (3, {"kl_partners": 5}, "--kl-partners 5 asks for"),
+        (3, {"kl_partners": 5, "pairing": "rotate"}, "--kl-partners 5 asks for"),
+        (20, {"kl_partners": 3, "pairing": "rotate", "pairing_block": 3}, "blocks of 3 rows"),
+        (3, {"rating_threshold": "median"}, "no record has a 'rating'"),
+        (3, {"max_length": 2}, "no row is left of 3"),
+    ],
+)
+def test_an_error_about_the_rows_names_their_file(
+    tmp_path: Path, base: Path, count: int, options: dict[str, Any], words: str
+) -> None:
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i}", "label": bool(i % 2)} for i in range(count)]
+    config = PrecomputeConfig(model=str(base), data=str(write_rows(tmp_path / "f.jsonl", rows)), out=tmp_path / "refs")
+    with pytest.raises(KTOError) as refused:
+        precompute(replace(config, **options))
+    assert str(refused.value).startswith(f"{tmp_path / 'f.jsonl'}: ")
+    assert words in str(refused.value)
 
 
 def test_a_folder_with_other_files_is_not_written_to(tmp_path: Path, base: Path, feedback: Path) -> None:
@@ -513,15 +535,16 @@ def test_a_scheduler_s_signal_ends_a_run_as_an_interrupt_does(tmp_path: Path, ba
     out = tmp_path / "refs"
     command = [sys.executable, "-c", "from precompute.cli import precompute; precompute()", "--model", str(base)]
     command += ["--data", str(data), "--out", str(out), "--rows-per-shard", "5", "--max-tokens", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(out.glob("train/[!.]*.parquet")):
         assert time.monotonic() < deadline, "the run wrote no shard"
         time.sleep(0.01)
     process.terminate()
-    said = process.communicate()[1]
+    printed, said = process.communicate()
     assert process.returncode == 130
-    assert "What was finished is kept" in said
+    assert "Interrupted. Run the same command again to go on." in said
     assert "Traceback" not in said
-    assert [path.name for path in out.iterdir()] == ["train"]
+    assert re.search(r"^kept +\d+ of 300 rows \(\d+ of \d+ scores\)$", printed, re.MULTILINE)
+    assert {path.name for path in out.iterdir()} <= {"train", ".parts"}
     assert not list((out / "train").glob(".*"))

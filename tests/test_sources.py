@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -112,8 +113,32 @@ def test_every_truncation_of_the_last_line_is_noticed(tmp_path):
     assert len(read(save(path, jsonl(ROWS).encode() + last))) == 4
 
 
-def test_jsonl_that_is_an_array(tmp_path):
-    assert "end in .json" in refusal(save(tmp_path / "f.jsonl", json.dumps(ROWS, indent=1)), "f.jsonl:1")
+@pytest.mark.parametrize("name", ["f.jsonl", "f.ndjson", "f.json", "f.jsonl.gz"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n \n"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_the_content_of_a_json_file_says_how_to_read_it(tmp_path, name, start, line_end):
+    """An array under the name of lines, lines under the name of an array, objects over several lines."""
+    pretty = "".join(json.dumps(row, indent=2) + "\n" for row in ROWS)
+    first = 1 + start.count("\n")
+    for text, lines in (
+        (json.dumps(ROWS), [first] * 3),
+        (json.dumps(ROWS, indent=1), [first + 1, first + 6, first + 11]),
+        (jsonl(ROWS), [first, first + 1, first + 2]),
+        (pretty, [first, first + 5, first + 10]),
+    ):
+        content = (start + text).replace("\n", line_end).encode()
+        path = save(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+        assert read(path) == [(f"{name}:{line}", row) for line, row in zip(lines, ROWS, strict=True)]
+
+
+def test_jsonl_of_files_with_marks_one_behind_the_other(tmp_path):
+    path = save(tmp_path / "f.jsonl", ("\ufeff" + jsonl(ROWS[:1])) * 2)
+    assert [row for _, row in read(path)] == ROWS[:1] * 2
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1},\n{"a": }]', '{\n"a": }\n'])
+def test_a_broken_document_under_another_name_names_its_line(tmp_path, text):
+    assert "not valid JSON" in refusal(save(tmp_path / "f.jsonl", text), "f.jsonl:2")
 
 
 def test_deep_nesting_and_huge_numbers(tmp_path):
@@ -455,7 +480,8 @@ def test_folder_of_data_files(folder, name):
     else:
         save(folder / name, as_csv(ROWS) if name == "f.csv" else jsonl(ROWS))
     save(folder / "README.md", "# rows")
-    assert read(folder) == [(f"set: row {n}", row) for n, row in enumerate(ROWS, 1)]
+    alone = read(folder / name)
+    assert read(folder) == [(f"{Path(name).parent / where}", row) for where, row in alone]
     content = (folder / name).read_bytes()
     assert describe_source(str(folder)) == [
         SourceFile(os.path.basename(name), hashlib.sha256(content).hexdigest(), len(content))
@@ -466,6 +492,50 @@ def test_folder_of_data_files(folder, name):
 def test_folder_of_data_files_without_train(folder):
     save(folder / "test.jsonl", jsonl(ROWS))
     assert "train" in refusal(folder)
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "train/a.jsonl"])
+@pytest.mark.parametrize("kept", ["time", "time and size"])
+def test_a_file_that_changed_under_its_old_time_is_read_as_it_is(folder, name, kept):
+    """As rsync -t, cp -p, tar and SOURCE_DATE_EPOCH leave it; the hash and the rows are of the same bytes."""
+    (folder / "train").mkdir()
+    path = folder / name
+
+    def write(label):
+        rows = [{"prompt": f"p{i}", "completion": "c", "label": label} for i in range(3)]
+        if name.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        elif name.endswith(".csv"):
+            save(path, as_csv([{**row, "label": str(row["label"]).lower()} for row in rows]))
+        else:
+            text = json.dumps(rows) if name == "a.json" else jsonl(rows)
+            path.write_bytes(gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text.encode())
+        os.utime(path, ns=(10**18, 10**18))
+
+    for label in (True, False) if kept == "time" else (1, 0):
+        write(label)
+        assert [str(row["label"]).lower() for _, row in read(folder)] == [str(label).lower()] * 3
+        (described,) = describe_source(str(folder))
+        assert described.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_what_is_hashed_of_a_folder_is_what_is_read(folder, tmp_path):
+    """Files deep down and behind links."""
+    for number, name in enumerate(("a.jsonl", "deep/er/b.jsonl", "deep/_x.jsonl", "elsewhere/c.jsonl")):
+        path = tmp_path / name if name.startswith("elsewhere") else folder / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        save(path, jsonl([{"prompt": name, "completion": str(number), "label": True}]))
+    (folder / "link.jsonl").symlink_to(tmp_path / "elsewhere" / "c.jsonl")
+    (tmp_path / "other name").symlink_to(folder)
+    for path in (folder, tmp_path / "other name"):
+        places = [where.rpartition(":")[0] for where, _ in read(path)]
+        assert all((folder / place).is_file() for place in places)
+        expected = sorted(
+            (Path(place).name, hashlib.sha256((folder / place).read_bytes()).hexdigest()) for place in places
+        )
+        assert sorted((file.name, file.sha256) for file in describe_source(str(path))) == expected
 
 
 def test_folders_without_a_dataset(folder):

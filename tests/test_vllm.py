@@ -24,7 +24,7 @@ from kto_core.models import Precision, load_causal_lm
 from precompute.child import engine_process
 from precompute.config import PrecomputeConfig
 from precompute.inspect_cache import verify
-from precompute.remote import RemoteScorer
+from precompute.remote import RemoteScorer, scores_of
 from precompute.run import precompute
 from precompute.transformers_scorer import TransformersScorer
 from train.config import TrainConfig
@@ -101,22 +101,22 @@ class TestEngine:
         precision = Precision(torch.float32)
         cpu = torch.device("cpu")
         model = load_causal_lm(transformers.AutoModelForCausalLM, base, precision=precision, device=cpu, frozen=True)
-        return TransformersScorer(model, precision).score(sequences, on_tokens=lambda tokens: None)
+        return scores_of(TransformersScorer(model, precision), sequences)
 
     def test_equals_transformers(self, engine: Any, sequences: Any, expected: Any) -> None:
         told: list[int] = []
-        found = engine.score(sequences, on_tokens=told.append)
+        found = scores_of(engine, sequences, told.append)
         for one, other in zip(found, expected, strict=True):
             assert one.dtype == np.float32
             np.testing.assert_allclose(one, other, atol=AGREE)
         assert sum(told) == sum(len(x) + len(y) for x, y in sequences)
 
     def test_in_another_order_and_alone(self, engine: Any, sequences: Any, expected: Any) -> None:
-        found = engine.score(sequences[::-1], on_tokens=lambda tokens: None)[::-1]
+        found = scores_of(engine, sequences[::-1])[::-1]
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, atol=AGREE)
         for i in (0, 20, len(sequences) - 3):
-            alone = engine.score([sequences[i]], on_tokens=lambda tokens: None)[0]
+            alone = scores_of(engine, [sequences[i]])[0]
             np.testing.assert_allclose(alone, expected[i], atol=AGREE)
 
 
