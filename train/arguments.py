@@ -1,7 +1,6 @@
 """From our options to `transformers.TrainingArguments`."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import transformers
 from transformers.integrations import get_reporting_integration_callbacks
 
 from kto_core.errors import ConfigError, in_one_line
+from kto_core.launch import unreachable, world_size
 from kto_core.models import Precision
 from kto_core.options import nearest
 from train.config import TrainConfig
@@ -50,9 +50,25 @@ _NEVER = 2**31
 _STEPS_INSIDE = ("lomo", "adalomo", "_layerwise")
 
 
+class Arguments(transformers.TrainingArguments):
+    """One process trains on one GPU.
+
+    The Trainer would wrap the model for all of them (`nn.DataParallel`), and then never prepares it for autocast.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        return min(self.gpus_here, 1)
+
+    @property
+    def gpus_here(self) -> int:
+        """GPUs that the Trainer would train on: all that this process sees, without a launcher."""
+        return int(super().n_gpu)
+
+
 def training_arguments(
     config: TrainConfig, out: Path, precision: Precision, *, held_out: bool, name: str | None = None
-) -> transformers.TrainingArguments:
+) -> Arguments:
     """`TrainingArguments` from our options and the YAML's `training:` table.
 
     Args:
@@ -61,7 +77,7 @@ def training_arguments(
     Raises:
         ConfigError: an unknown key in that table, or one that an option of ours sets.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     settings: dict[str, Any] = {
         "output_dir": str(out),
         # The number of rows a rank gets; micro-batches are cut inside `training_step`.
@@ -100,8 +116,10 @@ def training_arguments(
     }
     settings.update(_table(config))
     try:
-        args = transformers.TrainingArguments(**settings)
-    except (ValueError, TypeError, ImportError) as error:
+        args = Arguments(**settings)
+    except (ValueError, TypeError, ImportError, torch.distributed.DistError) as error:
+        if world > 1 and not torch.distributed.is_initialized():
+            raise ConfigError(unreachable(error)) from error
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer.endswith(_STEPS_INSIDE):

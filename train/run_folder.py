@@ -10,7 +10,6 @@ runs/NAME/                 at the end: model, tokenizer, model card, evaluation.
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from kto_core.durable import flush, flush_all, remove_temporary, write_json, write_text
 from kto_core.errors import ConfigError, TrainingError, in_one_line
+from kto_core.launch import world_size
 from kto_core.lock import LOCK
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag, read_yaml
@@ -69,14 +69,22 @@ _MAY_CHANGE = (
 _OF_OPTIMIZER = ("optim", "adam")  # keys of the training: table
 
 
+def refuse_unnamed(config: TrainConfig) -> None:
+    """Several processes write into one folder.
+
+    Raises:
+        ConfigError: each of them would make up its own.
+    """
+    if config.out is None and world_size() > 1:
+        raise ConfigError("Several processes need --out: each of them would name the run after its own clock.")
+
+
 def choose_folder(config: TrainConfig) -> Path:
     """The folder named by `--out`, or runs/ and the time; it is made if it does not exist.
 
     Raises:
         ConfigError: a file, or not writable.
     """
-    if config.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("Several processes need --out: each of them would name the run after its own clock.")
     return make_folder(config.out, "runs")
 
 

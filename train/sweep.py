@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from kto_core.durable import write_text, written_to
 from kto_core.errors import ConfigError, TrainingError
+from kto_core.launch import settle_launch, world_size
 from kto_core.lock import LOCK, only_writer
 from kto_core.manifest import Manifest, read_manifest
 from kto_core.options import Location, as_plain
@@ -48,10 +49,11 @@ def sweep(config: SweepConfig) -> Path:
         KTOError: the user's input cannot be used, or every trial failed.
     """
     check_installed()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise ConfigError(
             "kto-sweep starts its own processes, a trial in each; run it without torchrun, with --workers."
         )
+    settle_launch()
     trials = Trials.of(config)
     out = make_folder(config.out, "sweeps")
     try:

@@ -17,6 +17,7 @@ import transformers
 from kto_core.durable import replacing, write_json
 from kto_core.errors import TrainingError, in_one_line
 from kto_core.head import whole_shape
+from kto_core.launch import sharding_asked_for
 from kto_core.models import Precision, resolve_device, resolve_precision
 from train.advice import class_weight_values, warnings_for
 from train.alarms import Settings, Watch
@@ -31,7 +32,7 @@ from train.objective import Objective
 from train.policy import PolicyFiles
 from train.run_files import EVALUATION, METRICS, REWARDS, read_facts, write_facts
 from train.run_folder import last_checkpoint, publish_model, remove_leftovers, unfinished, write_start
-from train.sharding import gather_when_saving, prepare_sharding, sharding_asked_for
+from train.sharding import gather_when_saving, prepare_sharding
 from train.start_check import check_start, tolerance_for
 from train.trainer import KTOTrainer
 from train.watching import Console, MetricsFile
@@ -90,6 +91,11 @@ class TrainingRun:
         if args.process_index == 0:
             remove_leftovers(out)
             warnings += data.warnings(config, precision)
+            if args.gpus_here > 1:
+                warnings.append(
+                    f"{args.gpus_here} GPUs here, and one process trains on one of them: torchrun --nproc_per_node "
+                    f"{args.gpus_here} --no-python kto-train ... uses all"
+                )
             warnings += warnings_for(config, *data.class_counts, objective.weights)
             _print_plan(config, data, files, precision, objective, out, device, warnings)
             if config.resume:
