@@ -8,7 +8,8 @@
     |-- ModelError         a model, adapter or tokenizer that cannot be loaded or scored
     |-- CacheError         a cache that is absent, incomplete, damaged or of another identity
     |   `-- NewerFormatError   a cache of a format that this version does not know
-    `-- TrainingError      training cannot start or go on
+    |-- TrainingError      training cannot start or go on
+    `-- OutputError        standard output cannot be written
 
 Each message says where, what was found and what to do. The commands print it and exit with 1.
 Everything else that is raised is our own mistake and keeps its traceback.
@@ -57,6 +58,10 @@ class NewerFormatError(CacheError):
 
 class TrainingError(KTOError):
     """Training cannot start, or had to stop before it did harm."""
+
+
+class OutputError(KTOError):
+    """Standard output cannot be written, which says nothing of the disk that a command works on."""
 
 
 def in_one_line(error: BaseException) -> str:

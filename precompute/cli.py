@@ -10,11 +10,16 @@ from kto_core.errors import KTOError
 from kto_core.launch import settle_launch, world_size
 from kto_core.options import Location, click_settings, resolve, to_location
 from kto_core.quiet import quiet_libraries
+from kto_core.streams import own_streams
 from precompute.config import PrecomputeConfig
 
 
 class _Command(click.Command):
     """Turns the errors a user can mend into one message and exit code 1."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with own_streams():
+            return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -58,7 +63,13 @@ def precompute(ctx: click.Context, /, **values: Any) -> None:
     run(config)
 
 
-@click.group()
+class _Group(click.Group):
+    def main(self, *args: Any, **options: Any) -> Any:
+        with own_streams():
+            return super().main(*args, **options)
+
+
+@click.group(cls=_Group)
 def cache() -> None:
     """Look into a reference cache, or check it."""
 

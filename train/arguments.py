@@ -11,7 +11,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from kto_core.errors import ConfigError, in_one_line
 from kto_core.launch import unreachable, world_size
 from kto_core.models import Precision
-from kto_core.options import nearest
+from kto_core.options import check_table, nearest, shown
 from train.config import TrainConfig
 
 # Set from our own options: a second place to say the same thing would sooner or later disagree.
@@ -117,7 +117,7 @@ def training_arguments(
     settings.update(_table(config))
     try:
         args = Arguments(**settings)
-    except (ValueError, TypeError, ImportError, torch.distributed.DistError) as error:
+    except (ValueError, TypeError, OverflowError, ImportError, torch.distributed.DistError) as error:
         if world > 1 and not torch.distributed.is_initialized():
             raise ConfigError(unreachable(error)) from error
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
@@ -128,9 +128,11 @@ def training_arguments(
             "them. Choose another optimizer, adamw_bnb_8bit to save memory."
         )
     try:
-        # Says here, and not after the model was loaded, that an optimizer's package is missing.
-        transformers.Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError) as error:
+        # Says here, and not after the model was loaded, that an optimizer's package is missing, or what it does not take.
+        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+        if kind.__module__.startswith("torch.optim"):
+            kind([torch.nn.Parameter(torch.zeros(1))], **options)
+    except (ImportError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ConfigError(f"training: optim: {optimizer}: {in_one_line(error)}") from error
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
@@ -146,7 +148,8 @@ def _table(config: TrainConfig) -> dict[str, Any]:
         if name in _OURS:
             raise ConfigError(f"training: {name} is set by {_OURS[name]}; remove it from the table.")
         if name not in known:
-            raise ConfigError(f"training: unknown key {name!r}.{nearest(str(name), known)}")
+            raise ConfigError(f"training: unknown key {shown(name)!r}.{nearest(shown(name), known)}")
+    check_table(config.training, "training:")
     return dict(config.training)
 
 

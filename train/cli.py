@@ -14,6 +14,7 @@ from kto_core.errors import KTOError
 from kto_core.launch import settle_launch, world_size
 from kto_core.options import click_settings, flag, resolve
 from kto_core.quiet import quiet_libraries
+from kto_core.streams import own_streams
 from train.config import TrainConfig
 from train.sweep_config import SweepConfig
 
@@ -24,6 +25,10 @@ class _Command(click.Command):
     """Turns the errors a user can mend into one message and exit code 1."""
 
     go_on = "run the same command with --resume to go on"
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with own_streams():
+            return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

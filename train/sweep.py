@@ -29,6 +29,7 @@ from kto_core.lock import LOCK, only_writer
 from kto_core.manifest import Manifest, read_manifest
 from kto_core.options import Location, as_plain
 from kto_core.storage import local_copy, speaking_of
+from kto_core.streams import is_terminal
 from train.run_files import make_folder
 from train.study import BEAT_SECONDS, Study, Trial, check_installed, without_password
 from train.sweep_config import SweepConfig, Trials
@@ -181,7 +182,7 @@ def _run(study: Study, trials: Trials, workers: Workers, results: Results, out: 
 @contextlib.contextmanager
 def _bar(done: int, total: int) -> Iterator[Any]:
     """Yields: prints a line about a trial that has ended, above a bar where there is a terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda line: print(line, flush=True)
         return
     with tqdm(total=total, initial=done, desc="trials", unit="trial", dynamic_ncols=True) as bar:

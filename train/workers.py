@@ -12,6 +12,7 @@ from typing import Any
 from kto_core.allocator import keep_freed_memory
 from kto_core.errors import TrainingError
 from kto_core.quiet import quiet_libraries
+from kto_core.streams import encode_all
 from train.config import TrainConfig
 from train.sweep_config import Trials
 
@@ -115,6 +116,7 @@ class Worker:
 
 def _process(pipe: Connection, rows: dict[str, Any], device: str | None, threads: int | None) -> None:
     """A worker's process. What decides how libraries behave is set before they are imported."""
+    encode_all()
     keep_freed_memory()
     quiet_libraries()
     if device is not None:
