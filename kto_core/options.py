@@ -89,9 +89,17 @@ def check_numbers(config: Any) -> None:
             continue
         if value != value or (value in (float("inf"), float("-inf")) and field.metadata["finite"]):
             raise ConfigError(f"{flag(field.name)} must be a finite number, got {value}.")
+        if value in (float("inf"), float("-inf")):
+            continue
         most = field.metadata["most"] or (sys.float_info.max if float in kinds[field.name] else _MOST)
-        if value > most and value != float("inf"):
-            raise ConfigError(f"{flag(field.name)} must be at most {most:,}, got {shown(value)}.")
+        if value > most:
+            raise ConfigError(f"{flag(field.name)} must be at most {_plainly(most)}, got {shown(value)}.")
+        if value < -sys.float_info.max:
+            raise ConfigError(f"{flag(field.name)} must be at least {-sys.float_info.max:g}, got {shown(value)}.")
+
+
+def _plainly(number: float) -> str:
+    return f"{number:,}" if number < 2**65 else f"{number:g}"
 
 
 def check_table(table: Mapping[str, Any], where: str) -> None:
