@@ -34,7 +34,9 @@ _TRUE, _FALSE = ("1", "true", "t", "yes", "y", "on"), ("", "0", "false", "f", "n
 _TF32 = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 _DECIDED_BY = {
     re.compile(r"ACCELERATE_(MIXED_PRECISION|DOWNCAST_BF16|(FP8|AO|TE)_.*)|XLA_(USE|DOWNCAST)_BF16"): "--dtype decides",
-    re.compile(rf"NVIDIA_TF32_OVERRIDE|{_TF32}|(ONEDNN|DNNL)_DEFAULT_FPMATH_MODE"): "--dtype decides",
+    re.compile(
+        rf"NVIDIA_TF32_OVERRIDE|HIPBLASLT_ALLOW_TF32|{_TF32}|(ONEDNN|DNNL)_DEFAULT_FPMATH_MODE"
+    ): "--dtype decides",
     re.compile(r"ACCELERATE_(USE_CPU|TORCH_DEVICE)"): "--device decides",
     re.compile(r"ACCELERATE_GRADIENT_ACCUMULATION_STEPS"): "--batch-size and --max-tokens decide",
     re.compile(r"(ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG)_.*"): "nothing here uses it",
@@ -97,21 +99,21 @@ def read_launch() -> Launch:
     if world == 1:
         return Launch()
     if rank is None:
-        raise ConfigError(f"WORLD_SIZE is {world}, but RANK is not set. {_START_OR_UNSET}")
+        raise ConfigError(f"WORLD_SIZE is {world}, but RANK is not set. {START_OR_UNSET}")
     if rank >= world:
         raise ConfigError(
-            f"RANK is {rank}, but WORLD_SIZE {world} counts ranks from 0 to {world - 1}. {_START_OR_UNSET}"
+            f"RANK is {rank}, but WORLD_SIZE {world} counts ranks from 0 to {world - 1}. {START_OR_UNSET}"
         )
     if local_world is not None and not (local_rank or 0) < local_world <= world:
         raise ConfigError(
             f"LOCAL_RANK is {local_rank or 0} and LOCAL_WORLD_SIZE {local_world}, which WORLD_SIZE {world} does not allow. "
-            f"{_START_OR_UNSET}"
+            f"{START_OR_UNSET}"
         )
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local_rank is not None
     return Launch(rank, world, local_rank or 0, (local_world or 1) if by_torchrun else 1)
 
 
-_START_OR_UNSET = "Start all processes with torchrun or accelerate launch, or unset WORLD_SIZE."
+START_OR_UNSET = "Start all processes with torchrun or accelerate launch, or unset WORLD_SIZE."
 
 
 def unreachable(error: BaseException) -> str:

@@ -1,6 +1,8 @@
 """Standard streams that are full, closed, ASCII or gone: the right one is named, and what a command does is not lost."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from models import save_tiny
 from kto_core.streams import is_terminal
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
+from train.workers import START, Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
@@ -141,6 +144,18 @@ def test_a_sweep_needs_no_stream(accented: Path, shell: str, encoding: str | Non
     assert done.returncode == 0, done.stderr
     assert (out / "results.csv").read_text(encoding="utf-8").count(",complete,") == 2
     assert (out / "best" / "model.safetensors").exists()
+
+
+def test_a_worker_is_not_interrupted_before_it_can_say_so() -> None:
+    """Ctrl-C reaches it while it imports, for seconds, and would end in its traceback."""
+    worker = Worker(multiprocessing.get_context(START), {}, None, None)
+    try:
+        status = Path(f"/proc/{worker.process.pid}/status").read_text()
+    finally:
+        worker.end(at_once=True)
+    blocked = int(next(line for line in status.splitlines() if line.startswith("SigBlk")).split()[1], 16)
+    assert blocked & 1 << (signal.SIGINT - 1)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
 
 
 def test_a_process_without_a_console_has_no_terminal() -> None:

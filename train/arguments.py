@@ -9,7 +9,7 @@ import transformers
 from transformers.integrations import get_reporting_integration_callbacks
 
 from kto_core.errors import ConfigError, in_one_line
-from kto_core.launch import unreachable, world_size
+from kto_core.launch import START_OR_UNSET, unreachable, world_size
 from kto_core.models import Precision
 from kto_core.options import check_table, nearest, shown
 from train.config import TrainConfig
@@ -121,6 +121,11 @@ def training_arguments(
         if world > 1 and not torch.distributed.is_initialized():
             raise ConfigError(unreachable(error)) from error
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+    if args.world_size != world:
+        raise ConfigError(
+            f"The launcher started {world} processes, but accelerate joins {args.world_size} on {args.device}: each would train "
+            f"by itself. {START_OR_UNSET}"
+        )
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer.endswith(_STEPS_INSIDE):
         raise ConfigError(

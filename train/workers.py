@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -85,7 +86,12 @@ class Worker:
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_process, args=(theirs, rows, device, threads), daemon=True)
-        self.process.start()
+        # Ctrl-C reaches all processes; the sweep ends its workers, which would say what they were importing.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # or the end of the process would not close the pipe
 
     def start(self, number: int, config: TrainConfig, folder: Path) -> None:
