@@ -87,7 +87,13 @@ def written_to(folder: Path, error: type[KTOError], advice: str) -> Iterator[Non
         inside = problem.filename is not None and Path(os.fsdecode(problem.filename)).is_relative_to(folder)
         if not inside and problem.errno not in OF_THE_DISK:
             raise
-        raise error(f"{folder}: cannot be written: {problem}. {advice}") from problem
+        elsewhere = problem.filename is not None and not inside  # a temporary file, on another disk
+        what = (
+            f"{os.fsdecode(problem.filename)}: {problem.strerror}"
+            if elsewhere
+            else f"{folder}: cannot be written: {problem}"
+        )
+        raise error(f"{what}. {advice}") from problem
 
 
 def remove_temporary(folder: Path) -> None:

@@ -8,8 +8,9 @@
     |-- ModelError         a model, adapter or tokenizer that cannot be loaded or scored
     |-- CacheError         a cache that is absent, incomplete, damaged or of another identity
     |   `-- NewerFormatError   a cache of a format that this version does not know
-    `-- TrainingError      training cannot start or go on
-        `-- WriteError         what was to be saved does not fit on the disk
+    |-- TrainingError      training cannot start or go on
+    |   `-- WriteError         what was to be saved does not fit on the disk
+    `-- OutputError        standard output cannot be written
 
 Each message says where, what was found and what to do. The commands print it and exit with 1.
 Everything else that is raised is our own mistake and keeps its traceback.
@@ -62,6 +63,10 @@ class TrainingError(KTOError):
 
 class WriteError(TrainingError):
     """What was to be saved does not fit on the disk, or may not be written there."""
+
+
+class OutputError(KTOError):
+    """Standard output cannot be written, which says nothing of the disk that a command works on."""
 
 
 def in_one_line(error: BaseException) -> str:

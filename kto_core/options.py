@@ -50,6 +50,8 @@ def option(
     metavar: str | None = None,
     off: str | None = None,
     yaml: bool = True,
+    most: float | None = None,
+    finite: bool = True,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
@@ -60,11 +62,59 @@ def option(
         metavar: placeholder shown for the value.
         off: the flag that switches a boolean off (`--no-shuffle`).
         yaml: whether a YAML file may set it (paths that name the run itself may not).
+        most: the greatest number it takes; by default as many as a C integer holds, where it is a whole number.
+        finite: whether infinity, where it is a number, is refused.
     """
-    metadata = {"help": help, "choices": choices, "metavar": metavar, "off": off, "yaml": yaml}
+    metadata: dict[str, Any] = {"help": help, "choices": choices, "metavar": metavar, "off": off, "yaml": yaml}
+    metadata.update(most=most, finite=finite)
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+# Libraries keep counts in C integers: a greater one is a mistake, and would end in their OverflowError.
+_MOST = 2**31 - 1
+
+
+def check_numbers(config: Any) -> None:
+    """Check that each number of a config is one that can be computed with, whoever made the config.
+
+    Raises:
+        ConfigError: not a number, infinite, or too great.
+    """
+    kinds = value_types(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if value != value or (value in (float("inf"), float("-inf")) and field.metadata["finite"]):
+            raise ConfigError(f"{flag(field.name)} must be a finite number, got {value}.")
+        if value in (float("inf"), float("-inf")):
+            continue
+        most = field.metadata["most"] or (sys.float_info.max if float in kinds[field.name] else _MOST)
+        if value > most:
+            raise ConfigError(f"{flag(field.name)} must be at most {_plainly(most)}, got {shown(value)}.")
+        if value < -sys.float_info.max:
+            raise ConfigError(f"{flag(field.name)} must be at least {-sys.float_info.max:g}, got {shown(value)}.")
+
+
+def _plainly(number: float) -> str:
+    return f"{number:,}" if number < 2**65 else f"{number:g}"
+
+
+def check_table(table: Mapping[str, Any], where: str) -> None:
+    """Check the numbers of a table that a library reads, as `check_numbers` does. Infinity may mean "no limit" there.
+
+    Raises:
+        ConfigError: not a number, or a whole number that no C integer holds.
+    """
+    for name, value in table.items():
+        if isinstance(value, dict):
+            check_table(value, f"{where} {shown(name)}:")
+        elif isinstance(value, float) and value != value:
+            raise ConfigError(f"{where} {shown(name)} must be a number, got {value}.")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{where} {shown(name)} must be below 2**63, got {shown(value)}.")
 
 
 def flag(name: str) -> str:

@@ -6,6 +6,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from kto_core.streams import is_terminal
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -18,7 +20,7 @@ class Progress:
         self.started = self.last_line = time.monotonic()
         self.bar = (
             tqdm(total=total, desc=description, unit=unit, unit_scale=True, dynamic_ncols=True)
-            if sys.stderr.isatty()
+            if is_terminal(sys.stderr)
             else None
         )
 

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from kto_core.errors import ModelError
 from kto_core.sequences import TokenIds
+from kto_core.streams import encode_all
 from precompute.remote import RemoteScorer, Scorer, serve
 
 _LENGTH = struct.Struct("<q")
@@ -135,6 +136,7 @@ class _Watched(_Pipes):
 
 def main() -> None:
     """Serve one parent."""
+    encode_all()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     channel = _Watched(sys.stdin.buffer, answers)

@@ -1,23 +1,30 @@
 """Command lines of `kto-precompute` and `kto-cache`: options in, one call, errors out."""
 
-import os
 import signal
 from typing import Any
 
 import click
 
+from kto_core.allocator import keep_freed_memory
 from kto_core.errors import KTOError
+from kto_core.launch import settle_launch, world_size
 from kto_core.options import Location, click_settings, resolve, to_location
+from kto_core.quiet import quiet_libraries
+from kto_core.streams import own_streams
 from precompute.config import PrecomputeConfig
 
 
 class _Command(click.Command):
     """Turns the errors a user can mend into one message and exit code 1."""
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        with own_streams():
+            return super().main(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # a launcher's ranks wait for each other outside of Python
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send: as Ctrl-C
         try:
+            if world_size() == 1:  # a launcher's ranks wait for each other outside of Python
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send: as Ctrl-C
             return super().invoke(ctx)
         except KTOError as error:
             raise click.ClickException(str(error)) from None
@@ -43,20 +50,26 @@ def precompute(ctx: click.Context, /, **values: Any) -> None:
     \b
     kto-precompute --model MODEL --data feedback.jsonl --out refs/
     """
-    from kto_core.allocator import keep_freed_memory
-    from kto_core.quiet import quiet_libraries
-    from precompute.run import precompute as run
-
     given = {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
     for name in ("model", "data"):
         if name not in given:
             raise click.UsageError(f"Missing option '--{name}'.", ctx)
+    config = resolve(PrecomputeConfig, given)
+    settle_launch()
     keep_freed_memory()
     quiet_libraries()
-    run(resolve(PrecomputeConfig, given))
+    from precompute.run import precompute as run  # what decides how libraries behave is set before they are imported
+
+    run(config)
 
 
-@click.group()
+class _Group(click.Group):
+    def main(self, *args: Any, **options: Any) -> Any:
+        with own_streams():
+            return super().main(*args, **options)
+
+
+@click.group(cls=_Group)
 def cache() -> None:
     """Look into a reference cache, or check it."""
 
@@ -88,8 +101,7 @@ def verify(folder: Location) -> None:
 @click.option("--model", default=None, help="Tokenizer to decode with.  [default: the reference's]", metavar="MODEL")
 def head(folder: Location, rows: int, model: str | None) -> None:
     """Show the first rows as text: prompt, completion y and mismatched completions y'."""
-    from kto_core.quiet import quiet_libraries
+    quiet_libraries()
     from precompute.inspect_cache import head as run
 
-    quiet_libraries()
     run(folder, rows=rows, model=model)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kto_core.errors import ConfigError
-from kto_core.options import AUTO, Location, option
+from kto_core.options import AUTO, Location, check_numbers, option
 
 BACKENDS = (AUTO, "transformers", "vllm")
 PAIRINGS = ("shuffled", "rotate")
@@ -36,7 +36,7 @@ class PrecomputeConfig:
     kl_partners: int = option(1, "Mismatched completions for each row.")
     pairing: str = option("shuffled", "How mismatched completions are chosen.", choices=PAIRINGS)
     pairing_block: int = option(32, "Rows in one block of --pairing rotate.")
-    seed: int = option(0, "Seed of the pairing.")
+    seed: int = option(0, "Seed of the pairing.", most=2**64 - 1)
     rows_per_shard: int = option(4096, "Rows in one Parquet file.")
     limit: int | None = option(None, "Read the first N records only.", metavar="N")
     rating_threshold: str | None = option(
@@ -50,6 +50,7 @@ class PrecomputeConfig:
     dry_run: bool = option(False, "Stop after the plan.")
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name, least in (
             ("max_length", 2),
             ("max_tokens", 1),

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 
 from kto_core.errors import ModelError
+from kto_core.launch import read_launch, world_size
 from kto_core.options import AUTO, as_plain
 from kto_core.sequences import TokenIds
 from precompute.child import engine_process
 from precompute.comparison import ComparedScorer
 from precompute.config import PrecomputeConfig
-from precompute.ranks import rank, world_size
 from precompute.reference import Reference
 from precompute.remote import scores_of
 from precompute.transformers_scorer import TransformersScorer
@@ -117,7 +117,7 @@ def load_transformers(
         ModelError: the model cannot be loaded, or its log-probs cannot be trusted.
     """
     model = reference.load()
-    say = print if rank() == 0 else _say_as_rank
+    say = print if read_launch().is_first else _say_as_rank
     scorer = TransformersScorer(model, reference.precision, max_tokens=reference.config.max_tokens, say=say)
     scorer.self_check(sequences)
     if save_to is not None:
@@ -126,7 +126,7 @@ def load_transformers(
 
 
 def _say_as_rank(line: str) -> None:
-    print(f"process {rank()}: {line}", flush=True)
+    print(f"process {read_launch().rank}: {line}", flush=True)
 
 
 @contextlib.contextmanager

@@ -9,13 +9,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kto_core.errors import printable
+from kto_core.errors import ConfigError, printable
 from kto_core.manifest import Manifest, check_places, read_manifest
 from kto_core.options import Location
 from kto_core.progress import Progress
 from kto_core.shards import Rows, check_packing, check_table, open_shard, read_groups
 from kto_core.storage import local_copy, speaking_of
 from kto_core.verification import verify_cache
+
+# Of a terminal in columns, and of one that says it has none.
+_LEAST_WIDTH = 40
 
 
 def info(location: Location) -> None:
@@ -94,12 +97,15 @@ def head(location: Location, *, rows: int, model: str | None) -> None:
 
     Raises:
         CacheError, ModelError: no cache, or no tokenizer to decode with.
+        ConfigError: a negative number of rows.
     """
+    if rows < 0:
+        raise ConfigError(f"--rows must be at least 0, got {rows}.")
     folder = local_copy(location)
     manifest = read_manifest(folder)
     check_places(folder, manifest)
     tokenizer = _tokenizer(manifest, model)
-    for row in islice(_rows(folder, manifest), rows):
+    for row in islice(_rows(folder, manifest), min(rows, manifest.rows)):
         _show(row, tokenizer)
 
 
@@ -123,7 +129,7 @@ def _tokenizer(manifest: Manifest, model: str | None) -> Any:
 
 
 def _show(row: dict[str, Any], tokenizer: Any) -> None:
-    width = min(shutil.get_terminal_size((100, 20)).columns, 160)
+    width = max(_LEAST_WIDTH, min(shutil.get_terminal_size((100, 20)).columns, 160))
     column = (width - 3) // 2
     thumb = "desirable" if row["label"] else "undesirable"
     tokens, row_id = len(row["completion_ids"]), printable(row["row_id"], 32)

@@ -6,7 +6,6 @@ one process writes. A rank that dies ends the launch; finished shards stay, and 
 
 import contextlib
 import datetime
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from kto_core.batching import deal
 from kto_core.errors import ModelError
+from kto_core.launch import read_launch, unreachable, world_size
 from kto_core.sequences import TokenIds
 from precompute.config import PrecomputeConfig
 from precompute.parts import Pace
@@ -25,20 +25,11 @@ from precompute.remote import OnScores, RemoteScorer, Scorer, serve
 _PATIENCE = datetime.timedelta(days=30)
 
 
-def world_size() -> int:
-    """Processes of this launch; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def on_own_device(config: PrecomputeConfig) -> PrecomputeConfig:
     """Each rank of a machine takes the GPU of its own number, where the user names none."""
     if world_size() == 1 or config.device not in ("auto", "cuda") or not torch.cuda.is_available():
         return config
-    number = int(os.environ.get("LOCAL_RANK", "0"))
+    number = read_launch().local_rank
     if number >= torch.cuda.device_count():
         raise ModelError(f"{number + 1} processes on this machine, but {torch.cuda.device_count()} GPUs: start fewer.")
     return replace(config, device=f"cuda:{number}")
@@ -54,10 +45,7 @@ def joined() -> Iterator[None]:
     try:
         dist.init_process_group("gloo", timeout=_PATIENCE)
     except (ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"WORLD_SIZE is {world_size()}, but the other processes cannot be reached ({error}). Start all of them with "
-            "torchrun or accelerate launch, or unset WORLD_SIZE."
-        ) from error
+        raise ModelError(unreachable(error)) from error
     try:
         yield
     finally:

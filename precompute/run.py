@@ -13,6 +13,7 @@ import numpy as np
 
 from kto_core.errors import CacheError, ModelError, printable
 from kto_core.identity import json_hash, sequence_id
+from kto_core.launch import settle_launch, world_size
 from kto_core.manifest import fingerprint, identity_of
 from kto_core.models import longest_alike
 from kto_core.progress import Progress
@@ -22,7 +23,7 @@ from precompute.config import PrecomputeConfig
 from precompute.engines import Backend, choose_backend, load_transformers, vllm_engine
 from precompute.parts import Pace, ShardScores
 from precompute.plan import Plan, PlanCounts, describe, make_plan, shard_rows
-from precompute.ranks import RankedScorer, joined, on_own_device, rank, work, world_size
+from precompute.ranks import RankedScorer, joined, on_own_device, work
 from precompute.reference import Reference
 from precompute.remote import Scorer
 from precompute.store import KnownScores, Store, check_out, opened_out
@@ -37,7 +38,8 @@ def precompute(config: PrecomputeConfig) -> None:
     Raises:
         KTOError: the user's input cannot be used.
     """
-    if world_size() == 1:
+    launch = settle_launch()
+    if launch.world_size == 1:
         _precompute(config, None)
         return
     config = on_own_device(config)
@@ -46,7 +48,7 @@ def precompute(config: PrecomputeConfig) -> None:
         return load_transformers(Reference.find(config), sequences)
 
     with joined():
-        if rank() > 0:
+        if not launch.is_first:
             work(load)
             return
         ranks = RankedScorer(load)

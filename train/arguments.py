@@ -1,7 +1,6 @@
 """From our options to `transformers.TrainingArguments`."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import transformers
 from transformers.integrations import get_reporting_integration_callbacks
 
 from kto_core.errors import ConfigError, in_one_line
+from kto_core.launch import START_OR_UNSET, unreachable, world_size
 from kto_core.models import Precision
-from kto_core.options import nearest
+from kto_core.options import check_table, nearest, shown
 from train.config import TrainConfig
 
 # Set from our own options: a second place to say the same thing would sooner or later disagree.
@@ -50,9 +50,25 @@ _NEVER = 2**31
 _STEPS_INSIDE = ("lomo", "adalomo", "_layerwise")
 
 
+class Arguments(transformers.TrainingArguments):
+    """One process trains on one GPU.
+
+    The Trainer would wrap the model for all of them (`nn.DataParallel`), and then never prepares it for autocast.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        return min(self.gpus_here, 1)
+
+    @property
+    def gpus_here(self) -> int:
+        """GPUs that the Trainer would train on: all that this process sees, without a launcher."""
+        return int(super().n_gpu)
+
+
 def training_arguments(
     config: TrainConfig, out: Path, precision: Precision, *, held_out: bool, name: str | None = None
-) -> transformers.TrainingArguments:
+) -> Arguments:
     """`TrainingArguments` from our options and the YAML's `training:` table.
 
     Args:
@@ -61,7 +77,7 @@ def training_arguments(
     Raises:
         ConfigError: an unknown key in that table, or one that an option of ours sets.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     settings: dict[str, Any] = {
         "output_dir": str(out),
         # The number of rows a rank gets; micro-batches are cut inside `training_step`.
@@ -100,9 +116,16 @@ def training_arguments(
     }
     settings.update(_table(config))
     try:
-        args = transformers.TrainingArguments(**settings)
-    except (ValueError, TypeError, ImportError) as error:
+        args = Arguments(**settings)
+    except (ValueError, TypeError, OverflowError, ImportError, torch.distributed.DistError) as error:
+        if world > 1 and not torch.distributed.is_initialized():
+            raise ConfigError(unreachable(error)) from error
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+    if args.world_size != world:
+        raise ConfigError(
+            f"The launcher started {world} processes, but accelerate joins {args.world_size} on {args.device}: each would train "
+            f"by itself. {START_OR_UNSET}"
+        )
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer.endswith(_STEPS_INSIDE):
         raise ConfigError(
@@ -110,9 +133,11 @@ def training_arguments(
             "them. Choose another optimizer, adamw_bnb_8bit to save memory."
         )
     try:
-        # Says here, and not after the model was loaded, that an optimizer's package is missing.
-        transformers.Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError) as error:
+        # Says here, and not after the model was loaded, that an optimizer's package is missing, or what it does not take.
+        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+        if kind.__module__.startswith("torch.optim"):
+            kind([torch.nn.Parameter(torch.zeros(1))], **options)
+    except (ImportError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ConfigError(f"training: optim: {optimizer}: {in_one_line(error)}") from error
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
@@ -128,7 +153,8 @@ def _table(config: TrainConfig) -> dict[str, Any]:
         if name in _OURS:
             raise ConfigError(f"training: {name} is set by {_OURS[name]}; remove it from the table.")
         if name not in known:
-            raise ConfigError(f"training: unknown key {name!r}.{nearest(str(name), known)}")
+            raise ConfigError(f"training: unknown key {shown(name)!r}.{nearest(shown(name), known)}")
+    check_table(config.training, "training:")
     return dict(config.training)
 
 

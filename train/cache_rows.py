@@ -17,11 +17,11 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from kto_core.errors import CacheError
+from kto_core.launch import read_launch
 from kto_core.manifest import Manifest, read_manifest
 from kto_core.progress import Progress
 from kto_core.shards import Rows, open_shard, read_groups
 from kto_core.verification import verify_cache
-from train.ranks import local_rank
 
 # Whose lengths the report shows; kto-precompute writes 64 rows into each.
 _GROUPS_SAMPLED = 64
@@ -113,7 +113,7 @@ class CacheRows(Dataset[TrainingRow]):
         self.partners = self.manifest.partners
         started = time.monotonic()
         with Progress("verifying", self.manifest.rows, "rows") as progress:
-            found = verify_cache(folder, self.manifest, share=local_rank(), on_rows=progress.add)
+            found = verify_cache(folder, self.manifest, share=read_launch().local_share, on_rows=progress.add)
         self.largest_id, self.seconds = found.largest_id, time.monotonic() - started
         self._paths = [folder / shard["file"] for shard in self.manifest.shards]
         _allow_open_files(len(self._paths))

@@ -11,8 +11,10 @@ import click
 
 from kto_core.allocator import keep_freed_memory
 from kto_core.errors import KTOError
+from kto_core.launch import settle_launch, world_size
 from kto_core.options import click_settings, flag, resolve
 from kto_core.quiet import quiet_libraries
+from kto_core.streams import own_streams
 from train.config import TrainConfig
 from train.sweep_config import SweepConfig
 
@@ -24,10 +26,14 @@ class _Command(click.Command):
 
     go_on = "run the same command with --resume to go on"
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        with own_streams():
+            return super().main(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # a launcher's ranks wait for each other outside of Python
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send: as Ctrl-C
         try:
+            if world_size() == 1:  # a launcher's ranks wait for each other outside of Python
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send: as Ctrl-C
             return super().invoke(ctx)
         except KTOError as error:
             raise click.ClickException(str(error)) from None
@@ -60,6 +66,7 @@ def _ready(ctx: click.Context, config: type[_Config], values: dict[str, Any], ya
     resolved = resolve(config, _given(ctx, values), yaml_path=yaml_path)
     if resolved.cache == Path(""):
         raise click.UsageError("Missing option '--cache'.", ctx)
+    settle_launch(shards=config is TrainConfig)
     keep_freed_memory()
     quiet_libraries()
     return resolved
@@ -104,7 +111,7 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     from train.run import train as run
 
     run(resolved)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         # All is saved and all ranks have met. Tearing the interpreter down around gloo's threads now and then
         # aborts ("terminate called without an active exception"), and the launcher would call the run failed.
         sys.stdout.flush()

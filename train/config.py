@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kto_core.errors import ConfigError
-from kto_core.options import AUTO, Location, flag, option
+from kto_core.options import AUTO, Location, check_numbers, flag, option
 
 LOSSES = ("kto", "humanline", "apo_zero", "bco", "dpo", "ipo", "slic")
 PAIRED_LOSSES = ("dpo", "ipo", "slic")
@@ -13,6 +13,9 @@ METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
 DTYPES = (AUTO, "float32", "bfloat16")
 SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
 SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
+
+_UPDATES = 2**31 - 1  # more than any run makes
+_SEEDS = 2**32 - 1  # numpy's
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,10 @@ class TrainConfig:
     beta: float = option(0.1, "How fast the value of an outcome saturates, per nat of log-ratio.")
     desirable_weight: float | str = option(1.0, "Weight of desirable rows; auto balances the classes.")
     undesirable_weight: float | str = option(1.0, "Weight of undesirable rows; auto balances the classes.")
-    humanline_low: float = option(-1.0, "Least log-ratio of a token under --loss humanline, nats.")
-    humanline_high: float = option(1.5, "Greatest log-ratio of a token under --loss humanline, nats.")
+    humanline_low: float = option(-1.0, "Least log-ratio of a token under --loss humanline, nats.", finite=False)
+    humanline_high: float = option(1.5, "Greatest log-ratio of a token under --loss humanline, nats.", finite=False)
     learning_rate: float = option(1e-6, "Peak learning rate.")
-    epochs: float = option(1.0, "Passes over the rows.")
+    epochs: float = option(1.0, "Passes over the rows.", most=1_000_000)
     max_steps: int | None = option(None, "Stop after N updates.", metavar="N")
     batch_size: int = option(32, "Rows in one update, over all devices.")
     max_tokens: int | str = option(
@@ -45,9 +48,9 @@ class TrainConfig:
     )
     max_length: int | None = option(None, "Shorten rows to N tokens.  [default: as cached]", metavar="N")
     scheduler: str = option("constant", "Learning-rate schedule.", choices=SCHEDULERS)
-    warmup: float = option(0.0, "Warm-up: a fraction of all updates below 1, else a number of updates.")
+    warmup: float = option(0.0, "Warm-up: a fraction of all updates below 1, else a number of updates.", most=_UPDATES)
     weight_decay: float = option(0.0, "Decoupled weight decay.")
-    seed: int = option(0, "Seed of the row order, the hold-out and LoRA's start.")
+    seed: int = option(0, "Seed of the row order, the hold-out and LoRA's start.", most=_SEEDS)
     shuffle: bool = option(True, "Shuffle rows in every epoch.", off="--no-shuffle")
     balance: bool = option(
         True,
@@ -59,13 +62,13 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass.", off="--no-gradient-checkpointing"
     )
-    lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all weights.")
+    lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all weights.", most=2**16)
     lora_alpha: float | None = option(None, "Scale of LoRA adapters.  [default: twice the rank]")
     lora_targets: str = option("all-linear", "Layers that get adapters: names with commas.")
     eval_fraction: float = option(0.0, "Share of prompts held out for evaluation.")
     eval_cache: Location | None = option(None, "Reference cache of held-out rows.", metavar="DIR")
     eval_steps: int | None = option(None, "Evaluate every N updates.  [default: once per epoch]", metavar="N")
-    eval_seed: int | None = option(None, "Seed of the hold-out.  [default: --seed]", metavar="N")
+    eval_seed: int | None = option(None, "Seed of the hold-out.  [default: --seed]", metavar="N", most=_SEEDS)
     metric: str = option(
         "eval/loss", "Held-out value that makes a checkpoint the best one, which is kept.", choices=METRICS
     )
@@ -93,6 +96,7 @@ class TrainConfig:
     training: dict[str, Any] = option(dict, "YAML only: passed to transformers.TrainingArguments.")
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if isinstance(self.max_tokens, str):
             if self.max_tokens != AUTO:
                 raise ConfigError(f"--max-tokens must be a whole number or auto, got {self.max_tokens!r}.")
@@ -100,9 +104,6 @@ class TrainConfig:
             self._at_least(max_tokens=1)
         self._at_least(batch_size=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1, early_stopping=1)
         self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0, eval_seed=0)
-        for name in ("seed", "eval_seed"):
-            if (getattr(self, name) or 0) > 2**32 - 1:
-                raise ConfigError(f"{flag(name)} must be below 2**32, got {getattr(self, name)}.")
         if self.desirable_weight == 0 and self.undesirable_weight == 0:
             raise ConfigError("--desirable-weight and --undesirable-weight are both 0, which leaves nothing to learn.")
         for name in ("beta", "learning_rate", "epochs", "lora_alpha"):

@@ -63,7 +63,9 @@ class _Initial:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.trained[name])
             parameter.grad = None
-        self.model.forward = self.forward  # autocast was wrapped around it
+        # accelerate wrapped autocast around it, and would not do so again where it finds its mark.
+        self.model.forward = self.forward
+        vars(self.model).pop("_is_accelerate_prepared", None)
         return self.model.eval()
 
 

@@ -6,7 +6,6 @@ affair, and gradients are added up once, when all of them are done. `sharded` ru
 weights in every pass, so all ranks must make equally many.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,11 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kto_core.batching import deal
-
-
-def local_rank() -> tuple[int, int]:
-    """(this process's number, how many there are) on this machine, by the launcher's settings."""
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class Ranks:

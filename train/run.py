@@ -1,20 +1,20 @@
 """Stage 2 from end to end: `kto-train` trains a run, or evaluates one."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kto_core.durable import written_to
 from kto_core.errors import ConfigError, TrainingError
+from kto_core.launch import read_launch, settle_launch
 from kto_core.lock import only_writer
 from train.config import TrainConfig
 from train.evaluate_run import evaluate_run
 from train.evaluation import summary_lines
 from train.materials import Materials
 from train.report import write_report
-from train.run_folder import choose_folder, refuse_occupied
+from train.run_folder import choose_folder, refuse_occupied, refuse_unnamed
 from train.training_run import TrainingRun
 
 
@@ -27,6 +27,8 @@ def train(config: TrainConfig) -> Path:
     Raises:
         KTOError: the user's input cannot be used, or training had to stop.
     """
+    refuse_unnamed(config)
+    settle_launch(shards=True)
     if config.evaluate_only is not None:
         return evaluate_run(config).parent
     if config.lora_rank:
@@ -42,7 +44,7 @@ def train(config: TrainConfig) -> Path:
 @contextlib.contextmanager
 def _folder_of(config: TrainConfig, out: Path) -> Iterator[None]:
     """The run folder is this launch's alone; nothing is left of one in which no run began."""
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = read_launch().is_first
     lock = only_writer(out, ConfigError) if first else contextlib.nullcontext()
     advice = "Make room, and pass --resume to go on from the last checkpoint."
     try:

@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from kto_core.durable import flush, flush_all, give_usual_modes, remove_temporary, write_text
 from kto_core.errors import ConfigError, TrainingError, WriteError, in_one_line
+from kto_core.launch import world_size
 from kto_core.lock import LOCK
 from kto_core.manifest import Manifest
 from kto_core.options import read_yaml
@@ -38,14 +39,22 @@ _MAKES_LOADABLE = ("config.json", "adapter_config.json")
 _CANNOT_WRITE = re.compile(r"PytorchStreamWriter|inline_container\.cc|iostream error|os error|No space left on device")
 
 
+def refuse_unnamed(config: TrainConfig) -> None:
+    """Several processes write into one folder.
+
+    Raises:
+        ConfigError: each of them would make up its own.
+    """
+    if config.out is None and world_size() > 1:
+        raise ConfigError("Several processes need --out: each of them would name the run after its own clock.")
+
+
 def choose_folder(config: TrainConfig) -> Path:
     """The folder named by `--out`, or runs/ and the time; it is made if it does not exist.
 
     Raises:
         ConfigError: a file, or not writable.
     """
-    if config.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("Several processes need --out: each of them would name the run after its own clock.")
     return make_folder(config.out, "runs")
 
 

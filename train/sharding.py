@@ -1,19 +1,11 @@
 """Weights spread over ranks (FSDP2, DeepSpeed): what accelerate's settings must be, and putting the model together."""
 
-import os
 from typing import Any
 
 import torch
 
 from kto_core.errors import TrainingError
-
-# How `accelerate launch` asks each rank to shard.
-_ASKS = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
-
-
-def sharding_asked_for() -> list[str]:
-    """The ways to shard that accelerate's settings name: none, or one."""
-    return [way for way, variable in _ASKS.items() if os.environ.get(variable, "").lower() in ("1", "true", "yes")]
+from kto_core.launch import sharding_asked_for
 
 
 def prepare_sharding(accelerator: Any, dtype: torch.dtype, *, merges: bool) -> None:

@@ -24,10 +24,12 @@ from tqdm import tqdm
 
 from kto_core.durable import write_text, written_to
 from kto_core.errors import ConfigError, TrainingError
+from kto_core.launch import settle_launch, world_size
 from kto_core.lock import LOCK, only_writer
 from kto_core.manifest import Manifest, read_manifest
 from kto_core.options import Location, as_plain
 from kto_core.storage import local_copy, speaking_of
+from kto_core.streams import is_terminal
 from train.run_files import make_folder
 from train.study import BEAT_SECONDS, Study, Trial, check_installed, without_password
 from train.sweep_config import SweepConfig, Trials
@@ -48,10 +50,11 @@ def sweep(config: SweepConfig) -> Path:
         KTOError: the user's input cannot be used, or every trial failed.
     """
     check_installed()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise ConfigError(
             "kto-sweep starts its own processes, a trial in each; run it without torchrun, with --workers."
         )
+    settle_launch()
     trials = Trials.of(config)
     out = make_folder(config.out, "sweeps")
     try:
@@ -179,7 +182,7 @@ def _run(study: Study, trials: Trials, workers: Workers, results: Results, out: 
 @contextlib.contextmanager
 def _bar(done: int, total: int) -> Iterator[Any]:
     """Yields: prints a line about a trial that has ended, above a bar where there is a terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda line: print(line, flush=True)
         return
     with tqdm(total=total, initial=done, desc="trials", unit="trial", dynamic_ncols=True) as bar:

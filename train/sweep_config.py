@@ -1,13 +1,14 @@
 """Options of `kto-sweep`, and the space that it searches."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kto_core.errors import ConfigError
-from kto_core.options import Location, checked_values, flag, option, shown, value_types
+from kto_core.options import Location, check_numbers, checked_values, flag, option, shown, value_types
 from train.config import METRICS, PAIRED_LOSSES, TrainConfig
 
 SEARCHES = ("grid", "random", "tpe")
@@ -58,17 +59,18 @@ class SweepConfig:
         "Database of the study (Optuna's URL), shared by several machines.  [default: study.db in --out]",
         metavar="URL",
     )
-    seed: int = option(0, "Seed of the search.")
+    seed: int = option(0, "Seed of the search.", most=2**32 - 1)
     space: dict[str, Any] = option(dict, "YAML only: values or ranges of kto-train's options.")
     train: dict[str, Any] = option(dict, "YAML only: kto-train's options that are the same in all trials.")
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("trials", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{flag(name)} must be at least 1, got {value}.")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"--seed must be at least 0 and below 2**32, got {self.seed}.")
+        if self.seed < 0:
+            raise ConfigError(f"--seed must be at least 0, got {self.seed}.")
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ def _range(where: str, entry: dict[str, Any], *, whole: bool, grid: bool) -> Ran
 
 
 def _end(where: str, name: str, value: Any, *, whole: bool) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or (whole and value != int(value)):
         raise ConfigError(f"{where}: {name} must be {'a whole number' if whole else 'a number'}, got {shown(value)}.")
     return float(value)

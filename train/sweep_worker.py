@@ -223,11 +223,17 @@ class _Evaluations(transformers.TrainerCallback):
             self.stopped = control.should_training_stop = True
 
 
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # a full disk: the trial says more of it than its log
+                stream.flush()
+
+
 @contextlib.contextmanager
 def _log_into(path: Path) -> Iterator[None]:
     """What a run prints goes to a file of its own; what libraries write past Python does too."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     kept = os.dup(1), os.dup(2)
     with path.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
@@ -235,9 +241,7 @@ def _log_into(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # the disk is full: what is said next goes where it did before
-                sys.stdout.flush()
-                sys.stderr.flush()
+            _flush()
             for number, descriptor in zip((1, 2), kept, strict=True):
                 os.dup2(descriptor, number)
                 os.close(descriptor)

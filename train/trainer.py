@@ -253,9 +253,38 @@ class KTOTrainer(transformers.Trainer):
     def prepare_to_score(self) -> None:
         """What the Trainer does to a model before it trains, for one that will only be scored with."""
         self.model_wrapped = self.model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        self._check_precision()
+
+    def _check_precision(self) -> None:
+        """Check that passes run in the precision that the run promises, whatever prepared the model.
+
+        Raises:
+            TrainingError: without autocast, or under another one.
+        """
+        if self.ranks.sharded:  # has a policy of its own, see `prepare_sharding`
+            return
+        promised, kind = torch.bfloat16 if self.args.bf16 else torch.float32, self.args.device.type
+        found: list[torch.dtype] = []
+
+        def note(*_: Any) -> None:
+            found.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(note)
+        try:
+            with torch.no_grad():
+                token_logps(self._callable.eval(), pad_sequences([FILLER]).to(self.args.device))
+        finally:
+            hook.remove()
+        if set(found) != {promised}:
+            raise TrainingError(
+                f"The policy computes in {', '.join(map(str, found))}, but --dtype promises {promised}: this version of "
+                "accelerate prepares models in another way. Please report it, with the versions of torch, transformers and "
+                "accelerate; --dtype float32 may work."
+            )
 
     def settle(self) -> None:
         """What can only be known once the Trainer has prepared the model: whether rows may be packed, and what fits."""
+        self._check_precision()
         sample = [self.rows[i].matched.ids for i in range(min(2, len(self.rows)))]
         if self.packs:
             alike = packs_alike(self._callable, self.args.device, sample, tolerance=self.rounding)

@@ -17,6 +17,7 @@ import transformers
 from kto_core.durable import replacing, write_json
 from kto_core.errors import TrainingError, in_one_line
 from kto_core.head import whole_shape
+from kto_core.launch import sharding_asked_for
 from kto_core.models import Precision, resolve_device, resolve_precision
 from kto_core.options import AUTO
 from train.advice import class_weight_values, warnings_for
@@ -34,7 +35,7 @@ from train.policy import PolicyFiles
 from train.run_files import EVALUATION, METRICS, REWARDS, read_facts, write_facts
 from train.run_folder import last_checkpoint, publish_model, remove_leftovers, unfinished, write_start
 from train.saved_model import Layout, ModelWriter
-from train.sharding import gather_when_saving, prepare_sharding, sharding_asked_for
+from train.sharding import gather_when_saving, prepare_sharding
 from train.start_check import check_start, tolerance_for
 from train.trainer import KTOTrainer
 from train.watching import Console, MetricsFile
@@ -96,6 +97,11 @@ class TrainingRun:
             remove_leftovers(out)
             warnings += data.warnings(config, precision)
             warnings += _saving_warnings(config)
+            if args.gpus_here > 1:
+                warnings.append(
+                    f"{args.gpus_here} GPUs here, and one process trains on one of them: torchrun --nproc_per_node "
+                    f"{args.gpus_here} --no-python kto-train ... uses all"
+                )
             warnings += warnings_for(config, *data.class_counts, objective.weights)
             _print_plan(config, data, files, precision, objective, out, device, warnings)
             if config.resume:

@@ -14,6 +14,7 @@ import transformers
 from tqdm import tqdm
 
 from kto_core.durable import write_text
+from kto_core.streams import is_terminal
 from train.alarms import Watch
 
 _SECONDS_BETWEEN_LINES = 2.0
@@ -158,8 +159,8 @@ class Console(transformers.TrainerCallback):
         if self.bar is None:
             print(line, flush=True)
             return
-        self.bar.write(_wrapped(line, self.bar.width()) if sys.stdout.isatty() else line)
-        sys.stdout.flush()
+        self.bar.write(_wrapped(line, self.bar.width()) if is_terminal(sys.stdout) else line)
+        print(end="", flush=True)
 
 
 class _LiveLine(tqdm):
@@ -192,7 +193,7 @@ class _LiveLine(tqdm):
 
 
 def _shows_live_lines() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
 
 
 def _layouts(record: dict[str, Any]) -> Iterator[str]:

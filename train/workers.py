@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -12,6 +13,7 @@ from typing import Any
 from kto_core.allocator import keep_freed_memory
 from kto_core.errors import TrainingError
 from kto_core.quiet import quiet_libraries
+from kto_core.streams import encode_all
 from train.config import TrainConfig
 from train.sweep_config import Trials
 
@@ -84,7 +86,12 @@ class Worker:
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_process, args=(theirs, rows, device, threads), daemon=True)
-        self.process.start()
+        # Ctrl-C reaches all processes; the sweep ends its workers, which would say what they were importing.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # or the end of the process would not close the pipe
 
     def start(self, number: int, config: TrainConfig, folder: Path) -> None:
@@ -115,6 +122,7 @@ class Worker:
 
 def _process(pipe: Connection, rows: dict[str, Any], device: str | None, threads: int | None) -> None:
     """A worker's process. What decides how libraries behave is set before they are imported."""
+    encode_all()
     keep_freed_memory()
     quiet_libraries()
     if device is not None:

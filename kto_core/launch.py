@@ -1,0 +1,228 @@
+"""The launch: which of several processes this one is, and an environment that changes no number unsaid.
+
+`torchrun` and `accelerate launch` describe a launch in environment variables. Transformers and accelerate read the same
+variables, and others that change precision, device or batch. So this module is the only one that reads them, and what it
+ignores it also removes from the environment, for the libraries to ignore it too.
+"""
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+
+from kto_core.errors import ConfigError, printable
+
+_SIZES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_NUMBERS = ("RANK", "LOCAL_RANK")
+_MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
+
+# On a CPU accelerate would take these for a launch of its own, before or in place of the others.
+_OF_MPI = re.compile(
+    r"(PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_(RANK|SIZE|LOCAL_RANK|LOCAL_SIZE)|MPI_LOCALRANKID|MPI_LOCALNRANKS"
+)
+_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+# How `accelerate launch` asks each rank to shard, and the settings that belong to it.
+_SHARDING = {
+    "FSDP": ("ACCELERATE_USE_FSDP", re.compile(r"FSDP_")),
+    "DeepSpeed": ("ACCELERATE_USE_DEEPSPEED", re.compile(r"ACCELERATE_(DEEPSPEED_|CONFIG_DS_FIELDS$)")),
+}
+_TRUE, _FALSE = ("1", "true", "t", "yes", "y", "on"), ("", "0", "false", "f", "no", "n", "off")
+
+# Variables by which libraries would compute something else than the options say, and what decides instead. The last two
+# lines are all other settings of accelerate, known today or not, and one that would let torch unpickle a checkpoint.
+_TF32 = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+_DECIDED_BY = {
+    re.compile(r"ACCELERATE_(MIXED_PRECISION|DOWNCAST_BF16|(FP8|AO|TE)_.*)|XLA_(USE|DOWNCAST)_BF16"): "--dtype decides",
+    re.compile(
+        rf"NVIDIA_TF32_OVERRIDE|HIPBLASLT_ALLOW_TF32|{_TF32}|(ONEDNN|DNNL)_DEFAULT_FPMATH_MODE"
+    ): "--dtype decides",
+    re.compile(r"ACCELERATE_(USE_CPU|TORCH_DEVICE)"): "--device decides",
+    re.compile(r"ACCELERATE_GRADIENT_ACCUMULATION_STEPS"): "--batch-size and --max-tokens decide",
+    re.compile(r"(ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG)_.*"): "nothing here uses it",
+    re.compile(r"FORK_LAUNCHED|TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"): "nothing here uses it",
+}
+_HARMLESS = ("ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL", "ACCELERATE_CPU_AFFINITY")
+
+# Values that ask for nothing.
+_NEUTRAL = ("", "0", "no", "none", "false", "off", "default", "strict")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process among all that a launcher started together.
+
+    Attributes:
+        local_rank: number of this process on its machine.
+        local_world_size: processes on this machine, where the launcher is known to say so; else 1.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process locks, checks and writes the folders of the launch."""
+        return self.rank == 0
+
+    @property
+    def local_share(self) -> tuple[int, int]:
+        """(i, n): this process does every n-th piece of the work that a machine has to do once, from the i-th on.
+
+        A launch that was put together by hand may number its processes as it likes, so there each one does all of it.
+        """
+        return (self.local_rank, self.local_world_size) if self.local_rank < self.local_world_size else (0, 1)
+
+
+def world_size() -> int:
+    """Return the number of processes in this launch, 1 without a launcher.
+
+    Raises:
+        ConfigError: WORLD_SIZE is no number of processes.
+    """
+    return _number("WORLD_SIZE", least=1) or 1
+
+
+def read_launch() -> Launch:
+    """Return which process of which launch this is.
+
+    Variables that mean nothing by themselves are ignored: RANK or LOCAL_RANK without WORLD_SIZE, or any of them beside
+    a WORLD_SIZE of 1.
+
+    Raises:
+        ConfigError: a variable holds no number, or the numbers do not go together.
+    """
+    world, rank = world_size(), _number("RANK", least=0)
+    local_rank, local_world = _number("LOCAL_RANK", least=0), _number("LOCAL_WORLD_SIZE", least=1)
+    if world == 1:
+        return Launch()
+    if rank is None:
+        raise ConfigError(f"WORLD_SIZE is {world}, but RANK is not set. {START_OR_UNSET}")
+    if rank >= world:
+        raise ConfigError(
+            f"RANK is {rank}, but WORLD_SIZE {world} counts ranks from 0 to {world - 1}. {START_OR_UNSET}"
+        )
+    if local_world is not None and not (local_rank or 0) < local_world <= world:
+        raise ConfigError(
+            f"LOCAL_RANK is {local_rank or 0} and LOCAL_WORLD_SIZE {local_world}, which WORLD_SIZE {world} does not allow. "
+            f"{START_OR_UNSET}"
+        )
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local_rank is not None
+    return Launch(rank, world, local_rank or 0, (local_world or 1) if by_torchrun else 1)
+
+
+START_OR_UNSET = "Start all processes with torchrun or accelerate launch, or unset WORLD_SIZE."
+
+
+def unreachable(error: BaseException) -> str:
+    """Return the message for a launch whose processes do not find each other."""
+    return (
+        f"WORLD_SIZE is {world_size()}, but the other processes cannot be reached ({error}). Start all of them with "
+        "torchrun or accelerate launch, or unset WORLD_SIZE."
+    )
+
+
+def settle_launch(*, shards: bool = False) -> Launch:
+    """Return the launch, and leave in the environment only what agrees with it and with the options.
+
+    To be called before the libraries are imported, and again by functions that may be called without the commands. Prints
+    a warning for each variable that asked for other numbers than the options do.
+
+    Args:
+        shards: weights may be spread over ranks, as accelerate's settings say.
+
+    Raises:
+        ConfigError: see `read_launch`; or a setting of accelerate is neither true nor false.
+    """
+    launch, sharding = read_launch(), sharding_asked_for()
+    warnings = [*_clear_launcher(launch, sharding=bool(sharding)), *_clear_settings(kept=sharding if shards else [])]
+    if launch.is_first:
+        for line in warnings:
+            print(f"warning     {line}", flush=True)
+    return launch
+
+
+def sharding_asked_for() -> list[str]:
+    """Return the ways to shard that accelerate's settings name: none, or one.
+
+    Raises:
+        ConfigError: a setting is neither true nor false.
+    """
+    return [way for way, (name, _) in _SHARDING.items() if _flag(name)]
+
+
+def _clear_launcher(launch: Launch, *, sharding: bool) -> list[str]:
+    """Remove the variables of a launch that is none. Returns: what to say of it."""
+    sizes = [name for name in _MPI_SIZES if re.fullmatch("[0-9]{1,6}", _shown(name)) and int(_shown(name)) > 1]
+    for name in [name for name in os.environ if _OF_MPI.fullmatch(name)]:
+        del os.environ[name]
+    if launch.world_size > 1:
+        # Not every launcher sets it, and accelerate takes a process without it for a launch of one.
+        os.environ["LOCAL_RANK"] = str(launch.local_rank)
+        return []
+    if not (sharding and _is_launch_of_one()):
+        for name in (*_NUMBERS, *_SIZES, *_MEETING_POINT):
+            os.environ.pop(name, None)
+    return [
+        f"{name} is ignored: this process works alone; torchrun starts several that work together" for name in sizes
+    ]
+
+
+def _is_launch_of_one() -> bool:
+    """Return whether a launcher started this process alone. FSDP and DeepSpeed want a launch, even of one."""
+    found = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    return found == ["0", "0", "1"] and all(os.environ.get(name) for name in _MEETING_POINT)
+
+
+def _clear_settings(*, kept: list[str]) -> list[str]:
+    """Remove settings of libraries that an option decides, or that nothing here uses. Returns: what to say of it.
+
+    Args:
+        kept: ways to shard whose settings stay.
+    """
+    said = []
+    for name in sorted(os.environ):
+        why = next((why for names, why in _DECIDED_BY.items() if names.fullmatch(name)), None)
+        if why is None or name in _HARMLESS:
+            continue
+        way = next((way for way, (asks, names) in _SHARDING.items() if name == asks or names.match(name)), None)
+        if way in kept:
+            continue
+        value = os.environ[name].lower()
+        detail = way is not None and name != _SHARDING[way][0]
+        if not detail and value not in _NEUTRAL and not (value == "1" and name.endswith("_STEPS")):
+            said.append(f"{name}={_shown(name)} is ignored: {why}")
+        del os.environ[name]
+        if name == _TF32 and "torch" in sys.modules:  # which read it when it was imported
+            sys.modules["torch"].set_float32_matmul_precision("highest")
+    for way in kept:
+        os.environ[_SHARDING[way][0]] = "true"  # accelerate takes no other word for it
+    return said
+
+
+def _number(name: str, *, least: int) -> int | None:
+    """A variable of a launcher; None where it is not set, or a rank of -1, which means the same."""
+    text = os.environ.get(name)
+    if text is None or (least == 0 and text.strip() == "-1"):
+        return None
+    if not re.fullmatch(r"\s*[0-9]{1,6}\s*", text) or int(text) < least:
+        raise ConfigError(
+            f"{name} is {_shown(name)!r} in the environment, which is no {'number of processes' if least else 'rank'}. "
+            f"Launchers set it; in a process that you start yourself, unset it."
+        )
+    return int(text)
+
+
+def _flag(name: str) -> bool:
+    text = os.environ.get(name, "").strip().lower()
+    if text not in (*_TRUE, *_FALSE):
+        raise ConfigError(
+            f"{name} is {_shown(name)!r} in the environment: expected true or false. Set one, or unset it."
+        )
+    return text in _TRUE
+
+
+def _shown(name: str) -> str:
+    return printable(os.environ.get(name, ""), 40)
