@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from kto_core.adapters import merge_adapter
 from kto_core.errors import ModelError, in_one_line, printable, said_by
 from kto_core.identity import stored_type
 from kto_core.logps import add_scoring_forward
+from kto_core.model_code import family_of, model_code
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ def load_causal_lm(
     if _is_quantized(model):
         keep_gradients_of_four_bits(model)
     disable_dropout(model)
-    add_scoring_forward(model)
+    with model_code(str(folder), f"this model family ({family_of(model)}) cannot be scored"):
+        add_scoring_forward(model)
     return model if _is_quantized(model) else model.to(device)
 
 
@@ -187,7 +188,7 @@ def _stored_type(folder: Path) -> torch.dtype | str:
 
 
 def _read(auto_model: Any, folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
-    try:
+    with model_code(str(folder), f"the model{_family_in(folder)} cannot be loaded"):
         return auto_model.from_pretrained(
             str(folder),
             dtype=dtype,
@@ -195,8 +196,14 @@ def _read(auto_model: Any, folder: Path, dtype: torch.dtype | str, trust_remote_
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the model cannot be loaded: {in_one_line(error)}") from error
+
+
+def _family_in(folder: Path) -> str:
+    """Return the `model_type` that config.json names, in brackets; nothing where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        if kind := json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"):
+            return f" ({kind})"
+    return ""
 
 
 def _has_rounded_constants(model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from kto_core.adapters import check_adapter_folder
+from kto_core.attention import apply_softcaps
 from kto_core.errors import ModelError, printable
 from kto_core.identity import (
     chat_template_hash,
@@ -26,6 +27,7 @@ from kto_core.identity import (
     weights_hash,
 )
 from kto_core.manifest import LONGEST_NAME
+from kto_core.model_code import model_code
 from kto_core.models import (
     Precision,
     check_model_folder,
@@ -200,13 +202,12 @@ def _state(folder: Path, adapter: Path | None) -> tuple[Any, ...]:
 
 
 def _shape(folder: Path, config: PrecomputeConfig) -> Any:
-    try:
+    with model_code(str(folder), "not a causal language model that transformers can load"):
         shape = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{folder}: not a causal language model that transformers can load: {reason}") from error
+            model = transformers.AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+        apply_softcaps(model)
+        return model
 
 
 def _adapter_hash(adapter: Path) -> str:
