@@ -7,17 +7,18 @@ scoring forward are settled here, once.
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from kto_core.adapters import merge_adapter
 from kto_core.errors import ModelError, in_one_line, printable, said_by
-from kto_core.identity import stored_type
+from kto_core.identity import stored_type, tensors_stored_in
 from kto_core.logps import add_scoring_forward
 from kto_core.model_code import family_of, model_code
 
@@ -158,7 +159,7 @@ def load_causal_lm(
     check_model_folder(folder)
     wide = precision.is_full or not frozen or adapter is not None
     model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code)
-    if not wide and _has_rounded_constants(model):
+    if not wide and (_has_rounded_constants(model) or not _restore_wide(model, folder, info["unexpected_keys"])):
         model, info = _read(auto_model, folder, torch.float32, trust_remote_code)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -168,6 +169,8 @@ def load_causal_lm(
         )
     if adapter is not None:
         merge_adapter(model, adapter)
+    if wide:
+        _widen(model)
     if frozen and not precision.is_full and not _is_quantized(model):
         store_matrices_in(model, precision.dtype)
     if _is_quantized(model):
@@ -209,6 +212,47 @@ def _family_in(folder: Path) -> str:
 def _has_rounded_constants(model: nn.Module) -> bool:
     """Whether constants that the model computes for itself (Gemma's embedding scale) were rounded to 16 bits."""
     return any(buffer.is_floating_point() and buffer.element_size() < 4 for buffer in model.buffers())
+
+
+def _restore_wide(model: nn.Module, folder: Path, unexpected: Collection[str]) -> bool:
+    """Put weights that are stored in float32 among narrower ones (recurrences, most often) back as they are stored.
+
+    Returns:
+        False where that cannot be done, because a tensor has another name in the model, or narrow types are mixed.
+    """
+    if is_quantized_folder(folder):
+        return True
+    if all(tensors_stored_in(folder, dtype) for dtype in ("BF16", "F16")):
+        return False
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = {name: path for name, path in tensors_stored_in(folder, "F32").items() if name not in unexpected}
+    if not stored.keys() <= parameters.keys():
+        return False
+    for name, path in stored.items():
+        with safe_open(path, framework="pt") as file:
+            parameters[name].data = file.get_tensor(name)
+    return True
+
+
+def _widen(model: nn.Module) -> None:
+    """Turn 16-bit weights into float32 in all layers but those that are computed from quantised ones.
+
+    `transformers` leaves experts that it dequantises (gpt-oss) in bfloat16, whatever is asked for.
+    """
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(map(_is_packed, own)):
+            continue
+        for tensor in own:
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                tensor.data = tensor.data.float()
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor holds quantised weights: whole numbers, or floats of 8 bits."""
+    if tensor.is_floating_point():
+        return tensor.element_size() == 1
+    return tensor.ndim >= 2 and tensor.dtype != torch.bool
 
 
 def check_model_folder(folder: Path) -> None:
@@ -257,19 +301,73 @@ def keep_gradients_of_four_bits(model: nn.Module) -> None:
 
 
 def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store matrices in `dtype`; embeddings, norms and biases in float32.
+    """Store in `dtype` what autocast would cast before it is used; everything else in float32.
 
-    Autocast casts matrices before each product, so their storage changes no number. Embeddings and
-    norms feed the float32 residual stream: rounding them would. (Fused expert matrices, with three
-    dimensions, are outside of autocast: a mixture of experts computes them as they are stored.)
+    Autocast casts the matrices of linear layers before each product, so their storage changes no number. Embeddings,
+    norms, biases, recurrences (Mamba's `A_log`) and tables of positions meet float32 values: rounding them would.
+    (Stacked experts are outside of autocast: a mixture of experts computes them as they are stored. They are most of
+    its weights.)
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    narrow = _matrices(model, dtype)
     for parameter in model.parameters():
         if not parameter.is_floating_point():
             continue
-        matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-        parameter.data = parameter.data.to(dtype if matrix else torch.float32)
+        parameter.data = parameter.data.to(dtype if id(parameter) in narrow else torch.float32)
         parameter.requires_grad_(False)
+
+
+def _matrices(model: nn.Module, dtype: torch.dtype) -> set[int]:
+    """Return the ids of the parameters that may be stored in `dtype`."""
+    found, others = set(), set()
+    is_cast: dict[type[nn.Module], bool] = {nn.Linear: True}
+    for module in model.modules():
+        kind, weight = type(module), getattr(module, "weight", None)
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            if kind not in is_cast:
+                is_cast[kind] = _casts_its_weight(module, dtype)
+            if is_cast[kind]:
+                found.add(id(own.pop("weight", weight)))
+        elif _holds_experts(module):
+            found |= {id(own.pop(name)) for name in list(own) if own[name].ndim >= 2}
+        others |= {id(parameter) for parameter in own.values()}
+    return found - others  # a tied matrix is an embedding too
+
+
+def _casts_its_weight(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Return whether a layer computes the same whether its weight is stored in float32 or in `dtype`, under autocast.
+
+    Families have linear layers of their own (GPT-2's are transposed); some normalise or scale the weight before they use
+    it, or use it outside of autocast.
+    """
+    weight: Any = module.weight
+    stored = weight.data
+    for size in stored.shape[::-1]:
+        values = torch.linspace(-1, 1, 3 * size, device=stored.device).reshape(1, 3, size)
+        outputs = []
+        try:
+            with torch.no_grad(), torch.autocast(stored.device.type, dtype=dtype):
+                for kind in (torch.float32, dtype):
+                    weight.data = stored.to(kind)
+                    outputs.append(module(values))
+        except Exception:  # noqa: BLE001 (it takes other inputs; float32 is always right)
+            continue
+        finally:
+            weight.data = stored
+        return all(isinstance(one, torch.Tensor) for one in outputs) and torch.equal(*outputs)
+    return False
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Return whether a module's own parameters are the matrices of many experts, stacked."""
+    counts = [n for name, n in vars(module).items() if re.search("num_(local_)?experts$", name) and isinstance(n, int)]
+    shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+    return any(
+        (len(shape) == 3 and shape[0] == n) or (len(shape) == 2 and shape[0] > n and shape[0] % n == 0)
+        for shape in shapes
+        for n in counts
+        if n > 1
+    )
 
 
 def disable_dropout(model: nn.Module) -> None:
