@@ -328,7 +328,7 @@ def _matrices(model: nn.Module, dtype: torch.dtype) -> set[int]:
                 is_cast[kind] = _casts_its_weight(module, dtype)
             if is_cast[kind]:
                 found.add(id(own.pop("weight", weight)))
-        elif _holds_experts(module):
+        elif holds_experts(module):
             found |= {id(own.pop(name)) for name in list(own) if own[name].ndim >= 2}
         others |= {id(parameter) for parameter in own.values()}
     return found - others  # a tied matrix is an embedding too
@@ -358,7 +358,7 @@ def _casts_its_weight(module: nn.Module, dtype: torch.dtype) -> bool:
     return False
 
 
-def _holds_experts(module: nn.Module) -> bool:
+def holds_experts(module: nn.Module) -> bool:
     """Return whether a module's own parameters are the matrices of many experts, stacked."""
     counts = [n for name, n in vars(module).items() if re.search("num_(local_)?experts$", name) and isinstance(n, int)]
     shapes = [parameter.shape for parameter in module.parameters(recurse=False)]

@@ -97,6 +97,10 @@ class TrainingRun:
         # A sharded model need not fit on one device; sharding moves each rank's part there.
         whole_fits = device.type == "cuda" and not sharding_asked_for()
         model = materials.model(files, config, precision, args.device if whole_fits else torch.device("cpu"))
+        if config.lora_rank and args.process_index == 0:
+            from train.lora import adapter_lines
+
+            print("\n".join(adapter_lines(model)), flush=True)
         check_vocabulary(model, data.rows)
         settings = Settings.of(config, objective.weights, data.class_counts)
         console = Console(Watch(settings), out / METRICS) if args.process_index == 0 else None
