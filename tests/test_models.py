@@ -393,6 +393,13 @@ ADAPTERS = {
     "a norm of its own": ("llama", LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])),
     "some tokens of its own": ("llama", LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2, 5, 7])),
     "tied weights": ("llama-tied", LoraConfig(target_modules=ALL_LINEAR)),
+    "principal components": ("llama", LoraConfig(target_modules=ALL_LINEAR, init_lora_weights="pissa")),
+    "orthonormal beginnings": ("llama", LoraConfig(target_modules=ALL_LINEAR, init_lora_weights="olora")),
+    "a whole block of its own": ("llama", LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"])),
+    "some layers left out": (
+        "llama",
+        LoraConfig(target_modules=["q_proj", "v_proj"], exclude_modules=["model.layers.1.self_attn.q_proj"]),
+    ),
     "tied embeddings of its own": (
         "llama-tied",
         LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
@@ -477,6 +484,72 @@ def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path, base, settings):
     with pytest.raises(ModelError) as caught:
         load(base, adapter=adapter)
     assert str(caught.value).startswith(f"{adapter}: ")
+
+
+@peft_comments
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param(
+            LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]),
+            r"layer_replication is set: .*repeated layers.*merge_and_unload\) and pass the merged model to --model",
+            id="layers more than the base has",
+        ),
+        pytest.param(
+            LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5, 6]),
+            r"alora_invocation_tokens is set: an activated LoRA \(aLoRA\) acts only behind its invocation tokens",
+            id="activated by tokens",
+        ),
+        pytest.param(
+            LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa_niter_2"),
+            r"init_lora_weights is 'pissa_niter_2', .*path_initial_model_for_weight_conversion",
+            id="random parts taken out of the base",
+        ),
+        pytest.param(
+            peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+            r"PREFIX_TUNING adds to what a model reads",
+            id="a learnt prefix",
+        ),
+        pytest.param(
+            peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4),
+            r"does not fit the model: .* Merge it with peft",
+            id="states shared between layers",
+        ),
+    ],
+)
+def test_an_adapter_that_is_more_than_weights_is_refused_with_the_way_out(tmp_path, base, settings, message):
+    adapter = save_adapter(base, tmp_path / "adapter", settings)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(base, adapter=adapter)
+    assert str(caught.value).startswith(f"{adapter}: ")
+    assert "\n" not in str(caught.value)
+
+
+@peft_comments
+@pytest.mark.parametrize(("value", "refused"), [({"depth": 2}, True), (True, True), (None, False), (False, False)])
+def test_a_setting_that_the_installed_peft_drops_is_refused_where_it_is_set(tmp_path, base, value, refused):
+    adapter = save_adapter(base, tmp_path / "adapter", LoraConfig(target_modules=["q_proj"]))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "use_moebius": value}))
+    if not refused:
+        load(base, adapter=adapter)
+        return
+    with pytest.raises(ModelError, match=r"sets use_moebius, which the installed peft does not know"):
+        load(base, adapter=adapter)
+
+
+@peft_comments
+def test_an_adapter_that_merges_into_other_numbers_is_refused(tmp_path, base, monkeypatch):
+    adapter = save_adapter(base, tmp_path / "adapter", LoraConfig(target_modules=["q_proj"]))
+    merge = peft.tuners.lora.Linear.merge
+
+    def doubled(self, safe_merge=False, adapter_names=None):
+        merge(self, safe_merge, adapter_names)
+        self.base_layer.weight.data *= 2
+
+    monkeypatch.setattr(peft.tuners.lora.Linear, "merge", doubled)
+    with pytest.raises(ModelError, match=r"merged into the weights it gives other log-probabilities"):
+        load(base, adapter=adapter)
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def adapter_lines(adapted: Any) -> list[str]:
     layers = {name: module for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
     base = {id(p): p for p in adapted.parameters() if not p.requires_grad}
     total = sum(map(_size, base.values())) or 1
-    covered = {id(p): _size(p) for layer in layers.values() for p in layer.base_layer.parameters()}
+    covered = {id(p): _size(p) for layer in layers.values() for p in _adapted_weights(layer)}
     trained = sum(_size(p) for p in adapted.parameters() if p.requires_grad)
     kinds = _counted(map(_layer_name, layers, layers.values()))
     share = sum(covered.values()) / total
@@ -192,6 +192,10 @@ def _stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if holds_experts(module):
             for own, parameter in module.named_parameters(recurse=False):
                 yield f"{name}.{own}", parameter
+
+
+def _adapted_weights(layer: Any) -> list[nn.Parameter]:
+    return [layer.get_param()] if hasattr(layer, "parameter_name") else list(layer.base_layer.parameters())
 
 
 def _layer_name(name: str, layer: Any) -> str:
