@@ -1,4 +1,4 @@
-"""Merging a PEFT adapter into a model, through `transformers`; peft itself is never imported here."""
+"""Putting a PEFT adapter into a model or beside its weights, through `transformers`; peft itself is never imported here."""
 
 import contextlib
 import dataclasses
@@ -87,12 +87,64 @@ def merge_adapter(model: Any, adapter: Path) -> None:
     Raises:
         ModelError: not an adapter, peft missing, weights that do not fit, or a kind that cannot be merged.
     """
-    check_adapter_folder(adapter)
     tied = _heads_are_tied(model)
     before, trainable = dict(vars(model)), any(p.requires_grad for p in model.parameters())
+    _load(model, adapter, "default")
+    unmerged = _some_logps(model)
+    try:
+        _merge_layers(model)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(f"{adapter}: cannot be merged: {in_one_line(error)} {_MERGE_YOURSELF}") from error
+    apart = float((_some_logps(model) - unmerged).abs().mean())
+    if not apart <= _MERGED_ALIKE:
+        raise ModelError(
+            f"{adapter}: merged into the weights it gives other log-probabilities than beside them (by {apart:.2g} nats): a kind "
+            f"that is not supported. {_MERGE_YOURSELF}"
+        )
+    if tied and not _heads_are_tied(model):
+        model.config.tie_word_embeddings = False  # the adapter brought a head of its own
+    _forget_adapter(model, before)
+    model.requires_grad_(trainable)
+
+
+def add_adapter_beside(model: Any, adapter: Path) -> None:
+    """Put a LoRA adapter beside quantised weights, frozen, as it was trained: merging would round it to their few bits.
+
+    Raises:
+        ModelError: as `merge_adapter`, or of a kind that training could not save together with new adapters.
+    """
+    found = [name for name in _NOT_BESIDE if _settings(adapter).get(name) not in (None, False, "none", [], {})]
+    if found or _settings(adapter).get("peft_type") != "LORA":
+        raise ModelError(
+            f"{adapter}: {', '.join(found) or _settings(adapter).get('peft_type')}: of adapters on quantised weights, only LoRA on "
+            "linear layers is supported. Load the base model without quantisation (or call dequantize() on it), merge the "
+            "adapter into it with peft (merge_and_unload), and pass the merged model to --model."
+        )
+    before = dict(vars(model))
+    _load(model, adapter, BESIDE)
+    for name, parameter in model.named_parameters():
+        if f".{BESIDE}." in name:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad = False
+    if any(hasattr(module, "lora_embedding_A") and len(module.lora_embedding_A) for module in model.modules()):
+        raise ModelError(
+            f"{adapter}: changes embeddings, which is not supported on quantised weights. {_MERGE_YOURSELF}"
+        )
+    _forget_adapter(model, before)
+
+
+# How peft calls the reference's adapter where it stays beside the weights; trained ones have peft's default name.
+BESIDE = "reference"
+
+# Settings of LoRA that two adapters together could not be saved with.
+_NOT_BESIDE = ("use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+
+
+def _load(model: Any, adapter: Path, name: str) -> None:
+    check_adapter_folder(adapter)
     try:
         with _with_layer_names(adapter) as folder:
-            info = model.load_adapter(str(folder), adapter_name="default", use_safetensors=True)
+            info = model.load_adapter(str(folder), adapter_name=name, use_safetensors=True)
         unknown = _unknown_settings(model, _settings(adapter))
     except ImportError as error:
         raise ModelError(
@@ -112,21 +164,6 @@ def merge_adapter(model: Any, adapter: Path) -> None:
             f"{adapter}: adapter_config.json sets {', '.join(unknown)}, which the installed peft does not know. Update peft, or "
             f"merge it with the one that trained it. {_MERGE_YOURSELF}"
         )
-    unmerged = _some_logps(model)
-    try:
-        _merge_layers(model)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"{adapter}: cannot be merged: {in_one_line(error)} {_MERGE_YOURSELF}") from error
-    apart = float((_some_logps(model) - unmerged).abs().mean())
-    if not apart <= _MERGED_ALIKE:
-        raise ModelError(
-            f"{adapter}: merged into the weights it gives other log-probabilities than beside them (by {apart:.2g} nats): a kind "
-            f"that is not supported. {_MERGE_YOURSELF}"
-        )
-    if tied and not _heads_are_tied(model):
-        model.config.tie_word_embeddings = False  # the adapter brought a head of its own
-    _forget_adapter(model, before)
-    model.requires_grad_(trainable)
 
 
 # Mean difference of a log-probability that rounding explains, nats.

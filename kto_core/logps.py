@@ -123,6 +123,18 @@ def token_logps(model: Any, batch: Batch, *, router_logits: bool = False) -> Sco
     return Scored(*model(batch=batch, router_logits=router_logits))
 
 
+def sees_whole_passes(model: Any) -> bool:
+    """Return whether a row's scores depend on whatever else is in its pass, so that rows have to run one by one.
+
+    LLM.int8() computes a column in 16 bits where any token of a pass is large in it, in 8 bits otherwise.
+    """
+    settings = getattr(model.config, "quantization_config", None)
+    if not isinstance(settings, dict):
+        settings = vars(settings) if settings is not None else {}
+    eight = settings.get("load_in_8bit") or settings.get("_load_in_8bit")
+    return bool(eight and settings.get("llm_int8_threshold", 6.0))
+
+
 def check_scoring(model: Any, rows: Sequence[TokenIds], *, tolerance: float) -> float:
     """Compare the scoring forward, batched and padded, with the model's own logits, row by row.
 
@@ -142,7 +154,7 @@ def check_scoring(model: Any, rows: Sequence[TokenIds], *, tolerance: float) -> 
     """
     name, family = type(model).__name__, family_of(model)
     with torch.no_grad(), model_code(name, f"this model family ({family}) cannot be scored from its hidden states"):
-        moved = _moved_by_later_tokens(model, rows)
+        moved = 0.0 if sees_whole_passes(model) else _moved_by_later_tokens(model, rows)
         if not moved <= tolerance:
             raise ModelError(
                 f"{name}: this model family ({family}) attends to later tokens (changing them moves log-probabilities "
@@ -169,8 +181,9 @@ def check_scoring(model: Any, rows: Sequence[TokenIds], *, tolerance: float) -> 
 
 def _apart_from_own_logits(model: Any, rows: Sequence[TokenIds]) -> float:
     """Return the largest difference between the scoring forward and the model's own logits, nats a token."""
-    batch = pad_sequences(rows).to(_device(model))
-    ours = token_logps(model, batch).token_logps.double().split([len(completion) for _, completion in rows])
+    passes = [[row] for row in rows] if sees_whole_passes(model) else [rows]
+    scored = torch.cat([token_logps(model, pad_sequences(one).to(_device(model))).token_logps for one in passes])
+    ours = scored.double().split([len(completion) for _, completion in rows])
     own = [_own_logps(model, np.concatenate(row))[len(row[0]) - 1 :] for row in rows]
     return max(_largest(mine - theirs) for mine, theirs in zip(ours, own, strict=True))
 

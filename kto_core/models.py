@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from kto_core.adapters import merge_adapter
+from kto_core.adapters import add_adapter_beside, merge_adapter
 from kto_core.errors import ModelError, in_one_line, printable, said_by
 from kto_core.identity import stored_type, tensors_stored_in
 from kto_core.logps import add_scoring_forward
@@ -151,7 +151,7 @@ def load_causal_lm(
             weight of 1e-2 is below half a unit in the last place of bfloat16.
         device: where the model goes.
         frozen: True where no weight of this model will be trained (a reference, the base under LoRA).
-        adapter: a PEFT folder to merge into the weights, in float32.
+        adapter: a PEFT folder to merge into the weights, in float32; beside quantised weights it stays as it is.
 
     Raises:
         ModelError: not loadable, or weights missing from the files.
@@ -168,13 +168,15 @@ def load_causal_lm(
             "Copy the model again, or point to a complete checkpoint."
         )
     if adapter is not None:
-        merge_adapter(model, adapter)
+        with model_code(str(adapter), f"the adapter cannot be put on this model family ({family_of(model)})"):
+            (add_adapter_beside if _is_quantized(model) else merge_adapter)(model, adapter)
     if wide:
         _widen(model)
     if frozen and not precision.is_full and not _is_quantized(model):
         store_matrices_in(model, precision.dtype)
     if _is_quantized(model):
         keep_gradients_of_four_bits(model)
+        keep_eight_bits_in_eval_mode(model)
     disable_dropout(model)
     with model_code(str(folder), f"this model family ({family_of(model)}) cannot be scored"):
         add_scoring_forward(model)
@@ -300,6 +302,18 @@ def keep_gradients_of_four_bits(model: nn.Module) -> None:
             vars(module)["support_avx512bf16_for_cpu"] = False
 
 
+def keep_eight_bits_in_eval_mode(model: nn.Module) -> None:
+    """Keep bitsandbytes' 8-bit layers in eval mode: on a CPU they compute by another rule in train mode."""
+    for module in model.modules():
+        if hasattr(getattr(module, "state", None), "is_training"):
+            _keep_in_eval_mode(module)
+
+
+def _keep_in_eval_mode(module: nn.Module) -> None:
+    nn.Module.train(module, False)
+    module.train = lambda mode=True: nn.Module.train(module, False)  # type: ignore[method-assign]
+
+
 def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Store in `dtype` what autocast would cast before it is used; everything else in float32.
 
@@ -380,7 +394,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if hasattr(module, "router_jitter_noise"):
             # PhiMoE's router reads it in eval mode as well, as a threshold, and draws its experts by lot in training.
-            module.train = lambda mode=True, router=module: nn.Module.train(router, False)  # type: ignore[method-assign,misc]
+            _keep_in_eval_mode(module)
             continue
         for name, value in list(vars(module).items()):
             if ("drop" in name or "jitter" in name) and isinstance(value, float):

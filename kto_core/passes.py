@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kto_core.batching import SCORING_PASS_COST, micro_batches, packed_batches
 from kto_core.errors import ModelError
-from kto_core.logps import Batch, token_logps
+from kto_core.logps import Batch, sees_whole_passes, token_logps
 from kto_core.model_code import model_code
 from kto_core.sequences import FILLER, TokenIds, pack_sequences, pad_sequences
 from kto_core.shared_prompts import SharedPrompts, longest_shared, share_prompts
@@ -62,11 +62,14 @@ class ScoringPasses:
         tolerance: float = 1e-4,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.model, self.device, self.max_tokens = model, device, max_tokens
-        self.pack, self.tolerance, self.say = pack, tolerance, say
+        one_by_one = sees_whole_passes(model)
+        self.model, self.device, self.max_tokens = model, device, 1 if one_by_one else max_tokens
+        self.pack, self.tolerance, self.say = pack and not one_by_one, tolerance, say
         self.alone = alone
         self.longest_shared = longest_shared(model)
-        self._shares, self._proven, self._told = True, 0, False
+        self._shares, self._proven, self._told = not one_by_one, 0, False
+        if one_by_one and alone:
+            say("rows run one by one: 8-bit weights (LLM.int8) would score a row otherwise beside others")
 
     @torch.no_grad()
     def run(self, sequences: Sequence[TokenIds], *, at_least: int = 0) -> Iterator[Pass]:

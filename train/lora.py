@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from kto_core.adapters import BESIDE
 from kto_core.errors import ConfigError, ModelError, in_one_line
 from kto_core.head import whole_shape
 from kto_core.models import holds_experts
@@ -76,7 +78,26 @@ def add_adapters(model: Any, config: TrainConfig, *, base: str) -> Any:
     # peft takes the older names of some experts (Mixtral's w1), and turns them into parameters.
     _check_names(model, [n for n in names if not settings.target_parameters or n in settings.target_modules], known)
     settings.base_model_name_or_path = base
+    _activate(adapted, [BESIDE, _TRAINED])
     return adapted
+
+
+# How peft calls the adapter that is trained.
+_TRAINED = "default"
+
+
+def _activate(model: nn.Module, names: list[str]) -> None:
+    """Use an adapter that the reference carries beside its weights together with the trained one; only that one learns."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not any(BESIDE in layer.lora_A for layer in layers if hasattr(layer, "lora_A")):
+        return
+    for layer in layers:
+        layer.set_adapter(names)
+    for name, parameter in model.named_parameters():
+        if f".{BESIDE}." in name:
+            parameter.requires_grad = False
 
 
 def _without_adapters(model: Any) -> dict[str, str]:
@@ -236,11 +257,64 @@ def load_adapters(model: Any, folder: Path) -> Any:
 
 def remove_adapters(adapted: Any) -> None:
     """Leave the model below as it was before `add_adapters`."""
-    model = adapted.unload()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not _has_beside(adapted):
+        model = adapted.unload()
+    else:
+        model = adapted.get_base_model()
+        for name, layer in list(model.named_modules()):
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            layer.delete_adapter(_TRAINED)
+            if BESIDE not in layer.lora_A:
+                model.set_submodule(name, layer.base_layer)
+        _activate(model, [BESIDE])
     if hasattr(model, "peft_config"):
         del model.peft_config
 
 
-def merge_and_save(adapted: Any, out: Path) -> None:
-    """Save the whole model: adapters on a base that exists only in memory could not be loaded again."""
-    adapted.merge_and_unload().save_pretrained(str(out))
+def _has_beside(model: nn.Module) -> bool:
+    return any(f".{BESIDE}." in name for name, _ in model.named_parameters())
+
+
+def save_with_reference(adapted: Any, out: Path) -> None:
+    """Save the model: whole, its adapters merged, or one adapter where the weights below are quantised.
+
+    Adapters on a base that exists only in memory could not be loaded again. The one adapter is the sum of the reference's
+    and the trained one: `[B1 B2] [A1; A2] = B1 A1 + B2 A2`.
+    """
+    if not _has_beside(adapted):
+        adapted.merge_and_unload().save_pretrained(str(out))
+        return
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tensors, ranks = {}, {}
+    for name, layer in adapted.get_base_model().named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        parts: Any = [one for one in (BESIDE, _TRAINED) if one in layer.lora_A]
+        lora: Any = layer
+        down = torch.cat([lora.lora_A[one].weight.detach().float() for one in parts])
+        up = torch.cat([lora.scaling[one] * lora.lora_B[one].weight.detach().float() for one in parts], dim=1)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.cpu().contiguous()
+        ranks[name] = len(down)
+    trained = adapted.peft_config[_TRAINED]
+    most = max(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != most}
+    settings = peft.LoraConfig(
+        r=most,
+        lora_alpha=most,
+        target_modules=sorted(ranks),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=trained.base_model_name_or_path,
+        inference_mode=True,
+    )
+    settings.save_pretrained(str(out))
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -28,13 +28,18 @@ class PolicyFiles:
 
     Attributes:
         name: as the user or the manifest names it.
-        adapter: merged into the weights before training, as it was into the reference's.
+        adapter: merged into the weights before training, as it was into the reference's; kept beside quantised ones.
     """
 
     name: str
     folder: Path
     adapter: Path | None
     tokenizer: Any
+
+    @property
+    def how_adapted(self) -> str:
+        """Where the reference's adapter is, for the plan."""
+        return "beside its quantised weights" if is_quantized_folder(self.folder) else "merged"
 
     @classmethod
     def find(cls, config: TrainConfig, manifest: Manifest) -> "PolicyFiles":

@@ -17,6 +17,7 @@ import transformers
 from kto_core.durable import replacing, write_json
 from kto_core.errors import TrainingError, in_one_line
 from kto_core.head import whole_shape
+from kto_core.logps import sees_whole_passes
 from kto_core.models import Precision, resolve_device, resolve_precision
 from train.advice import class_weight_values, warnings_for
 from train.alarms import Settings, Watch
@@ -180,10 +181,10 @@ class TrainingRun:
         trainer, files, config = self.trainer, self.files, self.config
         with unfinished(out, "model", main=self.is_main) as folder:
             if config.lora_rank and files.adapter is not None:
-                from train.lora import merge_and_save
+                from train.lora import save_with_reference
 
                 if self.is_main:
-                    merge_and_save(trainer.accelerator.unwrap_model(trainer.model), folder)
+                    save_with_reference(trainer.accelerator.unwrap_model(trainer.model), folder)
                     files.tokenizer.save_pretrained(str(folder))
             else:
                 gather_when_saving(trainer.accelerator)
@@ -286,7 +287,7 @@ def make_trainer(
         rows=data.rows,
         batches=data.batches(config),
         objective=objective,
-        max_tokens=_max_tokens(config, args.device),
+        max_tokens=1 if sees_whole_passes(model) else _max_tokens(config, args.device),
         rounding=tolerance_for(data.rows.manifest, precision),
         held_out=data.held_out,
         processing_class=files.tokenizer,
@@ -361,7 +362,7 @@ def _print_plan(
     steps = config.max_steps or math.ceil(math.ceil(data.units.size / config.batch_size) * config.epochs)
     fingerprint = data.rows.manifest.fingerprint[:12]
     print(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
-    adapter = f" with adapter {files.adapter} merged" if files.adapter else ""
+    adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
     print(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
     print(f"rows        {data.units.size:,} to train on{held}{dropped}{cut}{unpaired}")
     weights = objective.weights
