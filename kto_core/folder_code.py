@@ -65,7 +65,7 @@ def check_tokenizer_code(folder: Path, used: str) -> list[str]:
     ]
 
 
-def model_code(folder: Path) -> str | None:
+def own_code(folder: Path) -> str | None:
     """Return what config.json names as the model's own code, `module.Class`, or None."""
     references = _references(folder, "config.json")
     for auto_class in ("AutoModelForCausalLM", "AutoModel", "AutoConfig"):

@@ -6,23 +6,24 @@ scoring forward are settled here, once.
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import nn
 
-from kto_core.adapters import merge_adapter
+from kto_core.adapters import add_adapter_beside, merge_adapter
 from kto_core.errors import ModelError, in_one_line, printable, said_by
 from kto_core.folder_code import check_model_code
 from kto_core.hub import fetch_from_hub
-from kto_core.identity import stored_type
+from kto_core.identity import stored_type, tensors_stored_in
 from kto_core.library_warnings import collected_warnings, skipped_quantization
 from kto_core.logps import add_scoring_forward
-from kto_core.model_files import check_texts
+from kto_core.model_code import family_of, model_code
+from kto_core.model_files import check_texts, read_json_object
 from kto_core.outline import check_shapes, check_unread, classes_used
 from kto_core.quantization import USE_ANOTHER, check_quantization, declared_quantization
 from kto_core.weight_files import stored_tensors
@@ -171,7 +172,7 @@ def load_causal_lm(
             weight of 1e-2 is below half a unit in the last place of bfloat16.
         device: where the model goes.
         frozen: True where no weight of this model will be trained (a reference, the base under LoRA).
-        adapter: a PEFT folder to merge into the weights, in float32.
+        adapter: a PEFT folder to merge into the weights, in float32; beside quantised weights it stays as it is.
 
     Raises:
         ModelError: not loadable, or weights missing from the files.
@@ -179,19 +180,24 @@ def load_causal_lm(
     check_model_folder(folder)
     wide = precision.is_full or not frozen or adapter is not None
     model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code)
-    if not wide and _has_rounded_constants(model):
+    if not wide and (_has_rounded_constants(model) or not _restore_wide(model, folder, info["unexpected_keys"])):
         model, info = _read(auto_model, folder, torch.float32, trust_remote_code)
     if not trust_remote_code:
         check_model_code(folder, *classes_used(model, folder))
     _check_loaded(model, folder, info)
     if adapter is not None:
-        merge_adapter(model, adapter)
+        with model_code(str(adapter), f"the adapter cannot be put on this model family ({family_of(model)})"):
+            (add_adapter_beside if _is_quantized(model) else merge_adapter)(model, adapter)
+    if wide:
+        _widen(model)
     if frozen and not precision.is_full and not _is_quantized(model):
         store_matrices_in(model, precision.dtype)
     if _is_quantized(model):
         keep_gradients_of_four_bits(model)
+        keep_eight_bits_in_eval_mode(model)
     disable_dropout(model)
-    add_scoring_forward(model)
+    with model_code(str(folder), f"this model family ({family_of(model)}) cannot be scored"):
+        add_scoring_forward(model)
     return model if _is_quantized(model) else model.to(device)
 
 
@@ -223,18 +229,15 @@ def _stored_type(folder: Path) -> torch.dtype | str:
 
 
 def _read(auto_model: Any, folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
-    try:
-        with collected_warnings() as messages:
-            read = auto_model.from_pretrained(
-                str(folder),
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused by `_check_loaded`, which names them
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the model cannot be loaded: {in_one_line(error)}") from error
+    with collected_warnings() as messages, model_code(str(folder), f"the model{_family_in(folder)} cannot be loaded"):
+        read = auto_model.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by `_check_loaded`, which names them
+        )
     skipped = skipped_quantization(messages)
     if skipped is not None:
         raise ModelError(
@@ -243,9 +246,58 @@ def _read(auto_model: Any, folder: Path, dtype: torch.dtype | str, trust_remote_
     return read
 
 
+def _family_in(folder: Path) -> str:
+    """Return the `model_type` that config.json names, in brackets; nothing where it cannot be read."""
+    with contextlib.suppress(ModelError):
+        if kind := read_json_object(folder / "config.json").get("model_type"):
+            return f" ({kind})"
+    return ""
+
+
 def _has_rounded_constants(model: nn.Module) -> bool:
     """Whether constants that the model computes for itself (Gemma's embedding scale) were rounded to 16 bits."""
     return any(buffer.is_floating_point() and buffer.element_size() < 4 for buffer in model.buffers())
+
+
+def _restore_wide(model: nn.Module, folder: Path, unexpected: Collection[str]) -> bool:
+    """Put weights that are stored in float32 among narrower ones (recurrences, most often) back as they are stored.
+
+    Returns:
+        False where that cannot be done, because a tensor has another name in the model, or narrow types are mixed.
+    """
+    if is_quantized_folder(folder):
+        return True
+    if all(tensors_stored_in(folder, dtype) for dtype in ("BF16", "F16")):
+        return False
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = {name: path for name, path in tensors_stored_in(folder, "F32").items() if name not in unexpected}
+    if not stored.keys() <= parameters.keys():
+        return False
+    for name, path in stored.items():
+        with safe_open(path, framework="pt") as file:
+            parameters[name].data = file.get_tensor(name)
+    return True
+
+
+def _widen(model: nn.Module) -> None:
+    """Turn 16-bit weights into float32 in all layers but those that are computed from quantised ones.
+
+    `transformers` leaves experts that it dequantises (gpt-oss) in bfloat16, whatever is asked for.
+    """
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(map(_is_packed, own)):
+            continue
+        for tensor in own:
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                tensor.data = tensor.data.float()
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor holds quantised weights: whole numbers, or floats of 8 bits."""
+    if tensor.is_floating_point():
+        return tensor.element_size() == 1
+    return tensor.ndim >= 2 and tensor.dtype != torch.bool
 
 
 def check_model_folder(folder: Path) -> None:
@@ -293,20 +345,86 @@ def keep_gradients_of_four_bits(model: nn.Module) -> None:
             vars(module)["support_avx512bf16_for_cpu"] = False
 
 
-def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store matrices in `dtype`; embeddings, norms and biases in float32.
+def keep_eight_bits_in_eval_mode(model: nn.Module) -> None:
+    """Keep bitsandbytes' 8-bit layers in eval mode: on a CPU they compute by another rule in train mode."""
+    for module in model.modules():
+        if hasattr(getattr(module, "state", None), "is_training"):
+            _keep_in_eval_mode(module)
 
-    Autocast casts matrices before each product, so their storage changes no number. Embeddings and
-    norms feed the float32 residual stream: rounding them would. (Fused expert matrices, with three
-    dimensions, are outside of autocast: a mixture of experts computes them as they are stored.)
+
+def _keep_in_eval_mode(module: nn.Module) -> None:
+    nn.Module.train(module, False)
+    module.train = lambda mode=True: nn.Module.train(module, False)  # type: ignore[method-assign]
+
+
+def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store in `dtype` what autocast would cast before it is used; everything else in float32.
+
+    Autocast casts the matrices of linear layers before each product, so their storage changes no number. Embeddings,
+    norms, biases, recurrences (Mamba's `A_log`) and tables of positions meet float32 values: rounding them would.
+    (Stacked experts are outside of autocast: a mixture of experts computes them as they are stored. They are most of
+    its weights.)
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    narrow = _matrices(model, dtype)
     for parameter in model.parameters():
         if not parameter.is_floating_point():
             continue
-        matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-        parameter.data = parameter.data.to(dtype if matrix else torch.float32)
+        parameter.data = parameter.data.to(dtype if id(parameter) in narrow else torch.float32)
         parameter.requires_grad_(False)
+
+
+def _matrices(model: nn.Module, dtype: torch.dtype) -> set[int]:
+    """Return the ids of the parameters that may be stored in `dtype`."""
+    found, others = set(), set()
+    is_cast: dict[type[nn.Module], bool] = {nn.Linear: True}
+    for module in model.modules():
+        kind, weight = type(module), getattr(module, "weight", None)
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            if kind not in is_cast:
+                is_cast[kind] = _casts_its_weight(module, dtype)
+            if is_cast[kind]:
+                found.add(id(own.pop("weight", weight)))
+        elif holds_experts(module):
+            found |= {id(own.pop(name)) for name in list(own) if own[name].ndim >= 2}
+        others |= {id(parameter) for parameter in own.values()}
+    return found - others  # a tied matrix is an embedding too
+
+
+def _casts_its_weight(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Return whether a layer computes the same whether its weight is stored in float32 or in `dtype`, under autocast.
+
+    Families have linear layers of their own (GPT-2's are transposed); some normalise or scale the weight before they use
+    it, or use it outside of autocast.
+    """
+    weight: Any = module.weight
+    stored = weight.data
+    for size in stored.shape[::-1]:
+        values = torch.linspace(-1, 1, 3 * size, device=stored.device).reshape(1, 3, size)
+        outputs = []
+        try:
+            with torch.no_grad(), torch.autocast(stored.device.type, dtype=dtype):
+                for kind in (torch.float32, dtype):
+                    weight.data = stored.to(kind)
+                    outputs.append(module(values))
+        except Exception:  # noqa: BLE001 (it takes other inputs; float32 is always right)
+            continue
+        finally:
+            weight.data = stored
+        return all(isinstance(one, torch.Tensor) for one in outputs) and torch.equal(*outputs)
+    return False
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Return whether a module's own parameters are the matrices of many experts, stacked."""
+    counts = [n for name, n in vars(module).items() if re.search("num_(local_)?experts$", name) and isinstance(n, int)]
+    shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+    return any(
+        (len(shape) == 3 and shape[0] == n) or (len(shape) == 2 and shape[0] > n and shape[0] % n == 0)
+        for shape in shapes
+        for n in counts
+        if n > 1
+    )
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -319,7 +437,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if hasattr(module, "router_jitter_noise"):
             # PhiMoE's router reads it in eval mode as well, as a threshold, and draws its experts by lot in training.
-            module.train = lambda mode=True, router=module: nn.Module.train(router, False)  # type: ignore[method-assign,misc]
+            _keep_in_eval_mode(module)
             continue
         for name, value in list(vars(module).items()):
             if ("drop" in name or "jitter" in name) and isinstance(value, float):

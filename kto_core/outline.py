@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from kto_core.attention import apply_softcaps
 from kto_core.errors import ModelError, in_one_line, printable
-from kto_core.folder_code import check_model_code, model_code, not_run
+from kto_core.folder_code import check_model_code, not_run, own_code
 from kto_core.library_warnings import collected_warnings, telling
 from kto_core.model_files import read_json_object
 from kto_core.quantization import check_quantization, declared_quantization
@@ -82,9 +83,11 @@ def _build(library: Any, folder: Path, *, trust_remote_code: bool) -> Any:
     try:
         settings = library.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return library.AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+            model = library.AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+        apply_softcaps(model)
+        return model
     except Exception as error:  # a model's own code may raise anything
-        code = None if trust_remote_code else model_code(folder)
+        code = None if trust_remote_code else own_code(folder)
         if code is not None:
             raise not_run(folder, code, instead=None) from error
         if str(config.get("architectures")).endswith("ForConditionalGeneration']"):

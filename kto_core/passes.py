@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from kto_core.batching import SCORING_PASS_COST, micro_batches, packed_batches
-from kto_core.logps import Batch, token_logps
+from kto_core.errors import ModelError
+from kto_core.logps import Batch, sees_whole_passes, token_logps
+from kto_core.model_code import model_code
 from kto_core.sequences import FILLER, TokenIds, pack_sequences, pad_sequences
 from kto_core.shared_prompts import SharedPrompts, longest_shared, share_prompts
-
-# What a model that cannot run on given keys and values may raise.
-_UNSUPPORTED = (TypeError, AttributeError, ValueError, IndexError, KeyError, NotImplementedError, RuntimeError)
 
 # The share of all tokens that shared prompts must save. Below it smaller passes and explicit masks eat what is saved:
 # benchmarks/shared_prompts.py shows where the two ways break even.
@@ -63,11 +62,14 @@ class ScoringPasses:
         tolerance: float = 1e-4,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.model, self.device, self.max_tokens = model, device, max_tokens
-        self.pack, self.tolerance, self.say = pack, tolerance, say
+        one_by_one = sees_whole_passes(model)
+        self.model, self.device, self.max_tokens = model, device, 1 if one_by_one else max_tokens
+        self.pack, self.tolerance, self.say = pack and not one_by_one, tolerance, say
         self.alone = alone
         self.longest_shared = longest_shared(model)
-        self._shares, self._proven, self._told = True, 0, False
+        self._shares, self._proven, self._told = not one_by_one, 0, False
+        if one_by_one and alone:
+            say("rows run one by one: 8-bit weights (LLM.int8) would score a row otherwise beside others")
 
     @torch.no_grad()
     def run(
@@ -216,11 +218,10 @@ class ScoringPasses:
 
     def _against_sharing(self, groups: list[list[TokenIds]], plain: list[Tensor]) -> str | None:
         try:
-            shared = self._forward([], self._share(groups)).token_logps.split([len(one) for one in plain])
-        except torch.OutOfMemoryError:
-            raise
-        except _UNSUPPORTED as error:
-            return f"the model cannot run on given keys and values ({type(error).__name__})"
+            with model_code(type(self.model).__name__, "the model cannot run on given keys and values"):
+                shared = self._forward([], self._share(groups)).token_logps.split([len(one) for one in plain])
+        except ModelError as error:
+            return f"the model cannot run on given keys and values ({type(error.__cause__).__name__})"
         differences = [(one - other).abs().mean() for one, other in zip(shared, plain, strict=True)]
         apart = float(torch.stack(differences).nan_to_num(nan=float("inf")).max())
         return None if apart <= self.tolerance else f"log-probabilities would differ by {apart:.2g} nats a token"

@@ -15,6 +15,7 @@ import torch
 
 from kto_core.errors import ModelError
 from kto_core.launch import read_launch, world_size
+from kto_core.models import is_quantized_folder
 from kto_core.options import AUTO, as_plain
 from kto_core.sequences import TokenIds
 from precompute.child import engine_process
@@ -141,6 +142,11 @@ def vllm_engine(reference: Reference, sample: Sequence[TokenIds], merged: Path) 
         ModelError: one of the two does not start, or they disagree.
     """
     config = reference.config
+    if config.adapter and is_quantized_folder(reference.folder):
+        raise ModelError(
+            "--backend vllm takes a model with its adapter merged, and an adapter stays beside quantised weights: pass "
+            "--backend transformers."
+        )
     heads = getattr(reference.shape.config.get_text_config(), "num_attention_heads", config.tensor_parallel)
     if heads % config.tensor_parallel:
         raise ModelError(

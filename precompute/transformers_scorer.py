@@ -8,6 +8,7 @@ import torch
 
 from kto_core.errors import ModelError
 from kto_core.logps import POSITIVE_ROUNDING, check_scoring
+from kto_core.model_code import family_of, model_code
 from kto_core.models import Precision
 from kto_core.passes import Pass, ScoringPasses
 from kto_core.sequences import TokenIds
@@ -77,7 +78,12 @@ class TransformersScorer:
             )
             on_tokens(sum(len(sequences[i][0]) + len(sequences[i][1]) for i in done.indices))
 
-        with torch.inference_mode(), self.precision.autocast(self.device):
+        failed = f"this model family ({family_of(self.model)}) cannot score one of the rows"
+        with (
+            torch.inference_mode(),
+            self.precision.autocast(self.device),
+            model_code(type(self.model).__name__, failed),
+        ):
             # A pass is fetched when the next one is under way, so that a GPU does not wait for the host.
             last: Pass | None = None
             try:

@@ -1,14 +1,20 @@
+import copy
 import functools
+import types
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from models import FAMILIES, VOCABULARY, random_rows, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kto_core.attention
 import kto_core.head
+import kto_core.logps
+from kto_core.attention import caps_attention
 from kto_core.errors import ModelError
 from kto_core.head import Head, add_gradients_in_place, selected_logps
 from kto_core.logps import Scored, add_scoring_forward, check_scoring, token_logps
@@ -399,6 +405,153 @@ def test_the_self_check_refuses_a_model_that_sees_its_padding():
     model.model.embed_tokens.register_forward_hook(leak)
     with pytest.raises(ModelError, match="differ from the model's own logits"):
         check_scoring(model, random_rows(3), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("length", [2, 3, 20])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_the_self_check_passes_on_causal_models_whatever_the_rows(family, length):
+    ids = np.arange(length, dtype=np.int32)
+    assert check_scoring(scoring_model(family), [(ids[:1], ids[1:])], tolerance=1e-3) < TOLERANCE
+    same = np.full(length, 96, dtype=np.int32)
+    assert check_scoring(scoring_model(family), [(same[:1], same[1:])], tolerance=1e-3) < TOLERANCE
+
+
+BIDIRECTIONAL = {
+    "an encoder's configuration": {"is_causal": False},
+    "EmbeddingGemma": {"use_bidirectional_attention": True},
+}
+
+
+@pytest.mark.parametrize("length", [2, 3, 12])
+@pytest.mark.parametrize("fields", BIDIRECTIONAL.values(), ids=BIDIRECTIONAL.keys())
+def test_a_model_that_attends_to_later_tokens_is_refused_though_no_row_is_padded(fields, length):
+    """Rows of one length score as the model's own logits do, and would score otherwise in another batch."""
+    if "is_causal" in fields:
+        model = tiny_model("llama", **fields)
+    else:
+        config = transformers.Gemma3TextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            initializer_range=0.4,
+            **fields,
+        )
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    add_scoring_forward(model)
+    rows = [(row[:1], row[1:]) for row in np.random.default_rng(0).integers(0, VOCABULARY, (2, length), np.int32)]
+    batch = pad_sequences(rows)
+    with torch.no_grad():
+        naive = torch.cat([own_logps(model, row) for row in rows])
+        torch.testing.assert_close(token_logps(model, batch).token_logps, naive)  # unpadded, nothing shows
+    with pytest.raises(ModelError, match=r"attends to later tokens .* no causal language model"):
+        check_scoring(model, rows, tolerance=1e-3)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("no such key"), AssertionError(), Exception("of no kind"), ZeroDivisionError]
+)
+def test_whatever_a_model_s_code_raises_is_one_message_with_its_family(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    model = fresh_model("llama")
+    model.model.layers[1].mlp.forward = types.FunctionType(
+        fail.__code__, {"__name__": "modeling_x"}, closure=fail.__closure__
+    )
+    with pytest.raises(ModelError, match=r"^LlamaForCausalLM: this model family \(llama\) cannot be scored") as caught:
+        check_scoring(model, random_rows(3), tolerance=1e-3)
+    assert "\n" not in str(caught.value)
+    assert (error if isinstance(error, type) else type(error)).__name__ in str(caught.value)
+
+
+def test_a_mistake_of_our_own_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(
+        kto_core.logps, "_others", types.FunctionType(_mistake.__code__, {"__name__": "kto_core.logps"})
+    )
+    with pytest.raises(KeyError, match="ours"):
+        check_scoring(scoring_model("llama"), random_rows(3), tolerance=1e-3)
+
+
+def _mistake(*args):
+    return {}["ours"]
+
+
+def test_memory_that_runs_out_is_not_the_model_s_fault(monkeypatch):
+    model = fresh_model("llama")
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("full")
+
+    model.model.layers[1].mlp.forward = full
+    with pytest.raises(torch.OutOfMemoryError):
+        check_scoring(model, random_rows(3), tolerance=1e-3)
+
+
+def capped(family="gemma2", **fields):
+    """Gemma 2 at a cap that binds, with the kernel `transformers` picks; and its definition, eager, in float64."""
+    fields = {"attn_logit_softcapping": 1.0, **fields}
+    if family == "gemma2":
+        model = tiny_model(family, **fields)
+    else:
+        config = transformers.VaultGemmaConfig(
+            **{
+                **{"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
+                **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8},
+                **{"initializer_range": 0.4, **fields},
+            }
+        )
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    definition = copy.deepcopy(model).double()
+    definition.set_attn_implementation("eager")
+    return model, definition
+
+
+@pytest.mark.parametrize("family", ["gemma2", "vaultgemma"])
+def test_capped_attention_is_computed_with_its_cap(family):
+    model, definition = capped(family)
+    rows = random_rows(4)
+    with torch.no_grad():
+        right = torch.cat([own_logps(definition, row) for row in rows])
+        without = torch.cat([own_logps(model, row) for row in rows])
+        add_scoring_forward(model)
+        scored = token_logps(model, pad_sequences(rows)).token_logps
+    assert (without - right).abs().max() > 0.1
+    torch.testing.assert_close(scored, right, atol=TOLERANCE, rtol=0, check_dtype=False)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_attention_without_a_cap_stays_as_it_was():
+    model, _ = capped(attn_logit_softcapping=None)
+    add_scoring_forward(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "field", ["attn_logit_softcapping", "attention_logit_cap", "attn_soft_cap", "attention_logits_soft_cap"]
+)
+def test_a_cap_is_known_by_its_configuration(field):
+    text = transformers.LlamaConfig(**{field: 30.0})
+    whole = transformers.LlavaConfig(text_config=text)
+    assert caps_attention(text)
+    assert caps_attention(whole)
+    assert not caps_attention(transformers.LlamaConfig(**{field: None}))
+    assert not caps_attention(transformers.Gemma2Config(attn_logit_softcapping=None, final_logit_softcapping=30.0))
+
+
+def test_the_self_check_refuses_a_kernel_that_leaves_something_out(monkeypatch):
+    """As a family might whose cap has a name that nobody foresaw."""
+    monkeypatch.setattr(kto_core.attention, "caps_attention", lambda config: False)
+    model, _ = capped()
+    add_scoring_forward(model)
+    with pytest.raises(ModelError, match=r'sdpa attention leaves out .*\(gemma2\).*"attn_implementation": "eager"'):
+        check_scoring(model, random_rows(3), tolerance=1e-3)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_model_without_a_linear_head_is_refused():

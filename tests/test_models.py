@@ -19,6 +19,7 @@ from kto_core.models import (
     load_tokenizer,
     resolve_device,
     resolve_precision,
+    store_matrices_in,
 )
 from kto_core.sequences import pad_sequences
 
@@ -183,6 +184,115 @@ def test_experts_outside_of_autocast_differ_by_rounding_alone(tmp_path):
     assert 0 < mean < 0.03  # the start-up check allows 0.05
 
 
+# Each has parameters that no autocast casts: recurrences, mixed positions, tables, gates, weights of an own product.
+_SIZES = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.4}
+_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+RECURRENT = {
+    "mamba": transformers.MambaConfig(**_SIZES, state_size=4),
+    "falcon-mamba": transformers.FalconMambaConfig(**_SIZES, state_size=4),
+    "jamba": transformers.JambaConfig(
+        **_SIZES, **_HEADS, intermediate_size=24, mamba_d_state=4, num_experts=1, use_mamba_kernels=False
+    ),
+    "rwkv": transformers.RwkvConfig(**_SIZES),
+    "qwen3.5": transformers.Qwen3_5TextConfig(
+        **_SIZES,
+        **_HEADS,
+        **{"intermediate_size": 24, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2},
+        **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+}
+
+
+def with_random_constants(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # recurrences begin as whole numbers, tables as zeros
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("config", RECURRENT.values(), ids=RECURRENT.keys())
+def test_only_what_autocast_casts_is_stored_in_16_bits(tmp_path, config):
+    with_random_constants(config).save_pretrained(tmp_path)
+    frozen, trained = load(tmp_path, precision=HALF), load(tmp_path, precision=HALF, frozen=False)
+    assert any(p.dtype == torch.bfloat16 for p in frozen.parameters())
+    assert difference(scores(frozen, HALF), scores(trained, HALF)) == 0
+
+
+def test_recurrences_stored_in_float32_among_16_bit_weights_are_not_rounded(tmp_path):
+    with_random_constants(RECURRENT["jamba"]).save_pretrained(tmp_path)
+    wide = ("A_log", ".D", "layernorm.weight")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {k: v if k.endswith(wide) else v.to(torch.bfloat16) for k, v in tensors.items()}
+    assert {v.dtype for v in tensors.values()} == {torch.float32, torch.bfloat16}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    frozen, trained = load(tmp_path, precision=HALF), load(tmp_path, precision=HALF, frozen=False)
+    for name, parameter in frozen.named_parameters():
+        assert torch.equal(parameter.float(), tensors[name].float()), name
+    assert difference(scores(frozen, HALF), scores(trained, HALF)) == 0
+
+
+class NormalizedLinear(torch.nn.Linear):
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden, self.weight / self.weight.norm(dim=0))
+
+
+class DoubledLinear(torch.nn.Linear):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+def test_a_layer_that_computes_with_its_weight_first_keeps_it_in_float32():
+    model = torch.nn.ModuleList([NormalizedLinear(8, 8), DoubledLinear(8, 6), torch.nn.Linear(8, 4)])
+    store_matrices_in(model, torch.bfloat16)
+    assert [module.weight.dtype for module in model] == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+def save_gpt_oss(folder):
+    """Published as 4-bit blocks with their scales; returns the experts' weights, decoded by hand."""
+    config = transformers.GptOssConfig(
+        **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16},
+        **{**_HEADS, "num_local_experts": 2, "num_experts_per_tok": 1, "initializer_range": 0.4},
+    )
+    torch.manual_seed(0)
+    tensors = AutoModelForCausalLM.from_config(config).state_dict()
+    config.save_pretrained(folder)
+    stored, decoded = {}, {}
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    levels = torch.cat([levels, -levels])
+    for name, tensor in tensors.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[name] = tensor.to(torch.bfloat16)
+            continue
+        experts, rows, columns = tensor.shape
+        blocks = torch.randint(0, 256, (experts, columns, rows // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(124, 127, (experts, columns, rows // 32), dtype=torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        pairs = torch.stack([levels[(blocks & 15).long()], levels[(blocks >> 4).long()]], -1).flatten(-2)
+        values = pairs * 2.0 ** (scales.float() - 127)[..., None]
+        decoded[name] = values.flatten(-2).transpose(1, 2)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    settings |= {"dtype": "bfloat16", "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return {name: tensor.float() for name, tensor in stored.items() if tensor.dtype != torch.uint8} | decoded
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may compute the 4-bit blocks themselves")
+def test_float32_means_float32_for_experts_that_were_dequantised(tmp_path):
+    right = save_gpt_oss(tmp_path)
+    model = load(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    definition = AutoModelForCausalLM.from_config(transformers.GptOssConfig.from_pretrained(tmp_path)).double()
+    definition.load_state_dict({name: tensor.double() for name, tensor in right.items()})
+    definition.set_experts_implementation("eager")
+    own = logits(definition.eval())
+    assert difference(logits(model), own) < 1e-4
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
 def test_a_checkpoint_saved_in_bfloat16_scores_the_same_frozen_and_trained(tmp_path, family):
     """Sizes whose square root no short number holds: what is computed while loading must not depend on the dtype."""
@@ -283,6 +393,13 @@ ADAPTERS = {
     "a norm of its own": ("llama", LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])),
     "some tokens of its own": ("llama", LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2, 5, 7])),
     "tied weights": ("llama-tied", LoraConfig(target_modules=ALL_LINEAR)),
+    "principal components": ("llama", LoraConfig(target_modules=ALL_LINEAR, init_lora_weights="pissa")),
+    "orthonormal beginnings": ("llama", LoraConfig(target_modules=ALL_LINEAR, init_lora_weights="olora")),
+    "a whole block of its own": ("llama", LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"])),
+    "some layers left out": (
+        "llama",
+        LoraConfig(target_modules=["q_proj", "v_proj"], exclude_modules=["model.layers.1.self_attn.q_proj"]),
+    ),
     "tied embeddings of its own": (
         "llama-tied",
         LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
@@ -367,6 +484,72 @@ def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path, base, settings):
     with pytest.raises(ModelError) as caught:
         load(base, adapter=adapter)
     assert str(caught.value).startswith(f"{adapter}: ")
+
+
+@peft_comments
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param(
+            LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]),
+            r"layer_replication is set: .*repeated layers.*merge_and_unload\) and pass the merged model to --model",
+            id="layers more than the base has",
+        ),
+        pytest.param(
+            LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5, 6]),
+            r"alora_invocation_tokens is set: an activated LoRA \(aLoRA\) acts only behind its invocation tokens",
+            id="activated by tokens",
+        ),
+        pytest.param(
+            LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa_niter_2"),
+            r"init_lora_weights is 'pissa_niter_2', .*path_initial_model_for_weight_conversion",
+            id="random parts taken out of the base",
+        ),
+        pytest.param(
+            peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+            r"PREFIX_TUNING adds to what a model reads",
+            id="a learnt prefix",
+        ),
+        pytest.param(
+            peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4),
+            r"does not fit the model: .* Merge it with peft",
+            id="states shared between layers",
+        ),
+    ],
+)
+def test_an_adapter_that_is_more_than_weights_is_refused_with_the_way_out(tmp_path, base, settings, message):
+    adapter = save_adapter(base, tmp_path / "adapter", settings)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(base, adapter=adapter)
+    assert str(caught.value).startswith(f"{adapter}: ")
+    assert "\n" not in str(caught.value)
+
+
+@peft_comments
+@pytest.mark.parametrize(("value", "refused"), [({"depth": 2}, True), (True, True), (None, False), (False, False)])
+def test_a_setting_that_the_installed_peft_drops_is_refused_where_it_is_set(tmp_path, base, value, refused):
+    adapter = save_adapter(base, tmp_path / "adapter", LoraConfig(target_modules=["q_proj"]))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "use_moebius": value}))
+    if not refused:
+        load(base, adapter=adapter)
+        return
+    with pytest.raises(ModelError, match=r"sets use_moebius, which the installed peft does not know"):
+        load(base, adapter=adapter)
+
+
+@peft_comments
+def test_an_adapter_that_merges_into_other_numbers_is_refused(tmp_path, base, monkeypatch):
+    adapter = save_adapter(base, tmp_path / "adapter", LoraConfig(target_modules=["q_proj"]))
+    merge = peft.tuners.lora.Linear.merge
+
+    def doubled(self, safe_merge=False, adapter_names=None):
+        merge(self, safe_merge, adapter_names)
+        self.base_layer.weight.data *= 2
+
+    monkeypatch.setattr(peft.tuners.lora.Linear, "merge", doubled)
+    with pytest.raises(ModelError, match=r"merged into the weights it gives other log-probabilities"):
+        load(base, adapter=adapter)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ import precompute.run as precompute_run
 from kto_core.errors import CacheError, KTOError, ModelError, PairingError
 from kto_core.lock import only_writer
 from kto_core.manifest import read_manifest
+from kto_core.models import Precision, load_causal_lm
 from kto_core.passes import ScoringPasses
 from precompute.config import PrecomputeConfig
 from precompute.inspect_cache import head, verify
@@ -49,13 +50,35 @@ def naive_logps(model: Any, prompt: list[int], completion: list[int]) -> np.ndar
 def test_scores_equal_a_naive_forward(family: str, tmp_path: Path, feedback: Path) -> None:
     base = save_tiny(tmp_path / "base", family)
     precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs", max_tokens=200, limit=8))
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    # The default kernel leaves Gemma 2's soft-cap out.
+    kernel = "eager" if family == "gemma2" else None
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation=kernel)
     for row in scored(tmp_path / "refs"):
         own = naive_logps(model, row["prompt_ids"], row["completion_ids"])
         np.testing.assert_allclose(row["ref_token_logps"], own, atol=2e-5)
         assert row["ref_logps"] == pytest.approx(own.sum(), abs=2e-4)
         mismatched = naive_logps(model, row["prompt_ids"], row["kl_completion_ids"][0])
         np.testing.assert_allclose(row["ref_kl_token_logps"][0], mismatched, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", [{}, {"attn_implementation": "sdpa"}], ids=["silent", "sdpa asked for"])
+def test_both_stages_cap_attention_as_the_model_defines_it(
+    config: dict[str, str], tmp_path: Path, feedback: Path
+) -> None:
+    base = save_tiny(tmp_path / "base", "gemma2", attn_logit_softcapping=1.0)
+    settings = {**json.loads((base / "config.json").read_text()), **config}
+    (base / "config.json").write_text(json.dumps(settings))
+    out = tmp_path / "refs"
+    precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=out, limit=8))
+    assert read_manifest(out).reference["attention"] == "eager"
+    arguments: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float64}
+    definition = transformers.AutoModelForCausalLM.from_pretrained(base, **arguments)
+    for row in scored(out):
+        own = naive_logps(definition, row["prompt_ids"], row["completion_ids"])
+        np.testing.assert_allclose(row["ref_token_logps"], own, atol=2e-5)
+    cpu, full = torch.device("cpu"), Precision(torch.float32)
+    policy = load_causal_lm(transformers.AutoModelForCausalLM, base, precision=full, device=cpu, frozen=False)
+    assert policy.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -5,20 +5,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
 from models import random_rows, save_tiny, tiny_tokenizer
 from safetensors.torch import load_file
 
-from kto_core.errors import TrainingError
+from kto_core.errors import ModelError, TrainingError
 from kto_core.logps import token_logps
-from kto_core.models import Precision, load_causal_lm
+from kto_core.models import Precision, keep_gradients_of_four_bits, load_causal_lm
 from kto_core.sequences import pad_sequences
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from train.config import TrainConfig
-from train.lora import add_adapters
+from train.evaluate_run import evaluate_run
+from train.lora import add_adapters, remove_adapters
 from train.run import train
 
 pytestmark = [
@@ -45,6 +48,152 @@ def quantized_cache(four_bits: Path, feedback: Path, tmp_path_factory: pytest.Te
     out = tmp_path_factory.mktemp("refs") / "refs"
     precompute(PrecomputeConfig(model=str(four_bits), data=str(feedback), out=out))
     return out
+
+
+@pytest.fixture(scope="module", params=["4 bits", "8 bits"])
+def fine_tuned(request: pytest.FixtureRequest, four_bits: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A base in 4 or 8 bits with an SFT adapter, as QLoRA leaves them: (base, adapter)."""
+    folder = tmp_path_factory.mktemp("sft")
+    base = four_bits
+    if request.param == "8 bits":
+        base = folder / "base"
+        settings = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        wide = four_bits.parent / "wide"
+        transformers.AutoModelForCausalLM.from_pretrained(wide, quantization_config=settings).save_pretrained(base)
+        tiny_tokenizer().save_pretrained(base)
+    settings = peft.LoraConfig(
+        r=3, lora_alpha=7, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), settings)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder / "adapter")
+    return base, folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def fine_tuned_cache(fine_tuned: Any, feedback: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base, adapter = fine_tuned
+    out = tmp_path_factory.mktemp("refs") / "refs"
+    precompute(PrecomputeConfig(model=str(base), adapter=str(adapter), data=str(feedback), out=out))
+    return out
+
+
+def with_adapter(base: Path, adapter: Path) -> Any:
+    """The naive way: peft's model, nothing merged."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+    keep_gradients_of_four_bits(model)  # some CPUs compute 4 bits in bfloat16 otherwise
+    return model
+
+
+def naive_logps(model: Any, row: dict[str, Any]) -> torch.Tensor:
+    prompt, ids = row["prompt_ids"], torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double()
+    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+
+
+def rows_of(cache: Path) -> list[dict[str, Any]]:
+    return pq.read_table(cache / "train").to_pylist()
+
+
+def test_an_adapter_on_quantized_weights_scores_as_peft_does(fine_tuned: Any, fine_tuned_cache: Path) -> None:
+    model = with_adapter(*fine_tuned)
+    for row in rows_of(fine_tuned_cache)[:6]:
+        own = naive_logps(model, row)
+        torch.testing.assert_close(torch.tensor(row["ref_token_logps"]).double(), own, atol=1e-4, rtol=0)
+        with model.disable_adapter():
+            assert (naive_logps(model, row) - own).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "k_proj,down_proj"])
+def test_training_on_it_saves_one_adapter_with_the_trained_numbers(
+    fine_tuned: Any, fine_tuned_cache: Path, targets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig(cache=fine_tuned_cache, out=tmp_path / "run", lora_rank=2, lora_targets=targets, batch_size=8)
+    config = replace(config, epochs=3, learning_rate=1e-2, eval_fraction=0.3, save_steps=2)
+    run = train(config)
+    first, last = first_and_last(run)
+    assert first["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert last["loss"] < 0.49
+    assert "beside its quantised weights" in capsys.readouterr().out
+    rewards = {row["row_id"]: row["logratio"] for row in pq.read_table(run / "rewards.parquet").to_pylist()}
+    held = (run / "evaluation.json").read_text()
+    loaded = with_adapter(fine_tuned[0], run)
+    assert {p.requires_grad for p in loaded.parameters()} == {False}
+    moved = []
+    ids = {r["row_id"] for r in pq.read_table(run / "rewards.parquet").to_pylist() if r["split"] == "held_out"}
+    for row in rows_of(fine_tuned_cache):
+        if row["row_id"] in ids:
+            own = float(naive_logps(loaded, row).sum()) - row["ref_logps"]
+            moved.append(abs(own))
+            assert own == pytest.approx(rewards[row["row_id"]], abs=5e-3)
+    assert max(moved) > 0.05
+    again = json.loads(evaluate_run(replace(config, evaluate_only=run)).read_text())
+    for name, metric in json.loads(held)["metrics"].items():
+        assert again["metrics"][name]["value"] == pytest.approx(metric["value"], abs=2e-3), name
+
+
+def test_it_is_resumed_and_taken_off_again(fine_tuned_cache: Path, tmp_path: Path) -> None:
+    config = TrainConfig(cache=fine_tuned_cache, lora_rank=2, batch_size=8, learning_rate=1e-2, save_steps=2)
+    whole = train(replace(config, out=tmp_path / "whole", max_steps=4))
+    train(replace(config, out=tmp_path / "half", max_steps=2))
+    for name in ("adapter_model.safetensors", "run.json"):
+        assert (tmp_path / "half" / name).exists()
+    resumed = train(replace(config, out=tmp_path / "half", max_steps=4, resume=True))
+    one, other = (load_file(run / "adapter_model.safetensors") for run in (whole, resumed))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_a_sweep_takes_the_trained_adapter_off_and_leaves_the_reference_s(fine_tuned: Any) -> None:
+    cpu, precision = torch.device("cpu"), Precision(torch.float32)
+    base, adapter = fine_tuned
+    auto = transformers.AutoModelForCausalLM
+    model = load_causal_lm(auto, base, precision=precision, device=cpu, frozen=True, adapter=adapter).eval()
+    batch = pad_sequences(random_rows(4))
+    names = {name for name, _ in model.named_parameters()}
+    with torch.no_grad():
+        before = token_logps(model, batch).token_logps
+        for seed in (0, 1):
+            adapted = add_adapters(model, TrainConfig(lora_rank=2, seed=seed), base="base")
+            assert torch.equal(token_logps(adapted, batch).token_logps, before)
+            trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+            assert trained
+            assert all(".default." in name for name in trained)
+            for name, parameter in adapted.named_parameters():
+                if ".default." in name:
+                    parameter.add_(0.1)
+            assert (token_logps(adapted, batch).token_logps - before).abs().max() > 0.05
+            remove_adapters(adapted)
+            assert torch.equal(token_logps(model, batch).token_logps, before)
+            assert {name for name, _ in model.named_parameters()} == names
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embeddings"),
+    ],
+)
+def test_an_adapter_that_could_not_be_saved_with_a_trained_one_is_refused(
+    four_bits: Path, tmp_path: Path, fields: dict[str, Any], named: str
+) -> None:
+    settings = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **fields})
+    peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(four_bits), settings).save_pretrained(
+        tmp_path
+    )
+    cpu, precision = torch.device("cpu"), Precision(torch.float32)
+    auto = transformers.AutoModelForCausalLM
+    with pytest.raises(ModelError, match=rf"{named}.*merge_and_unload"):
+        load_causal_lm(auto, four_bits, precision=precision, device=cpu, frozen=True, adapter=tmp_path)
 
 
 def first_and_last(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -28,7 +28,7 @@ def write_card(
     """Write the card: base model, cache fingerprint, the command, and the last metrics."""
     front: dict[str, Any] = {
         "base_model": files.name,
-        "library_name": "peft" if config.lora_rank and files.adapter is None else "transformers",
+        "library_name": "peft" if (path.parent / "adapter_config.json").exists() else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["kto", "alignment"],
     }

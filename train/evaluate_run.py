@@ -87,7 +87,8 @@ def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: dict[str, A
     if (run / "adapter_config.json").exists():
         # The model that the run started from, whatever the cache to be evaluated was scored with.
         own = dataclasses.replace(manifest, reference=facts.get("reference") or manifest.reference)
-        return PolicyFiles.find(config, own), run
+        # A run's adapter holds that of its reference as well.
+        return dataclasses.replace(PolicyFiles.find(config, own), adapter=None), run
     if not (run / "config.json").exists():
         if (run / "../../sweep.yaml").exists():
             raise ConfigError(

@@ -30,7 +30,7 @@ class PolicyFiles:
 
     Attributes:
         name: as the user or the manifest names it.
-        adapter: merged into the weights before training, as it was into the reference's.
+        adapter: merged into the weights before training, as it was into the reference's; kept beside quantised ones.
         warnings: about the folder, for the plan.
     """
 
@@ -39,6 +39,11 @@ class PolicyFiles:
     adapter: Path | None
     tokenizer: Any
     warnings: tuple[str, ...] = ()
+
+    @property
+    def how_adapted(self) -> str:
+        """Where the reference's adapter is, for the plan."""
+        return "beside its quantised weights" if is_quantized_folder(self.folder) else "merged"
 
     @classmethod
     def find(cls, config: TrainConfig, manifest: Manifest) -> "PolicyFiles":

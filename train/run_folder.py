@@ -9,7 +9,6 @@ runs/NAME/                 at the end: model, tokenizer, model card, evaluation.
 """
 
 import contextlib
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping

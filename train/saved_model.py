@@ -135,7 +135,7 @@ class ModelWriter:
                 model.state_dict() if state_dict is None else state_dict, dtype, self.keeps(model)
             )
         model.save_pretrained(str(folder), state_dict=state_dict)
-        self._write_own_tokenizer(folder)
+        self.write_tokenizer(folder)
         if (folder / ADAPTER_CONFIG).exists():
             check_adapters(folder, model)
         else:
@@ -191,7 +191,7 @@ class ModelWriter:
         if found:
             raise UnloadableModelError(f"the saved model is not the one that was trained: {found}")
 
-    def _write_own_tokenizer(self, folder: Path) -> None:
+    def write_tokenizer(self, folder: Path) -> None:
         """Write the model's own files; a tokenizer that the run was told to change is written out instead."""
         others = {_CONFIG, _GENERATION}
         for name, content in self.own.items():

@@ -12,6 +12,7 @@ import numpy as np
 
 from kto_core.errors import TrainingError
 from kto_core.manifest import Manifest
+from kto_core.model_code import model_code
 from kto_core.models import Precision
 from train.cache_rows import CacheRows, RowKey
 from train.trainer import KTOTrainer
@@ -69,7 +70,8 @@ def check_start(trainer: KTOTrainer, rows: CacheRows, precision: Precision, *, p
     Raises:
         TrainingError: they differ beyond rounding.
     """
-    found, allowed = measure(trainer, rows), tolerance_for(rows.manifest, precision)
+    with model_code(policy, "this model cannot score the cached rows"):
+        found, allowed = measure(trainer, rows), tolerance_for(rows.manifest, precision)
     if found.mean <= allowed:
         return found
     message = _message(found, allowed, rows.manifest, precision, policy)

@@ -18,6 +18,7 @@ from kto_core.durable import replacing, write_json
 from kto_core.errors import TrainingError, in_one_line
 from kto_core.head import whole_shape
 from kto_core.launch import sharding_asked_for
+from kto_core.logps import sees_whole_passes
 from kto_core.models import Precision, resolve_device, resolve_precision
 from kto_core.options import AUTO
 from train.advice import class_weight_values, warnings_for
@@ -109,6 +110,10 @@ class TrainingRun:
         # A sharded model need not fit on one device; sharding moves each rank's part there.
         whole_fits = device.type == "cuda" and not sharding_asked_for()
         model = materials.model(files, config, precision, args.device if whole_fits else torch.device("cpu"))
+        if config.lora_rank and args.process_index == 0:
+            from train.lora import adapter_lines
+
+            print("\n".join(adapter_lines(model)), flush=True)
         check_vocabulary(model, data.rows)
         settings = Settings.of(config, objective.weights, data.class_counts)
         console = Console(Watch(settings), out / METRICS) if args.process_index == 0 else None
@@ -203,12 +208,7 @@ class TrainingRun:
         trainer, files, config = self.trainer, self.files, self.config
         with unfinished(out, "model", main=self.is_main) as folder:
             if self._merges:
-                # Adapters on a base that exists only in memory could not be loaded again.
-                from train.lora import merged
-
-                if self.is_main:
-                    model = merged(trainer.accelerator.unwrap_model(trainer.model))
-                    trainer.writer.write(model, folder, dtype=self._saved_type, layout=Layout.of(model))
+                self._save_with_reference_adapter(folder)
             else:
                 gather_when_saving(trainer.accelerator)
                 trainer.save_in(folder, self._saved_type)
@@ -218,6 +218,23 @@ class TrainingRun:
             history = trainer.state.log_history
             title = self.name or out.resolve().name
             write_card(out / CARD, title, config, self.data.rows.manifest, files, self.objective.weights, history)
+
+    def _save_with_reference_adapter(self, folder: Path) -> None:
+        """Save the model whole, or one adapter where the weights below are quantised and the reference's lies beside them.
+
+        Trained adapters alone would lie on a base that exists only in memory.
+        """
+        from train.lora import keeps_adapter_beside, merged, save_as_one_adapter
+
+        if not self.is_main:
+            return
+        writer, model = self.trainer.writer, self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if keeps_adapter_beside(model):
+            save_as_one_adapter(model, folder, dtype=self._saved_type)
+            writer.write_tokenizer(folder)
+        else:
+            model = merged(model)
+            writer.write(model, folder, dtype=self._saved_type, layout=Layout.of(model))
 
     def begin(self) -> None:
         """Compare policy and cache, and put the run on record; the Trainer has prepared the model, on every rank."""
@@ -323,7 +340,7 @@ def make_trainer(
         rows=data.rows,
         batches=data.batches(config),
         objective=objective,
-        max_tokens=_max_tokens(config, args.device),
+        max_tokens=1 if sees_whole_passes(model) else _max_tokens(config, args.device),
         rounding=tolerance_for(data.rows.manifest, precision),
         held_out=data.held_out,
         writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
@@ -398,7 +415,7 @@ def _print_plan(
     steps = config.max_steps or math.ceil(math.ceil(data.units.size / config.batch_size) * config.epochs)
     fingerprint = data.rows.manifest.fingerprint[:12]
     print(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
-    adapter = f" with adapter {files.adapter} merged" if files.adapter else ""
+    adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
     print(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
     print(f"rows        {data.units.size:,} to train on{held}{dropped}{cut}{unpaired}")
     weights = objective.weights
