@@ -6,7 +6,7 @@ for one prompt and whole for another.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -17,7 +17,7 @@ from kto_core.feedback import FeedbackFields, FeedbackRow, parse_record, rare_cl
 from kto_core.identity import ids_id, json_hash, sequence_id
 from kto_core.manifest import PROMPT_TOO_LONG
 from kto_core.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
-from kto_core.tokenization import tokenize_rows
+from kto_core.tokenization import Tokenizing
 from precompute.config import PrecomputeConfig
 from precompute.sources import SourceFile, describe_source, read_records
 
@@ -48,7 +48,11 @@ class PlannedRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows with their partners; see `describe` for the words."""
+    """Rows with their partners; see `describe` for the words.
+
+    Attributes:
+        notes: sentences on how the rows were rendered and tokenized.
+    """
 
     rows: list[PlannedRow]
     pairing: Pairing
@@ -56,6 +60,7 @@ class Plan:
     read: int
     dropped: dict[str, int]
     files: list[SourceFile]
+    notes: list[str] = field(default_factory=list)
 
     def kl_completions(self, index: int) -> list[np.ndarray]:
         """The mismatched completions of a row, cut to fit behind its prompt."""
@@ -122,7 +127,9 @@ class PlanCounts:
         )
 
 
-def read_rows(config: PrecomputeConfig, tokenizer: Any) -> tuple[list[PlannedRow], int, dict[str, int]]:
+def read_rows(
+    config: PrecomputeConfig, tokenizer: Any, tokenizing: Tokenizing
+) -> tuple[list[PlannedRow], int, dict[str, int]]:
     """Read, parse and tokenize the feedback; drop prompts that leave no room for a completion.
 
     Returns:
@@ -136,13 +143,14 @@ def read_rows(config: PrecomputeConfig, tokenizer: Any) -> tuple[list[PlannedRow
     read = 0
     parsed = _parsed(config, bool(getattr(tokenizer, "chat_template", None)))
     while chunk := list(islice(parsed, _TOKENIZE_ROWS)):
-        for row, tokens in zip(chunk, tokenize_rows(chunk, tokenizer), strict=True):
+        for row, tokens in zip(chunk, tokenizing.tokenize(chunk), strict=True):
             room = config.max_length - len(tokens.prompt_ids)
             if room < 1:
                 dropped[PROMPT_TOO_LONG] += 1
             else:
                 rows.append(_planned(row, read, tokens.prompt_ids, tokens.completion_ids, room, config.max_length))
             read += 1
+    tokenizing.check()
     if not rows:
         raise FeedbackError(
             f"{config.data}: no row is left of {read}: every prompt has {config.max_length} tokens or more. "
@@ -198,7 +206,8 @@ def make_plan(config: PrecomputeConfig, tokenizer: Any) -> Plan:
         FeedbackError, TokenizationError, PairingError: what cannot be used, and where it stands.
     """
     files = describe_source(config.data)  # as they are read: they may change while they are scored
-    rows, read, dropped = read_rows(config, tokenizer)
+    tokenizing = Tokenizing(tokenizer)
+    rows, read, dropped = read_rows(config, tokenizer, tokenizing)
     try:
         pairing = _pair(config, rows)
     except PairingError as error:
@@ -208,7 +217,7 @@ def make_plan(config: PrecomputeConfig, tokenizer: Any) -> Plan:
             f"{error} (Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "
             f"--max-length {config.max_length}.)"
         ) from error
-    return Plan(rows, pairing, config.max_length, read, dropped, files)
+    return Plan(rows, pairing, config.max_length, read, dropped, files, tokenizing.warnings())
 
 
 def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:
@@ -235,7 +244,7 @@ def describe(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> list[s
 
 
 def _warnings(plan: Plan, counts: PlanCounts) -> list[str]:
-    warnings = []
+    warnings = [*plan.notes]
     if not counts.desirable or not counts.undesirable:
         only = "desirable" if counts.desirable else "undesirable"
         warnings.append(f"every row is {only}: KTO needs both classes. Check the labels.")
