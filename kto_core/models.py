@@ -20,6 +20,7 @@ from kto_core.adapters import merge_adapter
 from kto_core.errors import ModelError, in_one_line, printable, said_by
 from kto_core.identity import stored_type
 from kto_core.logps import add_scoring_forward
+from kto_core.tokenizer_files import load_tokenizer as load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,6 @@ def longest_alike(config: Any) -> int | None:
     lengths = [one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"]
     kept = getattr(config.get_text_config(), "keep_window_size", None)
     return min(lengths + ([kept] if kept else []), default=None)
-
-
-def load_tokenizer(auto_tokenizer: Any, folder: Path, *, trust_remote_code: bool) -> Any:
-    """The tokenizer in a model folder.
-
-    Raises:
-        ModelError: the folder holds none that can be loaded.
-    """
-    try:
-        return auto_tokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {in_one_line(error)}") from error
 
 
 def load_causal_lm(

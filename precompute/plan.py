@@ -7,6 +7,7 @@ for one prompt and whole for another.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
@@ -52,6 +53,7 @@ class Plan:
 
     Attributes:
         notes: sentences on how the rows were rendered and tokenized.
+        rendered_on: the time that the chat template wrote into them; None where it writes none.
     """
 
     rows: list[PlannedRow]
@@ -61,6 +63,7 @@ class Plan:
     dropped: dict[str, int]
     files: list[SourceFile]
     notes: list[str] = field(default_factory=list)
+    rendered_on: str | None = None
 
     def kl_completions(self, index: int) -> list[np.ndarray]:
         """The mismatched completions of a row, cut to fit behind its prompt."""
@@ -199,14 +202,18 @@ def _planned(
     )
 
 
-def make_plan(config: PrecomputeConfig, tokenizer: Any) -> Plan:
+def make_plan(config: PrecomputeConfig, tokenizer: Any, *, day: datetime | None = None) -> Plan:
     """Read the feedback and choose every row's mismatched completions.
+
+    Args:
+        day: for chat templates that write the date; None for today.
 
     Raises:
         FeedbackError, TokenizationError, PairingError: what cannot be used, and where it stands.
     """
     files = describe_source(config.data)  # as they are read: they may change while they are scored
-    tokenizing = Tokenizing(tokenizer)
+    day = day or datetime.now().replace(microsecond=0)
+    tokenizing = Tokenizing(tokenizer, now=day)
     rows, read, dropped = read_rows(config, tokenizer, tokenizing)
     try:
         pairing = _pair(config, rows)
@@ -217,7 +224,8 @@ def make_plan(config: PrecomputeConfig, tokenizer: Any) -> Plan:
             f"{error} (Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "
             f"--max-length {config.max_length}.)"
         ) from error
-    return Plan(rows, pairing, config.max_length, read, dropped, files, tokenizing.warnings())
+    rendered_on = day.isoformat() if tokenizing.dated else None
+    return Plan(rows, pairing, config.max_length, read, dropped, files, tokenizing.warnings(), rendered_on)
 
 
 def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:
@@ -245,6 +253,12 @@ def describe(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> list[s
 
 def _warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     warnings = [*plan.notes]
+    if plan.rendered_on:
+        warnings.append(
+            f"the chat template writes the date: all rows are rendered for {plan.rendered_on[:10]}, and later runs into this "
+            "--out too. For a cache elsewhere that is to be compared with it, pass --template-date "
+            f"{plan.rendered_on[:10]}."
+        )
     if not counts.desirable or not counts.undesirable:
         only = "desirable" if counts.desirable else "undesirable"
         warnings.append(f"every row is {only}: KTO needs both classes. Check the labels.")

@@ -36,6 +36,7 @@ from kto_core.models import (
     resolve_precision,
 )
 from kto_core.progress import Progress
+from kto_core.tokenizer_files import use_template
 from precompute.config import PrecomputeConfig
 
 # Raised when the rules of kto_core/tokenization.py change in a way that changes ids.
@@ -57,6 +58,7 @@ class Reference:
     tokenizer: Any
     shape: Any  # the model without weights, on the meta device
     state: tuple[Any, ...]  # of its weight files, before they were hashed
+    notes: list[str]  # sentences on the tokenizer, for the plan
 
     @classmethod
     def find(cls, config: PrecomputeConfig) -> "Reference":
@@ -76,7 +78,16 @@ class Reference:
         adapter = find_folder(config.adapter, revision=None, what="adapter")[0] if config.adapter else None
         if adapter:
             check_adapter_folder(adapter)
-        tokenizer = load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=config.trust_remote_code)
+        notes: list[str] = []
+        tokenizer = load_tokenizer(
+            transformers.AutoTokenizer,
+            folder,
+            trust_remote_code=config.trust_remote_code,
+            options=config.tokenizer_options,
+            notes=notes,
+        )
+        if config.chat_template is not None or config.template_settings:
+            notes += use_template(tokenizer, config.chat_template, config.template_settings)
         shape = _shape(folder, config)
         longest = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and config.max_length > longest:
@@ -91,6 +102,7 @@ class Reference:
             tokenizer,
             shape,
             _state(folder, adapter),
+            notes,
         )
 
     def hash_weights(self) -> "WeightsHashing":
@@ -120,6 +132,7 @@ class Reference:
             "tokenizer": {
                 "files_hash": tokenizer_hash(self.tokenizer),
                 "chat_template_hash": chat_template_hash(self.tokenizer),
+                **self._given_to_tokenizer(),
             },
             "tokenization": {"max_length": self.config.max_length, "rule": TOKENIZATION_RULE},
             "scorer": {
@@ -127,6 +140,15 @@ class Reference:
                 "versions": {**{name: importlib.metadata.version(name) for name in _LIBRARIES}, **engine_versions},
             },
         }
+
+    def _given_to_tokenizer(self) -> dict[str, Any]:
+        """What options make of the tokenizer, for whoever trains on the cache; nothing without such options."""
+        config, given = self.config, {}
+        if config.tokenizer_options:
+            given["options"] = config.tokenizer_options
+        if config.chat_template is not None or config.template_settings:
+            given |= {"chat_template": self.tokenizer.chat_template, "chat_template_kwargs": config.template_settings}
+        return given
 
     def load(self) -> Any:
         """The model, frozen, in eval mode, on its device."""
