@@ -130,10 +130,10 @@ class ChatRenderer:
             raise TokenizationError(
                 f"{where}: the chat template refuses this conversation: {said_by(error).rstrip('.')}."
             ) from error
-        if not full.startswith(prompt):
-            raise _RewrittenError(_rewritten(where, prompt, full))
         if isinstance(asked[-1]["content"], list) and _PRINTED_PART.search(full):
             raise TokenizationError(f"{where}: the chat template prints parts of a message as they are.")
+        if not full.startswith(prompt):
+            raise _RewrittenError(_rewritten(where, prompt, full))
         completion = full[len(prompt) :]
         header = self._next_header(options).strip()
         if header and completion.rstrip().endswith(header):
@@ -175,11 +175,11 @@ class ChatRenderer:
         middle = longer.partition(words[1])[2].partition(words[2])[0]
         if middle.startswith(end):
             return ""
-        for start in sorted({0, *(found.start() for found in _HEADER_START.finditer(end))}, reverse=True):
-            header = end[start:].rstrip()
-            spoken = re.search(r"[^\W\d_]", re.sub(r"[<\[{].*?[>\]}]", "", header)) if start == 0 else header
-            if header and spoken and before.endswith(header) and middle.startswith(end[:start]):
-                return end[start:]
+        for starts in (_TURN_START, _WORD_START):
+            for start in sorted((found.start() for found in starts.finditer(end)), reverse=True):
+                header = end[start:].rstrip()
+                if header and before.endswith(header) and middle.startswith(end[:start]):
+                    return end[start:]
         return ""
 
     def _remedy(self, row: FeedbackRow) -> str:
@@ -206,8 +206,9 @@ class ChatRenderer:
                     yield {**one, **other}
 
 
-# Where a turn may begin: a line, a marker, a word.
-_HEADER_START = re.compile(r"(?<=\n)[^\n]|(?<![<\[{])[<\[{]|(?<= )\S")
+# Where a turn may begin: at a line or a marker, or else at a word behind a space or a marker.
+_TURN_START = re.compile(r"(?<=\n)[^\n]|(?<![<\[{])[<\[{]")
+_WORD_START = re.compile(r"(?:^|(?<=[ >\]}]))[^\s<\[{]")
 _KNOWN_SWITCHES = ("enable_thinking", "thinking", "truncate_history_thinking", "clear_thinking", "preserve_thinking")
 _CONDITION = re.compile(r"\b(?:if|elif|and|or|not)\s+\(?(?:not\s+)?([a-z_]+)\b(?!\s*[.(\[])")
 _NO_SWITCHES = {

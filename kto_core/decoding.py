@@ -15,6 +15,7 @@ _BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
 }
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"
+_SPACES = re.compile(r"[ \n\t]")
 
 
 class Decoder:
@@ -87,14 +88,15 @@ class Decoder:
         again = self._tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"]
         # A decoder that is missing or wrong writes a text that reads as other ids: it says nothing of these.
         consistent = list(again) == list(ids)
-        found, spaces = _folded(said)
-        if consistent and (found == letters or 2 * len(spaces) < len(boundaries)):
+        if consistent and 2 * len(_SPACES.findall(said)) < len(_SPACES.findall(text)):
             raise TokenizationError(
                 f"{where}: the tokenizer loses the white space: {_shown(text)} becomes {_shown(said)}. Its settings are "
                 'not those of its vocabulary. Copy the tokenizer again, or set "tokenizer_class" in '
                 'tokenizer_config.json to "PreTrainedTokenizerFast" beside a tokenizer.json of the model\'s own.'
             )
-        return consistent if self._backend is None else self._uncovered(text, self._backend)
+        if self._backend is None or _folded(said)[0] == letters:
+            return consistent
+        return self._uncovered(text, self._backend)
 
     def _uncovered(self, text: str, backend: Any) -> bool:
         """Return whether characters that are seen have no token."""
@@ -118,6 +120,11 @@ def _says(decoded: str, letters: str, boundaries: set[int]) -> bool:
     return found == letters and boundaries <= spaces
 
 
+def _is_word(character: str) -> bool:
+    """Return whether white space beside a character parts words; Chinese and Japanese are written without."""
+    return character.isalnum() and character < "\u2e80"
+
+
 def _folded(text: str, *, everywhere: bool = False) -> tuple[str, set[int]]:
     """Return a text without case, accents and white space, and where white space parts two words.
 
@@ -131,6 +138,6 @@ def _folded(text: str, *, everywhere: bool = False) -> tuple[str, set[int]]:
     boundaries, length = set(), 0
     for part, following in itertools.pairwise([*parts, "."]):
         length += len(part)
-        if everywhere or (part[-1].isalnum() and following[0].isalnum()):
+        if everywhere or (_is_word(part[-1]) and _is_word(following[0])):
             boundaries.add(length)
     return "".join(parts), boundaries

@@ -83,10 +83,11 @@ class Tokenizing:
         counts, first = self._findings.counts, self._findings.first
         lines = self._findings.sentences()
         if counts["unknown"]:
+            share, rows = counts["unknown"] / self._ids, counts["unknown_rows"]
             lines.append(
-                f"{counts['unknown'] / self._ids:.2%} of the tokens, in {counts['unknown_rows']:,} rows, are unknown to the "
-                f"tokenizer ({self._tokenizer.unk_token}): what they stood for is lost (first: {first['unknown']}). Check "
-                "that it belongs to the model and the language."
+                f"{share:.2%} of the tokens, in {rows:,} of {self._rows:,} rows, are unknown to the tokenizer "
+                f"({self._tokenizer.unk_token}): what they stood for is lost (first: {first['unknown']}). Check that it "
+                "belongs to the model and the language."
             )
         return lines
 

@@ -202,7 +202,7 @@ def _planned(
     )
 
 
-def make_plan(config: PrecomputeConfig, tokenizer: Any, *, day: datetime | None = None) -> Plan:
+def make_plan(config: PrecomputeConfig, tokenizer: Any, day: datetime | None = None) -> Plan:
     """Read the feedback and choose every row's mismatched completions.
 
     Args:

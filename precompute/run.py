@@ -57,7 +57,7 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
     check_out(config.out)
     reference = Reference.find(config)
     with reference.hash_weights() as hashing:
-        plan = make_plan(config, reference.tokenizer, day=config.template_day or rendered_on(config.out))
+        plan = make_plan(config, reference.tokenizer, config.template_day or rendered_on(config.out))
         counts = plan.counts()
         _print_plan(config, reference, plan, counts, backend)
         _check_vocabulary(plan, reference)
