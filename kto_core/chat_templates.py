@@ -52,7 +52,7 @@ class ChatRenderer:
         self._now = now or datetime.now()
         template = getattr(tokenizer, "chat_template", None) or ""
         self._source = template if isinstance(template, str) else "\n".join(map(str, template.values()))
-        self._headers: dict[str, str] = {}
+        self._headers: dict[str, list[str]] = {}
         self.dated = False
 
     def render(self, row: FeedbackRow) -> tuple[str, str]:
@@ -91,7 +91,11 @@ class ChatRenderer:
             tried = Findings()
             try:
                 prompt, completion = self._open(row.where, messages[:size], messages[size:], row, settings, tried)
-                _check_completion(row, completion, tried)
+                # A thought may begin in the header already.
+                begun = next(
+                    (one for one in self._next_headers(self._options(row, settings)) if prompt.endswith(one)), ""
+                )
+                _check_completion(row, begun + completion, tried)
             except _RewrittenError:
                 raise
             except TokenizationError as error:
@@ -114,7 +118,7 @@ class ChatRenderer:
         found: Findings,
     ) -> tuple[str, str]:
         """Return prompt and completion, cut where the model begins to speak."""
-        options = {**settings, "tools": list(row.tools) if row.tools else None}
+        options = self._options(row, settings)
         try:
             if asked[-1]["role"] == "assistant":
                 found.add("continued", where)
@@ -135,11 +139,16 @@ class ChatRenderer:
         if not full.startswith(prompt):
             raise _RewrittenError(_rewritten(where, prompt, full))
         completion = full[len(prompt) :]
-        header = self._next_header(options).strip()
-        if header and completion.rstrip().endswith(header):
-            found.add("reopened", where)
-            completion = completion[: completion.rindex(header)]
+        for header in map(str.strip, self._next_headers(options)):
+            if completion.rstrip().endswith(header):
+                found.add("reopened", where)
+                completion = completion[: completion.rindex(header)]
+        if not completion:
+            raise TokenizationError(f"{where}: the completion has no tokens: the chat template leaves it out.")
         return prompt, completion
+
+    def _options(self, row: FeedbackRow, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {**settings, "tools": list(row.tools) if row.tools else None}
 
     def _apply(self, messages: list[Message], **options: Any) -> str:
         if "strftime_now" in self._source:
@@ -150,37 +159,41 @@ class ChatRenderer:
         self.dated = True
         return self._now.strftime(form)
 
-    def _next_header(self, options: Mapping[str, Any]) -> str:
-        """Return what opens the assistant's turn, or "" where that cannot be told."""
+    def _next_headers(self, options: Mapping[str, Any]) -> list[str]:
+        """Return what opens a turn and may stand behind the last answer; nothing where that cannot be told."""
         key = json.dumps({name: bool(value) if name == "tools" else str(value) for name, value in options.items()})
         if key not in self._headers:
             try:
-                self._headers[key] = self._find_header(options)
+                headers = [self._asked_header(options), self._unasked_header(options)]
             except Exception:  # noqa: BLE001 - a template that refuses an ordinary conversation has no say here
-                self._headers[key] = ""
+                headers = []
+            self._headers[key] = [header for header in headers if header.strip()]
         return self._headers[key]
 
-    def _find_header(self, options: Mapping[str, Any]) -> str:
+    def _asked_header(self, options: Mapping[str, Any]) -> str:
+        """Return what `add_generation_prompt` adds."""
+        ask = [{"role": "user", "content": "ktoquestion"}]
+        opened, closed = (self._apply(ask, add_generation_prompt=wanted, **options) for wanted in (True, False))
+        return opened.removeprefix(closed) if opened.startswith(closed) else ""
+
+    def _unasked_header(self, options: Mapping[str, Any]) -> str:
+        """Return what the template writes behind the end of the last answer, which nobody asked for."""
         words = ("ktoquestion", "ktoanswer", "ktoanother")
         roles = ("user", "assistant", "user")
         ask, answer, again = ({"role": role, "content": word} for role, word in zip(roles, words, strict=True))
-        opened, closed = (self._apply([ask], add_generation_prompt=wanted, **options) for wanted in (True, False))
-        if opened != closed:
-            return opened.removeprefix(closed) if opened.startswith(closed) else ""
-        # It writes no header, or writes it whatever is asked: then something other than a user's turn follows the
-        # answer at the end of a conversation.
         whole, longer = self._apply([ask, answer], **options), self._apply([ask, answer, again], **options)
-        before = whole.partition(words[0])[2].partition(words[1])[0].rstrip()
+        start, asked = whole.split(words[0])[:2]
         end = whole.rpartition(words[1])[2]
         middle = longer.partition(words[1])[2].partition(words[2])[0]
-        if middle.startswith(end):
+        if end == middle:  # of the user's next turn, perhaps
+            marks = {self._tokenizer.bos_token, self._tokenizer.eos_token}
+            fits = (h for h in _headers(end) if start.rstrip().endswith(h) and h not in marks)
+        elif middle.startswith(end):
             return ""
-        for starts in (_TURN_START, _WORD_START):
-            for start in sorted((found.start() for found in starts.finditer(end)), reverse=True):
-                header = end[start:].rstrip()
-                if header and before.endswith(header) and middle.startswith(end[:start]):
-                    return end[start:]
-        return ""
+        else:
+            before = asked.partition(words[1])[0].rstrip()
+            fits = (h for h in _headers(end) if before.endswith(h) and middle.startswith(end.rstrip().removesuffix(h)))
+        return next(fits, "")
 
     def _remedy(self, row: FeedbackRow) -> str:
         """Name settings under which the template takes the row, or what else helps."""
@@ -204,6 +217,14 @@ class ChatRenderer:
             for other in single[i + 1 : 8]:
                 if one.keys() != other.keys():
                     yield {**one, **other}
+
+
+def _headers(end: str) -> Iterator[str]:
+    """Yield what may open a turn at the end of a text, the shortest first."""
+    end = end.rstrip()
+    for starts in (_TURN_START, _WORD_START):
+        for start in sorted((found.start() for found in starts.finditer(end)), reverse=True):
+            yield end[start:]
 
 
 # Where a turn may begin: at a line or a marker, or else at a word behind a space or a marker.
@@ -312,8 +333,6 @@ def _check_completion(row: FeedbackRow, text: str, found: Findings) -> None:
     Raises:
         TokenizationError: nothing of it is there.
     """
-    if not text:
-        raise TokenizationError(f"{row.where}: the completion has no tokens: the chat template leaves it out.")
     there = lost = 0
     for message in row.completion:
         assert isinstance(message, dict)

@@ -51,6 +51,7 @@ PLAIN = "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '
         (LLAMA_3, "<|eot_id|>"),
         (VICUNA, "</s>"),
         (PLAIN, "\n\n"),
+        (CHAT_TEMPLATE + "{{ '<|im_start|>user\n' if messages[-1].role == 'assistant' }}", "<|im_end|>\n"),
     ],
 )
 def test_a_header_of_the_next_turn_is_cut_off(template: str, end: str) -> None:
@@ -64,6 +65,7 @@ def test_a_header_of_the_next_turn_is_cut_off(template: str, end: str) -> None:
     [
         CHAT_TEMPLATE,
         "{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}",
+        "{{ '</s>' }}{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}",
         "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else m['content'] + '</s>' }}"
         "{% endfor %}",
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -159,6 +161,16 @@ def test_thoughts_inside_of_the_content_that_are_left_out_are_said() -> None:
     _, completion, warnings = texts(drops, messages=[ASK, {**ANSWER, "content": "<think>\nhm\n</think>\nIn Paris."}])
     assert completion == "\nIn Paris.<|im_end|>\n"
     assert "leaves out the reasoning of 1 completion" in warnings[0]
+
+
+def test_a_thought_that_begins_in_the_prompt_is_not_left_out() -> None:
+    opens = CHAT_TEMPLATE.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>\n' }}")
+    prompt, completion, warnings = texts(
+        opens, messages=[ASK, {**ANSWER, "content": "<think>\nhm\n</think>\nIn Paris."}]
+    )
+    assert prompt.endswith("<think>\n")
+    assert completion == "hm\n</think>\nIn Paris.<|im_end|>\n"
+    assert warnings == []
 
 
 def test_other_text_that_is_left_out_is_said() -> None:
