@@ -236,6 +236,15 @@ def _are_files(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(file, dict) and _is_text(file.get("name")) for file in value)
 
 
+def _is_template(value: Any) -> bool:
+    several = isinstance(value, dict) and all(map(_is_text, value))
+    return all(isinstance(one, str) for one in value.values()) if several else isinstance(value, str)
+
+
+def _are_switches(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, bool | int | float) for one in value.values())
+
+
 def _or_absent(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or fits(value)
 
@@ -250,7 +259,8 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         **dict.fromkeys(("revision", "adapter", "weights_hash", "dtype", "attention"), _or_absent(_is_text)),
         "vocabulary": _or_absent(_is_positive),
     },
-    "tokenization": {"max_length": _is_positive},
+    "tokenizer": {"chat_template": _or_absent(_is_template), "options": _or_absent(_are_switches)},
+    "tokenization": {"max_length": _is_positive, "rendered_on": _or_absent(_is_text)},
     "pairing": {"partners": _is_positive, "method": _or_absent(_is_text), "seed": _or_absent(_is_count)},
     "scorer": {"backend": _or_absent(_is_text)},
     "data": {

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from kto_core.adapters import add_adapter_beside, merge_adapter
-from kto_core.errors import ModelError, in_one_line, printable, said_by
+from kto_core.errors import ModelError, printable, said_by
 from kto_core.folder_code import check_model_code
 from kto_core.hub import fetch_from_hub
 from kto_core.identity import stored_type, tensors_stored_in
@@ -26,6 +26,7 @@ from kto_core.model_code import family_of, model_code
 from kto_core.model_files import check_texts, read_json_object
 from kto_core.outline import check_shapes, check_unread, classes_used
 from kto_core.quantization import USE_ANOTHER, check_quantization, declared_quantization
+from kto_core.tokenizer_files import load_tokenizer as load_tokenizer
 from kto_core.weight_files import stored_tensors
 
 
@@ -139,18 +140,6 @@ def longest_alike(config: Any) -> int | None:
     lengths = [one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"]
     kept = getattr(config.get_text_config(), "keep_window_size", None)
     return min(lengths + ([kept] if kept else []), default=None)
-
-
-def load_tokenizer(auto_tokenizer: Any, folder: Path, *, trust_remote_code: bool) -> Any:
-    """The tokenizer in a model folder.
-
-    Raises:
-        ModelError: the folder holds none that can be loaded.
-    """
-    try:
-        return auto_tokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {in_one_line(error)}") from error
 
 
 def load_causal_lm(

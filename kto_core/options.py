@@ -10,6 +10,7 @@ Precedence: command line, then YAML, then the default.
 
 import dataclasses
 import difflib
+import json
 import re
 import sys
 import types
@@ -326,6 +327,47 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return value
+
+
+def parse_settings(text: str | None, name: str) -> dict[str, Any]:
+    """Return named values from an option: a JSON object, or `NAME=VALUE,NAME=VALUE` with JSON values or plain words.
+
+    Args:
+        name: of the option, for messages.
+
+    Raises:
+        ConfigError: neither, or a name that is none.
+    """
+    if text is None:
+        return {}
+    example = f'{name}: expected NAME=VALUE or a JSON object like {{"enable_thinking": false}}, got {shown(text)!r}.'
+    try:
+        if text.strip().startswith("{"):
+            values = json.loads(text, parse_constant=_no_constant)
+        else:
+            values = {}
+            for part in filter(str.strip, text.split(",")):
+                key, equals, value = part.partition("=")
+                if not equals:
+                    raise ConfigError(example)
+                values[key.strip()] = _value(value.strip())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(example) from error
+    wrong = [key for key in values if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", key)]
+    if wrong:
+        raise ConfigError(f"{name}: {shown(wrong[0])!r} is no name of a setting.")
+    return dict(values)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except ValueError:
+        return {"True": True, "False": False}.get(text, text)
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON value")
 
 
 def click_settings(config: type) -> list[tuple[list[str], dict[str, Any]]]:

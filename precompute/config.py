@@ -1,10 +1,13 @@
 """Options of `kto-precompute`: the only home of their defaults."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from kto_core.chat_templates import NOT_FOR_DATA
 from kto_core.errors import ConfigError
-from kto_core.options import AUTO, Location, check_numbers, option
+from kto_core.options import AUTO, Location, check_numbers, option, parse_settings, shown
 
 BACKENDS = (AUTO, "transformers", "vllm")
 PAIRINGS = ("shuffled", "rotate")
@@ -45,6 +48,20 @@ class PrecomputeConfig:
     prompt_field: str | None = option(None, "Field that holds the prompt.")
     completion_field: str | None = option(None, "Field that holds the completion.")
     label_field: str | None = option(None, "Field that holds the label (or the rating).")
+    chat_template: Path | None = option(
+        None,
+        "Chat template (Jinja) in place of the tokenizer's own; the trained model is saved with it.",
+        metavar="FILE",
+    )
+    chat_template_kwargs: str | None = option(
+        None, "Variables of the chat template for all rows, as enable_thinking=false or JSON.", metavar="NAME=VALUE,..."
+    )
+    template_date: str | None = option(
+        None, "Day for chat templates that write the date.  [default: the cache's, or today]", metavar="YYYY-MM-DD"
+    )
+    tokenizer_kwargs: str | None = option(
+        None, "How the tokenizer is loaded, as fix_mistral_regex=true.", metavar="NAME=VALUE,..."
+    )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     overwrite: bool = option(False, "Replace a cache of another reference in --out.")
     dry_run: bool = option(False, "Stop after the plan.")
@@ -64,7 +81,35 @@ class PrecomputeConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+        taken = [name for name in self.template_settings if name in NOT_FOR_DATA]
+        if taken:
+            raise ConfigError(f"--chat-template-kwargs: {taken[0]!r} is not a template's own variable.")
+        for name, setting in self.tokenizer_options.items():
+            if name == "trust_remote_code" or not isinstance(setting, bool | int | float):
+                raise ConfigError(f"--tokenizer-kwargs: {name} must be a switch or a number of the tokenizer's.")
+        if self.template_date is not None:
+            _ = self.template_day
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization:g}."
             )
+
+    @property
+    def template_settings(self) -> dict[str, Any]:
+        return parse_settings(self.chat_template_kwargs, "--chat-template-kwargs")
+
+    @property
+    def tokenizer_options(self) -> dict[str, Any]:
+        return parse_settings(self.tokenizer_kwargs, "--tokenizer-kwargs")
+
+    @property
+    def template_day(self) -> datetime | None:
+        """The day that the user named."""
+        if self.template_date is None:
+            return None
+        try:
+            return datetime.fromisoformat(self.template_date).replace(tzinfo=None)
+        except ValueError:
+            raise ConfigError(
+                f"--template-date must be a day like 2026-01-31, got {shown(self.template_date)!r}."
+            ) from None

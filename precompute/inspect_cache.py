@@ -125,7 +125,8 @@ def _tokenizer(manifest: Manifest, model: str | None) -> Any:
     from kto_core.models import find_folder, load_tokenizer
 
     folder, _ = find_folder(model or str(manifest.reference["id"]), revision=manifest.reference.get("revision"))
-    return load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=False)
+    options = manifest.tokenizer.get("options")
+    return load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=False, options=options)
 
 
 def _show(row: dict[str, Any], tokenizer: Any) -> None:

@@ -6,7 +6,8 @@ for one prompt and whole for another.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from kto_core.feedback import COLUMNS, FeedbackFields, FeedbackRow, parse_record
 from kto_core.identity import ids_id, json_hash, sequence_id
 from kto_core.manifest import PROMPT_TOO_LONG
 from kto_core.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
-from kto_core.tokenization import tokenize_rows
+from kto_core.tokenization import Tokenizing
 from precompute.config import PrecomputeConfig
 from precompute.sources import SourceFile, describe_source, read_records
 from precompute.text_files import Located
@@ -49,7 +50,12 @@ class PlannedRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows with their partners; see `describe` for the words."""
+    """Rows with their partners; see `describe` for the words.
+
+    Attributes:
+        notes: sentences on how the rows were rendered and tokenized.
+        rendered_on: the time that the chat template wrote into them; None where it writes none.
+    """
 
     rows: list[PlannedRow]
     pairing: Pairing
@@ -57,6 +63,8 @@ class Plan:
     read: int
     dropped: dict[str, int]
     files: list[SourceFile]
+    notes: list[str] = field(default_factory=list)
+    rendered_on: str | None = None
 
     def kl_completions(self, index: int) -> list[np.ndarray]:
         """The mismatched completions of a row, cut to fit behind its prompt."""
@@ -123,7 +131,9 @@ class PlanCounts:
         )
 
 
-def read_rows(config: PrecomputeConfig, tokenizer: Any) -> tuple[list[PlannedRow], int, dict[str, int]]:
+def read_rows(
+    config: PrecomputeConfig, tokenizer: Any, tokenizing: Tokenizing
+) -> tuple[list[PlannedRow], int, dict[str, int]]:
     """Read, parse and tokenize the feedback; drop prompts that leave no room for a completion.
 
     Returns:
@@ -137,13 +147,14 @@ def read_rows(config: PrecomputeConfig, tokenizer: Any) -> tuple[list[PlannedRow
     read = 0
     parsed = _parsed(config, bool(getattr(tokenizer, "chat_template", None)))
     for chunk in _chunks(parsed):
-        for row, tokens in zip(chunk, tokenize_rows(chunk, tokenizer), strict=True):
+        for row, tokens in zip(chunk, tokenizing.tokenize(chunk), strict=True):
             room = config.max_length - len(tokens.prompt_ids)
             if room < 1:
                 dropped[PROMPT_TOO_LONG] += 1
             else:
                 rows.append(_planned(row, read, tokens.prompt_ids, tokens.completion_ids, room, config.max_length))
             read += 1
+    tokenizing.check()
     if not rows:
         raise FeedbackError(
             f"{config.data}: no row is left of {read}: every prompt has {config.max_length} tokens or more. "
@@ -214,14 +225,19 @@ def _planned(
     )
 
 
-def make_plan(config: PrecomputeConfig, tokenizer: Any) -> Plan:
+def make_plan(config: PrecomputeConfig, tokenizer: Any, day: datetime | None = None) -> Plan:
     """Read the feedback and choose every row's mismatched completions.
+
+    Args:
+        day: for chat templates that write the date; None for today.
 
     Raises:
         FeedbackError, TokenizationError, PairingError: what cannot be used, and where it stands.
     """
     files = describe_source(config.data)  # as they are read: they may change while they are scored
-    rows, read, dropped = read_rows(config, tokenizer)
+    day = day or datetime.now().replace(microsecond=0)
+    tokenizing = Tokenizing(tokenizer, now=day)
+    rows, read, dropped = read_rows(config, tokenizer, tokenizing)
     try:
         pairing = _pair(config, rows)
     except PairingError as error:
@@ -231,7 +247,8 @@ def make_plan(config: PrecomputeConfig, tokenizer: Any) -> Plan:
             f"{config.data}: {error} (Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "
             f"--max-length {config.max_length}.)"
         ) from error
-    return Plan(rows, pairing, config.max_length, read, dropped, files)
+    rendered_on = day.isoformat() if tokenizing.dated else None
+    return Plan(rows, pairing, config.max_length, read, dropped, files, tokenizing.warnings(), rendered_on)
 
 
 def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:
@@ -258,7 +275,13 @@ def describe(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> list[s
 
 
 def _warnings(plan: Plan, counts: PlanCounts) -> list[str]:
-    warnings = []
+    warnings = [*plan.notes]
+    if plan.rendered_on:
+        warnings.append(
+            f"the chat template writes the date: all rows are rendered for {plan.rendered_on[:10]}, and later runs into this "
+            "--out too. For a cache elsewhere that is to be compared with it, pass --template-date "
+            f"{plan.rendered_on[:10]}."
+        )
     if not counts.desirable or not counts.undesirable:
         only = "desirable" if counts.desirable else "undesirable"
         warnings.append(f"every row is {only}: KTO needs both classes. Check the labels.")

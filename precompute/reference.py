@@ -38,6 +38,7 @@ from kto_core.models import (
 )
 from kto_core.outline import find_outline
 from kto_core.progress import Progress
+from kto_core.tokenizer_files import use_template
 from precompute.config import PrecomputeConfig
 
 # Raised when the rules of kto_core/tokenization.py change in a way that changes ids.
@@ -59,7 +60,7 @@ class Reference:
     tokenizer: Any
     shape: Any  # the model without weights, on the meta device
     unread: dict[str, int]  # weights of the files that are not scored, by what they are for
-    warnings: list[str]  # about the folder, for the plan
+    warnings: list[str]  # about the folder and its tokenizer, for the plan
     state: tuple[Any, ...]  # of its weight files, before they were hashed
 
     @classmethod
@@ -80,9 +81,18 @@ class Reference:
         adapter = find_folder(config.adapter, revision=None, what="adapter")[0] if config.adapter else None
         if adapter:
             check_adapter_folder(adapter)
-        tokenizer = load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=config.trust_remote_code)
+        notes: list[str] = []
+        tokenizer = load_tokenizer(
+            transformers.AutoTokenizer,
+            folder,
+            trust_remote_code=config.trust_remote_code,
+            options=config.tokenizer_options,
+            notes=notes,
+        )
+        if config.chat_template is not None or config.template_settings:
+            notes += use_template(tokenizer, config.chat_template, config.template_settings)
         outline = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code)
-        shape, warnings = outline.model, outline.warnings
+        shape, warnings = outline.model, [*outline.warnings, *notes]
         if not config.trust_remote_code:
             warnings += check_tokenizer_code(folder, type(tokenizer).__name__)
         longest = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
@@ -130,6 +140,7 @@ class Reference:
             "tokenizer": {
                 "files_hash": tokenizer_hash(self.tokenizer),
                 "chat_template_hash": chat_template_hash(self.tokenizer),
+                **self._given_to_tokenizer(),
             },
             "tokenization": {"max_length": self.config.max_length, "rule": TOKENIZATION_RULE},
             "scorer": {
@@ -137,6 +148,15 @@ class Reference:
                 "versions": {**{name: importlib.metadata.version(name) for name in _LIBRARIES}, **engine_versions},
             },
         }
+
+    def _given_to_tokenizer(self) -> dict[str, Any]:
+        """What options make of the tokenizer, for whoever trains on the cache; nothing without such options."""
+        config, given = self.config, {}
+        if config.tokenizer_options:
+            given["options"] = config.tokenizer_options
+        if config.chat_template is not None or config.template_settings:
+            given |= {"chat_template": self.tokenizer.chat_template, "chat_template_kwargs": config.template_settings}
+        return given
 
     def load(self) -> Any:
         """The model, frozen, in eval mode, on its device."""

@@ -26,7 +26,7 @@ from precompute.plan import Plan, PlanCounts, describe, make_plan, shard_rows
 from precompute.ranks import RankedScorer, joined, on_own_device, work
 from precompute.reference import Reference
 from precompute.remote import Scorer
-from precompute.store import KnownScores, Store, check_out, opened_out
+from precompute.store import KnownScores, Store, check_out, opened_out, rendered_on
 
 # The model with its adapter merged, for an engine that reads it from disk; gone when the run ends.
 _MERGED = ".merged"
@@ -61,7 +61,7 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
     check_out(config.out)
     reference = Reference.find(config)
     with reference.hash_weights() as hashing:
-        plan = make_plan(config, reference.tokenizer)
+        plan = make_plan(config, reference.tokenizer, config.template_day or rendered_on(config.out))
         counts = plan.counts()
         _print_plan(config, reference, plan, counts, backend)
         _check_vocabulary(plan, reference)
@@ -73,10 +73,19 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
             **reference.sections(hashing.result(), backend=backend.name, engine_versions=backend.versions()),
             "pairing": _pairing(config),
         }
+        if plan.rendered_on:
+            sections["tokenization"]["rendered_on"] = plan.rendered_on
     mark = fingerprint(identity_of(sections), sections["pairing"], counts.rows_hash)
     with opened_out(config.out) as (out, on_change):
         identity, vocabulary = identity_of(sections), reference.vocabulary
-        store = Store(out, identity, sections["pairing"], vocabulary=vocabulary, on_change=on_change)
+        store = Store(
+            out,
+            identity,
+            sections["pairing"],
+            vocabulary=vocabulary,
+            rendered_on=plan.rendered_on,
+            on_change=on_change,
+        )
         _fill(Scoring(config, reference, plan, store, backend, ranks), counts, sections, mark)
 
 

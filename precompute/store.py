@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +28,13 @@ from kto_core.manifest import (
     MANIFEST,
     Manifest,
     differences,
+    parse_manifest,
     read_manifest,
     write_manifest,
 )
 from kto_core.options import Location, is_url
 from kto_core.shards import Rows, check_packing, check_table, open_shard, read_metadata, shard_name, write_shard
-from kto_core.storage import check_remote, working_folder
+from kto_core.storage import Remote, check_remote, working_folder
 from kto_core.verification import verify_cache
 
 _NEXT = ".next"
@@ -77,6 +79,32 @@ def check_out(location: Location) -> None:
 
 def _shards(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "train").glob("[!.]*.parquet") if path.is_file())
+
+
+def rendered_on(location: Location) -> datetime | None:
+    """Return the time for which a chat template that writes the date rendered the rows in `--out`.
+
+    So the same command makes the same rows tomorrow. A finished cache that does not say was rendered when it was made.
+    """
+    try:
+        if is_url(location):
+            content = Remote(str(location)).read(MANIFEST)
+            manifest = parse_manifest(str(location), content) if content is not None else None
+        else:
+            manifest = read_manifest(Path(location)) if (Path(location) / MANIFEST).exists() else None
+    except CacheError:
+        manifest = None
+    if manifest is not None:
+        said = manifest.tokenization.get("rendered_on") or manifest.created
+    else:
+        folders = () if is_url(location) else tuple(Path(location) / name for name in ("", _NEXT, _KEPT, _PARTS))
+        shards = (read_metadata(path) or {} for folder in folders for path in _shards(folder))
+        said = next((one["rendered_on"] for one in shards if one.get("rendered_on")), None)
+    try:
+        day = datetime.fromisoformat(str(said)) if said else None
+    except ValueError:
+        return None
+    return day.astimezone().replace(tzinfo=None) if day is not None and day.tzinfo else day
 
 
 @contextlib.contextmanager
@@ -128,6 +156,7 @@ class Store:
         identity: what decides a score (`identity_of`).
         pairing: the manifest's section.
         vocabulary: tokens that the reference knows.
+        rendered_on: the time that the chat template wrote into the rows.
         on_change: called when a shard, or the cache, is finished.
     """
 
@@ -138,10 +167,11 @@ class Store:
         pairing: Mapping[str, Any],
         *,
         vocabulary: int,
+        rendered_on: str | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.out, self.identity, self.pairing, self._on_change = out, dict(identity), dict(pairing), on_change
-        self.vocabulary, self.target = vocabulary, out
+        self.vocabulary, self.target, self._rendered_on = vocabulary, out, rendered_on
 
     def open(
         self, *, overwrite: bool, mark: str, labels_hash: str, rows_per_shard: int, row_ids: frozenset[str]
@@ -318,19 +348,21 @@ class Store:
 
     def write(self, index: int, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write one shard, and drop its parts. Raises: CacheError: the disk does not take it."""
-        metadata = {"format": FORMAT, "key": key, "identity": self.identity}
-        write_shard(self.target / shard_name(index), rows, metadata)
+        write_shard(self.target / shard_name(index), rows, self._metadata(key=key))
         self.drop_parts(key)
         self._on_change()
 
     def write_part(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write some of the scores of a shard. Raises: CacheError: the disk does not take it."""
-        metadata = {"format": FORMAT, "part_of": key, "identity": self.identity}
         folder = self.out / _PARTS / "train"
         with _made(folder.parent), _made(folder):
             content = json_hash([row["row_id"] for row in rows])
-            write_shard(folder / _part_name(key, content[:32]), rows, metadata)
+            write_shard(folder / _part_name(key, content[:32]), rows, self._metadata(part_of=key))
         self._on_change()
+
+    def _metadata(self, **names: str) -> dict[str, Any]:
+        day = {"rendered_on": self._rendered_on} if self._rendered_on else {}
+        return {"format": FORMAT, **names, "identity": self.identity, **day}
 
     def drop_parts(self, key: str) -> None:
         """Remove the parts of a shard."""

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from models import BOS, CHAT_TEMPLATE, EOS, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
+from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from kto_core.errors import TokenizationError
 from kto_core.feedback import FeedbackRow
 from kto_core.identity import chat_template_hash, tokenizer_hash
-from kto_core.tokenization import tokenize_rows
+from kto_core.tokenization import Tokenizing, tokenize_rows
 
 WHERE = "feedback.jsonl:17"
 
@@ -256,3 +257,202 @@ def test_the_row_is_not_changed():
     tokenize(row, tiny_tokenizer())
     assert repr(row) == before
     assert re.search("curt", before)
+
+
+RENDERED = f"{BOS}<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n"])
+def test_text_that_was_rendered_before_reads_as_the_conversation(end):
+    """One BOS, and no EOS behind the one that is there."""
+    tokenizer = tiny_tokenizer(bos=True)
+    tokenizer.eos_token = "<|im_end|>"
+    as_text = tokenize(text_row(RENDERED, "hi" + end), tokenizer)
+    as_chat = tokenize(chat_row("hello", "hi"), tokenizer)
+    assert as_text.prompt_ids.tolist() == as_chat.prompt_ids.tolist()
+    size = len(as_text.completion_ids)
+    assert as_text.completion_ids.tolist() == as_chat.completion_ids.tolist()[:size]
+    assert size == len(as_chat.completion_ids) - end.count("<|im_end|>") + end.count("\n")
+
+
+def word_tokenizer(words, **special):
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, unk_token="[UNK]", **special)
+
+
+def test_the_share_of_unknown_tokens_is_said():
+    tokenizing = Tokenizing(word_tokenizer(["hello", "world"]))
+    tokenizing.tokenize([text_row("hello new", " world old world"), text_row("hello", " world")])
+    tokenizing.check()
+    assert tokenizing.warnings()[0].startswith(
+        "28.57% of the tokens, in 1 of 2 rows, are unknown to the tokenizer ([UNK])"
+    )
+
+
+def test_a_tokenizer_that_knows_nothing_of_the_answers_is_refused():
+    tokenizing = Tokenizing(word_tokenizer(["hello"]))
+    tokenizing.tokenize([text_row("hello", " new"), text_row("hello", " old"), text_row("hello", " hello")])
+    with pytest.raises(
+        TokenizationError, match=rf"^{WHERE}: the tokenizer knows nothing of this completion, nor of 1 oth"
+    ):
+        tokenizing.check()
+
+
+def test_one_unknown_answer_among_others_is_not_refused():
+    tokenizing = Tokenizing(word_tokenizer(["hello"]))
+    tokenizing.tokenize([text_row("hello", " new"), text_row("hello", " hello")])
+    tokenizing.check()
+
+
+def test_a_token_that_is_unknown_and_eos_is_no_unknown_one():
+    """GPT-2's."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.unk_token = EOS
+    tokenizing = Tokenizing(tokenizer)
+    tokenizing.tokenize([text_row(f"hello{EOS}", " world")])
+    assert tokenizing.warnings() == []
+
+
+def test_characters_without_a_token_are_said():
+    tokenizer = sentencepiece_like_tokenizer(normalizes=False)
+    tokenizing = Tokenizing(tokenizer)
+    tokenizing.tokenize([text_row("hello", " hello"), text_row("hello", " hello xyz")])
+    assert "loses characters of 1 row" in tokenizing.warnings()[0]
+
+
+@pytest.mark.parametrize("unknown", [None, "[UNK]"])
+def test_a_tokenizer_that_loses_the_spaces_is_refused(unknown):
+    """Metaspace rules over a byte-level vocabulary, whose space is another sign."""
+    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, unk_token=unknown)
+    with pytest.raises(TokenizationError, match=rf"^{WHERE}: the tokenizer loses the white space: .*becomes 'helloyou"):
+        tokenize(text_row("hello you", " hello world"), fast)
+
+
+ODD = "two  spaces\n\n\tDON'T caf\u00e9 cafe\u0301 \ufb01ne \u4f60\u597d \U0001f642 1,234.5 a\u00a0b\u200bc <s> x\r\n"
+
+
+def trained(model, trainer, *, normalizer=None, pre_tokenizer=None, decoder=None, **special):
+    tokenizer = Tokenizer(model)
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.train_from_iterator([ODD, "hello world, this is a text about nothing"] * 3, trainer)
+    if decoder:
+        tokenizer.decoder = decoder
+    tokens = (BOS, EOS, "<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False, **special) for token in tokens])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, chat_template=CHAT_TEMPLATE
+    )
+
+
+LETTERS = sorted(set(ODD))
+BYTES = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False, "vocab_size": 400}
+SIGNS = {
+    "initial_alphabet": [*LETTERS, "\u2581"],
+    "special_tokens": ["[UNK]"],
+    "show_progress": False,
+    "vocab_size": 200,
+}
+META = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+
+
+def metaspace(scheme, split):
+    return pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+
+
+RIGHT = {
+    "byte-level": lambda: trained(
+        BPE(), BpeTrainer(**BYTES), pre_tokenizer=pre_tokenizers.ByteLevel(), decoder=decoders.ByteLevel()
+    ),
+    "byte-level, lower case, NFC, strips": lambda: trained(
+        BPE(),
+        BpeTrainer(**BYTES),
+        normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]),
+        pre_tokenizer=pre_tokenizers.ByteLevel(),
+        decoder=decoders.ByteLevel(),
+        lstrip=True,
+        rstrip=True,
+    ),
+    "byte-level without a decoder": lambda: trained(
+        BPE(), BpeTrainer(**BYTES), pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ),
+    **{
+        f"SentencePiece BPE, {scheme}, {split}": lambda scheme=scheme, split=split: trained(
+            BPE(unk_token="[UNK]"), BpeTrainer(**SIGNS), pre_tokenizer=metaspace(scheme, split), decoder=META
+        )
+        for scheme in ("always", "first", "never")
+        for split in (True, False)
+    },
+    "Unigram, NFKC": lambda: trained(
+        Unigram(),
+        UnigramTrainer(unk_token="[UNK]", **SIGNS),
+        normalizer=normalizers.NFKC(),
+        pre_tokenizer=metaspace("always", True),
+        decoder=decoders.Metaspace(),
+    ),
+    "WordPiece, lower case": lambda: trained(
+        WordPiece(unk_token="[UNK]"),
+        WordPieceTrainer(**SIGNS),
+        normalizer=normalizers.BertNormalizer(lowercase=True),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+        decoder=decoders.WordPiece(),
+    ),
+    "WordPiece with another's decoder": lambda: trained(
+        WordPiece(unk_token="[UNK]"),
+        WordPieceTrainer(**SIGNS),
+        normalizer=normalizers.BertNormalizer(lowercase=True),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+        decoder=decoders.Fuse(),
+    ),
+    "bytes in Python": lambda: ByT5Tokenizer(bos_token=BOS, eos_token=EOS, chat_template=CHAT_TEMPLATE),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_no_right_tokenizer_is_refused_or_accused(kind):
+    tokenizing = Tokenizing(RIGHT[kind]())
+    pieces = [ODD, *ODD.split(), "hello world, this is a text"]
+    tokenizing.tokenize([make(piece + " a", " " + piece) for piece in pieces for make in (text_row, chat_row)])
+    tokenizing.check()
+    assert [text for text in tokenizing.warnings() if "unknown" not in text] == []
+
+
+class Fails(PreTrainedTokenizerFast):
+    error: BaseException = Exception("unk token not found")
+
+    def __call__(self, text, **options):
+        if "bad" in str(text):
+            raise self.error
+        return super().__call__(text, **options)
+
+
+class Panic(BaseException):
+    """What native code raises, which is no `Exception`."""
+
+
+@pytest.mark.parametrize(
+    "error", [Exception("none\nmore"), KeyError("x"), AssertionError(), RuntimeError("no"), Panic("at")]
+)
+def test_whatever_a_tokenizer_fails_with_names_the_row(error):
+    tokenizer = Fails(tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token=EOS)
+    tokenizer.error = error
+    rows = [text_row("hello", " world"), FeedbackRow("feedback.jsonl:18", "hello", " bad", label=False)]
+    with pytest.raises(TokenizationError, match=r"^feedback.jsonl:18: the tokenizer \(Fails\) fails on this row: "):
+        tokenize_rows(rows, tokenizer)
+
+
+def test_a_stop_from_outside_is_no_failure():
+    tokenizer = Fails(tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token=EOS)
+    tokenizer.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(text_row("bad", "x"), tokenizer)

@@ -243,6 +243,14 @@ def rows_to_evaluate(config: TrainConfig, facts: dict[str, Any], trained_prompts
         what = "all of them; which ones the run was trained on is not on record"
         return RowsToEvaluate(_held_out(rows, everything, config), what, of_run=False)
     new = [i for i in everything if rows.prompt_ids[i] not in trained_prompts]
+    day, trained_on = rows.manifest.tokenization.get("rendered_on"), facts.get("rendered_on")
+    other_day = day and (str(day)[:10] != str(trained_on)[:10] if trained_on else len(new) == len(rows))
+    if other_day:
+        what = (
+            f"all of them; their chat template wrote the date, {str(day)[:10]}, and into the run's rows another one, so that "
+            "nobody can tell which ones it was trained on (kto-precompute --template-date renders for the same day)"
+        )
+        return RowsToEvaluate(_held_out(rows, everything, config), what, of_run=False)
     if not new:
         return RowsToEvaluate(_held_out(rows, everything, config), "the run was trained on their prompts", of_run=False)
     left_out = len(rows) - len(new)

@@ -260,7 +260,7 @@ def remove_adapters(adapted: Any) -> None:
     """Leave the model below as it was before `add_adapters`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not _has_beside(adapted):
+    if not keeps_adapter_beside(adapted):
         model = adapted.unload()
     else:
         model = adapted.get_base_model()

@@ -71,7 +71,14 @@ class PolicyFiles:
             raise ModelError(
                 f"{error} The cache names it as its reference; if it was moved, pass it with --model."
             ) from error
-        tokenizer = load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=config.trust_remote_code)
+        tokenizer = load_tokenizer(
+            transformers.AutoTokenizer,
+            folder,
+            trust_remote_code=config.trust_remote_code,
+            options=manifest.tokenizer.get("options"),
+        )
+        if template := manifest.tokenizer.get("chat_template"):
+            tokenizer.chat_template = template  # the rows' own, which `compare_tokenizer` holds against its hash
         warnings = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code).warnings
         if not config.trust_remote_code:
             warnings += check_tokenizer_code(folder, type(tokenizer).__name__)

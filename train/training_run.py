@@ -267,6 +267,7 @@ class TrainingRun:
         return {
             **manifest.rows_identity,
             "identity": manifest.identity,
+            "rendered_on": manifest.tokenization.get("rendered_on"),
             "command": command_of(dataclasses.replace(self.config, out=self.out)),
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),

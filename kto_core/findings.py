@@ -1,0 +1,58 @@
+"""What rendering and tokenizing found: how often, and where first."""
+
+from collections import Counter
+
+# Sentences for the plan. {n} is the count, {s} an s where there are several, {first} the place of the first one.
+_SENTENCES = {
+    "continued": "{n:,} prompt{s} end{v} in the assistant's words; the completion continues that turn (first: {first}).",
+    "reopened": (
+        "the chat template opens the assistant's next turn behind {n:,} completion{s}; that header is cut off "
+        "(first: {first})."
+    ),
+    "reasoning": (
+        "the chat template leaves out the reasoning of {n:,} completion{s}: it is neither scored nor trained (first: "
+        "{first}). A template that keeps it goes to --chat-template."
+    ),
+    "completion": (
+        "the chat template leaves out part of {n:,} completion{s}: it is neither scored nor trained (first: {first}). "
+        "A template that keeps it goes to --chat-template."
+    ),
+    "tool_calls": (
+        "the chat template leaves out tool calls of {n:,} completion{s} (first: {first}). A template that writes them "
+        "goes to --chat-template."
+    ),
+    "prompt": "the chat template leaves out messages of {n:,} prompt{s} (first: {first}).",
+    "tools": "the chat template leaves out the 'tools' of {n:,} row{s} (first: {first}).",
+    "settings": "the chat template reads none of some 'chat_template_kwargs' of {n:,} row{s} (first: {first}).",
+    "two_bos": "{n:,} row{s} begin{v} with two BOS tokens (first: {first}). Check the chat template, or the text.",
+    "lost": (
+        "the tokenizer loses characters of {n:,} row{s}: it has no token for them (first: {first}). Check that the "
+        "tokenizer belongs to the model."
+    ),
+}
+
+
+class Findings:
+    """Counts of what a user should know of the rows, each kind with its first place."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, kind: str, where: str, count: int = 1) -> None:
+        """Count one more.
+
+        Args:
+            kind: a key of the sentences, or a name that only the finder reads.
+            where: the row, as errors name it.
+        """
+        self.counts[kind] += count
+        self.first.setdefault(kind, where)
+
+    def sentences(self) -> list[str]:
+        """Return a sentence for each kind that was found."""
+        return [
+            text.format(n=n, s="" if n == 1 else "s", v="s" if n == 1 else "", first=self.first[kind])
+            for kind, text in _SENTENCES.items()
+            if (n := self.counts[kind])
+        ]

@@ -1,0 +1,276 @@
+"""Conversations under templates of every kind: what was judged is what is scored."""
+
+import json
+from datetime import datetime
+from typing import Any
+
+import pytest
+from models import BOS, CHAT_TEMPLATE, tiny_tokenizer
+
+from kto_core.chat_templates import with_settings
+from kto_core.errors import TokenizationError
+from kto_core.feedback import FeedbackFields, FeedbackRow, parse_record
+from kto_core.tokenization import Tokenizing
+
+ASK = {"role": "user", "content": "Where?"}
+ANSWER = {"role": "assistant", "content": "In Paris."}
+
+
+def rows_of(**record: Any) -> list[FeedbackRow]:
+    return parse_record({"label": True, **record}, "f.jsonl:7", FeedbackFields())
+
+
+def texts(
+    template: str, *, day: datetime | None = None, bos: bool = False, **record: Any
+) -> tuple[str, str, list[str]]:
+    """Prompt and completion as their ids decode, and the warnings."""
+    tokenizer = tiny_tokenizer(chat_template=template, bos=bos)
+    tokenizing = Tokenizing(tokenizer, now=day)
+    (tokens,) = tokenizing.tokenize(rows_of(**record))
+    prompt, completion = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in tokens)
+    return prompt, completion, tokenizing.warnings()
+
+
+ALWAYS_OPENS = CHAT_TEMPLATE.replace("{% if add_generation_prompt %}", "{% if true %}")
+LLAMA_3 = (
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+VICUNA = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}{% else %}"
+    "{{ 'ASSISTANT: ' + m['content'] + '</s>' }}{% endif %}{% endfor %}{{ 'ASSISTANT:' }}"
+)
+PLAIN = "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n\n' }}{% endfor %}{{ '### assistant:\n' }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (ALWAYS_OPENS, "<|im_end|>\n"),
+        (CHAT_TEMPLATE.replace("if add_generation_prompt", "if add_generation_prompt is defined"), "<|im_end|>\n"),
+        (LLAMA_3, "<|eot_id|>"),
+        (VICUNA, "</s>"),
+        (PLAIN, "\n\n"),
+        (CHAT_TEMPLATE + "{{ '<|im_start|>user\n' if messages[-1].role == 'assistant' }}", "<|im_end|>\n"),
+    ],
+)
+def test_a_header_of_the_next_turn_is_cut_off(template: str, end: str) -> None:
+    _, completion, warnings = texts(template, messages=[ASK, ANSWER])
+    assert completion.lstrip() == "In Paris." + end
+    assert "opens the assistant's next turn behind 1 completion" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHAT_TEMPLATE,
+        "{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}",
+        "{{ '</s>' }}{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}",
+        "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else m['content'] + '</s>' }}"
+        "{% endfor %}",
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    ],
+)
+def test_an_end_is_no_header(template: str) -> None:
+    _, completion, warnings = texts(template, messages=[ASK, ANSWER])
+    assert completion.startswith("In Paris.")
+    assert completion[9:] in ("<|im_end|>\n", "</s>", "\n")
+    assert warnings == []
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": [ASK, {"role": "assistant", "content": "Sure: "}], "completion": [ANSWER]},
+        {"messages": [ASK, {"role": "assistant", "content": "Sure: "}, ANSWER]},
+    ],
+    ids=["prompt and completion", "messages"],
+)
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, ALWAYS_OPENS], ids=["ChatML", "always opens"])
+def test_a_prompt_that_ends_in_the_assistants_words_is_continued(record: dict[str, Any], template: str) -> None:
+    prompt, completion, warnings = texts(template, **record)
+    assert prompt == "<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\nSure: "
+    assert completion == "In Paris.<|im_end|>\n"
+    assert warnings[0].startswith("1 prompt ends in the assistant's words")
+
+
+def test_a_call_that_no_tool_has_answered_is_not_continued() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(TokenizationError, match=r"f\.jsonl:7: the prompt ends in a tool call"):
+        texts(CHAT_TEMPLATE, prompt=[ASK, call], completion=[ANSWER])
+
+
+CALLS = CHAT_TEMPLATE.replace(
+    "message['content'] + '<|im_end|>\n'",
+    "message['content'] }}{% for c in message.tool_calls %}{{ c.function.name + WRITTEN }}{% endfor %}{{ '<|im_end|>\n'",
+)
+TOJSON = CALLS.replace("WRITTEN", "(c.function.arguments | tojson)")
+ITEMS = CALLS.replace(
+    "c.function.name + WRITTEN }}",
+    "c.function.name }}{% for k, v in c.function.arguments | items %}{{ '<' + k + '>' + v }}{% endfor %}{{ '' }}",
+)
+TEXT = CALLS.replace("WRITTEN", "' ' + c.function.arguments")
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "find", "arguments": arguments}}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [(TOJSON, 'find{"city": "Paris"}'), (ITEMS, "find<city>Paris"), (TEXT, 'find {"city": "Paris"}')],
+    ids=["tojson", "items", "text"],
+)
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city":"Paris"}'], ids=["object", "text"])
+def test_arguments_of_a_call_read_the_same_as_text_and_as_an_object(
+    template: str, written: str, arguments: Any
+) -> None:
+    _, completion, warnings = texts(template, messages=[ASK, call(arguments)])
+    assert completion.replace('{"city":"', '{"city": "') == written + "<|im_end|>\n"
+    assert warnings == []
+
+
+def test_a_call_that_the_template_leaves_out_is_refused() -> None:
+    with pytest.raises(TokenizationError, match=r"f\.jsonl:7: the chat template leaves the completion out: 'find'"):
+        texts(CHAT_TEMPLATE, messages=[ASK, call({"city": "Paris"})])
+
+
+def test_a_call_that_is_left_out_beside_text_is_said() -> None:
+    _, completion, warnings = texts(CHAT_TEMPLATE, messages=[ASK, {**call({}), "content": "Let me see."}])
+    assert completion == "Let me see.<|im_end|>\n"
+    assert "leaves out tool calls of 1 completion (first: f.jsonl:7)" in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_that_the_template_leaves_out_is_said(name: str) -> None:
+    _, _, warnings = texts(CHAT_TEMPLATE, messages=[ASK, {**ANSWER, name: "France, so"}])
+    assert "leaves out the reasoning of 1 completion" in warnings[0]
+    keeps = CHAT_TEMPLATE.replace("message['content']", f"(message.{name} or '') + message['content']")
+    _, completion, warnings = texts(keeps, messages=[ASK, {**ANSWER, name: "France, so"}])
+    assert completion == "France, soIn Paris.<|im_end|>\n"
+    assert warnings == []
+
+
+def test_thoughts_inside_of_the_content_that_are_left_out_are_said() -> None:
+    drops = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
+    _, completion, warnings = texts(drops, messages=[ASK, {**ANSWER, "content": "<think>\nhm\n</think>\nIn Paris."}])
+    assert completion == "\nIn Paris.<|im_end|>\n"
+    assert "leaves out the reasoning of 1 completion" in warnings[0]
+
+
+def test_a_thought_that_begins_in_the_prompt_is_not_left_out() -> None:
+    opens = CHAT_TEMPLATE.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>\n' }}")
+    prompt, completion, warnings = texts(
+        opens, messages=[ASK, {**ANSWER, "content": "<think>\nhm\n</think>\nIn Paris."}]
+    )
+    assert prompt.endswith("<think>\n")
+    assert completion == "hm\n</think>\nIn Paris.<|im_end|>\n"
+    assert warnings == []
+
+
+def test_other_text_that_is_left_out_is_said() -> None:
+    cuts = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('\n')[0]")
+    _, _, warnings = texts(cuts, messages=[ASK, {**ANSWER, "content": "In Paris.\nOr Rome."}])
+    assert "leaves out part of 1 completion" in warnings[0]
+
+
+def test_messages_tools_and_settings_that_the_template_leaves_out_are_said() -> None:
+    ignores = (
+        "{% for m in messages if m['role'] != 'system' %}" + CHAT_TEMPLATE.split("{% for message in messages %}")[1]
+    )
+    ignores = ignores.replace("message[", "m[")
+    record = {
+        "messages": [{"role": "system", "content": "Be kind."}, ASK, ANSWER],
+        "tools": [{"type": "function", "function": {"name": "find"}}],
+        "chat_template_kwargs": {"enable_thinkin": False},
+    }
+    _, _, warnings = texts(ignores, **record)
+    assert [w.split(" of 1 ")[0] for w in warnings] == [
+        "the chat template leaves out messages",
+        "the chat template leaves out the 'tools'",
+        "the chat template reads none of some 'chat_template_kwargs'",
+    ]
+
+
+def test_earlier_thoughts_may_be_left_out() -> None:
+    drops = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
+    earlier = {"role": "assistant", "content": "<think>hm</think>Hello."}
+    assert texts(drops, messages=[ASK, earlier, ASK, ANSWER])[2] == []
+
+
+def test_a_template_that_takes_parts_gets_parts() -> None:
+    parts = CHAT_TEMPLATE.replace(
+        "message['content'] + ",
+        "'' }}{% for p in message['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{{ ",
+    )
+    prompt, completion, warnings = texts(parts, messages=[ASK, ANSWER])
+    assert (prompt, completion, warnings) == (
+        "<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n",
+        "In Paris.<|im_end|>\n",
+        [],
+    )
+
+
+def test_parts_are_never_printed_as_they_are() -> None:
+    refuses = "{% if messages[0]['content'] is string %}{{ raise_exception('no') }}{% endif %}{{ messages }}"
+    with pytest.raises(TokenizationError, match="refuses this conversation: no"):
+        texts(refuses, messages=[ASK, ANSWER])
+
+
+THINKS = CHAT_TEMPLATE.replace(
+    "<|im_start|>assistant\n' }}",
+    "<|im_start|>assistant\n' }}{% if enable_thinking is not defined or enable_thinking %}{{ '<think>' }}{% endif %}",
+)
+REFUSES = "{% if not keep_it_all %}{{ raise_exception('cannot do') }}{% endif %}" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "setting"), [(THINKS, "enable_thinking=false"), (REFUSES, "keep_it_all=true")], ids=["known", "found"]
+)
+def test_a_refusal_names_the_setting_that_works(template: str, setting: str) -> None:
+    with pytest.raises(TokenizationError, match=f"It can be rendered with --chat-template-kwargs {setting} ") as raised:
+        texts(template, messages=[ASK, ANSWER])
+    name, value = str(raised.value).split("--chat-template-kwargs ")[1].split(" ")[0].split("=")
+    settings = {name: json.loads(value)}
+    prompt, completion, _ = texts(template, messages=[ASK, ANSWER], chat_template_kwargs=settings)
+    assert (prompt, completion) == texts(CHAT_TEMPLATE, messages=[ASK, ANSWER])[:2]
+    assert texts(with_settings(template, settings), messages=[ASK, ANSWER])[:2] == (prompt, completion)
+
+
+def test_settings_for_all_rows_leave_a_rows_own() -> None:
+    mood = with_settings(CHAT_TEMPLATE, {"mood": "kind \"'{%\u00e9\n"})
+    assert "mood\nkind \"'{%\u00e9\n<|im_end|>" in texts(mood, messages=[ASK, ANSWER])[0]
+    own = texts(mood, messages=[ASK, ANSWER], chat_template_kwargs={"mood": "curt"})[0]
+    assert own == texts(CHAT_TEMPLATE, messages=[ASK, ANSWER], chat_template_kwargs={"mood": "curt"})[0]
+
+
+def test_settings_of_every_json_kind_reach_the_template() -> None:
+    value = {"a": [1, 2.5, True, None, "x"], "b": {}}
+    template = with_settings("{{ value | tojson }}\n" + CHAT_TEMPLATE, {"value": value})
+    assert texts(template, messages=[ASK, ANSWER])[0].startswith(json.dumps(value) + "\n<|im_start|>user")
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
+
+
+def test_a_template_with_the_date_is_rendered_for_the_day_that_is_given() -> None:
+    prompt, _, _ = texts(DATED, messages=[ASK, ANSWER], day=datetime(2024, 7, 26))
+    assert prompt.startswith("26 Jul 2024<|im_start|>")
+
+
+@pytest.mark.parametrize(("template", "dated"), [(DATED, True), (CHAT_TEMPLATE, False)])
+def test_what_depends_on_the_day_is_known(template: str, dated: bool) -> None:
+    tokenizing = Tokenizing(tiny_tokenizer(chat_template=template))
+    tokenizing.tokenize(rows_of(messages=[ASK, ANSWER]))
+    assert tokenizing.dated is dated
+
+
+def test_a_template_that_writes_bos_twice_is_said() -> None:
+    prompt, _, warnings = texts("{{ bos_token }}" + CHAT_TEMPLATE, messages=[ASK, ANSWER], bos=True)
+    assert prompt.startswith(BOS + BOS)
+    assert "1 row begins with two BOS tokens" in warnings[0]
