@@ -29,6 +29,7 @@ from kto_core.lock import LOCK, holder_name, only_writer
 from kto_core.manifest import MANIFEST, no_manifest, parse_manifest
 from kto_core.options import Location, is_url
 from kto_core.progress import Progress
+from kto_core.redaction import bare_url, has_credentials
 
 # A lock that is not refreshed for this long belongs to a process that is gone.
 REFRESH_SECONDS, STALE_SECONDS = 10.0, 35.0
@@ -47,10 +48,9 @@ class Remote:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         parts = urlsplit(url)
-        if parts.username or parts.password or parts.query:
-            shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+        if has_credentials(self.url):
             raise CacheError(
-                f"{shown}: leave credentials out of the URL, which is logged; put them into the environment."
+                f"{bare_url(self.url)}: leave credentials out of the URL, which is logged; put them into the environment."
             )
         if not parts.netloc and not parts.path.strip("/"):
             raise CacheError(f"{url}: names no folder.")

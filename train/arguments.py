@@ -12,6 +12,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from kto_core.errors import ConfigError, in_one_line
 from kto_core.models import Precision
 from kto_core.options import nearest
+from kto_core.redaction import is_secret_name, without_secrets
 from train.config import TrainConfig
 
 # Set from our own options: a second place to say the same thing would sooner or later disagree.
@@ -48,6 +49,20 @@ _NEVER = 2**31
 
 # Their steps are taken inside of backward passes, of which an update here has many.
 _STEPS_INSIDE = ("lomo", "adalomo", "_layerwise")
+
+
+class _Arguments(transformers.TrainingArguments):
+    """Loggers and pickles get the settings without secrets; the original hides some of them from loggers alone."""
+
+    def to_dict(self) -> dict[str, Any]:
+        shown: dict[str, Any] = without_secrets(super().to_dict())
+        return shown
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {
+            name: None if is_secret_name(name) and isinstance(one, str) else one for name, one in vars(self).items()
+        }
+        return {name: without_secrets(one) if isinstance(one, dict) else one for name, one in state.items()}
 
 
 def training_arguments(
@@ -100,7 +115,7 @@ def training_arguments(
     }
     settings.update(_table(config))
     try:
-        args = transformers.TrainingArguments(**settings)
+        args = _Arguments(**settings)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
     optimizer = str(getattr(args.optim, "value", args.optim))

@@ -6,8 +6,10 @@ from typing import Any
 
 import yaml
 
+from kto_core.durable import write_text
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag
+from kto_core.redaction import hidden
 from train.config import TrainConfig
 from train.policy import PolicyFiles
 
@@ -62,7 +64,7 @@ def write_card(
             held_value = held.get(f"eval_{name}")
             held_cell = ("" if held_value is None else f" {held_value:.4f}") + " |" if held else ""
             lines.append(f"| {name} | {last[name]:.4f} |{held_cell}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def command_of(config: TrainConfig) -> str:
@@ -75,5 +77,5 @@ def command_of(config: TrainConfig) -> str:
         if isinstance(value, bool):
             words.append(flag(name) if value else "--no-" + name.replace("_", "-"))
         else:
-            words += [flag(name), str(value)]
+            words += [flag(name), hidden(str(value))]
     return shlex.join(words)

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from kto_core.durable import write_json
@@ -20,7 +18,7 @@ from train.data import TrainingData, rows_to_evaluate
 from train.evaluation import summary, summary_lines
 from train.objective import Objective
 from train.policy import PolicyFiles
-from train.run_files import EVALUATION, FACTS, REWARDS, read_facts
+from train.run_files import EVALUATION, FACTS, holds_word, read_facts, read_rewards, refuse_pipes
 from train.training_run import check_vocabulary, make_trainer
 
 
@@ -42,6 +40,7 @@ def evaluate_run(config: TrainConfig) -> Path:
     assert run is not None
     config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
     facts = read_facts(run)
+    refuse_pipes(run, "--evaluate-only")
     final = facts.get("final") or {}
     device = resolve_device(config.device)
     precision = resolve_precision(config.dtype, device)
@@ -107,7 +106,7 @@ def _weights(run: Path, facts: dict[str, Any]) -> tuple[float, float]:
 def _trained_prompts(run: Path) -> set[str] | None:
     """Ids of the prompts that the run was trained on; None where that is not on record."""
     try:
-        table = pq.read_table(run / REWARDS, columns=["split", "prompt_id"])
-    except (OSError, ValueError, pa.ArrowException):
+        table = read_rewards(run, ["split", "prompt_id"])
+    except (OSError, ValueError, MemoryError, pa.ArrowException):
         return None
-    return set(table.filter(pc.equal(table["split"], "train"))["prompt_id"].to_pylist())
+    return set(table["prompt_id"].filter(holds_word(table["split"], "train")).unique().to_pylist())

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,24 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from kto_core.durable import flush, flush_all, remove_temporary, write_json, write_text
+from kto_core.durable import flush, flush_all, remove_temporary, remove_tree, write_json, write_text
 from kto_core.errors import ConfigError, TrainingError, in_one_line
+from kto_core.foreign_files import read_foreign
 from kto_core.lock import LOCK
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag, read_yaml
 from train.config import TrainConfig
-from train.run_files import CONFIG, FACTS, METRICS, config_text, make_folder, read_facts, write_facts
+from train.run_files import (
+    CONFIG,
+    FACTS,
+    LARGEST_JSON,
+    METRICS,
+    config_text,
+    make_folder,
+    read_facts,
+    refuse_pipes,
+    write_facts,
+)
 
 _UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed to the hub
 _SIZES = "sizes.json"
@@ -112,6 +122,7 @@ def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest) -> str |
     _check_same_cache(out, manifest)
     checkpoint: str | None = get_last_checkpoint(str(out))
     if checkpoint is not None:
+        refuse_pipes(Path(checkpoint), "--resume")
         _check_complete(Path(checkpoint))
         _check_same_options(config, out)
     return checkpoint
@@ -120,11 +131,11 @@ def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest) -> str |
 def _check_complete(checkpoint: Path) -> None:
     """A checkpoint that was copied or damaged in part must not be loaded half."""
     try:
-        for name, size in json.loads((checkpoint / _SIZES).read_text(encoding="utf-8")).items():
+        for name, size in json.loads(read_foreign(checkpoint / _SIZES, most=LARGEST_JSON)).items():
             found = (checkpoint / name).stat().st_size
             if found != size:
                 raise OSError(f"{name} has {found} bytes, {size} were written")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{checkpoint}: an incomplete checkpoint ({error}). Remove that folder; --resume then goes on from the one before."
         ) from error
@@ -157,13 +168,13 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
         ) from error
     finally:
         if main:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
 
 
 def remove_leftovers(out: Path) -> None:
     """Remove what a killed run was writing."""
     remove_temporary(out)
-    shutil.rmtree(out / _UNFINISHED, ignore_errors=True)
+    remove_tree(out / _UNFINISHED)
 
 
 def publish_checkpoint(folder: Path, out: Path) -> None:
@@ -172,7 +183,7 @@ def publish_checkpoint(folder: Path, out: Path) -> None:
     write_json(folder / _SIZES, sizes)
     flush_all(folder)
     flush(out / METRICS)
-    shutil.rmtree(out / folder.name, ignore_errors=True)  # one that --resume did not go on from
+    remove_tree(out / folder.name)  # one that --resume did not go on from
     folder.rename(out / folder.name)
     flush(out)
 
@@ -209,7 +220,7 @@ def _check_same_cache(out: Path, manifest: Manifest) -> None:
 def _check_same_options(config: TrainConfig, out: Path) -> None:
     if not (out / CONFIG).exists():
         raise ConfigError(f"--resume {out}: holds a checkpoint, but no config.yaml. Start a new run.")
-    started = {**as_plain(TrainConfig()), **read_yaml(out / CONFIG)}
+    started = {**as_plain(TrainConfig()), **read_yaml(out / CONFIG, foreign=True)}
     now = as_plain(config)
     tables = [
         {k: v for k, v in (one.get("training") or {}).items() if k.startswith(_OF_OPTIMIZER)} for one in (started, now)

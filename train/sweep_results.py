@@ -11,12 +11,13 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from kto_core.durable import flush, write_json, write_text
+from kto_core.durable import flush, remove_tree, write_json, write_text
 from kto_core.errors import TrainingError
+from kto_core.foreign_files import read_foreign
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag
 from train.report import write_report
-from train.run_files import FACTS, config_text
+from train.run_files import FACTS, LARGEST_JSON, config_text
 from train.study import Study, Trial, TrialRecord
 from train.sweep_config import Range, SweepConfig, Trials
 from train.workers import Ended
@@ -83,8 +84,8 @@ class Results:
         best = self.study.best()  # another one may have become better meanwhile
         stay = {*self._keeping, *((best.number,) if best else ())}
         for folder in (self.out / "trials").glob("*/model"):
-            if int(folder.parent.name) not in stay:
-                shutil.rmtree(folder)
+            if folder.parent.name.isdecimal() and int(folder.parent.name) not in stay:
+                remove_tree(folder)
         return line
 
     def lost(self, trial: Trial, reason: str) -> str:
@@ -201,7 +202,7 @@ class Results:
         write_text(self.out / BEST_OPTIONS, head + config_text(config))
         model, out = self.out / "trials" / f"{best.number:04d}" / "model", self.out / BEST
         if model.exists():
-            shutil.rmtree(out, ignore_errors=True)
+            remove_tree(out)
             model.rename(out)
             flush(self.out)
         elif not self._is_of(out, best):
@@ -212,9 +213,9 @@ class Results:
             )
             if there is not None:
                 copy = self.out / f".{BEST}.tmp"
-                shutil.rmtree(copy, ignore_errors=True)
+                remove_tree(copy)
                 shutil.copytree(there, copy)
-                shutil.rmtree(out, ignore_errors=True)
+                remove_tree(out)
                 copy.rename(out)
                 flush(self.out)
             elif host != socket.gethostname():
@@ -250,6 +251,6 @@ def _space_entry(entry: Any) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return dict(json.loads(read_foreign(path, most=LARGEST_JSON)))
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}

@@ -26,8 +26,10 @@ from typing import Any
 import torch
 import transformers
 
+from kto_core.durable import remove_tree
 from kto_core.errors import KTOError, in_one_line
 from kto_core.models import resolve_device, resolve_precision
+from kto_core.redaction import hidden
 from train.advice import class_warnings, class_weight_values
 from train.arguments import training_arguments
 from train.config import TrainConfig
@@ -109,7 +111,7 @@ class _Worker:
 
     def run(self, number: int, config: TrainConfig, folder: Path) -> None:
         """A trial from its first line to its last."""
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed sweep left
+        remove_tree(folder)  # what a killed sweep left
         folder.mkdir(parents=True)
         started = time.monotonic()
         with _log_into(folder / LOG):
@@ -126,7 +128,7 @@ class _Worker:
                 print(f"Error: {error}")
                 outcome = Ended.refused(str(error))
             except Exception as error:  # noqa: BLE001 - a trial that fails must not stop the others
-                traceback.print_exc(file=sys.stdout)
+                print(hidden(traceback.format_exc()))
                 outcome = Ended.refused(f"{type(error).__name__}: {in_one_line(error)} (see {LOG})")
             outcome = dataclasses.replace(outcome, seconds=time.monotonic() - started)
             self.pipe.send(outcome)
@@ -141,7 +143,7 @@ class _Worker:
             _end_reports()
             del run
         for checkpoint in folder.glob("checkpoint-*"):  # early stopping's
-            shutil.rmtree(checkpoint)
+            remove_tree(checkpoint)
         self._tidy()
 
     def _tidy(self) -> None:
@@ -198,7 +200,7 @@ def _end_reports() -> None:
             try:
                 getattr(sys.modules[name], end)()
             except Exception:  # noqa: BLE001 - a service that cannot be reached must not end the sweep
-                traceback.print_exc(file=sys.stdout)
+                print(hidden(traceback.format_exc()))
 
 
 class _Evaluations(transformers.TrainerCallback):

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kto_core.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
@@ -105,6 +105,8 @@ class KTOTrainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict and tie_again(state_dict, self.model))
+        # A pickle that nobody needs: config.yaml says it all, but for secrets.
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     # -- checkpoints --------------------------------------------------------------------------------
 

@@ -185,8 +185,6 @@ class TrainingRun:
                 gather_when_saving(trainer.accelerator)
                 trainer.save_model(str(folder))
             if self.is_main:
-                # A pickle that nobody needs: config.yaml says it all.
-                (folder / "training_args.bin").unlink(missing_ok=True)
                 publish_model(folder, out)
         if self.is_main:
             history = trainer.state.log_history
