@@ -52,13 +52,14 @@ def check_kinds(folder: Path) -> None:
     Raises:
         OSError: a pipe or a device is in it.
     """
-    for entry in os.scandir(folder):
-        try:
-            mode = entry.stat().st_mode
-        except OSError:  # a link to nothing, which whoever wants the file will name
-            continue
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise OSError(f"{entry.name} is neither a file nor a folder")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                mode = entry.stat().st_mode
+            except OSError:  # a link to nothing, which whoever wants the file will name
+                continue
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise OSError(f"{entry.name} is neither a file nor a folder")
 
 
 def _target(link: Path) -> Path:

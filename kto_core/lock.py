@@ -89,7 +89,9 @@ def _held(path: Path, operation: int) -> FileIO:
                 return file
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                print(f"unlocked    {path.parent}: this file system keeps no locks; let one process write at a time")
+                print(
+                    f"unlocked    {printable(str(path.parent))}: this file system keeps no locks; let one process write at a time"
+                )
                 return file
             file.close()
             raise

@@ -18,6 +18,7 @@ from torch import nn
 
 from kto_core.adapters import merge_adapter
 from kto_core.errors import ModelError, in_one_line, printable, said_by
+from kto_core.foreign_files import check_kinds
 from kto_core.identity import stored_type
 from kto_core.logps import add_scoring_forward
 
@@ -81,7 +82,7 @@ def find_folder(model: str, *, revision: str | None, what: str = "model") -> tup
     folder = Path(model).expanduser()
     try:
         if folder.is_dir():
-            return folder, None
+            return _without_pipes(folder, what), None
         is_file = folder.exists()
     except (OSError, ValueError) as error:  # too long a name, or one with a null character
         raise ModelError(f"{printable(model, 100)}: no such {what} folder ({said_by(error)}).") from error
@@ -100,6 +101,15 @@ def find_folder(model: str, *, revision: str | None, what: str = "model") -> tup
             f"{model}: no such {what} folder here, and it cannot be fetched from the hub: {reason}"
         ) from error
     return path, path.name
+
+
+def _without_pipes(folder: Path, what: str) -> Path:
+    """A folder in which no library waits for ever. Raises: ModelError: a pipe or a device is in it."""
+    try:
+        check_kinds(folder)
+    except OSError as error:
+        raise ModelError(f"{folder}: the {what} cannot be read: {said_by(error)}.") from error
+    return folder
 
 
 def longest_alike(config: Any) -> int | None:

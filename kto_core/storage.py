@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from kto_core.console import tell
 from kto_core.durable import OF_THE_DISK, replacing
 from kto_core.errors import CacheError, KTOError, in_one_line, printable
 from kto_core.identity import file_hash
@@ -285,10 +286,7 @@ class RemoteLock:
         if first is None:
             return
         url, holder = self._remote.url, _holder(first)
-        print(
-            f"locked      {url}: {holder} is writing there, or died there; watching for {STALE_SECONDS:.0f} s",
-            flush=True,
-        )
+        tell(f"locked      {url}: {holder} is writing there, or died there; watching for {STALE_SECONDS:.0f} s")
         deadline = time.monotonic() + STALE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(REFRESH_SECONDS / 10)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kto_core.console import tell
 from kto_core.errors import ModelError, printable
 from kto_core.identity import json_hash, sequence_id
 from kto_core.manifest import fingerprint, identity_of
@@ -83,8 +84,9 @@ def _print_plan(
     engine = f"{backend.name} ({backend.why})" if backend.why else backend.name
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     how = f"{reference.precision.name} on {reference.device.type}, scored with {engine}{processes}"
-    print(f"reference   {config.model}{adapter} ({how})")
-    print("\n".join(describe(plan, counts, config)), flush=True)
+    tell(f"reference   {config.model}{adapter} ({how})")
+    for line in describe(plan, counts, config):
+        tell(line)
 
 
 def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark: str) -> None:
@@ -98,7 +100,7 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark
         rows_per_shard=config.rows_per_shard,
         row_ids=frozenset(row.row_id for row in scoring.plan.rows),
     ):
-        print(f"complete    {config.out} holds these scores already; nothing to do")
+        tell(f"complete    {config.out} holds these scores already; nothing to do")
         return
     scoring.run()
     data = {**_data(scoring.plan, counts), "labels_hash": labels_hash}
@@ -295,5 +297,5 @@ def _report(config: PrecomputeConfig, run: Mapping[str, Any], shards: int, mark:
         f"scored      {run['scored_sequences']:,} sequences ({run['reused_sequences']:,} reused), {run['tokens']:,} tokens "
         f"in {run['seconds']:,.1f} s"
     )
-    print(f"wrote       {config.out} ({shards} shard{'s' if shards > 1 else ''}, fingerprint {mark[:12]})")
-    print(f"next        kto-train --cache {shlex.quote(str(config.out))}")
+    tell(f"wrote       {config.out} ({shards} shard{'s' if shards > 1 else ''}, fingerprint {mark[:12]})")
+    tell(f"next        kto-train --cache {shlex.quote(str(config.out))}")

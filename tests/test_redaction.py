@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from kto_core.durable import write_text
 from kto_core.errors import CacheError, ConfigError, KTOError, in_one_line
 from kto_core.models import resolve_precision
 from kto_core.redaction import bare_url, has_credentials, hidden, hidden_url, secret_names, secrets_of, without_secrets
@@ -19,9 +20,9 @@ from train.config import TrainConfig
 from train.report import write_report
 from train.run import train
 from train.run_files import config_text
-from train.study import check_storage
-from train.sweep import sweep
-from train.sweep_config import SweepConfig
+from train.study import Study, check_storage
+from train.sweep import _identity, _write_config
+from train.sweep_config import SweepConfig, Trials
 
 WITH_SECRETS = [
     "postgresql://bob:s3/CRET@127.0.0.1/db",
@@ -153,12 +154,19 @@ def test_a_token_is_in_no_file_of_a_run_which_goes_on_with_it(cache: Path, tmp_p
 
 
 def test_a_token_is_in_no_file_of_a_sweep_which_goes_on_with_it(cache: Path, tmp_path: Path) -> None:
-    settings = {"batch_size": 8, "max_steps": 1, "device": "cpu", "training": {"hub_token": "CRETCRET"}}
-    config = SweepConfig(cache=cache, out=tmp_path / "sweep", search="grid", space={"beta": [0.1, 0.2]}, train=settings)
-    config = replace(config, trials=1, storage=f"sqlite:///{tmp_path}/study.db")
-    sweep(config)
-    sweep(replace(config, trials=2))
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and b"CRETCRET" in path.read_bytes()] == []
+    settings = {"device": "cpu", "training": {"hub_token": "CRETCRET", "optim": "sgd"}}
+    config = SweepConfig(cache=cache, out=tmp_path, search="grid", space={"beta": [0.1, 0.2]}, train=settings)
+    trials, url = Trials.of(config), f"sqlite:///{tmp_path}/study.db"
+    assert trials.config({"beta": 0.1}).training["hub_token"] == "CRETCRET"  # the workers have it
+    _write_config(replace(config, storage="postgresql://me:CRETCRET@h/db"), tmp_path)
+    write_text(tmp_path / "best.yaml", config_text(trials.config({"beta": 0.1})))
+    for training in ({"hub_token": "CRETCRET"}, {"hub_token": "another"}, {}):  # each goes on with the same study
+        again = replace(config, train={"device": "cpu", "training": {**training, "optim": "sgd"}})
+        Study(again, Trials.of(again), url, _identity(again, {})).begin()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"study.db", "sweep.yaml", "best.yaml"} <= {path.name for path in files}
+    assert [path for path in files if b"CRETCRET" in path.read_bytes()] == []
+    assert yaml.safe_load((tmp_path / "sweep.yaml").read_text())["train"]["training"] == {"optim": "sgd"}
 
 
 def test_a_report_leaves_out_what_an_older_version_wrote(tmp_path: Path) -> None:

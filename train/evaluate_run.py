@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from kto_core.console import tell
 from kto_core.durable import write_json
 from kto_core.errors import ConfigError
 from kto_core.manifest import Manifest
@@ -63,8 +64,8 @@ def evaluate_run(config: TrainConfig) -> Path:
         trainer.shift.begin_at(float(final.get("shift", 0.0)), 1)
     main = trainer.is_world_process_zero()
     if main:
-        print(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
-        print(f"policy      {run} ({precision.name} on {device})")
+        tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
+        tell(f"policy      {run} ({precision.name} on {device})")
         print(f"rows        {len(held_out.indices):,}: {rows.what}", flush=True)
     scores = trainer.final_scores()
     assert scores is not None
@@ -74,7 +75,7 @@ def evaluate_run(config: TrainConfig) -> Path:
         found = summary(scores, objective, int(final.get("step", 0)))
         print("\n".join(summary_lines(found, rows="held out" if rows.of_run else "evaluated")))
         write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
-        print(f"wrote       {path}")
+        tell(f"wrote       {path}")
     return path
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kto_core.durable import write_text
-from kto_core.errors import ConfigError
+from kto_core.errors import ConfigError, printable
 from kto_core.options import flag
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     depth = 1
     while depth < 4 and len({part[-depth:] for part in parts}) < len({*parts}):
         depth += 1
-    return ["/".join(part[-depth:]) for part in parts]
+    return [printable("/".join(part[-depth:])) for part in parts]
 
 
 def _run_parts(run: "Run", name: str) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _run_parts(run: "Run", name: str) -> dict[str, Any]:
 
     return {
         "name": name,
-        "path": str(run.path),
+        "path": printable(str(run.path)),
         "status": words.status(run),
         "started": words.moment(run.facts.get("started")),
         "changed": words.moment(run.changed.isoformat(timespec="seconds")) if run.changed else "",
@@ -188,7 +188,7 @@ def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, Any]:
     header, rows = _trial_table(sweep)
     return {
         "name": name,
-        "path": str(sweep.path),
+        "path": printable(str(sweep.path)),
         "status": words.sweep_status(sweep),
         "started": words.moment(sweep.facts.get("started")),
         "summary": words.sweep_summary(sweep),

@@ -269,7 +269,7 @@ def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
     recently = changed is not None and datetime.datetime.now(datetime.timezone.utc) - changed < _GOING_ON
     run = Run(
         path=folder,
-        name=folder.resolve().name,
+        name=printable(folder.resolve().name),
         config=reader.yaml("config.yaml"),
         facts=reader.json("run.json", expected=not of_a_sweep),
         records=reader.records(),
@@ -291,7 +291,7 @@ def _sweep(folder: Path) -> Sweep:
     notes = [f"Trial {t.number}: {note}" for t in trials if t is not None and t.run for note in t.run.notes]
     return Sweep(
         path=folder,
-        name=folder.resolve().name,
+        name=printable(folder.resolve().name),
         config=config,
         facts=facts,
         trials=tuple(trial for trial in trials if trial is not None),

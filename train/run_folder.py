@@ -19,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from kto_core.console import tell
 from kto_core.durable import flush, flush_all, remove_temporary, remove_tree, write_json, write_text
 from kto_core.errors import ConfigError, TrainingError, in_one_line
 from kto_core.foreign_files import read_foreign
@@ -239,7 +240,7 @@ def _check_same_options(config: TrainConfig, out: Path) -> None:
         )
     for name in _MAY_CHANGE:
         if started.get(name) != now[name]:
-            print(f"resume      {flag(name)} {now[name]}, before it was {started.get(name)}")
+            tell(f"resume      {flag(name)} {now[name]}, before it was {started.get(name)}")
 
 
 def write_start(config: TrainConfig, out: Path, facts: dict[str, Any]) -> None:

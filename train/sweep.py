@@ -21,8 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kto_core.console import tell
 from kto_core.durable import write_text, written_to
-from kto_core.errors import ConfigError, TrainingError
+from kto_core.errors import ConfigError, TrainingError, printable
 from kto_core.lock import LOCK, only_writer
 from kto_core.manifest import Manifest, read_manifest
 from kto_core.options import Location, as_plain
@@ -193,12 +194,12 @@ def _run(study: Study, trials: Trials, workers: Workers, results: Results, out: 
 def _bar(done: int, total: int) -> Iterator[Any]:
     """Yields: prints a line about a trial that has ended, above a bar where there is a terminal."""
     if not sys.stderr.isatty():
-        yield lambda line: print(line, flush=True)
+        yield tell
         return
     with tqdm(total=total, initial=done, desc="trials", unit="trial", dynamic_ncols=True) as bar:
 
         def say(line: str) -> None:
-            bar.write(line)
+            bar.write(printable(line))
             bar.update()
 
         yield say
@@ -208,7 +209,7 @@ def _print_plan(
     config: SweepConfig, trials: Trials, manifest: Manifest, out: Path, workers: Workers, left: int
 ) -> None:
     names = ", ".join(trials.space)
-    print(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
+    tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
     all_of_them = " (there are no more)" if trials.count == trials.points and config.search != "grid" else ""
     print(f"search      {config.search} over {names}, {trials.count:,} trials{all_of_them}")
     rows = workers.facts.get("data")
@@ -217,7 +218,7 @@ def _print_plan(
         print(f"rows        {rows['desirable'] + rows['undesirable']:,} to train on, {held:,} held out")
     print(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
     print(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
-    print(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
+    tell(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
     for line in [*workers.facts.get("warnings", []), *trials.warnings()]:
-        print(f"warning     {line}")
+        tell(f"warning     {line}")
     print(end="", flush=True)
