@@ -72,7 +72,8 @@ def warnings_of(run: "Run") -> list[str]:
     said = _plan_warnings(run.facts)
     try:
         found = alarms(run.records, Settings(**run.facts["alarms"]))
-    except (KeyError, TypeError, ValueError):  # a run of another version, or values that are no numbers
+    # A run of another version, or values that are no numbers, or none that can be calculated with.
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         return said
     return said + [f"Step {alarm.step:,}: {alarm.text}" for alarm in found]
 

@@ -26,6 +26,7 @@ from train.run_files import LARGEST_JSON, LARGEST_METRICS, holds_word, read_rewa
 Floats = npt.NDArray[np.float64]
 SPLITS = ("train", "held_out")
 _FAR = 1e100  # squares and sums of numbers below stay finite
+_NUMBERS = frozenset((int, float, type(None)))
 _LONGEST = 100_000  # characters of one text
 _GOING_ON = datetime.timedelta(minutes=10)  # a run that wrote a record within this time, and holds its lock
 
@@ -173,13 +174,13 @@ class _Reader:
             return {}
         if not isinstance(content, dict):
             self.notes.append(f"{name} holds no JSON object: it is left out.")
-        return mapping(_fit(content))
+        return mapping(self._checked(name, _fit(content)))
 
     def yaml(self, name: str) -> dict[str, Any]:
         if not os.path.lexists(self.folder / name):
             return {}
         try:
-            return mapping(_fit(read_yaml(self.folder / name, foreign=True)))
+            return mapping(self._checked(name, _fit(read_yaml(self.folder / name, foreign=True))))
         except KTOError as error:
             self.notes.append(f"{name} cannot be read ({said_by(error)}): the options are left out.")
             return {}
@@ -197,7 +198,15 @@ class _Reader:
         if damaged:
             what = "1 line that is" if damaged == 1 else f"{damaged:,} lines that are"
             self.notes.append(f"metrics.jsonl has {what} cut off or damaged, as a crash leaves it: left out.")
-        return tuple(found)
+        return tuple(self._checked("metrics.jsonl", found))
+
+    def _checked(self, name: str, content: Any) -> Any:
+        """The content as it is, with a note on numbers that nothing can be calculated with."""
+        odd = _count_odd(content)
+        if odd:
+            what = "1 number that is" if odd == 1 else f"{odd:,} numbers that are"
+            self.notes.append(f"{name} has {what} infinite, not a number or beyond {_FAR:g}: left out.")
+        return content
 
     def logratios(self) -> dict[tuple[str, bool], Floats]:
         path = self.folder / "rewards.parquet"
@@ -228,11 +237,25 @@ class _Reader:
 
 def _record(line: str) -> dict[str, Any] | None:
     try:
-        record = _fit(json.loads(line, parse_int=_whole))
+        record = json.loads(line, parse_int=_whole)
+        if isinstance(record, dict) and _NUMBERS.issuperset(map(type, record.values())):
+            record = {_fit_text(name): value for name, value in record.items()}  # as nearly all are: quickly
+        else:
+            record = _fit(record)
     except (ValueError, RecursionError):
         return None
     step = record.get("step") if isinstance(record, dict) else None
     return record if type(step) is int and 0 <= step < 2**53 else None
+
+
+def _count_odd(content: Any) -> int:
+    count = 0
+    for one in content.values() if isinstance(content, dict) else content if isinstance(content, list) else [content]:
+        if isinstance(one, float):
+            count += not -_FAR < one < _FAR  # nan too
+        elif isinstance(one, dict | list):
+            count += _count_odd(one)
+    return count
 
 
 def _whole(digits: str) -> int | float:
