@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -54,6 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the disk does not take it; `path` is as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # a link that somebody put there would be written through
     try:
         yield temporary
         flush(temporary)
@@ -94,6 +96,14 @@ def written_to(folder: Path, error: type[KTOError], advice: str) -> Iterator[Non
             else f"{folder}: cannot be written: {problem}"
         )
         raise error(f"{what}. {advice}") from problem
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder, as far as possible; of a link the link alone, never what it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_temporary(folder: Path) -> None:

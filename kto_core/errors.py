@@ -18,15 +18,18 @@ Everything else that is raised is our own mistake and keeps its traceback.
 
 import re
 
+from kto_core.redaction import hidden
+
 
 class KTOError(Exception):
     """Base of all errors that the user, rather than the program, can mend.
 
-    A message may quote what stands in a file: its lines stay, whatever else could drive a terminal is escaped.
+    A message may quote what stands in a file or a URL: its lines stay, whatever else could drive a terminal is escaped,
+    and secrets are hidden.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("\n".join(printable(line) for line in message.split("\n")))
+        super().__init__("\n".join(printable(hidden(line)) for line in message.split("\n")))
 
 
 class ConfigError(KTOError):
@@ -70,12 +73,12 @@ class OutputError(KTOError):
 
 
 def in_one_line(error: BaseException) -> str:
-    """What a library says, in one line: its first one, with those behind it where it is only a heading."""
+    """What a library says, in one line, without secrets: its first one, with those behind it where it is only a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines.pop(0) if lines else type(error).__name__
     while lines and _HEADING.search(said) and len(said) < _ENOUGH:
         said = f"{said} {lines.pop(0)}"
-    return said
+    return hidden(said)
 
 
 # What announces the lines behind it: a colon, or the first line of pydantic's errors.

@@ -10,6 +10,7 @@ from io import FileIO
 from pathlib import Path
 
 from kto_core.errors import KTOError, printable
+from kto_core.foreign_files import MEGABYTE, open_foreign, read_foreign
 
 LOCK = ".lock"
 
@@ -31,7 +32,7 @@ def only_writer(folder: Path, error: type[KTOError], *, wait: bool = False) -> I
     try:
         file = _held(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+        holder = _holder(path)
         raise error(
             f"{folder}: {printable(holder) or 'another process'} is writing here. Wait for it, or choose another --out."
         ) from None
@@ -53,18 +54,23 @@ def only_writer(folder: Path, error: type[KTOError], *, wait: bool = False) -> I
 def is_held(folder: Path) -> bool:
     """Whether somebody writes there now; a lock file that a crash left says nothing."""
     try:
-        with (folder / LOCK).open("rb") as file:
+        with open_foreign(folder / LOCK, most=MEGABYTE) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:  # held, or on a file system without locks
-        return True
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES, *_NO_LOCKS)  # held, or on a file system without locks
     return False
 
 
 def holder_name() -> str:
     """This process, as the other one is told."""
     return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _holder(path: Path) -> str:
+    try:
+        return read_foreign(path, most=MEGABYTE).decode("utf-8", errors="replace").strip()[:200]
+    except OSError:  # it has just gone
+        return ""
 
 
 def _held(path: Path, operation: int) -> FileIO:
@@ -83,7 +89,9 @@ def _held(path: Path, operation: int) -> FileIO:
                 return file
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                print(f"unlocked    {path.parent}: this file system keeps no locks; let one process write at a time")
+                print(
+                    f"unlocked    {printable(str(path.parent))}: this file system keeps no locks; let one process write at a time"
+                )
                 return file
             file.close()
             raise

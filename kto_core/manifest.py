@@ -15,6 +15,7 @@ from typing import Any
 
 from kto_core.durable import write_json
 from kto_core.errors import CacheError, NewerFormatError, printable, said_by
+from kto_core.foreign_files import MEGABYTE, read_foreign
 from kto_core.identity import json_hash
 
 FORMAT = 1
@@ -30,6 +31,9 @@ _IDENTITY_FIELDS = {
 
 # Why rows were left out, among the reasons in `data.dropped`.
 PROMPT_TOO_LONG = "prompt_too_long"
+
+# Of a million shards.
+_LARGEST = 256 * MEGABYTE
 
 AGAIN = "Run the same kto-precompute again."
 
@@ -159,7 +163,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise no_manifest(folder, unfinished=any((folder / "train").glob("*.parquet")))
         if not path.is_file():
             raise CacheError(f"{path}: not a regular file. Remove it. {AGAIN}")
-        return parse_manifest(path, path.read_bytes())
+        return parse_manifest(path, read_foreign(path, most=_LARGEST))
 
 
 @contextlib.contextmanager

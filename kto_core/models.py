@@ -18,6 +18,7 @@ from torch import nn
 from kto_core.adapters import add_adapter_beside, merge_adapter
 from kto_core.errors import ModelError, printable, said_by
 from kto_core.folder_code import check_model_code
+from kto_core.foreign_files import check_kinds
 from kto_core.hub import fetch_from_hub
 from kto_core.identity import stored_type, tensors_stored_in
 from kto_core.library_warnings import collected_warnings, skipped_quantization
@@ -89,7 +90,7 @@ def find_folder(model: str, *, revision: str | None, what: str = "model") -> tup
     folder = Path(model).expanduser()
     try:
         if folder.is_dir():
-            return folder, None
+            return _without_pipes(folder, what), None
         is_file = folder.exists()
     except (OSError, ValueError) as error:  # too long a name, or one with a null character
         raise ModelError(f"{printable(model, 100)}: no such {what} folder ({said_by(error)}).") from error
@@ -123,6 +124,15 @@ def _refuse_address(model: str) -> None:
         return
     rest = f" with --revision {revision} (an option of kto-precompute)" if revision else ""
     raise ModelError(f"{printable(model, 100)}: neither a folder nor a hub id. Pass {name}{rest}.")
+
+
+def _without_pipes(folder: Path, what: str) -> Path:
+    """A folder in which no library waits for ever. Raises: ModelError: a pipe or a device is in it."""
+    try:
+        check_kinds(folder)
+    except OSError as error:
+        raise ModelError(f"{folder}: the {what} cannot be read: {said_by(error)}.") from error
+    return folder
 
 
 def longest_alike(config: Any) -> int | None:

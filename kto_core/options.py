@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from kto_core.errors import ConfigError, printable, said_by
+from kto_core.foreign_files import MEGABYTE, read_foreign
 
 ConfigT = TypeVar("ConfigT")
 NumberT = TypeVar("NumberT", int, float)
@@ -183,14 +184,17 @@ def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) 
 _Loader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, foreign: bool = False) -> dict[str, Any]:
     """The mapping in a YAML file.
+
+    Args:
+        foreign: it lies in a folder that may come from anybody; see `kto_core.foreign_files`.
 
     Raises:
         ConfigError: no such file, not YAML, or not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_foreign(path, most=MEGABYTE).decode("utf-8") if foreign else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
@@ -231,20 +235,25 @@ def nearest(word: str, known: list[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def resolve(config: type[ConfigT], command_line: Mapping[str, Any], *, yaml_path: Path | None = None) -> ConfigT:
+def resolve(
+    config: type[ConfigT], command_line: Mapping[str, Any], *, yaml_path: Path | None = None, foreign: bool = False
+) -> ConfigT:
     """Build a config from the command line (given options only), then YAML, then defaults.
+
+    Args:
+        foreign: the YAML lies in a folder that may come from anybody.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or one that
             the config itself refuses.
     """
-    values = dict(_yaml_values(config, yaml_path)) if yaml_path else {}
+    values = dict(_yaml_values(config, yaml_path, foreign)) if yaml_path else {}
     values.update(command_line)
     return config(**values)
 
 
-def _yaml_values(config: type, path: Path) -> Mapping[str, Any]:
-    return checked_values(config, read_yaml(path), str(path))
+def _yaml_values(config: type, path: Path, foreign: bool) -> Mapping[str, Any]:
+    return checked_values(config, read_yaml(path, foreign=foreign), str(path))
 
 
 def checked_values(config: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from kto_core.console import tell
 from kto_core.durable import OF_THE_DISK, replacing
 from kto_core.errors import CacheError, KTOError, in_one_line, printable
 from kto_core.identity import file_hash
@@ -29,6 +30,7 @@ from kto_core.lock import LOCK, holder_name, only_writer
 from kto_core.manifest import MANIFEST, no_manifest, parse_manifest
 from kto_core.options import Location, is_url
 from kto_core.progress import Progress
+from kto_core.redaction import bare_url, has_credentials
 
 # A lock that is not refreshed for this long belongs to a process that is gone.
 REFRESH_SECONDS, STALE_SECONDS = 10.0, 35.0
@@ -47,10 +49,9 @@ class Remote:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         parts = urlsplit(url)
-        if parts.username or parts.password or parts.query:
-            shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+        if has_credentials(self.url):
             raise CacheError(
-                f"{shown}: leave credentials out of the URL, which is logged; put them into the environment."
+                f"{bare_url(self.url)}: leave credentials out of the URL, which is logged; put them into the environment."
             )
         if not parts.netloc and not parts.path.strip("/"):
             raise CacheError(f"{url}: names no folder.")
@@ -285,10 +286,7 @@ class RemoteLock:
         if first is None:
             return
         url, holder = self._remote.url, _holder(first)
-        print(
-            f"locked      {url}: {holder} is writing there, or died there; watching for {STALE_SECONDS:.0f} s",
-            flush=True,
-        )
+        tell(f"locked      {url}: {holder} is writing there, or died there; watching for {STALE_SECONDS:.0f} s")
         deadline = time.monotonic() + STALE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(REFRESH_SECONDS / 10)

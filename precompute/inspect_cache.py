@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from kto_core.console import tell
 from kto_core.errors import ConfigError, printable
 from kto_core.manifest import Manifest, check_places, read_manifest
 from kto_core.options import Location
@@ -86,7 +87,7 @@ def verify(location: Location) -> None:
     manifest = read_manifest(folder)
     with speaking_of(location, folder), Progress("verifying", manifest.rows, "rows") as progress:
         verify_cache(folder, manifest, on_rows=progress.add)
-    print(
+    tell(
         f"{location}: {manifest.rows:,} rows in {len(manifest.shards)} shards, all as written "
         f"({time.monotonic() - started:.1f} s)."
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kto_core.console import tell
 from kto_core.errors import CacheError, ModelError, printable
 from kto_core.identity import json_hash, sequence_id
 from kto_core.launch import settle_launch, world_size
@@ -96,9 +97,9 @@ def _print_plan(
     engine = f"{backend.name} ({backend.why})" if backend.why else backend.name
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     how = f"{reference.precision.name} on {reference.device.type}, scored with {engine}{processes}"
-    print(f"reference   {config.model}{adapter} ({how})")
-    warnings = [f"warning     {line}" for line in reference.warnings]
-    print("\n".join([*warnings, *describe(plan, counts, config)]), flush=True)
+    tell(f"reference   {config.model}{adapter} ({how})")
+    for line in [*(f"warning     {one}" for one in reference.warnings), *describe(plan, counts, config)]:
+        tell(line)
 
 
 def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark: str) -> None:
@@ -112,7 +113,7 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark
         rows_per_shard=config.rows_per_shard,
         row_ids=frozenset(row.row_id for row in scoring.plan.rows),
     ):
-        print(f"complete    {config.out} holds these scores already; nothing to do")
+        tell(f"complete    {config.out} holds these scores already; nothing to do")
         return
     scoring.run(counts.sequences)
     data = {**_data(scoring.plan, counts), "labels_hash": labels_hash}
@@ -364,5 +365,5 @@ def _report(config: PrecomputeConfig, run: Mapping[str, Any], shards: int, mark:
         f"scored      {run['scored_sequences']:,} sequences ({run['reused_sequences']:,} reused), {run['tokens']:,} tokens "
         f"in {run['seconds']:,.1f} s"
     )
-    print(f"wrote       {config.out} ({shards} shard{'s' if shards > 1 else ''}, fingerprint {mark[:12]})")
-    print(f"next        kto-train --cache {shlex.quote(str(config.out))}")
+    tell(f"wrote       {config.out} ({shards} shard{'s' if shards > 1 else ''}, fingerprint {mark[:12]})")
+    tell(f"next        kto-train --cache {shlex.quote(str(config.out))}")

@@ -12,6 +12,7 @@ from kto_core.errors import ConfigError, in_one_line
 from kto_core.launch import START_OR_UNSET, unreachable, world_size
 from kto_core.models import Precision
 from kto_core.options import check_table, nearest, shown
+from kto_core.redaction import is_secret_name, without_secrets
 from train.config import TrainConfig
 
 # Set from our own options: a second place to say the same thing would sooner or later disagree.
@@ -51,19 +52,28 @@ _STEPS_INSIDE = ("lomo", "adalomo", "_layerwise")
 
 
 class Arguments(transformers.TrainingArguments):
-    """One process trains on one GPU.
-
-    The Trainer would wrap the model for all of them (`nn.DataParallel`), and then never prepares it for autocast.
-    """
+    """The Trainer's settings, for one GPU, and shown without secrets."""
 
     @property
     def n_gpu(self) -> int:
+        # For all of them the Trainer would wrap the model in `nn.DataParallel`, and then never prepare it for autocast.
         return min(self.gpus_here, 1)
 
     @property
     def gpus_here(self) -> int:
         """GPUs that the Trainer would train on: all that this process sees, without a launcher."""
         return int(super().n_gpu)
+
+    def to_dict(self) -> dict[str, Any]:
+        # Loggers get this; the original hides some secrets from some of them.
+        shown_settings: dict[str, Any] = without_secrets(super().to_dict())
+        return shown_settings
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {
+            name: None if is_secret_name(name) and isinstance(one, str) else one for name, one in vars(self).items()
+        }
+        return {name: without_secrets(one) if isinstance(one, dict) else one for name, one in state.items()}
 
 
 def training_arguments(

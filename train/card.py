@@ -1,13 +1,17 @@
 """The model card of a run."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kto_core.durable import write_text
+from kto_core.errors import printable
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag
+from kto_core.redaction import hidden
 from train.config import TrainConfig
 from train.policy import PolicyFiles
 
@@ -27,7 +31,7 @@ def write_card(
 ) -> None:
     """Write the card: base model, cache fingerprint, the command, and the last metrics."""
     front: dict[str, Any] = {
-        "base_model": files.name,
+        "base_model": printable(files.name),
         "library_name": "peft" if (path.parent / "adapter_config.json").exists() else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["kto", "alignment"],
@@ -40,19 +44,17 @@ def write_card(
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
         "",
-        f"# {title}",
+        f"# {_text(title)}",
         "",
-        f"Aligned with Kahneman-Tversky Optimization (arXiv 2402.01306) from `{files.name}`, against reference scores of "
-        f"`{manifest.reference.get('id')}`" + (f" with adapter `{files.adapter}`." if files.adapter else "."),
+        f"Aligned with Kahneman-Tversky Optimization (arXiv 2402.01306) from {_code(files.name)}, against reference scores of "
+        f"{_code(manifest.reference.get('id'))}" + (f" with adapter {_code(files.adapter)}." if files.adapter else "."),
         "",
-        f"- reference cache: fingerprint `{manifest.fingerprint}`, labels `{manifest.data.get('labels_hash')}`",
+        f"- reference cache: fingerprint {_code(manifest.fingerprint)}, labels {_code(manifest.data.get('labels_hash'))}",
         f"- feedback: {data.get('desirable'):,} desirable and {data.get('undesirable'):,} undesirable rows from "
-        + ", ".join(f"`{file.get('name')}`" for file in data.get("files") or []),
+        + ", ".join(_code(file.get("name")) for file in data.get("files") or []),
         f"- class weights: {weights[0]:.4g} desirable, {weights[1]:.4g} undesirable",
         "",
-        "```",
-        f"{command_of(config)}",
-        "```",
+        *_block(command_of(config)),
         "",
         "| | last update |" + (" held out |" if held else ""),
         "| --- | --- |" + (" --- |" if held else ""),
@@ -62,7 +64,34 @@ def write_card(
             held_value = held.get(f"eval_{name}")
             held_cell = ("" if held_value is None else f" {held_value:.4f}") + " |" if held else ""
             lines.append(f"| {name} | {last[name]:.4f} |{held_cell}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
+
+
+# What begins markup in Markdown, and in the HTML that may stand in it.
+_MARKUP = re.compile(r"[\\`*\[\]<>&]|(?<!\w)_|_(?!\w)")
+
+
+def _text(text: Any) -> str:
+    """Text as Markdown shows it, letter by letter."""
+    return _MARKUP.sub(r"\\\g<0>", printable(str(text), 300))
+
+
+def _code(text: Any) -> str:
+    """Text as Markdown code. Its fence is longer than any in it."""
+    text = printable(str(text), 500)
+    fence = "`" * (_longest_fence(text) + 1)
+    blank = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{blank}{text}{blank}{fence}"
+
+
+def _block(text: str) -> list[str]:
+    """A line as a block of Markdown code."""
+    fence = "`" * max(3, _longest_fence(text) + 1)
+    return [fence, printable(text), fence]
+
+
+def _longest_fence(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def command_of(config: TrainConfig) -> str:
@@ -75,5 +104,5 @@ def command_of(config: TrainConfig) -> str:
         if isinstance(value, bool):
             words.append(flag(name) if value else "--no-" + name.replace("_", "-"))
         else:
-            words += [flag(name), str(value)]
+            words += [flag(name), hidden(str(value))]
     return shlex.join(words)

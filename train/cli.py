@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from kto_core.allocator import keep_freed_memory
-from kto_core.errors import KTOError
+from kto_core.errors import KTOError, printable
 from kto_core.launch import settle_launch, world_size
 from kto_core.options import click_settings, flag, resolve
 from kto_core.quiet import quiet_libraries
@@ -63,7 +63,8 @@ def _given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
 
 def _ready(ctx: click.Context, config: type[_Config], values: dict[str, Any], yaml_path: Path | None) -> _Config:
     """The options, and a process that is ready for the libraries to be imported."""
-    resolved = resolve(config, _given(ctx, values), yaml_path=yaml_path)
+    of_a_run = values.get("evaluate_only") is not None
+    resolved = resolve(config, _given(ctx, values), yaml_path=yaml_path, foreign=of_a_run)
     if resolved.cache == Path(""):
         raise click.UsageError("Missing option '--cache'.", ctx)
     settle_launch(shards=config is TrainConfig)
@@ -159,4 +160,4 @@ def report(folders: tuple[Path, ...], out: Path | None) -> None:
     """
     from train.report import write_report
 
-    click.echo(f"wrote       {write_report(folders, out)}")
+    click.echo(printable(f"wrote       {write_report(folders, out)}"))

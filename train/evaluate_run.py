@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
+from kto_core.console import tell
 from kto_core.durable import write_json, written_to
 from kto_core.errors import ConfigError, WriteError
 from kto_core.manifest import Manifest
@@ -20,7 +19,7 @@ from train.data import TrainingData, rows_to_evaluate
 from train.evaluation import summary, summary_lines
 from train.objective import Objective
 from train.policy import PolicyFiles
-from train.run_files import EVALUATION, FACTS, REWARDS, read_facts
+from train.run_files import EVALUATION, FACTS, holds_word, read_facts, read_rewards, refuse_pipes
 from train.training_run import check_vocabulary, make_trainer
 
 
@@ -42,6 +41,7 @@ def evaluate_run(config: TrainConfig) -> Path:
     assert run is not None
     config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
     facts = read_facts(run)
+    refuse_pipes(run, "--evaluate-only")
     found_final = facts.get("final")
     final = found_final if isinstance(found_final, dict) else {}
     device = resolve_device(config.device)
@@ -65,10 +65,11 @@ def evaluate_run(config: TrainConfig) -> Path:
         trainer.shift.begin_at(float(final.get("shift", 0.0)), 1)
     main = trainer.is_world_process_zero()
     if main:
-        print(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
-        print(f"policy      {run} ({precision.name} on {device})")
-        print(f"rows        {len(held_out.indices):,}: {rows.what}")
-        print("".join(f"warning     {line}\n" for line in files.warnings), end="", flush=True)
+        tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
+        tell(f"policy      {run} ({precision.name} on {device})")
+        tell(f"rows        {len(held_out.indices):,}: {rows.what}")
+        for line in files.warnings:
+            tell(f"warning     {line}")
     scores = trainer.final_scores()
     assert scores is not None
     labels = str(manifest.data.get("labels_hash"))[:4]
@@ -78,7 +79,7 @@ def evaluate_run(config: TrainConfig) -> Path:
         print("\n".join(summary_lines(found, rows="held out" if rows.of_run else "evaluated")))
         with written_to(run, WriteError, "Make room, and evaluate again; what was there is as it was."):
             write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
-        print(f"wrote       {path}")
+        tell(f"wrote       {path}")
     return path
 
 
@@ -111,7 +112,7 @@ def _weights(run: Path, facts: dict[str, Any]) -> tuple[float, float]:
 def _trained_prompts(run: Path) -> set[str] | None:
     """Ids of the prompts that the run was trained on; None where that is not on record."""
     try:
-        table = pq.read_table(run / REWARDS, columns=["split", "prompt_id"])
-    except (OSError, ValueError, pa.ArrowException):
+        table = read_rewards(run, ["split", "prompt_id"])
+    except (OSError, ValueError, MemoryError, pa.ArrowException):
         return None
-    return set(table.filter(pc.equal(table["split"], "train"))["prompt_id"].to_pylist())
+    return set(table["prompt_id"].filter(holds_word(table["split"], "train")).unique().to_pylist())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from kto_core.console import tell
 from kto_core.errors import KTOError, ModelError, TrainingError
 from kto_core.folder_code import check_tokenizer_code
 from kto_core.identity import chat_template_hash, tokenizer_hash
@@ -107,7 +108,7 @@ class PolicyFiles:
                 f"{message} The trained model would be prompted in another way than it was trained. Score again with "
                 f"kto-precompute --model {self.name}, or pass --allow-different-policy if this is meant."
             )
-        print(f"warning     {message}")
+        tell(f"warning     {message}")
 
     def load(self, config: TrainConfig, precision: Precision, device: torch.device) -> Any:
         """The model as it is on disk: all weights in float32, or frozen to carry adapters.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kto_core.durable import write_text
-from kto_core.errors import ConfigError
+from kto_core.errors import ConfigError, printable
 from kto_core.options import flag
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def warnings_of(run: "Run") -> list[str]:
     said = _plan_warnings(run.facts)
     try:
         found = alarms(run.records, Settings(**run.facts["alarms"]))
-    except (KeyError, TypeError, ValueError):  # a run of another version, or values that are no numbers
+    # A run of another version, or values that are no numbers, or none that can be calculated with.
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         return said
     return said + [f"Step {alarm.step:,}: {alarm.text}" for alarm in found]
 
@@ -153,7 +154,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     depth = 1
     while depth < 4 and len({part[-depth:] for part in parts}) < len({*parts}):
         depth += 1
-    return ["/".join(part[-depth:]) for part in parts]
+    return [printable("/".join(part[-depth:])) for part in parts]
 
 
 def _run_parts(run: "Run", name: str) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def _run_parts(run: "Run", name: str) -> dict[str, Any]:
 
     return {
         "name": name,
-        "path": str(run.path),
+        "path": printable(str(run.path)),
         "status": words.status(run),
         "started": words.moment(run.facts.get("started")),
         "changed": words.moment(run.changed.isoformat(timespec="seconds")) if run.changed else "",
@@ -188,7 +189,7 @@ def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, Any]:
     header, rows = _trial_table(sweep)
     return {
         "name": name,
-        "path": str(sweep.path),
+        "path": printable(str(sweep.path)),
         "status": words.sweep_status(sweep),
         "started": words.moment(sweep.facts.get("started")),
         "summary": words.sweep_summary(sweep),

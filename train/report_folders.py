@@ -4,8 +4,10 @@ Only a folder that is neither run nor sweep is refused. Whatever else is missing
 """
 
 import datetime
+import functools
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kto_core.errors import ConfigError, KTOError, said_by
+from kto_core.errors import ConfigError, KTOError, printable, said_by
+from kto_core.foreign_files import read_foreign
 from kto_core.lock import is_held
-from kto_core.options import read_yaml
+from kto_core.options import read_yaml, shown
+from kto_core.redaction import hidden, is_secret
+from train.run_files import LARGEST_JSON, LARGEST_METRICS, holds_word, read_rewards
 
 Floats = npt.NDArray[np.float64]
 SPLITS = ("train", "held_out")
+_FAR = 1e100  # squares and sums of numbers below stay finite
+_NUMBERS = frozenset((int, float, type(None)))
+_LONGEST = 100_000  # characters of one text
 _GOING_ON = datetime.timedelta(minutes=10)  # a run that wrote a record within this time, and holds its lock
 
 
@@ -129,11 +137,11 @@ def read_folder(folder: Path) -> Run | Sweep:
 
 
 def number(value: Any) -> float | None:
-    """A finite number of JSON or YAML as it is, anything else as None."""
+    """A number of JSON or YAML that can be calculated with, anything else as None: nan, 1e400, 1e200."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        return float(value) if math.isfinite(value) else None
+        return float(value) if abs(value) < _FAR else None
     except OverflowError:
         return None
 
@@ -155,24 +163,24 @@ class _Reader:
 
     def json(self, name: str, *, expected: bool) -> dict[str, Any]:
         path = self.folder / name
-        if not path.exists():
+        if not os.path.lexists(path):
             if expected:
                 self.notes.append(f"{name} is missing: this page shows what the other files have.")
             return {}
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_foreign(path, most=LARGEST_JSON), parse_int=_whole)
         except (OSError, ValueError, RecursionError) as error:
             self.notes.append(f"{name} cannot be read ({said_by(error)}): what it held is left out.")
             return {}
         if not isinstance(content, dict):
             self.notes.append(f"{name} holds no JSON object: it is left out.")
-        return mapping(content)
+        return mapping(self._checked(name, _fit(content)))
 
     def yaml(self, name: str) -> dict[str, Any]:
-        if not (self.folder / name).exists():
+        if not os.path.lexists(self.folder / name):
             return {}
         try:
-            return mapping(read_yaml(self.folder / name))
+            return mapping(self._checked(name, _fit(read_yaml(self.folder / name, foreign=True))))
         except KTOError as error:
             self.notes.append(f"{name} cannot be read ({said_by(error)}): the options are left out.")
             return {}
@@ -180,50 +188,98 @@ class _Reader:
     def records(self) -> tuple[dict[str, Any], ...]:
         path = self.folder / "metrics.jsonl"
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+            content = read_foreign(path, most=LARGEST_METRICS) if os.path.lexists(path) else b""
         except OSError as error:
             self.notes.append(f"metrics.jsonl cannot be read ({said_by(error)}): the curves are left out.")
             return ()
+        lines = content.decode("utf-8", errors="replace").splitlines()
         found = [record for line in lines if line.strip() and (record := _record(line)) is not None]
         damaged = sum(1 for line in lines if line.strip()) - len(found)
         if damaged:
             what = "1 line that is" if damaged == 1 else f"{damaged:,} lines that are"
             self.notes.append(f"metrics.jsonl has {what} cut off or damaged, as a crash leaves it: left out.")
-        return tuple(found)
+        return tuple(self._checked("metrics.jsonl", found))
+
+    def _checked(self, name: str, content: Any) -> Any:
+        """The content as it is, with a note on numbers that nothing can be calculated with."""
+        odd = _count_odd(content)
+        if odd:
+            what = "1 number that is" if odd == 1 else f"{odd:,} numbers that are"
+            self.notes.append(f"{name} has {what} infinite, not a number or beyond {_FAR:g}: left out.")
+        return content
 
     def logratios(self) -> dict[tuple[str, bool], Floats]:
         path = self.folder / "rewards.parquet"
-        if not path.exists():
+        if not os.path.lexists(path):
             return {}
         import pyarrow as pa
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(path, columns=["split", "label", "logratio"])
-            table = table.filter(pc.is_valid(table["logratio"]))  # the others were not reached
-            split = np.asarray(table["split"].to_pylist(), dtype=object)
-            label = np.asarray(table["label"].to_pylist(), dtype=object)
+            table = read_rewards(self.folder, ["split", "label", "logratio"])
+            table = table.filter(
+                pc.and_(pc.is_valid(table["logratio"]), pc.is_valid(table["label"]))
+            )  # else not reached
+            splits = {name: holds_word(table["split"], name) for name in SPLITS}
+            label = table["label"].to_numpy()
             values = np.asarray(table["logratio"].to_numpy(), dtype=np.float64)
-        except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+        except (OSError, ValueError, TypeError, KeyError, MemoryError, pa.ArrowException) as error:
             self.notes.append(f"rewards.parquet cannot be read ({said_by(error)}): the histograms are left out.")
             return {}
-        finite = np.isfinite(values)
+        finite = np.abs(values) < _FAR  # false of nan
         if not finite.all():
             self.notes.append(
                 f"rewards.parquet has {int((~finite).sum()):,} rows without a finite log-ratio: left out."
             )
-        parts = {(s, y): values[finite & (split == s) & (label == y)] for s in SPLITS for y in (True, False)}
+        parts = {(s, y): values[finite & splits[s] & (label == y)] for s in SPLITS for y in (True, False)}
         return {key: part for key, part in parts.items() if len(part)}
 
 
 def _record(line: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_int=_whole)
+        if isinstance(record, dict) and _NUMBERS.issuperset(map(type, record.values())):
+            record = {_fit_text(name): value for name, value in record.items()}  # as nearly all are: quickly
+        else:
+            record = _fit(record)
     except (ValueError, RecursionError):
         return None
     step = record.get("step") if isinstance(record, dict) else None
     return record if type(step) is int and 0 <= step < 2**53 else None
+
+
+def _count_odd(content: Any) -> int:
+    count = 0
+    for one in content.values() if isinstance(content, dict) else content if isinstance(content, list) else [content]:
+        if isinstance(one, float):
+            count += not -_FAR < one < _FAR  # nan too
+        elif isinstance(one, dict | list):
+            count += _count_odd(one)
+    return count
+
+
+def _whole(digits: str) -> int | float:
+    """A whole number of JSON; one beyond all counting as a float, which may be infinite."""
+    return int(digits) if len(digits) < 20 else float(digits)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fit_text(text: str) -> str:
+    return "\n".join(map(printable, hidden(text).split("\n")))
+
+
+def _fit(value: Any, depth: int = 20) -> Any:
+    """Data of a file, fit to be shown: no secrets, nothing that a terminal or a browser would obey, no number without end."""
+    if isinstance(value, str):
+        return _fit_text(value[:_LONGEST])
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return (math.inf if value > 0 else -math.inf) if abs(value) > _FAR else float(value)
+    if isinstance(value, Mapping | list | tuple) and depth == 0:
+        return "..."
+    if isinstance(value, Mapping):
+        named = {_fit(key if isinstance(key, str) else shown(key)): one for key, one in value.items()}
+        return {name: _fit(one, depth - 1) for name, one in named.items() if not is_secret(name, one)}
+    return [_fit(one, depth - 1) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
@@ -231,12 +287,12 @@ def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
     path = folder / "metrics.jsonl"
     try:
         changed = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc)
-    except OSError:
+    except (OSError, ValueError, OverflowError):  # a time that no calendar has
         changed = None
     recently = changed is not None and datetime.datetime.now(datetime.timezone.utc) - changed < _GOING_ON
     run = Run(
         path=folder,
-        name=folder.resolve().name,
+        name=printable(folder.resolve().name),
         config=reader.yaml("config.yaml"),
         facts=reader.json("run.json", expected=not of_a_sweep),
         records=reader.records(),
@@ -258,7 +314,7 @@ def _sweep(folder: Path) -> Sweep:
     notes = [f"Trial {t.number}: {note}" for t in trials if t is not None and t.run for note in t.run.notes]
     return Sweep(
         path=folder,
-        name=folder.resolve().name,
+        name=printable(folder.resolve().name),
         config=config,
         facts=facts,
         trials=tuple(trial for trial in trials if trial is not None),
@@ -269,10 +325,12 @@ def _sweep(folder: Path) -> Sweep:
     )
 
 
-def _is_folder(path: Path) -> bool:
+def _is_trial(path: Path | str, name: str) -> bool:
+    """Whether a path leads to a trial's folder, through links too: its options would be shown, whatever they are."""
     try:
-        return path.is_dir()
-    except (OSError, ValueError):  # no path at all
+        folder = Path(path).resolve()
+        return folder.name == name and (folder / "metrics.jsonl").is_file()
+    except (OSError, ValueError, RuntimeError):  # no path at all
         return False
 
 
@@ -281,7 +339,7 @@ def _trial(folder: Path, trial: dict[str, Any]) -> Trial | None:
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 10**6:
         return None
     path, elsewhere = folder / "trials" / f"{index:04d}", trial.get("folder")
-    if not path.is_dir() and isinstance(elsewhere, str) and Path(elsewhere).name == path.name:
+    if not path.is_dir() and isinstance(elsewhere, str) and _is_trial(elsewhere, path.name):
         path = Path(elsewhere)  # of a sweeper that shares the storage, where its disk can be read here
     return Trial(
         number=index,
@@ -292,5 +350,5 @@ def _trial(folder: Path, trial: dict[str, Any]) -> Trial | None:
         seconds=number(trial.get("seconds")),
         reason=str(trial.get("reason") or ""),
         host=str(trial.get("host") or ""),
-        run=_run(path, of_a_sweep=True) if _is_folder(path) else None,
+        run=_run(path, of_a_sweep=True) if _is_trial(path, path.name) else None,
     )

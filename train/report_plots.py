@@ -18,6 +18,7 @@ _RUN_COLORS = 8  # var(--run-0) ...; beyond them, and for eyes that cannot tell 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _TRIALS = 100
 _QUANTILES = 401
+_LONGEST = 10**9  # tokens of a row; beyond, numbers next to each other could not be told apart
 _AS_LOGGED = ("learning_rate", "peak_memory_mb")  # no noise to smooth
 _FROM_ZERO = ("learning_rate", "tokens_per_second", "peak_memory_mb")  # an axis that begins elsewhere would exaggerate
 
@@ -127,7 +128,9 @@ def length_histograms(data: dict[str, Any]) -> list[Plot]:
     """How long prompts and completions are."""
     lengths = mapping(data.get("lengths"))
     found = {
-        name: np.array([value for item in listed(lengths.get(name)) if (value := number(item)) is not None])
+        name: np.array(
+            [v for item in listed(lengths.get(name)) if (v := number(item)) is not None and 0 <= v < _LONGEST]
+        )
         for name in ("prompt", "desirable", "undesirable")
     }
     sample = number(data.get("sample"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kto_core.errors import printable
 from train.report_folders import Run, Sweep, mapping, number
 
 NOTHING = "–"
@@ -249,5 +250,5 @@ def commands(path: Path, facts: dict[str, Any], *, best: bool = False) -> list[s
     given = facts.get("command")
     found = [given] if isinstance(given, str) and given else []
     if best:
-        found.append(f"kto-train --config {shlex.quote(str(path / 'best.yaml'))} --out runs/best")
-    return [*found, f"kto-report {shlex.quote(str(path))}"]
+        found.append(f"kto-train --config {shlex.quote(printable(str(path / 'best.yaml')))} --out runs/best")
+    return [*found, f"kto-report {shlex.quote(printable(str(path)))}"]

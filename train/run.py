@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kto_core.console import tell
 from kto_core.durable import written_to
 from kto_core.errors import ConfigError, TrainingError
 from kto_core.launch import read_launch, settle_launch
@@ -66,8 +67,8 @@ def _train(config: TrainConfig, out: Path) -> None:
     if run.is_main:
         if found is not None:
             print("\n".join(summary_lines(found)))
-        print(f"report      {write_report([out])}")
-        print(f"wrote       {out}")
+        tell(f"report      {write_report([out])}")
+        tell(f"wrote       {out}")
     accelerator = run.trainer.accelerator
     if accelerator.num_processes > 1:
         # A rank that leaves while another still saves takes the whole launch down.

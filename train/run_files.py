@@ -5,17 +5,29 @@ import datetime
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from kto_core.durable import write_json
 from kto_core.errors import ConfigError, said_by
+from kto_core.foreign_files import MEGABYTE, check_kinds, open_foreign, read_foreign
 from kto_core.options import as_plain
+from kto_core.redaction import secret_names, without_secrets
 from train.config import TrainConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
 
 CONFIG, FACTS, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVALUATION, REWARDS = "evaluation.json", "rewards.parquet"
+
+# Bytes that are read of files which may come from anybody: of run.json and its like, and of a million records.
+LARGEST_JSON, LARGEST_METRICS = 64 * MEGABYTE, 512 * MEGABYTE
+# Of rewards.parquet: rows, bytes on the disk, and bytes of columns when unpacked.
+_REWARD_KINDS = {"split": "string", "prompt_id": "string", "label": "bool", "logratio": "float"}
+_MOST_REWARDS, _LARGEST_REWARDS, _LARGEST_COLUMNS = 100_000_000, 8192 * MEGABYTE, 4096 * MEGABYTE
 
 
 def make_folder(out: Path | None, parent: str) -> Path:
@@ -42,9 +54,58 @@ def make_folder(out: Path | None, parent: str) -> Path:
 def config_text(config: TrainConfig) -> str:
     """YAML that `kto-train --config` takes: everything that is set, but for what names a run itself."""
     names = {field.name for field in dataclasses.fields(config) if field.metadata["yaml"]}
-    values = {k: v for k, v in as_plain(config).items() if k in names and v not in (None, {})}
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    return text
+    return yaml_without_secrets({k: v for k, v in as_plain(config).items() if k in names and v not in (None, {})})
+
+
+def yaml_without_secrets(values: dict[str, Any]) -> str:
+    """YAML of options that anybody may read: a secret is left out, and a line says where."""
+    left_out = "".join(
+        f"# {name} is left out, it is a secret: give it again where it is needed\n" for name in secret_names(values)
+    )
+    return left_out + str(yaml.safe_dump(without_secrets(values), sort_keys=False, allow_unicode=True))
+
+
+def refuse_pipes(folder: Path, where: str) -> None:
+    """Refuse a folder whose model or checkpoint would be waited for. Raises: ConfigError: a pipe or device is in it."""
+    try:
+        check_kinds(folder)
+    except OSError as error:
+        raise ConfigError(f"{where} {folder}: {error}. Remove it.") from error
+
+
+def read_rewards(out: Path, columns: list[str]) -> "pa.Table":
+    """Read columns of rewards.parquet, texts as dictionaries: a small file may hold a long text a billion times.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is too large, or holds columns of another kind.
+    """
+    import pyarrow.parquet as pq
+
+    texts = [name for name in columns if _REWARD_KINDS[name] == "string"]
+    with open_foreign(out / REWARDS, most=_LARGEST_REWARDS) as raw, pq.ParquetFile(raw, read_dictionary=texts) as file:
+        if file.metadata.num_rows > _MOST_REWARDS:
+            raise ValueError(f"it has {file.metadata.num_rows:,} rows")
+        kinds = {field.name: str(getattr(field.type, "value_type", field.type)) for field in file.schema_arrow}
+        wrong = [name for name in columns if _REWARD_KINDS[name] not in kinds.get(name, "")]
+        if wrong:
+            raise ValueError(f"column {wrong[0]!r} is {kinds.get(wrong[0], 'missing')}")
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
+        if size > _LARGEST_COLUMNS:
+            raise ValueError(f"its columns have {size:,} bytes")
+        return file.read(columns=columns)
+
+
+def holds_word(column: "pa.ChunkedArray", word: str) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    """Return which rows of a dictionary column hold a word, without making a text for each of them."""
+    import numpy as np
+
+    found = [np.zeros(0, dtype=bool)]
+    for chunk in column.chunks:
+        places = [place for place, text in enumerate(chunk.dictionary.to_pylist()) if text == word]
+        found.append(np.isin(chunk.indices.fill_null(-1).to_numpy(), places))
+    return np.concatenate(found)
 
 
 def write_facts(out: Path, facts: dict[str, Any]) -> None:
@@ -59,7 +120,7 @@ def read_facts(out: Path) -> dict[str, Any]:
         ConfigError: it cannot be read.
     """
     try:
-        return dict(json.loads((out / FACTS).read_text(encoding="utf-8")))
+        return dict(json.loads(read_foreign(out / FACTS, most=LARGEST_JSON)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{out / FACTS}: cannot be read ({said_by(error)}), so that nobody knows what the run was started with. "

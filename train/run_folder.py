@@ -10,7 +10,6 @@ runs/NAME/                 at the end: model, tokenizer, model card, evaluation.
 
 import contextlib
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from kto_core.durable import flush, flush_all, give_usual_modes, remove_temporary, write_text
+from kto_core.console import tell
+from kto_core.durable import flush, flush_all, give_usual_modes, remove_temporary, remove_tree, write_text
 from kto_core.errors import ConfigError, TrainingError, WriteError, in_one_line
 from kto_core.launch import world_size
 from kto_core.lock import LOCK
@@ -27,7 +27,7 @@ from kto_core.options import read_yaml
 from train.checkpoints import check_checkpoint, seal
 from train.config import TrainConfig
 from train.resumed_options import compare_facts, compare_options
-from train.run_files import CONFIG, FACTS, METRICS, config_text, make_folder, read_facts, write_facts
+from train.run_files import CONFIG, FACTS, METRICS, config_text, make_folder, read_facts, refuse_pipes, write_facts
 from train.saved_model import UnloadableModelError
 
 _UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed to the hub
@@ -96,9 +96,10 @@ def last_checkpoint(
     checkpoint: str | None = get_last_checkpoint(str(out))
     if checkpoint is not None:
         changed = _check_same_run(config, out, now)
+        refuse_pipes(Path(checkpoint), "--resume")
         check_checkpoint(Path(checkpoint), hashes=main)
         for line in changed if main else ():
-            print(f"resume      {line}")
+            tell(f"resume      {line}")
     return checkpoint
 
 
@@ -119,7 +120,7 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
         yield folder
     except UnloadableModelError as error:
         if main:
-            shutil.rmtree(out / _UNLOADABLE, ignore_errors=True)
+            remove_tree(out / _UNLOADABLE)
             folder.rename(out / _UNLOADABLE)
         raise TrainingError(f"{out / _UNLOADABLE}: {error}. Its weights are kept there, the run stops here.") from error
     except Exception as error:
@@ -135,13 +136,13 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
         ) from error
     finally:
         if main:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
 
 
 def remove_leftovers(out: Path) -> None:
     """Remove what a killed run was writing."""
     remove_temporary(out)
-    shutil.rmtree(out / _UNFINISHED, ignore_errors=True)
+    remove_tree(out / _UNFINISHED)
 
 
 def publish_checkpoint(folder: Path, out: Path) -> None:
@@ -149,7 +150,7 @@ def publish_checkpoint(folder: Path, out: Path) -> None:
     give_usual_modes(folder)
     seal(folder)
     flush(out / METRICS)
-    shutil.rmtree(out / folder.name, ignore_errors=True)  # one that --resume did not go on from
+    remove_tree(out / folder.name)  # one that --resume did not go on from
     folder.rename(out / folder.name)
     flush(out)
 
@@ -187,7 +188,9 @@ def _check_same_cache(out: Path, manifest: Manifest) -> None:
 def _check_same_run(config: TrainConfig, out: Path, now: Mapping[str, Any]) -> list[str]:
     if not (out / CONFIG).exists():
         raise ConfigError(f"--resume {out}: holds a checkpoint, but no config.yaml. Start a new run.")
-    return compare_options(config, read_yaml(out / CONFIG), out) + compare_facts(now, read_facts(out), out)
+    return compare_options(config, read_yaml(out / CONFIG, foreign=True), out) + compare_facts(
+        now, read_facts(out), out
+    )
 
 
 def write_start(config: TrainConfig, out: Path, facts: dict[str, Any]) -> None:

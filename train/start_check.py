@@ -6,10 +6,12 @@ wrong by it.
 """
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
+from kto_core.console import tell
 from kto_core.errors import TrainingError
 from kto_core.manifest import Manifest
 from kto_core.model_code import model_code
@@ -80,7 +82,8 @@ def check_start(trainer: KTOTrainer, rows: CacheRows, precision: Precision, *, p
             message + "\nIf the policy is meant to differ from the reference, pass --allow-different-policy."
         )
     if trainer.is_world_process_zero():
-        print("warning     " + message.replace("\n", "\n            "))
+        for heading, line in zip_longest(["warning"], message.split("\n"), fillvalue=""):
+            tell(f"{heading:<12}{line}")
     return found
 
 

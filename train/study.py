@@ -10,7 +10,6 @@ import copy
 import json
 import os
 import random
-import re
 import secrets
 import socket
 import time
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kto_core.errors import ConfigError, in_one_line
+from kto_core.redaction import hidden, hidden_url, secrets_of, without_secrets
 from train.sweep_config import Range, SweepConfig, Trials
 
 STUDY = "kto-sweep"
@@ -38,6 +38,25 @@ def check_installed() -> None:
         import optuna  # noqa: F401
     except ImportError as error:
         raise ConfigError("kto-sweep needs optuna. Install it with: pip install 'offline-kto[sweep]'") from error
+
+
+def check_storage(url: str) -> None:
+    """Refuse a database's URL that would be read otherwise than it is meant, with a part of its password as the host.
+
+    Raises:
+        ConfigError: it is no URL, or its password has characters that must be encoded.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    encode = "Write the characters @ : / ? of a user or password as %40 %3A %2F %3F."
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # both may quote a part of the password
+        example = "sqlite:///study.db or postgresql+psycopg://user@host/name"
+        raise ConfigError(f"--storage {hidden_url(url)}: no database's URL, as {example}. {encode}") from None
+    if "@" in f"{parsed.host}{parsed.database if parsed.password else ''}":
+        raise ConfigError(f"--storage {hidden_url(url)}: has more than one @. {encode}")
 
 
 @dataclass(frozen=True)
@@ -128,22 +147,23 @@ class Study:
             except Exception as error:
                 # Two machines that make the tables at once get in each other's way.
                 tries -= 1
-                if not tries or isinstance(error, ValueError):
-                    if isinstance(error, ValueError | RuntimeError):  # a URL of another kind; tables of another optuna
-                        raise ConfigError(f"--storage {without_password(self._url)}: {in_one_line(error)}") from error
+                if not tries or isinstance(error, ValueError | TypeError):
+                    # A URL of another kind, or with an entry that the driver does not take; tables of another optuna.
+                    if isinstance(error, ValueError | TypeError | RuntimeError):
+                        raise ConfigError(f"--storage {hidden_url(self._url)}: {_said(self._url, error)}") from error
                     raise
                 time.sleep(random.uniform(0.1, 0.5))
 
     def _check(self) -> None:
         identity = json.loads(json.dumps(self._identity, default=str))  # as the storage gives it back
-        begun = dict(self._study.user_attrs.get("identity") or {})
+        begun = without_secrets(dict(self._study.user_attrs.get("identity") or {}))
         if not begun:
             self._study.set_user_attr("identity", identity)
             return
         for name, value in identity.items():
             if begun.get(name) != value:
                 raise ConfigError(
-                    f"{without_password(self._url)}: holds a sweep that was begun with another {name}: {begun.get(name)!r}, not "
+                    f"{hidden_url(self._url)}: holds a sweep that was begun with another {name}: {begun.get(name)!r}, not "
                     f"{value!r}. Give the same one, or another --out (with --storage: another database)."
                 )
 
@@ -364,22 +384,22 @@ def _of_storage(url: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        missing = in_one_line(error.__cause__ or error).rstrip(".")
+        missing = _said(url, error.__cause__ or error).rstrip(".")
         raise ConfigError(
-            f"{without_password(url)}: {missing}. Install the driver of that database, or name another one in the URL "
+            f"{hidden_url(url)}: {missing}. Install the driver of that database, or name another one in the URL "
             "(postgresql+psycopg://, mysql+pymysql://)."
         ) from error
     except (StorageInternalError, SQLAlchemyError) as error:
         raise ConfigError(
-            f"{without_password(url)}: the sweep's database cannot be used: "
-            f"{in_one_line(error.__cause__ or error).rstrip('.')}. What was finished is kept; when it can, the same command "
+            f"{hidden_url(url)}: the sweep's database cannot be used: "
+            f"{_said(url, error.__cause__ or error).rstrip('.')}. What was finished is kept; when it can, the same command "
             "goes on."
         ) from error
 
 
-def without_password(url: str) -> str:
-    """A database's URL, fit to be shown."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
+def _said(url: str, error: BaseException) -> str:
+    """What a driver says; it may quote a part of the URL."""
+    return hidden(in_one_line(error), secrets_of(url))
 
 
 def _place() -> str:

@@ -19,19 +19,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
+from kto_core.console import tell
 from kto_core.durable import write_text, written_to
-from kto_core.errors import ConfigError, TrainingError
+from kto_core.errors import ConfigError, TrainingError, printable
 from kto_core.launch import settle_launch, world_size
 from kto_core.lock import LOCK, only_writer
 from kto_core.manifest import Manifest, read_manifest
 from kto_core.options import Location, as_plain
+from kto_core.redaction import hidden_url, without_secrets
 from kto_core.storage import local_copy, speaking_of
 from kto_core.streams import is_terminal
-from train.run_files import make_folder
-from train.study import BEAT_SECONDS, Study, Trial, check_installed, without_password
+from train.run_files import make_folder, yaml_without_secrets
+from train.study import BEAT_SECONDS, Study, Trial, check_installed, check_storage
 from train.sweep_config import SweepConfig, Trials
 from train.sweep_results import Results
 from train.workers import Ended, Evaluated, Kept, Lost, Stop, Worker, Workers
@@ -50,6 +51,8 @@ def sweep(config: SweepConfig) -> Path:
         KTOError: the user's input cannot be used, or every trial failed.
     """
     check_installed()
+    if config.storage:
+        check_storage(config.storage)
     if world_size() > 1:
         raise ConfigError(
             "kto-sweep starts its own processes, a trial in each; run it without torchrun, with --workers."
@@ -80,8 +83,8 @@ def _check_folder(out: Path) -> None:
 def _write_config(config: SweepConfig, out: Path) -> None:
     values = {k: v for k, v in as_plain(config).items() if k != "out" and v not in (None, {})}
     if config.storage:
-        values["storage"] = without_password(config.storage)
-    write_text(out / SWEEP, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        values["storage"] = hidden_url(config.storage)
+    write_text(out / SWEEP, yaml_without_secrets(values))
 
 
 def _manifest(cache: Location) -> Manifest:
@@ -101,7 +104,8 @@ def _identity(config: SweepConfig, rows: dict[str, Any]) -> dict[str, Any]:
     """What all trials of one study have in common; more trials may be added to it, by any number of workers."""
     return {
         **rows,
-        **{name: getattr(config, name) for name in ("search", "metric", "pruning", "seed", "space", "train")},
+        **{name: getattr(config, name) for name in ("search", "metric", "pruning", "seed", "space")},
+        "train": without_secrets(config.train),  # others may read the database
     }
 
 
@@ -113,7 +117,7 @@ def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
     with Workers(_worker_count(config, trials), trials, rows) as workers:
         # They import their libraries and verify the cache while the study is opened here.
         workers.ask(trials)
-        url = config.storage or f"sqlite:///{(out / DATABASE).resolve()}"
+        url = config.storage or f"sqlite:///{_database(out)}"
         study = Study(config, trials, url, _identity(config, rows))
         _write_config(config, out)
         results = Results(out, config, trials, study)
@@ -126,6 +130,16 @@ def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
             with _bar(trials.count - left, trials.count) as say:
                 _run(study, trials, workers, results, out, say)
     results.finish()
+
+
+def _database(out: Path) -> Path:
+    """The study's file in the sweep folder. Raises: ConfigError: a link, which would be written through, or no file."""
+    path = out / DATABASE
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ConfigError(
+            f"{path}: is no regular file. Remove it; a study elsewhere is named by --storage sqlite:///PATH."
+        )
+    return path.resolve()
 
 
 def _worker_count(config: SweepConfig, trials: Trials) -> int:
@@ -183,12 +197,12 @@ def _run(study: Study, trials: Trials, workers: Workers, results: Results, out: 
 def _bar(done: int, total: int) -> Iterator[Any]:
     """Yields: prints a line about a trial that has ended, above a bar where there is a terminal."""
     if not is_terminal(sys.stderr):
-        yield lambda line: print(line, flush=True)
+        yield tell
         return
     with tqdm(total=total, initial=done, desc="trials", unit="trial", dynamic_ncols=True) as bar:
 
         def say(line: str) -> None:
-            bar.write(line)
+            bar.write(printable(line))
             bar.update()
 
         yield say
@@ -198,7 +212,7 @@ def _print_plan(
     config: SweepConfig, trials: Trials, manifest: Manifest, out: Path, workers: Workers, left: int
 ) -> None:
     names = ", ".join(trials.space)
-    print(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
+    tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
     all_of_them = " (there are no more)" if trials.count == trials.points and config.search != "grid" else ""
     print(f"search      {config.search} over {names}, {trials.count:,} trials{all_of_them}")
     rows = workers.facts.get("data")
@@ -207,7 +221,7 @@ def _print_plan(
         print(f"rows        {rows['desirable'] + rows['undesirable']:,} to train on, {held:,} held out")
     print(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
     print(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
-    print(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
+    tell(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
     for line in [*workers.facts.get("warnings", []), *trials.warnings()]:
-        print(f"warning     {line}")
+        tell(f"warning     {line}")
     print(end="", flush=True)

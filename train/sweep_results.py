@@ -5,18 +5,21 @@ import datetime
 import io
 import json
 import math
+import re
 import shlex
 import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
-from kto_core.durable import flush, write_json, write_text
-from kto_core.errors import TrainingError
+from kto_core.console import tell
+from kto_core.durable import flush, remove_tree, write_json, write_text
+from kto_core.errors import TrainingError, printable
+from kto_core.foreign_files import read_foreign
 from kto_core.manifest import Manifest
 from kto_core.options import as_plain, flag
 from train.report import write_report
-from train.run_files import FACTS, config_text
+from train.run_files import FACTS, LARGEST_JSON, config_text
 from train.study import Study, Trial, TrialRecord
 from train.sweep_config import Range, SweepConfig, Trials
 from train.workers import Ended
@@ -83,8 +86,8 @@ class Results:
         best = self.study.best()  # another one may have become better meanwhile
         stay = {*self._keeping, *((best.number,) if best else ())}
         for folder in (self.out / "trials").glob("*/model"):
-            if int(folder.parent.name) not in stay:
-                shutil.rmtree(folder)
+            if folder.parent.name.isdecimal() and int(folder.parent.name) not in stay:
+                remove_tree(folder)
         return line
 
     def lost(self, trial: Trial, reason: str) -> str:
@@ -156,18 +159,21 @@ class Results:
         names = [name for name in _METRICS if name in found] + sorted(found - set(_METRICS))
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
-        table.writerow(["trial", "state", *self.trials.space, *names, "reason"])
+        table.writerow(map(_cell, ["trial", "state", *self.trials.space, *names, "reason"]))
         for record in records:
             metrics = record.result.get("metrics") or {}
             params = [record.params.get(name) for name in self.trials.space]
             table.writerow(
-                [
-                    record.number,
-                    record.state,
-                    *params,
-                    *(metrics.get(name) for name in names),
-                    record.result.get("reason"),
-                ]
+                map(
+                    _cell,
+                    [
+                        record.number,
+                        record.state,
+                        *params,
+                        *(metrics.get(name) for name in names),
+                        record.result.get("reason"),
+                    ],
+                )
             )
         return text.getvalue()
 
@@ -188,20 +194,20 @@ class Results:
                 f"{self.out}: no trial came to its end. The first one: {reasons[0] if reasons else 'was pruned'}"
             )
         failed = sum(record.state == "failed" for record in self.study.records())
-        print(f"best        trial {best.number}: {self._shown(best.value)}  {_words(best.params)}")
+        tell(f"best        trial {best.number}: {self._shown(best.value)}  {_words(best.params)}")
         if failed:
             print(f"failed      {failed:,} trials; {RESULTS} has the reasons")
-        print(f"next        kto-train --config {shlex.quote(str(self.out / BEST_OPTIONS))} --out runs/best")
-        print(f"report      {report}")
-        print(f"wrote       {self.out}", flush=True)
+        tell(f"next        kto-train --config {shlex.quote(str(self.out / BEST_OPTIONS))} --out runs/best")
+        tell(f"report      {report}")
+        tell(f"wrote       {self.out}")
 
     def _publish(self, best: TrialRecord) -> None:
         config = self.trials.config(best.params)
-        head = f"# Trial {best.number} of {self.out}: {self._shown(best.value)}\n"
+        head = printable(f"# Trial {best.number} of {self.out}: {self._shown(best.value)}") + "\n"
         write_text(self.out / BEST_OPTIONS, head + config_text(config))
         model, out = self.out / "trials" / f"{best.number:04d}" / "model", self.out / BEST
         if model.exists():
-            shutil.rmtree(out, ignore_errors=True)
+            remove_tree(out)
             model.rename(out)
             flush(self.out)
         elif not self._is_of(out, best):
@@ -212,13 +218,13 @@ class Results:
             )
             if there is not None:
                 copy = self.out / f".{BEST}.tmp"
-                shutil.rmtree(copy, ignore_errors=True)
+                remove_tree(copy)
                 shutil.copytree(there, copy)
-                shutil.rmtree(out, ignore_errors=True)
+                remove_tree(out)
                 copy.rename(out)
                 flush(self.out)
             elif host != socket.gethostname():
-                print(f"best model  with the sweeper that made it, on {host}: {folder.parent.parent}")
+                tell(f"best model  with the sweeper that made it, on {host}: {folder.parent.parent}")
             else:
                 print("best model  gone; best.yaml makes it again")
 
@@ -242,6 +248,20 @@ def _words(params: dict[str, Any]) -> str:
     )
 
 
+# A spreadsheet runs a cell that begins so; where ; parts cells, in the middle of ours too.
+_FORMULA = re.compile(r"(^|;)(\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])")
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def _cell(value: Any) -> Any:
+    """A cell of results.csv: numbers as they are, text on one line that no spreadsheet takes for a formula."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return text if _NUMBER.fullmatch(text) else _FORMULA.sub(r"\1\2'", text)
+
+
 def _space_entry(entry: Any) -> dict[str, Any]:
     if isinstance(entry, Range):
         return {"low": entry.low, "high": entry.high, "log": entry.log}
@@ -250,6 +270,6 @@ def _space_entry(entry: Any) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return dict(json.loads(read_foreign(path, most=LARGEST_JSON)))
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}

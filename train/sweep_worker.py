@@ -26,9 +26,10 @@ from typing import Any
 import torch
 import transformers
 
-from kto_core.durable import OF_THE_DISK, written_to
+from kto_core.durable import OF_THE_DISK, remove_tree, written_to
 from kto_core.errors import KTOError, WriteError, in_one_line
 from kto_core.models import resolve_device, resolve_precision
+from kto_core.redaction import hidden
 from train.advice import class_warnings, class_weight_values
 from train.arguments import training_arguments
 from train.config import TrainConfig
@@ -118,7 +119,7 @@ class _Worker:
             self.pipe.send(Stop(f"{folder}: cannot be written: {reason}. Make room; the same command goes on."))
 
     def _run(self, number: int, config: TrainConfig, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed sweep left
+        remove_tree(folder)  # what a killed sweep left
         folder.mkdir(parents=True)
         started = time.monotonic()
         with _log_into(folder / LOG):
@@ -139,7 +140,7 @@ class _Worker:
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in OF_THE_DISK:
                     raise
-                traceback.print_exc(file=sys.stdout)  # a trial that fails must not stop the others
+                print(hidden(traceback.format_exc()))  # a trial that fails must not stop the others
                 outcome = Ended.refused(f"{type(error).__name__}: {in_one_line(error)} (see {LOG})")
             outcome = dataclasses.replace(outcome, seconds=time.monotonic() - started)
             self.pipe.send(outcome)
@@ -149,7 +150,7 @@ class _Worker:
             _end_reports()
             del run
         for checkpoint in folder.glob("checkpoint-*"):  # early stopping's
-            shutil.rmtree(checkpoint)
+            remove_tree(checkpoint)
         self._tidy()
 
     def _tidy(self) -> None:
@@ -206,7 +207,7 @@ def _end_reports() -> None:
             try:
                 getattr(sys.modules[name], end)()
             except Exception:  # noqa: BLE001 - a service that cannot be reached must not end the sweep
-                traceback.print_exc(file=sys.stdout)
+                print(hidden(traceback.format_exc()))
 
 
 class _Evaluations(transformers.TrainerCallback):

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 
+from kto_core.console import tell
 from kto_core.durable import replacing, write_json
 from kto_core.errors import TrainingError, in_one_line
 from kto_core.head import whole_shape
@@ -106,7 +107,7 @@ class TrainingRun:
             warnings += warnings_for(config, *data.class_counts, objective.weights)
             _print_plan(config, data, files, precision, objective, out, device, warnings)
             if config.resume:
-                print(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}", flush=True)
+                tell(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}")
         # A sharded model need not fit on one device; sharding moves each rank's part there.
         whole_fits = device.type == "cuda" and not sharding_asked_for()
         model = materials.model(files, config, precision, args.device if whole_fits else torch.device("cpu"))
@@ -380,8 +381,8 @@ def _write_rewards(
         tables.append(
             _rewards("held_out", data.held_out.cache, np.asarray(data.held_out.indices), held_out.logratios.numpy())
         )
-    with replacing(path) as temporary:
-        pq.write_table(pa.concat_tables(tables), temporary, compression="zstd")
+    with replacing(path) as temporary, temporary.open("wb") as file:  # the path need not be text
+        pq.write_table(pa.concat_tables(tables), file, compression="zstd")
 
 
 def _rewards(split: str, rows: CacheRows, indices: np.ndarray, logratios: np.ndarray) -> pa.Table:
@@ -415,9 +416,9 @@ def _print_plan(
     cut = f", {shortened:,} cut (--max-length {config.max_length})" if shortened else ""
     steps = config.max_steps or math.ceil(math.ceil(data.units.size / config.batch_size) * config.epochs)
     fingerprint = data.rows.manifest.fingerprint[:12]
-    print(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
+    tell(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
     adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
-    print(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
+    tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
     print(f"rows        {data.units.size:,} to train on{held}{dropped}{cut}{unpaired}")
     weights = objective.weights
     print(
@@ -427,7 +428,7 @@ def _print_plan(
     print(
         f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
     )
-    print(f"run         {out}")
+    tell(f"run         {out}")
     for line in (*files.warnings, *warnings):
-        print(f"warning     {line}")
+        tell(f"warning     {line}")
     print(end="", flush=True)

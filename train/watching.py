@@ -14,8 +14,11 @@ import transformers
 from tqdm import tqdm
 
 from kto_core.durable import write_text
+from kto_core.errors import TrainingError
+from kto_core.foreign_files import read_foreign
 from kto_core.streams import is_terminal
 from train.alarms import Watch
+from train.run_files import LARGEST_METRICS
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -45,24 +48,32 @@ class MetricsFile(transformers.TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if state.global_step else []:
+        for line in _lines(self.path) if state.global_step else []:
             record = _parsed(line)
             if record is not None and record["step"] <= state.global_step and "train_runtime" not in record:
                 kept.append(line + "\n")
         write_text(self.path, "".join(kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        # A link could lead to a file of somebody's.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with os.fdopen(os.open(self.path, flags, 0o666), "a", encoding="utf-8") as file:
             file.write(json.dumps(record_of(logs, state.global_step)) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; a line that a crash cut off is left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [record for line in lines if (record := _parsed(line)) is not None]
+    return [record for line in _lines(path) if (record := _parsed(line)) is not None]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_foreign(path, most=LARGEST_METRICS).decode("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read: {error}. Remove it, or put it back.") from error
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
