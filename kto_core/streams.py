@@ -73,8 +73,9 @@ class _StandardError(io.FileIO):
 def _rewrapped(stream: io.TextIOWrapper, raw: io.FileIO) -> io.TextIOWrapper:
     stream.flush()
     utf8 = stream.encoding.lower().replace("-", "") == "utf8" and stream.errors != "strict"
+    buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)  # PYTHONUNBUFFERED: nothing waits in between
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        buffer,
         encoding=stream.encoding,
         errors=stream.errors if utf8 else "backslashreplace",
         line_buffering=stream.line_buffering,

@@ -146,6 +146,19 @@ def test_a_sweep_needs_no_stream(accented: Path, shell: str, encoding: str | Non
     assert (out / "best" / "model.safetensors").exists()
 
 
+def test_nothing_waits_in_a_buffer_that_the_user_switched_off() -> None:
+    program = (
+        "import os\n"
+        "from kto_core.streams import own_streams\n"
+        "with own_streams():\n"
+        "    print('printed', end='')\n"
+        "    os._exit(0)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "printed"
+
+
 def test_a_worker_is_not_interrupted_before_it_can_say_so() -> None:
     """Ctrl-C reaches it while it imports, for seconds, and would end in its traceback."""
     worker = Worker(multiprocessing.get_context(START), {}, None, None)
