@@ -67,6 +67,24 @@ def test_a_full_disk_behind_standard_output_is_named(command: str) -> None:
     assert_one_message(done, "standard output: cannot be written", "No space left")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("say", ["click.echo('x')", "print('x')", "quietly()"])
+def test_a_full_disk_is_no_success_whoever_writes(say: str, unbuffered: str) -> None:
+    """A library that catches whatever is raised included."""
+    program = (
+        "import click, contextlib, sys\n"
+        "from kto_core.streams import own_streams\n"
+        "def quietly():\n"
+        "    with contextlib.suppress(Exception): print('x', flush=True)\n"
+        f"with own_streams():\n    {say}\n    sys.exit(0)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "PYTHONUNBUFFERED": unbuffered}
+    words = ["bash", "-c", '"$@" > /dev/full', "bash", sys.executable, "-c", program]
+    assert_one_message(
+        subprocess.run(words, env=environment, capture_output=True, text=True, check=False), "Error: standard output"
+    )
+
+
 def test_nothing_else_is_blamed_for_it(cache: Path, tmp_path: Path) -> None:
     assert_one_message(run("kto-cache", "info", cache, shell="> /dev/full"), "Error: standard output")
     assert_one_message(run("kto-cache", "verify", cache, shell="> /dev/full"), "Error: standard output")
