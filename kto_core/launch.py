@@ -42,7 +42,7 @@ _DECIDED_BY = {
     re.compile(r"(ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG)_.*"): "nothing here uses it",
     re.compile(r"FORK_LAUNCHED|TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"): "nothing here uses it",
 }
-_HARMLESS = ("ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL", "ACCELERATE_CPU_AFFINITY")
+_HARMLESS = ("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY")  # true or false
 
 # Values that ask for nothing.
 _NEUTRAL = ("", "0", "no", "none", "false", "off", "default", "strict")
@@ -109,8 +109,10 @@ def read_launch() -> Launch:
             f"LOCAL_RANK is {local_rank or 0} and LOCAL_WORLD_SIZE {local_world}, which WORLD_SIZE {world} does not allow. "
             f"{START_OR_UNSET}"
         )
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local_rank is not None
-    return Launch(rank, world, local_rank or 0, (local_world or 1) if by_torchrun else 1)
+    local_rank, local_world = local_rank or 0, local_world or 1
+    # As torchrun numbers the processes of machines that are alike: then each n in a row make up a machine.
+    in_order = world % local_world == 0 and rank % local_world == local_rank
+    return Launch(rank, world, local_rank, local_world if in_order and "TORCHELASTIC_RUN_ID" in os.environ else 1)
 
 
 START_OR_UNSET = "Start all processes with torchrun or accelerate launch, or unset WORLD_SIZE."
@@ -185,12 +187,12 @@ def _clear_settings(*, kept: list[str]) -> list[str]:
     said = []
     for name in sorted(os.environ):
         why = next((why for names, why in _DECIDED_BY.items() if names.fullmatch(name)), None)
-        if why is None or name in _HARMLESS:
+        value = os.environ[name].lower()
+        if why is None or (name in _HARMLESS and value and value in (*_TRUE, *_FALSE)):
             continue
         way = next((way for way, (asks, names) in _SHARDING.items() if name == asks or names.match(name)), None)
         if way in kept:
             continue
-        value = os.environ[name].lower()
         detail = way is not None and name != _SHARDING[way][0]
         if not detail and value not in _NEUTRAL and not (value == "1" and name.endswith("_STEPS")):
             said.append(f"{name}={_shown(name)} is ignored: {why}")

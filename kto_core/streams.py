@@ -27,8 +27,9 @@ def own_streams() -> Iterator[None]:
     Does nothing where other streams than the process's own are in place, as in a test or a notebook.
     """
     _open_missing()
+    output = _StandardOutput(1, "w", closefd=False)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
-        sys.stdout = _rewrapped(sys.stdout, _StandardOutput(1, "w", closefd=False))
+        sys.stdout = _rewrapped(sys.stdout, output)
     if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr is sys.__stderr__:
         sys.stderr = _rewrapped(sys.stderr, _StandardError(2, "w", closefd=False))
     try:
@@ -36,18 +37,26 @@ def own_streams() -> Iterator[None]:
             yield
         finally:
             print(end="", flush=True)
-    except OutputError as error:
-        print(f"Error: {error}", file=sys.stderr, flush=True)
+    except (OutputError, SystemExit) as error:
+        failure = error if isinstance(error, OutputError) else output.failure
+        if failure is None or getattr(error, "code", None):  # all is well, or said already
+            raise
+        print(f"Error: {failure}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 
 class _StandardOutput(io.FileIO):
-    """Ends the command where it cannot be written: quietly where its reader has gone (`| head`)."""
+    """Ends the command where it cannot be written: quietly where its reader has gone (`| head`).
 
+    Attributes:
+        failure: what was raised, which a library may have caught.
+    """
+
+    failure: OutputError | None = None
     _is_gone = False
 
     def write(self, data: Any, /) -> int:
-        if self._is_gone:
+        if self._is_gone or not len(data):  # click asks with nothing what kind of stream this is
             return len(data)
         try:
             return super().write(data)
@@ -55,10 +64,11 @@ class _StandardOutput(io.FileIO):
             self._is_gone = True  # what is still buffered would raise again when the process ends
             if error.errno == errno.EPIPE:
                 raise SystemExit(1) from None
-            raise OutputError(
+            self.failure = OutputError(
                 f"standard output: cannot be written: {error}. What was finished is kept; make room where the output goes, or "
                 "send it elsewhere."
-            ) from error
+            )
+            raise self.failure from error
 
 
 class _StandardError(io.FileIO):
@@ -73,8 +83,9 @@ class _StandardError(io.FileIO):
 def _rewrapped(stream: io.TextIOWrapper, raw: io.FileIO) -> io.TextIOWrapper:
     stream.flush()
     utf8 = stream.encoding.lower().replace("-", "") == "utf8" and stream.errors != "strict"
+    buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)  # PYTHONUNBUFFERED: nothing waits in between
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        buffer,
         encoding=stream.encoding,
         errors=stream.errors if utf8 else "backslashreplace",
         line_buffering=stream.line_buffering,

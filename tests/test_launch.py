@@ -102,6 +102,16 @@ class TestWhichProcess:
                 {
                     "RANK": "5",
                     "WORLD_SIZE": "8",
+                    "LOCAL_RANK": "0",
+                    "LOCAL_WORLD_SIZE": "4",
+                    "TORCHELASTIC_RUN_ID": "x",
+                },
+                Launch(5, 8, 0),
+            ),
+            (
+                {
+                    "RANK": "5",
+                    "WORLD_SIZE": "8",
                     "LOCAL_RANK": "1",
                     "LOCAL_WORLD_SIZE": "4",
                     "TORCHELASTIC_RUN_ID": "none",
@@ -238,6 +248,7 @@ class TestNumbers:
         {"ACCELERATE_USE_MEGATRON_LM": "true"},
         {"ACCELERATE_TORCH_DEVICE": "meta"},
         {"ACCELERATE_SOMETHING_NEW": "1"},
+        {"ACCELERATE_DEBUG_MODE": "much"},
         {"NVIDIA_TF32_OVERRIDE": "1"},
         {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
         {"DNNL_DEFAULT_FPMATH_MODE": "BF16"},

@@ -14,6 +14,7 @@ from models import save_tiny
 from kto_core.streams import is_terminal
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
+from train.sweep_worker import _log_into
 from train.workers import START, Worker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,24 @@ def accented(feedback: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_full_disk_behind_standard_output_is_named(command: str) -> None:
     done = run(command, "--help", shell="> /dev/full")
     assert_one_message(done, "standard output: cannot be written", "No space left")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("say", ["click.echo('x')", "print('x')", "quietly()"])
+def test_a_full_disk_is_no_success_whoever_writes(say: str, unbuffered: str) -> None:
+    """A library that catches whatever is raised included."""
+    program = (
+        "import click, contextlib, sys\n"
+        "from kto_core.streams import own_streams\n"
+        "def quietly():\n"
+        "    with contextlib.suppress(Exception): print('x', flush=True)\n"
+        f"with own_streams():\n    {say}\n    sys.exit(0)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "PYTHONUNBUFFERED": unbuffered}
+    words = ["bash", "-c", '"$@" > /dev/full', "bash", sys.executable, "-c", program]
+    assert_one_message(
+        subprocess.run(words, env=environment, capture_output=True, text=True, check=False), "Error: standard output"
+    )
 
 
 def test_nothing_else_is_blamed_for_it(cache: Path, tmp_path: Path) -> None:
@@ -121,17 +140,25 @@ def test_names_that_a_stream_cannot_encode_are_escaped(accented: Path, encoding:
     assert_one_message(run("kto-cache", "verify", accented / "none", encoding=encoding), "none")
 
 
-def test_a_reader_that_has_gone_ends_a_command_quietly(cache: Path) -> None:
-    for _ in range(3):
-        done = run("kto-cache", "head", cache, "-n", "20", shell="| head -c 1")
-        assert len(done.stdout) == 1
-        assert done.returncode in (0, 1)
-        assert done.stderr == ""
+def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:
+    program = "from kto_core.streams import own_streams\nwith own_streams():\n    while True: print('row')\n"
+    words = ["bash", "-o", "pipefail", "-c", '"$@" | head -c 1', "bash", sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "r", "")
+
+
+def test_a_trial_needs_no_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        patch.setattr(sys, "stderr", None)
+        with _log_into(tmp_path / "log.txt"):
+            os.write(1, b"from a library")
+    assert (tmp_path / "log.txt").read_bytes() == b"from a library"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shell", "encoding"), [("> /dev/null", "ascii"), (">&- 2>&-", None)])
-def test_a_sweep_needs_no_stream(accented: Path, shell: str, encoding: str | None, tmp_path: Path) -> None:
+def test_a_sweep_of_names_that_a_stream_cannot_encode(accented: Path, tmp_path: Path) -> None:
     settings = {
         "search": "grid",
         "space": {"beta": [0.1, 0.2]},
@@ -140,10 +167,23 @@ def test_a_sweep_needs_no_stream(accented: Path, shell: str, encoding: str | Non
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(settings))
     out = tmp_path / "sw\xe9ep-\u65e5"
     given = ["--cache", accented, "--config", tmp_path / "sweep.yaml", "--out", out]
-    done = run("kto-sweep", *given, shell=shell, encoding=encoding)
+    done = run("kto-sweep", *given, encoding="ascii")
     assert done.returncode == 0, done.stderr
     assert (out / "results.csv").read_text(encoding="utf-8").count(",complete,") == 2
     assert (out / "best" / "model.safetensors").exists()
+
+
+def test_nothing_waits_in_a_buffer_that_the_user_switched_off() -> None:
+    program = (
+        "import os\n"
+        "from kto_core.streams import own_streams\n"
+        "with own_streams():\n"
+        "    print('printed', end='')\n"
+        "    os._exit(0)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "printed"
 
 
 def test_a_worker_is_not_interrupted_before_it_can_say_so() -> None:

@@ -62,7 +62,7 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass.", off="--no-gradient-checkpointing"
     )
-    lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all weights.", most=2**16)
+    lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all weights.", most=2**14)
     lora_alpha: float | None = option(None, "Scale of LoRA adapters.  [default: twice the rank]")
     lora_targets: str = option("all-linear", "Layers that get adapters: names with commas.")
     eval_fraction: float = option(0.0, "Share of prompts held out for evaluation.")

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_process, args=(theirs, rows, device, threads), daemon=True)
         # Ctrl-C reaches all processes; the sweep ends its workers, which would say what they were importing.
+        resource_tracker.ensure_running()  # else the first start would, and unblock the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
