@@ -44,7 +44,12 @@ def model_code(where: str, failed: str) -> Iterator[None]:
             raise
         kind = type(error).__name__
         said = said_by(error)
-        reason = kind if said == kind else f"{kind}: {said}"
+        # What says enough by itself, and what may be no more than a key.
+        reason = (
+            said
+            if said == kind or isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+            else f"{kind}: {said}"
+        )
         raise ModelError(f"{where}: {failed}: {reason}") from error
 
 
