@@ -35,12 +35,13 @@ def fetch_from_hub(name: str, *, revision: str | None, what: str) -> Path:
         ModelError: it cannot be had.
     """
     import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 
     if revision is not None and _COMMIT.fullmatch(revision):
         cached = _cached(name, revision)
         if cached is not None:
             return cached
-    limit = huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
+    limit = HF_HUB_ETAG_TIMEOUT
     _bound_requests(huggingface_hub.get_session(), limit)
     started = time.monotonic()
     waiting = threading.Timer(_SECONDS_IN_SILENCE, _say_what_is_awaited, [name, limit])

@@ -137,10 +137,11 @@ def _report(library: Any, model: Any, tensors: Mapping[str, StoredTensor]) -> di
     """Return what loading the model from these tensors would not read, or read in another shape.
 
     Each class keeps a list of names that it leaves out without a word, among them whole layers by their number; the
-    subclass has none. Where transformers cannot load without values, nothing is known until the weights are loaded.
+    subclass does not look at it. Where transformers cannot load without values, nothing is known until the weights are.
     """
     kind = type(model)
-    speaking = type(kind.__name__, (kind,), {"_keys_to_ignore_on_load_unexpected": None, "__module__": kind.__module__})
+    overrides = {"_adjust_missing_and_unexpected_keys": lambda *_: None, "__module__": kind.__module__}
+    speaking: Any = type(kind.__name__, (kind,), overrides)
     empty = {
         name: torch.empty(tensor.shape, dtype=torch.float32, device="meta")
         for name, tensor in tensors.items()
@@ -148,7 +149,7 @@ def _report(library: Any, model: Any, tensors: Mapping[str, StoredTensor]) -> di
     }
     try:
         with _no_progress_bar(library):
-            _, info = speaking.from_pretrained(  # type: ignore[attr-defined]
+            _, info = speaking.from_pretrained(
                 None,
                 config=model.config,
                 state_dict=empty,
@@ -206,7 +207,7 @@ def check_unread(
     """
     config = model.config.get_text_config()
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-    prediction = _prediction_layers(read_json_object(folder / "config.json"))
+    prediction = int(getattr(config, "num_nextn_predict_layers", 0) or 0)
     quantized = declared_quantization(folder) is not None
     counts: Counter[str] = Counter()
     others = []
@@ -226,16 +227,6 @@ def check_unread(
             "head), or this is no plain causal language model (a reward model, an unmerged adapter)."
         )
     return dict(counts)
-
-
-def _prediction_layers(config: Mapping[str, Any]) -> int:
-    """Return how many layers for multi-token prediction a config.json numbers behind the model's own."""
-    text = config.get("text_config")
-    for one in (config, text if isinstance(text, dict) else {}):
-        count = one.get("num_nextn_predict_layers")
-        if isinstance(count, int):
-            return count
-    return 0
 
 
 def check_reloadable(library: Any, model: Any, folder: Path) -> None:
