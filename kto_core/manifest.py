@@ -247,7 +247,8 @@ LONGEST_NAME, _LONGEST_FILE_NAME = 500, 200
 _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "reference": {
         "id": _is_text,
-        **dict.fromkeys(("revision", "adapter", "weights_hash", "dtype", "attention"), _or_absent(_is_text)),
+        **dict.fromkeys(("revision", "path", "adapter", "adapter_path"), _or_absent(_is_text)),
+        **dict.fromkeys(("weights_hash", "dtype", "attention"), _or_absent(_is_text)),
         "vocabulary": _or_absent(_is_positive),
     },
     "tokenization": {"max_length": _is_positive},
@@ -257,7 +258,7 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "files": _or_absent(_are_files),
         "dropped": _or_absent(_are_counts),
         **dict.fromkeys(("desirable", "undesirable"), _is_count),
-        **dict.fromkeys(("read", "truncated"), _or_absent(_is_count)),
+        **dict.fromkeys(("read", "truncated", "kl_truncated"), _or_absent(_is_count)),
         "labels_hash": _or_absent(_is_text),
     },
     "run": {

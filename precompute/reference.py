@@ -32,6 +32,7 @@ from kto_core.models import (
     find_folder,
     load_causal_lm,
     load_tokenizer,
+    local_path,
     resolve_device,
     resolve_precision,
 )
@@ -57,6 +58,7 @@ class Reference:
     tokenizer: Any
     shape: Any  # the model without weights, on the meta device
     state: tuple[Any, ...]  # of its weight files, before they were hashed
+    paths: dict[str, str | None]  # of model and adapter, for the manifest; None for those of the hub
 
     @classmethod
     def find(cls, config: PrecomputeConfig) -> "Reference":
@@ -73,9 +75,12 @@ class Reference:
         device = resolve_device(config.device)
         folder, revision = find_folder(config.model, revision=config.revision)
         check_model_folder(folder)
-        adapter = find_folder(config.adapter, revision=None, what="adapter")[0] if config.adapter else None
-        if adapter:
+        adapter = adapter_revision = None
+        if config.adapter:
+            adapter, adapter_revision = find_folder(config.adapter, revision=None, what="adapter")
             check_adapter_folder(adapter)
+        paths = {"path": local_path(folder, revision)}
+        paths["adapter_path"] = local_path(adapter, adapter_revision) if adapter else None
         tokenizer = load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=config.trust_remote_code)
         shape = _shape(folder, config)
         longest = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
@@ -91,6 +96,7 @@ class Reference:
             tokenizer,
             shape,
             _state(folder, adapter),
+            paths,
         )
 
     def hash_weights(self) -> "WeightsHashing":
@@ -108,6 +114,7 @@ class Reference:
             "reference": {
                 "id": self.config.model,
                 "revision": self.revision or self.config.revision,
+                **self.paths,
                 "weights_hash": hashes[0],
                 "config_hash": config_hash({**shape.to_dict(), **({"code": code} if code else {})}),
                 "adapter": self.config.adapter,

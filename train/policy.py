@@ -15,6 +15,7 @@ from kto_core.models import (
     Precision,
     check_model_folder,
     find_folder,
+    find_reference,
     is_quantized_folder,
     load_causal_lm,
     load_tokenizer,
@@ -29,12 +30,14 @@ class PolicyFiles:
     Attributes:
         name: as the user or the manifest names it.
         adapter: merged into the weights before training, as it was into the reference's.
+        is_local: whether the model is a folder of the user's, and not one of the hub's.
     """
 
     name: str
     folder: Path
     adapter: Path | None
     tokenizer: Any
+    is_local: bool = True
 
     @classmethod
     def find(cls, config: TrainConfig, manifest: Manifest) -> "PolicyFiles":
@@ -51,11 +54,10 @@ class PolicyFiles:
         adapter = None
         try:
             # A hub model is loaded at the commit that was scored.
-            revision = None if config.model else reference.get("revision")
-            folder, _ = find_folder(name, revision=revision)
+            folder, commit = find_folder(name, revision=None) if config.model else find_reference(reference)
             check_model_folder(folder)
             if not config.model and reference.get("adapter"):
-                adapter, _ = find_folder(str(reference["adapter"]), revision=None, what="adapter")
+                adapter, _ = find_reference(reference, "adapter")
         except KTOError as error:
             if config.model:
                 raise
@@ -63,7 +65,7 @@ class PolicyFiles:
                 f"{error} The cache names it as its reference; if it was moved, pass it with --model."
             ) from error
         tokenizer = load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=config.trust_remote_code)
-        files = cls(name, folder, adapter, tokenizer)
+        files = cls(name, folder, adapter, tokenizer, is_local=commit is None)
         files.compare_tokenizer(manifest, allow=config.allow_different_policy)
         return files
 
@@ -123,7 +125,7 @@ class PolicyFiles:
         from train.lora import add_adapters
 
         torch.manual_seed(config.seed)  # LoRA starts from random A matrices
-        base = str(self.folder.resolve()) if Path(self.name).expanduser().is_dir() else self.name
+        base = str(self.folder.resolve()) if self.is_local else self.name
         return add_adapters(model, config, base=base)
 
 
