@@ -20,6 +20,7 @@ from train.data import TrainingData, rows_to_evaluate
 from train.evaluation import summary, summary_lines
 from train.objective import Objective
 from train.policy import PolicyFiles
+from train.row_words import scored_in_words, shortened_in_words
 from train.run_files import EVALUATION, FACTS, REWARDS, read_facts
 from train.training_run import check_vocabulary, make_trainer
 
@@ -66,7 +67,9 @@ def evaluate_run(config: TrainConfig) -> Path:
     if main:
         print(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
         print(f"policy      {run} ({precision.name} on {device})")
-        print(f"rows        {len(held_out.indices):,}: {rows.what}", flush=True)
+        print(f"scored      {scored_in_words(manifest)}")
+        shortened = shortened_in_words(held_out.cache.shortened, held_out.cache.max_length)
+        print(f"rows        {len(held_out.indices):,}: {rows.what}{shortened}", flush=True)
     scores = trainer.final_scores()
     assert scores is not None
     labels = str(manifest.data.get("labels_hash"))[:4]
