@@ -18,6 +18,8 @@ from kto_core.errors import CacheError, NewerFormatError, printable, said_by
 from kto_core.identity import json_hash
 
 FORMAT = 1
+# Some 300,000 shards.
+_LARGEST_MANIFEST = 64 * 2**20
 MANIFEST = "manifest.json"
 
 # What decides a reference number. Ids, paths, revisions and versions name things; these are the things.
@@ -159,6 +161,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise no_manifest(folder, unfinished=any((folder / "train").glob("*.parquet")))
         if not path.is_file():
             raise CacheError(f"{path}: not a regular file. Remove it. {AGAIN}")
+        if path.stat().st_size > _LARGEST_MANIFEST:
+            raise CacheError(f"{path}: {path.stat().st_size:,} bytes are no manifest of a reference cache.")
         return parse_manifest(path, path.read_bytes())
 
 

@@ -69,6 +69,22 @@ def test_a_relative_folder_is_found_from_anywhere(
 
 
 @pytest.mark.usefixtures("no_hub")
+def test_adapters_are_evaluated_on_their_model_from_anywhere(
+    home: Path, feedback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored(home, feedback, "org/tiny")
+    config = TrainConfig(cache=home / "refs", out=tmp_path / "run", model="org/tiny", max_steps=1, lora_rank=2)
+    config = replace(config, device="cpu", eval_fraction=0.3)
+    run = train(config)
+    before = (run / "evaluation.json").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(replace(config, evaluate_only=run, out=None))
+    metrics = [json.loads(text)["metrics"] for text in (before, (run / "evaluation.json").read_text())]
+    assert metrics[0]["loss"]["value"] == pytest.approx(metrics[1]["loss"]["value"], abs=1e-6)
+
+
+@pytest.mark.usefixtures("no_hub")
 def test_a_model_that_was_moved_with_the_cache_is_found_beside_it(
     home: Path, feedback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """`kto-train --evaluate-only RUN`: a finished run's model on held-out rows, against the cached reference."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from kto_core.durable import write_json
 from kto_core.errors import ConfigError
 from kto_core.manifest import Manifest
-from kto_core.models import resolve_device, resolve_precision
+from kto_core.models import find_reference, resolve_device, resolve_precision
 from train.arguments import training_arguments
 from train.config import TrainConfig
 from train.data import TrainingData, rows_to_evaluate
@@ -87,6 +88,10 @@ def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: dict[str, A
     if (run / "adapter_config.json").exists():
         # The model that the run started from, whatever the cache to be evaluated was scored with.
         own = dataclasses.replace(manifest, reference=facts.get("reference") or manifest.reference)
+        base = _base_folder(run)
+        if config.model is not None and base is not None:
+            folder, _ = find_reference({"id": config.model, "path": base})
+            config = dataclasses.replace(config, model=str(folder))
         return PolicyFiles.find(config, own), run
     if not (run / "config.json").exists():
         if (run / "../../sweep.yaml").exists():
@@ -95,6 +100,15 @@ def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: dict[str, A
             )
         raise ConfigError(f"--evaluate-only {run}: holds no model; the run is not finished. --resume goes on with it.")
     return PolicyFiles.find(dataclasses.replace(config, model=str(run)), manifest), None
+
+
+def _base_folder(run: Path) -> str | None:
+    """Where the model below a run's adapters lies; `model` in config.yaml may be relative to another working folder."""
+    try:
+        base = json.loads((run / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None  # reading the adapters will say why
+    return base if isinstance(base, str) and Path(base).is_absolute() else None
 
 
 def _weights(run: Path, facts: dict[str, Any]) -> tuple[float, float]:
