@@ -19,6 +19,7 @@ from kto_core.foreign_files import MEGABYTE, read_foreign
 from kto_core.identity import json_hash
 
 FORMAT = 1
+# Some 300,000 shards.
 MANIFEST = "manifest.json"
 
 # What decides a reference number. Ids, paths, revisions and versions name things; these are the things.
@@ -33,7 +34,7 @@ _IDENTITY_FIELDS = {
 PROMPT_TOO_LONG = "prompt_too_long"
 
 # Of a million shards.
-_LARGEST = 256 * MEGABYTE
+_LARGEST = 64 * MEGABYTE
 
 AGAIN = "Run the same kto-precompute again."
 
@@ -260,7 +261,8 @@ LONGEST_NAME, _LONGEST_FILE_NAME = 500, 200
 _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "reference": {
         "id": _is_text,
-        **dict.fromkeys(("revision", "adapter", "weights_hash", "dtype", "attention"), _or_absent(_is_text)),
+        **dict.fromkeys(("revision", "path", "adapter", "adapter_path"), _or_absent(_is_text)),
+        **dict.fromkeys(("weights_hash", "dtype", "attention"), _or_absent(_is_text)),
         "vocabulary": _or_absent(_is_positive),
     },
     "tokenizer": {"chat_template": _or_absent(_is_template), "options": _or_absent(_are_switches)},
@@ -271,7 +273,7 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "files": _or_absent(_are_files),
         "dropped": _or_absent(_are_counts),
         **dict.fromkeys(("desirable", "undesirable"), _is_count),
-        **dict.fromkeys(("read", "truncated"), _or_absent(_is_count)),
+        **dict.fromkeys(("read", "truncated", "kl_truncated"), _or_absent(_is_count)),
         "labels_hash": _or_absent(_is_text),
     },
     "run": {

@@ -6,7 +6,7 @@ scoring forward are settled here, once.
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from kto_core.hub import fetch_from_hub
 from kto_core.identity import stored_type, tensors_stored_in
 from kto_core.library_warnings import collected_warnings, skipped_quantization
 from kto_core.logps import add_scoring_forward
+from kto_core.manifest import LONGEST_NAME
 from kto_core.model_code import family_of, model_code
 from kto_core.model_files import check_texts, read_json_object
 from kto_core.outline import check_shapes, check_unread, classes_used
@@ -79,19 +80,21 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     return Precision(getattr(torch, name))
 
 
-def find_folder(model: str, *, revision: str | None, what: str = "model") -> tuple[Path, str | None]:
+def find_folder(
+    model: str, *, revision: str | None, what: str = "model", local: bool = True
+) -> tuple[Path, str | None]:
     """The local folder of a model or adapter, and the commit it was resolved to.
 
-    A hub id is downloaded, or found in the hub's cache on disk.
+    A hub id is downloaded, or found in the hub's cache on disk. With `local` off a folder of that name is passed over.
 
     Raises:
         ModelError: neither a folder nor a hub id that can be had.
     """
     folder = Path(model).expanduser()
     try:
-        if folder.is_dir():
+        if local and folder.is_dir():
             return _without_pipes(folder, what), None
-        is_file = folder.exists()
+        is_file = local and folder.exists()
     except (OSError, ValueError) as error:  # too long a name, or one with a null character
         raise ModelError(f"{printable(model, 100)}: no such {what} folder ({said_by(error)}).") from error
     if is_file:
@@ -133,6 +136,37 @@ def _without_pipes(folder: Path, what: str) -> Path:
     except OSError as error:
         raise ModelError(f"{folder}: the {what} cannot be read: {said_by(error)}.") from error
     return folder
+
+
+def find_reference(reference: Mapping[str, Any], what: str = "model") -> tuple[Path, str | None]:
+    """The folder of the model, or of the adapter, that a manifest names, and its commit if it is the hub's.
+
+    What was a folder when it was scored is never looked for on the hub, and what was the hub's is never taken from a
+    folder that happens to have its name.
+
+    Args:
+        reference: the manifest's section.
+        what: "model" or "adapter".
+
+    Raises:
+        ModelError: it is not there any more, or cannot be had.
+    """
+    name, path = (reference.get(key) for key in (("id", "path") if what == "model" else ("adapter", "adapter_path")))
+    revision = reference.get("revision") if what == "model" else None
+    is_recorded = "path" in reference  # older caches do not say it; there a model with a commit was the hub's
+    if path is None and (is_recorded or what == "adapter" or revision is not None):
+        return find_folder(str(name), revision=revision, what=what, local=not is_recorded)
+    for place in (path, name):  # the second where model and cache were moved together
+        if place is not None and Path(str(place)).expanduser().is_dir():
+            return _without_pipes(Path(str(place)).expanduser().absolute(), what), None
+    shown = f"{path} (given as {name})" if path not in (None, name) else str(name)
+    raise ModelError(f"{shown}: no such {what} folder; it was one when the cache was scored.")
+
+
+def local_path(folder: Path, revision: str | None) -> str | None:
+    """Where a model or adapter lies, for the manifest; None for one of the hub, which has a commit."""
+    path = str(folder.absolute())
+    return path if revision is None and path.isprintable() and len(path) <= LONGEST_NAME else None
 
 
 def longest_alike(config: Any) -> int | None:

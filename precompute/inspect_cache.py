@@ -123,9 +123,9 @@ def _rows(folder: Path, manifest: Manifest) -> Iterator[dict[str, Any]]:
 def _tokenizer(manifest: Manifest, model: str | None) -> Any:
     import transformers
 
-    from kto_core.models import find_folder, load_tokenizer
+    from kto_core.models import find_folder, find_reference, load_tokenizer
 
-    folder, _ = find_folder(model or str(manifest.reference["id"]), revision=manifest.reference.get("revision"))
+    folder, _ = find_folder(model, revision=None) if model else find_reference(manifest.reference)
     options = manifest.tokenizer.get("options")
     return load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=False, options=options)
 

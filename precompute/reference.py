@@ -33,6 +33,7 @@ from kto_core.models import (
     find_folder,
     load_causal_lm,
     load_tokenizer,
+    local_path,
     resolve_device,
     resolve_precision,
 )
@@ -62,6 +63,7 @@ class Reference:
     unread: dict[str, int]  # weights of the files that are not scored, by what they are for
     warnings: list[str]  # about the folder and its tokenizer, for the plan
     state: tuple[Any, ...]  # of its weight files, before they were hashed
+    paths: dict[str, str | None]  # of model and adapter, for the manifest; None for those of the hub
 
     @classmethod
     def find(cls, config: PrecomputeConfig) -> "Reference":
@@ -78,9 +80,12 @@ class Reference:
         device = resolve_device(config.device)
         folder, revision = find_folder(config.model, revision=config.revision)
         check_model_folder(folder)
-        adapter = find_folder(config.adapter, revision=None, what="adapter")[0] if config.adapter else None
-        if adapter:
+        adapter = adapter_revision = None
+        if config.adapter:
+            adapter, adapter_revision = find_folder(config.adapter, revision=None, what="adapter")
             check_adapter_folder(adapter)
+        paths = {"path": local_path(folder, revision)}
+        paths["adapter_path"] = local_path(adapter, adapter_revision) if adapter else None
         notes: list[str] = []
         tokenizer = load_tokenizer(
             transformers.AutoTokenizer,
@@ -110,6 +115,7 @@ class Reference:
             outline.unread,
             warnings,
             _state(folder, adapter),
+            paths,
         )
 
     def hash_weights(self) -> "WeightsHashing":
@@ -127,6 +133,7 @@ class Reference:
             "reference": {
                 "id": self.config.model,
                 "revision": self.revision or self.config.revision,
+                **self.paths,
                 "weights_hash": hashes[0],
                 "config_hash": config_hash({**shape.to_dict(), **({"code": code} if code else {})}),
                 "adapter": self.config.adapter,

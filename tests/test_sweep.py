@@ -425,6 +425,8 @@ class TestTrialsThatFail:
         out = sweep(replace(config, cache=tmp_path / "good", space={"loss": ["kto", "dpo"]}))
         said = capsys.readouterr().out
         assert "warning     every training row is desirable" in said
+        assert "scored      20 rows of 20, dropped: none; cut at 1024 tokens: 0 completions, 0 mismatched" in said
+        assert re.search(r"^rows        \d+ to train on, \d+ held out$", said, re.MULTILINE)
         assert "warning     every trial with loss dpo will fail: " in said
         warnings = json.loads((out / "sweep.json").read_text())["warnings"]
         assert [line[:20] for line in warnings] == ["every trial with los", "every training row i"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import peft
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -689,3 +690,77 @@ def test_the_reference_is_never_touched(config: TrainConfig) -> None:
     before = {path: path.read_bytes() for path in sorted(config.cache.rglob("*")) if path.is_file()}
     train(config)
     assert {path: path.read_bytes() for path in sorted(config.cache.rglob("*")) if path.is_file()} == before
+
+
+class TestRowsInThePlan:
+    """Every command says how many rows it uses, holds out, leaves out and shortens, mismatched completions too."""
+
+    @pytest.fixture(scope="class")
+    def shortened(self, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Thirty rows, of which some do not fit into 90 tokens."""
+        folder = tmp_path_factory.mktemp("plans")
+        data = write_rows(folder / "f.jsonl", chat_rows(30, seed=4, longest=20))
+        precompute(
+            PrecomputeConfig(model=str(base), data=str(data), out=folder / "refs", max_length=130, kl_partners=2)
+        )
+        return folder / "refs"
+
+    @staticmethod
+    def counted(cache: Path, limit: int) -> tuple[int, int, int]:
+        """(rows without room, completions cut, mismatched completions cut), from the ids in the files."""
+        rows = [row for path in (cache / "train").iterdir() for row in pq.read_table(path).to_pylist()]
+        kept = [row for row in rows if len(row["prompt_ids"]) < limit]
+        cut = sum(len(row["prompt_ids"]) + len(row["completion_ids"]) > limit for row in kept)
+        kl_cut = sum(len(row["prompt_ids"]) + len(y) > limit for row in kept for y in row["kl_completion_ids"])
+        return len(rows) - len(kept), cut, kl_cut
+
+    def test_training_and_evaluation(self, shortened: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config = TrainConfig(
+            cache=shortened,
+            out=tmp_path / "run",
+            max_length=90,
+            max_steps=1,
+            batch_size=4,
+            save_steps=0,
+            eval_fraction=0.3,
+            device="cpu",
+        )
+        run = train(config)
+        dropped, cut, kl_cut = self.counted(shortened, 90)
+        assert min(dropped, cut, kl_cut) > 0
+        gone = (
+            f", {dropped} dropped (prompt too long), {cut} completions and {kl_cut} mismatched completions cut "
+            "(--max-length 90)"
+        )
+        data = read_manifest(shortened).data
+        assert data["kl_truncated"] > 0
+        scored = (
+            f"scored      {data['kept']} rows of 30, dropped: {data['dropped'].get('prompt_too_long', 'none')}"
+            f"{' prompt too long' if data['dropped'] else ''}; cut at 130 tokens: {data['truncated']} completions, "
+            f"{data['kl_truncated']} mismatched completions\n"
+        )
+        facts = json.loads((run / "run.json").read_text())["data"]
+        trained, held = (facts[f"{side}desirable"] + facts[f"{side}undesirable"] for side in ("", "held_out_"))
+        assert trained + held == data["kept"] - dropped
+        printed = capsys.readouterr().out
+        assert scored in printed
+        assert f"rows        {trained} to train on, {held} held out{gone}\n" in printed
+        train(replace(config, evaluate_only=run, out=None))
+        printed = capsys.readouterr().out
+        assert scored in printed
+        assert f"rows        {held}: held out{gone}\n" in printed
+
+    def test_another_cache_to_evaluate_on_is_counted_apart(
+        self, shortened: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        train(
+            TrainConfig(
+                cache=cache, out=tmp_path / "run", eval_cache=shortened, max_length=90, max_steps=1, device="cpu"
+            )
+        )
+        dropped, cut, kl_cut = self.counted(shortened, 90)
+        inside = (
+            f"({dropped} dropped (prompt too long), {cut} completions and {kl_cut} mismatched completions cut "
+            "(--max-length 90))"
+        )
+        assert f" held out {inside}" in capsys.readouterr().out

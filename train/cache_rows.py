@@ -93,6 +93,7 @@ class CacheRows(Dataset[TrainingRow]):
         labels: bool, shape (rows,).
         dropped: how many rows `max_length` leaves no room for.
         cut: bool, shape (rows,): whether it shortens the completion.
+        kl_cut: how many mismatched completions it shortens.
         largest_id: the largest token id, among the rows that this process checked.
         seconds: what the check took.
 
@@ -124,13 +125,16 @@ class CacheRows(Dataset[TrainingRow]):
         counts = [self._files[k].metadata.row_group(g).num_rows for k, g in groups]
         self._groups, self._group_ends = groups, np.cumsum(counts)
         self._fitting = np.arange(len(found.labels))  # row in the files, of each row here
-        self.cut = np.zeros(len(found.labels), dtype=bool)
+        self.cut, self.kl_cut = np.zeros(len(found.labels), dtype=bool), 0
         if self.max_length < cached:
             prompts, completions = (
                 self._read(column, pc.list_value_length).to_numpy() for column in ("prompt_ids", "completion_ids")
             )
             self._fitting = np.flatnonzero(prompts < self.max_length)
             self.cut = (prompts + completions)[self._fitting] > self.max_length
+            partners = self._read("kl_completion_ids", lambda lists: pc.list_value_length(lists.flatten())).to_numpy()
+            whole = prompts[:, None] + partners.reshape(len(prompts), self.partners)
+            self.kl_cut = int((whole[self._fitting] > self.max_length).sum())
         self.dropped, self.labels = len(found.labels) - len(self._fitting), found.labels[self._fitting]
         self._lock = threading.Lock()  # the next batch is read by a thread of its own
         self._decoded: OrderedDict[int, Rows] = OrderedDict()
@@ -168,6 +172,11 @@ class CacheRows(Dataset[TrainingRow]):
         labelled = pa.table({"row": self._read("row_id"), "label": self._read("label")})
         both = labelled.group_by("row").aggregate([("label", "min"), ("label", "max")])
         return int(pc.sum(pc.not_equal(both["label_min"], both["label_max"])).as_py() or 0)
+
+    @property
+    def shortened(self) -> dict[str, int]:
+        """What `max_length` does to the rows, in numbers."""
+        return {"dropped": self.dropped, "cut": int(self.cut.sum()), "kl_cut": self.kl_cut}
 
     def _of_rows(self, column: str) -> list[Any]:
         every: list[Any] = self._read(column).take(pa.array(self._fitting)).to_pylist()

@@ -109,8 +109,8 @@ class TrainingData:
                 f"the cache was scored in {scored}, the policy computes in {precision.name}: rewards start off 0 by rounding. "
                 f"kto-precompute --dtype {precision.name} scores as this run computes."
             )
-        if self.held_out is not None and self.held_out.cache is not self.rows:
-            shared = len(set(self.held_out.cache.prompt_ids) & set(self.rows.prompt_ids))
+        if self._eval_cache is not None:
+            shared = len(set(self._eval_cache.prompt_ids) & set(self.rows.prompt_ids))
             if shared:
                 lines.append(
                     f"{shared:,} prompts of --eval-cache are trained on as well; its values say little about new prompts."
@@ -149,8 +149,15 @@ class TrainingData:
             "unpaired": self.unpaired,
             "contradictory": self.rows.contradictions,
             "max_length": self.rows.max_length,
+            "shortened": self.rows.shortened,
+            "held_out_shortened": None if self._eval_cache is None else self._eval_cache.shortened,
             **self.rows.lengths,
         }
+
+    @property
+    def _eval_cache(self) -> CacheRows | None:
+        """The cache of the held-out rows, where it is another one."""
+        return None if self.held_out is None or self.held_out.cache is self.rows else self.held_out.cache
 
 
 def _units(rows: CacheRows, indices: Sequence[int], config: TrainConfig, where: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """`kto-train --evaluate-only RUN`: a finished run's model on held-out rows, against the cached reference."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from kto_core.console import tell
 from kto_core.durable import write_json, written_to
 from kto_core.errors import ConfigError, WriteError
 from kto_core.manifest import Manifest
-from kto_core.models import resolve_device, resolve_precision
+from kto_core.models import find_reference, resolve_device, resolve_precision
 from train.arguments import training_arguments
 from train.config import TrainConfig
 from train.data import TrainingData, rows_to_evaluate
 from train.evaluation import summary, summary_lines
 from train.objective import Objective
 from train.policy import PolicyFiles
+from train.row_words import scored_in_words, shortened_in_words
 from train.run_files import EVALUATION, FACTS, holds_word, read_facts, read_rewards, refuse_pipes
 from train.training_run import check_vocabulary, make_trainer
 
@@ -67,7 +69,9 @@ def evaluate_run(config: TrainConfig) -> Path:
     if main:
         tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
         tell(f"policy      {run} ({precision.name} on {device})")
-        tell(f"rows        {len(held_out.indices):,}: {rows.what}")
+        tell(f"scored      {scored_in_words(manifest)}")
+        shortened = shortened_in_words(held_out.cache.shortened, held_out.cache.max_length)
+        tell(f"rows        {len(held_out.indices):,}: {rows.what}{shortened}")
         for line in files.warnings:
             tell(f"warning     {line}")
     scores = trainer.final_scores()
@@ -88,6 +92,10 @@ def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: dict[str, A
     if (run / "adapter_config.json").exists():
         # The model that the run started from, whatever the cache to be evaluated was scored with.
         own = dataclasses.replace(manifest, reference=facts.get("reference") or manifest.reference)
+        base = _base_folder(run)
+        if config.model is not None and base is not None:
+            folder, _ = find_reference({"id": config.model, "path": base})
+            config = dataclasses.replace(config, model=str(folder))
         # A run's adapter holds that of its reference as well.
         return dataclasses.replace(PolicyFiles.find(config, own), adapter=None), run
     if not (run / "config.json").exists():
@@ -97,6 +105,15 @@ def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: dict[str, A
             )
         raise ConfigError(f"--evaluate-only {run}: holds no model; the run is not finished. --resume goes on with it.")
     return PolicyFiles.find(dataclasses.replace(config, model=str(run)), manifest), None
+
+
+def _base_folder(run: Path) -> str | None:
+    """Where the model below a run's adapters lies; `model` in config.yaml may be relative to another working folder."""
+    try:
+        base = json.loads((run / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None  # reading the adapters will say why
+    return base if isinstance(base, str) and Path(base).is_absolute() else None
 
 
 def _weights(run: Path, facts: dict[str, Any]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from kto_core.models import (
     Precision,
     check_model_folder,
     find_folder,
+    find_reference,
     is_quantized_folder,
     load_causal_lm,
     load_tokenizer,
@@ -33,6 +34,7 @@ class PolicyFiles:
         name: as the user or the manifest names it.
         adapter: merged into the weights before training, as it was into the reference's; kept beside quantised ones.
         warnings: about the folder, for the plan.
+        is_local: whether the model is a folder of the user's, and not one of the hub's.
     """
 
     name: str
@@ -40,6 +42,7 @@ class PolicyFiles:
     adapter: Path | None
     tokenizer: Any
     warnings: tuple[str, ...] = ()
+    is_local: bool = True
 
     @property
     def how_adapted(self) -> str:
@@ -61,11 +64,10 @@ class PolicyFiles:
         adapter = None
         try:
             # A hub model is loaded at the commit that was scored.
-            revision = None if config.model else reference.get("revision")
-            folder, _ = find_folder(name, revision=revision)
+            folder, commit = find_folder(name, revision=None) if config.model else find_reference(reference)
             check_model_folder(folder)
             if not config.model and reference.get("adapter"):
-                adapter, _ = find_folder(str(reference["adapter"]), revision=None, what="adapter")
+                adapter, _ = find_reference(reference, "adapter")
         except KTOError as error:
             if config.model:
                 raise
@@ -83,7 +85,7 @@ class PolicyFiles:
         warnings = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code).warnings
         if not config.trust_remote_code:
             warnings += check_tokenizer_code(folder, type(tokenizer).__name__)
-        files = cls(name, folder, adapter, tokenizer, tuple(warnings))
+        files = cls(name, folder, adapter, tokenizer, tuple(warnings), is_local=commit is None)
         files.compare_tokenizer(manifest, allow=config.allow_different_policy)
         return files
 
@@ -143,7 +145,7 @@ class PolicyFiles:
         from train.lora import add_adapters
 
         torch.manual_seed(config.seed)  # LoRA starts from random A matrices
-        base = str(self.folder.resolve()) if Path(self.name).expanduser().is_dir() else self.name
+        base = str(self.folder.resolve()) if self.is_local else self.name
         return add_adapters(model, config, base=base)
 
 

@@ -31,6 +31,7 @@ from kto_core.options import Location, as_plain
 from kto_core.redaction import hidden_url, without_secrets
 from kto_core.storage import local_copy, speaking_of
 from kto_core.streams import is_terminal
+from train.row_words import rows_in_words, scored_in_words
 from train.run_files import make_folder, yaml_without_secrets
 from train.study import BEAT_SECONDS, Study, Trial, check_installed, check_storage
 from train.sweep_config import SweepConfig, Trials
@@ -215,10 +216,10 @@ def _print_plan(
     tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
     all_of_them = " (there are no more)" if trials.count == trials.points and config.search != "grid" else ""
     print(f"search      {config.search} over {names}, {trials.count:,} trials{all_of_them}")
+    print(f"scored      {scored_in_words(manifest)}")
     rows = workers.facts.get("data")
     if rows:
-        held = rows["held_out_desirable"] + rows["held_out_undesirable"]
-        print(f"rows        {rows['desirable'] + rows['undesirable']:,} to train on, {held:,} held out")
+        print(f"rows        {rows_in_words(rows)}")
     print(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
     print(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
     tell(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")

@@ -34,6 +34,7 @@ from train.evaluation import Scores, summary
 from train.materials import Materials
 from train.objective import Objective
 from train.policy import PolicyFiles
+from train.row_words import rows_in_words, scored_in_words
 from train.run_files import EVALUATION, METRICS, REWARDS, read_facts, write_facts
 from train.run_folder import last_checkpoint, publish_model, remove_leftovers, unfinished, write_start
 from train.saved_model import Layout, ModelWriter
@@ -409,17 +410,13 @@ def _print_plan(
 ) -> None:
     desirable, undesirable = data.class_counts
     kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights"
-    held = f", {len(data.held_out.indices):,} held out" if data.held_out else ""
-    dropped = f", {data.rows.dropped:,} dropped (prompt too long)" if data.rows.dropped else ""
-    unpaired = f", {data.unpaired:,} left out (in no pair, or its two rows are alike)" if data.unpaired else ""
-    shortened = int(data.rows.cut.sum())
-    cut = f", {shortened:,} cut (--max-length {config.max_length})" if shortened else ""
     steps = config.max_steps or math.ceil(math.ceil(data.units.size / config.batch_size) * config.epochs)
     fingerprint = data.rows.manifest.fingerprint[:12]
     tell(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
     adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
     tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
-    print(f"rows        {data.units.size:,} to train on{held}{dropped}{cut}{unpaired}")
+    tell(f"scored      {scored_in_words(data.rows.manifest)}")
+    tell(f"rows        {rows_in_words(data.facts())}")
     weights = objective.weights
     print(
         f"labels      {desirable:,} desirable (weight {weights[0]:.4g}), {undesirable:,} undesirable (weight {weights[1]:.4g})"
