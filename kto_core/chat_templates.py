@@ -161,7 +161,8 @@ class ChatRenderer:
 
     def _next_headers(self, options: Mapping[str, Any]) -> list[str]:
         """Return what opens a turn and may stand behind the last answer; nothing where that cannot be told."""
-        key = json.dumps({name: bool(value) if name == "tools" else str(value) for name, value in options.items()})
+        settings = {name: bool(value) if name == "tools" else str(value) for name, value in options.items()}
+        key = json.dumps(settings) if len(settings) > 1 else str(settings["tools"])
         if key not in self._headers:
             try:
                 headers = [self._asked_header(options), self._unasked_header(options)]

@@ -57,24 +57,18 @@ class Decoder:
         for kind in (0, 1) if self._kind != 1 else (1, 0):
             table = self._tables[kind]
             try:
-                found = b"".join([table[i] for i in ids])
+                found = b"".join(map(table.__getitem__, ids))
             except KeyError:
-                for i in {*ids}.difference(table):
-                    table[i] = self._bytes(i, kind)
-                found = b"".join([table[i] for i in ids])
+                self._fill(table, kind, sorted({*ids}.difference(table)))
+                found = b"".join(map(table.__getitem__, ids))
             if found == wanted or found.removeprefix(b" ") == wanted:
                 self._kind = kind
                 return True
         return False
 
-    def _bytes(self, token_id: int, kind: int) -> bytes:
-        if token_id in self._added:
-            return self._added[token_id].encode()
-        token = str(self._tokenizer.convert_ids_to_tokens(int(token_id)) or "")
-        if kind == 0:
-            return bytes(_BYTES[c] for c in token) if all(c in _BYTES for c in token) else token.encode()
-        byte = _BYTE_TOKEN.fullmatch(token)
-        return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
+    def _fill(self, table: dict[int, bytes], kind: int, ids: Sequence[int]) -> None:
+        for token_id, token in zip(ids, self._tokenizer.convert_ids_to_tokens(ids), strict=True):
+            table[token_id] = self._added[token_id].encode() if token_id in self._added else _bytes(token or "", kind)
 
     def _differs(self, text: str, ids: Sequence[int], where: str) -> bool:
         letters, boundaries = _folded(text)
@@ -104,6 +98,16 @@ class Decoder:
         for start, end in backend.encode(text, add_special_tokens=False).offsets:
             covered[start:end] = b"\1" * (end - start)
         return any(not covered[i] and _is_seen(c) for i, c in enumerate(text))
+
+
+def _bytes(token: str, kind: int) -> bytes:
+    if kind == 0:
+        try:
+            return bytes(map(_BYTES.__getitem__, token))
+        except KeyError:
+            return token.encode()
+    byte = _BYTE_TOKEN.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
 
 
 def _shown(text: str) -> str:

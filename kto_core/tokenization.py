@@ -65,7 +65,7 @@ class Tokenizing:
         rendered = [self._render_text(row) if isinstance(row.prompt, str) else self._render_chat(row) for row in rows]
         # One call for all texts: the tokenizer works in parallel inside. Templates write BOS themselves.
         prompts = self._encode_rows(rows, [item.prompt for item in rendered])
-        fulls = self._encode_rows(rows, [item.prompt + item.completion for item in rendered])
+        fulls = self._encode_rows(rows, [item.text for item in rendered])
         return [self._tokens(*parts) for parts in zip(rows, rendered, prompts, fulls, strict=True)]
 
     def check(self) -> None:
@@ -97,16 +97,16 @@ class Tokenizing:
                 f"{row.where}: plain text needs an end-of-sequence token after the completion, and this tokenizer has "
                 "none. Set eos_token in tokenizer_config.json."
             )
-        return _Rendered(str(row.prompt), str(row.completion), is_chat=False)
+        return _Rendered.of(str(row.prompt), str(row.completion), is_chat=False)
 
     def _render_chat(self, row: FeedbackRow) -> "_Rendered":
-        return _Rendered(*self._renderer.render(row), is_chat=True)
+        return _Rendered.of(*self._renderer.render(row), is_chat=True)
 
     def _tokens(self, row: FeedbackRow, item: "_Rendered", prompt: list[int], full: list[int]) -> Tokens:
-        before, after = ([], []) if item.is_chat else self._added_around(row.where, item.prompt + item.completion)
+        before, after = ([], []) if item.is_chat else self._added_around(row.where, item.text)
         joined = not after and full[: len(prompt)] == prompt
         completion = full[len(prompt) :] if joined else self._encode_apart(row.where, item.completion)
-        self._compare(row, item, prompt, completion)
+        self._compare(row, item.text, full if joined else [*prompt, *completion], completion)
         if prompt[: len(before)] != before:  # text that was rendered before begins with BOS as it is
             prompt = [*before, *prompt]
         prompt = [*prompt, *after]
@@ -122,9 +122,8 @@ class Tokenizing:
         eos = self._tokenizer.eos_token_id
         return ids[-1:] == [eos] or (text.rstrip().endswith(str(self._tokenizer.eos_token)) and eos in ids)
 
-    def _compare(self, row: FeedbackRow, item: "_Rendered", prompt: list[int], completion: list[int]) -> None:
+    def _compare(self, row: FeedbackRow, text: str, ids: list[int], completion: list[int]) -> None:
         """Compare ids with their text, and count what the tokenizer does not know."""
-        text, ids = item.prompt + item.completion, [*prompt, *completion]
         self._rows += 1
         self._ids += len(ids)
         unknown = 0
@@ -192,7 +191,12 @@ class Tokenizing:
 class _Rendered(NamedTuple):
     prompt: str
     completion: str
+    text: str  # both
     is_chat: bool  # whether a template wrote BOS and the end
+
+    @classmethod
+    def of(cls, prompt: str, completion: str, *, is_chat: bool) -> "_Rendered":
+        return cls(prompt, completion, prompt + completion, is_chat)
 
 
 def _unknown_token(tokenizer: Any) -> tuple[int, str] | None:

@@ -96,7 +96,11 @@ def _load(tokenizer_class: Any, folder: Path, keywords: Mapping[str, Any]) -> An
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the native code's panics are no `Exception`
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {in_one_line(error)}") from error
+        filed = (folder / _FILE).is_file()
+        hint = f' Set "tokenizer_class" in tokenizer_config.json to "PreTrainedTokenizerFast" to read {_FILE} as it is.'
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded: {in_one_line(error)}{'.' + hint if filed else ''}"
+        ) from error
 
 
 def _as_filed(tokenizer: Any, folder: Path, keywords: Mapping[str, Any]) -> Any:
@@ -147,7 +151,8 @@ _BEGINNING = 4
 _TEXT = (
     "a\n\nIt's the dog's BONE, isn't it? don't DON'T camelCaseWords snake_case\n\tif x1 == 1234567.89:  # 50% of 3,000\n"
     "    return [y**2 for y in range(10)]\r\n\r\n  two  spaces   three.  \u00c4rger na\u00efve caf\u00e9 \u20ac5 \u4f60\u597d\uff0c"
-    "\u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \ud55c\uad6d\uc5b4 \U0001f600\U0001f44d "
+    "\u4e16\u754c \u0939\u093f\u0928\u094d\u0926\u0940 cafe\u0301s "
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \ud55c\uad6d\uc5b4 \U0001f600\U0001f44d "
     "https://example.org/a?b=c&d=e ... !!! (a)[b]{c}<d> x=-1 1st 2nd\n"
 )
 _PIECES = 1000
