@@ -21,6 +21,7 @@ from train.evaluation import summary, summary_lines
 from train.objective import Objective
 from train.policy import PolicyFiles
 from train.run_files import EVALUATION, FACTS, REWARDS, read_facts
+from train.start_check import check_start
 from train.training_run import check_vocabulary, make_trainer
 
 
@@ -63,6 +64,12 @@ def evaluate_run(config: TrainConfig) -> Path:
     trainer.prepare_to_score()
     if objective.uses_shift:
         trainer.shift.begin_at(float(final.get("shift", 0.0)), 1)
+    if adapters is not None:  # the model below them is read again from where it was
+        from train.lora import without_adapters
+
+        with without_adapters(trainer.model):
+            allow = config.allow_different_policy
+            check_start(trainer, held_out.cache, precision, policy=files.name, allow=allow)
     main = trainer.is_world_process_zero()
     if main:
         print(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")

@@ -1,5 +1,6 @@
 """LoRA: the only file that knows peft."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ def load_adapters(model: Any, folder: Path) -> Any:
         return peft.PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}: its adapters cannot be put on the model: {in_one_line(error)}") from error
+
+
+def without_adapters(adapted: Any) -> AbstractContextManager[None]:
+    """Return a block in which the model below computes as if it had no adapters."""
+    off: AbstractContextManager[None] = adapted.disable_adapter()
+    return off
 
 
 def remove_adapters(adapted: Any) -> None:
