@@ -162,6 +162,8 @@ def publish_model(folder: Path, out: Path) -> None:
     give_usual_modes(folder)
     flush_all(folder)
     for path in sorted(folder.iterdir(), key=lambda path: path.name in _MAKES_LOADABLE):
+        if path.is_dir():
+            shutil.rmtree(out / path.name, ignore_errors=True)  # of a run that was finished before and went on
         path.replace(out / path.name)
     flush(out)
 
