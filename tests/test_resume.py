@@ -322,6 +322,11 @@ class TestOptions:
         with pytest.raises(ConfigError, match=re.escape(outcome)):
             compare_options(config, started, Path("run"))
 
+    @pytest.mark.parametrize("wrong", [{"training": [1]}, {"lora_rank": "x"}, {"seed": {"a": 1}}, {"model": [2]}])
+    def test_values_that_no_run_has_are_refused(self, wrong: dict[str, object]) -> None:
+        with pytest.raises(ConfigError, match="--resume run"):
+            compare_options(TrainConfig(), wrong, Path("run"))
+
     def test_what_computes_is_compared(self) -> None:
         now = {"precision": "float32", "held_out_cache": None, "versions": {"torch": "2"}}
         assert compare_facts(now, {**now, "versions": {"torch": "1"}}, Path()) == ["torch 2, before it was 1"]

@@ -276,7 +276,7 @@ def check_adapters(folder: Path, model: Any) -> None:
         UnloadableModelError: they differ.
     """
     trained = {
-        name.replace(".default", ""): whole_shape(parameter)
+        name.replace(".modules_to_save", "").replace(".default", ""): whole_shape(parameter)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
