@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from models import save_tiny
+from safetensors.torch import load_file, save_file
 
 import train.cache_rows
 from kto_core.errors import CacheError, ConfigError, TrainingError
@@ -24,6 +25,7 @@ from train.arguments import _OURS
 from train.cache_rows import CacheRows
 from train.checkpoints import check_checkpoint
 from train.config import TrainConfig
+from train.evaluate_run import evaluate_run
 from train.resumed_options import FIXED, FREE, SAID, TRAINING_FREE, TRAINING_SAID, compare_facts, compare_options
 from train.run import train as run_training
 
@@ -105,6 +107,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "sizes of nothing": (lambda run: (run / "checkpoint-2/sizes.json").write_text("[]"), "incomplete checkpoint"),
     "empty facts": (lambda run: (run / "run.json").write_text(""), "nobody knows what the run was started with"),
     "facts of another kind": (lambda run: (run / "run.json").write_text("[]"), "another cache|nobody knows"),
+    "another model's weights": (
+        lambda run: (run / "checkpoint-2/pytorch_model.bin").write_bytes(b""),
+        "pytorch_model.bin was not written with it",
+    ),
     "a deep state": (
         lambda run: rewrite(run / "checkpoint-2/trainer_state.json", b"[" * 100_000),
         "trainer_state.json",
@@ -235,6 +241,26 @@ class TestCheckpoints:
         with pytest.raises(ConfigError, match=reason):
             run_training(replace(config, max_steps=3, resume=True, **options))  # type: ignore[arg-type]
 
+    def test_the_model_below_adapters_is_still_the_reference(
+        self, config: TrainConfig, base: Path, feedback: Path, tmp_path: Path
+    ) -> None:
+        """Only adapters are in the checkpoint and in the run; the rest is read from the model's folder again."""
+        model = Path(shutil.copytree(base, tmp_path / "model"))
+        precompute(PrecomputeConfig(model=str(model), data=str(feedback), out=tmp_path / "refs", max_length=256))
+        config = replace(config, cache=tmp_path / "refs", lora_rank=2, eval_fraction=0.3)
+        run = run_training(config)
+        shutil.rmtree(model)
+        shutil.copytree(base, model)
+        run_training(replace(config, max_steps=3, resume=True))
+        weights = load_file(model / "model.safetensors")
+        save_file(
+            {name: weight * 1.05 for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"}
+        )
+        with pytest.raises(TrainingError, match="not the model that the cache was scored with"):
+            run_training(replace(config, max_steps=4, resume=True))
+        with pytest.raises(TrainingError, match="not the model that the cache was scored with"):
+            evaluate_run(replace(config, evaluate_only=run))
+
     def test_one_without_optimizer_state_is_refused(
         self, config: TrainConfig, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -295,6 +321,11 @@ class TestOptions:
             return
         with pytest.raises(ConfigError, match=re.escape(outcome)):
             compare_options(config, started, Path("run"))
+
+    @pytest.mark.parametrize("wrong", [{"training": [1]}, {"lora_rank": "x"}, {"seed": {"a": 1}}, {"model": [2]}])
+    def test_values_that_no_run_has_are_refused(self, wrong: dict[str, object]) -> None:
+        with pytest.raises(ConfigError, match="--resume run"):
+            compare_options(TrainConfig(), wrong, Path("run"))
 
     def test_what_computes_is_compared(self) -> None:
         now = {"precision": "float32", "held_out_cache": None, "versions": {"torch": "2"}}

@@ -366,6 +366,17 @@ class TestSaveDtype:
         assert {name for name, weight in saved.items() if weight.dtype == torch.float32} == {kept}
         assert all(torch.equal(weight, weights[name]) for name, weight in saved.items())
 
+    def test_what_lies_below_adapters_is_not_rounded(self, base: Path, tmp_path: Path) -> None:
+        """PEFT saves embeddings that carry adapters."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        targets = ["q_proj", "embed_tokens"]
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+        with pytest.warns(UserWarning, match="save_embedding_layers"):
+            ModelWriter.of(base, tiny_tokenizer(), adapted).write(adapted, tmp_path / "out", dtype=torch.bfloat16)
+        saved = load_file(tmp_path / "out/adapter_model.safetensors")
+        assert {weight.dtype for name, weight in saved.items() if "lora_" in name} == {torch.bfloat16}
+        assert {weight.dtype for name, weight in saved.items() if "lora_" not in name} == {torch.float32}
+
     def test_what_a_type_cannot_hold_is_refused(self) -> None:
         with pytest.raises(TrainingError, match=r"--save-dtype float16: w holds 7e\+04, which float16 cannot hold"):
             narrowed("w", torch.tensor([1.0, 7e4]), torch.float16)

@@ -19,6 +19,7 @@ from kto_core.identity import file_hashes
 from kto_core.options import shown
 
 _FILES = "sizes.json"
+_LOADED = (".safetensors", ".json", ".pt", ".pth", ".bin")
 _STATE = "trainer_state.json"
 _OPTIMIZERS = (
     "optimizer.pt",
@@ -55,6 +56,11 @@ def check_checkpoint(checkpoint: Path, *, hashes: bool = True) -> None:
     """
     try:
         files = _files_of(checkpoint)
+        found_there = {
+            path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.suffix in _LOADED
+        }
+        if added := sorted(found_there - files.keys() - {_FILES}):
+            raise OSError(f"{added[0]} was not written with it")
         for name, entry in files.items():
             status = (checkpoint / name).stat()
             found = status.st_size

@@ -22,6 +22,7 @@ from train.objective import Objective
 from train.policy import PolicyFiles
 from train.row_words import scored_in_words, shortened_in_words
 from train.run_files import EVALUATION, FACTS, holds_word, read_facts, read_rewards, refuse_pipes
+from train.start_check import check_start
 from train.training_run import check_vocabulary, make_trainer
 
 
@@ -65,6 +66,13 @@ def evaluate_run(config: TrainConfig) -> Path:
     trainer.prepare_to_score()
     if objective.uses_shift:
         trainer.shift.begin_at(float(final.get("shift", 0.0)), 1)
+    # The model below adapters is read again from where it was. (On quantised weights they hold the reference's adapter too.)
+    if adapters is not None and manifest.reference.get("adapter") is None:
+        from train.lora import without_adapters
+
+        with without_adapters(trainer.model):
+            allow = config.allow_different_policy
+            check_start(trainer, held_out.cache, precision, policy=files.name, allow=allow)
     main = trainer.is_world_process_zero()
     if main:
         tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")

@@ -1,5 +1,6 @@
 """LoRA: the only file that knows peft."""
 
+import contextlib
 import difflib
 import math
 import re
@@ -254,6 +255,20 @@ def load_adapters(model: Any, folder: Path) -> Any:
         return peft.PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}: its adapters cannot be put on the model: {in_one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def without_adapters(adapted: Any) -> Iterator[None]:
+    """Let the model below compute as the reference does: without the trained adapters, with one that it keeps beside."""
+    if not keeps_adapter_beside(adapted):
+        with adapted.disable_adapter():
+            yield
+        return
+    _activate(adapted, [BESIDE])
+    try:
+        yield
+    finally:
+        _activate(adapted, [BESIDE, _TRAINED])
 
 
 def remove_adapters(adapted: Any) -> None:

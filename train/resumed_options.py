@@ -70,6 +70,8 @@ def compare_options(config: TrainConfig, started: Mapping[str, Any], where: Path
     Raises:
         ConfigError: an option that must not change.
     """
+    if not isinstance(started.get("training", {}), dict):
+        raise ConfigError(f"--resume {where}: in its config.yaml, training: is no table. Start a new run.")
     before, now = _effective({**as_plain(TrainConfig()), **started}), _effective(as_plain(config))
     _compare_training(before["training"], now["training"], where)
     for name in sorted(FIXED, key=list(now).index):

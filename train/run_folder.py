@@ -171,6 +171,8 @@ def publish_model(folder: Path, out: Path) -> None:
     give_usual_modes(folder)
     flush_all(folder)
     for path in sorted(folder.iterdir(), key=lambda path: path.name in _MAKES_LOADABLE):
+        if path.is_dir():
+            remove_tree(out / path.name)  # of a run that was finished before and went on
         path.replace(out / path.name)
     flush(out)
 

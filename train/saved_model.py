@@ -148,7 +148,10 @@ class ModelWriter:
         modules += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
         pattern = re.compile("|".join(rf"(?:^|\.){module}(?:$|\.)" for module in modules) or "$^")
         names = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
-        return {name for name in names if pattern.search(name)} | self.wide
+        kept = {name for name in names if pattern.search(name)} | self.wide
+        if hasattr(model, "get_base_model"):  # PEFT saves some layers below adapters on embeddings as well
+            kept |= {name for name, weight in model.named_parameters() if not weight.requires_grad}
+        return kept
 
     def _write_own_config(self, model: Any, folder: Path, dtype: torch.dtype | None) -> None:
         """Replace what `transformers` writes by the model's own files; only what the run changed differs."""
@@ -276,7 +279,7 @@ def check_adapters(folder: Path, model: Any) -> None:
         UnloadableModelError: they differ.
     """
     trained = {
-        name.replace(".default", ""): whole_shape(parameter)
+        name.replace(".modules_to_save", "").replace(".default", ""): whole_shape(parameter)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

@@ -117,6 +117,8 @@ class _Worker:
         except WriteError as error:  # no other trial would fare better
             reason = in_one_line(error.__cause__ or error).rstrip(".")
             self.pipe.send(Stop(f"{folder}: cannot be written: {reason}. Make room; the same command goes on."))
+        except KTOError as error:  # the best model cannot be kept
+            self.pipe.send(Stop(str(error)))
 
     def _run(self, number: int, config: TrainConfig, folder: Path) -> None:
         remove_tree(folder)  # what a killed sweep left

@@ -248,20 +248,28 @@ class TrainingRun:
         if trainer.state.global_step >= trainer.state.max_steps:
             trainer.batches.finish()  # the Trainer looks only after an update whether it was the last
         if trainer.state.global_step:  # a resumed policy has left the reference
+            if self.config.lora_rank:  # but what lies below its adapters is read again from where it was
+                from train.lora import without_adapters
+
+                with without_adapters(trainer.model):
+                    self._check_policy()
             if self.is_main:
                 trainer.remove_old_checkpoints()
                 started = read_facts(self.out).get("started")
                 write_start(self.config, self.out, {**self.facts(), "started": started})  # what may change has changed
             return
         if not self.checked:
-            allow = self.config.allow_different_policy
-            found = check_start(trainer, self.data.rows, self.precision, policy=self.files.name, allow=allow)
-            if self.is_main:
-                print(
-                    f"start       policy and cache differ by {found.mean:.1e} nats a token (mean), {found.largest:.1e} (max)"
-                )
+            self._check_policy()
         if self.is_main:
             write_start(self.config, self.out, self.facts())
+
+    def _check_policy(self) -> None:
+        allow = self.config.allow_different_policy
+        found = check_start(self.trainer, self.data.rows, self.precision, policy=self.files.name, allow=allow)
+        if self.is_main:
+            print(
+                f"start       policy and cache differ by {found.mean:.1e} nats a token (mean), {found.largest:.1e} (max)"
+            )
 
     def facts(self) -> dict[str, Any]:
         """What run.json holds: what the run was started with."""
