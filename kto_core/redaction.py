@@ -15,7 +15,7 @@ HIDDEN = "***"
 
 # `max_tokens`, `tokenizer` and `tokens_seen` are settings, `hub_token` and `hub_tokens` are not.
 _SECRET_NAME = re.compile(
-    r"token(?!s|i[sz])|(?:api|access|auth|bearer|hub|hf|refresh)\w*tokens|key(?!s|word|_?value|board)|api[_-]?keys"
+    r"token(?!s|i[sz])|(?:api|access|auth|bearer|hub|hf|refresh)\w{0,20}tokens|key(?!s|word|_?value|board)|api[_-]?keys"
     r"|secret|passw|passphrase|pwd|credential|(?<![a-z])auth(?!or)|signature|(?<![a-z])sig(?![a-z])|odbc_connect",
     re.IGNORECASE,
 )

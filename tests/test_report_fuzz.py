@@ -71,12 +71,14 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run and a sweep, small, and a page without the library that draws."""
     folder = tmp_path_factory.mktemp("samples")
     alarms = Settings.of(TrainConfig(), (1.0, 1.0), (10, 10)).__dict__
-    for run in (write_run(folder / "run", steps=60), write_sweep(folder / "sweep", trials=4)):
+    for run in (write_run(folder / "run", steps=60), write_sweep(folder / "sweep", trials=3)):
+        for path in run.rglob("trials/*/metrics.jsonl"):
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[40:55]))
         for name in ("run.json", "sweep.json"):
             if (run / name).exists():
                 facts = json.loads((run / name).read_text())
                 facts["data"]["lengths"] = {key: some[:5] for key, some in facts["data"]["lengths"].items()}
-                facts |= {"alarms": alarms, "total_updates": 80, "final": {"step": 50}, "warnings": ["a"], "planned": 4}
+                facts |= {"alarms": alarms, "total_updates": 80, "final": {"step": 50}, "warnings": ["a"], "planned": 3}
                 (run / name).write_text(json.dumps(facts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "get_plotlyjs", lambda: "")
@@ -92,6 +94,7 @@ LIMITS = settings(
 )
 
 
+@pytest.mark.slow
 @LIMITS
 @given(data=st.data())
 def test_any_value_in_any_place_of_a_run(samples: Path, tmp_path: Path, data: st.DataObject) -> None:
@@ -119,6 +122,7 @@ def test_any_value_in_any_place_of_a_run(samples: Path, tmp_path: Path, data: st
     assert not set("\x00\u202e") & set(page)
 
 
+@pytest.mark.slow
 @LIMITS
 @given(data=st.data())
 def test_any_value_in_any_place_of_a_sweep(samples: Path, tmp_path: Path, data: st.DataObject) -> None:
@@ -132,7 +136,11 @@ def test_any_value_in_any_place_of_a_sweep(samples: Path, tmp_path: Path, data: 
     assert write_report([folder, samples / "run"], tmp_path / "page.html").read_text().rstrip().endswith("</html>")
 
 
-@pytest.mark.parametrize("value", ODD, ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [None, "text", [1, [2, {}]], {"a": None}, -1, 0, 2**64, 10**400, 1e99, -1.7e308, float("nan"), 1e-320],
+    ids=str,
+)
 def test_one_value_everywhere(samples: Path, tmp_path: Path, value: Any) -> None:
     """Each number of a run and of a sweep at once, so that no plot has another scale."""
 
@@ -166,7 +174,7 @@ def test_numbers_that_are_left_out_are_noted(samples: Path, tmp_path: Path) -> N
     "text",
     [
         "9" * 5000,
-        "[" * 100_000,
+        "[" * 5_000,
         '{"a":' * 900 + "1" + "}" * 900,
         '{"a":' * 100_000,
         "1e999999",
