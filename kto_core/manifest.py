@@ -176,7 +176,8 @@ def readable(path: Path) -> Iterator[None]:
         raise CacheError(f"{path}: needs more memory than there is ({said_by(error)}).") from error
     except OSError as error:
         where = os.fsdecode(error.filename) if error.filename is not None else path
-        raise CacheError(f"{where}: cannot be read ({said_by(error)}). Check its owner and mode (ls -l).") from error
+        advice = " Check its owner and mode (ls -l)." if isinstance(error, PermissionError) else ""
+        raise CacheError(f"{where}: cannot be read ({said_by(error)}).{advice}") from error
 
 
 def no_manifest(folder: Path | str, *, unfinished: bool) -> CacheError:

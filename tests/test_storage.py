@@ -140,7 +140,9 @@ class TestWriting:
             patch.setattr(Store, "write", stopping)
             with pytest.raises(KeyboardInterrupt):
                 precompute(config)
-        assert names(memory) == shards(3)
+        of_the_fourth = {name for name in names(memory) if name.startswith(".parts/")}
+        assert len(of_the_fourth) == 1
+        assert names(memory) - of_the_fourth == shards(3)
         with pytest.raises(CacheError, match="memory://team/refs: an unfinished cache"):
             verify(URL)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other machine"))
@@ -149,6 +151,7 @@ class TestWriting:
         whole = read_manifest(local_copy(URL)).run
         assert whole["reused_sequences"] > 0
         assert sum(calls) == whole["scored_sequences"]
+        assert not of_the_fourth & names(memory)
 
     def test_a_store_that_fails_loses_no_score(
         self, config: PrecomputeConfig, memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
