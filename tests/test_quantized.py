@@ -131,7 +131,8 @@ def test_training_on_it_saves_one_adapter_with_the_trained_numbers(
         if row["row_id"] in ids:
             own = float(naive_logps(loaded, row).sum()) - row["ref_logps"]
             moved.append(abs(own))
-            assert own == pytest.approx(rewards[row["row_id"]], abs=5e-3)
+            # In 8 bits activations are rounded as well: what tips one of them by a last bit moves it by a whole step.
+            assert own == pytest.approx(rewards[row["row_id"]], abs=3e-2)
     assert max(moved) > 0.05
     again = json.loads(evaluate_run(replace(config, evaluate_only=run)).read_text())
     for name, metric in json.loads(held)["metrics"].items():
