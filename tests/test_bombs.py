@@ -262,5 +262,5 @@ def test_shards_with_long_rows_that_are_alike_are_no_bombs(tmp_path: Path) -> No
 def test_a_manifest_of_gigabytes_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "manifest.json").open("wb") as file:
         file.truncate(2**33)  # takes no room on the disk
-    with pytest.raises(CacheError, match="manifest.json: cannot be read \\(it has 8,589,934,592 bytes"):
+    with pytest.raises(CacheError, match=r"manifest.json: cannot be read \(it has 8,589,934,592 bytes"):
         read_manifest(tmp_path)

@@ -136,7 +136,7 @@ def test_training_on_it_saves_one_adapter_with_the_trained_numbers(
     assert max(moved) > 0.05
     again = json.loads(evaluate_run(replace(config, evaluate_only=run)).read_text())
     for name, metric in json.loads(held)["metrics"].items():
-        assert again["metrics"][name]["value"] == pytest.approx(metric["value"], abs=2e-3), name
+        assert again["metrics"][name]["value"] == pytest.approx(metric["value"], abs=1e-2), name
 
 
 def test_it_is_resumed_and_taken_off_again(fine_tuned_cache: Path, tmp_path: Path) -> None:
