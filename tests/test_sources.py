@@ -488,6 +488,22 @@ def test_folder_of_data_files(folder, name):
     ]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_with_two_values_is_refused(tmp_path, name):
+    content = '{"prompt": "a", "completion": "b",\n "label": true, "label": false}'
+    content = f"[{content}]" if name == "a.json" else content.replace("\n", "")
+    message = refusal(save(tmp_path / name, content), f"{name}:1")
+    assert '"label" stands twice, with true and false' in message
+    assert read(save(tmp_path / name, content.replace("false", "true")))[0][1]["label"] is True
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path):
+    columns = [pa.array([value]) for value in ("a", "b", True, False)]
+    table = pa.Table.from_arrays(columns, names=["prompt", "completion", "label", "label"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert 'two columns have the name "label"' in refusal(tmp_path / "a.parquet")
+
+
 @pytest.mark.usefixtures("datasets_cache")
 def test_folder_of_data_files_without_train(folder):
     save(folder / "test.jsonl", jsonl(ROWS))
