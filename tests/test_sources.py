@@ -497,6 +497,27 @@ def test_a_key_with_two_values_is_refused(tmp_path, name):
     assert read(save(tmp_path / name, content.replace("false", "true")))[0][1]["label"] is True
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "form"),
+    [
+        ("a.jsonl", gzip.compress(jsonl(ROWS).encode()), "gzip data. Add .gz"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(jsonl(ROWS).encode())), "gzip data"),
+        ("a.csv", b"PK\x03\x04\x14\x00", "a zip archive"),
+        ("a.json.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a git LFS pointer"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a git LFS pointer"),
+        ("a.parquet", b"\x28\xb5\x2f\xfd1234", "zstandard data"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_name_says_is_named(tmp_path, name, content, form):
+    assert f"holds {form}" in refusal(save(tmp_path / name, content))
+
+
+def test_parquet_under_another_name_is_named(tmp_path):
+    parquet(tmp_path / "a.parquet", ROWS)
+    (tmp_path / "a.parquet").rename(tmp_path / "a.json")
+    assert "holds Parquet data. End its name in .parquet" in refusal(tmp_path / "a.json")
+
+
 def test_parquet_columns_of_one_name_are_refused(tmp_path):
     columns = [pa.array([value]) for value in ("a", "b", True, False)]
     table = pa.Table.from_arrays(columns, names=["prompt", "completion", "label", "label"])
