@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import IO, cast
 
 from kto_core.errors import FeedbackError, printable
-from precompute.dataset_records import data_files, dataset_name, is_saved, read_dataset, suggest
+from kto_core.feedback_formats import quoted
+from precompute.dataset_records import data_files, dataset_name, is_saved, read_dataset, suggest, unread_files
 from precompute.json_records import read_json, read_jsonl
 from precompute.table_records import read_csv, read_parquet
 from precompute.text_files import (
@@ -100,6 +101,19 @@ def describe_source(data: str) -> list[SourceFile]:
         digest.update(line)
         size += len(line)
     return [SourceFile(dataset_name(path, kind), digest.hexdigest(), size)]
+
+
+def warnings_about(data: str) -> list[str]:
+    """Sentences on files of a folder that are not read. Raises: FeedbackError: as read_records does."""
+    path, kind = _look(data)
+    unread = unread_files(path) if kind == "folder" and not is_saved(path) else []
+    if not unread:
+        return []
+    files = "1 file is" if len(unread) == 1 else f"{len(unread):,} files are"
+    return [
+        f"{data}: {files} not read, since the folder's other names, or its README, make no split of them: "
+        f"{quoted(unread[:5], 200)}. Rename them, or pass one file."
+    ]
 
 
 def _hash_file(path: Path) -> SourceFile:

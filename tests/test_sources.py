@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kto_core.errors import FeedbackError
 from kto_core.feedback import FeedbackFields, parse_record
-from precompute.sources import SourceFile, describe_source, read_records
+from precompute.sources import SourceFile, describe_source, read_records, warnings_about
 
 ROWS = [
     {"prompt": "2+2=", "completion": " 4", "label": True},
@@ -469,6 +469,35 @@ def test_damaged_dataset(folder):
     save(folder / "dataset_info.json", "{}")
     save(folder / "state.json", "{")
     assert "not readable as a dataset" in refusal(folder)
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize(
+    ("names", "unread"),
+    [
+        (["train.jsonl", "more.jsonl", "test.jsonl"], ["more.jsonl"]),
+        (["a.jsonl", "B.JSONL"], ["B.JSONL"]),
+        (["a.jsonl", "new\nline.jsonl"], ["new\\nline.jsonl"]),
+        (["a.jsonl", "sub/b.ndjson"], []),
+        (["a.ndjson"], []),
+        (["train.jsonl", "test.jsonl"], []),
+    ],
+)
+def test_files_of_a_folder_that_are_not_read_are_named(folder, names, unread):
+    (folder / "sub").mkdir()
+    for name in names:
+        save(folder / name, jsonl(ROWS))
+    left = [name for name in names if "test" not in name and json.dumps(name)[1:-1] not in unread]
+    assert [row for _, row in read(folder)] == ROWS * len(left)
+    said = " ".join(warnings_about(str(folder)))
+    assert bool(said) == bool(unread)
+    assert all(f'"{name}"' in said for name in unread)
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_a_folder_of_tsv_files_is_read(folder):
+    save(folder / "a.tsv", as_csv(ROWS[:1], delimiter="\t"))
+    assert len(read(folder)) == 1
 
 
 @pytest.mark.usefixtures("datasets_cache")
