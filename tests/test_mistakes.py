@@ -1,6 +1,7 @@
 """A user's mistake gives exit code 1 and one message: where, what was found, what to do. Never a traceback."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,6 +141,14 @@ def test_models_that_are_none(tmp_path: Path, feedback: Path) -> None:
 )
 def test_values_that_make_no_sense(options: list[str], feedback: Path, precompute: Callable[..., Result]) -> None:
     assert_refused(precompute(feedback, *options))
+
+
+def test_an_out_whose_name_is_not_text(tmp_path: Path, base: Path, feedback: Path) -> None:
+    out = tmp_path / os.fsdecode(b"refs\xff")
+    assert_refused(
+        run(kto_precompute, "--model", base, "--data", feedback, "--out", out), "not UTF-8", "another folder"
+    )
+    assert not out.exists()
 
 
 def test_an_out_that_is_a_file_or_holds_something_else(tmp_path: Path, base: Path, feedback: Path) -> None:
