@@ -160,7 +160,10 @@ def parse_label(value: Any, where: str, field: str) -> bool:
     if isinstance(value, str) and value.strip().lower() in LABEL_WORDS:
         return LABEL_WORDS[value.strip().lower()]
     advice = "Thumbs data: write true for up, false for down."
-    if _number(value) is not None:
+    number = _number(value)
+    if number in (0, 1):  # text: pandas writes a column that has gaps as 1.0 and 0.0
+        advice = f"Write {number:.0f}."
+    elif number is not None:
         advice = f"If it is a rating, pass --label-field {field} --rating-threshold 4 (or median)."
     raise FeedbackError(f"{where}: '{field}' must be true or false, got {quoted(value)}. {advice}")
 

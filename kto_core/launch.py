@@ -44,6 +44,13 @@ _DECIDED_BY = {
 }
 _HARMLESS = ("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY")  # true or false
 
+# What libraries read as a number when they are imported, with a traceback where it is none.
+_NUMBERS_OF_LIBRARIES = {
+    "HF_HUB_ETAG_TIMEOUT": int,
+    "HF_HUB_DOWNLOAD_TIMEOUT": int,
+    "HF_DATASETS_IN_MEMORY_MAX_SIZE": float,
+}
+
 # Values that ask for nothing.
 _NEUTRAL = ("", "0", "no", "none", "false", "off", "default", "strict")
 
@@ -136,14 +143,31 @@ def settle_launch(*, shards: bool = False) -> Launch:
         shards: weights may be spread over ranks, as accelerate's settings say.
 
     Raises:
-        ConfigError: see `read_launch`; or a setting of accelerate is neither true nor false.
+        ConfigError: see `read_launch`; a setting of accelerate is neither true nor false; or libraries cannot be imported
+            in this environment.
     """
+    _check_importable()
     launch, sharding = read_launch(), sharding_asked_for()
     warnings = [*_clear_launcher(launch, sharding=bool(sharding)), *_clear_settings(kept=sharding if shards else [])]
     if launch.is_first:
         for line in warnings:
             print(f"warning     {line}", flush=True)
     return launch
+
+
+def _check_importable() -> None:
+    if sys.flags.optimize > 1:
+        raise ConfigError(
+            "Python runs without docstrings (PYTHONOPTIMIZE=2, python -OO), and transformers cannot be imported without them. "
+            "Unset PYTHONOPTIMIZE."
+        )
+    for name, kind in _NUMBERS_OF_LIBRARIES.items():
+        try:
+            kind(os.environ.get(name, "0"))
+        except ValueError:
+            raise ConfigError(
+                f"{name} is {_shown(name)!r} in the environment, which is no number. Give one, or unset it."
+            ) from None
 
 
 def sharding_asked_for() -> list[str]:

@@ -285,7 +285,8 @@ def _coerce(value: Any, allowed: tuple[type, ...], where: str, field: "dataclass
     if value is None:
         if field.default is None:
             return None
-        raise ConfigError(f"{where}: has no value. Give one, or delete the line to use {field.default!r}.")
+        default = "" if field.default is dataclasses.MISSING else f" to use {field.default!r}"
+        raise ConfigError(f"{where}: has no value. Give one, or delete the line{default}.")
     if isinstance(value, bool):
         if bool in allowed:
             return value

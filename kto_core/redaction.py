@@ -16,10 +16,17 @@ HIDDEN = "***"
 # `max_tokens`, `tokenizer` and `tokens_seen` are settings, `hub_token` and `hub_tokens` are not.
 _SECRET_NAME = re.compile(
     r"token(?!s|i[sz])|(?:api|access|auth|bearer|hub|hf|refresh)\w{0,20}tokens|key(?!s|word|_?value|board)|api[_-]?keys"
-    r"|secret|passw|passphrase|pwd|credential|(?<![a-z])auth(?!or)|signature|(?<![a-z])sig(?![a-z])|odbc_connect",
+    r"|secret|passw|passphrase|pwd|credential|(?<![a-z])auth(?!or(?!iz|is))|bearer|cookie|(?<![a-z])(?:pass|pw|sas|jwt)(?![a-z])|signature|(?<![a-z])sig(?![a-z])|odbc_connect",
     re.IGNORECASE,
 )
-_TOKEN = re.compile(r"\b(?:hf|gh[pousr]|github_pat)_[A-Za-z0-9_]{30,}")
+_TOKEN = re.compile(
+    r"\b(?:(?:hf|api_org|gh[pousr]|github_pat)_[A-Za-z0-9_]{30,}|sk-[\w-]{30,}|glpat-[\w-]{20,}|xox[a-z]-[\w-]{20,}"
+    r"|AKIA[0-9A-Z]{16}\b|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
+)
+# A header, as clients quote it.
+_HEADER = re.compile(
+    r"(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)?\s*|\bbearer\s+)[\w.~+/=-]{16,}", re.IGNORECASE
+)
 
 # One slash is what `Path` leaves of two.
 _URL = re.compile(r"[A-Za-z][\w+.-]*:/+[^\s'\"<>]*")
@@ -59,7 +66,7 @@ def hidden(text: str, known: Iterable[str] = ()) -> str:
     if "@" in text:
         text = _URL.sub(lambda found: hidden_url(found[0]), text)
     text = _ENTRY.sub(lambda it: it[0].replace(it[5], HIDDEN) if is_secret_name(it[2]) else it[0], text)
-    return _TOKEN.sub(HIDDEN, _without_settings(text))
+    return _TOKEN.sub(HIDDEN, _HEADER.sub(rf"\1{HIDDEN}", _without_settings(text)))
 
 
 def hidden_url(url: str) -> str:

@@ -11,6 +11,16 @@ from kto_core.feedback_formats import quoted
 from precompute.table_records import without_nulls
 from precompute.text_files import Located, readable
 
+# Suffixes of data files, and the kind that datasets reads them as.
+_KINDS = {
+    ".parquet": ".parquet",
+    ".jsonl": ".json",
+    ".ndjson": ".json",
+    ".json": ".json",
+    ".csv": ".csv",
+    ".tsv": ".csv",
+}
+
 # JSON files of the datasets library that hold no rows.
 _DATASET_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
@@ -77,20 +87,38 @@ def data_files(path: Path) -> list[Path]:
     Raises:
         FeedbackError: none, several kinds (of which datasets would quietly read one), or a cache of ours.
     """
-    name = printable(dataset_name(path, "folder"), 200)
-    _check_kinds(path, name)
+    found = _splits(path)
+    if "train" not in found:
+        raise FeedbackError(
+            f"{_shown_name(path)}: no split 'train'; found {quoted(list(found))}. Pass one file, or the folder of the split"
+            " you want."
+        )
+    return [file for file in found["train"] if file.name not in _DATASET_NOTES]
+
+
+def unread_files(path: Path) -> list[str]:
+    """The data files of a folder that belong to no split: beside train.jsonl, datasets does not read more.jsonl."""
+    in_a_split = {file.resolve() for files in _splits(path).values() for file in files}
+    return sorted(
+        file.relative_to(path).as_posix()
+        for file in path.rglob("*")
+        if _is_data(file, path) and file.resolve() not in in_a_split
+    )
+
+
+def _splits(path: Path) -> dict[str, list[Path]]:
+    _check_kinds(path, _shown_name(path))
     import datasets
 
     try:
         found = datasets.load_dataset_builder(str(path)).config.data_files
     except Exception as error:
-        raise FeedbackError(f"{name}: not readable as a dataset ({said_by(error)}).") from error
-    if "train" not in found:
-        raise FeedbackError(
-            f"{name}: no split 'train'; found {quoted(list(map(str, found)))}. Pass one file, or the folder of the split"
-            " you want."
-        )
-    return [Path(file) for file in found["train"] if Path(file).name not in _DATASET_NOTES]
+        raise FeedbackError(f"{_shown_name(path)}: not readable as a dataset ({said_by(error)}).") from error
+    return {str(split): [Path(file) for file in files] for split, files in found.items()}
+
+
+def _shown_name(path: Path) -> str:
+    return printable(dataset_name(path, "folder"), 200)
 
 
 def _check_kinds(path: Path, name: str) -> None:
@@ -98,11 +126,11 @@ def _check_kinds(path: Path, name: str) -> None:
         raise FeedbackError(f"{name}: this is a reference cache (manifest.json). Pass the feedback it came from.")
     with readable(name):
         files = [file for file in path.rglob("*") if _is_data(file, path)]
-    kinds = sorted({_suffix(file).replace("jsonl", "json") for file in files})
+    kinds = sorted({_KINDS[_suffix(file)] for file in files})
     if len(kinds) == 0:
         raise FeedbackError(
             f"{name}: a folder with no dataset in it. Expected one from save_to_disk, or files that end in"
-            " .parquet, .jsonl, .json or .csv."
+            f" {', '.join(_KINDS)}."
         )
     if len(kinds) > 1:
         raise FeedbackError(f"{name}: holds files of several kinds, {', '.join(kinds)}. Pass one file, or one kind.")
@@ -110,8 +138,7 @@ def _check_kinds(path: Path, name: str) -> None:
 
 def _is_data(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
-    known = _suffix(file) in (".parquet", ".jsonl", ".json", ".csv")
-    return known and not hidden and file.name not in _DATASET_NOTES and file.is_file()
+    return _suffix(file) in _KINDS and not hidden and file.name not in _DATASET_NOTES and file.is_file()
 
 
 def _suffix(file: Path) -> str:

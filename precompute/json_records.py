@@ -30,7 +30,7 @@ def read_jsonl(handle: IO[bytes], name: str) -> Iterator[Located]:
             continue
         where = f"{name}:{number}"
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_unambiguous)
         except (ValueError, RecursionError) as error:
             cut = not line.endswith("\n") and _is_cut(error, line, _skip(line, 0), "}")
             raise _bad_json(error, where, getattr(error, "colno", 1), cut=cut) from None
@@ -137,7 +137,7 @@ class _Text:
         """
         while True:
             try:
-                item, end = json.JSONDecoder().raw_decode(self._left, self._start)
+                item, end = _DECODER.raw_decode(self._left, self._start)
             except (ValueError, RecursionError) as error:
                 if not self._may_go_on(error) or not self._more():
                     raise self.broken(error, closing) from None
@@ -187,6 +187,19 @@ class _Text:
         column = 1 + self._column_of(stop)
         cut = _is_cut(error, self._left, self._start, closing) and not self._more()
         return _bad_json(error, f"{self.name}:{line}", column, cut=cut)
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> Record:
+    """Return the object that its keys and values make. Raises: ValueError: a key has two values; Python takes the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        for key, value in pairs:
+            if value != record[key]:
+                raise ValueError(f"the key {quoted(key)} stands twice, with {quoted(value)} and {quoted(record[key])}")
+    return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unambiguous)
 
 
 def _refuse_wrapper(item: Record, where: str) -> None:

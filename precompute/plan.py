@@ -19,7 +19,7 @@ from kto_core.manifest import PROMPT_TOO_LONG
 from kto_core.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
 from kto_core.tokenization import Tokenizing
 from precompute.config import PrecomputeConfig
-from precompute.sources import SourceFile, describe_source, read_records
+from precompute.sources import SourceFile, describe_source, read_records, warnings_about
 from precompute.text_files import Located
 
 # Rows tokenized in one call of the tokenizer.
@@ -248,7 +248,8 @@ def make_plan(config: PrecomputeConfig, tokenizer: Any, day: datetime | None = N
             f"--max-length {config.max_length}.)"
         ) from error
     rendered_on = day.isoformat() if tokenizing.dated else None
-    return Plan(rows, pairing, config.max_length, read, dropped, files, tokenizing.warnings(), rendered_on)
+    notes = [*warnings_about(config.data), *tokenizing.warnings()]
+    return Plan(rows, pairing, config.max_length, read, dropped, files, notes, rendered_on)
 
 
 def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:

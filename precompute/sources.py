@@ -28,10 +28,20 @@ from pathlib import Path
 from typing import IO, cast
 
 from kto_core.errors import FeedbackError, printable
-from precompute.dataset_records import data_files, dataset_name, is_saved, read_dataset, suggest
+from kto_core.feedback_formats import quoted
+from precompute.dataset_records import data_files, dataset_name, is_saved, read_dataset, suggest, unread_files
 from precompute.json_records import read_json, read_jsonl
 from precompute.table_records import read_csv, read_parquet
-from precompute.text_files import COPY_AGAIN, LARGEST_RECORD, MOST_PACKED, Located, readable
+from precompute.text_files import (
+    COPY_AGAIN,
+    GZIP,
+    LARGEST_RECORD,
+    MOST_PACKED,
+    PARQUET,
+    Located,
+    check_form,
+    readable,
+)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -93,6 +103,19 @@ def describe_source(data: str) -> list[SourceFile]:
     return [SourceFile(dataset_name(path, kind), digest.hexdigest(), size)]
 
 
+def warnings_about(data: str) -> list[str]:
+    """Sentences on files of a folder that are not read. Raises: FeedbackError: as read_records does."""
+    path, kind = _look(data)
+    unread = unread_files(path) if kind == "folder" and not is_saved(path) else []
+    if not unread:
+        return []
+    files = "1 file is" if len(unread) == 1 else f"{len(unread):,} files are"
+    return [
+        f"{data}: {files} not read, since the folder's other names, or its README, make no split of them: "
+        f"{quoted(unread[:5], 200)}. Rename them, or pass one file."
+    ]
+
+
 def _hash_file(path: Path) -> SourceFile:
     digest = hashlib.sha256()
     size = 0
@@ -149,11 +172,15 @@ def _read_files(folder: Path, columns: Collection[str] | None) -> Iterator[Locat
 
 def _read_file(path: Path, name: str, columns: Collection[str] | None) -> Iterator[Located]:
     suffix = format_of(path.name)
+    packed = path.name.lower().endswith(".gz")
+    with readable(name), path.open("rb") as raw:
+        check_form(raw, name, GZIP if packed else PARQUET if suffix == ".parquet" else None)
     if suffix is None or suffix == ".parquet":
         yield from read_parquet(path, name, columns)
         return
     most = LARGEST_RECORD + MOST_PACKED * path.stat().st_size
     with readable(name), _open(path) as handle:
+        check_form(handle, name)
         for item in _TEXT_FORMATS[suffix](handle, name):
             if handle.tell() > most:
                 raise FeedbackError(f"{name}: unpacks to more than {MOST_PACKED} times its size. {COPY_AGAIN}")

@@ -52,6 +52,8 @@ def check_out(location: Location) -> None:
         check_remote(str(location))
         return
     out = Path(location)
+    if any("\ud800" <= character <= "\udfff" for character in str(out)):  # bytes of a name that are no UTF-8
+        raise CacheError(f"--out {out}: the name is not UTF-8, which Arrow cannot open. Choose another folder.")
     if out.exists() and not out.is_dir():
         raise CacheError(f"--out {out}: a file of that name exists; choose another folder.")
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())

@@ -96,10 +96,15 @@ def _csv_header(cells: list[str], where: str, delimiter: str) -> list[str]:
         raise FeedbackError(
             f"{where}: the header is the single column {quoted(columns[0])}. Separate columns by {expected}."
         )
-    column, count = Counter(named).most_common(1)[0]
+    _refuse_twins(named, where)
+    return columns
+
+
+def _refuse_twins(columns: Collection[str], where: str) -> None:
+    """Raises: FeedbackError: two columns of one name, of which a record would hold the last."""
+    column, count = Counter(columns).most_common(1)[0] if columns else ("", 0)
     if count > 1:
         raise FeedbackError(f"{where}: two columns have the name {quoted(column)}. Rename one of them.")
-    return columns
 
 
 def _cell(cell: str, column: str, where: str) -> Any:
@@ -125,6 +130,7 @@ def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) 
         try:
             names = pq.ParquetFile(handle).schema_arrow.names
             wanted = [column for column in names if columns is None or column in columns] or names
+            _refuse_twins(wanted, name)
             unread = dict.fromkeys((column for column in names if column not in wanted), NOT_READ)
             size, most = 0, LARGEST_RECORD + MOST_PACKED * path.stat().st_size
             for batch in _batches(handle, wanted, name):

@@ -41,6 +41,36 @@ def readable(name: str) -> Iterator[None]:
         raise FeedbackError(f"{name}: cannot be read ({said_by(error)}).") from error
 
 
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1\x15"
+_FORMS = {
+    GZIP: ("gzip data", "Add .gz to its name."),
+    PARQUET: ("Parquet data", "End its name in .parquet."),
+    b"PK\x03\x04": ("a zip archive (as .xlsx is one)", "Unpack or convert it first."),
+    b"\x28\xb5\x2f\xfd": ("zstandard data", "Unpack it first."),
+    b"BZh": ("bzip2 data", "Unpack it first."),
+    b"\xfd7zXZ": ("xz data", "Unpack it first."),
+    b"ARROW1\0\0": ("an Arrow file", "Convert it to Parquet first."),
+    b"version https://git-lfs.github.com/spec/": ("a git LFS pointer, not the file itself", "Run `git lfs pull`."),
+}
+
+
+def check_form(handle: IO[bytes], name: str, expected: bytes | None = None) -> None:
+    """Refuse a file whose first bytes say that it is of another kind than its name does.
+
+    Args:
+        handle: at its beginning, where it is afterwards too.
+        expected: the mark of the kind that the name says.
+
+    Raises:
+        FeedbackError: the other kind, with what to do about it.
+    """
+    start = handle.read(max(map(len, _FORMS)))
+    handle.seek(0)
+    for mark, (form, advice) in _FORMS.items():
+        if mark != expected and start.startswith(mark):
+            raise FeedbackError(f"{name}: holds {form}. {advice}")
+
+
 def decode(raw: bytes, name: str, line: int) -> str:
     """`raw`, which begins at `line`, as text; only the first line may begin with a byte order mark."""
     try:

@@ -95,6 +95,12 @@ SIGNS = ["good\ufe0f", "\ufe0f", THUMB_UP + "\U0001f3fd", THUMB_UP + THUMB_UP]
 OTHERS = [None, [], {}, [True], {"label": True}, b"true", ()]
 
 
+@pytest.mark.parametrize(("value", "advice"), [("1.0", "Write 1."), ("0.0", "Write 0."), ("4.0", "--rating-threshold")])
+def test_a_label_of_a_table_is_not_taken_for_a_rating(value, advice):
+    with pytest.raises(FeedbackError, match=f"label.*{advice}"):
+        parse_label(value, "a.csv:2", "label")
+
+
 @pytest.mark.parametrize("value", [*NUMBERS, *WORDS, *SIGNS, *OTHERS])
 def test_label_refuses_everything_else(value):
     with pytest.raises(FeedbackError, match=r"^feedback.jsonl:17: 'thumb' must be true or false, got "):

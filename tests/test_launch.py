@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +48,22 @@ def config(cache: Path, tmp_path: Path) -> TrainConfig:
     return TrainConfig(
         cache=cache, out=tmp_path / "run", batch_size=8, max_steps=2, learning_rate=3e-3, save_steps=0, device="cpu"
     )
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_ETAG_TIMEOUT", "HF_DATASETS_IN_MEMORY_MAX_SIZE"])
+def test_a_number_that_a_library_cannot_read_is_one_message(environment, name: str) -> None:
+    environment(**{name: "soon"})
+    with pytest.raises(ConfigError, match=f"{name} is 'soon'"):
+        settle_launch()
+    environment(**{name: "10"})
+    settle_launch()
+
+
+def test_python_without_docstrings_is_one_message() -> None:
+    code = "from train.cli import train; train(['--cache', 'refs'])"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: Python runs without docstrings")
 
 
 def test_only_one_module_reads_the_variables_of_a_launch() -> None:

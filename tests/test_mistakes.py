@@ -1,6 +1,7 @@
 """A user's mistake gives exit code 1 and one message: where, what was found, what to do. Never a traceback."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -142,6 +143,14 @@ def test_values_that_make_no_sense(options: list[str], feedback: Path, precomput
     assert_refused(precompute(feedback, *options))
 
 
+def test_an_out_whose_name_is_not_text(tmp_path: Path, base: Path, feedback: Path) -> None:
+    out = tmp_path / os.fsdecode(b"refs\xff")
+    assert_refused(
+        run(kto_precompute, "--model", base, "--data", feedback, "--out", out), "not UTF-8", "another folder"
+    )
+    assert not out.exists()
+
+
 def test_an_out_that_is_a_file_or_holds_something_else(tmp_path: Path, base: Path, feedback: Path) -> None:
     file = tmp_path / "file"
     file.touch()
@@ -181,6 +190,14 @@ def test_a_cache_that_is_not_one(tmp_path: Path, cache: Path) -> None:
         ("beta: [", ["YAML"]),
         ("beta: 0.1\nbeta: 0.2", ["twice"]),
         ("training: {adam_beta: 1}", ["adam_beta", "Did you mean"]),
+        ("training: {max_grad_norm: '1'}", ["max_grad_norm must be a number", "'1'"]),
+        ("training: {save_total_limit: 1.5}", ["save_total_limit must be a whole number", "1.5"]),
+        ("training: {full_determinism: 'no'}", ["full_determinism must be true or false", "'no'"]),
+        ("training: {label_smoothing_factor: 0.1}", ["label_smoothing_factor has no effect"]),
+        ("training: {use_liger_kernel: true}", ["liger-kernel is not installed"]),
+        ("training: {eval_strategy: epoch}", ["training: ", "eval_strategy", "eval_dataset"]),
+        ("training: {save_strategy: best}", ["training: ", "metric_for_best_model"]),
+        ("training:", ["training: has no value. Give one, or delete the line."]),
         ("training: {optim: adamw_torch_4bit}", ["optim", "adamw_torch_4bit", "torchao"]),
         ("max_tokens: plenty", ["--max-tokens", "auto", "plenty"]),
         ("max_tokens: 1.5", ["max_tokens", "1.5"]),

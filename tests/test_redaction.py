@@ -40,6 +40,9 @@ WITH_SECRETS = [
     "hf://CRET@datasets/refs",
     "s3:/KEY:CRET@bucket/refs",  # as a Path has it
     "gs://bucket/refs#token=CRET",
+    "abfss://c@account.dfs.core.windows.net/refs?sas=CRET",
+    "https://h/refs?jwt=CRET",
+    "postgresql://h/db?user=bob&pass=CRET",
 ]
 WITHOUT = [
     "hf://datasets/me/refs@main/train",
@@ -60,6 +63,28 @@ def test_a_secret_in_a_url_is_hidden_wherever_it_stands(url: str) -> None:
         assert "CRET" not in shown
     assert "CRET" not in in_one_line(ValueError(f"Invalid bucket name {url}"))
     assert has_credentials(url)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"{start}{'CRET0' * 8}" for start in ("sk-proj-", "glpat-", "xoxb-", "api_org_", "github_pat_")),
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NSJ9.CRET",
+        f"{{'Authorization': 'Bearer {'CRET' * 5}'}}",
+        f"authorization: {'CRET' * 5}",
+    ],
+)
+def test_a_secret_is_known_by_its_form(text: str) -> None:
+    assert "CRET" not in hidden(f"the server said: {text} is not known")
+
+
+def test_words_that_only_resemble_a_secret_s_name_stay() -> None:
+    plain = {"author": "me", "passes": 3, "sastify": "x", "path": "refs", "keyword": "x", "authors": "us", "pwm": "x"}
+    assert without_secrets(plain) == plain
+    assert without_secrets({"Authorization": "x", "sas": "x", "cookie": "x", "pass": "x", "jwt": "x"}) == {}
+    assert hidden("the bearer of this note, sk-learn and a pass over the data") == (
+        "the bearer of this note, sk-learn and a pass over the data"
+    )
 
 
 @pytest.mark.parametrize("url", WITHOUT)

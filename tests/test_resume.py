@@ -190,6 +190,16 @@ class TestCheckpoints:
         assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 3]
 
     @pytest.mark.parametrize(
+        ("name", "value"),
+        [("global_step", 2.0), ("best_metric", "nan"), ("log_history", "x"), ("train_batch_size", None)],
+    )
+    def test_a_state_of_other_kinds_is_named(self, run: Path, name: str, value: object) -> None:
+        path = run / "checkpoint-2/trainer_state.json"
+        rewrite(path, json.dumps({**json.loads(path.read_text()), name: value}).encode())
+        with pytest.raises(ConfigError, match=f"trainer_state.json holds no state of a Trainer: {name} is "):
+            check_checkpoint(path.parent)
+
+    @pytest.mark.parametrize(
         ("name", "content"),
         [
             *(

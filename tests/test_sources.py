@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kto_core.errors import FeedbackError
 from kto_core.feedback import FeedbackFields, parse_record
-from precompute.sources import SourceFile, describe_source, read_records
+from precompute.sources import SourceFile, describe_source, read_records, warnings_about
 
 ROWS = [
     {"prompt": "2+2=", "completion": " 4", "label": True},
@@ -472,6 +472,35 @@ def test_damaged_dataset(folder):
 
 
 @pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize(
+    ("names", "unread"),
+    [
+        (["train.jsonl", "more.jsonl", "test.jsonl"], ["more.jsonl"]),
+        (["a.jsonl", "B.JSONL"], ["B.JSONL"]),
+        (["a.jsonl", "new\nline.jsonl"], ["new\\nline.jsonl"]),
+        (["a.jsonl", "sub/b.ndjson"], []),
+        (["a.ndjson"], []),
+        (["train.jsonl", "test.jsonl"], []),
+    ],
+)
+def test_files_of_a_folder_that_are_not_read_are_named(folder, names, unread):
+    (folder / "sub").mkdir()
+    for name in names:
+        save(folder / name, jsonl(ROWS))
+    left = [name for name in names if "test" not in name and json.dumps(name)[1:-1] not in unread]
+    assert [row for _, row in read(folder)] == ROWS * len(left)
+    said = " ".join(warnings_about(str(folder)))
+    assert bool(said) == bool(unread)
+    assert all(f'"{name}"' in said for name in unread)
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_a_folder_of_tsv_files_is_read(folder):
+    save(folder / "a.tsv", as_csv(ROWS[:1], delimiter="\t"))
+    assert len(read(folder)) == 1
+
+
+@pytest.mark.usefixtures("datasets_cache")
 @pytest.mark.parametrize("name", ["f.jsonl", "f.csv", "f.parquet", "data/train.jsonl"])
 def test_folder_of_data_files(folder, name):
     (folder / "data").mkdir()
@@ -486,6 +515,43 @@ def test_folder_of_data_files(folder, name):
     assert describe_source(str(folder)) == [
         SourceFile(os.path.basename(name), hashlib.sha256(content).hexdigest(), len(content))
     ]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_with_two_values_is_refused(tmp_path, name):
+    content = '{"prompt": "a", "completion": "b",\n "label": true, "label": false}'
+    content = f"[{content}]" if name == "a.json" else content.replace("\n", "")
+    message = refusal(save(tmp_path / name, content), f"{name}:1")
+    assert '"label" stands twice, with true and false' in message
+    assert read(save(tmp_path / name, content.replace("false", "true")))[0][1]["label"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "form"),
+    [
+        ("a.jsonl", gzip.compress(jsonl(ROWS).encode()), "gzip data. Add .gz"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(jsonl(ROWS).encode())), "gzip data"),
+        ("a.csv", b"PK\x03\x04\x14\x00", "a zip archive"),
+        ("a.json.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a git LFS pointer"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a git LFS pointer"),
+        ("a.parquet", b"\x28\xb5\x2f\xfd1234", "zstandard data"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_name_says_is_named(tmp_path, name, content, form):
+    assert f"holds {form}" in refusal(save(tmp_path / name, content))
+
+
+def test_parquet_under_another_name_is_named(tmp_path):
+    parquet(tmp_path / "a.parquet", ROWS)
+    (tmp_path / "a.parquet").rename(tmp_path / "a.json")
+    assert "holds Parquet data. End its name in .parquet" in refusal(tmp_path / "a.json")
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path):
+    columns = [pa.array([value]) for value in ("a", "b", True, False)]
+    table = pa.Table.from_arrays(columns, names=["prompt", "completion", "label", "label"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert 'two columns have the name "label"' in refusal(tmp_path / "a.parquet")
 
 
 @pytest.mark.usefixtures("datasets_cache")

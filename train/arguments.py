@@ -1,17 +1,20 @@
 """From our options to `transformers.TrainingArguments`."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
 
 from kto_core.errors import ConfigError, in_one_line
 from kto_core.launch import START_OR_UNSET, unreachable, world_size
 from kto_core.models import Precision
-from kto_core.options import check_table, nearest, shown
+from kto_core.options import check_table, nearest, shown, value_types
 from kto_core.redaction import is_secret_name, without_secrets
 from train.config import TrainConfig
 
@@ -43,6 +46,9 @@ _OURS = {
     "greater_is_better": "--metric",
     "load_best_model_at_end": "--early-stopping",
 }
+
+# What the Trainer would do in a loss or a package that is not there.
+_NO_EFFECT = {"label_smoothing_factor": "the losses here have no smoothed form"}
 
 # Updates that no run makes.
 _NEVER = 2**31
@@ -136,6 +142,8 @@ def training_arguments(
             f"The launcher started {world} processes, but accelerate joins {args.world_size} on {args.device}: each would train "
             f"by itself. {START_OR_UNSET}"
         )
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ConfigError("training: use_liger_kernel: the package liger-kernel is not installed.")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer.endswith(_STEPS_INSIDE):
         raise ConfigError(
@@ -164,8 +172,40 @@ def _table(config: TrainConfig) -> dict[str, Any]:
             raise ConfigError(f"training: {name} is set by {_OURS[name]}; remove it from the table.")
         if name not in known:
             raise ConfigError(f"training: unknown key {shown(name)!r}.{nearest(shown(name), known)}")
+        if config.training[name] and name in _NO_EFFECT:
+            raise ConfigError(f"training: {name} has no effect: {_NO_EFFECT[name]}. Remove it from the table.")
     check_table(config.training, "training:")
+    _check_kinds(config.training)
     return dict(config.training)
+
+
+def _check_kinds(table: dict[str, Any]) -> None:
+    """Refuse text where the Trainer calculates or decides: it takes 'no' for true."""
+    kinds = value_types(transformers.TrainingArguments)
+    for name, value in table.items():
+        wanted = set(kinds[name])
+        if value is None or not isinstance(value, bool | int | float | str):
+            continue
+        if wanted == {bool} and not isinstance(value, bool):
+            raise ConfigError(f"training: {name} must be true or false, got {shown(value)!r}.")
+        if wanted <= {int, float} and (isinstance(value, bool | str) or (float not in wanted and value % 1)):
+            what = "a number" if float in wanted else "a whole number"
+            raise ConfigError(f"training: {name} must be {what}, got {shown(value)!r}.")
+
+
+@contextlib.contextmanager
+def accepted_by_trainer(config: TrainConfig) -> Iterator[None]:
+    """Turn what the Trainer says of settings that do not go together into one message.
+
+    Raises:
+        ConfigError: an evaluation without held-out rows, a hub that is not there, and the like.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        if not config.training:
+            raise
+        raise ConfigError(f"training: {in_one_line(error)}") from error
 
 
 def _scheduler(config: TrainConfig) -> str:

@@ -16,7 +16,7 @@ import transformers
 from kto_core.durable import flush_all, write_json
 from kto_core.errors import ConfigError, KTOError, TrainingError, said_by
 from kto_core.identity import file_hashes
-from kto_core.options import shown
+from kto_core.options import shown, value_types
 
 _FILES = "sizes.json"
 _LOADED = (".safetensors", ".json", ".pt", ".pth", ".bin")
@@ -104,7 +104,15 @@ def _files_of(checkpoint: Path) -> dict[str, dict[str, Any]]:
 def _check_state(checkpoint: Path) -> None:
     """Check what the Trainer reads from its state without a look."""
     try:
-        step = transformers.TrainerState.load_from_json(str(checkpoint / _STATE)).global_step
+        state = transformers.TrainerState.load_from_json(str(checkpoint / _STATE))
+        step = state.global_step
+        numbers = [name for name, kinds in value_types(transformers.TrainerState).items() if {int, float} & set(kinds)]
+        for name in numbers:
+            value, needed = getattr(state, name), name in ("global_step", "train_batch_size")
+            if not isinstance(value, int if needed else int | float | None):
+                raise TypeError(f"{name} is {shown(value)}")
+        if not isinstance(state.log_history, list):
+            raise TypeError(f"log_history is {shown(state.log_history)}")
     except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{_STATE} holds no state of a Trainer: {said_by(error)}") from error
     if isinstance(step, bool) or step != int(checkpoint.name.rpartition("-")[2]):

@@ -24,7 +24,7 @@ from kto_core.models import Precision, resolve_device, resolve_precision
 from kto_core.options import AUTO
 from train.advice import class_weight_values, warnings_for
 from train.alarms import Settings, Watch
-from train.arguments import training_arguments
+from train.arguments import accepted_by_trainer, training_arguments
 from train.cache_rows import CacheRows
 from train.card import CARD, command_of, write_card
 from train.checkpoints import reading
@@ -345,18 +345,19 @@ def make_trainer(
     callbacks: list[Any],
 ) -> KTOTrainer:
     """The Trainer for a policy that is loaded."""
-    trainer = KTOTrainer(
-        model=model,
-        args=args,
-        rows=data.rows,
-        batches=data.batches(config),
-        objective=objective,
-        max_tokens=1 if sees_whole_passes(model) else _max_tokens(config, args.device),
-        rounding=tolerance_for(data.rows.manifest, precision),
-        held_out=data.held_out,
-        writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
-        callbacks=callbacks,
-    )
+    with accepted_by_trainer(config):
+        trainer = KTOTrainer(
+            model=model,
+            args=args,
+            rows=data.rows,
+            batches=data.batches(config),
+            objective=objective,
+            max_tokens=1 if sees_whole_passes(model) else _max_tokens(config, args.device),
+            rounding=tolerance_for(data.rows.manifest, precision),
+            held_out=data.held_out,
+            writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
+            callbacks=callbacks,
+        )
     trainer.remove_callback(transformers.PrinterCallback)
     prepare_sharding(trainer.accelerator, precision.dtype, merges=bool(config.lora_rank and files.adapter))
     return trainer
