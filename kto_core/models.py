@@ -229,6 +229,7 @@ def load_causal_lm(
         keep_gradients_of_four_bits(model)
         keep_eight_bits_in_eval_mode(model)
     disable_dropout(model)
+    _set_outputs(model.config)
     with model_code(str(folder), f"this model family ({family_of(model)}) cannot be scored"):
         add_scoring_forward(model)
     return model if _is_quantized(model) else model.to(device)
@@ -458,6 +459,15 @@ def holds_experts(module: nn.Module) -> bool:
         for n in counts
         if n > 1
     )
+
+
+def _set_outputs(config: Any) -> None:
+    """Ask for an object with the last hidden states, whatever config.json asks for.
+
+    `transformers` reads a model that returns its attentions, and refuses to save it under any kernel but eager.
+    """
+    for one in (config, config.get_text_config()):
+        one.return_dict, one.output_attentions, one.output_hidden_states = True, False, False
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -116,6 +116,21 @@ class TestConfiguration:
         for name in TOKENIZER:
             assert (run / name).read_bytes() == (base / name).read_bytes()
 
+    @pytest.mark.parametrize(
+        "outputs", [{"output_attentions": True}, {"output_hidden_states": True}, {"return_dict": False}], ids=str
+    )
+    def test_what_a_configuration_wants_returned_changes_nothing(
+        self, outputs: dict[str, bool], tmp_path: Path, feedback: Path, config: TrainConfig
+    ) -> None:
+        plain, base = (save_tiny(tmp_path / name) for name in ("plain", "base"))
+        edited(base, "config.json", **outputs)
+        run = train(scored(base, feedback, config))
+        expected = load_file(
+            train(scored(plain, feedback, replace(config, out=tmp_path / "other"))) / "model.safetensors"
+        )
+        assert all(torch.equal(expected[name], one) for name, one in load_file(run / "model.safetensors").items())
+        assert outputs.items() <= read(run / "config.json").items()
+
     def test_a_head_of_its_own_is_saved_though_the_configuration_says_tied(
         self, tmp_path: Path, feedback: Path, config: TrainConfig
     ) -> None:
