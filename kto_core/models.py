@@ -328,7 +328,12 @@ def _widen(model: nn.Module) -> None:
 
 
 def _is_packed(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor holds quantised weights: whole numbers, or floats of 8 bits."""
+    """Return whether a tensor holds quantised weights: whole numbers, floats of 8 bits, or 4-bit ones of bitsandbytes.
+
+    Those may lie in storage of any type, since sharding wants that of the other weights.
+    """
+    if getattr(tensor, "quant_state", None) is not None:
+        return True
     if tensor.is_floating_point():
         return tensor.element_size() == 1
     return tensor.ndim >= 2 and tensor.dtype != torch.bool
