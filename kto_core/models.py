@@ -226,6 +226,7 @@ def load_causal_lm(
     if frozen and not precision.is_full and not _is_quantized(model):
         store_matrices_in(model, precision.dtype)
     if _is_quantized(model):
+        _compute_four_bits_in(model, precision.dtype)
         keep_gradients_of_four_bits(model)
         keep_eight_bits_in_eval_mode(model)
     disable_dropout(model)
@@ -371,6 +372,13 @@ def is_quantized_folder(folder: Path) -> bool:
 
 def _is_quantized(model: Any) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
+
+
+def _compute_four_bits_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compute bitsandbytes' 4-bit layers in the run's precision, not in the one that they were once saved with."""
+    for module in model.modules():
+        if "compute_type_is_set" in vars(module):
+            vars(module).update(compute_dtype=dtype, compute_type_is_set=True)
 
 
 def keep_gradients_of_four_bits(model: nn.Module) -> None:

@@ -102,12 +102,24 @@ def rows_of(cache: Path) -> list[dict[str, Any]]:
     return pq.read_table(cache / "train").to_pylist()
 
 
-@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
-def test_four_bits_score_as_their_values_do_in_any_storage(
-    storage: str, four_bits: Path, feedback: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("storage", "computed"),
+    [
+        ("uint8", "float32"),
+        ("bfloat16", "float32"),
+        ("float32", "float32"),
+        ("uint8", "bfloat16"),
+        ("uint8", "float16"),
+    ],
+)
+def test_four_bits_score_as_their_values_do_however_they_were_saved(
+    storage: str, computed: str, four_bits: Path, feedback: Path, tmp_path: Path
 ) -> None:
     settings = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_storage=storage,
+        bnb_4bit_compute_dtype=computed,
     )
     wide = four_bits.parent / "wide"
     model = transformers.AutoModelForCausalLM.from_pretrained(wide, quantization_config=settings)
