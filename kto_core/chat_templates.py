@@ -339,14 +339,14 @@ def _check_completion(row: FeedbackRow, text: str, found: Findings) -> None:
         assert isinstance(message, dict)
         for kind, part in _parts(message):
             if _holds(text, part):
-                there += 1
+                there += kind != "arguments"  # words as short as "a" stand in the template's own
                 continue
             lost += 1
             lines = part.split("\n") if kind == "completion" else []
             if any(line.strip() and _holds(text, line) for line in lines):
                 there += 1
                 kind = "reasoning" if _THOUGHT.search(part) else kind
-            found.add(kind, row.where)
+            found.add("tool_calls" if kind == "arguments" else kind, row.where)
     if lost and not there:
         part = next(part for message in row.completion for _, part in _parts(message))  # type: ignore[arg-type]
         raise TokenizationError(
@@ -366,12 +366,18 @@ def _parts(message: Message) -> Iterator[tuple[str, str]]:
     for name in _REASONING:
         if isinstance(message.get(name), str) and message[name].strip():
             yield "reasoning", message[name]
+    yield from _call_parts(message)
+
+
+def _call_parts(message: Message) -> Iterator[tuple[str, str]]:
+    """Yield (kind, text) of all that a message's tool calls say; OpenAI once wrote a single one, `function_call`."""
     calls = message.get("tool_calls")
-    for call in calls if isinstance(calls, list | tuple) else ():
+    for call in [*(calls if isinstance(calls, list | tuple) else ()), message.get("function_call")]:
         call = _call_with_arguments(call, False)
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
-        for text in _texts([function.get("name"), function.get("arguments")]) if isinstance(function, Mapping) else ():
-            yield "tool_calls", text
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping):
+            yield from (("tool_calls", text) for text in _texts(function.get("name")))
+            yield from (("arguments", text) for text in _texts(function.get("arguments")))
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -395,6 +401,8 @@ def _check_prompt(row: FeedbackRow, text: str, found: Findings) -> None:
         content = message["content"]
         if not _holds(text, content) and not _holds(text, _THOUGHT.split(content)[-1]):
             found.add("prompt", row.where)
+        if not all(_holds(text, part) for _, part in _call_parts(message)):
+            found.add("prompt_calls", row.where)
     names = [tool.get("function", tool) for tool in row.tools or ()]
     names = [tool.get("name") for tool in names if isinstance(tool, Mapping)]
     if any(isinstance(name, str) and not _holds(text, name) for name in names):

@@ -22,6 +22,10 @@ _SENTENCES = {
         "goes to --chat-template."
     ),
     "prompt": "the chat template leaves out messages of {n:,} prompt{s} (first: {first}).",
+    "prompt_calls": (
+        "the chat template leaves out tool calls of {n:,} prompt{s} (first: {first}). A template that writes them goes to "
+        "--chat-template."
+    ),
     "tools": "the chat template leaves out the 'tools' of {n:,} row{s} (first: {first}).",
     "settings": "the chat template reads none of some 'chat_template_kwargs' of {n:,} row{s} (first: {first}).",
     "two_bos": "{n:,} row{s} begin{v} with two BOS tokens (first: {first}). Check the chat template, or the text.",

@@ -185,6 +185,11 @@ def _apart_from_own_logits(model: Any, rows: Sequence[TokenIds]) -> float:
     scored = torch.cat([token_logps(model, pad_sequences(one).to(_device(model))).token_logps for one in passes])
     ours = scored.double().split([len(completion) for _, completion in rows])
     own = [_own_logps(model, np.concatenate(row))[len(row[0]) - 1 :] for row in rows]
+    if not all(one.isfinite().all() for one in own):
+        raise ModelError(
+            f"{type(model).__name__}: its own log-probabilities are infinite or NaN. Its weights are damaged, or too large for "
+            "--dtype. Copy the model again, or try --dtype float32."
+        )
     return max(_largest(mine - theirs) for mine, theirs in zip(ours, own, strict=True))
 
 

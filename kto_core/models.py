@@ -226,9 +226,11 @@ def load_causal_lm(
     if frozen and not precision.is_full and not _is_quantized(model):
         store_matrices_in(model, precision.dtype)
     if _is_quantized(model):
+        _compute_four_bits_in(model, precision.dtype)
         keep_gradients_of_four_bits(model)
         keep_eight_bits_in_eval_mode(model)
     disable_dropout(model)
+    _set_outputs(model.config)
     with model_code(str(folder), f"this model family ({family_of(model)}) cannot be scored"):
         add_scoring_forward(model)
     return model if _is_quantized(model) else model.to(device)
@@ -327,7 +329,12 @@ def _widen(model: nn.Module) -> None:
 
 
 def _is_packed(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor holds quantised weights: whole numbers, or floats of 8 bits."""
+    """Return whether a tensor holds quantised weights: whole numbers, floats of 8 bits, or 4-bit ones of bitsandbytes.
+
+    Those may lie in storage of any type, since sharding wants that of the other weights.
+    """
+    if getattr(tensor, "quant_state", None) is not None:
+        return True
     if tensor.is_floating_point():
         return tensor.element_size() == 1
     return tensor.ndim >= 2 and tensor.dtype != torch.bool
@@ -365,6 +372,13 @@ def is_quantized_folder(folder: Path) -> bool:
 
 def _is_quantized(model: Any) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
+
+
+def _compute_four_bits_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compute bitsandbytes' 4-bit layers in the run's precision, not in the one that they were once saved with."""
+    for module in model.modules():
+        if "compute_type_is_set" in vars(module):
+            vars(module).update(compute_dtype=dtype, compute_type_is_set=True)
 
 
 def keep_gradients_of_four_bits(model: nn.Module) -> None:
@@ -458,6 +472,15 @@ def holds_experts(module: nn.Module) -> bool:
         for n in counts
         if n > 1
     )
+
+
+def _set_outputs(config: Any) -> None:
+    """Ask for an object with the last hidden states, whatever config.json asks for.
+
+    `transformers` reads a model that returns its attentions, and refuses to save it under any kernel but eager.
+    """
+    for one in (config, config.get_text_config()):
+        one.return_dict, one.output_attentions, one.output_hidden_states = True, False, False
 
 
 def disable_dropout(model: nn.Module) -> None:

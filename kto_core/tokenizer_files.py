@@ -36,6 +36,11 @@ def load_tokenizer(
     keywords = {**(options or {}), "trust_remote_code": trust_remote_code}
     with _heard() as heard:
         tokenizer = _load(auto_tokenizer, folder, keywords)
+        if _stop_sampling(getattr(tokenizer, "backend_tokenizer", None)):
+            heard.append(
+                f"{folder}: {_FILE} leaves merges out at random (BPE-dropout), so that no text has the same tokens twice. "
+                "That is switched off, in the tokenizer saved with the trained model too."
+            )
         if other := _as_filed(tokenizer, folder, keywords):
             name = type(tokenizer).__name__
             heard.append(
@@ -46,6 +51,15 @@ def load_tokenizer(
     if notes is not None:
         notes += [_in_our_words(text, folder) for text in dict.fromkeys(heard)]
     return tokenizer
+
+
+def _stop_sampling(backend: Any) -> bool:
+    """Switch off a random choice of merges in a `tokenizers` tokenizer; return whether there was one."""
+    model: Any = getattr(backend, "model", None)
+    if not getattr(model, "dropout", None):
+        return False
+    model.dropout = None
+    return True
 
 
 def use_template(tokenizer: Any, path: Path | None, settings: Mapping[str, Any]) -> list[str]:
@@ -119,11 +133,13 @@ def _as_filed(tokenizer: Any, folder: Path, keywords: Mapping[str, Any]) -> Any:
         filed = Tokenizer.from_file(str(path))
         filed.no_truncation()
         filed.no_padding()
+        _stop_sampling(filed)
         probe = _probe(filed)
         wanted = filed.encode(probe, add_special_tokens=False).ids
         if _alike(_ids(tokenizer, probe), wanted):
             return None
         other = _load(plain, folder, keywords)
+        _stop_sampling(other.backend_tokenizer)
         return other if _alike(_ids(other, probe), wanted) else None
     except (KeyboardInterrupt, SystemExit):
         raise

@@ -135,9 +135,24 @@ def test_arguments_of_a_call_read_the_same_as_text_and_as_an_object(
     assert warnings == []
 
 
-def test_a_call_that_the_template_leaves_out_is_refused() -> None:
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, {"a": 1}, {"end": "start"}, '{"m": 1}'])
+def test_a_call_that_the_template_leaves_out_is_refused(arguments: Any) -> None:
     with pytest.raises(TokenizationError, match=r"f\.jsonl:7: the chat template leaves the completion out: 'find'"):
-        texts(CHAT_TEMPLATE, messages=[ASK, call({"city": "Paris"})])
+        texts(CHAT_TEMPLATE, messages=[ASK, call(arguments)])
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city":"Paris"}'], ids=["object", "text"])
+def test_a_call_that_the_template_leaves_out_of_a_prompt_is_said(arguments: Any) -> None:
+    found = {"role": "tool", "content": "Paris it is."}
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+    _, _, warnings = texts(CHAT_TEMPLATE, messages=[ASK, call(arguments), found, ANSWER], tools=tools)
+    assert [line.split(" (")[0] for line in warnings] == ["the chat template leaves out tool calls of 1 prompt"]
+    assert texts(TOJSON, messages=[ASK, call(arguments), found, ANSWER], tools=tools)[2] == []
+
+
+def test_a_call_in_the_older_format_that_is_left_out_is_said() -> None:
+    older = {**ANSWER, "function_call": {"name": "find", "arguments": '{"city": "Lyon"}'}}
+    assert "leaves out tool calls of 1 completion" in texts(CHAT_TEMPLATE, messages=[ASK, older])[2][0]
 
 
 def test_a_call_that_is_left_out_beside_text_is_said() -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pyarrow.parquet as pq
 import pytest
@@ -99,6 +100,35 @@ def naive_logps(model: Any, row: dict[str, Any]) -> torch.Tensor:
 
 def rows_of(cache: Path) -> list[dict[str, Any]]:
     return pq.read_table(cache / "train").to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("storage", "computed"),
+    [
+        ("uint8", "float32"),
+        ("bfloat16", "float32"),
+        ("float32", "float32"),
+        ("uint8", "bfloat16"),
+        ("uint8", "float16"),
+    ],
+)
+def test_four_bits_score_as_their_values_do_however_they_were_saved(
+    storage: str, computed: str, four_bits: Path, feedback: Path, tmp_path: Path
+) -> None:
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_storage=storage,
+        bnb_4bit_compute_dtype=computed,
+    )
+    wide = four_bits.parent / "wide"
+    model = transformers.AutoModelForCausalLM.from_pretrained(wide, quantization_config=settings)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    precompute(PrecomputeConfig(model=str(tmp_path / "model"), data=str(feedback), out=tmp_path / "refs"))
+    naive = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").dequantize().double()
+    for row in rows_of(tmp_path / "refs"):
+        np.testing.assert_allclose(row["ref_token_logps"], naive_logps(naive, row), atol=1e-4)
 
 
 def test_an_adapter_on_quantized_weights_scores_as_peft_does(fine_tuned: Any, fine_tuned_cache: Path) -> None:

@@ -116,6 +116,33 @@ class TestConfiguration:
         for name in TOKENIZER:
             assert (run / name).read_bytes() == (base / name).read_bytes()
 
+    def test_settings_that_contradict_each_other_keep_their_special_tokens(
+        self, tmp_path: Path, feedback: Path, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        base = save_tiny(tmp_path / "base")
+        edited(
+            base, "generation_config.json", eos_token_id=[9, 4], pad_token_id=2, early_stopping=True, temperature=0.6
+        )
+        run = train(scored(base, feedback, config))
+        assert "only the special tokens are saved" in capsys.readouterr().out
+        saved = transformers.AutoModelForCausalLM.from_pretrained(run).generation_config
+        assert (saved.eos_token_id, saved.pad_token_id, saved.early_stopping) == ([9, 4], 2, None)
+
+    @pytest.mark.parametrize(
+        "outputs", [{"output_attentions": True}, {"output_hidden_states": True}, {"return_dict": False}], ids=str
+    )
+    def test_what_a_configuration_wants_returned_changes_nothing(
+        self, outputs: dict[str, bool], tmp_path: Path, feedback: Path, config: TrainConfig
+    ) -> None:
+        plain, base = (save_tiny(tmp_path / name) for name in ("plain", "base"))
+        edited(base, "config.json", **outputs)
+        run = train(scored(base, feedback, config))
+        expected = load_file(
+            train(scored(plain, feedback, replace(config, out=tmp_path / "other"))) / "model.safetensors"
+        )
+        assert all(torch.equal(expected[name], one) for name, one in load_file(run / "model.safetensors").items())
+        assert outputs.items() <= read(run / "config.json").items()
+
     def test_a_head_of_its_own_is_saved_though_the_configuration_says_tied(
         self, tmp_path: Path, feedback: Path, config: TrainConfig
     ) -> None:

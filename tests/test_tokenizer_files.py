@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -168,6 +169,27 @@ def test_what_transformers_warns_of_is_said(base: Path, monkeypatch: pytest.Monk
     assert "--tokenizer-kwargs fix_mistral_regex=true" in notes[0]
     assert notes[1] == "something else"
     assert logging.getLogger("transformers").level == level
+
+
+def test_merges_are_not_left_out_at_random(base: Path, rows: Path, tmp_path: Path) -> None:
+    def split(folder: Path) -> set[str]:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return {str(tokenizer("hello world " * 8)["input_ids"]) for _ in range(20)}
+
+    model = copytree(base, tmp_path / "model")
+    file = json.loads((model / "tokenizer.json").read_text())
+    file["model"]["dropout"] = 0.5
+    (model / "tokenizer.json").write_text(json.dumps(file))
+    assert len(split(model)) > 1
+    notes: list[str] = []
+    load_tokenizer(AutoTokenizer, model, trust_remote_code=False, notes=notes)
+    assert "BPE-dropout" in notes[0]
+    for name, reference in (("without", base), ("with", model)):
+        score(PrecomputeConfig(model=str(reference), data=str(rows), out=str(tmp_path / name)))
+    ids = [pq.read_table(tmp_path / name / "train")["prompt_ids"].to_pylist() for name in ("without", "with")]
+    assert ids[0] == ids[1]
+    train(TrainConfig(cache=str(tmp_path / "with"), out=tmp_path / "run", max_steps=1))
+    assert split(tmp_path / "run") == split(base)
 
 
 def test_tokenizer_kwargs_are_recorded_and_used_again(base: Path, rows: Path, tmp_path: Path) -> None:

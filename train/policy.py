@@ -163,5 +163,6 @@ def _repair_generation(model: Any) -> None:
         generation.validate(strict=True)
         print("warning     generation_config.json samples without do_sample; it is saved with it")
     except ValueError:
-        model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
-        print("warning     generation_config.json contradicts itself; it is saved with its defaults")
+        tokens = {name: value for name, value in generation.to_dict().items() if name.endswith("_token_id")}
+        model.generation_config = transformers.GenerationConfig.from_dict(tokens)
+        print("warning     generation_config.json contradicts itself; of it, only the special tokens are saved")
