@@ -144,16 +144,6 @@ def stored_type(folder: Path) -> str | None:
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
 
 
-def tensors_stored_in(folder: Path, dtype: str) -> dict[str, Path]:
-    """Return the tensors of a model folder that are stored in a type (F32, BF16, F16), and the file of each.
-
-    Raises:
-        ModelError: a file that is damaged.
-    """
-    files = weight_files(folder)
-    return {name: path for path in files for name, entry in safetensors_header(path).items() if entry[0] == dtype}
-
-
 def safetensors_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
     """Tensor name -> dtype, shape, first and last byte in the file (the format is 8 bytes of length, then JSON)."""
     try:

@@ -20,7 +20,7 @@ from kto_core.errors import ModelError, printable, said_by
 from kto_core.folder_code import check_model_code
 from kto_core.foreign_files import check_kinds
 from kto_core.hub import fetch_from_hub
-from kto_core.identity import stored_type, tensors_stored_in
+from kto_core.identity import stored_type
 from kto_core.library_warnings import collected_warnings, skipped_quantization
 from kto_core.logps import add_scoring_forward
 from kto_core.manifest import LONGEST_NAME
@@ -302,10 +302,11 @@ def _restore_wide(model: nn.Module, folder: Path, unexpected: Collection[str]) -
     """
     if is_quantized_folder(folder):
         return True
-    if all(tensors_stored_in(folder, dtype) for dtype in ("BF16", "F16")):
+    tensors = stored_tensors(folder)
+    if {"BF16", "F16"} <= {tensor.dtype for tensor in tensors.values()}:
         return False
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    stored = {name: path for name, path in tensors_stored_in(folder, "F32").items() if name not in unexpected}
+    stored = {name: one.file for name, one in tensors.items() if one.dtype == "F32" and name not in unexpected}
     if not stored.keys() <= parameters.keys():
         return False
     for name, path in stored.items():

@@ -20,7 +20,8 @@ from torch import Tensor
 from kto_core.durable import write_json
 from kto_core.errors import TrainingError, said_by
 from kto_core.head import whole_shape
-from kto_core.identity import chat_template_hash, stored_type, tokenizer_hash, weight_files
+from kto_core.identity import chat_template_hash, stored_type, tokenizer_hash
+from kto_core.weight_files import stored_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
@@ -220,11 +221,7 @@ def _own_files(source: Path, tokenizer: Any) -> dict[str, bytes]:
 def _wide_names(source: Path) -> frozenset[str]:
     if stored_type(source) in (None, "F32"):
         return frozenset()
-    names: set[str] = set()
-    for path in weight_files(source):
-        with safe_open(path, "pt") as file:
-            names |= {name for name in file.keys() if file.get_slice(name).get_dtype() == "F32"}  # noqa: SIM118
-    return frozenset(names)
+    return frozenset(name for name, tensor in stored_tensors(source).items() if tensor.dtype == "F32")
 
 
 def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, keep: Iterable[str] = ()) -> dict[str, Tensor]:

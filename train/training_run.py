@@ -99,7 +99,7 @@ class TrainingRun:
         if main:
             remove_leftovers(out)
             warnings += data.warnings(config, precision)
-            warnings += _saving_warnings(config)
+            warnings += _saving_warnings(config, merges=bool(config.lora_rank and files.adapter))
             if args.gpus_here > 1:
                 warnings.append(
                     f"{args.gpus_here} GPUs here, and one process trains on one of them: torchrun --nproc_per_node "
@@ -302,16 +302,21 @@ def versions() -> dict[str, str]:
     }
 
 
-def _saving_warnings(config: TrainConfig) -> list[str]:
-    """Return a line for each thing that saved files will lack."""
+def _saving_warnings(config: TrainConfig, *, merges: bool) -> list[str]:
+    """Return a line for each thing that saved files will lack.
+
+    Args:
+        merges: the run ends by merging its adapters, and rounds what comes of it.
+    """
     lines = []
     if config.training.get("save_only_model") and config.save_steps:
         lines.append("training: save_only_model: checkpoints hold no optimizer state, and --resume cannot use them.")
     if config.save_dtype in ("bfloat16", "float16"):
         share, kind = ("0.2", "bfloat16") if config.save_dtype == "bfloat16" else ("0.02", "float16")
+        evaluated = "before they are rounded" if merges else "as they are saved"
         lines.append(
             f"--save-dtype {kind}: a weight that training moves by less than {share} % of itself is saved as it was; "
-            "held-out rows are evaluated with the weights that are saved."
+            f"held-out rows are evaluated with the weights {evaluated}."
         )
     return lines
 
