@@ -28,6 +28,10 @@ _SENTENCES = {
     ),
     "tools": "the chat template leaves out the 'tools' of {n:,} row{s} (first: {first}).",
     "settings": "the chat template reads none of some 'chat_template_kwargs' of {n:,} row{s} (first: {first}).",
+    "open": (
+        "the chat template writes no special token after {n:,} completion{s}: training on them does not teach the model "
+        "to stop (first: {first}). A template that ends turns goes to --chat-template."
+    ),
     "two_bos": "{n:,} row{s} begin{v} with two BOS tokens (first: {first}). Check the chat template, or the text.",
     "lost": (
         "the tokenizer loses characters of {n:,} row{s}: it has no token for them (first: {first}). Check that the "

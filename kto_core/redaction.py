@@ -16,7 +16,7 @@ HIDDEN = "***"
 # `max_tokens`, `tokenizer` and `tokens_seen` are settings, `hub_token` and `hub_tokens` are not.
 _SECRET_NAME = re.compile(
     r"token(?!s|i[sz])|(?:api|access|auth|bearer|hub|hf|refresh)\w{0,20}tokens|key(?!s|word|_?value|board)|api[_-]?keys"
-    r"|secret|passw|passphrase|pwd|credential|(?<![a-z])auth(?!or(?!iz|is))|bearer|cookie|(?<![a-z])(?:pass|pw|sas|jwt)(?![a-z])|signature|(?<![a-z])sig(?![a-z])|odbc_connect",
+    r"|secret|passw|passphrase|pwd|credential|(?<![a-z])auth(?!or(?!iz|is))|bearer|cookie|(?<![a-z])(?:pass|pw|sas|jwt|dsn)(?![a-z])|webhook|session[_-]?(?:id|token|key|cookie)|signature|(?<![a-z])sig(?![a-z])|odbc_connect",
     re.IGNORECASE,
 )
 _TOKEN = re.compile(

@@ -14,6 +14,9 @@ from kto_core.findings import Findings
 
 ResultT = TypeVar("ResultT")
 
+# A turn's end and what templates write behind it: a line break or two.
+_END_TOKENS = 4
+
 
 class Tokens(NamedTuple):
     """int32 ids, untruncated; the prompt has at least one token, and so has the completion."""
@@ -110,7 +113,10 @@ class Tokenizing:
         if prompt[: len(before)] != before:  # text that was rendered before begins with BOS as it is
             prompt = [*before, *prompt]
         prompt = [*prompt, *after]
-        if not item.is_chat and not self._is_closed(item.completion, completion):
+        if item.is_chat:
+            if self._decoder.special_ids.isdisjoint(completion[-_END_TOKENS:]):
+                self._findings.add("open", row.where)
+        elif not self._is_closed(item.completion, completion):
             completion = [*completion, self._tokenizer.eos_token_id]
         _check(row, prompt, completion)
         if prompt[:2] == [self._tokenizer.bos_token_id] * 2:

@@ -136,3 +136,10 @@ def test_the_greatest_that_are_taken_train(cache: Path, greatest: dict[str, Any]
         train(replace(config, **greatest, **held_out))
     except KTOError as error:
         pytest.fail(f"refused: {error}")
+
+
+@pytest.mark.parametrize("rate", [1.5, 9e18])
+def test_a_learning_rate_that_moves_every_weight_by_more_than_one_is_refused(rate: float) -> None:
+    """Such a model's scores can still be finite numbers."""
+    with pytest.raises(ConfigError, match=r"^--learning-rate must be at most 1, got"):
+        TrainConfig(learning_rate=rate)

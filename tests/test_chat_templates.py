@@ -289,3 +289,13 @@ def test_a_template_that_writes_bos_twice_is_said() -> None:
     prompt, _, warnings = texts("{{ bos_token }}" + CHAT_TEMPLATE, messages=[ASK, ANSWER], bos=True)
     assert prompt.startswith(BOS + BOS)
     assert "1 row begins with two BOS tokens" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "open_ended"), [(CHAT_TEMPLATE, False), (VICUNA, False), (PLAIN, True), (CHAT_TEMPLATE.replace("<|im_end|>", ""), True)]
+)
+def test_a_template_that_ends_no_turn_is_said(template: str, open_ended: bool) -> None:
+    """The model would never learn to stop."""
+    _, completion, warnings = texts(template, messages=[ASK, ANSWER])
+    assert ("<" not in completion) == open_ended
+    assert any("writes no special token after 1 completion" in line for line in warnings) == open_ended

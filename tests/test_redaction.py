@@ -43,6 +43,9 @@ WITH_SECRETS = [
     "abfss://c@account.dfs.core.windows.net/refs?sas=CRET",
     "https://h/refs?jwt=CRET",
     "postgresql://h/db?user=bob&pass=CRET",
+    "https://h/refs?sessionid=CRET",
+    "https://h/refs?sentry_dsn=CRET",
+    "https://h/refs?webhook_url=CRET",
 ]
 WITHOUT = [
     "hf://datasets/me/refs@main/train",
