@@ -76,7 +76,7 @@ def test_an_end_is_no_header(template: str) -> None:
     _, completion, warnings = texts(template, messages=[ASK, ANSWER])
     assert completion.startswith("In Paris.")
     assert completion[9:] in ("<|im_end|>\n", "</s>", "\n")
-    assert warnings == []
+    assert [line for line in warnings if "writes no special token" not in line] == []
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,8 @@ def test_a_template_that_writes_bos_twice_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "open_ended"), [(CHAT_TEMPLATE, False), (VICUNA, False), (PLAIN, True), (CHAT_TEMPLATE.replace("<|im_end|>", ""), True)]
+    ("template", "open_ended"),
+    [(CHAT_TEMPLATE, False), (VICUNA, False), (PLAIN, True), (CHAT_TEMPLATE.replace("<|im_end|>", ""), True)],
 )
 def test_a_template_that_ends_no_turn_is_said(template: str, open_ended: bool) -> None:
     """The model would never learn to stop."""

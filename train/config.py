@@ -37,7 +37,7 @@ class TrainConfig:
     undesirable_weight: float | str = option(1.0, "Weight of undesirable rows; auto balances the classes.")
     humanline_low: float = option(-1.0, "Least log-ratio of a token under --loss humanline, nats.", finite=False)
     humanline_high: float = option(1.5, "Greatest log-ratio of a token under --loss humanline, nats.", finite=False)
-    learning_rate: float = option(1e-6, "Peak learning rate.", most=1.0)
+    learning_rate: float = option(1e-6, "Peak learning rate.", most=1)
     epochs: float = option(1.0, "Passes over the rows.", most=1_000_000)
     max_steps: int | None = option(None, "Stop after N updates.", metavar="N")
     batch_size: int = option(32, "Rows in one update, over all devices.")
