@@ -28,11 +28,11 @@ from measured_run import run_measured
 from text_table import text_table
 from workload import SMALL, make_workload
 
-from kto_core.identity import file_hashes, json_hash
-from kto_core.manifest import fingerprint, identity_of, read_manifest, write_manifest
-from kto_core.shards import SCHEMA, shard_name
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
+from offline_kto.kto_core.cache.manifest import fingerprint, identity_of, read_manifest, write_manifest
+from offline_kto.kto_core.cache.shards import SCHEMA, shard_name
+from offline_kto.kto_core.hashing import file_hashes, json_hash
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
 
 PROMPT, COMPLETION, ROWS_PER_SHARD, BATCH = 150, 150, 4096, 32
 MOST_SECONDS, MOST_MIB = 20.0, 2000 * 1e6 / 2**20
@@ -112,8 +112,8 @@ def peak_mib() -> float:
 
 def read(folder: Path, batches: int) -> None:
     """In a process of its own: open, read batches as training does, and print what it took."""
-    from train.batches import BatchLoader, EpochBatches, strata_of, units_of
-    from train.cache_rows import CacheRows
+    from offline_kto.train.data.batches import BatchLoader, EpochBatches, strata_of, units_of
+    from offline_kto.train.data.cache_rows import CacheRows
 
     imported, started = peak_mib(), time.perf_counter()
     rows = CacheRows(folder)
@@ -148,7 +148,15 @@ def run_reader(folder: Path, batches: int) -> dict[str, float]:
 
 def run_training(cache: Path, out: Path) -> tuple[float, float, float]:
     """Real kto-train: (seconds to the first batch, seconds to the end of the first update, peak MiB)."""
-    command = [sys.executable, "-c", "from train.cli import train; train()", "--cache", str(cache), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-c",
+        "from offline_kto.train.cli import train; train()",
+        "--cache",
+        str(cache),
+        "--out",
+        str(out),
+    ]
     command += ["--max-steps", "1", "--batch-size", str(BATCH), "--save-steps", "0", "--device", "cpu"]
     command += ["--allow-different-policy"]  # the scores are random numbers
     started = time.perf_counter()
@@ -168,7 +176,7 @@ def plan_bytes_per_row(work: Path) -> tuple[float, float]:
     peaks, sizes = [], []
     for count in (4000, 20000):
         made = make_workload(work / str(count), data=None, num_rows=count, shape=SMALL, seed=0)
-        command = [sys.executable, "-c", "from precompute.cli import precompute; precompute()", "--dry-run"]
+        command = [sys.executable, "-c", "from offline_kto.precompute.cli import precompute; precompute()", "--dry-run"]
         command += ["--model", str(made.model), "--data", str(made.data), "--max-length", "1024"]
         peaks.append(run_measured(command, log=work / f"plan{count}.log").peak_mib * 2**20)
         sizes.append(made.data.stat().st_size)
@@ -184,7 +192,7 @@ def measure(work: Path, rows: int) -> list[tuple[str, float, str]]:
     make_cache(large, small, rows, SMALL.vocabulary)
     size = sum(path.stat().st_size for path in large.rglob("*.parquet"))
     reader = run_reader(large, batches=200)
-    verify = [sys.executable, "-c", "from precompute.cli import cache; cache()", "verify", str(large)]
+    verify = [sys.executable, "-c", "from offline_kto.precompute.cli import cache; cache()", "verify", str(large)]
     verified = run_measured(verify, log=work / "verify.log")
     base_first, _, base_peak = run_training(small, work / "run-small")
     first, updated, peak = run_training(large, work / "run-large")

@@ -47,15 +47,15 @@ from sides import Recipe, read_cache, run_trl, score
 from text_table import text_table
 from workload import SMALL, ModelShape, Workload, add_workload_options, make_workload
 
-from kto_core.passes import WORTH_SHARING
+from offline_kto.kto_core.scoring.passes import WORTH_SHARING
 
 PLAIN = """
-import kto_core.passes
-kto_core.passes.WORTH_SHARING = 1.0
-from precompute.cli import precompute
+import offline_kto.kto_core.scoring.passes
+offline_kto.kto_core.scoring.passes.WORTH_SHARING = 1.0
+from offline_kto.precompute.cli import precompute
 precompute()
 """
-CLI = "from precompute.cli import precompute; precompute()"
+CLI = "from offline_kto.precompute.cli import precompute; precompute()"
 GPU_RULE = "TRL, GPU rule"
 SCORING, PROCESS, TOKENS = "scoring, s", "whole process, s", "tokens/s"
 ACHIEVED, SHARE, MEMORY, APART = "achieved, GFLOP/s", "of the matmul rate, %", "peak memory, MiB", "scores differ by"

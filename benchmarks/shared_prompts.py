@@ -22,10 +22,11 @@ import transformers
 from text_table import text_table
 from workload import SMALL, ModelShape, save_llama, synthetic_rows, train_tokenizer
 
-import kto_core.passes
-from kto_core.models import Precision, load_causal_lm
-from kto_core.passes import ScoringPasses
-from kto_core.sequences import TokenIds
+import offline_kto.kto_core.scoring.passes
+from offline_kto.kto_core.models.loading import load_causal_lm
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.scoring.passes import ScoringPasses
+from offline_kto.kto_core.scoring.sequences import TokenIds
 
 SAVED = (0.10, 0.15, 0.20, 0.25, 0.30, 0.40)
 TOKENS, SPREAD = 300, 0.4
@@ -46,7 +47,7 @@ def make_rows(saved: float, count: int, vocabulary: int, seed: int) -> list[Toke
 
 def seconds(passes: ScoringPasses, rows: list[TokenIds], worth: float) -> float:
     """Score all rows, sharing always or never."""
-    kto_core.passes.WORTH_SHARING = worth
+    offline_kto.kto_core.scoring.passes.WORTH_SHARING = worth
     started = time.perf_counter()
     for _ in passes.run(rows):
         pass

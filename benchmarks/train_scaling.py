@@ -46,9 +46,9 @@ WORDS = 200  # of one token each: letters only, because the tokenizer cuts betwe
 # `kto-train` with a clock around all that happens for the sake of logs; on a CPU nothing of it is hidden in a queue.
 TIMED_LOGGING = """
 import pathlib, sys, time
-from train.cli import train
-from train.trainer import KTOTrainer
-from train.window import Window
+from offline_kto.train.cli import train
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
+from offline_kto.train.trainer.accumulators import Window
 seconds = 0.0
 def timed(function):
     def call(*arguments, **options):

@@ -1,7 +1,7 @@
 """Lines for people on standard output."""
 
-from kto_core.errors import printable
-from kto_core.redaction import hidden
+from offline_kto.kto_core.errors import printable
+from offline_kto.kto_core.redaction import hidden
 
 
 def tell(line: str) -> None:

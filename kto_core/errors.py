@@ -16,9 +16,11 @@ Each message says where, what was found and what to do. The commands print it an
 Everything else that is raised is our own mistake and keeps its traceback.
 """
 
+import difflib
 import re
+from typing import Any
 
-from kto_core.redaction import hidden
+from offline_kto.kto_core.redaction import hidden
 
 
 class KTOError(Exception):
@@ -96,3 +98,17 @@ def printable(text: str, limit: int | None = None) -> str:
 def said_by(error: BaseException) -> str:
     """What a library says of a file, fit for a message: it may quote at length what the file holds."""
     return printable(in_one_line(error), 200)
+
+
+def shown(value: Any) -> str:
+    """A value from a file, for a message; cut where it is long."""
+    try:
+        return printable(str(value), 100)
+    except ValueError:  # a whole number of thousands of digits
+        return "a huge number"
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """` Did you mean 'beta'?`, or nothing when no known word is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

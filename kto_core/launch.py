@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from kto_core.errors import ConfigError, printable
+from offline_kto.kto_core.errors import ConfigError, printable
 
 _SIZES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _NUMBERS = ("RANK", "LOCAL_RANK")

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
-from kto_core.errors import KTOError, printable
-from kto_core.foreign_files import MEGABYTE, open_foreign, read_foreign
+from offline_kto.kto_core.errors import KTOError, printable
+from offline_kto.kto_core.foreign_files import MEGABYTE, open_foreign, read_foreign
 
 LOCK = ".lock"
 

@@ -6,7 +6,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from kto_core.streams import is_terminal
+from offline_kto.kto_core.streams import is_terminal
 
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
-from kto_core.errors import OutputError
+from offline_kto.kto_core.errors import OutputError
 
 
 def is_terminal(stream: IO[str] | None) -> bool:

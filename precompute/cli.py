@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from kto_core.allocator import keep_freed_memory
-from kto_core.errors import KTOError
-from kto_core.launch import settle_launch, world_size
-from kto_core.options import Location, click_settings, resolve, to_location
-from kto_core.quiet import quiet_libraries
-from kto_core.streams import own_streams
-from precompute.config import PrecomputeConfig
+from offline_kto.kto_core.errors import KTOError
+from offline_kto.kto_core.launch import settle_launch, world_size
+from offline_kto.kto_core.locations import Location, to_location
+from offline_kto.kto_core.options import click_settings, resolve
+from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries
+from offline_kto.kto_core.streams import own_streams
+from offline_kto.precompute.config import PrecomputeConfig
 
 
 class _Command(click.Command):
@@ -58,7 +58,9 @@ def precompute(ctx: click.Context, /, **values: Any) -> None:
     settle_launch()
     keep_freed_memory()
     quiet_libraries()
-    from precompute.run import precompute as run  # what decides how libraries behave is set before they are imported
+    from offline_kto.precompute.run import (
+        precompute as run,  # what decides how libraries behave is set before they are imported
+    )
 
     run(config)
 
@@ -81,7 +83,7 @@ _FOLDER = click.argument("folder", type=to_location)
 @_FOLDER
 def info(folder: Location) -> None:
     """What the cache was made from, and how many rows it has."""
-    from precompute.inspect_cache import info as run
+    from offline_kto.precompute.inspect_cache import info as run
 
     run(folder)
 
@@ -90,7 +92,7 @@ def info(folder: Location) -> None:
 @_FOLDER
 def verify(folder: Location) -> None:
     """Check every file and every row against the manifest and the rules of the format."""
-    from precompute.inspect_cache import verify as run
+    from offline_kto.precompute.inspect_cache import verify as run
 
     run(folder)
 
@@ -102,6 +104,6 @@ def verify(folder: Location) -> None:
 def head(folder: Location, rows: int, model: str | None) -> None:
     """Show the first rows as text: prompt, completion y and mismatched completions y'."""
     quiet_libraries()
-    from precompute.inspect_cache import head as run
+    from offline_kto.precompute.inspect_cache import head as run
 
     run(folder, rows=rows, model=model)

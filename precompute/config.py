@@ -5,9 +5,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from kto_core.chat_templates import NOT_FOR_DATA
-from kto_core.errors import ConfigError
-from kto_core.options import AUTO, Location, check_numbers, option, parse_settings, shown
+from offline_kto.kto_core.errors import ConfigError, shown
+from offline_kto.kto_core.feedback.chat_templates import NOT_FOR_DATA
+from offline_kto.kto_core.locations import Location
+from offline_kto.kto_core.options import AUTO, check_numbers, option, parse_settings
 
 BACKENDS = (AUTO, "transformers", "vllm")
 PAIRINGS = ("shuffled", "rotate")

@@ -9,14 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kto_core.console import tell
-from kto_core.errors import ConfigError, printable
-from kto_core.manifest import Manifest, check_places, read_manifest
-from kto_core.options import Location
-from kto_core.progress import Progress
-from kto_core.shards import Rows, check_packing, check_table, open_shard, read_groups
-from kto_core.storage import local_copy, speaking_of
-from kto_core.verification import verify_cache
+from offline_kto.kto_core.cache.manifest import Manifest, check_places, read_manifest
+from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
+from offline_kto.kto_core.cache.shards import Rows, check_packing, check_table, open_shard, read_groups
+from offline_kto.kto_core.cache.verification import verify_cache
+from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.errors import ConfigError, printable
+from offline_kto.kto_core.locations import Location
+from offline_kto.kto_core.progress import Progress
 
 # Of a terminal in columns, and of one that says it has none.
 _LEAST_WIDTH = 40
@@ -123,7 +123,8 @@ def _rows(folder: Path, manifest: Manifest) -> Iterator[dict[str, Any]]:
 def _tokenizer(manifest: Manifest, model: str | None) -> Any:
     import transformers
 
-    from kto_core.models import find_folder, find_reference, load_tokenizer
+    from offline_kto.kto_core.models.folders import find_folder, find_reference
+    from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 
     folder, _ = find_folder(model, revision=None) if model else find_reference(manifest.reference)
     options = manifest.tokenizer.get("options")

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kto_core.identity import ids_id, sequence_id
-from kto_core.sequences import TokenIds
+from offline_kto.kto_core.hashing import ids_id, sequence_id
+from offline_kto.kto_core.scoring.sequences import TokenIds
 
 # How much scoring a kill may cost.
 SECONDS_BETWEEN_PARTS = 60.0

@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from kto_core.errors import ConfigError, FeedbackError, PairingError
-from kto_core.feedback import COLUMNS, FeedbackFields, FeedbackRow, parse_record, rare_class, resolve_threshold
-from kto_core.identity import ids_id, json_hash, sequence_id
-from kto_core.manifest import PROMPT_TOO_LONG
-from kto_core.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
-from kto_core.tokenization import Tokenizing
-from precompute.config import PrecomputeConfig
-from precompute.sources import SourceFile, describe_source, read_records, warnings_about
-from precompute.text_files import Located
+from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
+from offline_kto.kto_core.errors import ConfigError, FeedbackError, PairingError
+from offline_kto.kto_core.feedback.labels import rare_class
+from offline_kto.kto_core.feedback.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
+from offline_kto.kto_core.feedback.records import COLUMNS, FeedbackFields, FeedbackRow, parse_record, resolve_threshold
+from offline_kto.kto_core.feedback.tokenization import Tokenizing
+from offline_kto.kto_core.hashing import ids_id, json_hash, sequence_id
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.records.sources import SourceFile, describe_source, read_records, warnings_about
+from offline_kto.precompute.records.text_files import Located
 
 # Rows tokenized in one call of the tokenizer.
 _TOKENIZE_ROWS = 1024

@@ -4,14 +4,12 @@ refs/manifest.json          last of all; without it there is no cache
 refs/train/00000.parquet    complete shards; an interrupted run goes on at the first missing one
 refs/.next/train/...        new shards while a finished cache is updated; the old one stays valid meanwhile
 refs/.kept/train/...        shards of an unfinished run with other rows in them, for their scores
-refs/.parts/train/...       scores of the shard that is under way (`precompute.parts`)
+refs/.parts/train/...       scores of the shard that is under way (`offline_kto.precompute.parts`)
 """
 
 import contextlib
-import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,135 +17,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kto_core.durable import flush, remove_temporary, replacing, written_to
-from kto_core.errors import CacheError, NewerFormatError
-from kto_core.identity import file_hash, json_hash, sequence_id
-from kto_core.lock import only_writer
-from kto_core.manifest import (
+from offline_kto.kto_core.cache.manifest import (
     FORMAT,
     MANIFEST,
     Manifest,
     differences,
-    parse_manifest,
     read_manifest,
     write_manifest,
 )
-from kto_core.options import Location, is_url
-from kto_core.shards import Rows, check_packing, check_table, open_shard, read_metadata, shard_name, write_shard
-from kto_core.storage import Remote, check_remote, working_folder
-from kto_core.verification import verify_cache
-
-_NEXT = ".next"
-_KEPT = ".kept"
-_PARTS = ".parts"
-
-
-def check_out(location: Location) -> None:
-    """Refuse a folder that cannot or must not be written, before any work is done. Creates nothing.
-
-    Raises:
-        CacheError: a file, not writable, or a folder with something else in it.
-    """
-    if is_url(location):
-        check_remote(str(location))
-        return
-    out = Path(location)
-    if any("\ud800" <= character <= "\udfff" for character in str(out)):  # bytes of a name that are no UTF-8
-        raise CacheError(f"--out {out}: the name is not UTF-8, which Arrow cannot open. Choose another folder.")
-    if out.exists() and not out.is_dir():
-        raise CacheError(f"--out {out}: a file of that name exists; choose another folder.")
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK):
-        raise CacheError(f"--out {out}: no permission to write in {parent}.")
-    if not parent.is_dir():
-        raise CacheError(f"--out {out}: {parent} is a file.")
-    if (out / "train").is_file() or (out / "train").is_symlink():
-        raise CacheError(f"--out {out}: {out / 'train'} is a file or a link, where a cache has a folder. Remove it.")
-    if (out / "train").exists() and not os.access(out / "train", os.W_OK | os.X_OK):
-        raise CacheError(f"--out {out}: no permission to write in {out / 'train'}.")
-    for path in (out / MANIFEST, *(out / "train").glob("*")):
-        if path.exists() and not path.is_file():
-            raise CacheError(f"--out {out}: {path} is not a regular file. Remove it.")
-    if not out.exists() or (out / MANIFEST).exists():
-        return
-    readable = [path for path in _shards(out) if read_metadata(path) is not None]
-    foreign = [] if readable else [path.name for path in _shards(out)]  # beside shards of ours, a damaged one
-    foreign += [p.name for p in out.iterdir() if p.name != "train" and not p.name.startswith(".")]
-    if foreign:
-        raise CacheError(
-            f"--out {out}: holds {sorted(foreign)[0]}, which is no part of a reference cache. Choose an empty folder."
-        )
-
-
-def _shards(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "train").glob("[!.]*.parquet") if path.is_file())
-
-
-def rendered_on(location: Location) -> datetime | None:
-    """Return the time for which a chat template that writes the date rendered the rows in `--out`.
-
-    So the same command makes the same rows tomorrow. A finished cache that does not say was rendered when it was made.
-    """
-    try:
-        if is_url(location):
-            content = Remote(str(location)).read(MANIFEST)
-            manifest = parse_manifest(str(location), content) if content is not None else None
-        else:
-            manifest = read_manifest(Path(location)) if (Path(location) / MANIFEST).exists() else None
-    except CacheError:
-        manifest = None
-    if manifest is not None:
-        said = manifest.tokenization.get("rendered_on") or manifest.created
-    else:
-        folders = () if is_url(location) else tuple(Path(location) / name for name in ("", _NEXT, _KEPT, _PARTS))
-        shards = (read_metadata(path) or {} for folder in folders for path in _shards(folder))
-        said = next((one["rendered_on"] for one in shards if one.get("rendered_on")), None)
-    try:
-        day = datetime.fromisoformat(str(said)) if said else None
-    except ValueError:
-        return None
-    return day.astimezone().replace(tzinfo=None) if day is not None and day.tzinfo else day
-
-
-@contextlib.contextmanager
-def opened_out(location: Location) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """`--out`, for this process alone.
-
-    Yields:
-        the local folder to write, and what to call when a change in it is finished.
-
-    Raises:
-        CacheError: another process writes there, or the system does not allow it.
-    """
-    if is_url(location):
-        with working_folder(str(location), kept=_KEPT) as opened, _made(opened[0] / "train"), _written_to(opened[0]):
-            yield opened
-    else:
-        out = Path(location)
-        with _made(out), only_writer(out, CacheError), _made(out / "train"), _written_to(out):
-            yield out, lambda: None
-
-
-@contextlib.contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """The folder exists; one in which nothing was written is taken away again.
-
-    Raises:
-        CacheError: the system does not allow it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(f"--out {folder}: cannot be written: {error}. Choose another folder.") from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # something was written there
-            folder.rmdir()
-
-
-def _written_to(out: Path) -> contextlib.AbstractContextManager[None]:
-    return written_to(out, CacheError, "Finished shards are kept; run again to go on.")
+from offline_kto.kto_core.cache.shards import (
+    Rows,
+    check_packing,
+    check_table,
+    open_shard,
+    read_metadata,
+    shard_name,
+    write_shard,
+)
+from offline_kto.kto_core.cache.verification import verify_cache
+from offline_kto.kto_core.durable_files import flush, remove_temporary, replacing
+from offline_kto.kto_core.errors import CacheError, NewerFormatError
+from offline_kto.kto_core.hashing import file_hash, json_hash, sequence_id
+from offline_kto.precompute.out_folder import KEPT, NEXT, PARTS, made, shards_in
 
 
 class Store:
@@ -194,7 +85,7 @@ class Store:
         elif old is not None:
             self._refuse_other(old.identity, old.pairing)
         else:
-            for path in (*_shards(self.out), *_shards(self.out / _PARTS)):
+            for path in (*shards_in(self.out), *shards_in(self.out / PARTS)):
                 if metadata := read_metadata(path):  # a damaged shard says nothing; it is scored again
                     self._refuse_other(metadata.get("identity", {}))
         if old is not None and not self._drop_damaged(old):
@@ -203,7 +94,7 @@ class Store:
                 self._remove_folders()
                 self._on_change()
                 return False
-            self.target = self.out / _NEXT
+            self.target = self.out / NEXT
             gone = self._row_ids(old) - row_ids if old.identity == self.identity else set()
             if gone:
                 print(f"drops       {len(gone):,} scored rows that are not in the data any more")
@@ -229,7 +120,7 @@ class Store:
             self._drop_manifest()
             return None
         except CacheError as error:
-            if not any(read_metadata(path) for path in _shards(self.out)):
+            if not any(read_metadata(path) for path in shards_in(self.out)):
                 raise  # nothing here is known to be ours: nothing is removed
             print(f"damaged     {error} Its shards are checked one by one.")
             self._drop_manifest()
@@ -243,14 +134,14 @@ class Store:
     def _drop_others(self, old: Manifest | None) -> None:
         """Remove what was scored under another reference; a finished cache stays until the new one is."""
         for folder in (self.out, *self._folders) if old is None else self._folders:
-            for path in _shards(folder):
+            for path in shards_in(folder):
                 metadata = read_metadata(path)
                 if metadata and metadata.get("identity") != self.identity:
                     path.unlink()
 
     @property
     def _folders(self) -> tuple[Path, ...]:
-        return self.out / _NEXT, self.out / _KEPT, self.out / _PARTS
+        return self.out / NEXT, self.out / KEPT, self.out / PARTS
 
     def _remove_folders(self) -> None:
         for folder in self._folders:
@@ -258,7 +149,7 @@ class Store:
 
     def _remove_strays(self, names: Sequence[str]) -> None:
         """A shard that is not in the manifest would be read by everyone who reads the folder."""
-        for path in _shards(self.out):
+        for path in shards_in(self.out):
             if f"train/{path.name}" not in names:
                 path.unlink()
 
@@ -327,7 +218,7 @@ class Store:
         for index in indices:
             path = self.target / shard_name(index)
             if path.exists():
-                kept = self.out / _KEPT / "train"
+                kept = self.out / KEPT / "train"
                 kept.mkdir(parents=True, exist_ok=True)
                 path.replace(kept / f"{file_hash(path)[:32]}.parquet")
 
@@ -340,7 +231,7 @@ class Store:
         """
         known = KnownScores({}, {key: {} for key in keys})
         for folder in (self.out, *self._folders):
-            for path in _shards(folder):
+            for path in shards_in(folder):
                 metadata = read_metadata(path) or {}
                 into = known.parts.get(str(metadata.get("part_of")), known.scores)
                 ours = metadata.get("identity") == self.identity
@@ -356,8 +247,8 @@ class Store:
 
     def write_part(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write some of the scores of a shard. Raises: CacheError: the disk does not take it."""
-        folder = self.out / _PARTS / "train"
-        with _made(folder.parent), _made(folder):
+        folder = self.out / PARTS / "train"
+        with made(folder.parent), made(folder):
             content = json_hash([row["row_id"] for row in rows])
             write_shard(folder / _part_name(key, content[:32]), rows, self._metadata(part_of=key))
         self._on_change()
@@ -368,9 +259,9 @@ class Store:
 
     def drop_parts(self, key: str) -> None:
         """Remove the parts of a shard."""
-        for path in (self.out / _PARTS / "train").glob(_part_name(key, "*")):
+        for path in (self.out / PARTS / "train").glob(_part_name(key, "*")):
             path.unlink()
-        for folder in (self.out / _PARTS / "train", self.out / _PARTS):
+        for folder in (self.out / PARTS / "train", self.out / PARTS):
             with contextlib.suppress(OSError):  # not there, or not empty
                 folder.rmdir()
 

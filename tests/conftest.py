@@ -17,8 +17,8 @@ import torch
 from feedback_files import write_feedback
 from models import save_tiny
 
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
 
 torch.set_num_threads(1)
 # A busy machine is no reason to fail.

@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from kto_core.options import as_plain, flag
-from precompute.config import PrecomputeConfig
-from train.config import TrainConfig
-from train.sweep_config import SweepConfig
+from offline_kto.kto_core.options import as_plain, flag
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.sweep.config import SweepConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES: dict[str, type] = {"kto-precompute": PrecomputeConfig, "kto-train": TrainConfig, "kto-sweep": SweepConfig}

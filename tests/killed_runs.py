@@ -15,13 +15,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import kto_core.storage
-import precompute.parts as precompute_parts
-from kto_core.options import to_location
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.config import TrainConfig
-from train.run import train
+import offline_kto.kto_core.cache.remote_folder
+import offline_kto.precompute.parts as precompute_parts
+from offline_kto.kto_core.locations import to_location
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.train_run import train
 
 # How a program changes the names on a disk: what a kill can fall between.
 _CHANGES = ("replace", "rename", "unlink", "rmdir", "mkdir")
@@ -38,8 +38,8 @@ def main(orders: dict[str, Any]) -> dict[str, Any]:
     """
     precompute_parts.SECONDS_BETWEEN_PARTS = orders.get("seconds_between_parts", 60.0)
     if "stale_after" in orders:
-        kto_core.storage.STALE_SECONDS = orders["stale_after"]
-        kto_core.storage.REFRESH_SECONDS = orders["stale_after"] / 3
+        offline_kto.kto_core.cache.remote_lock.STALE_SECONDS = orders["stale_after"]
+        offline_kto.kto_core.cache.remote_lock.REFRESH_SECONDS = orders["stale_after"] / 3
     stage, options = orders["stage"], orders["options"]
     if "begin_with" in orders:
         out, killed_before = options["out"], []

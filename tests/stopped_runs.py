@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from train.config import TrainConfig
-from train.run import train
-from train.trainer import KTOTrainer
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.train_run import train
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
 
 
 class StopError(Exception):

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kto_core.errors import TrainingError
-from train.advice import BALANCE, class_weight_values, warnings_for
-from train.config import TrainConfig
+from offline_kto.kto_core.errors import TrainingError
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.diagnostics.settings import BALANCE, class_weight_values, warnings_for
 
 COUNTS = st.integers(1, 10**6)
 

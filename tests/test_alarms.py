@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.alarms import Alarm, Settings, Watch, alarms
-from train.config import LOSSES, TrainConfig
+from offline_kto.train.config import LOSSES, TrainConfig
+from offline_kto.train.diagnostics.training import Alarm, Settings, Watch, alarms
 
 SETTINGS = Settings(
     loss="kto",

@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 
-import kto_core.logps
-from kto_core.errors import TrainingError
-from train.config import TrainConfig
-from train.materials import KeptMaterials, Materials
-from train.run import train
-from train.training_run import TrainingRun
+import offline_kto.kto_core.scoring.logps
+from offline_kto.kto_core.errors import TrainingError
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.inputs import KeptMaterials, Materials
+from offline_kto.train.run.train_run import train
+from offline_kto.train.run.training_run import TrainingRun
 
 
 @pytest.fixture
@@ -37,14 +37,14 @@ def config(cache: Path, tmp_path: Path) -> TrainConfig:
 def found(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
     """The precision of every pass through the policy."""
     precisions: set[torch.dtype] = set()
-    score = kto_core.logps._score
+    score = offline_kto.kto_core.scoring.logps._score
 
     def noted(*arguments: Any) -> Any:
         under = torch.is_autocast_enabled("cpu")
         precisions.add(torch.get_autocast_dtype("cpu") if under else torch.float32)
         return score(*arguments)
 
-    monkeypatch.setattr(kto_core.logps, "_score", noted)
+    monkeypatch.setattr(offline_kto.kto_core.scoring.logps, "_score", noted)
     return precisions
 
 

@@ -9,12 +9,12 @@ from feedback_files import write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.batches import EpochBatches, strata_of, units_of
-from train.cache_rows import CacheRows
-from train.config import TrainConfig
-from train.run import train
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.batches import EpochBatches, strata_of, units_of
+from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.run.train_run import train
 
 
 def epoch(batches: EpochBatches, number: int = 0) -> list[list[int]]:
@@ -69,7 +69,7 @@ def test_orders_differ_by_epoch_and_seed_alone() -> None:
 
 def test_without_shuffling_rows_keep_the_order_of_the_file(cache: Path, tmp_path: Path) -> None:
     config = TrainConfig(cache=cache, batch_size=8, shuffle=False, device="cpu")
-    from train.data import TrainingData
+    from offline_kto.train.data.training_data import TrainingData
 
     assert epoch(TrainingData.open(config).batches(config)) == [[*range(8)], [*range(8, 16)], [*range(16, 20)]]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kto_core.batching import deal, micro_batches, packed_batches
+from offline_kto.kto_core.scoring.batching import deal, micro_batches, packed_batches
 
 lengths_strategy = st.lists(st.integers(1, 60), max_size=80)
 budget_strategy = st.integers(1, 300)

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kto_core.errors import CacheError
-from kto_core.identity import file_hash
-from kto_core.manifest import checksum, read_manifest
-from kto_core.shards import SCHEMA, check_packing, open_shard
-from kto_core.verification import verify_cache
-from precompute.inspect_cache import head
-from precompute.sources import read_records
+from offline_kto.kto_core.cache.manifest import checksum, read_manifest
+from offline_kto.kto_core.cache.shards import SCHEMA, check_packing, open_shard
+from offline_kto.kto_core.cache.verification import verify_cache
+from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.hashing import file_hash
+from offline_kto.precompute.inspect_cache import head
+from offline_kto.precompute.records.sources import read_records
 
 _HERE = Path(__file__).parent
 # Address space of the child, above what its imports take.
@@ -27,9 +27,9 @@ ROOM = 2 * 2**30
 READ = f"""
 import resource, sys
 import pyarrow.parquet, datasets
-from kto_core.errors import KTOError
-from kto_core.feedback import COLUMNS
-from precompute.sources import describe_source, read_records
+from offline_kto.kto_core.errors import KTOError
+from offline_kto.kto_core.feedback.records import COLUMNS
+from offline_kto.precompute.records.sources import describe_source, read_records
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + {ROOM}, taken + {ROOM}))
 rows = 0

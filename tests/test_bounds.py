@@ -9,18 +9,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from kto_core.errors import ConfigError, KTOError
-from kto_core.models import Precision
-from kto_core.options import flag, resolve, value_types
-from precompute.cli import cache as kto_cache
-from precompute.cli import precompute as kto_precompute
-from precompute.config import PrecomputeConfig
-from precompute.inspect_cache import head
-from train.arguments import training_arguments
-from train.cli import train as kto_train
-from train.config import TrainConfig
-from train.run import train
-from train.sweep_config import SweepConfig, Trials
+from offline_kto.kto_core.errors import ConfigError, KTOError
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.options import flag, resolve, value_types
+from offline_kto.precompute.cli import cache as kto_cache
+from offline_kto.precompute.cli import precompute as kto_precompute
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.inspect_cache import head
+from offline_kto.train.cli import train as kto_train
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.arguments import training_arguments
+from offline_kto.train.run.train_run import train
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.space import Trials
 
 CONFIGS = (PrecomputeConfig, TrainConfig, SweepConfig)
 NUMBERS = [

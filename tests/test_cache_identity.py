@@ -25,14 +25,14 @@ from safetensors.torch import load_file, save_file
 from test_precompute import count_scored, scored
 from test_reuse import apart, assert_as_fresh, snapshot
 
-import precompute.reference
-from kto_core.errors import CacheError, ModelError
-from kto_core.identity import weights_hash
-from kto_core.manifest import read_manifest
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute as run
-from train.config import TrainConfig
-from train.run import train
+import offline_kto.precompute.engines.reference
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.errors import CacheError, ModelError
+from offline_kto.kto_core.hashing import weights_hash
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute as run
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.train_run import train
 
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
 
@@ -183,8 +183,8 @@ def test_a_model_changed_in_place_is_named(
 
 def test_another_rule_of_tokenization_is_named(config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     run(config)
-    rule = precompute.reference.TOKENIZATION_RULE
-    monkeypatch.setattr(precompute.reference, "TOKENIZATION_RULE", rule + 1)
+    rule = offline_kto.precompute.engines.reference.TOKENIZATION_RULE
+    monkeypatch.setattr(offline_kto.precompute.engines.reference, "TOKENIZATION_RULE", rule + 1)
     assert_refused_then_replaced(config, {"tokenization.rule"})
 
 
@@ -385,7 +385,7 @@ class TestRevisions:
         def find_folder(name: str, *, revision: str | None, what: str = "model") -> tuple[Path, str | None]:
             return snapshots / str(revision), revision
 
-        monkeypatch.setattr(precompute.reference, "find_folder", find_folder)
+        monkeypatch.setattr(offline_kto.precompute.engines.reference, "find_folder", find_folder)
         return snapshots
 
     @pytest.fixture
@@ -459,14 +459,14 @@ def test_a_tokenizer_that_was_called_before_is_the_same(
 ) -> None:
     """Padding and truncation stay in a tokenizer when it was called with them."""
     run(config)
-    load = precompute.reference.load_tokenizer
+    load = offline_kto.precompute.engines.reference.load_tokenizer
 
     def used(*arguments: Any, **options: Any) -> Any:
         tokenizer = load(*arguments, **options)
         tokenizer(["hello", "hello world"], padding="max_length", truncation=True, max_length=3)
         return tokenizer
 
-    monkeypatch.setattr(precompute.reference, "load_tokenizer", used)
+    monkeypatch.setattr(offline_kto.precompute.engines.reference, "load_tokenizer", used)
     calls.clear()
     run(config)
     assert calls == []
@@ -476,7 +476,13 @@ def test_a_tokenizer_that_was_called_before_is_the_same(
 @pytest.mark.slow
 def test_another_process_with_another_hash_seed_makes_the_same_cache(config: PrecomputeConfig, tmp_path: Path) -> None:
     run(config)
-    command = [sys.executable, "-c", "from precompute.cli import precompute; precompute()", "--model", config.model]
+    command = [
+        sys.executable,
+        "-c",
+        "from offline_kto.precompute.cli import precompute; precompute()",
+        "--model",
+        config.model,
+    ]
     command += ["--data", config.data, "--max-length", "256"]
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     done = subprocess.run(

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from models import BOS, CHAT_TEMPLATE, tiny_tokenizer
 
-from kto_core.chat_templates import with_settings
-from kto_core.errors import TokenizationError
-from kto_core.feedback import FeedbackFields, FeedbackRow, parse_record
-from kto_core.tokenization import Tokenizing
+from offline_kto.kto_core.errors import TokenizationError
+from offline_kto.kto_core.feedback.chat_templates import with_settings
+from offline_kto.kto_core.feedback.records import FeedbackFields, FeedbackRow, parse_record
+from offline_kto.kto_core.feedback.tokenization import Tokenizing
 
 ASK = {"role": "user", "content": "Where?"}
 ANSWER = {"role": "assistant", "content": "In Paris."}

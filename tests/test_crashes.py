@@ -23,18 +23,19 @@ import torch
 from feedback_files import chat_rows, write_feedback, write_rows
 from safetensors.torch import load_file
 
-import kto_core.durable
-import kto_core.manifest
-import precompute.store as precompute_store
-from kto_core.errors import CacheError, ConfigError, KTOError, TrainingError
-from kto_core.lock import only_writer
-from kto_core.manifest import read_manifest
-from precompute.config import PrecomputeConfig
-from precompute.inspect_cache import verify
-from precompute.run import precompute
-from precompute.store import Store, opened_out
-from train.config import TrainConfig
-from train.run import train
+import offline_kto.kto_core.cache.manifest
+import offline_kto.kto_core.durable_files
+import offline_kto.precompute.store as precompute_store
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, TrainingError
+from offline_kto.kto_core.lock import only_writer
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.inspect_cache import verify
+from offline_kto.precompute.out_folder import opened_out
+from offline_kto.precompute.run import precompute
+from offline_kto.precompute.store import Store
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.train_run import train
 
 _HERE = Path(__file__).parent
 
@@ -201,7 +202,7 @@ class TestFullDisk:
         data = write_rows(scoring.out.parent / "more.jsonl", chat_rows(21))
         full = OSError(errno.ENOSPC, "No space left on device")
         with monkeypatch.context() as patch:
-            patch.setattr(kto_core.manifest, "write_json", Mock(side_effect=full))
+            patch.setattr(offline_kto.kto_core.cache.manifest, "write_json", Mock(side_effect=full))
             with pytest.raises(CacheError, match=r"manifest\.json: cannot be written: .*run again to go on"):
                 precompute(replace(scoring, data=str(data)))
         with pytest.raises(CacheError, match="an unfinished cache"):
@@ -288,7 +289,7 @@ class TestPowerCuts:
         self, scoring: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         journal = Journal(monkeypatch)
-        for module in (kto_core.durable, precompute_store):
+        for module in (offline_kto.kto_core.durable_files, precompute_store):
             monkeypatch.setattr(module, "flush", lambda path: None)
         precompute(scoring)
         assert any("was not flushed" in line for line in journal.lost)

@@ -20,16 +20,16 @@ from feedback_files import write_feedback
 from models import save_tiny
 from test_crashes import assert_same_cache
 
-import train.cache_rows
-from kto_core.errors import CacheError
-from kto_core.identity import file_hash
-from kto_core.manifest import checksum, read_manifest
-from kto_core.verification import verify_cache
-from precompute.cli import cache as cache_command
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.cache_rows import CacheRows
-from train.cli import train as train_command
+import offline_kto.train.data.cache_rows
+from offline_kto.kto_core.cache.manifest import checksum, read_manifest
+from offline_kto.kto_core.cache.verification import verify_cache
+from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.hashing import file_hash
+from offline_kto.precompute.cli import cache as cache_command
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.cli import train as train_command
+from offline_kto.train.data.cache_rows import CacheRows
 
 
 @pytest.fixture(scope="module")
@@ -410,14 +410,14 @@ def test_a_cache_that_is_updated_while_it_is_opened_is_refused(
 ) -> None:
     """Between the check of its bytes and the opening of its files."""
     data = write_feedback(refs.parent / "other.jsonl", 25, seed=9)
-    verify = train.cache_rows.verify_cache
+    verify = offline_kto.train.data.cache_rows.verify_cache
 
     def then_updated(*arguments: Any, **options: Any) -> Any:
         found = verify(*arguments, **options)
         precompute(PrecomputeConfig(model=str(base), data=str(data), out=refs, rows_per_shard=4))
         return found
 
-    monkeypatch.setattr(train.cache_rows, "verify_cache", then_updated)
+    monkeypatch.setattr(offline_kto.train.data.cache_rows, "verify_cache", then_updated)
     with pytest.raises(CacheError, match="was updated while it was read"):
         CacheRows(refs)
 

@@ -14,15 +14,16 @@ from accelerate.commands.config.config_args import load_config_from_file
 from click.testing import CliRunner
 from docs_tables import ROOT, TABLE_FIELDS, TABLES, kto_yaml, readme_with_tables
 
-from kto_core.feedback import LABEL_WORDS
-from kto_core.options import as_plain, flag, resolve
-from kto_core.shards import SCHEMA
-from precompute.cli import cache as kto_cache
-from precompute.cli import precompute as kto_precompute
-from train.cli import sweep as kto_sweep
-from train.cli import train as kto_train
-from train.config import LOSSES, TrainConfig
-from train.sweep_config import SweepConfig, Trials
+from offline_kto.kto_core.cache.shards import SCHEMA
+from offline_kto.kto_core.feedback.labels import LABEL_WORDS
+from offline_kto.kto_core.options import as_plain, flag, resolve
+from offline_kto.precompute.cli import cache as kto_cache
+from offline_kto.precompute.cli import precompute as kto_precompute
+from offline_kto.train.cli import sweep as kto_sweep
+from offline_kto.train.cli import train as kto_train
+from offline_kto.train.config import LOSSES, TrainConfig
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.space import Trials
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS: dict[str, click.Command] = {"kto-precompute": kto_precompute, "kto-train": kto_train, "kto-sweep": kto_sweep}

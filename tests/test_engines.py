@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import random_rows
 
-from kto_core.errors import ModelError
-from kto_core.options import as_plain
-from precompute.child import engine_process
-from precompute.comparison import TOLERANCE, ComparedScorer, choose_sample
-from precompute.config import PrecomputeConfig
-from precompute.engines import Backend, choose_backend, load_transformers, vllm_engine
-from precompute.reference import Reference
-from precompute.remote import decode, encode, scores_of
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.options import as_plain
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.engines.backend import Backend, choose_backend, load_transformers, vllm_engine
+from offline_kto.precompute.engines.comparison import TOLERANCE, ComparedScorer, choose_sample
+from offline_kto.precompute.engines.process import engine_process
+from offline_kto.precompute.engines.protocol import decode, encode, scores_of
+from offline_kto.precompute.engines.reference import Reference
 
 
 class TestChoice:

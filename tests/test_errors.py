@@ -2,7 +2,7 @@
 
 import pytest
 
-from kto_core.errors import in_one_line
+from offline_kto.kto_core.errors import in_one_line
 
 SENTENCE = "a whole sentence that says what is wrong, and with what it is wrong"
 

@@ -17,20 +17,20 @@ from safetensors.torch import load_file, save_file
 from stopped_runs import train_until
 from test_loss_family import metrics, pair_rows
 
-import kto_core.durable
-from kto_core.bootstrap import intervals
-from kto_core.errors import ConfigError, TrainingError
-from kto_core.losses import class_weights, kto_losses
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.cache_rows import CacheRows
-from train.cli import train as kto_train
-from train.config import TrainConfig
-from train.evaluate_run import evaluate_run
-from train.evaluation import Scores, held_out_metrics, summary
-from train.objective import Objective
-from train.run import train
-from train.trainer import KTOTrainer
+import offline_kto.kto_core.durable_files
+from offline_kto.kto_core.errors import ConfigError, TrainingError
+from offline_kto.kto_core.losses.bootstrap import intervals
+from offline_kto.kto_core.losses.preference_losses import class_weights, kto_losses
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.cli import train as kto_train
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.run.evaluate_run import evaluate_run
+from offline_kto.train.run.train_run import train
+from offline_kto.train.trainer.evaluation import Scores, held_out_metrics, summary
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
+from offline_kto.train.trainer.objective import Objective
 
 
 def means(values: torch.Tensor) -> Any:
@@ -70,7 +70,7 @@ class TestIntervals:
     def test_many_rows_are_drawn_in_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
         values = torch.arange(30, dtype=torch.float64)
         whole = intervals(means(values), [str(i) for i in range(30)])
-        monkeypatch.setattr("kto_core.bootstrap._ELEMENTS", 64)
+        monkeypatch.setattr("offline_kto.kto_core.losses.bootstrap._ELEMENTS", 64)
         assert intervals(means(values), [str(i) for i in range(30)])["mean"] == pytest.approx(whole["mean"], abs=0.5)
 
 
@@ -164,7 +164,7 @@ def test_rows_are_read_a_few_at_a_time(loss: str, config: TrainConfig, monkeypat
     config = replace(config, loss=loss)
     run = train(config)
     said = json.loads((run / "evaluation.json").read_text())
-    monkeypatch.setattr("train.trainer._HELD_OUT_ROWS", 3)
+    monkeypatch.setattr("offline_kto.train.trainer.kto_trainer._HELD_OUT_ROWS", 3)
     evaluate_run(replace(config, evaluate_only=run))
     found = json.loads((run / "evaluation.json").read_text())
     assert found["rows"] % 3
@@ -430,7 +430,7 @@ class TestEvaluateOnly:
         def full(path: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(kto_core.durable, "flush", full)
+        monkeypatch.setattr(offline_kto.kto_core.durable_files, "flush", full)
         result = CliRunner().invoke(kto_train, ["--evaluate-only", str(run), "--cache", str(config.cache)])
         assert result.exit_code == 1
         assert isinstance(result.exception, SystemExit)

@@ -8,17 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kto_core.errors import ConfigError, FeedbackError
-from kto_core.feedback import (
-    LABEL_WORDS,
+from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.formats import quoted
+from offline_kto.kto_core.feedback.labels import LABEL_WORDS, parse_label
+from offline_kto.kto_core.feedback.records import (
     FeedbackFields,
     FeedbackRow,
-    parse_label,
     parse_rating,
     parse_record,
     resolve_threshold,
 )
-from kto_core.feedback_formats import quoted
 
 WHERE = "feedback.jsonl:17"
 THUMB_UP, THUMB_DOWN = "\U0001f44d", "\U0001f44e"

@@ -20,24 +20,25 @@ import yaml
 from click.testing import CliRunner
 from report_samples import records, write_records, write_run, write_sweep
 
-from kto_core.console import tell
-from kto_core.durable import remove_tree, write_text
-from kto_core.errors import CacheError, ConfigError, ModelError, TrainingError
-from kto_core.foreign_files import read_foreign
-from kto_core.lock import is_held
-from kto_core.manifest import read_manifest
-from kto_core.models import find_folder
-from precompute.inspect_cache import info
-from train import run_files, watching
-from train.card import write_card
-from train.cli import report, train
-from train.config import TrainConfig
-from train.report import write_report
-from train.run import train as run_training
-from train.run_files import holds_word, read_facts, read_rewards
-from train.sweep import _database
-from train.sweep_results import _cell, _read
-from train.watching import MetricsFile, read_metrics
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.durable_files import remove_tree, write_text
+from offline_kto.kto_core.errors import CacheError, ConfigError, ModelError, TrainingError
+from offline_kto.kto_core.foreign_files import read_foreign
+from offline_kto.kto_core.lock import is_held
+from offline_kto.kto_core.models.folders import find_folder
+from offline_kto.precompute.inspect_cache import info
+from offline_kto.train import run_files
+from offline_kto.train.cli import report, train
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.report.report import write_report
+from offline_kto.train.run import callbacks as watching
+from offline_kto.train.run.callbacks import MetricsFile, read_metrics
+from offline_kto.train.run.model_card import write_card
+from offline_kto.train.run.train_run import train as run_training
+from offline_kto.train.run_files import holds_word, read_facts, read_rewards
+from offline_kto.train.sweep.results import _cell, _read
+from offline_kto.train.sweep.sweep import _database
 
 PRECIOUS = "users: [{name: admin, user: {token: KUBE-SECRET, name: KUBE-SECRET}}]\n"
 OVERRIDE = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\x00"
@@ -127,7 +128,7 @@ class TestReports:
         write_records(private, records(10))
         shutil.rmtree(folder / "trials" / "0001")
         (folder / "trials" / "0001").symlink_to(private)
-        from train.report_folders import read_folder
+        from offline_kto.train.report.folders import read_folder
 
         found = read_folder(folder)
         assert [trial.run is None for trial in found.trials] == [False, True, False, False]
@@ -197,7 +198,7 @@ class TestReaders:
         assert "KUBE" not in said.output
 
     def test_options_of_the_user_s_own_may_come_through_a_pipe(self, tmp_path: Path) -> None:
-        from kto_core.options import read_yaml
+        from offline_kto.kto_core.yaml_files import read_yaml
 
         read, write = os.pipe()
         os.write(write, b"beta: 0.2\n")

@@ -35,19 +35,19 @@ from models import CHAT_TEMPLATE, tiny_tokenizer
 from test_manifest import make_cache
 from test_shards import ROWS
 
-from kto_core.errors import CacheError, ConfigError, FeedbackError, KTOError, ModelError, TokenizationError
-from kto_core.feedback import FeedbackFields, parse_record, resolve_threshold
-from kto_core.identity import weights_hash
-from kto_core.manifest import MANIFEST, checksum, differences, fingerprint, identity_of, read_manifest
-from kto_core.options import resolve
-from kto_core.shards import check_table, open_shard, read_metadata, shard_name
-from kto_core.tokenization import tokenize_rows
-from kto_core.verification import verify_cache
-from precompute import inspect_cache
-from precompute.config import PrecomputeConfig
-from precompute.sources import describe_source, read_records
-from train.cache_rows import CacheRows, RowKey
-from train.config import TrainConfig
+from offline_kto.kto_core.cache.manifest import MANIFEST, checksum, differences, fingerprint, identity_of, read_manifest
+from offline_kto.kto_core.cache.shards import check_table, open_shard, read_metadata, shard_name
+from offline_kto.kto_core.cache.verification import verify_cache
+from offline_kto.kto_core.errors import CacheError, ConfigError, FeedbackError, KTOError, ModelError, TokenizationError
+from offline_kto.kto_core.feedback.records import FeedbackFields, parse_record, resolve_threshold
+from offline_kto.kto_core.feedback.tokenization import tokenize_rows
+from offline_kto.kto_core.hashing import weights_hash
+from offline_kto.kto_core.options import resolve
+from offline_kto.precompute import inspect_cache
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.records.sources import describe_source, read_records
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.cache_rows import CacheRows, RowKey
 
 TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,10 +13,10 @@ import huggingface_hub
 import pytest
 from models import save_tiny
 
-from kto_core.errors import ModelError
-from kto_core.hub import UNWANTED, WANTED
-from kto_core.model_files import check_texts
-from kto_core.models import find_folder
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.models.folders import find_folder
+from offline_kto.kto_core.models.hub import UNWANTED, WANTED
+from offline_kto.kto_core.models.model_files import check_texts
 
 COMMIT = "a" * 40
 
@@ -104,8 +104,8 @@ def test_a_silent_hub_is_waited_for_only_so_long(tmp_path: Path, silent_hub: str
         "HF_HUB_ETAG_TIMEOUT": "4",
     }
     program = (
-        "from kto_core.errors import ModelError\n"
-        "from kto_core.models import find_folder\n"
+        "from offline_kto.kto_core.errors import ModelError\n"
+        "from offline_kto.kto_core.models.loading import find_folder\n"
         "print(find_folder('org/tiny', revision=None)[1])\n"
         "try:\n    find_folder('org/absent', revision=None)\n"
         "except ModelError as error:\n    print(error)\n"

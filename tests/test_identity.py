@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from models import MERGES, save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-from kto_core.errors import ModelError
-from kto_core.identity import (
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.hashing import (
     chat_template_hash,
     config_hash,
     file_hash,

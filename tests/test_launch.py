@@ -15,14 +15,14 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from kto_core.errors import CacheError, ConfigError, KTOError
-from kto_core.launch import Launch, read_launch, settle_launch
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.cache_rows import CacheRows
-from train.cli import train as kto_train
-from train.config import TrainConfig
-from train.run import train
+from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError
+from offline_kto.kto_core.launch import Launch, read_launch, settle_launch
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.cli import train as kto_train
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.run.train_run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
@@ -60,7 +60,7 @@ def test_a_number_that_a_library_cannot_read_is_one_message(environment, name: s
 
 
 def test_python_without_docstrings_is_one_message() -> None:
-    code = "from train.cli import train; train(['--cache', 'refs'])"
+    code = "from offline_kto.train.cli import train; train(['--cache', 'refs'])"
     done = subprocess.run([sys.executable, "-OO", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("Error: Python runs without docstrings")

@@ -11,14 +11,14 @@ import transformers
 from models import FAMILIES, VOCABULARY, random_rows, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kto_core.attention
-import kto_core.head
-import kto_core.logps
-from kto_core.attention import caps_attention
-from kto_core.errors import ModelError
-from kto_core.head import Head, add_gradients_in_place, selected_logps
-from kto_core.logps import Scored, add_scoring_forward, check_scoring, token_logps
-from kto_core.sequences import pad_sequences, sum_rows
+import offline_kto.kto_core.scoring.attention
+import offline_kto.kto_core.scoring.head
+import offline_kto.kto_core.scoring.logps
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.scoring.attention import caps_attention
+from offline_kto.kto_core.scoring.head import Head, add_gradients_in_place, selected_logps
+from offline_kto.kto_core.scoring.logps import Scored, add_scoring_forward, check_scoring, token_logps
+from offline_kto.kto_core.scoring.sequences import pad_sequences, sum_rows
 
 # Float32 keeps 7 digits. Logits here reach about 20 after some hundred operations, and another batch shape or another
 # order of sums moves the last digits: the models' own logits differ by up to 5e-6 nats between a row alone and the same
@@ -29,7 +29,7 @@ TOLERANCE = 2e-5
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of five rows: every test then crosses several chunks, the last of them shorter."""
-    monkeypatch.setattr(kto_core.head, "_CHUNK_ELEMENTS", {"cpu": 5 * VOCABULARY})
+    monkeypatch.setattr(offline_kto.kto_core.scoring.head, "_CHUNK_ELEMENTS", {"cpu": 5 * VOCABULARY})
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def values_and_gradients(function, hidden, targets, head):
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_gradients_of_the_projection_are_exact(kind, monkeypatch):
-    monkeypatch.setattr(kto_core.head, "_CHUNK_ELEMENTS", {"cpu": 2 * 6})
+    monkeypatch.setattr(offline_kto.kto_core.scoring.head, "_CHUNK_ELEMENTS", {"cpu": 2 * 6})
     head = make_head(kind, vocabulary=6, hidden_size=3)
     hidden, targets = make_inputs(5, vocabulary=6, hidden_size=3)
 
@@ -341,7 +341,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gemma2", "mixtral"])
 def test_no_tensor_holds_the_logits_of_all_tokens(family, monkeypatch):
     vocabulary = 4001
-    monkeypatch.setattr(kto_core.head, "_CHUNK_ELEMENTS", {"cpu": 8 * vocabulary})
+    monkeypatch.setattr(offline_kto.kto_core.scoring.head, "_CHUNK_ELEMENTS", {"cpu": 8 * vocabulary})
     model = fresh_model(family, vocab_size=vocabulary)
     rows = random_rows(8, longest=40, seed=3, vocabulary=vocabulary)
     batch = pad_sequences(rows)
@@ -470,7 +470,9 @@ def test_whatever_a_model_s_code_raises_is_one_message_with_its_family(error):
 
 def test_a_mistake_of_our_own_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(
-        kto_core.logps, "_others", types.FunctionType(_mistake.__code__, {"__name__": "kto_core.logps"})
+        offline_kto.kto_core.scoring.logps,
+        "_others",
+        types.FunctionType(_mistake.__code__, {"__name__": "offline_kto.kto_core.scoring.logps"}),
     )
     with pytest.raises(KeyError, match="ours"):
         check_scoring(scoring_model("llama"), random_rows(3), tolerance=1e-3)
@@ -545,7 +547,7 @@ def test_a_cap_is_known_by_its_configuration(field):
 
 def test_the_self_check_refuses_a_kernel_that_leaves_something_out(monkeypatch):
     """As a family might whose cap has a name that nobody foresaw."""
-    monkeypatch.setattr(kto_core.attention, "caps_attention", lambda config: False)
+    monkeypatch.setattr(offline_kto.kto_core.scoring.attention, "caps_attention", lambda config: False)
     model, _ = capped()
     add_scoring_forward(model)
     with pytest.raises(ModelError, match=r'sdpa attention leaves out .*\(gemma2\).*"attn_implementation": "eager"'):
@@ -582,7 +584,7 @@ def test_gradients_added_in_place_are_those_of_autograd(family, autocast):
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
 def test_adding_in_place_makes_no_tensor_of_the_vocabulary_s_size(family, monkeypatch):
-    monkeypatch.setattr(kto_core.head, "_CHUNK_ELEMENTS", {"cpu": 8 * 4001})
+    monkeypatch.setattr(offline_kto.kto_core.scoring.head, "_CHUNK_ELEMENTS", {"cpu": 8 * 4001})
     model, batch = fresh_model(family, vocab_size=4001), pad_sequences(random_rows(8, longest=40))
     sizes = []
     for in_place in (False, True):

@@ -11,14 +11,14 @@ import transformers
 from models import random_rows, save_tiny, tiny_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from kto_core.errors import ConfigError
-from kto_core.logps import add_scoring_forward, token_logps
-from kto_core.sequences import pad_sequences
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.config import TrainConfig
-from train.lora import adapter_lines, add_adapters
-from train.run import train
+from offline_kto.kto_core.errors import ConfigError
+from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
+from offline_kto.kto_core.scoring.sequences import pad_sequences
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.lora import adapter_lines, add_adapters
+from offline_kto.train.run.train_run import train
 
 BATCH = pad_sequences(random_rows(4, vocabulary=90))
 

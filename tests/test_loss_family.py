@@ -16,15 +16,15 @@ from feedback_files import write_rows
 from safetensors.torch import load_file
 from stopped_runs import train_until
 
-from kto_core.errors import ConfigError, TrainingError
-from kto_core.passes import ScoringPasses
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.cache_rows import CacheRows, RowKey, TrainingRow
-from train.config import LOSSES, PAIRED_LOSSES, TrainConfig
-from train.run import train
-from train.start_check import Difference
-from train.trainer import KTOTrainer
+from offline_kto.kto_core.errors import ConfigError, TrainingError
+from offline_kto.kto_core.scoring.passes import ScoringPasses
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import LOSSES, PAIRED_LOSSES, TrainConfig
+from offline_kto.train.data.cache_rows import CacheRows, RowKey, TrainingRow
+from offline_kto.train.run.start_check import Difference
+from offline_kto.train.run.train_run import train
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
 
 BATCH, STEPS = 8, 5
 
@@ -183,7 +183,7 @@ def test_only_losses_with_a_reference_point_make_its_pass(
 
     monkeypatch.setattr(ScoringPasses, "run", counting)
     nothing = Difference(0, 0, 0, 0)
-    monkeypatch.setattr("train.training_run.check_start", lambda *_, **__: nothing)
+    monkeypatch.setattr("offline_kto.train.run.training_run.check_start", lambda *_, **__: nothing)
     run = train(config_for(pairs if loss in PAIRED_LOSSES else cache, tmp_path / "run", loss, max_steps=2))
     assert len(scored) == (2 if loss in ("kto", "humanline", "bco") else 0)
     shown = set(metrics(run)[0])

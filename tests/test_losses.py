@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kto_core.losses import class_weights, kl_reference_point, kto_losses
+from offline_kto.kto_core.losses.preference_losses import class_weights, kl_reference_point, kto_losses
 
 
 def doubles(*values):

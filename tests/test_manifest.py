@@ -9,8 +9,7 @@ import pandas
 import pytest
 from test_shards import ROWS, as_plain
 
-from kto_core.errors import CacheError
-from kto_core.manifest import (
+from offline_kto.kto_core.cache.manifest import (
     MANIFEST,
     checksum,
     differences,
@@ -19,8 +18,9 @@ from kto_core.manifest import (
     read_manifest,
     write_manifest,
 )
-from kto_core.shards import Rows, open_shard, shard_name, write_shard
-from kto_core.verification import verify_cache
+from offline_kto.kto_core.cache.shards import Rows, open_shard, shard_name, write_shard
+from offline_kto.kto_core.cache.verification import verify_cache
+from offline_kto.kto_core.errors import CacheError
 
 
 def sections(rows):

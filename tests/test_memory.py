@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train.config import TrainConfig
-from train.memory import optimizer_bytes, tokens_that_fit
-from train.run import train
-from train.trainer import KTOTrainer
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.train_run import train
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
+from offline_kto.train.trainer.memory import optimizer_bytes, tokens_that_fit
 
 GIB = 2**30
 
@@ -122,9 +122,9 @@ def test_auto_measures_with_the_model_itself_and_leaves_no_trace(cache, tmp_path
         RowCounter.last = rows * self.rows.max_length
         assert any(p.grad is not None for p in self.model.parameters())
 
-    monkeypatch.setattr("train.trainer.CudaMeter", RowCounter)
-    monkeypatch.setattr("train.trainer.optimizer_bytes", lambda model, sharded_over: 0)
-    monkeypatch.setattr("train.training_run._max_tokens", lambda config, device: None)
+    monkeypatch.setattr("offline_kto.train.trainer.kto_trainer.CudaMeter", RowCounter)
+    monkeypatch.setattr("offline_kto.train.trainer.kto_trainer.optimizer_bytes", lambda model, sharded_over: 0)
+    monkeypatch.setattr("offline_kto.train.run.training_run._max_tokens", lambda config, device: None)
     monkeypatch.setattr(KTOTrainer, "_try_rows", trial)
     measured = train(replace(config, out=tmp_path / "b"))
     longest = json.loads((cache / "manifest.json").read_text())["tokenization"]["max_length"]
@@ -152,7 +152,7 @@ def test_packing_changes_no_result(cache, tmp_path, monkeypatch, packs):
     monkeypatch.setattr(KTOTrainer, "settle", settle)
     monkeypatch.setattr(KTOTrainer, "_cut", cut)
     if not packs:
-        monkeypatch.setattr("train.trainer.packs_alike", lambda *a, **k: False)
+        monkeypatch.setattr("offline_kto.train.trainer.kto_trainer.packs_alike", lambda *a, **k: False)
     packed = train(replace(config, out=tmp_path / "b"))
     assert set(used) == {packs}
     for name, value in load_file(expected / "model.safetensors").items():

@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 from feedback_files import chat_rows, write_rows
 from models import save_tiny
 
-from precompute.cli import cache as kto_cache
-from precompute.cli import precompute as kto_precompute
-from train.cli import train as kto_train
+from offline_kto.precompute.cli import cache as kto_cache
+from offline_kto.precompute.cli import precompute as kto_precompute
+from offline_kto.train.cli import train as kto_train
 
 
 def run(command: object, *arguments: object) -> Result:
@@ -252,12 +252,12 @@ def test_usage_errors_exit_with_2(tmp_path: Path, base: Path) -> None:
 def test_our_own_mistakes_keep_their_traceback(
     tmp_path: Path, base: Path, feedback: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import precompute.run
+    import offline_kto.precompute.run
 
     def broken(*arguments: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(precompute.run, "make_plan", broken)
+    monkeypatch.setattr(offline_kto.precompute.run, "make_plan", broken)
     result = run(kto_precompute, "--model", base, "--data", feedback, "--out", tmp_path / "refs")
     assert isinstance(result.exception, ZeroDivisionError)
 
@@ -265,7 +265,7 @@ def test_our_own_mistakes_keep_their_traceback(
 def test_a_real_process_prints_one_message(tmp_path: Path, base: Path) -> None:
     data = tmp_path / "f.jsonl"
     data.write_text(GOOD + '\n{"prompt": "a", "completion": "b", "label": "maybe"}\n')
-    command = [sys.executable, "-c", "from precompute.cli import precompute; precompute()"]
+    command = [sys.executable, "-c", "from offline_kto.precompute.cli import precompute; precompute()"]
     command += ["--model", str(base), "--data", str(data), "--out", str(tmp_path / "refs")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1

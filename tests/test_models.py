@@ -10,18 +10,13 @@ from models import random_rows, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kto_core.errors import ModelError
-from kto_core.logps import token_logps
-from kto_core.models import (
-    Precision,
-    find_folder,
-    load_causal_lm,
-    load_tokenizer,
-    resolve_device,
-    resolve_precision,
-    store_matrices_in,
-)
-from kto_core.sequences import pad_sequences
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.models.folders import find_folder
+from offline_kto.kto_core.models.loading import load_causal_lm
+from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision, store_matrices_in
+from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
+from offline_kto.kto_core.scoring.logps import token_logps
+from offline_kto.kto_core.scoring.sequences import pad_sequences
 
 CPU = torch.device("cpu")
 FULL, HALF = Precision(torch.float32), Precision(torch.bfloat16)

@@ -6,18 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kto_core.errors import ConfigError
-from kto_core.options import (
-    as_plain,
-    click_settings,
-    flag,
-    nearest,
-    number_or_auto,
-    option,
-    read_yaml,
-    resolve,
-    value_types,
-)
+from offline_kto.kto_core.errors import ConfigError, nearest
+from offline_kto.kto_core.options import as_plain, click_settings, flag, number_or_auto, option, resolve, value_types
+from offline_kto.kto_core.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,18 @@ import transformers
 from models import random_rows, save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-from kto_core.errors import ModelError
-from kto_core.library_warnings import collected_warnings
-from kto_core.logps import token_logps
-from kto_core.manifest import read_manifest
-from kto_core.models import Precision, load_causal_lm
-from kto_core.outline import find_outline
-from kto_core.sequences import pad_sequences
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.config import TrainConfig
-from train.run import train
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.models.library_warnings import collected_warnings
+from offline_kto.kto_core.models.loading import load_causal_lm
+from offline_kto.kto_core.models.outline import find_outline
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.scoring.logps import token_logps
+from offline_kto.kto_core.scoring.sequences import pad_sequences
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.train_run import train
 
 CPU, FULL = torch.device("cpu"), Precision(torch.float32)
 ROWS = random_rows(4)

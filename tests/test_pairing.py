@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kto_core.errors import PairingError
-from kto_core.pairing import PairableRow, pair_rotate, pair_shuffled
+from offline_kto.kto_core.errors import PairingError
+from offline_kto.kto_core.feedback.pairing import PairableRow, pair_rotate, pair_shuffled
 
 
 def row(prompt, completion, label=True):

@@ -16,17 +16,17 @@ from models import random_rows, save_tiny
 from test_crashes import killed_runs
 from test_ranks import SCORE, command_of
 
-import precompute.parts as precompute_parts
-from kto_core.errors import CacheError, ModelError
-from kto_core.identity import sequence_id
-from kto_core.manifest import read_manifest
-from kto_core.passes import ScoringPasses
-from precompute.comparison import DisagreementError
-from precompute.config import PrecomputeConfig
-from precompute.remote import decode, encode, serve
-from precompute.run import precompute
-from precompute.transformers_scorer import TransformersScorer
-from precompute.vllm_scorer import VllmScorer
+import offline_kto.precompute.parts as precompute_parts
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.errors import CacheError, ModelError
+from offline_kto.kto_core.hashing import sequence_id
+from offline_kto.kto_core.scoring.passes import ScoringPasses
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.engines.comparison import DisagreementError
+from offline_kto.precompute.engines.protocol import decode, encode, serve
+from offline_kto.precompute.engines.transformers_scorer import TransformersScorer
+from offline_kto.precompute.engines.vllm_scorer import VllmScorer
+from offline_kto.precompute.run import precompute
 
 ROWS = 40
 
@@ -211,10 +211,10 @@ def test_scores_that_disagree_with_another_engine_are_not_kept(
 def test_ranks_keep_what_each_of_them_scored(config: PrecomputeConfig, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     pids.mkdir()
-    soon = "import precompute.parts as p; p.SECONDS_BETWEEN_PARTS = 0.1\n"
+    soon = "import offline_kto.precompute.parts as p; p.SECONDS_BETWEEN_PARTS = 0.1\n"
     slowly = (
         f"import os, pathlib, time; pathlib.Path({str(pids)!r}, os.environ['RANK']).write_text(str(os.getpid()))\n"
-        "from kto_core.passes import ScoringPasses as P; real = P._forward\n"
+        "from offline_kto.kto_core.scoring.passes import ScoringPasses as P; real = P._forward\n"
         "def forward(*a):\n    time.sleep(0.05)\n    return real(*a)\nP._forward = forward\n"
     )
     options = [
@@ -263,10 +263,10 @@ def test_another_process_sends_scores_before_the_last_one(monkeypatch: pytest.Mo
             self.asked = [encode([np.array([4], dtype=np.int32), *(ids for row in rows for ids in row)]), b""]
             self.answers: list[bytes] = []
 
-        def receive(self) -> bytes:
+        def recv_bytes(self) -> bytes:
             return self.asked.pop(0)
 
-        def send(self, message: bytes) -> None:
+        def send_bytes(self, message: bytes) -> None:
             self.answers.append(message)
 
     monkeypatch.setattr(precompute_parts, "SECONDS_BETWEEN_PARTS", 0.0)

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, VOCABULARY, random_rows, tiny_model
 
-from kto_core.logps import add_scoring_forward, token_logps
-from kto_core.passes import ScoringPasses, packs_alike
-from kto_core.sequences import pack_sequences, pad_sequences
-from kto_core.shared_prompts import SharedPrompts, share_prompts
+from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
+from offline_kto.kto_core.scoring.passes import ScoringPasses, packs_alike
+from offline_kto.kto_core.scoring.sequences import pack_sequences, pad_sequences
+from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, share_prompts
 
 TOLERANCE = 1e-4  # nats a token: another order of sums, on models whose logits reach 20
 

@@ -20,17 +20,18 @@ import transformers
 from feedback_files import chat_rows, write_feedback, write_rows
 from models import FAMILIES, save_tiny, tiny_tokenizer
 
-import precompute.run as precompute_run
-from kto_core.errors import CacheError, KTOError, ModelError, PairingError
-from kto_core.lock import only_writer
-from kto_core.manifest import read_manifest
-from kto_core.models import Precision, load_causal_lm
-from kto_core.passes import ScoringPasses
-from precompute.config import PrecomputeConfig
-from precompute.inspect_cache import head, verify
-from precompute.run import precompute
-from precompute.store import Store
-from precompute.transformers_scorer import TransformersScorer
+import offline_kto.precompute.run as precompute_run
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.errors import CacheError, KTOError, ModelError, PairingError
+from offline_kto.kto_core.lock import only_writer
+from offline_kto.kto_core.models.loading import load_causal_lm
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.scoring.passes import ScoringPasses
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.engines.transformers_scorer import TransformersScorer
+from offline_kto.precompute.inspect_cache import head, verify
+from offline_kto.precompute.run import precompute
+from offline_kto.precompute.store import Store
 
 
 def scored(folder: Path) -> list[dict[str, Any]]:
@@ -557,7 +558,13 @@ def test_head_shows_text_side_by_side(cache: Path, capsys: pytest.CaptureFixture
 def test_a_scheduler_s_signal_ends_a_run_as_an_interrupt_does(tmp_path: Path, base: Path) -> None:
     data = write_feedback(tmp_path / "f.jsonl", 300, seed=3)
     out = tmp_path / "refs"
-    command = [sys.executable, "-c", "from precompute.cli import precompute; precompute()", "--model", str(base)]
+    command = [
+        sys.executable,
+        "-c",
+        "from offline_kto.precompute.cli import precompute; precompute()",
+        "--model",
+        str(base),
+    ]
     command += ["--data", str(data), "--out", str(out), "--rows-per-shard", "5", "--max-tokens", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60

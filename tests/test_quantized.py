@@ -14,16 +14,17 @@ import transformers
 from models import random_rows, save_tiny, tiny_tokenizer
 from safetensors.torch import load_file
 
-from kto_core.errors import ModelError, TrainingError
-from kto_core.logps import token_logps
-from kto_core.models import Precision, keep_gradients_of_four_bits, load_causal_lm
-from kto_core.sequences import pad_sequences
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.config import TrainConfig
-from train.evaluate_run import evaluate_run
-from train.lora import add_adapters, remove_adapters
-from train.run import train
+from offline_kto.kto_core.errors import ModelError, TrainingError
+from offline_kto.kto_core.models.loading import keep_gradients_of_four_bits, load_causal_lm
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.scoring.logps import token_logps
+from offline_kto.kto_core.scoring.sequences import pad_sequences
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.lora import add_adapters, remove_adapters
+from offline_kto.train.run.evaluate_run import evaluate_run
+from offline_kto.train.run.train_run import train
 
 pytestmark = [
     pytest.mark.slow,

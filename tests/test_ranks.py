@@ -15,15 +15,15 @@ import torch
 from feedback_files import write_feedback
 from safetensors.torch import load_file
 
-from kto_core.manifest import read_manifest
-from precompute.config import PrecomputeConfig
-from precompute.inspect_cache import verify
-from precompute.ranks import _shares
-from precompute.run import precompute
-from train.config import TrainConfig
-from train.run import train
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.engines.ranks import _shares
+from offline_kto.precompute.inspect_cache import verify
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.train_run import train
 
-SCORE = "from precompute.cli import precompute; precompute()"
+SCORE = "from offline_kto.precompute.cli import precompute; precompute()"
 
 
 def command_of(ranks: int, program: str, *options: object) -> list[str]:
@@ -101,7 +101,7 @@ def test_a_rank_that_is_killed_leaves_a_cache_that_others_finish(
     pids.mkdir()
     note = f"import os, pathlib; pathlib.Path({str(pids)!r}, os.environ['RANK']).write_text(str(os.getpid())); "
     slowly = (
-        "import time; from precompute.transformers_scorer import TransformersScorer as T; real = T.score\n"
+        "import time; from offline_kto.precompute.engines.transformers_scorer import TransformersScorer as T; real = T.score\n"
         "def score(*a, **k):\n    time.sleep(1)\n    return real(*a, **k)\nT.score = score\n"
     )
     options = scoring(replace(config, rows_per_shard=6), out)
@@ -147,7 +147,7 @@ def test_a_mistake_is_one_message_and_the_others_leave_quietly(config: Precomput
 @pytest.mark.slow
 def test_what_another_rank_cannot_do_is_told_once(config: PrecomputeConfig, tmp_path: Path) -> None:
     failing = (
-        "import os, torch; from kto_core.passes import ScoringPasses as P; real = P._forward\n"
+        "import os, torch; from offline_kto.kto_core.scoring.passes import ScoringPasses as P; real = P._forward\n"
         "def forward(*a):\n    if os.environ['RANK'] == '1': raise torch.OutOfMemoryError('simulated')\n"
         "    return real(*a)\nP._forward = forward\n"
     )
@@ -161,7 +161,7 @@ def test_what_another_rank_cannot_do_is_told_once(config: PrecomputeConfig, tmp_
 def test_ranks_without_their_launcher_are_told_so(
     config: PrecomputeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kto_core.errors import ModelError
+    from offline_kto.kto_core.errors import ModelError
 
     for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)

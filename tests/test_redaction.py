@@ -9,20 +9,30 @@ import pytest
 import torch
 import yaml
 
-from kto_core.durable import write_text
-from kto_core.errors import CacheError, ConfigError, KTOError, in_one_line
-from kto_core.models import resolve_precision
-from kto_core.redaction import bare_url, has_credentials, hidden, hidden_url, secret_names, secrets_of, without_secrets
-from kto_core.storage import Remote, local_copy
-from train.arguments import training_arguments
-from train.card import command_of
-from train.config import TrainConfig
-from train.report import write_report
-from train.run import train
-from train.run_files import config_text
-from train.study import Study, check_storage
-from train.sweep import _identity, _write_config
-from train.sweep_config import SweepConfig, Trials
+from offline_kto.kto_core.cache.remote_cache import local_copy
+from offline_kto.kto_core.cache.remote_folder import Remote
+from offline_kto.kto_core.durable_files import write_text
+from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, in_one_line
+from offline_kto.kto_core.models.precision import resolve_precision
+from offline_kto.kto_core.redaction import (
+    bare_url,
+    has_credentials,
+    hidden,
+    hidden_url,
+    secret_names,
+    secrets_of,
+    without_secrets,
+)
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.report.report import write_report
+from offline_kto.train.run.arguments import training_arguments
+from offline_kto.train.run.model_card import command_of
+from offline_kto.train.run.train_run import train
+from offline_kto.train.run_files import config_text
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.space import Trials
+from offline_kto.train.sweep.study import Study, check_storage
+from offline_kto.train.sweep.sweep import _identity, _write_config
 
 WITH_SECRETS = [
     "postgresql://bob:s3/CRET@127.0.0.1/db",

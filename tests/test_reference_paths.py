@@ -10,15 +10,15 @@ import huggingface_hub
 import pytest
 from models import save_tiny
 
-from kto_core.errors import ModelError
-from kto_core.manifest import Manifest, checksum, read_manifest
-from kto_core.models import find_reference
-from precompute.config import PrecomputeConfig
-from precompute.inspect_cache import head
-from precompute.run import precompute
-from train.config import TrainConfig
-from train.policy import PolicyFiles
-from train.run import train
+from offline_kto.kto_core.cache.manifest import Manifest, checksum, read_manifest
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.models.folders import find_reference
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.inspect_cache import head
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.run.train_run import train
 
 
 @pytest.fixture

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from report_samples import COMMAND, records, write_records, write_rewards, write_run, write_sweep
 
-from kto_core.errors import ConfigError
-from kto_core.lock import only_writer
-from train import figures, report_folders, report_words, sweep_figures
-from train.report import write_report
+from offline_kto.kto_core.errors import ConfigError
+from offline_kto.kto_core.lock import only_writer
+from offline_kto.train.report import figures, sweep_figures
+from offline_kto.train.report import folders as report_folders
+from offline_kto.train.report import words as report_words
+from offline_kto.train.report.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = "</script><img src=x onerror=alert(1)>{{ 7 * 7 }}<!--<script>"
@@ -327,14 +329,14 @@ def test_numbers_as_the_page_writes_them(value, text):
 
 def test_importing_the_report_loads_nothing_heavy():
     heavy = "{'torch', 'transformers', 'plotly', 'pyarrow', 'numpy', 'jinja2', 'pandas'}"
-    program = f"import sys, train.report; print(*sorted(set(sys.modules) & {heavy}))"
+    program = f"import sys, offline_kto.train.report.report; print(*sorted(set(sys.modules) & {heavy}))"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert ran.stdout.split() == []
 
 
 def test_writing_a_report_needs_no_torch(run, tmp_path):
     program = (
-        "import sys; from pathlib import Path; from train.report import write_report\n"
+        "import sys; from pathlib import Path; from offline_kto.train.report.report import write_report\n"
         f"write_report([Path({str(run)!r})], Path({str(tmp_path / 'p.html')!r})); print('torch' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)

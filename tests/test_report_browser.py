@@ -9,8 +9,8 @@ import pytest
 import torch
 from report_samples import write_rewards, write_run, write_sweep
 
-from kto_core.losses import kto_losses
-from train.report import write_report
+from offline_kto.kto_core.losses.preference_losses import kto_losses
+from offline_kto.train.report.report import write_report
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from report_samples import write_records, write_run, write_sweep
 
-from train import figures
-from train.alarms import Settings
-from train.config import TrainConfig
-from train.report import write_report
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.diagnostics.training import Settings
+from offline_kto.train.report import figures
+from offline_kto.train.report.report import write_report
 
 ODD: list[Any] = [
     *(None, True, "", "text", "nan", "\ud800\x00\u202e", "<b>", [], {}, [[]], [1, [2, {}]], {"a": {"b": None}}),

@@ -16,18 +16,26 @@ import transformers
 from models import save_tiny
 from safetensors.torch import load_file, save_file
 
-import train.cache_rows
-from kto_core.errors import CacheError, ConfigError, TrainingError
-from kto_core.options import as_plain
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.arguments import _OURS
-from train.cache_rows import CacheRows
-from train.checkpoints import check_checkpoint
-from train.config import TrainConfig
-from train.evaluate_run import evaluate_run
-from train.resumed_options import FIXED, FREE, SAID, TRAINING_FREE, TRAINING_SAID, compare_facts, compare_options
-from train.run import train as run_training
+import offline_kto.train.data.cache_rows
+from offline_kto.kto_core.errors import CacheError, ConfigError, TrainingError
+from offline_kto.kto_core.options import as_plain
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.run.arguments import _OURS
+from offline_kto.train.run.evaluate_run import evaluate_run
+from offline_kto.train.run.resumed_options import (
+    FIXED,
+    FREE,
+    SAID,
+    TRAINING_FREE,
+    TRAINING_SAID,
+    compare_facts,
+    compare_options,
+)
+from offline_kto.train.run.train_run import train as run_training
+from offline_kto.train.trainer.checkpoints import check_checkpoint
 
 
 @pytest.fixture
@@ -376,6 +384,6 @@ class TestManyShards:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     def test_a_system_that_does_not_allow_them(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(train.cache_rows.resource, "getrlimit", lambda _: (64, 64))
+        monkeypatch.setattr(offline_kto.train.data.cache_rows.resource, "getrlimit", lambda _: (64, 64))
         with pytest.raises(CacheError, match="allows 64 open files"):
             CacheRows(cache)

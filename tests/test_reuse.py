@@ -17,15 +17,15 @@ import pytest
 from feedback_files import chat_rows, write_rows
 from test_precompute import scored
 
-from kto_core.identity import sequence_id
-from kto_core.manifest import read_manifest
-from kto_core.pairing import PairableRow, pair_shuffled
-from precompute.config import PrecomputeConfig
-from precompute.inspect_cache import verify
-from precompute.reference import Reference
-from precompute.run import precompute
-from precompute.store import Store
-from precompute.transformers_scorer import TransformersScorer
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.feedback.pairing import PairableRow, pair_shuffled
+from offline_kto.kto_core.hashing import sequence_id
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.engines.reference import Reference
+from offline_kto.precompute.engines.transformers_scorer import TransformersScorer
+from offline_kto.precompute.inspect_cache import verify
+from offline_kto.precompute.run import precompute
+from offline_kto.precompute.store import Store
 
 Rows = list[dict[str, Any]]
 
@@ -465,18 +465,18 @@ import json
 import sys
 from pathlib import Path
 
-import train.policy
-from train.config import TrainConfig
-from train.run import train as run
+import offline_kto.train.model.policy
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.train_run import train as run
 
 loaded = []
-real = train.policy.load_causal_lm
+real = offline_kto.train.model.policy.load_causal_lm
 
 def counting(*arguments, **options):
     loaded.append(arguments[1])
     return real(*arguments, **options)
 
-train.policy.load_causal_lm = counting
+offline_kto.train.model.policy.load_causal_lm = counting
 cache, out, changes = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 for i, change in enumerate(changes):
     run(TrainConfig(cache=cache, out=out / str(i), **{"max_steps": 2, "save_steps": 0, "device": "cpu", **change}))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from kto_core.router_losses import count_routed_tokens, router_balance_loss
+from offline_kto.kto_core.losses.router_losses import count_routed_tokens, router_balance_loss
 
 LAYERS, EXPERTS, TOP_K = 3, 4, 2
 ROW_LENGTHS = (9, 7, 4, 4, 2, 1)

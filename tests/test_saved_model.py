@@ -20,14 +20,21 @@ from models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from stopped_runs import train_until
 
-from kto_core.errors import TrainingError
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.cli import train as kto_train
-from train.config import TrainConfig
-from train.run import train
-from train.saved_model import Layout, ModelWriter, UnloadableModelError, cast_weights, narrowed, not_finite
-from train.trainer import KTOTrainer
+from offline_kto.kto_core.errors import TrainingError
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.cli import train as kto_train
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.saved_model import (
+    Layout,
+    ModelWriter,
+    UnloadableModelError,
+    cast_weights,
+    narrowed,
+    not_finite,
+)
+from offline_kto.train.run.train_run import train
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

@@ -21,12 +21,12 @@ from feedback_files import write_rows
 from models import save_tiny
 from safetensors.torch import load_file
 
-from kto_core.errors import TrainingError
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.config import TrainConfig
-from train.run import train
-from train.sharding import prepare_sharding
+from offline_kto.kto_core.errors import TrainingError
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.train_run import train
+from offline_kto.train.trainer.sharding import prepare_sharding
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ import torch.distributed as dist
 barrier = dist.barrier
 dist.barrier = lambda *a, device_ids=None, **k: barrier(*a, **k)  # gloo knows no devices
 {before}
-from train.cli import train
+from offline_kto.train.cli import train
 train()
 """
 
@@ -138,7 +138,7 @@ def test_bfloat16_rounds_passes_but_no_results(uneven: TrainConfig, tmp_path: Pa
 def test_out_of_memory_on_one_rank_is_one_message(uneven: TrainConfig, tmp_path: Path) -> None:
     before = """
 import os, torch
-from train.trainer import KTOTrainer
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
 whole = KTOTrainer._backward
 def small_device(self, loss, last):
     if os.environ["RANK"] == "1" and self.state.global_step == 1:

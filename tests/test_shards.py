@@ -5,8 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kto_core.errors import CacheError
-from kto_core.shards import (
+from offline_kto.kto_core.cache.shards import (
     SCHEMA,
     Rows,
     check_table,
@@ -15,6 +14,7 @@ from kto_core.shards import (
     shard_name,
     write_shard,
 )
+from offline_kto.kto_core.errors import CacheError
 
 
 def token_values(random, count):

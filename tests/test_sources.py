@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kto_core.errors import FeedbackError
-from kto_core.feedback import FeedbackFields, parse_record
-from precompute.sources import SourceFile, describe_source, read_records, warnings_about
+from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.records import FeedbackFields, parse_record
+from offline_kto.precompute.records.sources import SourceFile, describe_source, read_records, warnings_about
 
 ROWS = [
     {"prompt": "2+2=", "completion": " 4", "label": True},
@@ -776,6 +776,6 @@ def test_any_bytes_give_objects_or_a_feedback_error(scratch, content, data):
 
 
 def test_help_does_not_pay_for_pyarrow_and_datasets():
-    code = "import sys, precompute.sources; print({'pyarrow', 'datasets', 'torch', 'pandas'} & set(sys.modules))"
+    code = "import sys, offline_kto.precompute.records.sources; print({'pyarrow', 'datasets', 'torch', 'pandas'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"

@@ -20,18 +20,21 @@ from moto.server import ThreadedMotoServer
 from test_crashes import assert_same_cache, killed_runs
 from test_precompute import count_scored
 
-import kto_core.durable
-import kto_core.storage
-from kto_core.errors import CacheError, ConfigError, PairingError
-from kto_core.manifest import read_manifest
-from kto_core.options import resolve, to_location
-from kto_core.storage import Remote, RemoteLock, local_copy
-from precompute.config import PrecomputeConfig
-from precompute.inspect_cache import head, info, verify
-from precompute.run import precompute
-from precompute.store import Store
-from train.config import TrainConfig
-from train.run import train
+import offline_kto.kto_core.cache.remote_folder
+import offline_kto.kto_core.durable_files
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.cache.remote_cache import local_copy
+from offline_kto.kto_core.cache.remote_folder import Remote
+from offline_kto.kto_core.cache.remote_lock import RemoteLock
+from offline_kto.kto_core.errors import CacheError, ConfigError, PairingError
+from offline_kto.kto_core.locations import to_location
+from offline_kto.kto_core.options import resolve
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.inspect_cache import head, info, verify
+from offline_kto.precompute.run import precompute
+from offline_kto.precompute.store import Store
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.train_run import train
 
 URL = "memory://team/refs"
 SECRET = "a-very-secret-key"
@@ -41,8 +44,8 @@ SECRET = "a-very-secret-key"
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Downloads go here; locks are watched for half a second."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(kto_core.storage, "REFRESH_SECONDS", 0.1)
-    monkeypatch.setattr(kto_core.storage, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(offline_kto.kto_core.cache.remote_folder, "REFRESH_SECONDS", 0.1)
+    monkeypatch.setattr(offline_kto.kto_core.cache.remote_folder, "STALE_SECONDS", 0.5)
     return tmp_path / "home"
 
 
@@ -264,7 +267,7 @@ class TestReading:
     ) -> None:
         precompute(config)
         full = OSError(errno.ENOSPC, "No space left on device")
-        monkeypatch.setattr(kto_core.durable, "flush", Mock(side_effect=full))
+        monkeypatch.setattr(offline_kto.kto_core.durable_files, "flush", Mock(side_effect=full))
         for use in (verify, lambda url: precompute(replace(config, limit=8))):
             with pytest.raises(CacheError, match=r"local folder .* No space left on device.*XDG_CACHE_HOME"):
                 use(URL)
@@ -388,9 +391,25 @@ class TestS3:
 
     def test_the_three_commands(self, bucket: Any, base: Path, feedback: Path, tmp_path: Path) -> None:
         url = "s3://bucket/team/refs"
-        scoring = ["precompute.cli import precompute", "--model", str(base), "--data", str(feedback), "--out", url]
-        training = ["train.cli import train", "--cache", url, "--out", str(tmp_path / "run"), "--max-steps", "2"]
-        looking = ["precompute.cli import cache", "verify", url]
+        scoring = [
+            "offline_kto.precompute.cli import precompute",
+            "--model",
+            str(base),
+            "--data",
+            str(feedback),
+            "--out",
+            url,
+        ]
+        training = [
+            "offline_kto.train.cli import train",
+            "--cache",
+            url,
+            "--out",
+            str(tmp_path / "run"),
+            "--max-steps",
+            "2",
+        ]
+        looking = ["offline_kto.precompute.cli import cache", "verify", url]
         said = ""
         for imported, *arguments in (scoring, looking, training):
             code = f"from {imported}; {imported.split()[-1]}()"

@@ -11,19 +11,19 @@ import pytest
 import yaml
 from models import save_tiny
 
-from kto_core.streams import is_terminal
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.sweep_worker import _log_into
-from train.workers import START, Worker
+from offline_kto.kto_core.streams import is_terminal
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.sweep.worker import _log_into
+from offline_kto.train.sweep.workers import START, Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
-    "kto-precompute": "from precompute.cli import precompute as main",
-    "kto-cache": "from precompute.cli import cache as main",
-    "kto-train": "from train.cli import train as main",
-    "kto-sweep": "from train.cli import sweep as main",
-    "kto-report": "from train.cli import report as main",
+    "kto-precompute": "from offline_kto.precompute.cli import precompute as main",
+    "kto-cache": "from offline_kto.precompute.cli import cache as main",
+    "kto-train": "from offline_kto.train.cli import train as main",
+    "kto-sweep": "from offline_kto.train.cli import sweep as main",
+    "kto-report": "from offline_kto.train.cli import report as main",
 }
 
 
@@ -73,7 +73,7 @@ def test_a_full_disk_is_no_success_whoever_writes(say: str, unbuffered: str) -> 
     """A library that catches whatever is raised included."""
     program = (
         "import click, contextlib, sys\n"
-        "from kto_core.streams import own_streams\n"
+        "from offline_kto.kto_core.streams import own_streams\n"
         "def quietly():\n"
         "    with contextlib.suppress(Exception): print('x', flush=True)\n"
         f"with own_streams():\n    {say}\n    sys.exit(0)\n"
@@ -113,7 +113,7 @@ def test_what_is_opened_later_does_not_get_a_closed_streams_number(tmp_path: Pat
     """Else whatever is printed would go into that file."""
     program = (
         "import os, sys\n"
-        "from kto_core.streams import own_streams\n"
+        "from offline_kto.kto_core.streams import own_streams\n"
         "with own_streams():\n"
         "    file = open(sys.argv[1], 'wb')\n"
         "    os.write(1, b'printed by a library')\n"
@@ -141,7 +141,9 @@ def test_names_that_a_stream_cannot_encode_are_escaped(accented: Path, encoding:
 
 
 def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:
-    program = "from kto_core.streams import own_streams\nwith own_streams():\n    while True: print('row')\n"
+    program = (
+        "from offline_kto.kto_core.streams import own_streams\nwith own_streams():\n    while True: print('row')\n"
+    )
     words = ["bash", "-o", "pipefail", "-c", '"$@" | head -c 1', "bash", sys.executable, "-c", program]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
@@ -176,7 +178,7 @@ def test_a_sweep_of_names_that_a_stream_cannot_encode(accented: Path, tmp_path: 
 def test_nothing_waits_in_a_buffer_that_the_user_switched_off() -> None:
     program = (
         "import os\n"
-        "from kto_core.streams import own_streams\n"
+        "from offline_kto.kto_core.streams import own_streams\n"
         "with own_streams():\n"
         "    print('printed', end='')\n"
         "    os._exit(0)\n"

@@ -27,24 +27,25 @@ from click.testing import CliRunner
 from feedback_files import write_feedback, write_rows
 from safetensors.torch import load_file
 
-from kto_core.errors import ConfigError, TrainingError
-from kto_core.manifest import read_manifest
-from kto_core.options import resolve
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train import sweep_worker
-from train.cli import sweep as kto_sweep
-from train.config import TrainConfig
-from train.materials import KeptMaterials
-from train.run import train
-from train.run_files import read_facts
-from train.run_folder import unfinished
-from train.study import Study, Trial
-from train.sweep import sweep
-from train.sweep_config import SweepConfig, Trials
-from train.sweep_results import Results
-from train.training_run import TrainingRun
-from train.workers import Ended, Stop
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.errors import ConfigError, TrainingError
+from offline_kto.kto_core.options import resolve
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.cli import sweep as kto_sweep
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.inputs import KeptMaterials
+from offline_kto.train.run.train_run import train
+from offline_kto.train.run.training_run import TrainingRun
+from offline_kto.train.run_files import read_facts
+from offline_kto.train.sweep import worker as sweep_worker
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.messages import Ended, Stop
+from offline_kto.train.sweep.results import Results
+from offline_kto.train.sweep.space import Trials
+from offline_kto.train.sweep.study import Study, Trial
+from offline_kto.train.sweep.sweep import sweep
+from offline_kto.train.trainer.saving import unfinished
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "kto-sweep"
 TRAIN = {"batch_size": 8, "max_steps": 3, "learning_rate": 3e-3, "eval_fraction": 0.3, "device": "cpu"}
@@ -144,10 +145,10 @@ def test_no_reference_and_one_load(config: SweepConfig) -> None:
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "import train.materials, train.policy\n"
-        "from train.data import TrainingData\n"
-        "from train.sweep_worker import _Worker\n"
-        "from train.sweep_config import SweepConfig, Trials\n"
+        "import offline_kto.train.run.inputs, offline_kto.train.model.policy\n"
+        "from offline_kto.train.data.training_data import TrainingData\n"
+        "from offline_kto.train.sweep.worker import _Worker\n"
+        "from offline_kto.train.sweep.config import SweepConfig, Trials\n"
         "class Pipe:\n"
         "    def send(self, message): self.last = message\n"
         "    def recv(self): return 'drop'\n"
@@ -222,7 +223,9 @@ def test_a_run_that_cannot_begin_leaves_the_policy_as_it_was(cache: Path, tmp_pa
             TrainingRun.set_up(replace(config, **wrong), tmp_path / "wrong", materials)
         materials.take_back()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.training_run.check_vocabulary", lambda *_: 1 / 0)  # with adapters on the model already
+        patch.setattr(
+            "offline_kto.train.run.training_run.check_vocabulary", lambda *_: 1 / 0
+        )  # with adapters on the model already
         with pytest.raises(ZeroDivisionError):
             TrainingRun.set_up(config, tmp_path / "wrong", materials)
         materials.take_back()
@@ -369,8 +372,8 @@ class TestKills:
 @pytest.fixture
 def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real processes, forked from one that has imported the libraries: seconds saved, where starting is not the point."""
-    monkeypatch.setattr("train.workers.START", "forkserver")
-    multiprocessing.set_forkserver_preload(["train.sweep_worker"])
+    monkeypatch.setattr("offline_kto.train.sweep.workers.START", "forkserver")
+    multiprocessing.set_forkserver_preload(["offline_kto.train.sweep.worker"])
 
 
 @pytest.mark.usefixtures("warm_workers")
@@ -506,7 +509,8 @@ class TestStudy:
     def test_a_trial_of_a_dead_process_is_taken_over_at_once(self, config: SweepConfig, tmp_path: Path) -> None:
         url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(config)
         program = (
-            "import os; from pathlib import Path; from train.study import Study; from train.sweep_config import *\n"
+            "import os; from pathlib import Path; from offline_kto.train.sweep.config import SweepConfig\n"
+            "from offline_kto.train.sweep.space import Trials; from offline_kto.train.sweep.study import Study\n"
             f"config = SweepConfig(cache=Path('x'), search='grid', space={config.space!r}, train={config.train!r})\n"
             f"study = Study(config, Trials.of(config), {url!r}, {{}}); study.begin()\n"
             "print(study.next().params); study._study.ask(); os._exit(9)\n"  # one with an owner, one that has none yet
@@ -525,13 +529,13 @@ class TestStudy:
     ) -> None:
         """Its signs of life change; when they stop for a while, whatever the clocks say, it is gone."""
         url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(replace(config, trials=1))
-        monkeypatch.setattr("train.study._place", lambda: "elsewhere")
+        monkeypatch.setattr("offline_kto.train.sweep.study._place", lambda: "elsewhere")
         there = begun(config, trials, url, {})
         assert there.next() is not None
         monkeypatch.undo()
-        monkeypatch.setattr("train.study.BEAT_SECONDS", 0.0)
+        monkeypatch.setattr("offline_kto.train.sweep.study.BEAT_SECONDS", 0.0)
         now = [time.monotonic()]
-        monkeypatch.setattr("train.study.time.monotonic", lambda: now[0])
+        monkeypatch.setattr("offline_kto.train.sweep.study.time.monotonic", lambda: now[0])
         here = begun(config, trials, url, {})
         for _ in range(20):
             there.beat()
@@ -555,7 +559,7 @@ class TestStudy:
         study.tell(first, "complete", 0.5, {})
         assert len(study.records()) == 1
         assert study.is_done()
-        monkeypatch.setattr("train.study._GONE_SECONDS", -1.0)
+        monkeypatch.setattr("offline_kto.train.sweep.study._GONE_SECONDS", -1.0)
         longer = begun(config, Trials.of(config), url, {})
         numbers = [trial.number for _ in range(5) if (trial := longer.next()) is not None]
         assert numbers == [1, 2, 3, 4, 5]
@@ -644,7 +648,7 @@ class TestBestModel:
     def results(self, config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
         assert config.out is not None
         (config.out / "trials").mkdir(parents=True)
-        monkeypatch.setattr("train.sweep_results.write_report", lambda folders: folders[0] / "report.html")
+        monkeypatch.setattr("offline_kto.train.sweep.results.write_report", lambda folders: folders[0] / "report.html")
         trials = Trials.of(config)
         results = Results(config.out, config, trials, begun(config, trials, f"sqlite:///{tmp_path}/study.db", {}))
         results.begin(read_manifest(config.cache), {})
@@ -705,7 +709,7 @@ class TestBestModel:
         results.finish()
         assert (results.out / "best/run.json").exists()
         assert "best model  gone; best.yaml makes it again" in capsys.readouterr().out
-        monkeypatch.setattr("train.sweep_results.socket.gethostname", lambda: "another")
+        monkeypatch.setattr("offline_kto.train.sweep.results.socket.gethostname", lambda: "another")
         results.finish()
         assert f"best model  with the sweeper that made it, on {here}: {results.out}" in capsys.readouterr().out
 

@@ -8,10 +8,10 @@ from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from kto_core.errors import TokenizationError
-from kto_core.feedback import FeedbackRow
-from kto_core.identity import chat_template_hash, tokenizer_hash
-from kto_core.tokenization import Tokenizing, tokenize_rows
+from offline_kto.kto_core.errors import TokenizationError
+from offline_kto.kto_core.feedback.records import FeedbackRow
+from offline_kto.kto_core.feedback.tokenization import Tokenizing, tokenize_rows
+from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
 
 WHERE = "feedback.jsonl:17"
 

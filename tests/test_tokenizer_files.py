@@ -16,16 +16,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import precompute.plan
-from kto_core.errors import ConfigError, KTOError
-from kto_core.manifest import read_manifest
-from kto_core.models import load_tokenizer
-from kto_core.options import parse_settings
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute as score
-from train.config import TrainConfig
-from train.evaluate_run import evaluate_run
-from train.run import train
+import offline_kto.precompute.plan
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.errors import ConfigError, KTOError
+from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
+from offline_kto.kto_core.options import parse_settings
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute as score
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.evaluate_run import evaluate_run
+from offline_kto.train.run.train_run import train
 
 
 def set_class(folder: Path, name: str) -> None:
@@ -314,7 +314,7 @@ class Tomorrow(datetime):
 
 @pytest.fixture
 def tomorrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precompute.plan, "datetime", Tomorrow)
+    monkeypatch.setattr(offline_kto.precompute.plan, "datetime", Tomorrow)
 
 
 def today(folder: Path, refs: Path) -> str:
@@ -330,7 +330,7 @@ def test_tomorrow_the_same_command_scores_nothing(
     assert today(dated, config.out) in {(day - timedelta(days=n)).strftime("%d %b %Y") for n in (0, 1)}
     assert "the chat template writes the date: all rows are rendered for " in capsys.readouterr().out
     before = (tmp_path / "refs/manifest.json").read_bytes()
-    monkeypatch.setattr(precompute.plan, "datetime", Tomorrow)
+    monkeypatch.setattr(offline_kto.precompute.plan, "datetime", Tomorrow)
     score(config)
     assert "complete" in capsys.readouterr().out
     assert (tmp_path / "refs/manifest.json").read_bytes() == before
@@ -348,14 +348,14 @@ def test_a_cache_that_does_not_say_was_rendered_when_it_was_made(dated: Path, ro
     out = tmp_path / "refs"
     manifest = read_manifest(out)
     assert manifest.tokenization["rendered_on"] == "2026-03-01T12:00:00"
-    from kto_core.manifest import checksum
+    from offline_kto.kto_core.cache.manifest import checksum
 
     content = json.loads((out / "manifest.json").read_text())
     del content["tokenization"]["rendered_on"]
     content["created"] = "2026-03-02T12:00:00+00:00"
     content["checksum"] = checksum(content)
     (out / "manifest.json").write_text(json.dumps(content))
-    from precompute.store import rendered_on
+    from offline_kto.precompute.out_folder import rendered_on
 
     found = rendered_on(out)
     assert found is not None
@@ -370,7 +370,7 @@ def test_an_unfinished_cache_keeps_its_day(
     score(config)
     ids = ids_of(tmp_path / "refs")
     (tmp_path / "refs/manifest.json").unlink()
-    monkeypatch.setattr(precompute.plan, "datetime", datetime)
+    monkeypatch.setattr(offline_kto.precompute.plan, "datetime", datetime)
     score(config)
     assert ids_of(tmp_path / "refs") == ids
     assert read_manifest(tmp_path / "refs").run["scored_sequences"] == 0

@@ -22,18 +22,18 @@ from models import save_tiny, tiny_tokenizer
 from safetensors.torch import load_file
 from stopped_runs import train_until
 
-from kto_core.errors import CacheError, ConfigError, TrainingError
-from kto_core.identity import chat_template_hash, tokenizer_hash
-from kto_core.lock import only_writer
-from kto_core.manifest import read_manifest
-from kto_core.passes import ScoringPasses
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
-from train.batches import EpochBatches, split_by_prompt
-from train.cache_rows import CacheRows, RowKey
-from train.config import TrainConfig
-from train.run import train
-from train.trainer import KTOTrainer
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.errors import CacheError, ConfigError, TrainingError
+from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
+from offline_kto.kto_core.lock import only_writer
+from offline_kto.kto_core.scoring.passes import ScoringPasses
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.batches import EpochBatches, split_by_prompt
+from offline_kto.train.data.cache_rows import CacheRows, RowKey
+from offline_kto.train.run.train_run import train
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def run_ranks(ranks: int, config: TrainConfig, out: Path) -> None:
         "--no-python",
         sys.executable,
         "-c",
-        "from train.cli import train; train()",
+        "from offline_kto.train.cli import train; train()",
         "--cache",
         str(config.cache),
     ]
@@ -462,7 +462,7 @@ class TestRunFolder:
         }
 
     def test_its_config_repeats_the_run(self, config: TrainConfig, tmp_path: Path) -> None:
-        from kto_core.options import resolve
+        from offline_kto.kto_core.options import resolve
 
         run = train(config)
         again = resolve(TrainConfig, {"out": tmp_path / "again"}, yaml_path=run / "config.yaml")
@@ -488,7 +488,13 @@ class TestRunFolder:
     @pytest.mark.slow
     def test_a_scheduler_s_signal_ends_a_run_as_an_interrupt_does(self, config: TrainConfig, tmp_path: Path) -> None:
         out = tmp_path / "signalled"
-        command = [sys.executable, "-c", "from train.cli import train; train()", "--cache", str(config.cache)]
+        command = [
+            sys.executable,
+            "-c",
+            "from offline_kto.train.cli import train; train()",
+            "--cache",
+            str(config.cache),
+        ]
         command += ["--out", str(out), "--epochs", "100000", "--save-steps", "5"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 100

@@ -18,17 +18,18 @@ import transformers
 from feedback_files import chat_rows, write_feedback, write_rows
 from models import save_tiny, tiny_tokenizer
 
-from kto_core.errors import ModelError
-from kto_core.manifest import read_manifest
-from kto_core.models import Precision, load_causal_lm
-from precompute.child import engine_process
-from precompute.config import PrecomputeConfig
-from precompute.inspect_cache import verify
-from precompute.remote import RemoteScorer, scores_of
-from precompute.run import precompute
-from precompute.transformers_scorer import TransformersScorer
-from train.config import TrainConfig
-from train.run import train
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.models.loading import load_causal_lm
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.engines.process import engine_process
+from offline_kto.precompute.engines.protocol import RemoteScorer, scores_of
+from offline_kto.precompute.engines.transformers_scorer import TransformersScorer
+from offline_kto.precompute.inspect_cache import verify
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.train_run import train
 
 pytest.importorskip("vllm", reason="vLLM is not installed in this environment; make test-vllm has one that holds it")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -148,7 +149,13 @@ def test_a_cache_from_vllm_trains(bos: bool, tmp_path: Path, capfd: pytest.Captu
 def test_a_killed_run_goes_on_and_leaves_no_engine_behind(base: Path, tmp_path: Path) -> None:
     data = write_feedback(tmp_path / "f.jsonl", 120, seed=3)
     out = tmp_path / "refs"
-    command = [sys.executable, "-c", "from precompute.cli import precompute; precompute()", "--backend", "vllm"]
+    command = [
+        sys.executable,
+        "-c",
+        "from offline_kto.precompute.cli import precompute; precompute()",
+        "--backend",
+        "vllm",
+    ]
     command += ["--model", str(base), "--data", str(data), "--out", str(out), "--rows-per-shard", "6"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
     deadline = time.monotonic() + 200

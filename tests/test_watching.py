@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 import pytest
 from tqdm import tqdm
 
-from train.alarms import Settings, Watch, alarms
-from train.config import TrainConfig
-from train.run import train
-from train.watching import Console, MetricsFile, read_metrics
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.diagnostics.training import Settings, Watch, alarms
+from offline_kto.train.run.callbacks import Console, MetricsFile, read_metrics
+from offline_kto.train.run.train_run import train
 
 SETTINGS = Settings("kto", 0.1, 1e-6, 1.0, 1.0, 100, 100, 1.0)
 

@@ -9,14 +9,13 @@ from typing import Any, TypeVar
 
 import click
 
-from kto_core.allocator import keep_freed_memory
-from kto_core.errors import KTOError, printable
-from kto_core.launch import settle_launch, world_size
-from kto_core.options import click_settings, flag, resolve
-from kto_core.quiet import quiet_libraries
-from kto_core.streams import own_streams
-from train.config import TrainConfig
-from train.sweep_config import SweepConfig
+from offline_kto.kto_core.errors import KTOError, printable
+from offline_kto.kto_core.launch import settle_launch, world_size
+from offline_kto.kto_core.options import click_settings, flag, resolve
+from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries
+from offline_kto.kto_core.streams import own_streams
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.sweep.config import SweepConfig
 
 _Config = TypeVar("_Config", TrainConfig, SweepConfig)
 
@@ -109,7 +108,7 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
             raise click.UsageError(f"{run_folder}: a sweep; its best run is {run_folder / 'best'}.", ctx)
         config = run_folder / "config.yaml"
     resolved = _ready(ctx, TrainConfig, values, config)
-    from train.run import train as run
+    from offline_kto.train.run.train_run import train as run
 
     run(resolved)
     if world_size() > 1:
@@ -138,7 +137,7 @@ def sweep(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     if config is None:
         raise click.UsageError("Missing option '--config': a YAML with space: and train:, as configs/sweep.yaml.", ctx)
     resolved = _ready(ctx, SweepConfig, values, config)
-    from train.sweep import sweep as run
+    from offline_kto.train.sweep.sweep import sweep as run
 
     run(resolved)
 
@@ -158,6 +157,6 @@ def report(folders: tuple[Path, ...], out: Path | None) -> None:
     kto-report runs/first
     kto-report runs/first runs/second --out compared.html
     """
-    from train.report import write_report
+    from offline_kto.train.report.report import write_report
 
     click.echo(printable(f"wrote       {write_report(folders, out)}"))

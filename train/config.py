@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kto_core.errors import ConfigError
-from kto_core.options import AUTO, Location, check_numbers, flag, option
+from offline_kto.kto_core.errors import ConfigError
+from offline_kto.kto_core.locations import Location
+from offline_kto.kto_core.options import AUTO, check_numbers, flag, option
 
 LOSSES = ("kto", "humanline", "apo_zero", "bco", "dpo", "ipo", "slic")
 PAIRED_LOSSES = ("dpo", "ipo", "slic")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from kto_core.durable import write_json
-from kto_core.errors import ConfigError, said_by
-from kto_core.foreign_files import MEGABYTE, check_kinds, open_foreign, read_foreign
-from kto_core.options import as_plain
-from kto_core.redaction import secret_names, without_secrets
-from train.config import TrainConfig
+from offline_kto.kto_core.durable_files import write_json
+from offline_kto.kto_core.errors import ConfigError, said_by
+from offline_kto.kto_core.foreign_files import MEGABYTE, check_kinds, open_foreign, read_foreign
+from offline_kto.kto_core.options import as_plain
+from offline_kto.kto_core.redaction import secret_names, without_secrets
+from offline_kto.train.config import TrainConfig
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,0 +1,359 @@
+"""The manifest: what a cache is, what it was made from, and whether its files are still those.
+
+`manifest.json` is written last; without it there is no cache.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from offline_kto.kto_core.durable_files import write_json
+from offline_kto.kto_core.errors import CacheError, NewerFormatError, printable, said_by
+from offline_kto.kto_core.foreign_files import MEGABYTE, read_foreign
+from offline_kto.kto_core.hashing import json_hash
+
+FORMAT = 1
+# Some 300,000 shards.
+MANIFEST = "manifest.json"
+
+# What decides a reference number. Ids, paths, revisions and versions name things; these are the things.
+_IDENTITY_FIELDS = {
+    "reference": ("weights_hash", "config_hash", "adapter_hash", "quantization", "dtype", "attention"),
+    "tokenizer": ("files_hash", "chat_template_hash"),
+    "tokenization": ("max_length", "rule"),
+    "scorer": ("backend",),
+}
+
+# Why rows were left out, among the reasons in `data.dropped`.
+PROMPT_TOO_LONG = "prompt_too_long"
+
+# Of a million shards.
+_LARGEST = 64 * MEGABYTE
+
+AGAIN = "Run the same kto-precompute again."
+
+_SECTIONS = ("reference", "tokenizer", "tokenization", "pairing", "scorer", "data", "run")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The sections of `manifest.json`; see the README for the fields of each.
+
+    Attributes:
+        intact: whether all of it is as it was written; `verify_cache` refuses what is not, after it looked for the reason.
+    """
+
+    reference: dict[str, Any]
+    tokenizer: dict[str, Any]
+    tokenization: dict[str, Any]
+    pairing: dict[str, Any]
+    scorer: dict[str, Any]
+    data: dict[str, Any]
+    shards: list[dict[str, Any]]
+    run: dict[str, Any]
+    created: str
+    fingerprint: str
+    intact: bool
+
+    @property
+    def rows(self) -> int:
+        return sum(int(shard["rows"]) for shard in self.shards)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens that the reference knows; None where the manifest does not say."""
+        size: int | None = self.reference.get("vocabulary")
+        return size
+
+    @property
+    def partners(self) -> int:
+        """Mismatched completions of each row."""
+        return int(self.pairing["partners"])
+
+    @property
+    def rows_identity(self) -> dict[str, Any]:
+        """What tells these rows from others; the fingerprint alone leaves labels and order out."""
+        return {"fingerprint": self.fingerprint, "labels_hash": self.data.get("labels_hash")}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return identity_of({name: getattr(self, name) for name in _IDENTITY_FIELDS})
+
+
+def identity_of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields that decide a score, `section.field` -> value."""
+    return {
+        f"{section}.{field}": sections[section].get(field)
+        for section, fields in _IDENTITY_FIELDS.items()
+        for field in fields
+    }
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Lines like `tokenization.max_length: 1024 in the cache, 512 now`, for what differs."""
+    lines = []
+    for key in sorted({*found, *wanted}):
+        if found.get(key) != wanted.get(key):
+            lines.append(f"{key}: {_short(found.get(key))} in the cache, {_short(wanted.get(key))} now")
+    return lines
+
+
+def _short(value: Any) -> str:
+    try:
+        text = "none" if value is None else str(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a huge number"
+    return printable(text[:12] + "..." if len(text) > 40 else text)
+
+
+def fingerprint(identity: Mapping[str, Any], pairing: Mapping[str, Any], rows_hash: str) -> str:
+    """Hash of all that can change a number in the cache, and of nothing else.
+
+    Args:
+        identity: from `identity_of`.
+        pairing: method, seed, block, partners.
+        rows_hash: hash over the sequences scored; labels and order are not in it.
+    """
+    return json_hash({"format": FORMAT, "identity": dict(identity), "pairing": dict(pairing), "rows": rows_hash})
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Hash of all that a manifest says, as JSON keeps it: what shows that a byte of it has changed."""
+    return json_hash(json.loads(json.dumps({name: value for name, value in content.items() if name != "checksum"})))
+
+
+def write_manifest(folder: Path, sections: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], mark: str) -> None:
+    """Declare the cache complete. Raises: CacheError: the disk does not take it."""
+    content = {
+        "format": FORMAT,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "fingerprint": mark,
+        **{name: sections[name] for name in _SECTIONS},
+        "shards": list(shards),
+    }
+    content["checksum"] = checksum(content)
+    path = folder / MANIFEST
+    try:
+        write_json(path, content)
+    except OSError as error:
+        raise CacheError(
+            f"{path}: cannot be written: {error}. Finished shards are kept; run again to go on."
+        ) from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `manifest.json`.
+
+    Raises:
+        CacheError: no cache here, an unfinished one, a newer format, a damaged manifest, or a shard
+            path that leaves the folder.
+    """
+    path = folder / MANIFEST
+    with readable(path):
+        if folder.is_file():
+            raise CacheError(f"{folder}: a file; pass the cache's folder, which holds {MANIFEST} and train/.")
+        if not folder.is_dir():
+            raise CacheError(f"{folder}: no such folder. {_how_to_make(folder)}")
+        if not path.exists():
+            raise no_manifest(folder, unfinished=any((folder / "train").glob("*.parquet")))
+        if not path.is_file():
+            raise CacheError(f"{path}: not a regular file. Remove it. {AGAIN}")
+        return parse_manifest(path, read_foreign(path, most=_LARGEST))
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Puts what the system says of reading a cache into words that the user can act on."""
+    try:
+        yield
+    except MemoryError as error:
+        raise CacheError(f"{path}: needs more memory than there is ({said_by(error)}).") from error
+    except OSError as error:
+        where = os.fsdecode(error.filename) if error.filename is not None else path
+        advice = " Check its owner and mode (ls -l)." if isinstance(error, PermissionError) else ""
+        raise CacheError(f"{where}: cannot be read ({said_by(error)}).{advice}") from error
+
+
+def no_manifest(folder: Path | str, *, unfinished: bool) -> CacheError:
+    """The error for a folder without `manifest.json`, which may hold shards already."""
+    if unfinished:
+        return CacheError(
+            f"{folder}: an unfinished cache (shards, but no {MANIFEST}). {AGAIN} It goes on where it stopped."
+        )
+    return CacheError(f"{folder}: not a reference cache (no {MANIFEST}). {_how_to_make(folder)}")
+
+
+def _how_to_make(folder: Path | str) -> str:
+    return f"Make one with: kto-precompute --model MODEL --data FILE --out {shlex.quote(str(folder))}"
+
+
+def parse_manifest(path: Path | str, text: bytes) -> Manifest:
+    """A manifest from its content.
+
+    Args:
+        path: named in errors.
+
+    Raises:
+        CacheError: as `read_manifest`.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{path}: cannot be read ({said_by(error)}). {AGAIN}") from error
+    if not isinstance(content, dict) or not _is_count(content.get("format")):
+        raise CacheError(f"{path}: not the manifest of a reference cache.")
+    if content["format"] > FORMAT:
+        raise NewerFormatError(
+            f"{path}: cache format {_short(content['format'])}; this version reads format {FORMAT}. "
+            "Update offline-kto, or score again: into another folder, or into this one with --overwrite."
+        )
+    if content["format"] != FORMAT:
+        raise CacheError(f"{path}: cache format {content['format']}; this version reads format {FORMAT}. {AGAIN}")
+    return _parse(path, content)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_count(value) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return _is_count(value) or (isinstance(value, float) and 0 <= value < float("inf"))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) <= LONGEST_NAME
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value)) and all(map(_is_count, value.values()))
+
+
+def _are_files(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(file, dict) and _is_text(file.get("name")) for file in value)
+
+
+def _is_template(value: Any) -> bool:
+    several = isinstance(value, dict) and all(map(_is_text, value))
+    return all(isinstance(one, str) for one in value.values()) if several else isinstance(value, str)
+
+
+def _are_switches(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, bool | int | float) for one in value.values())
+
+
+def _or_absent(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+# A longer name is no name; it would only fill the terminal.
+LONGEST_NAME, _LONGEST_FILE_NAME = 500, 200
+
+# What is read or printed, and of which kind it must be: whoever edits a manifest can write a fingerprint that fits.
+_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "reference": {
+        "id": _is_text,
+        **dict.fromkeys(("revision", "path", "adapter", "adapter_path"), _or_absent(_is_text)),
+        **dict.fromkeys(("weights_hash", "dtype", "attention"), _or_absent(_is_text)),
+        "vocabulary": _or_absent(_is_positive),
+    },
+    "tokenizer": {"chat_template": _or_absent(_is_template), "options": _or_absent(_are_switches)},
+    "tokenization": {"max_length": _is_positive, "rendered_on": _or_absent(_is_text)},
+    "pairing": {"partners": _is_positive, "method": _or_absent(_is_text), "seed": _or_absent(_is_count)},
+    "scorer": {"backend": _or_absent(_is_text)},
+    "data": {
+        "files": _or_absent(_are_files),
+        "dropped": _or_absent(_are_counts),
+        **dict.fromkeys(("desirable", "undesirable"), _is_count),
+        **dict.fromkeys(("read", "truncated", "kl_truncated"), _or_absent(_is_count)),
+        "labels_hash": _or_absent(_is_text),
+    },
+    "run": {
+        **dict.fromkeys(("scored_sequences", "reused_sequences"), _or_absent(_is_count)),
+        "tokens_per_second": _or_absent(_is_number),
+    },
+}
+
+
+def _parse(path: Path | str, content: dict[str, Any]) -> Manifest:
+    unknown = sorted(content.keys() - {"format", "created", "fingerprint", "shards", "checksum", *_SECTIONS})
+    if unknown:
+        raise CacheError(f"{path}: has an entry {_short(unknown[0])!r}, which format {FORMAT} has not. {AGAIN}")
+    for section in _SECTIONS:
+        if not isinstance(content.get(section), dict):
+            raise CacheError(f"{path}: section {section!r} is missing or damaged. {AGAIN}")
+    shards = content.get("shards")
+    if not isinstance(shards, list) or not shards:
+        raise CacheError(f"{path}: lists no shards. {AGAIN}")
+    for shard in shards:
+        wanted = {"file": _is_text, "rows": _is_count, "bytes": _is_count, "sha256": _is_text}
+        if not isinstance(shard, dict) or not all(fits(shard.get(key)) for key, fits in wanted.items()):
+            raise CacheError(f"{path}: a shard entry is damaged: {_short(shard)}. {AGAIN}")
+        place = PurePosixPath(shard["file"])
+        if place.is_absolute() or ".." in place.parts or "\\" in shard["file"]:
+            raise CacheError(f"{path}: shard {shard['file'][:100]!r} lies outside of the cache folder; it is not read.")
+        if len(place.name) > _LONGEST_FILE_NAME:
+            raise CacheError(f"{path}: a shard entry is damaged: {_short(shard)}. {AGAIN}")
+    if len({str(PurePosixPath(shard["file"])) for shard in shards}) != len(shards):
+        raise CacheError(f"{path}: lists a shard twice.")
+    for key in ("fingerprint", "created"):
+        if not _is_text(content.get(key)):
+            raise CacheError(f"{path}: {key!r} is missing. {AGAIN}")
+    manifest = Manifest(
+        **{name: content[name] for name in _SECTIONS},
+        shards=shards,
+        created=content["created"],
+        fingerprint=content["fingerprint"],
+        intact=content.get("checksum") == checksum(content),
+    )
+    _check_edited(path, manifest)
+    for section, fields in _FIELDS.items():
+        for name, fits in fields.items():
+            if not fits(content[section].get(name)):
+                raise CacheError(f"{path}: {section}.{name} is {_short(content[section].get(name))}: damaged. {AGAIN}")
+    return manifest
+
+
+def _check_edited(path: Path | str, manifest: Manifest) -> None:
+    expected = fingerprint(manifest.identity, manifest.pairing, str(manifest.data.get("rows_hash")))
+    if expected != manifest.fingerprint:
+        raise CacheError(f"{path}: does not match its own fingerprint: it was edited or damaged. {AGAIN}")
+    kept = manifest.data.get("kept")
+    if manifest.rows != kept:
+        raise CacheError(
+            f"{path}: its shards hold {manifest.rows} rows, but {_short(kept)} were kept: a shard is missing. {AGAIN}"
+        )
+
+
+def check_places(folder: Path, manifest: Manifest) -> None:
+    """Compare names and sizes of the shards with the manifest.
+
+    Raises:
+        CacheError: a shard that is missing, of another size, outside of the folder, or not in the manifest.
+    """
+    for shard in manifest.shards:
+        path = folder / shard["file"]
+        if not path.exists():
+            raise CacheError(f"{path}: missing. Run the same kto-precompute again; it scores only what is missing.")
+        if not path.is_file():
+            raise CacheError(f"{path}: missing; what stands there is not a regular file. Remove it. {AGAIN}")
+        if path.resolve().parent != folder.resolve() / "train":
+            raise CacheError(f"{path}: lies outside of the cache folder; it is not read.")
+        size = path.stat().st_size
+        if size != shard["bytes"]:
+            raise CacheError(f"{path}: {size} bytes, the manifest says {shard['bytes']}. {AGAIN}")
+    listed = {PurePosixPath(shard["file"]).name for shard in manifest.shards}
+    strays = sorted(path.name for path in (folder / "train").glob("[!.]*.parquet") if path.name not in listed)
+    if strays:
+        raise CacheError(
+            f"{folder / 'train' / strays[0]}: in the folder, but not in the manifest. Remove it, or run the same kto-precompute again."
+        )

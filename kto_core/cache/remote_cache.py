@@ -1,0 +1,182 @@
+"""Caches behind a URL: written through a local folder, read from a local copy."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from offline_kto.kto_core.cache.manifest import MANIFEST, no_manifest, parse_manifest
+from offline_kto.kto_core.cache.remote_folder import Remote, no_room
+from offline_kto.kto_core.cache.remote_lock import RemoteLock
+from offline_kto.kto_core.durable_files import OF_THE_DISK, replacing
+from offline_kto.kto_core.errors import CacheError, KTOError, printable
+from offline_kto.kto_core.hashing import file_hash
+from offline_kto.kto_core.locations import Location, is_url
+from offline_kto.kto_core.lock import only_writer
+from offline_kto.kto_core.progress import Progress
+
+
+class Mirror:
+    """A local folder that a remote one follows.
+
+    Args:
+        remote: its files are fetched into the folder first.
+        folder: what an earlier run left here stays, in `.kept`, for its scores.
+        check: called before the remote is changed; raises where this process must not any more.
+    """
+
+    def __init__(self, remote: Remote, folder: Path, *, kept: str, check: Callable[[], None]) -> None:
+        self._remote, self._folder, self._check = remote, folder, check
+        for path in [*folder.rglob("*.parquet")]:
+            aside = folder / kept / "train" / f"{file_hash(path)[:32]}.parquet"
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(aside)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        there = {name: size for name, size in remote.files().items() if _is_part(name)}
+        with Progress("downloading", sum(there.values()), "B") as progress:
+            for name, size in there.items():
+                remote.download(name, _inside(folder, name))
+                progress.add(size)
+        self._pushed = {name: state for name, state in self._local().items() if name in there}
+
+    def push(self) -> None:
+        """Bring the remote up to date. A manifest that changed is away meanwhile, and comes last."""
+        self._check()
+        local = self._local()
+        gone = self._pushed.keys() - local.keys()
+        new = sorted(name for name, state in local.items() if self._pushed.get(name) != state)
+        if MANIFEST in gone or MANIFEST in new:
+            self._remote.remove(MANIFEST)
+        for name in new:
+            if name != MANIFEST:
+                self._put(name, next((old for old in gone if self._pushed[old] == local[name]), None))
+        for name in gone:
+            self._remote.remove(name)
+        if MANIFEST in new:
+            self._put(MANIFEST, None)
+        self._pushed = local
+
+    def _put(self, name: str, renamed_from: str | None) -> None:
+        if renamed_from is not None:
+            self._remote.copy(renamed_from, name)
+        else:
+            self._remote.upload(self._folder / name, name)
+
+    def _local(self) -> dict[str, tuple[int, int, int]]:
+        """The cache's files, with what tells that one was changed or renamed."""
+        found = {}
+        for path in sorted(self._folder.rglob("*")):
+            name = path.relative_to(self._folder).as_posix()
+            if path.is_file() and _is_part(name):
+                state = path.stat()
+                found[name] = (state.st_size, state.st_mtime_ns, state.st_ino)
+        return found
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file belongs to a cache: the manifest, or a shard, in use or not yet."""
+    folder, _, last = name.rpartition("/")
+    shard = folder.split("/")[-1] == "train" and last.endswith(".parquet") and not last.startswith(".")
+    return name == MANIFEST or shard
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise CacheError(f"{printable(name)}: lies outside of the cache folder; it is not read.")
+    return path
+
+
+def check_remote(url: str) -> None:
+    """Refuse a remote folder that cannot be read, or that has something else in it, before any work is done."""
+    names = Remote(url).files()
+    foreign = [name for name in names if not _is_part(name) and not name.startswith(".")]
+    if foreign and MANIFEST not in names:
+        raise CacheError(
+            f"--out {url}: holds {printable(foreign[0])}, which is no part of a reference cache. Choose an empty folder."
+        )
+
+
+@contextlib.contextmanager
+def working_folder(url: str, *, kept: str) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Where a remote cache is written, by this process alone.
+
+    Args:
+        url: the remote folder.
+        kept: name of the folder for shards that are kept for their scores.
+
+    Yields:
+        the folder, and what to call when a change in it is finished.
+
+    Raises:
+        CacheError: another process writes there, or the store refuses.
+    """
+    remote = Remote(url)
+    folder = _own_folder("working", remote.url)
+    try:
+        with speaking_of(url, folder), only_writer(folder, CacheError):
+            with RemoteLock(remote) as lock:
+                yield folder, Mirror(remote, folder, kept=kept, check=lock.check).push
+            shutil.rmtree(folder)  # all of it is where it belongs; after an error it stays
+    except CacheError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in OF_THE_DISK:
+            raise no_room(error.__cause__) from error
+        raise
+
+
+@contextlib.contextmanager
+def speaking_of(location: Location, folder: Path) -> Iterator[None]:
+    """Errors name what the user named, not the folder that stands for it."""
+    try:
+        yield
+    except KTOError as error:
+        raise type(error)(str(error).replace(str(folder), str(location).rstrip("/"))) from error.__cause__
+
+
+def local_copy(location: Location, *, anew: bool = False) -> Path:
+    """A local folder with a cache's files: itself, or a download that later runs use again.
+
+    Args:
+        anew: download all of it, whatever is here already: to look at the remote files themselves.
+
+    Raises:
+        CacheError: no cache there, or the store refuses.
+    """
+    if not is_url(location):
+        return Path(location)
+    remote = Remote(str(location))
+    content = remote.read(MANIFEST)
+    if content is None:
+        raise no_manifest(remote.url, unfinished=any(map(_is_part, remote.files())))
+    manifest = parse_manifest(f"{remote.url}/{MANIFEST}", content)
+    listed = {shard["file"] for shard in manifest.shards}
+    strays = [name for name in remote.files() if name.startswith("train/") and _is_part(name) and name not in listed]
+    if strays:
+        raise CacheError(f"{remote.url}/{printable(strays[0])}: in the folder, but not in the manifest. Remove it.")
+    folder = _own_folder("downloads", hashlib.sha256(content).hexdigest())
+    with only_writer(folder, CacheError, wait=True):
+        places = {_inside(folder, shard["file"]): shard for shard in manifest.shards}
+        lacking = {p: s for p, s in places.items() if anew or not p.exists() or file_hash(p) != s["sha256"]}
+        with Progress("downloading", sum(shard["bytes"] for shard in lacking.values()), "B") as progress:
+            for path, shard in lacking.items():
+                remote.download(shard["file"], path)
+                progress.add(shard["bytes"])
+        with replacing(folder / MANIFEST) as temporary:
+            temporary.write_bytes(content)
+    return folder
+
+
+def _own_folder(kind: str, name: str) -> Path:
+    """A folder of the user's, made if need be, that stands for something remote."""
+    try:
+        folder = _home() / kind / hashlib.sha256(name.encode()).hexdigest()[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        raise no_room(error) from error
+    return folder
+
+
+def _home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offline-kto"

@@ -1,0 +1,322 @@
+"""Parquet shards of the reference cache, format 1: schema, checks, atomic writing, reading.
+
+A shard is written to a temporary file, closed, read back and checked, then renamed: a name that
+ends in `.parquet` is always a complete file.
+"""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from offline_kto.kto_core.durable_files import replacing
+from offline_kto.kto_core.errors import CacheError, said_by
+
+SCHEMA = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("pair_id", pa.string()),
+        pa.field("source", pa.int64(), nullable=False),
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("completion_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("label", pa.bool_(), nullable=False),
+        pa.field("ref_logps", pa.float64(), nullable=False),
+        pa.field("ref_token_logps", pa.list_(pa.float32()), nullable=False),
+        pa.field("kl_completion_ids", pa.list_(pa.list_(pa.int32())), nullable=False),
+        pa.field("ref_kl_logps", pa.list_(pa.float64()), nullable=False),
+        pa.field("ref_kl_token_logps", pa.list_(pa.list_(pa.float32())), nullable=False),
+    ]
+)
+
+# Rows are read in random order during training: small groups keep such a read small.
+_ROWS_PER_GROUP = 64
+
+# Relative difference allowed between a stored sum and the sum of the stored tokens.
+_SUM_TOLERANCE = 1e-9
+
+# How far the numbers of a row group can be packed, where they are more than a few; and the longest text in a shard.
+_SMALL, _MOST_PACKED, _LONGEST_ID = 2**24, 500, 256
+
+_METADATA_KEY = b"kto"
+
+
+def shard_name(index: int) -> str:
+    """`train/00003.parquet`; zero-padded, so that sorted names are in row order."""
+    return f"train/{index:05d}.parquet"
+
+
+def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> None:
+    """Write rows atomically.
+
+    Args:
+        path: final name; its folder exists.
+        rows: one mapping for each row, with the columns of `SCHEMA`.
+        metadata: JSON values kept in the file's footer (what the shard was made from).
+
+    Raises:
+        CacheError: the rows break a rule of the format, or the disk does not take them.
+    """
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    check_table(table, path.name)
+    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    try:
+        with replacing(path) as temporary:
+            pq.write_table(
+                table, temporary, row_group_size=_ROWS_PER_GROUP, compression="zstd", write_page_checksum=True
+            )
+            check_table(pq.read_table(temporary, page_checksum_verification=True), path.name)
+    except OSError as error:
+        raise CacheError(
+            f"{path}: cannot be written: {error}. Finished shards are kept; run again to go on."
+        ) from error
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """What a shard was made from, or None where the file is no complete shard of ours."""
+    try:
+        raw = (pq.read_schema(path).metadata or {}).get(_METADATA_KEY)
+        content = json.loads(raw) if raw else None
+    except (OSError, ValueError, RecursionError, pa.ArrowException):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def open_shard(path: Path, *, mapped: bool = False) -> pq.ParquetFile:
+    """Open a shard and check its columns.
+
+    Args:
+        mapped: map the file instead of reading it, so that processes share its pages. A file that is cut off while it is
+            mapped ends the process.
+
+    Raises:
+        CacheError: not Parquet, or other columns than those of the format.
+    """
+    try:
+        file = pq.ParquetFile(
+            path, pre_buffer=False, memory_map=mapped
+        )  # handing small reads to other threads takes longer than they do
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise CacheError(
+            f"{path}: not a readable Parquet file ({said_by(error)}). Run kto-precompute again."
+        ) from error
+    found = {field.name: field.type for field in file.schema_arrow}
+    for field in SCHEMA:
+        if found.get(field.name) != field.type:
+            raise CacheError(
+                f"{path}: column {field.name!r} should be {field.type}, found {found.get(field.name, 'none')}. "
+                "This is no shard of a reference cache; run kto-precompute again."
+            )
+    return file
+
+
+def check_packing(path: Path, file: pq.ParquetFile) -> None:
+    """Refuse a shard that unpacks to far more than it is: a few bytes may stand for more than there is memory.
+
+    Raises:
+        CacheError: naming the file.
+    """
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    lists = [i for i, leaf in enumerate(leaves) if "." in leaf]
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        values = [(group.column(i).num_values, i) for i in lists]
+        suspects = [i for count, i in values if 4 * count > _SMALL]
+        if group.num_rows * group.total_byte_size > 64 * _SMALL:  # as if all of it were one text, repeated in each row
+            suspects = [*range(group.num_columns)]
+        for chunk in map(group.column, suspects):
+            text = chunk.num_values * chunk.total_uncompressed_size if chunk.physical_type == "BYTE_ARRAY" else 0
+            size = max(4 * chunk.num_values, chunk.total_uncompressed_size, text)
+            if size > _SMALL + _MOST_PACKED * chunk.total_compressed_size and not _is_short(chunk):
+                raise CacheError(
+                    f"{path}: {chunk.path_in_schema} unpacks to {size:,} bytes in one row group. This is no shard that "
+                    "kto-precompute wrote; it is not read."
+                )
+
+
+def _is_short(chunk: Any) -> bool:
+    """Whether a column holds texts like hashes, and so few that even equally long ones would take little memory."""
+    few = chunk.physical_type == "BYTE_ARRAY" and chunk.num_values <= 16 * _ROWS_PER_GROUP
+    return few and chunk.total_uncompressed_size <= _LONGEST_ID * (chunk.num_values + 64)
+
+
+def read_groups(
+    path: Path,
+    file: pq.ParquetFile,
+    *,
+    columns: list[str] | None = None,
+    groups: Sequence[int] | None = None,
+    at_once: int = 1,
+) -> Iterator[pa.Table]:
+    """Row groups of an open shard (all, if not told otherwise), one after another or several together.
+
+    Raises:
+        CacheError: damaged content.
+    """
+    wanted = range(file.num_row_groups) if groups is None else groups
+    for start in range(0, len(wanted), at_once):
+        try:
+            yield file.read_row_groups(wanted[start : start + at_once], columns=columns, use_threads=False)
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+            raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """Rows of a table as mappings, made when they are asked for; token ids and scores are numpy views of its buffers."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table.combine_chunks()
+        self._plain = {name: self._table.column(name) for name in _PLAIN_COLUMNS}
+        self._lists = {name: _Lists(self._table, name) for name in SCHEMA.names if name not in _PLAIN_COLUMNS}
+        self._inner = {name: self._lists[name].inner() for name in _TWICE_NESTED}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the table holds."""
+        return int(self._table.nbytes)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row: dict[str, Any] = {name: column[index].as_py() for name, column in self._plain.items()}
+        for name, lists in self._lists.items():
+            if name in _TWICE_NESTED:
+                row[name] = [self._inner[name].one(i) for i in lists.span(index)]
+            else:
+                row[name] = lists.one(index)
+        return row
+
+
+_PLAIN_COLUMNS = ("row_id", "prompt_id", "pair_id", "source", "label", "ref_logps")
+_TWICE_NESTED = ("kl_completion_ids", "ref_kl_token_logps")
+
+
+def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None, partners: int | None = None) -> int:
+    """Check every rule of the format: counts, finiteness, signs, sums, token ids.
+
+    Args:
+        table: rows with the columns of `SCHEMA`.
+        where: named in errors.
+        vocabulary: token ids must be below it; None skips that check.
+        partners: mismatched completions that every row must have; None skips that check.
+
+    Returns:
+        The largest token id.
+
+    Raises:
+        CacheError: naming the first row and the rule it breaks.
+    """
+    for name in SCHEMA.names:
+        missing = 0 if name == "pair_id" else _count_nulls(table.column(name))
+        if missing:
+            raise CacheError(f"{where}: column {name!r} lacks {missing} values.")
+    prompts, completions = _Lists(table, "prompt_ids"), _Lists(table, "completion_ids")
+    logps = _Lists(table, "ref_token_logps")
+    kl_completions, kl_logps = _Lists(table, "kl_completion_ids"), _Lists(table, "ref_kl_token_logps")
+    kl_sums = _Lists(table, "ref_kl_logps")
+    if (prompts.lengths == 0).any() or (completions.lengths == 0).any():
+        raise CacheError(f"{where}: a row without prompt or completion tokens.")
+    _require_equal(where, "ref_token_logps", logps.lengths, completions.lengths)
+    _require_equal(where, "ref_kl_token_logps", kl_logps.lengths, kl_completions.lengths)
+    _require_equal(where, "ref_kl_logps", kl_sums.lengths, kl_completions.lengths)
+    if partners is not None and (kl_completions.lengths != partners).any():
+        raise CacheError(f"{where}: a row without its {partners} mismatched completions.")
+    inner_ids, inner_logps = kl_completions.inner(), kl_logps.inner()
+    _require_equal(where, "ref_kl_token_logps (tokens)", inner_logps.lengths, inner_ids.lengths)
+    for name, values in (("ref_token_logps", logps.values), ("ref_kl_token_logps", inner_logps.values)):
+        if not np.isfinite(values).all():
+            raise CacheError(f"{where}: {name} holds {int((~np.isfinite(values)).sum())} values that are not finite.")
+        if (values > 0).any():
+            raise CacheError(f"{where}: {name} holds positive log-probabilities (up to {values.max():g}).")
+    _require_sums(where, "ref_logps", table.column("ref_logps").to_numpy(), logps)
+    _require_sums(where, "ref_kl_logps", kl_sums.values, inner_logps)
+    largest = 0
+    for name, ids in (
+        ("prompt_ids", prompts),
+        ("completion_ids", completions),
+        ("kl_completion_ids", inner_ids),
+    ):
+        if len(ids.values) and (ids.values.min() < 0 or (vocabulary is not None and ids.values.max() >= vocabulary)):
+            raise CacheError(
+                f"{where}: {name} holds token ids from {ids.values.min()} to {ids.values.max()}, "
+                f"outside of the vocabulary ({vocabulary} tokens)."
+            )
+        largest = max(largest, int(ids.values.max(initial=0)))
+    return largest
+
+
+def _count_nulls(column: pa.ChunkedArray) -> int:
+    """Missing values at any depth of a column."""
+    count = int(column.null_count)
+    if pa.types.is_list(column.type):
+        count += sum(_count_nulls(pa.chunked_array([chunk.flatten()])) for chunk in column.chunks)
+    return count
+
+
+class _Lists:
+    """A list column as flat values and lengths."""
+
+    def __init__(self, source: pa.Table | pa.Array, name: str = "") -> None:
+        array = source.column(name).combine_chunks() if isinstance(source, pa.Table) else source
+        if isinstance(array, pa.ChunkedArray):  # an empty table keeps its chunks
+            array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+        self.flat = array.flatten()
+        self.lengths = array.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+
+    @functools.cached_property
+    def values(self) -> np.ndarray:
+        return self.flat.to_numpy(zero_copy_only=False)
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.lengths)
+
+    def inner(self) -> "_Lists":
+        return _Lists(self.flat)
+
+    def span(self, index: int) -> range:
+        """Where the entries of one list lie among all."""
+        end = int(self._ends[index])
+        return range(end - int(self.lengths[index]), end)
+
+    def one(self, index: int) -> np.ndarray:
+        """One list, as a view."""
+        span = self.span(index)
+        return self.values[span.start : span.stop]
+
+    def sums(self) -> np.ndarray:
+        """Sum of each list, in float64."""
+        sums = np.zeros(len(self.lengths))
+        filled = self.lengths > 0  # `reduceat` would give an empty list its neighbour's first value
+        starts = (np.cumsum(self.lengths) - self.lengths)[filled]
+        if len(starts):
+            sums[filled] = np.add.reduceat(self.values.astype(np.float64), starts)
+        return sums
+
+
+def _require_equal(where: str, name: str, found: np.ndarray, wanted: np.ndarray) -> None:
+    if len(found) != len(wanted) or (found != wanted).any():
+        row = int(np.flatnonzero(found != wanted)[0]) if len(found) == len(wanted) else 0
+        raise CacheError(f"{where}: {name} does not have one score for each token (first at entry {row}).")
+
+
+def _require_sums(where: str, name: str, found: np.ndarray, tokens: _Lists) -> None:
+    wanted = tokens.sums()
+    wrong = ~(np.abs(found - wanted) <= _SUM_TOLERANCE * np.maximum(1.0, np.abs(wanted)))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise CacheError(f"{where}: {name} of row {row} is {found[row]:.6f}, but its tokens sum to {wanted[row]:.6f}.")

@@ -1,0 +1,338 @@
+"""One record of a feedback file -> one labelled row, or the two rows of a preference pair.
+
+Each record says by itself which format it has, so that a file may mix them. In this order:
+
+    the column of --completion-field      prompt, completion, label
+    chosen + rejected                     a pair; its prompt is in prompt, instruction, conversations or
+                                          messages, or else is what both begin with
+    completion                            prompt, completion, label
+    messages, conversations (ShareGPT)    the last message is the completion
+    instruction + output (Alpaca)         with input, system and history
+
+A key that holds None counts as absent: that is how tables store what only other rows have.
+"""
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.formats import (
+    Message,
+    Turns,
+    alpaca_prompt,
+    as_conversation,
+    as_turns,
+    check_completion,
+    join_sides,
+    quoted,
+    shared_beginning,
+    split_conversation,
+    with_system,
+)
+from offline_kto.kto_core.feedback.labels import number_in, parse_label
+
+_MEDIA = ("images", "videos", "audios")
+
+# Every key of a record that is looked at, beside those that options name.
+COLUMNS: Final = frozenset(
+    {
+        *("prompt", "completion", "label", "kto_tag", "rating", "chosen", "rejected", "messages", "conversations"),
+        *("instruction", "input", "output", "system", "history", "tools", "chat_template_kwargs", *_MEDIA),
+    }
+)
+
+
+@dataclass(frozen=True)
+class FeedbackRow:
+    """One completion of one prompt, and whether it was liked.
+
+    prompt and completion are both text or both messages; a label of true means desirable. The messages are
+    copies: a row shares nothing with the record it came from.
+    """
+
+    where: str  # a place that the user can find: "feedback.jsonl:17"
+    prompt: str | tuple[Message, ...]
+    completion: str | tuple[Message, ...]
+    label: bool
+    pair_id: str | None = None  # shared by the two rows of a preference pair
+    tools: tuple[dict[str, Any], ...] | None = None  # for the chat template
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # the record's `chat_template_kwargs`
+
+    @property
+    def characters(self) -> int:
+        """Of prompt and completion."""
+        sides = (self.prompt, self.completion)
+        return sum(len(side) if isinstance(side, str) else sum(len(m["content"]) for m in side) for side in sides)
+
+
+@dataclass(frozen=True)
+class FeedbackFields:
+    """Which columns to read, and how. None means the names that the formats have.
+
+    Once rating_threshold is set, label names the column of the rating. chat_template says whether the
+    tokenizer has one, which decides whether Alpaca rows become conversations.
+
+    Raises:
+        ConfigError: a threshold that no rating can be compared with.
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+    label: str | None = None
+    rating_threshold: float | None = None
+    chat_template: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rating_threshold is not None and not math.isfinite(self.rating_threshold):
+            raise ConfigError(f"--rating-threshold must be a finite number, got {self.rating_threshold}.")
+
+
+def parse_record(record: Mapping[str, Any], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
+    """One row, or the chosen and the rejected row of a pair, in this order.
+
+    Where rating_threshold is set, the label of every row that is not of a pair is `rating >= threshold`.
+
+    Raises:
+        FeedbackError: anything that is not exactly one of the formats; the message begins with `where`.
+    """
+    present = {key: value for key, value in record.items() if value is not None}
+    try:
+        return _rows(present, where, fields)
+    except RecursionError:
+        raise FeedbackError(f"{where}: the record is nested too deeply. Remove the row.") from None
+
+
+def _rows(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
+    for name in _MEDIA:
+        if isinstance(present.get(name), list | tuple) and len(present[name]) > 0:
+            raise FeedbackError(f"{where}: the record has '{name}'. Multimodal feedback is not supported.")
+    labels = [True, False]
+    if _is_pair(present, fields):
+        prompt, completions = _pair(present, where, fields)
+    else:
+        prompt, completion = _single(present, where, fields)
+        completions = (completion,)
+        labels = [_label(present, where, fields)]
+    tools = _tools(present.get("tools"), where)
+    if tools is not None and isinstance(prompt, str):
+        raise FeedbackError(f"{where}: 'tools' beside a prompt of plain text. Write the prompt as messages.")
+    kwargs = _template_kwargs(present.get("chat_template_kwargs"), where)
+    _canonical([tools, kwargs], where)
+    content = _canonical([prompt, *completions], where)
+    pair_id = hashlib.sha256(content).hexdigest()[:32] if len(completions) == 2 else None
+    return [
+        FeedbackRow(where, prompt, completion, label, pair_id, tools, kwargs)
+        for completion, label in zip(completions, labels, strict=True)
+    ]
+
+
+def _is_pair(record: Mapping[str, Any], fields: FeedbackFields) -> bool:
+    if fields.completion is not None and record.get(fields.completion) is not None:
+        return False
+    return record.get("chosen") is not None and record.get("rejected") is not None
+
+
+def _pair(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> tuple[Turns, tuple[Turns, ...]]:
+    if "completion" in present:
+        raise FeedbackError(
+            f"{where}: 'completion' stands beside 'chosen' and 'rejected'. Remove one or the other, or pass"
+            " --completion-field completion."
+        )
+    chosen = as_turns(present["chosen"], where, "chosen")
+    rejected = as_turns(present["rejected"], where, "rejected")
+    contradiction = f"{where}: 'chosen' and 'rejected' are the same, so the pair says nothing. Remove the row."
+    if chosen == rejected:
+        raise FeedbackError(contradiction)
+    prompt = _pair_prompt(present, where, fields)
+    answers: tuple[Turns, ...]
+    if prompt is None:
+        prompt, answers = shared_beginning(chosen, rejected, where)
+    else:
+        prompt, answers = join_sides(prompt, [("chosen", chosen), ("rejected", rejected)], where)
+    if answers[0] == answers[1]:  # seen only now where one side repeats the prompt
+        raise FeedbackError(contradiction)
+    check_completion(answers[0], where, "chosen")
+    check_completion(answers[1], where, "rejected")
+    return prompt if _is_alpaca(present, fields) else with_system(prompt, present, where), answers
+
+
+def _pair_prompt(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> Turns | None:
+    name = fields.prompt or "prompt"
+    if name in present:
+        return as_turns(present[name], where, name)
+    if _is_alpaca(present, fields):
+        return alpaca_prompt(present, where, conversation=fields.chat_template)
+    for name in ("conversations", "messages"):
+        if name in present:
+            messages = as_conversation(present[name], where, name)
+            # One that ends in an answer is not the prompt: some sets repeat the chosen side there.
+            return messages if messages[-1]["role"] != "assistant" else None
+    return None
+
+
+def _is_alpaca(present: Mapping[str, Any], fields: FeedbackFields) -> bool:
+    """Whether a record without a conversation has its prompt, system text included, in Alpaca's columns."""
+    return "instruction" in present and (fields.prompt or "prompt") not in present
+
+
+def _single(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> tuple[Turns, Turns]:
+    name = fields.completion or "completion"
+    prompt: Turns
+    completion: Turns
+    if name in present:
+        prompt_name = fields.prompt or "prompt"
+        if prompt_name not in present:
+            raise FeedbackError(
+                f"{where}: there is a '{name}' but no '{prompt_name}'; {_columns(present)}."
+                " Name the prompt's column with --prompt-field."
+            )
+        prompt = as_turns(present[prompt_name], where, prompt_name)
+        completion = as_turns(present[name], where, name)
+        prompt, (completion,) = join_sides(prompt, [(name, completion)], where)
+        prompt = with_system(prompt, present, where)
+    elif "messages" in present or "conversations" in present:
+        name = "messages" if "messages" in present else "conversations"
+        prompt, completion = split_conversation(as_conversation(present[name], where, name), where, name)
+        prompt = with_system(prompt, present, where)
+    elif "instruction" in present and "output" in present:
+        name = "output"
+        prompt = alpaca_prompt(present, where, conversation=fields.chat_template)
+        prompt, (completion,) = join_sides(prompt, [(name, as_turns(present[name], where, name))], where)
+    else:
+        raise _unknown_format(present, where, fields)
+    check_completion(completion, where, name)
+    return prompt, completion
+
+
+def _unknown_format(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> FeedbackError:
+    for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
+        if here in present and missing not in present:
+            return FeedbackError(f"{where}: there is '{here}' but no '{missing}'; {_columns(present)}.")
+    if fields.completion is not None or fields.prompt is not None:
+        name = fields.completion or "completion"
+        return FeedbackError(f"{where}: there is no '{name}'; {_columns(present)}. Check --completion-field.")
+    return FeedbackError(
+        f"{where}: none of the known formats; {_columns(present)}. Give it prompt, completion and label (or"
+        " name them: --prompt-field, --completion-field, --label-field), messages and label, or chosen and"
+        " rejected."
+    )
+
+
+def _label(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> bool:
+    if fields.rating_threshold is not None:
+        return parse_rating(present, where, fields) >= fields.rating_threshold
+    names = ("label", "kto_tag") if fields.label is None else (fields.label,)
+    labels = {name: parse_label(present[name], where, name) for name in names if name in present}
+    if len(set(labels.values())) > 1:
+        raise FeedbackError(f"{where}: 'label' and 'kto_tag' contradict each other. Remove one of them.")
+    if len(labels) == 0:
+        if "rating" in present:
+            raise FeedbackError(
+                f"{where}: there is a rating, {quoted(present['rating'])}, but no label. Say from which"
+                " rating on a completion is desirable: pass --rating-threshold 4 (or median)."
+            )
+        raise FeedbackError(
+            f"{where}: there is no '{names[0]}'; {_columns(present)}. Name the column with --label-field."
+        )
+    return next(iter(labels.values()))
+
+
+def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
+    tools = _from_json([] if value is None or value == "" else value, where, "tools")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise FeedbackError(f"{where}: 'tools' must be a list of objects, got {quoted(value)}.")
+    return tuple(tools) if len(tools) > 0 else None
+
+
+def _template_kwargs(value: Any, where: str) -> dict[str, Any]:
+    name = "chat_template_kwargs"
+    kwargs = _from_json({} if value is None or value == "" else value, where, name)
+    if not isinstance(kwargs, dict):
+        raise FeedbackError(f"{where}: '{name}' must be an object, got {quoted(value)}.")
+    return {key: item for key, item in kwargs.items() if item is not None}
+
+
+def _from_json(value: Any, where: str, name: str) -> Any:
+    """A copy of `value`, which tables have to hold as JSON text."""
+    try:
+        return json.loads(value if isinstance(value, str) else json.dumps(value))
+    except (TypeError, ValueError):
+        raise FeedbackError(f"{where}: '{name}' is not valid JSON, got {quoted(value)}.") from None
+
+
+def _canonical(value: object, where: str) -> bytes:
+    """Canonical JSON in UTF-8; refuses what neither a tokenizer nor Parquet can take."""
+    try:
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        found = quoted(error.object[max(0, error.start - 20) : error.end])
+        raise FeedbackError(
+            f"{where}: text ending in {found} holds half a character (a lone surrogate). Repair or remove it."
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise FeedbackError(f"{where}: a message holds what JSON cannot ({error}). Write it as text.") from None
+
+
+def _columns(record: Mapping[str, Any]) -> str:
+    names = [name for name, value in record.items() if value is not None]
+    return f"found {quoted(names, 200)}" if names else "found no columns with a value"
+
+
+def parse_rating(record: Mapping[str, Any], where: str, fields: FeedbackFields) -> float:
+    """The number in `rating`, or in the column that --label-field names. Text counts if it is a number (CSV).
+
+    Raises:
+        FeedbackError: no such column, or no finite number in it (true and false are not ratings).
+    """
+    name = _rating_name(fields)
+    value = record.get(name)
+    if value is None:
+        raise FeedbackError(
+            f"{where}: --rating-threshold is set, but there is no '{name}'; {_columns(record)}."
+            " Name the column that holds the rating with --label-field."
+        )
+    number = number_in(value)
+    if number is None:
+        raise FeedbackError(
+            f"{where}: '{name}' must be a number, since --rating-threshold is set, got {quoted(value)}."
+            " Name the column that holds the rating with --label-field."
+        )
+    return number
+
+
+def resolve_threshold(
+    text: str, records: Iterable[tuple[str, Mapping[str, Any]]], fields: FeedbackFields | None = None
+) -> float:
+    """The number that --rating-threshold means: itself, or for "median" the median of all ratings.
+
+    A rating at the threshold is desirable. `records` are (where, record) and are read for "median" only;
+    preference pairs and records without a rating do not count there.
+
+    Raises:
+        ConfigError: neither a finite number nor "median", or no record has a rating.
+        FeedbackError: a rating that is not a number.
+    """
+    if text.strip().lower() != "median":
+        number = number_in(text)
+        if number is None:
+            raise ConfigError(f'--rating-threshold must be a number or "median", got {quoted(text)}.')
+        return number
+    fields = FeedbackFields() if fields is None else fields
+    name = _rating_name(fields)
+    ratings = [
+        parse_rating(record, where, fields)
+        for where, record in records
+        if record.get(name) is not None and not _is_pair(record, fields)
+    ]
+    if len(ratings) == 0:
+        raise ConfigError(f"--rating-threshold median: no record has a '{name}'. Name its column with --label-field.")
+    return float(statistics.median(ratings))
+
+
+def _rating_name(fields: FeedbackFields) -> str:
+    return "rating" if fields.label is None else fields.label

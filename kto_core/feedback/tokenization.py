@@ -1,0 +1,223 @@
+"""From feedback rows to prompt and completion tokens, with the boundary between them checked."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from offline_kto.kto_core.errors import TokenizationError, said_by
+from offline_kto.kto_core.feedback.chat_templates import ChatRenderer
+from offline_kto.kto_core.feedback.decoding import Decoder
+from offline_kto.kto_core.feedback.findings import Findings
+from offline_kto.kto_core.feedback.records import FeedbackRow
+
+ResultT = TypeVar("ResultT")
+
+# A turn's end and what templates write behind it: a line break or two.
+_END_TOKENS = 4
+
+
+class Tokens(NamedTuple):
+    """int32 ids, untruncated; the prompt has at least one token, and so has the completion."""
+
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+
+
+def tokenize_rows(rows: Sequence[FeedbackRow], tokenizer: Any) -> list[Tokens]:
+    """Tokenize rows of one file, in order; see `Tokenizing`."""
+    return Tokenizing(tokenizer).tokenize(rows)
+
+
+class Tokenizing:
+    """Tokenizes rows: conversations through the chat template, once; plain text with EOS appended, once.
+
+    The prompt's ids are a prefix of the ids of prompt and completion together. Where the tokenizer
+    merges across the boundary, the two are tokenized apart, as they are when the model is sampled.
+    BOS comes once: the template writes it, the text begins with it, or the tokenizer adds it.
+    The ids of each row are compared with its text.
+
+    Args:
+        tokenizer: a `transformers` tokenizer; it is called, never changed.
+        now: the day that templates with a date are rendered on; None for today.
+    """
+
+    def __init__(self, tokenizer: Any, *, now: datetime | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._findings = Findings()
+        self._renderer = ChatRenderer(tokenizer, now=now, findings=self._findings)
+        self._decoder = Decoder(tokenizer)
+        self._around: tuple[list[int], list[int]] | None = None
+        self._unknown = _unknown_token(tokenizer)
+        self._rows = self._ids = 0
+
+    @property
+    def dated(self) -> bool:
+        """Whether a rendering depends on the day."""
+        return self._renderer.dated
+
+    def tokenize(self, rows: Sequence[FeedbackRow]) -> list[Tokens]:
+        """Tokenize some rows.
+
+        Raises:
+            TokenizationError: no chat template for a conversation, no EOS for plain text, a template that
+                renders the prompt differently once an answer follows or leaves the answer out, a prompt without
+                tokens, ids that do not say what the text says, or a tokenizer that fails.
+        """
+        rendered = [self._render_text(row) if isinstance(row.prompt, str) else self._render_chat(row) for row in rows]
+        # One call for all texts: the tokenizer works in parallel inside. Templates write BOS themselves.
+        prompts = self._encode_rows(rows, [item.prompt for item in rendered])
+        fulls = self._encode_rows(rows, [item.text for item in rendered])
+        return [self._tokens(*parts) for parts in zip(rows, rendered, prompts, fulls, strict=True)]
+
+    def check(self) -> None:
+        """Judge all rows together. Raises: TokenizationError: the tokenizer knows nothing of most completions."""
+        unread = self._findings.counts["unread"]
+        if 2 * unread > self._rows:
+            raise TokenizationError(
+                f"{self._findings.first['unread']}: the tokenizer knows nothing of this completion, nor of {unread - 1:,} "
+                f"others of {self._rows:,}: all their tokens are unknown or special. It belongs to another language or "
+                "another model; use the model's own."
+            )
+
+    def warnings(self) -> list[str]:
+        """Return sentences on what was found in all rows so far."""
+        counts, first = self._findings.counts, self._findings.first
+        lines = self._findings.sentences()
+        if counts["unknown"]:
+            share, rows = counts["unknown"] / self._ids, counts["unknown_rows"]
+            lines.append(
+                f"{share:.2%} of the tokens, in {rows:,} of {self._rows:,} rows, are unknown to the tokenizer "
+                f"({self._tokenizer.unk_token}): what they stood for is lost (first: {first['unknown']}). Check that it "
+                "belongs to the model and the language."
+            )
+        return lines
+
+    def _render_text(self, row: FeedbackRow) -> "_Rendered":
+        if self._tokenizer.eos_token_id is None:
+            raise TokenizationError(
+                f"{row.where}: plain text needs an end-of-sequence token after the completion, and this tokenizer has "
+                "none. Set eos_token in tokenizer_config.json."
+            )
+        return _Rendered.of(str(row.prompt), str(row.completion), is_chat=False)
+
+    def _render_chat(self, row: FeedbackRow) -> "_Rendered":
+        return _Rendered.of(*self._renderer.render(row), is_chat=True)
+
+    def _tokens(self, row: FeedbackRow, item: "_Rendered", prompt: list[int], full: list[int]) -> Tokens:
+        before, after = ([], []) if item.is_chat else self._added_around(row.where, item.text)
+        joined = not after and full[: len(prompt)] == prompt
+        completion = full[len(prompt) :] if joined else self._encode_apart(row.where, item.completion)
+        self._compare(row, item.text, full if joined else [*prompt, *completion], completion)
+        if prompt[: len(before)] != before:  # text that was rendered before begins with BOS as it is
+            prompt = [*before, *prompt]
+        prompt = [*prompt, *after]
+        if item.is_chat:
+            if self._decoder.special_ids.isdisjoint(completion[-_END_TOKENS:]):
+                self._findings.add("open", row.where)
+        elif not self._is_closed(item.completion, completion):
+            completion = [*completion, self._tokenizer.eos_token_id]
+        _check(row, prompt, completion)
+        if prompt[:2] == [self._tokenizer.bos_token_id] * 2:
+            self._findings.add("two_bos", row.where)
+        return Tokens(np.array(prompt, dtype=np.int32), np.array(completion, dtype=np.int32))
+
+    def _is_closed(self, text: str, ids: list[int]) -> bool:
+        """Return whether a completion ends with EOS; a line break may follow where it was rendered before."""
+        eos = self._tokenizer.eos_token_id
+        return ids[-1:] == [eos] or (text.rstrip().endswith(str(self._tokenizer.eos_token)) and eos in ids)
+
+    def _compare(self, row: FeedbackRow, text: str, ids: list[int], completion: list[int]) -> None:
+        """Compare ids with their text, and count what the tokenizer does not know."""
+        self._rows += 1
+        self._ids += len(ids)
+        unknown = 0
+        if self._unknown is not None:
+            unknown = ids.count(self._unknown[0]) - text.count(self._unknown[1])
+        if unknown > 0:
+            self._findings.add("unknown", row.where, unknown)
+            self._findings.add("unknown_rows", row.where)
+        elif self._guarded(row.where, lambda: self._decoder.lost(text, ids, row.where)):
+            self._findings.add("lost", row.where)
+        else:
+            return
+        known = set(completion) - self._decoder.special_ids - ({self._unknown[0]} if self._unknown else set())
+        if not known:
+            self._findings.add("unread", row.where)
+
+    def _added_around(self, where: str, text: str) -> tuple[list[int], list[int]]:
+        """Return what the tokenizer puts around a text; EOS is left out, which belongs after the completion alone."""
+        if self._around is None:
+            bare, closed = self._encode(where, [text])[0], self._encode(where, [text], special=True)[0]
+            fits = [i for i in range(len(closed) - len(bare) + 1) if closed[i : i + len(bare)] == bare]
+            start = fits[0] if fits else 0
+            before, after = closed[:start], closed[start + len(bare) :]
+            self._around = before, [] if after == [self._tokenizer.eos_token_id] else after
+        return self._around
+
+    def _encode_rows(self, rows: Sequence[FeedbackRow], texts: list[str]) -> list[list[int]]:
+        try:
+            return self._encode(rows[0].where, texts)
+        except TokenizationError:
+            for row, text in zip(rows, texts, strict=True):  # which one it is
+                self._encode(row.where, [text])
+            raise
+
+    def _encode(self, where: str, texts: list[str], *, special: bool = False) -> list[list[int]]:
+        def encode() -> list[list[int]]:
+            encoded = self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+            return [list(ids) for ids in encoded]
+
+        return self._guarded(where, encode)
+
+    def _encode_apart(self, where: str, completion: str) -> list[int]:
+        """Return ids of a completion that continues a prompt.
+
+        SentencePiece tokenizers put a space before whatever they encode, which nobody sampled; behind a
+        line break, which is then taken off again, they do not.
+        """
+        start, ids = self._encode(where, ["\n", "\n" + completion])
+        return ids[len(start) :] if ids[: len(start)] == start else self._encode(where, [completion])[0]
+
+    def _guarded(self, where: str, call: Callable[[], ResultT]) -> ResultT:
+        """Call the tokenizer. Raises: TokenizationError: whatever it fails with, a panic of its native code included."""
+        try:
+            return call()
+        except (TokenizationError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise TokenizationError(
+                f"{where}: the tokenizer ({type(self._tokenizer).__name__}) fails on this row: {said_by(error)}. Its files "
+                'do not fit each other: copy the tokenizer again, or set "tokenizer_class" in tokenizer_config.json to the '
+                "class that tokenizer.json was made for (PreTrainedTokenizerFast reads it as it is)."
+            ) from error
+
+
+class _Rendered(NamedTuple):
+    prompt: str
+    completion: str
+    text: str  # both
+    is_chat: bool  # whether a template wrote BOS and the end
+
+    @classmethod
+    def of(cls, prompt: str, completion: str, *, is_chat: bool) -> "_Rendered":
+        return cls(prompt, completion, prompt + completion, is_chat)
+
+
+def _unknown_token(tokenizer: Any) -> tuple[int, str] | None:
+    """Return id and text of what stands for unknown text; None where nothing does."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    token = getattr(model, "unk_token", getattr(tokenizer, "unk_token", None))  # Unigram's model does not tell
+    token_id = tokenizer.convert_tokens_to_ids(str(token)) if token else None
+    return None if token_id is None else (int(token_id), str(token))
+
+
+def _check(row: FeedbackRow, prompt: list[int], completion: list[int]) -> None:
+    if not prompt:
+        raise TokenizationError(
+            f"{row.where}: the prompt has no tokens, so nothing predicts the first token of the completion. "
+            "Give a prompt, or use a tokenizer that starts every text with BOS."
+        )
+    if not completion:
+        raise TokenizationError(f"{row.where}: the completion has no tokens.")

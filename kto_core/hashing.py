@@ -1,0 +1,207 @@
+"""Hashes that say whether two things would produce the same numbers.
+
+Everything is hashed from content: tensors, token ids, tokenizer rules, templates. Paths, sharding,
+time stamps and objects that change when they are used stay out of it.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offline_kto.kto_core.errors import ModelError, said_by
+
+
+def sequence_id(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> str:
+    """Content id of a prompt and a completion with the boundary between them (`row_id`)."""
+    return _hash_ids(prompt_ids, completion_ids)
+
+
+def ids_id(ids: np.ndarray) -> str:
+    """Content id of one list of token ids (`prompt_id`)."""
+    return _hash_ids(ids)
+
+
+def _hash_ids(*parts: np.ndarray) -> str:
+    # Each part is preceded by its length: [1, 2] + [3] and [1] + [2, 3] differ.
+    hasher = hashlib.sha256()
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(np.ascontiguousarray(part, dtype="<i4").tobytes())
+    return hasher.hexdigest()[:32]
+
+
+def json_hash(value: Any) -> str:
+    """sha256 of a JSON value in canonical form (sorted keys, no white space)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    hasher = hashlib.sha256()
+    while block := file.read(1 << 20):
+        hasher.update(block)
+    return hasher.hexdigest()
+
+
+def file_hashes(paths: Iterable[Path]) -> list[str]:
+    """`file_hash` of many files, in parallel (hashing releases the interpreter's lock)."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(file_hash, paths))
+
+
+def weights_hash(folder: Path, *, on_bytes: Callable[[int], None] | None = None) -> str:
+    """Hash of every tensor (name, dtype, shape, bytes) in a folder's safetensors files.
+
+    The same tensors cut into other files hash the same.
+
+    Args:
+        folder: holds `*.safetensors`.
+        on_bytes: called with the number of bytes hashed since the last call (for a progress bar); may raise to stop.
+
+    Raises:
+        ModelError: no safetensors file, or one that is damaged.
+    """
+    tensors: dict[str, tuple[Path, str, list[int], int, int]] = {}
+    for path in weight_files(folder):
+        for name, (dtype, shape, start, end) in safetensors_header(path).items():
+            tensors[name] = (path, dtype, shape, start, end)
+    if not tensors:
+        raise ModelError(
+            f"{folder}: no *.safetensors file. Weights in pickle files are not read; "
+            "load the model once with transformers and save it with save_pretrained()."
+        )
+
+    def digest(name: str) -> str:
+        path, dtype, shape, start, end = tensors[name]
+        if on_bytes:
+            on_bytes(0)  # may raise, to stop before the next tensor
+        hasher = hashlib.sha256(f"{name} {dtype} {shape} ".encode())
+        if end > start:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                view = memoryview(data)[start:end]
+                hasher.update(view)
+                view.release()
+        if on_bytes:
+            on_bytes(end - start)
+        return hasher.hexdigest()
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(digest, sorted(tensors)))
+    return json_hash(digests)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that loading the folder reads; backups and leftovers beside them are none of them.
+
+    Raises:
+        ModelError: an index that cannot be read.
+    """
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        if (folder / name).exists():
+            return [folder / name]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{index}: not a complete index of safetensors files ({error}). Copy the model again."
+        ) from error
+
+
+def weights_bytes(folder: Path) -> int:
+    """Total size of the files that `weights_hash` reads."""
+    return sum(path.stat().st_size for path in weight_files(folder) if path.exists())
+
+
+def stored_type(folder: Path) -> str | None:
+    """The type that most of a model's floating-point weights are stored in: F32, BF16 or F16; None without any.
+
+    Raises:
+        ModelError: a file that is damaged.
+    """
+    sizes: Counter[str] = Counter()
+    for path in weight_files(folder):
+        for dtype, _, start, end in safetensors_header(path).values():
+            if dtype in ("F32", "BF16", "F16"):
+                sizes[dtype] += end - start
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+
+def safetensors_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """Tensor name -> dtype, shape, first and last byte in the file (the format is 8 bytes of length, then JSON)."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
+        if not isinstance(header, dict):
+            raise ValueError("its header is cut off")
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            name.encode()  # half a character cannot be hashed
+            start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
+            if not 8 + length <= start <= end <= size:
+                raise ValueError(f"tensor {name!r} ends at byte {end} of {size}")
+            tensors[name] = (str(entry["dtype"]), list(entry["shape"]), start, end)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ModelError(
+            f"{path}: not a complete safetensors file ({said_by(error)}). Copy the model again."
+        ) from error
+    return tensors
+
+
+# Written into config.json by whoever saved it last; none of it changes a number.
+_VOLATILE_CONFIG = {
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "architectures",
+    "use_cache",
+}
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Hash of a model configuration without what only tells who saved it, where and with what."""
+    return json_hash({key: value for key, value in config.items() if key not in _VOLATILE_CONFIG})
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of what turns text into ids: merges, vocabulary, normalizers, added and special tokens.
+
+    Padding and truncation are left out: a tokenizer writes them into itself whenever it is called.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules.pop("padding", None)
+        rules.pop("truncation", None)
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    return json_hash({"rules": rules, "special": special})
+
+
+def chat_template_hash(tokenizer: Any) -> str | None:
+    """Hash of the chat template, or None where the tokenizer has none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return json_hash(template) if template else None

@@ -1,0 +1,290 @@
+"""Loading causal language models so that both stages compute the same numbers.
+
+Stage 1 and stage 2 hand in the `transformers` class; folder, precision, adapter, dropout and
+scoring forward are settled here, once.
+"""
+
+import contextlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.hashing import stored_type
+from offline_kto.kto_core.models.adapters import add_adapter_beside, merge_adapter
+from offline_kto.kto_core.models.folder_code import check_model_code
+from offline_kto.kto_core.models.library_warnings import collected_warnings, skipped_quantization
+from offline_kto.kto_core.models.model_files import check_texts, read_json_object
+from offline_kto.kto_core.models.outline import check_shapes, check_unread, classes_used
+from offline_kto.kto_core.models.precision import Precision, store_matrices_in
+from offline_kto.kto_core.models.quantization import USE_ANOTHER, check_quantization, declared_quantization
+from offline_kto.kto_core.models.tokenizer_files import load_tokenizer as load_tokenizer
+from offline_kto.kto_core.models.weight_files import stored_tensors
+from offline_kto.kto_core.scoring.logps import add_scoring_forward
+from offline_kto.kto_core.scoring.model_code import family_of, model_code
+
+
+def longest_alike(config: Any) -> int | None:
+    """How many tokens a sequence may have before its scores depend on what else is in its batch; None without a limit.
+
+    With "longrope" (Phi-3 and its kin) a batch switches to other position frequencies, for all of its
+    rows, when its longest row goes beyond the length of pre-training. Where a row keeps only its strongest keys
+    (Doge), padding takes part in the choice.
+
+    Args:
+        config: the model's, from `transformers`.
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [parameters, *(one for one in parameters.values() if isinstance(one, dict))]  # all layers', or each kind's
+    lengths = [one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"]
+    kept = getattr(config.get_text_config(), "keep_window_size", None)
+    return min(lengths + ([kept] if kept else []), default=None)
+
+
+def load_causal_lm(
+    auto_model: Any,
+    folder: Path,
+    *,
+    precision: Precision,
+    device: torch.device,
+    frozen: bool,
+    adapter: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a model, merge its adapter, set its precision, switch dropout off, add the scoring forward.
+
+    Args:
+        auto_model: `transformers.AutoModelForCausalLM`.
+        folder: local folder with config.json and *.safetensors.
+        precision: see `Precision`; trainable weights stay float32, because an update of 1e-6 on a
+            weight of 1e-2 is below half a unit in the last place of bfloat16.
+        device: where the model goes.
+        frozen: True where no weight of this model will be trained (a reference, the base under LoRA).
+        adapter: a PEFT folder to merge into the weights, in float32; beside quantised weights it stays as it is.
+
+    Raises:
+        ModelError: not loadable, or weights missing from the files.
+    """
+    check_model_folder(folder)
+    wide = precision.is_full or not frozen or adapter is not None
+    model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code)
+    if not wide and (_has_rounded_constants(model) or not _restore_wide(model, folder, info["unexpected_keys"])):
+        model, info = _read(auto_model, folder, torch.float32, trust_remote_code)
+    if not trust_remote_code:
+        check_model_code(folder, *classes_used(model, folder))
+    _check_loaded(model, folder, info)
+    if adapter is not None:
+        with model_code(str(adapter), f"the adapter cannot be put on this model family ({family_of(model)})"):
+            (add_adapter_beside if _is_quantized(model) else merge_adapter)(model, adapter)
+    if wide:
+        _widen(model)
+    if frozen and not precision.is_full and not _is_quantized(model):
+        store_matrices_in(model, precision.dtype)
+    if _is_quantized(model):
+        _compute_four_bits_in(model, precision.dtype)
+        keep_gradients_of_four_bits(model)
+        keep_eight_bits_in_eval_mode(model)
+    disable_dropout(model)
+    _set_outputs(model.config)
+    with model_code(str(folder), f"this model family ({family_of(model)}) cannot be scored"):
+        add_scoring_forward(model)
+    return model if _is_quantized(model) else model.to(device)
+
+
+def _check_loaded(model: Any, folder: Path, info: dict[str, Any]) -> None:
+    """Compare what was read with the files.
+
+    Raises:
+        ModelError: weights that are missing, that were not read, or that are quantised and were read as if they were not.
+    """
+    check_shapes(folder, info["mismatched_keys"])
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder}: the files lack {len(missing)} weights ({', '.join(missing[:3])}, ...), which would be random. "
+            "Copy the model again, or point to a complete checkpoint."
+        )
+    tensors = stored_tensors(folder)
+    check_quantization(folder, tensors, is_applied=lambda _: True)  # `_read` refuses unknown ones
+    check_unread(model, folder, info["unexpected_keys"], tensors)
+
+
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _stored_type(folder: Path) -> torch.dtype | str:
+    """What the weights are read in where nothing is lost: their own type, not the one that config.json names."""
+    stored = None if is_quantized_folder(folder) else stored_type(folder)
+    return _TYPES[stored] if stored else "auto"
+
+
+def _read(auto_model: Any, folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+    with collected_warnings() as messages, model_code(str(folder), f"the model{_family_in(folder)} cannot be loaded"):
+        read = auto_model.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by `_check_loaded`, which names them
+        )
+    skipped = skipped_quantization(messages)
+    if skipped is not None:
+        raise ModelError(
+            f"{folder}: its weights are quantised, and would be read as if they were not: {skipped}. {USE_ANOTHER}"
+        )
+    return read
+
+
+def _family_in(folder: Path) -> str:
+    """Return the `model_type` that config.json names, in brackets; nothing where it cannot be read."""
+    with contextlib.suppress(ModelError):
+        if kind := read_json_object(folder / "config.json").get("model_type"):
+            return f" ({kind})"
+    return ""
+
+
+def _has_rounded_constants(model: nn.Module) -> bool:
+    """Whether constants that the model computes for itself (Gemma's embedding scale) were rounded to 16 bits."""
+    return any(buffer.is_floating_point() and buffer.element_size() < 4 for buffer in model.buffers())
+
+
+def _restore_wide(model: nn.Module, folder: Path, unexpected: Collection[str]) -> bool:
+    """Put weights that are stored in float32 among narrower ones (recurrences, most often) back as they are stored.
+
+    Returns:
+        False where that cannot be done, because a tensor has another name in the model, or narrow types are mixed.
+    """
+    if is_quantized_folder(folder):
+        return True
+    tensors = stored_tensors(folder)
+    if {"BF16", "F16"} <= {tensor.dtype for tensor in tensors.values()}:
+        return False
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = {name: one.file for name, one in tensors.items() if one.dtype == "F32" and name not in unexpected}
+    if not stored.keys() <= parameters.keys():
+        return False
+    for name, path in stored.items():
+        with safe_open(path, framework="pt") as file:
+            parameters[name].data = file.get_tensor(name)
+    return True
+
+
+def _widen(model: nn.Module) -> None:
+    """Turn 16-bit weights into float32 in all layers but those that are computed from quantised ones.
+
+    `transformers` leaves experts that it dequantises (gpt-oss) in bfloat16, whatever is asked for.
+    """
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(map(_is_packed, own)):
+            continue
+        for tensor in own:
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                tensor.data = tensor.data.float()
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor holds quantised weights: whole numbers, floats of 8 bits, or 4-bit ones of bitsandbytes.
+
+    Those may lie in storage of any type, since sharding wants that of the other weights.
+    """
+    if getattr(tensor, "quant_state", None) is not None:
+        return True
+    if tensor.is_floating_point():
+        return tensor.element_size() == 1
+    return tensor.ndim >= 2 and tensor.dtype != torch.bool
+
+
+def check_model_folder(folder: Path) -> None:
+    """Say what is missing before anything heavy is loaded.
+
+    Raises:
+        ModelError: no config.json, or no safetensors.
+    """
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ModelError(
+            f"{folder}: an adapter, not a model. Pass the base model to --model and this folder to --adapter."
+        )
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder}: no config.json, so this is not a model folder.")
+    check_texts(folder)
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder}: adapter_config.json lies beside config.json, and loading would put that adapter into the model "
+            "unasked. Move the adapter's files into a folder of their own, and pass it to --adapter."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder}: no *.safetensors file. Weights in pickle files are not read; "
+            "load the model once with transformers and save it with save_pretrained()."
+        )
+
+
+def is_quantized_folder(folder: Path) -> bool:
+    """Whether the weights in a model folder are stored quantised."""
+    return declared_quantization(folder) is not None
+
+
+def _is_quantized(model: Any) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def _compute_four_bits_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compute bitsandbytes' 4-bit layers in the run's precision, not in the one that they were once saved with."""
+    for module in model.modules():
+        if "compute_type_is_set" in vars(module):
+            vars(module).update(compute_dtype=dtype, compute_type_is_set=True)
+
+
+def keep_gradients_of_four_bits(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for a CPU's bfloat16 instructions in the first pass in eval mode.
+
+    The kernel for packed weights computes in bfloat16 and has no backward pass: once packed, all that lies in front
+    of such a layer gets no gradient any more, and nothing says so.
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def keep_eight_bits_in_eval_mode(model: nn.Module) -> None:
+    """Keep bitsandbytes' 8-bit layers in eval mode: on a CPU they compute by another rule in train mode."""
+    for module in model.modules():
+        if hasattr(getattr(module, "state", None), "is_training"):
+            _keep_in_eval_mode(module)
+
+
+def _keep_in_eval_mode(module: nn.Module) -> None:
+    nn.Module.train(module, False)
+    module.train = lambda mode=True: nn.Module.train(module, False)  # type: ignore[method-assign]
+
+
+def _set_outputs(config: Any) -> None:
+    """Ask for an object with the last hidden states, whatever config.json asks for.
+
+    `transformers` reads a model that returns its attentions, and refuses to save it under any kernel but eager.
+    """
+    for one in (config, config.get_text_config()):
+        one.return_dict, one.output_attentions, one.output_hidden_states = True, False, False
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate and router jitter to 0: the start-up check, z0 and the loss must see one and the same policy.
+
+    The configuration keeps its values, so the saved model does too.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "router_jitter_noise"):
+            # PhiMoE's router reads it in eval mode as well, as a threshold, and draws its experts by lot in training.
+            _keep_in_eval_mode(module)
+            continue
+        for name, value in list(vars(module).items()):
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,265 @@
+"""A model without its weights: which class reads a folder, and whether it reads all that the files hold.
+
+Loading that class from tensors without values takes milliseconds, and tells what loading the real ones would leave out:
+names go through the same renaming and merging. `transformers` is handed in as a module.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offline_kto.kto_core.errors import ModelError, in_one_line, printable
+from offline_kto.kto_core.models.folder_code import check_model_code, not_run, own_code
+from offline_kto.kto_core.models.library_warnings import collected_warnings, telling
+from offline_kto.kto_core.models.model_files import read_json_object
+from offline_kto.kto_core.models.quantization import check_quantization, declared_quantization
+from offline_kto.kto_core.models.weight_files import (
+    PREDICTION,
+    TOWER,
+    StoredTensor,
+    is_activation_scale,
+    is_constant,
+    is_of_prediction,
+    is_of_tower,
+    is_zero_bias,
+    some,
+    stored_tensors,
+)
+from offline_kto.kto_core.scoring.attention import apply_softcaps
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a folder will be loaded as.
+
+    Attributes:
+        model: without weights, on the meta device.
+        unread: how many weights of the files it does not read, by what they are for.
+        warnings: lines for the plan.
+    """
+
+    model: Any
+    unread: dict[str, int]
+    warnings: list[str]
+
+
+def find_outline(library: Any, folder: Path, *, trust_remote_code: bool) -> Outline:
+    """Build a folder's model without weights, and compare it with the files.
+
+    Args:
+        library: the module `transformers`.
+
+    Raises:
+        ModelError: no causal language model, or one that would not compute what the files hold: weights that it does not
+            read, weights of another shape, a quantisation that is not applied, code that is not run.
+    """
+    with collected_warnings() as messages:
+        model = _build(library, folder, trust_remote_code=trust_remote_code)
+    warnings = [f"{folder / 'config.json'}: transformers says: {message}" for message in telling(messages)]
+    if not trust_remote_code:
+        warnings += check_model_code(folder, *classes_used(model, folder))
+    tensors = stored_tensors(folder)
+    check_quantization(folder, tensors, is_applied=library.quantizers.AutoHfQuantizer.supports_quant_method)
+    unread: dict[str, int] = {}
+    if declared_quantization(folder) is None:
+        report = _report(library, model, tensors)
+        check_shapes(folder, report["mismatched_keys"])
+        unread = check_unread(model, folder, report["unexpected_keys"], tensors)
+    check_reloadable(library, model, folder)
+    warnings += said_of_unread(model, folder, unread)
+    return Outline(model, unread, warnings)
+
+
+def _build(library: Any, folder: Path, *, trust_remote_code: bool) -> Any:
+    config = read_json_object(folder / "config.json")
+    kind = _other_family(config)
+    if kind is not None:
+        raise ModelError(f"{folder}: {kind}")
+    try:
+        settings = library.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = library.AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+        apply_softcaps(model)
+        return model
+    except Exception as error:  # a model's own code may raise anything
+        code = None if trust_remote_code else own_code(folder)
+        if code is not None:
+            raise not_run(folder, code, instead=None) from error
+        if str(config.get("architectures")).endswith("ForConditionalGeneration']"):
+            raise ModelError(
+                f"{folder}: transformers has no causal language model for this multimodal model "
+                f"({printable(str(config.get('model_type')), 60)}). Use a text-only model."
+            ) from error
+        raise ModelError(
+            f"{folder}: not a causal language model that transformers can load: {printable(in_one_line(error), 300)}"
+        ) from error
+
+
+# What the class names of config.json end in, and what such a model is.
+_FAMILIES = {
+    "ForMaskedLM": "an encoder (a masked language model)",
+    "ForPreTraining": "an encoder (a masked language model)",
+    "ForSequenceClassification": "a classifier or reward model",
+    "ForTokenClassification": "a classifier",
+    "ForQuestionAnswering": "a classifier",
+    "ForImageClassification": "an image classifier",
+}
+
+
+def _other_family(config: Mapping[str, Any]) -> str | None:
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    kind = next((kind for end, kind in _FAMILIES.items() if name.endswith(end)), None)
+    if config.get("is_encoder_decoder"):
+        kind = "an encoder-decoder model"
+    if kind is None:
+        return None
+    return (
+        f"{printable(name, 60) or config.get('model_type')} is {kind}. KTO needs a causal (decoder-only) language model, as "
+        "AutoModelForCausalLM loads it."
+    )
+
+
+def classes_used(model: Any, folder: Path) -> tuple[str, dict[str, str]]:
+    """Return the folder's model type, and the classes that are used for it."""
+    body = getattr(model, "base_model", model)
+    classes = {"AutoConfig": model.config, "AutoModelForCausalLM": model, "AutoModel": body}
+    model_type = str(read_json_object(folder / "config.json").get("model_type"))
+    return model_type, {name: type(one).__name__ for name, one in classes.items()}
+
+
+def _report(library: Any, model: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """Return what loading the model from these tensors would not read, or read in another shape.
+
+    Each class keeps a list of names that it leaves out without a word, among them whole layers by their number; the
+    subclass does not look at it. Where transformers cannot load without values, nothing is known until the weights are.
+    """
+    kind = type(model)
+    overrides = {"_adjust_missing_and_unexpected_keys": lambda *_: None, "__module__": kind.__module__}
+    speaking: Any = type(kind.__name__, (kind,), overrides)
+    empty = {
+        name: torch.empty(tensor.shape, dtype=torch.float32, device="meta")
+        for name, tensor in tensors.items()
+        if not is_constant(name, tensor)
+    }
+    try:
+        with _no_progress_bar(library):
+            _, info = speaking.from_pretrained(
+                None,
+                config=model.config,
+                state_dict=empty,
+                dtype=torch.float32,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError, AssertionError):
+        return {"unexpected_keys": set(), "mismatched_keys": set()}
+    return dict(info)
+
+
+@contextlib.contextmanager
+def _no_progress_bar(library: Any) -> Iterator[None]:
+    shown = library.utils.logging.is_progress_bar_enabled()
+    library.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            library.utils.logging.enable_progress_bar()
+
+
+def check_shapes(folder: Path, mismatched: Collection[tuple[str, Any, Any]]) -> None:
+    """Refuse weights of another shape than the configuration gives them.
+
+    Args:
+        mismatched: name, shape in the files, shape in the model.
+
+    Raises:
+        ModelError: there are some.
+    """
+    if mismatched:
+        name, stored, wanted = min(mismatched, key=lambda one: one[0])
+        more = f", and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""
+        raise ModelError(
+            f"{folder}: {name} is {list(stored)} in the files, {list(wanted)} by config.json{more}. The configuration is "
+            "another model's, or was edited. Copy the model again."
+        )
+
+
+def check_unread(
+    model: Any, folder: Path, unexpected: Collection[str], tensors: dict[str, StoredTensor]
+) -> dict[str, int]:
+    """Count the weights that loading leaves out, by what they are for.
+
+    Args:
+        model: loaded, or without weights.
+        unexpected: names of the weights that it does not read.
+        tensors: of the folder's files.
+
+    Raises:
+        ModelError: some of them would change what the model computes.
+    """
+    config = model.config.get_text_config()
+    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+    prediction = int(getattr(config, "num_nextn_predict_layers", 0) or 0)
+    quantized = declared_quantization(folder) is not None
+    counts: Counter[str] = Counter()
+    others = []
+    for name in unexpected:
+        if is_of_tower(name):
+            counts[TOWER] += 1
+        elif is_of_prediction(name, layers, prediction):
+            counts[PREDICTION] += 1
+        elif quantized and is_activation_scale(name):
+            continue
+        elif not is_constant(name, tensors.get(name)) and not is_zero_bias(name, tensors):
+            others.append(name)
+    if others:
+        raise ModelError(
+            f"{folder}: the files hold {len(others)} weights that {type(model).__name__} does not read ({some(others)}). The "
+            "scores would be those of another model. Either config.json leaves out what they belong to (layers, biases, a "
+            "head), or this is no plain causal language model (a reward model, an unmerged adapter)."
+        )
+    return dict(counts)
+
+
+def check_reloadable(library: Any, model: Any, folder: Path) -> None:
+    """Refuse the text half of a multimodal checkpoint that could not be loaded again once it is saved alone (Mllama).
+
+    Raises:
+        ModelError: it could not.
+    """
+    if model.config.model_type == read_json_object(folder / "config.json").get("model_type"):
+        return
+    try:
+        with torch.device("meta"):
+            library.AutoModelForCausalLM.from_config(model.config)
+    except ValueError as error:
+        raise ModelError(
+            f"{folder}: only the text half of this multimodal checkpoint would be trained, as {model.config.model_type}, and "
+            "transformers could not load the saved model again. Use a text-only model."
+        ) from error
+
+
+def said_of_unread(model: Any, folder: Path, unread: Mapping[str, int]) -> list[str]:
+    """Return the plan's warnings about weights that are left out."""
+    kept, was = model.config.model_type, read_json_object(folder / "config.json").get("model_type")
+    warnings = []
+    if TOWER in unread or kept != was:
+        counted = f"{unread[TOWER]:,} {TOWER} weights" if TOWER in unread else "the other parts"
+        warnings.append(
+            f"{counted} of this {printable(str(was), 60)} checkpoint are not read: the text half alone is scored and trained, "
+            f"and what a run saves is a text model ({kept}, {type(model).__name__}), without towers and processors"
+        )
+    if PREDICTION in unread:
+        warnings.append(
+            f"{unread[PREDICTION]:,} {PREDICTION} weights are not read, and not saved with a trained model; no score depends "
+            "on them"
+        )
+    return warnings

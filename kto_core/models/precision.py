@@ -1,0 +1,130 @@
+"""Precision of a model: what weights are stored and computed in."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from offline_kto.kto_core.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are computed.
+
+    `float32`: no autocast. `bfloat16`, `float16`: matrix products in that type under autocast, with
+    the residual stream, norms and softmax in float32. A frozen model also stores its matrices in it;
+    since autocast would cast them anyway, that changes memory and no number.
+    """
+
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def is_full(self) -> bool:
+        return self.dtype == torch.float32
+
+    @contextlib.contextmanager
+    def autocast(self, device: torch.device) -> Iterator[None]:
+        with torch.autocast(device.type, dtype=self.dtype, enabled=not self.is_full):
+            yield
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        ModelError: the device asked for does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {name}: not available here ({str(error).splitlines()[0]}).") from error
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return Precision(getattr(torch, name))
+
+
+def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store in `dtype` what autocast would cast before it is used; everything else in float32.
+
+    Autocast casts the matrices of linear layers before each product, so their storage changes no number. Embeddings,
+    norms, biases, recurrences (Mamba's `A_log`) and tables of positions meet float32 values: rounding them would.
+    (Stacked experts are outside of autocast: a mixture of experts computes them as they are stored. They are most of
+    its weights.)
+    """
+    narrow = _matrices(model, dtype)
+    for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            continue
+        parameter.data = parameter.data.to(dtype if id(parameter) in narrow else torch.float32)
+        parameter.requires_grad_(False)
+
+
+def _matrices(model: nn.Module, dtype: torch.dtype) -> set[int]:
+    """Return the ids of the parameters that may be stored in `dtype`."""
+    found, others = set(), set()
+    is_cast: dict[type[nn.Module], bool] = {nn.Linear: True}
+    for module in model.modules():
+        kind, weight = type(module), getattr(module, "weight", None)
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            if kind not in is_cast:
+                is_cast[kind] = _casts_its_weight(module, dtype)
+            if is_cast[kind]:
+                found.add(id(own.pop("weight", weight)))
+        elif holds_experts(module):
+            found |= {id(own.pop(name)) for name in list(own) if own[name].ndim >= 2}
+        others |= {id(parameter) for parameter in own.values()}
+    return found - others  # a tied matrix is an embedding too
+
+
+def _casts_its_weight(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Return whether a layer computes the same whether its weight is stored in float32 or in `dtype`, under autocast.
+
+    Families have linear layers of their own (GPT-2's are transposed); some normalise or scale the weight before they use
+    it, or use it outside of autocast.
+    """
+    weight: Any = module.weight
+    stored = weight.data
+    for size in stored.shape[::-1]:
+        values = torch.linspace(-1, 1, 3 * size, device=stored.device).reshape(1, 3, size)
+        outputs = []
+        try:
+            with torch.no_grad(), torch.autocast(stored.device.type, dtype=dtype):
+                for kind in (torch.float32, dtype):
+                    weight.data = stored.to(kind)
+                    outputs.append(module(values))
+        except Exception:  # noqa: BLE001 (it takes other inputs; float32 is always right)
+            continue
+        finally:
+            weight.data = stored
+        return all(isinstance(one, torch.Tensor) for one in outputs) and torch.equal(*outputs)
+    return False
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Return whether a module's own parameters are the matrices of many experts, stacked."""
+    counts = [n for name, n in vars(module).items() if re.search("num_(local_)?experts$", name) and isinstance(n, int)]
+    shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+    return any(
+        (len(shape) == 3 and shape[0] == n) or (len(shape) == 2 and shape[0] > n and shape[0] % n == 0)
+        for shape in shapes
+        for n in counts
+        if n > 1
+    )

@@ -1,0 +1,101 @@
+"""Quantised weights: what a folder says of them, and whether transformers applies it.
+
+A method that transformers does not know is skipped: the packed values are read as if they were weights.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from offline_kto.kto_core.errors import ModelError, in_one_line, printable
+from offline_kto.kto_core.models.model_files import read_json_object
+from offline_kto.kto_core.models.weight_files import StoredTensor, is_packed, some
+
+# Where a configuration says how weights are quantised; transformers reads the first alone.
+_KEYS = ("quantization_config", "compression_config", "quantization", "quant_config")
+# Files that quantisers write beside config.json, for other programs than transformers.
+_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+
+
+def declared_quantization(folder: Path) -> dict[str, Any] | None:
+    """Return what config.json, or the text half in it, says of quantised weights; None where it says nothing."""
+    found = _declared(read_json_object(folder / "config.json"))
+    return found[1] if found else None
+
+
+def _declared(config: Mapping[str, Any], where: str = "") -> tuple[str, dict[str, Any]] | None:
+    """Towers' own settings do not count: they are not read."""
+    for key in _KEYS:
+        if isinstance(config.get(key), dict) and config[key]:
+            return where + key, config[key]
+    for key, part in config.items():
+        is_text = isinstance(part, dict) and ("text" in key or "llm" in key or "language" in key or "thinker" in key)
+        found = _declared(part, f"{where}{key}.") if is_text else None
+        if found:
+            return found
+    return None
+
+
+def check_quantization(
+    folder: Path, tensors: Mapping[str, StoredTensor], *, is_applied: Callable[[dict[str, Any]], bool]
+) -> None:
+    """Refuse quantised weights that would be read as if they were not.
+
+    Args:
+        tensors: of the folder's files.
+        is_applied: whether transformers knows the method that such settings name; may raise ValueError.
+
+    Raises:
+        ModelError: settings or packed weights that transformers does not apply.
+    """
+    found = _declared(read_json_object(folder / "config.json"))
+    if found is not None:
+        where, settings = found
+        method = printable(str(settings.get("quant_method") or settings.get("quant_algo") or "without a method"), 60)
+        try:
+            known = where.endswith(_KEYS[0]) and is_applied(settings)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelError(f"{folder / 'config.json'}: {where} cannot be used: {in_one_line(error)}") from error
+        if not known:
+            raise ModelError(
+                f"{folder / 'config.json'}: {where} ({method}) is no quantisation that the installed transformers applies: it "
+                f"would read the packed values as weights. {USE_ANOTHER}"
+            )
+        return
+    check_unpacked(folder, tensors)
+    for name in _FILES:
+        path = folder / name
+        if path.exists() and not _is_for_cache_alone(path):
+            raise ModelError(
+                f"{path}: says that the weights are quantised, but config.json does not, so transformers would read them as "
+                f"they are. {USE_ANOTHER} If the weights are not quantised, remove this file."
+            )
+
+
+USE_ANOTHER = "Use the unquantised model, or one quantised with bitsandbytes."
+
+
+def check_unpacked(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse packed weights in a model that is loaded without a quantiser.
+
+    Raises:
+        ModelError: there are some.
+    """
+    packed = [name for name, tensor in tensors.items() if is_packed(name, tensor)]
+    if packed:
+        types = ", ".join(sorted({tensors[name].dtype for name in packed}))
+        raise ModelError(
+            f"{folder}: {len(packed)} weights are stored as {types} ({some(packed)}), but config.json names no quantisation: "
+            f"they would be read without their scales. {USE_ANOTHER}"
+        )
+
+
+def _is_for_cache_alone(path: Path) -> bool:
+    """Return whether such a file quantises the key-value cache and no weight."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    settings = content.get("quantization", content) if isinstance(content, dict) else {}
+    return isinstance(settings, dict) and "quant_algo" in settings and not settings["quant_algo"]

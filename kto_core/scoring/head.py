@@ -1,0 +1,244 @@
+"""The output layer without its logits: log-probabilities of given tokens, in a fixed amount of memory.
+
+A vocabulary of 152,000 makes a (tokens, vocabulary) tensor larger than everything else in a training step. Here it
+exists one chunk at a time, in one buffer that is written in place; the backward pass recomputes all chunks but one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offline_kto.kto_core.errors import ModelError
+
+# Elements of one chunk of float32 logits (64 MiB on a CPU, 256 MiB on a GPU): the matrix product runs at full speed,
+# and what it costs does not depend on the vocabulary.
+_CHUNK_ELEMENTS = {"cpu": 2**24}
+_CHUNK_ELEMENTS_ACCELERATOR = 2**26
+
+# Marks an output layer whose weight's gradient exists before the forward pass, and is added to in the backward pass.
+_IN_PLACE = "gradient_in_place"
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands between hidden states and logits: `softcap * tanh((h W^T + b) * scale / softcap)`."""
+
+    weight: Tensor  # (vocabulary, hidden)
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    # Where the weight's gradient is added to, instead of being returned: see `add_gradients_in_place`.
+    gradient: Tensor | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> "Head":
+        """Read the head of a causal language model and its family's scaling.
+
+        Raises:
+            ModelError: the output embedding is no linear layer.
+        """
+        layer = model.get_output_embeddings()
+        weight = getattr(layer, "weight", None)
+        if weight is None or len(whole_shape(weight)) != 2:
+            raise ModelError(
+                f"{type(model).__name__} has no linear output layer; only causal language models can be scored."
+            )
+        config = model.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        gradient = weight.grad if getattr(layer, _IN_PLACE, False) else None
+        return cls(weight, getattr(layer, "bias", None), _logit_scale(config), softcap or None, gradient)
+
+
+def add_gradients_in_place(model: Any) -> list[Tensor]:
+    """Let backward passes add to the gradients of a model's largest matrices where they lie.
+
+    By itself autograd makes a tensor as large as the vocabulary's matrix in every pass, for the output layer and for
+    the embeddings, and adds them up in a third. Only for weights that are whole, in one process or under DDP without
+    its reducer: nothing that hooks into gradients sees these.
+
+    Returns:
+        The weights; their `grad` must be a tensor (zeros at first) when a forward pass begins.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    weights = []
+    if head.weight.requires_grad:
+        setattr(head, _IN_PLACE, True)
+        weights.append(head.weight)
+    if isinstance(embeddings, nn.Embedding) and embeddings.weight.requires_grad:
+        embeddings.sparse = True  # the gradient is then the rows that were read
+        weights += [] if embeddings.weight is head.weight else [embeddings.weight]
+    return weights
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """DeepSpeed ZeRO-3 leaves an empty tensor where it takes the weights away, and notes the shape."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _logit_scale(config: Any) -> float:
+    """Factor on the logits. Cohere and Falcon-H1 multiply, Granite divides."""
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale = getattr(config, name, None)
+        if isinstance(scale, str):
+            raise ModelError(f"{config.model_type} models with {name} {scale!r} are not supported.")
+        if scale is not None:
+            return float(scale)
+    if getattr(config, "logits_scaling", None) is not None:
+        return 1.0 / float(config.logits_scaling)
+    return 1.0
+
+
+def selected_logps(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """`log_softmax(head(hidden))[targets]`, chunk by chunk, in the backward pass as well.
+
+    Args:
+        hidden: shape (tokens, hidden size), any float dtype.
+        targets: int64, shape (tokens,).
+        head: the projection; its weight may be frozen, then it gets no gradient.
+
+    Returns:
+        float32 nats (float64 for a float64 model), shape (tokens,).
+    """
+    # Under autocast the matmuls of the model run in its dtype; so does this one.
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    logps: Tensor = _SelectedLogps.apply(
+        hidden, head.weight, head.bias, targets, head.scale, head.softcap, dtype, head.gradient, torch.is_grad_enabled()
+    )
+    return logps
+
+
+class _SelectedLogps(torch.autograd.Function):
+    """One buffer of logits. Its last content, as probabilities, waits for the backward pass; the rest is recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
+        dtype: torch.dtype,
+        gradient: Tensor | None,
+        keep: bool,
+    ) -> Tensor:
+        # With gradients the cast weight would be kept anyway; cast once, not once for each chunk.
+        project = _Projection(weight.to(dtype), bias, scale, softcap)
+        chunks = _chunks(len(hidden), len(weight), hidden.device)
+        buffer = project.buffer(chunks, hidden.device)
+        logps = buffer.new_empty(len(hidden))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in chunks:
+                logits = project(hidden[part].to(dtype), buffer)
+                logps[part] = _softmax_(logits, targets[part])
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.options = (scale, softcap, dtype, gradient)
+        # A softcap's slope needs the logits themselves, which are gone.
+        ctx.kept = buffer if keep and softcap is None else None
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        scale, softcap, dtype, gradient = ctx.options
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        project = _Projection(weight.to(dtype), bias, scale, softcap)
+        chunks = _chunks(len(hidden), len(weight), hidden.device)
+        # Overwritten below: a second backward pass through the same graph recomputes this chunk too.
+        kept, ctx.kept = ctx.kept, None
+        buffer = kept if kept is not None else project.buffer(chunks, hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight, grad_bias = gradient, None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in reversed(chunks):
+                rows = hidden[part].to(dtype)
+                if kept is not None:
+                    probabilities, slope, kept = kept[: len(rows)], None, None
+                else:
+                    probabilities = project(rows, buffer)
+                    slope = project.softcap_slope(probabilities)
+                    _softmax_(probabilities, targets[part])
+                # d logp / d logits = onehot(target) - softmax(logits)
+                flow = probabilities.mul_(-grad[part, None])
+                flow.scatter_add_(1, targets[part, None], grad[part, None].to(flow.dtype))
+                flow = flow if slope is None else flow.mul_(slope)
+                flow = flow if scale == 1.0 else flow.mul_(scale)
+                if need_bias:
+                    # The bias is added before the scaling, as the weight is.
+                    grad_bias = _plus(grad_bias, flow.sum(0))
+                flow = flow.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = flow @ project.weight
+                if need_weight:
+                    grad_weight = _plus_product(grad_weight, flow.T, rows, weight.dtype)
+        if need_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
+        if need_bias:
+            grad_bias = torch.zeros_like(bias) if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight if gradient is None else None, grad_bias, *[None] * 6
+
+
+def _chunks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
+    """Slices of at most one buffer; the short one comes first, so that the last, which is kept, is a full one."""
+    step = max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ACCELERATOR) // vocabulary)
+    ends = range(tokens % step or step, tokens + 1, step) if tokens > step else [tokens] * bool(tokens)
+    return [slice(max(0, end - step), end) for end in ends]
+
+
+def _softmax_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Turn logits (tokens, vocabulary) into probabilities, in place; return the targets' log-probabilities.
+
+    Softmax as one fused operation is ten times as fast on a CPU as logsumexp. The largest probability of a row
+    is `1 / sum(exp(logits - max))`: all that the log-probability of any token needs, without underflow.
+    """
+    largest = logits.amax(-1)
+    chosen = logits.gather(1, targets[:, None])[:, 0] - largest
+    torch.softmax(logits, dim=-1, out=logits)
+    return chosen + logits.amax(-1).log_()
+
+
+def _plus(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total.add_(term)
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    if total is None:
+        return (left @ right).to(dtype)
+    return total.addmm_(left, right) if dtype == left.dtype else total.add_(left @ right)
+
+
+@dataclass(frozen=True)
+class _Projection:
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def buffer(self, chunks: list[slice], device: torch.device) -> Tensor:
+        """For the logits of the longest chunk, in float32 or wider."""
+        rows = max((part.stop - part.start for part in chunks), default=0)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.empty(rows, len(self.weight), dtype=wide, device=device)
+
+    def __call__(self, hidden: Tensor, buffer: Tensor) -> Tensor:
+        """Logits of some tokens, written into the buffer: fresh memory would double the time on a CPU."""
+        logits = buffer[: len(hidden)]
+        if hidden.dtype == logits.dtype:
+            torch.mm(hidden, self.weight.T, out=logits)
+        else:
+            logits.copy_(hidden @ self.weight.T)
+        if self.bias is not None:
+            logits += self.bias
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def softcap_slope(self, logits: Tensor) -> Tensor | None:
+        """d logits / d (uncapped logits), shape (tokens, vocabulary), or None where it is 1."""
+        return None if self.softcap is None else 1 - (logits / self.softcap) ** 2

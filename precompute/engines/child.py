@@ -1,0 +1,58 @@
+"""Serve one parent with an engine's scores; the child's side of `process.py`."""
+
+import json
+import os
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from offline_kto.kto_core.scoring.sequences import TokenIds
+from offline_kto.kto_core.streams import encode_all
+from offline_kto.precompute.engines.protocol import Scorer, serve
+
+
+class _WatchedChannel:
+    """Reads in the background, so that a parent's end is noticed in the middle of a shard."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.send_bytes = connection.send_bytes
+        self._messages: queue.Queue[bytes] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message = self._connection.recv_bytes()
+            except (EOFError, OSError):
+                os._exit(1)
+            self._messages.put(message)
+            if not message:
+                return
+
+    def recv_bytes(self) -> bytes:
+        return self._messages.get()
+
+
+def main() -> None:
+    """Serve the process at the other end of standard input."""
+    encode_all()
+    channel = _WatchedChannel(Connection(os.dup(0)))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the channel is nobody else's
+    settings = json.loads(channel.recv_bytes())
+    serve(channel, lambda sequences: _load(settings, sequences), tells_progress=True)
+
+
+def _load(settings: Mapping[str, Any], sequences: Sequence[TokenIds]) -> Scorer:
+    if settings["engine"] == "vllm":
+        from offline_kto.precompute.engines.vllm_scorer import VllmScorer
+
+        return VllmScorer(**settings["options"])
+    from offline_kto.precompute.config import PrecomputeConfig
+    from offline_kto.precompute.engines.backend import load_transformers
+    from offline_kto.precompute.engines.reference import Reference
+
+    reference = Reference.find(PrecomputeConfig(**settings["options"]))
+    return load_transformers(reference, sequences, save_to=settings["save_to"])

@@ -1,0 +1,87 @@
+"""Run an engine in a process of its own, which frees all of its memory by ending: vLLM's does not come back otherwise.
+
+parent  -- settings, sequences -->  standard input of the child (`child.py`), one end of a socket pair
+        <-- scores, progress --     the same socket; what libraries print in the child goes to its log
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.precompute.engines.protocol import RemoteScorer
+
+_SECONDS_TO_END = 60
+
+# The working directory, which Python would search first, may hold a user's modules of any name.
+_CHILD = (
+    "import sys\n"
+    "if not getattr(sys.flags, 'safe_path', False): del sys.path[0]\n"
+    "from offline_kto.precompute.engines.child import main\n"
+    "main()\n"
+)
+
+
+@contextlib.contextmanager
+def engine_process(settings: Mapping[str, Any], *, name: str) -> Iterator[RemoteScorer]:
+    """Start an engine in a child process; it has ended, and given its memory back, when the `with` block is left.
+
+    Args:
+        settings: which engine, and its options, as JSON can hold them; read by `child.py`.
+        name: of the engine, for messages.
+
+    Raises:
+        ModelError: the engine could not start or score, with its log's path.
+    """
+    log = Path(tempfile.mkstemp(prefix="kto-precompute-", suffix=".log")[1])
+    channel, theirs = Pipe()
+    with log.open("wb") as output, theirs:
+        # A session of its own: an interrupt reaches the parent alone, which then ends the child.
+        process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD],
+            stdin=theirs.fileno(),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    scorer = RemoteScorer(channel, name)
+    try:
+        with contextlib.suppress(ConnectionError):  # it is gone already: the first question says so
+            channel.send_bytes(json.dumps(settings).encode("utf-8"))
+        yield scorer
+        scorer.dismiss()
+    except ModelError as error:
+        raise ModelError(f"{error}{_ending(process)} Its log: {log}") from error
+    except BaseException:
+        log.unlink()
+        raise
+    else:
+        log.unlink()
+    finally:
+        channel.close()  # at which the child ends if it has not yet
+        _end(process)
+
+
+def _ending(process: subprocess.Popen[bytes]) -> str:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if (code := process.wait(2)) < 0:
+            name = signal.Signals(-code).name
+            return f" ({name}{': the system was out of memory?' if name == 'SIGKILL' else ''})"
+    return ""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the child's end; kill it, with all of its workers, if it takes too long."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_SECONDS_TO_END)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

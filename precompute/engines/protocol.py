@@ -1,0 +1,188 @@
+"""Scoring in another process: sequences there, scores back, as plain bytes.
+
+Any channel that carries whole messages will do: pipes to a child, or the process group of a launch. The other side
+says what it has to say in one-letter messages; an empty one means that there is no more to do.
+
+    p  some of the scores        s  the last of them        t  tokens done        e  an error that the user can mend
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from offline_kto.kto_core.errors import KTOError, ModelError
+from offline_kto.kto_core.scoring.sequences import TokenIds
+from offline_kto.precompute.parts import Pace
+
+_SOME, _LAST, _TOKENS, _ERROR = b"p", b"s", b"t", b"e"
+_NO_MORE = b""
+
+OnScores = Callable[[Sequence[int], Sequence[np.ndarray]], None]
+
+
+class Scorer(Protocol):
+    """An engine that scores."""
+
+    def score(
+        self,
+        sequences: Sequence[TokenIds],
+        *,
+        known: frozenset[int] = frozenset(),
+        on_scores: OnScores,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        """Score sequences.
+
+        Args:
+            sequences: (prompt ids, completion ids), neither empty.
+            known: positions that need no score; what is left runs in the company that it would have had with them.
+            on_scores: called with positions in `sequences`, and float32 nats for each completion token of these.
+            on_tokens: called with the tokens done since the last call.
+        """
+
+
+def scores_of(
+    scorer: Scorer, sequences: Sequence[TokenIds], on_tokens: Callable[[int], None] = lambda tokens: None
+) -> list[np.ndarray]:
+    """The scores of all sequences, in their order."""
+    found: dict[int, np.ndarray] = {}
+    scorer.score(
+        sequences, on_scores=lambda done, scores: found.update(zip(done, scores, strict=True)), on_tokens=on_tokens
+    )
+    return [found[i] for i in range(len(sequences))]
+
+
+class Channel(Protocol):
+    """Carries messages to and from one other process, as `multiprocessing.connection` does.
+
+    Raises:
+        ConnectionError, EOFError: the other process is gone.
+    """
+
+    def send_bytes(self, message: bytes, /) -> None: ...
+    def recv_bytes(self) -> bytes: ...
+
+
+def encode(arrays: Sequence[np.ndarray]) -> bytes:
+    """Arrays of 4-byte numbers as: how many, the length of each, their numbers."""
+    header = np.array([len(arrays), *map(len, arrays)], dtype=np.int64)
+    return b"".join([header.tobytes(), *(array.tobytes() for array in arrays)])
+
+
+def decode(message: bytes, dtype: type[np.generic]) -> list[np.ndarray]:
+    """What `encode` wrote."""
+    count = int(np.frombuffer(message, np.int64, 1)[0])
+    lengths = np.frombuffer(message, np.int64, count, offset=8)
+    numbers = np.frombuffer(message, dtype, offset=8 * (count + 1))
+    return np.split(numbers, np.cumsum(lengths)[:-1]) if count else []
+
+
+class RemoteScorer:
+    """This side: asks, and waits for answers.
+
+    Args:
+        channel: to a process that runs `serve`.
+        name: what the other process is, for messages.
+    """
+
+    def __init__(self, channel: Channel, name: str) -> None:
+        self.channel, self.name = channel, name
+
+    def ask(self, sequences: Sequence[TokenIds], known: Iterable[int] = ()) -> None:
+        """Hand over what is to be scored; `hear`, until nothing more comes, must follow."""
+        arrays = [np.array(sorted(known), dtype=np.int32), *(ids.astype(np.int32) for s in sequences for ids in s)]
+        self._guarded(lambda: self.channel.send_bytes(encode(arrays)))
+
+    def hear(self, *, on_scores: OnScores, on_tokens: Callable[[int], None]) -> bool:
+        """Wait for the next scores.
+
+        Returns:
+            whether more will come.
+
+        Raises:
+            ModelError: the other process could not score, or is gone.
+        """
+        while True:
+            message = self._guarded(self.channel.recv_bytes)
+            kind, content = message[:1], message[1:]
+            if kind == _TOKENS:
+                on_tokens(int.from_bytes(content, "little"))
+            elif kind == _ERROR:
+                raise ModelError(content.decode("utf-8"))
+            else:
+                done, *scores = decode(content, np.int32)
+                on_scores(done.tolist(), [one.view(np.float32) for one in scores])
+                return bool(kind == _SOME)
+
+    def score(
+        self,
+        sequences: Sequence[TokenIds],
+        *,
+        known: frozenset[int] = frozenset(),
+        on_scores: OnScores,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        """As `Scorer` says."""
+        self.ask(sequences, known)
+        while self.hear(on_scores=on_scores, on_tokens=on_tokens):
+            pass
+
+    def dismiss(self) -> None:
+        """There is no more to do."""
+        self._guarded(lambda: self.channel.send_bytes(_NO_MORE))
+
+    def _guarded(self, act):  # type: ignore[no-untyped-def]
+        try:
+            return act()
+        except (ConnectionError, EOFError) as error:
+            raise ModelError(
+                f"{self.name} ended unexpectedly. What is scored is kept: the same command goes on."
+            ) from error
+
+
+def serve(channel: Channel, load: Callable[[Sequence[TokenIds]], Scorer], *, tells_progress: bool) -> None:
+    """The other side: score whatever comes, until there is no more.
+
+    Args:
+        load: makes the engine when the first sequences are there.
+        tells_progress: send how many tokens are done; only where this side may send while the other does not listen.
+    """
+
+    def tell(tokens: int) -> None:
+        if tells_progress:
+            channel.send_bytes(_TOKENS + tokens.to_bytes(8, "little"))
+
+    scorer: Scorer | None = None
+    while request := channel.recv_bytes():
+        known, *arrays = decode(request, np.int32)
+        sequences = list(zip(arrays[::2], arrays[1::2], strict=True))
+        answer = _Answer(channel)
+        try:
+            if len(known) < len(sequences):
+                scorer = scorer or load(sequences)
+                scorer.score(sequences, known=frozenset(known.tolist()), on_scores=answer.add, on_tokens=tell)
+        except KTOError as error:
+            channel.send_bytes(_ERROR + str(error).encode("utf-8"))
+            continue
+        answer.send(_LAST)
+
+
+class _Answer:
+    """Scores on their way to the process that asked, a message every so often."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._pace = channel, Pace()
+        self._done: list[int] = []
+        self._scores: list[np.ndarray] = []
+
+    def add(self, done: Sequence[int], scores: Sequence[np.ndarray]) -> None:
+        self._done += done
+        self._scores += scores
+        if self._pace.is_due():
+            self.send(_SOME)
+            self._pace.restart()
+
+    def send(self, kind: bytes) -> None:
+        self._channel.send_bytes(kind + encode([np.array(self._done, dtype=np.int32), *self._scores]))
+        self._done, self._scores = [], []

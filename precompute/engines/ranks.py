@@ -1,0 +1,184 @@
+"""Several processes under one launcher (`torchrun`, `accelerate launch`): rank 0 plans and writes, all of them score.
+
+Each shard's prompts are dealt out to all ranks, so that few shards keep many GPUs busy, nothing is scored twice, and
+one process writes. A rank that dies ends the launch; finished shards stay, and any number of ranks goes on from there.
+"""
+
+import contextlib
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.launch import read_launch, unreachable, world_size
+from offline_kto.kto_core.scoring.batching import deal
+from offline_kto.kto_core.scoring.sequences import TokenIds
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.engines.protocol import OnScores, RemoteScorer, Scorer, serve
+from offline_kto.precompute.parts import Pace
+
+# A rank may score for hours before it answers; one that dies is noticed at once, because its connection closes.
+_PATIENCE = datetime.timedelta(days=30)
+
+
+def on_own_device(config: PrecomputeConfig) -> PrecomputeConfig:
+    """Each rank of a machine takes the GPU of its own number, where the user names none."""
+    if world_size() == 1 or config.device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return config
+    number = read_launch().local_rank
+    if number >= torch.cuda.device_count():
+        raise ModelError(f"{number + 1} processes on this machine, but {torch.cuda.device_count()} GPUs: start fewer.")
+    return replace(config, device=f"cuda:{number}")
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Connect the ranks, over gloo: what they exchange are ids and scores on the host.
+
+    Raises:
+        ModelError: the launcher's settings do not lead to the other ranks.
+    """
+    try:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(unreachable(error)) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _RankChannel:
+    """Messages to one other rank: a length, then bytes."""
+
+    def __init__(self, other: int) -> None:
+        self.other = other
+
+    def send_bytes(self, message: bytes, /) -> None:
+        with _connection_errors():
+            dist.send(torch.tensor([len(message)]), self.other)
+            if message:
+                dist.send(torch.frombuffer(bytearray(message), dtype=torch.uint8), self.other)
+
+    def recv_bytes(self) -> bytes:
+        length = torch.zeros(1, dtype=torch.int64)
+        with _connection_errors():
+            dist.recv(length, self.other)
+            content = torch.empty(int(length), dtype=torch.uint8)
+            if len(content):
+                dist.recv(content, self.other)
+        return content.numpy().tobytes()
+
+
+@contextlib.contextmanager
+def _connection_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(str(error)) from error
+
+
+class RankedScorer:
+    """Rank 0's scorer: deals sequences out to all ranks, itself included.
+
+    Args:
+        load: makes this rank's own engine when the first sequences are there.
+    """
+
+    def __init__(self, load: Callable[[Sequence[TokenIds]], Scorer]) -> None:
+        self._load = load
+        self._own: Scorer | None = None
+        self._others = [RemoteScorer(_RankChannel(i), f"process {i} of this launch") for i in range(1, world_size())]
+
+    def score(
+        self,
+        sequences: Sequence[TokenIds],
+        *,
+        known: frozenset[int] = frozenset(),
+        on_scores: OnScores,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        """As `offline_kto.precompute.engines.protocol.Scorer` says."""
+        shares = [_Share(part, sequences, known) for part in _shares(sequences, world_size())]
+        mine, *theirs = shares
+        for other, share in zip(self._others, theirs, strict=True):
+            other.ask(share.sequences, share.known)
+        pending = list(zip(self._others, theirs, strict=True))
+        pace = Pace()
+
+        def hear() -> None:
+            """Take one message from each of the others, which send one as often as this process asks for it."""
+            nonlocal pending
+            pending = [
+                (other, share)
+                for other, share in pending
+                if other.hear(on_scores=share.renumbering(on_scores), on_tokens=lambda tokens: None)
+            ]
+            pace.restart()
+
+        def keep(done: Sequence[int], scores: Sequence[np.ndarray]) -> None:
+            mine.renumbering(on_scores)(done, scores)
+            if pace.is_due():
+                hear()
+
+        # The others send no progress; equal shares are done in about equal times.
+        total = sum(share.tokens for share in shares)
+        if len(mine.known) < len(mine.sequences):
+            self._own = self._own or self._load(mine.sequences)
+            self._own.score(
+                mine.sequences,
+                known=mine.known,
+                on_scores=keep,
+                on_tokens=lambda tokens: on_tokens(tokens * total // mine.tokens),
+            )
+        while pending:
+            hear()
+
+    def dismiss(self) -> None:
+        for other in self._others:
+            other.dismiss()
+
+
+def work(load: Callable[[Sequence[TokenIds]], Scorer]) -> None:
+    """All ranks but the first: score what rank 0 sends."""
+    try:
+        serve(_RankChannel(0), load, tells_progress=False)
+    except ConnectionError:
+        raise SystemExit(1) from None  # rank 0 has said why
+
+
+def _shares(sequences: Sequence[TokenIds], ranks: int) -> list[list[int]]:
+    """Positions for each rank. Sequences of one prompt stay together: they share its forward pass."""
+    groups: dict[bytes, list[int]] = {}
+    for i, (prompt, _) in enumerate(sequences):
+        groups.setdefault(prompt.tobytes(), []).append(i)
+    of_prompt = list(groups.values())
+    costs = [len(sequences[g[0]][0]) + sum(len(sequences[i][1]) for i in g) for g in of_prompt]
+    return [[i for number in share for i in of_prompt[number]] for share in deal(costs, ranks)]
+
+
+class _Share:
+    """What one rank scores.
+
+    Args:
+        places: positions in all sequences.
+        known: positions, in all sequences, that are scored already.
+
+    Attributes:
+        known: of those, the positions in this share.
+        tokens: how many there are to score.
+    """
+
+    def __init__(self, places: list[int], sequences: Sequence[TokenIds], known: frozenset[int]) -> None:
+        self._places = places
+        self.sequences = [sequences[i] for i in places]
+        self.known = frozenset(j for j, i in enumerate(places) if i in known)
+        self.tokens = sum(len(sequences[i][0]) + len(sequences[i][1]) for i in places if i not in known)
+
+    def renumbering(self, on_scores: OnScores) -> OnScores:
+        """A receiver of scores of this share, which passes them on under their positions in all sequences."""
+        return lambda done, scores: on_scores([self._places[j] for j in done], scores)

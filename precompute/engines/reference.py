@@ -1,0 +1,243 @@
+"""The reference model: where its files are, what identifies it, and loading it."""
+
+import importlib.metadata
+import json
+import sys
+import threading
+from collections.abc import Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from offline_kto.kto_core.cache.manifest import LONGEST_NAME
+from offline_kto.kto_core.errors import ModelError, printable
+from offline_kto.kto_core.hashing import (
+    chat_template_hash,
+    config_hash,
+    file_hash,
+    json_hash,
+    tokenizer_hash,
+    weight_files,
+    weights_bytes,
+    weights_hash,
+)
+from offline_kto.kto_core.models.adapters import check_adapter_folder
+from offline_kto.kto_core.models.folder_code import check_tokenizer_code
+from offline_kto.kto_core.models.folders import find_folder, local_path
+from offline_kto.kto_core.models.loading import check_model_folder, load_causal_lm
+from offline_kto.kto_core.models.outline import find_outline
+from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision
+from offline_kto.kto_core.models.tokenizer_files import load_tokenizer, use_template
+from offline_kto.kto_core.progress import Progress
+from offline_kto.precompute.config import PrecomputeConfig
+
+# Raised when the rules of kto_core/feedback/tokenization.py change in a way that changes ids.
+TOKENIZATION_RULE = 1
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference whose files were found and whose tokenizer is loaded; its weights are not, yet."""
+
+    config: PrecomputeConfig
+    folder: Path
+    revision: str | None
+    adapter: Path | None
+    device: torch.device
+    precision: Precision
+    tokenizer: Any
+    shape: Any  # the model without weights, on the meta device
+    unread: dict[str, int]  # weights of the files that are not scored, by what they are for
+    warnings: list[str]  # about the folder and its tokenizer, for the plan
+    state: tuple[Any, ...]  # of its weight files, before they were hashed
+    paths: dict[str, str | None]  # of model and adapter, for the manifest; None for those of the hub
+
+    @classmethod
+    def find(cls, config: PrecomputeConfig) -> "Reference":
+        """Check all that is cheap to check.
+
+        Raises:
+            ModelError: model, adapter, tokenizer or device cannot be used.
+        """
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
+        for name in (config.model, config.adapter, config.revision):
+            if name is not None and not (name.isprintable() and len(name) <= LONGEST_NAME):
+                raise ModelError(f"{printable(name, 100)}: a name with control characters, or too long; rename it.")
+        device = resolve_device(config.device)
+        folder, revision = find_folder(config.model, revision=config.revision)
+        check_model_folder(folder)
+        adapter = adapter_revision = None
+        if config.adapter:
+            adapter, adapter_revision = find_folder(config.adapter, revision=None, what="adapter")
+            check_adapter_folder(adapter)
+        paths = {"path": local_path(folder, revision)}
+        paths["adapter_path"] = local_path(adapter, adapter_revision) if adapter else None
+        notes: list[str] = []
+        tokenizer = load_tokenizer(
+            transformers.AutoTokenizer,
+            folder,
+            trust_remote_code=config.trust_remote_code,
+            options=config.tokenizer_options,
+            notes=notes,
+        )
+        if config.chat_template is not None or config.template_settings:
+            notes += use_template(tokenizer, config.chat_template, config.template_settings)
+        outline = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code)
+        shape, warnings = outline.model, [*outline.warnings, *notes]
+        if not config.trust_remote_code:
+            warnings += check_tokenizer_code(folder, type(tokenizer).__name__)
+        longest = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and config.max_length > longest:
+            raise ModelError(f"--max-length {config.max_length}: this model has positions for {longest} tokens.")
+        return cls(
+            config,
+            folder,
+            revision,
+            adapter,
+            device,
+            resolve_precision(config.dtype, device),
+            tokenizer,
+            shape,
+            outline.unread,
+            warnings,
+            _state(folder, adapter),
+            paths,
+        )
+
+    def hash_weights(self) -> "WeightsHashing":
+        """Start hashing weights and adapter in the background."""
+        return WeightsHashing(self.folder, self.adapter)
+
+    def sections(
+        self, hashes: tuple[str, str | None], *, backend: str, engine_versions: Mapping[str, str]
+    ) -> dict[str, dict[str, Any]]:
+        """The manifest's sections `reference`, `tokenizer`, `tokenization` and `scorer`."""
+        shape = self.shape.config
+        quantization = getattr(shape, "quantization_config", None)
+        code = _code_hashes(self.folder) if self.config.trust_remote_code else {}
+        return {
+            "reference": {
+                "id": self.config.model,
+                "revision": self.revision or self.config.revision,
+                **self.paths,
+                "weights_hash": hashes[0],
+                "config_hash": config_hash({**shape.to_dict(), **({"code": code} if code else {})}),
+                "adapter": self.config.adapter,
+                "adapter_hash": hashes[1],
+                "quantization": quantization if isinstance(quantization, dict | None) else quantization.to_dict(),
+                "dtype": self.precision.name,
+                "attention": shape._attn_implementation,
+                "vocabulary": self.vocabulary,
+                **({"model_type": shape.model_type, "unread": self.unread} if self.unread else {}),
+            },
+            "tokenizer": {
+                "files_hash": tokenizer_hash(self.tokenizer),
+                "chat_template_hash": chat_template_hash(self.tokenizer),
+                **self._given_to_tokenizer(),
+            },
+            "tokenization": {"max_length": self.config.max_length, "rule": TOKENIZATION_RULE},
+            "scorer": {
+                "backend": backend,
+                "versions": {**{name: importlib.metadata.version(name) for name in _LIBRARIES}, **engine_versions},
+            },
+        }
+
+    def _given_to_tokenizer(self) -> dict[str, Any]:
+        """What options make of the tokenizer, for whoever trains on the cache; nothing without such options."""
+        config, given = self.config, {}
+        if config.tokenizer_options:
+            given["options"] = config.tokenizer_options
+        if config.chat_template is not None or config.template_settings:
+            given |= {"chat_template": self.tokenizer.chat_template, "chat_template_kwargs": config.template_settings}
+        return given
+
+    def load(self) -> Any:
+        """The model, frozen, in eval mode, on its device."""
+        model = load_causal_lm(
+            transformers.AutoModelForCausalLM,
+            self.folder,
+            precision=self.precision,
+            device=self.device,
+            frozen=True,
+            adapter=self.adapter,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        return model.eval().requires_grad_(False)
+
+    def check_unchanged(self) -> None:
+        """Called when the weights are loaded: they must be those that were hashed.
+
+        Raises:
+            ModelError: a file was replaced or written to.
+        """
+        if _state(self.folder, self.adapter) != self.state:
+            raise ModelError(
+                f"{self.config.model}: its weight files changed since this command was started, so that nobody knows which "
+                "weights would be scored. Run it again when they are complete."
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.shape.get_input_embeddings().weight.shape[0])
+
+
+class WeightsHashing:
+    """Hashes weights and adapter while other work goes on; leaving the `with` block stops it.
+
+    Without that, a mistake in the data would be reported, and the process then hash on for minutes.
+    """
+
+    def __init__(self, folder: Path, adapter: Path | None) -> None:
+        self._folder, self._adapter = folder, adapter
+        self._stop = threading.Event()
+        pool = ThreadPoolExecutor(max_workers=1)
+        self._future = pool.submit(self._work)
+        pool.shutdown(wait=False)
+
+    def __enter__(self) -> "WeightsHashing":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+
+    def result(self) -> tuple[str, str | None]:
+        """Wait for the hashes of weights and adapter. Raises: ModelError: damaged files."""
+        return self._future.result()
+
+    def _work(self) -> tuple[str, str | None]:
+        with Progress("hashing weights", weights_bytes(self._folder), "B") as progress:
+
+            def on_bytes(count: int) -> None:
+                if self._stop.is_set():
+                    raise CancelledError
+                progress.add(count)
+
+            weights = weights_hash(self._folder, on_bytes=on_bytes)
+        return weights, _adapter_hash(self._adapter) if self._adapter else None
+
+
+def _state(folder: Path, adapter: Path | None) -> tuple[Any, ...]:
+    files = [file for one in (folder, adapter) if one is not None for file in weight_files(one)]
+    states = [(file, file.stat()) for file in files if file.exists()]
+    return tuple((file, state.st_ino, state.st_size, state.st_mtime_ns) for file, state in states)
+
+
+def _adapter_hash(adapter: Path) -> str:
+    """Weights and settings: any of them may decide how they are merged, but for those that only name things."""
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return json_hash([weights_hash(adapter), {k: v for k, v in settings.items() if k not in _NAMES}])
+
+
+_NAMES = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type")
+
+
+def _code_hashes(folder: Path) -> dict[str, str]:
+    """Of the code that comes with a model, which `--trust-remote-code` runs."""
+    return {path.name: file_hash(path) for path in sorted(folder.glob("*.py"))}

@@ -1,0 +1,124 @@
+"""Scoring with plain Transformers: prompts shared, longest first, under a token budget, completions only."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.scoring.logps import POSITIVE_ROUNDING, check_scoring
+from offline_kto.kto_core.scoring.model_code import family_of, model_code
+from offline_kto.kto_core.scoring.passes import Pass, ScoringPasses
+from offline_kto.kto_core.scoring.sequences import TokenIds
+from offline_kto.precompute.engines.protocol import OnScores
+
+_MAX_TOKENS = {"cuda": 32768}
+_MAX_TOKENS_CPU = 4096
+
+# Nats a token by which two right ways to compute a score may differ: the scoring forward and the model's own logits
+# (largest), prompts shared and prompts run whole (mean).
+_SELF_CHECK = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+_SHARING = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+class TransformersScorer:
+    """Per-token log-probs of completions under a frozen model.
+
+    Args:
+        model: from `load_causal_lm`, frozen, in eval mode.
+        precision: autocast to score under.
+        max_tokens: padded tokens in one forward pass; None for a default by device.
+        say: prints a line.
+    """
+
+    def __init__(
+        self, model: Any, precision: Precision, *, max_tokens: int | None = None, say: Callable[[str], None] = print
+    ) -> None:
+        self.model, self.precision = model, precision
+        self.device = next(model.parameters()).device
+        self._passes = ScoringPasses(
+            model,
+            self.device,
+            max_tokens=max_tokens or _MAX_TOKENS.get(self.device.type, _MAX_TOKENS_CPU),
+            tolerance=_SHARING[precision.dtype],
+            say=say,
+        )
+
+    def self_check(self, sequences: Sequence[TokenIds]) -> None:
+        """Compare with the model's own logits on a few short sequences, batched and padded.
+
+        Raises:
+            ModelError: they disagree.
+        """
+        sample = sorted(sequences, key=lambda s: len(s[0]) + len(s[1]))[: 2 * 8 : 8] or list(sequences[:1])
+        with torch.inference_mode(), self.precision.autocast(self.device):
+            check_scoring(self.model, sample, tolerance=_SELF_CHECK[self.precision.dtype])
+
+    def score(
+        self,
+        sequences: Sequence[TokenIds],
+        *,
+        known: frozenset[int] = frozenset(),
+        on_scores: OnScores,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        """As `offline_kto.precompute.engines.protocol.Scorer` says; an out-of-memory error halves the budget and goes on.
+
+        Raises:
+            ModelError: a score is missing, not finite or positive; a single sequence does not fit into memory.
+        """
+
+        def keep(done: Pass) -> None:
+            ends = np.cumsum([len(sequences[i][1]) for i in done.indices])
+            pieces = np.split(done.token_logps.float().cpu().numpy(), ends[:-1])
+            on_scores(
+                done.indices, [checked(piece, sequences[i][1]) for i, piece in zip(done.indices, pieces, strict=True)]
+            )
+            on_tokens(sum(len(sequences[i][0]) + len(sequences[i][1]) for i in done.indices))
+
+        failed = f"this model family ({family_of(self.model)}) cannot score one of the rows"
+        with (
+            torch.inference_mode(),
+            self.precision.autocast(self.device),
+            model_code(type(self.model).__name__, failed),
+        ):
+            # A pass is fetched when the next one is under way, so that a GPU does not wait for the host.
+            last: Pass | None = None
+            try:
+                for done in self._passes.run(sequences, known=known):
+                    if last is not None:
+                        keep(last)
+                    last = done
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"Out of memory on a single sequence (the longest has {max(map(_length, sequences))} tokens). Use a "
+                    "smaller --max-length, --dtype bfloat16, or a device with more memory."
+                ) from error
+            if last is not None:
+                keep(last)
+
+
+def _length(sequence: TokenIds) -> int:
+    return len(sequence[0]) + len(sequence[1])
+
+
+def checked(scores: np.ndarray, completion_ids: np.ndarray) -> np.ndarray:
+    """A score for each completion token, finite, not positive (rounding above 0 is brought to 0).
+
+    Raises:
+        ModelError: a rule is broken; a wrong number must never reach the cache.
+    """
+    if len(scores) != len(completion_ids):
+        raise ModelError(
+            f"The scorer returned {len(scores)} log-probabilities for {len(completion_ids)} completion tokens."
+        )
+    if not np.isfinite(scores).all():
+        raise ModelError(
+            f"The model gives log-probabilities that are not finite ({int((~np.isfinite(scores)).sum())} of {len(scores)} "
+            "tokens). Its weights are damaged, or --dtype float16 overflows: try --dtype bfloat16 or float32."
+        )
+    if (scores > POSITIVE_ROUNDING).any():
+        raise ModelError(f"The model gives a positive log-probability ({scores.max():g} nats); this cannot be.")
+    return np.minimum(scores, np.float32(0))

@@ -1,0 +1,129 @@
+"""Check whether a cache may be written to --out, and open it for one process."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+
+from offline_kto.kto_core.cache.manifest import MANIFEST, parse_manifest, read_manifest
+from offline_kto.kto_core.cache.remote_cache import check_remote, working_folder
+from offline_kto.kto_core.cache.remote_folder import Remote
+from offline_kto.kto_core.cache.shards import read_metadata
+from offline_kto.kto_core.durable_files import written_to
+from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.locations import Location, is_url
+from offline_kto.kto_core.lock import only_writer
+
+
+def check_out(location: Location) -> None:
+    """Refuse a folder that cannot or must not be written, before any work is done. Creates nothing.
+
+    Raises:
+        CacheError: a file, not writable, or a folder with something else in it.
+    """
+    if is_url(location):
+        check_remote(str(location))
+        return
+    out = Path(location)
+    if any("\ud800" <= character <= "\udfff" for character in str(out)):  # bytes of a name that are no UTF-8
+        raise CacheError(f"--out {out}: the name is not UTF-8, which Arrow cannot open. Choose another folder.")
+    if out.exists() and not out.is_dir():
+        raise CacheError(f"--out {out}: a file of that name exists; choose another folder.")
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK):
+        raise CacheError(f"--out {out}: no permission to write in {parent}.")
+    if not parent.is_dir():
+        raise CacheError(f"--out {out}: {parent} is a file.")
+    if (out / "train").is_file() or (out / "train").is_symlink():
+        raise CacheError(f"--out {out}: {out / 'train'} is a file or a link, where a cache has a folder. Remove it.")
+    if (out / "train").exists() and not os.access(out / "train", os.W_OK | os.X_OK):
+        raise CacheError(f"--out {out}: no permission to write in {out / 'train'}.")
+    for path in (out / MANIFEST, *(out / "train").glob("*")):
+        if path.exists() and not path.is_file():
+            raise CacheError(f"--out {out}: {path} is not a regular file. Remove it.")
+    if not out.exists() or (out / MANIFEST).exists():
+        return
+    readable = [path for path in shards_in(out) if read_metadata(path) is not None]
+    foreign = [] if readable else [path.name for path in shards_in(out)]  # beside shards of ours, a damaged one
+    foreign += [p.name for p in out.iterdir() if p.name != "train" and not p.name.startswith(".")]
+    if foreign:
+        raise CacheError(
+            f"--out {out}: holds {sorted(foreign)[0]}, which is no part of a reference cache. Choose an empty folder."
+        )
+
+
+def rendered_on(location: Location) -> datetime | None:
+    """Return the time for which a chat template that writes the date rendered the rows in `--out`.
+
+    So the same command makes the same rows tomorrow. A finished cache that does not say was rendered when it was made.
+    """
+    try:
+        if is_url(location):
+            content = Remote(str(location)).read(MANIFEST)
+            manifest = parse_manifest(str(location), content) if content is not None else None
+        else:
+            manifest = read_manifest(Path(location)) if (Path(location) / MANIFEST).exists() else None
+    except CacheError:
+        manifest = None
+    if manifest is not None:
+        said = manifest.tokenization.get("rendered_on") or manifest.created
+    else:
+        folders = () if is_url(location) else tuple(Path(location) / name for name in ("", NEXT, KEPT, PARTS))
+        shards = (read_metadata(path) or {} for folder in folders for path in shards_in(folder))
+        said = next((one["rendered_on"] for one in shards if one.get("rendered_on")), None)
+    try:
+        day = datetime.fromisoformat(str(said)) if said else None
+    except ValueError:
+        return None
+    return day.astimezone().replace(tzinfo=None) if day is not None and day.tzinfo else day
+
+
+@contextlib.contextmanager
+def opened_out(location: Location) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """`--out`, for this process alone.
+
+    Yields:
+        the local folder to write, and what to call when a change in it is finished.
+
+    Raises:
+        CacheError: another process writes there, or the system does not allow it.
+    """
+    if is_url(location):
+        with working_folder(str(location), kept=KEPT) as opened, made(opened[0] / "train"), _written_to(opened[0]):
+            yield opened
+    else:
+        out = Path(location)
+        with made(out), only_writer(out, CacheError), made(out / "train"), _written_to(out):
+            yield out, lambda: None
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """The folder exists; one in which nothing was written is taken away again.
+
+    Raises:
+        CacheError: the system does not allow it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"--out {folder}: cannot be written: {error}. Choose another folder.") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # something was written there
+            folder.rmdir()
+
+
+def _written_to(out: Path) -> contextlib.AbstractContextManager[None]:
+    return written_to(out, CacheError, "Finished shards are kept; run again to go on.")
+
+
+NEXT = ".next"
+KEPT = ".kept"
+PARTS = ".parts"
+
+
+def shards_in(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "train").glob("[!.]*.parquet") if path.is_file())

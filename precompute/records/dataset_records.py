@@ -1,0 +1,154 @@
+"""Records of saved datasets and hub datasets, through the datasets library; the files that a dataset folder is made of."""
+
+import difflib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from offline_kto.kto_core.errors import FeedbackError, printable, said_by
+from offline_kto.kto_core.feedback.formats import quoted
+from offline_kto.precompute.records.table_records import without_nulls
+from offline_kto.precompute.records.text_files import Located, readable
+
+# Suffixes of data files, and the kind that datasets reads them as.
+_KINDS = {
+    ".parquet": ".parquet",
+    ".jsonl": ".json",
+    ".ndjson": ".json",
+    ".json": ".json",
+    ".csv": ".csv",
+    ".tsv": ".csv",
+}
+
+# JSON files of the datasets library that hold no rows.
+_DATASET_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+
+
+def read_dataset(path: Path, kind: str) -> Iterator[Located]:
+    name = dataset_name(path, kind)
+    number = 0
+    dataset = _load_hub(path) if kind == "hub" else _load_saved(path)
+    try:
+        for row in dataset:
+            number += 1
+            yield f"{name}: row {number}", without_nulls(row)
+    except Exception as error:
+        raise FeedbackError(f"{name}: not readable after row {number} ({said_by(error)}).") from error
+
+
+def dataset_name(path: Path, kind: str) -> str:
+    return path.as_posix() if kind == "hub" else path.resolve().name
+
+
+def _load_hub(path: Path) -> Any:
+    import datasets
+
+    name = path.as_posix()
+    try:
+        return datasets.load_dataset(name, split="train")
+    except Exception as error:
+        hint = suggest(path) if path.parent.is_dir() else " Check the name, or log in (hf auth login)."
+        raise FeedbackError(
+            f"{name}: neither a local path nor readable from the hub ({said_by(error)}).{hint}"
+        ) from error
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `path` is a folder that save_to_disk wrote."""
+    info = (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
+    return info or (path / "dataset_dict.json").is_file()
+
+
+def _load_saved(path: Path) -> Any:
+    import datasets
+
+    name = dataset_name(path, "folder")
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise FeedbackError(f"{name}: not readable as a dataset ({said_by(error)}).") from error
+    if not isinstance(dataset, dict):
+        return dataset
+    if "train" not in dataset:
+        raise FeedbackError(
+            f"{name}: no split 'train'; found {quoted(list(dataset))}. Pass the folder of the split you want."
+        )
+    return dataset["train"]
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files of the split `train` in a folder of data files, in the order in which they are read.
+
+    The datasets library says which these are (by their names, or by the folder's README). It is not asked to read them:
+    it keeps what it read under the files' time stamps, and would give the old rows of a file that changed under a
+    stamp that was preserved (rsync -t, cp -p, tar).
+
+    Raises:
+        FeedbackError: none, several kinds (of which datasets would quietly read one), or a cache of ours.
+    """
+    found = _splits(path)
+    if "train" not in found:
+        raise FeedbackError(
+            f"{_shown_name(path)}: no split 'train'; found {quoted(list(found))}. Pass one file, or the folder of the split"
+            " you want."
+        )
+    return [file for file in found["train"] if file.name not in _DATASET_NOTES]
+
+
+def unread_files(path: Path) -> list[str]:
+    """The data files of a folder that belong to no split: beside train.jsonl, datasets does not read more.jsonl."""
+    in_a_split = {file.resolve() for files in _splits(path).values() for file in files}
+    return sorted(
+        file.relative_to(path).as_posix()
+        for file in path.rglob("*")
+        if _is_data(file, path) and file.resolve() not in in_a_split
+    )
+
+
+def _splits(path: Path) -> dict[str, list[Path]]:
+    _check_kinds(path, _shown_name(path))
+    import datasets
+
+    try:
+        found = datasets.load_dataset_builder(str(path)).config.data_files
+    except Exception as error:
+        raise FeedbackError(f"{_shown_name(path)}: not readable as a dataset ({said_by(error)}).") from error
+    return {str(split): [Path(file) for file in files] for split, files in found.items()}
+
+
+def _shown_name(path: Path) -> str:
+    return printable(dataset_name(path, "folder"), 200)
+
+
+def _check_kinds(path: Path, name: str) -> None:
+    if (path / "manifest.json").is_file():
+        raise FeedbackError(f"{name}: this is a reference cache (manifest.json). Pass the feedback it came from.")
+    with readable(name):
+        files = [file for file in path.rglob("*") if _is_data(file, path)]
+    kinds = sorted({_KINDS[_suffix(file)] for file in files})
+    if len(kinds) == 0:
+        raise FeedbackError(
+            f"{name}: a folder with no dataset in it. Expected one from save_to_disk, or files that end in"
+            f" {', '.join(_KINDS)}."
+        )
+    if len(kinds) > 1:
+        raise FeedbackError(f"{name}: holds files of several kinds, {', '.join(kinds)}. Pass one file, or one kind.")
+
+
+def _is_data(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+    return _suffix(file) in _KINDS and not hidden and file.name not in _DATASET_NOTES and file.is_file()
+
+
+def _suffix(file: Path) -> str:
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def suggest(path: Path) -> str:
+    try:
+        names = sorted(os.listdir(path.parent))
+    except (OSError, ValueError):
+        return f" Its folder {printable(str(path.parent), 200)} cannot be listed either. Check the path."
+    near = [printable(name, 100) for name in difflib.get_close_matches(path.name, names, n=3)]
+    return f" Did you mean {' or '.join(near)}?" if near else " Check the path."

@@ -1,0 +1,249 @@
+"""Records of JSON and JSON Lines files, each with the line it begins on."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from typing import IO, Any
+
+from offline_kto.kto_core.errors import FeedbackError, said_by
+from offline_kto.kto_core.feedback.formats import quoted
+from offline_kto.precompute.records.text_files import (
+    COPY_AGAIN,
+    LARGEST_RECORD,
+    TOO_LARGE,
+    Located,
+    Record,
+    lines_of,
+    texts_of,
+)
+
+_BLANK_LINES_BEFORE = 1000
+# An escape, a literal or a number that a piece may end in the middle of.
+_LONGEST_WORD = 32
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+# Keys under which one object holds a whole data set.
+_WRAPPERS = ("data", "rows", "train", "examples", "records", "instances", "items")
+
+
+def read_jsonl(handle: IO[bytes], name: str) -> Iterator[Located]:
+    document = _is_document(handle)
+    handle.seek(0)
+    if document:
+        yield from read_json(handle, name)
+        return
+    for number, line in enumerate(lines_of(handle, name), 1):
+        line = line.removeprefix("\ufeff")  # files with a byte order mark, one behind the other
+        if line.strip() == "":
+            continue
+        where = f"{name}:{number}"
+        try:
+            value = json.loads(line, object_pairs_hook=_unambiguous)
+        except (ValueError, RecursionError) as error:
+            cut = not line.endswith("\n") and _is_cut(error, line, _skip(line, 0), "}")
+            raise _bad_json(error, where, getattr(error, "colno", 1), cut=cut) from None
+        yield where, _object(value, where)
+
+
+def _is_document(handle: IO[bytes]) -> bool:
+    """Whether the file is an array, or its first object goes on in the next line: names do not always say it."""
+    lines = itertools.islice(iter(lambda: handle.readline(LARGEST_RECORD), b""), _BLANK_LINES_BEFORE)
+    first = next((line for line in lines if line.strip() or len(line) == LARGEST_RECORD), b"")
+    text = first.decode("utf-8-sig", errors="replace").strip()
+    if text.startswith("{") and first.endswith(b"\n"):
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            return error.pos >= len(text)
+        except (ValueError, RecursionError):
+            return False
+    return text.startswith("[")
+
+
+def read_json(handle: IO[bytes], name: str) -> Iterator[Located]:
+    text = _Text(texts_of(handle, name), name)
+    items = _array_items(text) if text.begins("[") else _object_items(text)
+    for line, item in items:
+        yield f"{name}:{line}", _object(item, f"{name}:{line}")
+
+
+def _array_items(text: "_Text") -> Iterator[tuple[int, Any]]:
+    """(line, item) for each item of the array that `text` is."""
+    text.drop(1)
+    closed = text.begins("]")
+    while not closed:
+        yield text.line, text.item("]")
+        closed = text.begins("]")
+        if not closed:
+            if not text.begins(","):
+                raise text.broken(text.error("Expecting ',' or ']' after an item"), "]")
+            text.drop(1)
+            text.begins("")
+    text.drop(1)
+    if not text.is_over():
+        raise FeedbackError(f"{text.name}:{text.line}: something follows the array. Keep one array, or write JSONL.")
+
+
+def _object_items(text: "_Text") -> Iterator[tuple[int, Any]]:
+    """(line, item) for objects one after another, each on one line or on several."""
+    first = True
+    while not text.is_over():
+        line, item = text.line, text.item("}")
+        if first and text.is_over() and isinstance(item, dict):
+            _refuse_wrapper(item, f"{text.name}:{line}")
+        first = False
+        yield line, item
+
+
+class _Text:
+    """What is left of a JSON file: as much of it as the next item takes.
+
+    Attributes:
+        line: where it begins.
+    """
+
+    def __init__(self, pieces: Iterator[str], name: str) -> None:
+        self.name, self.line = name, 1
+        self._pieces, self._left, self._start = pieces, "", 0
+        self._column = 0  # of the first character in `_left`
+        self._last_line = 1  # on which something stands that is no white space
+
+    def begins(self, start: str) -> bool:
+        """Whether it begins so, after white space, which is dropped."""
+        dropped = 0
+        while True:
+            end = _skip(self._left, self._start)
+            dropped += end - self._start
+            self._advance(end - self._start)
+            if self._start < len(self._left) or not self._more():
+                return self._left.startswith(start, self._start)
+            if dropped > LARGEST_RECORD:
+                raise FeedbackError(
+                    f"{self.name}:{self.line}: more than {LARGEST_RECORD // 2**20} MiB of white space. {COPY_AGAIN}"
+                )
+
+    def is_over(self) -> bool:
+        self.begins("")
+        return self._start == len(self._left)
+
+    def drop(self, count: int) -> None:
+        self._advance(count)
+        self._last_line = self.line
+
+    def _advance(self, count: int) -> None:
+        self.line += self._left.count("\n", self._start, self._start + count)
+        self._start += count
+
+    def item(self, closing: str) -> Any:
+        """Take the next item.
+
+        Args:
+            closing: what the file ends with, unless it is cut off.
+
+        Raises:
+            FeedbackError: no JSON, cut off, or too large.
+        """
+        while True:
+            try:
+                item, end = _DECODER.raw_decode(self._left, self._start)
+            except (ValueError, RecursionError) as error:
+                if not self._may_go_on(error) or not self._more():
+                    raise self.broken(error, closing) from None
+            else:
+                # A number may have further digits in the next piece.
+                if end < len(self._left) or isinstance(item, dict | list | str) or not self._more():
+                    self.drop(end - self._start)
+                    return item
+
+    def _may_go_on(self, error: Exception) -> bool:
+        """Whether what follows can mend the error: it is near the end of what was read, or a string has no end yet."""
+        if not isinstance(error, json.JSONDecodeError):
+            return False
+        return error.msg.startswith("Unterminated string") or error.pos > len(self._left) - _LONGEST_WORD
+
+    def _more(self) -> bool:
+        """Read on, as much again as there is. Returns: whether there was anything left to read."""
+        size = len(self._left) - self._start
+        if size > LARGEST_RECORD:
+            raise FeedbackError(
+                f"{self.name}:{self.line}: a record of more than {LARGEST_RECORD // 2**20} MiB. {TOO_LARGE}"
+            )
+        read: list[str] = []
+        for piece in self._pieces:
+            read.append(piece)
+            if sum(map(len, read)) >= size:
+                break
+        if read:
+            self._column = self._column_of(self._start)
+            self._left, self._start = "".join([self._left[self._start :], *read]), 0
+        return bool(read)
+
+    def _column_of(self, position: int) -> int:
+        """Characters before a position on its line."""
+        line_end = self._left.rfind("\n", 0, position)
+        return position - line_end - 1 + (self._column if line_end < 0 else 0)
+
+    def error(self, message: str) -> json.JSONDecodeError:
+        return json.JSONDecodeError(message, self._left, self._start)
+
+    def broken(self, error: Exception, closing: str) -> FeedbackError:
+        """The error for the item that begins here, with the line where reading had to stop."""
+        stop = error.pos if isinstance(error, json.JSONDecodeError) else self._start
+        line = self.line + self._left.count("\n", self._start, min(stop, len(self._left.rstrip())))
+        if not self._left[self._start :].strip():
+            line = self._last_line
+        column = 1 + self._column_of(stop)
+        cut = _is_cut(error, self._left, self._start, closing) and not self._more()
+        return _bad_json(error, f"{self.name}:{line}", column, cut=cut)
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> Record:
+    """Return the object that its keys and values make. Raises: ValueError: a key has two values; Python takes the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        for key, value in pairs:
+            if value != record[key]:
+                raise ValueError(f"the key {quoted(key)} stands twice, with {quoted(value)} and {quoted(record[key])}")
+    return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unambiguous)
+
+
+def _refuse_wrapper(item: Record, where: str) -> None:
+    for key in _WRAPPERS:
+        if isinstance(item.get(key), list):
+            raise FeedbackError(
+                f"{where}: one object with a list under '{key}'. Expected an array of records, or one record"
+                f" on each line: save that list alone (jq .{key})."
+            )
+
+
+def _is_cut(error: Exception, text: str, position: int, closing: str) -> bool:
+    """Whether the item at `position` is broken because `text`, the end of the file, ends before it does."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    body = text.rstrip()
+    if error.pos >= len(body) or error.msg.startswith("Unterminated string"):
+        return True
+    begun = text.startswith("{", position) and not body.endswith(closing)
+    return begun and "\n" not in body[error.pos :]
+
+
+def _bad_json(error: Exception, where: str, column: int, *, cut: bool) -> FeedbackError:
+    if cut:
+        return FeedbackError(f"{where}: the last line looks cut off. {COPY_AGAIN}")
+    if isinstance(error, json.JSONDecodeError):
+        return FeedbackError(f"{where}: not valid JSON: {error.msg} (column {column}). Repair the line.")
+    return FeedbackError(f"{where}: not readable as JSON ({said_by(error)}). Repair or remove the record.")
+
+
+def _skip(text: str, position: int) -> int:
+    match = _JSON_SPACE.match(text, position)
+    return position if match is None else match.end()
+
+
+def _object(value: Any, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise FeedbackError(f"{where}: a record must be a JSON object, got {quoted(value)}.")
+    return value

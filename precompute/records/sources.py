@@ -1,0 +1,217 @@
+"""`--data` -> an iterator of (where, record).
+
+    feedback.jsonl, .ndjson     one object on each line                      feedback.jsonl:17
+    feedback.json               an array of objects                          feedback.json:17
+    feedback.csv, .tsv          a header, then one record each               feedback.csv:17
+    feedback.parquet                                                         feedback.parquet: row 17
+    a folder of these           its split `train`                            sub/feedback.jsonl:17
+    a folder of save_to_disk    its split `train`                            folder: row 17
+    owner/name                  a dataset of the hub, its split `train`      owner/name: row 17
+
+The three names of JSON are exchangeable, and objects may take several
+lines. All files but Parquet may end in .gz as well. Lines and rows count from 1; a record of several lines has the
+number of its first. Text is UTF-8, with or without a byte order mark. Files are read as they are asked for, an item, a
+line or a batch of rows at a time. A record may have 64 MiB: a few packed bytes may stand for more than there is memory.
+"""
+
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, cast
+
+from offline_kto.kto_core.errors import FeedbackError, printable
+from offline_kto.kto_core.feedback.formats import quoted
+from offline_kto.precompute.records.dataset_records import (
+    data_files,
+    dataset_name,
+    is_saved,
+    read_dataset,
+    suggest,
+    unread_files,
+)
+from offline_kto.precompute.records.json_records import read_json, read_jsonl
+from offline_kto.precompute.records.table_records import read_csv, read_parquet
+from offline_kto.precompute.records.text_files import (
+    COPY_AGAIN,
+    GZIP,
+    LARGEST_RECORD,
+    MOST_PACKED,
+    PARQUET,
+    Located,
+    check_form,
+    readable,
+)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """What the manifest remembers of one file: its name without a folder, SHA-256 (hex) and size in bytes."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+def read_records(data: str, *, limit: int | None = None, columns: Collection[str] | None = None) -> Iterator[Located]:
+    """(where, record) for each record of `data`, or for its first `limit`, in the order they are stored in.
+
+    `columns` names those that are of use. Of Parquet no other is read; there its value is `NOT_READ`.
+
+    A record is a dict as it stands there. A column without a value holds None; in Parquet and datasets, which
+    give every nested object the keys of all others, nested keys without a value are left out.
+
+    Raises:
+        FeedbackError: `data` is not there, not readable, of no known format, or holds no record. What a look
+            at the path shows is raised by the call, all else by the iterator when it gets there.
+    """
+    path, kind = _look(data)
+    if kind == "file":
+        _check_suffix(path.name)
+        name, records = path.name, _read_file(path, path.name, columns)
+    elif kind == "folder" and not is_saved(path):
+        name, records = dataset_name(path, kind), _read_files(path, columns)
+    else:
+        name, records = dataset_name(path, kind), read_dataset(path, kind)
+    return itertools.islice(_not_empty(records, name), limit)
+
+
+def describe_source(data: str) -> list[SourceFile]:
+    """Name, hash and size of what stands behind `data`, in the order of the paths.
+
+    A file is one entry; a folder of data files has one for each of those that are read. A
+    dataset of the hub or from save_to_disk is one entry, and hash and size are those of its rows as canonical
+    JSON, one on each line: the files that hold them differ with the version of the library that wrote them.
+
+    Raises:
+        FeedbackError: as read_records does.
+    """
+    path, kind = _look(data)
+    if kind == "file":
+        _check_suffix(path.name)
+        return [_hash_file(path)]
+    if kind == "folder" and not is_saved(path):
+        return [_hash_file(file) for file in sorted(data_files(path))]
+    digest = hashlib.sha256()
+    size = 0
+    for _, row in read_dataset(path, kind):
+        line = json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__).encode() + b"\n"
+        digest.update(line)
+        size += len(line)
+    return [SourceFile(dataset_name(path, kind), digest.hexdigest(), size)]
+
+
+def warnings_about(data: str) -> list[str]:
+    """Sentences on files of a folder that are not read. Raises: FeedbackError: as read_records does."""
+    path, kind = _look(data)
+    unread = unread_files(path) if kind == "folder" and not is_saved(path) else []
+    if not unread:
+        return []
+    files = "1 file is" if len(unread) == 1 else f"{len(unread):,} files are"
+    return [
+        f"{data}: {files} not read, since the folder's other names, or its README, make no split of them: "
+        f"{quoted(unread[:5], 200)}. Rename them, or pass one file."
+    ]
+
+
+def _hash_file(path: Path) -> SourceFile:
+    digest = hashlib.sha256()
+    size = 0
+    with readable(path.name), path.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return SourceFile(path.name, digest.hexdigest(), size)
+
+
+def _look(data: str) -> tuple[Path, str]:
+    """(path, kind), with the kind "file", "folder" or "hub". What exists is never taken for a hub id."""
+    if data.strip() == "":
+        raise FeedbackError("--data is empty. Give a file, a folder or a dataset of the hub (owner/name).")
+    path = Path(data)
+    shown = printable(data, 200)
+    try:
+        path = path.expanduser()
+        mode = path.stat().st_mode
+    except PermissionError:
+        raise FeedbackError(f"{shown}: no permission to look there. Check the rights of its folders.") from None
+    except (OSError, ValueError, RuntimeError):  # also a NUL in the name, and the home of nobody
+        if _HUB_ID.fullmatch(data) is not None and format_of(data) is None:
+            return Path(data), "hub"
+        raise FeedbackError(f"{shown}: no such file.{suggest(path)}") from None
+    if stat.S_ISDIR(mode):
+        return path, "folder"
+    if stat.S_ISREG(mode):
+        return path, "file"
+    raise FeedbackError(f"{shown}: neither a file nor a folder. Save the feedback to a file first.")
+
+
+def _check_suffix(name: str) -> None:
+    if format_of(name) is None:
+        known = " ".join([*_TEXT_FORMATS, ".parquet"])
+        raise FeedbackError(
+            f"{printable(name, 200)}: unknown kind of file. Known: {known} (all but .parquet also with .gz)."
+        )
+
+
+def _not_empty(records: Iterator[Located], name: str) -> Iterator[Located]:
+    empty = True
+    for item in records:
+        empty = False
+        yield item
+    if empty:
+        raise FeedbackError(f"{name}: empty, or without any record. Check that this is the right source.")
+
+
+def _read_files(folder: Path, columns: Collection[str] | None) -> Iterator[Located]:
+    for file in data_files(folder):
+        yield from _read_file(file, os.path.relpath(file, folder.resolve()), columns)
+
+
+def _read_file(path: Path, name: str, columns: Collection[str] | None) -> Iterator[Located]:
+    suffix = format_of(path.name)
+    packed = path.name.lower().endswith(".gz")
+    with readable(name), path.open("rb") as raw:
+        check_form(raw, name, GZIP if packed else PARQUET if suffix == ".parquet" else None)
+    if suffix is None or suffix == ".parquet":
+        yield from read_parquet(path, name, columns)
+        return
+    most = LARGEST_RECORD + MOST_PACKED * path.stat().st_size
+    with readable(name), _open(path) as handle:
+        check_form(handle, name)
+        for item in _TEXT_FORMATS[suffix](handle, name):
+            if handle.tell() > most:
+                raise FeedbackError(f"{name}: unpacks to more than {MOST_PACKED} times its size. {COPY_AGAIN}")
+            yield item
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.name.lower().endswith(".gz"):
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return path.open("rb")
+
+
+_TEXT_FORMATS: dict[str, Callable[[IO[bytes], str], Iterator[Located]]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": partial(read_csv, delimiter="\t"),
+}
+
+
+def format_of(name: str) -> str | None:
+    """The suffix that says how to read the file, in lower case and without .gz; None where none is known."""
+    lower = name.lower()
+    suffix = Path(lower.removesuffix(".gz")).suffix
+    known = suffix in _TEXT_FORMATS or (suffix == ".parquet" and not lower.endswith(".gz"))
+    return suffix if known else None

@@ -1,0 +1,234 @@
+"""Records of CSV, TSV and Parquet files."""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from offline_kto.kto_core.errors import FeedbackError, said_by
+from offline_kto.kto_core.feedback.formats import quoted
+from offline_kto.precompute.records.text_files import (
+    COPY_AGAIN,
+    LARGEST_RECORD,
+    MOST_PACKED,
+    TOO_LARGE,
+    Located,
+    Record,
+    lines_of,
+    readable,
+)
+
+_BATCH_ROWS = 256
+# What a record holds under the name of a column that nobody asked for.
+NOT_READ = "(not read)"
+
+# Values of one column in a row group: a thousand million of them may be packed into a few bytes.
+_MOST_VALUES = 2**27
+# Bytes of one value as a Python object, at the least.
+_OBJECT = 64
+
+
+def read_csv(handle: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Located]:
+    # The default of 131,072 characters is less than a long answer. It belongs to the process: only raise it.
+    csv.field_size_limit(max(csv.field_size_limit(), LARGEST_RECORD))
+    rows = _csv_rows(handle, name, delimiter)
+    columns: list[str] | None = None
+    for line, cells in rows:
+        where = f"{name}:{line}"
+        if columns is None:
+            columns = _csv_header(cells, where, delimiter)
+        elif len(cells) != len(columns):
+            raise FeedbackError(
+                f"{where}: {len(cells)} cells under a header of {len(columns)}. The file is cut off, or a"
+                " cell with a delimiter or a line break is not in quotes."
+            )
+        else:
+            named = zip(columns, cells, strict=True)
+            yield where, {column: _cell(cell, column, where) for column, cell in named if column != ""}
+
+
+def _csv_rows(handle: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """(line it begins on, cells) for each row that is not blank."""
+    size = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal size
+        for text in lines_of(handle, name):
+            size += len(text)
+            if size > LARGEST_RECORD:  # also one of many cells, each in lines of its own
+                raise FeedbackError(f"{name}:{line}: a row of more than {LARGEST_RECORD // 2**20} MiB. {TOO_LARGE}")
+            yield text
+
+    reader = csv.reader(counted(), delimiter=delimiter, strict=True)
+    while True:
+        line, size = reader.line_num + 1, 0
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise _bad_csv(error, f"{name}:{line}") from None
+        if cells is None:
+            return
+        if cells != []:
+            yield line, cells
+
+
+def _bad_csv(error: csv.Error, where: str) -> FeedbackError:
+    reason = str(error)
+    if "unexpected end of data" in reason:
+        return FeedbackError(
+            f"{where}: a quote is opened and never closed. The file is cut off, or the quote is one too many"
+            " (inside a cell, write it twice)."
+        )
+    if "new-line character" in reason:
+        return FeedbackError(
+            f"{where}: a carriage return outside of quotes. Put the cell in quotes, or end lines with \\n."
+        )
+    return FeedbackError(f"{where}: not readable as a table ({said_by(error)}). Repair the row's quotes.")
+
+
+def _csv_header(cells: list[str], where: str, delimiter: str) -> list[str]:
+    columns = [cell.strip() for cell in cells]
+    named = [column for column in columns if column != ""]  # pandas writes its index under no name
+    if len(named) < 2:
+        expected = "tabs" if delimiter == "\t" else "commas"
+        raise FeedbackError(
+            f"{where}: the header is the single column {quoted(columns[0])}. Separate columns by {expected}."
+        )
+    _refuse_twins(named, where)
+    return columns
+
+
+def _refuse_twins(columns: Collection[str], where: str) -> None:
+    """Raises: FeedbackError: two columns of one name, of which a record would hold the last."""
+    column, count = Counter(columns).most_common(1)[0] if columns else ("", 0)
+    if count > 1:
+        raise FeedbackError(f"{where}: two columns have the name {quoted(column)}. Rename one of them.")
+
+
+def _cell(cell: str, column: str, where: str) -> Any:
+    """None for an empty cell; the value of a JSON list in the columns that can hold nothing else."""
+    if cell == "":
+        return None
+    if column not in ("messages", "conversations") or not cell.lstrip().startswith("["):
+        return cell
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        raise FeedbackError(
+            f"{where}: '{column}' is not valid JSON, got {quoted(cell)}. Write it with json.dumps, not str."
+        ) from None
+
+
+def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) -> Iterator[Located]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    with readable(name), path.open("rb") as handle:
+        try:
+            names = pq.ParquetFile(handle).schema_arrow.names
+            wanted = [column for column in names if columns is None or column in columns] or names
+            _refuse_twins(wanted, name)
+            unread = dict.fromkeys((column for column in names if column not in wanted), NOT_READ)
+            size, most = 0, LARGEST_RECORD + MOST_PACKED * path.stat().st_size
+            for batch in _batches(handle, wanted, name):
+                size += _size(batch)
+                if size > most:
+                    raise FeedbackError(f"{name}: unpacks to more than {MOST_PACKED} times its size. {COPY_AGAIN}")
+                for row in _rows_of(batch, f"{name}: after row {number}"):
+                    number += 1
+                    yield f"{name}: row {number}", {**without_nulls(row), **unread}
+        except MemoryError:  # of Arrow, too
+            raise
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise FeedbackError(
+                f"{name}: not readable as Parquet after row {number} ({said_by(error)}). {COPY_AGAIN}"
+            ) from error
+
+
+def _batches(handle: IO[bytes], columns: list[str], name: str) -> Iterator[Any]:
+    """Batches of rows in which each text stands once, however often it is repeated.
+
+    Raises:
+        FeedbackError: what the file says of its own size is more than records can have.
+    """
+    import pyarrow.parquet as pq
+
+    leaves = pq.ParquetFile(handle).schema
+    repeated = [
+        leaf.path
+        for leaf in (leaves.column(i) for i in range(len(leaves)))
+        if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"
+    ]
+    file = pq.ParquetFile(handle, read_dictionary=repeated)
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema.split(".")[0] in columns and _is_bomb(chunk):
+                raise FeedbackError(
+                    f"{name}: column '{chunk.path_in_schema}' unpacks to {chunk.num_values:,} values and "
+                    f"{chunk.total_uncompressed_size:,} bytes in one row group. {TOO_LARGE}"
+                )
+    yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
+
+
+def _is_bomb(chunk: Any) -> bool:
+    """Whether a column of one row group is more than data of any use can be."""
+    size = chunk.total_uncompressed_size
+    packed = size > 4 * LARGEST_RECORD and size > MOST_PACKED * chunk.total_compressed_size
+    return bool(packed or chunk.num_values > _MOST_VALUES or size > LARGEST_RECORD * max(1, chunk.num_values))
+
+
+def _rows_of(batch: Any, where: str) -> Iterator[Record]:
+    """The rows of a batch; one by one where together they would take much memory.
+
+    Raises:
+        FeedbackError: a row that is too large.
+    """
+    if _size(batch) <= LARGEST_RECORD:
+        yield from batch.to_pylist()
+        return
+    for i in range(batch.num_rows):
+        row = batch.slice(i, 1)
+        if _size(row) > LARGEST_RECORD:
+            raise FeedbackError(f"{where}: a row of more than {LARGEST_RECORD // 2**20} MiB. {TOO_LARGE}")
+        yield from row.to_pylist()
+
+
+def _size(batch: Any) -> int:
+    """Bytes that a batch takes as Python objects, about."""
+    return sum(_array_size(column) for column in batch.columns)
+
+
+def _array_size(array: Any) -> int:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        lengths = pc.binary_length(array.dictionary)
+        return int(pc.sum(lengths.take(array.indices)).as_py() or 0) + _OBJECT * len(array)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _array_size(array.flatten()) + _OBJECT * len(array)
+    if pa.types.is_map(kind):
+        ends = array.offsets
+        inside = slice(ends[0].as_py(), ends[-1].as_py())
+        return _array_size(array.keys[inside]) + _array_size(array.items[inside]) + _OBJECT * len(array)
+    if pa.types.is_struct(kind):
+        return sum(map(_array_size, array.flatten())) + _OBJECT * len(array)
+    return int(array.nbytes) + _OBJECT * len(array)
+
+
+def without_nulls(row: Record) -> Record:
+    """`row` without the keys that nested objects have only because others in the column have them."""
+    return {key: _pruned(value) for key, value in row.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_pruned(item) for item in value]
+    return value

@@ -1,0 +1,118 @@
+"""Bytes of a feedback file to lines of text, and what the system says of a file in words a user can act on."""
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+from offline_kto.kto_core.errors import FeedbackError, said_by
+
+Record = dict[str, Any]
+Located = tuple[str, Record]
+# Bytes of one record. A few packed bytes may stand for one that fills the memory; a million tokens have some 5 MB.
+LARGEST_RECORD = 64 * 2**20
+# How many times its size a file may unpack to: beyond that it says the same again and again.
+MOST_PACKED = 500
+# Blank lines one after another, as a packed file may hold thousands of millions of them.
+_MOST_BLANK_LINES = 10**6
+_PIECE = 2**20
+COPY_AGAIN = "Copy or download it again."
+TOO_LARGE = f"A record may have {LARGEST_RECORD // 2**20} MiB: remove what is larger, or store it in another column."
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Puts what the system says of a file into words that the user can act on."""
+    try:
+        yield
+    except MemoryError as error:
+        raise FeedbackError(f"{name}: needs more memory than there is ({said_by(error)}). {TOO_LARGE}") from error
+    except PermissionError:
+        raise FeedbackError(f"{name}: no permission to read it. Check its owner and mode (ls -l).") from None
+    except EOFError:
+        raise FeedbackError(f"{name}: the gzip data is cut off. {COPY_AGAIN}") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise FeedbackError(
+            f"{name}: not readable as gzip ({said_by(error)}). {COPY_AGAIN} Drop .gz if it is not packed."
+        ) from error
+    except OSError as error:
+        raise FeedbackError(f"{name}: cannot be read ({said_by(error)}).") from error
+
+
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1\x15"
+_FORMS = {
+    GZIP: ("gzip data", "Add .gz to its name."),
+    PARQUET: ("Parquet data", "End its name in .parquet."),
+    b"PK\x03\x04": ("a zip archive (as .xlsx is one)", "Unpack or convert it first."),
+    b"\x28\xb5\x2f\xfd": ("zstandard data", "Unpack it first."),
+    b"BZh": ("bzip2 data", "Unpack it first."),
+    b"\xfd7zXZ": ("xz data", "Unpack it first."),
+    b"ARROW1\0\0": ("an Arrow file", "Convert it to Parquet first."),
+    b"version https://git-lfs.github.com/spec/": ("a git LFS pointer, not the file itself", "Run `git lfs pull`."),
+}
+
+
+def check_form(handle: IO[bytes], name: str, expected: bytes | None = None) -> None:
+    """Refuse a file whose first bytes say that it is of another kind than its name does.
+
+    Args:
+        handle: at its beginning, where it is afterwards too.
+        expected: the mark of the kind that the name says.
+
+    Raises:
+        FeedbackError: the other kind, with what to do about it.
+    """
+    start = handle.read(max(map(len, _FORMS)))
+    handle.seek(0)
+    for mark, (form, advice) in _FORMS.items():
+        if mark != expected and start.startswith(mark):
+            raise FeedbackError(f"{name}: holds {form}. {advice}")
+
+
+def decode(raw: bytes, name: str, line: int) -> str:
+    """`raw`, which begins at `line`, as text; only the first line may begin with a byte order mark."""
+    try:
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        where = f"{name}:{line + error.object.count(10, 0, error.start)}"  # 10 is the line feed
+        if error.reason == "unexpected end of data" and error.end == len(error.object):
+            raise FeedbackError(f"{where}: the last line looks cut off. {COPY_AGAIN}") from None
+        encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"
+        raise FeedbackError(
+            f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}). Convert it, for instance with"
+            f" iconv -f {encoding} -t utf-8."
+        ) from None
+
+
+def lines_of(handle: IO[bytes], name: str) -> Iterator[str]:
+    number = blank = 0
+    while raw := handle.readline(LARGEST_RECORD):
+        number += 1
+        blank = blank + 1 if raw.isspace() else 0
+        if blank > _MOST_BLANK_LINES:
+            raise FeedbackError(f"{name}:{number}: more than {_MOST_BLANK_LINES:,} blank lines. {COPY_AGAIN}")
+        if len(raw) == LARGEST_RECORD:
+            raise FeedbackError(
+                f"{name}:{number}: a line of more than {LARGEST_RECORD // 2**20} MiB. This is no file of records, one a line."
+            )
+        yield decode(raw, name, number)
+
+
+def texts_of(handle: IO[bytes], name: str) -> Iterator[str]:
+    """The text of a file in pieces of about a mebibyte, each when it is asked for."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    line = 1
+    while True:
+        raw = handle.read(_PIECE)
+        try:
+            text = decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as error:
+            decode(error.object, name, line)  # raises the same, with its place
+            raise
+        line += text.count("\n")
+        if text:
+            yield text
+        if not raw:
+            return

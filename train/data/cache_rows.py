@@ -1,0 +1,267 @@
+"""Rows of a reference cache: verified, then read at random."""
+
+import functools
+import os
+import resource
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch.utils.data import Dataset
+
+from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
+from offline_kto.kto_core.cache.shards import Rows, open_shard, read_groups
+from offline_kto.kto_core.cache.verification import verify_cache
+from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.launch import read_launch
+from offline_kto.kto_core.progress import Progress
+
+# Whose lengths the report shows; kto-precompute writes 64 rows into each.
+_GROUPS_SAMPLED = 64
+
+# Row groups kept decoded: a small cache ends up in memory, a large one does not.
+_BYTES_IN_MEMORY = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class ScoredSequence:
+    """A prompt with one completion and its reference score.
+
+    Attributes:
+        prompt_ids, completion_ids: int32.
+        ref_logps: sum over completion tokens under the reference, nats.
+        ref_token_logps: float32, one for each completion token.
+    """
+
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+    ref_logps: float
+    ref_token_logps: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def ids(self) -> tuple[np.ndarray, np.ndarray]:
+        """(prompt ids, completion ids)"""
+        return self.prompt_ids, self.completion_ids
+
+    def shortened(self, max_length: int) -> "ScoredSequence":
+        """Cut the completion to fit; the score of the rest is a prefix sum."""
+        room = max_length - len(self.prompt_ids)
+        if len(self.completion_ids) <= room:
+            return self
+        logps = self.ref_token_logps[:room]
+        return ScoredSequence(self.prompt_ids, self.completion_ids[:room], float(logps.sum(dtype=np.float64)), logps)
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """A labelled sequence with the mismatched one of this epoch; `index` is its place among the cache's rows."""
+
+    index: int
+    row_id: str
+    label: bool
+    matched: ScoredSequence
+    mismatched: ScoredSequence
+
+
+@dataclass(frozen=True)
+class RowKey:
+    """Which row, with which of its mismatched completions."""
+
+    index: int
+    partner: int
+
+
+class CacheRows(Dataset[TrainingRow]):
+    """The rows of a cache, read from Parquet when they are asked for.
+
+    Args:
+        folder: the cache; every byte and every row of it is checked first.
+        max_length: shorten rows; rows whose prompt leaves no room are dropped.
+        mapped: map the files into memory, which the workers of a sweep share.
+
+    Attributes:
+        labels: bool, shape (rows,).
+        dropped: how many rows `max_length` leaves no room for.
+        cut: bool, shape (rows,): whether it shortens the completion.
+        kl_cut: how many mismatched completions it shortens.
+        largest_id: the largest token id, among the rows that this process checked.
+        seconds: what the check took.
+
+    Raises:
+        CacheError: damaged, or `max_length` above the cached one.
+    """
+
+    def __init__(self, folder: Path, *, max_length: int | None = None, mapped: bool = False) -> None:
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        cached = int(self.manifest.tokenization["max_length"])
+        if max_length is not None and max_length > cached:
+            raise CacheError(
+                f"--max-length {max_length}: the cache {folder} was cut at {cached} tokens, and scores of the rest do not "
+                f"exist. Use --max-length {cached} or less, or score again with kto-precompute --max-length {max_length}."
+            )
+        self.max_length = max_length or cached
+        self.partners = self.manifest.partners
+        started = time.monotonic()
+        with Progress("verifying", self.manifest.rows, "rows") as progress:
+            found = verify_cache(folder, self.manifest, share=read_launch().local_share, on_rows=progress.add)
+        self.largest_id, self.seconds = found.largest_id, time.monotonic() - started
+        self._paths = [folder / shard["file"] for shard in self.manifest.shards]
+        _allow_open_files(len(self._paths))
+        self._files = [open_shard(path, mapped=mapped) for path in self._paths]
+        if read_manifest(folder) != self.manifest:  # a writer takes it away before it changes a shard
+            raise CacheError(f"{folder}: was updated while it was read. Start again.")
+        groups = [(k, g) for k, file in enumerate(self._files) for g in range(file.num_row_groups)]
+        counts = [self._files[k].metadata.row_group(g).num_rows for k, g in groups]
+        self._groups, self._group_ends = groups, np.cumsum(counts)
+        self._fitting = np.arange(len(found.labels))  # row in the files, of each row here
+        self.cut, self.kl_cut = np.zeros(len(found.labels), dtype=bool), 0
+        if self.max_length < cached:
+            prompts, completions = (
+                self._read(column, pc.list_value_length).to_numpy() for column in ("prompt_ids", "completion_ids")
+            )
+            self._fitting = np.flatnonzero(prompts < self.max_length)
+            self.cut = (prompts + completions)[self._fitting] > self.max_length
+            partners = self._read("kl_completion_ids", lambda lists: pc.list_value_length(lists.flatten())).to_numpy()
+            whole = prompts[:, None] + partners.reshape(len(prompts), self.partners)
+            self.kl_cut = int((whole[self._fitting] > self.max_length).sum())
+        self.dropped, self.labels = len(found.labels) - len(self._fitting), found.labels[self._fitting]
+        self._lock = threading.Lock()  # the next batch is read by a thread of its own
+        self._decoded: OrderedDict[int, Rows] = OrderedDict()
+        self._decoded_bytes = 0
+        if not len(self):
+            raise CacheError(
+                f"--max-length {self.max_length}: every prompt in {folder} is as long or longer; no row is left."
+            )
+
+    def _read(self, column: str, summary: Callable[[pa.Array], pa.Array] = lambda values: values) -> pa.ChunkedArray:
+        """A column of all files, summarized in pieces."""
+        pieces: list[pa.Array] = []
+        for path, file in zip(self._paths, self._files, strict=True):
+            for table in read_groups(path, file, columns=[column], at_once=16):
+                pieces += [summary(chunk) for chunk in table.column(column).chunks]
+        return pa.chunked_array(pieces)
+
+    @functools.cached_property
+    def prompt_ids(self) -> list[str]:
+        """Which prompt each row has; read when a hold-out asks for it."""
+        return self._of_rows("prompt_id")
+
+    def ids(self, column: str, rows: np.ndarray) -> pa.ChunkedArray:
+        """`row_id` or `prompt_id` of some rows, by their places here."""
+        return self._read(column).take(pa.array(self._fitting[rows]))
+
+    @functools.cached_property
+    def pair_ids(self) -> list[str | None]:
+        """Which preference pair each row belongs to; read when a loss asks for it."""
+        return self._of_rows("pair_id")
+
+    @functools.cached_property
+    def contradictions(self) -> int:
+        """How many different rows (prompt and completion) carry both labels."""
+        labelled = pa.table({"row": self._read("row_id"), "label": self._read("label")})
+        both = labelled.group_by("row").aggregate([("label", "min"), ("label", "max")])
+        return int(pc.sum(pc.not_equal(both["label_min"], both["label_max"])).as_py() or 0)
+
+    @property
+    def shortened(self) -> dict[str, int]:
+        """What `max_length` does to the rows, in numbers."""
+        return {"dropped": self.dropped, "cut": int(self.cut.sum()), "kl_cut": self.kl_cut}
+
+    def _of_rows(self, column: str) -> list[Any]:
+        every: list[Any] = self._read(column).take(pa.array(self._fitting)).to_pylist()
+        return every
+
+    @functools.cached_property
+    def lengths(self) -> dict[str, Any]:
+        """Lengths in tokens of a few thousand rows from all over the cache, as the files hold them.
+
+        `sample`: how many rows; `truncated`: how many of them fill `max_length`; `lengths`: of prompts, and of
+        completions by class.
+        """
+        groups = len(self._groups)
+        chosen = np.unique(np.linspace(0, groups - 1, min(groups, _GROUPS_SAMPLED)).astype(int))
+        of_rows = []
+        for number, position in (self._groups[group] for group in chosen):
+            path, file = self._paths[number], self._files[number]
+            (table,) = read_groups(path, file, groups=[position], columns=["prompt_ids", "completion_ids", "label"])
+            lists = [pc.list_value_length(table.column(name)).to_numpy() for name in ("prompt_ids", "completion_ids")]
+            of_rows.append(np.stack([*lists, table.column("label").to_numpy().astype(np.int64)]))
+        prompts, completions, labels = np.concatenate(of_rows, axis=1)
+        kept = prompts < self.max_length
+        prompts, completions, labels = prompts[kept], completions[kept], labels[kept].astype(bool)
+        completions = np.minimum(completions, self.max_length - prompts)
+        return {
+            "sample": len(prompts),
+            "truncated": int((prompts + completions >= self.max_length).sum()),
+            "lengths": {
+                "prompt": prompts.tolist(),
+                "desirable": completions[labels].tolist(),
+                "undesirable": completions[~labels].tolist(),
+            },
+        }
+
+    def __len__(self) -> int:
+        return len(self._fitting)
+
+    def __getitem__(self, key: "int | RowKey") -> TrainingRow:
+        key = RowKey(key, 0) if isinstance(key, int) else key
+        number = int(self._fitting[key.index])
+        group = int(np.searchsorted(self._group_ends, number, side="right"))
+        rows = self._group(group)
+        row = rows[number - (int(self._group_ends[group]) - len(rows))]
+        k = key.partner % self.partners
+        prompt = row["prompt_ids"]
+        matched = ScoredSequence(prompt, row["completion_ids"], row["ref_logps"], row["ref_token_logps"])
+        mismatched = ScoredSequence(
+            prompt, row["kl_completion_ids"][k], float(row["ref_kl_logps"][k]), row["ref_kl_token_logps"][k]
+        )
+        return TrainingRow(
+            index=key.index,
+            row_id=row["row_id"],
+            label=row["label"],
+            matched=matched.shortened(self.max_length),
+            mismatched=mismatched.shortened(self.max_length),
+        )
+
+    def _group(self, group: int) -> Rows:
+        """A row group, from memory where it was read lately."""
+        with self._lock:
+            if group in self._decoded:
+                self._decoded.move_to_end(group)
+                return self._decoded[group]
+            number, position = self._groups[group]
+            (table,) = read_groups(self._paths[number], self._files[number], groups=[position])
+            rows = self._decoded[group] = Rows(table)
+            self._decoded_bytes += rows.nbytes
+            while self._decoded_bytes > _BYTES_IN_MEMORY and len(self._decoded) > 1:
+                self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
+            return rows
+
+
+def _allow_open_files(count: int) -> None:
+    """All shards stay open: the files that were verified are the ones that are read.
+
+    Raises:
+        CacheError: the system does not allow so many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/proc/self/fd")) + count + 256 if Path("/proc/self/fd").exists() else 2 * count + 512
+    if resource.RLIM_INFINITY in (soft, hard) or wanted <= soft:
+        return
+    if wanted > hard:
+        raise CacheError(
+            f"The cache has {count:,} shards, and this system allows {hard:,} open files (ulimit -Hn). Make fewer shards: "
+            "kto-precompute --rows-per-shard 65536 into another folder."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

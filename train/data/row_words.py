@@ -1,0 +1,41 @@
+"""What becomes of the rows of a cache, in words, for the plans of kto-train and kto-sweep."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from offline_kto.kto_core.cache.manifest import Manifest
+
+
+def rows_in_words(facts: Mapping[str, Any]) -> str:
+    """What becomes of the rows of a run, from `TrainingData.facts`; for its plan."""
+    held = facts["held_out_desirable"] + facts["held_out_undesirable"]
+    limit, of_held_out = facts["max_length"], facts["held_out_shortened"]
+    inside = shortened_in_words(of_held_out, limit)[2:] if of_held_out else ""
+    parts = [
+        f"{facts['desirable'] + facts['undesirable']:,} to train on",
+        f", {held:,} held out" if held else "",
+        f" ({inside})" if inside else "",
+        shortened_in_words(facts["shortened"], limit),
+        f", {facts['unpaired']:,} left out (in no pair, or its two rows are alike)" if facts["unpaired"] else "",
+    ]
+    return "".join(parts)
+
+
+def shortened_in_words(counts: Mapping[str, int], max_length: int) -> str:
+    """What `max_length` does to the rows of a cache, each part after a comma; empty where it does nothing."""
+    dropped = f", {counts['dropped']:,} dropped (prompt too long)" if counts["dropped"] else ""
+    if not counts["cut"] and not counts["kl_cut"]:
+        return dropped
+    cut = f"{counts['cut']:,} completions and {counts['kl_cut']:,} mismatched completions cut"
+    return f"{dropped}, {cut} (--max-length {max_length})"
+
+
+def scored_in_words(manifest: Manifest) -> str:
+    """What kto-precompute did to the rows before it scored them, as the manifest says."""
+    data = manifest.data
+    dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in (data.get("dropped") or {}).items())
+    read, cut, kl_cut = data.get("read") or manifest.rows, data.get("truncated") or 0, data.get("kl_truncated") or 0
+    return (
+        f"{manifest.rows:,} rows of {read:,}, dropped: {dropped or 'none'}; cut at "
+        f"{manifest.tokenization['max_length']} tokens: {cut:,} completions, {kl_cut:,} mismatched completions"
+    )

@@ -1,0 +1,265 @@
+"""The rows of a run: which cache, which of its rows train and which are held out, and what is to be said of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG, differences
+from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
+from offline_kto.kto_core.errors import TrainingError
+from offline_kto.kto_core.feedback.labels import rare_class
+from offline_kto.kto_core.locations import Location
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
+from offline_kto.train.data.batches import EpochBatches, split_by_prompt, strata_of, units_of
+from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.data.held_out import HeldOutRows
+
+
+def open_cache(cache: Location, max_length: int | None, *, mapped: bool = False) -> CacheRows:
+    """Raises: CacheError: damaged, incomplete or not there; every byte is checked."""
+    folder = local_copy(cache)
+    with speaking_of(cache, folder):
+        return CacheRows(folder, max_length=max_length, mapped=mapped)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The rows of a run.
+
+    Attributes:
+        rows: the cache.
+        units: which of its rows train, shape (units, rows in each): single rows, or pairs.
+        held_out: rows held out, here or in another cache; None if there are none.
+        unpaired: rows left out because a loss of pairs cannot use them.
+    """
+
+    rows: CacheRows
+    units: np.ndarray
+    held_out: HeldOutRows | None
+    unpaired: int = 0
+
+    @classmethod
+    def open(
+        cls, config: TrainConfig, read: Callable[[Location, int | None], CacheRows] = open_cache
+    ) -> "TrainingData":
+        """Open the caches and choose the rows.
+
+        Args:
+            config: of the run.
+            read: opens a cache.
+
+        Raises:
+            CacheError, TrainingError: unusable caches, a loss that they cannot serve, or nothing left on one side.
+        """
+        rows = read(config.cache, config.max_length)
+        train: Sequence[int] = range(len(rows))
+        held_out: tuple[CacheRows, Sequence[int]] | None = None
+        if config.eval_cache is not None:
+            held = read(config.eval_cache, config.max_length)
+            _same_reference(held, rows.manifest.identity, "--eval-cache", "--cache")
+            held_out = held, range(len(held))
+        elif config.eval_fraction:
+            seed = config.seed if config.eval_seed is None else config.eval_seed
+            train, held_rows = split_by_prompt(rows, config.eval_fraction, seed)
+            if not train or not held_rows:
+                side = "trained on" if not train else "held out"
+                raise TrainingError(
+                    f"--eval-fraction {config.eval_fraction:g} of {len(set(rows.prompt_ids))} prompts leaves no row to be {side}. "
+                    "Use another fraction, or --eval-cache."
+                )
+            held_out = rows, held_rows
+        units = _units(rows, train, config, f"--cache {config.cache}")
+        held_rows_out = held_out and _held_out(*held_out, config)
+        left_out = len(train) - units.size
+        if held_out and held_rows_out:
+            left_out += len(held_out[1]) - len(held_rows_out.indices)
+        return cls(rows, units, held_rows_out, left_out)
+
+    def batches(self, config: TrainConfig) -> EpochBatches:
+        """Optimizer batches of the training rows."""
+        strata = strata_of(self.rows, self.units, balance=config.balance and config.shuffle)
+        return EpochBatches(strata, config.batch_size, shuffle=config.shuffle, seed=config.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """What training and evaluation read, as far as hashes say."""
+        caches = {"cache": self.rows, "held-out cache": self.held_out.cache if self.held_out else self.rows}
+        return {name: rows.manifest.rows_identity for name, rows in caches.items()}
+
+    @property
+    def held_out_cache(self) -> dict[str, Any] | None:
+        """Identity of the rows of another cache that are held out; None where there are none."""
+        held_out = self.held_out
+        return held_out.cache.manifest.rows_identity if held_out and held_out.cache is not self.rows else None
+
+    @property
+    def class_counts(self) -> tuple[int, int]:
+        """(desirable, undesirable) training rows."""
+        desirable = int(self.rows.labels[self.units].sum())
+        return desirable, self.units.size - desirable
+
+    def warnings(self, config: TrainConfig, precision: Precision) -> list[str]:
+        """One line for each thing about the rows that somebody should look at, with its numbers."""
+        lines = []
+        scored = self.rows.manifest.reference.get("dtype")
+        if scored != precision.name:
+            lines.append(
+                f"the cache was scored in {scored}, the policy computes in {precision.name}: rewards start off 0 by rounding. "
+                f"kto-precompute --dtype {precision.name} scores as this run computes."
+            )
+        if self._eval_cache is not None:
+            shared = len(set(self._eval_cache.prompt_ids) & set(self.rows.prompt_ids))
+            if shared:
+                lines.append(
+                    f"{shared:,} prompts of --eval-cache are trained on as well; its values say little about new prompts."
+                )
+        contradictions = self.rows.contradictions
+        if contradictions:
+            lines.append(
+                f"{contradictions:,} completions carry both labels, each for one and the same prompt; their effects cancel "
+                "out. Decide which label is right, or drop them."
+            )
+        return lines + self._rare_class(config)
+
+    def _rare_class(self, config: TrainConfig) -> list[str]:
+        rare = rare_class(*self.class_counts)
+        if rare is None:
+            return []  # with one class alone there is a warning of its own
+        rarer, total, batches = min(self.class_counts), self.units.size, len(self.batches(config))
+        if batches <= rarer:
+            return [rare]
+        return [
+            f"{rare} At least {batches - rarer:,} of {batches:,} batches hold none of them; --batch-size {-(-total // rarer)} "
+            "gives each one."
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """Counts and a sample of lengths, for the report."""
+        manifest, (desirable, undesirable) = self.rows.manifest, self.class_counts
+        held = self.held_out.cache.labels[self.held_out.indices] if self.held_out else np.empty(0, dtype=bool)
+        return {
+            "files": [str(file.get("name")) for file in manifest.data.get("files") or []],
+            "desirable": desirable,
+            "undesirable": undesirable,
+            "held_out_desirable": int(held.sum()),
+            "held_out_undesirable": int((~held).sum()),
+            "dropped": self.rows.dropped + (manifest.data.get("dropped") or {}).get(PROMPT_TOO_LONG, 0),
+            "unpaired": self.unpaired,
+            "contradictory": self.rows.contradictions,
+            "max_length": self.rows.max_length,
+            "shortened": self.rows.shortened,
+            "held_out_shortened": None if self._eval_cache is None else self._eval_cache.shortened,
+            **self.rows.lengths,
+        }
+
+    @property
+    def _eval_cache(self) -> CacheRows | None:
+        """The cache of the held-out rows, where it is another one."""
+        return None if self.held_out is None or self.held_out.cache is self.rows else self.held_out.cache
+
+
+def _units(rows: CacheRows, indices: Sequence[int], config: TrainConfig, where: str) -> np.ndarray:
+    paired = config.loss in PAIRED_LOSSES
+    units = units_of(rows, indices, 2 if paired else 1)
+    if paired:
+        units = units[~_alike(rows, units)]
+    if len(units):
+        return units
+    raise TrainingError(
+        f"{where}: --loss {config.loss} compares two completions of one prompt, but no two of its {len(indices):,} rows share a "
+        "pair_id. Feedback with 'chosen' and 'rejected' makes pairs; --loss kto, apo_zero or bco use rows as they are."
+    )
+
+
+def _alike(rows: CacheRows, pairs: np.ndarray) -> np.ndarray:
+    """Whether both completions of a pair are the same, as they were scored or as --max-length leaves them.
+
+    There is nothing to tell apart then, and so nothing to learn. Shape (pairs,).
+    """
+    chosen, rejected = (rows.ids("row_id", side).to_numpy() for side in pairs.T)
+    alike = np.asarray(chosen == rejected)
+    for number in np.flatnonzero(rows.cut[pairs].any(axis=1)):  # only these are read
+        one, other = (rows[int(i)].matched.completion_ids for i in pairs[number])
+        alike[number] |= np.array_equal(one, other)
+    return alike
+
+
+def _held_out(cache: CacheRows, indices: Sequence[int], config: TrainConfig) -> HeldOutRows:
+    units = _units(cache, indices, config, "held-out rows")
+    held_out = HeldOutRows(cache, units.ravel().tolist())
+    labels = cache.labels[held_out.indices]
+    if config.metric == "eval/rewards/margins" and (labels.all() or not labels.any()):
+        raise TrainingError(
+            f"--metric {config.metric} needs held-out rows of both classes; all {len(labels):,} are "
+            f"{'desirable' if labels.all() else 'undesirable'}. Use another --eval-fraction, or --metric eval/loss."
+        )
+    return held_out
+
+
+def _same_reference(rows: CacheRows, identity: dict[str, Any], cache: str, other: str) -> None:
+    lines = differences(rows.manifest.identity, identity)
+    lines = [line for line in lines if not line.startswith("tokenization.max_length")]
+    if lines:
+        raise TrainingError(f"{cache}: scored by another reference than {other}:\n  " + "\n  ".join(lines))
+
+
+@dataclass(frozen=True)
+class RowsToEvaluate:
+    """What `--evaluate-only` evaluates.
+
+    Attributes:
+        held_out: the rows.
+        what: they are, in words.
+        of_run: they are the ones that the run itself held out.
+    """
+
+    held_out: HeldOutRows
+    what: str
+    of_run: bool
+
+
+def rows_to_evaluate(config: TrainConfig, facts: dict[str, Any], trained_prompts: set[str] | None) -> RowsToEvaluate:
+    """The run's held-out rows where `--cache` is its own, else the rows of `--cache` whose prompts it was not trained on.
+
+    Args:
+        config: the run's own, with the cache to evaluate on.
+        facts: of the run.
+        trained_prompts: None where they are not on record.
+
+    Raises:
+        CacheError, TrainingError: an unusable cache, or one that was scored by another reference.
+    """
+    rows = open_cache(config.cache, config.max_length)
+    identity = facts.get("identity")
+    if isinstance(identity, dict) and not config.allow_different_policy:
+        _same_reference(rows, identity, f"--cache {config.cache}", "the run's")
+    mine = rows.manifest.rows_identity
+    same = mine == {name: facts.get(name) for name in mine}
+    if same and (config.eval_fraction or config.eval_cache is not None):
+
+        def read(cache: Location, max_length: int | None) -> CacheRows:
+            return rows if cache == config.cache else open_cache(cache, max_length)
+
+        held_out = TrainingData.open(config, read).held_out
+        assert held_out is not None
+        return RowsToEvaluate(held_out, "held out", of_run=True)
+    everything = range(len(rows))
+    if trained_prompts is None:
+        what = "all of them; which ones the run was trained on is not on record"
+        return RowsToEvaluate(_held_out(rows, everything, config), what, of_run=False)
+    new = [i for i in everything if rows.prompt_ids[i] not in trained_prompts]
+    day, trained_on = rows.manifest.tokenization.get("rendered_on"), facts.get("rendered_on")
+    other_day = day and (str(day)[:10] != str(trained_on)[:10] if trained_on else len(new) == len(rows))
+    if other_day:
+        what = (
+            f"all of them; their chat template wrote the date, {str(day)[:10]}, and into the run's rows another one, so that "
+            "nobody can tell which ones it was trained on (kto-precompute --template-date renders for the same day)"
+        )
+        return RowsToEvaluate(_held_out(rows, everything, config), what, of_run=False)
+    if not new:
+        return RowsToEvaluate(_held_out(rows, everything, config), "the run was trained on their prompts", of_run=False)
+    left_out = len(rows) - len(new)
+    what = "not trained on" + (f"; {left_out:,} more were, and are left out" if left_out else "")
+    return RowsToEvaluate(_held_out(rows, new, config), what, of_run=False)

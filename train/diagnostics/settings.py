@@ -1,0 +1,84 @@
+"""Class weights, and warnings that give the number to use."""
+
+from offline_kto.kto_core.errors import TrainingError
+from offline_kto.train.config import TrainConfig
+
+# KTO paper, section 4.2, eq. 8: lambda_D n_D : lambda_U n_U lies between 1:1 and 4:3.
+BALANCE = (1.0, 4 / 3)
+_MIDDLE = (BALANCE[0] * BALANCE[1]) ** 0.5
+
+# Ranges of published KTO runs; LoRA takes about ten times the rate of full fine-tuning.
+_BETA = (0.01, 0.5)
+_RATE = (5e-7, 5e-6)
+_RATE_LORA = (5e-6, 2e-4)
+
+
+def class_weight_values(config: TrainConfig, desirable: int, undesirable: int) -> tuple[float, float]:
+    """lambda_D and lambda_U, with `auto` resolved.
+
+    `auto` keeps 1 where the ratio lies in the published range already, and otherwise brings
+    lambda_D n_D : lambda_U n_U to its middle. With both on auto the rarer class is raised.
+
+    Args:
+        desirable, undesirable: rows of each class in training.
+
+    Raises:
+        TrainingError: auto next to a weight of 0.
+    """
+    weights = [config.desirable_weight, config.undesirable_weight]
+    fixed = [1.0 if isinstance(weight, str) else float(weight) for weight in weights]
+    automatic = [isinstance(weight, str) for weight in weights]
+    if not any(automatic) or not desirable or not undesirable:
+        return fixed[0], fixed[1]
+    if 0.0 in fixed:
+        raise TrainingError(
+            "A class weight of auto has nothing to balance against a weight of 0. Give both weights as numbers."
+        )
+    ratio = fixed[0] * desirable / (fixed[1] * undesirable)
+    if BALANCE[0] <= ratio <= BALANCE[1]:
+        return fixed[0], fixed[1]
+    raise_desirable = automatic[0] and (not automatic[1] or ratio < _MIDDLE)
+    if raise_desirable:
+        return fixed[0] * _MIDDLE / ratio, fixed[1]
+    return fixed[0], fixed[1] * ratio / _MIDDLE
+
+
+def warnings_for(config: TrainConfig, desirable: int, undesirable: int, weights: tuple[float, float]) -> list[str]:
+    """One line for each setting outside the published ranges, with the number to use."""
+    lines = class_warnings(desirable, undesirable, weights)
+    if not _BETA[0] <= config.beta <= _BETA[1]:
+        lines.append(
+            f"--beta {config.beta:g} lies outside of the published {_BETA[0]:g} to {_BETA[1]:g}; 0.1 is usual."
+        )
+    low, high = _RATE_LORA if config.lora_rank else _RATE
+    if not low <= config.learning_rate <= high:
+        kind, usual = ("LoRA", 2e-5) if config.lora_rank else ("full fine-tuning", 1e-6)
+        lines.append(
+            f"--learning-rate {config.learning_rate:g} lies outside of the published {low:g} to {high:g} for {kind}; {usual:g} is usual."
+        )
+    if config.batch_size < 8:
+        lines.append(
+            f"--batch-size {config.batch_size} leaves {config.batch_size} mismatched pairs for each estimate of z0; 32 is "
+            "usual. Memory does not depend on it."
+        )
+    return lines
+
+
+def class_warnings(desirable: int, undesirable: int, weights: tuple[float, float]) -> list[str]:
+    """What is to be said of the classes: of one alone, or of weights that do not balance them."""
+    if not desirable or not undesirable:
+        only = "desirable" if desirable else "undesirable"
+        return [f"every training row is {only}: KTO learns from the contrast of two classes. Check the labels."]
+    weighted = weights[0] * desirable, weights[1] * undesirable
+    if weighted[1] and BALANCE[0] * 0.99 <= weighted[0] / weighted[1] <= BALANCE[1] * 1.01:
+        return []
+    return [_imbalance(desirable, undesirable, weights)]
+
+
+def _imbalance(desirable: int, undesirable: int, weights: tuple[float, float]) -> str:
+    low = BALANCE[0] * weights[1] * undesirable / desirable
+    high = BALANCE[1] * weights[1] * undesirable / desirable
+    return (
+        f"{desirable:,} desirable and {undesirable:,} undesirable rows with weights {weights[0]:g} and {weights[1]:g} lie outside "
+        f"of 1:1 to 4:3; use --desirable-weight auto (or {low:.3g} to {high:.3g})."
+    )

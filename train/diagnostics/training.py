@@ -1,0 +1,397 @@
+"""Warnings during a run that give the number to change, from nothing but the records of `metrics.jsonl`.
+
+Rewards are beta times log-ratios, and the loss sees them through a sigmoid around z0 = beta * kl: that fixes the scale
+on which "not yet" and "too far" are judged, whatever the model. Each kind is told once in a run.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.diagnostics.settings import BALANCE
+
+# A batch's values are noise, and a class may be absent from it: the median over the last updates is judged, from a few
+# on, and must stand where it stands for a while. A record of --logging-steps N counts as N updates, but one or two
+# records are never enough.
+_WINDOW = 32
+_LEAST = 8
+_HOLD = 16
+_RECORDS = 8
+_LEAST_RECORDS = 5
+_HOLD_RECORDS = 4
+
+# The sigmoid keeps 7 % of its greatest slope 4 away from z0, and 42 % at half of that; healthy runs end at 1 to 3.
+_FLAT = 4.0
+
+# Published runs reach rewards of 1 after hundreds of updates. Flat within 20, three records in a row, is a blow-up.
+_FIRST_UPDATES = 20
+_FIRST_RECORDS = 3
+
+# At 0.05 (half a nat at beta 0.1) the loss has moved by a fortieth. Rewards grow in proportion to updates times learning
+# rate, or faster; a quarter of the run, and at least 60 updates, tells where they lead, with a factor of ten to spare.
+_STILL = 0.05
+_STILL_FROM = 60
+_STILL_SHARE = 0.25
+_STILL_FACTOR = 10.0
+
+# beta * kl of healthy runs stays below 1 (a few nats at beta 0.1). At 2, and still rising, rows that the policy left
+# alone have lost more than half of their slope; at 4 it matters no more whether it rises.
+_DRIFT = 2.0
+_RISING = 1.05
+
+# A class has learned when it stands 2 from z0, and not at all while it stands on the wrong side of it. Desirable
+# completions that are nearly certain already cannot gain 1, and need not.
+_LEARNED = 2.0
+_ROOM = 1.0
+
+# The same rows are evaluated each time, so 5 % above the best twice in a row is no noise, if it goes up each time; with
+# drops in between, small ones, a third evaluation has to say so. The median of the training loss wavers by about 2 %.
+_WORSE = 1.05
+_TRAINING_FELL = 0.98
+_PATIENCE = 2
+
+# Losses whose rewards are measured from z0 (0 where they have no kl), and those that only tell the classes apart.
+_FROM_Z0 = ("kto", "humanline", "apo_zero")
+_FROM_MIDDLE = ("bco", "dpo")
+
+_DESIRABLE, _UNDESIRABLE = "rewards/chosen", "rewards/rejected"
+_SEEN = (_DESIRABLE, _UNDESIRABLE, "logps/chosen", "kl", "loss")
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One warning.
+
+    Attributes:
+        kind: rate-high, rate-low, kl, class, saturated or overfitting.
+        step: updates done when it arose.
+        text: what was found, and the option to use instead.
+    """
+
+    kind: str
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the records of a run are judged against: its options, class weights as numbers, rows of each class."""
+
+    loss: str
+    beta: float
+    learning_rate: float
+    desirable_weight: float
+    undesirable_weight: float
+    desirable_rows: int
+    undesirable_rows: int
+    epochs: float
+    max_steps: int | None = None
+    early_stopping: int | None = None
+
+    @classmethod
+    def of(cls, config: TrainConfig, weights: tuple[float, float], rows: tuple[int, int]) -> "Settings":
+        """Args: weights, rows: of the desirable and the undesirable class, in training."""
+        return cls(
+            loss=config.loss,
+            beta=config.beta,
+            learning_rate=config.learning_rate,
+            desirable_weight=weights[0],
+            undesirable_weight=weights[1],
+            desirable_rows=rows[0],
+            undesirable_rows=rows[1],
+            epochs=config.epochs,
+            max_steps=config.max_steps,
+            early_stopping=config.early_stopping,
+        )
+
+
+def alarms(records: Iterable[Mapping[str, Any]], settings: Settings) -> list[Alarm]:
+    """The warnings that a run with these records told, in their order.
+
+    Args:
+        records: of `metrics.jsonl`; a name that is missing or null is not judged.
+        settings: as the run had them.
+    """
+    watch = Watch(settings)
+    return [alarm for record in records for alarm in watch.add(record)]
+
+
+@dataclass(frozen=True)
+class _Now:
+    """Medians of the window; None where too few records have the value. Rewards, and kl times beta, have no unit."""
+
+    step: int
+    desirable: float | None
+    undesirable: float | None
+    sides: tuple[float, float] | None  # how far each class stands on its side of z0
+    kl: float | None
+    room: float | None  # what desirable rewards can still gain: a probability ends at 1
+
+
+class Watch:
+    """Takes the records of a run one by one; the work for each is that of one window."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._told: set[str] = set()
+        self._window: deque[tuple[int, int, dict[str, float]]] = deque()  # (step, updates, values)
+        self._since: dict[str, tuple[int, int]] = {}  # (step, record)
+        self._records = 0
+        self._step = 0
+        self._effective = 0.0  # updates, each counted by its part of the peak learning rate
+        self._flat_records = 0
+        self._halfway: int | None = None
+        self._held_out = _HeldOut()
+
+    def add(self, record: Mapping[str, Any]) -> list[Alarm]:
+        """The warnings that arise with this record."""
+        step = record.get("step")
+        if not isinstance(step, int):
+            return []
+        if "eval/loss" in record:
+            found = {"overfitting": self._overfitting(record)}
+        elif "loss" in record and step > self._step:
+            found = self._trained(record, step)
+        else:
+            return []
+        new = [Alarm(kind, step, text) for kind, text in found.items() if text is not None and kind not in self._told]
+        self._told.update(alarm.kind for alarm in new)
+        return new
+
+    def _trained(self, record: Mapping[str, Any], step: int) -> dict[str, str | None]:
+        values = {name: value for name in _SEEN if (value := _number(record, name)) is not None}
+        rate = _number(record, "learning_rate")
+        span = step - self._step
+        peak = self.settings.learning_rate
+        self._effective += span * (peak if rate is None else rate) / peak
+        self._step = step
+        self._records += 1
+        self._window.append((step, span, values))
+        while self._window[0][0] <= step - _WINDOW and len(self._window) > _RECORDS:
+            self._window.popleft()
+        if self.settings.loss not in _FROM_Z0 + _FROM_MIDDLE:
+            return {}
+        too_fast = self._too_fast(values)
+        if too_fast or "rate-high" in self._told:  # what else is out of bounds then has the same cause
+            return {"rate-high": too_fast}
+        now = self._now()
+        if self._halfway is None and now.sides is not None and min(now.sides) >= _FLAT / 2:
+            self._halfway = step
+        return {
+            "rate-low": self._held("rate-low", step, self._too_slow(now, record)),
+            "kl": self._held("kl", step, self._drifting(now)),
+            "class": self._held("class", step, self._one_class(now)),
+            "saturated": self._held("saturated", step, self._saturated(now)),
+        }
+
+    def _held(self, kind: str, step: int, text: str | None) -> str | None:
+        """The text once it has been there for long enough."""
+        if text is None:
+            self._since.pop(kind, None)
+            return None
+        since, record = self._since.setdefault(kind, (step, self._records))
+        return text if step - since >= _HOLD and self._records - record >= _HOLD_RECORDS else None
+
+    def _median(self, name: str) -> float | None:
+        found = [(span, values[name]) for _, span, values in self._window if name in values]
+        if len(found) < _LEAST_RECORDS or sum(span for span, _ in found) < _LEAST:
+            return None
+        return median(value for _, value in found)
+
+    def _kl_rises(self) -> bool:
+        """Whether the later half of the window lies above the earlier one."""
+        kls = [values["kl"] for _, _, values in self._window if "kl" in values]
+        half = len(kls) // 2
+        return median(kls[half:]) > _RISING * median(kls[:half])
+
+    def _now(self) -> _Now:
+        beta, from_z0 = self.settings.beta, self.settings.loss in _FROM_Z0
+        desirable, undesirable = self._median(_DESIRABLE), self._median(_UNDESIRABLE)
+        kl = self._median("kl")
+        sides = None
+        if desirable is not None and undesirable is not None:
+            z0 = beta * (kl or 0.0) if from_z0 else (desirable + undesirable) / 2
+            sides = desirable - z0, z0 - undesirable
+        logps = self._median("logps/chosen")
+        return _Now(
+            step=self._step,
+            desirable=desirable,
+            undesirable=undesirable,
+            sides=sides,
+            kl=None if kl is None else beta * kl,
+            room=None if logps is None else -beta * logps,
+        )
+
+    # -- what is told -------------------------------------------------------------------------------
+
+    def _too_fast(self, values: Mapping[str, float]) -> str | None:
+        names = {_DESIRABLE: "desirable", _UNDESIRABLE: "undesirable"}
+        rewards = {name: values[name] for name in names if name in values}
+        farthest = max(rewards, key=lambda name: abs(rewards[name]), default=None)
+        if farthest is None or abs(rewards[farthest]) < _FLAT or self._step > _FIRST_UPDATES:
+            self._flat_records = 0
+            return None
+        self._flat_records += 1
+        if self._flat_records < _FIRST_RECORDS:
+            return None
+        # The way of an update is proportional to its rate: this one would have led to rewards of 1.
+        factor = min(max(abs(rewards[farthest]), _FLAT), 100.0)
+        return (
+            f"{names[farthest]} rewards are at {rewards[farthest]:+.1f} after {self._step} updates, where the loss is flat: "
+            f"use {self._rate(1 / factor)}, or a warm-up."
+        )
+
+    def _too_slow(self, now: _Now, record: Mapping[str, Any]) -> str | None:
+        of, total = self.settings, self._planned(record)
+        rewards = [
+            reward
+            for reward, rows in ((now.desirable, of.desirable_rows), (now.undesirable, of.undesirable_rows))
+            if rows
+        ]
+        known = [abs(reward) for reward in rewards if reward is not None]
+        if not known or len(known) < len(rewards) or total is None or now.step < max(_STILL_FROM, _STILL_SHARE * total):
+            return None
+        at_the_end = max(known) * (1 + max(0.0, total - now.step) / max(self._effective, 1.0))
+        if at_the_end >= _STILL:
+            return None
+        return (
+            f"rewards have hardly moved ({_signed(now.desirable)} desirable, {_signed(now.undesirable)} undesirable after "
+            f"{now.step:,} updates) and will end below {_STILL:g}; 1 is usual: use {self._rate(_STILL_FACTOR)}."
+        )
+
+    def _drifting(self, now: _Now) -> str | None:
+        if now.kl is None or now.kl < _DRIFT:
+            return None
+        rises = self._kl_rises()
+        if not rises and now.kl < _FLAT:
+            return None
+        rising = ", still rising" if rises else ""
+        return (
+            f"kl is {now.kl / self.settings.beta:.3g} nats{rising}: at beta * kl {now.kl:.1f} a completion that the policy left "
+            f"alone has {_slope(now.kl):.0%} of its gradient left; healthy runs stay below 1. Use "
+            f"{self._rate(1 / min(max(now.kl, 2.0), 10.0))}."
+        )
+
+    def _one_class(self, now: _Now) -> str | None:
+        if self.settings.loss not in _FROM_Z0 or now.sides is None:
+            return None
+        desirable, undesirable = now.sides
+        certain = now.room is not None and now.room < _ROOM
+        if undesirable >= _LEARNED and desirable <= 0 and not certain:
+            which, other, advice = "desirable", "undesirable", self._weight(desirable=True)
+        elif desirable >= _LEARNED and undesirable <= 0:
+            which, other, advice = "undesirable", "desirable", self._weight(desirable=False)
+        else:
+            return None
+        if advice is None:
+            return None
+        kl = "" if now.kl is None else f", z0 {now.kl:.2f}"
+        return (
+            f"only {other} rows are learned (rewards {_signed(now.desirable)} desirable, {_signed(now.undesirable)} "
+            f"undesirable{kl}), {which} ones are on the wrong side of z0: use {advice}."
+        )
+
+    def _saturated(self, now: _Now) -> str | None:
+        if now.sides is None or min(now.sides) < _FLAT:
+            return None
+        stop = (
+            ""
+            if self._halfway in (None, now.step)
+            else f"--max-steps {self._halfway} (half of that was reached there) or "
+        )
+        beta = _rounded(self.settings.beta * _FLAT / 2 / min(now.sides))
+        return (
+            f"rewards of both classes are where the loss is flat ({_signed(now.desirable)} desirable, "
+            f"{_signed(now.undesirable)} undesirable): less than {_slope(_FLAT) + 0.01:.0%} of the gradient is left. "
+            f"Use {stop}--beta {beta:g}."
+        )
+
+    def _overfitting(self, record: Mapping[str, Any]) -> str | None:
+        loss = _number(record, "eval/loss")
+        if loss is None:
+            return None
+        held_out, training = self._held_out, self._median("loss")
+        worse = held_out.add(record["step"], loss, training)
+        fell = training is not None and held_out.training is not None and training < _TRAINING_FELL * held_out.training
+        if not (worse and fell) or self.settings.early_stopping is not None:
+            return None
+        return (
+            f"held-out loss rose from {held_out.best:.4f} at step {held_out.best_step} to {loss:.4f} while the training loss "
+            f"fell from {held_out.training:.4f} to {training:.4f}: use --early-stopping {_PATIENCE}, or --max-steps "
+            f"{held_out.best_step}."
+        )
+
+    # -- numbers ------------------------------------------------------------------------------------
+
+    def _planned(self, record: Mapping[str, Any]) -> float | None:
+        """Updates of the whole run."""
+        if self.settings.max_steps is not None:
+            return self.settings.max_steps
+        epoch = _number(record, "epoch")
+        return self._step * self.settings.epochs / epoch if epoch else None
+
+    def _rate(self, factor: float) -> str:
+        return f"--learning-rate {_rounded(factor * self.settings.learning_rate):g}"
+
+    def _weight(self, *, desirable: bool) -> str | None:
+        """Brings the classes to that end of the published balance which helps this one; None if one has no weight."""
+        of = self.settings
+        pulls = of.desirable_weight * of.desirable_rows, of.undesirable_weight * of.undesirable_rows
+        if not all(pulls):
+            return None
+        ratio = pulls[0] / pulls[1]
+        name, weight, factor = (
+            ("desirable", of.desirable_weight, BALANCE[1] / ratio)
+            if desirable
+            else ("undesirable", of.undesirable_weight, ratio / BALANCE[0])
+        )
+        if factor < 1.05:
+            return f"{self._rate(0.5)} (class weights are at the end of the published range already)"
+        return f"--{name}-weight {factor * weight:.3g}"
+
+
+class _HeldOut:
+    """The best evaluation, and what came after it."""
+
+    def __init__(self) -> None:
+        self.best = math.inf
+        self.best_step = 0
+        self.training: float | None = None  # loss at the best evaluation
+        self._previous = math.inf
+        self._drops = 0.0
+        self._worse = 0
+
+    def add(self, step: int, loss: float, training: float | None) -> bool:
+        """Whether the loss has been rising since the best evaluation."""
+        if loss < self.best:
+            self.best, self.best_step, self.training = loss, step, training
+            self._drops, self._worse = 0.0, 0
+        else:
+            self._drops += max(0.0, self._previous - loss)
+            self._worse = self._worse + 1 if loss >= _WORSE * self.best else 0
+        self._previous = loss
+        enough = _PATIENCE if not self._drops else _PATIENCE + 1
+        return self._worse >= enough and loss - self.best >= 2 * self._drops
+
+
+def _number(record: Mapping[str, Any], name: str) -> float | None:
+    value = record.get(name)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _slope(distance: float) -> float:
+    """Of the sigmoid, as a part of its greatest slope."""
+    return 1 / math.cosh(min(distance, 100.0) / 2) ** 2
+
+
+def _rounded(value: float) -> float:
+    """One digit: more would feign precision."""
+    return float(f"{value:.1g}")
+
+
+def _signed(value: float | None) -> str:
+    return "none" if value is None else f"{value:+.3f}"

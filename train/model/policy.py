@@ -1,0 +1,163 @@
+"""The policy: loading it as the trained copy of the cached reference."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from offline_kto.kto_core.cache.manifest import Manifest
+from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.errors import KTOError, ModelError, TrainingError
+from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
+from offline_kto.kto_core.models.folder_code import check_tokenizer_code
+from offline_kto.kto_core.models.folders import find_folder, find_reference
+from offline_kto.kto_core.models.loading import check_model_folder, is_quantized_folder, load_causal_lm
+from offline_kto.kto_core.models.outline import find_outline
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
+from offline_kto.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class PolicyFiles:
+    """Where the policy comes from.
+
+    Attributes:
+        name: as the user or the manifest names it.
+        adapter: merged into the weights before training, as it was into the reference's; kept beside quantised ones.
+        warnings: about the folder, for the plan.
+        is_local: whether the model is a folder of the user's, and not one of the hub's.
+    """
+
+    name: str
+    folder: Path
+    adapter: Path | None
+    tokenizer: Any
+    warnings: tuple[str, ...] = ()
+    is_local: bool = True
+
+    @property
+    def how_adapted(self) -> str:
+        """Where the reference's adapter is, for the plan."""
+        return "beside its quantised weights" if is_quantized_folder(self.folder) else "merged"
+
+    @classmethod
+    def find(cls, config: TrainConfig, manifest: Manifest) -> "PolicyFiles":
+        """The model named by `--model`, or else the one the cache was scored with.
+
+        Raises:
+            ModelError: it cannot be found.
+            TrainingError: its tokenizer or chat template is not the cache's.
+        """
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
+        reference = manifest.reference
+        name = config.model or str(reference["id"])
+        adapter = None
+        try:
+            # A hub model is loaded at the commit that was scored.
+            folder, commit = find_folder(name, revision=None) if config.model else find_reference(reference)
+            check_model_folder(folder)
+            if not config.model and reference.get("adapter"):
+                adapter, _ = find_reference(reference, "adapter")
+        except KTOError as error:
+            if config.model:
+                raise
+            raise ModelError(
+                f"{error} The cache names it as its reference; if it was moved, pass it with --model."
+            ) from error
+        tokenizer = load_tokenizer(
+            transformers.AutoTokenizer,
+            folder,
+            trust_remote_code=config.trust_remote_code,
+            options=manifest.tokenizer.get("options"),
+        )
+        if template := manifest.tokenizer.get("chat_template"):
+            tokenizer.chat_template = template  # the rows' own, which `compare_tokenizer` holds against its hash
+        warnings = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code).warnings
+        if not config.trust_remote_code:
+            warnings += check_tokenizer_code(folder, type(tokenizer).__name__)
+        files = cls(name, folder, adapter, tokenizer, tuple(warnings), is_local=commit is None)
+        files.compare_tokenizer(manifest, allow=config.allow_different_policy)
+        return files
+
+    def compare_tokenizer(self, manifest: Manifest, *, allow: bool) -> None:
+        """Stop where the policy would read or write other tokens than the cache holds."""
+        found = {
+            "tokenizer": (tokenizer_hash(self.tokenizer), manifest.tokenizer.get("files_hash")),
+            "chat template": (
+                chat_template_hash(self.tokenizer),
+                manifest.tokenizer.get("chat_template_hash"),
+            ),
+        }
+        other = [what for what, (mine, cached) in found.items() if mine != cached]
+        if not other:
+            return
+        message = (
+            f"{self.name}: its {' and '.join(other)} differ{'s' if len(other) == 1 else ''} from what the cache "
+            f"was tokenized with ({manifest.reference.get('id')})."
+        )
+        if not allow:
+            raise TrainingError(
+                f"{message} The trained model would be prompted in another way than it was trained. Score again with "
+                f"kto-precompute --model {self.name}, or pass --allow-different-policy if this is meant."
+            )
+        tell(f"warning     {message}")
+
+    def load(self, config: TrainConfig, precision: Precision, device: torch.device) -> Any:
+        """The model as it is on disk: all weights in float32, or frozen to carry adapters.
+
+        Raises:
+            ModelError: it cannot be loaded.
+            TrainingError: its weights are quantised, and no adapters are asked for.
+        """
+        if not config.lora_rank and is_quantized_folder(self.folder):
+            raise TrainingError(
+                f"{self.name}: its weights are quantised, and cannot be trained themselves. Train adapters on them "
+                "(QLoRA) with --lora-rank 16."
+            )
+        model = load_causal_lm(
+            transformers.AutoModelForCausalLM,
+            self.folder,
+            precision=precision,
+            device=device,
+            frozen=config.lora_rank > 0,
+            adapter=self.adapter,
+            trust_remote_code=config.trust_remote_code,
+        )
+        _repair_generation(model)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    def prepare(self, model: Any, config: TrainConfig) -> Any:
+        """A loaded model, ready to train: with new LoRA adapters where the run trains those."""
+        if not config.lora_rank:
+            return model
+        from offline_kto.train.model.lora import add_adapters
+
+        torch.manual_seed(config.seed)  # LoRA starts from random A matrices
+        base = str(self.folder.resolve()) if self.is_local else self.name
+        return add_adapters(model, config, base=base)
+
+
+def _repair_generation(model: Any) -> None:
+    """Published models sample by settings that lack the word for it; saving them would fail after the training."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+        return
+    except ValueError:
+        generation.do_sample = True
+    try:
+        generation.validate(strict=True)
+        print("warning     generation_config.json samples without do_sample; it is saved with it")
+    except ValueError:
+        tokens = {name: value for name, value in generation.to_dict().items() if name.endswith("_token_id")}
+        model.generation_config = transformers.GenerationConfig.from_dict(tokens)
+        print("warning     generation_config.json contradicts itself; of it, only the special tokens are saved")

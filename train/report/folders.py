@@ -1,0 +1,354 @@
+"""Reading what `kto-report` shows: run and sweep folders, as a crash, an older version or another hand may have left them.
+
+Only a folder that is neither run nor sweep is refused. Whatever else is missing or damaged becomes a note on the page.
+"""
+
+import datetime
+import functools
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offline_kto.kto_core.errors import ConfigError, KTOError, printable, said_by, shown
+from offline_kto.kto_core.foreign_files import read_foreign
+from offline_kto.kto_core.lock import is_held
+from offline_kto.kto_core.redaction import hidden, is_secret
+from offline_kto.kto_core.yaml_files import read_yaml
+from offline_kto.train.run_files import LARGEST_JSON, LARGEST_METRICS, holds_word, read_rewards
+
+Floats = npt.NDArray[np.float64]
+SPLITS = ("train", "held_out")
+_FAR = 1e100  # squares and sums of numbers below stay finite
+_NUMBERS = frozenset((int, float, type(None)))
+_LONGEST = 100_000  # characters of one text
+_GOING_ON = datetime.timedelta(minutes=10)  # a run that wrote a record within this time, and holds its lock
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    logratios: r in nats of each row by (split, label), finite ones only; empty where there is no rewards.parquet.
+    changed: when metrics.jsonl was last written.
+    notes: what could not be read, in words.
+    """
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    records: tuple[dict[str, Any], ...]
+    evaluation: dict[str, Any]
+    logratios: dict[tuple[str, bool], Floats]
+    changed: datetime.datetime | None
+    going_on: bool
+    notes: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last update was made: the last record has the run's time."""
+        return any("train_runtime" in record for record in self.records[-3:])
+
+    @property
+    def updates(self) -> int:
+        """The last step that was logged."""
+        return max((record["step"] for record in self.records), default=0)
+
+    def curve(self, metric: str) -> tuple[Floats, Floats]:
+        """Steps and values of the records that have `metric`; a value that is no finite number is nan. Shape (n,) each."""
+        pairs = [(record["step"], number(record[metric])) for record in self.records if metric in record]
+        steps = np.array([step for step, _ in pairs], dtype=np.float64)
+        return steps, np.array([math.nan if value is None else value for _, value in pairs], dtype=np.float64)
+
+    def last(self, metric: str) -> float | None:
+        """The last finite value of a metric."""
+        values = (number(record.get(metric)) for record in reversed(self.records))
+        return next((value for value in values if value is not None), None)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of a sweep; `run` is None where its folder is on another machine."""
+
+    number: int
+    state: str
+    params: dict[str, Any]
+    value: float | None
+    metrics: dict[str, float | None]
+    seconds: float | None
+    reason: str
+    host: str
+    run: Run | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep folder."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    trials: tuple[Trial, ...]
+    metric: str
+    maximize: bool
+    going_on: bool
+    notes: tuple[str, ...]
+
+    @property
+    def complete(self) -> list[Trial]:
+        """Trials with a value, the best first."""
+        with_value = [trial for trial in self.trials if trial.value is not None and trial.state == "complete"]
+        return sorted(with_value, key=lambda trial: trial.value or 0.0, reverse=self.maximize)
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial that the sweep names as its best one, or else the one of the best value."""
+        named = [trial for trial in self.trials if trial.number == self.facts.get("best")]
+        return next(iter(named or self.complete), None)
+
+
+def read_folder(folder: Path) -> Run | Sweep:
+    """A run or a sweep.
+
+    Raises:
+        ConfigError: neither of them.
+    """
+    if not folder.is_dir():
+        found = "it is a file" if folder.exists() else "there is no such folder"
+        raise ConfigError(f"{folder}: {found}. Name the folder of a run (runs/NAME) or of a sweep (sweeps/NAME).")
+    names = {path.name for path in folder.iterdir()}
+    if names & {"sweep.json", "sweep.yaml"}:
+        return _sweep(folder)
+    if names & {"run.json", "metrics.jsonl"}:
+        return _run(folder)
+    holds = f"holds {min(names)}, but" if names else "is empty:"
+    raise ConfigError(
+        f"{folder}: {holds} neither run.json nor sweep.json: it is no run of kto-train and no sweep of kto-sweep. "
+        "Name the folder that was its --out."
+    )
+
+
+def number(value: Any) -> float | None:
+    """A number of JSON or YAML that can be calculated with, anything else as None: nan, 1e400, 1e200."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if abs(value) < _FAR else None
+    except OverflowError:
+        return None
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A mapping of JSON or YAML with its keys as text, anything else as an empty one."""
+    return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else {}
+
+
+def listed(value: Any) -> list[Any]:
+    """A list of JSON or YAML, anything else as an empty one."""
+    return value if isinstance(value, list) else []
+
+
+@dataclass
+class _Reader:
+    folder: Path
+    notes: list[str] = field(default_factory=list)
+
+    def json(self, name: str, *, expected: bool) -> dict[str, Any]:
+        path = self.folder / name
+        if not os.path.lexists(path):
+            if expected:
+                self.notes.append(f"{name} is missing: this page shows what the other files have.")
+            return {}
+        try:
+            content = json.loads(read_foreign(path, most=LARGEST_JSON), parse_int=_whole)
+        except (OSError, ValueError, RecursionError) as error:
+            self.notes.append(f"{name} cannot be read ({said_by(error)}): what it held is left out.")
+            return {}
+        if not isinstance(content, dict):
+            self.notes.append(f"{name} holds no JSON object: it is left out.")
+        return mapping(self._checked(name, _fit(content)))
+
+    def yaml(self, name: str) -> dict[str, Any]:
+        if not os.path.lexists(self.folder / name):
+            return {}
+        try:
+            return mapping(self._checked(name, _fit(read_yaml(self.folder / name, foreign=True))))
+        except KTOError as error:
+            self.notes.append(f"{name} cannot be read ({said_by(error)}): the options are left out.")
+            return {}
+
+    def records(self) -> tuple[dict[str, Any], ...]:
+        path = self.folder / "metrics.jsonl"
+        try:
+            content = read_foreign(path, most=LARGEST_METRICS) if os.path.lexists(path) else b""
+        except OSError as error:
+            self.notes.append(f"metrics.jsonl cannot be read ({said_by(error)}): the curves are left out.")
+            return ()
+        lines = content.decode("utf-8", errors="replace").splitlines()
+        found = [record for line in lines if line.strip() and (record := _record(line)) is not None]
+        damaged = sum(1 for line in lines if line.strip()) - len(found)
+        if damaged:
+            what = "1 line that is" if damaged == 1 else f"{damaged:,} lines that are"
+            self.notes.append(f"metrics.jsonl has {what} cut off or damaged, as a crash leaves it: left out.")
+        return tuple(self._checked("metrics.jsonl", found))
+
+    def _checked(self, name: str, content: Any) -> Any:
+        """The content as it is, with a note on numbers that nothing can be calculated with."""
+        odd = _count_odd(content)
+        if odd:
+            what = "1 number that is" if odd == 1 else f"{odd:,} numbers that are"
+            self.notes.append(f"{name} has {what} infinite, not a number or beyond {_FAR:g}: left out.")
+        return content
+
+    def logratios(self) -> dict[tuple[str, bool], Floats]:
+        path = self.folder / "rewards.parquet"
+        if not os.path.lexists(path):
+            return {}
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        try:
+            table = read_rewards(self.folder, ["split", "label", "logratio"])
+            table = table.filter(
+                pc.and_(pc.is_valid(table["logratio"]), pc.is_valid(table["label"]))
+            )  # else not reached
+            splits = {name: holds_word(table["split"], name) for name in SPLITS}
+            label = table["label"].to_numpy()
+            values = np.asarray(table["logratio"].to_numpy(), dtype=np.float64)
+        except (OSError, ValueError, TypeError, KeyError, MemoryError, pa.ArrowException) as error:
+            self.notes.append(f"rewards.parquet cannot be read ({said_by(error)}): the histograms are left out.")
+            return {}
+        finite = np.abs(values) < _FAR  # false of nan
+        if not finite.all():
+            self.notes.append(
+                f"rewards.parquet has {int((~finite).sum()):,} rows without a finite log-ratio: left out."
+            )
+        parts = {(s, y): values[finite & splits[s] & (label == y)] for s in SPLITS for y in (True, False)}
+        return {key: part for key, part in parts.items() if len(part)}
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line, parse_int=_whole)
+        if isinstance(record, dict) and _NUMBERS.issuperset(map(type, record.values())):
+            record = {_fit_text(name): value for name, value in record.items()}  # as nearly all are: quickly
+        else:
+            record = _fit(record)
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int and 0 <= step < 2**53 else None
+
+
+def _count_odd(content: Any) -> int:
+    count = 0
+    for one in content.values() if isinstance(content, dict) else content if isinstance(content, list) else [content]:
+        if isinstance(one, float):
+            count += not -_FAR < one < _FAR  # nan too
+        elif isinstance(one, dict | list):
+            count += _count_odd(one)
+    return count
+
+
+def _whole(digits: str) -> int | float:
+    """A whole number of JSON; one beyond all counting as a float, which may be infinite."""
+    return int(digits) if len(digits) < 20 else float(digits)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fit_text(text: str) -> str:
+    return "\n".join(map(printable, hidden(text).split("\n")))
+
+
+def _fit(value: Any, depth: int = 20) -> Any:
+    """Data of a file, fit to be shown: no secrets, nothing that a terminal or a browser would obey, no number without end."""
+    if isinstance(value, str):
+        return _fit_text(value[:_LONGEST])
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return (math.inf if value > 0 else -math.inf) if abs(value) > _FAR else float(value)
+    if isinstance(value, Mapping | list | tuple) and depth == 0:
+        return "..."
+    if isinstance(value, Mapping):
+        named = {_fit(key if isinstance(key, str) else shown(key)): one for key, one in value.items()}
+        return {name: _fit(one, depth - 1) for name, one in named.items() if not is_secret(name, one)}
+    return [_fit(one, depth - 1) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
+    reader = _Reader(folder)
+    path = folder / "metrics.jsonl"
+    try:
+        changed = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc)
+    except (OSError, ValueError, OverflowError):  # a time that no calendar has
+        changed = None
+    recently = changed is not None and datetime.datetime.now(datetime.timezone.utc) - changed < _GOING_ON
+    run = Run(
+        path=folder,
+        name=printable(folder.resolve().name),
+        config=reader.yaml("config.yaml"),
+        facts=reader.json("run.json", expected=not of_a_sweep),
+        records=reader.records(),
+        evaluation=reader.json("evaluation.json", expected=False),
+        logratios=reader.logratios(),
+        changed=changed,
+        going_on=recently and is_held(folder),
+        notes=(),
+    )
+    return Run(**{**run.__dict__, "notes": tuple(reader.notes)})
+
+
+def _sweep(folder: Path) -> Sweep:
+    reader = _Reader(folder)
+    config = reader.yaml("sweep.yaml")
+    facts = reader.json("sweep.json", expected=True)
+    trials = [_trial(folder, mapping(trial)) for trial in listed(facts.get("trials"))]
+    metric = facts.get("metric") or config.get("metric") or "eval/loss"
+    notes = [f"Trial {t.number}: {note}" for t in trials if t is not None and t.run for note in t.run.notes]
+    return Sweep(
+        path=folder,
+        name=printable(folder.resolve().name),
+        config=config,
+        facts=facts,
+        trials=tuple(trial for trial in trials if trial is not None),
+        metric=str(metric),
+        maximize=str(facts.get("direction", "")).lower().startswith("max"),
+        going_on=is_held(folder),
+        notes=(*reader.notes, *notes),
+    )
+
+
+def _is_trial(path: Path | str, name: str) -> bool:
+    """Whether a path leads to a trial's folder, through links too: its options would be shown, whatever they are."""
+    try:
+        folder = Path(path).resolve()
+        return folder.name == name and (folder / "metrics.jsonl").is_file()
+    except (OSError, ValueError, RuntimeError):  # no path at all
+        return False
+
+
+def _trial(folder: Path, trial: dict[str, Any]) -> Trial | None:
+    index = trial.get("number")
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 10**6:
+        return None
+    path, elsewhere = folder / "trials" / f"{index:04d}", trial.get("folder")
+    if not path.is_dir() and isinstance(elsewhere, str) and _is_trial(elsewhere, path.name):
+        path = Path(elsewhere)  # of a sweeper that shares the storage, where its disk can be read here
+    return Trial(
+        number=index,
+        state=str(trial.get("state") or "unknown"),
+        params=mapping(trial.get("params")),
+        value=number(trial.get("value")),
+        metrics={name: number(value) for name, value in mapping(trial.get("metrics")).items()},
+        seconds=number(trial.get("seconds")),
+        reason=str(trial.get("reason") or ""),
+        host=str(trial.get("host") or ""),
+        run=_run(path, of_a_sweep=True) if _is_trial(path, path.name) else None,
+    )

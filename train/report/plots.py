@@ -1,0 +1,253 @@
+"""Which plots a run, a sweep and a comparison show, with their words."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from offline_kto.train.report.figures import (
+    CLASSES,
+    Floats,
+    Line,
+    Plot,
+    curves,
+    histograms,
+    marked_at,
+    smoothing_window,
+)
+from offline_kto.train.report.folders import SPLITS, Run, Sweep, listed, mapping, number
+from offline_kto.train.report.sweep_figures import shades
+from offline_kto.train.report.words import final, plain_name, shown
+
+_CLASS_COLORS = {"chosen": "var(--desirable)", "rejected": "var(--undesirable)"}
+_CLASS_WORDS = {"chosen": "desirable", "rejected": "undesirable"}
+_SPLIT_WORDS = {"train": "Training rows", "held_out": "Held-out rows"}
+_RUN_COLORS = 8  # var(--run-0) ...; beyond them, and for eyes that cannot tell them, the dashes differ
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_TRIALS = 100
+_QUANTILES = 401
+_LONGEST = 10**9  # tokens of a row; beyond, numbers next to each other could not be told apart
+_AS_LOGGED = ("learning_rate", "peak_memory_mb")  # no noise to smooth
+_FROM_ZERO = ("learning_rate", "tokens_per_second", "peak_memory_mb")  # an axis that begins elsewhere would exaggerate
+
+# Title, metrics, what is to be seen.
+_RUN_CURVES = (
+    ("Loss", ("loss",), "The mean over a batch; what training makes small."),
+    ("Rewards", ("rewards/chosen", "rewards/rejected"), "beta times the log-ratio of policy and reference, by class."),
+    (
+        "Reward margin",
+        ("rewards/margins",),
+        "Desirable less undesirable. Above zero the policy prefers what people liked.",
+    ),
+    ("Accuracy", ("accuracy",), "The share of rows that lie on the right side."),
+    (
+        "Reference point z0",
+        ("kl", "kl_raw"),
+        "From mismatched completions; the raw estimate may be negative, the loss takes it from zero on.",
+    ),
+    (
+        "Log-probability",
+        ("logps/chosen", "logps/rejected"),
+        "Of whole completions, nats. Both classes may fall while the margin grows.",
+    ),
+    ("Reward shift", ("reward_shift",), "BCO's running mean of rewards, from which its losses are measured."),
+    ("Gradient norm", ("grad_norm",), "Before clipping."),
+    ("Learning rate", ("learning_rate",), ""),
+    ("Tokens per second", ("tokens_per_second",), ""),
+    ("Peak memory, MB", ("peak_memory_mb",), ""),
+)
+
+
+def run_curves(run: Run) -> list[Plot]:
+    """What a run logged, training and held out."""
+    plots = []
+    for title, metrics, note in _RUN_CURVES:
+        lines = []
+        for metric in metrics:
+            lines += _lines(run, metric, several=len(metrics) > 1)
+        if lines:
+            label = f"{title} over {run.updates:,} updates: {', '.join(line.name for line in lines)}."
+            figure = curves(lines, percent=title == "Accuracy", from_zero=metrics[0] in _FROM_ZERO)
+            if metrics[0] == "tokens_per_second":
+                figure.axis("yaxis", exponentformat="SI")  # 80k
+            plots.append(Plot(title, label, figure, note))
+    return plots
+
+
+def smoothing_note(run: Run) -> str:
+    """What the thick, thin and dotted lines are."""
+    window = smoothing_window(len(run.curve("loss")[0]))
+    said = [f"Thin lines: each record. Thick lines: the mean of the last {window:,} records."] if window > 1 else []
+    if any(name.startswith("eval/") for record in run.records for name in record):
+        said.append("Dotted with points: held-out rows.")
+    return " ".join(said)
+
+
+def _lines(run: Run, metric: str, *, several: bool) -> list[Line]:
+    kind = metric.rsplit("/", 1)[-1]
+    color = _CLASS_COLORS.get(kind, "var(--train)")
+    what = _CLASS_WORDS.get(kind) or {"kl": "z0", "kl_raw": "raw"}.get(metric, "")
+    found = []
+    for held in (False, True):
+        steps, values = run.curve(f"eval/{metric}" if held else metric)
+        if not np.isfinite(values).any():
+            continue
+        where = "held out" if held else "training"
+        # Of two metrics in one plot only the training curves are named: the held-out ones share their colours.
+        name = (f"{what}, held out" if held else what) if several else where
+        raw = metric == "kl_raw"
+        shade = color if kind in _CLASS_COLORS else "var(--raw)" if raw else "var(--ink)" if held else color
+        dash, smooth = "dot" if held else "solid", metric not in _AS_LOGGED
+        found.append(Line(name, steps, values, shade, held, dash, named=not (held and several), smooth=smooth))
+    return found
+
+
+def reward_histograms(run: Run) -> list[tuple[str, Plot]]:
+    """How rewards are spread in each class, by split."""
+    beta = number(run.config.get("beta"))
+    found = []
+    for split in SPLITS:
+        groups, told = {}, []
+        for label, name in CLASSES:
+            values = run.logratios.get((split, label))
+            if values is None:
+                continue
+            rewards = values * (beta if beta is not None else 1.0)
+            groups[name] = (rewards, f"var(--{name})")
+            told.append(
+                f"{name}: {len(rewards):,} rows, mean {shown(float(rewards.mean()), 3)}, {100 * (rewards > 0).mean():.0f} % above zero"
+            )
+        if groups:
+            unit = "reward" if beta is not None else "log-ratio, nats"
+            figure, beyond = histograms(groups, unit=unit)
+            marked_at(figure, 0.0, "")
+            note = "; ".join(told).capitalize() + "."
+            note += f" {beyond:,} rows lie beyond the axis." if beyond else ""
+            found.append(
+                (
+                    _SPLIT_WORDS[split],
+                    Plot("Rewards by class", f"Histogram of rewards. {note}", figure, note, height=300),
+                )
+            )
+    return found
+
+
+def length_histograms(data: dict[str, Any]) -> list[Plot]:
+    """How long prompts and completions are."""
+    lengths = mapping(data.get("lengths"))
+    found = {
+        name: np.array(
+            [v for item in listed(lengths.get(name)) if (v := number(item)) is not None and 0 <= v < _LONGEST]
+        )
+        for name in ("prompt", "desirable", "undesirable")
+    }
+    sample = number(data.get("sample"))
+    of = f" in a sample of {shown(sample)} rows" if sample else ""
+    plots = []
+    for title, names in (("Prompts", ("prompt",)), ("Completions", ("desirable", "undesirable"))):
+        groups = {
+            name: (found[name], "var(--train)" if name == "prompt" else f"var(--{name})")
+            for name in names
+            if len(found[name])
+        }
+        if groups:
+            figure, _ = histograms(groups, unit="tokens", whole=True)
+            medians = ", ".join(f"{name} {shown(float(np.median(values)))}" for name, (values, _) in groups.items())
+            note = f"Tokens{of}. Median: {medians.removeprefix('prompt ')}."
+            plots.append(Plot(title, f"Histogram of the lengths of {title.lower()}. {note}", figure, note, height=240))
+    return plots
+
+
+def compared_curves(runs: Sequence[tuple[Run, str]]) -> list[Plot]:
+    """One plot for each metric, with a curve for each run; held out and training stand beside each other."""
+    plots = []
+    compared = ("loss", "rewards/margins", "accuracy", "rewards/chosen", "rewards/rejected", "kl")
+    for metric in [prefix + name for name in compared for prefix in ("eval/", "")]:
+        lines = []
+        for index, (run, name) in enumerate(runs):
+            steps, values = run.curve(metric)
+            if np.isfinite(values).any():
+                color, dash = f"var(--run-{index % _RUN_COLORS})", _DASHES[index % len(_DASHES)]
+                lines.append(Line(name, steps, values, color, held_out=metric.startswith("eval/"), dash=dash))
+        if lines:
+            title = plain_name(metric).capitalize() if metric.startswith("eval/") else "Training " + plain_name(metric)
+            label = f"{title} of {', '.join(line.name for line in lines)}."
+            plots.append(Plot(title, label, curves(lines, percent="accuracy" in metric)))
+    return plots
+
+
+def trial_curves(sweep: Sweep) -> list[tuple[str, Plot]]:
+    """The curves of all trials, one plot for each metric."""
+    colors, found = shades(sweep), []
+    complete = sweep.complete
+    others = [trial for trial in sweep.trials if trial not in complete]
+    chosen = [trial for trial in [*complete, *others] if trial.run is not None][:_TRIALS]
+    metrics = ["eval/loss", "loss", "eval/rewards/margins", "rewards/margins", "eval/accuracy", "accuracy"]
+    judged = sweep.metric
+    if all(len(trial.run.curve(judged)[0]) < 2 for trial in chosen if trial.run):
+        judged = judged.removeprefix("eval/")  # points without a curve are not what is looked at first
+    metrics.sort(key=lambda metric: metric != judged)
+    for metric in metrics:
+        lines = []
+        for trial in reversed(chosen):  # the best one last, above the others
+            steps, values = trial.run.curve(metric) if trial.run else (np.empty(0), np.empty(0))
+            if np.isfinite(values).any():
+                color = colors.get(trial.number, "var(--train)")
+                held = metric.startswith("eval/")
+                dash = "solid" if trial.number in colors else "dot"
+                lines.append(Line(f"trial {trial.number}", steps, values, color, held, dash, trial.number))
+        if lines:
+            title = plain_name(metric).capitalize() if metric.startswith("eval/") else "Training " + plain_name(metric)
+            note = (
+                "The stronger the colour, the better the trial; dotted: not complete. Click a curve to mark its trial."
+            )
+            if len(chosen) == _TRIALS:
+                note += f" The best {_TRIALS} trials."
+            figure = curves(lines, percent="accuracy" in metric, unified=False)
+            found.append((title, Plot(title, f"{title} of {len(lines)} trials.", figure, note, height=360)))
+    return found
+
+
+def panel_source(name: str, run: Run | None, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Where the panel's sliders start, and how the run's log-ratios are spread: quantiles of each class, no rows."""
+    logratios = run.logratios if run is not None else {}
+    # Held-out rows, where there are any: the model as it is now, and their z0.
+    split = next((split for split in reversed(SPLITS) if any(key[0] == split for key in logratios)), None)
+    rows = {word: logratios.get((str(split), label), np.empty(0)) for label, word in CLASSES}
+    everything: Floats = np.concatenate([*rows.values()])
+    beta = number(config.get("beta")) or 0.0
+    beta = beta if 1e-6 < beta < 1e6 else 0.1
+    z0 = (final(run, "kl")[0] if run is not None else None) or 0.0
+    reach = 8 / beta
+    low, high = z0 - reach, z0 + reach
+    if len(everything):
+        low, high = (float(bound) for bound in np.quantile(everything, [0.005, 0.995]))
+        margin = 0.15 * (high - low) + 1 / beta
+        low, high = min(low, z0) - margin, max(high, z0) + margin
+    edges = np.linspace(low, high, 61)
+    weights = [number(value) for value in listed(facts.get("weights"))]
+    if len(weights) != 2:
+        weights = [number(config.get(f"{word}_weight")) for _, word in CLASSES]
+    return {
+        "name": name,
+        "loss": str(config.get("loss") or "kto"),
+        "beta": beta,
+        "z0": max(z0, 0.0),
+        "r": float(np.median(everything)) if len(everything) else 0.0,
+        "weights": [1.0 if weight is None else weight for weight in weights],
+        "low": low,
+        "high": high,
+        "split": {"train": "training", "held_out": "held-out", None: ""}[split],
+        "counts": {word: len(values) for word, values in rows.items()},
+        "bins": {word: [int(n) for n in np.histogram(values, edges)[0]] for word, values in rows.items()},
+        "quantiles": {word: _quantiles(values) for word, values in rows.items()},
+    }
+
+
+def _quantiles(values: Floats) -> list[float]:
+    if not len(values):
+        return []
+    return [
+        round(float(value), 6) for value in np.quantile(values, np.linspace(0, 1, _QUANTILES)) if math.isfinite(value)
+    ]

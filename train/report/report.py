@@ -1,0 +1,368 @@
+"""`kto-report`: one HTML file that shows runs and sweeps, opens without a network and may be sent to anybody.
+
+    report_folders.py reads, report_words.py says, figures.py and sweep_figures.py draw, report.html.j2 lays out
+
+Whatever stands in a folder may come from anybody: the template escapes it, data in scripts cannot end them, plots show
+it letter by letter, and the page's policy runs no script but its own.
+"""
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offline_kto.kto_core.durable_files import write_text
+from offline_kto.kto_core.errors import ConfigError, printable
+from offline_kto.kto_core.options import flag
+
+if TYPE_CHECKING:
+    from offline_kto.train.report.figures import Plot
+    from offline_kto.train.report.folders import Run, Sweep
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: what it shows, and what it is sorted by; None stands last."""
+
+    text: str
+    sort: float | str | None
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report page of one or several runs and sweeps.
+
+    Args:
+        folders: of kto-train and kto-sweep, finished or not.
+        out: the HTML file.  [default: report.html in the folder; of several folders, in the current directory]
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ConfigError: a folder is neither run nor sweep, or the file cannot be written.
+    """
+    from offline_kto.train.report.folders import read_folder
+
+    if not folders:
+        raise ConfigError("kto-report: no folder given. Name the folders of runs (runs/NAME) or sweeps (sweeps/NAME).")
+    out = out or (folders[0] / REPORT if len(folders) == 1 else Path(REPORT))
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: a folder of that name exists; name an .html file.")
+    if out.exists() and out.suffix not in (".html", ".htm"):
+        raise ConfigError(f"--out {out}: a file of that name exists, and is no report; name an .html file.")
+    page = _page([read_folder(folder) for folder in folders])
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, page)
+    except OSError as error:
+        raise ConfigError(
+            f"{out}: cannot be written: {error}. Make room, or write it elsewhere: kto-report {folders[0]} --out FILE"
+        ) from error
+    return out
+
+
+def warnings_of(run: "Run") -> list[str]:
+    """What was warned of before and during a run, a sentence each: the same as on its console."""
+    from offline_kto.train.diagnostics.training import Settings, alarms
+
+    said = _plan_warnings(run.facts)
+    try:
+        found = alarms(run.records, Settings(**run.facts["alarms"]))
+    # A run of another version, or values that are no numbers, or none that can be calculated with.
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        return said
+    return said + [f"Step {alarm.step:,}: {alarm.text}" for alarm in found]
+
+
+def _plan_warnings(facts: dict[str, Any]) -> list[str]:
+    from offline_kto.train.report.folders import listed
+
+    lines = map(str, listed(facts.get("warnings")))
+    return [line[:1].upper() + line[1:] for line in lines]
+
+
+def _page(found: Sequence["Run | Sweep"]) -> str:
+    """The page's HTML."""
+    import jinja2
+    from markupsafe import Markup
+
+    from offline_kto.train.report import words
+    from offline_kto.train.report.figures import plotly_js
+    from offline_kto.train.report.folders import Run, Sweep
+
+    home = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(home),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    plots: list[str] = []
+
+    def place(plot: "Plot") -> int:
+        plots.append(plot.json)
+        return len(plots) - 1
+
+    names = _names([folder.path for folder in found])
+    runs = [_run_parts(folder, name) for folder, name in zip(found, names, strict=True) if isinstance(folder, Run)]
+    sweeps = [
+        _sweep_parts(folder, name) for folder, name in zip(found, names, strict=True) if isinstance(folder, Sweep)
+    ]
+    whole = [one for folder, name in zip(found, names, strict=True) if (one := _compared(folder, name))]
+    context = {
+        "title": names[0] if len(names) == 1 else f"{len(names)} folders compared",
+        "runs": runs,
+        "sweeps": sweeps,
+        "comparison": _comparison(whole) if len(whole) > 1 else None,
+        "panel": {"plot": _panel_plot(), "sources": _sources(found, names)},
+        "words": words,
+        "place": place,
+        "placed": lambda: Markup("[" + ",".join(_in_script(plot) for plot in plots) + "]"),
+        "in_script": lambda value: Markup(_in_script(json.dumps(value, allow_nan=False))),
+        "css": Markup((home / "report.css").read_text(encoding="utf-8")),
+        "js": Markup((home / "report.js").read_text(encoding="utf-8")),
+        "plotly_js": Markup(plotly_js()),
+        "nonce": secrets.token_urlsafe(16),
+    }
+    return environment.get_template("report.html.j2").render(context)
+
+
+def _compared(folder: "Run | Sweep", name: str) -> tuple["Run", str] | None:
+    """What stands for a folder among others: a run, or a sweep's best trial."""
+    from offline_kto.train.report.folders import Run
+
+    if isinstance(folder, Run):
+        return folder, name
+    best = folder.best
+    return (best.run, f"{name}, trial {best.number}") if best and best.run else None
+
+
+def _in_script(text: str) -> str:
+    """JSON that can stand in a script element: nothing in it ends the element or begins a comment."""
+    escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+    return text.translate({ord(character): escape for character, escape in escapes.items()})
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with those above where two are alike."""
+    parts = [path.resolve().parts for path in paths]
+    depth = 1
+    while depth < 4 and len({part[-depth:] for part in parts}) < len({*parts}):
+        depth += 1
+    return [printable("/".join(part[-depth:])) for part in parts]
+
+
+def _run_parts(run: "Run", name: str) -> dict[str, Any]:
+    from offline_kto.train.report import plots, words
+
+    return {
+        "name": name,
+        "path": printable(str(run.path)),
+        "status": words.status(run),
+        "started": words.moment(run.facts.get("started")),
+        "changed": words.moment(run.changed.isoformat(timespec="seconds")) if run.changed else "",
+        "summary": words.summary(run),
+        "tiles": words.tiles(run),
+        "warnings": warnings_of(run),
+        "notes": run.notes,
+        "smoothing": plots.smoothing_note(run),
+        "curves": plots.run_curves(run),
+        "rewards": plots.reward_histograms(run),
+        "held_out": _held_out(run),
+        "data": _data(run.facts),
+        "origin": _origin(run.path, run.facts, run.config),
+    }
+
+
+def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, Any]:
+    from offline_kto.train.report import plots, sweep_figures, words
+
+    best = sweep.best
+    header, rows = _trial_table(sweep)
+    return {
+        "name": name,
+        "path": printable(str(sweep.path)),
+        "status": words.sweep_status(sweep),
+        "started": words.moment(sweep.facts.get("started")),
+        "summary": words.sweep_summary(sweep),
+        "tiles": words.sweep_tiles(sweep),
+        "warnings": _plan_warnings(sweep.facts),
+        "notes": sweep.notes,
+        "best": best,
+        "parallel": sweep_figures.parallel_coordinates(sweep),
+        "importance": sweep_figures.importance_bars(sweep),
+        "slices": sweep_figures.slices(sweep),
+        "curves": plots.trial_curves(sweep),
+        "header": header,
+        "rows": rows,
+        "metric": words.plain_name(sweep.metric),
+        "data": _data(sweep.facts),
+        "origin": _origin(sweep.path, sweep.facts, sweep.config, best=best is not None),
+    }
+
+
+def _held_out(run: "Run") -> dict[str, Any] | None:
+    """The held-out table: metrics with intervals, or the last evaluation of the training."""
+    from offline_kto.train.report import words
+    from offline_kto.train.report.folders import mapping, number
+
+    facts = run.evaluation
+    names = list(mapping(facts.get("metrics")))
+    if not names:
+        logged = {name.removeprefix("eval/") for record in run.records for name in record if name.startswith("eval/")}
+        names = [name for name in words.WORDS if name in logged]
+    rows = []
+    for name in names:
+        value, bounds, _ = words.final(run, name)
+        rows.append((words.plain_name(name), words.metric_value(name, value), bounds or words.NOTHING))
+    counts = [
+        f"{words.shown(count)} {what}" for what in ("rows", "prompts") if (count := number(facts.get(what))) is not None
+    ]
+    note = "The last evaluation in training; no intervals were computed."
+    if facts:
+        resamples = number(facts.get("resamples"))
+        note = f"{' of '.join(counts)}, after {words.shown(number(facts.get('step')))} updates. " if counts else ""
+        note += f"95 % intervals from {words.shown(resamples)} bootstrap resamples of the prompts." if resamples else ""
+    return {"rows": rows, "note": note} if rows else None
+
+
+def _data(facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The data section of a run or sweep."""
+    from offline_kto.train.report import plots, words
+    from offline_kto.train.report.folders import listed, mapping, number
+
+    data = mapping(facts.get("data"))
+    if not data:
+        return None
+    counts = [
+        (kind, words.shown(number(data.get(kind))), words.shown(number(data.get(f"held_out_{kind}"))))
+        for kind in ("desirable", "undesirable")
+    ]
+    lines = []
+    for key, text in (
+        ("truncated", "rows of the sample fill the limit of tokens"),
+        ("dropped", "rows dropped, their prompt leaves no room"),
+        ("contradictory", "completions that carry both labels"),
+        ("max_length", "tokens are the limit of a row"),
+    ):
+        value = number(data.get(key))
+        if value is not None:
+            lines.append((words.shown(value), text))
+    files = [str(name) for name in listed(data.get("files"))]
+    return {"counts": counts, "lines": lines, "files": files, "plots": plots.length_histograms(data)}
+
+
+def _origin(path: Path, facts: dict[str, Any], config: dict[str, Any], *, best: bool = False) -> dict[str, Any]:
+    """The reproduction section: commands, fingerprints, versions, options."""
+    import yaml
+
+    from offline_kto.train.report import words
+    from offline_kto.train.report.folders import mapping
+
+    reference = mapping(facts.get("reference"))
+    pairs = [
+        ("cache fingerprint", facts.get("fingerprint")),
+        ("labels", facts.get("labels_hash")),
+        ("reference model", reference.get("id")),
+        ("reference weights", reference.get("weights_hash")),
+        ("reference precision", reference.get("dtype")),
+        ("precision", facts.get("precision")),
+        ("device", facts.get("device")),
+        ("class weights", facts.get("weights")),
+        *((name, version) for name, version in mapping(facts.get("versions")).items()),
+    ]
+    return {
+        "commands": words.commands(path, facts, best=best),
+        "pairs": [(name, _in_words(value)) for name, value in pairs if value not in (None, "", [])],
+        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+    }
+
+
+def _in_words(value: Any) -> str:
+    from offline_kto.train.report.words import shown
+
+    return ", ".join(shown(item) for item in value) if isinstance(value, list) else shown(value)
+
+
+def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, Any]]]:
+    """The table of all trials: its header, and each trial's cells, the best trials first."""
+    from offline_kto.train.report import words
+
+    params = list(dict.fromkeys(name for trial in sweep.trials for name in trial.params))
+    others = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
+    metrics = [name for name in others if name != sweep.metric and any(name in t.metrics for t in sweep.trials)]
+    several = len({trial.host for trial in sweep.trials}) > 1
+    reasons = any(trial.reason for trial in sweep.trials)
+    header = ["trial", words.plain_name(sweep.metric), *params, *map(words.plain_name, metrics), "time", "state"]
+    header += ["host"] * several + ["reason"] * reasons
+    complete = sweep.complete
+    ordered = [*complete, *(trial for trial in sweep.trials if trial not in complete)]
+    rows = []
+    for trial in ordered:
+        cells = [Cell(words.judged(sweep, trial.value), trial.value)]
+        for name in params:
+            value = trial.params.get(name)
+            cells.append(Cell(words.shown(value), words.sortable(value)))
+        cells += [Cell(words.metric_value(name, v), v) for name in metrics for v in [trial.metrics.get(name)]]
+        cells += [Cell(words.duration(trial.seconds), trial.seconds), Cell(trial.state, trial.state)]
+        cells += [Cell(trial.host, trial.host or None)] * several + [Cell(trial.reason, trial.reason or None)] * reasons
+        best = sweep.best is not None and trial.number == sweep.best.number
+        rows.append({"number": trial.number, "best": best, "state": trial.state, "cells": cells})
+    return header, rows
+
+
+def _comparison(runs: Sequence[tuple["Run", str]]) -> dict[str, Any]:
+    """Several runs side by side: overlaid curves, and a table of final values."""
+    from offline_kto.train.report import plots, words
+
+    metrics = [m for m in words.WORDS if any(words.final(run, m)[0] is not None for run, _ in runs)]
+    options = words.different_options([run for run, _ in runs])
+    rows = []
+    for run, name in runs:
+        finals = [(metric, words.final(run, metric)) for metric in metrics]
+        cells = [Cell(f"{words.metric_value(m, value)} {bounds}".strip(), value) for m, (value, bounds, _) in finals]
+        where = (
+            "held out" if any(found[2] == "held out" and found[0] is not None for _, found in finals) else "training"
+        )
+        state = [Cell(f"{run.updates:,}", run.updates), Cell(words.status(run), words.status(run)), Cell(where, where)]
+        chosen = [Cell(words.shown(value), words.sortable(value)) for value in map(run.config.get, options)]
+        rows.append({"name": name, "cells": [*chosen, *cells, *state]})
+    header = [
+        "run",
+        *map(flag, options),
+        *(words.plain_name(metric) for metric in metrics),
+        "updates",
+        "status",
+        "measured on",
+    ]
+    return {"curves": plots.compared_curves(runs), "header": header, "rows": rows}
+
+
+def _panel_plot() -> "Plot":
+    from offline_kto.train.report.figures import Plot, value_function
+
+    label = "Value, loss and gradient of one row over its log-ratio, with this run's rows behind them."
+    return Plot("The value of an outcome", label, value_function(), height=430)
+
+
+def _sources(found: Sequence["Run | Sweep"], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Where the panel starts: a run's settings and rows, for each folder."""
+    from offline_kto.train.report.folders import Run
+    from offline_kto.train.report.plots import panel_source
+
+    sources = []
+    for folder, name in zip(found, names, strict=True):
+        if isinstance(folder, Run):
+            sources.append(panel_source(name, folder, folder.config, folder.facts))
+        else:
+            best = folder.best
+            run, params = (best.run, best.params) if best else (None, {})
+            title = f"{name}, trial {best.number}" if best else name
+            config = {**folder.config, **(run.config if run else {}), **params}
+            sources.append(panel_source(title, run, config, folder.facts))
+    return sources

@@ -1,0 +1,254 @@
+"""How the report page writes numbers, and what it says in sentences."""
+
+import datetime
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offline_kto.kto_core.errors import printable
+from offline_kto.train.report.folders import Run, Sweep, mapping, number
+
+NOTHING = "–"
+PERCENT = frozenset({"accuracy", "padding"})
+# Metrics as the files name them, and as the page does.
+WORDS = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "rewards/chosen": "reward, desirable",
+    "rewards/rejected": "reward, undesirable",
+    "rewards/margins": "reward margin",
+    "kl": "reference point z0",
+    "kl_raw": "z0 before its clamp",
+    "logps/chosen": "log-prob., desirable",
+    "logps/rejected": "log-prob., undesirable",
+    "reward_shift": "reward shift",
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A key number: what, how much, and what stands below it."""
+
+    name: str
+    value: str
+    below: str = ""
+
+
+def shown(value: Any, digits: int = 4) -> str:
+    """A value as the page writes it: numbers with `digits` significant digits and thousands separators."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return NOTHING
+    if not isinstance(value, int | float):
+        return str(value)
+    found = number(value)
+    if found is None:
+        return NOTHING
+    if found == int(found) and abs(found) < 1e15:
+        text = f"{int(found):,}"
+    elif abs(found) >= 10 ** (digits - 1):
+        text = f"{found:,.0f}" if abs(found) < 1e15 else f"{found:.{digits - 1}e}"
+    elif abs(found) < 1e-3:
+        mantissa, exponent = f"{found:.{digits - 1}e}".split("e")
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    else:
+        text = f"{found:.{digits}g}"
+    return text.replace("-", "\u2212", 1) if text.startswith("-") else text
+
+
+def plain_name(metric: str) -> str:
+    """`eval/rewards/chosen` in words."""
+    held = metric.startswith("eval/")
+    name = metric.removeprefix("eval/")
+    return ("held-out " if held else "") + WORDS.get(name, name)
+
+
+def metric_value(metric: str, value: float | None, digits: int = 4) -> str:
+    """A metric's value, shares as percentages."""
+    if value is not None and metric.removeprefix("eval/") in PERCENT:
+        return f"{100 * value:.1f} %".replace(".0 %", " %")
+    return shown(value, digits)
+
+
+_SWEEP_DIGITS = 6  # trials of a small learning rate differ late
+
+
+def judged(sweep: Sweep, value: float | None) -> str:
+    """A value of the metric by which a sweep's trials are compared."""
+    return metric_value(sweep.metric, value, _SWEEP_DIGITS)
+
+
+def interval(metric: str, held: dict[str, Any]) -> str:
+    """`[64, 78]`, or nothing."""
+    low, high = number(held.get("low")), number(held.get("high"))
+    if low is None or high is None:
+        return ""
+    if metric in PERCENT:
+        return f"[{100 * low:.0f}, {100 * high:.0f}]"
+    return f"[{shown(low, 3)}, {shown(high, 3)}]"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words."""
+    if seconds is None:
+        return NOTHING
+    if seconds < 60:
+        return f"{shown(seconds, 3)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def moment(text: Any) -> str:
+    """A time stamp of a file, in words; as it is where it is none."""
+    try:
+        when = datetime.datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return str(text or "")
+    return f"{when.day} {when:%B %Y, %H:%M}" + (" UTC" if when.utcoffset() == datetime.timedelta(0) else "")
+
+
+def final(run: Run, metric: str) -> tuple[float | None, str, str]:
+    """A run's final value of a metric: held out with its interval, held out, or of the last training record.
+
+    Returns:
+        The value, its interval in words or "", and what it was measured on.
+    """
+    # One kind of rows for all metrics: where held-out rows lack one (a class of which there is none), it stays empty.
+    metrics = mapping(run.evaluation.get("metrics"))
+    if metrics:
+        held = mapping(metrics.get(metric))
+        return number(held.get("value")), interval(metric, held), "held out"
+    if run.last("eval/loss") is not None:
+        return run.last(f"eval/{metric}"), "", "held out"
+    return run.last(metric), "", "training"
+
+
+def status(run: Run) -> str:
+    """finished, going on, or unfinished."""
+    return "finished" if run.finished else "going on" if run.going_on else "unfinished"
+
+
+def summary(run: Run) -> str:
+    """A run in one line."""
+    if not run.records and not run.evaluation:
+        return "No update was logged yet."
+    total = number(run.facts.get("total_updates"))
+    of = f" of {total:,.0f}" if total and not run.finished else ""
+    after = f"after {run.updates:,}{of} update{'' if run.updates == 1 and not of else 's'}"
+    kept = best_update(run)
+    if kept is not None:
+        after = f"after {kept:,} updates, the best of {run.updates:,}"
+    value, bounds, where = final(run, "accuracy")
+    name = "Held-out" if where == "held out" else "Training"
+    text = f"No accuracy was logged {after}"
+    if value is not None:
+        text = f"{name} accuracy {100 * value:.0f} %{' ' + bounds if bounds else ''} {after}"
+    margin, bounds, _ = final(run, "rewards/margins")
+    if margin is not None:
+        text += f"; reward margin {shown(margin, 3)}{' ' + bounds if bounds else ''}"
+    if run.finished:
+        return text + "."
+    return text + ("; still going on." if run.going_on else "; the run has not finished.")
+
+
+# What runs that are compared differ in, as far as it is worth a column.
+_COMPARED = (
+    "loss",
+    "beta",
+    "learning_rate",
+    "desirable_weight",
+    "undesirable_weight",
+    "lora_rank",
+    "batch_size",
+    "seed",
+)
+
+
+def different_options(runs: Sequence[Run]) -> list[str]:
+    """Names of the options in which some runs differ: values under different ones may not be comparable."""
+    return [name for name in _COMPARED if len({str(run.config.get(name)) for run in runs}) > 1]
+
+
+def sortable(value: Any) -> float | str | None:
+    """A value as a table sorts it."""
+    found = number(value)
+    return found if found is not None else None if value is None else str(value)
+
+
+def best_update(run: Run) -> int | None:
+    """The update whose model a run ended with, where that is not the last one."""
+    kept = number(mapping(run.facts.get("final")).get("step"))
+    return int(kept) if kept is not None and 0 < kept < run.updates else None
+
+
+def tiles(run: Run) -> list[Tile]:
+    """A run's key numbers."""
+    found = []
+    for metric in ("accuracy", "loss", "rewards/margins", "kl"):
+        value, bounds, where = final(run, metric)
+        if value is not None:
+            found.append(Tile(WORDS[metric], metric_value(metric, value), f"{bounds} {where}".strip()))
+    seconds = run.last("train_runtime")
+    kept = best_update(run)
+    below = f"in {duration(seconds)}" if seconds is not None else ""
+    found.append(Tile("updates", f"{run.updates:,}", f"{below}; kept: {kept:,}" if kept is not None else below))
+    speed, memory = run.last("tokens_per_second"), run.last("peak_memory_mb")
+    if speed is not None:
+        below = f"peak memory {shown(memory)} MB" if memory is not None else ""
+        found.append(Tile("tokens per second", shown(speed), below))
+    return found
+
+
+def sweep_status(sweep: Sweep) -> str:
+    """finished, going on, or unfinished."""
+    ended = [trial for trial in sweep.trials if trial.state != "running"]
+    if sweep.trials and len(ended) >= (number(sweep.facts.get("planned")) or len(sweep.trials)):
+        return "finished"
+    return "going on" if sweep.going_on else "unfinished"
+
+
+def sweep_summary(sweep: Sweep) -> str:
+    """A sweep in one line."""
+    best, complete = sweep.best, sweep.complete
+    if best is None or best.value is None:
+        return f"{len(sweep.trials):,} trials so far, none of them complete."
+    way = "highest" if sweep.maximize else "lowest"
+    text = f"Trial {best.number} has the {way} {plain_name(sweep.metric)}, {judged(sweep, best.value)}"
+    if len(complete) > 1:
+        worst = judged(sweep, complete[-1].value)
+        if worst == judged(sweep, best.value):
+            return f"{text}; so have the other complete trials."
+        way = "go down to" if sweep.maximize else "reach up to"
+        text += f"; the {len(complete):,} complete trials {way} {worst}"
+    return text + "."
+
+
+def sweep_tiles(sweep: Sweep) -> list[Tile]:
+    """A sweep's key numbers."""
+    found = []
+    best = sweep.best
+    if best is not None and best.value is not None:
+        value = judged(sweep, best.value)
+        found.append(Tile(f"best {plain_name(sweep.metric)}", value, f"trial {best.number}"))
+        for name in ("eval/accuracy", "eval/rewards/margins"):
+            if name != sweep.metric and best.metrics.get(name) is not None:
+                found.append(Tile(plain_name(name), metric_value(name, best.metrics[name]), "of the best trial"))
+    states = [trial.state for trial in sweep.trials]
+    others = [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "complete"]
+    found.append(Tile("complete trials", f"{states.count('complete'):,}", ", ".join(others)))
+    seconds = number(sweep.facts.get("seconds"))
+    if seconds is not None:
+        found.append(Tile("time", duration(seconds), ""))
+    return found
+
+
+def commands(path: Path, facts: dict[str, Any], *, best: bool = False) -> list[str]:
+    """What makes this folder again, and its page."""
+    given = facts.get("command")
+    found = [given] if isinstance(given, str) and given else []
+    if best:
+        found.append(f"kto-train --config {shlex.quote(printable(str(path / 'best.yaml')))} --out runs/best")
+    return [*found, f"kto-report {shlex.quote(printable(str(path)))}"]

@@ -1,0 +1,214 @@
+"""From our options to `transformers.TrainingArguments`."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
+
+from offline_kto.kto_core.errors import ConfigError, in_one_line, nearest, shown
+from offline_kto.kto_core.launch import START_OR_UNSET, unreachable, world_size
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.options import check_table, value_types
+from offline_kto.kto_core.redaction import is_secret_name, without_secrets
+from offline_kto.train.config import TrainConfig
+
+# Set from our own options: a second place to say the same thing would sooner or later disagree.
+_OURS = {
+    "output_dir": "--out",
+    "per_device_train_batch_size": "--batch-size",
+    "per_device_eval_batch_size": "--max-tokens",
+    "gradient_accumulation_steps": "--batch-size and --max-tokens",
+    "auto_find_batch_size": "--max-tokens",
+    "learning_rate": "--learning-rate",
+    "num_train_epochs": "--epochs",
+    "max_steps": "--max-steps",
+    "lr_scheduler_type": "--scheduler",
+    "warmup_steps": "--warmup",
+    "warmup_ratio": "--warmup",
+    "weight_decay": "--weight-decay",
+    "seed": "--seed",
+    "bf16": "--dtype",
+    "fp16": "--dtype",
+    "use_cpu": "--device",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "eval_steps": "--eval-steps",
+    "save_steps": "--save-steps",
+    "logging_steps": "--logging-steps",
+    "report_to": "--report-to",
+    "resume_from_checkpoint": "--resume",
+    "metric_for_best_model": "--metric",
+    "greater_is_better": "--metric",
+    "load_best_model_at_end": "--early-stopping",
+}
+
+# What the Trainer would do in a loss or a package that is not there.
+_NO_EFFECT = {"label_smoothing_factor": "the losses here have no smoothed form"}
+
+# Updates that no run makes.
+_NEVER = 2**31
+
+# Their steps are taken inside of backward passes, of which an update here has many.
+_STEPS_INSIDE = ("lomo", "adalomo", "_layerwise")
+
+
+class Arguments(transformers.TrainingArguments):
+    """The Trainer's settings, for one GPU, and shown without secrets."""
+
+    @property
+    def n_gpu(self) -> int:
+        # For all of them the Trainer would wrap the model in `nn.DataParallel`, and then never prepare it for autocast.
+        return min(self.gpus_here, 1)
+
+    @property
+    def gpus_here(self) -> int:
+        """GPUs that the Trainer would train on: all that this process sees, without a launcher."""
+        return int(super().n_gpu)
+
+    def to_dict(self) -> dict[str, Any]:
+        # Loggers get this; the original hides some secrets from some of them.
+        shown_settings: dict[str, Any] = without_secrets(super().to_dict())
+        return shown_settings
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {
+            name: None if is_secret_name(name) and isinstance(one, str) else one for name, one in vars(self).items()
+        }
+        return {name: without_secrets(one) if isinstance(one, dict) else one for name, one in state.items()}
+
+
+def training_arguments(
+    config: TrainConfig, out: Path, precision: Precision, *, held_out: bool, name: str | None = None
+) -> Arguments:
+    """`TrainingArguments` from our options and the YAML's `training:` table.
+
+    Args:
+        name: under which the run is reported; None leaves it to where it is reported to.
+
+    Raises:
+        ConfigError: an unknown key in that table, or one that an option of ours sets.
+    """
+    world = world_size()
+    settings: dict[str, Any] = {
+        "output_dir": str(out),
+        # The number of rows a rank gets; micro-batches are cut inside `training_step`.
+        "per_device_train_batch_size": math.ceil(config.batch_size / world),
+        "gradient_accumulation_steps": 1,
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "lr_scheduler_type": _scheduler(config),
+        "warmup_steps": config.warmup if config.warmup < 1 else int(config.warmup),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": 1.0,
+        "seed": config.seed,
+        "bf16": precision.dtype == torch.bfloat16,
+        "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # costs a device sync in every step; a non-finite loss stops the run
+        "report_to": [one.strip() for one in config.report_to.split(",") if one.strip()],
+        "run_name": name,
+        # Early stopping ends with the best checkpoint, so there has to be one.
+        "save_strategy": "steps" if config.save_steps or config.early_stopping else "no",
+        "save_steps": config.save_steps or _NEVER,
+        "save_total_limit": 2,  # each holds optimizer state: twice the size of the model
+        # By default once per epoch, which `training_run` sees to: the Trainer would save before it evaluates there.
+        "eval_strategy": "steps" if held_out else "no",
+        "eval_steps": config.eval_steps or _NEVER,
+        "metric_for_best_model": config.metric.replace("/", "_", 1) if held_out else None,
+        "greater_is_better": config.metric != "eval/loss",
+        "restore_callback_states_from_checkpoint": True,  # early stopping's patience, BCO's running mean
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,  # ranks run different numbers of forward passes
+        "average_tokens_across_devices": False,
+    }
+    settings.update(_table(config))
+    try:
+        args = Arguments(**settings)
+    except (ValueError, TypeError, OverflowError, ImportError, torch.distributed.DistError) as error:
+        if world > 1 and not torch.distributed.is_initialized():
+            raise ConfigError(unreachable(error)) from error
+        raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+    if args.world_size != world:
+        raise ConfigError(
+            f"The launcher started {world} processes, but accelerate joins {args.world_size} on {args.device}: each would train "
+            f"by itself. {START_OR_UNSET}"
+        )
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ConfigError("training: use_liger_kernel: the package liger-kernel is not installed.")
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer.endswith(_STEPS_INSIDE):
+        raise ConfigError(
+            f"training: optim: {optimizer} updates weights inside of the backward pass, but one batch here takes many of "
+            "them. Choose another optimizer, adamw_bnb_8bit to save memory."
+        )
+    try:
+        # Says here, and not after the model was loaded, that an optimizer's package is missing, or what it does not take.
+        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+        if kind.__module__.startswith("torch.optim"):
+            kind([torch.nn.Parameter(torch.zeros(1))], **options)
+    except (ImportError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise ConfigError(f"training: optim: {optimizer}: {in_one_line(error)}") from error
+    try:
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()  # says here, and not after the model was loaded, that its package is missing
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"--report-to {config.report_to}: {str(error).splitlines()[0]}") from error
+    return args
+
+
+def _table(config: TrainConfig) -> dict[str, Any]:
+    known = list(transformers.TrainingArguments.__dataclass_fields__)
+    for name in config.training:
+        if name in _OURS:
+            raise ConfigError(f"training: {name} is set by {_OURS[name]}; remove it from the table.")
+        if name not in known:
+            raise ConfigError(f"training: unknown key {shown(name)!r}.{nearest(shown(name), known)}")
+        if config.training[name] and name in _NO_EFFECT:
+            raise ConfigError(f"training: {name} has no effect: {_NO_EFFECT[name]}. Remove it from the table.")
+    check_table(config.training, "training:")
+    _check_kinds(config.training)
+    return dict(config.training)
+
+
+def _check_kinds(table: dict[str, Any]) -> None:
+    """Refuse text where the Trainer calculates or decides: it takes 'no' for true."""
+    kinds = value_types(transformers.TrainingArguments)
+    for name, value in table.items():
+        wanted = set(kinds[name])
+        if value is None or not isinstance(value, bool | int | float | str):
+            continue
+        if wanted == {bool} and not isinstance(value, bool):
+            raise ConfigError(f"training: {name} must be true or false, got {shown(value)!r}.")
+        if wanted <= {int, float} and (isinstance(value, bool | str) or (float not in wanted and value % 1)):
+            what = "a number" if float in wanted else "a whole number"
+            raise ConfigError(f"training: {name} must be {what}, got {shown(value)!r}.")
+
+
+@contextlib.contextmanager
+def accepted_by_trainer(config: TrainConfig) -> Iterator[None]:
+    """Turn what the Trainer says of settings that do not go together into one message.
+
+    Raises:
+        ConfigError: an evaluation without held-out rows, a hub that is not there, and the like.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        if not config.training:
+            raise
+        raise ConfigError(f"training: {in_one_line(error)}") from error
+
+
+def _scheduler(config: TrainConfig) -> str:
+    if config.scheduler == "constant" and config.warmup:
+        return "constant_with_warmup"
+    return config.scheduler

@@ -1,0 +1,266 @@
+"""Watching a run: `metrics.jsonl` and what the console shows."""
+
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tqdm import tqdm
+
+from offline_kto.kto_core.durable_files import write_text
+from offline_kto.kto_core.errors import TrainingError
+from offline_kto.kto_core.foreign_files import read_foreign
+from offline_kto.kto_core.streams import is_terminal
+from offline_kto.train.diagnostics.training import Watch
+from offline_kto.train.run_files import LARGEST_METRICS
+
+_SECONDS_BETWEEN_LINES = 2.0
+
+# A live line in too narrow a terminal loses these first.
+_DROPPED = ("tokens", "accuracy", "kl", "left", "undesirable", "desirable", "loss")
+
+# Where a terminal does not tell its width.
+_USUAL_WIDTH = 80
+
+# What the Trainer calls `eval_loss` is `eval/loss` everywhere a user looks.
+_INTERNAL = ("total_flos", "train_loss", "train_samples_per_second", "train_steps_per_second")
+
+
+def record_of(logs: dict[str, Any], step: int) -> dict[str, Any]:
+    """A log as it is written: step first, `eval/` names, numbers that JSON can hold."""
+    record: dict[str, Any] = {"step": step}
+    for name, value in logs.items():
+        if name not in _INTERNAL:
+            record[name.replace("eval_", "eval/", 1) if name.startswith("eval_") else name] = value
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+class MetricsFile(transformers.TrainerCallback):
+    """One JSON record for each log. A run drops the records after the checkpoint it starts from, and writes them anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not os.path.lexists(self.path):
+            return
+        kept = []
+        for line in _lines(self.path) if state.global_step else []:
+            record = _parsed(line)
+            if record is not None and record["step"] <= state.global_step and "train_runtime" not in record:
+                kept.append(line + "\n")
+        write_text(self.path, "".join(kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        # A link could lead to a file of somebody's.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with os.fdopen(os.open(self.path, flags, 0o666), "a", encoding="utf-8") as file:
+            file.write(json.dumps(record_of(logs, state.global_step)) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a line that a crash cut off is left out."""
+    return [record for line in _lines(path) if (record := _parsed(line)) is not None]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_foreign(path, most=LARGEST_METRICS).decode("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read: {error}. Remove it, or put it back.") from error
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A record, or None for a line that a crash cut off or that holds anything but numbers."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not all(value is None or _is_number(value) for value in record.values()):
+        return None
+    return record if isinstance(record.get("step"), int) else None
+
+
+def _is_number(value: Any) -> bool:
+    # A whole number may have more digits than a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+class Console(transformers.TrainerCallback):
+    """A live line on a terminal; elsewhere a line every few seconds, and for the first and last update and each evaluation.
+
+    Args:
+        watch: finds what to warn of; None for no warnings.
+        metrics: where a resumed run's earlier records are: what they gave rise to was told before.
+    """
+
+    def __init__(self, watch: Watch | None = None, metrics: Path | None = None) -> None:
+        self.watch, self.metrics = watch, metrics
+        self.started = self.last = time.monotonic()
+        self.first_step: int | None = None
+        self.bar: _LiveLine | None = None
+
+    def close(self) -> None:
+        """Leave the live line as it is; the next output starts below. For a run that an error ends."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.watch is not None and state.global_step and self.metrics is not None and self.metrics.exists():
+            for record in read_metrics(self.metrics):
+                self.watch.add(record)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.first_step is not None:
+            return
+        # Not before: other callbacks check and print when training begins.
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if _shows_live_lines():
+            # smoothing=0: time left from the average so far, evaluations included, as in the plain lines.
+            self.bar = _LiveLine(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, miniters=1, smoothing=0
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None and not control.should_log:  # else the line moves on with the new values
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        record = record_of(logs, state.global_step)
+        if "train_runtime" in record:
+            self.close()
+            self._say(f"trained     {state.global_step:,} updates in {record['train_runtime']:.1f} s")
+        elif "eval/loss" in record:
+            values = {name.removeprefix("eval/"): value for name, value in record.items()}
+            self._say(f"{'eval':<12}{state.global_step}/{state.max_steps}  {_summary(values)}")
+        elif "loss" in record:
+            self._step(record, state)
+        for alarm in self.watch.add(record) if self.watch is not None else ():
+            self._say(f"{'warning':<12}step {alarm.step:,}: {alarm.text}")
+
+    def _step(self, record: dict[str, Any], state: Any) -> None:
+        if self.bar is not None:
+            self.bar.record = record
+            moved = state.global_step - self.bar.n
+            if not self.bar.update(moved) and (not moved or state.global_step == state.max_steps):
+                self.bar.refresh()  # nothing may come for minutes: an evaluation, a checkpoint
+            return
+        first = self.first_step or 0
+        now = time.monotonic()
+        if now - self.last < _SECONDS_BETWEEN_LINES and state.global_step not in (first + 1, state.max_steps):
+            return
+        self.last = now
+        left = (now - self.started) / max(state.global_step - first, 1) * (state.max_steps - state.global_step)
+        line = f"{'step':<12}{state.global_step}/{state.max_steps}  {_summary(record)}  "
+        if record.get("tokens_per_second") is not None:
+            line += f"{record['tokens_per_second']:,.0f} tokens/s  "
+        self._say(f"{line}{left:,.0f} s left")
+
+    def _say(self, line: str) -> None:
+        if self.bar is None:
+            print(line, flush=True)
+            return
+        self.bar.write(_wrapped(line, self.bar.width()) if is_terminal(sys.stdout) else line)
+        print(end="", flush=True)
+
+
+class _LiveLine(tqdm):
+    """tqdm's bar and time left, with as much of the last record as the terminal has room for at this moment."""
+
+    record: dict[str, Any] | None = None
+
+    def width(self) -> int:
+        """Columns that a line may fill; in the last one some terminals go to the next line."""
+        columns = self.format_dict["ncols"] or 0
+        return (columns if columns > 1 else _USUAL_WIDTH) - 1
+
+    def __str__(self) -> str:
+        width, meter = self.width(), self.format_dict
+        for layout in _layouts(self.record or {}):
+            # Without a width tqdm draws the shortest bar; with one, a bar as long as there is room.
+            if len(self.format_meter(**{**meter, "ncols": None, "bar_format": layout})) <= width:
+                return self.format_meter(**{**meter, "ncols": width, "bar_format": layout})
+        return ""
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """tqdm's covers a longer line with blanks, which wrap when the terminal has become narrower."""
+
+        def show(line: str) -> None:
+            file.write(f"\r\x1b[J{line}")  # all below too: what other bars left there
+            file.flush()
+
+        return show
+
+
+def _shows_live_lines() -> bool:
+    return is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
+
+
+def _layouts(record: dict[str, Any]) -> Iterator[str]:
+    """`bar_format`s for tqdm, from all there is to say to nothing."""
+    bar, count = "{percentage:3.0f}%|{bar}| ", "{n:,}/{total:,}"
+    long, short = _parts(record), _short_parts(record)
+    yield "  ".join([bar + count, *long.values()])
+    yield "  ".join([bar + count, *short.values()])
+    yield "  ".join([count, *short.values()])
+    short["left"] = "{remaining}"
+    for name in ("", *_DROPPED):
+        short.pop(name, None)
+        yield " ".join(["{n}/{total}", *short.values()])
+
+
+def _parts(record: dict[str, Any]) -> dict[str, str]:
+    """What a line says about a record; a loss may have no kl, a batch no row of a class."""
+    parts = {"loss": f"loss {_number(record['loss'])}"} if "loss" in record else {}
+    if "kl" in record:
+        parts["kl"] = f"kl {_number(record['kl'])}"
+    for name, word in (("rewards/chosen", "desirable"), ("rewards/rejected", "undesirable")):
+        if record.get(name) is not None:
+            parts[word] = f"{word} {record[name]:+.3f}"
+    if record.get("accuracy") is not None:
+        parts["accuracy"] = f"accuracy {record['accuracy']:.0%}"
+    if record.get("tokens_per_second") is not None:
+        parts["tokens"] = f"{record['tokens_per_second']:,.0f} tokens/s"
+    return {**parts, "left": "{remaining} left"}
+
+
+def _short_parts(record: dict[str, Any]) -> dict[str, str]:
+    parts = _parts(record)
+    for name, value, words in (
+        ("loss", "loss", "loss {:.3f}"),
+        ("kl", "kl", "kl {:.1f}"),
+        ("desirable", "rewards/chosen", "des {:+.2f}"),
+        ("undesirable", "rewards/rejected", "undes {:+.2f}"),
+        ("accuracy", "accuracy", "acc {:.0%}"),
+    ):
+        if record.get(value) is not None:
+            parts[name] = words.format(record[value])
+    if "tokens" in parts:
+        parts["tokens"] = f"{tqdm.format_sizeof(record['tokens_per_second'])} tok/s"
+    return parts
+
+
+def _summary(record: dict[str, Any]) -> str:
+    return "  ".join(text for name, text in _parts(record).items() if name not in ("tokens", "left"))
+
+
+def _wrapped(line: str, width: int) -> str:
+    """In lines of at most `width` columns, at words; the heading's column stays free."""
+    return textwrap.fill(
+        line, max(width, 24), subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _number(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4f}"

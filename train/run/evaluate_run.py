@@ -1,0 +1,144 @@
+"""`kto-train --evaluate-only RUN`: a finished run's model on held-out rows, against the cached reference."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from offline_kto.kto_core.cache.manifest import Manifest
+from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.durable_files import write_json, written_to
+from offline_kto.kto_core.errors import ConfigError, WriteError
+from offline_kto.kto_core.models.folders import find_reference
+from offline_kto.kto_core.models.precision import resolve_device, resolve_precision
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.row_words import scored_in_words, shortened_in_words
+from offline_kto.train.data.training_data import TrainingData, rows_to_evaluate
+from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.run.arguments import training_arguments
+from offline_kto.train.run.start_check import check_start
+from offline_kto.train.run.training_run import check_vocabulary, make_trainer
+from offline_kto.train.run_files import EVALUATION, FACTS, holds_word, read_facts, read_rewards, refuse_pipes
+from offline_kto.train.trainer.evaluation import summary, summary_lines
+from offline_kto.train.trainer.objective import Objective
+
+
+def evaluate_run(config: TrainConfig) -> Path:
+    """Evaluate a finished run.
+
+    Its held-out rows where `--cache` is the one it was trained with, else the rows of `--cache` that it was not trained on.
+
+    Args:
+        config: the run's own, with the options of the command line.
+
+    Returns:
+        The file with the values.
+
+    Raises:
+        KTOError: no finished run, or a cache that its model cannot be measured on.
+    """
+    run = config.evaluate_only
+    assert run is not None
+    config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
+    facts = read_facts(run)
+    refuse_pipes(run, "--evaluate-only")
+    found_final = facts.get("final")
+    final = found_final if isinstance(found_final, dict) else {}
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.dtype, device)
+    rows = rows_to_evaluate(config, facts, _trained_prompts(run))
+    held_out, manifest = rows.held_out, rows.held_out.cache.manifest
+    files, adapters = _find(config, run, manifest, facts)
+    objective = Objective.of(config, _weights(run, facts))
+    args = training_arguments(config, run, precision, held_out=True)
+    model = files.load(config, precision, args.device if device.type == "cuda" else torch.device("cpu"))
+    if adapters is not None:
+        from offline_kto.train.model.lora import load_adapters
+
+        model = load_adapters(model, adapters)
+    check_vocabulary(model, held_out.cache)
+    units = np.asarray(held_out.indices).reshape(-1, objective.rows_in_unit)
+    data = TrainingData(held_out.cache, units, held_out)
+    trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks=[])
+    trainer.prepare_to_score()
+    if objective.uses_shift:
+        trainer.shift.begin_at(float(final.get("shift", 0.0)), 1)
+    # The model below adapters is read again from where it was. (On quantised weights they hold the reference's adapter too.)
+    if adapters is not None and manifest.reference.get("adapter") is None:
+        from offline_kto.train.model.lora import without_adapters
+
+        with without_adapters(trainer.model):
+            allow = config.allow_different_policy
+            check_start(trainer, held_out.cache, precision, policy=files.name, allow=allow)
+    main = trainer.is_world_process_zero()
+    if main:
+        tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
+        tell(f"policy      {run} ({precision.name} on {device})")
+        tell(f"scored      {scored_in_words(manifest)}")
+        shortened = shortened_in_words(held_out.cache.shortened, held_out.cache.max_length)
+        tell(f"rows        {len(held_out.indices):,}: {rows.what}{shortened}")
+        for line in files.warnings:
+            tell(f"warning     {line}")
+    scores = trainer.final_scores()
+    assert scores is not None
+    labels = str(manifest.data.get("labels_hash"))[:4]
+    path = run / (EVALUATION if rows.of_run else f"evaluation-{manifest.fingerprint[:12]}-{labels}.json")
+    if main:
+        found = summary(scores, objective, int(final.get("step", 0)))
+        print("\n".join(summary_lines(found, rows="held out" if rows.of_run else "evaluated")))
+        with written_to(run, WriteError, "Make room, and evaluate again; what was there is as it was."):
+            write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
+        tell(f"wrote       {path}")
+    return path
+
+
+def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: dict[str, Any]) -> tuple[PolicyFiles, Path | None]:
+    """The run's model, or the model below its adapters and the adapters."""
+    if (run / "adapter_config.json").exists():
+        # The model that the run started from, whatever the cache to be evaluated was scored with.
+        own = dataclasses.replace(manifest, reference=facts.get("reference") or manifest.reference)
+        base = _base_folder(run)
+        if config.model is not None and base is not None:
+            folder, _ = find_reference({"id": config.model, "path": base})
+            config = dataclasses.replace(config, model=str(folder))
+        # A run's adapter holds that of its reference as well.
+        return dataclasses.replace(PolicyFiles.find(config, own), adapter=None), run
+    if not (run / "config.json").exists():
+        if (run / "../../sweep.yaml").exists():
+            raise ConfigError(
+                f"--evaluate-only {run}: holds no model; of a sweep only the best trial's is kept, in best/."
+            )
+        raise ConfigError(f"--evaluate-only {run}: holds no model; the run is not finished. --resume goes on with it.")
+    return PolicyFiles.find(dataclasses.replace(config, model=str(run)), manifest), None
+
+
+def _base_folder(run: Path) -> str | None:
+    """Where the model below a run's adapters lies; `model` in config.yaml may be relative to another working folder."""
+    try:
+        base = json.loads((run / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None  # reading the adapters will say why
+    return base if isinstance(base, str) and Path(base).is_absolute() else None
+
+
+def _weights(run: Path, facts: dict[str, Any]) -> tuple[float, float]:
+    """The class weights the run was trained with; `auto` depends on its training rows."""
+    match facts.get("weights"):
+        case [int() | float() as desirable, int() | float() as undesirable]:
+            return float(desirable), float(undesirable)
+    raise ConfigError(
+        f"{run / FACTS}: does not say which class weights the run was trained with; it cannot be evaluated."
+    )
+
+
+def _trained_prompts(run: Path) -> set[str] | None:
+    """Ids of the prompts that the run was trained on; None where that is not on record."""
+    try:
+        table = read_rewards(run, ["split", "prompt_id"])
+    except (OSError, ValueError, MemoryError, pa.ArrowException):
+        return None
+    return set(table["prompt_id"].filter(holds_word(table["split"], "train")).unique().to_pylist())

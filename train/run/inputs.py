@@ -1,0 +1,118 @@
+"""What a run is made from: caches, tokenizer, policy. A sweep's worker keeps them between its trials."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offline_kto.kto_core.cache.manifest import Manifest
+from offline_kto.kto_core.locations import Location
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.data.training_data import TrainingData, open_cache
+from offline_kto.train.model.policy import PolicyFiles
+
+# What makes a loaded model another one. Options that are not here are put on it, or taken off, in memory.
+_OF_MODEL = ("model", "dtype", "gradient_checkpointing", "trust_remote_code")
+
+
+class Materials:
+    """Reads what a run asks for, each time anew."""
+
+    def data(self, config: TrainConfig) -> TrainingData:
+        """Raises: CacheError, TrainingError: see `TrainingData.open`."""
+        return TrainingData.open(config)
+
+    def files(self, config: TrainConfig, manifest: Manifest) -> PolicyFiles:
+        """Raises: ModelError, TrainingError: see `PolicyFiles.find`."""
+        return PolicyFiles.find(config, manifest)
+
+    def model(self, files: PolicyFiles, config: TrainConfig, precision: Precision, device: torch.device) -> Any:
+        """The policy, ready to train. Raises: ModelError, TrainingError: see `PolicyFiles.load`."""
+        return files.prepare(files.load(config, precision, device), config)
+
+    def take_back(self) -> None:
+        """The run that was given the policy is over, or could not begin."""
+
+
+@dataclass
+class _Initial:
+    """A loaded model and how it was before anybody trained it."""
+
+    key: tuple[Any, ...]
+    model: Any
+    weights: dict[str, Tensor]
+    trained: dict[str, bool]
+    forward: Any
+
+    @classmethod
+    def of(cls, key: tuple[Any, ...], model: Any, *, frozen: bool) -> "_Initial":
+        # Under LoRA nothing of the model itself changes, so nothing is copied.
+        tensors = {} if frozen else {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        return cls(key, model, weights, trained, vars(model).get("forward"))
+
+    @torch.no_grad()
+    def restore(self) -> Any:
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name, weight in self.weights.items():
+            tensors[name].copy_(weight)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self.trained[name])
+            parameter.grad = None
+        # accelerate wrapped autocast around it, and would not do so again where it finds its mark.
+        self.model.forward = self.forward
+        vars(self.model).pop("_is_accelerate_prepared", None)
+        return self.model.eval()
+
+
+@dataclass
+class KeptMaterials(Materials):
+    """Reads each thing once; the policy is put back to its first state from memory.
+
+    Attributes:
+        loads: how often a model was read from disk.
+    """
+
+    loads: int = 0
+    _caches: dict[tuple[Location, int | None], CacheRows] = field(default_factory=dict)
+    _files: dict[tuple[Any, ...], PolicyFiles] = field(default_factory=dict)
+    _initial: _Initial | None = None
+    _given: Any = None
+
+    def data(self, config: TrainConfig) -> TrainingData:
+        return TrainingData.open(config, self._open)
+
+    def _open(self, cache: Location, max_length: int | None) -> CacheRows:
+        key = (cache, max_length)
+        if key not in self._caches:
+            self._caches[key] = open_cache(cache, max_length, mapped=True)
+        return self._caches[key]
+
+    def files(self, config: TrainConfig, manifest: Manifest) -> PolicyFiles:
+        key = (config.model, config.trust_remote_code, manifest.fingerprint)
+        if key not in self._files:
+            self._files[key] = PolicyFiles.find(config, manifest)
+        return self._files[key]
+
+    def model(self, files: PolicyFiles, config: TrainConfig, precision: Precision, device: torch.device) -> Any:
+        frozen = config.lora_rank > 0
+        key = (*(getattr(config, name) for name in _OF_MODEL), frozen, str(device))
+        if self._initial is None or self._initial.key != key:
+            self._initial = None  # before the next one is read: two would not fit
+            self.loads += 1
+            self._initial = _Initial.of(key, files.load(config, precision, device), frozen=frozen)
+        initial, self._initial = self._initial, None  # one that cannot be prepared is not used again
+        self._given = files.prepare(initial.restore(), config)
+        self._initial = initial
+        return self._given
+
+    def take_back(self) -> None:
+        given, self._given = self._given, None
+        if self._initial is not None and given is not None and given is not self._initial.model:
+            from offline_kto.train.model.lora import remove_adapters
+
+            remove_adapters(given)

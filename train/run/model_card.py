@@ -1,0 +1,108 @@
+"""The model card of a run."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from offline_kto.kto_core.cache.manifest import Manifest
+from offline_kto.kto_core.durable_files import write_text
+from offline_kto.kto_core.errors import printable
+from offline_kto.kto_core.options import as_plain, flag
+from offline_kto.kto_core.redaction import hidden
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.policy import PolicyFiles
+
+CARD = "README.md"
+
+_SHOWN = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "accuracy")
+
+
+def write_card(
+    path: Path,
+    title: str,
+    config: TrainConfig,
+    manifest: Manifest,
+    files: PolicyFiles,
+    weights: tuple[float, float],
+    history: list[dict[str, Any]],
+) -> None:
+    """Write the card: base model, cache fingerprint, the command, and the last metrics."""
+    front: dict[str, Any] = {
+        "base_model": printable(files.name),
+        "library_name": "peft" if (path.parent / "adapter_config.json").exists() else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["kto", "alignment"],
+    }
+    data = manifest.data
+    last: dict[str, Any] = next((log for log in reversed(history) if "loss" in log), {})
+    held: dict[str, Any] = next((log for log in reversed(history) if "eval_loss" in log), {})
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {_text(title)}",
+        "",
+        f"Aligned with Kahneman-Tversky Optimization (arXiv 2402.01306) from {_code(files.name)}, against reference scores of "
+        f"{_code(manifest.reference.get('id'))}" + (f" with adapter {_code(files.adapter)}." if files.adapter else "."),
+        "",
+        f"- reference cache: fingerprint {_code(manifest.fingerprint)}, labels {_code(manifest.data.get('labels_hash'))}",
+        f"- feedback: {data.get('desirable'):,} desirable and {data.get('undesirable'):,} undesirable rows from "
+        + ", ".join(_code(file.get("name")) for file in data.get("files") or []),
+        f"- class weights: {weights[0]:.4g} desirable, {weights[1]:.4g} undesirable",
+        "",
+        *_block(command_of(config)),
+        "",
+        "| | last update |" + (" held out |" if held else ""),
+        "| --- | --- |" + (" --- |" if held else ""),
+    ]
+    for name in _SHOWN:
+        if name in last:
+            held_value = held.get(f"eval_{name}")
+            held_cell = ("" if held_value is None else f" {held_value:.4f}") + " |" if held else ""
+            lines.append(f"| {name} | {last[name]:.4f} |{held_cell}")
+    write_text(path, "\n".join(lines) + "\n")
+
+
+# What begins markup in Markdown, and in the HTML that may stand in it.
+_MARKUP = re.compile(r"[\\`*\[\]<>&]|(?<!\w)_|_(?!\w)")
+
+
+def _text(text: Any) -> str:
+    """Text as Markdown shows it, letter by letter."""
+    return _MARKUP.sub(r"\\\g<0>", printable(str(text), 300))
+
+
+def _code(text: Any) -> str:
+    """Text as Markdown code. Its fence is longer than any in it."""
+    text = printable(str(text), 500)
+    fence = "`" * (_longest_fence(text) + 1)
+    blank = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{blank}{text}{blank}{fence}"
+
+
+def _block(text: str) -> list[str]:
+    """A line as a block of Markdown code."""
+    fence = "`" * max(3, _longest_fence(text) + 1)
+    return [fence, printable(text), fence]
+
+
+def _longest_fence(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def command_of(config: TrainConfig) -> str:
+    """The command line that does this again."""
+    default = as_plain(TrainConfig())
+    words = ["kto-train"]
+    for name, value in as_plain(config).items():
+        if value == default[name] or name in ("resume", "training"):
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name) if value else "--no-" + name.replace("_", "-"))
+        else:
+            words += [flag(name), hidden(str(value))]
+    return shlex.join(words)

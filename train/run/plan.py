@@ -1,0 +1,47 @@
+"""Print the plan of a run."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.row_words import rows_in_words, scored_in_words
+from offline_kto.train.data.training_data import TrainingData
+from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.trainer.objective import Objective
+
+
+def print_plan(
+    config: TrainConfig,
+    data: TrainingData,
+    files: PolicyFiles,
+    precision: Precision,
+    objective: Objective,
+    out: Path,
+    device: torch.device,
+    warnings: list[str],
+) -> None:
+    desirable, undesirable = data.class_counts
+    kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights"
+    steps = config.max_steps or math.ceil(math.ceil(data.units.size / config.batch_size) * config.epochs)
+    fingerprint = data.rows.manifest.fingerprint[:12]
+    tell(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
+    adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
+    tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
+    tell(f"scored      {scored_in_words(data.rows.manifest)}")
+    tell(f"rows        {rows_in_words(data.facts())}")
+    weights = objective.weights
+    print(
+        f"labels      {desirable:,} desirable (weight {weights[0]:.4g}), {undesirable:,} undesirable (weight {weights[1]:.4g})"
+    )
+    loss = "" if config.loss == "kto" else f"loss {config.loss}, "
+    print(
+        f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
+    )
+    tell(f"run         {out}")
+    for line in (*files.warnings, *warnings):
+        tell(f"warning     {line}")
+    print(end="", flush=True)

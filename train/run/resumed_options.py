@@ -1,0 +1,157 @@
+"""What may differ between a run and its continuation: every option is fixed, said or free.
+
+fixed   another value would make another run: rows repeated or skipped, weights that do not fit, an optimizer or a
+        schedule that continues with the old value. It is refused.
+said    it may change, with a word.
+free    it changes no number.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from offline_kto.kto_core.errors import ConfigError, shown
+from offline_kto.kto_core.options import as_plain, flag
+from offline_kto.train.config import TrainConfig
+
+
+def _names(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+FIXED = _names(
+    "model trust_remote_code loss batch_size seed shuffle balance max_length eval_fraction eval_seed metric lora_rank "
+    "lora_alpha lora_targets learning_rate scheduler warmup weight_decay"
+)
+SAID = _names(
+    "beta desirable_weight undesirable_weight humanline_low humanline_high max_steps epochs early_stopping eval_cache "
+    "eval_steps device save_dtype"
+)
+FREE = _names(
+    # The cache is compared by its content, the precision as it was resolved, `training` key by key.
+    "cache out dtype training max_tokens gradient_checkpointing save_steps logging_steps report_to resume evaluate_only "
+    "allow_different_policy"
+)
+
+# Keys of the `training:` table. What is in neither list is fixed, so that a new key of transformers is.
+TRAINING_SAID = _names(
+    "accelerator_config deepspeed eval_delay eval_on_start eval_strategy fsdp fsdp_config full_determinism "
+    "liger_kernel_config parallelism_config save_strategy torch_compile torch_compile_backend torch_compile_mode "
+    "use_liger_kernel"
+)
+TRAINING_FREE = _names(
+    "batch_eval_metrics dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers "
+    "dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers "
+    "ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug disable_tqdm do_eval do_predict "
+    "do_train enable_jit_checkpoint eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
+    "gradient_checkpointing_kwargs hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token "
+    "include_for_metrics include_num_input_tokens_seen label_names length_column_name local_rank log_level "
+    "log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_strategy prediction_loss_only "
+    "project push_to_hub remove_unused_columns run_name save_on_each_node save_only_model save_total_limit "
+    "skip_memory_metrics torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id "
+    "use_cache"
+)
+_OF_OPTIMIZER = ("optim", "adam")
+
+
+def compare_options(config: TrainConfig, started: Mapping[str, Any], where: Path) -> list[str]:
+    """Compare a run's options with those of its continuation.
+
+    Args:
+        started: of config.yaml.
+        where: the run folder, for messages.
+
+    Returns:
+        A line for each option that changed and may.
+
+    Raises:
+        ConfigError: an option that must not change.
+    """
+    if not isinstance(started.get("training", {}), dict):
+        raise ConfigError(f"--resume {where}: in its config.yaml, training: is no table. Start a new run.")
+    before, now = _effective({**as_plain(TrainConfig()), **started}), _effective(as_plain(config))
+    _compare_training(before["training"], now["training"], where)
+    for name in sorted(FIXED, key=list(now).index):
+        if before.get(name) != now[name]:
+            raise ConfigError(
+                f"--resume {where}: the run was started with {flag(name)} {shown(before.get(name))}, not {now[name]}. "
+                "Pass the same value, or start a new run."
+            )
+    lines = [(flag(name), now[name], before.get(name)) for name in now if name in SAID]
+    lines += [
+        (f"training: {name}", *values)
+        for name, *values in _changed(now["training"], before["training"])
+        if name in TRAINING_SAID
+    ]
+    return [f"{name} {new}, before it was {shown(old)}" for name, new, old in lines if new != old]
+
+
+def compare_facts(now: Mapping[str, Any], started: Mapping[str, Any], where: Path) -> list[str]:
+    """Compare what a run computed with and what its continuation would.
+
+    Args:
+        now: `precision`, `held_out_cache` and `versions`, as run.json holds them.
+        started: run.json; what an older version did not write is not compared.
+
+    Returns, Raises: as `compare_options`.
+    """
+    for name, what, advice in (
+        ("precision", "in another precision", "Pass --dtype {}"),
+        ("held_out_cache", "with other held-out rows", "Pass the --eval-cache it was started with"),
+    ):
+        if name in started and started[name] != now[name]:
+            raise ConfigError(
+                f"--resume {where}: the run was started {what} ({shown(started[name])}, now {shown(now[name])}). "
+                f"{advice.format(shown(started[name]))}, or start a new run."
+            )
+    versions = started.get("versions")
+    known = versions if isinstance(versions, dict) else {}
+    return [
+        f"{name} {version}, before it was {shown(known[name])}"
+        for name, version in now["versions"].items()
+        if name in known and known[name] != version
+    ]
+
+
+def _effective(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with what a missing value stands for."""
+    rank, alpha = options.get("lora_rank"), options.get("lora_alpha")
+    if isinstance(rank, int):
+        options["lora_alpha"] = (alpha or 2 * rank) if rank else None
+    if options.get("eval_seed") is None:
+        options["eval_seed"] = options.get("seed")
+    options["training"] = options.get("training") or {}
+    return options
+
+
+def _compare_training(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+    for name, new, old in _changed(now, before):
+        if name in TRAINING_SAID | TRAINING_FREE:
+            continue
+        what = (
+            "another optimizer, whose state its checkpoint holds"
+            if name.startswith(_OF_OPTIMIZER)
+            else "other settings"
+        )
+        raise ConfigError(
+            f"--resume {where}: the run was started with {what} (training: {name}: {shown(old)}, not {shown(new)}). Pass the "
+            "same, or start a new run."
+        )
+
+
+def _changed(now: dict[str, Any], before: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, value now, value before) of the `training:` table's keys that changed."""
+    for name in sorted({*now, *before}, key=str):
+        new, old = (table[name] if name in table else _default(name) for table in (now, before))
+        if new != old:
+            yield str(name), new, old
+
+
+def _default(name: str) -> Any:
+    field = transformers.TrainingArguments.__dataclass_fields__.get(name)
+    if field is None or field.default is dataclasses.MISSING:
+        return None
+    return getattr(field.default, "value", field.default)  # an enumeration is given as its text

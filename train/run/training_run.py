@@ -1,0 +1,383 @@
+"""One training run: set up, trained, summed up. `kto-train` makes one, a sweep's worker many."""
+
+import dataclasses
+import datetime
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.durable_files import write_json
+from offline_kto.kto_core.errors import TrainingError, in_one_line
+from offline_kto.kto_core.launch import sharding_asked_for
+from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision
+from offline_kto.kto_core.options import AUTO
+from offline_kto.kto_core.scoring.head import whole_shape
+from offline_kto.kto_core.scoring.logps import sees_whole_passes
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.data.training_data import TrainingData
+from offline_kto.train.diagnostics.settings import class_weight_values, warnings_for
+from offline_kto.train.diagnostics.training import Settings, Watch
+from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.model.saved_model import Layout, ModelWriter
+from offline_kto.train.run.arguments import accepted_by_trainer, training_arguments
+from offline_kto.train.run.callbacks import Console, MetricsFile
+from offline_kto.train.run.folder import last_checkpoint, write_start
+from offline_kto.train.run.inputs import Materials
+from offline_kto.train.run.model_card import CARD, command_of, write_card
+from offline_kto.train.run.plan import print_plan
+from offline_kto.train.run.rewards_file import write_rewards
+from offline_kto.train.run.start_check import check_start, tolerance_for
+from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, read_facts, write_facts
+from offline_kto.train.trainer.checkpoints import reading
+from offline_kto.train.trainer.evaluation import summary
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
+from offline_kto.train.trainer.objective import Objective
+from offline_kto.train.trainer.saving import publish_model, remove_leftovers, unfinished
+from offline_kto.train.trainer.sharding import gather_when_saving, prepare_sharding
+
+_MAX_TOKENS_CPU = 1024
+
+
+@dataclass
+class TrainingRun:
+    """A run that is ready to train.
+
+    Attributes:
+        settings: what warnings during the run depend on.
+        console: of the process that prints.
+        checkpoint: to go on from, or None.
+        warnings: of the plan, on the process that prints.
+        name: for people; None for the folder's.
+        checked: whether policy and cache were compared before, with these materials.
+    """
+
+    config: TrainConfig
+    out: Path
+    data: TrainingData
+    files: PolicyFiles
+    precision: Precision
+    objective: Objective
+    trainer: KTOTrainer
+    settings: Settings
+    console: Console | None
+    checkpoint: str | None
+    warnings: list[str]
+    name: str | None = None
+    checked: bool = False
+
+    @classmethod
+    def set_up(cls, config: TrainConfig, out: Path, materials: Materials, name: str | None = None) -> "TrainingRun":
+        """Everything up to the first update.
+
+        Args:
+            config: of the run.
+            out: its folder.
+            materials: where its data and policy come from.
+            name: for people, where the folder's says too little.
+
+        Raises:
+            KTOError: the user's input cannot be used.
+        """
+        device = resolve_device(config.device)
+        precision = resolve_precision(config.dtype, device)
+        data = materials.data(config)
+        files = materials.files(config, data.rows.manifest)
+        objective = Objective.of(config, class_weight_values(config, *data.class_counts))
+        warnings: list[str] = []
+        args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
+        main = args.process_index == 0
+        now = {"precision": precision.name, "versions": versions(), "held_out_cache": data.held_out_cache}
+        checkpoint = last_checkpoint(config, out, data.rows.manifest, now, main=main)
+        if main:
+            remove_leftovers(out)
+            warnings += data.warnings(config, precision)
+            warnings += _saving_warnings(config, merges=bool(config.lora_rank and files.adapter))
+            if args.gpus_here > 1:
+                warnings.append(
+                    f"{args.gpus_here} GPUs here, and one process trains on one of them: torchrun --nproc_per_node "
+                    f"{args.gpus_here} --no-python kto-train ... uses all"
+                )
+            warnings += warnings_for(config, *data.class_counts, objective.weights)
+            print_plan(config, data, files, precision, objective, out, device, warnings)
+            if config.resume:
+                tell(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}")
+        # A sharded model need not fit on one device; sharding moves each rank's part there.
+        whole_fits = device.type == "cuda" and not sharding_asked_for()
+        model = materials.model(files, config, precision, args.device if whole_fits else torch.device("cpu"))
+        if config.lora_rank and args.process_index == 0:
+            from offline_kto.train.model.lora import adapter_lines
+
+            print("\n".join(adapter_lines(model)), flush=True)
+        check_vocabulary(model, data.rows)
+        settings = Settings.of(config, objective.weights, data.class_counts)
+        console = Console(Watch(settings), out / METRICS) if args.process_index == 0 else None
+        callbacks: list[Any] = [MetricsFile(out / METRICS), console] if console is not None else []
+        if config.early_stopping:
+            callbacks.append(transformers.EarlyStoppingCallback(config.early_stopping))
+        trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks)
+        run = cls(
+            config, out, data, files, precision, objective, trainer, settings, console, checkpoint, warnings, name
+        )
+        trainer.add_callback(_Steps(run))
+        return run
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return bool(self.trainer.is_world_process_zero())
+
+    def train(self) -> None:
+        """All updates; afterwards the model is the last one, or with early stopping the best.
+
+        Raises:
+            TrainingError: out of memory for a single row, a loss that is not finite, a disk that is full.
+        """
+        trainer = self.trainer
+        if self.checkpoint is not None:
+            with reading(Path(self.checkpoint)):
+                trainer.row_logratios.load(Path(self.checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=self.checkpoint)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"Out of memory with --max-tokens {trainer.max_tokens}, rows of at most {self.data.rows.max_length} tokens: "
+                f"{in_one_line(error)} Use a smaller --max-tokens or --max-length, --gradient-checkpointing, --lora-rank 16 "
+                "or an 8-bit optimizer (training: optim: adamw_bnb_8bit). --resume goes on from the last checkpoint."
+            ) from error
+        finally:
+            if self.console is not None:
+                self.console.close()  # whatever is printed next begins on a line of its own
+        if self.config.early_stopping:
+            trainer.load_best()
+            if self.is_main and trainer.final_step < trainer.state.global_step:
+                print(
+                    f"stopped     after {trainer.state.global_step:,} updates; the model is the one of update {trainer.final_step:,}, with "
+                    f"the best {self.config.metric}"
+                )
+        trainer.stop_if_weights_not_finite("model")
+        if self._saved_type is not None and not self._merges:
+            trainer.round_weights(self._saved_type)
+
+    @property
+    def _saved_type(self) -> torch.dtype | None:
+        """Of the saved weights; None for the one they were trained in."""
+        name = self.config.save_dtype
+        return None if name in (AUTO, "float32") else getattr(torch, name)
+
+    @property
+    def _merges(self) -> bool:
+        """Whether the run ends by merging its adapters, on a base that exists only in memory."""
+        return bool(self.config.lora_rank) and self.files.adapter is not None
+
+    def sum_up(self) -> dict[str, Any] | None:
+        """Write evaluation.json and rewards.parquet; called on every rank.
+
+        Returns:
+            What evaluation.json holds; None without held-out rows.
+        """
+        trainer = self.trainer
+        scores = trainer.final_scores()
+        steps, logratios = trainer.row_logratios.over_ranks(trainer.ranks)
+        if not self.is_main:
+            return None
+        seen = np.flatnonzero(steps >= 0)
+        write_rewards(self.out / REWARDS, self.data, seen, logratios[seen], scores)
+        final: dict[str, Any] = {"step": trainer.final_step, "updates": trainer.state.global_step}
+        if self.objective.uses_shift:
+            final["shift"] = trainer.shift.mean
+        write_facts(self.out, {**read_facts(self.out), "final": final})
+        if scores is None:
+            return None
+        found = summary(scores, self.objective, trainer.final_step)
+        found["fingerprint"] = self.data.rows.manifest.fingerprint
+        write_json(self.out / EVALUATION, found)
+        return found
+
+    def save_model(self, out: Path) -> None:
+        """Model, tokenizer and model card into a folder; called on every rank.
+
+        Raises:
+            TrainingError: the disk does not take it.
+        """
+        trainer, files, config = self.trainer, self.files, self.config
+        with unfinished(out, "model", main=self.is_main) as folder:
+            if self._merges:
+                self._save_with_reference_adapter(folder)
+            else:
+                gather_when_saving(trainer.accelerator)
+                trainer.save_in(folder, self._saved_type)
+            if self.is_main:
+                publish_model(folder, out)
+        if self.is_main:
+            history = trainer.state.log_history
+            title = self.name or out.resolve().name
+            write_card(out / CARD, title, config, self.data.rows.manifest, files, self.objective.weights, history)
+
+    def _save_with_reference_adapter(self, folder: Path) -> None:
+        """Save the model whole, or one adapter where the weights below are quantised and the reference's lies beside them.
+
+        Trained adapters alone would lie on a base that exists only in memory.
+        """
+        from offline_kto.train.model.lora import keeps_adapter_beside, merged, save_as_one_adapter
+
+        if not self.is_main:
+            return
+        writer, model = self.trainer.writer, self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if keeps_adapter_beside(model):
+            save_as_one_adapter(model, folder, dtype=self._saved_type)
+            writer.write_tokenizer(folder)
+        else:
+            model = merged(model)
+            writer.write(model, folder, dtype=self._saved_type, layout=Layout.of(model))
+
+    def begin(self) -> None:
+        """Compare policy and cache, and put the run on record; the Trainer has prepared the model, on every rank."""
+        trainer = self.trainer
+        transformers.utils.logging.disable_progress_bar()  # of files being written, between the live lines
+        trainer.settle()
+        if self.is_main and trainer.measures_memory:
+            print(f"memory      --max-tokens {trainer.max_tokens} (measured)", flush=True)
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.batches.finish()  # the Trainer looks only after an update whether it was the last
+        if trainer.state.global_step:  # a resumed policy has left the reference
+            if self.config.lora_rank:  # but what lies below its adapters is read again from where it was
+                from offline_kto.train.model.lora import without_adapters
+
+                with without_adapters(trainer.model):
+                    self._check_policy()
+            if self.is_main:
+                trainer.remove_old_checkpoints()
+                started = read_facts(self.out).get("started")
+                write_start(self.config, self.out, {**self.facts(), "started": started})  # what may change has changed
+            return
+        if not self.checked:
+            self._check_policy()
+        if self.is_main:
+            write_start(self.config, self.out, self.facts())
+
+    def _check_policy(self) -> None:
+        allow = self.config.allow_different_policy
+        found = check_start(self.trainer, self.data.rows, self.precision, policy=self.files.name, allow=allow)
+        if self.is_main:
+            print(
+                f"start       policy and cache differ by {found.mean:.1e} nats a token (mean), {found.largest:.1e} (max)"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json holds: what the run was started with."""
+        manifest = self.data.rows.manifest
+        return {
+            **manifest.rows_identity,
+            "identity": manifest.identity,
+            "rendered_on": manifest.tokenization.get("rendered_on"),
+            "command": command_of(dataclasses.replace(self.config, out=self.out)),
+            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "precision": self.precision.name,
+            "held_out_cache": self.data.held_out_cache,
+            "device": self.trainer.args.device.type,
+            "weights": list(self.objective.weights),
+            "total_updates": self.trainer.state.max_steps,
+            "warnings": self.warnings,
+            "alarms": dataclasses.asdict(self.settings),
+            "reference": manifest.reference,
+            "data": self.data.facts(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """What computes here."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _saving_warnings(config: TrainConfig, *, merges: bool) -> list[str]:
+    """Return a line for each thing that saved files will lack.
+
+    Args:
+        merges: the run ends by merging its adapters, and rounds what comes of it.
+    """
+    lines = []
+    if config.training.get("save_only_model") and config.save_steps:
+        lines.append("training: save_only_model: checkpoints hold no optimizer state, and --resume cannot use them.")
+    if config.save_dtype in ("bfloat16", "float16"):
+        share, kind = ("0.2", "bfloat16") if config.save_dtype == "bfloat16" else ("0.02", "float16")
+        evaluated = "before they are rounded" if merges else "as they are saved"
+        lines.append(
+            f"--save-dtype {kind}: a weight that training moves by less than {share} % of itself is saved as it was; "
+            f"held-out rows are evaluated with the weights {evaluated}."
+        )
+    return lines
+
+
+class _Steps(transformers.TrainerCallback):
+    """What happens before the first update, and beside the Trainer's own logs and evaluations."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.begin()  # in training precision, on the model's device
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run.data.held_out is not None and self.run.config.eval_steps is None:
+            control.should_evaluate |= state.global_step % len(self.run.trainer.batches) == 0
+        # The last update is always on record; and a run that goes on from a checkpoint (an evaluation may make one) has
+        # nothing of what was added up for the next record before it.
+        last = state.global_step >= state.max_steps
+        control.should_log |= control.should_save or control.should_evaluate or last
+
+
+def make_trainer(
+    config: TrainConfig,
+    args: transformers.TrainingArguments,
+    data: TrainingData,
+    model: Any,
+    files: PolicyFiles,
+    objective: Objective,
+    precision: Precision,
+    callbacks: list[Any],
+) -> KTOTrainer:
+    """The Trainer for a policy that is loaded."""
+    with accepted_by_trainer(config):
+        trainer = KTOTrainer(
+            model=model,
+            args=args,
+            rows=data.rows,
+            batches=data.batches(config),
+            objective=objective,
+            max_tokens=1 if sees_whole_passes(model) else _max_tokens(config, args.device),
+            rounding=tolerance_for(data.rows.manifest, precision),
+            held_out=data.held_out,
+            writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
+            callbacks=callbacks,
+        )
+    trainer.remove_callback(transformers.PrinterCallback)
+    prepare_sharding(trainer.accelerator, precision.dtype, merges=bool(config.lora_rank and files.adapter))
+    return trainer
+
+
+def _max_tokens(config: TrainConfig, device: torch.device) -> int | None:
+    """None: to be measured when the model is there."""
+    if not isinstance(config.max_tokens, str):
+        return config.max_tokens
+    return None if device.type == "cuda" else _MAX_TOKENS_CPU
+
+
+def check_vocabulary(model: Any, rows: CacheRows) -> None:
+    """A model with fewer embeddings than the tokenizer has ids would read past its table."""
+    size = whole_shape(model.get_input_embeddings().weight)[0]
+    if rows.largest_id >= size:
+        raise TrainingError(
+            f"The cache holds token id {rows.largest_id}, but the policy's vocabulary has {size} tokens: it is another model."
+        )

@@ -1,0 +1,276 @@
+"""What a sweep has found: results.csv, sweep.json, best.yaml, the best model and the report."""
+
+import csv
+import datetime
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+from offline_kto.kto_core.cache.manifest import Manifest
+from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.durable_files import flush, remove_tree, write_json, write_text
+from offline_kto.kto_core.errors import TrainingError, printable
+from offline_kto.kto_core.foreign_files import read_foreign
+from offline_kto.kto_core.options import as_plain, flag
+from offline_kto.train.report.report import write_report
+from offline_kto.train.run_files import FACTS, LARGEST_JSON, config_text
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.messages import Ended
+from offline_kto.train.sweep.space import Range, Trials
+from offline_kto.train.sweep.study import Study, Trial, TrialRecord
+
+RESULTS, BEST, BEST_OPTIONS, STATE = "results.csv", "best", "best.yaml", "sweep.json"
+
+# First in results.csv, in this order; others follow.
+_METRICS = (
+    "eval/loss",
+    "eval/accuracy",
+    "eval/rewards/chosen",
+    "eval/rewards/rejected",
+    "eval/rewards/margins",
+    "eval/kl",
+)
+
+
+class Results:
+    """The files of a sweep folder that say what was found; written anew after every trial.
+
+    Args:
+        out: the sweep folder.
+    """
+
+    def __init__(self, out: Path, config: SweepConfig, trials: Trials, study: Study) -> None:
+        self.out, self.config, self.trials, self.study = out, config, trials, study
+        self._keeping: dict[int, Ended] = {}
+        self._facts: dict[str, Any] = {}
+
+    def begin(self, manifest: Manifest, facts: dict[str, Any]) -> None:
+        """Put on record what the sweep was started with."""
+        known = _read(self.out / STATE)
+        self._facts = {
+            **manifest.rows_identity,
+            "command": self._command(),
+            "started": known.get("started")
+            or datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **{name: known.get(name) for name in ("versions", "reference", "data", "warnings")},
+            **facts,  # of a worker; nothing is new where every trial has ended
+            "metric": self.config.metric,
+            "direction": "maximize" if self.study.maximize else "minimize",
+            "space": {name: _space_entry(entry) for name, entry in self.trials.space.items()},
+        }
+        self._write()
+
+    # -- one trial ----------------------------------------------------------------------------------
+
+    def is_best(self, ended: Ended) -> bool:
+        """Whether a trial is better than all that ended before, here or on another machine."""
+        value = self._value(ended)
+        if ended.state != "complete" or value is None:
+            return False
+        best = self.study.best()
+        known = [best.value if best else None, *map(self._value, self._keeping.values())]
+        return all(value > one if self.study.maximize else value < one for one in known if one is not None)
+
+    def keep(self, trial: Trial, ended: Ended) -> None:
+        """It is the best so far; its model is being written."""
+        self._keeping[trial.number] = ended
+
+    def kept(self, trial: Trial) -> str:
+        """Its model is on the disk; those of worse trials go. Returns: a line about it."""
+        line = self.ended(trial, self._keeping.pop(trial.number))
+        best = self.study.best()  # another one may have become better meanwhile
+        stay = {*self._keeping, *((best.number,) if best else ())}
+        for folder in (self.out / "trials").glob("*/model"):
+            if folder.parent.name.isdecimal() and int(folder.parent.name) not in stay:
+                remove_tree(folder)
+        return line
+
+    def lost(self, trial: Trial, reason: str) -> str:
+        """Its worker is gone. Returns: a line about it."""
+        if trial.number in self._keeping:  # trained and judged: only its model is missing
+            del self._keeping[trial.number]
+            if self.study.release(trial):
+                return f"trial {trial.number:<6}begins again: {reason} while it wrote its model"
+        return self.ended(trial, Ended.refused(reason))
+
+    def ended(self, trial: Trial, ended: Ended) -> str:
+        """A trial has ended, without a model to keep. Returns: a line about it."""
+        value, reason, state = self._value(ended), ended.reason, ended.state
+        if state == "complete" and value is None:
+            state, reason = "failed", f"{self.config.metric} is not finite"
+        result = {
+            "metrics": {name: found for name, found in ended.metrics.items() if math.isfinite(found)},
+            "seconds": ended.seconds,
+            "train_seconds": ended.train_seconds,
+            "reason": reason,
+            "host": socket.gethostname(),
+            "folder": str((self.out / "trials" / f"{trial.number:04d}").resolve()),
+        }
+        self.study.tell(trial, state, value, result)
+        self._write()
+        said = f"failed: {reason}" if state == "failed" else f"{state}, " * (state != "complete") + self._shown(value)
+        took = f"  {ended.seconds:.1f} s" if ended.seconds else ""  # nobody knows of one that was lost
+        return f"trial {trial.number:<6}{said}  {_words(trial.params)}{took}"
+
+    def _shown(self, value: float | None) -> str:
+        return "" if value is None else f"{self.config.metric} {value:.6g}"
+
+    def _value(self, ended: Ended) -> float | None:
+        value = ended.metrics.get(self.config.metric)
+        return value if value is not None and math.isfinite(value) else None
+
+    # -- all of them --------------------------------------------------------------------------------
+
+    def _write(self, *, importance: dict[str, float] | None = None) -> None:
+        records = self.study.records()
+        write_text(self.out / RESULTS, self._csv(records))
+        best = self.study.best()
+        trials = [
+            {
+                "number": record.number,
+                "state": record.state,
+                "params": record.params,
+                "value": record.value,
+                **{
+                    name: record.result.get(name)
+                    for name in ("metrics", "seconds", "train_seconds", "reason", "host", "folder")
+                },
+            }
+            for record in records
+        ]
+        state = {
+            **self._facts,
+            "seconds": sum(record.result.get("seconds") or 0.0 for record in records),
+            "importance": importance,
+            "best": best.number if best else None,
+            "planned": self.trials.count,
+            "trials": trials,
+        }
+        write_json(self.out / STATE, state)
+
+    def _csv(self, records: list[TrialRecord]) -> str:
+        """No times and no places: the same sweep gives the same rows, whatever interrupted it."""
+        found = {name for record in records for name in record.result.get("metrics") or {}}
+        names = [name for name in _METRICS if name in found] + sorted(found - set(_METRICS))
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(map(_cell, ["trial", "state", *self.trials.space, *names, "reason"]))
+        for record in records:
+            metrics = record.result.get("metrics") or {}
+            params = [record.params.get(name) for name in self.trials.space]
+            table.writerow(
+                map(
+                    _cell,
+                    [
+                        record.number,
+                        record.state,
+                        *params,
+                        *(metrics.get(name) for name in names),
+                        record.result.get("reason"),
+                    ],
+                )
+            )
+        return text.getvalue()
+
+    def finish(self) -> None:
+        """Every trial has ended: name the best, and write the report.
+
+        Raises:
+            TrainingError: all trials failed.
+        """
+        self._write(importance=self.study.importance())  # not after each trial: it takes a while
+        best = self.study.best()
+        if best is not None:
+            self._publish(best)
+        report = write_report([self.out])
+        if best is None:
+            reasons = [record.result.get("reason") for record in self.study.records() if record.state == "failed"]
+            raise TrainingError(
+                f"{self.out}: no trial came to its end. The first one: {reasons[0] if reasons else 'was pruned'}"
+            )
+        failed = sum(record.state == "failed" for record in self.study.records())
+        tell(f"best        trial {best.number}: {self._shown(best.value)}  {_words(best.params)}")
+        if failed:
+            print(f"failed      {failed:,} trials; {RESULTS} has the reasons")
+        tell(f"next        kto-train --config {shlex.quote(str(self.out / BEST_OPTIONS))} --out runs/best")
+        tell(f"report      {report}")
+        tell(f"wrote       {self.out}")
+
+    def _publish(self, best: TrialRecord) -> None:
+        config = self.trials.config(best.params)
+        head = printable(f"# Trial {best.number} of {self.out}: {self._shown(best.value)}") + "\n"
+        write_text(self.out / BEST_OPTIONS, head + config_text(config))
+        model, out = self.out / "trials" / f"{best.number:04d}" / "model", self.out / BEST
+        if model.exists():
+            remove_tree(out)
+            model.rename(out)
+            flush(self.out)
+        elif not self._is_of(out, best):
+            folder, host = Path(str(best.result.get("folder"))), best.result.get("host")
+            # Of a sweeper that shares the storage: its model, while it works or after it was killed, or its best one.
+            there = next(
+                (one for one in (folder / "model", folder.parent.parent / BEST) if self._is_of(one, best)), None
+            )
+            if there is not None:
+                copy = self.out / f".{BEST}.tmp"
+                remove_tree(copy)
+                shutil.copytree(there, copy)
+                remove_tree(out)
+                copy.rename(out)
+                flush(self.out)
+            elif host != socket.gethostname():
+                tell(f"best model  with the sweeper that made it, on {host}: {folder.parent.parent}")
+            else:
+                print("best model  gone; best.yaml makes it again")
+
+    def _is_of(self, folder: Path, best: TrialRecord) -> bool:
+        """Whether a folder holds the model of a trial of this sweep."""
+        facts = _read(folder / FACTS)
+        return facts.get("trial") == best.number and facts.get("fingerprint") == self._facts["fingerprint"]
+
+    def _command(self) -> str:
+        words = ["kto-sweep", "--config", str(self.out / "sweep.yaml"), "--out", str(self.out)]
+        default = as_plain(SweepConfig())
+        for name, value in as_plain(self.config).items():
+            if name in ("cache", "workers") and value != default[name]:
+                words += [flag(name), str(value)]
+        return shlex.join(words)
+
+
+def _words(params: dict[str, Any]) -> str:
+    return " ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
+    )
+
+
+# A spreadsheet runs a cell that begins so; where ; parts cells, in the middle of ours too.
+_FORMULA = re.compile(r"(^|;)(\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])")
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def _cell(value: Any) -> Any:
+    """A cell of results.csv: numbers as they are, text on one line that no spreadsheet takes for a formula."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return text if _NUMBER.fullmatch(text) else _FORMULA.sub(r"\1\2'", text)
+
+
+def _space_entry(entry: Any) -> dict[str, Any]:
+    if isinstance(entry, Range):
+        return {"low": entry.low, "high": entry.high, "log": entry.log}
+    return {"values": list(entry.values)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(read_foreign(path, most=LARGEST_JSON)))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}

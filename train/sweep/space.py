@@ -1,0 +1,263 @@
+"""The space that a sweep searches, and the options of each trial."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from offline_kto.kto_core.errors import ConfigError, shown
+from offline_kto.kto_core.options import checked_values, value_types
+from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
+from offline_kto.train.sweep.config import MOST_TRIALS, USUAL_TRIALS, SweepConfig
+
+_JUDGED = "they are compared on the same held-out rows"
+_SAME_FOR_ALL = {
+    "cache": "give --cache",
+    "metric": "they are compared by one",
+    "training": "it is no option; set it in train:",
+    "eval_fraction": _JUDGED,
+    "eval_cache": _JUDGED,
+    "eval_seed": _JUDGED,
+    "max_length": f"{_JUDGED}, which it cuts",
+}
+# Of a range of whole numbers.
+_GREATEST = 10**9
+# Options that are part of the held-out loss itself.
+_CHANGES_LOSS = ("loss", "beta", "desirable_weight", "undesirable_weight", "humanline_low", "humanline_high")
+
+
+@dataclass(frozen=True)
+class Values:
+    """An option that takes one of some values."""
+
+    values: tuple[Any, ...]
+
+    def grid(self) -> tuple[Any, ...]:
+        """All of them."""
+        return self.values
+
+
+@dataclass(frozen=True)
+class Range:
+    """An option that takes any number between two, both included.
+
+    Attributes:
+        whole: whether it takes whole numbers only.
+        points: how many of them a grid takes.
+    """
+
+    low: float
+    high: float
+    log: bool
+    whole: bool
+    points: int | None
+
+    def grid(self) -> tuple[Any, ...]:
+        """`points` numbers at equal distances (equal ratios if `log`)."""
+        assert self.points is not None
+        share = [i / max(1, self.points - 1) for i in range(self.points)]
+        if self.log:
+            numbers = [math.exp(math.log(self.low) + s * (math.log(self.high) - math.log(self.low))) for s in share]
+        else:
+            numbers = [self.low + s * (self.high - self.low) for s in share]
+        if self.whole:
+            return tuple(dict.fromkeys(round(n) for n in numbers))
+        numbers = [float(f"{n:.12g}") for n in numbers]  # 1e-4, not 9.999999999999991e-05
+        return (self.low, *numbers[1:-1], self.high) if self.points > 1 else (self.low,)
+
+
+Space = dict[str, Values | Range]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What the trials of a sweep are made from.
+
+    Attributes:
+        base: options that all trials share.
+        space: options that they differ in.
+        count: how many there are.
+        choices: of each option, where all of them have so many and no more; None of a space without end.
+    """
+
+    base: dict[str, Any]
+    space: Space
+    count: int
+    choices: dict[str, Sequence[Any]] | None
+
+    @classmethod
+    def of(cls, config: SweepConfig) -> "Trials":
+        """Raises: ConfigError: a key, a value or a range that kto-train would refuse."""
+        base = _base(config)
+        if not config.space:
+            raise ConfigError("space: names no option to search over. For instance:  space: {beta: [0.05, 0.1, 0.3]}")
+        space = {name: _parse(name, entry, config.search) for name, entry in _names(config.space).items()}
+        twice = sorted(set(space) & set(config.train))
+        if twice:
+            raise ConfigError(f"{twice[0]!r} stands in space: and in train:; keep one of them.")
+        if "seed" in space:
+            # All trials are judged on the same held-out rows.
+            base.setdefault("eval_seed", base.get("seed", TrainConfig.seed))
+        for name, entry in space.items():
+            _try_values(base, name, entry)
+        choices = _choices(space, config.search)
+        points = _count(choices)
+        wanted = config.trials or (points if config.search == "grid" and points else USUAL_TRIALS)
+        if wanted > MOST_TRIALS:
+            raise ConfigError(
+                f"The sweep would have {wanted:,} trials. Give trials: (at most {MOST_TRIALS:,}), or fewer values."
+            )
+        return cls(base, space, min(wanted, points or wanted), choices)
+
+    @property
+    def points(self) -> int | None:
+        """How many different trials there can be; None without end."""
+        return _count(self.choices)
+
+    def warnings(self) -> list[str]:
+        """One line for each thing that makes trials hard to compare."""
+        lines, metric = [], self.base["metric"]
+        scale = {"eval/loss": _CHANGES_LOSS, "eval/rewards/margins": ("beta",)}.get(metric, ())
+        changed = [name for name in self.space if name in scale]
+        if changed:
+            names = " and ".join(changed) if len(changed) < 3 else ", ".join(changed)
+            lines.append(
+                f"{metric} is measured with each trial's own {names}, so its scale differs between trials; metric: eval/accuracy "
+                "compares them on one."
+            )
+        losses = self.space.get("loss")
+        paired = [loss in PAIRED_LOSSES for loss in losses.grid()] if isinstance(losses, Values) else []
+        if any(paired) and not all(paired):
+            lines.append(
+                "losses of pairs are judged on whole pairs, by the better row of each; the others on single rows, by their side "
+                "of the reference point: compare the two kinds with care."
+            )
+        return lines
+
+    def config(self, params: dict[str, Any]) -> TrainConfig:
+        """A trial's options. Raises: ConfigError: values that do not go together."""
+        return TrainConfig(**{**self.base, **params})
+
+    def point(self, number: int) -> dict[str, Any]:
+        """Parameters by their number, below `points`; the last option of the space changes fastest."""
+        assert self.choices is not None
+        params: dict[str, Any] = {}
+        for name, values in reversed(self.choices.items()):
+            number, place = divmod(number, len(values))
+            params[name] = values[place]
+        return {name: params[name] for name in self.space}
+
+
+def _choices(space: Space, search: str) -> dict[str, Sequence[Any]] | None:
+    """The values of each option, where they can be counted."""
+    choices: dict[str, Sequence[Any]] = {}
+    for name, entry in space.items():
+        if isinstance(entry, Values) or search == "grid":
+            choices[name] = entry.grid()
+        elif entry.whole:
+            choices[name] = range(int(entry.low), int(entry.high) + 1)
+        else:
+            return None
+    return choices
+
+
+def _count(choices: dict[str, Sequence[Any]] | None) -> int | None:
+    return None if choices is None else math.prod(map(len, choices.values()))
+
+
+def _names(space: dict[str, Any]) -> dict[str, Any]:
+    """The space with names as `TrainConfig` has them."""
+    names = {shown(key).replace("-", "_"): entry for key, entry in space.items()}
+    for name in names:
+        if name in _SAME_FOR_ALL:
+            raise ConfigError(f"space: {name!r} cannot differ between the trials of one sweep: {_SAME_FOR_ALL[name]}.")
+    return names
+
+
+def _base(config: SweepConfig) -> dict[str, Any]:
+    base = checked_values(TrainConfig, config.train, "train")
+    for name, where in (("cache", "--cache"), ("metric", "metric:, beside train:")):
+        if name in base:
+            raise ConfigError(f"train: {name!r} is set for all of the sweep by {where}; remove it from the table.")
+    if "eval_cache" not in base:
+        base.setdefault("eval_fraction", 0.1)  # trials are compared on rows that none of them saw
+        if not base["eval_fraction"]:
+            raise ConfigError(
+                "train: eval_fraction: 0 leaves no held-out rows to compare trials by. Hold some out, or give eval_cache."
+            )
+    return {**base, "cache": config.cache, "metric": config.metric}
+
+
+def _parse(name: str, entry: Any, search: str) -> Values | Range:
+    where = f"space: {name}"
+    if isinstance(entry, list):
+        values = tuple(checked_values(TrainConfig, {name: value}, "space")[name] for value in entry)
+        if not values:
+            raise ConfigError(f"{where}: an empty list; give at least one value.")
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{where}: a value is given twice.")
+        return Values(values)
+    if not isinstance(entry, dict):
+        raise ConfigError(
+            f"{where}: expected a list of values or a range, got {shown(entry)}. A value that all trials share belongs into train:."
+        )
+    kinds = value_types(TrainConfig).get(name)
+    if kinds is None:
+        checked_values(TrainConfig, {name: None}, "space")  # names the nearest
+    if kinds is None or not {int, float} & set(kinds):
+        raise ConfigError(f"{where}: takes no numbers, so it has no range; give a list of values.")
+    unknown = sorted(set(map(str, entry)) - {"low", "high", "log", "points"})
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}. A range has low, high, log and, for a grid, points.")
+    return _range(where, entry, whole=float not in kinds, grid=search == "grid")
+
+
+def _range(where: str, entry: dict[str, Any], *, whole: bool, grid: bool) -> Range:
+    log, points = entry.get("log", False), entry.get("points")
+    low, high = (_end(where, name, entry.get(name), whole=whole) for name in ("low", "high"))
+    if whole and high > _GREATEST:
+        raise ConfigError(f"{where}: high must be at most {_GREATEST:,}, got {high:g}.")
+    if low >= high:
+        raise ConfigError(f"{where}: low ({low:g}) must be below high ({high:g}).")
+    if not isinstance(log, bool):
+        raise ConfigError(f"{where}: log must be true or false, got {shown(log)}.")
+    if log and low <= 0:
+        raise ConfigError(f"{where}: a range on a log scale must begin above 0, got {low:g}.")
+    if grid and points is None:
+        raise ConfigError(
+            f"{where}: a grid needs to know how many: add points: 5 to the range, or give a list of values."
+        )
+    if points is not None and (not isinstance(points, int) or isinstance(points, bool) or not 1 <= points <= 1000):
+        raise ConfigError(f"{where}: points must be a whole number from 1 to 1000, got {shown(points)}.")
+    return Range(low, high, log, whole, points)
+
+
+def _end(where: str, name: str, value: Any, *, whole: bool) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not number or (whole and value != int(value)):
+        raise ConfigError(f"{where}: {name} must be {'a whole number' if whole else 'a number'}, got {shown(value)}.")
+    return float(value)
+
+
+def _try_values(base: dict[str, Any], name: str, entry: Values | Range) -> None:
+    """Each value by itself, beside what all trials share."""
+    ends = (entry.low, entry.high) if isinstance(entry, Range) else entry.values
+    for value in ends:
+        if isinstance(entry, Range) and entry.whole:
+            value = int(value)
+        try:
+            TrainConfig(**{**base, name: value})
+        except ConfigError as error:
+            if _refused(base) == str(error):
+                raise ConfigError(f"train: {error}") from error
+            raise ConfigError(f"space: {name}: {shown(value)} cannot be used: {error}") from error
+
+
+def _refused(base: dict[str, Any]) -> str | None:
+    """What is wrong with the options that all trials share, whatever they differ in."""
+    try:
+        TrainConfig(**base)
+    except ConfigError as error:
+        return str(error)
+    return None

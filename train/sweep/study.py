@@ -1,0 +1,420 @@
+"""The trials of a sweep, in Optuna's storage: the only file that knows optuna.
+
+A trial's number decides what it tries, so a sweep that was killed goes on with what it would have tried. Several
+machines may share one storage: whoever asks gets the next trial, and takes over those of a sweeper that is gone: at once
+where it ran on this machine, else when its sign of life has not changed for a while.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import random
+import secrets
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from offline_kto.kto_core.errors import ConfigError, in_one_line
+from offline_kto.kto_core.redaction import hidden, hidden_url, secrets_of, without_secrets
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.space import Range, Trials
+
+STUDY = "kto-sweep"
+BEAT_SECONDS = 5.0
+
+# A sweeper whose sign of life has not changed for so long is gone.
+_GONE_SECONDS = 30.0
+
+_OWNER, _ALIVE, _RESULT = "owner", "alive", "result"
+_NOBODY = ""
+
+
+def check_installed() -> None:
+    """Raises: ConfigError: optuna is missing."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("kto-sweep needs optuna. Install it with: pip install 'offline-kto[sweep]'") from error
+
+
+def check_storage(url: str) -> None:
+    """Refuse a database's URL that would be read otherwise than it is meant, with a part of its password as the host.
+
+    Raises:
+        ConfigError: it is no URL, or its password has characters that must be encoded.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    encode = "Write the characters @ : / ? of a user or password as %40 %3A %2F %3F."
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # both may quote a part of the password
+        example = "sqlite:///study.db or postgresql+psycopg://user@host/name"
+        raise ConfigError(f"--storage {hidden_url(url)}: no database's URL, as {example}. {encode}") from None
+    if "@" in f"{parsed.host}{parsed.database if parsed.password else ''}":
+        raise ConfigError(f"--storage {hidden_url(url)}: has more than one @. {encode}")
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial as the study knows it.
+
+    Attributes:
+        state: complete, failed, pruned or running.
+        value: of the metric; None if there is none.
+        result: what was told with it: `metrics`, `seconds`, `reason`, `host`, `folder`.
+    """
+
+    number: int
+    state: str
+    params: dict[str, Any]
+    value: float | None
+    result: dict[str, Any]
+
+
+class Study:
+    """What was tried, what comes next, and who does it.
+
+    Args:
+        config: of the sweep.
+        trials: what they are made from.
+        url: of the storage.
+        identity: of the cache and the sweep; a study that was begun with another one is refused.
+
+    Raises:
+        ConfigError: the storage cannot be opened, or holds another sweep.
+    """
+
+    def __init__(self, config: SweepConfig, trials: Trials, url: str, identity: dict[str, Any]) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self._optuna, self._config, self._trials = optuna, config, trials
+        self.maximize = config.metric != "eval/loss"
+        self._me = f"{_place()}/{os.getpid()}/{secrets.token_hex(4)}"
+        self._url, self._identity = url, identity
+        self._signs: dict[str, tuple[Any, float]] = {}  # of each sweeper: the last one, and when it was seen first
+        self._beaten = -BEAT_SECONDS
+        self._beats = 0
+        with _of_storage(url):
+            self._storage = self._patiently(lambda: optuna.storages.get_storage(url))
+            names = [summary.study_name for summary in optuna.get_all_study_summaries(self._storage, False)]
+            self._study: Any = None  # nobody has begun
+            if STUDY in names:
+                self._join()
+            every: list[Any] = [] if self._study is None else self._study.get_trials(deepcopy=False)
+        done = sum(frozen.state.is_finished() for frozen in every)
+        if done > trials.count:
+            raise ConfigError(
+                f"trials: {trials.count}: the sweep has {done} trials already, and none of them is thrown away. Give --trials {done} or "
+                "more, or another --out."
+            )
+
+    def begin(self) -> None:
+        """Put the sweep on record, unless it is. Until then another one may take its place.
+
+        Raises:
+            ConfigError: another sweep has begun there meanwhile.
+        """
+        if self._study is None:
+            with _of_storage(self._url):
+                self._join()
+        self.beat()
+
+    def _join(self) -> None:
+        """Begin the study, or take part in it."""
+        self._study = self._patiently(
+            lambda: self._optuna.create_study(
+                study_name=STUDY,
+                storage=self._storage,
+                direction="maximize" if self.maximize else "minimize",
+                load_if_exists=True,
+                pruner=self._pruner(),
+            )
+        )
+        self._check()
+
+    def _patiently(self, open_it: Callable[[], Any]) -> Any:
+        tries = 5
+        while True:
+            try:
+                return open_it()
+            except Exception as error:
+                # Two machines that make the tables at once get in each other's way.
+                tries -= 1
+                if not tries or isinstance(error, ValueError | TypeError):
+                    # A URL of another kind, or with an entry that the driver does not take; tables of another optuna.
+                    if isinstance(error, ValueError | TypeError | RuntimeError):
+                        raise ConfigError(f"--storage {hidden_url(self._url)}: {_said(self._url, error)}") from error
+                    raise
+                time.sleep(random.uniform(0.1, 0.5))
+
+    def _check(self) -> None:
+        identity = json.loads(json.dumps(self._identity, default=str))  # as the storage gives it back
+        begun = without_secrets(dict(self._study.user_attrs.get("identity") or {}))
+        if not begun:
+            self._study.set_user_attr("identity", identity)
+            return
+        for name, value in identity.items():
+            if begun.get(name) != value:
+                raise ConfigError(
+                    f"{hidden_url(self._url)}: holds a sweep that was begun with another {name}: {begun.get(name)!r}, not "
+                    f"{value!r}. Give the same one, or another --out (with --storage: another database)."
+                )
+
+    def _pruner(self) -> Any:
+        pruners = self._optuna.pruners
+        return pruners.MedianPruner() if self._config.pruning == "median" else pruners.NopPruner()
+
+    # -- who is there -------------------------------------------------------------------------------
+
+    def beat(self) -> None:
+        """Give a sign of life, if the last one is a while ago."""
+        if time.monotonic() - self._beaten >= BEAT_SECONDS:
+            self._beaten, self._beats = time.monotonic(), self._beats + 1
+            with _of_storage(self._url):
+                self._study.set_user_attr(f"{_ALIVE}:{self._me}", self._beats)
+
+    def _is_gone(self, owner: str | None) -> bool:
+        if owner == self._me:
+            return False
+        if owner == _NOBODY:
+            return True
+        if owner is None:  # somebody has just made this trial, or was killed while doing so
+            sweepers = [name.partition(":")[2] for name in self._study.user_attrs if name.startswith(f"{_ALIVE}:")]
+            return all(self._is_gone(one) for one in sweepers if one != self._me)
+        place, _, rest = owner.partition("/")
+        if place == _place() and not _runs(int(rest.split("/")[0])):
+            return True
+        # Only changes count: the clocks of two machines may differ.
+        sign = self._study.user_attrs.get(f"{_ALIVE}:{owner}")
+        known, since = self._signs.get(owner, (None, 0.0))
+        if sign != known:
+            since = time.monotonic()
+            self._signs[owner] = sign, since
+        return time.monotonic() - since > _GONE_SECONDS
+
+    # -- trials -------------------------------------------------------------------------------------
+
+    def next(self) -> "Trial | None":
+        """A trial to run, or None if there is none at the moment (see `is_done`)."""
+        with _of_storage(self._url):
+            return self._next()
+
+    def _next(self) -> "Trial | None":
+        for frozen in self._frozen():
+            if frozen.state.name == "RUNNING" and self._is_gone(frozen.user_attrs.get(_OWNER)):
+                trial = self._optuna.trial.Trial(self._study, frozen._trial_id)
+                if self._claim(trial):
+                    return self._opened(trial)
+        if len(self._frozen()) >= self._trials.count:
+            return None
+        trial = self._study.ask()
+        if trial.number >= self._trials.count:  # another machine was faster; a longer sweep will take it up
+            return None
+        trial.set_user_attr(_OWNER, self._me)
+        return self._opened(trial)
+
+    def _claim(self, trial: Any) -> bool:
+        """Two machines may find the same trial without an owner: the last one to write its name has it."""
+        trial.set_user_attr(_OWNER, self._me)
+        if self._config.storage is not None:
+            time.sleep(1.0)
+        owner: str = self._study.get_trials(deepcopy=False)[trial.number].user_attrs[_OWNER]
+        return owner == self._me
+
+    def _opened(self, trial: Any) -> "Trial":
+        """Its parameters: those of before, or drawn now, by its number and, for tpe, what is known so far."""
+        frozen = self._study.get_trials(deepcopy=False)[trial.number]
+        # Some may have been put on record before their sweeper was killed.
+        params = {**self._drawn(frozen), **frozen.params}
+        samplers = self._optuna.samplers
+        self._study.sampler = samplers.PartialFixedSampler(params, samplers.RandomSampler(0))
+        return Trial(trial, {name: self._suggest(trial, name) for name in self._trials.space})
+
+    def _drawn(self, frozen: Any) -> dict[str, Any]:
+        """What the search draws for a trial; nothing twice, in a space that can be counted."""
+        if self._config.search == "grid":
+            return self._trials.point(frozen.number)
+        params = {
+            name: self._sampler(frozen.number, position).sample_independent(
+                self._study, frozen, name, self._distribution(name)
+            )
+            for position, name in enumerate(self._trials.space)
+        }
+        points = self._trials.points
+        if points is None:
+            return params
+        tried = {tuple(map(one.params.get, params)) for one in self._frozen() if one.number != frozen.number}
+        if tuple(params.values()) not in tried:
+            return params
+        first = random.Random(self._seed(frozen.number, 0)).randrange(points)
+        others = (self._trials.point((first + step) % points) for step in range(points))
+        return next((point for point in others if tuple(point.values()) not in tried), params)
+
+    def _seed(self, number: int, position: int) -> int:
+        """Of a trial's option. A sampler for each of them: what one draws must not depend on the others."""
+        return ((self._config.seed * 1009 + number) * 1_000_003 + position) % 2**32
+
+    def _sampler(self, number: int, position: int) -> Any:
+        samplers, seed = self._optuna.samplers, self._seed(number, position)
+        if self._config.search == "random":
+            return samplers.RandomSampler(seed)
+        return samplers.TPESampler(seed=seed, constant_liar=True)
+
+    def _distribution(self, name: str) -> Any:
+        entry, distributions = self._trials.space[name], self._optuna.distributions
+        if not isinstance(entry, Range) or self._config.search == "grid":
+            return distributions.CategoricalDistribution(entry.grid())
+        if entry.whole:
+            return distributions.IntDistribution(int(entry.low), int(entry.high), log=entry.log)
+        return distributions.FloatDistribution(entry.low, entry.high, log=entry.log)
+
+    def _suggest(self, trial: Any, name: str) -> Any:
+        """Put on record what was drawn."""
+        found = self._distribution(name)
+        if hasattr(found, "choices"):
+            return trial.suggest_categorical(name, found.choices)
+        suggest = trial.suggest_int if isinstance(found.low, int) else trial.suggest_float
+        return suggest(name, found.low, found.high, log=found.log)
+
+    def falls_behind(self, trial: "Trial", step: int, value: float) -> bool:
+        """Note an evaluation. Returns: whether the trial should stop."""
+        trial.evaluations[step] = value
+        if self._config.pruning == "none":
+            return False
+        # Told to the storage at the end: what a trial found before it was interrupted must not decide about it.
+        with _of_storage(self._url):
+            frozen = copy.deepcopy(self._study.get_trials(deepcopy=False)[trial.number])
+            frozen.intermediate_values = dict(trial.evaluations)
+            return bool(self._study.pruner.prune(self._study, frozen))
+
+    def tell(self, trial: "Trial", state: str, value: float | None, result: dict[str, Any]) -> None:
+        """A trial has ended: complete, pruned or failed."""
+        states = self._optuna.trial.TrialState
+        found = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state]
+        taken_over = (ValueError, self._optuna.exceptions.UpdateFinishedTrialError)  # and it has ended there
+        with _of_storage(self._url), contextlib.suppress(*taken_over), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "This step is already reported"
+            for step, one in trial.evaluations.items():
+                trial.handle.report(one, step)
+            trial.handle.set_user_attr(_RESULT, result)
+            self._study.tell(trial.handle, value if state == "complete" else None, state=found)
+
+    def release(self, trial: "Trial") -> bool:
+        """Let a trial be run once more. Returns: False if it was released before."""
+        with _of_storage(self._url):
+            if trial.handle.user_attrs.get("released"):
+                return False
+            trial.handle.set_user_attr("released", True)
+            trial.handle.set_user_attr(_OWNER, _NOBODY)
+        return True
+
+    def records(self) -> list[TrialRecord]:
+        """All trials, by number."""
+        names = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+        return [
+            TrialRecord(
+                number=frozen.number,
+                state=names.get(frozen.state.name, "running"),
+                params={name: frozen.params[name] for name in self._trials.space if name in frozen.params},
+                value=frozen.value if frozen.state.name != "FAIL" else None,
+                result=dict(frozen.user_attrs.get(_RESULT) or {}),
+            )
+            for frozen in self._frozen()
+        ]
+
+    def is_done(self) -> bool:
+        """Whether every trial has ended."""
+        records = self.records()
+        return len(records) >= self._trials.count and all(record.state != "running" for record in records)
+
+    def best(self) -> TrialRecord | None:
+        """The trial with the best value; the first of equals."""
+        complete = [record for record in self.records() if record.state == "complete" and record.value is not None]
+        sign = -1 if self.maximize else 1
+        return min(complete, key=lambda record: sign * (record.value or 0.0), default=None)
+
+    def importance(self) -> dict[str, float] | None:
+        """Share of the metric's variation that each option explains; None where that cannot be told."""
+        importance = self._optuna.importance
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # "The number of trials is too small"
+                found = importance.get_param_importances(
+                    self._study, evaluator=importance.PedAnovaImportanceEvaluator(), normalize=True
+                )
+        except (ValueError, RuntimeError, ZeroDivisionError, UserWarning):
+            return None
+        return {name: float(share) for name, share in found.items()}
+
+    def _frozen(self) -> list[Any]:
+        if self._study is None:
+            return []
+        with _of_storage(self._url):
+            found: list[Any] = self._study.get_trials(deepcopy=False)
+        return found[: self._trials.count]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that this process runs."""
+
+    handle: Any
+    params: dict[str, Any]
+    evaluations: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def number(self) -> int:
+        """From 0; the same whatever was interrupted."""
+        return int(self.handle.number)
+
+
+@contextlib.contextmanager
+def _of_storage(url: str) -> Iterator[None]:
+    """What a database says becomes a message. Raises: ConfigError: it cannot be used."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except ImportError as error:
+        missing = _said(url, error.__cause__ or error).rstrip(".")
+        raise ConfigError(
+            f"{hidden_url(url)}: {missing}. Install the driver of that database, or name another one in the URL "
+            "(postgresql+psycopg://, mysql+pymysql://)."
+        ) from error
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise ConfigError(
+            f"{hidden_url(url)}: the sweep's database cannot be used: "
+            f"{_said(url, error.__cause__ or error).rstrip('.')}. What was finished is kept; when it can, the same command "
+            "goes on."
+        ) from error
+
+
+def _said(url: str, error: BaseException) -> str:
+    """What a driver says; it may quote a part of the URL."""
+    return hidden(in_one_line(error), secrets_of(url))
+
+
+def _place() -> str:
+    """Where a process number means something: this machine, or this container on it."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()}:{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,231 @@
+"""Many runs from one cache: `kto-sweep` hands trials to workers, and keeps what they find.
+
+sweeps/NAME/sweep.yaml     resolved options
+sweeps/NAME/study.db       Optuna's study, unless --storage names another database
+sweeps/NAME/trials/0000/   a trial: config.yaml, metrics.jsonl, evaluation.json, rewards.parquet, log.txt
+sweeps/NAME/sweep.json     what was tried and found, for the report
+sweeps/NAME/results.csv    one row for each trial
+sweeps/NAME/best.yaml      options of the best trial, as `kto-train --config` takes them
+sweeps/NAME/best/          its run: model, tokenizer, metrics
+sweeps/NAME/report.html
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
+from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
+from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.durable_files import write_text, written_to
+from offline_kto.kto_core.errors import ConfigError, TrainingError, printable
+from offline_kto.kto_core.launch import settle_launch, world_size
+from offline_kto.kto_core.locations import Location
+from offline_kto.kto_core.lock import LOCK, only_writer
+from offline_kto.kto_core.options import as_plain
+from offline_kto.kto_core.redaction import hidden_url, without_secrets
+from offline_kto.kto_core.streams import is_terminal
+from offline_kto.train.data.row_words import rows_in_words, scored_in_words
+from offline_kto.train.run_files import make_folder, yaml_without_secrets
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.messages import Ended, Evaluated, Kept, Lost, Stop
+from offline_kto.train.sweep.results import Results
+from offline_kto.train.sweep.space import Trials
+from offline_kto.train.sweep.study import BEAT_SECONDS, Study, Trial, check_installed, check_storage
+from offline_kto.train.sweep.workers import Worker, Workers
+
+SWEEP = "sweep.yaml"
+DATABASE = "study.db"
+
+
+def sweep(config: SweepConfig) -> Path:
+    """Run `kto-sweep`.
+
+    Returns:
+        The sweep folder.
+
+    Raises:
+        KTOError: the user's input cannot be used, or every trial failed.
+    """
+    check_installed()
+    if config.storage:
+        check_storage(config.storage)
+    if world_size() > 1:
+        raise ConfigError(
+            "kto-sweep starts its own processes, a trial in each; run it without torchrun, with --workers."
+        )
+    settle_launch()
+    trials = Trials.of(config)
+    out = make_folder(config.out, "sweeps")
+    try:
+        with only_writer(out, ConfigError), written_to(out, TrainingError, "Make room; the same command goes on."):
+            _check_folder(out)
+            _sweep(config, trials, out)
+    finally:
+        with contextlib.suppress(OSError):  # something was written there
+            out.rmdir()
+    return out
+
+
+def _check_folder(out: Path) -> None:
+    """A sweep begins in an empty folder, and goes on in its own."""
+    begun = (LOCK, f".{SWEEP}.")
+    found = sorted(path.name for path in out.iterdir() if not path.name.startswith(begun))
+    if found and not (out / SWEEP).exists():
+        raise ConfigError(
+            f"--out {out}: holds {found[0]}, but no {SWEEP}: it is no sweep of kto-sweep. Choose another --out."
+        )
+
+
+def _write_config(config: SweepConfig, out: Path) -> None:
+    values = {k: v for k, v in as_plain(config).items() if k != "out" and v not in (None, {})}
+    if config.storage:
+        values["storage"] = hidden_url(config.storage)
+    write_text(out / SWEEP, yaml_without_secrets(values))
+
+
+def _manifest(cache: Location) -> Manifest:
+    folder = local_copy(cache)
+    with speaking_of(cache, folder):
+        return read_manifest(folder)
+
+
+def _rows(manifest: Manifest, trials: Trials) -> dict[str, Any]:
+    """What all trials read, as `TrainingData.identity` says it."""
+    held_out = trials.base.get("eval_cache")
+    manifests = {"cache": manifest, "held-out cache": manifest if held_out is None else _manifest(held_out)}
+    return {name: one.rows_identity for name, one in manifests.items()}
+
+
+def _identity(config: SweepConfig, rows: dict[str, Any]) -> dict[str, Any]:
+    """What all trials of one study have in common; more trials may be added to it, by any number of workers."""
+    return {
+        **rows,
+        **{name: getattr(config, name) for name in ("search", "metric", "pruning", "seed", "space")},
+        "train": without_secrets(config.train),  # others may read the database
+    }
+
+
+def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
+    manifest = _manifest(config.cache)
+    rows = _rows(manifest, trials)
+    if not (out / SWEEP).exists():
+        _write_config(config, out)
+    with Workers(_worker_count(config, trials), trials, rows) as workers:
+        # They import their libraries and verify the cache while the study is opened here.
+        workers.ask(trials)
+        url = config.storage or f"sqlite:///{_database(out)}"
+        study = Study(config, trials, url, _identity(config, rows))
+        _write_config(config, out)
+        results = Results(out, config, trials, study)
+        left = trials.count - sum(record.state != "running" for record in study.records())
+        found = workers.told() if left else {}
+        study.begin()
+        results.begin(manifest, found)
+        _print_plan(config, trials, manifest, out, workers, left)
+        if left:
+            with _bar(trials.count - left, trials.count) as say:
+                _run(study, trials, workers, results, out, say)
+    results.finish()
+
+
+def _database(out: Path) -> Path:
+    """The study's file in the sweep folder. Raises: ConfigError: a link, which would be written through, or no file."""
+    path = out / DATABASE
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ConfigError(
+            f"{path}: is no regular file. Remove it; a study elsewhere is named by --storage sqlite:///PATH."
+        )
+    return path.resolve()
+
+
+def _worker_count(config: SweepConfig, trials: Trials) -> int:
+    return min(config.workers or max(1, len(Workers.gpus(trials))), trials.count)
+
+
+def _run(study: Study, trials: Trials, workers: Workers, results: Results, out: Path, say: Any) -> None:
+    """Until every trial has ended, here or on another machine."""
+    running: dict[Worker, Trial] = {}
+    while True:
+        study.beat()
+        for worker in workers.idle(running):
+            trial = study.next()
+            if trial is None:
+                break
+            folder = out / "trials" / f"{trial.number:04d}"
+            try:
+                # A trial that is interrupted begins again.
+                worker.start(trial.number, dataclasses.replace(trials.config(trial.params), save_steps=0), folder)
+            except ConfigError as error:  # values that do not go together
+                say(results.ended(trial, Ended.refused(str(error))))
+                continue
+            running[worker] = trial
+        if not running:
+            if study.is_done():
+                return
+            time.sleep(1.0)  # another machine still works
+            continue
+        for worker, message in workers.wait(BEAT_SECONDS):
+            if worker not in running:
+                continue
+            trial = running[worker]
+            match message:
+                case Evaluated(step, value):
+                    worker.answer("stop" if study.falls_behind(trial, step, value) else "go on")
+                case Ended():
+                    if results.is_best(message):
+                        worker.answer("keep")
+                        results.keep(trial, message)
+                    else:
+                        worker.answer("drop")
+                        say(results.ended(trial, message))
+                        del running[worker]
+                case Kept():
+                    say(results.kept(trial))
+                    del running[worker]
+                case Stop():
+                    raise TrainingError(message.reason)
+                case Lost():
+                    say(results.lost(trial, message.reason))
+                    del running[worker]
+
+
+@contextlib.contextmanager
+def _bar(done: int, total: int) -> Iterator[Any]:
+    """Yields: prints a line about a trial that has ended, above a bar where there is a terminal."""
+    if not is_terminal(sys.stderr):
+        yield tell
+        return
+    with tqdm(total=total, initial=done, desc="trials", unit="trial", dynamic_ncols=True) as bar:
+
+        def say(line: str) -> None:
+            bar.write(printable(line))
+            bar.update()
+
+        yield say
+
+
+def _print_plan(
+    config: SweepConfig, trials: Trials, manifest: Manifest, out: Path, workers: Workers, left: int
+) -> None:
+    names = ", ".join(trials.space)
+    tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
+    all_of_them = " (there are no more)" if trials.count == trials.points and config.search != "grid" else ""
+    print(f"search      {config.search} over {names}, {trials.count:,} trials{all_of_them}")
+    print(f"scored      {scored_in_words(manifest)}")
+    rows = workers.facts.get("data")
+    if rows:
+        print(f"rows        {rows_in_words(rows)}")
+    print(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
+    print(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
+    tell(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
+    for line in [*workers.facts.get("warnings", []), *trials.warnings()]:
+        tell(f"warning     {line}")
+    print(end="", flush=True)

@@ -1,0 +1,250 @@
+"""One worker of a sweep: a process that loads the policy once and runs one trial after another.
+
+What it is told over a pipe, and what it answers:
+
+    ("check", trials)                    ("ready", facts) or ("refused", message)
+    ("trial", number, config, folder)    `Evaluated`, and waits for "go on" or "stop"; `Ended`, and waits for "keep" or
+                                         "drop"; `Kept`, once the model is on the disk
+"""
+
+import contextlib
+import dataclasses
+import gc
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from offline_kto.kto_core.durable_files import OF_THE_DISK, remove_tree, written_to
+from offline_kto.kto_core.errors import KTOError, WriteError, in_one_line
+from offline_kto.kto_core.models.precision import resolve_device, resolve_precision
+from offline_kto.kto_core.redaction import hidden
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.diagnostics.settings import class_warnings, class_weight_values
+from offline_kto.train.run.arguments import training_arguments
+from offline_kto.train.run.inputs import KeptMaterials
+from offline_kto.train.run.training_run import TrainingRun, versions
+from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_facts, write_facts
+from offline_kto.train.sweep.messages import Ended, Evaluated, Kept, Stop
+from offline_kto.train.sweep.space import Trials, Values
+
+LOG = "log.txt"
+MODEL = "model"
+
+
+def work(pipe: Connection, rows: dict[str, Any], threads: int | None) -> None:
+    """Run what the pipe asks for, until it is closed.
+
+    Args:
+        rows: what `TrainingData.identity` must be.
+        threads: of a CPU; None leaves torch's own number.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the sweep ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    worker = _Worker(pipe, rows)
+    while True:
+        try:
+            order = pipe.recv()
+        except EOFError:
+            return
+        if order[0] == "check":
+            pipe.send(worker.check(*order[1:]))
+        else:
+            worker.run(*order[1:])
+
+
+def _end_with_parent() -> None:
+    """A sweep that is killed takes its workers along: the next one starts its own."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+class _Worker:
+    def __init__(self, pipe: Connection, rows: dict[str, Any]) -> None:
+        self.pipe, self.rows, self.materials = pipe, rows, KeptMaterials()
+        self.checked: set[tuple[Any, ...]] = set()
+        self.loads = -1
+
+    def check(self, trials: Trials) -> tuple[str, Any]:
+        """Whether cache, policy and options can be used at all, before the first trial."""
+        config = trials.config({"loss": trials.base.get("loss", TrainConfig.loss)})
+        try:
+            data = self.materials.data(config)
+            self.materials.files(config, data.rows.manifest)
+            precision = resolve_precision(config.dtype, resolve_device(config.device))
+            training_arguments(config, Path(), precision, held_out=data.held_out is not None)
+        except KTOError as error:
+            return "refused", str(error)
+        if data.identity() != self.rows:
+            return "refused", _other_rows(config)
+        lines = [*data.warnings(config, precision), *self._losses_refused(trials)]
+        if not {"desirable_weight", "undesirable_weight"} & set(trials.space) or not all(data.class_counts):
+            lines += class_warnings(*data.class_counts, class_weight_values(config, *data.class_counts))
+        found = {"versions": versions(), "reference": data.rows.manifest.reference, "data": data.facts()}
+        return "ready", {**found, "warnings": lines}
+
+    def _losses_refused(self, trials: Trials) -> list[str]:
+        """Losses of the space that the cache cannot serve: their trials will fail."""
+        lines, entry = [], trials.space.get("loss")
+        for loss in entry.values if isinstance(entry, Values) else ():
+            try:
+                self.materials.data(trials.config({"loss": loss}))
+            except KTOError as error:
+                lines.append(f"every trial with loss {loss} will fail: {error}")
+        return lines
+
+    def run(self, number: int, config: TrainConfig, folder: Path) -> None:
+        """A trial from its first line to its last."""
+        try:
+            with written_to(folder, WriteError, ""):
+                self._run(number, config, folder)
+        except WriteError as error:  # no other trial would fare better
+            reason = in_one_line(error.__cause__ or error).rstrip(".")
+            self.pipe.send(Stop(f"{folder}: cannot be written: {reason}. Make room; the same command goes on."))
+        except KTOError as error:  # the best model cannot be kept
+            self.pipe.send(Stop(str(error)))
+
+    def _run(self, number: int, config: TrainConfig, folder: Path) -> None:
+        remove_tree(folder)  # what a killed sweep left
+        folder.mkdir(parents=True)
+        started = time.monotonic()
+        with _log_into(folder / LOG):
+            run = None
+            try:
+                name = f"{folder.parent.parent.resolve().name}, trial {folder.name}"
+                run = TrainingRun.set_up(config, folder, self.materials, name)
+                if run.data.identity() != self.rows:  # this worker took another one's place
+                    self.materials.take_back()
+                    self.pipe.send(Stop(_other_rows(config)))
+                    return
+                outcome = self._train(run)
+            except WriteError:
+                raise
+            except KTOError as error:
+                print(f"Error: {error}")
+                outcome = Ended.refused(str(error))
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+                    raise
+                print(hidden(traceback.format_exc()))  # a trial that fails must not stop the others
+                outcome = Ended.refused(f"{type(error).__name__}: {in_one_line(error)} (see {LOG})")
+            outcome = dataclasses.replace(outcome, seconds=time.monotonic() - started)
+            self.pipe.send(outcome)
+            if self.pipe.recv() == "keep" and run is not None:
+                self._keep(run, folder)
+            self.materials.take_back()
+            _end_reports()
+            del run
+        for checkpoint in folder.glob("checkpoint-*"):  # early stopping's
+            remove_tree(checkpoint)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Optimizer and gradients go, before the next trial makes its own."""
+        if self.loads != self.materials.loads:
+            # Libraries and the policy stay: looking through them takes longer than a short trial.
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
+            self.loads = self.materials.loads
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _train(self, run: TrainingRun) -> Ended:
+        # The same weights in memory, the same rows: compared once.
+        key = (run.config.model, run.config.dtype, run.config.max_length, run.config.lora_rank > 0)
+        run.checked = key in self.checked
+        watcher = _Evaluations(self.pipe, run.config.metric)
+        run.trainer.add_callback(watcher)
+        run.train()
+        self.checked.add(key)
+        found = run.sum_up()
+        assert found is not None
+        history = run.trainer.state.log_history
+        return Ended(
+            "pruned" if watcher.stopped else "complete",
+            metrics={f"eval/{name}": metric["value"] for name, metric in found["metrics"].items()},
+            train_seconds=sum(record.get("train_runtime", 0.0) for record in history),
+        )
+
+    def _keep(self, run: TrainingRun, folder: Path) -> None:
+        """The best model so far, as a run folder of its own; its name comes when the sweep is over."""
+        out = folder / MODEL
+        out.mkdir()
+        for name in (METRICS, CONFIG, EVALUATION, REWARDS):
+            shutil.copy2(folder / name, out / name)
+        write_facts(out, {**read_facts(folder), "trial": int(folder.name)})
+        run.save_model(out)
+        self.pipe.send(Kept())
+
+
+def _other_rows(config: TrainConfig) -> str:
+    return (
+        f"{config.cache}: the cache, or the held-out one, is not what this sweep began with. Bring it back, or begin another "
+        "sweep."
+    )
+
+
+def _end_reports() -> None:
+    """Each trial is a run of its own where it is reported to; these two wait for the process to end."""
+    for name, end in (("wandb", "finish"), ("mlflow", "end_run")):
+        if name in sys.modules:
+            try:
+                getattr(sys.modules[name], end)()
+            except Exception:  # noqa: BLE001 - a service that cannot be reached must not end the sweep
+                print(hidden(traceback.format_exc()))
+
+
+class _Evaluations(transformers.TrainerCallback):
+    """Tells the sweep what each evaluation found, and stops the trial where it falls behind."""
+
+    def __init__(self, pipe: Connection, metric: str) -> None:
+        self.pipe, self.name, self.stopped = pipe, metric.replace("/", "_", 1), False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # there is nothing left to stop
+            return
+        self.pipe.send(Evaluated(state.global_step, metrics[self.name]))
+        if self.pipe.recv() == "stop":
+            self.stopped = control.should_training_stop = True
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # a full disk: the trial says more of it than its log
+                stream.flush()
+
+
+@contextlib.contextmanager
+def _log_into(path: Path) -> Iterator[None]:
+    """What a run prints goes to a file of its own; what libraries write past Python does too."""
+    _flush()
+    kept = os.dup(1), os.dup(2)
+    with path.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            _flush()
+            for number, descriptor in zip((1, 2), kept, strict=True):
+                os.dup2(descriptor, number)
+                os.close(descriptor)

@@ -1,0 +1,137 @@
+"""What is added up between two logs: on the device, brought to the host once."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.trainer_callback import ExportableState
+
+from offline_kto.kto_core.losses.metrics import BatchOutcome, Tokens, metrics_from, tokens_of
+from offline_kto.train.trainer.ranks import Ranks
+
+_ROWS = "row_logratios.safetensors"
+
+
+class ReferencePoint(NamedTuple):
+    """What a loss measures the rows of one batch from.
+
+    Attributes:
+        point: nats, scalar, the same on all ranks.
+        metrics: scalars to be shown, the same on all ranks.
+        tokens: of this rank's passes for it.
+    """
+
+    point: Tensor
+    metrics: dict[str, Tensor]
+    tokens: Tokens
+
+
+@dataclass
+class Window:
+    """What was added up since the last log."""
+
+    sums: Tensor | None = None
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    aux_loss: Tensor | None = None
+    updates: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, outcome: BatchOutcome, reference: ReferencePoint, aux_loss: Tensor | None) -> None:
+        """One update of this rank."""
+        sums = outcome.sums()
+        self.sums = sums if self.sums is None else self.sums + sums
+        for name, value in reference.metrics.items():
+            self.shared[name] = self.shared[name] + value if name in self.shared else value
+        if aux_loss is not None:
+            self.aux_loss = aux_loss if self.aux_loss is None else self.aux_loss + aux_loss
+        self.updates += 1
+
+    def metrics(self, ranks: Ranks, *, beta: float) -> dict[str, float]:
+        """Means over all ranks and updates, at least one; called on every rank."""
+        assert self.sums is not None
+        sums = ranks.sum(self.sums)
+        metrics = metrics_from(sums, beta=beta)
+        metrics.update({name: float(value) / self.updates for name, value in self.shared.items()})
+        if self.aux_loss is not None:
+            metrics["aux_loss"] = float(ranks.sum(self.aux_loss)) / self.updates
+        metrics["tokens_per_second"] = tokens_of(sums) / (time.monotonic() - self.started)
+        return metrics
+
+
+class RunningShift(transformers.TrainerCallback, ExportableState):
+    """BCO's reward shift, on the scale of log-ratios: their mean over the batches so far, the last one included.
+
+    A callback only because that is what the Trainer keeps in checkpoints.
+    """
+
+    def __init__(self, total: float = 0.0, batches: int = 0) -> None:
+        self.total: Tensor | float = total
+        self.batches = batches
+
+    def begin_at(self, total: float, batches: int) -> None:
+        """Go on from a sum over batches, nats."""
+        self.total, self.batches = total, batches
+
+    def after(self, batch_mean: Tensor) -> Tensor:
+        """The mean, this batch's included; nats, scalar."""
+        self.total, self.batches = self.total + batch_mean, self.batches + 1
+        return self.total / self.batches
+
+    @property
+    def mean(self) -> float:
+        """The mean over the batches so far, nats; 0 before the first."""
+        return float(self.total) / max(1, self.batches)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"total": float(self.total), "batches": self.batches}, "attributes": {}}
+
+
+class RowLogratios:
+    """Each training row's log-ratio as this rank saw it last: what a histogram of rewards is drawn from."""
+
+    def __init__(self, rows: int) -> None:
+        self.logratios = np.zeros(rows, dtype=np.float32)
+        self.steps = np.full(rows, -1, dtype=np.int64)  # when it was seen
+        self._waiting: list[tuple[Sequence[int], Tensor, int]] = []
+
+    def add(self, rows: Sequence[int], logratios: Tensor, step: int) -> None:
+        """Those of one update, nats, shape (rows,); brought to the host by `settle`."""
+        self._waiting.append((rows, logratios.detach(), step))
+
+    def settle(self) -> None:
+        """Bring what waits on the device to the host, in one transfer."""
+        if not self._waiting:
+            return
+        values = torch.cat([logratios for _, logratios, _ in self._waiting]).float().cpu().numpy()
+        indices = np.concatenate([np.asarray(rows, dtype=np.int64) for rows, _, _ in self._waiting])
+        self.logratios[indices] = values
+        self.steps[indices] = np.concatenate([np.full(len(rows), step) for rows, _, step in self._waiting])
+        self._waiting = []
+
+    def over_ranks(self, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
+        """(step, log-ratio) of every row, as whichever rank saw it last; step -1: never. Called on every rank."""
+        self.settle()
+        steps, logratios = ranks.gather(torch.from_numpy(self.steps)), ranks.gather(torch.from_numpy(self.logratios))
+        last = steps.argmax(0)[None]
+        return steps.gather(0, last)[0].numpy(), logratios.gather(0, last)[0].numpy()
+
+    def save(self, checkpoint: Path, ranks: Ranks, *, main: bool) -> None:
+        """Put them into a checkpoint; called on every rank."""
+        steps, logratios = self.over_ranks(ranks)
+        if main:
+            save_file({"steps": torch.from_numpy(steps), "logratios": torch.from_numpy(logratios)}, checkpoint / _ROWS)
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint; one of an older version has none."""
+        if not (checkpoint / _ROWS).exists():
+            return
+        found = load_file(checkpoint / _ROWS)
+        if len(found["steps"]) == len(self.steps):
+            self.steps, self.logratios = found["steps"].numpy(), found["logratios"].numpy()

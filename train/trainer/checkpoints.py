@@ -1,0 +1,156 @@
+"""Whether a checkpoint is as it was written: each file's size and sha256, and what loading it may say."""
+
+import contextlib
+import json
+import re
+import stat
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from offline_kto.kto_core.durable_files import flush_all, write_json
+from offline_kto.kto_core.errors import ConfigError, KTOError, TrainingError, said_by, shown
+from offline_kto.kto_core.hashing import file_hashes
+from offline_kto.kto_core.options import value_types
+
+_FILES = "sizes.json"
+_LOADED = (".safetensors", ".json", ".pt", ".pth", ".bin")
+_STATE = "trainer_state.json"
+_OPTIMIZERS = (
+    "optimizer.pt",
+    "optimizer.bin",
+    "optimizer_*",
+    "global_step*",
+)  # one device, FSDP whole and in parts, DeepSpeed
+
+_BEFORE = "Remove that folder; --resume then resumes from the one before."
+
+
+def seal(checkpoint: Path) -> None:
+    """Put size and sha256 of every file on record, and all of it on the disk. Hashes are computed while the disk writes."""
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        hashing = pool.submit(file_hashes, paths)
+        flush_all(checkpoint)
+        hashes = hashing.result()
+    files = {
+        path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
+        for path, sha256 in zip(paths, hashes, strict=True)
+    }
+    write_json(checkpoint / _FILES, files)
+
+
+def check_checkpoint(checkpoint: Path, *, hashes: bool = True) -> None:
+    """Compare a checkpoint with what was written: files that were copied in part or damaged must not be loaded.
+
+    Args:
+        hashes: whether contents are compared as well as sizes. Checkpoints of older versions have no hashes.
+
+    Raises:
+        ConfigError: a file that is missing or damaged, or a checkpoint that holds too little to resume from.
+    """
+    try:
+        files = _files_of(checkpoint)
+        found_there = {
+            path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.suffix in _LOADED
+        }
+        if added := sorted(found_there - files.keys() - {_FILES}):
+            raise OSError(f"{added[0]} was not written with it")
+        for name, entry in files.items():
+            status = (checkpoint / name).stat()
+            found = status.st_size
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(f"{name} is not a file")
+            if found != entry["bytes"]:
+                raise OSError(f"{name} has {found} bytes, {entry['bytes']} were written")
+        with_hash = [name for name, entry in files.items() if hashes and "sha256" in entry]
+        for name, sha256 in zip(with_hash, file_hashes(checkpoint / name for name in with_hash), strict=True):
+            if sha256 != files[name]["sha256"]:
+                raise OSError(f"{name} has other content than was written: its sha256 differs")
+        for name in files.keys() - {*with_hash} if hashes else ():
+            if name.endswith((".pt", ".pth")) and _is_damaged(checkpoint / name):
+                raise OSError(f"{name} is damaged")
+        _check_state(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{checkpoint}: an incomplete checkpoint ({said_by(error)}). {_BEFORE}") from error
+    if not any(True for pattern in _OPTIMIZERS for _ in checkpoint.glob(pattern)):
+        raise ConfigError(
+            f"{checkpoint}: holds no optimizer state (training: save_only_model), so that a resumed run would train "
+            "otherwise than one without a break. Start a new run; this checkpoint's model can be passed with --model."
+        )
+
+
+def _files_of(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    try:
+        files = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{_FILES} is not JSON: {said_by(error)}") from error
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{_FILES} does not say what was written")
+    entries = {name: entry if isinstance(entry, dict) else {"bytes": entry} for name, entry in files.items()}
+    for name, entry in entries.items():
+        if not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256", ""), str):
+            raise ValueError(f"{_FILES} does not say what was written of {shown(name)}")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{_FILES} names {shown(name)}, which is not in this folder")
+    return entries
+
+
+def _check_state(checkpoint: Path) -> None:
+    """Check what the Trainer reads from its state without a look."""
+    try:
+        state = transformers.TrainerState.load_from_json(str(checkpoint / _STATE))
+        step = state.global_step
+        numbers = [name for name, kinds in value_types(transformers.TrainerState).items() if {int, float} & set(kinds)]
+        for name in numbers:
+            value, needed = getattr(state, name), name in ("global_step", "train_batch_size")
+            if not isinstance(value, int if needed else int | float | None):
+                raise TypeError(f"{name} is {shown(value)}")
+        if not isinstance(state.log_history, list):
+            raise TypeError(f"log_history is {shown(state.log_history)}")
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{_STATE} holds no state of a Trainer: {said_by(error)}") from error
+    if isinstance(step, bool) or step != int(checkpoint.name.rpartition("-")[2]):
+        raise ValueError(f"{_STATE} is of update {shown(step)}")
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Path, *files: str) -> Iterator[None]:
+    """Turn whatever the libraries say of a checkpoint that cannot be loaded into one message.
+
+    torch, for one, advises to load files that are not to be trusted without its safeguards.
+
+    Args:
+        files: that are read inside of the block.
+    """
+    try:
+        yield
+    except KTOError as error:
+        raise TrainingError(f"{checkpoint}: cannot be loaded: {error}. {_BEFORE}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        damaged = [name for name in files if _is_damaged(checkpoint / name)] or files
+        said = "damaged, or not saved by torch" if _ADVICE.search(str(error)) else said_by(error)
+        raise TrainingError(
+            f"{checkpoint}: {' or '.join(damaged) or 'it'} cannot be loaded: {said}. {_BEFORE}"
+        ) from error
+
+
+_ADVICE = re.compile(r"weights_only|Weights only load failed|pickle", re.IGNORECASE)
+
+
+def _is_damaged(path: Path) -> bool:
+    """Return whether a file that torch saved, a zip archive with checksums, is none any more."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except FileNotFoundError:
+        return False
+    except Exception:  # noqa: BLE001 - whatever a damaged file makes of itself
+        return True

@@ -1,0 +1,106 @@
+"""Held-out rows: their metrics, with 95 % intervals."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offline_kto.kto_core.losses.bootstrap import RESAMPLES, intervals
+from offline_kto.kto_core.losses.metrics import on_the_right_side
+from offline_kto.train.trainer.objective import Objective
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Held-out rows under the policy; float64 on the host, shape (rows,).
+
+    Attributes:
+        prompt_ids: of each row.
+        labels: bool.
+        tokens: of each completion.
+        logps, logratios: nats.
+        kl_logratios: of the mismatched completions, nats; None where the loss needs none.
+        shift: the reward shift / beta, nats, where the loss has one.
+    """
+
+    prompt_ids: list[str]
+    labels: Tensor
+    tokens: Tensor
+    logps: Tensor
+    logratios: Tensor
+    kl_logratios: Tensor | None
+    shift: float | None
+
+
+def held_out_metrics(scores: Scores, objective: Objective) -> dict[str, float]:
+    """Means over all held-out rows, with one reference point; of a class without rows nothing."""
+    values = _statistics(scores, objective, torch.ones(1, len(scores.labels), dtype=torch.float64))
+    return {name: float(value) for name, value in values.items() if name == "loss" or bool(value.isfinite())}
+
+
+def summary(scores: Scores, objective: Objective, step: int) -> dict[str, Any]:
+    """What evaluation.json holds: each metric with its 95 % bootstrap interval over prompts, z0 estimated anew each time."""
+    found = intervals(lambda weights: _statistics(scores, objective, weights), scores.prompt_ids)
+    metrics: dict[str, dict[str, float]] = {}
+    for name, value in held_out_metrics(scores, objective).items():
+        low, high = found.get(name, (None, None))
+        metrics[name] = {"value": value, **({} if low is None or high is None else {"low": low, "high": high})}
+    return {
+        "step": step,
+        "loss": objective.loss,
+        "beta": objective.beta,
+        "rows": len(scores.labels),
+        "prompts": len(set(scores.prompt_ids)),
+        "resamples": RESAMPLES,
+        "metrics": metrics,
+    }
+
+
+def summary_lines(found: dict[str, Any], *, rows: str = "held out") -> list[str]:
+    """The summary as a table for the console."""
+    head = f"{rows:<12}{counted(found['rows'], 'row')} of {counted(found['prompts'], 'prompt')} after "
+    with_intervals = any("low" in metric for metric in found["metrics"].values())
+    lines = [f"{head}{counted(found['step'], 'update')}" + ", 95 % intervals over prompts" * with_intervals]
+    for name, metric in found["metrics"].items():
+        between = f"[{metric['low']:.4f}, {metric['high']:.4f}]" if "low" in metric else ""
+        lines.append(f"  {name:<18}{metric['value']:>12.4f}  {between}".rstrip())
+    return lines
+
+
+def counted(number: int, what: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _statistics(scores: Scores, objective: Objective, weights: Tensor) -> dict[str, Tensor]:
+    """Metrics of weighted rows, under the names of `offline_kto.kto_core.losses.metrics.metrics_from`.
+
+    Args:
+        weights: how often each row counts, shape (samples, rows).
+
+    Returns:
+        Shape (samples,) each; not finite where no row of a class was drawn.
+    """
+    total = weights.sum(1)
+
+    def mean(values: Tensor, among: Tensor | None = None) -> Tensor:
+        chosen = weights if among is None else weights * among
+        return (chosen * values).sum(1) / chosen.sum(1)
+
+    shown: dict[str, Tensor] = {}
+    point = torch.tensor(scores.shift or 0.0, dtype=torch.float64)
+    if scores.kl_logratios is not None:
+        kl_raw = mean(scores.kl_logratios)
+        shown = {"kl": kl_raw.clamp(min=0), "kl_raw": kl_raw}
+        point = shown["kl"][:, None]  # (samples, 1)
+    losses = objective.losses(scores.logratios, scores.labels, scores.tokens, point)
+    signs = torch.where(scores.labels, 1.0, -1.0)
+    right = on_the_right_side(signs * (scores.logratios - objective.midpoints(scores.logratios, point)))
+    found = {"loss": (weights * losses).sum(1) / total}
+    for name, rows in (("chosen", scores.labels.double()), ("rejected", (~scores.labels).double())):
+        found[f"rewards/{name}"] = objective.beta * mean(scores.logratios, rows)
+        found[f"logps/{name}"] = mean(scores.logps, rows)
+    found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    found["accuracy"] = (weights * right).sum(1) / total
+    return {**found, **shown}

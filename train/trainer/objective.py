@@ -1,0 +1,113 @@
+"""What a run minimizes: which loss, what its rows are measured from, and what it asks of the data.
+
+loss                 unit    measured from
+kto, humanline       row     z0: mismatched rows of the batch
+bco                  row     reward shift: running mean of the rewards of its own rows
+apo_zero             row     0
+dpo, ipo, slic       pair    the pair's other row
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from offline_kto.kto_core.losses.preference_losses import (
+    apo_zero_losses,
+    bco_losses,
+    class_weights,
+    dpo_losses,
+    humanline_logratios,
+    ipo_losses,
+    kto_losses,
+    slic_losses,
+)
+from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss and its hyperparameters.
+
+    Attributes:
+        loss: one of `offline_kto.train.config.LOSSES`.
+        weights: of desirable and undesirable rows.
+        limits: of a token's log-ratio (humanline), nats.
+    """
+
+    loss: str
+    beta: float
+    weights: tuple[float, float] = (1.0, 1.0)
+    limits: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, config: TrainConfig, weights: tuple[float, float]) -> "Objective":
+        """Of a run, whose class weights are numbers by now."""
+        limits = (config.humanline_low, config.humanline_high) if config.loss == "humanline" else None
+        return cls(config.loss, config.beta, weights, limits)
+
+    @property
+    def uses_kl(self) -> bool:
+        """Whether mismatched rows have to be scored."""
+        return self.loss in ("kto", "humanline")
+
+    @property
+    def uses_shift(self) -> bool:
+        """Whether the rows of a batch are scored before the pass that trains on them."""
+        return self.loss == "bco"
+
+    @property
+    def rows_in_unit(self) -> int:
+        """Rows that share one loss: they stay together in a batch, a micro-batch and on a rank."""
+        return 2 if self.loss in PAIRED_LOSSES else 1
+
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether a row's log-ratio is a sum of limited ones, not the difference of two sums."""
+        return self.limits is not None
+
+    def limited(self, token_logratios: Tensor) -> Tensor:
+        """Log-ratios of single tokens within the limits, nats, same shape."""
+        assert self.limits is not None
+        return humanline_logratios(token_logratios, *self.limits)
+
+    def losses(self, logratios: Tensor, labels: Tensor, tokens: Tensor, point: Tensor) -> Tensor:
+        """Loss of each row; both rows of a pair carry the pair's, so that a mean over rows is one over pairs.
+
+        Args:
+            logratios: r, nats, shape (rows,); of pairs the desirable row stands before the undesirable one.
+            labels: bool, shape (rows,).
+            tokens: of each completion, shape (rows,).
+            point: z0, or the reward shift / beta, nats, scalar.
+
+        Returns:
+            Shape (rows,).
+        """
+        if self.rows_in_unit == 2:
+            return self._pair_losses(logratios, tokens).repeat_interleave(2)
+        weights = class_weights(labels, *self.weights)
+        match self.loss:
+            case "kto" | "humanline":
+                return kto_losses(logratios, labels, point, beta=self.beta, weights=weights)
+            case "apo_zero":
+                return apo_zero_losses(logratios, labels, beta=self.beta, weights=weights)
+            case "bco":
+                return bco_losses(logratios, labels, point, beta=self.beta, weights=weights)
+        raise AssertionError(self.loss)
+
+    def _pair_losses(self, logratios: Tensor, tokens: Tensor) -> Tensor:
+        for_each_token = self.loss == "ipo"
+        chosen, rejected = (logratios / tokens if for_each_token else logratios).view(-1, 2).unbind(1)
+        match self.loss:
+            case "dpo":
+                return dpo_losses(chosen, rejected, beta=self.beta)
+            case "ipo":
+                return ipo_losses(chosen, rejected, beta=self.beta)
+            case "slic":
+                return slic_losses(chosen, rejected, beta=self.beta)
+        raise AssertionError(self.loss)
+
+    def midpoints(self, logratios: Tensor, point: Tensor) -> Tensor:
+        """What each row's side is judged from, nats: `point`, or for a pair the middle of its two rows."""
+        if self.rows_in_unit == 2:
+            return logratios.view(-1, 2).mean(1).repeat_interleave(2)
+        return point

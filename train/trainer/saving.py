@@ -1,0 +1,95 @@
+"""Save into an unfinished folder, and give it its name when all of it is on the disk."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from offline_kto.kto_core.durable_files import flush, flush_all, give_usual_modes, remove_temporary, remove_tree
+from offline_kto.kto_core.errors import TrainingError, WriteError, in_one_line
+from offline_kto.train.model.saved_model import UnloadableModelError
+from offline_kto.train.run_files import METRICS
+from offline_kto.train.trainer.checkpoints import seal
+
+_UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed to the hub
+_UNLOADABLE = "_unloadable"
+_MAKES_LOADABLE = ("config.json", "adapter_config.json")
+# What torch.save and tokenizers raise, as plain errors, where a disk is full.
+_CANNOT_WRITE = re.compile(r"PytorchStreamWriter|inline_container\.cc|iostream error|os error|No space left on device")
+
+
+@contextlib.contextmanager
+def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
+    """A folder to save into, for all ranks; it is gone after the block, with what the block left there.
+
+    Args:
+        what: is being saved, for the message.
+        main: whether this is the rank that removes it.
+
+    Raises:
+        WriteError: the disk does not take it.
+        TrainingError: what was saved is not the model.
+    """
+    folder = out / _UNFINISHED
+    try:
+        yield folder
+    except UnloadableModelError as error:
+        if main:
+            remove_tree(out / _UNLOADABLE)
+            folder.rename(out / _UNLOADABLE)
+        raise TrainingError(f"{out / _UNLOADABLE}: {error}. Its weights are kept there, the run stops here.") from error
+    except Exception as error:
+        known = isinstance(error, OSError | SafetensorError)
+        if not known and not _CANNOT_WRITE.search(str(error)):
+            raise
+        reason = in_one_line(error) if known else "the disk does not take it"
+        saved = get_last_checkpoint(str(out)) is not None
+        then = "What was saved before is whole" if saved else "Nothing was saved before"
+        go_on = "go on from there" if saved else "begin again"
+        raise WriteError(
+            f"{out}: the {what} cannot be written: {reason}. {then}; make room, and pass --resume to {go_on}."
+        ) from error
+    finally:
+        if main:
+            remove_tree(folder)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what a killed run was writing."""
+    remove_temporary(out)
+    remove_tree(out / _UNFINISHED)
+
+
+def publish_checkpoint(folder: Path, out: Path) -> None:
+    """Give a checkpoint its name, once it and the metrics up to it are on the disk."""
+    give_usual_modes(folder)
+    seal(folder)
+    flush(out / METRICS)
+    remove_tree(out / folder.name)  # one that --resume did not go on from
+    folder.rename(out / folder.name)
+    flush(out)
+
+
+def remove_old_checkpoints(out: Path, *, keep: int | None, best: str | None) -> None:
+    """Remove all but the last ones.
+
+    Args:
+        keep: how many stay; None for all.
+        best: the checkpoint that stays whatever its age.
+    """
+    # By number: what a killed run removed in part is the newest by time.
+    rotate_checkpoints(str(out), save_total_limit=keep, best_model_checkpoint=best, use_mtime=False)
+
+
+def publish_model(folder: Path, out: Path) -> None:
+    """Move a saved model into the run folder; what makes it loadable comes last."""
+    give_usual_modes(folder)
+    flush_all(folder)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in _MAKES_LOADABLE):
+        if path.is_dir():
+            remove_tree(out / path.name)  # of a run that was finished before and went on
+        path.replace(out / path.name)
+    flush(out)

@@ -1,0 +1,77 @@
+"""Weights spread over ranks (FSDP2, DeepSpeed): what accelerate's settings must be, and putting the model together."""
+
+from typing import Any
+
+import torch
+
+from offline_kto.kto_core.errors import TrainingError
+from offline_kto.kto_core.launch import sharding_asked_for
+
+
+def prepare_sharding(accelerator: Any, dtype: torch.dtype, *, merges: bool) -> None:
+    """Check accelerate's settings, and set what the recipe needs, before the model is sharded.
+
+    Args:
+        accelerator: accelerate's, of the Trainer.
+        dtype: what passes compute in.
+        merges: the run ends by merging adapters into the weights.
+
+    Raises:
+        TrainingError: a way to shard that cannot train or save this run.
+    """
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    shards = [way for way, plugin in {"FSDP": fsdp, "DeepSpeed": deepspeed}.items() if plugin is not None]
+    for way in sharding_asked_for():
+        if way not in shards:
+            raise TrainingError(
+                f"accelerate's settings ask for {way}, but on this device it would train without: every rank would hold "
+                "all weights. Use GPUs, or launch without these settings."
+            )
+    if (fsdp is not None or deepspeed is not None) and merges:
+        raise TrainingError(
+            "LoRA on a reference that carries an adapter is saved merged, and sharded weights cannot be: use DDP or one device."
+        )
+    if fsdp is not None:
+        if fsdp.fsdp_version != 2:
+            raise TrainingError("FSDP 1 is not supported: set fsdp_version: 2, as in configs/accelerate_fsdp2.yaml.")
+        _keep_float32(fsdp, dtype)
+    if deepspeed is not None and dtype != torch.float32:
+        raise TrainingError(
+            "DeepSpeed in 16 bits would save the weights in 16 bits, in which KTO's small updates vanish: pass --dtype float32, "
+            "or use configs/accelerate_fsdp2.yaml, which keeps float32 weights."
+        )
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        if not deepspeed.hf_ds_config.is_true(gathers):
+            raise TrainingError(
+                "ZeRO-3 would not save a model: set zero3_save_16bit_model: true, as in configs/accelerate_zero3.yaml."
+            )
+
+
+def _keep_float32(fsdp: Any, dtype: torch.dtype) -> None:
+    """Accelerate's own policy would also round what the forward returns (log-probs), and gradients before they are added."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    compute = None if dtype == torch.float32 else dtype
+    fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+
+
+def gather_when_saving(accelerator: Any) -> None:
+    """The next saved model is whole; with SHARDED_STATE_DICT the Trainer would save none."""
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None:
+        fsdp.set_state_dict_type("FULL_STATE_DICT")
+
+
+def tie_again(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Gathering gives every name a tensor of its own; tied weights become one again, so that they are saved once."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    same = {name: state_dict[source] for name, source in tied.items() if name in state_dict and source in state_dict}
+    return {**state_dict, **same}
+
+
+def local_part(weight: Any) -> torch.Tensor:
+    """Return the part of a weight that this rank holds; all of it where nothing is sharded."""
+    part: torch.Tensor = getattr(weight, "ds_tensor", weight)  # ZeRO-3
+    return part.to_local() if hasattr(part, "to_local") else part  # FSDP2
