@@ -10,6 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 
+from offline_kto.kto_core.console import warn
 from offline_kto.kto_core.errors import ConfigError, printable
 
 _SIZES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -151,7 +152,7 @@ def settle_launch(*, shards: bool = False) -> Launch:
     warnings = [*_clear_launcher(launch, sharding=bool(sharding)), *_clear_settings(kept=sharding if shards else [])]
     if launch.is_first:
         for line in warnings:
-            print(f"warning     {line}", flush=True)
+            warn(line)
     return launch
 
 

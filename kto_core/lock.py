@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
+from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import KTOError, printable
 from offline_kto.kto_core.foreign_files import MEGABYTE, open_foreign, read_foreign
 
@@ -89,7 +90,7 @@ def _held(path: Path, operation: int) -> FileIO:
                 return file
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                print(
+                tell(
                     f"unlocked    {printable(str(path.parent))}: this file system keeps no locks; let one process write at a time"
                 )
                 return file

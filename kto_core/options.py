@@ -8,13 +8,17 @@ The commands read names, types, defaults and help from the fields; YAML files fi
 Precedence: command line, then YAML, then the default.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
+import numbers
+import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,26 +66,92 @@ def option(
 _MOST = 2**31 - 1
 
 
-def check_numbers(config: Any) -> None:
-    """Check that each number of a config is one that can be computed with, whoever made the config.
+def check_options(config: Any) -> None:
+    """Bring each value of a config to its field's type, and check it: for callers from Python as for the command line.
+
+    Text is read as the command line reads it: `beta="0.1"` is a number, `out="runs/x"` a path. Lists become text with
+    commas, tables for text fields JSON.
 
     Raises:
-        ConfigError: not a number, infinite, or too great.
+        ConfigError: a value of another type, a word that is no choice, a number that is not one, infinite or too great.
     """
     kinds = value_types(type(config))
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if value != value or (value in (float("inf"), float("-inf")) and field.metadata["finite"]):
-            raise ConfigError(f"{flag(field.name)} must be a finite number, got {value}.")
-        if value in (float("inf"), float("-inf")):
-            continue
-        most = field.metadata["most"] or (sys.float_info.max if float in kinds[field.name] else _MOST)
-        if value > most:
-            raise ConfigError(f"{flag(field.name)} must be at most {_plainly(most)}, got {shown(value)}.")
-        if value < -sys.float_info.max:
-            raise ConfigError(f"{flag(field.name)} must be at least {-sys.float_info.max:g}, got {shown(value)}.")
+        value = _given(getattr(config, field.name), kinds[field.name], field)
+        object.__setattr__(config, field.name, value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _check_number(value, kinds[field.name], field)
+
+
+def _given(value: Any, allowed: tuple[type, ...], field: "dataclasses.Field[Any]") -> Any:
+    name, choices = flag(field.name), field.metadata["choices"]
+    if value is None and field.default is None:
+        return None
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, list | tuple) and str in allowed and all(isinstance(one, str) for one in value):
+        value = ",".join(value)
+    if isinstance(value, Mapping) and str in allowed and dict not in allowed:
+        value = json.dumps(value)
+    if isinstance(value, str):
+        if choices and value not in choices:
+            raise ConfigError(
+                f"{name}: got {shown(value)!r}; choose one of {', '.join(choices)}.{nearest(value, list(choices))}"
+            )
+        read = _reader(allowed)
+        if read is not None:
+            with contextlib.suppress(ValueError, OverflowError):
+                return read(value)
+    elif isinstance(value, bool):
+        if bool in allowed:
+            return value
+    elif isinstance(value, numbers.Real):
+        with contextlib.suppress(ValueError):
+            return _number_as(value, allowed)
+    elif isinstance(value, allowed):
+        return value
+    # Text beside a number is the word auto.
+    words = {**_WORDS, str: AUTO} if {int, float} & set(allowed) else _WORDS
+    wanted = " or ".join(words.get(kind, kind.__name__) for kind in allowed)
+    raise ConfigError(f"{name} must be {wanted}, got {shown(repr(value))}.")
+
+
+def _reader(allowed: tuple[type, ...]) -> Callable[[str], Any] | None:
+    """Return what reads the text of an option on the command line."""
+    if Path in allowed:
+        return to_location if str in allowed else Path
+    if float in allowed:
+        return number_or_auto if str in allowed else float
+    if int in allowed:
+        return whole_number_or_auto if str in allowed else int
+    return str if str in allowed else None
+
+
+def _number_as(value: Any, allowed: tuple[type, ...]) -> Any:
+    """Return a number in the type of a field. Raises: ValueError: it fits none."""
+    if float in allowed:
+        # What no float holds, as a whole number; `_check_number` refuses it.
+        return value if isinstance(value, int) and abs(value) > sys.float_info.max else float(value)
+    if int in allowed:
+        if isinstance(value, float) and not math.isfinite(value):
+            return value  # `_check_number` says what it is
+        if value == int(value):
+            return int(value)
+    elif allowed == (str,):
+        return str(value)
+    raise ValueError
+
+
+def _check_number(value: float, kinds: tuple[type, ...], field: "dataclasses.Field[Any]") -> None:
+    if value != value or (value in (float("inf"), float("-inf")) and field.metadata["finite"]):
+        raise ConfigError(f"{flag(field.name)} must be a finite number, got {value}.")
+    if value in (float("inf"), float("-inf")):
+        return
+    most = field.metadata["most"] or (sys.float_info.max if float in kinds else _MOST)
+    if value > most:
+        raise ConfigError(f"{flag(field.name)} must be at most {_plainly(most)}, got {shown(value)}.")
+    if value < -sys.float_info.max:
+        raise ConfigError(f"{flag(field.name)} must be at least {-sys.float_info.max:g}, got {shown(value)}.")
 
 
 def _plainly(number: float) -> str:
@@ -89,7 +159,7 @@ def _plainly(number: float) -> str:
 
 
 def check_table(table: Mapping[str, Any], where: str) -> None:
-    """Check the numbers of a table that a library reads, as `check_numbers` does. Infinity may mean "no limit" there.
+    """Check the numbers of a table that a library reads, as `check_options` does. Infinity may mean "no limit" there.
 
     Raises:
         ConfigError: not a number, or a whole number that no C integer holds.

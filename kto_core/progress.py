@@ -6,6 +6,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from offline_kto.kto_core.console import is_silent, tell
 from offline_kto.kto_core.streams import is_terminal
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -20,7 +21,7 @@ class Progress:
         self.started = self.last_line = time.monotonic()
         self.bar = (
             tqdm(total=total, desc=description, unit=unit, unit_scale=True, dynamic_ncols=True)
-            if is_terminal(sys.stderr)
+            if is_terminal(sys.stderr) and not is_silent()
             else None
         )
 
@@ -43,9 +44,7 @@ class Progress:
             self.last_line = now
             rate = self.done / (now - self.started)
             left = (self.total - self.done) / rate if rate else 0.0
-            print(
+            tell(
                 f"{self.description}: {self.done / max(self.total, 1):.0%}, {rate:,.0f} {self.unit}/s, "
-                f"{left:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
+                f"{left:,.0f} s left"
             )

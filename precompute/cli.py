@@ -1,10 +1,12 @@
 """Command lines of `kto-precompute` and `kto-cache`: options in, one call, errors out."""
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import click
 
+from offline_kto.kto_core.console import shown_lines
 from offline_kto.kto_core.errors import KTOError
 from offline_kto.kto_core.launch import settle_launch, world_size
 from offline_kto.kto_core.locations import Location, to_location
@@ -25,7 +27,8 @@ class _Command(click.Command):
         try:
             if world_size() == 1:  # a launcher's ranks wait for each other outside of Python
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send: as Ctrl-C
-            return super().invoke(ctx)
+            with shown_lines():
+                return super().invoke(ctx)
         except KTOError as error:
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
@@ -41,20 +44,25 @@ def _options(command: Any) -> Any:
     return command
 
 
-@click.command(cls=_Command, context_settings={"max_content_width": 120})
+_SETTINGS = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
+
+
+@click.command(cls=_Command, context_settings=_SETTINGS)
+@click.option("--config", type=click.Path(path_type=Path), help="YAML with any of these options.", metavar="FILE")
 @_options
+@click.version_option(package_name="offline-kto")
 @click.pass_context
-def precompute(ctx: click.Context, /, **values: Any) -> None:
+def precompute(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     """Score every labelled and every mismatched completion once under the frozen reference.
 
     \b
     kto-precompute --model MODEL --data feedback.jsonl --out refs/
     """
     given = {k: v for k, v in values.items() if ctx.get_parameter_source(k) is click.core.ParameterSource.COMMANDLINE}
+    resolved = resolve(PrecomputeConfig, given, yaml_path=config)
     for name in ("model", "data"):
-        if name not in given:
+        if not getattr(resolved, name):
             raise click.UsageError(f"Missing option '--{name}'.", ctx)
-    config = resolve(PrecomputeConfig, given)
     settle_launch()
     keep_freed_memory()
     quiet_libraries()
@@ -62,7 +70,7 @@ def precompute(ctx: click.Context, /, **values: Any) -> None:
         precompute as run,  # what decides how libraries behave is set before they are imported
     )
 
-    run(config)
+    run(resolved)
 
 
 class _Group(click.Group):
@@ -71,7 +79,8 @@ class _Group(click.Group):
             return super().main(*args, **options)
 
 
-@click.group(cls=_Group)
+@click.group(cls=_Group, context_settings=_SETTINGS)
+@click.version_option(package_name="offline-kto")
 def cache() -> None:
     """Look into a reference cache, or check it."""
 
@@ -85,7 +94,7 @@ def info(folder: Location) -> None:
     """What the cache was made from, and how many rows it has."""
     from offline_kto.precompute.inspect_cache import info as run
 
-    run(folder)
+    click.echo("\n".join(run(folder)))
 
 
 @cache.command(cls=_Command)
@@ -94,7 +103,7 @@ def verify(folder: Location) -> None:
     """Check every file and every row against the manifest and the rules of the format."""
     from offline_kto.precompute.inspect_cache import verify as run
 
-    run(folder)
+    click.echo(run(folder))
 
 
 @cache.command(cls=_Command)
@@ -106,4 +115,5 @@ def head(folder: Location, rows: int, model: str | None) -> None:
     quiet_libraries()
     from offline_kto.precompute.inspect_cache import head as run
 
-    run(folder, rows=rows, model=model)
+    for line in run(folder, rows=rows, model=model):
+        click.echo(line)

@@ -8,7 +8,7 @@ from typing import Any
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.feedback.chat_templates import NOT_FOR_DATA
 from offline_kto.kto_core.locations import Location
-from offline_kto.kto_core.options import AUTO, check_numbers, option, parse_settings
+from offline_kto.kto_core.options import AUTO, check_options, option, parse_settings
 
 BACKENDS = (AUTO, "transformers", "vllm")
 PAIRINGS = ("shuffled", "rotate")
@@ -68,7 +68,7 @@ class PrecomputeConfig:
     dry_run: bool = option(False, "Stop after the plan.")
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_options(self)
         for name, least in (
             ("max_length", 2),
             ("max_tokens", 1),

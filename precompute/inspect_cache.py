@@ -13,28 +13,28 @@ from offline_kto.kto_core.cache.manifest import Manifest, check_places, read_man
 from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
 from offline_kto.kto_core.cache.shards import Rows, check_packing, check_table, open_shard, read_groups
 from offline_kto.kto_core.cache.verification import verify_cache
-from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ConfigError, printable
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.progress import Progress
+from offline_kto.kto_core.redaction import hidden
 
 # Of a terminal in columns, and of one that says it has none.
 _LEAST_WIDTH = 40
 
 
-def info(location: Location) -> None:
-    """Print the manifest in words.
+def info(location: Location) -> list[str]:
+    """Describe the manifest, a line for each thing it says.
 
     Raises:
         CacheError: no readable cache.
     """
     manifest = read_manifest(local_copy(location))
-    for name, value in describe(manifest):
-        print(f"{name:<12}{printable(value)}")
+    lines = [f"{name:<12}{printable(value)}" for name, value in describe(manifest)]
     if not manifest.intact:
-        print(
+        lines.append(
             "warning     manifest.json was edited or damaged: kto-cache verify says more, and kto-train will refuse it"
         )
+    return lines
 
 
 def describe(manifest: Manifest) -> list[tuple[str, str]]:
@@ -76,8 +76,8 @@ def _number(value: int | float | None) -> str:
     return "?" if value is None else f"{value:,}"
 
 
-def verify(location: Location) -> None:
-    """Check files against the manifest, and every row against the format.
+def verify(location: Location) -> str:
+    """Check files against the manifest, and every row against the format; return what was checked, in words.
 
     Raises:
         CacheError: naming the file and what is wrong.
@@ -87,14 +87,13 @@ def verify(location: Location) -> None:
     manifest = read_manifest(folder)
     with speaking_of(location, folder), Progress("verifying", manifest.rows, "rows") as progress:
         verify_cache(folder, manifest, on_rows=progress.add)
-    tell(
-        f"{location}: {manifest.rows:,} rows in {len(manifest.shards)} shards, all as written "
-        f"({time.monotonic() - started:.1f} s)."
-    )
+    shards = f"{len(manifest.shards)} shard{'' if len(manifest.shards) == 1 else 's'}"
+    seconds = time.monotonic() - started
+    return printable(hidden(f"{location}: {manifest.rows:,} rows in {shards}, all as written ({seconds:.1f} s)."))
 
 
-def head(location: Location, *, rows: int, model: str | None) -> None:
-    """Decode the first rows and print y beside y'.
+def head(location: Location, *, rows: int, model: str | None) -> Iterator[str]:
+    """Yield the first rows decoded, y beside y', a line at a time.
 
     Raises:
         CacheError, ModelError: no cache, or no tokenizer to decode with.
@@ -107,7 +106,7 @@ def head(location: Location, *, rows: int, model: str | None) -> None:
     check_places(folder, manifest)
     tokenizer = _tokenizer(manifest, model)
     for row in islice(_rows(folder, manifest), min(rows, manifest.rows)):
-        _show(row, tokenizer)
+        yield from _shown(row, tokenizer)
 
 
 def _rows(folder: Path, manifest: Manifest) -> Iterator[dict[str, Any]]:
@@ -131,20 +130,20 @@ def _tokenizer(manifest: Manifest, model: str | None) -> Any:
     return load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=False, options=options)
 
 
-def _show(row: dict[str, Any], tokenizer: Any) -> None:
+def _shown(row: dict[str, Any], tokenizer: Any) -> Iterator[str]:
     width = max(_LEAST_WIDTH, min(shutil.get_terminal_size((100, 20)).columns, 160))
     column = (width - 3) // 2
     thumb = "desirable" if row["label"] else "undesirable"
     tokens, row_id = len(row["completion_ids"]), printable(row["row_id"], 32)
-    print(f"row {row['source']}  {thumb}  {row_id}  ref_logps {row['ref_logps']:.3f} over {tokens} tokens")
-    print(_block("x  ", _decoded(tokenizer, row["prompt_ids"]), width))
+    yield f"row {row['source']}  {thumb}  {row_id}  ref_logps {row['ref_logps']:.3f} over {tokens} tokens"
+    yield _block("x  ", _decoded(tokenizer, row["prompt_ids"]), width)
     left = _lines(f"y   ({row['ref_logps']:.2f})", _decoded(tokenizer, row["completion_ids"]), column)
     for ids, total in zip(row["kl_completion_ids"], row["ref_kl_logps"], strict=True):
         right = _lines(f"y'  ({total:.2f})", _decoded(tokenizer, ids), column)
         for i in range(max(len(left), len(right))):
             a, b = (side[i] if i < len(side) else "" for side in (left, right))
-            print(f"{a:<{column}} | {b}")
-    print()
+            yield f"{a:<{column}} | {b}"
+    yield ""
 
 
 def _decoded(tokenizer: Any, ids: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from offline_kto.kto_core.cache.manifest import fingerprint, identity_of
 from offline_kto.kto_core.console import tell
-from offline_kto.kto_core.errors import ModelError, printable
+from offline_kto.kto_core.errors import ConfigError, ModelError, printable
 from offline_kto.kto_core.hashing import json_hash
 from offline_kto.kto_core.launch import settle_launch, world_size
 from offline_kto.kto_core.models.loading import longest_alike
@@ -29,6 +29,9 @@ def precompute(config: PrecomputeConfig) -> None:
     Raises:
         KTOError: the user's input cannot be used.
     """
+    for name, what in (("model", "a model folder or hub id"), ("data", "a file of feedback")):
+        if not getattr(config, name):
+            raise ConfigError(f"--{name} is missing: name {what}.")
     launch = settle_launch()
     if launch.world_size == 1:
         _precompute(config, None)
@@ -58,7 +61,7 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
         _check_vocabulary(plan, reference)
         _check_lengths(plan, reference)
         if config.dry_run:
-            print("dry run     nothing was scored")
+            tell("dry run     nothing was scored")
             return
         sections = {
             **reference.sections(hashing.result(), backend=backend.name, engine_versions=backend.versions()),
@@ -167,7 +170,7 @@ def _data(plan: Plan, counts: PlanCounts) -> dict[str, Any]:
 
 
 def _report(config: PrecomputeConfig, run: Mapping[str, Any], shards: int, mark: str) -> None:
-    print(
+    tell(
         f"scored      {run['scored_sequences']:,} sequences ({run['reused_sequences']:,} reused), {run['tokens']:,} tokens "
         f"in {run['seconds']:,.1f} s"
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import json_hash, sequence_id
 from offline_kto.kto_core.progress import Progress
@@ -64,7 +65,7 @@ class Scoring:
         keys = [self._key(rows) for rows in self.shards]
         missing = [i for i, key in enumerate(keys) if not self.store.has(i, key, len(self.shards[i]))]
         if len(missing) < len(keys):
-            print(f"resuming    {len(keys) - len(missing)} of {len(keys)} shards are there", flush=True)
+            tell(f"resuming    {len(keys) - len(missing)} of {len(keys)} shards are there")
         self.store.set_aside(missing)
         uses: Counter[str] = Counter()
         wanted: dict[str, TokenIds] = {}
@@ -75,7 +76,7 @@ class Scoring:
         found = self.store.known_scores(set(wanted), {keys[i] for i in missing})
         known, there = found.scores, found.ids
         if there:
-            print(f"known       {len(there):,} of {len(wanted):,} sequences were scored before", flush=True)
+            tell(f"known       {len(there):,} of {len(wanted):,} sequences were scored before")
         unknown = {one: sequence for one, sequence in wanted.items() if one not in there}
         total = sum(len(prompt) + len(completion) for prompt, completion in unknown.values())
         left, pace = list(missing), Pace()
@@ -120,10 +121,7 @@ class Scoring:
             rows += sum(there.issuperset(self._sequences(range(j, j + 1))) for i in left[:1] for j in self.shards[i])
             scores = sequences - sum(one not in kept for one in unknown)
             if scores:
-                print(
-                    f"kept        {rows:,} of {len(self.plan.rows):,} rows ({scores:,} of {sequences:,} scores)",
-                    flush=True,
-                )
+                tell(f"kept        {rows:,} of {len(self.plan.rows):,} rows ({scores:,} of {sequences:,} scores)")
             raise
 
     def _keep(self, error: BaseException, index: int) -> set[str]:

@@ -35,6 +35,7 @@ from offline_kto.kto_core.cache.shards import (
     write_shard,
 )
 from offline_kto.kto_core.cache.verification import verify_cache
+from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import flush, remove_temporary, replacing
 from offline_kto.kto_core.errors import CacheError, NewerFormatError
 from offline_kto.kto_core.hashing import file_hash, json_hash, sequence_id
@@ -97,7 +98,7 @@ class Store:
             self.target = self.out / NEXT
             gone = self._row_ids(old) - row_ids if old.identity == self.identity else set()
             if gone:
-                print(f"drops       {len(gone):,} scored rows that are not in the data any more")
+                tell(f"drops       {len(gone):,} scored rows that are not in the data any more")
         (self.target / "train").mkdir(parents=True, exist_ok=True)
         return True
 
@@ -122,7 +123,7 @@ class Store:
         except CacheError as error:
             if not any(read_metadata(path) for path in shards_in(self.out)):
                 raise  # nothing here is known to be ours: nothing is removed
-            print(f"damaged     {error} Its shards are checked one by one.")
+            tell(f"damaged     {error} Its shards are checked one by one.")
             self._drop_manifest()
             return None
 
@@ -171,7 +172,7 @@ class Store:
         try:
             verify_cache(self.out, old)
         except CacheError as error:
-            print(f"damaged     {error}")
+            tell(f"damaged     {error}")
             self._drop_manifest()
             for shard in old.shards:
                 path = self.out / shard["file"]

@@ -17,6 +17,7 @@ import torch
 from feedback_files import write_feedback
 from models import save_tiny
 
+from offline_kto.kto_core.console import shown_lines
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 
@@ -30,6 +31,13 @@ hypothesis.settings.load_profile("project")
 def same_environment() -> Iterator[None]:
     """Undo what a command changes in the environment of its process, which here goes on to the next test."""
     with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def lines_shown() -> Iterator[None]:
+    """Show what the program tells, as its commands do."""
+    with shown_lines():
         yield
 
 

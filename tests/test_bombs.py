@@ -231,7 +231,7 @@ def test_a_packed_shard_is_refused_before_it_is_unpacked(
     assert next((refs / "train").iterdir()).stat().st_size < 2**20
     unpacked = []
     monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda *a, **k: unpacked.append(a))
-    for read in (lambda: verify_cache(refs, read_manifest(refs)), lambda: head(refs, rows=1, model=None)):
+    for read in (lambda: verify_cache(refs, read_manifest(refs)), lambda: list(head(refs, rows=1, model=None))):
         with pytest.raises(CacheError, match=r"00000\.parquet: .*(unpacks to|should be)"):
             read()
     assert unpacked == []

@@ -116,7 +116,7 @@ def test_more_rows_than_there_are_in_however_narrow_a_terminal(
     cache: Path, columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    head(cache, rows=10**30, model=None)
+    print(*head(cache, rows=10**30, model=None), sep="\n")
     assert capsys.readouterr().out.count("  ref_logps ") == 20
 
 

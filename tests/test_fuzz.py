@@ -576,7 +576,7 @@ def manifest_from_bytes(content):
         for shard in manifest.shards:
             assert (folder / shard["file"]).resolve().is_relative_to(folder.resolve())
         # It names the model, and with it where the tokenizer is looked for.
-        attempt(lambda: inspect_cache.head(folder, rows=1, model=None), KTOError, Path("/"))
+        attempt(lambda: list(inspect_cache.head(folder, rows=1, model=None)), KTOError, Path("/"))
         attempt(lambda: head(folder), CacheError, folder, folder.name)
 
 
@@ -721,7 +721,7 @@ def shard_from_bytes(data):
 def head(folder):
     """The first rows as text, with a tokenizer that is there already."""
     with mock.patch.object(inspect_cache, "_tokenizer", return_value=tokenizers()[0]):
-        inspect_cache.head(folder, rows=9, model=None)
+        list(inspect_cache.head(folder, rows=9, model=None))
 
 
 @functools.cache

@@ -105,7 +105,7 @@ def test_a_silent_hub_is_waited_for_only_so_long(tmp_path: Path, silent_hub: str
     }
     program = (
         "from offline_kto.kto_core.errors import ModelError\n"
-        "from offline_kto.kto_core.models.loading import find_folder\n"
+        "from offline_kto.kto_core.models.folders import find_folder\n"
         "print(find_folder('org/tiny', revision=None)[1])\n"
         "try:\n    find_folder('org/absent', revision=None)\n"
         "except ModelError as error:\n    print(error)\n"

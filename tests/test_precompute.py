@@ -548,7 +548,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(
 
 
 def test_head_shows_text_side_by_side(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    head(cache, rows=2, model=None)
+    print(*head(cache, rows=2, model=None), sep="\n")
     printed = capsys.readouterr().out
     assert printed.count("y'  (") == 4
     assert "user" in printed

@@ -62,7 +62,7 @@ def test_a_relative_folder_is_found_from_anywhere(
         save_tiny(elsewhere / model, seed=5)  # a folder of the same name, which is another model
     monkeypatch.chdir(elsewhere)
     assert found(home, manifest).resolve() == home / "org" / "tiny"
-    head(home / "refs", rows=1, model=None)
+    print(*head(home / "refs", rows=1, model=None), sep="\n")
     run = train(TrainConfig(cache=home / "refs", out=tmp_path / "run", max_steps=1, lora_rank=2, device="cpu"))
     adapter = json.loads((run / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(home / "org" / "tiny")

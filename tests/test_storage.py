@@ -297,8 +297,7 @@ class TestReading:
     ) -> None:
         precompute(config)
         capsys.readouterr()
-        info(URL)
-        head(URL, rows=1, model=None)
+        print(*info(URL), *head(URL, rows=1, model=None), sep="\n")
         printed = capsys.readouterr().out
         assert "20 (10 desirable, 10 undesirable)" in printed
         assert "y'  (" in printed

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from offline_kto.kto_core.console import shown_lines
 from offline_kto.kto_core.errors import KTOError, printable
 from offline_kto.kto_core.launch import settle_launch, world_size
 from offline_kto.kto_core.options import click_settings, flag, resolve
@@ -33,7 +34,8 @@ class _Command(click.Command):
         try:
             if world_size() == 1:  # a launcher's ranks wait for each other outside of Python
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send: as Ctrl-C
-            return super().invoke(ctx)
+            with shown_lines():
+                return super().invoke(ctx)
         except KTOError as error:
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
@@ -83,12 +85,13 @@ _WHERE_AND_HOW = {
     "trust_remote_code",
 }
 
-_SETTINGS = {"max_content_width": 120}
+_SETTINGS = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
 
 
 @click.command(cls=_Command, context_settings=_SETTINGS)
 @click.option("--config", type=click.Path(path_type=Path), help="YAML with any of these options.", metavar="FILE")
 @_options(TrainConfig)
+@click.version_option(package_name="offline-kto")
 @click.pass_context
 def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     """Train the policy against cached reference scores; no reference model is loaded.
@@ -127,6 +130,7 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     metavar="FILE",
 )
 @_options(SweepConfig)
+@click.version_option(package_name="offline-kto")
 @click.pass_context
 def sweep(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     """Try many settings on one cache; the policy is loaded once for each worker, a reference never.
@@ -150,6 +154,7 @@ def sweep(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     help="HTML file.  [default: report.html in the folder, or here for several]",
     metavar="FILE",
 )
+@click.version_option(package_name="offline-kto")
 def report(folders: tuple[Path, ...], out: Path | None) -> None:
     """Draw runs and sweeps as one HTML page, which needs nothing else.
 

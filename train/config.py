@@ -6,7 +6,7 @@ from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.locations import Location
-from offline_kto.kto_core.options import AUTO, check_numbers, flag, option
+from offline_kto.kto_core.options import AUTO, check_options, flag, option
 
 LOSSES = ("kto", "humanline", "apo_zero", "bco", "dpo", "ipo", "slic")
 PAIRED_LOSSES = ("dpo", "ipo", "slic")
@@ -97,7 +97,7 @@ class TrainConfig:
     training: dict[str, Any] = option(dict, "YAML only: passed to transformers.TrainingArguments.")
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_options(self)
         if isinstance(self.max_tokens, str):
             if self.max_tokens != AUTO:
                 raise ConfigError(f"--max-tokens must be a whole number or auto, got {self.max_tokens!r}.")

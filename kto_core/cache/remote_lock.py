@@ -61,7 +61,7 @@ class RemoteLock:
                 return
             if now != first:
                 raise self._taken(now)
-        print(f"locked      {holder} is gone; going on", flush=True)
+        tell(f"locked      {holder} is gone; going on")
 
     def _refresh(self) -> None:
         beat = 0

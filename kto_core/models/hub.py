@@ -1,12 +1,12 @@
 """Fetching a model or adapter from the hub: only what is loaded, with a time limit, from the cache where that suffices."""
 
 import re
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.errors import ModelError, said_by
 from offline_kto.kto_core.hashing import weight_files
 
@@ -59,7 +59,7 @@ def fetch_from_hub(name: str, *, revision: str | None, what: str) -> Path:
         waiting.cancel()
     path = Path(folder)
     if time.monotonic() - started > limit and not _is_fresh(path, started):
-        print(f"warning     {name}: the hub did not answer; its cached copy is used (commit {path.name})", flush=True)
+        warn(f"{name}: the hub did not answer; its cached copy is used (commit {path.name})")
     return path
 
 
@@ -98,7 +98,7 @@ def _cached(name: str, commit: str) -> Path | None:
 
 
 def _say_what_is_awaited(name: str, limit: float) -> None:
-    print(f"hub         waiting for the hub about {name} (silent for at most {limit:g} s)", file=sys.stderr, flush=True)
+    tell(f"hub         waiting for the hub about {name} (silent for at most {limit:g} s)")
 
 
 def _is_fresh(folder: Path, started: float) -> bool:

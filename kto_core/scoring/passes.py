@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.scoring.batching import SCORING_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.logps import Batch, sees_whole_passes, token_logps
@@ -48,7 +49,7 @@ class ScoringPasses:
             sharing is switched off with a word), and out of memory halves the budget and goes on.
         pack: lay sequences one behind the other, without padding.
         tolerance: largest mean difference between the two ways, nats a token, that rounding explains.
-        say: prints a line.
+        say: tells the user a line.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class ScoringPasses:
         alone: bool = True,
         pack: bool = False,
         tolerance: float = 1e-4,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = tell,
     ) -> None:
         one_by_one = sees_whole_passes(model)
         self.model, self.device, self.max_tokens = model, device, 1 if one_by_one else max_tokens

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from packaging.version import InvalidVersion, Version
 
+from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.launch import read_launch, world_size
 from offline_kto.kto_core.models.loading import is_quantized_folder
@@ -121,7 +122,7 @@ def load_transformers(
         ModelError: the model cannot be loaded, or its log-probs cannot be trusted.
     """
     model = reference.load()
-    say = print if read_launch().is_first else _say_as_rank
+    say = tell if read_launch().is_first else _say_as_rank
     scorer = TransformersScorer(model, reference.precision, max_tokens=reference.config.max_tokens, say=say)
     scorer.self_check(sequences)
     if save_to is not None:
@@ -130,7 +131,7 @@ def load_transformers(
 
 
 def _say_as_rank(line: str) -> None:
-    print(f"process {read_launch().rank}: {line}", flush=True)
+    tell(f"process {read_launch().rank}: {line}")
 
 
 @contextlib.contextmanager

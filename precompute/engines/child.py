@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from offline_kto.kto_core.console import shown_lines
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.kto_core.streams import encode_all
 from offline_kto.precompute.engines.protocol import Scorer, serve
@@ -42,7 +43,8 @@ def main() -> None:
     channel = _WatchedChannel(Connection(os.dup(0)))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the channel is nobody else's
     settings = json.loads(channel.recv_bytes())
-    serve(channel, lambda sequences: _load(settings, sequences), tells_progress=True)
+    with shown_lines():  # into the log
+        serve(channel, lambda sequences: _load(settings, sequences), tells_progress=True)
 
 
 def _load(settings: Mapping[str, Any], sequences: Sequence[TokenIds]) -> Scorer:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.scoring.logps import POSITIVE_ROUNDING, check_scoring
@@ -30,11 +31,11 @@ class TransformersScorer:
         model: from `load_causal_lm`, frozen, in eval mode.
         precision: autocast to score under.
         max_tokens: padded tokens in one forward pass; None for a default by device.
-        say: prints a line.
+        say: tells the user a line.
     """
 
     def __init__(
-        self, model: Any, precision: Precision, *, max_tokens: int | None = None, say: Callable[[str], None] = print
+        self, model: Any, precision: Precision, *, max_tokens: int | None = None, say: Callable[[str], None] = tell
     ) -> None:
         self.model, self.precision = model, precision
         self.device = next(model.parameters()).device

@@ -128,11 +128,11 @@ class CacheRows(Dataset[TrainingRow]):
         self.cut, self.kl_cut = np.zeros(len(found.labels), dtype=bool), 0
         if self.max_length < cached:
             prompts, completions = (
-                self._read(column, pc.list_value_length).to_numpy() for column in ("prompt_ids", "completion_ids")
+                self.column(column, pc.list_value_length).to_numpy() for column in ("prompt_ids", "completion_ids")
             )
             self._fitting = np.flatnonzero(prompts < self.max_length)
             self.cut = (prompts + completions)[self._fitting] > self.max_length
-            partners = self._read("kl_completion_ids", lambda lists: pc.list_value_length(lists.flatten())).to_numpy()
+            partners = self.column("kl_completion_ids", lambda lists: pc.list_value_length(lists.flatten())).to_numpy()
             whole = prompts[:, None] + partners.reshape(len(prompts), self.partners)
             self.kl_cut = int((whole[self._fitting] > self.max_length).sum())
         self.dropped, self.labels = len(found.labels) - len(self._fitting), found.labels[self._fitting]
@@ -144,8 +144,8 @@ class CacheRows(Dataset[TrainingRow]):
                 f"--max-length {self.max_length}: every prompt in {folder} is as long or longer; no row is left."
             )
 
-    def _read(self, column: str, summary: Callable[[pa.Array], pa.Array] = lambda values: values) -> pa.ChunkedArray:
-        """A column of all files, summarized in pieces."""
+    def column(self, column: str, summary: Callable[[pa.Array], pa.Array] = lambda values: values) -> pa.ChunkedArray:
+        """Read a column of all files, `max_length` aside, summarized in pieces."""
         pieces: list[pa.Array] = []
         for path, file in zip(self._paths, self._files, strict=True):
             for table in read_groups(path, file, columns=[column], at_once=16):
@@ -159,7 +159,7 @@ class CacheRows(Dataset[TrainingRow]):
 
     def ids(self, column: str, rows: np.ndarray) -> pa.ChunkedArray:
         """`row_id` or `prompt_id` of some rows, by their places here."""
-        return self._read(column).take(pa.array(self._fitting[rows]))
+        return self.column(column).take(pa.array(self._fitting[rows]))
 
     @functools.cached_property
     def pair_ids(self) -> list[str | None]:
@@ -169,7 +169,7 @@ class CacheRows(Dataset[TrainingRow]):
     @functools.cached_property
     def contradictions(self) -> int:
         """How many different rows (prompt and completion) carry both labels."""
-        labelled = pa.table({"row": self._read("row_id"), "label": self._read("label")})
+        labelled = pa.table({"row": self.column("row_id"), "label": self.column("label")})
         both = labelled.group_by("row").aggregate([("label", "min"), ("label", "max")])
         return int(pc.sum(pc.not_equal(both["label_min"], both["label_max"])).as_py() or 0)
 
@@ -179,7 +179,7 @@ class CacheRows(Dataset[TrainingRow]):
         return {"dropped": self.dropped, "cut": int(self.cut.sum()), "kl_cut": self.kl_cut}
 
     def _of_rows(self, column: str) -> list[Any]:
-        every: list[Any] = self._read(column).take(pa.array(self._fitting)).to_pylist()
+        every: list[Any] = self.column(column).take(pa.array(self._fitting)).to_pylist()
         return every
 
     @functools.cached_property

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from offline_kto.kto_core.cache.manifest import Manifest
-from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.console import warn
 from offline_kto.kto_core.errors import KTOError, ModelError, TrainingError
 from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
@@ -105,7 +105,7 @@ class PolicyFiles:
                 f"{message} The trained model would be prompted in another way than it was trained. Score again with "
                 f"kto-precompute --model {self.name}, or pass --allow-different-policy if this is meant."
             )
-        tell(f"warning     {message}")
+        warn(message)
 
     def load(self, config: TrainConfig, precision: Precision, device: torch.device) -> Any:
         """The model as it is on disk: all weights in float32, or frozen to carry adapters.
@@ -156,8 +156,8 @@ def _repair_generation(model: Any) -> None:
         generation.do_sample = True
     try:
         generation.validate(strict=True)
-        print("warning     generation_config.json samples without do_sample; it is saved with it")
+        warn("generation_config.json samples without do_sample; it is saved with it")
     except ValueError:
         tokens = {name: value for name, value in generation.to_dict().items() if name.endswith("_token_id")}
         model.generation_config = transformers.GenerationConfig.from_dict(tokens)
-        print("warning     generation_config.json contradicts itself; of it, only the special tokens are saved")
+        warn("generation_config.json contradicts itself; of it, only the special tokens are saved")

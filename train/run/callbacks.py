@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from tqdm import tqdm
 
+from offline_kto.kto_core.console import is_silent, tell
 from offline_kto.kto_core.durable_files import write_text
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.foreign_files import read_foreign
@@ -167,11 +168,9 @@ class Console(transformers.TrainerCallback):
         self._say(f"{line}{left:,.0f} s left")
 
     def _say(self, line: str) -> None:
-        if self.bar is None:
-            print(line, flush=True)
-            return
-        self.bar.write(_wrapped(line, self.bar.width()) if is_terminal(sys.stdout) else line)
-        print(end="", flush=True)
+        wraps = self.bar is not None and is_terminal(sys.stdout)
+        for part in _wrapped(line, self.bar.width()).split("\n") if wraps and self.bar is not None else [line]:
+            tell(part)
 
 
 class _LiveLine(tqdm):
@@ -204,7 +203,7 @@ class _LiveLine(tqdm):
 
 
 def _shows_live_lines() -> bool:
-    return is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
+    return is_terminal(sys.stderr) and not is_silent() and os.environ.get("TERM") != "dumb"
 
 
 def _layouts(record: dict[str, Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from offline_kto.kto_core.cache.manifest import Manifest
-from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.durable_files import write_json, written_to
 from offline_kto.kto_core.errors import ConfigError, WriteError
 from offline_kto.kto_core.models.folders import find_reference
@@ -82,14 +82,15 @@ def evaluate_run(config: TrainConfig) -> Path:
         shortened = shortened_in_words(held_out.cache.shortened, held_out.cache.max_length)
         tell(f"rows        {len(held_out.indices):,}: {rows.what}{shortened}")
         for line in files.warnings:
-            tell(f"warning     {line}")
+            warn(line)
     scores = trainer.final_scores()
     assert scores is not None
     labels = str(manifest.data.get("labels_hash"))[:4]
     path = run / (EVALUATION if rows.of_run else f"evaluation-{manifest.fingerprint[:12]}-{labels}.json")
     if main:
         found = summary(scores, objective, int(final.get("step", 0)))
-        print("\n".join(summary_lines(found, rows="held out" if rows.of_run else "evaluated")))
+        for line in summary_lines(found, rows="held out" if rows.of_run else "evaluated"):
+            tell(line)
         with written_to(run, WriteError, "Make room, and evaluate again; what was there is as it was."):
             write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
         tell(f"wrote       {path}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
@@ -34,14 +34,13 @@ def print_plan(
     tell(f"scored      {scored_in_words(data.rows.manifest)}")
     tell(f"rows        {rows_in_words(data.facts())}")
     weights = objective.weights
-    print(
+    tell(
         f"labels      {desirable:,} desirable (weight {weights[0]:.4g}), {undesirable:,} undesirable (weight {weights[1]:.4g})"
     )
     loss = "" if config.loss == "kto" else f"loss {config.loss}, "
-    print(
+    tell(
         f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
     )
     tell(f"run         {out}")
     for line in (*files.warnings, *warnings):
-        tell(f"warning     {line}")
-    print(end="", flush=True)
+        warn(line)

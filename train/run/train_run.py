@@ -28,6 +28,8 @@ def train(config: TrainConfig) -> Path:
     Raises:
         KTOError: the user's input cannot be used, or training had to stop.
     """
+    if config.cache == Path(""):
+        raise ConfigError("--cache is missing: name the folder that kto-precompute wrote.")
     refuse_unnamed(config)
     settle_launch(shards=True)
     if config.evaluate_only is not None:
@@ -66,7 +68,8 @@ def _train(config: TrainConfig, out: Path) -> None:
     found: dict[str, Any] | None = run.sum_up()
     if run.is_main:
         if found is not None:
-            print("\n".join(summary_lines(found)))
+            for line in summary_lines(found):
+                tell(line)
         tell(f"report      {write_report([out])}")
         tell(f"wrote       {out}")
     accelerator = run.trainer.accelerator

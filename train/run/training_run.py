@@ -114,7 +114,8 @@ class TrainingRun:
         if config.lora_rank and args.process_index == 0:
             from offline_kto.train.model.lora import adapter_lines
 
-            print("\n".join(adapter_lines(model)), flush=True)
+            for line in adapter_lines(model):
+                tell(line)
         check_vocabulary(model, data.rows)
         settings = Settings.of(config, objective.weights, data.class_counts)
         console = Console(Watch(settings), out / METRICS) if args.process_index == 0 else None
@@ -157,7 +158,7 @@ class TrainingRun:
         if self.config.early_stopping:
             trainer.load_best()
             if self.is_main and trainer.final_step < trainer.state.global_step:
-                print(
+                tell(
                     f"stopped     after {trainer.state.global_step:,} updates; the model is the one of update {trainer.final_step:,}, with "
                     f"the best {self.config.metric}"
                 )
@@ -243,7 +244,7 @@ class TrainingRun:
         transformers.utils.logging.disable_progress_bar()  # of files being written, between the live lines
         trainer.settle()
         if self.is_main and trainer.measures_memory:
-            print(f"memory      --max-tokens {trainer.max_tokens} (measured)", flush=True)
+            tell(f"memory      --max-tokens {trainer.max_tokens} (measured)")
         if trainer.state.global_step >= trainer.state.max_steps:
             trainer.batches.finish()  # the Trainer looks only after an update whether it was the last
         if trainer.state.global_step:  # a resumed policy has left the reference
@@ -266,7 +267,7 @@ class TrainingRun:
         allow = self.config.allow_different_policy
         found = check_start(self.trainer, self.data.rows, self.precision, policy=self.files.name, allow=allow)
         if self.is_main:
-            print(
+            tell(
                 f"start       policy and cache differ by {found.mean:.1e} nats a token (mean), {found.largest:.1e} (max)"
             )
 

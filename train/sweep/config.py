@@ -6,7 +6,7 @@ from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.locations import Location
-from offline_kto.kto_core.options import check_numbers, flag, option
+from offline_kto.kto_core.options import check_options, flag, option
 from offline_kto.train.config import METRICS
 
 SEARCHES = ("grid", "random", "tpe")
@@ -45,7 +45,7 @@ class SweepConfig:
     train: dict[str, Any] = option(dict, "YAML only: kto-train's options that are the same in all trials.")
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_options(self)
         for name in ("trials", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:

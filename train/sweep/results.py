@@ -197,7 +197,7 @@ class Results:
         failed = sum(record.state == "failed" for record in self.study.records())
         tell(f"best        trial {best.number}: {self._shown(best.value)}  {_words(best.params)}")
         if failed:
-            print(f"failed      {failed:,} trials; {RESULTS} has the reasons")
+            tell(f"failed      {failed:,} trials; {RESULTS} has the reasons")
         tell(f"next        kto-train --config {shlex.quote(str(self.out / BEST_OPTIONS))} --out runs/best")
         tell(f"report      {report}")
         tell(f"wrote       {self.out}")
@@ -227,7 +227,7 @@ class Results:
             elif host != socket.gethostname():
                 tell(f"best model  with the sweeper that made it, on {host}: {folder.parent.parent}")
             else:
-                print("best model  gone; best.yaml makes it again")
+                tell("best model  gone; best.yaml makes it again")
 
     def _is_of(self, folder: Path, best: TrialRecord) -> bool:
         """Whether a folder holds the model of a trial of this sweep."""

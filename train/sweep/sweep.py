@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
 from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
-from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.console import is_silent, tell, warn
 from offline_kto.kto_core.durable_files import write_text, written_to
 from offline_kto.kto_core.errors import ConfigError, TrainingError, printable
 from offline_kto.kto_core.launch import settle_launch, world_size
@@ -57,6 +57,8 @@ def sweep(config: SweepConfig) -> Path:
     check_installed()
     if config.storage:
         check_storage(config.storage)
+    if config.cache == Path(""):
+        raise ConfigError("--cache is missing: name the folder that kto-precompute wrote.")
     if world_size() > 1:
         raise ConfigError(
             "kto-sweep starts its own processes, a trial in each; run it without torchrun, with --workers."
@@ -200,7 +202,7 @@ def _run(study: Study, trials: Trials, workers: Workers, results: Results, out: 
 @contextlib.contextmanager
 def _bar(done: int, total: int) -> Iterator[Any]:
     """Yields: prints a line about a trial that has ended, above a bar where there is a terminal."""
-    if not is_terminal(sys.stderr):
+    if not is_terminal(sys.stderr) or is_silent():
         yield tell
         return
     with tqdm(total=total, initial=done, desc="trials", unit="trial", dynamic_ncols=True) as bar:
@@ -218,14 +220,13 @@ def _print_plan(
     names = ", ".join(trials.space)
     tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
     all_of_them = " (there are no more)" if trials.count == trials.points and config.search != "grid" else ""
-    print(f"search      {config.search} over {names}, {trials.count:,} trials{all_of_them}")
-    print(f"scored      {scored_in_words(manifest)}")
+    tell(f"search      {config.search} over {names}, {trials.count:,} trials{all_of_them}")
+    tell(f"scored      {scored_in_words(manifest)}")
     rows = workers.facts.get("data")
     if rows:
-        print(f"rows        {rows_in_words(rows)}")
-    print(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
-    print(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
+        tell(f"rows        {rows_in_words(rows)}")
+    tell(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
+    tell(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
     tell(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
     for line in [*workers.facts.get("warnings", []), *trials.warnings()]:
-        tell(f"warning     {line}")
-    print(end="", flush=True)
+        warn(line)

@@ -10,6 +10,7 @@ What it is told over a pipe, and what it answers:
 import contextlib
 import dataclasses
 import gc
+import logging
 import os
 import shutil
 import signal
@@ -26,10 +27,10 @@ from typing import Any
 import torch
 import transformers
 
+from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import OF_THE_DISK, remove_tree, written_to
 from offline_kto.kto_core.errors import KTOError, WriteError, in_one_line
 from offline_kto.kto_core.models.precision import resolve_device, resolve_precision
-from offline_kto.kto_core.redaction import hidden
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.settings import class_warnings, class_weight_values
 from offline_kto.train.run.arguments import training_arguments
@@ -137,12 +138,12 @@ class _Worker:
             except WriteError:
                 raise
             except KTOError as error:
-                print(f"Error: {error}")
+                tell(f"Error: {error}", logging.ERROR)
                 outcome = Ended.refused(str(error))
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in OF_THE_DISK:
                     raise
-                print(hidden(traceback.format_exc()))  # a trial that fails must not stop the others
+                _tell_traceback()  # a trial that fails must not stop the others
                 outcome = Ended.refused(f"{type(error).__name__}: {in_one_line(error)} (see {LOG})")
             outcome = dataclasses.replace(outcome, seconds=time.monotonic() - started)
             self.pipe.send(outcome)
@@ -209,7 +210,12 @@ def _end_reports() -> None:
             try:
                 getattr(sys.modules[name], end)()
             except Exception:  # noqa: BLE001 - a service that cannot be reached must not end the sweep
-                print(hidden(traceback.format_exc()))
+                _tell_traceback()
+
+
+def _tell_traceback() -> None:
+    for line in traceback.format_exc().splitlines():
+        tell(line, logging.ERROR)
 
 
 class _Evaluations(transformers.TrainerCallback):

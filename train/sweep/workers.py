@@ -4,12 +4,15 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from offline_kto.kto_core.console import shown_lines
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries
 from offline_kto.kto_core.streams import encode_all
@@ -26,6 +29,17 @@ _LAST_SECONDS = 10.0
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Start processes that do not import the program which called this one: a script without a guard would run again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 class Worker:
     """One process, and the pipe to it."""
 
@@ -37,7 +51,8 @@ class Worker:
         resource_tracker.ensure_running()  # else the first start would, and unblock the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self.process.start()
+            with _without_main():
+                self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # or the end of the process would not close the pipe
@@ -77,7 +92,8 @@ def _process(pipe: Connection, rows: dict[str, Any], device: str | None, threads
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     from offline_kto.train.sweep.worker import work
 
-    work(pipe, rows, threads)
+    with shown_lines():
+        work(pipe, rows, threads)
 
 
 class Workers:

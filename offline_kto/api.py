@@ -1,0 +1,217 @@
+"""The Python API: what `offline_kto` offers under its own name. Each function is one command, or one of its steps."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from offline_kto.kto_core.console import LOGGER, shown_lines
+from offline_kto.kto_core.errors import ConfigError, nearest, shown
+from offline_kto.kto_core.locations import Location, to_location
+from offline_kto.kto_core.options import resolve
+
+if TYPE_CHECKING:
+    import datasets
+
+    from offline_kto.kto_core.cache.manifest import Manifest
+    from offline_kto.train.data.cache_rows import CacheRows
+    from offline_kto.train.report.folders import Run, Sweep
+
+ConfigT = TypeVar("ConfigT")
+
+
+def precompute(model: str | Path, data: str | Path, out: Location = "refs", **options: Any) -> "Manifest":
+    """Score feedback under a reference model, once, as `kto-precompute` does.
+
+    Args:
+        model: the reference, a local folder or a hub id. Not a loaded model: a cache is known by the files it was
+            scored with.
+        data: feedback, a file, a dataset folder or a hub id.
+        out: folder of the cache, or its URL.
+        options: of `PrecomputeConfig`; `config` may name a YAML file with more.
+
+    Returns:
+        The manifest of the cache. With `dry_run=True`, where nothing is written, that of the cache in `out`.
+
+    Raises:
+        KTOError: the input cannot be used.
+    """
+    from offline_kto.precompute.config import PrecomputeConfig
+
+    _refuse_objects(model=model, data=data)
+    config = _config(PrecomputeConfig, {"model": model, "data": data, "out": out, **options})
+    with _shown():
+        from offline_kto.kto_core.cache.manifest import read_manifest
+        from offline_kto.kto_core.cache.remote_cache import local_copy
+        from offline_kto.precompute.run import precompute as run
+
+        run(config)
+        return read_manifest(local_copy(config.out))
+
+
+def train(cache: Location, out: str | Path | None = None, **options: Any) -> "Run":
+    """Train a policy from cached reference scores, as `kto-train` does.
+
+    Args:
+        cache: the reference cache, a folder or its URL.
+        out: the run folder; None for runs/ and the time.
+        options: of `TrainConfig`; `config` may name a YAML file with more. `training` is a table for
+            `transformers.TrainingArguments`.
+
+    Returns:
+        The finished run: options, metrics, evaluation. Its model lies in `path`.
+
+    Raises:
+        KTOError: the input cannot be used, or training had to stop.
+    """
+    from offline_kto.train.config import TrainConfig
+
+    _refuse_objects(model=options.get("model"), cache=cache)
+    config = _config(TrainConfig, {"cache": cache, "out": out, **options})
+    with _shown():
+        from offline_kto.train.run.train_run import train as run
+
+        return _run_in(run(config))
+
+
+def sweep(cache: Location, space: Mapping[str, Any], out: str | Path | None = None, **options: Any) -> "Sweep":
+    """Train with many settings from one cache, as `kto-sweep` does.
+
+    Args:
+        cache: the reference cache, a folder or its URL.
+        space: option of `TrainConfig` -> list of values, or {"low": ..., "high": ..., "log": ...}.
+        out: the sweep folder; None for sweeps/ and the time.
+        options: of `SweepConfig`; `train` is a table of options that are the same in all trials.
+
+    Returns:
+        All trials, and the best one.
+
+    Raises:
+        KTOError: the input cannot be used.
+    """
+    from offline_kto.train.sweep.config import SweepConfig
+
+    config = _config(SweepConfig, {"cache": cache, "space": dict(space), "out": out, **options})
+    with _shown():
+        from offline_kto.train.report.folders import Sweep, read_folder
+        from offline_kto.train.sweep.sweep import sweep as run
+
+        found = read_folder(run(config))
+        assert isinstance(found, Sweep)
+        return found
+
+
+def report(*folders: str | Path, out: str | Path | None = None) -> Path:
+    """Draw runs and sweeps as one HTML page, as `kto-report` does; return its path.
+
+    Raises:
+        KTOError: a folder is neither a run nor a sweep.
+    """
+    from offline_kto.train.report.report import write_report
+
+    return write_report([Path(folder) for folder in folders], None if out is None else Path(out))
+
+
+def read(folder: str | Path) -> "Run | Sweep":
+    """Read a run or a sweep folder.
+
+    Raises:
+        KTOError: it is neither.
+    """
+    from offline_kto.train.report.folders import read_folder
+
+    return read_folder(Path(folder))
+
+
+def open_cache(location: Location, *, max_length: int | None = None) -> "CacheRows":
+    """Open a reference cache, every byte of it checked.
+
+    Args:
+        location: its folder or URL.
+        max_length: shorten rows to so many tokens; scores are those of the shorter rows.
+
+    Returns:
+        A `torch` dataset of `TrainingRow`: prompt and completion ids, label, reference scores.
+
+    Raises:
+        KTOError: damaged, incomplete or not there.
+    """
+    from offline_kto.train.data.training_data import open_cache as opened
+
+    return opened(to_location(location), max_length)
+
+
+def verify(location: Location) -> "Manifest":
+    """Check every file and every row of a cache, as `kto-cache verify` does; return its manifest.
+
+    Raises:
+        KTOError: naming the file and what is wrong with it.
+    """
+    from offline_kto.kto_core.cache.manifest import read_manifest
+    from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
+    from offline_kto.kto_core.cache.verification import verify_cache
+
+    folder = local_copy(to_location(location), anew=True)
+    manifest = read_manifest(folder)
+    with speaking_of(to_location(location), folder):
+        verify_cache(folder, manifest)
+    return manifest
+
+
+def to_trl(location: Location, *, partner: int = 0) -> "datasets.Dataset":
+    """Return a cache's rows in the columns that TRL's `KTOTrainer` makes of a data set and its reference pass.
+
+    Args:
+        location: the cache, its folder or URL.
+        partner: which mismatched completion of each row, counted from 0.
+
+    Returns:
+        Columns `prompt_ids`, `completion_ids`, `KL_completion_ids`, `label`, `ref_logps`, `ref_KL_logps` (nats).
+
+    Raises:
+        KTOError: no usable cache, or no such mismatched completion.
+    """
+    from offline_kto.train.data.trl_rows import trl_rows
+
+    return trl_rows(open_cache(location), partner=partner)
+
+
+def _config(kind: type[ConfigT], options: dict[str, Any]) -> ConfigT:
+    """Build the options of a command from keyword arguments: those given here, then a YAML file, then defaults."""
+    yaml_path = options.pop("config", None)
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"{kind.__name__} has no option {shown(name)!r}.{nearest(name, known)} Known: {', '.join(known)}."
+            )
+    given = {name: value for name, value in options.items() if value is not None}
+    return resolve(kind, given, yaml_path=None if yaml_path is None else Path(yaml_path))
+
+
+def _refuse_objects(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, str | Path):
+            raise ConfigError(
+                f"{name} must be a path or a hub id, got a {type(value).__name__}. Scores are known by the files they were "
+                "computed from: save the object (save_pretrained, or a JSONL file) and give its path."
+            )
+
+
+def _run_in(folder: Path) -> "Run":
+    from offline_kto.train.report.folders import Run, read_folder
+
+    found = read_folder(folder)
+    assert isinstance(found, Run)
+    return found
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[None]:
+    """Show lines as the commands do, where the program has not set up `logging` for them."""
+    if LOGGER.hasHandlers():
+        yield
+        return
+    with shown_lines():
+        yield
