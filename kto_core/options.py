@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from offline_kto.kto_core.errors import ConfigError, nearest, shown
 from offline_kto.kto_core.locations import to_location
-from offline_kto.kto_core.yaml_files import read_yaml
+from offline_kto.kto_core.yaml_files import named_file, read_yaml
 
 ConfigT = TypeVar("ConfigT")
 NumberT = TypeVar("NumberT", int, float)
@@ -204,7 +204,7 @@ def resolve(
         ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or one that
             the config itself refuses.
     """
-    values = dict(_yaml_values(config, yaml_path, foreign)) if yaml_path else {}
+    values = dict(_yaml_values(config, named_file(yaml_path), foreign)) if yaml_path else {}
     values.update(command_line)
     return config(**values)
 

@@ -54,6 +54,16 @@ _Loader.add_implicit_resolver(
 _Loader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
 
 
+# Files of options that come with the package.
+_SHIPPED = Path(__file__).parents[1] / "configs"
+
+
+def named_file(path: Path) -> Path:
+    """Return the file that `--config` names: the user's, or one that comes with the package (`--config lora`)."""
+    shipped = _SHIPPED / f"{path}.yaml"
+    return shipped if len(path.parts) == 1 and not path.exists() and shipped.exists() else path
+
+
 def read_yaml(path: Path, *, foreign: bool = False) -> dict[str, Any]:
     """The mapping in a YAML file.
 

@@ -89,7 +89,12 @@ _SETTINGS = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
 
 
 @click.command(cls=_Command, context_settings=_SETTINGS)
-@click.option("--config", type=click.Path(path_type=Path), help="YAML with any of these options.", metavar="FILE")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="YAML with any of these options; kto and lora come with the package.",
+    metavar="FILE",
+)
 @_options(TrainConfig)
 @click.version_option(package_name="offline-kto")
 @click.pass_context
@@ -126,7 +131,7 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    help="YAML with space:, train: and any of these options.",
+    help="YAML with space:, train: and any of these options; sweep comes with the package.",
     metavar="FILE",
 )
 @_options(SweepConfig)
