@@ -1,26 +1,10 @@
-"""Stage 1 from end to end: plan, score what is missing, write shards, declare the cache complete."""
+"""Stage 1 from end to end: check what can be checked at once, then make the cache (`pipeline.py`, which is heavy to import)."""
 
-import shlex
-import shutil
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from offline_kto.kto_core.cache.manifest import fingerprint, identity_of
 from offline_kto.kto_core.console import tell
-from offline_kto.kto_core.errors import ConfigError, ModelError, printable
-from offline_kto.kto_core.hashing import json_hash
-from offline_kto.kto_core.launch import settle_launch, world_size
-from offline_kto.kto_core.models.loading import longest_alike
-from offline_kto.kto_core.scoring.sequences import TokenIds
+from offline_kto.kto_core.errors import ConfigError
+from offline_kto.kto_core.launch import settle_launch
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.engines.backend import Backend, choose_backend, load_transformers
-from offline_kto.precompute.engines.protocol import Scorer
-from offline_kto.precompute.engines.ranks import RankedScorer, joined, on_own_device, work
-from offline_kto.precompute.engines.reference import Reference
-from offline_kto.precompute.out_folder import check_out, opened_out, rendered_on
-from offline_kto.precompute.plan import Plan, PlanCounts, describe, make_plan
-from offline_kto.precompute.scoring import MERGED, Scoring
-from offline_kto.precompute.store import Store
+from offline_kto.precompute.out_folder import check_out
 
 
 def precompute(config: PrecomputeConfig) -> None:
@@ -32,147 +16,9 @@ def precompute(config: PrecomputeConfig) -> None:
     for name, what in (("model", "a model folder or hub id"), ("data", "a file of feedback")):
         if not getattr(config, name):
             raise ConfigError(f"--{name} is missing: name {what}.")
-    launch = settle_launch()
-    if launch.world_size == 1:
-        _precompute(config, None)
-        return
-    config = on_own_device(config)
+    if settle_launch().is_first:
+        check_out(config.out)
+        tell(f"starting    {config.data} -> {config.out}")
+    from offline_kto.precompute.pipeline import make_cache  # torch and transformers: seconds
 
-    def load(sequences: Sequence[TokenIds]) -> Scorer:
-        return load_transformers(Reference.find(config), sequences)
-
-    with joined():
-        if not launch.is_first:
-            work(load)
-            return
-        ranks = RankedScorer(load)
-        _precompute(config, ranks)
-        ranks.dismiss()
-
-
-def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
-    backend = choose_backend(config)
-    check_out(config.out)
-    reference = Reference.find(config)
-    with reference.hash_weights() as hashing:
-        plan = make_plan(config, reference.tokenizer, config.template_day or rendered_on(config.out))
-        counts = plan.counts()
-        _print_plan(config, reference, plan, counts, backend)
-        _check_vocabulary(plan, reference)
-        _check_lengths(plan, reference)
-        if config.dry_run:
-            tell("dry run     nothing was scored")
-            return
-        sections = {
-            **reference.sections(hashing.result(), backend=backend.name, engine_versions=backend.versions()),
-            "pairing": _pairing(config),
-        }
-        if plan.rendered_on:
-            sections["tokenization"]["rendered_on"] = plan.rendered_on
-    mark = fingerprint(identity_of(sections), sections["pairing"], counts.rows_hash)
-    with opened_out(config.out) as (out, on_change):
-        identity, vocabulary = identity_of(sections), reference.vocabulary
-        store = Store(
-            out,
-            identity,
-            sections["pairing"],
-            vocabulary=vocabulary,
-            rendered_on=plan.rendered_on,
-            on_change=on_change,
-        )
-        _fill(Scoring(config, reference, plan, store, backend, ranks), counts, sections, mark)
-
-
-def _print_plan(
-    config: PrecomputeConfig, reference: Reference, plan: Plan, counts: PlanCounts, backend: Backend
-) -> None:
-    adapter = f" with adapter {config.adapter}" if config.adapter else ""
-    engine = f"{backend.name} ({backend.why})" if backend.why else backend.name
-    processes = f", {world_size()} processes" if world_size() > 1 else ""
-    how = f"{reference.precision.name} on {reference.device.type}, scored with {engine}{processes}"
-    tell(f"reference   {config.model}{adapter} ({how})")
-    for line in [*(f"warning     {one}" for one in reference.warnings), *describe(plan, counts, config)]:
-        tell(line)
-
-
-def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark: str) -> None:
-    """Score what `--out` lacks, and declare it complete."""
-    shutil.rmtree(scoring.store.out / MERGED, ignore_errors=True)  # a killed run leaves it
-    config, store, labels_hash = scoring.config, scoring.store, _labels_hash(scoring.plan)
-    if not store.open(
-        overwrite=config.overwrite,
-        mark=mark,
-        labels_hash=labels_hash,
-        rows_per_shard=config.rows_per_shard,
-        row_ids=frozenset(row.row_id for row in scoring.plan.rows),
-    ):
-        tell(f"complete    {config.out} holds these scores already; nothing to do")
-        return
-    scoring.run(counts.sequences)
-    data = {**_data(scoring.plan, counts), "labels_hash": labels_hash}
-    sections = {**sections, "scorer": {**sections["scorer"], **scoring.found}}
-    run = scoring.summary(counts.sequences)
-    store.publish(len(scoring.shards), {**sections, "data": data, "run": run}, mark)
-    _report(config, run, len(scoring.shards), mark)
-
-
-def _check_vocabulary(plan: Plan, reference: Reference) -> None:
-    largest = max(int(ids.max()) for row in plan.rows for ids in (row.prompt_ids, row.full_completion_ids))
-    if largest >= reference.vocabulary:
-        raise ModelError(
-            f"{reference.config.model}: its tokenizer gives token id {largest}, but the model's vocabulary has "
-            f"{reference.vocabulary} tokens. The tokenizer belongs to another model."
-        )
-
-
-def _check_lengths(plan: Plan, reference: Reference) -> None:
-    limit = longest_alike(reference.shape.config)
-    if limit is None or reference.config.max_length <= limit:
-        return
-    longest = max(len(prompt) + len(y) for i in range(len(plan.rows)) for prompt, y in plan.sequences(i))
-    if longest > limit:
-        raise ModelError(
-            f"{reference.config.model}: the longest sequence has {longest} tokens, and beyond {limit} this model computes a "
-            "row in another way when another one stands beside it, so that a score would depend on its neighbours. Use "
-            f"--max-length {limit}."
-        )
-
-
-def _pairing(config: PrecomputeConfig) -> dict[str, Any]:
-    shuffled = config.pairing == "shuffled"
-    return {
-        "method": config.pairing,
-        "seed": config.seed if shuffled else None,
-        "block": None if shuffled else config.pairing_block,
-        "partners": config.kl_partners,
-    }
-
-
-def _labels_hash(plan: Plan) -> str:
-    """What the fingerprint leaves out on purpose: order, labels, pairs, source rows."""
-    return json_hash([[row.row_id, row.label, row.pair_id, row.source] for row in plan.rows])
-
-
-def _data(plan: Plan, counts: PlanCounts) -> dict[str, Any]:
-    files = [{"name": printable(f.name), "sha256": f.sha256, "bytes": f.bytes} for f in plan.files]
-    return {
-        "files": files,
-        "read": counts.read,
-        "kept": counts.kept,
-        "dropped": counts.dropped,
-        "desirable": counts.desirable,
-        "undesirable": counts.undesirable,
-        "truncated": counts.truncated,
-        "kl_truncated": counts.kl_truncated,
-        "prompts": counts.prompts,
-        "rows_hash": counts.rows_hash,
-    }
-
-
-def _report(config: PrecomputeConfig, run: Mapping[str, Any], shards: int, mark: str) -> None:
-    tell(
-        f"scored      {run['scored_sequences']:,} sequences ({run['reused_sequences']:,} reused), {run['tokens']:,} tokens "
-        f"in {run['seconds']:,.1f} s"
-    )
-    tell(f"wrote       {config.out} ({shards} shard{'s' if shards > 1 else ''}, fingerprint {mark[:12]})")
-    tell(f"next        kto-train --cache {shlex.quote(str(config.out))}")
+    make_cache(config)

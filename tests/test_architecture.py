@@ -28,7 +28,8 @@ precompute.records precompute.parts train.run_files
 precompute.engines precompute.out_folder train.data train.model train.diagnostics
 precompute.plan precompute.store train.trainer train.report
 precompute.scoring train.run
-precompute.run precompute.inspect_cache train.sweep
+precompute.pipeline precompute.inspect_cache train.sweep
+precompute.run
 precompute.cli train.cli
 """
 

@@ -252,12 +252,12 @@ def test_usage_errors_exit_with_2(tmp_path: Path, base: Path) -> None:
 def test_our_own_mistakes_keep_their_traceback(
     tmp_path: Path, base: Path, feedback: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import offline_kto.precompute.run
+    import offline_kto.precompute.pipeline
 
     def broken(*arguments: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(offline_kto.precompute.run, "make_plan", broken)
+    monkeypatch.setattr(offline_kto.precompute.pipeline, "make_plan", broken)
     result = run(kto_precompute, "--model", base, "--data", feedback, "--out", tmp_path / "refs")
     assert isinstance(result.exception, ZeroDivisionError)
 

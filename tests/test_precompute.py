@@ -20,7 +20,7 @@ import transformers
 from feedback_files import chat_rows, write_feedback, write_rows
 from models import FAMILIES, save_tiny, tiny_tokenizer
 
-import offline_kto.precompute.run as precompute_run
+import offline_kto.precompute.scoring as scoring
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import CacheError, KTOError, ModelError, PairingError
 from offline_kto.kto_core.lock import only_writer
@@ -501,13 +501,13 @@ def test_weights_that_change_while_they_are_loaded_are_not_scored(
     tmp_path: Path, base: Path, feedback: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, other = Path(shutil.copytree(base, tmp_path / "mine")), save_tiny(tmp_path / "other", seed=5)
-    real = precompute_run.load_transformers
+    real = scoring.load_transformers
 
     def load(*args: Any) -> Any:
         os.replace(other / "model.safetensors", mine / "model.safetensors")
         return real(*args)
 
-    monkeypatch.setattr(precompute_run, "load_transformers", load)
+    monkeypatch.setattr(scoring, "load_transformers", load)
     with pytest.raises(ModelError, match="changed since this command was started"):
         precompute(PrecomputeConfig(model=str(mine), data=str(feedback), out=tmp_path / "refs"))
     assert not (tmp_path / "refs").exists()

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import write_text
@@ -24,7 +22,6 @@ from offline_kto.kto_core.yaml_files import read_yaml
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.resumed_options import compare_facts, compare_options
 from offline_kto.train.run_files import CONFIG, FACTS, config_text, make_folder, read_facts, refuse_pipes, write_facts
-from offline_kto.train.trainer.checkpoints import check_checkpoint
 
 
 def refuse_unnamed(config: TrainConfig) -> None:
@@ -81,6 +78,11 @@ def last_checkpoint(
     """
     if not config.resume or not any(out.glob("[!.]*")):
         return None
+    # Heavy, and the folder is looked at before anything heavy is loaded.
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from offline_kto.train.trainer.checkpoints import check_checkpoint
+
     _check_same_cache(out, manifest)
     checkpoint: str | None = get_last_checkpoint(str(out))
     if checkpoint is not None:

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.options import as_plain, flag
 from offline_kto.train.config import TrainConfig
@@ -151,6 +149,8 @@ def _changed(now: dict[str, Any], before: dict[str, Any]) -> Iterator[tuple[str,
 
 
 def _default(name: str) -> Any:
+    import transformers  # heavy, and only a resumed run asks
+
     field = transformers.TrainingArguments.__dataclass_fields__.get(name)
     if field is None or field.default is dataclasses.MISSING:
         return None

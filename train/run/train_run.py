@@ -1,22 +1,21 @@
 """Stage 2 from end to end: `kto-train` trains a run, or evaluates one."""
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import written_to
-from offline_kto.kto_core.errors import ConfigError, TrainingError
+from offline_kto.kto_core.errors import ConfigError, ModelError, TrainingError
 from offline_kto.kto_core.launch import read_launch, settle_launch
+from offline_kto.kto_core.locations import is_url
 from offline_kto.kto_core.lock import only_writer
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.report.report import write_report
-from offline_kto.train.run.evaluate_run import evaluate_run
 from offline_kto.train.run.folder import choose_folder, refuse_occupied, refuse_unnamed
-from offline_kto.train.run.inputs import Materials
-from offline_kto.train.run.training_run import TrainingRun
-from offline_kto.train.trainer.evaluation import summary_lines
 
 
 def train(config: TrainConfig) -> Path:
@@ -33,11 +32,14 @@ def train(config: TrainConfig) -> Path:
     refuse_unnamed(config)
     settle_launch(shards=True)
     if config.evaluate_only is not None:
-        return evaluate_run(config).parent
-    if config.lora_rank:
-        from offline_kto.train.model.lora import check_installed
+        from offline_kto.train.run.evaluate_run import evaluate_run
 
-        check_installed()
+        return evaluate_run(config).parent
+    if config.lora_rank and importlib.util.find_spec("peft") is None:
+        raise ModelError("--lora-rank needs peft. Install it with: pip install 'offline-kto[lora]'")
+    for location in (config.cache, config.eval_cache):
+        if location is not None and not is_url(location):
+            read_manifest(Path(location))
     out = choose_folder(config)
     with _folder_of(config, out):
         _train(config, out)
@@ -62,6 +64,12 @@ def _folder_of(config: TrainConfig, out: Path) -> Iterator[None]:
 
 
 def _train(config: TrainConfig, out: Path) -> None:
+    if read_launch().is_first:
+        tell(f"starting    {config.cache} -> {out}")  # the imports below take seconds
+    from offline_kto.train.run.inputs import Materials
+    from offline_kto.train.run.training_run import TrainingRun
+    from offline_kto.train.trainer.evaluation import summary_lines
+
     run = TrainingRun.set_up(config, out, Materials())
     run.train()
     run.save_model(out)
