@@ -1,0 +1,96 @@
+"""CPU seconds and imported modules of each command: to its first line, to its plan, and to its first update or score.
+
+    python benchmarks/startup.py
+
+Each command runs in a process of its own on a model of 1.3M parameters. CPU seconds are those of the process, all
+threads together, so that other load on the machine counts for little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from environments import offline_env
+from text_table import text_table
+from workload import SMALL, make_workload
+
+# Beginnings of the lines that are waited for.
+MARKS = {"first line": "starting", "plan": ("reference", "cache"), "work": ("step", "scored")}
+COMMANDS = {
+    "kto-precompute": "offline_kto.precompute.cli:precompute",
+    "kto-train": "offline_kto.train.cli:train",
+    "kto-train, LoRA": "offline_kto.train.cli:train",
+}
+PROGRAM = """
+import json, logging, sys, time
+marks, found = json.loads(sys.argv.pop(1)), {}
+class Clock(logging.Handler):
+    def emit(self, record):
+        line = record.getMessage()
+        for name, words in marks.items():
+            if name not in found and line.startswith(words if isinstance(words, str) else tuple(words)):
+                found[name] = [time.process_time(), len(sys.modules)]
+logging.getLogger("offline_kto").addHandler(Clock())
+module, _, function = sys.argv.pop(1).partition(":")
+try:
+    getattr(__import__(module, fromlist=["x"]), function)()
+finally:
+    print(json.dumps(found), file=sys.stderr)
+"""
+
+
+def measure(entry: str, options: list[str], work: Path) -> dict[str, tuple[float, int]]:
+    """Run one command; return CPU seconds and modules at each mark."""
+    words = [sys.executable, "-c", PROGRAM, json.dumps(MARKS), entry, *options]
+    done = subprocess.run(words, env=offline_env(work), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stderr.splitlines()[-1])
+
+
+def main() -> None:
+    """Run all commands and print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        made = make_workload(work / "workload", data=None, num_rows=16, shape=SMALL, seed=0)
+        train = [
+            "--cache",
+            str(work / "refs"),
+            "--max-steps",
+            "1",
+            "--batch-size",
+            "8",
+            "--save-steps",
+            "0",
+            "--device",
+            "cpu",
+        ]
+        options = {
+            "kto-precompute": [
+                "--model",
+                str(made.model),
+                "--data",
+                str(made.data),
+                "--out",
+                str(work / "refs"),
+                "--device",
+                "cpu",
+            ],
+            "kto-train": [*train, "--out", str(work / "run")],
+            "kto-train, LoRA": [*train, "--out", str(work / "lora"), "--lora-rank", "4"],
+        }
+        rows = []
+        for name, entry in COMMANDS.items():
+            found = measure(entry, options[name], work)
+            rows.append([name, *(f"{found[mark][0]:.1f} s, {found[mark][1]:,}" for mark in MARKS)])
+    print(text_table(["CPU seconds, modules", *MARKS], rows))
+
+
+if __name__ == "__main__":
+    main()
