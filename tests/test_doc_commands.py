@@ -113,39 +113,28 @@ def assert_shown(shown: str, printed: str) -> None:
         assert line in found, f"{line!r} is not printed there:\n{printed}"
 
 
-def uses_api(block: Block) -> bool:
-    return block.language == "python" and "offline_kto" in block.text
+def is_run_here(block: Block) -> bool:
+    """Return whether a block runs in this checkout: the Python API may not be in it yet."""
+    return block.is_run and (HAS_API or "offline_kto" not in block.text)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.is_run and not uses_api(b) for b in blocks(page))])
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_run_here, blocks(page)))])
 def test_the_commands_of_a_page_run(page: str, desk: Path, environment: dict[str, str]) -> None:
     """In the order of the page, each in the folder that the ones before it left. A text block right below is the output."""
     if page in NEEDS:
         pytest.importorskip(NEEDS[page])
     found = blocks(page)
-    if any("kto-precompute --model" in block.text for block in found if block.is_run):
+    if any(re.search(r"kto-precompute --model|kto\.precompute", block.text) for block in filter(is_run_here, found)):
         shutil.rmtree(desk / "refs")  # the page makes its own
     printed, last = "", 0  # of the block before, and the line it ends on
     for block in found:
         if block.name == "file":
             (desk / block.value).write_text(block.text, encoding="utf-8")
-        elif block.is_run and not uses_api(block):
+        elif is_run_here(block):
             printed, last = run_block(block, desk, environment), block.last
         elif block.language == "text" and block.line == last + 1:
             assert_shown(block.text, printed)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_API, reason="this checkout has no Python API yet")
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.is_run and uses_api(b) for b in blocks(page))])
-def test_the_python_api_of_a_page_runs(page: str, desk: Path, environment: dict[str, str]) -> None:
-    shutil.rmtree(desk / "refs")
-    for block in blocks(page):
-        if block.name == "file":
-            (desk / block.value).write_text(block.text, encoding="utf-8")
-        elif block.is_run and uses_api(block):
-            run_block(block, desk, environment)
 
 
 def test_output_that_is_not_printed_is_found_out() -> None:
