@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 
 VENV_VLLM ?= .venv-vllm
 
-.PHONY: demo test test-vllm check format install clean
+.PHONY: demo test test-vllm check docs format install clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,11 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) docs
+
+# The pages of docs/ as a site, into site/. A broken link, anchor or page ends it.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -45,4 +50,4 @@ $(VENV_VLLM)/installed: pyproject.toml constraints-vllm.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VLLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache site

@@ -1,4 +1,4 @@
-"""What README.md and configs/ must say, rendered from the config dataclasses. `python tests/docs_tables.py` rewrites them."""
+"""Render what docs/options.md and configs/ say from the config dataclasses. `python tests/docs_tables.py` rewrites them."""
 
 import dataclasses
 import re
@@ -14,13 +14,14 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.sweep.config import SweepConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+OPTIONS_PAGE = ROOT / "docs/options.md"
 TABLES: dict[str, type] = {"kto-precompute": PrecomputeConfig, "kto-train": TrainConfig, "kto-sweep": SweepConfig}
 
 TABLE_FIELDS = ("training", "space", "train")  # in YAML alone
 
 
 def default_text(field: "dataclasses.Field[Any]") -> str:
-    """A default as the README shows it."""
+    """Return a default as docs/options.md shows it."""
     stated = re.search(r"\[default: (.*?)\]", field.metadata["help"])
     if stated:
         return stated.group(1)
@@ -34,7 +35,7 @@ def default_text(field: "dataclasses.Field[Any]") -> str:
 
 
 def options_table(config: type) -> str:
-    """Markdown table of a command's options."""
+    """Return a Markdown table of a command's options."""
     lines = ["| option | default | meaning |", "| --- | --- | --- |"]
     for field in dataclasses.fields(config):
         if field.name in TABLE_FIELDS:
@@ -50,7 +51,7 @@ def options_table(config: type) -> str:
 
 
 def kto_yaml() -> str:
-    """configs/kto.yaml: every option that a YAML file may set, at its default."""
+    """Return configs/kto.yaml: every option that a YAML file may set, at its default."""
     lines = [
         "# Every option of kto-train at its default. Copy, keep what you change:",
         "#     kto-train --cache refs/ --config my.yaml",
@@ -78,19 +79,19 @@ def kto_yaml() -> str:
     return "\n".join(lines)
 
 
-def readme_with_tables(readme: str) -> str:
-    """README text with its option tables replaced by current ones."""
+def with_tables(page: str) -> str:
+    """Return the text of docs/options.md with its tables replaced by current ones."""
     for command, config in TABLES.items():
         start, end = f"<!-- options of {command} -->", f"<!-- end of options of {command} -->"
-        readme = re.sub(
+        page = re.sub(
             re.escape(start) + ".*?" + re.escape(end),
             lambda _, s=start, e=end, c=config: f"{s}\n{options_table(c)}\n{e}",
-            readme,
+            page,
             flags=re.S,
         )
-    return readme
+    return page
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(readme_with_tables((ROOT / "README.md").read_text()))
-    (ROOT / "configs/kto.yaml").write_text(kto_yaml())
+    OPTIONS_PAGE.write_text(with_tables(OPTIONS_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / "configs/kto.yaml").write_text(kto_yaml(), encoding="utf-8")

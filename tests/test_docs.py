@@ -1,10 +1,12 @@
-"""README, --help, configs/*.yaml and the dataclasses say the same."""
+"""README, docs, --help, configs/*.yaml and the dataclasses say the same."""
 
 import dataclasses
 import importlib
 import importlib.util
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 import datasets
@@ -12,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from click.testing import CliRunner
-from docs_tables import ROOT, TABLE_FIELDS, TABLES, kto_yaml, readme_with_tables
+from doc_pages import PAGES
+from docs_tables import OPTIONS_PAGE, ROOT, TABLE_FIELDS, TABLES, kto_yaml, with_tables
 
 from offline_kto.kto_core.cache.shards import SCHEMA
 from offline_kto.kto_core.feedback.labels import LABEL_WORDS
@@ -25,12 +28,18 @@ from offline_kto.train.config import LOSSES, TrainConfig
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.space import Trials
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, CACHE_FORMAT = PAGES["README.md"], PAGES["docs/cache-format.md"]
 COMMANDS: dict[str, click.Command] = {"kto-precompute": kto_precompute, "kto-train": kto_train, "kto-sweep": kto_sweep}
 
 
-def test_readme_tables_are_current() -> None:
-    assert readme_with_tables(README) == README, "run: python tests/docs_tables.py"
+def test_option_tables_are_current() -> None:
+    page = OPTIONS_PAGE.read_text(encoding="utf-8")
+    assert all(f"| `{flag(field.name)}`" in page for c in TABLES.values() for field in table_fields(c))
+    assert with_tables(page) == page, "run: python tests/docs_tables.py"
+
+
+def table_fields(config: type) -> list["dataclasses.Field[Any]"]:
+    return [field for field in dataclasses.fields(config) if field.name not in TABLE_FIELDS]
 
 
 def test_kto_yaml_is_current_and_resolves_to_the_defaults() -> None:
@@ -67,9 +76,7 @@ def test_help_shows_every_option_with_its_default(command: str) -> None:
     text = CliRunner().invoke(COMMANDS[command], ["--help"], terminal_width=200).output
     options = re.split(r"\n  (?=--)", text)[1:]
     shown = {re.split(r"[ /]", option)[0]: " ".join(option.split()) for option in options}
-    for field in dataclasses.fields(TABLES[command]):
-        if field.name in TABLE_FIELDS:
-            continue
+    for field in table_fields(TABLES[command]):
         entry = shown[flag(field.name)]
         assert field.metadata["help"].split("[default")[0].split()[0] in entry
         if field.name in ("model", "data", "cache") and field.default in ("", Path("")):
@@ -81,37 +88,77 @@ def test_help_shows_every_option_with_its_default(command: str) -> None:
             assert f"[default: {field.default}]" in entry
 
 
-def test_readme_names_every_command_label_and_column() -> None:
-    for name in (
-        *COMMANDS,
-        "kto-report",
-        *(f"`{loss}`" for loss in LOSSES),
-        *(f"kto-cache {sub}" for sub in kto_cache.commands),
-    ):
-        assert name in README
+def test_pages_name_every_command_loss_label_and_column() -> None:
+    for name in (*COMMANDS, "kto-cache", "kto-report"):
+        assert f"`{name}" in README, name
+    for loss in LOSSES:
+        assert f"`{loss}`" in PAGES["docs/losses.md"], loss
     for word in LABEL_WORDS:
-        assert f"`{word}`" in README, word
-    for column in SCHEMA.names:
-        assert f"`{column}`" in README, column
+        assert f"`{word}`" in PAGES["docs/feedback.md"], word
+    for name in (*(f"kto-cache {sub}" for sub in kto_cache.commands), *(f"`{column}`" for column in SCHEMA.names)):
+        assert name in CACHE_FORMAT, name
 
 
-def test_readme_flags_exist() -> None:
+def test_every_field_of_a_manifest_is_on_its_page(cache: Path) -> None:
+    manifest = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
+    names = [f"{name}.{field}" for name, section in manifest.items() if isinstance(section, dict) for field in section]
+    names += [name for name, entry in manifest.items() if not isinstance(entry, dict)]
+    names += [*manifest["shards"][0], *manifest["data"]["files"][0]]
+    assert {"fingerprint", "reference.weights_hash", "sha256"} <= set(names)
+    assert [name for name in names if f"`{name}`" not in CACHE_FORMAT] == []
+
+
+def test_readme_is_one_that_is_read_to_the_end() -> None:
+    assert len(README.splitlines()) <= 175
+    assert "Nothing was measured on a GPU yet" in "\n".join(README.splitlines()[:25])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_of_a_page_exist(page: str) -> None:
     known = {flag(field.name) for config in TABLES.values() for field in dataclasses.fields(config)}
     known |= {field.metadata["off"] for config in TABLES.values() for field in dataclasses.fields(config)}
-    known |= {"--config", "--help", "--rows", "--version"}
-    own = re.sub(r"```.*?```", "", README, flags=re.S)
+    known |= {
+        "--config",
+        "--help",
+        "--rows",
+        "--version",
+        "--check",
+        "--kinds",
+        "--markdown",
+    }  # the last: of benchmarks
+    own = re.sub(r"```.*?```", "", PAGES[page], flags=re.S)
     for name in set(re.findall(r"`(--[a-z][a-z-]+)", own)):
         assert name in known, name
 
 
-def test_every_way_to_read_a_cache_that_the_readme_names(
+@pytest.mark.parametrize("page", PAGES)
+def test_files_of_a_page_exist(page: str) -> None:
+    """Tests, scripts, configs and packages that are named; mkdocs checks links within docs/, this those from outside of it."""
+    text = PAGES[page]
+    named = {f"tests/{name}" for name in re.findall(r"`((?:test_\w+|fuzz_by_hand)\.py)`", text)}
+    named |= set(re.findall(r"\b(?:tests|benchmarks|configs)/\w+\.(?:py|yaml)", text))
+    named |= set(re.findall(r"\b(?:kto_core|precompute|train)/(?:[a-z]+\b)?(?!\.)", text))
+    if not page.startswith("docs/"):
+        named |= {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_messages_that_are_quoted_are_those_of_the_code() -> None:
+    code = " ".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*/**/*.py") if "tests" not in path.parts)
+    quoted = re.findall(r"^> (.*)$", PAGES["docs/troubleshooting.md"], re.M)
+    assert quoted
+    for part in (part.strip(" ,") for line in quoted for part in line.split("...")):
+        assert part in code, part
+
+
+def test_every_way_to_read_a_cache_that_its_page_names(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the lines stand there; DuckDB and polars where they are installed."""
     monkeypatch.chdir(cache.parent)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     expected = pq.read_table(next((cache / "train").iterdir())).column("row_id").to_pylist()
-    lines = re.findall(r"^\w+\.\w+\(.*refs/.*\).*$", README, re.MULTILINE)
+    lines = re.findall(r"^\w+\.\w+\(.*refs/.*\).*$", CACHE_FORMAT, re.MULTILINE)
     assert [line.split(".")[0] for line in lines] == ["datasets", "pandas", "polars", "duckdb"]
     for line in lines:
         name = line.split(".")[0]

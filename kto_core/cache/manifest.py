@@ -43,7 +43,7 @@ _SECTIONS = ("reference", "tokenizer", "tokenization", "pairing", "scorer", "dat
 
 @dataclass(frozen=True)
 class Manifest:
-    """The sections of `manifest.json`; see the README for the fields of each.
+    """The sections of `manifest.json`; see docs/cache-format.md for the fields of each.
 
     Attributes:
         intact: whether all of it is as it was written; `verify_cache` refuses what is not, after it looked for the reason.
