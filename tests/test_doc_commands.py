@@ -12,7 +12,6 @@ import pytest
 from doc_pages import PAGES, ROOT, Block, blocks
 from feedback_files import write_feedback
 
-import offline_kto
 from offline_kto.kto_core.options import resolve
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
@@ -21,7 +20,6 @@ from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.space import Trials
 
 LANGUAGES = {"bash", "fish", "python", "json", "yaml", "text"}
-HAS_API = "KTOError" in dir(offline_kto)
 
 # Extras that a command of a page needs.
 NEEDS = {"docs/training.md": "peft", "docs/sweeps.md": "optuna"}
@@ -113,25 +111,20 @@ def assert_shown(shown: str, printed: str) -> None:
         assert line in found, f"{line!r} is not printed there:\n{printed}"
 
 
-def is_run_here(block: Block) -> bool:
-    """Return whether a block runs in this checkout: the Python API may not be in it yet."""
-    return block.is_run and (HAS_API or "offline_kto" not in block.text)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_run_here, blocks(page)))])
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.is_run for block in blocks(page))])
 def test_the_commands_of_a_page_run(page: str, desk: Path, environment: dict[str, str]) -> None:
     """In the order of the page, each in the folder that the ones before it left. A text block right below is the output."""
     if page in NEEDS:
         pytest.importorskip(NEEDS[page])
     found = blocks(page)
-    if any(re.search(r"kto-precompute --model|kto\.precompute", block.text) for block in filter(is_run_here, found)):
+    if any(re.search(r"kto-precompute --model|kto\.precompute", block.text) for block in found if block.is_run):
         shutil.rmtree(desk / "refs")  # the page makes its own
     printed, last = "", 0  # of the block before, and the line it ends on
     for block in found:
         if block.name == "file":
             (desk / block.value).write_text(block.text, encoding="utf-8")
-        elif is_run_here(block):
+        elif block.is_run:
             printed, last = run_block(block, desk, environment), block.last
         elif block.language == "text" and block.line == last + 1:
             assert_shown(block.text, printed)
