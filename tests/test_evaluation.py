@@ -164,7 +164,7 @@ def test_rows_are_read_a_few_at_a_time(loss: str, config: TrainConfig, monkeypat
     config = replace(config, loss=loss)
     run = train(config)
     said = json.loads((run / "evaluation.json").read_text())
-    monkeypatch.setattr("offline_kto.train.trainer.kto_trainer._HELD_OUT_ROWS", 3)
+    monkeypatch.setattr("offline_kto.train.trainer.policy_scores.HELD_OUT_ROWS", 3)
     evaluate_run(replace(config, evaluate_only=run))
     found = json.loads((run / "evaluation.json").read_text())
     assert found["rows"] % 3

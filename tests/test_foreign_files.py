@@ -169,7 +169,7 @@ class TestReports:
         found = read_rewards(tmp_path, ["split", "label", "logratio"])
         assert holds_word(found["split"], "train").sum() == 0
         assert len(found) == rows
-        monkeypatch.setattr(run_files, "_MOST_REWARDS", rows - 1)
+        monkeypatch.setattr(run_files, "MOST_REWARDS", rows - 1)
         with pytest.raises(ValueError, match="200,000 rows"):
             read_rewards(tmp_path, ["split"])
 

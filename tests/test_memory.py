@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.train_run import train
-from offline_kto.train.trainer.kto_trainer import KTOTrainer
+from offline_kto.train.trainer.gradient_passes import GradientPasses
 from offline_kto.train.trainer.memory import optimizer_bytes, tokens_that_fit
 
 GIB = 2**30
@@ -97,9 +97,6 @@ def test_moments_exist_for_trained_weights_only(trained):
 class RowCounter:
     """A meter on a CPU: memory is the padded tokens that the model is called with."""
 
-    def __init__(self, device):
-        self.seen = 0
-
     def used(self):
         return 0
 
@@ -115,17 +112,16 @@ def test_auto_measures_with_the_model_itself_and_leaves_no_trace(cache, tmp_path
     """The trial runs through the trainer's own passes; what it leaves behind would end up in the first update."""
     config = TrainConfig(cache=cache, out=tmp_path / "a", batch_size=8, max_steps=2, learning_rate=3e-3, save_steps=0)
     expected = train(config)
-    real = KTOTrainer._try_rows
+    real = GradientPasses.try_rows
 
-    def trial(self, rows):
-        real(self, rows)
-        RowCounter.last = rows * self.rows.max_length
-        assert any(p.grad is not None for p in self.model.parameters())
+    def trial(self, rows, length):
+        real(self, rows, length)
+        RowCounter.last = rows * length
+        assert any(p.grad is not None for p in self.policy.model.parameters())
 
-    monkeypatch.setattr("offline_kto.train.trainer.kto_trainer.CudaMeter", RowCounter)
-    monkeypatch.setattr("offline_kto.train.trainer.kto_trainer.optimizer_bytes", lambda model, sharded_over: 0)
-    monkeypatch.setattr("offline_kto.train.run.training_run._max_tokens", lambda config, device: None)
-    monkeypatch.setattr(KTOTrainer, "_try_rows", trial)
+    monkeypatch.setattr("offline_kto.train.run.training_run.meter_of", lambda device: RowCounter())
+    monkeypatch.setattr("offline_kto.train.trainer.gradient_passes.optimizer_bytes", lambda model, sharded_over: 0)
+    monkeypatch.setattr(GradientPasses, "try_rows", trial)
     measured = train(replace(config, out=tmp_path / "b"))
     longest = json.loads((cache / "manifest.json").read_text())["tokenization"]["max_length"]
     assert f"--max-tokens {longest * max(1, int(0.85 * 3000) // longest)} (measured)" in capsys.readouterr().out
@@ -139,20 +135,16 @@ def test_packing_changes_no_result(cache, tmp_path, monkeypatch, packs):
     config = TrainConfig(cache=cache, out=tmp_path / "a", batch_size=8, max_steps=2, learning_rate=3e-3, save_steps=0)
     expected = train(config)
     used = []
-    real_settle, real_cut = KTOTrainer.settle, KTOTrainer._cut
+    real = GradientPasses.run
 
-    def settle(self):
-        self.packs = True
-        real_settle(self)
+    def run(self, *arguments, **options):
+        used.append(self.policy.packs)
+        return real(self, *arguments, **options)
 
-    def cut(self, lengths):
-        used.append(self.packs)
-        return real_cut(self, lengths)
-
-    monkeypatch.setattr(KTOTrainer, "settle", settle)
-    monkeypatch.setattr(KTOTrainer, "_cut", cut)
+    monkeypatch.setattr("offline_kto.train.trainer.prepared_policy.can_pack", lambda model, device: True)
+    monkeypatch.setattr(GradientPasses, "run", run)
     if not packs:
-        monkeypatch.setattr("offline_kto.train.trainer.kto_trainer.packs_alike", lambda *a, **k: False)
+        monkeypatch.setattr("offline_kto.train.trainer.prepared_policy.packs_alike", lambda *a, **k: False)
     packed = train(replace(config, out=tmp_path / "b"))
     assert set(used) == {packs}
     for name, value in load_file(expected / "model.safetensors").items():

@@ -245,7 +245,7 @@ class TestCheck:
         def refuse(self: Any, folder: Path, layout: Layout) -> None:
             raise UnloadableModelError("the saved model is not the one that was trained: 1 missing keys")
 
-        monkeypatch.setattr(ModelWriter, "_check_loads", refuse)
+        monkeypatch.setattr(ModelWriter, "check_loads", refuse)
         with pytest.raises(TrainingError, match=r"_unloadable: .*1 missing keys. Its weights are kept there"):
             train(replace(config, save_steps=0))
         out = config.out or Path()
@@ -292,17 +292,17 @@ class TestNotFinite:
     def test_the_last_good_checkpoint_stays(
         self, config: TrainConfig, value: float, lora_rank: int, words: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = KTOTrainer._save_checkpoint
+        real = KTOTrainer.stop_if_weights_not_finite
 
-        def spoiled(self: Any, model: Any, trial: Any) -> None:
+        def spoiled(self: Any, what: str) -> None:
             if self.state.global_step == 2:
                 trained = [one for one in self.model.parameters() if one.requires_grad]
                 with torch.no_grad():
                     for one in trained if value == 1e19 else trained[:1]:
                         one.fill_(value)
-            real(self, model, trial)
+            real(self, what)
 
-        monkeypatch.setattr(KTOTrainer, "_save_checkpoint", spoiled)
+        monkeypatch.setattr(KTOTrainer, "stop_if_weights_not_finite", spoiled)
         with pytest.raises(TrainingError, match=f"Step 2: {words}.*row_id.*checkpoint is not saved"):
             train(replace(config, lora_rank=lora_rank))
         out = config.out or Path()
@@ -333,13 +333,13 @@ class TestNotFinite:
     def test_an_optimizer_state_that_overflowed_is_no_checkpoint(
         self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = KTOTrainer._save_checkpoint
+        real = KTOTrainer.stop_if_weights_not_finite
 
-        def spoiled(self: Any, model: Any, trial: Any) -> None:
+        def spoiled(self: Any, what: str) -> None:
             next(iter(self.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = float("inf")
-            real(self, model, trial)
+            real(self, what)
 
-        monkeypatch.setattr(KTOTrainer, "_save_checkpoint", spoiled)
+        monkeypatch.setattr(KTOTrainer, "stop_if_weights_not_finite", spoiled)
         with pytest.raises(TrainingError, match=r"optimizer's state is not finite.*exp_avg_sq"):
             train(config)
 

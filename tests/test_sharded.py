@@ -138,13 +138,14 @@ def test_bfloat16_rounds_passes_but_no_results(uneven: TrainConfig, tmp_path: Pa
 def test_out_of_memory_on_one_rank_is_one_message(uneven: TrainConfig, tmp_path: Path) -> None:
     before = """
 import os, torch
-from offline_kto.train.trainer.kto_trainer import KTOTrainer
-whole = KTOTrainer._backward
-def small_device(self, loss, last):
-    if os.environ["RANK"] == "1" and self.state.global_step == 1:
+from offline_kto.train.trainer.gradient_passes import GradientPasses
+whole, lasts = GradientPasses.backward, []
+def small_device(self, loss, *, last):
+    if os.environ["RANK"] == "1" and sum(lasts) == 1:  # in the second update
         raise torch.OutOfMemoryError("simulated")
-    whole(self, loss, last)
-KTOTrainer._backward = small_device
+    whole(self, loss, last=last)
+    lasts.append(last)
+GradientPasses.backward = small_device
 """
     done = launch(uneven, tmp_path / "two", "--save-steps", "0", before=before)
     assert done.returncode != 0

@@ -14,7 +14,7 @@ from models import save_tiny
 from offline_kto.kto_core.streams import is_terminal
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
-from offline_kto.train.sweep.worker import _log_into
+from offline_kto.train.sweep.worker import log_into
 from offline_kto.train.sweep.workers import START, Worker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,7 +154,7 @@ def test_a_trial_needs_no_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", None)
         patch.setattr(sys, "stderr", None)
-        with _log_into(tmp_path / "log.txt"):
+        with log_into(tmp_path / "log.txt"):
             os.write(1, b"from a library")
     assert (tmp_path / "log.txt").read_bytes() == b"from a library"
 

@@ -147,15 +147,18 @@ def test_no_reference_and_one_load(config: SweepConfig) -> None:
         "from pathlib import Path\n"
         "import offline_kto.train.run.inputs, offline_kto.train.model.policy\n"
         "from offline_kto.train.data.training_data import TrainingData\n"
-        "from offline_kto.train.sweep.worker import _Worker\n"
-        "from offline_kto.train.sweep.config import SweepConfig\n"
-        "from offline_kto.train.sweep.space import Trials\n"
+        "from offline_kto.train.sweep.worker import Worker
+"
+        "from offline_kto.train.sweep.config import SweepConfig
+"
+        "from offline_kto.train.sweep.space import Trials
+"
         "class Pipe:\n"
         "    def send(self, message): self.last = message\n"
         "    def recv(self): return 'drop'\n"
         f"config = SweepConfig(cache=Path({str(config.cache)!r}), search='grid', space={config.space!r}, train={config.train!r})\n"
         "trials = Trials.of(config)\n"
-        "worker = _Worker(Pipe(), TrainingData.open(trials.config({})).identity())\n"
+        "worker = Worker(Pipe(), TrainingData.open(trials.config({})).identity())\n"
         "for number in range(trials.count):\n"
         f"    worker.run(number, trials.config(trials.point(number)), Path({str(config.out)!r}) / str(number))\n"
         "    assert worker.pipe.last.state == 'complete', worker.pipe.last\n"
@@ -210,8 +213,8 @@ def test_a_full_disk_ends_the_sweep_and_fails_no_trial(
     pipe = cast(Any, SimpleNamespace(send=said.append, recv=lambda: "drop"))
     monkeypatch.setattr(TrainingRun, "set_up", set_up)
     if problem == "its log":
-        monkeypatch.setattr(sweep_worker, "_log_into", lambda path: (_ for _ in ()).throw(full))
-    sweep_worker._Worker(pipe, {}).run(0, TrainConfig(), tmp_path / "0000")
+        monkeypatch.setattr(sweep_worker, "log_into", lambda path: (_ for _ in ()).throw(full))
+    sweep_worker.Worker(pipe, {}).run(0, TrainConfig(), tmp_path / "0000")
     assert [type(message) for message in said] == [Stop]
     assert re.search(r"0000: cannot be written: .*No space left .*the same command goes on", said[0].reason)
 
@@ -530,7 +533,7 @@ class TestStudy:
     ) -> None:
         """Its signs of life change; when they stop for a while, whatever the clocks say, it is gone."""
         url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(replace(config, trials=1))
-        monkeypatch.setattr("offline_kto.train.sweep.study._place", lambda: "elsewhere")
+        monkeypatch.setattr("offline_kto.train.sweep.study.process_place", lambda: "elsewhere")
         there = begun(config, trials, url, {})
         assert there.next() is not None
         monkeypatch.undo()
@@ -560,7 +563,7 @@ class TestStudy:
         study.tell(first, "complete", 0.5, {})
         assert len(study.records()) == 1
         assert study.is_done()
-        monkeypatch.setattr("offline_kto.train.sweep.study._GONE_SECONDS", -1.0)
+        monkeypatch.setattr("offline_kto.train.sweep.study.GONE_SECONDS", -1.0)
         longer = begun(config, Trials.of(config), url, {})
         numbers = [trial.number for _ in range(5) if (trial := longer.next()) is not None]
         assert numbers == [1, 2, 3, 4, 5]

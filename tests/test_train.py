@@ -33,7 +33,7 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.batches import EpochBatches, split_by_prompt
 from offline_kto.train.data.cache_rows import CacheRows, RowKey
 from offline_kto.train.run.train_run import train
-from offline_kto.train.trainer.kto_trainer import KTOTrainer
+from offline_kto.train.trainer.gradient_passes import GradientPasses
 
 
 @pytest.fixture
@@ -219,16 +219,16 @@ class TestWhatChangesNothing:
         self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         expected = train(config)
-        real = KTOTrainer._backward
+        real = GradientPasses.backward
         seen = []
 
-        def small_device(self: KTOTrainer, loss: Any, last: bool) -> None:
+        def small_device(self: GradientPasses, loss: Any, *, last: bool) -> None:
             seen.append(last)
-            real(self, loss, last)
-            if self.max_tokens > 600 and last and len(seen) > 1:  # all gradients of the batch are there already
+            real(self, loss, last=last)
+            if self.policy.max_tokens > 600 and last and len(seen) > 1:  # all gradients of the batch are there already
                 raise torch.OutOfMemoryError("simulated")
 
-        monkeypatch.setattr(KTOTrainer, "_backward", small_device)
+        monkeypatch.setattr(GradientPasses, "backward", small_device)
         run = train(replace(config, out=tmp_path / "small"))
         assert "out of memory: going on with --max-tokens 512" in capsys.readouterr().out
         assert_same_weights(expected, run, atol=2e-5)
@@ -253,10 +253,10 @@ class TestWhatChangesNothing:
     def test_out_of_memory_on_a_single_row_is_one_message(
         self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def no_memory(*arguments: Any) -> None:
+        def no_memory(*arguments: Any, **options: Any) -> None:
             raise torch.OutOfMemoryError("simulated")
 
-        monkeypatch.setattr(KTOTrainer, "_backward", no_memory)
+        monkeypatch.setattr(GradientPasses, "backward", no_memory)
         with pytest.raises(
             TrainingError, match=r"Out of memory with --max-tokens \d+, rows of at most \d+ tokens: simulated"
         ):
@@ -642,17 +642,17 @@ def test_mixture_of_experts_keeps_its_router_loss(tmp_path: Path, feedback: Path
 def test_a_loss_that_is_not_finite_stops_before_the_update(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = KTOTrainer._outcome
+    real = GradientPasses.run
     names = []
 
-    def broken(self: KTOTrainer, rows: Any, logps: Any, logratios: torch.Tensor, *arguments: Any) -> Any:
-        if self.state.global_step == 2:
+    def broken(self: GradientPasses, rows: Any, reference: Any, *, step: int) -> Any:
+        if step == 3:
             names.append(rows[1].row_id)
-            logratios = logratios.clone()
-            logratios[1] = float("nan")
-        return real(self, rows, logps, logratios, *arguments)
+            rows = [*rows]
+            rows[1] = replace(rows[1], matched=replace(rows[1].matched, ref_logps=float("nan")))
+        return real(self, rows, reference, step=step)
 
-    monkeypatch.setattr(KTOTrainer, "_outcome", broken)
+    monkeypatch.setattr(GradientPasses, "run", broken)
     with pytest.raises(TrainingError, match="Step 3: the loss is not finite") as stopped:
         train(config)
     assert names[0] in str(stopped.value)

@@ -27,7 +27,7 @@ EVALUATION, REWARDS = "evaluation.json", "rewards.parquet"
 LARGEST_JSON, LARGEST_METRICS = 64 * MEGABYTE, 512 * MEGABYTE
 # Of rewards.parquet: rows, bytes on the disk, and bytes of columns when unpacked.
 _REWARD_KINDS = {"split": "string", "prompt_id": "string", "label": "bool", "logratio": "float"}
-_MOST_REWARDS, _LARGEST_REWARDS, _LARGEST_COLUMNS = 100_000_000, 8192 * MEGABYTE, 4096 * MEGABYTE
+MOST_REWARDS, _LARGEST_REWARDS, _LARGEST_COLUMNS = 100_000_000, 8192 * MEGABYTE, 4096 * MEGABYTE
 
 
 def make_folder(out: Path | None, parent: str) -> Path:
@@ -83,7 +83,7 @@ def read_rewards(out: Path, columns: list[str]) -> "pa.Table":
 
     texts = [name for name in columns if _REWARD_KINDS[name] == "string"]
     with open_foreign(out / REWARDS, most=_LARGEST_REWARDS) as raw, pq.ParquetFile(raw, read_dictionary=texts) as file:
-        if file.metadata.num_rows > _MOST_REWARDS:
+        if file.metadata.num_rows > MOST_REWARDS:
             raise ValueError(f"it has {file.metadata.num_rows:,} rows")
         kinds = {field.name: str(getattr(field.type, "value_type", field.type)) for field in file.schema_arrow}
         wrong = [name for name in columns if _REWARD_KINDS[name] not in kinds.get(name, "")]

@@ -141,7 +141,7 @@ class ModelWriter:
             check_adapters(folder, model)
         else:
             self._write_own_config(model, folder, dtype)
-            self._check_loads(folder, layout or self.layout)
+            self.check_loads(folder, layout or self.layout)
 
     def keeps(self, model: Any) -> set[str]:
         """Return the names of weights that stay in float32: those that the model's authors keep in it."""
@@ -176,7 +176,15 @@ class ModelWriter:
             own.pop("quantization_config", None)
         write_json(folder / _CONFIG, own)
 
-    def _check_loads(self, folder: Path, layout: Layout) -> None:
+    def check_loads(self, folder: Path, layout: Layout) -> None:
+        """Load a saved folder on the meta device and compare names and shapes.
+
+        Args:
+            layout: of the model that was saved.
+
+        Raises:
+            UnloadableModelError: it cannot be loaded, or gives another model.
+        """
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(folder),

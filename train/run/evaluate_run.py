@@ -65,7 +65,7 @@ def evaluate_run(config: TrainConfig) -> Path:
     data = TrainingData(held_out.cache, units, held_out)
     trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks=[])
     trainer.prepare_to_score()
-    if objective.uses_shift:
+    if trainer.shift is not None:
         trainer.shift.begin_at(float(final.get("shift", 0.0)), 1)
     # The model below adapters is read again from where it was. (On quantised weights they hold the reference's adapter too.)
     if adapters is not None and manifest.reference.get("adapter") is None:
@@ -73,7 +73,7 @@ def evaluate_run(config: TrainConfig) -> Path:
 
         with without_adapters(trainer.model):
             allow = config.allow_different_policy
-            check_start(trainer, held_out.cache, precision, policy=files.name, allow=allow)
+            check_start(trainer.scores, held_out.cache, precision, policy=files.name, allow=allow)
     main = trainer.is_world_process_zero()
     if main:
         tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")

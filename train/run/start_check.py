@@ -17,7 +17,7 @@ from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.scoring.model_code import model_code
 from offline_kto.train.data.cache_rows import CacheRows, RowKey
-from offline_kto.train.trainer.kto_trainer import KTOTrainer
+from offline_kto.train.trainer.policy_scores import PolicyScores
 
 _ROWS = 8
 
@@ -51,21 +51,22 @@ def tolerance_for(manifest: Manifest, precision: Precision) -> float:
     return TOLERANCE["exact" if manifest.scorer.get("backend") == "transformers" else "other_backend"]
 
 
-def measure(trainer: KTOTrainer, rows: CacheRows) -> Difference:
+def measure(scores: PolicyScores, rows: CacheRows) -> Difference:
     """Score a sample of rows and of mismatched rows with the policy, in training precision."""
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).astype(int))
     sample = [rows[RowKey(int(i), 0)] for i in chosen]
     sequences = [row.matched for row in sample] + [row.mismatched for row in sample]
-    scores = trainer.score_tokens(sequences)  # together: both of a row begin with the same prompt, which then runs once
-    apart = [np.abs(a - s.ref_token_logps) for a, s in zip(scores, sequences, strict=True)]
+    found = scores.score_tokens(sequences)  # together: both of a row begin with the same prompt, which then runs once
+    apart = [np.abs(a - s.ref_token_logps) for a, s in zip(found, sequences, strict=True)]
     matched, mismatched = (np.concatenate(part) for part in (apart[: len(sample)], apart[len(sample) :]))
     return Difference(float(matched.mean()), float(matched.max()), float(mismatched.mean()), float(mismatched.max()))
 
 
-def check_start(trainer: KTOTrainer, rows: CacheRows, precision: Precision, *, policy: str, allow: bool) -> Difference:
+def check_start(scores: PolicyScores, rows: CacheRows, precision: Precision, *, policy: str, allow: bool) -> Difference:
     """Compare policy and cache.
 
     Args:
+        scores: of the policy.
         policy: the policy's name, for the message.
         allow: warn instead of stopping (`--allow-different-policy`).
 
@@ -73,7 +74,7 @@ def check_start(trainer: KTOTrainer, rows: CacheRows, precision: Precision, *, p
         TrainingError: they differ beyond rounding.
     """
     with model_code(policy, "this model cannot score the cached rows"):
-        found, allowed = measure(trainer, rows), tolerance_for(rows.manifest, precision)
+        found, allowed = measure(scores, rows), tolerance_for(rows.manifest, precision)
     if found.mean <= allowed:
         return found
     message = _message(found, allowed, rows.manifest, precision, policy)
@@ -81,7 +82,7 @@ def check_start(trainer: KTOTrainer, rows: CacheRows, precision: Precision, *, p
         raise TrainingError(
             message + "\nIf the policy is meant to differ from the reference, pass --allow-different-policy."
         )
-    if trainer.is_world_process_zero():
+    if scores.policy.ranks.rank == 0:
         for heading, line in zip_longest(["warning"], message.split("\n"), fillvalue=""):
             tell(f"{heading:<12}{line}")
     return found

@@ -38,6 +38,7 @@ from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, read_facts
 from offline_kto.train.trainer.checkpoints import reading
 from offline_kto.train.trainer.evaluation import summary
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
+from offline_kto.train.trainer.memory import Meter, meter_of
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.saving import publish_model, remove_leftovers, unfinished
 from offline_kto.train.trainer.sharding import gather_when_saving, prepare_sharding
@@ -148,7 +149,7 @@ class TrainingRun:
             trainer.train(resume_from_checkpoint=self.checkpoint)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"Out of memory with --max-tokens {trainer.max_tokens}, rows of at most {self.data.rows.max_length} tokens: "
+                f"Out of memory with --max-tokens {trainer.policy.max_tokens}, rows of at most {self.data.rows.max_length} tokens: "
                 f"{in_one_line(error)} Use a smaller --max-tokens or --max-length, --gradient-checkpointing, --lora-rank 16 "
                 "or an 8-bit optimizer (training: optim: adamw_bnb_8bit). --resume goes on from the last checkpoint."
             ) from error
@@ -185,13 +186,13 @@ class TrainingRun:
         """
         trainer = self.trainer
         scores = trainer.final_scores()
-        steps, logratios = trainer.row_logratios.over_ranks(trainer.ranks)
+        steps, logratios = trainer.row_logratios.over_ranks(trainer.policy.ranks)
         if not self.is_main:
             return None
         seen = np.flatnonzero(steps >= 0)
         write_rewards(self.out / REWARDS, self.data, seen, logratios[seen], scores)
         final: dict[str, Any] = {"step": trainer.final_step, "updates": trainer.state.global_step}
-        if self.objective.uses_shift:
+        if trainer.shift is not None:
             final["shift"] = trainer.shift.mean
         write_facts(self.out, {**read_facts(self.out), "final": final})
         if scores is None:
@@ -242,9 +243,9 @@ class TrainingRun:
         """Compare policy and cache, and put the run on record; the Trainer has prepared the model, on every rank."""
         trainer = self.trainer
         transformers.utils.logging.disable_progress_bar()  # of files being written, between the live lines
-        trainer.settle()
-        if self.is_main and trainer.measures_memory:
-            tell(f"memory      --max-tokens {trainer.max_tokens} (measured)")
+        trainer.prepare_to_train()
+        if self.is_main and trainer.meter is not None:
+            tell(f"memory      --max-tokens {trainer.policy.max_tokens} (measured)")
         if trainer.state.global_step >= trainer.state.max_steps:
             trainer.batches.finish()  # the Trainer looks only after an update whether it was the last
         if trainer.state.global_step:  # a resumed policy has left the reference
@@ -265,7 +266,7 @@ class TrainingRun:
 
     def _check_policy(self) -> None:
         allow = self.config.allow_different_policy
-        found = check_start(self.trainer, self.data.rows, self.precision, policy=self.files.name, allow=allow)
+        found = check_start(self.trainer.scores, self.data.rows, self.precision, policy=self.files.name, allow=allow)
         if self.is_main:
             tell(
                 f"start       policy and cache differ by {found.mean:.1e} nats a token (mean), {found.largest:.1e} (max)"
@@ -357,7 +358,7 @@ def make_trainer(
             rows=data.rows,
             batches=data.batches(config),
             objective=objective,
-            max_tokens=1 if sees_whole_passes(model) else _max_tokens(config, args.device),
+            max_tokens=_max_tokens(config, model, args.device),
             rounding=tolerance_for(data.rows.manifest, precision),
             held_out=data.held_out,
             writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
@@ -368,11 +369,14 @@ def make_trainer(
     return trainer
 
 
-def _max_tokens(config: TrainConfig, device: torch.device) -> int | None:
-    """None: to be measured when the model is there."""
+def _max_tokens(config: TrainConfig, model: Any, device: torch.device) -> int | Meter:
+    """Return the tokens of one pass, or what measures how many fit once the model is prepared."""
+    if sees_whole_passes(model):
+        return 1
     if not isinstance(config.max_tokens, str):
         return config.max_tokens
-    return None if device.type == "cuda" else _MAX_TOKENS_CPU
+    meter = meter_of(device)
+    return _MAX_TOKENS_CPU if meter is None else meter
 
 
 def check_vocabulary(model: Any, rows: CacheRows) -> None:

@@ -27,7 +27,7 @@ STUDY = "kto-sweep"
 BEAT_SECONDS = 5.0
 
 # A sweeper whose sign of life has not changed for so long is gone.
-_GONE_SECONDS = 30.0
+GONE_SECONDS = 30.0
 
 _OWNER, _ALIVE, _RESULT = "owner", "alive", "result"
 _NOBODY = ""
@@ -97,7 +97,7 @@ class Study:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self._optuna, self._config, self._trials = optuna, config, trials
         self.maximize = config.metric != "eval/loss"
-        self._me = f"{_place()}/{os.getpid()}/{secrets.token_hex(4)}"
+        self._me = f"{process_place()}/{os.getpid()}/{secrets.token_hex(4)}"
         self._url, self._identity = url, identity
         self._signs: dict[str, tuple[Any, float]] = {}  # of each sweeper: the last one, and when it was seen first
         self._beaten = -BEAT_SECONDS
@@ -190,7 +190,7 @@ class Study:
             sweepers = [name.partition(":")[2] for name in self._study.user_attrs if name.startswith(f"{_ALIVE}:")]
             return all(self._is_gone(one) for one in sweepers if one != self._me)
         place, _, rest = owner.partition("/")
-        if place == _place() and not _runs(int(rest.split("/")[0])):
+        if place == process_place() and not _runs(int(rest.split("/")[0])):
             return True
         # Only changes count: the clocks of two machines may differ.
         sign = self._study.user_attrs.get(f"{_ALIVE}:{owner}")
@@ -198,7 +198,7 @@ class Study:
         if sign != known:
             since = time.monotonic()
             self._signs[owner] = sign, since
-        return time.monotonic() - since > _GONE_SECONDS
+        return time.monotonic() - since > GONE_SECONDS
 
     # -- trials -------------------------------------------------------------------------------------
 
@@ -403,8 +403,8 @@ def _said(url: str, error: BaseException) -> str:
     return hidden(in_one_line(error), secrets_of(url))
 
 
-def _place() -> str:
-    """Where a process number means something: this machine, or this container on it."""
+def process_place() -> str:
+    """Return where a process number means something: this machine, or this container on it."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()}:{os.stat('/proc/self/ns/pid').st_ino}"
     return socket.gethostname()

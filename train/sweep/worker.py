@@ -56,7 +56,7 @@ def work(pipe: Connection, rows: dict[str, Any], threads: int | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if threads is not None:
         torch.set_num_threads(threads)
-    worker = _Worker(pipe, rows)
+    worker = Worker(pipe, rows)
     while True:
         try:
             order = pipe.recv()
@@ -76,7 +76,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-class _Worker:
+class Worker:
+    """Runs trials one after another, and keeps what they have in common.
+
+    Args:
+        pipe: to the sweep.
+        rows: identity of the rows that every trial must train on.
+    """
+
     def __init__(self, pipe: Connection, rows: dict[str, Any]) -> None:
         self.pipe, self.rows, self.materials = pipe, rows, KeptMaterials()
         self.checked: set[tuple[Any, ...]] = set()
@@ -125,7 +132,7 @@ class _Worker:
         remove_tree(folder)  # what a killed sweep left
         folder.mkdir(parents=True)
         started = time.monotonic()
-        with _log_into(folder / LOG):
+        with log_into(folder / LOG):
             run = None
             try:
                 name = f"{folder.parent.parent.resolve().name}, trial {folder.name}"
@@ -240,8 +247,8 @@ def _flush() -> None:
 
 
 @contextlib.contextmanager
-def _log_into(path: Path) -> Iterator[None]:
-    """What a run prints goes to a file of its own; what libraries write past Python does too."""
+def log_into(path: Path) -> Iterator[None]:
+    """Append what a run prints in the block to a file, including what libraries write past Python."""
     _flush()
     kept = os.dup(1), os.dup(2)
     with path.open("a", encoding="utf-8") as file:

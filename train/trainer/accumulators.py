@@ -1,5 +1,6 @@
 """What is added up between two logs: on the device, brought to the host once."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from offline_kto.kto_core.losses.metrics import BatchOutcome, Tokens, metrics_from, tokens_of
@@ -78,6 +80,11 @@ class RunningShift(transformers.TrainerCallback, ExportableState):
     def begin_at(self, total: float, batches: int) -> None:
         """Go on from a sum over batches, nats."""
         self.total, self.batches = total, batches
+
+    def load(self, checkpoint: Path) -> None:
+        """Resume from the sum in a checkpoint."""
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        self.begin_at(**state["stateful_callbacks"][type(self).__name__]["args"])
 
     def after(self, batch_mean: Tensor) -> Tensor:
         """The mean, this batch's included; nats, scalar."""

@@ -17,6 +17,7 @@ from offline_kto.kto_core.durable_files import flush_all, write_json
 from offline_kto.kto_core.errors import ConfigError, KTOError, TrainingError, said_by, shown
 from offline_kto.kto_core.hashing import file_hashes
 from offline_kto.kto_core.options import value_types
+from offline_kto.train.model.saved_model import ADAPTER_CONFIG, check_adapters, load_weights
 
 _FILES = "sizes.json"
 _LOADED = (".safetensors", ".json", ".pt", ".pth", ".bin")
@@ -140,6 +141,36 @@ def reading(checkpoint: Path, *files: str) -> Iterator[None]:
         raise TrainingError(
             f"{checkpoint}: {' or '.join(damaged) or 'it'} cannot be loaded: {said}. {_BEFORE}"
         ) from error
+
+
+@contextlib.contextmanager
+def loading_model(checkpoint: Path, model: Any) -> Iterator[None]:
+    """Load a checkpoint's weights in the block, once its adapters, if there are any, are known to be the model's.
+
+    Raises:
+        TrainingError: they cannot be loaded.
+    """
+    with reading(checkpoint):
+        if (checkpoint / ADAPTER_CONFIG).exists():
+            check_adapters(checkpoint, model)
+        yield
+
+
+def load_renamed_weights(load_result: Any, checkpoint: Path, model: Any, *, trust_remote_code: bool) -> None:
+    """Load the weights through `transformers` where the Trainer could not: it only knows names in memory.
+
+    Files of a mixture of experts hold each expert by itself, the model in memory all of a layer in one tensor.
+
+    Args:
+        load_result: what the Trainer's attempt found missing and unexpected.
+
+    Raises:
+        UnloadableModelError: they are not those of this model.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    without = {*tied, *(model._keys_to_ignore_on_save or ())}
+    if load_result.unexpected_keys or set(load_result.missing_keys) - without:
+        load_weights(model, checkpoint, trust_remote_code)
 
 
 _ADVICE = re.compile(r"weights_only|Weights only load failed|pickle", re.IGNORECASE)

@@ -50,6 +50,11 @@ class CudaMeter:
         return torch.cuda.max_memory_allocated(self.device)
 
 
+def meter_of(device: torch.device) -> Meter | None:
+    """Return what reads a device's memory; None where it is not measured."""
+    return CudaMeter(device) if device.type == "cuda" else None
+
+
 def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, reserve: int, alone: bool = True) -> int:
     """Padded tokens of one pass that keep memory within 85 % of the device.
 

@@ -7,8 +7,12 @@ apo_zero             row     0
 dpo, ipo, slic       pair    the pair's other row
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from offline_kto.kto_core.losses.preference_losses import (
@@ -21,7 +25,10 @@ from offline_kto.kto_core.losses.preference_losses import (
     kto_losses,
     slic_losses,
 )
+from offline_kto.kto_core.scoring.logps import Batch
+from offline_kto.kto_core.scoring.sequences import sum_rows
 from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
+from offline_kto.train.data.cache_rows import ScoredSequence
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,27 @@ class Objective:
         """Log-ratios of single tokens within the limits, nats, same shape."""
         assert self.limits is not None
         return humanline_logratios(token_logratios, *self.limits)
+
+    def row_scores(
+        self, sequences: Sequence[ScoredSequence], policy_token_logps: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Return `logps` and log-ratios of a micro-batch's rows, nats, float64, shape (rows,).
+
+        Args:
+            sequences: the rows, with their reference scores.
+            policy_token_logps: of their completions, nats, shape (completion tokens,), row after row.
+            batch: what the model was called with.
+        """
+
+        def reference(values: Any) -> Tensor:
+            return torch.as_tensor(values, dtype=torch.float64, device=policy_token_logps.device)
+
+        logps = sum_rows(policy_token_logps, batch.row_of_token, batch.rows)
+        if not self.limits_tokens:
+            return logps, logps - reference([sequence.ref_logps for sequence in sequences])
+        ref_token_logps = reference(np.concatenate([sequence.ref_token_logps for sequence in sequences]))
+        token_logratios = self.limited(policy_token_logps.double() - ref_token_logps)
+        return logps, sum_rows(token_logratios, batch.row_of_token, batch.rows)
 
     def losses(self, logratios: Tensor, labels: Tensor, tokens: Tensor, point: Tensor) -> Tensor:
         """Loss of each row; both rows of a pair carry the pair's, so that a mean over rows is one over pairs.

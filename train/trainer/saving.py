@@ -2,17 +2,22 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
 from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from offline_kto.kto_core.durable_files import flush, flush_all, give_usual_modes, remove_temporary, remove_tree
 from offline_kto.kto_core.errors import TrainingError, WriteError, in_one_line
-from offline_kto.train.model.saved_model import UnloadableModelError
+from offline_kto.train.model.saved_model import UnloadableModelError, narrowed
 from offline_kto.train.run_files import METRICS
 from offline_kto.train.trainer.checkpoints import seal
+from offline_kto.train.trainer.sharding import local_part
 
 _UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed to the hub
 _UNLOADABLE = "_unloadable"
@@ -73,6 +78,22 @@ def publish_checkpoint(folder: Path, out: Path) -> None:
     flush(out)
 
 
+def rename_best(state: transformers.TrainerState, checkpoint: Path, out: Path, *, main: bool) -> None:
+    """Record the best checkpoint, if it is this one, under the name that it gets when it is published.
+
+    Args:
+        state: the Trainer's, written into the checkpoint again.
+        checkpoint: in an unfinished folder.
+        out: where it will be published.
+        main: whether this is the rank that writes.
+    """
+    if state.best_model_checkpoint != str(checkpoint):
+        return
+    state.best_model_checkpoint = str(out / checkpoint.name)
+    if main:
+        state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
 def remove_old_checkpoints(out: Path, *, keep: int | None, best: str | None) -> None:
     """Remove all but the last ones.
 
@@ -82,6 +103,22 @@ def remove_old_checkpoints(out: Path, *, keep: int | None, best: str | None) -> 
     """
     # By number: what a killed run removed in part is the newest by time.
     rotate_checkpoints(str(out), save_total_limit=keep, best_model_checkpoint=best, use_mtime=False)
+
+
+@torch.no_grad()
+def round_weights(model: Any, dtype: torch.dtype, *, keep: Collection[str]) -> None:
+    """Give the trained weights the values that they will have once they are saved in `dtype`; called on every rank.
+
+    Args:
+        keep: names of weights that are saved as they are.
+
+    Raises:
+        TrainingError: a value that the type cannot hold.
+    """
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and name not in keep:
+            part = local_part(weight)
+            part.copy_(narrowed(name, part, dtype))
 
 
 def publish_model(folder: Path, out: Path) -> None:

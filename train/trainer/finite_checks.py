@@ -1,0 +1,128 @@
+"""Stop a run before numbers that are not finite are applied to its weights or saved."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offline_kto.kto_core.errors import TrainingError
+from offline_kto.kto_core.losses.metrics import BatchOutcome
+from offline_kto.kto_core.scoring.logps import token_logps
+from offline_kto.kto_core.scoring.sequences import pad_sequences
+from offline_kto.train.data.cache_rows import TrainingRow
+from offline_kto.train.model.saved_model import not_finite
+from offline_kto.train.trainer.evaluation import Scores
+from offline_kto.train.trainer.prepared_policy import PreparedPolicy
+from offline_kto.train.trainer.sharding import local_part
+
+_CAUSES = (
+    "Usual causes: a learning rate that is too high, or damaged weights. Use a lower --learning-rate; --resume goes on "
+    "from the last checkpoint of a run."
+)
+
+
+def check_losses(rows: Sequence[TrainingRow], outcome: BatchOutcome, *, step: int) -> None:
+    """Check the losses of a rank's rows before the update.
+
+    Raises:
+        TrainingError: names the rows whose loss is not finite.
+    """
+    finite = outcome.logratios.isfinite() & outcome.losses.isfinite() & outcome.point.isfinite()
+    if bool(finite.all()):
+        return
+    bad = [row.row_id for row, good in zip(rows, finite.tolist(), strict=True) if not good]
+    raise TrainingError(
+        f"Step {step}: the loss is not finite (row_id {_first(bad)}). The run stopped before the update. {_CAUSES}"
+    )
+
+
+class FiniteChecks:
+    """Checks of gradients and weights.
+
+    Args:
+        policy: whose weights are checked.
+        learning_rate: for messages.
+
+    Attributes:
+        last_rows: the last batch: named in messages, and scored with weights that are about to be saved.
+    """
+
+    def __init__(self, policy: PreparedPolicy, *, learning_rate: float) -> None:
+        self.policy, self.learning_rate = policy, learning_rate
+        self.last_rows: Sequence[TrainingRow] = ()
+
+    def check_grad_norm(self, norm: Any, *, step: int) -> None:
+        """Check the norm before an update; one that is not finite would spoil all weights.
+
+        Raises:
+            TrainingError: it is not finite.
+        """
+        if norm is not None and not math.isfinite(norm):
+            raise TrainingError(
+                f"Step {step}: the gradients are not finite. {self._where_it_broke()} Nothing of this update is saved."
+            )
+
+    def check_weights(self, optimizer: Any, held_out: Scores | None, *, what: str, step: int) -> None:
+        """Check what is about to be saved: every trained weight, and a score of a row; called on every rank.
+
+        Args:
+            optimizer: whose state is checked as well; None without one.
+            held_out: scores of the same weights.
+            what: is about to be saved, for the message.
+            step: number of the last update.
+
+        Raises:
+            TrainingError: a weight, an optimizer's state or a score is not finite.
+        """
+        found = self._found_here(optimizer, held_out)
+        if not self.policy.ranks.any(bool(found)):
+            if self._scores_are_finite():
+                return
+            found = "the trained weights are so large that log-probabilities are not finite"
+        raise TrainingError(
+            f"Step {step}: {found or 'the weights of another process are not finite'}. {self._where_it_broke()} The {what} "
+            "is not saved."
+        )
+
+    def _found_here(self, optimizer: Any, held_out: Scores | None) -> str:
+        """Return what is not finite on this rank, in words; empty if nothing is."""
+        weights = {name: one for name, one in self.policy.model.named_parameters() if one.requires_grad}
+        if bad := not_finite({name: local_part(one) for name, one in weights.items()}):
+            return f"{len(bad)} of {len(weights)} trained weights are not finite ({bad[0]}, ...)"
+        if states := not_finite(_states_of(optimizer)):
+            return f"the optimizer's state is not finite ({states[0]})"
+        if held_out is not None and not held_out.logps.isfinite().all():
+            return "log-probabilities of held-out rows are not finite"
+        return ""
+
+    @torch.no_grad()
+    def _scores_are_finite(self) -> bool:
+        """Return whether the shortest row of the last batch still has a score: finite weights may be too large."""
+        if not self.last_rows:
+            return True
+        row = min(self.last_rows, key=lambda row: len(row.matched))
+        model = self.policy.scoring_model
+        model.eval()
+        batch = pad_sequences([row.matched.ids]).to(self.policy.device)
+        return not self.policy.ranks.any(not token_logps(model, batch).token_logps.isfinite().all())
+
+    def _where_it_broke(self) -> str:
+        ids = [row.row_id for row in self.last_rows]
+        return f"--learning-rate {self.learning_rate:g}; row_id of the last batch: {_first(ids)}. {_CAUSES}"
+
+
+def _states_of(optimizer: Any) -> dict[str, Tensor]:
+    states = getattr(optimizer, "state", None) or {}
+    return {
+        f"{name} of tensor {number}": local_part(value)
+        for number, state in enumerate(states.values())
+        if isinstance(state, dict)
+        for name, value in state.items()
+        if torch.is_tensor(value)
+    }
+
+
+def _first(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")

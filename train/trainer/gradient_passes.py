@@ -1,0 +1,231 @@
+"""Backward passes over the labelled rows of one batch, whose gradients add up to those of the whole batch.
+
+unit         rows that share a loss: one row, or the two of a pair
+micro-batch  units that fit into --max-tokens: one forward and backward pass
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_kto.kto_core.losses.metrics import BatchOutcome, Tokens
+from offline_kto.kto_core.losses.router_losses import count_routed_tokens, router_balance_loss
+from offline_kto.kto_core.scoring.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
+from offline_kto.kto_core.scoring.head import add_gradients_in_place
+from offline_kto.kto_core.scoring.logps import token_logps
+from offline_kto.kto_core.scoring.sequences import FILLER, Sequences
+from offline_kto.train.data.cache_rows import TrainingRow
+from offline_kto.train.trainer.accumulators import ReferencePoint
+from offline_kto.train.trainer.finite_checks import check_losses
+from offline_kto.train.trainer.memory import Meter, optimizer_bytes, tokens_that_fit
+from offline_kto.train.trainer.objective import Objective
+from offline_kto.train.trainer.prepared_policy import PreparedPolicy
+
+
+class RankResult(NamedTuple):
+    """What one rank computed beside gradients.
+
+    Attributes:
+        rows: its part of the batch.
+        outcome: of these rows.
+        aux_loss: its part of the router loss; None without one.
+    """
+
+    rows: Sequence[TrainingRow]
+    outcome: BatchOutcome
+    aux_loss: Tensor | None
+
+
+class GradientPasses:
+    """Runs the forward and backward passes of one batch.
+
+    Args:
+        policy: the model and its token budget.
+        objective: the loss.
+        accelerator: accelerate's, which scales and counts backward passes.
+    """
+
+    def __init__(self, policy: PreparedPolicy, objective: Objective, accelerator: Any) -> None:
+        self.policy, self.objective, self.accelerator = policy, objective, accelerator
+        self._in_place = [] if policy.ranks.sharded else add_gradients_in_place(policy.model)
+        self._balances_experts = bool(getattr(policy.model.config.get_text_config(), "output_router_logits", False))
+
+    def run(self, rows: Sequence[TrainingRow], reference: ReferencePoint, *, step: int) -> RankResult:
+        """Leave gradients of the batch's mean loss; out of memory halves the token budget and repeats all passes.
+
+        Args:
+            rows: the whole batch, of all ranks; this rank runs its part.
+            reference: what the loss measures the rows from.
+            step: number of the update, for messages.
+
+        Raises:
+            torch.OutOfMemoryError: on a single unit, or on a sharded model.
+            TrainingError: a loss is not finite.
+        """
+        policy = self.policy
+        least = self.objective.rows_in_unit * max(len(row.matched) for row in rows)  # what cannot be cut
+        while True:
+            try:
+                return self._run(rows, reference, step)
+            except torch.OutOfMemoryError:
+                # Gradients meet those of other ranks afterwards, so a rank mends this alone; but a sharded model's
+                # ranks wait for each other within every pass.
+                if policy.ranks.sharded or policy.max_tokens <= least:
+                    raise
+            policy.halve_max_tokens(least)  # outside of `except`, whose traceback holds on to the tensors
+
+    def measure_max_tokens(self, meter: Meter, *, longest: int) -> int:
+        """Return how many tokens of one pass fit into memory on all ranks that must agree; no gradients stay.
+
+        Args:
+            longest: tokens in the longest row.
+        """
+        ranks, model = self.policy.ranks, self.policy.model
+        reserve = optimizer_bytes(model, sharded_over=ranks.world if ranks.sharded else 1)
+        tokens = tokens_that_fit(
+            meter, lambda rows: self.try_rows(rows, longest), row=longest, reserve=reserve, alone=not ranks.sharded
+        )
+        model.zero_grad()
+        torch.cuda.empty_cache()
+        return ranks.least(tokens)
+
+    def try_rows(self, rows: int, length: int) -> None:
+        """Run a forward and backward pass over rows of one length; all of each but one token is completion."""
+        row = FILLER[0], np.zeros(length - 1, dtype=np.int32)
+        batch = self.policy.lay_out([row] * rows)
+        self.policy.scoring_model.train()
+        self._begin_gradients()
+        self.backward(token_logps(self.policy.scoring_model, batch).token_logps.sum() * 0.0, last=True)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add a loss's gradients to those that are there.
+
+        Args:
+            last: of the update's passes. DeepSpeed takes its step inside of the backward pass that "synchronizes".
+        """
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        self.accelerator.backward(loss)
+
+    def _run(self, rows: Sequence[TrainingRow], reference: ReferencePoint, step: int) -> RankResult:
+        policy, total = self.policy, len(rows)
+        own, passes = self._share(rows)
+        policy.scoring_model.train()
+        self._begin_gradients()
+        balance = self._router_balance(own, passes) if self._balances_experts else None
+        logps, logratios = (torch.empty(len(own), dtype=torch.float64, device=policy.device) for _ in range(2))
+        aux_loss, tokens = policy.tensor(0.0), reference.tokens
+        for part, batch, last in self._micro_batches(own, passes):
+            scored = token_logps(policy.scoring_model, batch, router_logits=self._balances_experts)
+            if part:
+                part_rows = [own[j] for j in part]
+                part_logps, part_logratios = self.objective.row_scores(
+                    [row.matched for row in part_rows], scored.token_logps, batch
+                )
+                loss = self._losses(part_rows, part_logratios, reference.point).sum() / total
+                logps[part], logratios[part] = part_logps.detach(), part_logratios.detach()
+                tokens += Tokens(batch.tokens, batch.tokens, batch.padded_tokens)
+            else:  # takes part in what sharded ranks do together, and weighs nothing
+                loss = scored.token_logps.sum() * 0.0
+            if part and balance is not None:
+                share = balance.share(scored.router_logits, batch.real)
+                aux_loss, loss = aux_loss + share.detach(), loss + share
+            if last:
+                outcome = self._outcome(own, logps, logratios, reference.point, tokens)
+                check_losses(own, outcome, step=step)  # before DeepSpeed's last backward pass, which updates
+            self.backward(loss * policy.ranks.mean_to_sum, last=last)
+        if not own and not passes:
+            outcome = self._outcome(own, logps, logratios, reference.point, tokens)
+        return RankResult(own, outcome, aux_loss if balance is not None else None)
+
+    def _begin_gradients(self) -> None:
+        for weight in self._in_place:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+
+    def _share(self, rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], int]:
+        """Return this rank's rows of a batch, and how many passes it must make at least."""
+        units = self._units(rows)
+        mine, passes = self.policy.ranks.share(
+            [sum(len(row.matched) for row in unit) for unit in units],
+            lambda part: len(self._cut([row for i in part for row in units[i]])),
+        )
+        return [row for i in mine for row in units[i]], passes
+
+    def _units(self, rows: Sequence[TrainingRow]) -> list[Sequence[TrainingRow]]:
+        """Return rows that share a loss: single ones, or the two of a pair, which are neighbours."""
+        size = self.objective.rows_in_unit
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _cut(self, rows: Sequence[TrainingRow]) -> list[list[int]]:
+        """Return positions into `rows` for each micro-batch; units stay whole."""
+        size, max_tokens = self.objective.rows_in_unit, self.policy.max_tokens
+        lengths = [[len(row.matched) for row in unit] for unit in self._units(rows)]
+        if self.policy.packs:
+            parts = packed_batches([sum(unit) for unit in lengths], max_tokens)
+        else:
+            budget = max(1, max_tokens // size)
+            parts = micro_batches([max(unit) for unit in lengths], budget, pass_cost=GRADIENT_PASS_COST)
+        return [[unit * size + k for unit in part for k in range(size)] for part in parts]
+
+    def _micro_batches(self, rows: Sequence[TrainingRow], at_least: int) -> Iterator[tuple[list[int], Sequences, bool]]:
+        """Yield positions into `rows`, their batch, and whether it is the last; filler where other ranks run more."""
+        parts = self._cut(rows)
+        parts += [[]] * (at_least - len(parts))
+        for number, part in enumerate(parts):
+            batch = self.policy.lay_out([rows[j].matched.ids for j in part] or [FILLER])
+            yield part, batch, number == len(parts) - 1
+
+    def _losses(self, rows: Sequence[TrainingRow], logratios: Tensor, point: Tensor) -> Tensor:
+        """Return the loss of each row, shape (rows,)."""
+        tokens = self.policy.tensor([len(row.matched.completion_ids) for row in rows])
+        return self.objective.losses(logratios, self._labels(rows), tokens, point)
+
+    def _outcome(
+        self, rows: Sequence[TrainingRow], logps: Tensor, logratios: Tensor, point: Tensor, tokens: Tokens
+    ) -> BatchOutcome:
+        losses, midpoints = self._losses(rows, logratios, point), self.objective.midpoints(logratios, point)
+        return BatchOutcome(losses, logratios, logps, self._labels(rows), midpoints, tokens)
+
+    def _labels(self, rows: Sequence[TrainingRow]) -> Tensor:
+        return torch.tensor([row.label for row in rows], dtype=torch.bool, device=self.policy.device)
+
+    @torch.no_grad()
+    def _router_balance(self, rows: Sequence[TrainingRow], passes: int) -> "_RouterBalance":
+        """Count slots of each expert over the whole batch, so that shares of micro-batches add up."""
+        policy = self.policy
+        config = policy.model.config.get_text_config()
+        slots = policy.tensor(0.0)
+        counts = slots.repeat(getattr(config, "num_local_experts", None) or config.num_experts)
+        for part, batch, _ in self._micro_batches(rows, passes):
+            router_logits = token_logps(policy.scoring_model, batch, router_logits=True).router_logits
+            if part:
+                counts = counts + count_routed_tokens(router_logits, batch.real, config.num_experts_per_tok)
+                slots = slots + batch.real.sum() * len(router_logits)
+        ranks = policy.ranks
+        return _RouterBalance(float(config.router_aux_loss_coef), ranks.sum(counts), ranks.sum(slots))
+
+
+class _RouterBalance(NamedTuple):
+    """The load-balancing loss of a mixture of experts over one batch of all ranks.
+
+    Attributes:
+        coefficient: its weight beside the preference loss.
+        expert_counts: slots of each expert, shape (experts,).
+        slots: all of them, scalar.
+    """
+
+    coefficient: float
+    expert_counts: Tensor
+    slots: Tensor
+
+    def share(self, router_logits: Sequence[Tensor], real: Tensor) -> Tensor:
+        """Return a micro-batch's weighted share, scalar.
+
+        Args:
+            router_logits: for each layer, shape (batch * length, experts).
+            real: bool, shape (batch, length), false at padding.
+        """
+        return self.coefficient * router_balance_loss(router_logits, real, self.expert_counts, self.slots)

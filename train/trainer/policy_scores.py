@@ -1,0 +1,132 @@
+"""Scores under the current policy, without gradient: reference points, held-out rows, single tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_kto.kto_core.losses.metrics import Tokens
+from offline_kto.kto_core.losses.preference_losses import kl_reference_point
+from offline_kto.kto_core.scoring.passes import ScoringPasses
+from offline_kto.train.data.cache_rows import RowKey, ScoredSequence, TrainingRow
+from offline_kto.train.data.held_out import HeldOutRows
+from offline_kto.train.trainer.accumulators import ReferencePoint, RunningShift
+from offline_kto.train.trainer.evaluation import Scores
+from offline_kto.train.trainer.objective import Objective
+from offline_kto.train.trainer.prepared_policy import PreparedPolicy
+
+# Held-out rows in memory at a time.
+HELD_OUT_ROWS = 4096
+
+# Without gradient nothing is kept for a backward pass, so a pass holds this many times the tokens.
+_SCORING_TOKENS = 4
+
+
+class PolicyScores:
+    """Scores rows with the policy as it is now, in eval mode; every method is called on every rank."""
+
+    def __init__(self, policy: PreparedPolicy, objective: Objective) -> None:
+        self.policy, self.objective = policy, objective
+        self._passes: ScoringPasses | None = None
+        self._passes_for = 0
+
+    def reference_point(self, rows: Sequence[TrainingRow], shift: RunningShift | None) -> ReferencePoint:
+        """Return what the loss measures this batch's rows from.
+
+        Args:
+            rows: the whole batch, of all ranks.
+            shift: moved on by this batch where the loss has one.
+        """
+        if self.objective.uses_kl:
+            logratio_sum, tokens = self._logratio_sum([row.mismatched for row in rows])
+            kl, kl_raw = kl_reference_point(logratio_sum, len(rows))
+            return ReferencePoint(kl, {"kl": kl, "kl_raw": kl_raw}, tokens)
+        if shift is not None:
+            logratio_sum, tokens = self._logratio_sum([row.matched for row in rows])
+            point = shift.after(logratio_sum / len(rows))
+            return ReferencePoint(point, {"reward_shift": self.objective.beta * point}, tokens)
+        return ReferencePoint(self.policy.tensor(0.0), {}, Tokens(0, 0, 0))
+
+    def held_out(self, held_out: HeldOutRows, shift: RunningShift | None) -> Scores:
+        """Return every held-out row's scores.
+
+        Args:
+            shift: what a loss that has one measures the rows from.
+        """
+        indices, tokens = held_out.indices, []
+        scores = torch.empty(3, len(indices), dtype=torch.float64)
+        for start in range(0, len(indices), HELD_OUT_ROWS):
+            rows = [held_out.cache[RowKey(i, 0)] for i in indices[start : start + HELD_OUT_ROWS]]
+            scores[:, start : start + len(rows)] = self._score_rows(rows)
+            tokens += [len(row.matched.completion_ids) for row in rows]
+        logps, matched, mismatched = scores
+        return Scores(
+            prompt_ids=[held_out.cache.prompt_ids[i] for i in indices],
+            labels=torch.from_numpy(held_out.cache.labels[indices]),
+            tokens=torch.tensor(tokens, dtype=torch.float64),
+            logps=logps,
+            logratios=matched,
+            kl_logratios=mismatched if self.objective.uses_kl else None,
+            shift=shift.mean if shift is not None else None,
+        )
+
+    def score_tokens(self, sequences: Sequence[ScoredSequence]) -> list[np.ndarray]:
+        """Return log-probs of single tokens: float32 nats, one array for each sequence."""
+        results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(sequences)
+        for done in self._scoring().run([sequence.ids for sequence in sequences]):
+            pieces = done.token_logps.float().cpu().split([len(sequences[i].completion_ids) for i in done.indices])
+            for i, piece in zip(done.indices, pieces, strict=True):
+                results[i] = piece.numpy()
+        return results
+
+    def _score_rows(self, rows: Sequence[TrainingRow]) -> Tensor:
+        """Return `logps`, log-ratios and, for a loss with a z0, those of mismatched rows: float64, shape (3, rows)."""
+        with_kl, ranks = self.objective.uses_kl, self.policy.ranks
+        # A row's two sequences begin with the same prompt: one rank scores both, and runs the prompt once.
+        sequences = [[row.matched, row.mismatched] if with_kl else [row.matched] for row in rows]
+        lengths = [[len(sequence) for sequence in of_row] for of_row in sequences]
+        mine, passes = ranks.share(
+            [sum(of_row) for of_row in lengths],
+            lambda part: self._scoring().passes_for([length for i in part for length in lengths[i]]),
+        )
+        logps, logratios, _ = self._score([sequence for i in mine for sequence in sequences[i]], passes)
+        per_row = 1 + with_kl
+        everywhere = torch.zeros(3, len(rows), dtype=torch.float64, device=self.policy.device)
+        everywhere[0, mine], everywhere[1, mine] = logps[::per_row], logratios[::per_row]
+        if with_kl:
+            everywhere[2, mine] = logratios[1::2]
+        return ranks.sum(everywhere).cpu()
+
+    def _logratio_sum(self, sequences: Sequence[ScoredSequence]) -> tuple[Tensor, Tokens]:
+        """Return the sum of log-ratios over sequences of the whole batch, and this rank's tokens."""
+        lengths, ranks = [len(sequence) for sequence in sequences], self.policy.ranks
+        mine, passes = ranks.share(lengths, lambda part: self._scoring().passes_for([lengths[i] for i in part]))
+        _, logratios, tokens = self._score([sequences[i] for i in mine], passes)
+        return ranks.sum(logratios.sum()), tokens
+
+    def _score(self, sequences: Sequence[ScoredSequence], passes: int) -> tuple[Tensor, Tensor, Tokens]:
+        """Return `logps` and log-ratios, float64, shape (sequences,), and the tokens of the passes made for them."""
+        device = self.policy.device
+        logps, logratios = (torch.zeros(len(sequences), dtype=torch.float64, device=device) for _ in range(2))
+        tokens = Tokens(0, 0, 0)
+        for done in self._scoring().run([sequence.ids for sequence in sequences], at_least=passes):
+            part = [sequences[i] for i in done.indices]
+            logps[done.indices], logratios[done.indices] = self.objective.row_scores(part, done.token_logps, done.batch)
+            tokens += Tokens(sum(map(len, part)), done.batch.tokens, done.batch.padded_tokens)
+        return logps, logratios, tokens
+
+    def _scoring(self) -> ScoringPasses:
+        """Return the passes, which keep what they learn about memory and shared prompts while the budget is the same."""
+        policy = self.policy
+        if self._passes is None or self._passes_for != policy.max_tokens:
+            self._passes_for = policy.max_tokens
+            self._passes = ScoringPasses(
+                policy.scoring_model,
+                policy.device,
+                max_tokens=_SCORING_TOKENS * policy.max_tokens,
+                alone=not policy.ranks.sharded,
+                pack=policy.packs,
+                tolerance=policy.rounding,
+            )
+        return self._passes

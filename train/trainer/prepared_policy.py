@@ -1,0 +1,106 @@
+"""The policy during a run: its model, its device and ranks, and how rows are laid out in passes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.errors import TrainingError
+from offline_kto.kto_core.scoring.logps import token_logps
+from offline_kto.kto_core.scoring.passes import packs_alike
+from offline_kto.kto_core.scoring.sequences import FILLER, Sequences, TokenIds, pack_sequences, pad_sequences
+from offline_kto.train.trainer.ranks import Ranks
+
+# Attention that reads the boundaries of concatenated sequences at no cost.
+_PACKING_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+
+
+class PreparedPolicy:
+    """The policy and what every pass through it depends on.
+
+    Args:
+        model: from `PolicyFiles.load`.
+        device: where batches go.
+        ranks: the processes that train it.
+        max_tokens: padded tokens in one forward and backward pass.
+        rounding: nats a token by which two ways to compute the same score may differ.
+
+    Attributes:
+        scoring_model: what passes call.
+        packs: rows are concatenated instead of padded.
+    """
+
+    def __init__(self, model: Any, device: torch.device, *, ranks: Ranks, max_tokens: int, rounding: float) -> None:
+        self.model, self.scoring_model = model, model
+        self.device, self.ranks, self.max_tokens, self.rounding = device, ranks, max_tokens, rounding
+        self.packs = can_pack(model, device)
+
+    def replace_model(self, model: Any, *, wrapped: Any) -> None:
+        """Take over the model as the Trainer prepared it.
+
+        Args:
+            wrapped: the same model inside of what spreads it over ranks.
+        """
+        self.model = model
+        # DDP's wrapper would add up gradients in every backward pass, see `Ranks.sum_gradients`.
+        self.scoring_model = wrapped if self.ranks.sharded else model
+
+    def check_precision(self, promised: torch.dtype) -> None:
+        """Check that passes run in the precision that the run promises, whatever prepared the model.
+
+        Raises:
+            TrainingError: without autocast, or under another one.
+        """
+        if self.ranks.sharded:  # has a policy of its own, see `prepare_sharding`
+            return
+        kind = self.device.type
+        found: list[torch.dtype] = []
+
+        def note(*_: Any) -> None:
+            found.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32)
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(note)
+        try:
+            with torch.no_grad():
+                token_logps(self.scoring_model.eval(), pad_sequences([FILLER]).to(self.device))
+        finally:
+            hook.remove()
+        if set(found) != {promised}:
+            raise TrainingError(
+                f"The policy computes in {', '.join(map(str, found))}, but --dtype promises {promised}: this version of "
+                "accelerate prepares models in another way. Please report it, with the versions of torch, transformers and "
+                "accelerate; --dtype float32 may work."
+            )
+
+    def check_packing(self, sample: Sequence[TokenIds]) -> None:
+        """Pad rows from now on if concatenated rows of the sample score otherwise on any rank that must agree."""
+        if self.packs:
+            alike = packs_alike(self.scoring_model, self.device, sample, tolerance=self.rounding)
+            self.packs = bool(self.ranks.least(alike))
+
+    def halve_max_tokens(self, least: int) -> None:
+        """Make passes smaller after one that ran out of memory; its gradients are dropped.
+
+        Args:
+            least: tokens that cannot be cut.
+        """
+        self.model.zero_grad()
+        self.max_tokens = max(least, self.max_tokens // 2)
+        torch.cuda.empty_cache()
+        tell(f"out of memory: going on with --max-tokens {self.max_tokens}")
+
+    def lay_out(self, sequences: Sequence[TokenIds]) -> Sequences:
+        """Return one micro-batch on the device, packed or padded."""
+        return (pack_sequences if self.packs else pad_sequences)(sequences).to(self.device)
+
+    def tensor(self, values: Any) -> Tensor:
+        """Return float64 numbers on the device."""
+        return torch.as_tensor(values, dtype=torch.float64, device=self.device)
+
+
+def can_pack(model: Any, device: torch.device) -> bool:
+    """Return whether the model's attention is one that reads the boundaries of concatenated sequences."""
+    attention = getattr(model.config, "_attn_implementation", None)
+    return device.type == "cuda" and attention in _PACKING_ATTENTION
