@@ -272,13 +272,15 @@ def _wide(model: Any) -> set[str]:
 
 
 class TestNotFinite:
-    def test_a_last_update_that_blows_up_is_not_saved(self, config: TrainConfig) -> None:
-        options = ["--cache", config.cache, "--out", config.out, "--max-steps", 1, "--learning-rate", 1e38]
+    def test_a_last_update_that_blows_up_is_not_saved(self, config: TrainConfig, tmp_path: Path) -> None:
+        (tmp_path / "sgd.yaml").write_text("training: {optim: sgd, max_grad_norm: 0}\n")
+        options = ["--cache", config.cache, "--out", config.out, "--max-steps", 1, "--config", tmp_path / "sgd.yaml"]
+        options += ["--learning-rate", 1, "--desirable-weight", 1e18, "--undesirable-weight", 1e18]
         result = CliRunner().invoke(kto_train, [str(one) for one in options])
         assert result.exit_code == 1
         assert isinstance(result.exception, SystemExit)
         assert "row_id" in result.stderr
-        assert "--learning-rate 1e+38" in result.stderr
+        assert "--learning-rate 1" in result.stderr
         assert not [*(config.out or Path()).rglob("*.safetensors")]
 
     @pytest.mark.parametrize(

@@ -147,12 +147,9 @@ def test_no_reference_and_one_load(config: SweepConfig) -> None:
         "from pathlib import Path\n"
         "import offline_kto.train.run.inputs, offline_kto.train.model.policy\n"
         "from offline_kto.train.data.training_data import TrainingData\n"
-        "from offline_kto.train.sweep.worker import Worker
-"
-        "from offline_kto.train.sweep.config import SweepConfig
-"
-        "from offline_kto.train.sweep.space import Trials
-"
+        "from offline_kto.train.sweep.worker import Worker\n"
+        "from offline_kto.train.sweep.config import SweepConfig\n"
+        "from offline_kto.train.sweep.space import Trials\n"
         "class Pipe:\n"
         "    def send(self, message): self.last = message\n"
         "    def recv(self): return 'drop'\n"
