@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.scoring.batching import SCORING_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.logps import Batch, sees_whole_passes, token_logps
 from offline_kto.kto_core.scoring.model_code import model_code
@@ -53,7 +54,7 @@ class ScoringPasses:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         device: torch.device,
         *,
         max_tokens: int,
@@ -228,7 +229,7 @@ class ScoringPasses:
 
 
 @torch.no_grad()
-def packs_alike(model: Any, device: torch.device, rows: Sequence[TokenIds], *, tolerance: float) -> bool:
+def packs_alike(model: Model, device: torch.device, rows: Sequence[TokenIds], *, tolerance: float) -> bool:
     """Whether sequences laid one behind the other score as they do in lines of their own.
 
     Args:

@@ -10,7 +10,6 @@ runs/NAME/                 at the end: model, tokenizer, model card, evaluation.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -24,6 +23,7 @@ from offline_kto.kto_core.yaml_files import read_yaml
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.resumed_options import compare_facts, compare_options
 from offline_kto.train.run_files import CONFIG, FACTS, config_text, make_folder, read_facts, refuse_pipes, write_facts
+from offline_kto.train.run_records import ComputedWith, RunRecord
 from offline_kto.train.trainer.checkpoints import check_checkpoint
 
 
@@ -67,9 +67,7 @@ def refuse_occupied(config: TrainConfig, out: Path) -> None:
         )
 
 
-def last_checkpoint(
-    config: TrainConfig, out: Path, manifest: Manifest, now: Mapping[str, Any], *, main: bool
-) -> str | None:
+def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest, now: ComputedWith, *, main: bool) -> str | None:
     """The checkpoint to go on from, or None to start at the beginning.
 
     Args:
@@ -93,16 +91,17 @@ def last_checkpoint(
 
 
 def _check_same_cache(out: Path, manifest: Manifest) -> None:
-    facts, now = read_facts(out), manifest.rows_identity
-    for name, what in (("fingerprint", "another cache"), ("labels_hash", "other labels or another row order")):
-        if facts.get(name) != now[name]:
+    what = {"fingerprint": "another cache", "labels_hash": "other labels or another row order"}
+    before: Mapping[str, object] = read_facts(out)
+    for name, now in manifest.rows_identity.items():
+        if before.get(name) != now:
             raise ConfigError(
-                f"--resume {out}: the run was started with {what} ({name} {str(facts.get(name))[:12]}, now "
-                f"{str(now[name])[:12]}). Pass the cache it was started with, or start a new run."
+                f"--resume {out}: the run was started with {what[name]} ({name} {str(before.get(name))[:12]}, now "
+                f"{str(now)[:12]}). Pass the cache it was started with, or start a new run."
             )
 
 
-def _check_same_run(config: TrainConfig, out: Path, now: Mapping[str, Any]) -> list[str]:
+def _check_same_run(config: TrainConfig, out: Path, now: ComputedWith) -> list[str]:
     if not (out / CONFIG).exists():
         raise ConfigError(f"--resume {out}: holds a checkpoint, but no config.yaml. Start a new run.")
     return compare_options(config, read_yaml(out / CONFIG, foreign=True), out) + compare_facts(
@@ -110,7 +109,7 @@ def _check_same_run(config: TrainConfig, out: Path, now: Mapping[str, Any]) -> l
     )
 
 
-def write_start(config: TrainConfig, out: Path, facts: dict[str, Any]) -> None:
+def write_start(config: TrainConfig, out: Path, facts: RunRecord) -> None:
     """Write config.yaml and run.json. The folder stays empty until the checks before the first update have passed."""
     write_facts(out, facts)  # first: what tells the folder is a run's
     write_text(out / CONFIG, config_text(config))

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import written_to
@@ -63,7 +62,7 @@ def _train(config: TrainConfig, out: Path) -> None:
     run = TrainingRun.set_up(config, out, Materials())
     run.train()
     run.save_model(out)
-    found: dict[str, Any] | None = run.sum_up()
+    found = run.sum_up()
     if run.is_main:
         if found is not None:
             print("\n".join(summary_lines(found)))

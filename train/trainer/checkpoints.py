@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -85,7 +84,7 @@ def check_checkpoint(checkpoint: Path, *, hashes: bool = True) -> None:
         )
 
 
-def _files_of(checkpoint: Path) -> dict[str, dict[str, Any]]:
+def _files_of(checkpoint: Path) -> dict[str, dict[str, object]]:
     try:
         files = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
