@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 Model: TypeAlias = Any
-"""A `transformers.PreTrainedModel`, or what PEFT, DDP, FSDP or DeepSpeed wrap around one."""
+"""A `transformers.PreTrainedModel`, what PEFT, DDP, FSDP or DeepSpeed wrap around one, or a layer of it that a library made."""
 
 ModelBody: TypeAlias = Callable[..., Any]
 """A model below its output layer, as it is called; it returns hidden states, keys and values."""

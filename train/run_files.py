@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import pyarrow as pa
 
-CONFIG, FACTS, METRICS = "config.yaml", "run.json", "metrics.jsonl"
+CONFIG, RUN_RECORD, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVALUATION, REWARDS = "evaluation.json", "rewards.parquet"
 
 # Bytes that are read of files which may come from anybody: of run.json and its like, and of a million records.
@@ -110,21 +110,21 @@ def holds_word(column: "pa.ChunkedArray", word: str) -> "npt.NDArray[np.bool_]":
     return np.concatenate(found)
 
 
-def write_facts(out: Path, facts: RunRecord) -> None:
+def write_run_record(out: Path, facts: RunRecord) -> None:
     """Write run.json."""
-    write_json(out / FACTS, facts)
+    write_json(out / RUN_RECORD, facts)
 
 
-def read_facts(out: Path) -> RunRecord:
+def read_run_record(out: Path) -> RunRecord:
     """Read run.json. A field may be missing; of what kind its value is, nobody has checked.
 
     Raises:
         ConfigError: it cannot be read.
     """
     try:
-        return cast("RunRecord", dict(json.loads(read_foreign(out / FACTS, most=LARGEST_JSON))))
+        return cast("RunRecord", dict(json.loads(read_foreign(out / RUN_RECORD, most=LARGEST_JSON))))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"{out / FACTS}: cannot be read ({said_by(error)}), so that nobody knows what the run was started with. "
+            f"{out / RUN_RECORD}: cannot be read ({said_by(error)}), so that nobody knows what the run was started with. "
             "Start a new run."
         ) from error

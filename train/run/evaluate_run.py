@@ -21,7 +21,7 @@ from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.start_check import check_start
 from offline_kto.train.run.training_run import check_vocabulary, make_trainer
-from offline_kto.train.run_files import EVALUATION, FACTS, holds_word, read_facts, read_rewards, refuse_pipes
+from offline_kto.train.run_files import EVALUATION, RUN_RECORD, holds_word, read_rewards, read_run_record, refuse_pipes
 from offline_kto.train.run_records import FinalUpdate, RunRecord
 from offline_kto.train.trainer.evaluation import summary, summary_lines
 from offline_kto.train.trainer.objective import Objective
@@ -44,7 +44,7 @@ def evaluate_run(config: TrainConfig) -> Path:
     run = config.evaluate_only
     assert run is not None
     config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
-    facts = read_facts(run)
+    facts = read_run_record(run)
     refuse_pipes(run, "--evaluate-only")
     found_final = facts.get("final")
     final: FinalUpdate = found_final if isinstance(found_final, dict) else {}
@@ -131,7 +131,7 @@ def _weights(run: Path, facts: RunRecord) -> tuple[float, float]:
         case [int() | float() as desirable, int() | float() as undesirable]:
             return float(desirable), float(undesirable)
     raise ConfigError(
-        f"{run / FACTS}: does not say which class weights the run was trained with; it cannot be evaluated."
+        f"{run / RUN_RECORD}: does not say which class weights the run was trained with; it cannot be evaluated."
     )
 
 

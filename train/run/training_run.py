@@ -34,7 +34,7 @@ from offline_kto.train.run.model_card import CARD, command_of, write_card
 from offline_kto.train.run.plan import print_plan
 from offline_kto.train.run.rewards_file import write_rewards
 from offline_kto.train.run.start_check import check_start, tolerance_for
-from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, read_facts, write_facts
+from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
 from offline_kto.train.run_records import ComputedWith, EvaluationRecord, FinalUpdate, RunRecord
 from offline_kto.train.trainer.checkpoints import reading
 from offline_kto.train.trainer.evaluation import summary
@@ -199,7 +199,7 @@ class TrainingRun:
         final: FinalUpdate = {"step": trainer.final_step, "updates": trainer.state.global_step}
         if self.objective.uses_shift:
             final["shift"] = trainer.shift.mean
-        write_facts(self.out, {**read_facts(self.out), "final": final})
+        write_run_record(self.out, {**read_run_record(self.out), "final": final})
         if scores is None:
             return None
         found = summary(scores, self.objective, trainer.final_step)
@@ -262,7 +262,7 @@ class TrainingRun:
             if self.is_main:
                 trainer.remove_old_checkpoints()
                 write_start(
-                    self.config, self.out, {**self.facts(), "started": read_facts(self.out).get("started")}
+                    self.config, self.out, {**self.facts(), "started": read_run_record(self.out).get("started")}
                 )  # what may change has changed
             return
         if not self.checked:

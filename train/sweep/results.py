@@ -19,7 +19,7 @@ from offline_kto.kto_core.errors import TrainingError, printable
 from offline_kto.kto_core.foreign_files import read_foreign
 from offline_kto.kto_core.options import as_plain, flag
 from offline_kto.train.report.report import write_report
-from offline_kto.train.run_files import FACTS, LARGEST_JSON, config_text
+from offline_kto.train.run_files import LARGEST_JSON, RUN_RECORD, config_text
 from offline_kto.train.run_records import SpaceEntry, SweepRecord, TrainedWith, TrialEntry, TrialResult
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.messages import Ended
@@ -227,7 +227,7 @@ class Results:
 
     def _is_of(self, folder: Path, best: TrialRecord) -> bool:
         """Whether a folder holds the model of a trial of this sweep."""
-        facts = _read(folder / FACTS)
+        facts = _read(folder / RUN_RECORD)
         return facts.get("trial") == best.number and facts.get("fingerprint") == self._facts["fingerprint"]
 
     def _command(self) -> str:

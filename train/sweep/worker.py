@@ -35,7 +35,7 @@ from offline_kto.train.diagnostics.settings import class_warnings, class_weight_
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.inputs import KeptMaterials
 from offline_kto.train.run.training_run import TrainingRun, versions
-from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_facts, write_facts
+from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
 from offline_kto.train.run_records import TrainedWith
 from offline_kto.train.sweep.messages import Ended, Evaluated, Kept, Stop
 from offline_kto.train.sweep.space import Trials, Values
@@ -195,7 +195,7 @@ class _Worker:
         out.mkdir()
         for name in (METRICS, CONFIG, EVALUATION, REWARDS):
             shutil.copy2(folder / name, out / name)
-        write_facts(out, {**read_facts(folder), "trial": int(folder.name)})
+        write_run_record(out, {**read_run_record(folder), "trial": int(folder.name)})
         run.save_model(out)
         self.pipe.send(Kept())
 
