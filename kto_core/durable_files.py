@@ -12,7 +12,6 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.errors import KTOError
 
@@ -71,7 +70,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a JSON file that people read as well. Raises: OSError: as `write_text`."""
     write_text(path, json.dumps(content, indent=2) + "\n")  # as ASCII: a path need not be text
 

@@ -18,7 +18,6 @@ Everything else that is raised is our own mistake and keeps its traceback.
 
 import difflib
 import re
-from typing import Any
 
 from offline_kto.kto_core.redaction import hidden
 
@@ -100,7 +99,7 @@ def said_by(error: BaseException) -> str:
     return printable(in_one_line(error), 200)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value from a file, for a message; cut where it is long."""
     try:
         return printable(str(value), 100)

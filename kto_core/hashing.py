@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 
 from offline_kto.kto_core.errors import ModelError, said_by
+from offline_kto.kto_core.library_types import Tokenizer
 
 
 def sequence_id(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> str:
@@ -38,7 +39,7 @@ def _hash_ids(*parts: np.ndarray) -> str:
     return hasher.hexdigest()[:32]
 
 
-def json_hash(value: Any) -> str:
+def json_hash(value: object) -> str:
     """sha256 of a JSON value in canonical form (sorted keys, no white space)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -50,7 +51,7 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
-def _digest(file: Any) -> str:  # Python 3.10
+def _digest(file: BinaryIO) -> str:  # Python 3.10
     hasher = hashlib.sha256()
     while block := file.read(1 << 20):
         hasher.update(block)
@@ -180,12 +181,12 @@ _VOLATILE_CONFIG = {
 }
 
 
-def config_hash(config: dict[str, Any]) -> str:
+def config_hash(config: dict[str, object]) -> str:
     """Hash of a model configuration without what only tells who saved it, where and with what."""
     return json_hash({key: value for key, value in config.items() if key not in _VOLATILE_CONFIG})
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """Hash of what turns text into ids: merges, vocabulary, normalizers, added and special tokens.
 
     Padding and truncation are left out: a tokenizer writes them into itself whenever it is called.
@@ -201,7 +202,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return json_hash({"rules": rules, "special": special})
 
 
-def chat_template_hash(tokenizer: Any) -> str | None:
+def chat_template_hash(tokenizer: Tokenizer) -> str | None:
     """Hash of the chat template, or None where the tokenizer has none."""
     template = getattr(tokenizer, "chat_template", None)
     return json_hash(template) if template else None

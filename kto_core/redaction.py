@@ -48,7 +48,7 @@ def is_secret_name(name: str) -> bool:
     return _SECRET_NAME.search(name) is not None
 
 
-def is_secret(name: str, value: Any) -> bool:
+def is_secret(name: str, value: object) -> bool:
     """Return whether an entry holds a secret. Switches and ids (`pad_token_id: 0`) hold none, whatever they are called."""
     if value is None or isinstance(value, bool) or value == "" or (isinstance(value, int) and name.endswith("_id")):
         return False
@@ -102,7 +102,7 @@ def secrets_of(url: str) -> set[str]:
     return {form for secret in found for form in (secret, unquote(secret)) if len(form) > 2}
 
 
-def without_secrets(value: Any) -> Any:
+def without_secrets(value: object) -> Any:
     """Return plain data without its secrets: entries of a secret's name are gone, texts are `hidden`."""
     if isinstance(value, Mapping):
         return {key: without_secrets(one) for key, one in value.items() if not is_secret(str(key), one)}
@@ -111,7 +111,7 @@ def without_secrets(value: Any) -> Any:
     return hidden(value) if isinstance(value, str) else value
 
 
-def secret_names(value: Any, above: str = "") -> list[str]:
+def secret_names(value: object, above: str = "") -> list[str]:
     """Return the dotted names of the entries that `without_secrets` leaves out."""
     if isinstance(value, list | tuple):
         return [name for one in value for name in secret_names(one, above)]

@@ -83,7 +83,9 @@ class _StandardError(io.FileIO):
 def _rewrapped(stream: io.TextIOWrapper, raw: io.FileIO) -> io.TextIOWrapper:
     stream.flush()
     utf8 = stream.encoding.lower().replace("-", "") == "utf8" and stream.errors != "strict"
-    buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)  # PYTHONUNBUFFERED: nothing waits in between
+    buffer: IO[bytes] = (
+        raw if stream.write_through else io.BufferedWriter(raw)
+    )  # PYTHONUNBUFFERED: nothing waits in between
     return io.TextIOWrapper(
         buffer,
         encoding=stream.encoding,

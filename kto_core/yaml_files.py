@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -15,7 +14,7 @@ class _Loader(yaml.SafeLoader):
 
     _references = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """References to references grow without bound: a handful is a config, more is an attack."""
         if self.check_event(yaml.AliasEvent):
             self._references += 1
@@ -29,8 +28,8 @@ class _Loader(yaml.SafeLoader):
 _MOST_REFERENCES = 20
 
 
-def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: dict[Any, Any] = {}
+def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+    seen: dict[object, object] = {}
     for key_node, _ in node.value:
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
             continue
@@ -64,7 +63,7 @@ def named_file(path: Path) -> Path:
     return shipped if len(path.parts) == 1 and not path.exists() and shipped.exists() else path
 
 
-def read_yaml(path: Path, *, foreign: bool = False) -> dict[str, Any]:
+def read_yaml(path: Path, *, foreign: bool = False) -> dict[str, object]:
     """The mapping in a YAML file.
 
     Args:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.feedback.chat_templates import NOT_FOR_DATA
@@ -96,11 +95,11 @@ class PrecomputeConfig:
             )
 
     @property
-    def template_settings(self) -> dict[str, Any]:
+    def template_settings(self) -> dict[str, object]:
         return parse_settings(self.chat_template_kwargs, "--chat-template-kwargs")
 
     @property
-    def tokenizer_options(self) -> dict[str, Any]:
+    def tokenizer_options(self) -> dict[str, object]:
         return parse_settings(self.tokenizer_kwargs, "--tokenizer-kwargs")
 
     @property

@@ -7,16 +7,20 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from offline_kto.kto_core.cache.manifest import Manifest, check_places, read_manifest
 from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
-from offline_kto.kto_core.cache.shards import Rows, check_packing, check_table, open_shard, read_groups
+from offline_kto.kto_core.cache.shards import CacheRow, Rows, check_packing, check_table, open_shard, read_groups
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import ConfigError, printable
+from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.progress import Progress
 from offline_kto.kto_core.redaction import hidden
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Of a terminal in columns, and of one that says it has none.
 _LEAST_WIDTH = 40
@@ -109,7 +113,7 @@ def head(location: Location, *, rows: int, model: str | None) -> Iterator[str]:
         yield from _shown(row, tokenizer)
 
 
-def _rows(folder: Path, manifest: Manifest) -> Iterator[dict[str, Any]]:
+def _rows(folder: Path, manifest: Manifest) -> Iterator[CacheRow]:
     for shard in manifest.shards:
         path = folder / shard["file"]
         file = open_shard(path)
@@ -119,7 +123,7 @@ def _rows(folder: Path, manifest: Manifest) -> Iterator[dict[str, Any]]:
             yield from Rows(table)
 
 
-def _tokenizer(manifest: Manifest, model: str | None) -> Any:
+def _tokenizer(manifest: Manifest, model: str | None) -> Tokenizer:
     import transformers
 
     from offline_kto.kto_core.models.folders import find_folder, find_reference
@@ -130,7 +134,7 @@ def _tokenizer(manifest: Manifest, model: str | None) -> Any:
     return load_tokenizer(transformers.AutoTokenizer, folder, trust_remote_code=False, options=options)
 
 
-def _shown(row: dict[str, Any], tokenizer: Any) -> Iterator[str]:
+def _shown(row: CacheRow, tokenizer: Tokenizer) -> Iterator[str]:
     width = max(_LEAST_WIDTH, min(shutil.get_terminal_size((100, 20)).columns, 160))
     column = (width - 3) // 2
     thumb = "desirable" if row["label"] else "undesirable"
@@ -146,7 +150,7 @@ def _shown(row: dict[str, Any], tokenizer: Any) -> Iterator[str]:
     yield ""
 
 
-def _decoded(tokenizer: Any, ids: Any) -> str:
+def _decoded(tokenizer: Tokenizer, ids: "np.ndarray") -> str:
     """Text on one line: data must not drive the terminal."""
     return printable(" ".join(tokenizer.decode(ids).split("\n")).replace("\t", " "))
 

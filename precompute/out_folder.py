@@ -66,6 +66,7 @@ def rendered_on(location: Location) -> datetime | None:
             manifest = read_manifest(Path(location)) if (Path(location) / MANIFEST).exists() else None
     except CacheError:
         manifest = None
+    said: object
     if manifest is not None:
         said = manifest.tokenization.get("rendered_on") or manifest.created
     else:

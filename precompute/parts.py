@@ -6,10 +6,10 @@ read by the same code.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from offline_kto.kto_core.cache.shards import CacheRow
 from offline_kto.kto_core.hashing import ids_id, sequence_id
 from offline_kto.kto_core.scoring.sequences import TokenIds
 
@@ -48,7 +48,7 @@ class ShardScores:
         self,
         sequences: Mapping[str, TokenIds],
         before: Mapping[str, np.ndarray],
-        write: Callable[[Sequence[dict[str, Any]]], None],
+        write: Callable[[Sequence[CacheRow]], None],
         pace: Pace,
     ) -> None:
         self.scores = {one: before[one] for one in sequences if one in before}
@@ -76,7 +76,7 @@ class ShardScores:
         self._pace.restart()
 
 
-def _row(sequence: TokenIds, scores: np.ndarray) -> dict[str, Any]:
+def _row(sequence: TokenIds, scores: np.ndarray) -> CacheRow:
     """A sequence as a row of a shard; only ids and scores of it are ever read."""
     prompt_ids, completion_ids = sequence
     return {

@@ -2,10 +2,16 @@
 
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from offline_kto.kto_core.cache.manifest import fingerprint, identity_of
+from offline_kto.kto_core.cache.manifest_fields import (
+    DataFields,
+    PairingFields,
+    RunFields,
+    ScorerFields,
+    ScoringSections,
+)
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError, printable
 from offline_kto.kto_core.hashing import json_hash
@@ -59,20 +65,17 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
         if config.dry_run:
             tell("dry run     nothing was scored")
             return
-        sections = {
-            **reference.sections(hashing.result(), backend=backend.name, engine_versions=backend.versions()),
-            "pairing": _pairing(config),
-        }
+        sections = reference.sections(hashing.result(), backend=backend.name, engine_versions=backend.versions())
         if plan.rendered_on:
             sections["tokenization"]["rendered_on"] = plan.rendered_on
-    mark = fingerprint(identity_of(sections), sections["pairing"], counts.rows_hash)
+    identity, pairing = identity_of(sections), _pairing(config)
+    mark = fingerprint(identity, pairing, counts.rows_hash)
     with opened_out(config.out) as (out, on_change):
-        identity, vocabulary = identity_of(sections), reference.vocabulary
         store = Store(
             out,
             identity,
-            sections["pairing"],
-            vocabulary=vocabulary,
+            pairing,
+            vocabulary=reference.vocabulary,
             rendered_on=plan.rendered_on,
             on_change=on_change,
         )
@@ -91,7 +94,7 @@ def _print_plan(
         tell(line)
 
 
-def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark: str) -> None:
+def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mark: str) -> None:
     """Score what `--out` lacks, and declare it complete."""
     shutil.rmtree(scoring.store.out / MERGED, ignore_errors=True)  # a killed run leaves it
     config, store, labels_hash = scoring.config, scoring.store, _labels_hash(scoring.plan)
@@ -105,10 +108,21 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: dict[str, Any], mark
         tell(f"complete    {config.out} holds these scores already; nothing to do")
         return
     scoring.run(counts.sequences)
-    data = {**_data(scoring.plan, counts), "labels_hash": labels_hash}
-    sections = {**sections, "scorer": {**sections["scorer"], **scoring.found}}
+    scorer: ScorerFields = {**sections["scorer"]}
+    if scoring.difference is not None:
+        scorer["difference"] = scoring.difference
     run = scoring.summary(counts.sequences)
-    store.publish(len(scoring.shards), {**sections, "data": data, "run": run}, mark)
+    store.publish(
+        len(scoring.shards),
+        {
+            **sections,
+            "scorer": scorer,
+            "pairing": store.pairing,
+            "data": _data(scoring.plan, counts, labels_hash),
+            "run": run,
+        },
+        mark,
+    )
     _report(config, run, len(scoring.shards), mark)
 
 
@@ -134,7 +148,7 @@ def _check_lengths(plan: Plan, reference: Reference) -> None:
         )
 
 
-def _pairing(config: PrecomputeConfig) -> dict[str, Any]:
+def _pairing(config: PrecomputeConfig) -> PairingFields:
     shuffled = config.pairing == "shuffled"
     return {
         "method": config.pairing,
@@ -149,10 +163,9 @@ def _labels_hash(plan: Plan) -> str:
     return json_hash([[row.row_id, row.label, row.pair_id, row.source] for row in plan.rows])
 
 
-def _data(plan: Plan, counts: PlanCounts) -> dict[str, Any]:
-    files = [{"name": printable(f.name), "sha256": f.sha256, "bytes": f.bytes} for f in plan.files]
+def _data(plan: Plan, counts: PlanCounts, labels_hash: str) -> DataFields:
     return {
-        "files": files,
+        "files": [{"name": printable(f.name), "sha256": f.sha256, "bytes": f.bytes} for f in plan.files],
         "read": counts.read,
         "kept": counts.kept,
         "dropped": counts.dropped,
@@ -162,10 +175,11 @@ def _data(plan: Plan, counts: PlanCounts) -> dict[str, Any]:
         "kl_truncated": counts.kl_truncated,
         "prompts": counts.prompts,
         "rows_hash": counts.rows_hash,
+        "labels_hash": labels_hash,
     }
 
 
-def _report(config: PrecomputeConfig, run: Mapping[str, Any], shards: int, mark: str) -> None:
+def _report(config: PrecomputeConfig, run: RunFields, shards: int, mark: str) -> None:
     tell(
         f"scored      {run['scored_sequences']:,} sequences ({run['reused_sequences']:,} reused), {run['tokens']:,} tokens "
         f"in {run['seconds']:,.1f} s"

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from offline_kto.kto_core.feedback.pairing import PairableRow, Pairing, pair_rot
 from offline_kto.kto_core.feedback.records import COLUMNS, FeedbackFields, FeedbackRow, parse_record, resolve_threshold
 from offline_kto.kto_core.feedback.tokenization import Tokenizing
 from offline_kto.kto_core.hashing import ids_id, json_hash, sequence_id
+from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.records.sources import SourceFile, describe_source, read_records, warnings_about
 from offline_kto.precompute.records.text_files import Located
@@ -133,7 +133,7 @@ class PlanCounts:
 
 
 def read_rows(
-    config: PrecomputeConfig, tokenizer: Any, tokenizing: Tokenizing
+    config: PrecomputeConfig, tokenizer: Tokenizer, tokenizing: Tokenizing
 ) -> tuple[list[PlannedRow], int, dict[str, int]]:
     """Read, parse and tokenize the feedback; drop prompts that leave no room for a completion.
 
@@ -226,7 +226,7 @@ def _planned(
     )
 
 
-def make_plan(config: PrecomputeConfig, tokenizer: Any, day: datetime | None = None) -> Plan:
+def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | None = None) -> Plan:
     """Read the feedback and choose every row's mismatched completions.
 
     Args:

@@ -6,10 +6,11 @@ import time
 from collections import ChainMap, Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
+from offline_kto.kto_core.cache.manifest_fields import RunFields, ScoreDifference
+from offline_kto.kto_core.cache.shards import CacheRow
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import json_hash, sequence_id
@@ -36,7 +37,7 @@ class Scoring:
         ranks: the processes of this launch, where there are several.
 
     Attributes:
-        found: how the engine compares with Transformers, for the manifest; empty where Transformers scored.
+        difference: how the engine compares with Transformers, for the manifest; None where Transformers scored.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Scoring:
         self.shards = shard_rows(plan, config.rows_per_shard)
         self.scored = self.tokens = 0
         self.seconds = 0.0
-        self.found: dict[str, Any] = {}
+        self.difference: ScoreDifference | None = None
         self.underway: ShardScores | None = None
 
     def run(self, sequences: int) -> None:
@@ -148,7 +149,7 @@ class Scoring:
             try:
                 with vllm_engine(self.reference, choose_sample(sequences), merged) as scorer:
                     yield scorer
-                    self.found = {"difference": scorer.difference()}
+                    self.difference = scorer.difference()
             finally:
                 shutil.rmtree(merged, ignore_errors=True)
 
@@ -178,7 +179,7 @@ class Scoring:
         self.scored += len(fresh)
         self.tokens += sum(len(prompt) + len(completion) for prompt, completion in fresh)
 
-    def _row(self, index: int, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def _row(self, index: int, scores: Mapping[str, np.ndarray]) -> CacheRow:
         """One row of the cache, with the columns of `offline_kto.kto_core.cache.shards.SCHEMA`."""
         row = self.plan.rows[index]
         kl_completions = self.plan.kl_completions(index)
@@ -199,7 +200,7 @@ class Scoring:
             "ref_kl_token_logps": kl_scores,
         }
 
-    def summary(self, sequences: int) -> dict[str, Any]:
+    def summary(self, sequences: int) -> RunFields:
         """The manifest's section `run`."""
         return {
             "scored_sequences": self.scored,

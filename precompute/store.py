@@ -9,9 +9,9 @@ refs/.parts/train/...       scores of the shard that is under way (`offline_kto.
 
 import contextlib
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,9 @@ from offline_kto.kto_core.cache.manifest import (
     read_manifest,
     write_manifest,
 )
+from offline_kto.kto_core.cache.manifest_fields import Identity, PairingFields, Sections, ShardFields
 from offline_kto.kto_core.cache.shards import (
+    CacheRow,
     Rows,
     check_packing,
     check_table,
@@ -57,14 +59,14 @@ class Store:
     def __init__(
         self,
         out: Path,
-        identity: Mapping[str, Any],
-        pairing: Mapping[str, Any],
+        identity: Identity,
+        pairing: PairingFields,
         *,
         vocabulary: int,
         rendered_on: str | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        self.out, self.identity, self.pairing, self._on_change = out, dict(identity), dict(pairing), on_change
+        self.out, self.identity, self.pairing, self._on_change = out, dict(identity), pairing, on_change
         self.vocabulary, self.target, self._rendered_on = vocabulary, out, rendered_on
 
     def open(
@@ -88,7 +90,7 @@ class Store:
         else:
             for path in (*shards_in(self.out), *shards_in(self.out / PARTS)):
                 if metadata := read_metadata(path):  # a damaged shard says nothing; it is scored again
-                    self._refuse_other(metadata.get("identity", {}))
+                    self._refuse_other(cast("Identity", metadata.get("identity", {})))
         if old is not None and not self._drop_damaged(old):
             if _is_same(old, mark, labels_hash, rows_per_shard):
                 self._remove_strays([shard["file"] for shard in old.shards])
@@ -154,7 +156,7 @@ class Store:
             if f"train/{path.name}" not in names:
                 path.unlink()
 
-    def _refuse_other(self, identity: Mapping[str, Any], pairing: Mapping[str, Any] | None = None) -> None:
+    def _refuse_other(self, identity: Identity, pairing: PairingFields | None = None) -> None:
         lines = differences(identity, self.identity)
         if pairing is not None:
             # More partners are an extension: the pairs that are there stay.
@@ -240,13 +242,13 @@ class Store:
                     into.update(_scores_in(path, wanted))
         return known
 
-    def write(self, index: int, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, index: int, key: str, rows: Sequence[CacheRow]) -> None:
         """Write one shard, and drop its parts. Raises: CacheError: the disk does not take it."""
         write_shard(self.target / shard_name(index), rows, self._metadata(key=key))
         self.drop_parts(key)
         self._on_change()
 
-    def write_part(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write_part(self, key: str, rows: Sequence[CacheRow]) -> None:
         """Write some of the scores of a shard. Raises: CacheError: the disk does not take it."""
         folder = self.out / PARTS / "train"
         with made(folder.parent), made(folder):
@@ -254,7 +256,7 @@ class Store:
             write_shard(folder / _part_name(key, content[:32]), rows, self._metadata(part_of=key))
         self._on_change()
 
-    def _metadata(self, **names: str) -> dict[str, Any]:
+    def _metadata(self, **names: str) -> dict[str, object]:
         day = {"rendered_on": self._rendered_on} if self._rendered_on else {}
         return {"format": FORMAT, **names, "identity": self.identity, **day}
 
@@ -266,7 +268,7 @@ class Store:
             with contextlib.suppress(OSError):  # not there, or not empty
                 folder.rmdir()
 
-    def publish(self, count: int, sections: Mapping[str, Any], mark: str) -> None:
+    def publish(self, count: int, sections: Sections, mark: str) -> None:
         """Declare shards 0 to `count` - 1 the cache."""
         names = [shard_name(i) for i in range(count)]
         if self.target != self.out:
@@ -282,7 +284,7 @@ class Store:
         write_manifest(self.out, sections, [self._entry(name) for name in names], mark)
         self._on_change()
 
-    def _entry(self, name: str) -> dict[str, Any]:
+    def _entry(self, name: str) -> ShardFields:
         path = self.out / name
         rows = open_shard(path).metadata.num_rows
         return {"file": name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_hash(path)}
@@ -309,7 +311,7 @@ def _part_name(key: str, content: str) -> str:
 
 
 def _is_same(old: Manifest, mark: str, labels_hash: str, rows_per_shard: int) -> bool:
-    fits = max(int(shard["rows"]) for shard in old.shards) <= rows_per_shard
+    fits = max(shard["rows"] for shard in old.shards) <= rows_per_shard
     return fits and old.fingerprint == mark and old.data.get("labels_hash") == labels_hash
 
 

@@ -16,7 +16,7 @@ SCRIPTS = ("kto-precompute", "kto-train", "kto-cache", "kto-sweep", "kto-report"
 # Rooms from the ground up: a module imports from its own room and from those in lines above its own. Modules that stand
 # directly in a package are rooms of their own.
 LAYERS = """
-kto_core.redaction
+kto_core.redaction kto_core.library_types
 kto_core.errors
 kto_core.console
 kto_core.foreign_files kto_core.locations kto_core.streams kto_core.launch kto_core.hashing kto_core.durable_files
@@ -24,7 +24,7 @@ kto_core.runtime kto_core.yaml_files kto_core.progress kto_core.lock
 kto_core.options
 kto_core.feedback kto_core.scoring kto_core.losses kto_core.cache
 kto_core.models
-precompute.config train.config
+precompute.config train.config train.run_records
 precompute.records precompute.parts train.run_files
 precompute.engines precompute.out_folder train.data train.model train.diagnostics
 precompute.plan precompute.store train.trainer train.report

@@ -36,7 +36,7 @@ from offline_kto.train.run import callbacks as watching
 from offline_kto.train.run.callbacks import MetricsFile, read_metrics
 from offline_kto.train.run.model_card import write_card
 from offline_kto.train.run.train_run import train as run_training
-from offline_kto.train.run_files import holds_word, read_facts, read_rewards
+from offline_kto.train.run_files import holds_word, read_rewards, read_run_record
 from offline_kto.train.sweep.results import _cell, _read
 from offline_kto.train.sweep.sweep import _database
 
@@ -179,7 +179,7 @@ class TestReaders:
         for make in (lambda path: path.symlink_to(precious), os.mkfifo):
             make(tmp_path / "run.json")
             with pytest.raises(ConfigError, match=r"run\.json: cannot be read"):
-                read_facts(tmp_path)
+                read_run_record(tmp_path)
             assert _read(tmp_path / "run.json") == {}
             (tmp_path / "run.json").unlink()
 

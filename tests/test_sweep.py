@@ -37,7 +37,7 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.inputs import KeptMaterials
 from offline_kto.train.run.train_run import train
 from offline_kto.train.run.training_run import TrainingRun
-from offline_kto.train.run_files import read_facts
+from offline_kto.train.run_files import read_run_record
 from offline_kto.train.sweep import worker as sweep_worker
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.messages import Ended, Stop
@@ -360,7 +360,7 @@ class TestKills:
         first, second = (load_file(one.out / "best/model.safetensors") for one in both if one.out is not None)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
-        trial = f"{read_facts(both[0].out / 'best')['trial']:04d}"  # type: ignore[operator]
+        trial = f"{read_run_record(both[0].out / 'best')['trial']:04d}"  # type: ignore[operator]
         maker, other = both if trial in made[0] else reversed(both)
         assert maker.out is not None
         assert other.out is not None

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.locations import Location
@@ -94,7 +93,7 @@ class TrainConfig:
     )
     allow_different_policy: bool = option(False, "Train a policy that is not the cached reference.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
-    training: dict[str, Any] = option(dict, "YAML only: passed to transformers.TrainingArguments.")
+    training: dict[str, object] = option(dict, "YAML only: passed to transformers.TrainingArguments.")
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -5,7 +5,7 @@ import datetime
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import yaml
 
@@ -15,12 +15,14 @@ from offline_kto.kto_core.foreign_files import MEGABYTE, check_kinds, open_forei
 from offline_kto.kto_core.options import as_plain
 from offline_kto.kto_core.redaction import secret_names, without_secrets
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.run_records import RunRecord
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     import pyarrow as pa
 
-CONFIG, FACTS, METRICS = "config.yaml", "run.json", "metrics.jsonl"
+CONFIG, RUN_RECORD, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVALUATION, REWARDS = "evaluation.json", "rewards.parquet"
 
 # Bytes that are read of files which may come from anybody: of run.json and its like, and of a million records.
@@ -57,7 +59,7 @@ def config_text(config: TrainConfig) -> str:
     return yaml_without_secrets({k: v for k, v in as_plain(config).items() if k in names and v not in (None, {})})
 
 
-def yaml_without_secrets(values: dict[str, Any]) -> str:
+def yaml_without_secrets(values: dict[str, object]) -> str:
     """YAML of options that anybody may read: a secret is left out, and a line says where."""
     left_out = "".join(
         f"# {name} is left out, it is a secret: give it again where it is needed\n" for name in secret_names(values)
@@ -97,7 +99,7 @@ def read_rewards(out: Path, columns: list[str]) -> "pa.Table":
         return file.read(columns=columns)
 
 
-def holds_word(column: "pa.ChunkedArray", word: str) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+def holds_word(column: "pa.ChunkedArray", word: str) -> "npt.NDArray[np.bool_]":
     """Return which rows of a dictionary column hold a word, without making a text for each of them."""
     import numpy as np
 
@@ -108,21 +110,21 @@ def holds_word(column: "pa.ChunkedArray", word: str) -> "np.ndarray[Any, np.dtyp
     return np.concatenate(found)
 
 
-def write_facts(out: Path, facts: dict[str, Any]) -> None:
+def write_run_record(out: Path, facts: RunRecord) -> None:
     """Write run.json."""
-    write_json(out / FACTS, facts)
+    write_json(out / RUN_RECORD, facts)
 
 
-def read_facts(out: Path) -> dict[str, Any]:
-    """What run.json holds.
+def read_run_record(out: Path) -> RunRecord:
+    """Read run.json. A field may be missing; of what kind its value is, nobody has checked.
 
     Raises:
         ConfigError: it cannot be read.
     """
     try:
-        return dict(json.loads(read_foreign(out / FACTS, most=LARGEST_JSON)))
+        return cast("RunRecord", dict(json.loads(read_foreign(out / RUN_RECORD, most=LARGEST_JSON))))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"{out / FACTS}: cannot be read ({said_by(error)}), so that nobody knows what the run was started with. "
+            f"{out / RUN_RECORD}: cannot be read ({said_by(error)}), so that nobody knows what the run was started with. "
             "Start a new run."
         ) from error

@@ -8,11 +8,31 @@ import datetime
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import cast
 
+from offline_kto.kto_core.cache.manifest_fields import (
+    CHECKS,
+    IDENTITY_FIELDS,
+    SECTIONS,
+    SHARD_CHECKS,
+    DataFields,
+    Identity,
+    PairingFields,
+    ReferenceFields,
+    RowsIdentity,
+    RunFields,
+    ScorerFields,
+    ScoringSections,
+    Sections,
+    ShardFields,
+    TokenizationFields,
+    TokenizerFields,
+    is_count,
+    is_text,
+)
 from offline_kto.kto_core.durable_files import write_json
 from offline_kto.kto_core.errors import CacheError, NewerFormatError, printable, said_by
 from offline_kto.kto_core.foreign_files import MEGABYTE, read_foreign
@@ -22,14 +42,6 @@ FORMAT = 1
 # Some 300,000 shards.
 MANIFEST = "manifest.json"
 
-# What decides a reference number. Ids, paths, revisions and versions name things; these are the things.
-_IDENTITY_FIELDS = {
-    "reference": ("weights_hash", "config_hash", "adapter_hash", "quantization", "dtype", "attention"),
-    "tokenizer": ("files_hash", "chat_template_hash"),
-    "tokenization": ("max_length", "rule"),
-    "scorer": ("backend",),
-}
-
 # Why rows were left out, among the reasons in `data.dropped`.
 PROMPT_TOO_LONG = "prompt_too_long"
 
@@ -38,64 +50,71 @@ _LARGEST = 64 * MEGABYTE
 
 AGAIN = "Run the same kto-precompute again."
 
-_SECTIONS = ("reference", "tokenizer", "tokenization", "pairing", "scorer", "data", "run")
+_LONGEST_FILE_NAME = 200
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The sections of `manifest.json`; see docs/cache-format.md for the fields of each.
+    """The sections of `manifest.json`; `manifest_fields` and docs/cache-format.md have the fields of each.
 
     Attributes:
         intact: whether all of it is as it was written; `verify_cache` refuses what is not, after it looked for the reason.
     """
 
-    reference: dict[str, Any]
-    tokenizer: dict[str, Any]
-    tokenization: dict[str, Any]
-    pairing: dict[str, Any]
-    scorer: dict[str, Any]
-    data: dict[str, Any]
-    shards: list[dict[str, Any]]
-    run: dict[str, Any]
+    reference: ReferenceFields
+    tokenizer: TokenizerFields
+    tokenization: TokenizationFields
+    pairing: PairingFields
+    scorer: ScorerFields
+    data: DataFields
+    shards: list[ShardFields]
+    run: RunFields
     created: str
     fingerprint: str
     intact: bool
 
     @property
     def rows(self) -> int:
-        return sum(int(shard["rows"]) for shard in self.shards)
+        return sum(shard["rows"] for shard in self.shards)
 
     @property
     def vocabulary(self) -> int | None:
         """Tokens that the reference knows; None where the manifest does not say."""
-        size: int | None = self.reference.get("vocabulary")
-        return size
+        return self.reference.get("vocabulary")
 
     @property
     def partners(self) -> int:
         """Mismatched completions of each row."""
-        return int(self.pairing["partners"])
+        return self.pairing["partners"]
 
     @property
-    def rows_identity(self) -> dict[str, Any]:
+    def rows_identity(self) -> RowsIdentity:
         """What tells these rows from others; the fingerprint alone leaves labels and order out."""
         return {"fingerprint": self.fingerprint, "labels_hash": self.data.get("labels_hash")}
 
     @property
-    def identity(self) -> dict[str, Any]:
-        return identity_of({name: getattr(self, name) for name in _IDENTITY_FIELDS})
+    def identity(self) -> Identity:
+        return identity_of(
+            {
+                "reference": self.reference,
+                "tokenizer": self.tokenizer,
+                "tokenization": self.tokenization,
+                "scorer": self.scorer,
+            }
+        )
 
 
-def identity_of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields that decide a score, `section.field` -> value."""
+def identity_of(sections: ScoringSections) -> Identity:
+    """Return the fields that decide a score, `section.field` -> value."""
+    named = cast("Mapping[str, Mapping[str, object]]", sections)
     return {
-        f"{section}.{field}": sections[section].get(field)
-        for section, fields in _IDENTITY_FIELDS.items()
+        f"{section}.{field}": named[section].get(field)
+        for section, fields in IDENTITY_FIELDS.items()
         for field in fields
     }
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
     """Lines like `tokenization.max_length: 1024 in the cache, 512 now`, for what differs."""
     lines = []
     for key in sorted({*found, *wanted}):
@@ -104,7 +123,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     return lines
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     try:
         text = "none" if value is None else str(value)
     except ValueError:  # a whole number of thousands of digits
@@ -112,7 +131,7 @@ def _short(value: Any) -> str:
     return printable(text[:12] + "..." if len(text) > 40 else text)
 
 
-def fingerprint(identity: Mapping[str, Any], pairing: Mapping[str, Any], rows_hash: str) -> str:
+def fingerprint(identity: Identity, pairing: PairingFields, rows_hash: str) -> str:
     """Hash of all that can change a number in the cache, and of nothing else.
 
     Args:
@@ -123,18 +142,19 @@ def fingerprint(identity: Mapping[str, Any], pairing: Mapping[str, Any], rows_ha
     return json_hash({"format": FORMAT, "identity": dict(identity), "pairing": dict(pairing), "rows": rows_hash})
 
 
-def checksum(content: Mapping[str, Any]) -> str:
+def checksum(content: Mapping[str, object]) -> str:
     """Hash of all that a manifest says, as JSON keeps it: what shows that a byte of it has changed."""
     return json_hash(json.loads(json.dumps({name: value for name, value in content.items() if name != "checksum"})))
 
 
-def write_manifest(folder: Path, sections: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], mark: str) -> None:
+def write_manifest(folder: Path, sections: Sections, shards: Sequence[ShardFields], mark: str) -> None:
     """Declare the cache complete. Raises: CacheError: the disk does not take it."""
-    content = {
+    named = cast("Mapping[str, object]", sections)
+    content: dict[str, object] = {
         "format": FORMAT,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "fingerprint": mark,
-        **{name: sections[name] for name in _SECTIONS},
+        **{name: named[name] for name in SECTIONS},
         "shards": list(shards),
     }
     content["checksum"] = checksum(content)
@@ -206,7 +226,7 @@ def parse_manifest(path: Path | str, text: bytes) -> Manifest:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CacheError(f"{path}: cannot be read ({said_by(error)}). {AGAIN}") from error
-    if not isinstance(content, dict) or not _is_count(content.get("format")):
+    if not isinstance(content, dict) or not is_count(content.get("format")):
         raise CacheError(f"{path}: not the manifest of a reference cache.")
     if content["format"] > FORMAT:
         raise NewerFormatError(
@@ -218,85 +238,18 @@ def parse_manifest(path: Path | str, text: bytes) -> Manifest:
     return _parse(path, content)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_count(value) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return _is_count(value) or (isinstance(value, float) and 0 <= value < float("inf"))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable() and len(value) <= LONGEST_NAME
-
-
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_text, value)) and all(map(_is_count, value.values()))
-
-
-def _are_files(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(file, dict) and _is_text(file.get("name")) for file in value)
-
-
-def _is_template(value: Any) -> bool:
-    several = isinstance(value, dict) and all(map(_is_text, value))
-    return all(isinstance(one, str) for one in value.values()) if several else isinstance(value, str)
-
-
-def _are_switches(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(one, bool | int | float) for one in value.values())
-
-
-def _or_absent(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or fits(value)
-
-
-# A longer name is no name; it would only fill the terminal.
-LONGEST_NAME, _LONGEST_FILE_NAME = 500, 200
-
-# What is read or printed, and of which kind it must be: whoever edits a manifest can write a fingerprint that fits.
-_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
-    "reference": {
-        "id": _is_text,
-        **dict.fromkeys(("revision", "path", "adapter", "adapter_path"), _or_absent(_is_text)),
-        **dict.fromkeys(("weights_hash", "dtype", "attention"), _or_absent(_is_text)),
-        "vocabulary": _or_absent(_is_positive),
-    },
-    "tokenizer": {"chat_template": _or_absent(_is_template), "options": _or_absent(_are_switches)},
-    "tokenization": {"max_length": _is_positive, "rendered_on": _or_absent(_is_text)},
-    "pairing": {"partners": _is_positive, "method": _or_absent(_is_text), "seed": _or_absent(_is_count)},
-    "scorer": {"backend": _or_absent(_is_text)},
-    "data": {
-        "files": _or_absent(_are_files),
-        "dropped": _or_absent(_are_counts),
-        **dict.fromkeys(("desirable", "undesirable"), _is_count),
-        **dict.fromkeys(("read", "truncated", "kl_truncated"), _or_absent(_is_count)),
-        "labels_hash": _or_absent(_is_text),
-    },
-    "run": {
-        **dict.fromkeys(("scored_sequences", "reused_sequences"), _or_absent(_is_count)),
-        "tokens_per_second": _or_absent(_is_number),
-    },
-}
-
-
-def _parse(path: Path | str, content: dict[str, Any]) -> Manifest:
-    unknown = sorted(content.keys() - {"format", "created", "fingerprint", "shards", "checksum", *_SECTIONS})
+def _parse(path: Path | str, content: Mapping[str, object]) -> Manifest:
+    unknown = sorted(content.keys() - {"format", "created", "fingerprint", "shards", "checksum", *SECTIONS})
     if unknown:
         raise CacheError(f"{path}: has an entry {_short(unknown[0])!r}, which format {FORMAT} has not. {AGAIN}")
-    for section in _SECTIONS:
+    for section in SECTIONS:
         if not isinstance(content.get(section), dict):
             raise CacheError(f"{path}: section {section!r} is missing or damaged. {AGAIN}")
     shards = content.get("shards")
     if not isinstance(shards, list) or not shards:
         raise CacheError(f"{path}: lists no shards. {AGAIN}")
     for shard in shards:
-        wanted = {"file": _is_text, "rows": _is_count, "bytes": _is_count, "sha256": _is_text}
-        if not isinstance(shard, dict) or not all(fits(shard.get(key)) for key, fits in wanted.items()):
+        if not isinstance(shard, dict) or not all(fits(shard.get(key)) for key, fits in SHARD_CHECKS.items()):
             raise CacheError(f"{path}: a shard entry is damaged: {_short(shard)}. {AGAIN}")
         place = PurePosixPath(shard["file"])
         if place.is_absolute() or ".." in place.parts or "\\" in shard["file"]:
@@ -306,21 +259,27 @@ def _parse(path: Path | str, content: dict[str, Any]) -> Manifest:
     if len({str(PurePosixPath(shard["file"])) for shard in shards}) != len(shards):
         raise CacheError(f"{path}: lists a shard twice.")
     for key in ("fingerprint", "created"):
-        if not _is_text(content.get(key)):
+        if not is_text(content.get(key)):
             raise CacheError(f"{path}: {key!r} is missing. {AGAIN}")
+    sections = cast("Sections", {name: content[name] for name in SECTIONS})
     manifest = Manifest(
-        **{name: content[name] for name in _SECTIONS},
+        **sections,
         shards=shards,
-        created=content["created"],
-        fingerprint=content["fingerprint"],
+        created=str(content["created"]),
+        fingerprint=str(content["fingerprint"]),
         intact=content.get("checksum") == checksum(content),
     )
     _check_edited(path, manifest)
-    for section, fields in _FIELDS.items():
-        for name, fits in fields.items():
-            if not fits(content[section].get(name)):
-                raise CacheError(f"{path}: {section}.{name} is {_short(content[section].get(name))}: damaged. {AGAIN}")
+    _check_fields(path, cast("Mapping[str, Mapping[str, object]]", sections))
     return manifest
+
+
+def _check_fields(path: Path | str, sections: Mapping[str, Mapping[str, object]]) -> None:
+    for section, checks in CHECKS.items():
+        for name, fits in checks.items():
+            value = sections[section].get(name)
+            if not fits(value):
+                raise CacheError(f"{path}: {section}.{name} is {_short(value)}: damaged. {AGAIN}")
 
 
 def _check_edited(path: Path | str, manifest: Manifest) -> None:

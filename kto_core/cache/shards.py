@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TypedDict, cast, overload
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,24 @@ import pyarrow.parquet as pq
 
 from offline_kto.kto_core.durable_files import replacing
 from offline_kto.kto_core.errors import CacheError, said_by
+
+
+class CacheRow(TypedDict):
+    """A row of the cache, with the columns of `SCHEMA`; arrays are one-dimensional."""
+
+    row_id: str
+    prompt_id: str
+    pair_id: str | None
+    source: int
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+    label: bool
+    ref_logps: float
+    ref_token_logps: np.ndarray
+    kl_completion_ids: Sequence[np.ndarray]
+    ref_kl_logps: Sequence[float] | np.ndarray
+    ref_kl_token_logps: Sequence[np.ndarray]
+
 
 SCHEMA = pa.schema(
     [
@@ -51,12 +69,12 @@ def shard_name(index: int) -> str:
     return f"train/{index:05d}.parquet"
 
 
-def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> None:
+def write_shard(path: Path, rows: Sequence[CacheRow], metadata: Mapping[str, object]) -> None:
     """Write rows atomically.
 
     Args:
         path: final name; its folder exists.
-        rows: one mapping for each row, with the columns of `SCHEMA`.
+        rows: with the columns of `SCHEMA`.
         metadata: JSON values kept in the file's footer (what the shard was made from).
 
     Raises:
@@ -77,7 +95,7 @@ def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], metadata: Mapping
         ) from error
 
 
-def read_metadata(path: Path) -> dict[str, Any] | None:
+def read_metadata(path: Path) -> dict[str, object] | None:
     """What a shard was made from, or None where the file is no complete shard of ours."""
     try:
         raw = (pq.read_schema(path).metadata or {}).get(_METADATA_KEY)
@@ -139,7 +157,7 @@ def check_packing(path: Path, file: pq.ParquetFile) -> None:
                 )
 
 
-def _is_short(chunk: Any) -> bool:
+def _is_short(chunk: pq.ColumnChunkMetaData) -> bool:
     """Whether a column holds texts like hashes, and so few that even equally long ones would take little memory."""
     few = chunk.physical_type == "BYTE_ARRAY" and chunk.num_values <= 16 * _ROWS_PER_GROUP
     return few and chunk.total_uncompressed_size <= _LONGEST_ID * (chunk.num_values + 64)
@@ -166,7 +184,7 @@ def read_groups(
             raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
 
 
-class Rows(Sequence[dict[str, Any]]):
+class Rows(Sequence[CacheRow]):
     """Rows of a table as mappings, made when they are asked for; token ids and scores are numpy views of its buffers."""
 
     def __init__(self, table: pa.Table) -> None:
@@ -184,21 +202,21 @@ class Rows(Sequence[dict[str, Any]]):
         return int(self._table.num_rows)
 
     @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: int) -> CacheRow: ...
     @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> Any:
+    def __getitem__(self, index: slice) -> list[CacheRow]: ...
+    def __getitem__(self, index: int | slice) -> CacheRow | list[CacheRow]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        row: dict[str, Any] = {name: column[index].as_py() for name, column in self._plain.items()}
+        row: dict[str, object] = {name: column[index].as_py() for name, column in self._plain.items()}
         for name, lists in self._lists.items():
             if name in _TWICE_NESTED:
                 row[name] = [self._inner[name].one(i) for i in lists.span(index)]
             else:
                 row[name] = lists.one(index)
-        return row
+        return cast("CacheRow", row)
 
 
 _PLAIN_COLUMNS = ("row_id", "prompt_id", "pair_id", "source", "label", "ref_logps")

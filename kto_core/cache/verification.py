@@ -84,9 +84,8 @@ def _check_footers(folder: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         path = folder / shard["file"]
         metadata = read_metadata(path) or {}
-        lines = (
-            differences(metadata["identity"], manifest.identity) if isinstance(metadata.get("identity"), dict) else []
-        )
+        identity = metadata.get("identity")
+        lines = differences(identity, manifest.identity) if isinstance(identity, dict) else []
         if lines:
             raise CacheError(f"{path}: was scored under another reference ({'; '.join(lines)}). {AGAIN}")
         key = metadata.get("key")

@@ -4,12 +4,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
 
 from offline_kto.kto_core.errors import TokenizationError, printable, said_by
 from offline_kto.kto_core.feedback.findings import Findings
 from offline_kto.kto_core.feedback.formats import Message
 from offline_kto.kto_core.feedback.records import FeedbackRow
+from offline_kto.kto_core.library_types import Tokenizer
 
 # Parameters of `apply_chat_template`: a record that set them would bring a template, a program that no fingerprint
 # covers, or change what is rendered.
@@ -48,7 +48,7 @@ class ChatRenderer:
         dated: whether a template asked for the day.
     """
 
-    def __init__(self, tokenizer: Any, *, now: datetime | None, findings: Findings) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, now: datetime | None, findings: Findings) -> None:
         self._tokenizer, self._findings = tokenizer, findings
         self._now = now or datetime.now()
         template = getattr(tokenizer, "chat_template", None) or ""
@@ -84,7 +84,7 @@ class ChatRenderer:
             self._findings.add(kind, row.where)
         return prompt, completion
 
-    def _render(self, row: FeedbackRow, settings: Mapping[str, Any], found: Findings) -> tuple[str, str]:
+    def _render(self, row: FeedbackRow, settings: Mapping[str, object], found: Findings) -> tuple[str, str]:
         """Render the row in the first shape that the template takes without leaving the completion out."""
         first: TokenizationError | None = None
         for messages in _shapes([*row.prompt, *row.completion]):
@@ -115,7 +115,7 @@ class ChatRenderer:
         asked: list[Message],
         answered: list[Message],
         row: FeedbackRow,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         found: Findings,
     ) -> tuple[str, str]:
         """Return prompt and completion, cut where the model begins to speak."""
@@ -148,10 +148,10 @@ class ChatRenderer:
             raise TokenizationError(f"{where}: the completion has no tokens: the chat template leaves it out.")
         return prompt, completion
 
-    def _options(self, row: FeedbackRow, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _options(self, row: FeedbackRow, settings: Mapping[str, object]) -> dict[str, object]:
         return {**settings, "tools": list(row.tools) if row.tools else None}
 
-    def _apply(self, messages: list[Message], **options: Any) -> str:
+    def _apply(self, messages: list[Message], **options: object) -> str:
         if "strftime_now" in self._source:
             options["strftime_now"] = self._strftime
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
@@ -160,7 +160,7 @@ class ChatRenderer:
         self.dated = True
         return self._now.strftime(form)
 
-    def _next_headers(self, options: Mapping[str, Any]) -> list[str]:
+    def _next_headers(self, options: Mapping[str, object]) -> list[str]:
         """Return what opens a turn and may stand behind the last answer; nothing where that cannot be told."""
         settings = {name: bool(value) if name == "tools" else str(value) for name, value in options.items()}
         key = json.dumps(settings) if len(settings) > 1 else str(settings["tools"])
@@ -172,13 +172,13 @@ class ChatRenderer:
             self._headers[key] = [header for header in headers if header.strip()]
         return self._headers[key]
 
-    def _asked_header(self, options: Mapping[str, Any]) -> str:
+    def _asked_header(self, options: Mapping[str, object]) -> str:
         """Return what `add_generation_prompt` adds."""
         ask = [{"role": "user", "content": "ktoquestion"}]
         opened, closed = (self._apply(ask, add_generation_prompt=wanted, **options) for wanted in (True, False))
         return opened.removeprefix(closed) if opened.startswith(closed) else ""
 
-    def _unasked_header(self, options: Mapping[str, Any]) -> str:
+    def _unasked_header(self, options: Mapping[str, object]) -> str:
         """Return what the template writes behind the end of the last answer, which nobody asked for."""
         words = ("ktoquestion", "ktoanswer", "ktoanother")
         roles = ("user", "assistant", "user")
@@ -285,7 +285,7 @@ def _with_arguments(message: Message, *, as_text: bool) -> Message:
     return {**message, "tool_calls": [_call_with_arguments(call, as_text) for call in calls]}
 
 
-def _call_with_arguments(call: Any, as_text: bool) -> Any:
+def _call_with_arguments(call: object, as_text: bool) -> object:
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
@@ -381,7 +381,7 @@ def _call_parts(message: Message) -> Iterator[tuple[str, str]]:
             yield from (("arguments", text) for text in _texts(function.get("arguments")))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """Yield the strings in a JSON value, keys included."""
     if isinstance(value, str):
         if value.strip():
@@ -422,7 +422,7 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def with_settings(template: Any, settings: Mapping[str, Any]) -> Any:
+def with_settings(template: str | Mapping[str, str], settings: Mapping[str, object]) -> str | dict[str, str]:
     """Return a chat template that begins with defaults for some of its variables.
 
     So whoever renders with it, `generate` and servers included, gets them; a caller's own values win.
@@ -432,7 +432,11 @@ def with_settings(template: Any, settings: Mapping[str, Any]) -> Any:
         settings: JSON values.
     """
     if isinstance(template, Mapping):
-        return {name: with_settings(one, settings) for name, one in template.items()}
+        return {name: _with_settings(one, settings) for name, one in template.items()}
+    return _with_settings(template, settings)
+
+
+def _with_settings(template: str, settings: Mapping[str, object]) -> str:
     lines = [
         # `trim_blocks` takes one line break behind each block.
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
@@ -441,7 +445,7 @@ def with_settings(template: Any, settings: Mapping[str, Any]) -> Any:
     return "".join(lines) + template
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     """Return a JSON value as Jinja writes it."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
@@ -452,7 +456,7 @@ def _literal(value: Any) -> str:
     return json.dumps(value)
 
 
-def unread(template: Any, names: Sequence[str]) -> list[str]:
+def unread(template: str | Mapping[str, str] | None, names: Sequence[str]) -> list[str]:
     """Return the names that no template mentions."""
     source = template if isinstance(template, str) else "\n".join(map(str, (template or {}).values()))
     return [name for name in names if name not in source]

@@ -4,9 +4,9 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
 from offline_kto.kto_core.errors import TokenizationError
+from offline_kto.kto_core.library_types import Tokenizer, TokenizerBackend
 
 # The byte-level alphabet of GPT-2: a printable character for each byte.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -32,7 +32,7 @@ class Decoder:
         special_ids: of special and added tokens.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._added = {i: str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
@@ -92,7 +92,7 @@ class Decoder:
             return consistent
         return self._uncovered(text, self._backend)
 
-    def _uncovered(self, text: str, backend: Any) -> bool:
+    def _uncovered(self, text: str, backend: TokenizerBackend) -> bool:
         """Return whether characters that are seen have no token."""
         covered = bytearray(len(text))
         for start, end in backend.encode(text, add_special_tokens=False).offsets:

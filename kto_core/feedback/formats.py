@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from offline_kto.kto_core.errors import FeedbackError, printable
 
 # {"role": str, "content": str, ...}; other keys, such as tool_calls or name, are kept.
+# A message holds whatever its chat template may read; its `role` and `content` are strings.
 Message: TypeAlias = dict[str, Any]
 Turns: TypeAlias = str | tuple[Message, ...]
 
@@ -46,7 +47,7 @@ def quoted(value: object, limit: int = 60) -> str:
     return printable(text, limit)
 
 
-def as_turns(value: Any, where: str, field: str) -> Turns:
+def as_turns(value: object, where: str, field: str) -> Turns:
     """Text as it is; a list of messages, or one message alone, as a tuple of messages.
 
     A message needs a role (a string; unknown ones are kept) and a content (a string, or a list of text parts,
@@ -71,7 +72,7 @@ def as_turns(value: Any, where: str, field: str) -> Turns:
     )
 
 
-def as_conversation(value: Any, where: str, field: str) -> tuple[Message, ...]:
+def as_conversation(value: object, where: str, field: str) -> tuple[Message, ...]:
     """Like as_turns, for columns such as `messages` where text alone cannot be meant."""
     turns = as_turns(value, where, field)
     if isinstance(turns, str):
@@ -79,7 +80,7 @@ def as_conversation(value: Any, where: str, field: str) -> tuple[Message, ...]:
     return turns
 
 
-def _message(value: Any, where: str, what: str, *, sharegpt: bool) -> Message:
+def _message(value: object, where: str, what: str, *, sharegpt: bool) -> Message:
     if not isinstance(value, Mapping):
         raise FeedbackError(
             f'{where}: {what} must look like {{"role": "user", "content": "..."}}, got {quoted(value)}.'
@@ -102,7 +103,7 @@ def _message(value: Any, where: str, what: str, *, sharegpt: bool) -> Message:
     return {"role": role, "content": content, **copy.deepcopy(given)}
 
 
-def _content(value: Any, where: str, what: str) -> str:
+def _content(value: object, where: str, what: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple):
@@ -119,7 +120,7 @@ def _content(value: Any, where: str, what: str) -> str:
     return "".join(texts)
 
 
-def _has_tool_calls(message: Mapping[str, Any]) -> bool:
+def _has_tool_calls(message: Mapping[str, object]) -> bool:
     calls = message.get("tool_calls")
     return isinstance(calls, list | tuple) and len(calls) > 0
 
@@ -279,7 +280,7 @@ def _shared_text(chosen: str, rejected: str, where: str) -> int:
     return size
 
 
-def alpaca_prompt(record: Mapping[str, Any], where: str, *, conversation: bool) -> Turns:
+def alpaca_prompt(record: Mapping[str, object], where: str, *, conversation: bool) -> Turns:
     r"""The prompt of a record with `instruction`, and perhaps `input`, `system` and `history`.
 
     conversation:  system, the history's questions and answers, then user: instruction + "\n" + input
@@ -301,25 +302,29 @@ def alpaca_prompt(record: Mapping[str, Any], where: str, *, conversation: bool) 
     return "\n\n".join([turn["content"] for turn in turns if turn["content"] != ""] + question)
 
 
-def _text(record: Mapping[str, Any], field: str, where: str) -> str:
+def _text(record: Mapping[str, object], field: str, where: str) -> str:
     value = record.get(field, "")
     if not isinstance(value, str):
         raise FeedbackError(f"{where}: '{field}' must be text, got {quoted(value)}.")
     return value
 
 
-def _history(value: Any, where: str) -> list[tuple[str, str]]:
+def _history(value: object, where: str) -> list[tuple[str, str]]:
     if value is None:
         return []
-    pairs = value if isinstance(value, list | tuple) else [value]
-    for pair in pairs:
-        texts = pair if isinstance(pair, list | tuple) else []
-        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-            raise FeedbackError(f"{where}: 'history' must be a list of [question, answer] pairs, got {quoted(value)}.")
-    return [(asked, answered) for asked, answered in pairs]
+    found = []
+    for pair in value if isinstance(value, list | tuple) else [value]:
+        match pair:
+            case [str() as asked, str() as answered]:
+                found.append((asked, answered))
+            case _:
+                raise FeedbackError(
+                    f"{where}: 'history' must be a list of [question, answer] pairs, got {quoted(value)}."
+                )
+    return found
 
 
-def with_system(prompt: Turns, record: Mapping[str, Any], where: str) -> Turns:
+def with_system(prompt: Turns, record: Mapping[str, object], where: str) -> Turns:
     """`prompt` led by the text in the record's `system` column, if there is any.
 
     Raises:

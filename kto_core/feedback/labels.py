@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.formats import quoted
@@ -37,7 +37,7 @@ LABEL_WORDS: Final[Mapping[str, bool]] = {
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
-def parse_label(value: Any, where: str, field: str) -> bool:
+def parse_label(value: object, where: str, field: str) -> bool:
     """True or False for a bool, 1 or 0, or one of LABEL_WORDS.
 
     Raises:
@@ -58,7 +58,7 @@ def parse_label(value: Any, where: str, field: str) -> bool:
     raise FeedbackError(f"{where}: '{field}' must be true or false, got {quoted(value)}. {advice}")
 
 
-def number_in(value: Any) -> float | None:
+def number_in(value: object) -> float | None:
     """A finite float, or None. Text must be a plain decimal: float() would take "nan" and "1_0" as well."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None

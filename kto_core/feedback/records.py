@@ -18,7 +18,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.formats import (
@@ -60,8 +60,8 @@ class FeedbackRow:
     completion: str | tuple[Message, ...]
     label: bool
     pair_id: str | None = None  # shared by the two rows of a preference pair
-    tools: tuple[dict[str, Any], ...] | None = None  # for the chat template
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # the record's `chat_template_kwargs`
+    tools: tuple[dict[str, object], ...] | None = None  # for the chat template
+    template_kwargs: Mapping[str, object] = field(default_factory=dict)  # the record's `chat_template_kwargs`
 
     @property
     def characters(self) -> int:
@@ -92,7 +92,7 @@ class FeedbackFields:
             raise ConfigError(f"--rating-threshold must be a finite number, got {self.rating_threshold}.")
 
 
-def parse_record(record: Mapping[str, Any], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
+def parse_record(record: Mapping[str, object], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
     """One row, or the chosen and the rejected row of a pair, in this order.
 
     Where rating_threshold is set, the label of every row that is not of a pair is `rating >= threshold`.
@@ -107,9 +107,10 @@ def parse_record(record: Mapping[str, Any], where: str, fields: FeedbackFields) 
         raise FeedbackError(f"{where}: the record is nested too deeply. Remove the row.") from None
 
 
-def _rows(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
+def _rows(present: Mapping[str, object], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
     for name in _MEDIA:
-        if isinstance(present.get(name), list | tuple) and len(present[name]) > 0:
+        media = present.get(name)
+        if isinstance(media, list | tuple) and len(media) > 0:
             raise FeedbackError(f"{where}: the record has '{name}'. Multimodal feedback is not supported.")
     labels = [True, False]
     if _is_pair(present, fields):
@@ -131,13 +132,13 @@ def _rows(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> lis
     ]
 
 
-def _is_pair(record: Mapping[str, Any], fields: FeedbackFields) -> bool:
+def _is_pair(record: Mapping[str, object], fields: FeedbackFields) -> bool:
     if fields.completion is not None and record.get(fields.completion) is not None:
         return False
     return record.get("chosen") is not None and record.get("rejected") is not None
 
 
-def _pair(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> tuple[Turns, tuple[Turns, ...]]:
+def _pair(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[Turns, tuple[Turns, ...]]:
     if "completion" in present:
         raise FeedbackError(
             f"{where}: 'completion' stands beside 'chosen' and 'rejected'. Remove one or the other, or pass"
@@ -161,7 +162,7 @@ def _pair(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> tup
     return prompt if _is_alpaca(present, fields) else with_system(prompt, present, where), answers
 
 
-def _pair_prompt(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> Turns | None:
+def _pair_prompt(present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns | None:
     name = fields.prompt or "prompt"
     if name in present:
         return as_turns(present[name], where, name)
@@ -175,12 +176,12 @@ def _pair_prompt(present: Mapping[str, Any], where: str, fields: FeedbackFields)
     return None
 
 
-def _is_alpaca(present: Mapping[str, Any], fields: FeedbackFields) -> bool:
+def _is_alpaca(present: Mapping[str, object], fields: FeedbackFields) -> bool:
     """Whether a record without a conversation has its prompt, system text included, in Alpaca's columns."""
     return "instruction" in present and (fields.prompt or "prompt") not in present
 
 
-def _single(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> tuple[Turns, Turns]:
+def _single(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[Turns, Turns]:
     name = fields.completion or "completion"
     prompt: Turns
     completion: Turns
@@ -209,7 +210,7 @@ def _single(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> t
     return prompt, completion
 
 
-def _unknown_format(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> FeedbackError:
+def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackFields) -> FeedbackError:
     for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
         if here in present and missing not in present:
             return FeedbackError(f"{where}: there is '{here}' but no '{missing}'; {_columns(present)}.")
@@ -223,7 +224,7 @@ def _unknown_format(present: Mapping[str, Any], where: str, fields: FeedbackFiel
     )
 
 
-def _label(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> bool:
+def _label(present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
     if fields.rating_threshold is not None:
         return parse_rating(present, where, fields) >= fields.rating_threshold
     names = ("label", "kto_tag") if fields.label is None else (fields.label,)
@@ -242,14 +243,14 @@ def _label(present: Mapping[str, Any], where: str, fields: FeedbackFields) -> bo
     return next(iter(labels.values()))
 
 
-def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
+def _tools(value: object, where: str) -> tuple[dict[str, object], ...] | None:
     tools = _from_json([] if value is None or value == "" else value, where, "tools")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise FeedbackError(f"{where}: 'tools' must be a list of objects, got {quoted(value)}.")
     return tuple(tools) if len(tools) > 0 else None
 
 
-def _template_kwargs(value: Any, where: str) -> dict[str, Any]:
+def _template_kwargs(value: object, where: str) -> dict[str, object]:
     name = "chat_template_kwargs"
     kwargs = _from_json({} if value is None or value == "" else value, where, name)
     if not isinstance(kwargs, dict):
@@ -257,7 +258,7 @@ def _template_kwargs(value: Any, where: str) -> dict[str, Any]:
     return {key: item for key, item in kwargs.items() if item is not None}
 
 
-def _from_json(value: Any, where: str, name: str) -> Any:
+def _from_json(value: object, where: str, name: str) -> object:
     """A copy of `value`, which tables have to hold as JSON text."""
     try:
         return json.loads(value if isinstance(value, str) else json.dumps(value))
@@ -278,12 +279,12 @@ def _canonical(value: object, where: str) -> bytes:
         raise FeedbackError(f"{where}: a message holds what JSON cannot ({error}). Write it as text.") from None
 
 
-def _columns(record: Mapping[str, Any]) -> str:
+def _columns(record: Mapping[str, object]) -> str:
     names = [name for name, value in record.items() if value is not None]
     return f"found {quoted(names, 200)}" if names else "found no columns with a value"
 
 
-def parse_rating(record: Mapping[str, Any], where: str, fields: FeedbackFields) -> float:
+def parse_rating(record: Mapping[str, object], where: str, fields: FeedbackFields) -> float:
     """The number in `rating`, or in the column that --label-field names. Text counts if it is a number (CSV).
 
     Raises:
@@ -306,7 +307,7 @@ def parse_rating(record: Mapping[str, Any], where: str, fields: FeedbackFields) 
 
 
 def resolve_threshold(
-    text: str, records: Iterable[tuple[str, Mapping[str, Any]]], fields: FeedbackFields | None = None
+    text: str, records: Iterable[tuple[str, Mapping[str, object]]], fields: FeedbackFields | None = None
 ) -> float:
     """The number that --rating-threshold means: itself, or for "median" the median of all ratings.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from offline_kto.kto_core.feedback.chat_templates import ChatRenderer
 from offline_kto.kto_core.feedback.decoding import Decoder
 from offline_kto.kto_core.feedback.findings import Findings
 from offline_kto.kto_core.feedback.records import FeedbackRow
+from offline_kto.kto_core.library_types import Tokenizer
 
 ResultT = TypeVar("ResultT")
 
@@ -25,7 +26,7 @@ class Tokens(NamedTuple):
     completion_ids: np.ndarray
 
 
-def tokenize_rows(rows: Sequence[FeedbackRow], tokenizer: Any) -> list[Tokens]:
+def tokenize_rows(rows: Sequence[FeedbackRow], tokenizer: Tokenizer) -> list[Tokens]:
     """Tokenize rows of one file, in order; see `Tokenizing`."""
     return Tokenizing(tokenizer).tokenize(rows)
 
@@ -43,7 +44,7 @@ class Tokenizing:
         now: the day that templates with a date are rendered on; None for today.
     """
 
-    def __init__(self, tokenizer: Any, *, now: datetime | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, now: datetime | None = None) -> None:
         self._tokenizer = tokenizer
         self._findings = Findings()
         self._renderer = ChatRenderer(tokenizer, now=now, findings=self._findings)
@@ -205,7 +206,7 @@ class _Rendered(NamedTuple):
         return cls(prompt, completion, prompt + completion, is_chat)
 
 
-def _unknown_token(tokenizer: Any) -> tuple[int, str] | None:
+def _unknown_token(tokenizer: Tokenizer) -> tuple[int, str] | None:
     """Return id and text of what stands for unknown text; None where nothing does."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     token = getattr(model, "unk_token", getattr(tokenizer, "unk_token", None))  # Unigram's model does not tell

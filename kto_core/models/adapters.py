@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from offline_kto.kto_core.errors import ModelError, in_one_line
+from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.model_files import check_texts
 
 
@@ -72,7 +72,7 @@ _UNUSABLE = {
 _CHANGED_BASES = ("pissa_niter", "corda", "lora_ga")
 
 
-def _settings(adapter: Path) -> dict[str, Any]:
+def _settings(adapter: Path) -> dict[str, object]:
     """Return adapter_config.json; empty where it cannot be read, which loading reports."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def _settings(adapter: Path) -> dict[str, Any]:
     return {}
 
 
-def merge_adapter(model: Any, adapter: Path) -> None:
+def merge_adapter(model: Model, adapter: Path) -> None:
     """Merge a PEFT adapter into a model's weights, in place.
 
     `transformers` loads the adapter (peft must be installed); the tuner layers it puts in know how
@@ -109,7 +109,7 @@ def merge_adapter(model: Any, adapter: Path) -> None:
     model.requires_grad_(trainable)
 
 
-def add_adapter_beside(model: Any, adapter: Path) -> None:
+def add_adapter_beside(model: Model, adapter: Path) -> None:
     """Put a LoRA adapter beside quantised weights, frozen, as it was trained: merging would round it to their few bits.
 
     Raises:
@@ -142,7 +142,7 @@ BESIDE = "reference"
 _NOT_BESIDE = ("use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 
 
-def _load(model: Any, adapter: Path, name: str) -> None:
+def _load(model: Model, adapter: Path, name: str) -> None:
     check_adapter_folder(adapter)
     try:
         with _with_layer_names(adapter) as folder:
@@ -172,14 +172,14 @@ def _load(model: Any, adapter: Path, name: str) -> None:
 _MERGED_ALIKE = 0.01
 
 
-def _unknown_settings(model: Any, settings: dict[str, Any]) -> list[str]:
+def _unknown_settings(model: Model, settings: dict[str, object]) -> list[str]:
     """Return what is set that the installed peft has dropped without a word."""
     known = {field.name for config in model.peft_config.values() for field in dataclasses.fields(config)}
     return sorted(name for name, value in settings.items() if value and name not in known)
 
 
 @torch.no_grad()
-def _some_logps(model: Any) -> torch.Tensor:
+def _some_logps(model: Model) -> torch.Tensor:
     """Return the log-probabilities of every token behind the first few of the vocabulary."""
     weight, training = model.get_input_embeddings().weight, model.training
     ids = torch.arange(min(8, len(weight)), device=weight.device)[None]
@@ -210,7 +210,7 @@ def _with_layer_names(adapter: Path) -> Iterator[Path]:
 _MERGE_YOURSELF = "Merge it with peft (merge_and_unload) and pass the merged model to --model."
 
 
-def _merge_layers(model: Any) -> None:
+def _merge_layers(model: Model) -> None:
     """Replace every tuner layer by the merged layer it wraps, innermost wrappers first."""
     for name, layer in sorted(model.named_modules(), key=lambda item: -item[0].count(".")):
         if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
@@ -222,11 +222,11 @@ def _merge_layers(model: Any) -> None:
             model.set_submodule(name, layer.modules_to_save["default"])
 
 
-def _heads_are_tied(model: Any) -> bool:
+def _heads_are_tied(model: Model) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def _forget_adapter(model: nn.Module, before: dict[str, Any]) -> None:
+def _forget_adapter(model: nn.Module, before: dict[str, object]) -> None:
     """Undo what loading an adapter notes on the model object.
 
     Among it is how parameter names map to checkpoint names: left there, `save_pretrained` would

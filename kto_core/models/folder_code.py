@@ -6,7 +6,6 @@ reads the folder with its own class of the same model type, if it has one, whate
 
 import re
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.models.model_files import read_json_object
@@ -96,7 +95,7 @@ def _references(folder: Path, file: str) -> dict[str, str]:
     return {name: reference for name, value in auto_map.items() if (reference := _reference(value))}
 
 
-def _reference(value: Any) -> str | None:
+def _reference(value: object) -> str | None:
     """A tokenizer names two classes, slow and fast; either may be null."""
     if isinstance(value, list | tuple):
         named = [one for one in value if isinstance(one, str)]

@@ -1,11 +1,9 @@
 """Find the local folder of a model or adapter: given, or fetched from the hub."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from offline_kto.kto_core.cache.manifest import LONGEST_NAME
+from offline_kto.kto_core.cache.manifest_fields import LONGEST_NAME, ReferenceFields
 from offline_kto.kto_core.errors import ModelError, printable, said_by
 from offline_kto.kto_core.foreign_files import check_kinds
 from offline_kto.kto_core.models.hub import fetch_from_hub
@@ -69,7 +67,7 @@ def _without_pipes(folder: Path, what: str) -> Path:
     return folder
 
 
-def find_reference(reference: Mapping[str, Any], what: str = "model") -> tuple[Path, str | None]:
+def find_reference(reference: ReferenceFields, what: str = "model") -> tuple[Path, str | None]:
     """The folder of the model, or of the adapter, that a manifest names, and its commit if it is the hub's.
 
     What was a folder when it was scored is never looked for on the hub, and what was the hub's is never taken from a
@@ -82,8 +80,10 @@ def find_reference(reference: Mapping[str, Any], what: str = "model") -> tuple[P
     Raises:
         ModelError: it is not there any more, or cannot be had.
     """
-    name, path = (reference.get(key) for key in (("id", "path") if what == "model" else ("adapter", "adapter_path")))
-    revision = reference.get("revision") if what == "model" else None
+    if what == "model":
+        name, path, revision = reference.get("id"), reference.get("path"), reference.get("revision")
+    else:
+        name, path, revision = reference.get("adapter"), reference.get("adapter_path"), None
     is_recorded = "path" in reference  # older caches do not say it; there a model with a commit was the hub's
     if path is None and (is_recorded or what == "adapter" or revision is not None):
         return find_folder(str(name), revision=revision, what=what, local=not is_recorded)

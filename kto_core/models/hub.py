@@ -4,11 +4,11 @@ import re
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.errors import ModelError, said_by
 from offline_kto.kto_core.hashing import weight_files
+from offline_kto.kto_core.library_types import HubSession
 
 # What loading a model and its tokenizer reads ("*" matches "/" as well, here and below).
 WANTED = ["*.json", "*.safetensors", "*.model", "tokenizer.model.*", "*.txt", "*.tiktoken", "*.bpe", "*.jinja", "*.py"]
@@ -63,14 +63,14 @@ def fetch_from_hub(name: str, *, revision: str | None, what: str) -> Path:
     return path
 
 
-def _bound_requests(session: Any, seconds: float) -> None:
+def _bound_requests(session: HubSession, seconds: float) -> None:
     """Give a time limit to each request that has none: asking for a repository's state waits without end.
 
     Args:
         session: the HTTP client of `huggingface_hub`; it keeps the limit for the life of the process.
     """
 
-    def bound(request: Any) -> None:
+    def bound(request: HubSession) -> None:
         limits = request.extensions.get("timeout") or {}
         request.extensions["timeout"] = {
             kind: limits.get(kind) or seconds for kind in ("connect", "read", "write", "pool")

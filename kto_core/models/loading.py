@@ -7,7 +7,6 @@ scoring forward are settled here, once.
 import contextlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,11 +14,12 @@ from torch import nn
 
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.hashing import stored_type
+from offline_kto.kto_core.library_types import Model, ModelConfig, Transformers
 from offline_kto.kto_core.models.adapters import add_adapter_beside, merge_adapter
 from offline_kto.kto_core.models.folder_code import check_model_code
 from offline_kto.kto_core.models.library_warnings import collected_warnings, skipped_quantization
 from offline_kto.kto_core.models.model_files import check_texts, read_json_object
-from offline_kto.kto_core.models.outline import check_shapes, check_unread, classes_used
+from offline_kto.kto_core.models.outline import LoadingInfo, check_shapes, check_unread, classes_used
 from offline_kto.kto_core.models.precision import Precision, store_matrices_in
 from offline_kto.kto_core.models.quantization import USE_ANOTHER, check_quantization, declared_quantization
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer as load_tokenizer
@@ -28,7 +28,7 @@ from offline_kto.kto_core.scoring.logps import add_scoring_forward
 from offline_kto.kto_core.scoring.model_code import family_of, model_code
 
 
-def longest_alike(config: Any) -> int | None:
+def longest_alike(config: ModelConfig) -> int | None:
     """How many tokens a sequence may have before its scores depend on what else is in its batch; None without a limit.
 
     With "longrope" (Phi-3 and its kin) a batch switches to other position frequencies, for all of its
@@ -46,7 +46,7 @@ def longest_alike(config: Any) -> int | None:
 
 
 def load_causal_lm(
-    auto_model: Any,
+    auto_model: Transformers,
     folder: Path,
     *,
     precision: Precision,
@@ -54,7 +54,7 @@ def load_causal_lm(
     frozen: bool,
     adapter: Path | None = None,
     trust_remote_code: bool = False,
-) -> Any:
+) -> Model:
     """Load a model, merge its adapter, set its precision, switch dropout off, add the scoring forward.
 
     Args:
@@ -95,7 +95,7 @@ def load_causal_lm(
     return model if _is_quantized(model) else model.to(device)
 
 
-def _check_loaded(model: Any, folder: Path, info: dict[str, Any]) -> None:
+def _check_loaded(model: Model, folder: Path, info: LoadingInfo) -> None:
     """Compare what was read with the files.
 
     Raises:
@@ -122,7 +122,7 @@ def _stored_type(folder: Path) -> torch.dtype | str:
     return _TYPES[stored] if stored else "auto"
 
 
-def _read(auto_model: Any, folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+def _read(auto_model: Transformers, folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Model:
     with collected_warnings() as messages, model_code(str(folder), f"the model{_family_in(folder)} cannot be loaded"):
         read = auto_model.from_pretrained(
             str(folder),
@@ -230,7 +230,7 @@ def is_quantized_folder(folder: Path) -> bool:
     return declared_quantization(folder) is not None
 
 
-def _is_quantized(model: Any) -> bool:
+def _is_quantized(model: Model) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
 
 
@@ -264,7 +264,7 @@ def _keep_in_eval_mode(module: nn.Module) -> None:
     module.train = lambda mode=True: nn.Module.train(module, False)  # type: ignore[method-assign]
 
 
-def _set_outputs(config: Any) -> None:
+def _set_outputs(config: ModelConfig) -> None:
     """Ask for an object with the last hidden states, whatever config.json asks for.
 
     `transformers` reads a model that returns its attentions, and refuses to save it under any kernel but eager.

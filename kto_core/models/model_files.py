@@ -3,12 +3,11 @@
 import codecs
 import json
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.errors import ModelError, said_by
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, object]:
     """Return the object in a JSON file.
 
     Raises:

@@ -6,14 +6,15 @@ names go through the same renaming and merging. `transformers` is handed in as a
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict, cast
 
 import torch
 
 from offline_kto.kto_core.errors import ModelError, in_one_line, printable
+from offline_kto.kto_core.library_types import Model, Transformers
 from offline_kto.kto_core.models.folder_code import check_model_code, not_run, own_code
 from offline_kto.kto_core.models.library_warnings import collected_warnings, telling
 from offline_kto.kto_core.models.model_files import read_json_object
@@ -32,6 +33,23 @@ from offline_kto.kto_core.models.weight_files import (
 )
 from offline_kto.kto_core.scoring.attention import apply_softcaps
 
+# Name of a weight, its shape in the files, its shape in the model.
+Mismatch: TypeAlias = tuple[str, Sequence[int], Sequence[int]]
+
+
+class LoadingInfo(TypedDict, total=False):
+    """`output_loading_info` of transformers, as far as it is used.
+
+    Attributes:
+        missing_keys: weights of the model that the files lack.
+        unexpected_keys: weights of the files that were not read.
+        mismatched_keys: weights of another shape.
+    """
+
+    missing_keys: Collection[str]
+    unexpected_keys: Collection[str]
+    mismatched_keys: Collection[Mismatch]
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -43,12 +61,12 @@ class Outline:
         warnings: lines for the plan.
     """
 
-    model: Any
+    model: Model
     unread: dict[str, int]
     warnings: list[str]
 
 
-def find_outline(library: Any, folder: Path, *, trust_remote_code: bool) -> Outline:
+def find_outline(library: Transformers, folder: Path, *, trust_remote_code: bool) -> Outline:
     """Build a folder's model without weights, and compare it with the files.
 
     Args:
@@ -75,7 +93,7 @@ def find_outline(library: Any, folder: Path, *, trust_remote_code: bool) -> Outl
     return Outline(model, unread, warnings)
 
 
-def _build(library: Any, folder: Path, *, trust_remote_code: bool) -> Any:
+def _build(library: Transformers, folder: Path, *, trust_remote_code: bool) -> Model:
     config = read_json_object(folder / "config.json")
     kind = _other_family(config)
     if kind is not None:
@@ -111,7 +129,7 @@ _FAMILIES = {
 }
 
 
-def _other_family(config: Mapping[str, Any]) -> str | None:
+def _other_family(config: Mapping[str, object]) -> str | None:
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
     kind = next((kind for end, kind in _FAMILIES.items() if name.endswith(end)), None)
@@ -125,7 +143,7 @@ def _other_family(config: Mapping[str, Any]) -> str | None:
     )
 
 
-def classes_used(model: Any, folder: Path) -> tuple[str, dict[str, str]]:
+def classes_used(model: Model, folder: Path) -> tuple[str, dict[str, str]]:
     """Return the folder's model type, and the classes that are used for it."""
     body = getattr(model, "base_model", model)
     classes = {"AutoConfig": model.config, "AutoModelForCausalLM": model, "AutoModel": body}
@@ -133,7 +151,7 @@ def classes_used(model: Any, folder: Path) -> tuple[str, dict[str, str]]:
     return model_type, {name: type(one).__name__ for name, one in classes.items()}
 
 
-def _report(library: Any, model: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+def _report(library: Transformers, model: Model, tensors: Mapping[str, StoredTensor]) -> LoadingInfo:
     """Return what loading the model from these tensors would not read, or read in another shape.
 
     Each class keeps a list of names that it leaves out without a word, among them whole layers by their number; the
@@ -141,7 +159,7 @@ def _report(library: Any, model: Any, tensors: Mapping[str, StoredTensor]) -> di
     """
     kind = type(model)
     overrides = {"_adjust_missing_and_unexpected_keys": lambda *_: None, "__module__": kind.__module__}
-    speaking: Any = type(kind.__name__, (kind,), overrides)
+    speaking: Transformers = type(kind.__name__, (kind,), overrides)
     empty = {
         name: torch.empty(tensor.shape, dtype=torch.float32, device="meta")
         for name, tensor in tensors.items()
@@ -160,11 +178,11 @@ def _report(library: Any, model: Any, tensors: Mapping[str, StoredTensor]) -> di
             )
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError, AssertionError):
         return {"unexpected_keys": set(), "mismatched_keys": set()}
-    return dict(info)
+    return cast("LoadingInfo", info)
 
 
 @contextlib.contextmanager
-def _no_progress_bar(library: Any) -> Iterator[None]:
+def _no_progress_bar(library: Transformers) -> Iterator[None]:
     shown = library.utils.logging.is_progress_bar_enabled()
     library.utils.logging.disable_progress_bar()
     try:
@@ -174,7 +192,7 @@ def _no_progress_bar(library: Any) -> Iterator[None]:
             library.utils.logging.enable_progress_bar()
 
 
-def check_shapes(folder: Path, mismatched: Collection[tuple[str, Any, Any]]) -> None:
+def check_shapes(folder: Path, mismatched: Collection[Mismatch]) -> None:
     """Refuse weights of another shape than the configuration gives them.
 
     Args:
@@ -193,7 +211,7 @@ def check_shapes(folder: Path, mismatched: Collection[tuple[str, Any, Any]]) -> 
 
 
 def check_unread(
-    model: Any, folder: Path, unexpected: Collection[str], tensors: dict[str, StoredTensor]
+    model: Model, folder: Path, unexpected: Collection[str], tensors: dict[str, StoredTensor]
 ) -> dict[str, int]:
     """Count the weights that loading leaves out, by what they are for.
 
@@ -229,7 +247,7 @@ def check_unread(
     return dict(counts)
 
 
-def check_reloadable(library: Any, model: Any, folder: Path) -> None:
+def check_reloadable(library: Transformers, model: Model, folder: Path) -> None:
     """Refuse the text half of a multimodal checkpoint that could not be loaded again once it is saved alone (Mllama).
 
     Raises:
@@ -247,7 +265,7 @@ def check_reloadable(library: Any, model: Any, folder: Path) -> None:
         ) from error
 
 
-def said_of_unread(model: Any, folder: Path, unread: Mapping[str, int]) -> list[str]:
+def said_of_unread(model: Model, folder: Path, unread: Mapping[str, int]) -> list[str]:
     """Return the plan's warnings about weights that are left out."""
     kept, was = model.config.model_type, read_json_object(folder / "config.json").get("model_type")
     warnings = []

@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -100,7 +100,7 @@ def _casts_its_weight(module: nn.Module, dtype: torch.dtype) -> bool:
     Families have linear layers of their own (GPT-2's are transposed); some normalise or scale the weight before they use
     it, or use it outside of autocast.
     """
-    weight: Any = module.weight
+    weight = cast("torch.Tensor", module.weight)
     stored = weight.data
     for size in stored.shape[::-1]:
         values = torch.linspace(-1, 1, 3 * size, device=stored.device).reshape(1, 3, size)

@@ -6,7 +6,6 @@ A method that transformers does not know is skipped: the packed values are read 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.errors import ModelError, in_one_line, printable
 from offline_kto.kto_core.models.model_files import read_json_object
@@ -18,27 +17,28 @@ _KEYS = ("quantization_config", "compression_config", "quantization", "quant_con
 _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
-def declared_quantization(folder: Path) -> dict[str, Any] | None:
+def declared_quantization(folder: Path) -> dict[str, object] | None:
     """Return what config.json, or the text half in it, says of quantised weights; None where it says nothing."""
     found = _declared(read_json_object(folder / "config.json"))
     return found[1] if found else None
 
 
-def _declared(config: Mapping[str, Any], where: str = "") -> tuple[str, dict[str, Any]] | None:
+def _declared(config: Mapping[str, object], where: str = "") -> tuple[str, dict[str, object]] | None:
     """Towers' own settings do not count: they are not read."""
     for key in _KEYS:
-        if isinstance(config.get(key), dict) and config[key]:
-            return where + key, config[key]
+        settings = config.get(key)
+        if isinstance(settings, dict) and settings:
+            return where + key, settings
     for key, part in config.items():
-        is_text = isinstance(part, dict) and ("text" in key or "llm" in key or "language" in key or "thinker" in key)
-        found = _declared(part, f"{where}{key}.") if is_text else None
+        is_text = "text" in key or "llm" in key or "language" in key or "thinker" in key
+        found = _declared(part, f"{where}{key}.") if is_text and isinstance(part, dict) else None
         if found:
             return found
     return None
 
 
 def check_quantization(
-    folder: Path, tensors: Mapping[str, StoredTensor], *, is_applied: Callable[[dict[str, Any]], bool]
+    folder: Path, tensors: Mapping[str, StoredTensor], *, is_applied: Callable[[dict[str, object]], bool]
 ) -> None:
     """Refuse quantised weights that would be read as if they were not.
 

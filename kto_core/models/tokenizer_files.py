@@ -6,22 +6,22 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError, ModelError, in_one_line, printable, said_by
 from offline_kto.kto_core.feedback.chat_templates import unread, with_settings
+from offline_kto.kto_core.library_types import Model, Tokenizer, TokenizerBackend, Transformers
 
 _FILE = "tokenizer.json"
 
 
 def load_tokenizer(
-    auto_tokenizer: Any,
+    auto_tokenizer: Transformers,
     folder: Path,
     *,
     trust_remote_code: bool,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     notes: list[str] | None = None,
-) -> Any:
+) -> Tokenizer:
     """Load the tokenizer in a model folder.
 
     Args:
@@ -53,16 +53,16 @@ def load_tokenizer(
     return tokenizer
 
 
-def _stop_sampling(backend: Any) -> bool:
+def _stop_sampling(backend: TokenizerBackend) -> bool:
     """Switch off a random choice of merges in a `tokenizers` tokenizer; return whether there was one."""
-    model: Any = getattr(backend, "model", None)
+    model: Model = getattr(backend, "model", None)
     if not getattr(model, "dropout", None):
         return False
     model.dropout = None
     return True
 
 
-def use_template(tokenizer: Any, path: Path | None, settings: Mapping[str, Any]) -> list[str]:
+def use_template(tokenizer: Tokenizer, path: Path | None, settings: Mapping[str, object]) -> list[str]:
     """Give a tokenizer the template in a file, or defaults for its own one's variables.
 
     Returns:
@@ -104,7 +104,7 @@ def _read_template(path: Path) -> str:
 _LARGEST_TEMPLATE = 1 << 20
 
 
-def _load(tokenizer_class: Any, folder: Path, keywords: Mapping[str, Any]) -> Any:
+def _load(tokenizer_class: Transformers, folder: Path, keywords: Mapping[str, object]) -> Tokenizer:
     try:
         return tokenizer_class.from_pretrained(str(folder), **keywords)
     except (KeyboardInterrupt, SystemExit):
@@ -117,7 +117,7 @@ def _load(tokenizer_class: Any, folder: Path, keywords: Mapping[str, Any]) -> An
         ) from error
 
 
-def _as_filed(tokenizer: Any, folder: Path, keywords: Mapping[str, Any]) -> Any:
+def _as_filed(tokenizer: Tokenizer, folder: Path, keywords: Mapping[str, object]) -> Tokenizer:
     """Return the tokenizer that tokenizer.json describes where it reads text in another way; None otherwise.
 
     Some classes keep the vocabulary of the file and put rules of their own in place of its rules: a byte-level file
@@ -147,7 +147,7 @@ def _as_filed(tokenizer: Any, folder: Path, keywords: Mapping[str, Any]) -> Any:
         return None
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -174,7 +174,7 @@ _TEXT = (
 _PIECES = 1000
 
 
-def _probe(tokenizer: Any) -> str:
+def _probe(tokenizer: Tokenizer) -> str:
     """Return text that shows a tokenizer's rules: signs of all kinds, and pieces of its own vocabulary."""
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     added = tokenizer.get_added_tokens_decoder()

@@ -7,9 +7,9 @@ that Gemma 2 and its kin pass to it, without a word.
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.library_types import Model, ModelConfig
 
 # Kernels that apply a soft-cap; every model defines itself by the first.
 _CAPPING = ("eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
@@ -21,7 +21,7 @@ _SOFTCAP = re.compile(r"att(n|ention)\w*_(soft_?cap|logits?_cap)")
 _NO_TEXT = ("vision", "audio", "image", "speech", "video")
 
 
-def caps_attention(config: Any) -> bool:
+def caps_attention(config: ModelConfig) -> bool:
     """Return whether a model limits its attention scores by a soft-cap.
 
     Args:
@@ -30,7 +30,7 @@ def caps_attention(config: Any) -> bool:
     return any(_SOFTCAP.search(name) and value for one in _text_configs(config) for name, value in vars(one).items())
 
 
-def _text_configs(config: Any) -> Iterator[Any]:
+def _text_configs(config: ModelConfig) -> Iterator[ModelConfig]:
     yield config
     for name in getattr(config, "sub_configs", None) or ():
         part = getattr(config, name, None)
@@ -38,7 +38,7 @@ def _text_configs(config: Any) -> Iterator[Any]:
             yield from _text_configs(part)
 
 
-def apply_softcaps(model: Any) -> None:
+def apply_softcaps(model: Model) -> None:
     """Switch a model with capped attention scores to a kernel that applies the cap.
 
     Raises:
@@ -56,7 +56,7 @@ def apply_softcaps(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def eager_attention(model: Any) -> Iterator[None]:
+def eager_attention(model: Model) -> Iterator[None]:
     """Compute with the attention that a family's own file spells out, and afterwards with the chosen one again."""
     parts = getattr(model.config, "sub_configs", None) or ()
     chosen = {

@@ -5,12 +5,12 @@ exists one chunk at a time, in one buffer that is written in place; the backward
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.library_types import AutogradContext, Model, ModelConfig
 
 # Elements of one chunk of float32 logits (64 MiB on a CPU, 256 MiB on a GPU): the matrix product runs at full speed,
 # and what it costs does not depend on the vocabulary.
@@ -33,7 +33,7 @@ class Head:
     gradient: Tensor | None = None
 
     @classmethod
-    def of(cls, model: Any) -> "Head":
+    def of(cls, model: Model) -> "Head":
         """Read the head of a causal language model and its family's scaling.
 
         Raises:
@@ -51,7 +51,7 @@ class Head:
         return cls(weight, getattr(layer, "bias", None), _logit_scale(config), softcap or None, gradient)
 
 
-def add_gradients_in_place(model: Any) -> list[Tensor]:
+def add_gradients_in_place(model: Model) -> list[Tensor]:
     """Let backward passes add to the gradients of a model's largest matrices where they lie.
 
     By itself autograd makes a tensor as large as the vocabulary's matrix in every pass, for the output layer and for
@@ -77,7 +77,7 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _logit_scale(config: Any) -> float:
+def _logit_scale(config: ModelConfig) -> float:
     """Factor on the logits. Cohere and Falcon-H1 multiply, Granite divides."""
     for name in ("logit_scale", "lm_head_multiplier"):
         scale = getattr(config, name, None)
@@ -115,7 +115,7 @@ class _SelectedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: AutogradContext,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -142,7 +142,7 @@ class _SelectedLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         scale, softcap, dtype, gradient = ctx.options
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]

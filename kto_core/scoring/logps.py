@@ -12,13 +12,14 @@ float64: in bfloat16 a sum near -500 moves in steps of 2 to 4 nats.
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.scoring.attention import apply_softcaps, eager_attention
 from offline_kto.kto_core.scoring.head import Head, selected_logps
 from offline_kto.kto_core.scoring.model_code import family_of, model_code
@@ -43,7 +44,7 @@ class Scored(NamedTuple):
     router_logits: tuple[Tensor, ...]
 
 
-def add_scoring_forward(model: Any) -> None:
+def add_scoring_forward(model: Model) -> None:
     """Teach `model.forward` to score: called with `batch=` it returns `Scored`.
 
     The model's own forward is patched, rather than wrapped from outside, because DDP, FSDP,
@@ -59,11 +60,11 @@ def add_scoring_forward(model: Any) -> None:
     """
     Head.of(model)
     apply_softcaps(model)
-    original: Callable[..., Any] = model.forward
+    original: Callable[..., object] = model.forward
     takes_positions = _takes(_body(model), "position_ids")
 
     @functools.wraps(original)
-    def forward(*args: Any, batch: Batch | None = None, router_logits: bool = False, **kwargs: Any) -> Any:
+    def forward(*args: object, batch: Batch | None = None, router_logits: bool = False, **kwargs: object) -> object:
         if batch is None:
             return original(*args, **kwargs)
         return _score(model, batch, router_logits, takes_positions)
@@ -72,12 +73,12 @@ def add_scoring_forward(model: Any) -> None:
     _add_head_forward(model)
 
 
-def _add_head_forward(model: Any) -> None:
+def _add_head_forward(model: Model) -> None:
     layer = model.get_output_embeddings()
-    original: Callable[..., Any] = layer.forward
+    original: Callable[..., Tensor] = layer.forward
 
     @functools.wraps(original)
-    def forward(hidden: Tensor, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(hidden: Tensor, *args: object, targets: Tensor | None = None, **kwargs: object) -> Tensor:
         if targets is None:
             return original(hidden, *args, **kwargs)
         head = Head.of(model)
@@ -86,7 +87,7 @@ def _add_head_forward(model: Any) -> None:
     layer.forward = forward
 
 
-def _body(model: Any) -> Any:
+def _body(model: Model) -> Model:
     """The model below its output layer."""
     # Some name their body otherwise than they call it, and are handed back themselves.
     return model.base_model if model.base_model is not model else getattr(model, "model", model)
@@ -97,11 +98,11 @@ def _takes(module: nn.Module, argument: str) -> bool:
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _score(model: Any, batch: Batch, router_logits: bool, takes_positions: bool) -> Scored:
+def _score(model: Model, batch: Batch, router_logits: bool, takes_positions: bool) -> Scored:
     if isinstance(batch, SharedPrompts):
         hidden = hidden_states(_body(model), batch, takes_positions=takes_positions)
         return Scored(_of_completions(model, hidden, batch), ())
-    extra: dict[str, Any] = {}
+    extra: dict[str, object] = {}
     if takes_positions:
         # Explicit: models with absolute positions otherwise guess them from a mask they are not given.
         extra["position_ids"] = batch.position_ids
@@ -112,18 +113,18 @@ def _score(model: Any, batch: Batch, router_logits: bool, takes_positions: bool)
     return Scored(logps, tuple(getattr(out, "router_logits", None) or ()) if router_logits else ())
 
 
-def _of_completions(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
+def _of_completions(model: Model, hidden: Tensor, batch: Batch) -> Tensor:
     """From all hidden states of a micro-batch, (states, hidden size), to the log-probs of its completion tokens."""
     hidden = hidden.index_select(0, batch.predicts.to(hidden.device))  # (completion tokens, hidden size)
     return model.get_output_embeddings()(hidden, targets=batch.targets)
 
 
-def token_logps(model: Any, batch: Batch, *, router_logits: bool = False) -> Scored:
+def token_logps(model: Model, batch: Batch, *, router_logits: bool = False) -> Scored:
     """Score one micro-batch with a model prepared by `add_scoring_forward`, wrapped or not."""
     return Scored(*model(batch=batch, router_logits=router_logits))
 
 
-def sees_whole_passes(model: Any) -> bool:
+def sees_whole_passes(model: Model) -> bool:
     """Return whether a row's scores depend on whatever else is in its pass, so that rows have to run one by one.
 
     LLM.int8() computes a column in 16 bits where any token of a pass is large in it, in 8 bits otherwise.
@@ -135,7 +136,7 @@ def sees_whole_passes(model: Any) -> bool:
     return bool(eight and settings.get("llm_int8_threshold", 6.0))
 
 
-def check_scoring(model: Any, rows: Sequence[TokenIds], *, tolerance: float) -> float:
+def check_scoring(model: Model, rows: Sequence[TokenIds], *, tolerance: float) -> float:
     """Compare the scoring forward, batched and padded, with the model's own logits, row by row.
 
     Catches model families whose head or positions work in a way this module does not know, those that are not causal,
@@ -179,7 +180,7 @@ def check_scoring(model: Any, rows: Sequence[TokenIds], *, tolerance: float) -> 
     return worst
 
 
-def _apart_from_own_logits(model: Any, rows: Sequence[TokenIds]) -> float:
+def _apart_from_own_logits(model: Model, rows: Sequence[TokenIds]) -> float:
     """Return the largest difference between the scoring forward and the model's own logits, nats a token."""
     passes = [[row] for row in rows] if sees_whole_passes(model) else [rows]
     scored = torch.cat([token_logps(model, pad_sequences(one).to(_device(model))).token_logps for one in passes])
@@ -193,7 +194,7 @@ def _apart_from_own_logits(model: Any, rows: Sequence[TokenIds]) -> float:
     return max(_largest(mine - theirs) for mine, theirs in zip(ours, own, strict=True))
 
 
-def _moved_by_later_tokens(model: Any, rows: Sequence[TokenIds]) -> float:
+def _moved_by_later_tokens(model: Model, rows: Sequence[TokenIds]) -> float:
     """Return how far log-probabilities move when the tokens behind them are changed; causal models: not at all."""
     ids = np.concatenate(max(rows, key=lambda row: len(row[0]) + len(row[1])))
     kept = (len(ids) + 1) // 2  # at least one token in front, and one behind
@@ -210,7 +211,7 @@ def _others(ids: np.ndarray, known: np.ndarray, vocabulary: int) -> np.ndarray:
     return pool[(np.searchsorted(pool, ids) + 1) % len(pool)]
 
 
-def _moved_by_kernel(model: Any, rows: Sequence[TokenIds]) -> float:
+def _moved_by_kernel(model: Model, rows: Sequence[TokenIds]) -> float:
     """Return the mean difference between the chosen attention and the eager one, nats a token; 0 where only one exists."""
     if getattr(model.config, "_attn_implementation", None) in (None, "eager"):
         return 0.0
@@ -224,7 +225,7 @@ def _moved_by_kernel(model: Any, rows: Sequence[TokenIds]) -> float:
     return float((chosen - eager).abs().nan_to_num(nan=0.0).mean())
 
 
-def _own_logps(model: Any, ids: np.ndarray, *, targets: np.ndarray | None = None) -> Tensor:
+def _own_logps(model: Model, ids: np.ndarray, *, targets: np.ndarray | None = None) -> Tensor:
     """Return log-probabilities of `targets`, by default the tokens that follow, from the model's own logits.
 
     Args:
@@ -245,5 +246,5 @@ def _largest(differences: Tensor) -> float:
     return float(differences.abs().nan_to_num(nan=float("inf")).max())
 
 
-def _device(model: Any) -> torch.device:
+def _device(model: Model) -> torch.device:
     return next(model.parameters()).device

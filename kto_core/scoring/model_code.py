@@ -6,11 +6,11 @@ That code lies in `transformers`, or beside the weights (`--trust-remote-code`),
 import contextlib
 import traceback
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from offline_kto.kto_core.errors import KTOError, ModelError, said_by
+from offline_kto.kto_core.library_types import Model
 
 # An error of these kinds, raised in our own frames, comes from what the model returned: a tuple for a tensor, another
 # shape. Any other one is our mistake.
@@ -53,7 +53,7 @@ def model_code(where: str, failed: str) -> Iterator[None]:
         raise ModelError(f"{where}: {failed}: {reason}") from error
 
 
-def family_of(model: Any) -> str:
+def family_of(model: Model) -> str:
     """Return the name of a model's family, its `model_type`, or else that of its class."""
     return str(getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__)
 

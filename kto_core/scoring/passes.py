@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.scoring.batching import SCORING_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.logps import Batch, sees_whole_passes, token_logps
 from offline_kto.kto_core.scoring.model_code import model_code
@@ -54,7 +55,7 @@ class ScoringPasses:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         device: torch.device,
         *,
         max_tokens: int,
@@ -229,7 +230,7 @@ class ScoringPasses:
 
 
 @torch.no_grad()
-def packs_alike(model: Any, device: torch.device, rows: Sequence[TokenIds], *, tolerance: float) -> bool:
+def packs_alike(model: Model, device: torch.device, rows: Sequence[TokenIds], *, tolerance: float) -> bool:
     """Whether sequences laid one behind the other score as they do in lines of their own.
 
     Args:

@@ -12,13 +12,14 @@ and its completion, because sliding windows and some tables count slots, not pos
 flows through this path.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from offline_kto.kto_core.library_types import Model, ModelBody
 from offline_kto.kto_core.scoring.batching import micro_batches
 from offline_kto.kto_core.scoring.sequences import TokenIds
 
@@ -168,7 +169,7 @@ def _padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
     return ids
 
 
-def hidden_states(body: Callable[..., Any], batch: SharedPrompts, *, takes_positions: bool) -> Tensor:
+def hidden_states(body: ModelBody, batch: SharedPrompts, *, takes_positions: bool) -> Tensor:
     """All hidden states, (prompts * prompt length + rows * length of each branch, hidden size).
 
     Args:
@@ -200,7 +201,7 @@ def _lined_up(kept: Tensor, branch: Branches) -> Tensor:
     return kept[branch.prompts, :, branch.keys].transpose(1, 2)  # (rows, heads, longest prompt, size)
 
 
-def longest_shared(model: Any) -> int:
+def longest_shared(model: Model) -> int:
     """How many slots a prompt with a completion may take for this path; 0 where the model cannot take it.
 
     Beyond a sliding window the model itself forgets keys, and some keep tables of as many slots as there are

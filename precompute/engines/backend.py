@@ -9,7 +9,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from packaging.version import InvalidVersion, Version
@@ -23,7 +23,7 @@ from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.comparison import ComparedScorer
 from offline_kto.precompute.engines.process import engine_process
-from offline_kto.precompute.engines.protocol import scores_of
+from offline_kto.precompute.engines.protocol import EngineSettings, scores_of
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.engines.transformers_scorer import TransformersScorer
 
@@ -161,11 +161,11 @@ def vllm_engine(reference: Reference, sample: Sequence[TokenIds], merged: Path) 
         plain.update(device="cpu", dtype=reference.precision.name)
         sample = sample[:_SAMPLE_ON_CPU]
     save_to = str(merged) if config.adapter else None
-    settings = {"engine": "transformers", "options": plain, "save_to": save_to}
+    settings: EngineSettings = {"engine": "transformers", "options": plain, "save_to": save_to}
     # Transformers first, and gone before vLLM starts: each of them may need all of the memory.
     with engine_process(settings, name="Transformers, which scores a sample for vLLM,") as transformers:
         expected = scores_of(transformers, sample)
-    options: dict[str, Any] = {
+    options = {
         "model": save_to or str(reference.folder),
         "dtype": reference.precision.name,
         "max_length": config.max_length,

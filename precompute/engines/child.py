@@ -4,14 +4,13 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from typing import Any
 
 from offline_kto.kto_core.console import shown_lines
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.kto_core.streams import encode_all
-from offline_kto.precompute.engines.protocol import Scorer, serve
+from offline_kto.precompute.engines.protocol import EngineSettings, Scorer, serve
 
 
 class _WatchedChannel:
@@ -47,7 +46,7 @@ def main() -> None:
         serve(channel, lambda sequences: _load(settings, sequences), tells_progress=True)
 
 
-def _load(settings: Mapping[str, Any], sequences: Sequence[TokenIds]) -> Scorer:
+def _load(settings: EngineSettings, sequences: Sequence[TokenIds]) -> Scorer:
     if settings["engine"] == "vllm":
         from offline_kto.precompute.engines.vllm_scorer import VllmScorer
 
@@ -57,4 +56,4 @@ def _load(settings: Mapping[str, Any], sequences: Sequence[TokenIds]) -> Scorer:
     from offline_kto.precompute.engines.reference import Reference
 
     reference = Reference.find(PrecomputeConfig(**settings["options"]))
-    return load_transformers(reference, sequences, save_to=settings["save_to"])
+    return load_transformers(reference, sequences, save_to=settings.get("save_to"))

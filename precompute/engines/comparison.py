@@ -6,10 +6,10 @@ something else, and every reward would be off by it.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
+from offline_kto.kto_core.cache.manifest_fields import ScoreDifference
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.engines.protocol import OnScores, Scorer
@@ -90,7 +90,7 @@ class ComparedScorer:
                 f"The scorer returned {len(answered)} answers for {len(sequences) - len(known)} sequences."
             )
 
-    def difference(self) -> dict[str, Any]:
+    def difference(self) -> ScoreDifference:
         """Absolute differences over the sample so far: rows, tokens, and mean, p95 and max in nats a token."""
         if not self._found:
             return {}

@@ -11,13 +11,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.errors import ModelError
-from offline_kto.precompute.engines.protocol import RemoteScorer
+from offline_kto.precompute.engines.protocol import EngineSettings, RemoteScorer
 
 _SECONDS_TO_END = 60
 
@@ -31,11 +30,11 @@ _CHILD = (
 
 
 @contextlib.contextmanager
-def engine_process(settings: Mapping[str, Any], *, name: str) -> Iterator[RemoteScorer]:
+def engine_process(settings: EngineSettings, *, name: str) -> Iterator[RemoteScorer]:
     """Start an engine in a child process; it has ended, and given its memory back, when the `with` block is left.
 
     Args:
-        settings: which engine, and its options, as JSON can hold them; read by `child.py`.
+        settings: read by `child.py`.
         name: of the engine, for messages.
 
     Raises:

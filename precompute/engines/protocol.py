@@ -7,13 +7,28 @@ says what it has to say in one-letter messages; an empty one means that there is
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
 from offline_kto.kto_core.errors import KTOError, ModelError
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.parts import Pace
+
+
+class EngineSettings(TypedDict, total=False):
+    """What a child process needs to start an engine, as JSON.
+
+    Attributes:
+        engine: vllm or transformers.
+        options: of `VllmScorer`, or of `PrecomputeConfig`.
+        save_to: where Transformers saves the model with its adapter merged; None for nowhere.
+    """
+
+    engine: str
+    options: dict[str, Any]
+    save_to: str | None
+
 
 _SOME, _LAST, _TOKENS, _ERROR = b"p", b"s", b"t", b"e"
 _NO_MORE = b""

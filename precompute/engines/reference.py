@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
-from offline_kto.kto_core.cache.manifest import LONGEST_NAME
+from offline_kto.kto_core.cache.manifest_fields import (
+    LONGEST_NAME,
+    ReferenceFields,
+    ScoringSections,
+    TokenizerFields,
+)
 from offline_kto.kto_core.errors import ModelError, printable
 from offline_kto.kto_core.hashing import (
     chat_template_hash,
@@ -25,6 +29,7 @@ from offline_kto.kto_core.hashing import (
     weights_bytes,
     weights_hash,
 )
+from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.adapters import check_adapter_folder
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
 from offline_kto.kto_core.models.folders import find_folder, local_path
@@ -51,12 +56,12 @@ class Reference:
     adapter: Path | None
     device: torch.device
     precision: Precision
-    tokenizer: Any
-    shape: Any  # the model without weights, on the meta device
+    tokenizer: Tokenizer
+    shape: Model  # the model without weights, on the meta device
     unread: dict[str, int]  # weights of the files that are not scored, by what they are for
     warnings: list[str]  # about the folder and its tokenizer, for the plan
-    state: tuple[Any, ...]  # of its weight files, before they were hashed
-    paths: dict[str, str | None]  # of model and adapter, for the manifest; None for those of the hub
+    state: tuple[object, ...]  # of its weight files, before they were hashed
+    paths: dict[str, str | None]  # `path` and `adapter_path` of the manifest
 
     @classmethod
     def find(cls, config: PrecomputeConfig) -> "Reference":
@@ -77,8 +82,10 @@ class Reference:
         if config.adapter:
             adapter, adapter_revision = find_folder(config.adapter, revision=None, what="adapter")
             check_adapter_folder(adapter)
-        paths = {"path": local_path(folder, revision)}
-        paths["adapter_path"] = local_path(adapter, adapter_revision) if adapter else None
+        paths = {
+            "path": local_path(folder, revision),
+            "adapter_path": local_path(adapter, adapter_revision) if adapter else None,
+        }
         notes: list[str] = []
         tokenizer = load_tokenizer(
             transformers.AutoTokenizer,
@@ -117,31 +124,11 @@ class Reference:
 
     def sections(
         self, hashes: tuple[str, str | None], *, backend: str, engine_versions: Mapping[str, str]
-    ) -> dict[str, dict[str, Any]]:
-        """The manifest's sections `reference`, `tokenizer`, `tokenization` and `scorer`."""
-        shape = self.shape.config
-        quantization = getattr(shape, "quantization_config", None)
-        code = _code_hashes(self.folder) if self.config.trust_remote_code else {}
+    ) -> ScoringSections:
+        """Return the manifest's sections `reference`, `tokenizer`, `tokenization` and `scorer`."""
         return {
-            "reference": {
-                "id": self.config.model,
-                "revision": self.revision or self.config.revision,
-                **self.paths,
-                "weights_hash": hashes[0],
-                "config_hash": config_hash({**shape.to_dict(), **({"code": code} if code else {})}),
-                "adapter": self.config.adapter,
-                "adapter_hash": hashes[1],
-                "quantization": quantization if isinstance(quantization, dict | None) else quantization.to_dict(),
-                "dtype": self.precision.name,
-                "attention": shape._attn_implementation,
-                "vocabulary": self.vocabulary,
-                **({"model_type": shape.model_type, "unread": self.unread} if self.unread else {}),
-            },
-            "tokenizer": {
-                "files_hash": tokenizer_hash(self.tokenizer),
-                "chat_template_hash": chat_template_hash(self.tokenizer),
-                **self._given_to_tokenizer(),
-            },
+            "reference": self._fields(*hashes),
+            "tokenizer": self._tokenizer_fields(),
             "tokenization": {"max_length": self.config.max_length, "rule": TOKENIZATION_RULE},
             "scorer": {
                 "backend": backend,
@@ -149,16 +136,44 @@ class Reference:
             },
         }
 
-    def _given_to_tokenizer(self) -> dict[str, Any]:
-        """What options make of the tokenizer, for whoever trains on the cache; nothing without such options."""
-        config, given = self.config, {}
-        if config.tokenizer_options:
-            given["options"] = config.tokenizer_options
-        if config.chat_template is not None or config.template_settings:
-            given |= {"chat_template": self.tokenizer.chat_template, "chat_template_kwargs": config.template_settings}
-        return given
+    def _fields(self, weights: str, adapter: str | None) -> ReferenceFields:
+        shape = self.shape.config
+        quantization = getattr(shape, "quantization_config", None)
+        code = _code_hashes(self.folder) if self.config.trust_remote_code else {}
+        fields: ReferenceFields = {
+            "id": self.config.model,
+            "revision": self.revision or self.config.revision,
+            "path": self.paths["path"],
+            "adapter_path": self.paths["adapter_path"],
+            "weights_hash": weights,
+            "config_hash": config_hash({**shape.to_dict(), **({"code": code} if code else {})}),
+            "adapter": self.config.adapter,
+            "adapter_hash": adapter,
+            "quantization": quantization if isinstance(quantization, dict | None) else quantization.to_dict(),
+            "dtype": self.precision.name,
+            "attention": shape._attn_implementation,
+            "vocabulary": self.vocabulary,
+        }
+        if self.unread:
+            fields["model_type"] = shape.model_type
+            fields["unread"] = self.unread
+        return fields
 
-    def load(self) -> Any:
+    def _tokenizer_fields(self) -> TokenizerFields:
+        config = self.config
+        fields: TokenizerFields = {
+            "files_hash": tokenizer_hash(self.tokenizer),
+            "chat_template_hash": chat_template_hash(self.tokenizer),
+        }
+        # Whoever trains on the cache needs what options made of the tokenizer.
+        if config.tokenizer_options:
+            fields["options"] = config.tokenizer_options
+        if config.chat_template is not None or config.template_settings:
+            fields["chat_template"] = self.tokenizer.chat_template
+            fields["chat_template_kwargs"] = config.template_settings
+        return fields
+
+    def load(self) -> Model:
         """The model, frozen, in eval mode, on its device."""
         model = load_causal_lm(
             transformers.AutoModelForCausalLM,
@@ -223,7 +238,7 @@ class WeightsHashing:
         return weights, _adapter_hash(self._adapter) if self._adapter else None
 
 
-def _state(folder: Path, adapter: Path | None) -> tuple[Any, ...]:
+def _state(folder: Path, adapter: Path | None) -> tuple[object, ...]:
     files = [file for one in (folder, adapter) if one is not None for file in weight_files(one)]
     states = [(file, file.stat()) for file in files if file.exists()]
     return tuple((file, state.st_ino, state.st_size, state.st_mtime_ns) for file, state in states)

@@ -1,13 +1,13 @@
 """Scoring with plain Transformers: prompts shared, longest first, under a token budget, completions only."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.scoring.logps import POSITIVE_ROUNDING, check_scoring
 from offline_kto.kto_core.scoring.model_code import family_of, model_code
@@ -35,7 +35,7 @@ class TransformersScorer:
     """
 
     def __init__(
-        self, model: Any, precision: Precision, *, max_tokens: int | None = None, say: Callable[[str], None] = tell
+        self, model: Model, precision: Precision, *, max_tokens: int | None = None, say: Callable[[str], None] = tell
     ) -> None:
         self.model, self.precision = model, precision
         self.device = next(model.parameters()).device

@@ -8,7 +8,7 @@ import io
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -16,6 +16,9 @@ from tqdm import tqdm
 from offline_kto.kto_core.errors import ModelError, in_one_line
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.engines.protocol import OnScores
+
+if TYPE_CHECKING:
+    import vllm
 
 # Tokens in one step. Asking for log-probabilities of the prompt makes vLLM hold logits of all of them, several times.
 _MAX_TOKENS = 2048
@@ -161,7 +164,7 @@ def _parts(order: Sequence[int], sequences: Sequence[TokenIds], tokens: int) -> 
         yield part
 
 
-def _parameters(prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) -> Any:
+def _parameters(prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) -> "vllm.SamplingParams":
     """Greedy, no penalties, no detokenizing; log-probabilities of the tokens that are there.
 
     Args:
@@ -170,7 +173,7 @@ def _parameters(prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) 
     import vllm
 
     if given_ids:
-        asked: dict[str, Any] = {
+        asked: dict[str, object] = {
             "prompt_logprob_token_ids": completion[:, None].astype(np.int32),
             "prompt_logprob_start": len(prompt) - 1,
         }
@@ -179,7 +182,7 @@ def _parameters(prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) 
     return vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **asked)
 
 
-def _scores(answer: Any, prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) -> np.ndarray:
+def _scores(answer: "vllm.RequestOutput", prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) -> np.ndarray:
     """float32, shape (completion tokens,). Raises: ModelError: nothing there, or scores of other tokens."""
     if given_ids:
         scores = answer.prompt_token_id_logprobs
@@ -200,10 +203,10 @@ def _scores(answer: Any, prompt: np.ndarray, completion: np.ndarray, *, given_id
     return np.array(flat.logprobs[first:], dtype=np.float32)
 
 
-def _telling(lengths: Sequence[int], on_tokens: Callable[[int], None]) -> Callable[..., Any]:
+def _telling(lengths: Sequence[int], on_tokens: Callable[[int], None]) -> Callable[..., object]:
     """What vLLM makes its progress bars with: one around the requests as it takes them in, one for finished ones."""
 
-    def make(*iterable: Any, **options: Any) -> Any:
+    def make(*iterable: object, **options: object) -> object:
         return iterable[0] if iterable else _Told(lengths, on_tokens, **options)
 
     return make
@@ -212,7 +215,7 @@ def _telling(lengths: Sequence[int], on_tokens: Callable[[int], None]) -> Callab
 class _Told(tqdm):
     """What vLLM counts finished requests with; passes on their tokens."""
 
-    def __init__(self, lengths: Sequence[int], on_tokens: Callable[[int], None], **options: Any) -> None:
+    def __init__(self, lengths: Sequence[int], on_tokens: Callable[[int], None], **options: object) -> None:
         self._lengths, self._on_tokens = lengths, on_tokens
         super().__init__(**{**options, "file": io.StringIO(), "mininterval": float("inf")})
 

@@ -4,12 +4,15 @@ import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from offline_kto.kto_core.errors import FeedbackError, printable, said_by
 from offline_kto.kto_core.feedback.formats import quoted
 from offline_kto.precompute.records.table_records import without_nulls
 from offline_kto.precompute.records.text_files import Located, readable
+
+if TYPE_CHECKING:
+    import datasets
 
 # Suffixes of data files, and the kind that datasets reads them as.
 _KINDS = {
@@ -41,7 +44,7 @@ def dataset_name(path: Path, kind: str) -> str:
     return path.as_posix() if kind == "hub" else path.resolve().name
 
 
-def _load_hub(path: Path) -> Any:
+def _load_hub(path: Path) -> "datasets.Dataset":
     import datasets
 
     name = path.as_posix()
@@ -60,7 +63,7 @@ def is_saved(path: Path) -> bool:
     return info or (path / "dataset_dict.json").is_file()
 
 
-def _load_saved(path: Path) -> Any:
+def _load_saved(path: Path) -> "datasets.Dataset":
     import datasets
 
     name = dataset_name(path, "folder")

@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO
 
 from offline_kto.kto_core.errors import FeedbackError, said_by
 from offline_kto.kto_core.feedback.formats import quoted
@@ -67,7 +67,7 @@ def read_json(handle: IO[bytes], name: str) -> Iterator[Located]:
         yield f"{name}:{line}", _object(item, f"{name}:{line}")
 
 
-def _array_items(text: "_Text") -> Iterator[tuple[int, Any]]:
+def _array_items(text: "_Text") -> Iterator[tuple[int, object]]:
     """(line, item) for each item of the array that `text` is."""
     text.drop(1)
     closed = text.begins("]")
@@ -84,7 +84,7 @@ def _array_items(text: "_Text") -> Iterator[tuple[int, Any]]:
         raise FeedbackError(f"{text.name}:{text.line}: something follows the array. Keep one array, or write JSONL.")
 
 
-def _object_items(text: "_Text") -> Iterator[tuple[int, Any]]:
+def _object_items(text: "_Text") -> Iterator[tuple[int, object]]:
     """(line, item) for objects one after another, each on one line or on several."""
     first = True
     while not text.is_over():
@@ -134,7 +134,7 @@ class _Text:
         self.line += self._left.count("\n", self._start, self._start + count)
         self._start += count
 
-    def item(self, closing: str) -> Any:
+    def item(self, closing: str) -> object:
         """Take the next item.
 
         Args:
@@ -197,7 +197,7 @@ class _Text:
         return _bad_json(error, f"{self.name}:{line}", column, cut=cut)
 
 
-def _unambiguous(pairs: list[tuple[str, Any]]) -> Record:
+def _unambiguous(pairs: list[tuple[str, object]]) -> Record:
     """Return the object that its keys and values make. Raises: ValueError: a key has two values; Python takes the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
@@ -243,7 +243,7 @@ def _skip(text: str, position: int) -> int:
     return position if match is None else match.end()
 
 
-def _object(value: Any, where: str) -> Record:
+def _object(value: object, where: str) -> Record:
     if not isinstance(value, dict):
         raise FeedbackError(f"{where}: a record must be a JSON object, got {quoted(value)}.")
     return value

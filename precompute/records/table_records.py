@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 from offline_kto.kto_core.errors import FeedbackError, said_by
 from offline_kto.kto_core.feedback.formats import quoted
@@ -19,6 +19,10 @@ from offline_kto.precompute.records.text_files import (
     lines_of,
     readable,
 )
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _BATCH_ROWS = 256
 # What a record holds under the name of a column that nobody asked for.
@@ -107,7 +111,7 @@ def _refuse_twins(columns: Collection[str], where: str) -> None:
         raise FeedbackError(f"{where}: two columns have the name {quoted(column)}. Rename one of them.")
 
 
-def _cell(cell: str, column: str, where: str) -> Any:
+def _cell(cell: str, column: str, where: str) -> object:
     """None for an empty cell; the value of a JSON list in the columns that can hold nothing else."""
     if cell == "":
         return None
@@ -148,7 +152,7 @@ def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) 
             ) from error
 
 
-def _batches(handle: IO[bytes], columns: list[str], name: str) -> Iterator[Any]:
+def _batches(handle: IO[bytes], columns: list[str], name: str) -> Iterator["pa.RecordBatch"]:
     """Batches of rows in which each text stands once, however often it is repeated.
 
     Raises:
@@ -174,14 +178,14 @@ def _batches(handle: IO[bytes], columns: list[str], name: str) -> Iterator[Any]:
     yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
 
 
-def _is_bomb(chunk: Any) -> bool:
+def _is_bomb(chunk: "pq.ColumnChunkMetaData") -> bool:
     """Whether a column of one row group is more than data of any use can be."""
     size = chunk.total_uncompressed_size
     packed = size > 4 * LARGEST_RECORD and size > MOST_PACKED * chunk.total_compressed_size
     return bool(packed or chunk.num_values > _MOST_VALUES or size > LARGEST_RECORD * max(1, chunk.num_values))
 
 
-def _rows_of(batch: Any, where: str) -> Iterator[Record]:
+def _rows_of(batch: "pa.RecordBatch", where: str) -> Iterator[Record]:
     """The rows of a batch; one by one where together they would take much memory.
 
     Raises:
@@ -197,12 +201,12 @@ def _rows_of(batch: Any, where: str) -> Iterator[Record]:
         yield from row.to_pylist()
 
 
-def _size(batch: Any) -> int:
+def _size(batch: "pa.RecordBatch") -> int:
     """Bytes that a batch takes as Python objects, about."""
     return sum(_array_size(column) for column in batch.columns)
 
 
-def _array_size(array: Any) -> int:
+def _array_size(array: "pa.Array") -> int:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -226,7 +230,7 @@ def without_nulls(row: Record) -> Record:
     return {key: _pruned(value) for key, value in row.items()}
 
 
-def _pruned(value: Any) -> Any:
+def _pruned(value: object) -> object:
     if isinstance(value, dict):
         return {key: _pruned(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

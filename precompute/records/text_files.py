@@ -5,11 +5,11 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO
 
 from offline_kto.kto_core.errors import FeedbackError, said_by
 
-Record = dict[str, Any]
+Record = dict[str, object]
 Located = tuple[str, Record]
 # Bytes of one record. A few packed bytes may stand for one that fills the memory; a million tokens have some 5 MB.
 LARGEST_RECORD = 64 * 2**20

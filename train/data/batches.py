@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
@@ -104,7 +103,7 @@ class BatchLoader(DataLoader[TrainingRow]):
     def __init__(self, rows: CacheRows, batches: EpochBatches) -> None:
         super().__init__(rows, batch_sampler=batches, collate_fn=list)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[list[TrainingRow]]:  # type: ignore[override]
         batches = super().__iter__()
         with ThreadPoolExecutor(max_workers=1) as pool:
             coming = pool.submit(next, batches, None)

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +21,7 @@ from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.launch import read_launch
 from offline_kto.kto_core.progress import Progress
+from offline_kto.train.run_records import SampledLengths, Shortened
 
 # Whose lengths the report shows; kto-precompute writes 64 rows into each.
 _GROUPS_SAMPLED = 64
@@ -155,7 +155,8 @@ class CacheRows(Dataset[TrainingRow]):
     @functools.cached_property
     def prompt_ids(self) -> list[str]:
         """Which prompt each row has; read when a hold-out asks for it."""
-        return self._of_rows("prompt_id")
+        found: list[str] = self._of_rows("prompt_id").to_pylist()
+        return found
 
     def ids(self, column: str, rows: np.ndarray) -> pa.ChunkedArray:
         """`row_id` or `prompt_id` of some rows, by their places here."""
@@ -164,7 +165,8 @@ class CacheRows(Dataset[TrainingRow]):
     @functools.cached_property
     def pair_ids(self) -> list[str | None]:
         """Which preference pair each row belongs to; read when a loss asks for it."""
-        return self._of_rows("pair_id")
+        found: list[str | None] = self._of_rows("pair_id").to_pylist()
+        return found
 
     @functools.cached_property
     def contradictions(self) -> int:
@@ -174,21 +176,16 @@ class CacheRows(Dataset[TrainingRow]):
         return int(pc.sum(pc.not_equal(both["label_min"], both["label_max"])).as_py() or 0)
 
     @property
-    def shortened(self) -> dict[str, int]:
+    def shortened(self) -> Shortened:
         """What `max_length` does to the rows, in numbers."""
         return {"dropped": self.dropped, "cut": int(self.cut.sum()), "kl_cut": self.kl_cut}
 
-    def _of_rows(self, column: str) -> list[Any]:
-        every: list[Any] = self.column(column).take(pa.array(self._fitting)).to_pylist()
-        return every
+    def _of_rows(self, column: str) -> pa.ChunkedArray:
+        return self.column(column).take(pa.array(self._fitting))
 
     @functools.cached_property
-    def lengths(self) -> dict[str, Any]:
-        """Lengths in tokens of a few thousand rows from all over the cache, as the files hold them.
-
-        `sample`: how many rows; `truncated`: how many of them fill `max_length`; `lengths`: of prompts, and of
-        completions by class.
-        """
+    def lengths(self) -> SampledLengths:
+        """Lengths in tokens of a few thousand rows from all over the cache, as the files hold them."""
         groups = len(self._groups)
         chosen = np.unique(np.linspace(0, groups - 1, min(groups, _GROUPS_SAMPLED)).astype(int))
         of_rows = []

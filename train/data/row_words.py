@@ -1,12 +1,10 @@
 """What becomes of the rows of a cache, in words, for the plans of kto-train and kto-sweep."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from offline_kto.kto_core.cache.manifest import Manifest
+from offline_kto.train.run_records import RunData, Shortened
 
 
-def rows_in_words(facts: Mapping[str, Any]) -> str:
+def rows_in_words(facts: RunData) -> str:
     """What becomes of the rows of a run, from `TrainingData.facts`; for its plan."""
     held = facts["held_out_desirable"] + facts["held_out_undesirable"]
     limit, of_held_out = facts["max_length"], facts["held_out_shortened"]
@@ -21,7 +19,7 @@ def rows_in_words(facts: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def shortened_in_words(counts: Mapping[str, int], max_length: int) -> str:
+def shortened_in_words(counts: Shortened, max_length: int) -> str:
     """What `max_length` does to the rows of a cache, each part after a comma; empty where it does nothing."""
     dropped = f", {counts['dropped']:,} dropped (prompt too long)" if counts["dropped"] else ""
     if not counts["cut"] and not counts["kl_cut"]:

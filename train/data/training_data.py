@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG, differences
+from offline_kto.kto_core.cache.manifest_fields import Identity, RowsIdentity
 from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.feedback.labels import rare_class
@@ -16,6 +16,7 @@ from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
 from offline_kto.train.data.batches import EpochBatches, split_by_prompt, strata_of, units_of
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.held_out import HeldOutRows
+from offline_kto.train.run_records import RunData, RunRecord
 
 
 def open_cache(cache: Location, max_length: int | None, *, mapped: bool = False) -> CacheRows:
@@ -83,13 +84,13 @@ class TrainingData:
         strata = strata_of(self.rows, self.units, balance=config.balance and config.shuffle)
         return EpochBatches(strata, config.batch_size, shuffle=config.shuffle, seed=config.seed)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, RowsIdentity]:
         """What training and evaluation read, as far as hashes say."""
         caches = {"cache": self.rows, "held-out cache": self.held_out.cache if self.held_out else self.rows}
         return {name: rows.manifest.rows_identity for name, rows in caches.items()}
 
     @property
-    def held_out_cache(self) -> dict[str, Any] | None:
+    def held_out_cache(self) -> RowsIdentity | None:
         """Identity of the rows of another cache that are held out; None where there are none."""
         held_out = self.held_out
         return held_out.cache.manifest.rows_identity if held_out and held_out.cache is not self.rows else None
@@ -135,7 +136,7 @@ class TrainingData:
             "gives each one."
         ]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> RunData:
         """Counts and a sample of lengths, for the report."""
         manifest, (desirable, undesirable) = self.rows.manifest, self.class_counts
         held = self.held_out.cache.labels[self.held_out.indices] if self.held_out else np.empty(0, dtype=bool)
@@ -198,7 +199,7 @@ def _held_out(cache: CacheRows, indices: Sequence[int], config: TrainConfig) -> 
     return held_out
 
 
-def _same_reference(rows: CacheRows, identity: dict[str, Any], cache: str, other: str) -> None:
+def _same_reference(rows: CacheRows, identity: Identity, cache: str, other: str) -> None:
     lines = differences(rows.manifest.identity, identity)
     lines = [line for line in lines if not line.startswith("tokenization.max_length")]
     if lines:
@@ -220,7 +221,7 @@ class RowsToEvaluate:
     of_run: bool
 
 
-def rows_to_evaluate(config: TrainConfig, facts: dict[str, Any], trained_prompts: set[str] | None) -> RowsToEvaluate:
+def rows_to_evaluate(config: TrainConfig, facts: RunRecord, trained_prompts: set[str] | None) -> RowsToEvaluate:
     """The run's held-out rows where `--cache` is its own, else the rows of `--cache` whose prompts it was not trained on.
 
     Args:
@@ -236,7 +237,7 @@ def rows_to_evaluate(config: TrainConfig, facts: dict[str, Any], trained_prompts
     if isinstance(identity, dict) and not config.allow_different_policy:
         _same_reference(rows, identity, f"--cache {config.cache}", "the run's")
     mine = rows.manifest.rows_identity
-    same = mine == {name: facts.get(name) for name in mine}
+    same = mine == {"fingerprint": facts.get("fingerprint"), "labels_hash": facts.get("labels_hash")}
     if same and (config.eval_fraction or config.eval_cache is not None):
 
         def read(cache: Location, max_length: int | None) -> CacheRows:

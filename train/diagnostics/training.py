@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.settings import BALANCE
@@ -109,7 +108,7 @@ class Settings:
         )
 
 
-def alarms(records: Iterable[Mapping[str, Any]], settings: Settings) -> list[Alarm]:
+def alarms(records: Iterable[Mapping[str, object]], settings: Settings) -> list[Alarm]:
     """The warnings that a run with these records told, in their order.
 
     Args:
@@ -147,13 +146,13 @@ class Watch:
         self._halfway: int | None = None
         self._held_out = _HeldOut()
 
-    def add(self, record: Mapping[str, Any]) -> list[Alarm]:
+    def add(self, record: Mapping[str, object]) -> list[Alarm]:
         """The warnings that arise with this record."""
         step = record.get("step")
         if not isinstance(step, int):
             return []
         if "eval/loss" in record:
-            found = {"overfitting": self._overfitting(record)}
+            found = {"overfitting": self._overfitting(record, step)}
         elif "loss" in record and step > self._step:
             found = self._trained(record, step)
         else:
@@ -162,7 +161,7 @@ class Watch:
         self._told.update(alarm.kind for alarm in new)
         return new
 
-    def _trained(self, record: Mapping[str, Any], step: int) -> dict[str, str | None]:
+    def _trained(self, record: Mapping[str, object], step: int) -> dict[str, str | None]:
         values = {name: value for name in _SEEN if (value := _number(record, name)) is not None}
         rate = _number(record, "learning_rate")
         span = step - self._step
@@ -245,7 +244,7 @@ class Watch:
             f"use {self._rate(1 / factor)}, or a warm-up."
         )
 
-    def _too_slow(self, now: _Now, record: Mapping[str, Any]) -> str | None:
+    def _too_slow(self, now: _Now, record: Mapping[str, object]) -> str | None:
         of, total = self.settings, self._planned(record)
         rewards = [
             reward
@@ -310,12 +309,12 @@ class Watch:
             f"Use {stop}--beta {beta:g}."
         )
 
-    def _overfitting(self, record: Mapping[str, Any]) -> str | None:
+    def _overfitting(self, record: Mapping[str, object], step: int) -> str | None:
         loss = _number(record, "eval/loss")
         if loss is None:
             return None
         held_out, training = self._held_out, self._median("loss")
-        worse = held_out.add(record["step"], loss, training)
+        worse = held_out.add(step, loss, training)
         fell = training is not None and held_out.training is not None and training < _TRAINING_FELL * held_out.training
         if not (worse and fell) or self.settings.early_stopping is not None:
             return None
@@ -327,7 +326,7 @@ class Watch:
 
     # -- numbers ------------------------------------------------------------------------------------
 
-    def _planned(self, record: Mapping[str, Any]) -> float | None:
+    def _planned(self, record: Mapping[str, object]) -> float | None:
         """Updates of the whole run."""
         if self.settings.max_steps is not None:
             return self.settings.max_steps
@@ -378,7 +377,7 @@ class _HeldOut:
         return self._worse >= enough and loss - self.best >= 2 * self._drops
 
 
-def _number(record: Mapping[str, Any], name: str) -> float | None:
+def _number(record: Mapping[str, object], name: str) -> float | None:
     value = record.get(name)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -16,11 +16,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from offline_kto.kto_core.errors import ConfigError, ModelError, in_one_line
+from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.adapters import BESIDE
 from offline_kto.kto_core.models.precision import holds_experts
 from offline_kto.kto_core.scoring.head import whole_shape
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.model.saved_model import cast_weights
+
+_T = TypeVar("_T")
 
 ALL_LINEAR = "all-linear"
 
@@ -39,7 +42,7 @@ def check_installed() -> None:
         raise ModelError("--lora-rank needs peft. Install it with: pip install 'offline-kto[lora]'") from error
 
 
-def add_adapters(model: Any, config: TrainConfig, *, base: str) -> Any:
+def add_adapters(model: Model, config: TrainConfig, *, base: str) -> Model:
     """Freeze a model and put trainable float32 adapters on it; at the start they change nothing (B = 0).
 
     Routers that return more than one tensor, and parts that text never reaches, get none.
@@ -102,7 +105,7 @@ def _activate(model: nn.Module, names: list[str]) -> None:
             parameter.requires_grad = False
 
 
-def _without_adapters(model: Any) -> dict[str, str]:
+def _without_adapters(model: Model) -> dict[str, str]:
     """Return the linear layers that must carry no adapter, and why."""
     excluded = {}
     returns_one: dict[type[nn.Module], bool] = {nn.Linear: True, Conv1D: True}
@@ -124,7 +127,7 @@ def _without_adapters(model: Any) -> dict[str, str]:
     return excluded
 
 
-def _text_models(model: Any) -> tuple[str, ...]:
+def _text_models(model: Model) -> tuple[str, ...]:
     """Return the names of the language models in a model of several kinds, each with a dot behind it."""
     text = model.config.get_text_config()
     if text is model.config:
@@ -133,7 +136,7 @@ def _text_models(model: Any) -> tuple[str, ...]:
     return tuple(f"{name}." for name in parts if name)
 
 
-def _returns_one_tensor(module: Any) -> bool:
+def _returns_one_tensor(module: Model) -> bool:
     """Return whether a family's own kind of linear layer takes and returns what `nn.Linear` does."""
     weight = module.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
@@ -146,7 +149,7 @@ def _returns_one_tensor(module: Any) -> bool:
     return isinstance(output, torch.Tensor) and output.shape == (2, module.out_features)
 
 
-def _check_target(model: Any, name: str, excluded: dict[str, str]) -> None:
+def _check_target(model: Model, name: str, excluded: dict[str, str]) -> None:
     modules = _named(name, dict(model.named_modules()))
     if any(module is model.get_output_embeddings() for module in modules.values()):
         raise ConfigError("--lora-targets: the output layer cannot carry an adapter; its rows are read one by one.")
@@ -157,7 +160,7 @@ def _check_target(model: Any, name: str, excluded: dict[str, str]) -> None:
         raise ConfigError(f"--lora-targets {name}: cannot carry adapters: {excluded[min(modules)]}.")
 
 
-def _check_names(model: Any, names: list[str], known: list[str]) -> None:
+def _check_names(model: Model, names: list[str], known: list[str]) -> None:
     """Every name must be that of a module; peft drops one that is not as long as another one is."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for name in names:
@@ -173,7 +176,7 @@ def _check_names(model: Any, names: list[str], known: list[str]) -> None:
         raise ConfigError(f"--lora-targets {name}: no layer of this model has that name. {meant}")
 
 
-def _named(name: str, things: dict[str, Any]) -> dict[str, Any]:
+def _named(name: str, things: dict[str, _T]) -> dict[str, _T]:
     """Return the things that peft would match with a name: whole, or the end of a longer one."""
     return {there: thing for there, thing in things.items() if there == name or there.endswith(f".{name}")}
 
@@ -182,7 +185,7 @@ def _linear_names(model: nn.Module) -> list[str]:
     return sorted({name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D)})
 
 
-def adapter_lines(adapted: Any) -> list[str]:
+def adapter_lines(adapted: Model) -> list[str]:
     """Say what is adapted and what is not: layers by name, and their share of the model's weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -217,11 +220,11 @@ def _stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{name}.{own}", parameter
 
 
-def _adapted_weights(layer: Any) -> list[nn.Parameter]:
+def _adapted_weights(layer: Model) -> list[nn.Parameter]:
     return [layer.get_param()] if hasattr(layer, "parameter_name") else list(layer.base_layer.parameters())
 
 
-def _layer_name(name: str, layer: Any) -> str:
+def _layer_name(name: str, layer: Model) -> str:
     """Return what a layer, or a single parameter, with an adapter is called in the model."""
     own = getattr(layer, "parameter_name", "weight")
     return name if own == "weight" else str(own)
@@ -236,13 +239,13 @@ def _counted(names: Iterable[str]) -> str:
     )
 
 
-def _size(parameter: Any) -> int:
+def _size(parameter: nn.Parameter) -> int:
     """Return how many weights a parameter holds; bitsandbytes packs two into a byte."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(whole_shape(parameter) if state is None else state.shape)
 
 
-def load_adapters(model: Any, folder: Path) -> Any:
+def load_adapters(model: Model, folder: Path) -> Model:
     """Put trained adapters on the model below them, unmerged as they were trained.
 
     Raises:
@@ -258,7 +261,7 @@ def load_adapters(model: Any, folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def without_adapters(adapted: Any) -> Iterator[None]:
+def without_adapters(adapted: Model) -> Iterator[None]:
     """Let the model below compute as the reference does: without the trained adapters, with one that it keeps beside."""
     if not keeps_adapter_beside(adapted):
         with adapted.disable_adapter():
@@ -271,7 +274,7 @@ def without_adapters(adapted: Any) -> Iterator[None]:
         _activate(adapted, [BESIDE, _TRAINED])
 
 
-def remove_adapters(adapted: Any) -> None:
+def remove_adapters(adapted: Model) -> None:
     """Leave the model below as it was before `add_adapters`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -290,7 +293,7 @@ def remove_adapters(adapted: Any) -> None:
         del model.peft_config
 
 
-def merged(adapted: Any) -> Any:
+def merged(adapted: Model) -> Model:
     """Return the model below with its adapters merged into its weights."""
     return adapted.merge_and_unload()
 
@@ -300,7 +303,7 @@ def keeps_adapter_beside(model: nn.Module) -> bool:
     return any(f".{BESIDE}." in name for name, _ in model.named_parameters())
 
 
-def save_as_one_adapter(adapted: Any, out: Path, *, dtype: torch.dtype | None) -> None:
+def save_as_one_adapter(adapted: Model, out: Path, *, dtype: torch.dtype | None) -> None:
     """Save the reference's adapter and the trained one as a single adapter of the quantised base.
 
     It is their sum: `[B1 B2] [A1; A2] = B1 A1 + B2 A2`.
@@ -315,8 +318,8 @@ def save_as_one_adapter(adapted: Any, out: Path, *, dtype: torch.dtype | None) -
     for name, layer in adapted.get_base_model().named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
-        parts: Any = [one for one in (BESIDE, _TRAINED) if one in layer.lora_A]
-        lora: Any = layer
+        parts = [one for one in (BESIDE, _TRAINED) if one in layer.lora_A]
+        lora: Model = layer
         down = torch.cat([lora.lora_A[one].weight.detach().float() for one in parts])
         up = torch.cat([lora.scaling[one] * lora.lora_B[one].weight.detach().float() for one in parts], dim=1)
         tensors[f"base_model.model.{name}.lora_A.weight"] = down.cpu().contiguous()

@@ -3,7 +3,6 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -12,6 +11,7 @@ from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import warn
 from offline_kto.kto_core.errors import KTOError, ModelError, TrainingError
 from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
+from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
 from offline_kto.kto_core.models.folders import find_folder, find_reference
 from offline_kto.kto_core.models.loading import check_model_folder, is_quantized_folder, load_causal_lm
@@ -35,7 +35,7 @@ class PolicyFiles:
     name: str
     folder: Path
     adapter: Path | None
-    tokenizer: Any
+    tokenizer: Tokenizer
     warnings: tuple[str, ...] = ()
     is_local: bool = True
 
@@ -107,7 +107,7 @@ class PolicyFiles:
             )
         warn(message)
 
-    def load(self, config: TrainConfig, precision: Precision, device: torch.device) -> Any:
+    def load(self, config: TrainConfig, precision: Precision, device: torch.device) -> Model:
         """The model as it is on disk: all weights in float32, or frozen to carry adapters.
 
         Raises:
@@ -133,7 +133,7 @@ class PolicyFiles:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model
 
-    def prepare(self, model: Any, config: TrainConfig) -> Any:
+    def prepare(self, model: Model, config: TrainConfig) -> Model:
         """A loaded model, ready to train: with new LoRA adapters where the run trains those."""
         if not config.lora_rank:
             return model
@@ -144,7 +144,7 @@ class PolicyFiles:
         return add_adapters(model, config, base=base)
 
 
-def _repair_generation(model: Any) -> None:
+def _repair_generation(model: Model) -> None:
     """Published models sample by settings that lack the word for it; saving them would fail after the training."""
     generation = getattr(model, "generation_config", None)
     if generation is None:

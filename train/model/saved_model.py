@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -20,6 +19,7 @@ from torch import Tensor
 from offline_kto.kto_core.durable_files import write_json
 from offline_kto.kto_core.errors import TrainingError, said_by
 from offline_kto.kto_core.hashing import chat_template_hash, stored_type, tokenizer_hash
+from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.weight_files import stored_tensors
 from offline_kto.kto_core.scoring.head import whole_shape
 
@@ -56,7 +56,7 @@ class Layout:
     tied: frozenset[frozenset[str]]
 
     @classmethod
-    def of(cls, model: Any) -> "Layout":
+    def of(cls, model: Model) -> "Layout":
         shapes: dict[str, tuple[int, ...]] = {}
         names: dict[int, set[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -91,12 +91,12 @@ class ModelWriter:
 
     own: dict[str, bytes]
     wide: frozenset[str]
-    tokenizer: Any
+    tokenizer: Tokenizer
     layout: Layout
     trust_remote_code: bool = False
 
     @classmethod
-    def of(cls, source: Path, tokenizer: Any, model: Any, *, trust_remote_code: bool = False) -> "ModelWriter":
+    def of(cls, source: Path, tokenizer: Tokenizer, model: Model, *, trust_remote_code: bool = False) -> "ModelWriter":
         """Read what stays as it is.
 
         Args:
@@ -113,10 +113,10 @@ class ModelWriter:
 
     def write(
         self,
-        model: Any,
+        model: Model,
         folder: Path,
         *,
-        state_dict: dict[str, Any] | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
         dtype: torch.dtype | None = None,
         layout: Layout | None = None,
     ) -> None:
@@ -143,7 +143,7 @@ class ModelWriter:
             self._write_own_config(model, folder, dtype)
             self.check_loads(folder, layout or self.layout)
 
-    def keeps(self, model: Any) -> set[str]:
+    def keeps(self, model: Model) -> set[str]:
         """Return the names of weights that stay in float32: those that the model's authors keep in it."""
         modules = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
         modules += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
@@ -154,7 +154,7 @@ class ModelWriter:
             kept |= {name for name, weight in model.named_parameters() if not weight.requires_grad}
         return kept
 
-    def _write_own_config(self, model: Any, folder: Path, dtype: torch.dtype | None) -> None:
+    def _write_own_config(self, model: Model, folder: Path, dtype: torch.dtype | None) -> None:
         """Replace what `transformers` writes by the model's own files; only what the run changed differs."""
         written, own = _read(folder / _CONFIG), dict(json.loads(self.own[_CONFIG]))
         if _GENERATION in self.own and _can_be_saved(json.loads(self.own[_GENERATION])):
@@ -218,7 +218,7 @@ class ModelWriter:
         self.tokenizer.save_pretrained(str(folder))
 
 
-def _own_files(source: Path, tokenizer: Any) -> dict[str, bytes]:
+def _own_files(source: Path, tokenizer: Tokenizer) -> dict[str, bytes]:
     """Return the contents of a model folder's small files: configuration, sampling settings, tokenizer."""
     names = {*_TOKENIZER_FILES, *getattr(tokenizer, "vocab_files_names", {}).values()}
     paths = [source / name for name in (_CONFIG, _GENERATION, *sorted(names))]
@@ -277,7 +277,7 @@ def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
     return [name for name, good in zip(checked, finite, strict=True) if not good]
 
 
-def check_adapters(folder: Path, model: Any) -> None:
+def check_adapters(folder: Path, model: Model) -> None:
     """Compare the names and shapes in an adapter's file with the adapters of a model.
 
     Raises:
@@ -300,7 +300,7 @@ def check_adapters(folder: Path, model: Any) -> None:
         )
 
 
-def load_weights(model: Any, folder: Path, trust_remote_code: bool) -> None:
+def load_weights(model: Model, folder: Path, trust_remote_code: bool) -> None:
     """Put a saved folder's weights into a model, as `from_pretrained` reads them.
 
     Raises:
@@ -320,7 +320,7 @@ def load_weights(model: Any, folder: Path, trust_remote_code: bool) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def _can_be_saved(settings: dict[str, Any]) -> bool:
+def _can_be_saved(settings: dict[str, object]) -> bool:
     """Return whether sampling settings agree with each other, as saving a model asks for."""
     try:
         transformers.GenerationConfig.from_dict(settings).validate(strict=True)
@@ -329,7 +329,7 @@ def _can_be_saved(settings: dict[str, Any]) -> bool:
     return True
 
 
-def _reads_alike(folder: Path, tokenizer: Any, trust_remote_code: bool) -> bool:
+def _reads_alike(folder: Path, tokenizer: Tokenizer, trust_remote_code: bool) -> bool:
     """Return whether the tokenizer in a folder, loaded as anybody would, is the given one."""
     try:
         found = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
@@ -338,9 +338,9 @@ def _reads_alike(folder: Path, tokenizer: Any, trust_remote_code: bool) -> bool:
         return False
 
 
-def _marks(tokenizer: Any) -> tuple[str, str | None]:
+def _marks(tokenizer: Tokenizer) -> tuple[str, str | None]:
     return tokenizer_hash(tokenizer), chat_template_hash(tokenizer)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     return dict(json.loads(path.read_text(encoding="utf-8-sig")))

@@ -80,7 +80,7 @@ class Figure:
     Plain dictionaries: plotly's Python objects hold every property against a schema, which took a second for a page.
     """
 
-    def __init__(self, **layout: Any) -> None:
+    def __init__(self, **layout: object) -> None:
         """An empty figure in the page's look."""
         axis = {
             "gridcolor": "var(--grid)",
@@ -92,7 +92,7 @@ class Figure:
             "ticklen": 4,
             "title": {"standoff": 8, "font": {"size": 12}},
         }
-        self.data: list[dict[str, Any]] = []
+        self.data: list[dict[str, object]] = []
         self.layout: dict[str, Any] = {
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
@@ -111,18 +111,18 @@ class Figure:
             **layout,
         }
 
-    def add(self, kind: str, **trace: Any) -> None:
+    def add(self, kind: str, **trace: object) -> None:
         """Add a trace: `scatter` or `bar`."""
         self.data.append({"type": kind, **trace})
 
-    def axis(self, name: str, *, title: str | None = None, **look: Any) -> None:
+    def axis(self, name: str, *, title: str | None = None, **look: object) -> None:
         """Set what an axis looks like: `xaxis`, `yaxis`, `yaxis2`, ..."""
         axis = self.layout.setdefault(name, {})
         axis.update(look)
         if title is not None:
             axis["title"] = {**axis.get("title", {}), "text": title}
 
-    def annotate(self, **annotation: Any) -> None:
+    def annotate(self, **annotation: object) -> None:
         """Add a word without an arrow."""
         self.layout["annotations"].append({"showarrow": False, **annotation})
 
@@ -131,7 +131,7 @@ class Figure:
         return json.dumps(_plain({"data": self.data, "layout": self.layout}), allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, dict):
@@ -289,7 +289,6 @@ def value_function() -> Figure:
     figure.axis("yaxis", title="value, loss", domain=[0.36, 1], rangemode="tozero")
     small = {"standoff": 8, "font": {"size": 12}}
     figure.layout["yaxis2"] = {**plain, "title": {**small, "text": "gradient"}, "domain": [0, 0.26], "nticks": 4}
-    hidden: dict[str, Any] = {"overlaying": "y", "visible": False, "fixedrange": True}
-    figure.axis("yaxis3", domain=[0.36, 1], range=[0, 2.2], **hidden)
+    figure.axis("yaxis3", domain=[0.36, 1], range=[0, 2.2], overlaying="y", visible=False, fixedrange=True)
     figure.axis("xaxis", title="log-ratio r, nats", anchor="y2", hoverformat=".3~f")
     return figure

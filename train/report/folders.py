@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,9 @@ from offline_kto.kto_core.lock import is_held
 from offline_kto.kto_core.redaction import hidden, is_secret
 from offline_kto.kto_core.yaml_files import read_yaml
 from offline_kto.train.run_files import LARGEST_JSON, LARGEST_METRICS, holds_word, read_rewards
+from offline_kto.train.run_records import EvaluationRecord, RunRecord, SweepRecord
 
+_T = TypeVar("_T")
 Floats = npt.NDArray[np.float64]
 SPLITS = ("train", "held_out")
 _FAR = 1e100  # squares and sums of numbers below stay finite
@@ -35,6 +37,7 @@ _GOING_ON = datetime.timedelta(minutes=10)  # a run that wrote a record within t
 class Run:
     """A run folder.
 
+    facts, evaluation, records: as the files hold them, with values of any kind: `number`, `mapping` and `listed` check them.
     logratios: r in nats of each row by (split, label), finite ones only; empty where there is no rewards.parquet.
     changed: when metrics.jsonl was last written.
     notes: what could not be read, in words.
@@ -42,10 +45,10 @@ class Run:
 
     path: Path
     name: str
-    config: dict[str, Any]
-    facts: dict[str, Any]
-    records: tuple[dict[str, Any], ...]
-    evaluation: dict[str, Any]
+    config: dict[str, object]
+    facts: RunRecord
+    records: tuple[dict[str, object], ...]
+    evaluation: EvaluationRecord
     logratios: dict[tuple[str, bool], Floats]
     changed: datetime.datetime | None
     going_on: bool
@@ -59,11 +62,11 @@ class Run:
     @property
     def updates(self) -> int:
         """The last step that was logged."""
-        return max((record["step"] for record in self.records), default=0)
+        return max(map(_step, self.records), default=0)
 
     def curve(self, metric: str) -> tuple[Floats, Floats]:
         """Steps and values of the records that have `metric`; a value that is no finite number is nan. Shape (n,) each."""
-        pairs = [(record["step"], number(record[metric])) for record in self.records if metric in record]
+        pairs = [(_step(record), number(record[metric])) for record in self.records if metric in record]
         steps = np.array([step for step, _ in pairs], dtype=np.float64)
         return steps, np.array([math.nan if value is None else value for _, value in pairs], dtype=np.float64)
 
@@ -79,7 +82,7 @@ class Trial:
 
     number: int
     state: str
-    params: dict[str, Any]
+    params: dict[str, object]
     value: float | None
     metrics: dict[str, float | None]
     seconds: float | None
@@ -94,8 +97,8 @@ class Sweep:
 
     path: Path
     name: str
-    config: dict[str, Any]
-    facts: dict[str, Any]
+    config: dict[str, object]
+    facts: SweepRecord
     trials: tuple[Trial, ...]
     metric: str
     maximize: bool
@@ -136,7 +139,7 @@ def read_folder(folder: Path) -> Run | Sweep:
     )
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """A number of JSON or YAML that can be calculated with, anything else as None: nan, 1e400, 1e200."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -146,12 +149,12 @@ def number(value: Any) -> float | None:
         return None
 
 
-def mapping(value: Any) -> dict[str, Any]:
+def mapping(value: object) -> dict[str, object]:
     """A mapping of JSON or YAML with its keys as text, anything else as an empty one."""
     return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else {}
 
 
-def listed(value: Any) -> list[Any]:
+def listed(value: object) -> list[object]:
     """A list of JSON or YAML, anything else as an empty one."""
     return value if isinstance(value, list) else []
 
@@ -161,7 +164,7 @@ class _Reader:
     folder: Path
     notes: list[str] = field(default_factory=list)
 
-    def json(self, name: str, *, expected: bool) -> dict[str, Any]:
+    def json(self, name: str, *, expected: bool) -> dict[str, object]:
         path = self.folder / name
         if not os.path.lexists(path):
             if expected:
@@ -176,7 +179,7 @@ class _Reader:
             self.notes.append(f"{name} holds no JSON object: it is left out.")
         return mapping(self._checked(name, _fit(content)))
 
-    def yaml(self, name: str) -> dict[str, Any]:
+    def yaml(self, name: str) -> dict[str, object]:
         if not os.path.lexists(self.folder / name):
             return {}
         try:
@@ -185,7 +188,7 @@ class _Reader:
             self.notes.append(f"{name} cannot be read ({said_by(error)}): the options are left out.")
             return {}
 
-    def records(self) -> tuple[dict[str, Any], ...]:
+    def records(self) -> tuple[dict[str, object], ...]:
         path = self.folder / "metrics.jsonl"
         try:
             content = read_foreign(path, most=LARGEST_METRICS) if os.path.lexists(path) else b""
@@ -200,7 +203,7 @@ class _Reader:
             self.notes.append(f"metrics.jsonl has {what} cut off or damaged, as a crash leaves it: left out.")
         return tuple(self._checked("metrics.jsonl", found))
 
-    def _checked(self, name: str, content: Any) -> Any:
+    def _checked(self, name: str, content: _T) -> _T:
         """The content as it is, with a note on numbers that nothing can be calculated with."""
         odd = _count_odd(content)
         if odd:
@@ -235,7 +238,7 @@ class _Reader:
         return {key: part for key, part in parts.items() if len(part)}
 
 
-def _record(line: str) -> dict[str, Any] | None:
+def _record(line: str) -> dict[str, object] | None:
     try:
         record = json.loads(line, parse_int=_whole)
         if isinstance(record, dict) and _NUMBERS.issuperset(map(type, record.values())):
@@ -248,7 +251,13 @@ def _record(line: str) -> dict[str, Any] | None:
     return record if type(step) is int and 0 <= step < 2**53 else None
 
 
-def _count_odd(content: Any) -> int:
+def _step(record: dict[str, object]) -> int:
+    step = record["step"]
+    assert isinstance(step, int)  # `_record` leaves out any other
+    return step
+
+
+def _count_odd(content: object) -> int:
     count = 0
     for one in content.values() if isinstance(content, dict) else content if isinstance(content, list) else [content]:
         if isinstance(one, float):
@@ -268,7 +277,7 @@ def _fit_text(text: str) -> str:
     return "\n".join(map(printable, hidden(text).split("\n")))
 
 
-def _fit(value: Any, depth: int = 20) -> Any:
+def _fit(value: object, depth: int = 20) -> object:
     """Data of a file, fit to be shown: no secrets, nothing that a terminal or a browser would obey, no number without end."""
     if isinstance(value, str):
         return _fit_text(value[:_LONGEST])
@@ -277,7 +286,7 @@ def _fit(value: Any, depth: int = 20) -> Any:
     if isinstance(value, Mapping | list | tuple) and depth == 0:
         return "..."
     if isinstance(value, Mapping):
-        named = {_fit(key if isinstance(key, str) else shown(key)): one for key, one in value.items()}
+        named = {_fit_text((key if isinstance(key, str) else shown(key))[:_LONGEST]): one for key, one in value.items()}
         return {name: _fit(one, depth - 1) for name, one in named.items() if not is_secret(name, one)}
     return [_fit(one, depth - 1) for one in value] if isinstance(value, list | tuple) else value
 
@@ -294,9 +303,9 @@ def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
         path=folder,
         name=printable(folder.resolve().name),
         config=reader.yaml("config.yaml"),
-        facts=reader.json("run.json", expected=not of_a_sweep),
+        facts=cast("RunRecord", reader.json("run.json", expected=not of_a_sweep)),
         records=reader.records(),
-        evaluation=reader.json("evaluation.json", expected=False),
+        evaluation=cast("EvaluationRecord", reader.json("evaluation.json", expected=False)),
         logratios=reader.logratios(),
         changed=changed,
         going_on=recently and is_held(folder),
@@ -308,7 +317,7 @@ def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
 def _sweep(folder: Path) -> Sweep:
     reader = _Reader(folder)
     config = reader.yaml("sweep.yaml")
-    facts = reader.json("sweep.json", expected=True)
+    facts = cast("SweepRecord", reader.json("sweep.json", expected=True))
     trials = [_trial(folder, mapping(trial)) for trial in listed(facts.get("trials"))]
     metric = facts.get("metric") or config.get("metric") or "eval/loss"
     notes = [f"Trial {t.number}: {note}" for t in trials if t is not None and t.run for note in t.run.notes]
@@ -334,7 +343,7 @@ def _is_trial(path: Path | str, name: str) -> bool:
         return False
 
 
-def _trial(folder: Path, trial: dict[str, Any]) -> Trial | None:
+def _trial(folder: Path, trial: dict[str, object]) -> Trial | None:
     index = trial.get("number")
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 10**6:
         return None

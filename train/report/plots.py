@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from offline_kto.train.report.figures import (
 from offline_kto.train.report.folders import SPLITS, Run, Sweep, listed, mapping, number
 from offline_kto.train.report.sweep_figures import shades
 from offline_kto.train.report.words import final, plain_name, shown
+from offline_kto.train.run_records import RunRecord, SweepRecord
 
 _CLASS_COLORS = {"chosen": "var(--desirable)", "rejected": "var(--undesirable)"}
 _CLASS_WORDS = {"chosen": "desirable", "rejected": "undesirable"}
@@ -133,7 +133,7 @@ def reward_histograms(run: Run) -> list[tuple[str, Plot]]:
     return found
 
 
-def length_histograms(data: dict[str, Any]) -> list[Plot]:
+def length_histograms(data: dict[str, object]) -> list[Plot]:
     """How long prompts and completions are."""
     lengths = mapping(data.get("lengths"))
     found = {
@@ -209,7 +209,9 @@ def trial_curves(sweep: Sweep) -> list[tuple[str, Plot]]:
     return found
 
 
-def panel_source(name: str, run: Run | None, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def panel_source(
+    name: str, run: Run | None, config: dict[str, object], facts: RunRecord | SweepRecord
+) -> dict[str, object]:
     """Where the panel's sliders start, and how the run's log-ratios are spread: quantiles of each class, no rows."""
     logratios = run.logratios if run is not None else {}
     # Held-out rows, where there are any: the model as it is now, and their z0.

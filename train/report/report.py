@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from offline_kto.kto_core.durable_files import write_text
 from offline_kto.kto_core.errors import ConfigError, printable
@@ -20,6 +20,7 @@ from offline_kto.kto_core.options import flag
 if TYPE_CHECKING:
     from offline_kto.train.report.figures import Plot
     from offline_kto.train.report.folders import Run, Sweep
+    from offline_kto.train.run_records import RunRecord, SweepRecord
 
 REPORT = "report.html"
 
@@ -78,7 +79,7 @@ def warnings_of(run: "Run") -> list[str]:
     return said + [f"Step {alarm.step:,}: {alarm.text}" for alarm in found]
 
 
-def _plan_warnings(facts: dict[str, Any]) -> list[str]:
+def _plan_warnings(facts: "RunRecord | SweepRecord") -> list[str]:
     from offline_kto.train.report.folders import listed
 
     lines = map(str, listed(facts.get("warnings")))
@@ -157,7 +158,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [printable("/".join(part[-depth:])) for part in parts]
 
 
-def _run_parts(run: "Run", name: str) -> dict[str, Any]:
+def _run_parts(run: "Run", name: str) -> dict[str, object]:
     from offline_kto.train.report import plots, words
 
     return {
@@ -179,7 +180,7 @@ def _run_parts(run: "Run", name: str) -> dict[str, Any]:
     }
 
 
-def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, Any]:
+def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, object]:
     from offline_kto.train.report import plots, sweep_figures, words
 
     best = sweep.best
@@ -206,7 +207,7 @@ def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, Any]:
     }
 
 
-def _held_out(run: "Run") -> dict[str, Any] | None:
+def _held_out(run: "Run") -> dict[str, object] | None:
     """The held-out table: metrics with intervals, or the last evaluation of the training."""
     from offline_kto.train.report import words
     from offline_kto.train.report.folders import mapping, number
@@ -231,7 +232,7 @@ def _held_out(run: "Run") -> dict[str, Any] | None:
     return {"rows": rows, "note": note} if rows else None
 
 
-def _data(facts: dict[str, Any]) -> dict[str, Any] | None:
+def _data(facts: "RunRecord | SweepRecord") -> dict[str, object] | None:
     """The data section of a run or sweep."""
     from offline_kto.train.report import plots, words
     from offline_kto.train.report.folders import listed, mapping, number
@@ -257,7 +258,9 @@ def _data(facts: dict[str, Any]) -> dict[str, Any] | None:
     return {"counts": counts, "lines": lines, "files": files, "plots": plots.length_histograms(data)}
 
 
-def _origin(path: Path, facts: dict[str, Any], config: dict[str, Any], *, best: bool = False) -> dict[str, Any]:
+def _origin(
+    path: Path, facts: "RunRecord | SweepRecord", config: dict[str, object], *, best: bool = False
+) -> dict[str, object]:
     """The reproduction section: commands, fingerprints, versions, options."""
     import yaml
 
@@ -283,13 +286,13 @@ def _origin(path: Path, facts: dict[str, Any], config: dict[str, Any], *, best: 
     }
 
 
-def _in_words(value: Any) -> str:
+def _in_words(value: object) -> str:
     from offline_kto.train.report.words import shown
 
     return ", ".join(shown(item) for item in value) if isinstance(value, list) else shown(value)
 
 
-def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, Any]]]:
+def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, object]]]:
     """The table of all trials: its header, and each trial's cells, the best trials first."""
     from offline_kto.train.report import words
 
@@ -316,7 +319,7 @@ def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, Any]]]:
     return header, rows
 
 
-def _comparison(runs: Sequence[tuple["Run", str]]) -> dict[str, Any]:
+def _comparison(runs: Sequence[tuple["Run", str]]) -> dict[str, object]:
     """Several runs side by side: overlaid curves, and a table of final values."""
     from offline_kto.train.report import plots, words
 
@@ -350,7 +353,7 @@ def _panel_plot() -> "Plot":
     return Plot("The value of an outcome", label, value_function(), height=430)
 
 
-def _sources(found: Sequence["Run | Sweep"], names: Sequence[str]) -> list[dict[str, Any]]:
+def _sources(found: Sequence["Run | Sweep"], names: Sequence[str]) -> list[dict[str, object]]:
     """Where the panel starts: a run's settings and rows, for each folder."""
     from offline_kto.train.report.folders import Run
     from offline_kto.train.report.plots import panel_source

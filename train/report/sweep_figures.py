@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -43,7 +42,7 @@ def shades(sweep: Sweep) -> dict[int, str]:
     return {t.number: _SHADE_NAMES[round(float(p) * (_SHADES - 1))] for t, p in zip(trials, places, strict=True)}
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     """A value of an axis that has words, as the tables have it."""
     return shown(value) if isinstance(value, bool) else str(value)
 
@@ -51,7 +50,7 @@ def _word(value: Any) -> str:
 class _Axis:
     """Where values of one parameter stand on an axis from 0 to 1, and the ticks there."""
 
-    def __init__(self, values: Sequence[Any], *, log: bool = False, flipped: bool = False) -> None:
+    def __init__(self, values: Sequence[object], *, log: bool = False, flipped: bool = False) -> None:
         present = [value for value in values if value is not None]
         numbers = [found for value in present if (found := number(value)) is not None]
         self.flipped = flipped
@@ -68,7 +67,7 @@ class _Axis:
     def _scaled(self, value: float) -> float:
         return math.log10(value) if self.log else value
 
-    def place(self, value: Any) -> float | None:
+    def place(self, value: object) -> float | None:
         if value is None:
             return None
         if self.words is not None:
@@ -76,7 +75,7 @@ class _Axis:
         elif self.high == self.low:
             at = 0.5
         else:
-            at = (self._scaled(float(value)) - self.low) / (self.high - self.low)
+            at = (self._scaled(number(value) or 0.0) - self.low) / (self.high - self.low)
         return 1 - at if self.flipped else at
 
     def ticks(self) -> list[tuple[float, str]]:
@@ -208,6 +207,7 @@ def slices(sweep: Sweep) -> list[Plot]:
         if not shown_trials:
             continue
         values = [trial.params[name] for trial in shown_trials]
+        numbers = [found for value in values if (found := number(value)) is not None]
         axis = _Axis(values, log=_is_log(sweep, name))
         figure = Figure(showlegend=False, hovermode="closest")
         figure.add(
@@ -226,12 +226,8 @@ def slices(sweep: Sweep) -> list[Plot]:
             meta={"trials": [trial.number for trial in shown_trials]},
         )
         if axis.words is not None:
-            order: dict[str, Any] = {
-                "type": "category",
-                "categoryorder": "array",
-                "categoryarray": [literal(w) for w in axis.words],
-            }
-            figure.axis("xaxis", **order)
+            words = [literal(word) for word in axis.words]
+            figure.axis("xaxis", type="category", categoryorder="array", categoryarray=words)
         else:
             figure.axis("xaxis", type="log" if axis.log else "linear", exponentformat="e")
             if axis.numbers is not None:
@@ -239,7 +235,7 @@ def slices(sweep: Sweep) -> list[Plot]:
             elif axis.log and axis.high - axis.low > 1.5:
                 figure.axis("xaxis", dtick=1)
             elif axis.log:
-                ticks = _round_numbers(min(values), max(values))
+                ticks = _round_numbers(min(numbers), max(numbers))
                 figure.axis("xaxis", tickvals=ticks, ticktext=[shown(value, 3) for value in ticks])
         figure.axis("yaxis", title=literal(plain_name(sweep.metric)), exponentformat="e", nticks=5)
         plots.append(Plot(name, f"{sweep.metric} against {name}, {len(values)} trials.", figure, height=210))

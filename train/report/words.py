@@ -5,10 +5,10 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.errors import printable
 from offline_kto.train.report.folders import Run, Sweep, mapping, number
+from offline_kto.train.run_records import RunRecord, SweepRecord
 
 NOTHING = "–"
 PERCENT = frozenset({"accuracy", "padding"})
@@ -36,7 +36,7 @@ class Tile:
     below: str = ""
 
 
-def shown(value: Any, digits: int = 4) -> str:
+def shown(value: object, digits: int = 4) -> str:
     """A value as the page writes it: numbers with `digits` significant digits and thousands separators."""
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -81,7 +81,7 @@ def judged(sweep: Sweep, value: float | None) -> str:
     return metric_value(sweep.metric, value, _SWEEP_DIGITS)
 
 
-def interval(metric: str, held: dict[str, Any]) -> str:
+def interval(metric: str, held: dict[str, object]) -> str:
     """`[64, 78]`, or nothing."""
     low, high = number(held.get("low")), number(held.get("high"))
     if low is None or high is None:
@@ -101,11 +101,13 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def moment(text: Any) -> str:
+def moment(text: object) -> str:
     """A time stamp of a file, in words; as it is where it is none."""
     try:
-        when = datetime.datetime.fromisoformat(text)
-    except (TypeError, ValueError):
+        when = datetime.datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        when = None
+    if when is None:
         return str(text or "")
     return f"{when.day} {when:%B %Y, %H:%M}" + (" UTC" if when.utcoffset() == datetime.timedelta(0) else "")
 
@@ -172,7 +174,7 @@ def different_options(runs: Sequence[Run]) -> list[str]:
     return [name for name in _COMPARED if len({str(run.config.get(name)) for run in runs}) > 1]
 
 
-def sortable(value: Any) -> float | str | None:
+def sortable(value: object) -> float | str | None:
     """A value as a table sorts it."""
     found = number(value)
     return found if found is not None else None if value is None else str(value)
@@ -245,7 +247,7 @@ def sweep_tiles(sweep: Sweep) -> list[Tile]:
     return found
 
 
-def commands(path: Path, facts: dict[str, Any], *, best: bool = False) -> list[str]:
+def commands(path: Path, facts: RunRecord | SweepRecord, *, best: bool = False) -> list[str]:
     """What makes this folder again, and its page."""
     given = facts.get("command")
     found = [given] if isinstance(given, str) and given else []

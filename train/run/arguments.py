@@ -4,7 +4,6 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -70,12 +69,12 @@ class Arguments(transformers.TrainingArguments):
         """GPUs that the Trainer would train on: all that this process sees, without a launcher."""
         return int(super().n_gpu)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         # Loggers get this; the original hides some secrets from some of them.
-        shown_settings: dict[str, Any] = without_secrets(super().to_dict())
+        shown_settings: dict[str, object] = without_secrets(super().to_dict())
         return shown_settings
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         state = {
             name: None if is_secret_name(name) and isinstance(one, str) else one for name, one in vars(self).items()
         }
@@ -94,7 +93,7 @@ def training_arguments(
         ConfigError: an unknown key in that table, or one that an option of ours sets.
     """
     world = world_size()
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "output_dir": str(out),
         # The number of rows a rank gets; micro-batches are cut inside `training_step`.
         "per_device_train_batch_size": math.ceil(config.batch_size / world),
@@ -165,7 +164,7 @@ def training_arguments(
     return args
 
 
-def _table(config: TrainConfig) -> dict[str, Any]:
+def _table(config: TrainConfig) -> dict[str, object]:
     known = list(transformers.TrainingArguments.__dataclass_fields__)
     for name in config.training:
         if name in _OURS:
@@ -179,7 +178,7 @@ def _table(config: TrainConfig) -> dict[str, Any]:
     return dict(config.training)
 
 
-def _check_kinds(table: dict[str, Any]) -> None:
+def _check_kinds(table: dict[str, object]) -> None:
     """Refuse text where the Trainer calculates or decides: it takes 'no' for true."""
     kinds = value_types(transformers.TrainingArguments)
     for name, value in table.items():

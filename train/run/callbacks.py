@@ -8,7 +8,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TextIO, TypeAlias
 
 import transformers
 from tqdm import tqdm
@@ -20,6 +20,11 @@ from offline_kto.kto_core.foreign_files import read_foreign
 from offline_kto.kto_core.streams import is_terminal
 from offline_kto.train.diagnostics.training import Watch
 from offline_kto.train.run_files import LARGEST_METRICS
+from offline_kto.train.run_records import MetricsRecord
+
+_Args: TypeAlias = transformers.TrainingArguments
+_State: TypeAlias = transformers.TrainerState
+_Control: TypeAlias = transformers.TrainerControl
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -33,9 +38,9 @@ _USUAL_WIDTH = 80
 _INTERNAL = ("total_flos", "train_loss", "train_samples_per_second", "train_steps_per_second")
 
 
-def record_of(logs: dict[str, Any], step: int) -> dict[str, Any]:
+def record_of(logs: MetricsRecord, step: int) -> MetricsRecord:
     """A log as it is written: step first, `eval/` names, numbers that JSON can hold."""
-    record: dict[str, Any] = {"step": step}
+    record: MetricsRecord = {"step": step}
     for name, value in logs.items():
         if name not in _INTERNAL:
             record[name.replace("eval_", "eval/", 1) if name.startswith("eval_") else name] = value
@@ -48,7 +53,7 @@ class MetricsFile(transformers.TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: _Args, state: _State, control: _Control, **kwargs: object) -> None:
         if not os.path.lexists(self.path):
             return
         kept = []
@@ -58,14 +63,14 @@ class MetricsFile(transformers.TrainerCallback):
                 kept.append(line + "\n")
         write_text(self.path, "".join(kept))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: _Args, state: _State, control: _Control, logs: MetricsRecord, **kwargs: object) -> None:
         # A link could lead to a file of somebody's.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         with os.fdopen(os.open(self.path, flags, 0o666), "a", encoding="utf-8") as file:
             file.write(json.dumps(record_of(logs, state.global_step)) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[MetricsRecord]:
     """The records of a `metrics.jsonl`; a line that a crash cut off is left out."""
     return [record for line in _lines(path) if (record := _parsed(line)) is not None]
 
@@ -77,7 +82,7 @@ def _lines(path: Path) -> list[str]:
         raise TrainingError(f"{path}: cannot be read: {error}. Remove it, or put it back.") from error
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: str) -> MetricsRecord | None:
     """A record, or None for a line that a crash cut off or that holds anything but numbers."""
     try:
         record = json.loads(line)
@@ -88,7 +93,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return record if isinstance(record.get("step"), int) else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     # A whole number may have more digits than a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
@@ -113,12 +118,12 @@ class Console(transformers.TrainerCallback):
             self.bar.close()
             self.bar = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: _Args, state: _State, control: _Control, **kwargs: object) -> None:
         if self.watch is not None and state.global_step and self.metrics is not None and self.metrics.exists():
             for record in read_metrics(self.metrics):
                 self.watch.add(record)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: _Args, state: _State, control: _Control, **kwargs: object) -> None:
         if self.first_step is not None:
             return
         # Not before: other callbacks check and print when training begins.
@@ -129,14 +134,14 @@ class Console(transformers.TrainerCallback):
                 total=state.max_steps, initial=state.global_step, dynamic_ncols=True, miniters=1, smoothing=0
             )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: _Args, state: _State, control: _Control, **kwargs: object) -> None:
         if self.bar is not None and not control.should_log:  # else the line moves on with the new values
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: _Args, state: _State, control: _Control, **kwargs: object) -> None:
         self.close()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: _Args, state: _State, control: _Control, logs: MetricsRecord, **kwargs: object) -> None:
         record = record_of(logs, state.global_step)
         if "train_runtime" in record:
             self.close()
@@ -149,7 +154,7 @@ class Console(transformers.TrainerCallback):
         for alarm in self.watch.add(record) if self.watch is not None else ():
             self._say(f"{'warning':<12}step {alarm.step:,}: {alarm.text}")
 
-    def _step(self, record: dict[str, Any], state: Any) -> None:
+    def _step(self, record: MetricsRecord, state: _State) -> None:
         if self.bar is not None:
             self.bar.record = record
             moved = state.global_step - self.bar.n
@@ -176,7 +181,7 @@ class Console(transformers.TrainerCallback):
 class _LiveLine(tqdm):
     """tqdm's bar and time left, with as much of the last record as the terminal has room for at this moment."""
 
-    record: dict[str, Any] | None = None
+    record: MetricsRecord | None = None
 
     def width(self) -> int:
         """Columns that a line may fill; in the last one some terminals go to the next line."""
@@ -192,7 +197,7 @@ class _LiveLine(tqdm):
         return ""
 
     @staticmethod
-    def status_printer(file: Any) -> Callable[[str], None]:
+    def status_printer(file: TextIO) -> Callable[[str], None]:
         """tqdm's covers a longer line with blanks, which wrap when the terminal has become narrower."""
 
         def show(line: str) -> None:
@@ -206,7 +211,7 @@ def _shows_live_lines() -> bool:
     return is_terminal(sys.stderr) and not is_silent() and os.environ.get("TERM") != "dumb"
 
 
-def _layouts(record: dict[str, Any]) -> Iterator[str]:
+def _layouts(record: MetricsRecord) -> Iterator[str]:
     """`bar_format`s for tqdm, from all there is to say to nothing."""
     bar, count = "{percentage:3.0f}%|{bar}| ", "{n:,}/{total:,}"
     long, short = _parts(record), _short_parts(record)
@@ -219,7 +224,7 @@ def _layouts(record: dict[str, Any]) -> Iterator[str]:
         yield " ".join(["{n}/{total}", *short.values()])
 
 
-def _parts(record: dict[str, Any]) -> dict[str, str]:
+def _parts(record: MetricsRecord) -> dict[str, str]:
     """What a line says about a record; a loss may have no kl, a batch no row of a class."""
     parts = {"loss": f"loss {_number(record['loss'])}"} if "loss" in record else {}
     if "kl" in record:
@@ -234,7 +239,7 @@ def _parts(record: dict[str, Any]) -> dict[str, str]:
     return {**parts, "left": "{remaining} left"}
 
 
-def _short_parts(record: dict[str, Any]) -> dict[str, str]:
+def _short_parts(record: MetricsRecord) -> dict[str, str]:
     parts = _parts(record)
     for name, value, words in (
         ("loss", "loss", "loss {:.3f}"),
@@ -250,7 +255,7 @@ def _short_parts(record: dict[str, Any]) -> dict[str, str]:
     return parts
 
 
-def _summary(record: dict[str, Any]) -> str:
+def _summary(record: MetricsRecord) -> str:
     return "  ".join(text for name, text in _parts(record).items() if name not in ("tokens", "left"))
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,8 @@ from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.start_check import check_start
 from offline_kto.train.run.training_run import check_vocabulary, make_trainer
-from offline_kto.train.run_files import EVALUATION, FACTS, holds_word, read_facts, read_rewards, refuse_pipes
+from offline_kto.train.run_files import EVALUATION, RUN_RECORD, holds_word, read_rewards, read_run_record, refuse_pipes
+from offline_kto.train.run_records import FinalUpdate, RunRecord
 from offline_kto.train.trainer.evaluation import summary, summary_lines
 from offline_kto.train.trainer.objective import Objective
 
@@ -44,10 +44,10 @@ def evaluate_run(config: TrainConfig) -> Path:
     run = config.evaluate_only
     assert run is not None
     config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
-    facts = read_facts(run)
+    facts = read_run_record(run)
     refuse_pipes(run, "--evaluate-only")
     found_final = facts.get("final")
-    final = found_final if isinstance(found_final, dict) else {}
+    final: FinalUpdate = found_final if isinstance(found_final, dict) else {}
     device = resolve_device(config.device)
     precision = resolve_precision(config.dtype, device)
     rows = rows_to_evaluate(config, facts, _trained_prompts(run))
@@ -97,7 +97,7 @@ def evaluate_run(config: TrainConfig) -> Path:
     return path
 
 
-def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: dict[str, Any]) -> tuple[PolicyFiles, Path | None]:
+def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: RunRecord) -> tuple[PolicyFiles, Path | None]:
     """The run's model, or the model below its adapters and the adapters."""
     if (run / "adapter_config.json").exists():
         # The model that the run started from, whatever the cache to be evaluated was scored with.
@@ -126,13 +126,13 @@ def _base_folder(run: Path) -> str | None:
     return base if isinstance(base, str) and Path(base).is_absolute() else None
 
 
-def _weights(run: Path, facts: dict[str, Any]) -> tuple[float, float]:
+def _weights(run: Path, facts: RunRecord) -> tuple[float, float]:
     """The class weights the run was trained with; `auto` depends on its training rows."""
     match facts.get("weights"):
         case [int() | float() as desirable, int() | float() as undesirable]:
             return float(desirable), float(undesirable)
     raise ConfigError(
-        f"{run / FACTS}: does not say which class weights the run was trained with; it cannot be evaluated."
+        f"{run / RUN_RECORD}: does not say which class weights the run was trained with; it cannot be evaluated."
     )
 
 

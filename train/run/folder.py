@@ -10,7 +10,6 @@ runs/NAME/                 at the end: model, tokenizer, model card, evaluation.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import tell
@@ -21,7 +20,16 @@ from offline_kto.kto_core.lock import LOCK
 from offline_kto.kto_core.yaml_files import read_yaml
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.resumed_options import compare_facts, compare_options
-from offline_kto.train.run_files import CONFIG, FACTS, config_text, make_folder, read_facts, refuse_pipes, write_facts
+from offline_kto.train.run_files import (
+    CONFIG,
+    RUN_RECORD,
+    config_text,
+    make_folder,
+    read_run_record,
+    refuse_pipes,
+    write_run_record,
+)
+from offline_kto.train.run_records import ComputedWith, RunRecord
 
 
 def refuse_unnamed(config: TrainConfig) -> None:
@@ -52,21 +60,19 @@ def refuse_occupied(config: TrainConfig, out: Path) -> None:
         ConfigError: the folder holds something else.
     """
     # What a run leaves that is killed before its first file is whole.
-    begun = (LOCK, f".{FACTS}.")
+    begun = (LOCK, f".{RUN_RECORD}.")
     found = sorted(path.name for path in out.iterdir() if not path.name.startswith(begun))
     if found and not config.resume:
         raise ConfigError(
             f"--out {out}: the folder is not empty. Choose another one, or pass --resume to go on with the run in it."
         )
-    if found and not (out / FACTS).exists():
+    if found and not (out / RUN_RECORD).exists():
         raise ConfigError(
-            f"--resume {out}: holds {found[0]}, but no {FACTS}: it is no run of kto-train. Choose another --out."
+            f"--resume {out}: holds {found[0]}, but no {RUN_RECORD}: it is no run of kto-train. Choose another --out."
         )
 
 
-def last_checkpoint(
-    config: TrainConfig, out: Path, manifest: Manifest, now: Mapping[str, Any], *, main: bool
-) -> str | None:
+def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest, now: ComputedWith, *, main: bool) -> str | None:
     """The checkpoint to go on from, or None to start at the beginning.
 
     Args:
@@ -95,24 +101,25 @@ def last_checkpoint(
 
 
 def _check_same_cache(out: Path, manifest: Manifest) -> None:
-    facts, now = read_facts(out), manifest.rows_identity
-    for name, what in (("fingerprint", "another cache"), ("labels_hash", "other labels or another row order")):
-        if facts.get(name) != now[name]:
+    what = {"fingerprint": "another cache", "labels_hash": "other labels or another row order"}
+    before: Mapping[str, object] = read_run_record(out)
+    for name, now in manifest.rows_identity.items():
+        if before.get(name) != now:
             raise ConfigError(
-                f"--resume {out}: the run was started with {what} ({name} {str(facts.get(name))[:12]}, now "
-                f"{str(now[name])[:12]}). Pass the cache it was started with, or start a new run."
+                f"--resume {out}: the run was started with {what[name]} ({name} {str(before.get(name))[:12]}, now "
+                f"{str(now)[:12]}). Pass the cache it was started with, or start a new run."
             )
 
 
-def _check_same_run(config: TrainConfig, out: Path, now: Mapping[str, Any]) -> list[str]:
+def _check_same_run(config: TrainConfig, out: Path, now: ComputedWith) -> list[str]:
     if not (out / CONFIG).exists():
         raise ConfigError(f"--resume {out}: holds a checkpoint, but no config.yaml. Start a new run.")
     return compare_options(config, read_yaml(out / CONFIG, foreign=True), out) + compare_facts(
-        now, read_facts(out), out
+        now, read_run_record(out), out
     )
 
 
-def write_start(config: TrainConfig, out: Path, facts: dict[str, Any]) -> None:
+def write_start(config: TrainConfig, out: Path, facts: RunRecord) -> None:
     """Write config.yaml and run.json. The folder stays empty until the checks before the first update have passed."""
-    write_facts(out, facts)  # first: what tells the folder is a run's
+    write_run_record(out, facts)  # first: what tells the folder is a run's
     write_text(out / CONFIG, config_text(config))

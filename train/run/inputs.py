@@ -1,12 +1,13 @@
 """What a run is made from: caches, tokenizer, policy. A sweep's worker keeps them between its trials."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from offline_kto.kto_core.cache.manifest import Manifest
+from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.train.config import TrainConfig
@@ -29,7 +30,7 @@ class Materials:
         """Raises: ModelError, TrainingError: see `PolicyFiles.find`."""
         return PolicyFiles.find(config, manifest)
 
-    def model(self, files: PolicyFiles, config: TrainConfig, precision: Precision, device: torch.device) -> Any:
+    def model(self, files: PolicyFiles, config: TrainConfig, precision: Precision, device: torch.device) -> Model:
         """The policy, ready to train. Raises: ModelError, TrainingError: see `PolicyFiles.load`."""
         return files.prepare(files.load(config, precision, device), config)
 
@@ -41,14 +42,14 @@ class Materials:
 class _Initial:
     """A loaded model and how it was before anybody trained it."""
 
-    key: tuple[Any, ...]
-    model: Any
+    key: tuple[object, ...]
+    model: Model
     weights: dict[str, Tensor]
     trained: dict[str, bool]
-    forward: Any
+    forward: Callable[..., object] | None
 
     @classmethod
-    def of(cls, key: tuple[Any, ...], model: Any, *, frozen: bool) -> "_Initial":
+    def of(cls, key: tuple[object, ...], model: Model, *, frozen: bool) -> "_Initial":
         # Under LoRA nothing of the model itself changes, so nothing is copied.
         tensors = {} if frozen else {**dict(model.named_parameters()), **dict(model.named_buffers())}
         weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -56,7 +57,7 @@ class _Initial:
         return cls(key, model, weights, trained, vars(model).get("forward"))
 
     @torch.no_grad()
-    def restore(self) -> Any:
+    def restore(self) -> Model:
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, weight in self.weights.items():
             tensors[name].copy_(weight)
@@ -65,7 +66,7 @@ class _Initial:
             parameter.grad = None
         # accelerate wrapped autocast around it, and would not do so again where it finds its mark.
         self.model.forward = self.forward
-        vars(self.model).pop("_is_accelerate_prepared", None)
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
         return self.model.eval()
 
 
@@ -79,9 +80,9 @@ class KeptMaterials(Materials):
 
     loads: int = 0
     _caches: dict[tuple[Location, int | None], CacheRows] = field(default_factory=dict)
-    _files: dict[tuple[Any, ...], PolicyFiles] = field(default_factory=dict)
+    _files: dict[tuple[object, ...], PolicyFiles] = field(default_factory=dict)
     _initial: _Initial | None = None
-    _given: Any = None
+    _given: Model = None
 
     def data(self, config: TrainConfig) -> TrainingData:
         return TrainingData.open(config, self._open)
@@ -98,7 +99,7 @@ class KeptMaterials(Materials):
             self._files[key] = PolicyFiles.find(config, manifest)
         return self._files[key]
 
-    def model(self, files: PolicyFiles, config: TrainConfig, precision: Precision, device: torch.device) -> Any:
+    def model(self, files: PolicyFiles, config: TrainConfig, precision: Precision, device: torch.device) -> Model:
         frozen = config.lora_rank > 0
         key = (*(getattr(config, name) for name in _OF_MODEL), frozen, str(device))
         if self._initial is None or self._initial.key != key:

@@ -3,7 +3,6 @@
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -27,18 +26,18 @@ def write_card(
     manifest: Manifest,
     files: PolicyFiles,
     weights: tuple[float, float],
-    history: list[dict[str, Any]],
+    history: list[dict[str, object]],
 ) -> None:
     """Write the card: base model, cache fingerprint, the command, and the last metrics."""
-    front: dict[str, Any] = {
+    front: dict[str, object] = {
         "base_model": printable(files.name),
         "library_name": "peft" if (path.parent / "adapter_config.json").exists() else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["kto", "alignment"],
     }
     data = manifest.data
-    last: dict[str, Any] = next((log for log in reversed(history) if "loss" in log), {})
-    held: dict[str, Any] = next((log for log in reversed(history) if "eval_loss" in log), {})
+    last: dict[str, object] = next((log for log in reversed(history) if "loss" in log), {})
+    held: dict[str, object] = next((log for log in reversed(history) if "eval_loss" in log), {})
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -71,12 +70,12 @@ def write_card(
 _MARKUP = re.compile(r"[\\`*\[\]<>&]|(?<!\w)_|_(?!\w)")
 
 
-def _text(text: Any) -> str:
+def _text(text: object) -> str:
     """Text as Markdown shows it, letter by letter."""
     return _MARKUP.sub(r"\\\g<0>", printable(str(text), 300))
 
 
-def _code(text: Any) -> str:
+def _code(text: object) -> str:
     """Text as Markdown code. Its fence is longer than any in it."""
     text = printable(str(text), 500)
     fence = "`" * (_longest_fence(text) + 1)

@@ -9,11 +9,11 @@ free    it changes no number.
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.options import as_plain, flag
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.run_records import ComputedWith, RunRecord
 
 
 def _names(words: str) -> frozenset[str]:
@@ -55,7 +55,7 @@ TRAINING_FREE = _names(
 _OF_OPTIMIZER = ("optim", "adam")
 
 
-def compare_options(config: TrainConfig, started: Mapping[str, Any], where: Path) -> list[str]:
+def compare_options(config: TrainConfig, started: Mapping[str, object], where: Path) -> list[str]:
     """Compare a run's options with those of its continuation.
 
     Args:
@@ -71,7 +71,8 @@ def compare_options(config: TrainConfig, started: Mapping[str, Any], where: Path
     if not isinstance(started.get("training", {}), dict):
         raise ConfigError(f"--resume {where}: in its config.yaml, training: is no table. Start a new run.")
     before, now = _effective({**as_plain(TrainConfig()), **started}), _effective(as_plain(config))
-    _compare_training(before["training"], now["training"], where)
+    tables = _table(now), _table(before)
+    _compare_training(*tables, where)
     for name in sorted(FIXED, key=list(now).index):
         if before.get(name) != now[name]:
             raise ConfigError(
@@ -79,31 +80,29 @@ def compare_options(config: TrainConfig, started: Mapping[str, Any], where: Path
                 "Pass the same value, or start a new run."
             )
     lines = [(flag(name), now[name], before.get(name)) for name in now if name in SAID]
-    lines += [
-        (f"training: {name}", *values)
-        for name, *values in _changed(now["training"], before["training"])
-        if name in TRAINING_SAID
-    ]
+    lines += [(f"training: {name}", new, old) for name, new, old in _changed(*tables) if name in TRAINING_SAID]
     return [f"{name} {new}, before it was {shown(old)}" for name, new, old in lines if new != old]
 
 
-def compare_facts(now: Mapping[str, Any], started: Mapping[str, Any], where: Path) -> list[str]:
+def compare_facts(now: ComputedWith, started: RunRecord, where: Path) -> list[str]:
     """Compare what a run computed with and what its continuation would.
 
     Args:
-        now: `precision`, `held_out_cache` and `versions`, as run.json holds them.
+        now: of the continuation.
         started: run.json; what an older version did not write is not compared.
 
     Returns, Raises: as `compare_options`.
     """
+    before: Mapping[str, object] = started
+    wanted: Mapping[str, object] = now
     for name, what, advice in (
         ("precision", "in another precision", "Pass --dtype {}"),
         ("held_out_cache", "with other held-out rows", "Pass the --eval-cache it was started with"),
     ):
-        if name in started and started[name] != now[name]:
+        if name in before and before[name] != wanted[name]:
             raise ConfigError(
-                f"--resume {where}: the run was started {what} ({shown(started[name])}, now {shown(now[name])}). "
-                f"{advice.format(shown(started[name]))}, or start a new run."
+                f"--resume {where}: the run was started {what} ({shown(before[name])}, now {shown(wanted[name])}). "
+                f"{advice.format(shown(before[name]))}, or start a new run."
             )
     versions = started.get("versions")
     known = versions if isinstance(versions, dict) else {}
@@ -114,18 +113,23 @@ def compare_facts(now: Mapping[str, Any], started: Mapping[str, Any], where: Pat
     ]
 
 
-def _effective(options: dict[str, Any]) -> dict[str, Any]:
+def _effective(options: dict[str, object]) -> dict[str, object]:
     """Options with what a missing value stands for."""
     rank, alpha = options.get("lora_rank"), options.get("lora_alpha")
     if isinstance(rank, int):
         options["lora_alpha"] = (alpha or 2 * rank) if rank else None
     if options.get("eval_seed") is None:
         options["eval_seed"] = options.get("seed")
-    options["training"] = options.get("training") or {}
     return options
 
 
-def _compare_training(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+def _table(options: dict[str, object]) -> dict[str, object]:
+    table = options.get("training") or {}
+    assert isinstance(table, dict)
+    return table
+
+
+def _compare_training(now: dict[str, object], before: dict[str, object], where: Path) -> None:
     for name, new, old in _changed(now, before):
         if name in TRAINING_SAID | TRAINING_FREE:
             continue
@@ -140,7 +144,7 @@ def _compare_training(before: dict[str, Any], now: dict[str, Any], where: Path) 
         )
 
 
-def _changed(now: dict[str, Any], before: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _changed(now: dict[str, object], before: dict[str, object]) -> Iterator[tuple[str, object, object]]:
     """Yield (key, value now, value before) of the `training:` table's keys that changed."""
     for name in sorted({*now, *before}, key=str):
         new, old = (table[name] if name in table else _default(name) for table in (now, before))
@@ -148,7 +152,7 @@ def _changed(now: dict[str, Any], before: dict[str, Any]) -> Iterator[tuple[str,
             yield str(name), new, old
 
 
-def _default(name: str) -> Any:
+def _default(name: str) -> object:
     import transformers  # heavy, and only a resumed run asks
 
     field = transformers.TrainingArguments.__dataclass_fields__.get(name)

@@ -7,7 +7,6 @@ wrong by it.
 
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 
@@ -89,7 +88,7 @@ def check_start(scores: PolicyScores, rows: CacheRows, precision: Precision, *, 
 
 
 def _message(found: Difference, allowed: float, manifest: Manifest, precision: Precision, policy: str) -> str:
-    reference: dict[str, Any] = manifest.reference
+    reference = manifest.reference
     adapter = f" with adapter {reference['adapter']}" if reference.get("adapter") else " without adapter"
     return (
         f"The policy is not the model that the cache was scored with: log-probs differ by {found.matched_mean:.2g} nats a token "

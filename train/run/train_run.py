@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.console import tell
@@ -73,7 +72,7 @@ def _train(config: TrainConfig, out: Path) -> None:
     run = TrainingRun.set_up(config, out, Materials())
     run.train()
     run.save_model(out)
-    found: dict[str, Any] | None = run.sum_up()
+    found = run.sum_up()
     if run.is_main:
         if found is not None:
             for line in summary_lines(found):

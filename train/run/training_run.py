@@ -5,7 +5,6 @@ import datetime
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import write_json
 from offline_kto.kto_core.errors import TrainingError, in_one_line
 from offline_kto.kto_core.launch import sharding_asked_for
+from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision
 from offline_kto.kto_core.options import AUTO
 from offline_kto.kto_core.scoring.head import whole_shape
@@ -34,7 +34,8 @@ from offline_kto.train.run.model_card import CARD, command_of, write_card
 from offline_kto.train.run.plan import print_plan
 from offline_kto.train.run.rewards_file import write_rewards
 from offline_kto.train.run.start_check import check_start, tolerance_for
-from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, read_facts, write_facts
+from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
+from offline_kto.train.run_records import ComputedWith, EvaluationRecord, FinalUpdate, RunRecord
 from offline_kto.train.trainer.checkpoints import reading
 from offline_kto.train.trainer.evaluation import summary
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
@@ -94,7 +95,11 @@ class TrainingRun:
         warnings: list[str] = []
         args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
         main = args.process_index == 0
-        now = {"precision": precision.name, "versions": versions(), "held_out_cache": data.held_out_cache}
+        now: ComputedWith = {
+            "precision": precision.name,
+            "versions": versions(),
+            "held_out_cache": data.held_out_cache,
+        }
         checkpoint = last_checkpoint(config, out, data.rows.manifest, now, main=main)
         if main:
             remove_leftovers(out)
@@ -120,7 +125,9 @@ class TrainingRun:
         check_vocabulary(model, data.rows)
         settings = Settings.of(config, objective.weights, data.class_counts)
         console = Console(Watch(settings), out / METRICS) if args.process_index == 0 else None
-        callbacks: list[Any] = [MetricsFile(out / METRICS), console] if console is not None else []
+        callbacks: list[transformers.TrainerCallback] = (
+            [MetricsFile(out / METRICS), console] if console is not None else []
+        )
         if config.early_stopping:
             callbacks.append(transformers.EarlyStoppingCallback(config.early_stopping))
         trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks)
@@ -178,7 +185,7 @@ class TrainingRun:
         """Whether the run ends by merging its adapters, on a base that exists only in memory."""
         return bool(self.config.lora_rank) and self.files.adapter is not None
 
-    def sum_up(self) -> dict[str, Any] | None:
+    def sum_up(self) -> EvaluationRecord | None:
         """Write evaluation.json and rewards.parquet; called on every rank.
 
         Returns:
@@ -191,10 +198,10 @@ class TrainingRun:
             return None
         seen = np.flatnonzero(steps >= 0)
         write_rewards(self.out / REWARDS, self.data, seen, logratios[seen], scores)
-        final: dict[str, Any] = {"step": trainer.final_step, "updates": trainer.state.global_step}
+        final: FinalUpdate = {"step": trainer.final_step, "updates": trainer.state.global_step}
         if trainer.shift is not None:
             final["shift"] = trainer.shift.mean
-        write_facts(self.out, {**read_facts(self.out), "final": final})
+        write_run_record(self.out, {**read_run_record(self.out), "final": final})
         if scores is None:
             return None
         found = summary(scores, self.objective, trainer.final_step)
@@ -256,8 +263,9 @@ class TrainingRun:
                     self._check_policy()
             if self.is_main:
                 trainer.remove_old_checkpoints()
-                started = read_facts(self.out).get("started")
-                write_start(self.config, self.out, {**self.facts(), "started": started})  # what may change has changed
+                write_start(
+                    self.config, self.out, {**self.facts(), "started": read_run_record(self.out).get("started")}
+                )  # what may change has changed
             return
         if not self.checked:
             self._check_policy()
@@ -272,11 +280,12 @@ class TrainingRun:
                 f"start       policy and cache differ by {found.mean:.1e} nats a token (mean), {found.largest:.1e} (max)"
             )
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> RunRecord:
         """What run.json holds: what the run was started with."""
         manifest = self.data.rows.manifest
         return {
-            **manifest.rows_identity,
+            "fingerprint": manifest.fingerprint,
+            "labels_hash": manifest.data.get("labels_hash"),
             "identity": manifest.identity,
             "rendered_on": manifest.tokenization.get("rendered_on"),
             "command": command_of(dataclasses.replace(self.config, out=self.out)),
@@ -328,10 +337,22 @@ class _Steps(transformers.TrainerCallback):
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        **kwargs: object,
+    ) -> None:
         self.run.begin()  # in training precision, on the model's device
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        **kwargs: object,
+    ) -> None:
         if self.run.data.held_out is not None and self.run.config.eval_steps is None:
             control.should_evaluate |= state.global_step % len(self.run.trainer.batches) == 0
         # The last update is always on record; and a run that goes on from a checkpoint (an evaluation may make one) has
@@ -344,11 +365,11 @@ def make_trainer(
     config: TrainConfig,
     args: transformers.TrainingArguments,
     data: TrainingData,
-    model: Any,
+    model: Model,
     files: PolicyFiles,
     objective: Objective,
     precision: Precision,
-    callbacks: list[Any],
+    callbacks: list[transformers.TrainerCallback],
 ) -> KTOTrainer:
     """The Trainer for a policy that is loaded."""
     with accepted_by_trainer(config):
@@ -369,7 +390,7 @@ def make_trainer(
     return trainer
 
 
-def _max_tokens(config: TrainConfig, model: Any, device: torch.device) -> int | Meter:
+def _max_tokens(config: TrainConfig, model: Model, device: torch.device) -> int | Meter:
     """Return the tokens of one pass, or what measures how many fit once the model is prepared."""
     if sees_whole_passes(model):
         return 1
@@ -379,7 +400,7 @@ def _max_tokens(config: TrainConfig, model: Any, device: torch.device) -> int | 
     return _MAX_TOKENS_CPU if meter is None else meter
 
 
-def check_vocabulary(model: Any, rows: CacheRows) -> None:
+def check_vocabulary(model: Model, rows: CacheRows) -> None:
     """A model with fewer embeddings than the tokenizer has ids would read past its table."""
     size = whole_shape(model.get_input_embeddings().weight)[0]
     if rows.largest_id >= size:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.locations import Location
@@ -41,8 +40,8 @@ class SweepConfig:
         metavar="URL",
     )
     seed: int = option(0, "Seed of the search.", most=2**32 - 1)
-    space: dict[str, Any] = option(dict, "YAML only: values or ranges of kto-train's options.")
-    train: dict[str, Any] = option(dict, "YAML only: kto-train's options that are the same in all trials.")
+    space: dict[str, object] = option(dict, "YAML only: values or ranges of kto-train's options.")
+    train: dict[str, object] = option(dict, "YAML only: kto-train's options that are the same in all trials.")
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import socket
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import tell
@@ -19,10 +19,11 @@ from offline_kto.kto_core.errors import TrainingError, printable
 from offline_kto.kto_core.foreign_files import read_foreign
 from offline_kto.kto_core.options import as_plain, flag
 from offline_kto.train.report.report import write_report
-from offline_kto.train.run_files import FACTS, LARGEST_JSON, config_text
+from offline_kto.train.run_files import LARGEST_JSON, RUN_RECORD, config_text
+from offline_kto.train.run_records import SpaceEntry, SweepRecord, TrainedWith, TrialEntry, TrialResult
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.messages import Ended
-from offline_kto.train.sweep.space import Range, Trials
+from offline_kto.train.sweep.space import Range, Trials, Values
 from offline_kto.train.sweep.study import Study, Trial, TrialRecord
 
 RESULTS, BEST, BEST_OPTIONS, STATE = "results.csv", "best", "best.yaml", "sweep.json"
@@ -48,18 +49,26 @@ class Results:
     def __init__(self, out: Path, config: SweepConfig, trials: Trials, study: Study) -> None:
         self.out, self.config, self.trials, self.study = out, config, trials, study
         self._keeping: dict[int, Ended] = {}
-        self._facts: dict[str, Any] = {}
+        self._facts: SweepRecord = {}
 
-    def begin(self, manifest: Manifest, facts: dict[str, Any]) -> None:
-        """Put on record what the sweep was started with."""
-        known = _read(self.out / STATE)
+    def begin(self, manifest: Manifest, facts: TrainedWith) -> None:
+        """Put on record what the sweep was started with.
+
+        Args:
+            facts: of a worker; nothing where every trial has ended.
+        """
+        known = cast("SweepRecord", _read(self.out / STATE))
+        trained_with: TrainedWith = facts or known
         self._facts = {
-            **manifest.rows_identity,
+            "fingerprint": manifest.fingerprint,
+            "labels_hash": manifest.data.get("labels_hash"),
             "command": self._command(),
             "started": known.get("started")
             or datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            **{name: known.get(name) for name in ("versions", "reference", "data", "warnings")},
-            **facts,  # of a worker; nothing is new where every trial has ended
+            "versions": trained_with.get("versions"),
+            "reference": trained_with.get("reference"),
+            "data": trained_with.get("data"),
+            "warnings": trained_with.get("warnings"),
             "metric": self.config.metric,
             "direction": "maximize" if self.study.maximize else "minimize",
             "space": {name: _space_entry(entry) for name, entry in self.trials.space.items()},
@@ -104,7 +113,7 @@ class Results:
         value, reason, state = self._value(ended), ended.reason, ended.state
         if state == "complete" and value is None:
             state, reason = "failed", f"{self.config.metric} is not finite"
-        result = {
+        result: TrialResult = {
             "metrics": {name: found for name, found in ended.metrics.items() if math.isfinite(found)},
             "seconds": ended.seconds,
             "train_seconds": ended.train_seconds,
@@ -131,26 +140,13 @@ class Results:
         records = self.study.records()
         write_text(self.out / RESULTS, self._csv(records))
         best = self.study.best()
-        trials = [
-            {
-                "number": record.number,
-                "state": record.state,
-                "params": record.params,
-                "value": record.value,
-                **{
-                    name: record.result.get(name)
-                    for name in ("metrics", "seconds", "train_seconds", "reason", "host", "folder")
-                },
-            }
-            for record in records
-        ]
-        state = {
+        state: SweepRecord = {
             **self._facts,
             "seconds": sum(record.result.get("seconds") or 0.0 for record in records),
             "importance": importance,
             "best": best.number if best else None,
             "planned": self.trials.count,
-            "trials": trials,
+            "trials": [_entry(record) for record in records],
         }
         write_json(self.out / STATE, state)
 
@@ -231,7 +227,7 @@ class Results:
 
     def _is_of(self, folder: Path, best: TrialRecord) -> bool:
         """Whether a folder holds the model of a trial of this sweep."""
-        facts = _read(folder / FACTS)
+        facts = _read(folder / RUN_RECORD)
         return facts.get("trial") == best.number and facts.get("fingerprint") == self._facts["fingerprint"]
 
     def _command(self) -> str:
@@ -243,7 +239,23 @@ class Results:
         return shlex.join(words)
 
 
-def _words(params: dict[str, Any]) -> str:
+def _entry(record: TrialRecord) -> TrialEntry:
+    result = record.result
+    return {
+        "number": record.number,
+        "state": record.state,
+        "params": record.params,
+        "value": record.value,
+        "metrics": result.get("metrics"),
+        "seconds": result.get("seconds"),
+        "train_seconds": result.get("train_seconds"),
+        "reason": result.get("reason"),
+        "host": result.get("host"),
+        "folder": result.get("folder"),
+    }
+
+
+def _words(params: dict[str, object]) -> str:
     return " ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
     )
@@ -255,7 +267,7 @@ _FORMULA = re.compile(r"(^|;)(\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     """A cell of results.csv: numbers as they are, text on one line that no spreadsheet takes for a formula."""
     if not isinstance(value, str):
         return value
@@ -263,13 +275,13 @@ def _cell(value: Any) -> Any:
     return text if _NUMBER.fullmatch(text) else _FORMULA.sub(r"\1\2'", text)
 
 
-def _space_entry(entry: Any) -> dict[str, Any]:
+def _space_entry(entry: Values | Range) -> SpaceEntry:
     if isinstance(entry, Range):
         return {"low": entry.low, "high": entry.high, "log": entry.log}
     return {"values": list(entry.values)}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     try:
         return dict(json.loads(read_foreign(path, most=LARGEST_JSON)))
     except (OSError, ValueError, TypeError, RecursionError):

@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.options import checked_values, value_types
@@ -31,9 +31,9 @@ _CHANGES_LOSS = ("loss", "beta", "desirable_weight", "undesirable_weight", "huma
 class Values:
     """An option that takes one of some values."""
 
-    values: tuple[Any, ...]
+    values: tuple[object, ...]
 
-    def grid(self) -> tuple[Any, ...]:
+    def grid(self) -> tuple[object, ...]:
         """All of them."""
         return self.values
 
@@ -53,7 +53,11 @@ class Range:
     whole: bool
     points: int | None
 
-    def grid(self) -> tuple[Any, ...]:
+    def ends(self) -> tuple[float, float]:
+        """Return the least and the greatest number."""
+        return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
+
+    def grid(self) -> tuple[object, ...]:
         """`points` numbers at equal distances (equal ratios if `log`)."""
         assert self.points is not None
         share = [i / max(1, self.points - 1) for i in range(self.points)]
@@ -67,7 +71,9 @@ class Range:
         return (self.low, *numbers[1:-1], self.high) if self.points > 1 else (self.low,)
 
 
-Space = dict[str, Values | Range]
+# kto-train's options by name; `TrainConfig` checks their kinds.
+Options: TypeAlias = dict[str, Any]
+Space: TypeAlias = dict[str, Values | Range]
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,10 @@ class Trials:
         choices: of each option, where all of them have so many and no more; None of a space without end.
     """
 
-    base: dict[str, Any]
+    base: Options
     space: Space
     count: int
-    choices: dict[str, Sequence[Any]] | None
+    choices: dict[str, Sequence[object]] | None
 
     @classmethod
     def of(cls, config: SweepConfig) -> "Trials":
@@ -135,23 +141,23 @@ class Trials:
             )
         return lines
 
-    def config(self, params: dict[str, Any]) -> TrainConfig:
+    def config(self, params: dict[str, object]) -> TrainConfig:
         """A trial's options. Raises: ConfigError: values that do not go together."""
         return TrainConfig(**{**self.base, **params})
 
-    def point(self, number: int) -> dict[str, Any]:
+    def point(self, number: int) -> dict[str, object]:
         """Parameters by their number, below `points`; the last option of the space changes fastest."""
         assert self.choices is not None
-        params: dict[str, Any] = {}
+        params: dict[str, object] = {}
         for name, values in reversed(self.choices.items()):
             number, place = divmod(number, len(values))
             params[name] = values[place]
         return {name: params[name] for name in self.space}
 
 
-def _choices(space: Space, search: str) -> dict[str, Sequence[Any]] | None:
+def _choices(space: Space, search: str) -> dict[str, Sequence[object]] | None:
     """The values of each option, where they can be counted."""
-    choices: dict[str, Sequence[Any]] = {}
+    choices: dict[str, Sequence[object]] = {}
     for name, entry in space.items():
         if isinstance(entry, Values) or search == "grid":
             choices[name] = entry.grid()
@@ -162,11 +168,11 @@ def _choices(space: Space, search: str) -> dict[str, Sequence[Any]] | None:
     return choices
 
 
-def _count(choices: dict[str, Sequence[Any]] | None) -> int | None:
+def _count(choices: dict[str, Sequence[object]] | None) -> int | None:
     return None if choices is None else math.prod(map(len, choices.values()))
 
 
-def _names(space: dict[str, Any]) -> dict[str, Any]:
+def _names(space: dict[str, object]) -> dict[str, object]:
     """The space with names as `TrainConfig` has them."""
     names = {shown(key).replace("-", "_"): entry for key, entry in space.items()}
     for name in names:
@@ -175,7 +181,7 @@ def _names(space: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
-def _base(config: SweepConfig) -> dict[str, Any]:
+def _base(config: SweepConfig) -> Options:
     base = checked_values(TrainConfig, config.train, "train")
     for name, where in (("cache", "--cache"), ("metric", "metric:, beside train:")):
         if name in base:
@@ -189,7 +195,7 @@ def _base(config: SweepConfig) -> dict[str, Any]:
     return {**base, "cache": config.cache, "metric": config.metric}
 
 
-def _parse(name: str, entry: Any, search: str) -> Values | Range:
+def _parse(name: str, entry: object, search: str) -> Values | Range:
     where = f"space: {name}"
     if isinstance(entry, list):
         values = tuple(checked_values(TrainConfig, {name: value}, "space")[name] for value in entry)
@@ -213,7 +219,7 @@ def _parse(name: str, entry: Any, search: str) -> Values | Range:
     return _range(where, entry, whole=float not in kinds, grid=search == "grid")
 
 
-def _range(where: str, entry: dict[str, Any], *, whole: bool, grid: bool) -> Range:
+def _range(where: str, entry: dict[str, object], *, whole: bool, grid: bool) -> Range:
     log, points = entry.get("log", False), entry.get("points")
     low, high = (_end(where, name, entry.get(name), whole=whole) for name in ("low", "high"))
     if whole and high > _GREATEST:
@@ -233,19 +239,16 @@ def _range(where: str, entry: dict[str, Any], *, whole: bool, grid: bool) -> Ran
     return Range(low, high, log, whole, points)
 
 
-def _end(where: str, name: str, value: Any, *, whole: bool) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if not number or (whole and value != int(value)):
+def _end(where: str, name: str, value: object, *, whole: bool) -> float:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.inf
+    if not abs(number) <= sys.float_info.max or (whole and number != int(number)):
         raise ConfigError(f"{where}: {name} must be {'a whole number' if whole else 'a number'}, got {shown(value)}.")
-    return float(value)
+    return float(number)
 
 
-def _try_values(base: dict[str, Any], name: str, entry: Values | Range) -> None:
+def _try_values(base: Options, name: str, entry: Values | Range) -> None:
     """Each value by itself, beside what all trials share."""
-    ends = (entry.low, entry.high) if isinstance(entry, Range) else entry.values
-    for value in ends:
-        if isinstance(entry, Range) and entry.whole:
-            value = int(value)
+    for value in entry.ends() if isinstance(entry, Range) else entry.values:
         try:
             TrainConfig(**{**base, name: value})
         except ConfigError as error:
@@ -254,7 +257,7 @@ def _try_values(base: dict[str, Any], name: str, entry: Values | Range) -> None:
             raise ConfigError(f"space: {name}: {shown(value)} cannot be used: {error}") from error
 
 
-def _refused(base: dict[str, Any]) -> str | None:
+def _refused(base: Options) -> str | None:
     """What is wrong with the options that all trials share, whatever they differ in."""
     try:
         TrainConfig(**base)

@@ -16,12 +16,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, TypeVar, cast
 
 from offline_kto.kto_core.errors import ConfigError, in_one_line
 from offline_kto.kto_core.redaction import hidden, hidden_url, secrets_of, without_secrets
+from offline_kto.train.run_records import TrialResult
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.space import Range, Trials
+
+# optuna has no types that are checked here: its study, a trial that runs, one as the storage holds it, and its tools.
+_Optuna: TypeAlias = Any
+_Study: TypeAlias = _Optuna
+_Handle: TypeAlias = _Optuna
+_Frozen: TypeAlias = _Optuna
+_T = TypeVar("_T")
 
 STUDY = "kto-sweep"
 BEAT_SECONDS = 5.0
@@ -67,14 +75,14 @@ class TrialRecord:
     Attributes:
         state: complete, failed, pruned or running.
         value: of the metric; None if there is none.
-        result: what was told with it: `metrics`, `seconds`, `reason`, `host`, `folder`.
+        result: what was told with it; empty of a trial that runs.
     """
 
     number: int
     state: str
-    params: dict[str, Any]
+    params: dict[str, object]
     value: float | None
-    result: dict[str, Any]
+    result: TrialResult
 
 
 class Study:
@@ -90,7 +98,7 @@ class Study:
         ConfigError: the storage cannot be opened, or holds another sweep.
     """
 
-    def __init__(self, config: SweepConfig, trials: Trials, url: str, identity: dict[str, Any]) -> None:
+    def __init__(self, config: SweepConfig, trials: Trials, url: str, identity: dict[str, object]) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -99,16 +107,16 @@ class Study:
         self.maximize = config.metric != "eval/loss"
         self._me = f"{process_place()}/{os.getpid()}/{secrets.token_hex(4)}"
         self._url, self._identity = url, identity
-        self._signs: dict[str, tuple[Any, float]] = {}  # of each sweeper: the last one, and when it was seen first
+        self._signs: dict[str, tuple[object, float]] = {}  # of each sweeper: the last one, and when it was seen first
         self._beaten = -BEAT_SECONDS
         self._beats = 0
         with _of_storage(url):
             self._storage = self._patiently(lambda: optuna.storages.get_storage(url))
             names = [summary.study_name for summary in optuna.get_all_study_summaries(self._storage, False)]
-            self._study: Any = None  # nobody has begun
+            self._study: _Study = None  # nobody has begun
             if STUDY in names:
                 self._join()
-            every: list[Any] = [] if self._study is None else self._study.get_trials(deepcopy=False)
+            every: list[_Frozen] = [] if self._study is None else self._study.get_trials(deepcopy=False)
         done = sum(frozen.state.is_finished() for frozen in every)
         if done > trials.count:
             raise ConfigError(
@@ -140,7 +148,7 @@ class Study:
         )
         self._check()
 
-    def _patiently(self, open_it: Callable[[], Any]) -> Any:
+    def _patiently(self, open_it: Callable[[], _T]) -> _T:
         tries = 5
         while True:
             try:
@@ -168,7 +176,7 @@ class Study:
                     f"{value!r}. Give the same one, or another --out (with --storage: another database)."
                 )
 
-    def _pruner(self) -> Any:
+    def _pruner(self) -> _Optuna:
         pruners = self._optuna.pruners
         return pruners.MedianPruner() if self._config.pruning == "median" else pruners.NopPruner()
 
@@ -221,7 +229,7 @@ class Study:
         trial.set_user_attr(_OWNER, self._me)
         return self._opened(trial)
 
-    def _claim(self, trial: Any) -> bool:
+    def _claim(self, trial: _Handle) -> bool:
         """Two machines may find the same trial without an owner: the last one to write its name has it."""
         trial.set_user_attr(_OWNER, self._me)
         if self._config.storage is not None:
@@ -229,7 +237,7 @@ class Study:
         owner: str = self._study.get_trials(deepcopy=False)[trial.number].user_attrs[_OWNER]
         return owner == self._me
 
-    def _opened(self, trial: Any) -> "Trial":
+    def _opened(self, trial: _Handle) -> "Trial":
         """Its parameters: those of before, or drawn now, by its number and, for tpe, what is known so far."""
         frozen = self._study.get_trials(deepcopy=False)[trial.number]
         # Some may have been put on record before their sweeper was killed.
@@ -238,7 +246,7 @@ class Study:
         self._study.sampler = samplers.PartialFixedSampler(params, samplers.RandomSampler(0))
         return Trial(trial, {name: self._suggest(trial, name) for name in self._trials.space})
 
-    def _drawn(self, frozen: Any) -> dict[str, Any]:
+    def _drawn(self, frozen: _Frozen) -> dict[str, object]:
         """What the search draws for a trial; nothing twice, in a space that can be counted."""
         if self._config.search == "grid":
             return self._trials.point(frozen.number)
@@ -262,13 +270,13 @@ class Study:
         """Of a trial's option. A sampler for each of them: what one draws must not depend on the others."""
         return ((self._config.seed * 1009 + number) * 1_000_003 + position) % 2**32
 
-    def _sampler(self, number: int, position: int) -> Any:
+    def _sampler(self, number: int, position: int) -> _Optuna:
         samplers, seed = self._optuna.samplers, self._seed(number, position)
         if self._config.search == "random":
             return samplers.RandomSampler(seed)
         return samplers.TPESampler(seed=seed, constant_liar=True)
 
-    def _distribution(self, name: str) -> Any:
+    def _distribution(self, name: str) -> _Optuna:
         entry, distributions = self._trials.space[name], self._optuna.distributions
         if not isinstance(entry, Range) or self._config.search == "grid":
             return distributions.CategoricalDistribution(entry.grid())
@@ -276,7 +284,7 @@ class Study:
             return distributions.IntDistribution(int(entry.low), int(entry.high), log=entry.log)
         return distributions.FloatDistribution(entry.low, entry.high, log=entry.log)
 
-    def _suggest(self, trial: Any, name: str) -> Any:
+    def _suggest(self, trial: _Handle, name: str) -> object:
         """Put on record what was drawn."""
         found = self._distribution(name)
         if hasattr(found, "choices"):
@@ -295,7 +303,7 @@ class Study:
             frozen.intermediate_values = dict(trial.evaluations)
             return bool(self._study.pruner.prune(self._study, frozen))
 
-    def tell(self, trial: "Trial", state: str, value: float | None, result: dict[str, Any]) -> None:
+    def tell(self, trial: "Trial", state: str, value: float | None, result: TrialResult) -> None:
         """A trial has ended: complete, pruned or failed."""
         states = self._optuna.trial.TrialState
         found = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state]
@@ -325,7 +333,7 @@ class Study:
                 state=names.get(frozen.state.name, "running"),
                 params={name: frozen.params[name] for name in self._trials.space if name in frozen.params},
                 value=frozen.value if frozen.state.name != "FAIL" else None,
-                result=dict(frozen.user_attrs.get(_RESULT) or {}),
+                result=cast("TrialResult", dict(frozen.user_attrs.get(_RESULT) or {})),
             )
             for frozen in self._frozen()
         ]
@@ -354,11 +362,11 @@ class Study:
             return None
         return {name: float(share) for name, share in found.items()}
 
-    def _frozen(self) -> list[Any]:
+    def _frozen(self) -> list[_Frozen]:
         if self._study is None:
             return []
         with _of_storage(self._url):
-            found: list[Any] = self._study.get_trials(deepcopy=False)
+            found: list[_Frozen] = self._study.get_trials(deepcopy=False)
         return found[: self._trials.count]
 
 
@@ -366,8 +374,8 @@ class Study:
 class Trial:
     """A trial that this process runs."""
 
-    handle: Any
-    params: dict[str, Any]
+    handle: _Handle
+    params: dict[str, object]
     evaluations: dict[int, float] = field(default_factory=dict)
 
     @property

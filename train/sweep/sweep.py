@@ -15,13 +15,13 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
+from offline_kto.kto_core.cache.manifest_fields import RowsIdentity
 from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
 from offline_kto.kto_core.console import is_silent, tell, warn
 from offline_kto.kto_core.durable_files import write_text, written_to
@@ -34,6 +34,7 @@ from offline_kto.kto_core.redaction import hidden_url, without_secrets
 from offline_kto.kto_core.streams import is_terminal
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.run_files import make_folder, yaml_without_secrets
+from offline_kto.train.run_records import TrainedWith
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.messages import Ended, Evaluated, Kept, Lost, Stop
 from offline_kto.train.sweep.results import Results
@@ -99,14 +100,14 @@ def _manifest(cache: Location) -> Manifest:
         return read_manifest(folder)
 
 
-def _rows(manifest: Manifest, trials: Trials) -> dict[str, Any]:
+def _rows(manifest: Manifest, trials: Trials) -> dict[str, RowsIdentity]:
     """What all trials read, as `TrainingData.identity` says it."""
     held_out = trials.base.get("eval_cache")
     manifests = {"cache": manifest, "held-out cache": manifest if held_out is None else _manifest(held_out)}
     return {name: one.rows_identity for name, one in manifests.items()}
 
 
-def _identity(config: SweepConfig, rows: dict[str, Any]) -> dict[str, Any]:
+def _identity(config: SweepConfig, rows: dict[str, RowsIdentity]) -> dict[str, object]:
     """What all trials of one study have in common; more trials may be added to it, by any number of workers."""
     return {
         **rows,
@@ -128,7 +129,7 @@ def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
         _write_config(config, out)
         results = Results(out, config, trials, study)
         left = trials.count - sum(record.state != "running" for record in study.records())
-        found = workers.told() if left else {}
+        found: TrainedWith = workers.told() if left else {}
         study.begin()
         results.begin(manifest, found)
         _print_plan(config, trials, manifest, out, workers, left)
@@ -152,7 +153,9 @@ def _worker_count(config: SweepConfig, trials: Trials) -> int:
     return min(config.workers or max(1, len(Workers.gpus(trials))), trials.count)
 
 
-def _run(study: Study, trials: Trials, workers: Workers, results: Results, out: Path, say: Any) -> None:
+def _run(
+    study: Study, trials: Trials, workers: Workers, results: Results, out: Path, say: Callable[[str], None]
+) -> None:
     """Until every trial has ended, here or on another machine."""
     running: dict[Worker, Trial] = {}
     while True:
@@ -200,7 +203,7 @@ def _run(study: Study, trials: Trials, workers: Workers, results: Results, out: 
 
 
 @contextlib.contextmanager
-def _bar(done: int, total: int) -> Iterator[Any]:
+def _bar(done: int, total: int) -> Iterator[Callable[[str], None]]:
     """Yields: prints a line about a trial that has ended, above a bar where there is a terminal."""
     if not is_terminal(sys.stderr) or is_silent():
         yield tell
@@ -228,5 +231,5 @@ def _print_plan(
     tell(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
     tell(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
     tell(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
-    for line in [*workers.facts.get("warnings", []), *trials.warnings()]:
+    for line in [*(workers.facts.get("warnings") or []), *trials.warnings()]:
         warn(line)

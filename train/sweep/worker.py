@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
+from offline_kto.kto_core.cache.manifest_fields import RowsIdentity
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import OF_THE_DISK, remove_tree, written_to
 from offline_kto.kto_core.errors import KTOError, WriteError, in_one_line
@@ -36,7 +36,8 @@ from offline_kto.train.diagnostics.settings import class_warnings, class_weight_
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.inputs import KeptMaterials
 from offline_kto.train.run.training_run import TrainingRun, versions
-from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_facts, write_facts
+from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
+from offline_kto.train.run_records import TrainedWith
 from offline_kto.train.sweep.messages import Ended, Evaluated, Kept, Stop
 from offline_kto.train.sweep.space import Trials, Values
 
@@ -44,7 +45,7 @@ LOG = "log.txt"
 MODEL = "model"
 
 
-def work(pipe: Connection, rows: dict[str, Any], threads: int | None) -> None:
+def work(pipe: Connection, rows: dict[str, RowsIdentity], threads: int | None) -> None:
     """Run what the pipe asks for, until it is closed.
 
     Args:
@@ -84,12 +85,12 @@ class Worker:
         rows: identity of the rows that every trial must train on.
     """
 
-    def __init__(self, pipe: Connection, rows: dict[str, Any]) -> None:
+    def __init__(self, pipe: Connection, rows: dict[str, RowsIdentity]) -> None:
         self.pipe, self.rows, self.materials = pipe, rows, KeptMaterials()
-        self.checked: set[tuple[Any, ...]] = set()
+        self.checked: set[tuple[object, ...]] = set()
         self.loads = -1
 
-    def check(self, trials: Trials) -> tuple[str, Any]:
+    def check(self, trials: Trials) -> tuple[str, TrainedWith | str]:
         """Whether cache, policy and options can be used at all, before the first trial."""
         config = trials.config({"loss": trials.base.get("loss", TrainConfig.loss)})
         try:
@@ -104,8 +105,12 @@ class Worker:
         lines = [*data.warnings(config, precision), *self._losses_refused(trials)]
         if not {"desirable_weight", "undesirable_weight"} & set(trials.space) or not all(data.class_counts):
             lines += class_warnings(*data.class_counts, class_weight_values(config, *data.class_counts))
-        found = {"versions": versions(), "reference": data.rows.manifest.reference, "data": data.facts()}
-        return "ready", {**found, "warnings": lines}
+        return "ready", {
+            "versions": versions(),
+            "reference": data.rows.manifest.reference,
+            "data": data.facts(),
+            "warnings": lines,
+        }
 
     def _losses_refused(self, trials: Trials) -> list[str]:
         """Losses of the space that the cache cannot serve: their trials will fail."""
@@ -198,7 +203,7 @@ class Worker:
         out.mkdir()
         for name in (METRICS, CONFIG, EVALUATION, REWARDS):
             shutil.copy2(folder / name, out / name)
-        write_facts(out, {**read_facts(folder), "trial": int(folder.name)})
+        write_run_record(out, {**read_run_record(folder), "trial": int(folder.name)})
         run.save_model(out)
         self.pipe.send(Kept())
 
@@ -231,7 +236,14 @@ class _Evaluations(transformers.TrainerCallback):
     def __init__(self, pipe: Connection, metric: str) -> None:
         self.pipe, self.name, self.stopped = pipe, metric.replace("/", "_", 1), False
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: object,
+    ) -> None:
         if state.global_step >= state.max_steps:  # there is nothing left to stop
             return
         self.pipe.send(Evaluated(state.global_step, metrics[self.name]))

@@ -8,19 +8,22 @@ import sys
 from collections.abc import Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Final
 
+from offline_kto.kto_core.cache.manifest_fields import RowsIdentity
 from offline_kto.kto_core.console import shown_lines
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries
 from offline_kto.kto_core.streams import encode_all
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.run_records import TrainedWith
 from offline_kto.train.sweep.messages import Lost, Message
 from offline_kto.train.sweep.space import Trials
 
-START = "spawn"  # threads and CUDA do not survive a fork
+START: Final = "spawn"  # threads and CUDA do not survive a fork
 
 # Given to a worker for its own end.
 _LAST_SECONDS = 10.0
@@ -43,7 +46,9 @@ def _without_main() -> Iterator[None]:
 class Worker:
     """One process, and the pipe to it."""
 
-    def __init__(self, context: Any, rows: dict[str, Any], device: str | None, threads: int | None) -> None:
+    def __init__(
+        self, context: SpawnContext, rows: dict[str, RowsIdentity], device: str | None, threads: int | None
+    ) -> None:
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_process, args=(theirs, rows, device, threads), daemon=True)
@@ -69,7 +74,7 @@ class Worker:
         """Answer a message that waits for it."""
         self._send(word)
 
-    def _send(self, what: Any) -> None:
+    def _send(self, what: object) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(what)
 
@@ -83,7 +88,7 @@ class Worker:
         self.process.join()
 
 
-def _process(pipe: Connection, rows: dict[str, Any], device: str | None, threads: int | None) -> None:
+def _process(pipe: Connection, rows: dict[str, RowsIdentity], device: str | None, threads: int | None) -> None:
     """A worker's process. What decides how libraries behave is set before they are imported."""
     encode_all()
     keep_freed_memory()
@@ -105,14 +110,14 @@ class Workers:
         rows: what they must read, as `offline_kto.train.data.training_data.TrainingData.identity` says it.
     """
 
-    def __init__(self, count: int, trials: Trials, rows: dict[str, Any]) -> None:
+    def __init__(self, count: int, trials: Trials, rows: dict[str, RowsIdentity]) -> None:
         self._context = multiprocessing.get_context(START)
         self._devices = self.gpus(trials) or [None]
         alone = count == 1 or "OMP_NUM_THREADS" in os.environ
         self._threads = None if alone else max(1, (os.cpu_count() or 1) // count)
         self._rows = rows
         self._count, self._workers = count, [self._new(number) for number in range(count)]
-        self.facts: dict[str, Any] = {}
+        self.facts: TrainedWith = {}
         self._asked = False
 
     @staticmethod
@@ -147,7 +152,7 @@ class Workers:
         self._asked = True
         self._workers[0].check(trials)
 
-    def told(self) -> dict[str, Any]:
+    def told(self) -> TrainedWith:
         """What it says of them.
 
         Raises:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ class RunningShift(transformers.TrainerCallback, ExportableState):
         """The mean over the batches so far, nats; 0 before the first."""
         return float(self.total) / max(1, self.batches)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         return {"args": {"total": float(self.total), "batches": self.batches}, "attributes": {}}
 
 

@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -16,6 +15,7 @@ import transformers
 from offline_kto.kto_core.durable_files import flush_all, write_json
 from offline_kto.kto_core.errors import ConfigError, KTOError, TrainingError, said_by, shown
 from offline_kto.kto_core.hashing import file_hashes
+from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.options import value_types
 from offline_kto.train.model.saved_model import ADAPTER_CONFIG, check_adapters, load_weights
 
@@ -86,7 +86,7 @@ def check_checkpoint(checkpoint: Path, *, hashes: bool = True) -> None:
         )
 
 
-def _files_of(checkpoint: Path) -> dict[str, dict[str, Any]]:
+def _files_of(checkpoint: Path) -> dict[str, dict[str, object]]:
     try:
         files = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -144,7 +144,7 @@ def reading(checkpoint: Path, *files: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def loading_model(checkpoint: Path, model: Any) -> Iterator[None]:
+def loading_model(checkpoint: Path, model: Model) -> Iterator[None]:
     """Load a checkpoint's weights in the block, once its adapters, if there are any, are known to be the model's.
 
     Raises:
@@ -156,7 +156,7 @@ def loading_model(checkpoint: Path, model: Any) -> Iterator[None]:
         yield
 
 
-def load_renamed_weights(load_result: Any, checkpoint: Path, model: Any, *, trust_remote_code: bool) -> None:
+def load_renamed_weights(load_result: Any, checkpoint: Path, model: Model, *, trust_remote_code: bool) -> None:
     """Load the weights through `transformers` where the Trainer could not: it only knows names in memory.
 
     Files of a mixture of experts hold each expert by itself, the model in memory all of a layer in one tensor.

@@ -1,13 +1,13 @@
 """Held-out rows: their metrics, with 95 % intervals."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from offline_kto.kto_core.losses.bootstrap import RESAMPLES, intervals
 from offline_kto.kto_core.losses.metrics import on_the_right_side
+from offline_kto.train.run_records import EvaluationRecord, MetricInterval
 from offline_kto.train.trainer.objective import Objective
 
 
@@ -39,13 +39,15 @@ def held_out_metrics(scores: Scores, objective: Objective) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if name == "loss" or bool(value.isfinite())}
 
 
-def summary(scores: Scores, objective: Objective, step: int) -> dict[str, Any]:
+def summary(scores: Scores, objective: Objective, step: int) -> EvaluationRecord:
     """What evaluation.json holds: each metric with its 95 % bootstrap interval over prompts, z0 estimated anew each time."""
     found = intervals(lambda weights: _statistics(scores, objective, weights), scores.prompt_ids)
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: dict[str, MetricInterval] = {}
     for name, value in held_out_metrics(scores, objective).items():
         low, high = found.get(name, (None, None))
-        metrics[name] = {"value": value, **({} if low is None or high is None else {"low": low, "high": high})}
+        metrics[name] = {"value": value}
+        if low is not None and high is not None:
+            metrics[name] |= {"low": low, "high": high}
     return {
         "step": step,
         "loss": objective.loss,
@@ -57,7 +59,7 @@ def summary(scores: Scores, objective: Objective, step: int) -> dict[str, Any]:
     }
 
 
-def summary_lines(found: dict[str, Any], *, rows: str = "held out") -> list[str]:
+def summary_lines(found: EvaluationRecord, *, rows: str = "held out") -> list[str]:
     """The summary as a table for the console."""
     head = f"{rows:<12}{counted(found['rows'], 'row')} of {counted(found['prompts'], 'prompt')} after "
     with_intervals = any("low" in metric for metric in found["metrics"].values())

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from offline_kto.kto_core.errors import TrainingError
+from offline_kto.kto_core.library_types import Model
 from offline_kto.train.data.batches import BatchLoader, EpochBatches
 from offline_kto.train.data.cache_rows import CacheRows, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
@@ -67,7 +68,7 @@ class KTOTrainer(transformers.Trainer):
     def __init__(
         self,
         *,
-        model: Any,
+        model: Model,
         args: transformers.TrainingArguments,
         rows: CacheRows,
         batches: EpochBatches,
@@ -104,7 +105,7 @@ class KTOTrainer(transformers.Trainer):
         self._saving_as: torch.dtype | None = None
         self._loading_from = Path()
         self.control: transformers.TrainerControl
-        self.model: Any
+        self.model: Model
         self.model_wrapped: Any
 
     @property
@@ -145,7 +146,7 @@ class KTOTrainer(transformers.Trainer):
 
     def training_step(
         self,
-        model: Any,
+        model: Model,
         inputs: Sequence[TrainingRow],
         num_items_in_batch: Any = None,
     ) -> Tensor:
@@ -159,7 +160,7 @@ class KTOTrainer(transformers.Trainer):
         self._window.add(outcome, reference, aux_loss)
         return outcome.losses.sum() * (ranks.world / len(inputs))
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: Model, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         self.finite_checks.check_grad_norm(norm, step=self.state.global_step + 1)
         return norm
@@ -251,7 +252,7 @@ class KTOTrainer(transformers.Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_to or super()._get_output_dir(trial))
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: Model, trial: Any) -> None:
         """Save into a folder that gets a checkpoint's name when all of it is on the disk."""
         out, main = Path(self.args.output_dir), self.is_world_process_zero()
         self.stop_if_weights_not_finite("checkpoint")
@@ -280,7 +281,7 @@ class KTOTrainer(transformers.Trainer):
         keep, best = self.args.save_total_limit, self.state.best_model_checkpoint
         remove_old_checkpoints(Path(self.args.output_dir), keep=keep, best=best)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Model = None) -> None:
         self._loading_from = Path(resume_from_checkpoint)
         with loading_model(self._loading_from, self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import TrainingError
+from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.scoring.logps import token_logps
 from offline_kto.kto_core.scoring.passes import packs_alike
 from offline_kto.kto_core.scoring.sequences import FILLER, Sequences, TokenIds, pack_sequences, pad_sequences
@@ -32,12 +33,12 @@ class PreparedPolicy:
         packs: rows are concatenated instead of padded.
     """
 
-    def __init__(self, model: Any, device: torch.device, *, ranks: Ranks, max_tokens: int, rounding: float) -> None:
+    def __init__(self, model: Model, device: torch.device, *, ranks: Ranks, max_tokens: int, rounding: float) -> None:
         self.model, self.scoring_model = model, model
         self.device, self.ranks, self.max_tokens, self.rounding = device, ranks, max_tokens, rounding
         self.packs = can_pack(model, device)
 
-    def replace_model(self, model: Any, *, wrapped: Any) -> None:
+    def replace_model(self, model: Model, *, wrapped: Any) -> None:
         """Take over the model as the Trainer prepared it.
 
         Args:
@@ -100,7 +101,7 @@ class PreparedPolicy:
         return torch.as_tensor(values, dtype=torch.float64, device=self.device)
 
 
-def can_pack(model: Any, device: torch.device) -> bool:
+def can_pack(model: Model, device: torch.device) -> bool:
     """Return whether the model's attention is one that reads the boundaries of concatenated sequences."""
     attention = getattr(model.config, "_attn_implementation", None)
     return device.type == "cuda" and attention in _PACKING_ATTENTION

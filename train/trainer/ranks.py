@@ -7,12 +7,13 @@ weights in every pass, so all ranks must make equally many.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import accelerate
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.scoring.batching import deal
 
 
@@ -24,7 +25,7 @@ class Ranks:
         sharded: weights are spread over the ranks.
     """
 
-    def __init__(self, accelerator: Any, *, sharded: bool) -> None:
+    def __init__(self, accelerator: accelerate.Accelerator, *, sharded: bool) -> None:
         self.accelerator, self.sharded = accelerator, sharded
         self.rank, self.world = int(accelerator.process_index), int(accelerator.num_processes)
 
@@ -64,7 +65,7 @@ class Ranks:
             return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).min())
 
-    def sum_gradients(self, model: Any) -> None:
+    def sum_gradients(self, model: Model) -> None:
         """Add up gradients over the ranks, once for each update.
 
         DDP would do so inside of the last backward pass, after which running out of memory on one rank could not be

@@ -4,7 +4,6 @@ import contextlib
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -14,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from offline_kto.kto_core.durable_files import flush, flush_all, give_usual_modes, remove_temporary, remove_tree
 from offline_kto.kto_core.errors import TrainingError, WriteError, in_one_line
+from offline_kto.kto_core.library_types import Model
 from offline_kto.train.model.saved_model import UnloadableModelError, narrowed
 from offline_kto.train.run_files import METRICS
 from offline_kto.train.trainer.checkpoints import seal
@@ -106,7 +106,7 @@ def remove_old_checkpoints(out: Path, *, keep: int | None, best: str | None) -> 
 
 
 @torch.no_grad()
-def round_weights(model: Any, dtype: torch.dtype, *, keep: Collection[str]) -> None:
+def round_weights(model: Model, dtype: torch.dtype, *, keep: Collection[str]) -> None:
     """Give the trained weights the values that they will have once they are saved in `dtype`; called on every rank.
 
     Args:

@@ -1,14 +1,14 @@
 """Weights spread over ranks (FSDP2, DeepSpeed): what accelerate's settings must be, and putting the model together."""
 
-from typing import Any
-
+import accelerate
 import torch
 
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.launch import sharding_asked_for
+from offline_kto.kto_core.library_types import Model
 
 
-def prepare_sharding(accelerator: Any, dtype: torch.dtype, *, merges: bool) -> None:
+def prepare_sharding(accelerator: accelerate.Accelerator, dtype: torch.dtype, *, merges: bool) -> None:
     """Check accelerate's settings, and set what the recipe needs, before the model is sharded.
 
     Args:
@@ -49,7 +49,7 @@ def prepare_sharding(accelerator: Any, dtype: torch.dtype, *, merges: bool) -> N
             )
 
 
-def _keep_float32(fsdp: Any, dtype: torch.dtype) -> None:
+def _keep_float32(fsdp: accelerate.FullyShardedDataParallelPlugin, dtype: torch.dtype) -> None:
     """Accelerate's own policy would also round what the forward returns (log-probs), and gradients before they are added."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -57,21 +57,21 @@ def _keep_float32(fsdp: Any, dtype: torch.dtype) -> None:
     fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
 
 
-def gather_when_saving(accelerator: Any) -> None:
+def gather_when_saving(accelerator: accelerate.Accelerator) -> None:
     """The next saved model is whole; with SHARDED_STATE_DICT the Trainer would save none."""
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None:
         fsdp.set_state_dict_type("FULL_STATE_DICT")
 
 
-def tie_again(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
+def tie_again(state_dict: dict[str, torch.Tensor], model: Model) -> dict[str, torch.Tensor]:
     """Gathering gives every name a tensor of its own; tied weights become one again, so that they are saved once."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     same = {name: state_dict[source] for name, source in tied.items() if name in state_dict and source in state_dict}
     return {**state_dict, **same}
 
 
-def local_part(weight: Any) -> torch.Tensor:
+def local_part(weight: torch.Tensor) -> torch.Tensor:
     """Return the part of a weight that this rank holds; all of it where nothing is sharded."""
     part: torch.Tensor = getattr(weight, "ds_tensor", weight)  # ZeRO-3
     return part.to_local() if hasattr(part, "to_local") else part  # FSDP2

@@ -1,0 +1,289 @@
+"""The JSON files of run and sweep folders: one record for each, by whoever writes and reads it.
+
+Every field may be missing from a file: an older version did not write it, or the run was stopped before. A file that
+came from somebody else may hold values of any kind; `kto-report` checks each value where it shows it.
+"""
+
+from typing import Any, TypeAlias, TypedDict
+
+from offline_kto.kto_core.cache.manifest_fields import Identity, ReferenceFields, RowsIdentity
+
+MetricsRecord: TypeAlias = dict[str, float | None]
+"""A line of metrics.jsonl: `step` (updates done), then metrics by name; null for a value that is not finite.
+
+A training record holds `loss`, `kl`, `kl_raw`, `rewards/*`, `logps/*` (nats), `accuracy` (0 to 1), `learning_rate`,
+`grad_norm`, `epoch`, `tokens_per_second` and `peak_memory_mb`; an evaluation the same metrics as `eval/*`; the last
+record of a run `train_runtime` (seconds).
+"""
+
+
+class Shortened(TypedDict):
+    """What `max_length` does to the rows of a cache.
+
+    Attributes:
+        dropped: int, rows whose prompt leaves no room.
+        cut: int, completions that are shortened.
+        kl_cut: int, mismatched completions that are shortened.
+    """
+
+    dropped: int
+    cut: int
+    kl_cut: int
+
+
+class Lengths(TypedDict):
+    """Lengths in tokens of the rows of a sample.
+
+    Attributes:
+        prompt: list of int.
+        desirable: list of int; completions of that class.
+        undesirable: list of int; completions of that class.
+    """
+
+    prompt: list[int]
+    desirable: list[int]
+    undesirable: list[int]
+
+
+class SampledLengths(TypedDict, total=False):
+    """Lengths of some rows from all over a cache.
+
+    Attributes:
+        sample: int, rows in it.
+        truncated: int, rows of it that fill `max_length`.
+        lengths: `Lengths`.
+    """
+
+    sample: int
+    truncated: int
+    lengths: Lengths
+
+
+class RunData(SampledLengths, total=False):
+    """The rows that a run uses. In addition to `SampledLengths`:
+
+    Attributes:
+        files: list of str; names of the feedback files.
+        desirable: int, training rows of that class.
+        undesirable: int, training rows of that class.
+        held_out_desirable: int, held-out rows of that class.
+        held_out_undesirable: int, held-out rows of that class.
+        dropped: int, rows dropped because their prompt is too long, when scored or here.
+        unpaired: int, rows that a loss of pairs cannot use.
+        contradictory: int, different rows that carry both labels.
+        max_length: int, tokens.
+        shortened: `Shortened`, of the cache.
+        held_out_shortened: `Shortened` | null; of another cache with the held-out rows.
+    """
+
+    files: list[str]
+    desirable: int
+    undesirable: int
+    held_out_desirable: int
+    held_out_undesirable: int
+    dropped: int
+    unpaired: int
+    contradictory: int
+    max_length: int
+    shortened: Shortened
+    held_out_shortened: Shortened | None
+
+
+class FinalUpdate(TypedDict, total=False):
+    """How a run ended.
+
+    Attributes:
+        step: int; the update whose model was kept.
+        updates: int; updates made.
+        shift: float, reward; the running mean that bco compares with, absent for other losses.
+    """
+
+    step: int
+    updates: int
+    shift: float
+
+
+class TrainedWith(TypedDict, total=False):
+    """What a run, or each trial of a sweep, is trained with.
+
+    Attributes:
+        versions: object, library -> version.
+        reference: section `reference` of the cache's manifest.
+        data: `RunData`.
+        warnings: list of str; of the plan.
+    """
+
+    versions: dict[str, str] | None
+    reference: ReferenceFields | None
+    data: RunData | None
+    warnings: list[str] | None
+
+
+class Started(TrainedWith, total=False):
+    """What run.json and sweep.json have in common. In addition to `TrainedWith`:
+
+    Attributes:
+        fingerprint: str; of the cache.
+        labels_hash: str | null; of the cache.
+        command: str; the command line that repeats it.
+        started: str, ISO 8601, UTC.
+    """
+
+    fingerprint: str
+    labels_hash: str | None
+    command: str
+    started: str | None
+
+
+class RunRecord(Started, total=False):
+    """run.json: what a run was started with, and how it ended. In addition to `Started`:
+
+    Attributes:
+        identity: object; the fields of the cache's manifest that decide a score.
+        rendered_on: str | null, ISO 8601; the time that the chat template wrote into the rows.
+        precision: str; float32, bfloat16 or float16.
+        held_out_cache: `RowsIdentity` | null; of another cache with the held-out rows.
+        device: str; cpu, cuda, ...
+        weights: list of two floats; weight of the desirable and of the undesirable class.
+        total_updates: int; planned.
+        alarms: object; `Settings` of `train.diagnostics.training`, which warnings during the run depend on.
+        final: `FinalUpdate`; absent until training has ended.
+        trial: int; number in its sweep, only in `best/` of a sweep.
+    """
+
+    identity: Identity
+    rendered_on: str | None
+    precision: str
+    held_out_cache: RowsIdentity | None
+    device: str
+    weights: list[float]
+    total_updates: int
+    alarms: dict[str, Any]
+    final: FinalUpdate
+    trial: int
+
+
+class ComputedWith(TypedDict):
+    """What a run computes with, as far as a resumed one is compared; fields of `RunRecord`."""
+
+    precision: str
+    versions: dict[str, str]
+    held_out_cache: RowsIdentity | None
+
+
+class MetricInterval(TypedDict, total=False):
+    """A metric of held-out rows.
+
+    Attributes:
+        value: float.
+        low: float; lower end of the 95 % bootstrap interval, absent where no resample had a value.
+        high: float; upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+class EvaluationRecord(TypedDict, total=False):
+    """evaluation.json: held-out metrics of a finished run.
+
+    Attributes:
+        step: int; the update whose model was evaluated.
+        loss: str; name of the loss.
+        beta: float.
+        rows: int; rows evaluated.
+        prompts: int; distinct prompts among them.
+        resamples: int; bootstrap samples.
+        metrics: object, name without `eval/` -> `MetricInterval`.
+        fingerprint: str; of the cache.
+        labels_hash: str | null; of the cache, with `--evaluate-only`.
+        rows_are: str; which rows were evaluated, in words, with `--evaluate-only`.
+    """
+
+    step: int
+    loss: str
+    beta: float
+    rows: int
+    prompts: int
+    resamples: int
+    metrics: dict[str, MetricInterval]
+    fingerprint: str
+    labels_hash: str | None
+    rows_are: str
+
+
+class TrialResult(TypedDict, total=False):
+    """What a trial found.
+
+    Attributes:
+        metrics: object, name -> float; held-out metrics, finite ones only.
+        seconds: float, seconds of the whole trial.
+        train_seconds: float, seconds of its updates and evaluations.
+        reason: str | null; why it failed.
+        host: str; name of the machine that ran it.
+        folder: str; absolute path of its run folder there.
+    """
+
+    metrics: dict[str, float] | None
+    seconds: float | None
+    train_seconds: float | None
+    reason: str | None
+    host: str | None
+    folder: str | None
+
+
+class TrialEntry(TrialResult, total=False):
+    """An entry of `trials`. In addition to `TrialResult`:
+
+    Attributes:
+        number: int, from 0.
+        state: str; complete, pruned, failed or running.
+        params: object, option -> value.
+        value: float | null; of the sweep's metric.
+    """
+
+    number: int
+    state: str
+    params: dict[str, object]
+    value: float | None
+
+
+class SpaceEntry(TypedDict, total=False):
+    """An option of the search space: a list of values, or a range.
+
+    Attributes:
+        values: list; of an option that takes one of them.
+        low: float; of a range.
+        high: float; of a range.
+        log: bool; whether a range is searched on a logarithmic scale.
+    """
+
+    values: list[object]
+    low: float
+    high: float
+    log: bool
+
+
+class SweepRecord(Started, total=False):
+    """sweep.json: what a sweep was started with, and its trials. In addition to `Started`:
+
+    Attributes:
+        metric: str; what trials are compared by.
+        direction: str; minimize or maximize.
+        space: object, option -> `SpaceEntry`.
+        seconds: float, seconds of all trials together.
+        importance: object, option -> share of the metric's variation (0 to 1) | null; once the sweep has ended.
+        best: int | null; number of the best trial.
+        planned: int; number of trials.
+        trials: list of `TrialEntry`.
+    """
+
+    metric: str
+    direction: str
+    space: dict[str, SpaceEntry]
+    seconds: float
+    importance: dict[str, float] | None
+    best: int | None
+    planned: int
+    trials: list[TrialEntry]
