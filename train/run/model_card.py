@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.durable_files import write_text
@@ -29,18 +29,18 @@ def write_card(
     history: list[dict[str, object]],
 ) -> None:
     """Write the card: base model, cache fingerprint, the command, and the last metrics."""
-    front: dict[str, object] = {
-        "base_model": printable(files.name),
-        "library_name": "peft" if (path.parent / "adapter_config.json").exists() else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["kto", "alignment"],
-    }
+    front = ModelCardData(
+        base_model=printable(files.name),
+        library_name="peft" if (path.parent / "adapter_config.json").exists() else "transformers",
+        pipeline_tag="text-generation",
+        tags=["kto", "alignment"],
+    )
     data = manifest.data
     last: dict[str, object] = next((log for log in reversed(history) if "loss" in log), {})
     held: dict[str, object] = next((log for log in reversed(history) if "eval_loss" in log), {})
     lines = [
         "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
+        front.to_yaml(),
         "---",
         "",
         f"# {_text(title)}",
