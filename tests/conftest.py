@@ -1,5 +1,6 @@
 """Shared by all tests: one thread (tiny models are slower on more), and a cache made once."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +25,12 @@ torch.set_num_threads(1)
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
+
+
+def pytest_collection_finish() -> None:
+    """Set aside what was imported: each run collects garbage, and would look through all libraries for it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -480,7 +480,7 @@ offline_kto.train.model.policy.load_causal_lm = counting
 cache, out, changes = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 for i, change in enumerate(changes):
     run(TrainConfig(cache=cache, out=out / str(i), **{"max_steps": 2, "save_steps": 0, "device": "cpu", **change}))
-stage_1 = sorted(name for name in sys.modules if name.split(".")[0] == "precompute")
+stage_1 = sorted(name for name in sys.modules if name.startswith("offline_kto.precompute"))
 print(json.dumps({"loaded": len(loaded), "stage_1": stage_1}))
 """
 

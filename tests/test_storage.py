@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import forks
 import fsspec
 import numpy as np
 import pytest
@@ -413,7 +413,7 @@ class TestS3:
         said = ""
         for imported, *arguments in (scoring, looking, training):
             code = f"from {imported}; {imported.split()[-1]}()"
-            done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+            done = forks.run(code, *arguments)
             assert done.returncode == 0, done.stderr[-3000:]
             said += done.stdout + done.stderr
         assert "20 rows in 1 shards, all as written" in said
