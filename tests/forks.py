@@ -112,9 +112,9 @@ class Fork:
         return next((process.exitcode for process in self.processes if process.exitcode), 0)
 
 
-def run(program: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(program: str, *arguments: object, timeout: float = 200, **options: Any) -> subprocess.CompletedProcess[str]:
     """Start a `Fork` and wait for its end."""
-    return Fork(program, *arguments, **options).wait()
+    return Fork(program, *arguments, **options).wait(timeout)
 
 
 def _rank(number: int, ranks: int, port: int) -> dict[str, str]:

@@ -514,8 +514,7 @@ class TestHashingWeights:
             return weights_hash(folder, **options)
 
         for module in list(sys.modules.values()):
-            package = getattr(module, "__name__", "").split(".")[0]
-            if package in ("kto_core", "precompute", "train") and hasattr(module, "weights_hash"):
+            if getattr(module, "__name__", "").startswith("offline_kto.") and hasattr(module, "weights_hash"):
                 monkeypatch.setattr(module, "weights_hash", noting)
         return folders
 
