@@ -1,6 +1,5 @@
 """Stage 1 in several processes: real ranks over gloo, killed with real signals."""
 
-import os
 import subprocess
 import sys
 import time
@@ -27,10 +26,10 @@ SCORE = "from offline_kto.precompute.cli import precompute; precompute()"
 
 
 def torchrun(ranks: int, program: str, *options: object) -> subprocess.CompletedProcess[str]:
-    """The real launcher, which imports everything once in itself and once in each rank."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    command = [*launcher, "--no-python", sys.executable, "-c", program, *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ})
+    """The real launcher, whose ranks are fresh interpreters that import everything."""
+    launcher = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
+    command = ["--nproc_per_node", ranks, "--standalone", "--no-python", sys.executable, "-c", program, *options]
+    return forks.run(launcher, *command, timeout=300)
 
 
 def scoring(config: PrecomputeConfig, out: Path) -> list[object]:
