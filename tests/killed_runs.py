@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import offline_kto.kto_core.cache.remote_folder
+import offline_kto.kto_core.cache.remote_lock
 import offline_kto.precompute.parts as precompute_parts
 from offline_kto.kto_core.locations import to_location
 from offline_kto.precompute.config import PrecomputeConfig

@@ -514,7 +514,8 @@ class TestHashingWeights:
             return weights_hash(folder, **options)
 
         for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("offline_kto.") and hasattr(module, "weights_hash"):
+            package = getattr(module, "__name__", "").split(".")[0]
+            if package == "offline_kto" and hasattr(module, "weights_hash"):
                 monkeypatch.setattr(module, "weights_hash", noting)
         return folders
 

@@ -20,7 +20,7 @@ from moto.server import ThreadedMotoServer
 from test_crashes import assert_same_cache, killed_runs
 from test_precompute import count_scored
 
-import offline_kto.kto_core.cache.remote_folder
+import offline_kto.kto_core.cache.remote_lock
 import offline_kto.kto_core.durable_files
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.cache.remote_cache import local_copy
@@ -44,8 +44,8 @@ SECRET = "a-very-secret-key"
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Downloads go here; locks are watched for half a second."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(offline_kto.kto_core.cache.remote_folder, "REFRESH_SECONDS", 0.1)
-    monkeypatch.setattr(offline_kto.kto_core.cache.remote_folder, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(offline_kto.kto_core.cache.remote_lock, "REFRESH_SECONDS", 0.1)
+    monkeypatch.setattr(offline_kto.kto_core.cache.remote_lock, "STALE_SECONDS", 0.5)
     return tmp_path / "home"
 
 
