@@ -22,9 +22,10 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 
 torch.set_num_threads(1)
-# A busy machine is no reason to fail.
+# A busy machine is no reason to fail. Where nobody can run a test again by hand, a failure prints how to repeat it.
 hypothesis.settings.register_profile("project", deadline=None)
-hypothesis.settings.load_profile("project")
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("ci" if "CI" in os.environ else "project")
 
 
 def pytest_collection_finish() -> None:
