@@ -146,7 +146,8 @@ def test_no_reference_and_one_load(config: SweepConfig) -> None:
         "import offline_kto.train.run.inputs, offline_kto.train.model.policy\n"
         "from offline_kto.train.data.training_data import TrainingData\n"
         "from offline_kto.train.sweep.worker import _Worker\n"
-        "from offline_kto.train.sweep.config import SweepConfig, Trials\n"
+        "from offline_kto.train.sweep.config import SweepConfig\n"
+        "from offline_kto.train.sweep.space import Trials\n"
         "class Pipe:\n"
         "    def send(self, message): self.last = message\n"
         "    def recv(self): return 'drop'\n"
@@ -161,7 +162,7 @@ def test_no_reference_and_one_load(config: SweepConfig) -> None:
         "stage_1 = [name for name in sys.modules if name.startswith('offline_kto.precompute')]\n"
         "assert not stage_1 + [name for name in ('vllm', 'optuna') if name in sys.modules], stage_1\n"
     )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    ran = forks.run(forks.AS_IF_FRESH + program)
     assert ran.returncode == 0, ran.stderr
 
 
