@@ -76,7 +76,9 @@ class TestWhatItFinds:
         settings = {name: value for name, value in TRAIN.items() if name not in space}
         config = SweepConfig(cache=cache, out=folder / "sweep", search="grid", space=space, train=settings)
         before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in cache.rglob("*") if path.is_file()}
-        sweep(config)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("offline_kto.train.sweep.workers.START", "forkserver")
+            sweep(config)
         after = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in cache.rglob("*") if path.is_file()}
         assert after == before
         return config, folder / "sweep"
@@ -321,7 +323,7 @@ class TestKills:
 
     def test_a_worker_that_is_killed_fails_its_trial_alone(self, config: SweepConfig, tmp_path: Path) -> None:
         config = replace(config, train={**config.train, "max_steps": 40})
-        path = write_yaml(tmp_path / "sweep.yaml", config)
+        path = write_yaml(tmp_path / "sweep.yaml", config, trials=3)
         assert config.out is not None
         started = Started(config, path)
         wait_until(lambda: complete(config.out) >= 1)  # type: ignore[arg-type]
@@ -332,7 +334,7 @@ class TestKills:
         out = started.ends_with(0)
         states = [row["state"] for row in rows_of(config.out)]
         assert states.count("failed") == 1
-        assert states.count("complete") == 5
+        assert states.count("complete") == 2
         failed = next(row for row in rows_of(config.out) if row["state"] == "failed")
         assert "its process ended (signal 9" in failed["reason"]
         assert f"trial {failed['trial']}" in out
@@ -348,7 +350,7 @@ class TestKills:
         assert "Traceback" not in out
 
     def test_two_sweepers_share_one_storage(self, config: SweepConfig, tmp_path: Path) -> None:
-        config = replace(config, train={**config.train, "max_steps": 30})
+        config = replace(config, train={**config.train, "max_steps": 20})
         path = write_yaml(tmp_path / "sweep.yaml", config)
         storage = f"sqlite:///{tmp_path}/shared.db"
         both = [replace(config, out=tmp_path / name) for name in ("one", "two")]
