@@ -1,5 +1,6 @@
 """Shared by all tests: one thread (tiny models are slower on more), and a cache made once."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,9 +23,16 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 
 torch.set_num_threads(1)
-# A busy machine is no reason to fail.
+# A busy machine is no reason to fail. Where nobody can run a test again by hand, a failure prints how to repeat it.
 hypothesis.settings.register_profile("project", deadline=None)
-hypothesis.settings.load_profile("project")
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("ci" if "CI" in os.environ else "project")
+
+
+def pytest_collection_finish() -> None:
+    """Set aside what was imported: each run collects garbage, and would look through all libraries for it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ def main() -> None:
         return
     import atheris
 
-    with atheris.instrument_imports(include=["kto_core", "precompute", "train", "json", "csv", "yaml"]):
+    with atheris.instrument_imports(include=["offline_kto", "json", "csv", "yaml"]):
         known = targets()
     if len(sys.argv) < 2 or sys.argv[1] not in known:
         sys.exit(f"{__doc__}\nTargets: {', '.join(known)}, shards")

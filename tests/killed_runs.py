@@ -1,21 +1,19 @@
-"""A stage that is killed, again and again, until it ends: `python killed_runs.py < orders.json`.
+"""A stage that is killed, again and again, until it ends.
 
-Each attempt is a forked child of this process, which has imported everything once; SIGKILL ends it after a random
-time, or by its own hand just before its n-th change to the disk. Prints what happened as JSON.
+Each attempt is a forked child of the process that calls `main`, itself one of `forks.py`, so that everything is imported
+once; SIGKILL ends it after a random time, or by its own hand just before its n-th change to the disk.
 """
 
-import json
 import os
 import random
 import shutil
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-import offline_kto.kto_core.cache.remote_folder
+import offline_kto.kto_core.cache.remote_lock
 import offline_kto.precompute.parts as precompute_parts
 from offline_kto.kto_core.locations import to_location
 from offline_kto.precompute.config import PrecomputeConfig
@@ -112,7 +110,3 @@ def _kill_before_change(number: int) -> None:
 
     for name in _CHANGES:
         setattr(os, name, counted(getattr(os, name)))
-
-
-if __name__ == "__main__":
-    json.dump(main(json.load(sys.stdin)), sys.stdout)

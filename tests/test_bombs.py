@@ -2,11 +2,10 @@
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +19,6 @@ from offline_kto.kto_core.hashing import file_hash
 from offline_kto.precompute.inspect_cache import head
 from offline_kto.precompute.records.sources import read_records
 
-_HERE = Path(__file__).parent
 # Address space of the child, above what its imports take.
 ROOM = 2 * 2**30
 
@@ -45,9 +43,7 @@ except KTOError as error:
 
 def told(path: Path) -> str:
     """What reading a file in little memory prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", READ, str(path)], capture_output=True, text=True, timeout=100, cwd=_HERE.parent
-    )
+    done = forks.run(READ, path, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 

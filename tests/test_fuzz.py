@@ -17,13 +17,13 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import traceback
 from pathlib import Path
 from unittest import mock
 
+import forks
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -163,7 +163,7 @@ def where_ours(error):
     frames = [*traceback.extract_tb(error.__traceback__)]
     if error.__context__ is not None:
         frames += traceback.extract_tb(error.__context__.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).parent.name in ("kto_core", "precompute", "train")]
+    ours = [frame for frame in frames if {"kto_core", "precompute", "train"} & {*Path(frame.filename).parts}]
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "in the test"
 
 
@@ -750,16 +750,8 @@ def damage_shards(count):
 
 def test_damaged_shards_of_the_right_hash_are_read_or_refused_by_our_own_error():
     """In a process of its own, which may die of a bad library without taking the tests along."""
-    code = f"import resource, test_fuzz\ntest_fuzz.damage_shards({300 * TIMES})\n"
-    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=__import__('sys').stderr)"
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", code],
-        cwd=ROOT / "tests",
-        env={**os.environ, "PYTHONPATH": f"{ROOT}", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=600 * TIMES,
-    )
+    code = "import faulthandler, warnings\nfaulthandler.enable()\nwarnings.simplefilter('ignore')\n"
+    done = forks.run(code + f"import test_fuzz\ntest_fuzz.damage_shards({300 * TIMES})", timeout=600 * TIMES)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "", done.stdout
 

@@ -1,20 +1,18 @@
 """Scores of a shard that was not finished: kept through kills, used again, and never in place of others."""
 
-import os
-import signal
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from feedback_files import chat_rows, write_feedback, write_rows
 from models import random_rows, save_tiny
 from test_crashes import killed_runs
-from test_ranks import SCORE, command_of
+from test_ranks import SCORE
 
 import offline_kto.precompute.parts as precompute_parts
 from offline_kto.kto_core.cache.manifest import read_manifest
@@ -209,11 +207,9 @@ def test_scores_that_disagree_with_another_engine_are_not_kept(
 
 @pytest.mark.slow
 def test_ranks_keep_what_each_of_them_scored(config: PrecomputeConfig, tmp_path: Path) -> None:
-    pids = tmp_path / "pids"
-    pids.mkdir()
     soon = "import offline_kto.precompute.parts as p; p.SECONDS_BETWEEN_PARTS = 0.1\n"
     slowly = (
-        f"import os, pathlib, time; pathlib.Path({str(pids)!r}, os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "import time\n"
         "from offline_kto.kto_core.scoring.passes import ScoringPasses as P; real = P._forward\n"
         "def forward(*a):\n    time.sleep(0.05)\n    return real(*a)\nP._forward = forward\n"
     )
@@ -229,21 +225,20 @@ def test_ranks_keep_what_each_of_them_scored(config: PrecomputeConfig, tmp_path:
         "--max-tokens",
         64,
     ]
-    process = subprocess.Popen(
-        command_of(2, soon + slowly + SCORE, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    launch = forks.Fork(soon + slowly + SCORE, *options, ranks=2)
     deadline = time.monotonic() + 100
     while len(list(config.out.glob(".parts/train/[!.]*.parquet"))) < 4:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert launch.is_running()
         time.sleep(0.02)
-    os.kill(int((pids / "1").read_text()), signal.SIGKILL)
-    process.wait(timeout=60)
+    launch.kill(1)
+    launch.wait(60)
     kept = kept_in(config.out)
     whole = config.out.with_name("whole")
     for out in (config.out, whole):
         options[5] = out
-        subprocess.run(command_of(2, SCORE, *options), check=True, capture_output=True, timeout=200)
+        done = forks.run(SCORE, *options, ranks=2)
+        assert done.returncode == 0, done.stderr[-3000:]
     run, undisturbed = read_manifest(config.out).run, read_manifest(whole).run
     assert run["scored_sequences"] == undisturbed["scored_sequences"] - len(kept)
     assert_same_bytes(config.out, config)

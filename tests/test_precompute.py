@@ -5,13 +5,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -558,24 +558,18 @@ def test_head_shows_text_side_by_side(cache: Path, capsys: pytest.CaptureFixture
 def test_a_scheduler_s_signal_ends_a_run_as_an_interrupt_does(tmp_path: Path, base: Path) -> None:
     data = write_feedback(tmp_path / "f.jsonl", 300, seed=3)
     out = tmp_path / "refs"
-    command = [
-        sys.executable,
-        "-c",
-        "from offline_kto.precompute.cli import precompute; precompute()",
-        "--model",
-        str(base),
-    ]
-    command += ["--data", str(data), "--out", str(out), "--rows-per-shard", "5", "--max-tokens", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = "from offline_kto.precompute.cli import precompute; precompute()"
+    options = ["--model", base, "--data", data, "--out", out, "--rows-per-shard", 5, "--max-tokens", 1]
+    fork = forks.Fork(program, *options)
     deadline = time.monotonic() + 60
     while not list(out.glob("train/[!.]*.parquet")):
         assert time.monotonic() < deadline, "the run wrote no shard"
         time.sleep(0.01)
-    process.terminate()
-    printed, said = process.communicate()
-    assert process.returncode == 130
-    assert "Interrupted. Run the same command again to go on." in said
-    assert "Traceback" not in said
-    assert re.search(r"^kept +\d+ of 300 rows \(\d+ of \d+ scores\)$", printed, re.MULTILINE)
+    fork.kill(by=signal.SIGTERM)
+    done = fork.wait(60)
+    assert done.returncode == 130
+    assert "Interrupted. Run the same command again to go on." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(r"^kept +\d+ of 300 rows \(\d+ of \d+ scores\)$", done.stdout, re.MULTILINE)
     assert {path.name for path in out.iterdir()} <= {"train", ".parts"}
     assert not list((out / "train").glob(".*"))

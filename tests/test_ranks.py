@@ -1,13 +1,12 @@
 """Stage 1 in several processes: real ranks over gloo, killed with real signals."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -26,20 +25,11 @@ from offline_kto.train.run.train_run import train
 SCORE = "from offline_kto.precompute.cli import precompute; precompute()"
 
 
-def command_of(ranks: int, program: str, *options: object) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    return [*launcher, "--no-python", sys.executable, "-c", program, *map(str, options)]
-
-
-def launch(ranks: int, program: str, *options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command_of(ranks, program, *options),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env={**os.environ},
-    )
+def torchrun(ranks: int, program: str, *options: object) -> subprocess.CompletedProcess[str]:
+    """The real launcher, whose ranks are fresh interpreters that import everything."""
+    launcher = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
+    command = ["--nproc_per_node", ranks, "--standalone", "--no-python", sys.executable, "-c", program, *options]
+    return forks.run(launcher, *command, timeout=300)
 
 
 def scoring(config: PrecomputeConfig, out: Path) -> list[object]:
@@ -71,7 +61,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, base: Path) -> PrecomputeCo
 @pytest.mark.slow
 def test_four_ranks_score_what_one_scores(config: PrecomputeConfig, tmp_path: Path) -> None:
     four = tmp_path / "four"
-    done = launch(4, SCORE, *scoring(config, four))
+    done = forks.run(SCORE, *scoring(config, four), ranks=4)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "scored with transformers (--device cpu), 4 processes" in done.stdout
     assert_same_rows(config.out, four)
@@ -97,31 +87,26 @@ def test_four_ranks_score_what_one_scores(config: PrecomputeConfig, tmp_path: Pa
 def test_a_rank_that_is_killed_leaves_a_cache_that_others_finish(
     config: PrecomputeConfig, tmp_path: Path, killed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, pids = tmp_path / "refs", tmp_path / "pids"
-    pids.mkdir()
-    note = f"import os, pathlib; pathlib.Path({str(pids)!r}, os.environ['RANK']).write_text(str(os.getpid())); "
+    out = tmp_path / "refs"
     slowly = (
         "import time; from offline_kto.precompute.engines.transformers_scorer import TransformersScorer as T; real = T.score\n"
         "def score(*a, **k):\n    time.sleep(1)\n    return real(*a, **k)\nT.score = score\n"
     )
     options = scoring(replace(config, rows_per_shard=6), out)
-    process = subprocess.Popen(
-        command_of(2, note + slowly + SCORE, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    launch = forks.Fork(slowly + SCORE, *options, ranks=2)
     deadline = time.monotonic() + 100
     while len(list(out.glob("train/[!.]*.parquet"))) < 3:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert launch.is_running()
         time.sleep(0.02)
-    os.kill(int((pids / str(killed)).read_text()), signal.SIGKILL)
-    process.communicate(timeout=60)  # the launcher ends the other rank, or its closed connection does
-    assert process.returncode != 0
+    launch.kill(killed)
+    assert launch.wait(60).returncode != 0  # the launcher ends the other rank, or its closed connection does
     finished = len(list(out.glob("train/[!.]*.parquet")))
     assert 3 <= finished < 10
     assert not (out / "manifest.json").exists()
 
     if killed == 0:  # three others go on
-        done = launch(3, SCORE, *options)
+        done = forks.run(SCORE, *options, ranks=3)
         assert done.returncode == 0, done.stderr[-3000:]
         said = done.stdout
     else:  # one does
@@ -135,7 +120,7 @@ def test_a_rank_that_is_killed_leaves_a_cache_that_others_finish(
 
 @pytest.mark.slow
 def test_a_mistake_is_one_message_and_the_others_leave_quietly(config: PrecomputeConfig, tmp_path: Path) -> None:
-    done = launch(3, SCORE, *scoring(replace(config, data=str(tmp_path / "none.jsonl")), tmp_path / "refs"))
+    done = torchrun(3, SCORE, *scoring(replace(config, data=str(tmp_path / "none.jsonl")), tmp_path / "refs"))
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("Error: ")] == [
         f"Error: {tmp_path / 'none.jsonl'}: no such file. Check the path."
@@ -151,7 +136,7 @@ def test_what_another_rank_cannot_do_is_told_once(config: PrecomputeConfig, tmp_
         "def forward(*a):\n    if os.environ['RANK'] == '1': raise torch.OutOfMemoryError('simulated')\n"
         "    return real(*a)\nP._forward = forward\n"
     )
-    done = launch(2, failing + SCORE, *scoring(config, tmp_path / "refs"))
+    done = forks.run(failing + SCORE, *scoring(config, tmp_path / "refs"), ranks=2)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1

@@ -5,13 +5,12 @@ After every change the cache must be the one that a fresh run elsewhere makes.
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 from feedback_files import chat_rows, write_rows
@@ -426,7 +425,8 @@ class TestManyEdits:
 
     EDITS = ("append", "remove", "flip", "reorder", "repeat", "rows_per_shard", "kl_partners", "replace", "nothing")
 
-    @pytest.mark.parametrize(("pairing", "seed"), [("shuffled", 0), ("shuffled", 1), ("rotate", 3), ("rotate", 4)])
+    # With either seed all kinds of edits are drawn.
+    @pytest.mark.parametrize(("pairing", "seed"), [("shuffled", 0), ("rotate", 3)])
     def test_fifteen_in_a_row(
         self, pairing: str, seed: int, config: PrecomputeConfig, data: Path, forwards: Forwards
     ) -> None:
@@ -480,7 +480,7 @@ offline_kto.train.model.policy.load_causal_lm = counting
 cache, out, changes = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 for i, change in enumerate(changes):
     run(TrainConfig(cache=cache, out=out / str(i), **{"max_steps": 2, "save_steps": 0, "device": "cpu", **change}))
-stage_1 = sorted(name for name in sys.modules if name.split(".")[0] == "precompute")
+stage_1 = sorted(name for name in sys.modules if name.startswith("offline_kto.precompute"))
 print(json.dumps({"loaded": len(loaded), "stage_1": stage_1}))
 """
 
@@ -500,8 +500,8 @@ def test_no_option_of_training_costs_a_forward_pass_of_the_reference(
     """One model is loaded for each run, the policy; no module of stage 1 is, and the cache is only read."""
     made(config, chat_rows(24))
     before = snapshot(config.out)
-    command = [sys.executable, "-c", TRAINING, str(config.out), str(tmp_path / "runs"), json.dumps(NOT_OF_THE_CACHE)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    program = forks.AS_IF_FRESH + TRAINING
+    done = forks.run(program, config.out, tmp_path / "runs", json.dumps(NOT_OF_THE_CACHE))
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"loaded": len(NOT_OF_THE_CACHE), "stage_1": []}
     assert snapshot(config.out) == before

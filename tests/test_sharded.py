@@ -5,15 +5,14 @@ follows, from sharding to gathering and saving, is the real thing.
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forks
 import pytest
 import torch
 import transformers
@@ -62,12 +61,11 @@ def launch(
     config: TrainConfig, out: Path, *options: str, before: str = "", environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`kto-train` on two sharded ranks; `before` is code that runs first."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
-    command += [sys.executable, "-c", LAUNCHER.format(before=before), "--cache", str(config.cache), "--out", str(out)]
-    command += ["--batch-size", str(config.batch_size), "--max-steps", str(config.max_steps), "--device", "cpu"]
-    command += ["--learning-rate", str(config.learning_rate), "--max-tokens", str(config.max_tokens), *options]
-    variables = {**os.environ, **FSDP2, **(environment or {})}
-    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300, check=False)
+    arguments = ["--cache", config.cache, "--out", out, "--device", "cpu"]
+    arguments += ["--batch-size", config.batch_size, "--max-steps", config.max_steps]
+    arguments += ["--learning-rate", config.learning_rate, "--max-tokens", config.max_tokens, *options]
+    variables = {**FSDP2, **(environment or {})}
+    return forks.run(LAUNCHER.format(before=before), *arguments, environment=variables, ranks=2)
 
 
 def assert_same_weights(one: Path, other: Path) -> None:

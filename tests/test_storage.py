@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import forks
 import fsspec
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from moto.server import ThreadedMotoServer
 from test_crashes import assert_same_cache, killed_runs
 from test_precompute import count_scored
 
-import offline_kto.kto_core.cache.remote_folder
+import offline_kto.kto_core.cache.remote_lock
 import offline_kto.kto_core.durable_files
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.cache.remote_cache import local_copy
@@ -44,8 +44,8 @@ SECRET = "a-very-secret-key"
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Downloads go here; locks are watched for half a second."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(offline_kto.kto_core.cache.remote_folder, "REFRESH_SECONDS", 0.1)
-    monkeypatch.setattr(offline_kto.kto_core.cache.remote_folder, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(offline_kto.kto_core.cache.remote_lock, "REFRESH_SECONDS", 0.1)
+    monkeypatch.setattr(offline_kto.kto_core.cache.remote_lock, "STALE_SECONDS", 0.5)
     return tmp_path / "home"
 
 
@@ -412,7 +412,7 @@ class TestS3:
         said = ""
         for imported, *arguments in (scoring, looking, training):
             code = f"from {imported}; {imported.split()[-1]}()"
-            done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+            done = forks.run(code, *arguments)
             assert done.returncode == 0, done.stderr[-3000:]
             said += done.stdout + done.stderr
         assert "20 rows in 1 shards, all as written" in said

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import yaml
 from models import save_tiny
@@ -93,7 +94,9 @@ def test_nothing_else_is_blamed_for_it(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_whose_output_cannot_be_written_does_not_blame_its_folder(cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = run("kto-train", "--cache", cache, "--out", out, "--max-steps", "1", shell="> /dev/full")
+    full = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
+    program = f"{full}{COMMANDS['kto-train']}; main()"
+    done = forks.run(program, "--cache", cache, "--out", out, "--max-steps", 1)
     assert_one_message(done, "Error: standard output: cannot be written")
     assert not out.exists()
 

@@ -4,7 +4,6 @@ import csv
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -12,13 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import forks
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -47,7 +46,6 @@ from offline_kto.train.sweep.study import Study, Trial
 from offline_kto.train.sweep.sweep import sweep
 from offline_kto.train.trainer.saving import unfinished
 
-SCRIPT = Path(sysconfig.get_path("scripts")) / "kto-sweep"
 TRAIN = {"batch_size": 8, "max_steps": 3, "learning_rate": 3e-3, "eval_fraction": 0.3, "device": "cpu"}
 
 
@@ -78,7 +76,9 @@ class TestWhatItFinds:
         settings = {name: value for name, value in TRAIN.items() if name not in space}
         config = SweepConfig(cache=cache, out=folder / "sweep", search="grid", space=space, train=settings)
         before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in cache.rglob("*") if path.is_file()}
-        sweep(config)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("offline_kto.train.sweep.workers.START", "forkserver")
+            sweep(config)
         after = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in cache.rglob("*") if path.is_file()}
         assert after == before
         return config, folder / "sweep"
@@ -161,9 +161,10 @@ def test_no_reference_and_one_load(config: SweepConfig) -> None:
         "    assert worker.pipe.last.state == 'complete', worker.pipe.last\n"
         "assert worker.materials.loads == 1\n"
         "assert '.parquet\\n' in Path('/proc/self/maps').read_text()\n"
-        "assert not [name for name in sys.modules if name.split('.')[0] in ('precompute', 'vllm', 'optuna')]\n"
+        "stage_1 = [name for name in sys.modules if name.startswith('offline_kto.precompute')]\n"
+        "assert not stage_1 + [name for name in ('vllm', 'optuna') if name in sys.modules], stage_1\n"
     )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    ran = forks.run(forks.AS_IF_FRESH + program)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -248,22 +249,27 @@ def begun(config: SweepConfig, trials: Trials, url: str, identity: dict[str, Any
     return study
 
 
+# Workers are forked from the sweep, which has imported their libraries and used none of them.
+KTO_SWEEP = """
+from offline_kto.train.cli import sweep
+from offline_kto.train.sweep import workers
+workers.START = "fork"
+sweep()
+"""
+
+
 class Started:
     """A sweep in a process of its own, and what it prints."""
 
     def __init__(self, config: SweepConfig, path: Path, *more: str) -> None:
-        assert config.out is not None
-        command = [SCRIPT, "--cache", config.cache, "--config", path, "--out", config.out, *more]
-        self.log = config.out.with_name(f"{config.out.name}.log")
-        with self.log.open("a") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        self.fork = forks.Fork(KTO_SWEEP, "--cache", config.cache, "--config", path, "--out", config.out, *more)
+        (self.pid,) = self.fork.pids
 
     def ends_with(self, code: int) -> str:
         """Wait for the end. Returns: what was printed."""
-        found = self.process.wait(timeout=200)
-        text = self.log.read_text()
-        assert found == code, text
-        return text
+        done = self.fork.wait()
+        assert done.returncode == code, done
+        return done.stdout + done.stderr
 
 
 def children_of(process: int) -> list[int]:
@@ -300,11 +306,12 @@ class TestKills:
         other = Started(undisturbed, path)
         assert config.out is not None
         assert undisturbed.out is not None
-        process = Started(config, path).process
+        started = Started(config, path)
         wait_until(lambda: complete(config.out) >= 2)  # type: ignore[arg-type]
-        workers = children_of(process.pid)
-        process.send_signal(signal.SIGKILL)  # while the next trial runs
-        process.wait()
+        workers = children_of(started.pid)
+        assert workers
+        started.fork.kill()  # while the next trial runs
+        started.ends_with(-signal.SIGKILL)
         wait_until(lambda: not any(Path(f"/proc/{one}").exists() for one in workers), 10)
         assert complete(config.out) < 6
         Started(config, path).ends_with(0)
@@ -316,18 +323,18 @@ class TestKills:
 
     def test_a_worker_that_is_killed_fails_its_trial_alone(self, config: SweepConfig, tmp_path: Path) -> None:
         config = replace(config, train={**config.train, "max_steps": 40})
-        path = write_yaml(tmp_path / "sweep.yaml", config)
+        path = write_yaml(tmp_path / "sweep.yaml", config, trials=3)
         assert config.out is not None
         started = Started(config, path)
         wait_until(lambda: complete(config.out) >= 1)  # type: ignore[arg-type]
         wait_until(lambda: (config.out / "trials/0001/metrics.jsonl").exists())  # type: ignore[operator]
-        for worker in children_of(started.process.pid):
-            if b"spawn_main" in Path(f"/proc/{worker}/cmdline").read_bytes():
+        for worker in children_of(started.pid):
+            if b"resource_tracker" not in Path(f"/proc/{worker}/cmdline").read_bytes():
                 os.kill(worker, signal.SIGKILL)
         out = started.ends_with(0)
         states = [row["state"] for row in rows_of(config.out)]
         assert states.count("failed") == 1
-        assert states.count("complete") == 5
+        assert states.count("complete") == 2
         failed = next(row for row in rows_of(config.out) if row["state"] == "failed")
         assert "its process ended (signal 9" in failed["reason"]
         assert f"trial {failed['trial']}" in out
@@ -337,13 +344,13 @@ class TestKills:
         path = write_yaml(tmp_path / "sweep.yaml", config)
         started = Started(config, path)
         wait_until(lambda: complete(config.out) >= 1)  # type: ignore[arg-type]
-        started.process.send_signal(signal.SIGTERM)  # as Ctrl-C, which shells let background jobs ignore
+        started.fork.kill(by=signal.SIGTERM)  # as Ctrl-C, which shells let background jobs ignore
         out = started.ends_with(130)
         assert "Interrupted. What was finished is kept; the same command goes on" in out
         assert "Traceback" not in out
 
     def test_two_sweepers_share_one_storage(self, config: SweepConfig, tmp_path: Path) -> None:
-        config = replace(config, train={**config.train, "max_steps": 30})
+        config = replace(config, train={**config.train, "max_steps": 20})
         path = write_yaml(tmp_path / "sweep.yaml", config)
         storage = f"sqlite:///{tmp_path}/shared.db"
         both = [replace(config, out=tmp_path / name) for name in ("one", "two")]
@@ -372,9 +379,8 @@ class TestKills:
 
 @pytest.fixture
 def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real processes, forked from one that has imported the libraries: seconds saved, where starting is not the point."""
+    """Real processes, forked from the one of forks.py: seconds saved, where starting is not the point."""
     monkeypatch.setattr("offline_kto.train.sweep.workers.START", "forkserver")
-    multiprocessing.set_forkserver_preload(["offline_kto.train.sweep.worker"])
 
 
 @pytest.mark.usefixtures("warm_workers")
@@ -406,8 +412,9 @@ class TestTrialsThatFail:
         assert (config.out / "report.html").exists()
 
     def test_a_learning_rate_that_explodes(self, config: SweepConfig) -> None:
-        settings = {**config.train, "max_steps": 6}
-        out = sweep(replace(config, space={"learning_rate": [1e-3, 1e30]}, train=settings))
+        heavy = {"desirable_weight": 1e18, "undesirable_weight": 1e18, "training": {"optim": "sgd", "max_grad_norm": 0}}
+        settings = {**config.train, **heavy, "max_steps": 6}
+        out = sweep(replace(config, space={"learning_rate": [1e-21, 1.0]}, train=settings))
         rows = rows_of(out)
         assert rows[0]["state"] == "complete"
         assert rows[1]["state"] == "failed"

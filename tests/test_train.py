@@ -2,15 +2,14 @@
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import peft
 import pyarrow.parquet as pq
@@ -21,6 +20,7 @@ from feedback_files import chat_rows, write_feedback, write_rows
 from models import save_tiny, tiny_tokenizer
 from safetensors.torch import load_file
 from stopped_runs import train_until
+from test_ranks import torchrun
 
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import CacheError, ConfigError, TrainingError
@@ -34,6 +34,8 @@ from offline_kto.train.data.batches import EpochBatches, split_by_prompt
 from offline_kto.train.data.cache_rows import CacheRows, RowKey
 from offline_kto.train.run.train_run import train
 from offline_kto.train.trainer.gradient_passes import GradientPasses
+
+TRAIN = "from offline_kto.train.cli import train; train()"
 
 
 @pytest.fixture
@@ -161,7 +163,8 @@ def test_two_ranks_equal_one(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, batch_size=7, eval_fraction=0.2)
     one = train(config)
     two = tmp_path / "two"
-    run_ranks(2, config, two)
+    done = torchrun(2, TRAIN, *options_of(config, two))
+    assert done.returncode == 0, done.stderr[-3000:]
     assert_same_weights(one, two, atol=2e-5)
     records = [r for r in metrics(one) if "train_runtime" not in r]
     for a, b in zip(records, [r for r in metrics(two) if "train_runtime" not in r], strict=True):
@@ -174,26 +177,25 @@ def test_a_rank_without_rows_takes_part(config: TrainConfig, tmp_path: Path) -> 
     """Batches of three on twenty rows leave two for the last: the third rank has none of its own."""
     config = replace(config, batch_size=3, max_steps=7)
     one = train(config)
-    run_ranks(3, config, tmp_path / "three")
+    done = forks.run(TRAIN, *options_of(config, tmp_path / "three"), ranks=3)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert_same_weights(one, tmp_path / "three", atol=2e-5)
 
 
-def run_ranks(ranks: int, config: TrainConfig, out: Path) -> None:
-    """`kto-train` under torchrun with gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    command += [
-        "--no-python",
-        sys.executable,
-        "-c",
-        "from offline_kto.train.cli import train; train()",
+def options_of(config: TrainConfig, out: Path) -> list[object]:
+    """Of `kto-train` on ranks."""
+    options = [
         "--cache",
-        str(config.cache),
+        config.cache,
+        "--out",
+        out,
+        "--batch-size",
+        config.batch_size,
+        "--max-steps",
+        config.max_steps,
     ]
-    command += ["--out", str(out), "--batch-size", str(config.batch_size), "--max-steps", str(config.max_steps)]
-    command += ["--learning-rate", str(config.learning_rate), "--save-steps", "0", "--device", "cpu"]
-    command += ["--eval-fraction", str(config.eval_fraction)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    options += ["--learning-rate", config.learning_rate, "--save-steps", 0, "--device", "cpu"]
+    return [*options, "--eval-fraction", config.eval_fraction]
 
 
 class TestWhatChangesNothing:
@@ -488,25 +490,17 @@ class TestRunFolder:
     @pytest.mark.slow
     def test_a_scheduler_s_signal_ends_a_run_as_an_interrupt_does(self, config: TrainConfig, tmp_path: Path) -> None:
         out = tmp_path / "signalled"
-        command = [
-            sys.executable,
-            "-c",
-            "from offline_kto.train.cli import train; train()",
-            "--cache",
-            str(config.cache),
-        ]
-        command += ["--out", str(out), "--epochs", "100000", "--save-steps", "5"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        fork = forks.Fork(TRAIN, "--cache", config.cache, "--out", out, "--epochs", 100000, "--save-steps", 5)
         deadline = time.monotonic() + 100
         while not (out / "checkpoint-5/trainer_state.json").exists():
             assert time.monotonic() < deadline, "the run wrote no checkpoint"
-            assert process.poll() is None
+            assert fork.is_running()
             time.sleep(0.02)
-        process.terminate()
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode == 130
-        assert "with --resume to go on" in said
-        assert "Traceback" not in said
+        fork.kill(by=signal.SIGTERM)
+        done = fork.wait(60)
+        assert done.returncode == 130
+        assert "with --resume to go on" in done.stderr
+        assert "Traceback" not in done.stderr
         assert not (out / ".lock").exists()
 
     @pytest.mark.parametrize("max_steps", [1, 2])

@@ -6,6 +6,7 @@ Whatever stands in a folder may come from anybody: the template escapes it, data
 it letter by letter, and the page's policy runs no script but its own.
 """
 
+import functools
 import json
 import secrets
 from collections.abc import Sequence
@@ -18,11 +19,14 @@ from offline_kto.kto_core.errors import ConfigError, printable
 from offline_kto.kto_core.options import flag
 
 if TYPE_CHECKING:
+    import jinja2
+
     from offline_kto.train.report.figures import Plot
     from offline_kto.train.report.folders import Run, Sweep
     from offline_kto.train.run_records import RunRecord, SweepRecord
 
 REPORT = "report.html"
+_HOME = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -88,21 +92,12 @@ def _plan_warnings(facts: "RunRecord | SweepRecord") -> list[str]:
 
 def _page(found: Sequence["Run | Sweep"]) -> str:
     """The page's HTML."""
-    import jinja2
     from markupsafe import Markup
 
     from offline_kto.train.report import words
     from offline_kto.train.report.figures import plotly_js
     from offline_kto.train.report.folders import Run, Sweep
 
-    home = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(home),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     plots: list[str] = []
 
     def place(plot: "Plot") -> int:
@@ -125,12 +120,27 @@ def _page(found: Sequence["Run | Sweep"]) -> str:
         "place": place,
         "placed": lambda: Markup("[" + ",".join(_in_script(plot) for plot in plots) + "]"),
         "in_script": lambda value: Markup(_in_script(json.dumps(value, allow_nan=False))),
-        "css": Markup((home / "report.css").read_text(encoding="utf-8")),
-        "js": Markup((home / "report.js").read_text(encoding="utf-8")),
+        "css": Markup((_HOME / "report.css").read_text(encoding="utf-8")),
+        "js": Markup((_HOME / "report.js").read_text(encoding="utf-8")),
         "plotly_js": Markup(plotly_js()),
         "nonce": secrets.token_urlsafe(16),
     }
-    return environment.get_template("report.html.j2").render(context)
+    return _template().render(context)
+
+
+@functools.cache
+def _template() -> "jinja2.Template":
+    """Return the page's template, compiled once in a process."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HOME),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("report.html.j2")
 
 
 def _compared(folder: "Run | Sweep", name: str) -> tuple["Run", str] | None:

@@ -1,0 +1,153 @@
+"""Processes of their own that begin with the libraries imported: forked from one that has imported them and run nothing.
+
+A fresh interpreter spends seconds on torch and transformers before it comes to what a test is about. What depends on
+the start itself (streams, imports, torchrun, a sweep's own way to start its workers) is tested with fresh ones.
+"""
+
+import atexit
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+# All that a run would import on its way is here, or each process would import it again.
+PRELOADED = (
+    "offline_kto.precompute.cli",
+    "offline_kto.precompute.run",
+    "offline_kto.precompute.engines.transformers_scorer",
+    "offline_kto.train.cli",
+    "offline_kto.train.run.train_run",
+    "offline_kto.train.sweep.sweep",
+    "offline_kto.train.sweep.worker",
+    "offline_kto.train.report.figures",
+    "optuna",
+    "peft",
+    "plotly.offline",
+    "pyarrow.acero",
+    "s3fs",
+    "sqlalchemy.dialects.sqlite",
+    "transformers.models.llama.modeling_llama",
+)
+
+# The beginning of a program that looks at what it imports: the modules of these packages are imported again.
+AS_IF_FRESH = """
+import sys
+for name in [name for name in sys.modules if name.split(".")[0] in ("offline_kto", "optuna")]:
+    del sys.modules[name]
+"""
+
+multiprocessing.set_forkserver_preload([*PRELOADED])
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+class Fork:
+    """A program in a process of its own, or in one for each rank of a launch.
+
+    Args:
+        program: Python code, as `python -c` takes it.
+        arguments: its `sys.argv[1:]`.
+        environment: variables beside those of this process.
+        ranks: processes, told of each other as by torchrun; as there, one that fails ends the others. 0 for no launch.
+    """
+
+    def __init__(
+        self, program: str, *arguments: object, environment: Mapping[str, str] | None = None, ranks: int = 0
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        for path in self._outputs:
+            path.touch()
+        common = {**os.environ, **(environment or {})}
+        environments: list[dict[str, str]] = [common]
+        if ranks:
+            # As torchrun does, the parent keeps the store at which the ranks meet.
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            environments = [{**common, **_rank(number, ranks, self._store.port)} for number in range(ranks)]
+        self.processes = [
+            _CONTEXT.Process(target=_run, args=(program, [*map(str, arguments)], variables, self._outputs))
+            for variables in environments
+        ]
+        for process in self.processes:
+            process.start()
+        atexit.register(self.kill)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid or 0 for process in self.processes]
+
+    def is_running(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def kill(self, number: int | None = None, by: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to one of the processes, or to all."""
+        for process in self.processes if number is None else [self.processes[number]]:
+            if process.is_alive():
+                os.kill(process.pid or 0, by)
+
+    def wait(self, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+        """Wait for the end.
+
+        Returns:
+            The exit code, of the first process that failed if one did, and what was printed.
+
+        Raises:
+            TimeoutError: it is still running, and has been killed.
+        """
+        end, code = time.monotonic() + timeout, 0
+        while running := [process for process in self.processes if process.is_alive()]:
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"still running: {self._outputs[1].read_text()[-3000:]}")
+            if not code and (code := self._failure()):
+                self.kill(by=signal.SIGTERM)
+            multiprocessing.connection.wait([process.sentinel for process in running], timeout=1.0)
+        atexit.unregister(self.kill)
+        stdout, stderr = (path.read_text(encoding="utf-8") for path in self._outputs)
+        self._folder.cleanup()
+        return subprocess.CompletedProcess([], code or self._failure(), stdout, stderr)
+
+    def _failure(self) -> int:
+        return next((process.exitcode for process in self.processes if process.exitcode), 0)
+
+
+def run(program: str, *arguments: object, timeout: float = 200, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Start a `Fork` and wait for its end."""
+    return Fork(program, *arguments, **options).wait(timeout)
+
+
+def _rank(number: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank."""
+    return {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "tests",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _run(program: str, arguments: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
+    """In the new process."""
+    gc.freeze()  # what was imported stays: looking through it would take longer than most programs
+    for number, path in enumerate(outputs, 1):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["-c", *arguments]
+    exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
