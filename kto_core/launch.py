@@ -197,7 +197,7 @@ def _clear_launcher(launch: Launch, *, sharding: bool) -> list[str]:
 
 
 def _is_launch_of_one() -> bool:
-    """Return whether a launcher started this process alone. FSDP and DeepSpeed require a launch, even of one process."""
+    """Return whether a launcher started this process alone. FSDP and DeepSpeed require a launch, even of one."""
     found = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     return found == ["0", "0", "1"] and all(os.environ.get(name) for name in _MEETING_POINT)
 

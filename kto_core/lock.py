@@ -1,4 +1,4 @@
-"""A lock on a folder, so that only one process writes there. The system releases it when the process ends, in any way."""
+"""A lock on a folder, so that only one process writes there. It is released whenever the process ends."""
 
 import contextlib
 import errno

@@ -209,7 +209,7 @@ class ChatRenderer:
         return " Pass a template that takes it with --chat-template FILE, or give prompt and completion as text."
 
     def _switches(self) -> Iterator[dict[str, bool]]:
-        """Yield settings to try: the variables that the template's conditions read, false and true, singly and in pairs."""
+        """Yield settings to try: variables that the template's conditions read, false and true, singly and in pairs."""
         names = [name for name in _KNOWN_SWITCHES if name in self._source]
         found = dict.fromkeys(_CONDITION.findall(self._source))
         names += [name for name in found if name not in (*names, *_NO_SWITCHES) and f"set {name}" not in self._source]

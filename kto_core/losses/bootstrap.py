@@ -23,15 +23,16 @@ def intervals(
     """Return percentile intervals of statistics of weighted rows (Efron and Tibshirani 1993, chapter 13).
 
     Args:
-        statistic: maps weights, float64, shape (samples, rows), which say how often each row was drawn, to values of shape
-            (samples,), by name; not finite for a sample without the rows that the value needs.
+        statistic: maps weights, float64, shape (samples, rows), which count how often each row was drawn, to values
+            of shape (samples,), by name; not finite for a sample without the rows that the value needs.
         clusters: cluster of each row: its prompt. Whole clusters are drawn, with replacement, as many as there are.
         resamples: samples drawn.
         level: coverage.
         seed: of the draws.
 
     Returns:
-        (low, high) by name; empty if there are fewer than two clusters, without values that are not finite in most samples.
+        (low, high) by name; empty if there are fewer than two clusters. A value that is not finite in most samples is
+        left out.
     """
     names, of_row = np.unique(np.asarray(clusters), return_inverse=True)
     if len(names) < 2:

@@ -46,7 +46,7 @@ def kto_losses(logratios: Tensor, labels: Tensor, kl: Tensor, *, beta: float, we
 
 
 def apo_zero_losses(logratios: Tensor, labels: Tensor, *, beta: float, weights: Tensor) -> Tensor:
-    """Return `w (1 - sigmoid(beta s r))`, which raises desirable rows' probabilities over the reference's and lowers others.
+    """Return `w (1 - sigmoid(beta s r))`, which makes desirable rows likelier than the reference, and others less likely.
 
     Anchored preference optimization (arXiv 2408.06266), the "zero" objective, on single rows (TRL:
     `apo_zero_unpaired`): KTO with the reference point fixed at 0.
@@ -86,7 +86,7 @@ def dpo_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
 
 def ipo_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """Return `(r_chosen - r_rejected - 1 / (2 beta))^2`, which is smallest at a fixed margin instead of an unbounded one.
+    """Return `(r_chosen - r_rejected - 1 / (2 beta))^2`, which is smallest at a fixed margin.
 
     Identity preference optimization (arXiv 2310.12036), eq. 17; its tau is beta. Its authors divide each log-ratio by
     the completion's number of tokens, and so does TRL: with sums, the margin would depend on length.

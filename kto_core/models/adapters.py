@@ -1,4 +1,4 @@
-"""Merge a PEFT adapter into a model, or load it unmerged next to quantised weights, through `transformers` without peft."""
+"""Merge a PEFT adapter into a model, or load it next to quantised weights, through `transformers` without peft."""
 
 import contextlib
 import dataclasses

@@ -115,7 +115,7 @@ def _code_file(folder: Path, reference: str) -> str:
 
 
 def _is_adopted(reference: str, model_type: str, used: str) -> bool:
-    """Return whether transformers has the same class name in a file of the model type: `modeling_phi3.Phi3ForCausalLM`."""
+    """Return whether transformers has the same class in a file of the model type: `modeling_phi3.Phi3ForCausalLM`."""
     module = reference.rpartition("--")[2].rpartition(".")[0]
     family = re.sub(r"^(modeling|modelling|configuration)_", "", module)
     return _class_name(reference) == used and model_type.startswith(family)

@@ -1,4 +1,4 @@
-"""Download a model or adapter from the hub: only the files that are loaded, with a time limit, or from the hub's cache."""
+"""Download a model or adapter from the hub: only files that are loaded, with a time limit, or from the hub's cache."""
 
 import re
 import threading

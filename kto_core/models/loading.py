@@ -28,7 +28,7 @@ from offline_kto.kto_core.scoring.model_code import family_of, model_code
 
 
 def longest_alike(config: ModelConfig) -> int | None:
-    """Return how many tokens a sequence may have before its scores depend on the rest of its batch; None without a limit.
+    """Return the most tokens with which a row's scores do not depend on the rest of its batch; None without a limit.
 
     With "longrope" (Phi-3 and related models), all rows of a batch switch to other position frequencies when its
     longest row exceeds the length of pre-training. If a row keeps only its strongest keys (Doge), padding affects the

@@ -28,7 +28,7 @@ _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
 def check_texts(folder: Path) -> None:
-    """Refuse git LFS pointers, and JSON files that an editor saved with a byte-order mark, which transformers cannot read.
+    """Refuse git LFS pointers, and JSON files with a byte-order mark, which transformers cannot read.
 
     Raises:
         ModelError: there is one; the message says what to do.

@@ -24,7 +24,7 @@ def declared_quantization(folder: Path) -> dict[str, object] | None:
 
 
 def _declared(config: Mapping[str, object], where: str = "") -> tuple[str, dict[str, object]] | None:
-    """Return key and settings of the declared quantisation. Those of vision and audio towers, which are not read, are skipped."""
+    """Return key and settings of the declared quantisation, without those of towers, which are not read."""
     for key in _KEYS:
         settings = config.get(key)
         if isinstance(settings, dict) and settings:
