@@ -159,7 +159,7 @@ def _plainly(number: float) -> str:
 
 
 def check_table(table: Mapping[str, Any], where: str) -> None:
-    """Check the numbers of a table that a library reads, as `check_options` does. Infinity is allowed: it may mean "no limit".
+    """Check the numbers of a table that a library reads, as `check_options` does. Infinity may mean "no limit" there.
 
     Raises:
         ConfigError: NaN, or a whole number too large for a C integer.
@@ -297,7 +297,7 @@ def _plain(value: Any) -> Any:
 
 
 def parse_settings(text: str | None, name: str) -> dict[str, Any]:
-    """Return named values from an option: a JSON object, or `NAME=VALUE,NAME=VALUE` with JSON values or unquoted words.
+    """Return named values from an option: a JSON object, or `NAME=VALUE,NAME=VALUE` with JSON values or words.
 
     Args:
         name: of the option, for messages.

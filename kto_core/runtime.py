@@ -18,7 +18,7 @@ _KEPT, _STEP = 2**31 - 1, 2**26  # the largest value allowed; bytes requested fr
 
 
 def keep_freed_memory() -> None:
-    """Configure glibc to keep freed memory; call it before torch is imported. No effect elsewhere, or if the user set it."""
+    """Make glibc keep freed memory, unless the user set it. Call before torch is imported. No effect without glibc."""
     # torch then requests huge pages, where the system allows that: fewer page faults and TLB misses.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):

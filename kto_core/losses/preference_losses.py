@@ -46,7 +46,7 @@ def kto_losses(logratios: Tensor, labels: Tensor, kl: Tensor, *, beta: float, we
 
 
 def apo_zero_losses(logratios: Tensor, labels: Tensor, *, beta: float, weights: Tensor) -> Tensor:
-    """Return `w (1 - sigmoid(beta s r))`, which makes desirable rows likelier than the reference, and others less likely.
+    """Return `w (1 - sigmoid(beta s r))`, which makes desirable rows likelier than the reference and others less so.
 
     Anchored preference optimization (arXiv 2408.06266), the "zero" objective, on single rows (TRL:
     `apo_zero_unpaired`): KTO with the reference point fixed at 0.

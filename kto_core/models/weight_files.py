@@ -1,4 +1,4 @@
-"""Read names, types and shapes of the tensors in a model folder from the headers of its weight files, without values."""
+"""Read names, types and shapes of the tensors in a model folder from its weight files' headers, without values."""
 
 import re
 from collections.abc import Iterable

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import AutogradContext, Model, ModelConfig
 
-# Elements of one chunk of float32 logits (64 MiB on a CPU, 256 MiB on a GPU): large enough for the matrix product to run
-# at full speed, and independent of the vocabulary.
+# Elements of one chunk of float32 logits (64 MiB on a CPU, 256 MiB on a GPU): large enough for the matrix product to
+# run at full speed, and independent of the vocabulary.
 _CHUNK_ELEMENTS = {"cpu": 2**24}
 _CHUNK_ELEMENTS_ACCELERATOR = 2**26
 
@@ -74,7 +74,7 @@ def add_gradients_in_place(model: Model) -> list[Tensor]:
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return a parameter's unsharded shape. DeepSpeed ZeRO-3 replaces sharded weights by an empty tensor and stores the shape."""
+    """Return a parameter's unsharded shape, which DeepSpeed ZeRO-3 notes when it empties the tensor."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -112,7 +112,7 @@ def selected_logps(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
 
 
 class _SelectedLogps(torch.autograd.Function):
-    """`selected_logps` with one buffer of logits. Its last content is kept for the backward pass; the rest is recomputed."""
+    """`selected_logps` with one buffer of logits; its last content is kept for the backward pass, the rest recomputed."""
 
     @staticmethod
     def forward(

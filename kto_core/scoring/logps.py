@@ -213,7 +213,7 @@ def _others(ids: np.ndarray, known: np.ndarray, vocabulary: int) -> np.ndarray:
 
 
 def _moved_by_kernel(model: Model, rows: Sequence[TokenIds]) -> float:
-    """Return the mean difference between the chosen and the eager attention, nats per token; 0 if only one exists."""
+    """Return the mean difference between the chosen and eager attention, nats per token; 0 if only one exists."""
     if getattr(model.config, "_attn_implementation", None) in (None, "eager"):
         return 0.0
     ids = np.concatenate(max(rows, key=lambda row: len(row[0]) + len(row[1])))

@@ -1,4 +1,4 @@
-"""Score many sequences without gradient, in passes under a token budget, sharing prompts after a check of the scores."""
+"""Score many sequences without gradient, in passes under a token budget, with prompts shared where scores allow it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,8 +81,8 @@ class ScoringPasses:
 
         Args:
             sequences: (prompt ids, completion ids), neither empty.
-            known: positions that are already scored. A resumed run makes the remaining passes of the same plan, so that
-                its scores are bit-identical to those of an uninterrupted run.
+            known: positions that are already scored. A resumed run makes the remaining passes of the same plan, so
+                that its scores are bit-identical to those of an uninterrupted run.
             at_least: minimum number of passes, for ranks that must make equally many: empty ones are added.
 
         Raises:
@@ -125,7 +125,7 @@ class ScoringPasses:
         return Pass(indices, batch, token_logps(self.model, batch).token_logps)
 
     def _make_room(self, longest: int) -> None:
-        """Lower the budget, or stop sharing prompts, after a pass ran out of memory; `longest` is its longest sequence in tokens."""
+        """Lower the budget, or stop sharing prompts, after a pass with rows of up to `longest` tokens ran out of memory."""
         if self.max_tokens > longest:
             self.max_tokens = max(longest, self.max_tokens // 2)
             self.say(f"out of memory: going on with {self.max_tokens} tokens in one scoring pass")

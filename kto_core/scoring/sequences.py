@@ -18,7 +18,7 @@ FILLER: TokenIds = (np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int32))
 
 
 class Sequences(NamedTuple):
-    """One micro-batch. All indices are computed on the host, because reading them from a mask on a GPU would block its queue.
+    """One micro-batch. Indices are computed on the host, because reading a mask on a GPU would block its queue.
 
     Attributes:
         input_ids: int64, shape (batch, length).
