@@ -1,6 +1,6 @@
 """Atomic and durable file writing: after a kill, a full disk or a power cut a file is the old one or the new one.
 
-A file is written to a temporary name beside its place, flushed to the disk and renamed. Then its folder is flushed.
+A file is written to a temporary file in its folder, flushed to the disk and renamed. Then its folder is flushed.
 The content is flushed before the rename, so that the name never refers to missing content.
 """
 

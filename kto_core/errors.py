@@ -12,7 +12,7 @@
     |   `-- WriteError         a file cannot be saved: no space or no permission
     `-- OutputError        standard output cannot be written
 
-Each message says where, what was found and what to do. The commands print it and exit with 1.
+Each message says where the error is, what was found and what to do. The commands print it and exit with 1.
 Any other exception is a bug in this package and keeps its traceback.
 """
 

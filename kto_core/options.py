@@ -67,13 +67,14 @@ _MOST = 2**31 - 1
 
 
 def check_options(config: Any) -> None:
-    """Convert each value of a config to its field's type, and check it: for callers from Python as for the command line.
+    """Convert each value of a config to its field's type, and check it: for callers from Python as on the command line.
 
     Text is parsed as on the command line: `beta="0.1"` is a number, `out="runs/x"` a path. Lists become text with
     commas, and tables for text fields become JSON.
 
     Raises:
-        ConfigError: a value of another type, a word that is not a choice, or a number that is NaN, infinite or too large.
+        ConfigError: a value of another type, a word that is not a choice, or a number that is NaN, infinite
+            or too large.
     """
     kinds = value_types(type(config))
     for field in dataclasses.fields(config):
@@ -110,7 +111,7 @@ def _given(value: Any, allowed: tuple[type, ...], field: "dataclasses.Field[Any]
             return _number_as(value, allowed)
     elif isinstance(value, allowed):
         return value
-    # A type of text or number means: the word auto, or a number.
+    # In a field that also takes a number, the only text is the word auto.
     words = {**_WORDS, str: AUTO} if {int, float} & set(allowed) else _WORDS
     wanted = " or ".join(words.get(kind, kind.__name__) for kind in allowed)
     raise ConfigError(f"{name} must be {wanted}, got {shown(repr(value))}.")

@@ -83,9 +83,7 @@ class _StandardError(io.FileIO):
 def _rewrapped(stream: io.TextIOWrapper, raw: io.FileIO) -> io.TextIOWrapper:
     stream.flush()
     utf8 = stream.encoding.lower().replace("-", "") == "utf8" and stream.errors != "strict"
-    buffer: IO[bytes] = (
-        raw if stream.write_through else io.BufferedWriter(raw)
-    )  # PYTHONUNBUFFERED: no buffer
+    buffer: IO[bytes] = raw if stream.write_through else io.BufferedWriter(raw)  # PYTHONUNBUFFERED: no buffer
     return io.TextIOWrapper(
         buffer,
         encoding=stream.encoding,

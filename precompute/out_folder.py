@@ -45,7 +45,8 @@ def check_out(location: Location) -> None:
     if not out.exists() or (out / MANIFEST).exists():
         return
     readable = [path for path in shards_in(out) if read_metadata(path) is not None]
-    foreign = [] if readable else [path.name for path in shards_in(out)]  # next to valid shards, an unreadable one is a damaged shard
+    # Next to readable shards, an unreadable one is a damaged shard.
+    foreign = [] if readable else [path.name for path in shards_in(out)]
     foreign += [p.name for p in out.iterdir() if p.name != "train" and not p.name.startswith(".")]
     if foreign:
         raise CacheError(

@@ -135,7 +135,7 @@ class Store:
         flush(self.out)
 
     def _drop_others(self, old: Manifest | None) -> None:
-        """Remove shards that were scored under another reference; keep a finished cache until the new one is finished."""
+        """Remove shards of another reference, except those of a finished cache until the new one is finished."""
         for folder in (self.out, *self._folders) if old is None else self._folders:
             for path in shards_in(folder):
                 metadata = read_metadata(path)

@@ -80,7 +80,7 @@ class Manifest:
 
     @property
     def vocabulary(self) -> int | None:
-        """Vocabulary size of the reference; None where the manifest does not have it."""
+        """Vocabulary size of the reference; None if the manifest does not have it."""
         return self.reference.get("vocabulary")
 
     @property

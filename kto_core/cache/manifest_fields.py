@@ -20,14 +20,14 @@ class ReferenceFields(TypedDict, total=False):
         path: str | null; absolute path of the model's folder when it was scored, null for a model of the hub.
         adapter_path: str | null; the same for the adapter, null without one.
         weights_hash: str; SHA-256 over the weights, in hex.
-        config_hash: str; SHA-256 over the config, and over the model's code where that was run.
+        config_hash: str; SHA-256 over the config, and over the model's code if that was run.
         adapter: str | null; the adapter as `--adapter` named it.
         adapter_hash: str | null; SHA-256 over the adapter's weights and settings.
         quantization: object | null; `quantization_config` of the model's config.
         dtype: str; precision of the forward passes: float32, bfloat16 or float16.
         attention: str; attention implementation of Transformers.
         vocabulary: int, tokens; size of the embedding table, which bounds the token ids.
-        model_type: str; `model_type` of the model's config, only beside `unread`.
+        model_type: str; `model_type` of the model's config, only together with `unread`.
         unread: object, kind -> number of tensors in the files that are not part of the scored model.
     """
 
@@ -71,7 +71,7 @@ class TokenizationFields(TypedDict, total=False):
     Attributes:
         max_length: int, tokens; limit of prompt and completion together.
         rule: int; version of the tokenization rules.
-        rendered_on: str, ISO 8601; the time that the chat template wrote into the rows, absent where it writes none.
+        rendered_on: str, ISO 8601; the time that the chat template wrote into the rows, absent if it writes none.
     """
 
     max_length: int
@@ -119,7 +119,7 @@ class ScorerFields(TypedDict, total=False):
     Attributes:
         backend: str; transformers or vllm.
         versions: object, library -> version.
-        difference: `ScoreDifference`, absent where Transformers scored.
+        difference: `ScoreDifference`, absent if Transformers scored.
     """
 
     backend: str

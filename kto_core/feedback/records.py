@@ -74,7 +74,7 @@ class FeedbackRow:
 class FeedbackFields:
     """The columns to read, and how. None means the default names of the formats.
 
-    If rating_threshold is set, label names the column of the rating. chat_template says whether the tokenizer has one;
+    If rating_threshold is set, label names the column of the rating. chat_template is whether the tokenizer has one;
     if so, Alpaca rows become conversations.
 
     Raises:

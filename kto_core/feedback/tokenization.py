@@ -148,7 +148,7 @@ class Tokenizing:
             self._findings.add("unread", row.where)
 
     def _added_around(self, where: str, text: str) -> tuple[list[int], list[int]]:
-        """Return the ids that the tokenizer adds before and after a text, without EOS, which belongs after the completion."""
+        """Return the ids that the tokenizer adds before and after a text, without EOS, which follows completions."""
         if self._around is None:
             bare, closed = self._encode(where, [text])[0], self._encode(where, [text], special=True)[0]
             fits = [i for i in range(len(closed) - len(bare) + 1) if closed[i : i + len(bare)] == bare]

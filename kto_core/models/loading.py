@@ -243,8 +243,8 @@ def _compute_four_bits_in(model: nn.Module, dtype: torch.dtype) -> None:
 def keep_gradients_of_four_bits(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for a CPU's bfloat16 instructions in eval mode.
 
-    The kernel for repacked weights computes in bfloat16 and has no backward pass. Once weights are repacked, the
-    layers below silently get no gradient.
+    The kernel for repacked weights computes in bfloat16 and has no backward pass. Once weights are repacked, all
+    earlier layers silently get no gradient.
     """
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):

@@ -112,7 +112,7 @@ def selected_logps(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
 
 
 class _SelectedLogps(torch.autograd.Function):
-    """`selected_logps` with one buffer of logits; its last content is kept for the backward pass, the rest recomputed."""
+    """`selected_logps` with one buffer of logits; its last content is kept for the backward pass."""
 
     @staticmethod
     def forward(

@@ -221,7 +221,7 @@ def _moved_by_kernel(model: Model, rows: Sequence[TokenIds]) -> float:
     try:
         with model_code(type(model).__name__, "cannot compute eager attention"), eager_attention(model):
             eager = _own_logps(model, ids)
-    except (ModelError, torch.OutOfMemoryError):  # not every model can compute eager attention, so the comparison is optional
+    except (ModelError, torch.OutOfMemoryError):  # not every model can compute it
         return 0.0
     return float((chosen - eager).abs().nan_to_num(nan=0.0).mean())
 

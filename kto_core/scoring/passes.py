@@ -46,8 +46,8 @@ class ScoringPasses:
         device: where batches are placed.
         max_tokens: padded tokens in one pass.
         alone: whether this process need not make as many passes as others. If so, a prompt that several sequences share
-            runs once, and when memory runs out the budget is halved. Sharing is checked first: if the scores differ with
-            and without it, or the model does not support it, it is switched off and a message is logged.
+            runs once, and when memory runs out the budget is halved. Sharing is checked first: if it changes the
+            scores, or the model does not support it, it is switched off and a message is logged.
         pack: concatenate sequences, without padding.
         tolerance: largest mean difference with and without sharing that rounding can explain, nats per token.
         say: logs a line.
@@ -125,7 +125,7 @@ class ScoringPasses:
         return Pass(indices, batch, token_logps(self.model, batch).token_logps)
 
     def _make_room(self, longest: int) -> None:
-        """Lower the budget, or stop sharing prompts, after a pass with rows of up to `longest` tokens ran out of memory."""
+        """Lower the budget, or stop sharing prompts, after a pass with rows of up to `longest` tokens did not fit."""
         if self.max_tokens > longest:
             self.max_tokens = max(longest, self.max_tokens // 2)
             self.say(f"out of memory: going on with {self.max_tokens} tokens in one scoring pass")

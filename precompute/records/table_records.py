@@ -105,7 +105,7 @@ def _csv_header(cells: list[str], where: str, delimiter: str) -> list[str]:
 
 
 def _refuse_twins(columns: Collection[str], where: str) -> None:
-    """Check that no two columns have the same name: a record would only have the last. Raises: FeedbackError: two have."""
+    """Refuse columns with the same name: a record would only have the last. Raises: FeedbackError: two have."""
     column, count = Counter(columns).most_common(1)[0] if columns else ("", 0)
     if count > 1:
         raise FeedbackError(f"{where}: two columns have the name {quoted(column)}. Rename one of them.")
