@@ -86,7 +86,7 @@ class Decoder:
             raise TokenizationError(
                 f"{where}: the tokenizer loses the white space: {_shown(text)} becomes {_shown(said)}. Its settings are "
                 'not those of its vocabulary. Copy the tokenizer again, or set "tokenizer_class" in '
-                'tokenizer_config.json to "PreTrainedTokenizerFast" beside a tokenizer.json of the model\'s own.'
+                'tokenizer_config.json to "PreTrainedTokenizerFast" if the model has its own tokenizer.json.'
             )
         if self._backend is None or _folded(said)[0] == letters:
             return consistent

@@ -121,7 +121,7 @@ def _rows(present: Mapping[str, object], where: str, fields: FeedbackFields) -> 
         labels = [_label(present, where, fields)]
     tools = _tools(present.get("tools"), where)
     if tools is not None and isinstance(prompt, str):
-        raise FeedbackError(f"{where}: 'tools' beside a prompt of plain text. Write the prompt as messages.")
+        raise FeedbackError(f"{where}: 'tools' with a plain text prompt. Write the prompt as messages.")
     kwargs = _template_kwargs(present.get("chat_template_kwargs"), where)
     _canonical([tools, kwargs], where)
     content = _canonical([prompt, *completions], where)
@@ -141,7 +141,7 @@ def _is_pair(record: Mapping[str, object], fields: FeedbackFields) -> bool:
 def _pair(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[Turns, tuple[Turns, ...]]:
     if "completion" in present:
         raise FeedbackError(
-            f"{where}: 'completion' stands beside 'chosen' and 'rejected'. Remove one or the other, or pass"
+            f"{where}: the record has 'completion' as well as 'chosen' and 'rejected'. Remove one or the other, or pass"
             " --completion-field completion."
         )
     chosen = as_turns(present["chosen"], where, "chosen")

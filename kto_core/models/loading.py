@@ -214,7 +214,7 @@ def check_model_folder(folder: Path) -> None:
     check_texts(folder)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
-            f"{folder}: adapter_config.json lies beside config.json, and loading would put that adapter into the model "
+            f"{folder}: there is an adapter_config.json next to config.json, and loading would add that adapter to the model "
             "unasked. Move the adapter's files into a folder of their own, and pass it to --adapter."
         )
     if not any(folder.glob("*.safetensors")):

@@ -59,7 +59,7 @@ def check_quantization(
             raise ModelError(f"{folder / 'config.json'}: {where} cannot be used: {in_one_line(error)}") from error
         if not known:
             raise ModelError(
-                f"{folder / 'config.json'}: {where} ({method}) is no quantisation that the installed transformers applies: it "
+                f"{folder / 'config.json'}: {where} ({method}) is a quantisation that the installed transformers does not support: it "
                 f"would read the packed values as weights. {USE_ANOTHER}"
             )
         return

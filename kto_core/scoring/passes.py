@@ -71,7 +71,9 @@ class ScoringPasses:
         self.longest_shared = longest_shared(model)
         self._shares, self._proven, self._told = not one_by_one, 0, False
         if one_by_one and alone:
-            say("rows run one by one: 8-bit weights (LLM.int8) would score a row otherwise beside others")
+            say(
+                "rows run one by one: with 8-bit weights (LLM.int8) a row's score depends on the other rows of its pass"
+            )
 
     @torch.no_grad()
     def run(

@@ -194,7 +194,7 @@ class Reference:
         """
         if _state(self.folder, self.adapter) != self.state:
             raise ModelError(
-                f"{self.config.model}: its weight files changed since this command was started, so that nobody knows which "
+                f"{self.config.model}: its weight files changed since this command was started, so it is not known which "
                 "weights would be scored. Run it again when they are complete."
             )
 

@@ -82,7 +82,7 @@ class VllmScorer:
         except Exception as error:
             traceback.print_exc()  # for the log
             raise ModelError(
-                f"vLLM does not start: {in_one_line(error).rstrip('.')}. Mend what it says, or use --backend transformers."
+                f"vLLM does not start: {in_one_line(error).rstrip('.')}. Fix that error, or use --backend transformers."
             ) from error
         config = self._llm.llm_engine.vllm_config
         self._given_ids = bool(getattr(config, "use_v2_model_runner", False)) and "prompt_logprob_start" in _fields()
@@ -114,7 +114,7 @@ class VllmScorer:
         except Exception as error:
             traceback.print_exc()
             raise ModelError(
-                f"vLLM stopped: {in_one_line(error).rstrip('.')}. What is scored is kept; mend what it says, or use "
+                f"vLLM stopped: {in_one_line(error).rstrip('.')}. What is scored is kept; fix that error, or use "
                 "--backend transformers in another --out."
             ) from error
         pairs = zip(answers, sequences, strict=True)

@@ -142,7 +142,7 @@ def _look(data: str) -> tuple[Path, str]:
         path = path.expanduser()
         mode = path.stat().st_mode
     except PermissionError:
-        raise FeedbackError(f"{shown}: no permission to look there. Check the rights of its folders.") from None
+        raise FeedbackError(f"{shown}: no permission to access it. Check the permissions of its folders.") from None
     except (OSError, ValueError, RuntimeError):  # also a NUL in the name, and an unknown user's home
         if _HUB_ID.fullmatch(data) is not None and format_of(data) is None:
             return Path(data), "hub"

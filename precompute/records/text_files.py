@@ -95,7 +95,7 @@ def lines_of(handle: IO[bytes], name: str) -> Iterator[str]:
             raise FeedbackError(f"{name}:{number}: more than {_MOST_BLANK_LINES:,} blank lines. {COPY_AGAIN}")
         if len(raw) == LARGEST_RECORD:
             raise FeedbackError(
-                f"{name}:{number}: a line of more than {LARGEST_RECORD // 2**20} MiB. This is no file of records, one a line."
+                f"{name}:{number}: a line of more than {LARGEST_RECORD // 2**20} MiB. Expected one record on each line."
             )
         yield decode(raw, name, number)
 
