@@ -1,7 +1,7 @@
-"""Lines for people: through `logging`, so that a program that calls this one decides where they go.
+"""Log lines for the user through `logging`, so that a calling program decides where they go.
 
-The logger is `offline_kto`. The commands show its lines on standard output (`shown_lines`); from Python nothing is shown
-unless `logging` is set up, or a function of the API is left to show its own.
+The logger is `offline_kto`. The commands print its lines on standard output (`shown_lines`). From Python nothing is
+printed unless `logging` is set up, or a function of the API prints its own lines.
 """
 
 import contextlib
@@ -16,26 +16,26 @@ LOGGER = logging.getLogger("offline_kto")
 
 
 def tell(line: str, level: int = logging.INFO) -> None:
-    """Log a line. Names in it may come from anybody: nothing in them drives the terminal, no secret is shown."""
+    """Log a line. Control characters in it are escaped and secrets are masked, because names in it are untrusted."""
     LOGGER.log(level, "%s", printable(hidden(line)))
 
 
 def warn(line: str) -> None:
-    """Log a warning, under its heading."""
+    """Log a warning, with the heading `warning`."""
     tell(f"warning     {line}", logging.WARNING)
 
 
 def is_silent() -> bool:
-    """Return whether the user asked for silence: no lines, and no progress bars."""
+    """Return whether the user asked for no log lines and no progress bars."""
     return not LOGGER.isEnabledFor(logging.INFO)
 
 
 class _Lines(logging.Handler):
-    """Writes each line to standard output at once, whatever stands in its place at that moment."""
+    """A logging handler that prints each line at once on the current standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Exceptions pass: a full or closed output must end the command.
-        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # whose bars stay below the lines
+        # Exceptions are not caught: a full or closed output must end the command.
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)  # `tqdm.write` keeps its bars below the lines
         write = print if tqdm is None or not getattr(tqdm, "_instances", None) else tqdm.write
         write(record.getMessage())
         print(end="", flush=True)
@@ -43,7 +43,7 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def shown_lines() -> Iterator[None]:
-    """Show lines on standard output while the block runs. Does nothing inside of another such block."""
+    """Print log lines on standard output while the block runs. An inner block has no effect."""
     if any(isinstance(handler, _Lines) for handler in LOGGER.handlers):
         yield
         return

@@ -1,7 +1,7 @@
-"""Writing so that a kill, a full disk or a power cut leaves what was there before, or what was written, and never a part.
+"""Atomic and durable file writing: after a kill, a full disk or a power cut a file is the old one or the new one.
 
-Written beside its place, flushed to the disk, renamed, and the folder flushed too: a rename that reached the disk
-before the content would vouch for nothing.
+A file is written to a temporary file in its folder, flushed to the disk and renamed. Then its folder is flushed.
+The content is flushed before the rename, so that the name never refers to missing content.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from offline_kto.kto_core.errors import KTOError
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,14 +26,14 @@ def flush(path: Path) -> None:
 
 
 def flush_all(folder: Path) -> None:
-    """`flush` every file and folder in a folder, then the folder itself."""
+    """Flush every file and folder in a folder, then the folder itself."""
     for path in folder.rglob("*"):
         flush(path)
     flush(folder)
 
 
 def give_usual_modes(folder: Path) -> None:
-    """Give every file in a folder the mode that a new file gets there; some libraries make theirs for the owner alone."""
+    """Give every file in a folder the mode of a newly created file; some libraries make theirs private to the owner."""
     probe = folder / f".mode.{os.getpid()}.tmp"
     descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # umask and default ACLs apply
     try:
@@ -48,13 +48,13 @@ def give_usual_modes(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`. What the block writes there takes its place, if the block ends well.
+    """Yield a temporary path beside `path`; it replaces `path` when the block ends without an error.
 
     Raises:
-        OSError: the disk does not take it; `path` is as it was.
+        OSError: the file cannot be written; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)  # a link that somebody put there would be written through
+    temporary.unlink(missing_ok=True)  # otherwise a symbolic link placed there would be followed
     try:
         yield temporary
         flush(temporary)
@@ -65,23 +65,23 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file. Raises: OSError: the disk does not take it; `path` is as it was."""
+    """Write a whole file. Raises: OSError: it cannot be written; `path` is unchanged."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file that people read as well. Raises: OSError: as `write_text`."""
-    write_text(path, json.dumps(content, indent=2) + "\n")  # as ASCII: a path need not be text
+    """Write an indented JSON file. Raises: OSError: as `write_text`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")  # as ASCII: a path need not be valid Unicode
 
 
-# What the system says of a disk, rather than of a file that is not there or a connection that broke.
+# Errors of the disk itself, as opposed to a missing file or a broken connection.
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
 def written_to(folder: Path, error: type[KTOError], advice: str) -> Iterator[None]:
-    """Turns what the system says of writing into a folder into one message."""
+    """Re-raise operating system errors of writing into a folder as one message with advice."""
     try:
         yield
     except OSError as problem:
@@ -98,7 +98,7 @@ def written_to(folder: Path, error: type[KTOError], advice: str) -> Iterator[Non
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder, as far as possible; of a link the link alone, never what it leads to."""
+    """Remove a folder as far as possible; of a symbolic link only the link, never its target."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -106,6 +106,6 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what killed processes left of `replacing`."""
+    """Remove temporary files that killed processes left behind in `replacing`."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()

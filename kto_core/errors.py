@@ -1,4 +1,4 @@
-"""Errors that a user can mend.
+"""Errors that a user can fix.
 
     KTOError
     |-- ConfigError        an option or a YAML file
@@ -7,13 +7,13 @@
     |-- PairingError       no valid mismatched completion exists
     |-- ModelError         a model, adapter or tokenizer that cannot be loaded or scored
     |-- CacheError         a cache that is absent, incomplete, damaged or of another identity
-    |   `-- NewerFormatError   a cache of a format that this version does not know
-    |-- TrainingError      training cannot start or go on
-    |   `-- WriteError         what was to be saved does not fit on the disk
+    |   `-- NewerFormatError   a cache of a newer format than this version reads
+    |-- TrainingError      training cannot start or continue
+    |   `-- WriteError         a file cannot be saved: no space or no permission
     `-- OutputError        standard output cannot be written
 
-Each message says where, what was found and what to do. The commands print it and exit with 1.
-Everything else that is raised is our own mistake and keeps its traceback.
+Each message says where the error is, what was found and what to do. The commands print it and exit with 1.
+Any other exception is a bug in this package and keeps its traceback.
 """
 
 import difflib
@@ -23,10 +23,10 @@ from offline_kto.kto_core.redaction import hidden
 
 
 class KTOError(Exception):
-    """Base of all errors that the user, rather than the program, can mend.
+    """Base class of all errors that the user can fix.
 
-    A message may quote what stands in a file or a URL: its lines stay, whatever else could drive a terminal is escaped,
-    and secrets are hidden.
+    A message may quote untrusted text from a file or a URL. Line breaks are kept, other control characters are escaped
+    and secrets are masked.
     """
 
     def __init__(self, message: str) -> None:
@@ -34,7 +34,7 @@ class KTOError(Exception):
 
 
 class ConfigError(KTOError):
-    """An option or a YAML file holds something that cannot be used."""
+    """An option or a YAML file has an invalid value."""
 
 
 class FeedbackError(KTOError):
@@ -46,7 +46,7 @@ class TokenizationError(KTOError):
 
 
 class PairingError(KTOError):
-    """The rows admit no mismatched completions under the rule asked for."""
+    """No valid mismatched completions exist for the chosen pairing method."""
 
 
 class ModelError(KTOError):
@@ -58,23 +58,23 @@ class CacheError(KTOError):
 
 
 class NewerFormatError(CacheError):
-    """A cache of a format that this version does not know; it may be perfectly good."""
+    """A cache has a newer format than this version reads; it may be valid."""
 
 
 class TrainingError(KTOError):
-    """Training cannot start, or had to stop before it did harm."""
+    """Training cannot start, or was stopped."""
 
 
 class WriteError(TrainingError):
-    """What was to be saved does not fit on the disk, or may not be written there."""
+    """A file cannot be saved: the disk is full, or it may not be written there."""
 
 
 class OutputError(KTOError):
-    """Standard output cannot be written, which says nothing of the disk that a command works on."""
+    """Standard output cannot be written; this is not an error of the disk that a command works on."""
 
 
 def in_one_line(error: BaseException) -> str:
-    """What a library says, in one line, without secrets: its first one, with those behind it where it is only a heading."""
+    """Return a library's error message in one line, without secrets: its first line, and more if that is a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines.pop(0) if lines else type(error).__name__
     while lines and _HEADING.search(said) and len(said) < _ENOUGH:
@@ -82,25 +82,25 @@ def in_one_line(error: BaseException) -> str:
     return hidden(said)
 
 
-# What announces the lines behind it: a colon, or the first line of pydantic's errors.
+# A heading, which the following lines explain: a colon at the end, or the first line of pydantic's errors.
 _HEADING = re.compile(r":$|validation errors? for \S+$")
 _ENOUGH = 300
 
 
 def printable(text: str, limit: int | None = None) -> str:
-    """`text` cut to about `limit` characters; line breaks and whatever else could drive a terminal are escaped."""
+    """Return `text` cut to about `limit` characters, with line breaks and other control characters escaped."""
     if limit is not None and len(text) > limit:
         text = text[: limit - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def said_by(error: BaseException) -> str:
-    """What a library says of a file, fit for a message: it may quote at length what the file holds."""
+    """Return a library's error message, escaped and shortened: it may quote a file's content at length."""
     return printable(in_one_line(error), 200)
 
 
 def shown(value: object) -> str:
-    """A value from a file, for a message; cut where it is long."""
+    """Return a value from a file for a message, escaped and shortened."""
     try:
         return printable(str(value), 100)
     except ValueError:  # a whole number of thousands of digits
@@ -108,6 +108,6 @@ def shown(value: object) -> str:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """` Did you mean 'beta'?`, or nothing when no known word is near."""
+    """Return ` Did you mean 'beta'?`, or an empty text if no known word is similar."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,7 +1,8 @@
-"""Read files of a folder that may come from anybody, as an archive unpacks it: with links, pipes and endless files.
+"""Read files of an untrusted folder, such as an unpacked archive, which may contain links, pipes and endless files.
 
-Only regular files are opened, up to a size, and no link is followed that leads out of the folder: what it leads to
-would be shown in a report. Links within the folder are followed, and those of the hub's cache, where each file is one.
+Only regular files up to a size limit are opened. A link that leads out of the folder is not followed, because its
+target's content would appear in a report. Links within the folder are followed, and links into the blobs of the hub's
+cache, where every file is a link.
 """
 
 import errno
@@ -14,15 +15,15 @@ MEGABYTE = 1 << 20
 
 
 def open_foreign(path: Path, *, most: int) -> BinaryIO:
-    """Open a file for reading.
+    """Open a regular file for reading.
 
     Args:
-        most: bytes that it may have.
+        most: largest size in bytes.
 
     Raises:
-        OSError: it cannot be read, is no regular file, is larger, or is a link that leads out of its folder.
+        OSError: it cannot be read, is not a regular file, is larger, or is a link that leads out of its folder.
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe would wait for its writer
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # opening a pipe would otherwise block
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
@@ -47,23 +48,23 @@ def read_foreign(path: Path, *, most: int) -> bytes:
 
 
 def check_kinds(folder: Path) -> None:
-    """Refuse a folder that libraries would read, and wait for ever.
+    """Refuse a folder with a pipe or a device in it, on which a library that reads it would block forever.
 
     Raises:
-        OSError: a pipe or a device is in it.
+        OSError: it contains a pipe or a device.
     """
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
                 mode = entry.stat().st_mode
-            except OSError:  # a link to nothing, which whoever wants the file will name
+            except OSError:  # a broken link; opening it fails with its own error
                 continue
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise OSError(f"{entry.name} is neither a file nor a folder")
 
 
 def _target(link: Path) -> Path:
-    """Where a link leads, if that is inside its folder or among the blobs of the hub's cache."""
+    """Return the target of a link, if it is inside the link's folder or among the blobs of the hub's cache."""
     target, folder = Path(os.path.realpath(link)), Path(os.path.realpath(link.parent))
     # models--me--run/snapshots/1a2b/config.yaml -> models--me--run/blobs/9f8e
     repository = next((up.parent for up in (folder, *folder.parents) if up.parent.name == "snapshots"), None)

@@ -1,7 +1,7 @@
-"""Hashes that say whether two things would produce the same numbers.
+"""Hash content that determines scores: equal hashes mean equal numbers.
 
-Everything is hashed from content: tensors, token ids, tokenizer rules, templates. Paths, sharding,
-time stamps and objects that change when they are used stay out of it.
+Tensors, token ids, tokenizer rules and templates are hashed by content. Paths, sharding, time stamps and objects that
+change when they are used are left out.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from offline_kto.kto_core.library_types import Tokenizer
 
 
 def sequence_id(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> str:
-    """Content id of a prompt and a completion with the boundary between them (`row_id`)."""
+    """Return the content id of a prompt and a completion with the boundary between them (`row_id`)."""
     return _hash_ids(prompt_ids, completion_ids)
 
 
 def ids_id(ids: np.ndarray) -> str:
-    """Content id of one list of token ids (`prompt_id`)."""
+    """Return the content id of one list of token ids (`prompt_id`)."""
     return _hash_ids(ids)
 
 
@@ -40,13 +40,13 @@ def _hash_ids(*parts: np.ndarray) -> str:
 
 
 def json_hash(value: object) -> str:
-    """sha256 of a JSON value in canonical form (sorted keys, no white space)."""
+    """Return the sha256 of a JSON value in canonical form (sorted keys, no white space)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
+    """Return the sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
@@ -59,22 +59,22 @@ def _digest(file: BinaryIO) -> str:  # Python 3.10
 
 
 def file_hashes(paths: Iterable[Path]) -> list[str]:
-    """`file_hash` of many files, in parallel (hashing releases the interpreter's lock)."""
+    """Return `file_hash` of many files, computed in parallel (hashing releases the interpreter's lock)."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(file_hash, paths))
 
 
 def weights_hash(folder: Path, *, on_bytes: Callable[[int], None] | None = None) -> str:
-    """Hash of every tensor (name, dtype, shape, bytes) in a folder's safetensors files.
+    """Return a hash of every tensor (name, dtype, shape, bytes) in a folder's safetensors files.
 
-    The same tensors cut into other files hash the same.
+    The hash does not depend on how the tensors are split into files.
 
     Args:
         folder: holds `*.safetensors`.
         on_bytes: called with the number of bytes hashed since the last call (for a progress bar); may raise to stop.
 
     Raises:
-        ModelError: no safetensors file, or one that is damaged.
+        ModelError: no safetensors file, or a damaged one.
     """
     tensors: dict[str, tuple[Path, str, list[int], int, int]] = {}
     for path in weight_files(folder):
@@ -106,7 +106,7 @@ def weights_hash(folder: Path, *, on_bytes: Callable[[int], None] | None = None)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that loading the folder reads; backups and leftovers beside them are none of them.
+    """Return the safetensors files that loading the folder reads, without backups and leftovers next to them.
 
     Raises:
         ModelError: an index that cannot be read.
@@ -127,12 +127,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_bytes(folder: Path) -> int:
-    """Total size of the files that `weights_hash` reads."""
+    """Return the total size of the files that `weights_hash` reads."""
     return sum(path.stat().st_size for path in weight_files(folder) if path.exists())
 
 
 def stored_type(folder: Path) -> str | None:
-    """The type that most of a model's floating-point weights are stored in: F32, BF16 or F16; None without any.
+    """Return the type of most of a model's floating-point weights, F32, BF16 or F16; None if it has none.
 
     Raises:
         ModelError: a file that is damaged.
@@ -146,7 +146,7 @@ def stored_type(folder: Path) -> str | None:
 
 
 def safetensors_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
-    """Tensor name -> dtype, shape, first and last byte in the file (the format is 8 bytes of length, then JSON)."""
+    """Return tensor name -> dtype, shape, first and last byte in the file (8 bytes of header length, then JSON)."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -158,7 +158,7 @@ def safetensors_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            name.encode()  # half a character cannot be hashed
+            name.encode()  # a lone surrogate cannot be hashed
             start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
             if not 8 + length <= start <= end <= size:
                 raise ValueError(f"tensor {name!r} ends at byte {end} of {size}")
@@ -170,7 +170,7 @@ def safetensors_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]
     return tensors
 
 
-# Written into config.json by whoever saved it last; none of it changes a number.
+# Keys that depend on the program that saved config.json last; none of them changes a score.
 _VOLATILE_CONFIG = {
     "_name_or_path",
     "transformers_version",
@@ -182,14 +182,14 @@ _VOLATILE_CONFIG = {
 
 
 def config_hash(config: dict[str, object]) -> str:
-    """Hash of a model configuration without what only tells who saved it, where and with what."""
+    """Return a hash of a model configuration, without the keys that depend on the program that saved it."""
     return json_hash({key: value for key, value in config.items() if key not in _VOLATILE_CONFIG})
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """Hash of what turns text into ids: merges, vocabulary, normalizers, added and special tokens.
+    """Return a hash of the rules that turn text into ids: merges, vocabulary, normalizers, added and special tokens.
 
-    Padding and truncation are left out: a tokenizer writes them into itself whenever it is called.
+    Padding and truncation are left out: a tokenizer stores them in itself on every call.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -203,6 +203,6 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
 
 def chat_template_hash(tokenizer: Tokenizer) -> str | None:
-    """Hash of the chat template, or None where the tokenizer has none."""
+    """Return a hash of the chat template, or None if the tokenizer has none."""
     template = getattr(tokenizer, "chat_template", None)
     return json_hash(template) if template else None

@@ -1,8 +1,8 @@
-"""The launch: which of several processes this one is, and an environment that changes no number unsaid.
+"""Read the launch, that is rank and world size, and remove variables that would silently change scores.
 
 `torchrun` and `accelerate launch` describe a launch in environment variables. Transformers and accelerate read the same
-variables, and others that change precision, device or batch. So this module is the only one that reads them, and what it
-ignores it also removes from the environment, for the libraries to ignore it too.
+variables, and others that change precision, device or batch size. Only this module reads them. Variables that it
+ignores it also removes from the environment, so that the libraries ignore them too.
 """
 
 import os
@@ -17,21 +17,21 @@ _SIZES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _NUMBERS = ("RANK", "LOCAL_RANK")
 _MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 
-# On a CPU accelerate would take these for a launch of its own, before or in place of the others.
+# On a CPU accelerate reads these as a launch of its own, before or instead of the others.
 _OF_MPI = re.compile(
     r"(PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_(RANK|SIZE|LOCAL_RANK|LOCAL_SIZE)|MPI_LOCALRANKID|MPI_LOCALNRANKS"
 )
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
-# How `accelerate launch` asks each rank to shard, and the settings that belong to it.
+# The variable by which `accelerate launch` asks each rank to shard, and the settings that belong to it.
 _SHARDING = {
     "FSDP": ("ACCELERATE_USE_FSDP", re.compile(r"FSDP_")),
     "DeepSpeed": ("ACCELERATE_USE_DEEPSPEED", re.compile(r"ACCELERATE_(DEEPSPEED_|CONFIG_DS_FIELDS$)")),
 }
 _TRUE, _FALSE = ("1", "true", "t", "yes", "y", "on"), ("", "0", "false", "f", "no", "n", "off")
 
-# Variables by which libraries would compute something else than the options say, and what decides instead. The last two
-# lines are all other settings of accelerate, known today or not, and one that would let torch unpickle a checkpoint.
+# Variables that would make libraries override the options, and what decides instead. The last two lines cover all other
+# settings of accelerate, known or future, and one that would let torch unpickle a checkpoint.
 _TF32 = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 _DECIDED_BY = {
     re.compile(r"ACCELERATE_(MIXED_PRECISION|DOWNCAST_BF16|(FP8|AO|TE)_.*)|XLA_(USE|DOWNCAST)_BF16"): "--dtype decides",
@@ -45,24 +45,24 @@ _DECIDED_BY = {
 }
 _HARMLESS = ("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY")  # true or false
 
-# What libraries read as a number when they are imported, with a traceback where it is none.
+# Variables that libraries parse as a number on import; a bad value would end in a traceback.
 _NUMBERS_OF_LIBRARIES = {
     "HF_HUB_ETAG_TIMEOUT": int,
     "HF_HUB_DOWNLOAD_TIMEOUT": int,
     "HF_DATASETS_IN_MEMORY_MAX_SIZE": float,
 }
 
-# Values that ask for nothing.
+# Values that have no effect.
 _NEUTRAL = ("", "0", "no", "none", "false", "off", "default", "strict")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One process among all that a launcher started together.
+    """One process of a launch.
 
     Attributes:
-        local_rank: number of this process on its machine.
-        local_world_size: processes on this machine, where the launcher is known to say so; else 1.
+        local_rank: rank of this process on its machine.
+        local_world_size: processes on this machine if the launcher is known to set it correctly; else 1.
     """
 
     rank: int = 0
@@ -77,9 +77,9 @@ class Launch:
 
     @property
     def local_share(self) -> tuple[int, int]:
-        """(i, n): this process does every n-th piece of the work that a machine has to do once, from the i-th on.
+        """(i, n): this process does every n-th piece of the work done once per machine, starting with the i-th.
 
-        A launch that was put together by hand may number its processes as it likes, so there each one does all of it.
+        A launch put together by hand may number its processes in any way, so there each process does all of it.
         """
         return (self.local_rank, self.local_world_size) if self.local_rank < self.local_world_size else (0, 1)
 
@@ -88,19 +88,18 @@ def world_size() -> int:
     """Return the number of processes in this launch, 1 without a launcher.
 
     Raises:
-        ConfigError: WORLD_SIZE is no number of processes.
+        ConfigError: WORLD_SIZE is not a number of processes.
     """
     return _number("WORLD_SIZE", least=1) or 1
 
 
 def read_launch() -> Launch:
-    """Return which process of which launch this is.
+    """Return rank and world size of this process.
 
-    Variables that mean nothing by themselves are ignored: RANK or LOCAL_RANK without WORLD_SIZE, or any of them beside
-    a WORLD_SIZE of 1.
+    RANK or LOCAL_RANK without WORLD_SIZE are ignored, and so is any of them with a WORLD_SIZE of 1.
 
     Raises:
-        ConfigError: a variable holds no number, or the numbers do not go together.
+        ConfigError: a variable is not a number, or the numbers contradict each other.
     """
     world, rank = world_size(), _number("RANK", least=0)
     local_rank, local_world = _number("LOCAL_RANK", least=0), _number("LOCAL_WORLD_SIZE", least=1)
@@ -118,7 +117,7 @@ def read_launch() -> Launch:
             f"{START_OR_UNSET}"
         )
     local_rank, local_world = local_rank or 0, local_world or 1
-    # As torchrun numbers the processes of machines that are alike: then each n in a row make up a machine.
+    # torchrun numbers processes like this when all machines have n each: n consecutive ranks are one machine.
     in_order = world % local_world == 0 and rank % local_world == local_rank
     return Launch(rank, world, local_rank, local_world if in_order and "TORCHELASTIC_RUN_ID" in os.environ else 1)
 
@@ -127,7 +126,7 @@ START_OR_UNSET = "Start all processes with torchrun or accelerate launch, or uns
 
 
 def unreachable(error: BaseException) -> str:
-    """Return the message for a launch whose processes do not find each other."""
+    """Return the message for a launch whose processes cannot connect to each other."""
     return (
         f"WORLD_SIZE is {world_size()}, but the other processes cannot be reached ({error}). Start all of them with "
         "torchrun or accelerate launch, or unset WORLD_SIZE."
@@ -135,13 +134,13 @@ def unreachable(error: BaseException) -> str:
 
 
 def settle_launch(*, shards: bool = False) -> Launch:
-    """Return the launch, and leave in the environment only what agrees with it and with the options.
+    """Return the launch, and remove every environment variable that contradicts it or the options.
 
-    To be called before the libraries are imported, and again by functions that may be called without the commands. Prints
-    a warning for each variable that asked for other numbers than the options do.
+    Call it before the libraries are imported, and again in functions that may be called without the commands. Logs a
+    warning for each removed variable that would have changed a result.
 
     Args:
-        shards: weights may be spread over ranks, as accelerate's settings say.
+        shards: weights may be sharded over ranks, as accelerate's settings say.
 
     Raises:
         ConfigError: see `read_launch`; a setting of accelerate is neither true nor false; or libraries cannot be imported
@@ -172,7 +171,7 @@ def _check_importable() -> None:
 
 
 def sharding_asked_for() -> list[str]:
-    """Return the ways to shard that accelerate's settings name: none, or one.
+    """Return the sharding method that accelerate's settings name, as a list of none or one.
 
     Raises:
         ConfigError: a setting is neither true nor false.
@@ -181,12 +180,12 @@ def sharding_asked_for() -> list[str]:
 
 
 def _clear_launcher(launch: Launch, *, sharding: bool) -> list[str]:
-    """Remove the variables of a launch that is none. Returns: what to say of it."""
+    """Remove the launcher's variables unless this is a launch, and return warnings."""
     sizes = [name for name in _MPI_SIZES if re.fullmatch("[0-9]{1,6}", _shown(name)) and int(_shown(name)) > 1]
     for name in [name for name in os.environ if _OF_MPI.fullmatch(name)]:
         del os.environ[name]
     if launch.world_size > 1:
-        # Not every launcher sets it, and accelerate takes a process without it for a launch of one.
+        # Not every launcher sets it, and without it accelerate assumes a single process.
         os.environ["LOCAL_RANK"] = str(launch.local_rank)
         return []
     if not (sharding and _is_launch_of_one()):
@@ -198,16 +197,16 @@ def _clear_launcher(launch: Launch, *, sharding: bool) -> list[str]:
 
 
 def _is_launch_of_one() -> bool:
-    """Return whether a launcher started this process alone. FSDP and DeepSpeed want a launch, even of one."""
+    """Return whether a launcher started this process alone. FSDP and DeepSpeed require a launch, even of one."""
     found = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     return found == ["0", "0", "1"] and all(os.environ.get(name) for name in _MEETING_POINT)
 
 
 def _clear_settings(*, kept: list[str]) -> list[str]:
-    """Remove settings of libraries that an option decides, or that nothing here uses. Returns: what to say of it.
+    """Remove library settings that an option decides or that nothing here uses, and return warnings.
 
     Args:
-        kept: ways to shard whose settings stay.
+        kept: sharding methods whose settings are kept.
     """
     said = []
     for name in sorted(os.environ):
@@ -222,15 +221,15 @@ def _clear_settings(*, kept: list[str]) -> list[str]:
         if not detail and value not in _NEUTRAL and not (value == "1" and name.endswith("_STEPS")):
             said.append(f"{name}={_shown(name)} is ignored: {why}")
         del os.environ[name]
-        if name == _TF32 and "torch" in sys.modules:  # which read it when it was imported
+        if name == _TF32 and "torch" in sys.modules:  # torch read it on import
             sys.modules["torch"].set_float32_matmul_precision("highest")
     for way in kept:
-        os.environ[_SHARDING[way][0]] = "true"  # accelerate takes no other word for it
+        os.environ[_SHARDING[way][0]] = "true"  # accelerate accepts no other word
     return said
 
 
 def _number(name: str, *, least: int) -> int | None:
-    """A variable of a launcher; None where it is not set, or a rank of -1, which means the same."""
+    """Return a launcher's variable as a number; None if it is not set, or for a rank of -1, which means the same."""
     text = os.environ.get(name)
     if text is None or (least == 0 and text.strip() == "-1"):
         return None

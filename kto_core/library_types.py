@@ -1,16 +1,16 @@
-"""Names for the objects of libraries without types: whatever is done with them, a type checker sees `Any`.
+"""Type aliases for objects of untyped libraries; a type checker treats each as `Any`.
 
-A function that takes one says by the name what it is. `Any` itself is written in no other place for these.
+A parameter's alias documents which object it takes. `Any` is not written elsewhere for these objects.
 """
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 Model: TypeAlias = Any
-"""A `transformers.PreTrainedModel`, what PEFT, DDP, FSDP or DeepSpeed wrap around one, or a layer of it that a library made."""
+"""A `transformers.PreTrainedModel`, a wrapper of it by PEFT, DDP, FSDP or DeepSpeed, or one of its layers."""
 
 ModelBody: TypeAlias = Callable[..., Any]
-"""A model below its output layer, as it is called; it returns hidden states, keys and values."""
+"""A callable model without its output layer; it returns hidden states, keys and values."""
 
 ModelConfig: TypeAlias = Any
 """A `transformers.PretrainedConfig`."""
@@ -19,7 +19,7 @@ Tokenizer: TypeAlias = Any
 """A `transformers.PreTrainedTokenizerBase`; `Any` for its class too."""
 
 TokenizerBackend: TypeAlias = Any
-"""A `tokenizers.Tokenizer`, or what stands for it in a slow tokenizer."""
+"""A `tokenizers.Tokenizer`, or its equivalent in a slow tokenizer."""
 
 Transformers: TypeAlias = Any
 """The module `transformers` or one of its classes; kto_core takes it as an argument."""

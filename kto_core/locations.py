@@ -1,17 +1,17 @@
-"""Where something lies: a local folder, or the URL of a remote one."""
+"""Locations: a local folder, or the URL of a remote one."""
 
 from pathlib import Path
 
 Location = Path | str
-"""A local folder, or the URL of a remote one (which a `Path` would spoil: it makes one slash of two)."""
+"""A local folder, or the URL of a remote one as text (a `Path` would merge its double slash into one)."""
 
 
 def is_url(location: Location) -> bool:
-    """Whether this names a remote folder."""
+    """Return whether a location is the URL of a remote folder."""
     return "://" in str(location)
 
 
 def to_location(text: str | Path) -> Location:
-    """A folder as it is given on a command line or in YAML."""
+    """Return a location from a command line or YAML: a path, or a URL as text."""
     text = str(text).removeprefix("file://")
     return text if is_url(text) else Path(text)

@@ -1,4 +1,4 @@
-"""One writer for a folder: a lock that the system releases when its process ends, however it ends."""
+"""A lock on a folder, so that only one process writes there. It is released whenever the process ends."""
 
 import contextlib
 import errno
@@ -15,19 +15,19 @@ from offline_kto.kto_core.foreign_files import MEGABYTE, open_foreign, read_fore
 
 LOCK = ".lock"
 
-# What file systems say that keep no locks.
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
 def only_writer(folder: Path, error: type[KTOError], *, wait: bool = False) -> Iterator[None]:
-    """Hold the folder's lock.
+    """Hold the folder's lock while the block runs.
 
     Args:
         folder: exists.
-        error: raised where another process holds it, with that process's host and id, or where the folder cannot be
+        error: raised if another process holds the lock, with that process's host and id, or if the folder cannot be
             written.
-        wait: until the other process is done, instead.
+        wait: wait until the other process is done, instead of raising.
     """
     path = folder / LOCK
     try:
@@ -53,7 +53,7 @@ def only_writer(folder: Path, error: type[KTOError], *, wait: bool = False) -> I
 
 
 def is_held(folder: Path) -> bool:
-    """Whether somebody writes there now; a lock file that a crash left says nothing."""
+    """Return whether a process writes there now; a lock file left by a crash does not count."""
     try:
         with open_foreign(folder / LOCK, most=MEGABYTE) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -63,29 +63,29 @@ def is_held(folder: Path) -> bool:
 
 
 def holder_name() -> str:
-    """This process, as the other one is told."""
+    """Return the name of this process as other processes report it."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _holder(path: Path) -> str:
     try:
         return read_foreign(path, most=MEGABYTE).decode("utf-8", errors="replace").strip()[:200]
-    except OSError:  # it has just gone
+    except OSError:  # it was just removed
         return ""
 
 
 def _held(path: Path, operation: int) -> FileIO:
-    """The lock file, locked.
+    """Return the lock file, open and locked.
 
     Raises:
         BlockingIOError: another process holds it, and `operation` does not wait.
     """
     while True:
-        # A link could lead to a file of somebody's.
+        # A symbolic link could point to another user's file.
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)
         try:
             fcntl.flock(file, operation)
-            # Whoever held it until now has removed the file, and somebody may have made a new one.
+            # The previous holder has removed the file, and another process may have created a new one.
             if _is_at(file, path):
                 return file
         except OSError as error:
@@ -100,7 +100,7 @@ def _held(path: Path, operation: int) -> FileIO:
 
 
 def _is_at(file: FileIO, path: Path) -> bool:
-    """Whether the path still names the open file."""
+    """Return whether the path still names the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:

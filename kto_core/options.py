@@ -1,10 +1,10 @@
-"""Options: one frozen dataclass for each command is the only home of its defaults.
+"""Options of the commands. One frozen dataclass per command holds names, types, defaults and help.
 
     @dataclass(frozen=True)
     class TrainConfig:
         beta: float = option(0.1, "strength of the pull towards the reference")
 
-The commands read names, types, defaults and help from the fields; YAML files fill the same fields.
+The commands build their flags from the fields, and YAML files fill the same fields.
 Precedence: command line, then YAML, then the default.
 """
 
@@ -43,7 +43,7 @@ def option(
     most: float | None = None,
     finite: bool = True,
 ) -> Any:
-    """A dataclass field that is also a command-line option.
+    """Return a dataclass field that is also a command-line option.
 
     Args:
         default: value, or a zero-argument factory for a mapping.
@@ -52,8 +52,8 @@ def option(
         metavar: placeholder shown for the value.
         off: the flag that switches a boolean off (`--no-shuffle`).
         yaml: whether a YAML file may set it (paths that name the run itself may not).
-        most: the greatest number it takes; by default as many as a C integer holds, where it is a whole number.
-        finite: whether infinity, where it is a number, is refused.
+        most: the largest number allowed; for a whole number the default is the largest C integer.
+        finite: whether a number must be finite.
     """
     metadata: dict[str, Any] = {"help": help, "choices": choices, "metavar": metavar, "off": off, "yaml": yaml}
     metadata.update(most=most, finite=finite)
@@ -62,18 +62,19 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# Libraries keep counts in C integers: a greater one is a mistake, and would end in their OverflowError.
+# Libraries keep counts in C integers: a larger one is a mistake, and would end in their OverflowError.
 _MOST = 2**31 - 1
 
 
 def check_options(config: Any) -> None:
-    """Bring each value of a config to its field's type, and check it: for callers from Python as for the command line.
+    """Convert each value of a config to its field's type, and check it: for callers from Python as on the command line.
 
-    Text is read as the command line reads it: `beta="0.1"` is a number, `out="runs/x"` a path. Lists become text with
-    commas, tables for text fields JSON.
+    Text is parsed as on the command line: `beta="0.1"` is a number, `out="runs/x"` a path. Lists become text with
+    commas, and tables for text fields become JSON.
 
     Raises:
-        ConfigError: a value of another type, a word that is no choice, a number that is not one, infinite or too great.
+        ConfigError: a value of another type, a word that is not a choice, or a number that is NaN, infinite
+            or too large.
     """
     kinds = value_types(type(config))
     for field in dataclasses.fields(config):
@@ -110,14 +111,14 @@ def _given(value: Any, allowed: tuple[type, ...], field: "dataclasses.Field[Any]
             return _number_as(value, allowed)
     elif isinstance(value, allowed):
         return value
-    # Text beside a number is the word auto.
+    # In a field that also takes a number, the only text is the word auto.
     words = {**_WORDS, str: AUTO} if {int, float} & set(allowed) else _WORDS
     wanted = " or ".join(words.get(kind, kind.__name__) for kind in allowed)
     raise ConfigError(f"{name} must be {wanted}, got {shown(repr(value))}.")
 
 
 def _reader(allowed: tuple[type, ...]) -> Callable[[str], Any] | None:
-    """Return what reads the text of an option on the command line."""
+    """Return the function that parses the text of an option on the command line."""
     if Path in allowed:
         return to_location if str in allowed else Path
     if float in allowed:
@@ -128,13 +129,13 @@ def _reader(allowed: tuple[type, ...]) -> Callable[[str], Any] | None:
 
 
 def _number_as(value: Any, allowed: tuple[type, ...]) -> Any:
-    """Return a number in the type of a field. Raises: ValueError: it fits none."""
+    """Return a number in the type of a field. Raises: ValueError: no type of the field fits."""
     if float in allowed:
-        # What no float holds, as a whole number; `_check_number` refuses it.
+        # A whole number too large for a float stays one; `_check_number` refuses it.
         return value if isinstance(value, int) and abs(value) > sys.float_info.max else float(value)
     if int in allowed:
         if isinstance(value, float) and not math.isfinite(value):
-            return value  # `_check_number` says what it is
+            return value  # `_check_number` refuses it
         if value == int(value):
             return int(value)
     elif allowed == (str,):
@@ -162,7 +163,7 @@ def check_table(table: Mapping[str, Any], where: str) -> None:
     """Check the numbers of a table that a library reads, as `check_options` does. Infinity may mean "no limit" there.
 
     Raises:
-        ConfigError: not a number, or a whole number that no C integer holds.
+        ConfigError: NaN, or a whole number too large for a C integer.
     """
     for name, value in table.items():
         if isinstance(value, dict):
@@ -174,12 +175,12 @@ def check_table(table: Mapping[str, Any], where: str) -> None:
 
 
 def flag(name: str) -> str:
-    """`learning_rate` -> `--learning-rate`."""
+    """Return an option's flag: `learning_rate` -> `--learning-rate`."""
     return "--" + name.replace("_", "-")
 
 
 def value_types(config: type) -> dict[str, tuple[type, ...]]:
-    """Field name -> the plain types it takes, `None` left out (`float | str` for "auto" or a number)."""
+    """Return field name -> the types it takes, without `None` (`float | str` for "auto" or a number)."""
     hints = typing.get_type_hints(config)
     names = [field.name for field in dataclasses.fields(config)]
     return {name: _plain_types(hints[name]) for name in names}
@@ -198,7 +199,7 @@ def resolve(
     """Build a config from the command line (given options only), then YAML, then defaults.
 
     Args:
-        foreign: the YAML lies in a folder that may come from anybody.
+        foreign: whether the YAML is in an untrusted folder.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or one that
@@ -214,7 +215,7 @@ def _yaml_values(config: type, path: Path, foreign: bool) -> Mapping[str, Any]:
 
 
 def checked_values(config: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Values for a config's fields from a table that somebody wrote.
+    """Return values for a config's fields from a table that a user wrote.
 
     Args:
         where: the file, and the table in it, for messages.
@@ -238,7 +239,7 @@ def checked_values(config: type, table: Mapping[str, Any], where: str) -> dict[s
 
 
 def _coerce(value: Any, allowed: tuple[type, ...], where: str, field: "dataclasses.Field[Any]") -> Any:
-    """Bring a YAML value to a field's type without ever guessing: "true" is not True, 1.5 is not an int."""
+    """Return a YAML value in a field's type, without guessing: "true" is not True, 1.5 is not an int."""
     if value is None:
         if field.default is None:
             return None
@@ -284,7 +285,7 @@ _WORDS = {
 
 
 def as_plain(config: Any) -> dict[str, Any]:
-    """A config as plain values for JSON and YAML, in field order."""
+    """Return a config as values for JSON and YAML, in field order."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
@@ -297,13 +298,13 @@ def _plain(value: Any) -> Any:
 
 
 def parse_settings(text: str | None, name: str) -> dict[str, Any]:
-    """Return named values from an option: a JSON object, or `NAME=VALUE,NAME=VALUE` with JSON values or plain words.
+    """Return named values from an option: a JSON object, or `NAME=VALUE,NAME=VALUE` with JSON values or words.
 
     Args:
         name: of the option, for messages.
 
     Raises:
-        ConfigError: neither, or a name that is none.
+        ConfigError: neither, or an invalid name.
     """
     if text is None:
         return {}
@@ -338,15 +339,15 @@ def _no_constant(text: str) -> Any:
 
 
 def click_settings(config: type) -> list[tuple[list[str], dict[str, Any]]]:
-    """For each field: the flags and keyword arguments of `click.option` (which this package never imports).
+    """Return, for each field, the flags and keyword arguments of `click.option` (which this package never imports).
 
-    A `choices` entry is left for the caller to turn into `click.Choice`.
+    The caller turns a `choices` entry into `click.Choice`.
     """
     settings = []
     kinds = value_types(config)
     for field in dataclasses.fields(config):
         kind, metadata = kinds[field.name], field.metadata
-        if dict in kind:  # tables live in YAML alone
+        if dict in kind:  # tables can only be set in YAML
             continue
         default = field.default
         shown = default is not None and not isinstance(default, bool) and default not in ("", Path(""))
@@ -374,7 +375,7 @@ def click_settings(config: type) -> list[tuple[list[str], dict[str, Any]]]:
 
 
 def _help(field: "dataclasses.Field[Any]") -> str:
-    """Help with the defaults that click does not show by itself."""
+    """Return the help text, with defaults that click does not show by itself."""
     text: str = field.metadata["help"]
     if "[default:" in text or field.default in ("", Path("")):
         return text
@@ -386,7 +387,7 @@ def _help(field: "dataclasses.Field[Any]") -> str:
 
 
 def number_or_auto(text: Any) -> float | str:
-    """`auto`, or a number.
+    """Return `auto`, or a number.
 
     Raises:
         ValueError: neither.
@@ -395,7 +396,7 @@ def number_or_auto(text: Any) -> float | str:
 
 
 def whole_number_or_auto(text: Any) -> int | str:
-    """`auto`, or a whole number.
+    """Return `auto`, or a whole number.
 
     Raises:
         ValueError: neither.

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line every so often elsewhere."""
+"""Show the progress of long work: a bar on a terminal, a log line every few seconds elsewhere."""
 
 import sys
 import time

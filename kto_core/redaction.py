@@ -1,8 +1,8 @@
-"""Decide what is a secret, and write texts and tables without it.
+"""Detect secrets, and remove them from texts and tables.
 
-Everything that is shown or written passes here: messages of errors, URLs, config.yaml, sweep.yaml, run.json, reports.
-A secret is found by its place in a URL (`scheme://user:secret@host`, `?token=secret`), by the name of its entry
-(`hub_token`, `api_key`, `password`), or by the form that a service gives its tokens.
+All output passes through here: error messages, URLs, config.yaml, sweep.yaml, run.json and reports. A secret is
+recognised by its place in a URL (`scheme://user:secret@host`, `?token=secret`), by the name of its entry (`hub_token`,
+`api_key`, `password`), or by the form of a known service's tokens.
 """
 
 import functools
@@ -23,12 +23,12 @@ _TOKEN = re.compile(
     r"\b(?:(?:hf|api_org|gh[pousr]|github_pat)_[A-Za-z0-9_]{30,}|sk-[\w-]{30,}|glpat-[\w-]{20,}|xox[a-z]-[\w-]{20,}"
     r"|AKIA[0-9A-Z]{16}\b|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
 )
-# A header, as clients quote it.
+# An HTTP header, as clients quote it.
 _HEADER = re.compile(
     r"(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)?\s*|\bbearer\s+)[\w.~+/=-]{16,}", re.IGNORECASE
 )
 
-# One slash is what `Path` leaves of two.
+# One slash is enough, because `Path` merges two.
 _URL = re.compile(r"[A-Za-z][\w+.-]*:/+[^\s'\"<>]*")
 _CHAINED = re.compile(r"::(?=[A-Za-z][\w+.-]*:)")
 # Not s3://bucket/key=5/: folders of a partitioned table.
@@ -37,8 +37,8 @@ _ENTRY = re.compile(r"""(['"])([\w.-]+)\1(\s*:\s*)(['"])(.+?)\4""")
 
 _HAVE_PORTS = ("http", "https", "webdav", "webdavs", "sftp", "ssh", "ftp", "hdfs", "webhdfs", "smb")
 
-# Where a name alone before the @ is a token (https://ghp_...@github.com); elsewhere it is a user, or a container
-# (abfs://container@account.dfs.core.windows.net/folder).
+# Schemes where a name without a password before the @ is a token (https://ghp_...@github.com). Elsewhere it is a user,
+# or a container (abfs://container@account.dfs.core.windows.net/folder).
 _NAMES_TOKEN = ("http", "https", "webdav", "webdavs", "git", "github", "hf", "s3", "s3a", "gs", "gcs")
 
 
@@ -49,17 +49,17 @@ def is_secret_name(name: str) -> bool:
 
 
 def is_secret(name: str, value: object) -> bool:
-    """Return whether an entry holds a secret. Switches and ids (`pad_token_id: 0`) hold none, whatever they are called."""
+    """Return whether an entry holds a secret. Booleans and ids (`pad_token_id: 0`) never do, whatever their names."""
     if value is None or isinstance(value, bool) or value == "" or (isinstance(value, int) and name.endswith("_id")):
         return False
     return is_secret_name(name)
 
 
 def hidden(text: str, known: Iterable[str] = ()) -> str:
-    """Return a text with `***` for every secret in it.
+    """Return a text with `***` in place of every secret.
 
     Args:
-        known: secrets that a library may quote by themselves, outside of a URL.
+        known: secrets that a library may quote outside of a URL.
     """
     for secret in sorted(filter(None, known), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
@@ -70,7 +70,7 @@ def hidden(text: str, known: Iterable[str] = ()) -> str:
 
 
 def hidden_url(url: str) -> str:
-    """Return a URL with `***` for the password and for query entries that hold a secret."""
+    """Return a URL with `***` in place of the password and of secret query entries."""
     parts = []
     for scheme, login, rest in map(_split, _chain(url)):
         name, colon, _ = login.partition(":")
@@ -85,7 +85,7 @@ def bare_url(url: str) -> str:
 
 
 def has_credentials(url: str) -> bool:
-    """Return whether a folder's URL, or one that is chained in it, has a login, a password or a query."""
+    """Return whether a folder's URL, or one chained in it, has a login, a password or a query."""
     parts = [
         (login, re.split(r"[?#]", rest, maxsplit=1)[1:], "?" in rest) for _, login, rest in map(_split, _chain(url))
     ]
@@ -95,15 +95,15 @@ def has_credentials(url: str) -> bool:
 
 
 def secrets_of(url: str) -> set[str]:
-    """Return the secrets in a database's URL, as written and as the driver is given them."""
+    """Return the secrets in a database's URL, both as written and decoded."""
     found = {login.partition(":")[2] for _, login, _ in map(_split, _chain(url))}
     found |= {value for name, value in _SETTING.findall(url) if is_secret_name(name)}
-    # What is short stands in many words of a message.
+    # A shorter text would occur in ordinary words of a message.
     return {form for secret in found for form in (secret, unquote(secret)) if len(form) > 2}
 
 
 def without_secrets(value: object) -> Any:
-    """Return plain data without its secrets: entries of a secret's name are gone, texts are `hidden`."""
+    """Return data without its secrets: secret entries are removed, and texts are `hidden`."""
     if isinstance(value, Mapping):
         return {key: without_secrets(one) for key, one in value.items() if not is_secret(str(key), one)}
     if isinstance(value, list | tuple):
@@ -112,7 +112,7 @@ def without_secrets(value: object) -> Any:
 
 
 def secret_names(value: object, above: str = "") -> list[str]:
-    """Return the dotted names of the entries that `without_secrets` leaves out."""
+    """Return the dotted names of the entries that `without_secrets` removes."""
     if isinstance(value, list | tuple):
         return [name for one in value for name in secret_names(one, above)]
     if not isinstance(value, Mapping):
@@ -136,8 +136,8 @@ def _chain(url: str) -> list[str]:
 def _split(url: str) -> tuple[str, str, str]:
     """Return the scheme with its slashes, the login if it holds a secret, and the rest.
 
-    A password may have any character, a slash and an @ too: the login ends at the last @. It is none where a path
-    begins before its colon.
+    A password may contain any character, including a slash and an @, so the login ends at the last @. If a path begins
+    before the colon, there is no login.
     """
     found = re.match(r"[A-Za-z][\w+.-]*:/+", url)
     scheme = found[0] if found else ""

@@ -1,7 +1,7 @@
-"""Set up the process before the libraries are imported: its memory allocator, and what they may print.
+"""Set up the process before the libraries are imported: its memory allocator and their log levels.
 
-By default the C library hands large blocks back to the system as soon as they are freed, and every micro-batch pays for
-fresh pages again: an eighth of the time of training on a CPU.
+By default the C library returns large blocks to the system as soon as they are freed, and every micro-batch has to get
+new pages: an eighth of the time of training on a CPU.
 """
 
 import ctypes
@@ -14,12 +14,12 @@ from offline_kto.kto_core.streams import is_terminal
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_KEPT, _STEP = 2**31 - 1, 2**26  # the largest value it takes; bytes asked of the system at a time
+_KEPT, _STEP = 2**31 - 1, 2**26  # the largest value allowed; bytes requested from the system at a time
 
 
 def keep_freed_memory() -> None:
-    """To be called before torch is imported. Does nothing where the C library is not glibc, or where the user set it."""
-    # torch then asks for large pages, where the system gives them on request: fewer faults, fewer misses.
+    """Make glibc keep freed memory, unless the user set it. Call before torch is imported. No effect without glibc."""
+    # torch then requests huge pages, where the system allows that: fewer page faults and TLB misses.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -32,7 +32,7 @@ def keep_freed_memory() -> None:
 
 
 def quiet_libraries() -> None:
-    """Before the libraries are imported: only their errors are shown, and no progress bars but ours."""
+    """Show only errors of the libraries, and none of their progress bars; call it before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,7 +1,7 @@
-"""Standard output and error of a command: what cannot be written, encoded or is not there ends in no traceback.
+"""Replace a command's standard output and error by streams that handle closed, full and ASCII-only outputs.
 
-Without this a full disk behind `> log` is taken for the disk of the run folder, a name with an accent ends a run on an
-ASCII stream, and with `>&-` the next file that is opened gets the number of standard output, and what is printed.
+Without this, a full disk behind `> log` looks like a full disk of the run folder, and a name with an accent ends a run
+on an ASCII stream. With `>&-`, the next file that is opened gets standard output's file descriptor, and so its text.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from offline_kto.kto_core.errors import OutputError
 
 
 def is_terminal(stream: IO[str] | None) -> bool:
-    """Return whether somebody watches this stream; a process without a console has none."""
+    """Return whether a stream is a terminal; False for a process without streams."""
     return stream is not None and stream.isatty()
 
 
 @contextlib.contextmanager
 def own_streams() -> Iterator[None]:
-    """Run a command on streams that are there, encode every character, and say which of them cannot be written.
+    """Run a command on open streams that encode every character, and report a stream that cannot be written.
 
-    Does nothing where other streams than the process's own are in place, as in a test or a notebook.
+    Has no effect on streams that replace the process's own, as in a test or a notebook.
     """
     _open_missing()
     output = _StandardOutput(1, "w", closefd=False)
@@ -39,29 +39,29 @@ def own_streams() -> Iterator[None]:
             print(end="", flush=True)
     except (OutputError, SystemExit) as error:
         failure = error if isinstance(error, OutputError) else output.failure
-        if failure is None or getattr(error, "code", None):  # all is well, or said already
+        if failure is None or getattr(error, "code", None):  # nothing failed, or it is already reported
             raise
         print(f"Error: {failure}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 
 class _StandardOutput(io.FileIO):
-    """Ends the command where it cannot be written: quietly where its reader has gone (`| head`).
+    """Standard output that ends the command if it cannot be written, silently if its reader has gone (`| head`).
 
     Attributes:
-        failure: what was raised, which a library may have caught.
+        failure: the error that was raised, which a library may have caught.
     """
 
     failure: OutputError | None = None
     _is_gone = False
 
     def write(self, data: Any, /) -> int:
-        if self._is_gone or not len(data):  # click asks with nothing what kind of stream this is
+        if self._is_gone or not len(data):  # click writes nothing to find out the kind of stream
             return len(data)
         try:
             return super().write(data)
         except OSError as error:
-            self._is_gone = True  # what is still buffered would raise again when the process ends
+            self._is_gone = True  # the buffered rest would raise again when the process ends
             if error.errno == errno.EPIPE:
                 raise SystemExit(1) from None
             self.failure = OutputError(
@@ -72,7 +72,7 @@ class _StandardOutput(io.FileIO):
 
 
 class _StandardError(io.FileIO):
-    """Progress and messages: nothing waits for them, and nobody could be told."""
+    """Standard error that ignores failed writes: progress and messages are not worth stopping for."""
 
     def write(self, data: Any, /) -> int:
         with contextlib.suppress(OSError):
@@ -83,9 +83,7 @@ class _StandardError(io.FileIO):
 def _rewrapped(stream: io.TextIOWrapper, raw: io.FileIO) -> io.TextIOWrapper:
     stream.flush()
     utf8 = stream.encoding.lower().replace("-", "") == "utf8" and stream.errors != "strict"
-    buffer: IO[bytes] = (
-        raw if stream.write_through else io.BufferedWriter(raw)
-    )  # PYTHONUNBUFFERED: nothing waits in between
+    buffer: IO[bytes] = raw if stream.write_through else io.BufferedWriter(raw)  # PYTHONUNBUFFERED: no buffer
     return io.TextIOWrapper(
         buffer,
         encoding=stream.encoding,
@@ -96,8 +94,8 @@ def _rewrapped(stream: io.TextIOWrapper, raw: io.FileIO) -> io.TextIOWrapper:
 
 
 def _open_missing() -> None:
-    """Put /dev/null where a standard stream was closed (`>&-`)."""
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest that is free
+    """Open /dev/null in place of closed standard streams (`>&-`)."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest free descriptor
         os.set_inheritable(number, True)
     os.close(number)
     if sys.stdout is None:
@@ -107,7 +105,7 @@ def _open_missing() -> None:
 
 
 def encode_all() -> None:
-    """Let a process that prints into a log of ours print every character."""
+    """Make standard output and error of a child process, which go to its log, encode every character."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Read YAML files: safe, every key once, `1e-6` a number."""
+"""Read YAML files safely: duplicate keys are refused, and `1e-6` is a number."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,12 @@ from offline_kto.kto_core.foreign_files import MEGABYTE, read_foreign
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-6` is a number, as YAML 1.2 has it and every user means it."""
+    """A safe YAML loader in which `1e-6` is a number, as in YAML 1.2."""
 
     _references = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """References to references grow without bound: a handful is a config, more is an attack."""
+        """Compose a node, and refuse many references: nested ones can grow without bound, and a config needs few."""
         if self.check_event(yaml.AliasEvent):
             self._references += 1
             if self._references > _MOST_REFERENCES:
@@ -53,21 +53,21 @@ _Loader.add_implicit_resolver(
 _Loader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
 
 
-# Files of options that come with the package.
+# Configurations that come with the package.
 _SHIPPED = Path(__file__).parents[1] / "configs"
 
 
 def named_file(path: Path) -> Path:
-    """Return the file that `--config` names: the user's, or one that comes with the package (`--config lora`)."""
+    """Return the file for `--config`: the user's, or one that comes with the package (`--config lora`)."""
     shipped = _SHIPPED / f"{path}.yaml"
     return shipped if len(path.parts) == 1 and not path.exists() and shipped.exists() else path
 
 
 def read_yaml(path: Path, *, foreign: bool = False) -> dict[str, object]:
-    """The mapping in a YAML file.
+    """Return the mapping in a YAML file.
 
     Args:
-        foreign: it lies in a folder that may come from anybody; see `offline_kto.kto_core.foreign_files`.
+        foreign: whether it is in an untrusted folder; see `offline_kto.kto_core.foreign_files`.
 
     Raises:
         ConfigError: no such file, not YAML, or not a mapping.
@@ -84,7 +84,7 @@ def read_yaml(path: Path, *, foreign: bool = False) -> dict[str, object]:
         finally:
             loader.dispose()
     except (ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        # What PyYAML raises for a date that no calendar has, for a tag that does not fit its value, and so on.
+        # PyYAML raises these for an invalid date, for a tag that does not match its value, and so on.
         raise ConfigError(f"{path}: not valid YAML: {said_by(error)}.") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)

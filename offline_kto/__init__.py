@@ -6,9 +6,9 @@
     run = kto.train("refs", out="runs/first", lora_rank=16)
     print(run.last("loss"), run.path)
 
-Options are those of the commands, with underscores. Lines are shown as the commands show them;
-`logging.getLogger("offline_kto").setLevel("WARNING")` silences them, progress bars included. What a user can mend is
-raised as `KTOError`.
+Options are those of the commands, with underscores. Log lines are printed as by the commands;
+`logging.getLogger("offline_kto").setLevel("WARNING")` silences them and the progress bars. Errors that a user can fix
+are raised as `KTOError`.
 """
 
 import importlib
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# Where each name is defined; it is imported when it is first asked for. `precompute` and `train` are packages that can
-# be called, because importing a module of theirs puts the package under its name here.
+# Where each name is defined; it is imported on first use. `precompute` and `train` are callable packages, because
+# importing one of their modules sets the package as an attribute here.
 _HOMES = {
     **dict.fromkeys(("open_cache", "read", "report", "sweep", "to_trl", "verify"), "offline_kto.api"),
     "KTOError": "offline_kto.kto_core.errors",

@@ -1,4 +1,4 @@
-"""The Python API: what `offline_kto` offers under its own name. Each function is one command, or one of its steps."""
+"""The Python API that `offline_kto` exports. Each function is one command, or one of its steps."""
 
 import contextlib
 import dataclasses
@@ -25,14 +25,14 @@ def precompute(model: str | Path, data: str | Path, out: Location = "refs", **op
     """Score feedback under a reference model, once, as `kto-precompute` does.
 
     Args:
-        model: the reference, a local folder or a hub id. Not a loaded model: a cache is known by the files it was
-            scored with.
+        model: the reference, a local folder or a hub id. Not a loaded model: a cache is identified by the files it
+            was scored with.
         data: feedback, a file, a dataset folder or a hub id.
         out: folder of the cache, or its URL.
         options: of `PrecomputeConfig`; `config` may name a YAML file with more.
 
     Returns:
-        The manifest of the cache. With `dry_run=True`, where nothing is written, that of the cache in `out`.
+        The manifest of the cache. With `dry_run=True` nothing is written, and it is that of the existing cache.
 
     Raises:
         KTOError: the input cannot be used.
@@ -55,15 +55,15 @@ def train(cache: Location, out: str | Path | None = None, **options: Any) -> "Ru
 
     Args:
         cache: the reference cache, a folder or its URL.
-        out: the run folder; None for runs/ and the time.
+        out: the run folder; None for a folder in runs/ named by the time.
         options: of `TrainConfig`; `config` may name a YAML file with more. `training` is a table for
             `transformers.TrainingArguments`.
 
     Returns:
-        The finished run: options, metrics, evaluation. Its model lies in `path`.
+        The finished run: options, metrics, evaluation. Its model is in `path`.
 
     Raises:
-        KTOError: the input cannot be used, or training had to stop.
+        KTOError: the input cannot be used, or training was stopped.
     """
     from offline_kto.train.config import TrainConfig
 
@@ -81,8 +81,8 @@ def sweep(cache: Location, space: Mapping[str, Any], out: str | Path | None = No
     Args:
         cache: the reference cache, a folder or its URL.
         space: option of `TrainConfig` -> list of values, or {"low": ..., "high": ..., "log": ...}.
-        out: the sweep folder; None for sweeps/ and the time.
-        options: of `SweepConfig`; `train` is a table of options that are the same in all trials.
+        out: the sweep folder; None for a folder in sweeps/ named by the time.
+        options: of `SweepConfig`; `train` is a table of options shared by all trials.
 
     Returns:
         All trials, and the best one.
@@ -103,7 +103,7 @@ def sweep(cache: Location, space: Mapping[str, Any], out: str | Path | None = No
 
 
 def report(*folders: str | Path, out: str | Path | None = None) -> Path:
-    """Draw runs and sweeps as one HTML page, as `kto-report` does; return its path.
+    """Write an HTML page about runs and sweeps, as `kto-report` does; return its path.
 
     Raises:
         KTOError: a folder is neither a run nor a sweep.
@@ -125,17 +125,17 @@ def read(folder: str | Path) -> "Run | Sweep":
 
 
 def open_cache(location: Location, *, max_length: int | None = None) -> "CacheRows":
-    """Open a reference cache, every byte of it checked.
+    """Open a reference cache and check every byte of it.
 
     Args:
         location: its folder or URL.
-        max_length: shorten rows to so many tokens; scores are those of the shorter rows.
+        max_length: truncate rows to this many tokens; scores are those of the truncated rows.
 
     Returns:
         A `torch` dataset of `TrainingRow`: prompt and completion ids, label, reference scores.
 
     Raises:
-        KTOError: damaged, incomplete or not there.
+        KTOError: the cache is damaged, incomplete or missing.
     """
     from offline_kto.train.data.training_data import open_cache as opened
 
@@ -160,7 +160,7 @@ def verify(location: Location) -> "Manifest":
 
 
 def to_trl(location: Location, *, partner: int = 0) -> "datasets.Dataset":
-    """Return a cache's rows in the columns that TRL's `KTOTrainer` makes of a data set and its reference pass.
+    """Return a cache's rows in the columns that TRL's `KTOTrainer` creates from a data set and its reference pass.
 
     Args:
         location: the cache, its folder or URL.
@@ -178,7 +178,7 @@ def to_trl(location: Location, *, partner: int = 0) -> "datasets.Dataset":
 
 
 def _config(kind: type[ConfigT], options: dict[str, Any]) -> ConfigT:
-    """Build the options of a command from keyword arguments: those given here, then a YAML file, then defaults."""
+    """Return a command's options from keyword arguments, then a YAML file, then defaults."""
     yaml_path = options.pop("config", None)
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in options:
@@ -209,7 +209,7 @@ def _run_in(folder: Path) -> "Run":
 
 @contextlib.contextmanager
 def _shown() -> Iterator[None]:
-    """Show lines as the commands do, where the program has not set up `logging` for them."""
+    """Print log lines as the commands do, unless the program has set up `logging` for them."""
     if LOGGER.hasHandlers():
         yield
         return

@@ -1,6 +1,6 @@
 """Stage 1: score feedback under a frozen reference model, once.
 
-The package itself can be called: `offline_kto.precompute(...)` is `offline_kto.api.precompute`.
+The package itself is callable: `offline_kto.precompute(...)` is `offline_kto.api.precompute`.
 """
 
 import sys

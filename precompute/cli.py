@@ -1,4 +1,4 @@
-"""Command lines of `kto-precompute` and `kto-cache`: options in, one call, errors out."""
+"""Command lines of `kto-precompute` and `kto-cache`: parse options, call one function, print errors."""
 
 import signal
 from pathlib import Path
@@ -17,7 +17,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 
 
 class _Command(click.Command):
-    """Turns the errors a user can mend into one message and exit code 1."""
+    """A command that prints errors which a user can fix as one message, with exit code 1."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         with own_streams():
@@ -25,8 +25,8 @@ class _Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            if world_size() == 1:  # a launcher's ranks wait for each other outside of Python
-                signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send: as Ctrl-C
+            if world_size() == 1:  # ranks of a launch wait for each other outside of Python
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send it; handled as Ctrl-C
             with shown_lines():
                 return super().invoke(ctx)
         except KTOError as error:
@@ -67,7 +67,7 @@ def precompute(ctx: click.Context, /, config: Path | None, **values: Any) -> Non
     keep_freed_memory()
     quiet_libraries()
     from offline_kto.precompute.run import (
-        precompute as run,  # what decides how libraries behave is set before they are imported
+        precompute as run,  # libraries read the environment on import, so it is set up first
     )
 
     run(resolved)
@@ -82,7 +82,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings=_SETTINGS)
 @click.version_option(package_name="offline-kto")
 def cache() -> None:
-    """Look into a reference cache, or check it."""
+    """Describe or check a reference cache."""
 
 
 _FOLDER = click.argument("folder", type=to_location)
@@ -91,7 +91,7 @@ _FOLDER = click.argument("folder", type=to_location)
 @cache.command(cls=_Command)
 @_FOLDER
 def info(folder: Location) -> None:
-    """What the cache was made from, and how many rows it has."""
+    """Print what the cache was made from, and its number of rows."""
     from offline_kto.precompute.inspect_cache import info as run
 
     click.echo("\n".join(run(folder)))

@@ -1,4 +1,4 @@
-"""Options of `kto-precompute`: the only home of their defaults."""
+"""Options of `kto-precompute`, with their defaults."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +16,7 @@ DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
-    """What `kto-precompute` scores, and how."""
+    """Options of `kto-precompute`."""
 
     model: str = option("", "The reference: a local folder or a hub id.", metavar="MODEL")
     data: str = option(
@@ -104,7 +104,7 @@ class PrecomputeConfig:
 
     @property
     def template_day(self) -> datetime | None:
-        """The day that the user named."""
+        """The date of `--template-date`; None if it is not set."""
         if self.template_date is None:
             return None
         try:

@@ -1,4 +1,4 @@
-"""`kto-cache`: reading a reference cache with human eyes."""
+"""The commands of `kto-cache`: describe, verify and print a reference cache."""
 
 import json
 import shutil
@@ -22,12 +22,12 @@ from offline_kto.kto_core.redaction import hidden
 if TYPE_CHECKING:
     import numpy as np
 
-# Of a terminal in columns, and of one that says it has none.
+# Columns; also for a terminal that reports 0.
 _LEAST_WIDTH = 40
 
 
 def info(location: Location) -> list[str]:
-    """Describe the manifest, a line for each thing it says.
+    """Return a description of the manifest, one line per entry.
 
     Raises:
         CacheError: no readable cache.
@@ -42,7 +42,7 @@ def info(location: Location) -> list[str]:
 
 
 def describe(manifest: Manifest) -> list[tuple[str, str]]:
-    """Name and value of each line of `kto-cache info`."""
+    """Return name and value of each line of `kto-cache info`."""
     reference, data, run = manifest.reference, manifest.data, manifest.run
     size = sum(shard["bytes"] for shard in manifest.shards)
     dropped = ", ".join(f"{count} {reason}" for reason, count in (data.get("dropped") or {}).items()) or "none"
@@ -81,7 +81,7 @@ def _number(value: int | float | None) -> str:
 
 
 def verify(location: Location) -> str:
-    """Check files against the manifest, and every row against the format; return what was checked, in words.
+    """Check files against the manifest, and every row against the format; return a summary of the check.
 
     Raises:
         CacheError: naming the file and what is wrong.
@@ -97,7 +97,7 @@ def verify(location: Location) -> str:
 
 
 def head(location: Location, *, rows: int, model: str | None) -> Iterator[str]:
-    """Yield the first rows decoded, y beside y', a line at a time.
+    """Yield the first rows as text, with y and y' in two columns, line by line.
 
     Raises:
         CacheError, ModelError: no cache, or no tokenizer to decode with.
@@ -151,7 +151,7 @@ def _shown(row: CacheRow, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _decoded(tokenizer: Tokenizer, ids: "np.ndarray") -> str:
-    """Text on one line: data must not drive the terminal."""
+    """Return text on one line, without control characters: data is untrusted."""
     return printable(" ".join(tokenizer.decode(ids).split("\n")).replace("\t", " "))
 
 

@@ -17,16 +17,16 @@ from offline_kto.kto_core.lock import only_writer
 
 
 def check_out(location: Location) -> None:
-    """Refuse a folder that cannot or must not be written, before any work is done. Creates nothing.
+    """Refuse a folder that cannot or must not be written, before any work is done. Create nothing.
 
     Raises:
-        CacheError: a file, not writable, or a folder with something else in it.
+        CacheError: a file, not writable, or a folder with other files in it.
     """
     if is_url(location):
         check_remote(str(location))
         return
     out = Path(location)
-    if any("\ud800" <= character <= "\udfff" for character in str(out)):  # bytes of a name that are no UTF-8
+    if any("\ud800" <= character <= "\udfff" for character in str(out)):  # bytes of a name that are not UTF-8
         raise CacheError(f"--out {out}: the name is not UTF-8, which Arrow cannot open. Choose another folder.")
     if out.exists() and not out.is_dir():
         raise CacheError(f"--out {out}: a file of that name exists; choose another folder.")
@@ -45,7 +45,8 @@ def check_out(location: Location) -> None:
     if not out.exists() or (out / MANIFEST).exists():
         return
     readable = [path for path in shards_in(out) if read_metadata(path) is not None]
-    foreign = [] if readable else [path.name for path in shards_in(out)]  # beside shards of ours, a damaged one
+    # Next to readable shards, an unreadable one is a damaged shard.
+    foreign = [] if readable else [path.name for path in shards_in(out)]
     foreign += [p.name for p in out.iterdir() if p.name != "train" and not p.name.startswith(".")]
     if foreign:
         raise CacheError(
@@ -56,7 +57,8 @@ def check_out(location: Location) -> None:
 def rendered_on(location: Location) -> datetime | None:
     """Return the time for which a chat template that writes the date rendered the rows in `--out`.
 
-    So the same command makes the same rows tomorrow. A finished cache that does not say was rendered when it was made.
+    With it, the same command makes the same rows on a later day. A finished cache without that field was rendered when
+    it was created.
     """
     try:
         if is_url(location):
@@ -82,10 +84,10 @@ def rendered_on(location: Location) -> datetime | None:
 
 @contextlib.contextmanager
 def opened_out(location: Location) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """`--out`, for this process alone.
+    """Lock `--out` for this process while the block runs.
 
     Yields:
-        the local folder to write, and what to call when a change in it is finished.
+        the local folder to write, and a function to call when a change in it is finished.
 
     Raises:
         CacheError: another process writes there, or the system does not allow it.
@@ -101,7 +103,7 @@ def opened_out(location: Location) -> Iterator[tuple[Path, Callable[[], None]]]:
 
 @contextlib.contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """The folder exists; one in which nothing was written is taken away again.
+    """Create the folder; if nothing was written into it when the block ends, remove it again.
 
     Raises:
         CacheError: the system does not allow it.

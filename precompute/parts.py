@@ -1,7 +1,7 @@
-"""Parts of a shard: the scores of a shard that is not complete yet, flushed about once a minute.
+"""Parts of a shard: the scores of an incomplete shard, written about once a minute.
 
-A part is a shard of format 1 whose rows have one sequence each, and no mismatched completions: it is written, checked and
-read by the same code.
+A part is a shard of format 1 whose rows have one sequence each, and no mismatched completions. The same code writes,
+checks and reads it.
 """
 
 import time
@@ -13,12 +13,12 @@ from offline_kto.kto_core.cache.shards import CacheRow
 from offline_kto.kto_core.hashing import ids_id, sequence_id
 from offline_kto.kto_core.scoring.sequences import TokenIds
 
-# How much scoring a kill may cost.
+# A kill loses at most this much scoring.
 SECONDS_BETWEEN_PARTS = 60.0
 
 
 class Pace:
-    """Says when the next part is due."""
+    """Tells when the next part is due."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -31,13 +31,13 @@ class Pace:
 
 
 class ShardScores:
-    """The scores of one shard as they come, written down in parts.
+    """Collects the scores of one shard, and writes them in parts.
 
     Args:
-        sequences: what is to be scored, by id.
-        before: scores that an earlier run left in parts of this shard.
-        write: takes the rows of one part.
-        pace: of all shards of a run.
+        sequences: the sequences to be scored, by id.
+        before: scores that an earlier run wrote in parts of this shard.
+        write: writes the rows of one part.
+        pace: shared by all shards of a run.
 
     Attributes:
         scores: by id.
@@ -62,13 +62,13 @@ class ShardScores:
         return frozenset(i for i, one in enumerate(self._ids) if one in self.scores)
 
     def add(self, done: Sequence[int], scores: Sequence[np.ndarray]) -> None:
-        """Take the scores of the sequences at some positions. Raises: CacheError: the disk does not take a part."""
+        """Add the scores of the sequences at some positions. Raises: CacheError: a part cannot be written."""
         self.scores.update((self._ids[i], one) for i, one in zip(done, scores, strict=True))
         if self._pace.is_due():
             self.flush()
 
     def flush(self) -> None:
-        """Write what is in no part yet. Raises: CacheError: the disk does not take it."""
+        """Write the scores that are not in a part yet. Raises: CacheError: they cannot be written."""
         fresh = [one for one in self.scores if one not in self.kept]
         if fresh:
             self._write([_row(self._sequences[one], self.scores[one]) for one in fresh])
@@ -77,7 +77,7 @@ class ShardScores:
 
 
 def _row(sequence: TokenIds, scores: np.ndarray) -> CacheRow:
-    """A sequence as a row of a shard; only ids and scores of it are ever read."""
+    """Return a sequence as a row of a shard; only its ids and scores are ever read."""
     prompt_ids, completion_ids = sequence
     return {
         "row_id": sequence_id(prompt_ids, completion_ids),

@@ -1,4 +1,4 @@
-"""From a plan to a finished cache: score what is missing, write shards, declare the cache complete."""
+"""Make a cache from a plan: score missing sequences, write shards, and write the manifest."""
 
 import shlex
 import shutil
@@ -30,7 +30,7 @@ from offline_kto.precompute.store import Store
 
 
 def make_cache(config: PrecomputeConfig) -> None:
-    """Make a reference cache, as this process's part of the launch.
+    """Make a reference cache, as one process of the launch.
 
     Raises:
         KTOError: the user's input cannot be used.
@@ -95,8 +95,8 @@ def _print_plan(
 
 
 def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mark: str) -> None:
-    """Score what `--out` lacks, and declare it complete."""
-    shutil.rmtree(scoring.store.out / MERGED, ignore_errors=True)  # a killed run leaves it
+    """Score what `--out` lacks, and write its manifest."""
+    shutil.rmtree(scoring.store.out / MERGED, ignore_errors=True)  # a killed run leaves it behind
     config, store, labels_hash = scoring.config, scoring.store, _labels_hash(scoring.plan)
     if not store.open(
         overwrite=config.overwrite,
@@ -159,7 +159,7 @@ def _pairing(config: PrecomputeConfig) -> PairingFields:
 
 
 def _labels_hash(plan: Plan) -> str:
-    """What the fingerprint leaves out on purpose: order, labels, pairs, source rows."""
+    """Return a hash of what the fingerprint leaves out on purpose: order, labels, pairs and source rows."""
     return json_hash([[row.row_id, row.label, row.pair_id, row.source] for row in plan.rows])
 
 

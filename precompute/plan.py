@@ -1,7 +1,7 @@
-"""The plan: which rows are kept, who is paired with whom, and what there is to score.
+"""Plan the scoring: which rows are kept, how they are paired, and which sequences have to be scored.
 
-Rows are immutable: what is cut is cut where it is used, so that the same completion can be shortened
-for one prompt and whole for another.
+Rows are immutable. A completion is truncated where it is used, so that it can be shortened for one prompt and whole
+for another.
 """
 
 from collections import Counter
@@ -35,7 +35,7 @@ class PlannedRow:
     Attributes:
         source: row number in the input, from 0; the two rows of a pair have two numbers.
         prompt_ids: int32.
-        full_completion_ids: int32, before it is cut to fit behind this prompt.
+        full_completion_ids: int32, before it is truncated to fit after this prompt.
         completion_ids: int32, as scored.
     """
 
@@ -51,11 +51,11 @@ class PlannedRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows with their partners; see `describe` for the words.
+    """Rows with their partners, and how they were read.
 
     Attributes:
         notes: sentences on how the rows were rendered and tokenized.
-        rendered_on: the time that the chat template wrote into them; None where it writes none.
+        rendered_on: the time that the chat template wrote into them; None if it writes none.
     """
 
     rows: list[PlannedRow]
@@ -68,12 +68,12 @@ class Plan:
     rendered_on: str | None = None
 
     def kl_completions(self, index: int) -> list[np.ndarray]:
-        """The mismatched completions of a row, cut to fit behind its prompt."""
+        """Return the mismatched completions of a row, truncated to fit after its prompt."""
         room = self.max_length - len(self.rows[index].prompt_ids)
         return [self.rows[t].full_completion_ids[:room] for t in self.pairing.partners[index]]
 
     def sequences(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What is scored for a row: (x, y), then each (x, y')."""
+        """Return the sequences that are scored for a row: (x, y), then each (x, y')."""
         row = self.rows[index]
         return [
             (row.prompt_ids, row.completion_ids),
@@ -86,7 +86,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlanCounts:
-    """Numbers of the plan, for the terminal and for the manifest."""
+    """Counts of the plan, for the terminal and the manifest."""
 
     read: int
     kept: int
@@ -186,7 +186,7 @@ def _records(config: PrecomputeConfig) -> Iterator[Located]:
 
 
 def _chunks(rows: Iterator[FeedbackRow]) -> Iterator[list[FeedbackRow]]:
-    """Rows for one call of the tokenizer: not too many, and not too much text at once."""
+    """Yield rows for one call of the tokenizer, with limits on their number and their text."""
     chunk: list[FeedbackRow] = []
     size = 0
     for row in rows:
@@ -220,7 +220,7 @@ def _planned(
         pair_id=row.pair_id,
         label=row.label,
         prompt_ids=prompt,
-        # No prompt leaves room for more than this: longer tails are never used.
+        # No prompt leaves room for more, so a longer tail is never used.
         full_completion_ids=completion[:max_length],
         completion_ids=cut,
     )
@@ -233,9 +233,9 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
         day: for chat templates that write the date; None for today.
 
     Raises:
-        FeedbackError, TokenizationError, PairingError: what cannot be used, and where it stands.
+        FeedbackError, TokenizationError, PairingError: a row cannot be used; the message names it.
     """
-    files = describe_source(config.data)  # as they are read: they may change while they are scored
+    files = describe_source(config.data)  # described when they are read, since they may change during scoring
     day = day or datetime.now().replace(microsecond=0)
     tokenizing = Tokenizing(tokenizer, now=day)
     rows, read, dropped = read_rows(config, tokenizer, tokenizing)
@@ -261,7 +261,7 @@ def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:
 
 
 def describe(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> list[str]:
-    """The plan in words, one line each."""
+    """Return a description of the plan, one line each."""
     dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.dropped.items()) or "none"
     lines = [
         f"rows        {counts.read:,} read, {counts.kept:,} kept, dropped: {dropped}",
@@ -313,7 +313,7 @@ def _warnings(plan: Plan, counts: PlanCounts) -> list[str]:
 
 
 def shard_rows(plan: Plan, rows_per_shard: int) -> Sequence[range]:
-    """Row ranges of the shards."""
+    """Return the row ranges of the shards."""
     return [
         range(start, min(start + rows_per_shard, len(plan.rows))) for start in range(0, len(plan.rows), rows_per_shard)
     ]

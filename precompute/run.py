@@ -1,4 +1,4 @@
-"""Stage 1 from end to end: check what can be checked at once, then make the cache (`pipeline.py`, which is heavy to import)."""
+"""Run stage 1: do the quick checks, then make the cache with `pipeline.py`, whose imports take seconds."""
 
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ConfigError
@@ -19,6 +19,6 @@ def precompute(config: PrecomputeConfig) -> None:
     if settle_launch().is_first:
         check_out(config.out)
         tell(f"starting    {config.data} -> {config.out}")
-    from offline_kto.precompute.pipeline import make_cache  # torch and transformers: seconds
+    from offline_kto.precompute.pipeline import make_cache  # imports torch and transformers, which takes seconds
 
     make_cache(config)

@@ -1,4 +1,4 @@
-"""Score what a plan lacks, shard by shard."""
+"""Score the sequences of a plan that have no score yet, shard by shard."""
 
 import contextlib
 import shutil
@@ -26,18 +26,18 @@ from offline_kto.precompute.parts import Pace, ShardScores
 from offline_kto.precompute.plan import Plan, shard_rows
 from offline_kto.precompute.store import KnownScores, Store
 
-# The model with its adapter merged, for an engine that reads it from disk; gone when the run ends.
+# Folder of the model with its adapter merged, for an engine that reads it from disk; removed when the run ends.
 MERGED = ".merged"
 
 
 class Scoring:
-    """Scores what a plan lacks, shard by shard.
+    """Scores the sequences of a plan that have no score yet, shard by shard.
 
     Args:
-        ranks: the processes of this launch, where there are several.
+        ranks: the processes of this launch, if there are several.
 
     Attributes:
-        difference: how the engine compares with Transformers, for the manifest; None where Transformers scored.
+        difference: the engine's difference from Transformers, for the manifest; None if Transformers scored.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Scoring:
         self.underway: ShardScores | None = None
 
     def run(self, sequences: int) -> None:
-        """Score and write what is missing.
+        """Score missing sequences and write missing shards.
 
         Args:
-            sequences: how many the whole plan has, for messages.
+            sequences: number of sequences in the whole plan, for messages.
         """
         keys = [self._key(rows) for rows in self.shards]
         missing = [i for i, key in enumerate(keys) if not self.store.has(i, key, len(self.shards[i]))]
@@ -94,7 +94,7 @@ class Scoring:
                 self._score(to_score, scorer, progress)
                 fresh = self.underway.scores
                 self.store.write(i, keys[i], [self._row(j, ChainMap(fresh, known)) for j in self.shards[i]])
-                # A sequence that another shard needs too is scored once.
+                # A sequence that another shard also needs is scored only once.
                 known.update({one: score for one, score in fresh.items() if uses[one] > 1})
                 left.remove(i)
                 for one in to_score:
@@ -105,17 +105,17 @@ class Scoring:
     def _saying_what_is_kept(
         self, left: Sequence[int], known: KnownScores, unknown: Collection[str], sequences: int
     ) -> Iterator[None]:
-        """Whatever ends the scoring early, write down what is scored, and say how much that is.
+        """Write the scores so far, and log their number, if the block ends with an exception.
 
         Args:
-            left: shards that are not written; the first of them is under way.
+            left: shards that are not written; the first of them is in progress.
             known: scores that need no forward pass.
             unknown: ids of the sequences that do.
-            sequences: how many the whole plan has.
+            sequences: number of sequences in the whole plan.
         """
         try:
             yield
-        except BaseException as error:  # what the user can mend, what she cannot, Ctrl-C, a scheduler's signal
+        except BaseException as error:  # any error, Ctrl-C, or a scheduler's signal
             kept = self._keep(error, left[0]) if self.underway is not None and left else set()
             there = known.ids | kept
             rows = sum(map(len, self.shards)) - sum(len(self.shards[i]) for i in left)
@@ -126,18 +126,18 @@ class Scoring:
             raise
 
     def _keep(self, error: BaseException, index: int) -> set[str]:
-        """The scores of the shard under way that are on the disk when the run ends."""
+        """Write the scores of the shard in progress, and return the ids of those that are on disk."""
         assert self.underway is not None
         if isinstance(error, DisagreementError):
             self.store.drop_parts(self._key(self.shards[index]))
             return set()
-        with contextlib.suppress(CacheError):  # a full disk may be what ends the run; that is said
+        with contextlib.suppress(CacheError):  # a full disk may be the error that ends the run, which is reported
             self.underway.flush()
         return self.underway.kept
 
     @contextlib.contextmanager
     def _engine(self, sequences: Sequence[TokenIds]) -> Iterator[Scorer | None]:
-        """The engine, ready to score these sequences; None where there are none."""
+        """Yield the engine, ready to score these sequences; None if there are none."""
         if not sequences:
             yield None
         elif self.ranks is not None:
@@ -154,7 +154,7 @@ class Scoring:
                 shutil.rmtree(merged, ignore_errors=True)
 
     def _key(self, rows: range) -> str:
-        """Hash of everything in a shard but the scores."""
+        """Return a hash of everything in a shard except the scores."""
         entries = []
         for i in rows:
             row = self.plan.rows[i]
@@ -163,11 +163,11 @@ class Scoring:
         return json_hash(entries)
 
     def _sequences(self, rows: range) -> dict[str, TokenIds]:
-        """The distinct sequences of some rows, by id."""
+        """Return the distinct sequences of some rows, by id."""
         return {sequence_id(*s): s for i in rows for s in self.plan.sequences(i)}
 
     def _score(self, sequences: Mapping[str, TokenIds], scorer: Scorer | None, progress: Progress) -> None:
-        """Score what the shard under way lacks."""
+        """Score the missing sequences of the shard in progress."""
         assert self.underway is not None
         before = self.underway.known
         if scorer is None or len(before) == len(sequences):
@@ -180,7 +180,7 @@ class Scoring:
         self.tokens += sum(len(prompt) + len(completion) for prompt, completion in fresh)
 
     def _row(self, index: int, scores: Mapping[str, np.ndarray]) -> CacheRow:
-        """One row of the cache, with the columns of `offline_kto.kto_core.cache.shards.SCHEMA`."""
+        """Return one row of the cache, with the columns of `offline_kto.kto_core.cache.shards.SCHEMA`."""
         row = self.plan.rows[index]
         kl_completions = self.plan.kl_completions(index)
         own = scores[row.row_id]
@@ -201,7 +201,7 @@ class Scoring:
         }
 
     def summary(self, sequences: int) -> RunFields:
-        """The manifest's section `run`."""
+        """Return the manifest's section `run`."""
         return {
             "scored_sequences": self.scored,
             "reused_sequences": sequences - self.scored,

@@ -1,10 +1,10 @@
-"""The folder that a reference cache grows in: what is there, what can be reused, and when it is complete.
+"""The folder of a reference cache while it is written: which shards exist, can be reused, and when it is complete.
 
-refs/manifest.json          last of all; without it there is no cache
-refs/train/00000.parquet    complete shards; an interrupted run goes on at the first missing one
+refs/manifest.json          written last; without it the cache is not complete
+refs/train/00000.parquet    complete shards; an interrupted run resumes at the first missing one
 refs/.next/train/...        new shards while a finished cache is updated; the old one stays valid meanwhile
-refs/.kept/train/...        shards of an unfinished run with other rows in them, for their scores
-refs/.parts/train/...       scores of the shard that is under way (`offline_kto.precompute.parts`)
+refs/.kept/train/...        shards of an unfinished run with other rows, kept for their scores
+refs/.parts/train/...       scores of the shard in progress (`offline_kto.precompute.parts`)
 """
 
 import contextlib
@@ -45,13 +45,13 @@ from offline_kto.precompute.out_folder import KEPT, NEXT, PARTS, made, shards_in
 
 
 class Store:
-    """One run's view of `--out`.
+    """One run's access to `--out`.
 
     Args:
         out: the folder.
-        identity: what decides a score (`identity_of`).
+        identity: the fields that determine a score (`identity_of`).
         pairing: the manifest's section.
-        vocabulary: tokens that the reference knows.
+        vocabulary: vocabulary size of the reference.
         rendered_on: the time that the chat template wrote into the rows.
         on_change: called when a shard, or the cache, is finished.
     """
@@ -74,13 +74,13 @@ class Store:
     ) -> bool:
         """Prepare the folder for writing.
 
-        With `overwrite`, whatever is there may be replaced; scores of the same reference are still reused.
+        With `overwrite`, existing shards may be replaced; scores of the same reference are still reused.
 
         Returns:
-            False where a complete cache with exactly this content is there already.
+            False if a complete cache with exactly this content already exists.
 
         Raises:
-            CacheError: a cache of another reference is there and `overwrite` is off.
+            CacheError: a cache of another reference exists and `overwrite` is off.
         """
         old = self._finished_cache(overwrite)
         if overwrite:
@@ -89,7 +89,7 @@ class Store:
             self._refuse_other(old.identity, old.pairing)
         else:
             for path in (*shards_in(self.out), *shards_in(self.out / PARTS)):
-                if metadata := read_metadata(path):  # a damaged shard says nothing; it is scored again
+                if metadata := read_metadata(path):  # a damaged shard has no metadata; it is rescored
                     self._refuse_other(cast("Identity", metadata.get("identity", {})))
         if old is not None and not self._drop_damaged(old):
             if _is_same(old, mark, labels_hash, rows_per_shard):
@@ -109,7 +109,7 @@ class Store:
         return {row_id for table in tables for row_id in table.column("row_id").to_pylist()}
 
     def _finished_cache(self, overwrite: bool) -> Manifest | None:
-        """The manifest that is there; a damaged one is removed, since shards vouch for themselves."""
+        """Return the existing manifest. A damaged one is removed; the shards are then checked one by one."""
         if not (self.out / MANIFEST).exists():
             return None
         try:
@@ -124,18 +124,18 @@ class Store:
             return None
         except CacheError as error:
             if not any(read_metadata(path) for path in shards_in(self.out)):
-                raise  # nothing here is known to be ours: nothing is removed
+                raise  # the folder may not be a cache, so nothing is removed
             tell(f"damaged     {error} Its shards are checked one by one.")
             self._drop_manifest()
             return None
 
     def _drop_manifest(self) -> None:
-        """Declare that there is no cache, before the first of its files changes."""
+        """Remove the manifest, before the first of its files changes."""
         (self.out / MANIFEST).unlink(missing_ok=True)
         flush(self.out)
 
     def _drop_others(self, old: Manifest | None) -> None:
-        """Remove what was scored under another reference; a finished cache stays until the new one is."""
+        """Remove shards of another reference, except those of a finished cache until the new one is finished."""
         for folder in (self.out, *self._folders) if old is None else self._folders:
             for path in shards_in(folder):
                 metadata = read_metadata(path)
@@ -151,7 +151,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _remove_strays(self, names: Sequence[str]) -> None:
-        """A shard that is not in the manifest would be read by everyone who reads the folder."""
+        """Remove shards that are not in the manifest: programs that read the folder directly would read them."""
         for path in shards_in(self.out):
             if f"train/{path.name}" not in names:
                 path.unlink()
@@ -159,7 +159,7 @@ class Store:
     def _refuse_other(self, identity: Identity, pairing: PairingFields | None = None) -> None:
         lines = differences(identity, self.identity)
         if pairing is not None:
-            # More partners are an extension: the pairs that are there stay.
+            # More partners only extend the cache: existing pairs stay the same.
             old, new = ({f"pairing.{k}": v for k, v in p.items() if k != "partners"} for p in (pairing, self.pairing))
             lines += differences(old, new)
         if lines:
@@ -170,7 +170,7 @@ class Store:
             )
 
     def _drop_damaged(self, old: Manifest) -> bool:
-        """Remove shards that are not what was written, and with them the manifest that vouched for them."""
+        """Remove shards that differ from what was written, and the manifest. Return whether there were any."""
         try:
             verify_cache(self.out, old)
         except CacheError as error:
@@ -185,10 +185,10 @@ class Store:
         return False
 
     def has(self, index: int, key: str, rows: int) -> bool:
-        """Whether a complete shard with this content, and so many rows, is there.
+        """Return whether a complete shard with this content and number of rows exists.
 
-        A crash while new shards were moved into place leaves some of them there already; they are
-        taken back to where this run writes.
+        If a crash interrupted the move of new shards into place, some are in the final folder already; these are
+        copied back to where this run writes.
         """
         for folder in dict.fromkeys((self.target, self.out)):
             path = folder / shard_name(index)
@@ -205,7 +205,7 @@ class Store:
         return same and self._is_whole(path, rows, self.pairing["partners"])
 
     def _is_whole(self, path: Path, rows: int | None = None, partners: int | None = None) -> bool:
-        """Whether a shard is one, and each of its rows keeps the rules; what does not is scored again."""
+        """Return whether a shard can be read and all its rows are valid. Invalid shards are rescored."""
         if path.is_symlink():
             return False
         try:
@@ -217,7 +217,7 @@ class Store:
         return rows is None or table.num_rows == rows
 
     def set_aside(self, indices: Sequence[int]) -> None:
-        """Keep the scores of shards that are about to be written over, until the cache is complete."""
+        """Keep the scores of shards that are about to be overwritten, until the cache is complete."""
         for index in indices:
             path = self.target / shard_name(index)
             if path.exists():
@@ -226,11 +226,11 @@ class Store:
                 path.replace(kept / f"{file_hash(path)[:32]}.parquet")
 
     def known_scores(self, wanted: set[str], keys: Collection[str]) -> "KnownScores":
-        """Per-token scores that are on disk already.
+        """Return per-token scores that are already on disk.
 
         Args:
             wanted: ids of sequences.
-            keys: of the shards that are about to be scored; parts of these are told apart.
+            keys: of the shards that are about to be scored; scores in their parts are returned separately.
         """
         known = KnownScores({}, {key: {} for key in keys})
         for folder in (self.out, *self._folders):
@@ -243,13 +243,13 @@ class Store:
         return known
 
     def write(self, index: int, key: str, rows: Sequence[CacheRow]) -> None:
-        """Write one shard, and drop its parts. Raises: CacheError: the disk does not take it."""
+        """Write one shard, and remove its parts. Raises: CacheError: it cannot be written."""
         write_shard(self.target / shard_name(index), rows, self._metadata(key=key))
         self.drop_parts(key)
         self._on_change()
 
     def write_part(self, key: str, rows: Sequence[CacheRow]) -> None:
-        """Write some of the scores of a shard. Raises: CacheError: the disk does not take it."""
+        """Write some of the scores of a shard. Raises: CacheError: they cannot be written."""
         folder = self.out / PARTS / "train"
         with made(folder.parent), made(folder):
             content = json_hash([row["row_id"] for row in rows])
@@ -265,14 +265,14 @@ class Store:
         for path in (self.out / PARTS / "train").glob(_part_name(key, "*")):
             path.unlink()
         for folder in (self.out / PARTS / "train", self.out / PARTS):
-            with contextlib.suppress(OSError):  # not there, or not empty
+            with contextlib.suppress(OSError):  # missing, or not empty
                 folder.rmdir()
 
     def publish(self, count: int, sections: Sections, mark: str) -> None:
-        """Declare shards 0 to `count` - 1 the cache."""
+        """Move shards 0 to `count` - 1 into place, and write the manifest, which completes the cache."""
         names = [shard_name(i) for i in range(count)]
         if self.target != self.out:
-            # From here until the manifest is written there is no cache; a crash in between loses no shard.
+            # From here until the manifest is written the cache is incomplete; a crash in between loses no shard.
             self._drop_manifest()
             for name in names:
                 (self.target / name).replace(self.out / name)
@@ -280,7 +280,7 @@ class Store:
         for folder in (self.out, self.out / "train"):
             remove_temporary(folder)
         self._remove_folders()
-        flush(self.out / "train")  # the manifest must not reach the disk before the names it lists
+        flush(self.out / "train")  # the manifest must not reach the disk before the shards that it lists
         write_manifest(self.out, sections, [self._entry(name) for name in names], mark)
         self._on_change()
 
@@ -294,8 +294,8 @@ class KnownScores(NamedTuple):
     """Per-token scores by sequence id.
 
     Attributes:
-        scores: of finished shards, of other data, and of whatever else is there.
-        parts: by the key of a shard that was stopped half-way, those of its own sequences.
+        scores: scores in finished shards, in shards of other rows, and in parts of other shards.
+        parts: by the key of an interrupted shard, the scores in its own parts.
     """
 
     scores: dict[str, np.ndarray]

@@ -1,6 +1,6 @@
-"""The manifest: what a cache is, what it was made from, and whether its files are still those.
+"""Read, write and check `manifest.json`, which describes a cache: its reference, its data and its files.
 
-`manifest.json` is written last; without it there is no cache.
+`manifest.json` is written last. A folder without it is not a complete cache.
 """
 
 import contextlib
@@ -58,7 +58,8 @@ class Manifest:
     """The sections of `manifest.json`; `manifest_fields` and docs/cache-format.md have the fields of each.
 
     Attributes:
-        intact: whether all of it is as it was written; `verify_cache` refuses what is not, after it looked for the reason.
+        intact: whether the checksum matches the content; `verify_cache` refuses the cache if not, once it has looked
+            for a more specific error.
     """
 
     reference: ReferenceFields
@@ -79,7 +80,7 @@ class Manifest:
 
     @property
     def vocabulary(self) -> int | None:
-        """Tokens that the reference knows; None where the manifest does not say."""
+        """Vocabulary size of the reference; None if the manifest does not have it."""
         return self.reference.get("vocabulary")
 
     @property
@@ -89,7 +90,7 @@ class Manifest:
 
     @property
     def rows_identity(self) -> RowsIdentity:
-        """What tells these rows from others; the fingerprint alone leaves labels and order out."""
+        """Fingerprint and labels hash, which identify the rows; the fingerprint does not cover labels and order."""
         return {"fingerprint": self.fingerprint, "labels_hash": self.data.get("labels_hash")}
 
     @property
@@ -105,7 +106,7 @@ class Manifest:
 
 
 def identity_of(sections: ScoringSections) -> Identity:
-    """Return the fields that decide a score, `section.field` -> value."""
+    """Return the fields that determine a score, `section.field` -> value."""
     named = cast("Mapping[str, Mapping[str, object]]", sections)
     return {
         f"{section}.{field}": named[section].get(field)
@@ -115,7 +116,7 @@ def identity_of(sections: ScoringSections) -> Identity:
 
 
 def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
-    """Lines like `tokenization.max_length: 1024 in the cache, 512 now`, for what differs."""
+    """Return a line for each differing field, like `tokenization.max_length: 1024 in the cache, 512 now`."""
     lines = []
     for key in sorted({*found, *wanted}):
         if found.get(key) != wanted.get(key):
@@ -132,7 +133,7 @@ def _short(value: object) -> str:
 
 
 def fingerprint(identity: Identity, pairing: PairingFields, rows_hash: str) -> str:
-    """Hash of all that can change a number in the cache, and of nothing else.
+    """Return a hash of everything that can change a number in the cache, and of nothing else.
 
     Args:
         identity: from `identity_of`.
@@ -143,12 +144,12 @@ def fingerprint(identity: Identity, pairing: PairingFields, rows_hash: str) -> s
 
 
 def checksum(content: Mapping[str, object]) -> str:
-    """Hash of all that a manifest says, as JSON keeps it: what shows that a byte of it has changed."""
+    """Return a hash of the manifest's content without `checksum`, which detects any change of it."""
     return json_hash(json.loads(json.dumps({name: value for name, value in content.items() if name != "checksum"})))
 
 
 def write_manifest(folder: Path, sections: Sections, shards: Sequence[ShardFields], mark: str) -> None:
-    """Declare the cache complete. Raises: CacheError: the disk does not take it."""
+    """Write the manifest, which marks the cache as complete. Raises: CacheError: it cannot be written."""
     named = cast("Mapping[str, object]", sections)
     content: dict[str, object] = {
         "format": FORMAT,
@@ -189,7 +190,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Puts what the system says of reading a cache into words that the user can act on."""
+    """Re-raise operating system errors of reading a cache as a `CacheError` that names the file and the remedy."""
     try:
         yield
     except MemoryError as error:
@@ -201,7 +202,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def no_manifest(folder: Path | str, *, unfinished: bool) -> CacheError:
-    """The error for a folder without `manifest.json`, which may hold shards already."""
+    """Return the error for a folder without `manifest.json`, which may already hold shards."""
     if unfinished:
         return CacheError(
             f"{folder}: an unfinished cache (shards, but no {MANIFEST}). {AGAIN} It goes on where it stopped."
@@ -214,7 +215,7 @@ def _how_to_make(folder: Path | str) -> str:
 
 
 def parse_manifest(path: Path | str, text: bytes) -> Manifest:
-    """A manifest from its content.
+    """Parse and check the content of a manifest.
 
     Args:
         path: named in errors.

@@ -1,6 +1,7 @@
-"""The fields of `manifest.json`: one record for each section, and what the values that are read must be.
+"""The fields of `manifest.json`: one typed record for each section, and checks of the values that are read.
 
-No section is closed: an older cache may lack a field, a newer writer may add one. `CHECKS` says which values are refused.
+Sections are open: an older cache may lack a field, and a newer version may add one. `CHECKS` lists the values that are
+checked.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,14 +20,14 @@ class ReferenceFields(TypedDict, total=False):
         path: str | null; absolute path of the model's folder when it was scored, null for a model of the hub.
         adapter_path: str | null; the same for the adapter, null without one.
         weights_hash: str; SHA-256 over the weights, in hex.
-        config_hash: str; SHA-256 over the config, and over the model's code where that was run.
+        config_hash: str; SHA-256 over the config, and over the model's code if that was run.
         adapter: str | null; the adapter as `--adapter` named it.
         adapter_hash: str | null; SHA-256 over the adapter's weights and settings.
         quantization: object | null; `quantization_config` of the model's config.
         dtype: str; precision of the forward passes: float32, bfloat16 or float16.
         attention: str; attention implementation of Transformers.
         vocabulary: int, tokens; size of the embedding table, which bounds the token ids.
-        model_type: str; `model_type` of the model's config, only beside `unread`.
+        model_type: str; `model_type` of the model's config, only together with `unread`.
         unread: object, kind -> number of tensors in the files that are not part of the scored model.
     """
 
@@ -47,7 +48,7 @@ class ReferenceFields(TypedDict, total=False):
 
 
 class TokenizerFields(TypedDict, total=False):
-    """Section `tokenizer`: what made token ids of text.
+    """Section `tokenizer`: the tokenizer that turned text into token ids.
 
     Attributes:
         files_hash: str; SHA-256 over the tokenizer's content, in hex.
@@ -65,12 +66,12 @@ class TokenizerFields(TypedDict, total=False):
 
 
 class TokenizationFields(TypedDict, total=False):
-    """Section `tokenization`: the rules that rows were cut by.
+    """Section `tokenization`: the rules by which rows were truncated.
 
     Attributes:
         max_length: int, tokens; limit of prompt and completion together.
         rule: int; version of the tokenization rules.
-        rendered_on: str, ISO 8601; the time that the chat template wrote into the rows, absent where it writes none.
+        rendered_on: str, ISO 8601; the time that the chat template wrote into the rows, absent if it writes none.
     """
 
     max_length: int
@@ -95,7 +96,7 @@ class PairingFields(TypedDict, total=False):
 
 
 class ScoreDifference(TypedDict, total=False):
-    """How another backend's scores differ from Transformers' on a sample; empty where none was compared.
+    """Differences between another backend's scores and those of Transformers on a sample; empty if none was compared.
 
     Attributes:
         rows: int; sequences compared.
@@ -113,12 +114,12 @@ class ScoreDifference(TypedDict, total=False):
 
 
 class ScorerFields(TypedDict, total=False):
-    """Section `scorer`: what computed the scores.
+    """Section `scorer`: the backend that computed the scores.
 
     Attributes:
         backend: str; transformers or vllm.
         versions: object, library -> version.
-        difference: `ScoreDifference`, absent where Transformers scored.
+        difference: `ScoreDifference`, absent if Transformers scored.
     """
 
     backend: str
@@ -171,11 +172,11 @@ class DataFields(TypedDict, total=False):
 
 
 class RunFields(TypedDict, total=False):
-    """Section `run`: the work of the last run of kto-precompute.
+    """Section `run`: work done by the last run of kto-precompute.
 
     Attributes:
         scored_sequences: int; sequences that needed a forward pass.
-        reused_sequences: int; sequences whose scores were there before.
+        reused_sequences: int; sequences whose scores were reused from earlier shards.
         tokens: int, tokens in the scored sequences.
         seconds: float, seconds of scoring.
         tokens_per_second: float.
@@ -205,7 +206,7 @@ class ShardFields(TypedDict):
 
 
 class ScoringSections(TypedDict):
-    """The sections that are known before anything is scored."""
+    """The sections that are known before scoring."""
 
     reference: ReferenceFields
     tokenizer: TokenizerFields
@@ -214,7 +215,7 @@ class ScoringSections(TypedDict):
 
 
 class Sections(ScoringSections):
-    """The sections of a whole manifest, but for `shards`."""
+    """All sections of a manifest except `shards`."""
 
     pairing: PairingFields
     data: DataFields
@@ -222,7 +223,7 @@ class Sections(ScoringSections):
 
 
 class RowsIdentity(TypedDict):
-    """What tells the rows of one cache from those of another.
+    """The hashes that identify the rows of a cache.
 
     Attributes:
         fingerprint: str; of the cache.
@@ -236,7 +237,7 @@ class RowsIdentity(TypedDict):
 # In the order in which they are written.
 SECTIONS = ("reference", "tokenizer", "tokenization", "pairing", "scorer", "data", "run")
 
-# What decides a reference number. Ids, paths, revisions and versions name things; these are the things.
+# The fields that determine a score. Ids, paths, revisions and versions are left out: they name the same content.
 IDENTITY_FIELDS = {
     "reference": ("weights_hash", "config_hash", "adapter_hash", "quantization", "dtype", "attention"),
     "tokenizer": ("files_hash", "chat_template_hash"),
@@ -244,7 +245,7 @@ IDENTITY_FIELDS = {
     "scorer": ("backend",),
 }
 
-# Characters. A longer name is no name; it would only fill the terminal.
+# Characters. A longer name is damage, and would fill the terminal.
 LONGEST_NAME = 500
 
 Check: TypeAlias = Callable[[object], bool]
@@ -290,7 +291,8 @@ def _or_absent(fits: Check) -> Check:
     return lambda value: value is None or fits(value)
 
 
-# What is read or printed, and of which kind it must be: whoever edits a manifest can write a fingerprint that fits.
+# Checks of the values that are read or printed. The fingerprint does not protect them: whoever edits a manifest can
+# recompute it.
 CHECKS: Mapping[str, Mapping[str, Check]] = {
     "reference": {
         "id": is_text,

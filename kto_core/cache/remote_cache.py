@@ -1,4 +1,4 @@
-"""Caches behind a URL: written through a local folder, read from a local copy."""
+"""Caches behind a URL: written through a local working folder, read from a local copy."""
 
 import contextlib
 import hashlib
@@ -19,12 +19,14 @@ from offline_kto.kto_core.progress import Progress
 
 
 class Mirror:
-    """A local folder that a remote one follows.
+    """A local folder whose changes are copied to a remote folder.
 
     Args:
-        remote: its files are fetched into the folder first.
-        folder: what an earlier run left here stays, in `.kept`, for its scores.
-        check: called before the remote is changed; raises where this process must not any more.
+        remote: its files are downloaded into the folder first.
+        folder: the local folder; shards that an earlier run left here are moved to `kept`, so that their scores can be
+            reused.
+        kept: name of the folder for those shards.
+        check: called before the remote is changed; raises if this process no longer holds the lock.
     """
 
     def __init__(self, remote: Remote, folder: Path, *, kept: str, check: Callable[[], None]) -> None:
@@ -42,7 +44,7 @@ class Mirror:
         self._pushed = {name: state for name, state in self._local().items() if name in there}
 
     def push(self) -> None:
-        """Bring the remote up to date. A manifest that changed is away meanwhile, and comes last."""
+        """Copy all changes to the remote. A changed manifest is removed first and uploaded last."""
         self._check()
         local = self._local()
         gone = self._pushed.keys() - local.keys()
@@ -65,7 +67,7 @@ class Mirror:
             self._remote.upload(self._folder / name, name)
 
     def _local(self) -> dict[str, tuple[int, int, int]]:
-        """The cache's files, with what tells that one was changed or renamed."""
+        """Return (size, mtime, inode) of the cache's files by name, which shows changes and renames."""
         found = {}
         for path in sorted(self._folder.rglob("*")):
             name = path.relative_to(self._folder).as_posix()
@@ -76,7 +78,7 @@ class Mirror:
 
 
 def _is_part(name: str) -> bool:
-    """Whether a file belongs to a cache: the manifest, or a shard, in use or not yet."""
+    """Return whether a file belongs to a cache: the manifest or a shard, whether it is listed there or not."""
     folder, _, last = name.rpartition("/")
     shard = folder.split("/")[-1] == "train" and last.endswith(".parquet") and not last.startswith(".")
     return name == MANIFEST or shard
@@ -90,7 +92,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def check_remote(url: str) -> None:
-    """Refuse a remote folder that cannot be read, or that has something else in it, before any work is done."""
+    """Refuse a remote folder that cannot be read or that holds other files, before any work is done."""
     names = Remote(url).files()
     foreign = [name for name in names if not _is_part(name) and not name.startswith(".")]
     if foreign and MANIFEST not in names:
@@ -101,17 +103,17 @@ def check_remote(url: str) -> None:
 
 @contextlib.contextmanager
 def working_folder(url: str, *, kept: str) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Where a remote cache is written, by this process alone.
+    """Lock a remote cache, and yield the local folder where it is written.
 
     Args:
         url: the remote folder.
         kept: name of the folder for shards that are kept for their scores.
 
     Yields:
-        the folder, and what to call when a change in it is finished.
+        the folder, and a function to call when a change in it is finished.
 
     Raises:
-        CacheError: another process writes there, or the store refuses.
+        CacheError: another process writes there, or the store reports an error.
     """
     remote = Remote(url)
     folder = _own_folder("working", remote.url)
@@ -119,7 +121,7 @@ def working_folder(url: str, *, kept: str) -> Iterator[tuple[Path, Callable[[], 
         with speaking_of(url, folder), only_writer(folder, CacheError):
             with RemoteLock(remote) as lock:
                 yield folder, Mirror(remote, folder, kept=kept, check=lock.check).push
-            shutil.rmtree(folder)  # all of it is where it belongs; after an error it stays
+            shutil.rmtree(folder)  # everything was uploaded; after an error the folder is kept
     except CacheError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in OF_THE_DISK:
             raise no_room(error.__cause__) from error
@@ -128,7 +130,7 @@ def working_folder(url: str, *, kept: str) -> Iterator[tuple[Path, Callable[[], 
 
 @contextlib.contextmanager
 def speaking_of(location: Location, folder: Path) -> Iterator[None]:
-    """Errors name what the user named, not the folder that stands for it."""
+    """Replace the local folder by the user's location in error messages."""
     try:
         yield
     except KTOError as error:
@@ -136,13 +138,13 @@ def speaking_of(location: Location, folder: Path) -> Iterator[None]:
 
 
 def local_copy(location: Location, *, anew: bool = False) -> Path:
-    """A local folder with a cache's files: itself, or a download that later runs use again.
+    """Return a local folder with a cache's files: the location itself, or a download that later runs reuse.
 
     Args:
-        anew: download all of it, whatever is here already: to look at the remote files themselves.
+        anew: download every file again, to check the remote files themselves.
 
     Raises:
-        CacheError: no cache there, or the store refuses.
+        CacheError: no cache there, or the store reports an error.
     """
     if not is_url(location):
         return Path(location)
@@ -169,7 +171,7 @@ def local_copy(location: Location, *, anew: bool = False) -> Path:
 
 
 def _own_folder(kind: str, name: str) -> Path:
-    """A folder of the user's, made if need be, that stands for something remote."""
+    """Return the user's local folder for a remote location, and create it if needed."""
     try:
         folder = _home() / kind / hashlib.sha256(name.encode()).hexdigest()[:32]
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
-"""Caches behind a URL: `s3://`, `gs://`, `hf://` and whatever else fsspec opens.
+"""Access to folders behind a URL: `s3://`, `gs://`, `hf://` and every other protocol that fsspec opens.
 
-A remote cache is worked on in a local folder, by the same code as any other:
+A remote cache is processed in a local folder, by the same code as a local cache:
 
-    written    remote -> a working folder, whose remote follows it shard by shard (`Mirror`)
-    read       remote -> a folder of downloads, named by the manifest's content, used again by later runs
+    written    remote -> a working folder; each finished shard is uploaded from there (`Mirror`)
+    read       remote -> a download folder, named by the manifest's hash and reused by later runs
 
-An object store shows a file only when it is whole, so the order of changes is all that crash safety needs: the
-manifest goes first where it is not valid any more, and comes last. Credentials come from the environment, where each
-store's own tools look for them; a URL that holds any is refused, because URLs are logged.
+An object store lists a file only when it is complete, so crash safety depends only on the order of changes: the
+manifest is deleted before it becomes invalid, and uploaded last. Credentials come from the environment, where each
+store's own tools look for them. A URL with credentials is refused, because URLs are logged.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from offline_kto.kto_core.durable_files import OF_THE_DISK, replacing
 from offline_kto.kto_core.errors import CacheError, KTOError, in_one_line
 from offline_kto.kto_core.redaction import bare_url, has_credentials
 
-# Stores without folders; there "making the folder" would make the bucket that somebody misspelt.
+# Stores without folders. Creating a folder there would create a bucket when its name was misspelt.
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hf")
 
 
@@ -27,7 +27,7 @@ class Remote:
     """A folder behind a URL.
 
     Raises (here and in every method):
-        CacheError: the URL holds credentials, nothing installed opens it, or the store refuses.
+        CacheError: the URL holds credentials, no installed library opens it, or the store reports an error.
     """
 
     def __init__(self, url: str) -> None:
@@ -51,7 +51,7 @@ class Remote:
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
-        """What fsspec and its drivers raise has no common base: any of it is the store's answer."""
+        """Re-raise any error of fsspec as a `CacheError`; its drivers' exceptions have no common base class."""
         try:
             yield
         except KTOError:
@@ -68,14 +68,14 @@ class Remote:
         return f"{self._root}/{name}"
 
     def _with_folder(self, name: str) -> str:
-        """Where a file is written; its folder is made, where the store has folders."""
+        """Return the path to write a file to, and create its folder if the store has folders."""
         path = self._at(name)
         if not self._has_buckets:
             self._files.makedirs(self._files._parent(path), exist_ok=True)
         return path
 
     def files(self) -> dict[str, int]:
-        """Sizes by name, relative to the folder; empty where there is none."""
+        """Return file sizes by name, relative to the folder; empty if the folder does not exist."""
         with self._asking():
             try:
                 found = self._files.find(self._root, detail=True)
@@ -84,7 +84,7 @@ class Remote:
         return {path[len(self._root) :].lstrip("/"): int(entry["size"] or 0) for path, entry in sorted(found.items())}
 
     def read(self, name: str) -> bytes | None:
-        """Content of a small file; None where it does not exist."""
+        """Return the content of a small file; None if it does not exist."""
         with self._asking():
             try:
                 return bytes(self._files.cat_file(self._at(name)))
@@ -100,12 +100,12 @@ class Remote:
             self._files.rm_file(self._at(name))
 
     def copy(self, name: str, target: str) -> None:
-        """Within the store."""
+        """Copy a file within the store."""
         with self._asking():
             self._files.cp_file(self._at(name), self._with_folder(target))
 
     def download(self, name: str, path: Path) -> None:
-        """Fetch one file; `path` is there only when it is whole."""
+        """Download a file; `path` exists only once it is complete."""
         with self._asking():
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:

@@ -1,4 +1,4 @@
-"""One writer for a remote folder: a lock file that its owner keeps refreshing."""
+"""A lock file in a remote folder, so that only one process writes there."""
 
 import contextlib
 import json
@@ -11,14 +11,14 @@ from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import CacheError, printable
 from offline_kto.kto_core.lock import LOCK, holder_name
 
-# A lock that is not refreshed for this long belongs to a process that is gone.
+# A lock that is not refreshed for this long is stale: its owner has ended.
 REFRESH_SECONDS, STALE_SECONDS = 10.0, 35.0
 
 
 class RemoteLock:
-    """A file that its owner keeps refreshing. Who finds one watches it: unchanged for long enough, it is stale.
+    """A lock file that its owner rewrites regularly; one that stays unchanged for `STALE_SECONDS` is stale.
 
-    No clock is compared with another machine's.
+    Another process waits for a change, so no two machines' clocks are compared.
     """
 
     def __init__(self, remote: Remote) -> None:
@@ -29,7 +29,7 @@ class RemoteLock:
     def __enter__(self) -> "RemoteLock":
         self._wait_for_stale()
         self._write(0)
-        time.sleep(REFRESH_SECONDS / 10)  # of several that write at the same moment the last one keeps it
+        time.sleep(REFRESH_SECONDS / 10)  # of several concurrent writers the last one gets the lock
         self.check()
         self._thread.start()
         return self
@@ -37,12 +37,12 @@ class RemoteLock:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
-        with contextlib.suppress(CacheError):  # a store that is gone; the lock goes stale by itself
+        with contextlib.suppress(CacheError):  # the store is out of reach; the lock becomes stale
             self.check()
             self._remote.remove(LOCK)
 
     def check(self) -> None:
-        """Raises: CacheError: another process took the lock over."""
+        """Check that this process still holds the lock. Raises: CacheError: another process took it over."""
         now = self._remote.read(LOCK)
         if now is None or self._token.encode() not in now:
             raise self._taken(now or b"")
@@ -67,7 +67,7 @@ class RemoteLock:
         beat = 0
         while not self._stop.wait(REFRESH_SECONDS):
             beat += 1
-            with contextlib.suppress(CacheError):  # lost, or out of reach: the next change to the remote is refused
+            with contextlib.suppress(CacheError):  # lost or out of reach: `check` refuses the next change
                 self.check()
                 self._write(beat)
 

@@ -1,7 +1,7 @@
-"""Parquet shards of the reference cache, format 1: schema, checks, atomic writing, reading.
+"""Parquet shards of the reference cache, format 1: schema, checks, atomic writing and reading.
 
-A shard is written to a temporary file, closed, read back and checked, then renamed: a name that
-ends in `.parquet` is always a complete file.
+A shard is written to a temporary file, closed, read back and checked, then renamed. A name that ends in `.parquet` is
+therefore always a complete file.
 """
 
 import functools
@@ -58,14 +58,14 @@ _ROWS_PER_GROUP = 64
 # Relative difference allowed between a stored sum and the sum of the stored tokens.
 _SUM_TOLERANCE = 1e-9
 
-# How far the numbers of a row group can be packed, where they are more than a few; and the longest text in a shard.
+# Size in bytes below which packing is not checked; largest compression ratio of a row group; longest text in a shard.
 _SMALL, _MOST_PACKED, _LONGEST_ID = 2**24, 500, 256
 
 _METADATA_KEY = b"kto"
 
 
 def shard_name(index: int) -> str:
-    """`train/00003.parquet`; zero-padded, so that sorted names are in row order."""
+    """Return a shard's name, like `train/00003.parquet`; zero-padded, so that sorted names are in row order."""
     return f"train/{index:05d}.parquet"
 
 
@@ -75,10 +75,10 @@ def write_shard(path: Path, rows: Sequence[CacheRow], metadata: Mapping[str, obj
     Args:
         path: final name; its folder exists.
         rows: with the columns of `SCHEMA`.
-        metadata: JSON values kept in the file's footer (what the shard was made from).
+        metadata: JSON values for the file's footer (the shard's key and identity).
 
     Raises:
-        CacheError: the rows break a rule of the format, or the disk does not take them.
+        CacheError: the rows break a rule of the format, or the file cannot be written.
     """
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
     check_table(table, path.name)
@@ -96,7 +96,7 @@ def write_shard(path: Path, rows: Sequence[CacheRow], metadata: Mapping[str, obj
 
 
 def read_metadata(path: Path) -> dict[str, object] | None:
-    """What a shard was made from, or None where the file is no complete shard of ours."""
+    """Return the JSON values in a shard's footer, or None if the file is not a complete shard of this format."""
     try:
         raw = (pq.read_schema(path).metadata or {}).get(_METADATA_KEY)
         content = json.loads(raw) if raw else None
@@ -109,8 +109,8 @@ def open_shard(path: Path, *, mapped: bool = False) -> pq.ParquetFile:
     """Open a shard and check its columns.
 
     Args:
-        mapped: map the file instead of reading it, so that processes share its pages. A file that is cut off while it is
-            mapped ends the process.
+        mapped: map the file instead of reading it, so that processes share its pages. A file that is
+            truncated while it is mapped kills the process.
 
     Raises:
         CacheError: not Parquet, or other columns than those of the format.
@@ -118,7 +118,7 @@ def open_shard(path: Path, *, mapped: bool = False) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(
             path, pre_buffer=False, memory_map=mapped
-        )  # handing small reads to other threads takes longer than they do
+        )  # for small reads, pre-buffering threads cost more than they save
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CacheError(
             f"{path}: not a readable Parquet file ({said_by(error)}). Run kto-precompute again."
@@ -134,7 +134,7 @@ def open_shard(path: Path, *, mapped: bool = False) -> pq.ParquetFile:
 
 
 def check_packing(path: Path, file: pq.ParquetFile) -> None:
-    """Refuse a shard that unpacks to far more than it is: a few bytes may stand for more than there is memory.
+    """Refuse a shard that decompresses to far more than its size, which could exhaust the memory.
 
     Raises:
         CacheError: naming the file.
@@ -145,7 +145,7 @@ def check_packing(path: Path, file: pq.ParquetFile) -> None:
         group = file.metadata.row_group(number)
         values = [(group.column(i).num_values, i) for i in lists]
         suspects = [i for count, i in values if 4 * count > _SMALL]
-        if group.num_rows * group.total_byte_size > 64 * _SMALL:  # as if all of it were one text, repeated in each row
+        if group.num_rows * group.total_byte_size > 64 * _SMALL:  # the worst case: one text, repeated in each row
             suspects = [*range(group.num_columns)]
         for chunk in map(group.column, suspects):
             text = chunk.num_values * chunk.total_uncompressed_size if chunk.physical_type == "BYTE_ARRAY" else 0
@@ -158,7 +158,7 @@ def check_packing(path: Path, file: pq.ParquetFile) -> None:
 
 
 def _is_short(chunk: pq.ColumnChunkMetaData) -> bool:
-    """Whether a column holds texts like hashes, and so few that even equally long ones would take little memory."""
+    """Return whether a column holds short texts such as hashes, few enough that they take little memory."""
     few = chunk.physical_type == "BYTE_ARRAY" and chunk.num_values <= 16 * _ROWS_PER_GROUP
     return few and chunk.total_uncompressed_size <= _LONGEST_ID * (chunk.num_values + 64)
 
@@ -171,7 +171,7 @@ def read_groups(
     groups: Sequence[int] | None = None,
     at_once: int = 1,
 ) -> Iterator[pa.Table]:
-    """Row groups of an open shard (all, if not told otherwise), one after another or several together.
+    """Yield the row groups of an open shard (all of them by default), `at_once` together.
 
     Raises:
         CacheError: damaged content.
@@ -185,7 +185,7 @@ def read_groups(
 
 
 class Rows(Sequence[CacheRow]):
-    """Rows of a table as mappings, made when they are asked for; token ids and scores are numpy views of its buffers."""
+    """Rows of a table as mappings, built on access; token ids and scores are numpy views of the table's buffers."""
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table.combine_chunks()
@@ -195,7 +195,7 @@ class Rows(Sequence[CacheRow]):
 
     @property
     def nbytes(self) -> int:
-        """Memory that the table holds."""
+        """Size of the table's buffers in bytes."""
         return int(self._table.nbytes)
 
     def __len__(self) -> int:
@@ -278,7 +278,7 @@ def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None, p
 
 
 def _count_nulls(column: pa.ChunkedArray) -> int:
-    """Missing values at any depth of a column."""
+    """Return the number of missing values at any depth of a column."""
     count = int(column.null_count)
     if pa.types.is_list(column.type):
         count += sum(_count_nulls(pa.chunked_array([chunk.flatten()])) for chunk in column.chunks)
@@ -307,19 +307,19 @@ class _Lists:
         return _Lists(self.flat)
 
     def span(self, index: int) -> range:
-        """Where the entries of one list lie among all."""
+        """Return the range of one list's entries in the flat values."""
         end = int(self._ends[index])
         return range(end - int(self.lengths[index]), end)
 
     def one(self, index: int) -> np.ndarray:
-        """One list, as a view."""
+        """Return one list, as a view."""
         span = self.span(index)
         return self.values[span.start : span.stop]
 
     def sums(self) -> np.ndarray:
-        """Sum of each list, in float64."""
+        """Return the sum of each list, in float64."""
         sums = np.zeros(len(self.lengths))
-        filled = self.lengths > 0  # `reduceat` would give an empty list its neighbour's first value
+        filled = self.lengths > 0  # for an empty list `reduceat` returns the next list's first value
         starts = (np.cumsum(self.lengths) - self.lengths)[filled]
         if len(starts):
             sums[filled] = np.add.reduceat(self.values.astype(np.float64), starts)

@@ -1,7 +1,7 @@
-"""Whether a cache still is what was written: every byte against the manifest, every row against the rules of the format.
+"""Check a cache: every byte against the manifest's hashes, every row against the rules of the format.
 
-A byte that changed is found by its shard's sha256; a shard that was made by something else, and declared in the
-manifest, by its rows. Both run shard by shard in threads, in little memory.
+A shard's sha256 finds changed bytes. The checks of its rows find a shard that another program wrote and declared in
+the manifest. Shards are checked in parallel threads, in little memory.
 """
 
 import os
@@ -17,13 +17,13 @@ from offline_kto.kto_core.cache.shards import check_packing, check_table, open_s
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import file_hash
 
-# Decoded at a time: enough that the rows' number, not that of the reads, decides the time.
+# Row groups decoded at a time: enough that the time depends on the number of rows, not of reads.
 _GROUPS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What a check of all rows found on its way.
+    """The result of a check of all rows.
 
     Attributes:
         labels: bool, shape (rows,).
@@ -40,7 +40,7 @@ def verify_cache(
     """Check everything about a cache that can be checked without a model.
 
     Args:
-        share: (i, n) checks the content of every n-th shard from the i-th on; other processes do the rest.
+        share: (i, n) checks the content of every n-th shard, starting with the i-th; other processes check the rest.
         on_rows: called with the number of rows checked since the last call.
 
     Raises:
@@ -75,11 +75,11 @@ def _in_threads(check: Callable[[int], Verified], count: int) -> list[Verified]:
         try:
             return [task.result() for task in tasks]
         finally:
-            pool.shutdown(cancel_futures=True)  # the first error ends it
+            pool.shutdown(cancel_futures=True)  # the first error cancels the rest
 
 
 def _check_footers(folder: Path, manifest: Manifest) -> None:
-    """Each shard says what it was made from: the reference that the manifest names, and no other shard's rows."""
+    """Check that each shard's footer has the manifest's reference, and that no two shards hold the same rows."""
     made_from: dict[str, Path] = {}
     for shard in manifest.shards:
         path = folder / shard["file"]

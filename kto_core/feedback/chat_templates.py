@@ -1,4 +1,4 @@
-"""From a conversation to its text under a chat template, with all that was judged found again in it."""
+"""Render conversations with a chat template, and check that the rendered text contains everything that was judged."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from offline_kto.kto_core.feedback.formats import Message
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.library_types import Tokenizer
 
-# Parameters of `apply_chat_template`: a record that set them would bring a template, a program that no fingerprint
+# Parameters of `apply_chat_template` that a record must not set: it could bring its own template, which no fingerprint
 # covers, or change what is rendered.
 NOT_FOR_DATA = {
     "conversation",
@@ -32,20 +32,20 @@ NOT_FOR_DATA = {
     "strftime_now",
 }
 
-# Where messages keep what the assistant thought.
+# Fields of a message that hold the assistant's reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 
 
 class ChatRenderer:
-    """Renders conversations under one tokenizer's template.
+    """Renders conversations with one tokenizer's chat template.
 
     Args:
-        tokenizer: a `transformers` tokenizer; it is called, never changed.
-        now: the day that templates with a date are rendered on; None for today.
-        findings: where to count what the user should know.
+        tokenizer: a `transformers` tokenizer; it is never changed.
+        now: the date that templates with a date write; None for today.
+        findings: counts of rows that the user should know about.
 
     Attributes:
-        dated: whether a template asked for the day.
+        dated: whether a template wrote the date.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, now: datetime | None, findings: Findings) -> None:
@@ -85,14 +85,14 @@ class ChatRenderer:
         return prompt, completion
 
     def _render(self, row: FeedbackRow, settings: Mapping[str, object], found: Findings) -> tuple[str, str]:
-        """Render the row in the first shape that the template takes without leaving the completion out."""
+        """Render the row in the first message format for which the template keeps the completion."""
         first: TokenizationError | None = None
         for messages in _shapes([*row.prompt, *row.completion]):
             size = len(row.prompt)
             tried = Findings()
             try:
                 prompt, completion = self._open(row.where, messages[:size], messages[size:], row, settings, tried)
-                # A thought may begin in the header already.
+                # Reasoning may already begin in the header.
                 begun = next(
                     (one for one in self._next_headers(self._options(row, settings)) if prompt.endswith(one)), ""
                 )
@@ -118,7 +118,7 @@ class ChatRenderer:
         settings: Mapping[str, object],
         found: Findings,
     ) -> tuple[str, str]:
-        """Return prompt and completion, cut where the model begins to speak."""
+        """Return prompt and completion, split where the assistant's turn begins."""
         options = self._options(row, settings)
         try:
             if asked[-1]["role"] == "assistant":
@@ -161,25 +161,25 @@ class ChatRenderer:
         return self._now.strftime(form)
 
     def _next_headers(self, options: Mapping[str, object]) -> list[str]:
-        """Return what opens a turn and may stand behind the last answer; nothing where that cannot be told."""
+        """Return headers that open a turn and may follow the last answer; empty if they cannot be determined."""
         settings = {name: bool(value) if name == "tools" else str(value) for name, value in options.items()}
         key = json.dumps(settings) if len(settings) > 1 else str(settings["tools"])
         if key not in self._headers:
             try:
                 headers = [self._asked_header(options), self._unasked_header(options)]
-            except Exception:  # noqa: BLE001 - a template that refuses an ordinary conversation has no say here
+            except Exception:  # noqa: BLE001 - a template that refuses an ordinary conversation has no known header
                 headers = []
             self._headers[key] = [header for header in headers if header.strip()]
         return self._headers[key]
 
     def _asked_header(self, options: Mapping[str, object]) -> str:
-        """Return what `add_generation_prompt` adds."""
+        """Return the text that `add_generation_prompt` adds."""
         ask = [{"role": "user", "content": "ktoquestion"}]
         opened, closed = (self._apply(ask, add_generation_prompt=wanted, **options) for wanted in (True, False))
         return opened.removeprefix(closed) if opened.startswith(closed) else ""
 
     def _unasked_header(self, options: Mapping[str, object]) -> str:
-        """Return what the template writes behind the end of the last answer, which nobody asked for."""
+        """Return the turn header that the template writes after the last answer without being asked."""
         words = ("ktoquestion", "ktoanswer", "ktoanother")
         roles = ("user", "assistant", "user")
         ask, answer, again = ({"role": role, "content": word} for role, word in zip(roles, words, strict=True))
@@ -198,7 +198,7 @@ class ChatRenderer:
         return next(fits, "")
 
     def _remedy(self, row: FeedbackRow) -> str:
-        """Name settings under which the template takes the row, or what else helps."""
+        """Return advice for a row that the template refuses: settings under which it is rendered, or other ways."""
         for settings in self._switches():
             try:
                 self._render(row, {**row.template_kwargs, **settings}, Findings())
@@ -209,7 +209,7 @@ class ChatRenderer:
         return " Pass a template that takes it with --chat-template FILE, or give prompt and completion as text."
 
     def _switches(self) -> Iterator[dict[str, bool]]:
-        """Yield settings to try: the variables that the template's conditions read, off and on, alone and in pairs."""
+        """Yield settings to try: variables that the template's conditions read, false and true, singly and in pairs."""
         names = [name for name in _KNOWN_SWITCHES if name in self._source]
         found = dict.fromkeys(_CONDITION.findall(self._source))
         names += [name for name in found if name not in (*names, *_NO_SWITCHES) and f"set {name}" not in self._source]
@@ -222,14 +222,14 @@ class ChatRenderer:
 
 
 def _headers(end: str) -> Iterator[str]:
-    """Yield what may open a turn at the end of a text, the shortest first."""
+    """Yield possible turn headers at the end of a text, the shortest first."""
     end = end.rstrip()
     for starts in (_TURN_START, _WORD_START):
         for start in sorted((found.start() for found in starts.finditer(end)), reverse=True):
             yield end[start:]
 
 
-# Where a turn may begin: at a line or a marker, or else at a word behind a space or a marker.
+# Where a turn may begin: at a line or a marker, or else at a word after a space or a marker.
 _TURN_START = re.compile(r"(?<=\n)[^\n]|(?<![<\[{])[<\[{]")
 _WORD_START = re.compile(r"(?:^|(?<=[ >\]}]))[^\s<\[{]")
 _KNOWN_SWITCHES = ("enable_thinking", "thinking", "truncate_history_thinking", "clear_thinking", "preserve_thinking")
@@ -255,19 +255,19 @@ _NO_SWITCHES = {
 _MOST_SWITCHES = 20
 
 
-# A part of a message as Python or JSON print it, by a template that takes text alone.
+# A content part printed as Python or JSON, by a template that supports only text.
 _PRINTED_PART = re.compile(r"""['"]type['"]: ['"]text['"]""")
 
 
 class _RewrittenError(TokenizationError):
-    """The prompt alone is not what the whole conversation begins with."""
+    """The rendered conversation does not begin with the rendered prompt."""
 
 
 def _shapes(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield a conversation in the shapes that templates ask for, the usual one first.
+    """Yield a conversation in the message formats that templates expect, the usual one first.
 
-    Arguments of tool calls are objects for most templates and text for a few; OpenAI's format writes text. Templates
-    of models that see pictures want content in parts.
+    Most templates expect the arguments of tool calls as objects, a few as text; OpenAI's format has text. Templates of
+    vision models expect content as a list of parts.
     """
     yield [_with_arguments(message, as_text=False) for message in messages]
     if any(message.get("tool_calls") for message in messages):
@@ -305,7 +305,7 @@ def _call_with_arguments(call: object, as_text: bool) -> object:
 
 
 def _continued(begun: Message, answer: Message, where: str) -> Message:
-    """Return one message of what the prompt begins and the completion goes on with."""
+    """Return one message that joins the begun answer in the prompt with its continuation in the completion."""
     if begun.get("tool_calls"):
         raise TokenizationError(
             f"{where}: the prompt ends in a tool call of the assistant, which no tool has answered. Add the tool's "
@@ -330,17 +330,17 @@ def _rewritten(where: str, prompt: str, full: str) -> str:
 
 
 def _check_completion(row: FeedbackRow, text: str, found: Findings) -> None:
-    """Look for all that was judged.
+    """Check that the rendered text contains everything that was judged, and count what is missing.
 
     Raises:
-        TokenizationError: nothing of it is there.
+        TokenizationError: it contains nothing of the completion.
     """
     there = lost = 0
     for message in row.completion:
         assert isinstance(message, dict)
         for kind, part in _parts(message):
             if _holds(text, part):
-                there += kind != "arguments"  # words as short as "a" stand in the template's own
+                there += kind != "arguments"  # texts as short as "a" may occur in the template's own text
                 continue
             lost += 1
             lines = part.split("\n") if kind == "completion" else []
@@ -356,12 +356,12 @@ def _check_completion(row: FeedbackRow, text: str, found: Findings) -> None:
         )
 
 
-# What closes a thought that stands inside of the content.
+# Tags that enclose reasoning inside the content.
 _THOUGHT = re.compile(r"</?\w*think\w*>|\[/?THINK\]|<\|channel\|?>|</?\w*reason\w*>|</?thought>")
 
 
 def _parts(message: Message) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) of all that a message of the assistant says."""
+    """Yield (kind, text) for each text in an assistant message."""
     if message["content"].strip():
         yield "completion", message["content"]
     for name in _REASONING:
@@ -371,7 +371,7 @@ def _parts(message: Message) -> Iterator[tuple[str, str]]:
 
 
 def _call_parts(message: Message) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) of all that a message's tool calls say; OpenAI once wrote a single one, `function_call`."""
+    """Yield (kind, text) for each text in a message's tool calls, including OpenAI's deprecated `function_call`."""
     calls = message.get("tool_calls")
     for call in [*(calls if isinstance(calls, list | tuple) else ()), message.get("function_call")]:
         call = _call_with_arguments(call, False)
@@ -396,7 +396,7 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _check_prompt(row: FeedbackRow, text: str, found: Findings) -> None:
-    """Look for the messages of the prompt, but for earlier thoughts, which templates drop on purpose."""
+    """Count messages of the prompt that the text lacks, except earlier reasoning, which templates drop on purpose."""
     for message in row.prompt:
         assert isinstance(message, dict)
         content = message["content"]
@@ -411,7 +411,7 @@ def _check_prompt(row: FeedbackRow, text: str, found: Findings) -> None:
 
 
 def _holds(text: str, part: str) -> bool:
-    """Return whether a text holds another one, whatever white space was taken off, and as JSON would write it."""
+    """Return whether a text contains `part`, ignoring white space, as it is or escaped as in JSON."""
     if part.strip() in text:
         return True
     squeezed = _squeezed(text)
@@ -423,12 +423,13 @@ def _squeezed(text: str) -> str:
 
 
 def with_settings(template: str | Mapping[str, str], settings: Mapping[str, object]) -> str | dict[str, str]:
-    """Return a chat template that begins with defaults for some of its variables.
+    """Return a chat template that begins by setting defaults for some of its variables.
 
-    So whoever renders with it, `generate` and servers included, gets them; a caller's own values win.
+    Every program that renders with it, such as `generate` and servers, gets these defaults. A caller's own values
+    override them.
 
     Args:
-        template: Jinja, or several by name.
+        template: Jinja, or several templates by name.
         settings: JSON values.
     """
     if isinstance(template, Mapping):
@@ -438,7 +439,7 @@ def with_settings(template: str | Mapping[str, str], settings: Mapping[str, obje
 
 def _with_settings(template: str, settings: Mapping[str, object]) -> str:
     lines = [
-        # `trim_blocks` takes one line break behind each block.
+        # `trim_blocks` removes one line break after each block.
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
         for name, value in sorted(settings.items())
     ]
@@ -446,7 +447,7 @@ def _with_settings(template: str, settings: Mapping[str, object]) -> str:
 
 
 def _literal(value: object) -> str:
-    """Return a JSON value as Jinja writes it."""
+    """Return a JSON value as a Jinja literal."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
@@ -457,6 +458,6 @@ def _literal(value: object) -> str:
 
 
 def unread(template: str | Mapping[str, str] | None, names: Sequence[str]) -> list[str]:
-    """Return the names that no template mentions."""
+    """Return the names that do not occur in the template."""
     source = template if isinstance(template, str) else "\n".join(map(str, (template or {}).values()))
     return [name for name in names if name not in source]

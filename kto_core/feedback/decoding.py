@@ -1,4 +1,4 @@
-"""Whether token ids say what the text said from which they were made."""
+"""Check that token ids decode to the text from which they were made."""
 
 import itertools
 import re
@@ -19,17 +19,17 @@ _SPACES = re.compile(r"[ \n\t]")
 
 
 class Decoder:
-    """Compares ids with their text.
+    """Compares token ids with their text.
 
-    Most tokenizers are one of two kinds, byte-level or SentencePiece, in which each token stands for bytes: their rows
-    are compared byte by byte. A difference (a normalizer's, say) is looked at more closely: a row has lost text where
-    words run together or where characters have no token.
+    In most tokenizers, byte-level or SentencePiece, each token stands for bytes, so rows are compared byte by byte. If
+    the bytes differ, for example because of a normalizer, the text is compared more closely: it counts as lost if words
+    run together or if characters have no token.
 
     Args:
         tokenizer: a `transformers` tokenizer.
 
     Attributes:
-        special_ids: of special and added tokens.
+        special_ids: ids of special and added tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -38,7 +38,7 @@ class Decoder:
         self._added = {i: str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
         self.special_ids = frozenset({*getattr(tokenizer, "all_special_ids", ()), *self._added})
         self._tables: tuple[dict[int, bytes], dict[int, bytes]] = ({}, {})
-        self._kind: int | None = None  # of the tables, the one that gave the last equal row
+        self._kind: int | None = None  # index of the table with which the last row was equal
 
     def lost(self, text: str, ids: Sequence[int], where: str) -> bool:
         """Return whether ids made from a text lack some of it.
@@ -47,12 +47,12 @@ class Decoder:
             ids: without BOS and EOS that are not in the text.
 
         Raises:
-            TokenizationError: its words run together, or all of it is gone.
+            TokenizationError: the tokenizer drops white space, so that words run together.
         """
         return not self._equal(text, ids) and self._differs(text, ids, where)
 
     def _equal(self, text: str, ids: Sequence[int]) -> bool:
-        """Return whether the tokens' bytes are the text's, but for a space that SentencePiece puts in front."""
+        """Return whether the tokens' bytes equal the text's, apart from a leading space that SentencePiece adds."""
         wanted = text.encode()
         for kind in (0, 1) if self._kind != 1 else (1, 0):
             table = self._tables[kind]
@@ -80,20 +80,20 @@ class Decoder:
         if _says(said, letters, boundaries):
             return False
         again = self._tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"]
-        # A decoder that is missing or wrong writes a text that reads as other ids: it says nothing of these.
+        # If the decoded text encodes to other ids, the decoder is missing or wrong, and its text proves nothing.
         consistent = list(again) == list(ids)
         if consistent and 2 * len(_SPACES.findall(said)) < len(_SPACES.findall(text)):
             raise TokenizationError(
                 f"{where}: the tokenizer loses the white space: {_shown(text)} becomes {_shown(said)}. Its settings are "
                 'not those of its vocabulary. Copy the tokenizer again, or set "tokenizer_class" in '
-                'tokenizer_config.json to "PreTrainedTokenizerFast" beside a tokenizer.json of the model\'s own.'
+                'tokenizer_config.json to "PreTrainedTokenizerFast" if the model has its own tokenizer.json.'
             )
         if self._backend is None or _folded(said)[0] == letters:
             return consistent
         return self._uncovered(text, self._backend)
 
     def _uncovered(self, text: str, backend: TokenizerBackend) -> bool:
-        """Return whether characters that are seen have no token."""
+        """Return whether visible characters have no token."""
         covered = bytearray(len(text))
         for start, end in backend.encode(text, add_special_tokens=False).offsets:
             covered[start:end] = b"\1" * (end - start)
@@ -119,21 +119,21 @@ def _is_seen(character: str) -> bool:
 
 
 def _says(decoded: str, letters: str, boundaries: set[int]) -> bool:
-    """Return whether a text has these characters, and white space at least at these boundaries."""
+    """Return whether a decoded text has these characters, and white space at least at these boundaries."""
     found, spaces = _folded(decoded, everywhere=True)
     return found == letters and boundaries <= spaces
 
 
 def _is_word(character: str) -> bool:
-    """Return whether white space beside a character parts words; Chinese and Japanese are written without."""
+    """Return whether white space next to a character separates words; Chinese and Japanese are written without it."""
     return character.isalnum() and character < "\u2e80"
 
 
 def _folded(text: str, *, everywhere: bool = False) -> tuple[str, set[int]]:
-    """Return a text without case, accents and white space, and where white space parts two words.
+    """Return a text without case, accents and white space, and the positions where white space separates two words.
 
     Args:
-        everywhere: white space beside other signs counts too (special tokens may swallow that).
+        everywhere: also return white space next to other characters (which special tokens may remove).
     """
     if not text.isascii():
         kept = (c for c in unicodedata.normalize("NFKD", text) if c.isspace() or unicodedata.category(c)[0] in "LNPS")

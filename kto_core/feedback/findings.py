@@ -1,8 +1,8 @@
-"""What rendering and tokenizing found: how often, and where first."""
+"""Count what rendering and tokenization found, with the first row of each kind."""
 
 from collections import Counter
 
-# Sentences for the plan. {n} is the count, {s} an s where there are several, {first} the place of the first one.
+# Sentences for the plan. {n} is the count, {s} a plural s, {first} the location of the first row.
 _SENTENCES = {
     "continued": "{n:,} prompt{s} end{v} in the assistant's words; the completion continues that turn (first: {first}).",
     "reopened": (
@@ -41,24 +41,24 @@ _SENTENCES = {
 
 
 class Findings:
-    """Counts of what a user should know of the rows, each kind with its first place."""
+    """Counts of rows that the user should know about, each kind with the location of its first row."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
 
     def add(self, kind: str, where: str, count: int = 1) -> None:
-        """Count one more.
+        """Add to the count of a kind.
 
         Args:
-            kind: a key of the sentences, or a name that only the finder reads.
-            where: the row, as errors name it.
+            kind: a key of the sentences, or a name that only the caller reads.
+            where: location of the row, as in errors.
         """
         self.counts[kind] += count
         self.first.setdefault(kind, where)
 
     def sentences(self) -> list[str]:
-        """Return a sentence for each kind that was found."""
+        """Return a sentence for each kind with a count."""
         return [
             text.format(n=n, s="" if n == 1 else "s", v="s" if n == 1 else "", first=self.first[kind])
             for kind, text in _SENTENCES.items()

@@ -1,9 +1,9 @@
-"""Prompts and completions in every shape that feedback comes in, brought to one.
+"""Convert prompts and completions of every supported feedback format to one.
 
     str | list of messages | ShareGPT turns | Alpaca columns  ->  str, or a tuple of messages
 
-Nothing here looks at labels or options (offline_kto.kto_core.feedback.records does) and nothing changes the record it is given.
-What cannot be used raises FeedbackError with the place, what stood there and what to write instead.
+Labels and options are handled in offline_kto.kto_core.feedback.records. No function changes the record it is given.
+Invalid input raises FeedbackError with the location, the value that was found and what to write instead.
 """
 
 import copy
@@ -14,14 +14,14 @@ from typing import Any, TypeAlias
 from offline_kto.kto_core.errors import FeedbackError, printable
 
 # {"role": str, "content": str, ...}; other keys, such as tool_calls or name, are kept.
-# A message holds whatever its chat template may read; its `role` and `content` are strings.
+# A message holds any keys that its chat template may read; its `role` and `content` are strings.
 Message: TypeAlias = dict[str, Any]
 Turns: TypeAlias = str | tuple[Message, ...]
 
 HUMAN_TURN = "\n\nHuman:"
 ASSISTANT_TURN = "\n\nAssistant:"
 
-# Speakers as ShareGPT files name them. Any other name is kept: who may speak is for the chat template to say.
+# Role names of ShareGPT files. Any other name is kept: the chat template decides which roles are valid.
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -39,7 +39,7 @@ SHAREGPT_ROLES = {
 
 
 def quoted(value: object, limit: int = 60) -> str:
-    """`value` as JSON on one line, unprintable characters escaped, cut to about `limit` characters."""
+    """Return `value` as JSON on one line, with unprintable characters escaped, cut to about `limit` characters."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
@@ -48,10 +48,10 @@ def quoted(value: object, limit: int = 60) -> str:
 
 
 def as_turns(value: object, where: str, field: str) -> Turns:
-    """Text as it is; a list of messages, or one message alone, as a tuple of messages.
+    """Return text unchanged, and a list of messages or a single message as a tuple of messages.
 
     A message needs a role (a string; unknown ones are kept) and a content (a string, or a list of text parts,
-    which are joined). ShareGPT's `from` and `value` are understood in place of them. Keys that hold None are
+    which are joined). ShareGPT's `from` and `value` are accepted in their place. Keys that hold None are
     left out: that is how Parquet stores a key that only other rows have.
 
     Raises:
@@ -73,7 +73,7 @@ def as_turns(value: object, where: str, field: str) -> Turns:
 
 
 def as_conversation(value: object, where: str, field: str) -> tuple[Message, ...]:
-    """Like as_turns, for columns such as `messages` where text alone cannot be meant."""
+    """Convert like `as_turns`, but refuse text, for columns such as `messages`."""
     turns = as_turns(value, where, field)
     if isinstance(turns, str):
         raise FeedbackError(f"{where}: '{field}' must be a list of messages, got the text {quoted(turns)}.")
@@ -86,7 +86,7 @@ def _message(value: object, where: str, what: str, *, sharegpt: bool) -> Message
             f'{where}: {what} must look like {{"role": "user", "content": "..."}}, got {quoted(value)}.'
         )
     given = {key: item for key, item in value.items() if item is not None}
-    # Each key by itself, so that a message with `from` and `content` reads as well.
+    # Each key is looked up separately, so that a message may have `from` and `content`.
     role_key = "from" if "role" not in given and "from" in given else "role"
     content_key = "value" if "content" not in given and "value" in given else "content"
     role = given.pop(role_key, None)
@@ -97,7 +97,7 @@ def _message(value: object, where: str, what: str, *, sharegpt: bool) -> Message
     if content_key in given:
         content = _content(given.pop(content_key), where, what)
     elif _has_tool_calls(given):
-        content = ""  # a call with nothing said: writers put null here, templates want a string
+        content = ""  # a tool call without text: files have null here, templates expect a string
     else:
         raise FeedbackError(f"{where}: {what} has no 'content'. Give it a string.")
     return {"role": role, "content": content, **copy.deepcopy(given)}
@@ -126,12 +126,12 @@ def _has_tool_calls(message: Mapping[str, object]) -> bool:
 
 
 def check_completion(completion: Turns, where: str, field: str) -> None:
-    """A completion says something, and all of it is the model's: messages start and end with the assistant's.
+    """Check that a completion is not empty, and that its first and last messages are the assistant's.
 
-    Between them tools may answer. An assistant's message with tool_calls may have no text.
+    Tool messages may come between them. An assistant's message with tool_calls may have no text.
 
     Raises:
-        FeedbackError: it is empty or blank, or somebody else speaks in it.
+        FeedbackError: it is empty or blank, or has messages of other roles.
     """
     remedy = "An empty answer is not feedback: remove the row."
     if isinstance(completion, str):
@@ -153,10 +153,10 @@ def check_completion(completion: Turns, where: str, field: str) -> None:
 def split_conversation(
     messages: tuple[Message, ...], where: str, field: str
 ) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """(all but the last message, the last message), which has to be the assistant's.
+    """Return (all but the last message, the last message). The last one must be the assistant's.
 
     Raises:
-        FeedbackError: it is somebody else's, or stands alone.
+        FeedbackError: the last message has another role, or is the only one.
     """
     if messages[-1]["role"] != "assistant":
         raise FeedbackError(
@@ -169,16 +169,16 @@ def split_conversation(
 
 
 def join_sides(prompt: Turns, answers: Sequence[tuple[str, Turns]], where: str) -> tuple[Turns, tuple[Turns, ...]]:
-    """One prompt and its completions, all text or all messages; `answers` are (column, value).
+    """Return one prompt and its completions, all as text or all as messages; `answers` are (column, value).
 
-    Where one side is a conversation, text on the other becomes a user's or an assistant's message. An answer
-    that is a whole conversation has the prompt cut off:
+    If one side is a conversation, text on the other side becomes a user's or an assistant's message. If an answer
+    is a whole conversation, the prompt is removed from it:
 
         prompt messages   the conversation must begin with them
         prompt text       the completion is what follows the last message that is neither the assistant's nor
                           a tool's; before it one of the user's messages must be the prompt
 
-    Answers that are text are never cut: they may well repeat the question.
+    Answers that are text are never cut: they may repeat the question.
 
     Raises:
         FeedbackError: a conversation that does not repeat the prompt, or answers to different prompts.
@@ -220,13 +220,13 @@ def _said(role: str, text: str) -> tuple[Message, ...]:
 
 
 def shared_beginning(chosen: Turns, rejected: Turns, where: str) -> tuple[Turns, tuple[Turns, Turns]]:
-    r"""(prompt, (chosen, rejected)) of a pair that comes without a prompt.
+    r"""Return (prompt, (chosen, rejected)) of a pair without a prompt column.
 
-    Messages: the prompt is the longest common beginning; one assistant's message is left on each side.
-    Text: the prompt ends with the last "\n\nAssistant:" that both share; no "\n\nHuman:" is left after it.
+    Messages: the prompt is the longest common beginning, and one assistant's message must remain on each side.
+    Text: the prompt ends with the last "\n\nAssistant:" that both share, and no "\n\nHuman:" may follow.
 
     Raises:
-        FeedbackError: nothing is shared, more than one answer is left, or only one side is text.
+        FeedbackError: nothing is shared, more than one answer remains, or only one side is text.
     """
     if isinstance(chosen, str) and isinstance(rejected, str):
         size = _shared_text(chosen, rejected, where)
@@ -281,12 +281,12 @@ def _shared_text(chosen: str, rejected: str, where: str) -> int:
 
 
 def alpaca_prompt(record: Mapping[str, object], where: str, *, conversation: bool) -> Turns:
-    r"""The prompt of a record with `instruction`, and perhaps `input`, `system` and `history`.
+    r"""Return the prompt of a record with `instruction` and optionally `input`, `system` and `history`.
 
     conversation:  system, the history's questions and answers, then user: instruction + "\n" + input
     plain text:    the same texts in the same order, an empty line between any two
 
-    The first is what LLaMA-Factory makes of such a row. Empty texts are skipped.
+    LLaMA-Factory converts such a row to the same conversation. Empty texts are skipped.
 
     Raises:
         FeedbackError: a text that is not a string, a history that is not a list of [question, answer] pairs.
@@ -325,11 +325,10 @@ def _history(value: object, where: str) -> list[tuple[str, str]]:
 
 
 def with_system(prompt: Turns, record: Mapping[str, object], where: str) -> Turns:
-    """`prompt` led by the text in the record's `system` column, if there is any.
+    """Return `prompt` preceded by the text in the record's `system` column, if there is any.
 
     Raises:
-        FeedbackError: the prompt is plain text, or has a different system message: whichever were left out,
-            nobody would see it.
+        FeedbackError: the prompt is plain text or has a different system message, so one of them would be lost.
     """
     system = _text(record, "system", where)
     if system.strip() == "":

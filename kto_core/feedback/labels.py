@@ -1,4 +1,4 @@
-"""Labels: words, ratings and thresholds to true and false."""
+"""Convert label words and ratings to true and false."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Final
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.formats import quoted
 
-# Words that are a label, whatever their case and with spaces around them. No other word is.
+# The only words that are labels. Case and surrounding spaces do not matter.
 LABEL_WORDS: Final[Mapping[str, bool]] = {
     "true": True,
     "false": False,
@@ -26,7 +26,7 @@ LABEL_WORDS: Final[Mapping[str, bool]] = {
     "no": False,
     "chosen": True,
     "rejected": False,
-    # Thumbs, alone and with the selectors that ask for a coloured (FE0F) or a plain (FE0E) glyph.
+    # Thumbs, alone and with the variation selectors for an emoji (FE0F) or a text (FE0E) glyph.
     "\U0001f44d": True,
     "\U0001f44d\ufe0f": True,
     "\U0001f44d\ufe0e": True,
@@ -38,10 +38,10 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def parse_label(value: object, where: str, field: str) -> bool:
-    """True or False for a bool, 1 or 0, or one of LABEL_WORDS.
+    """Return the label in a bool, in 1 or 0, or in one of LABEL_WORDS.
 
     Raises:
-        FeedbackError: anything else. No value is read as a label because it is non-empty or non-zero.
+        FeedbackError: any other value. A value is never a label because it is non-empty or non-zero.
     """
     if isinstance(value, bool):
         return value
@@ -59,7 +59,7 @@ def parse_label(value: object, where: str, field: str) -> bool:
 
 
 def number_in(value: object) -> float | None:
-    """A finite float, or None. Text must be a plain decimal: float() would take "nan" and "1_0" as well."""
+    """Return a finite float, or None. Text must be a decimal number: float() would also accept "nan" and "1_0"."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) is None:
@@ -76,7 +76,7 @@ _RARE = 0.05
 
 
 def rare_class(desirable: int, undesirable: int) -> str | None:
-    """A sentence about a class that is nearly, but not quite, absent; None where both are there."""
+    """Return a sentence about a class that is nearly absent; None if neither is, or if one is missing altogether."""
     rarer, total = min(desirable, undesirable), desirable + undesirable
     if not rarer or rarer >= _RARE * total:
         return None

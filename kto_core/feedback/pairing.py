@@ -1,8 +1,7 @@
-"""Mismatched completions: for each prompt x, K completions y' that answer another prompt.
+"""Choose mismatched completions: for each prompt x, K completions y' that answer another prompt.
 
-KTO's reference point z0 is the mean log-ratio over pairs (x, y') (paper, section 4.1). The pairs
-are chosen here once, over the whole data, so that any batch size, order, epoch or world size can
-use them.
+KTO's reference point z0 is the mean log-ratio over pairs (x, y') (paper, section 4.1). The pairs are chosen here once,
+over all data, so that they do not depend on batch size, order, epoch or world size.
 """
 
 import hashlib
@@ -13,17 +12,17 @@ import numpy as np
 
 from offline_kto.kto_core.errors import PairingError
 
-# How far a row looks for a partner whose text differs from its own completion. Beyond that the data
-# are so repetitive ("yes", "no") that the mismatch cannot be had, and is counted instead.
+# How far a row searches for a partner whose text differs from its own completion. If there is none so near, the data
+# are repetitive ("yes", "no"), and the equal pair is kept and counted.
 _TEXT_SEARCH = 64
 
 
 @dataclass(frozen=True, slots=True)
 class PairableRow:
-    """What pairing needs of a row.
+    """The fields of a row that pairing reads.
 
-    `completion_id` identifies the completion's tokens alone; `label` only settles the order of rows
-    that are otherwise equal.
+    `completion_id` identifies the completion's tokens; `label` only determines the order of rows that are otherwise
+    equal.
     """
 
     row_id: str
@@ -34,13 +33,13 @@ class PairableRow:
 
 @dataclass(frozen=True)
 class Pairing:
-    """Partners of every row.
+    """The partners of every row.
 
     Attributes:
         partners: shape (rows, K); the position of the row whose completion serves as y'.
         same_prompt: pairs whose y' answers the same prompt (only `rotate` allows them).
-        same_completion: pairs whose y' reads exactly like the row's own completion.
-        most_served: how often the busiest completion serves.
+        same_completion: pairs whose y' equals the row's own completion.
+        most_served: how often the most used completion serves as y'.
     """
 
     partners: list[list[int]]
@@ -50,18 +49,17 @@ class Pairing:
 
 
 def pair_shuffled(rows: Sequence[PairableRow], *, partners: int, seed: int) -> Pairing:
-    """Seeded derangement over other prompts.
+    """Pair every row with completions of other prompts by a seeded derangement.
 
-    Rows stand on a ring ordered by a keyed hash of their content; the k-th partner is the k-th
-    successor. Where that successor has the same prompt, two rows trade partners, so each completion
-    still serves exactly K times, unless one prompt holds more than half of all rows. The ring
-    depends on seed and content alone: reordering the file changes no pair, appending a row changes
-    its neighbours' pairs.
+    Rows are placed on a ring ordered by a keyed hash of their content; the k-th partner is the k-th successor. If that
+    successor has the same prompt, two rows trade partners. So each completion serves exactly K times, unless one
+    prompt holds more than half of all rows. The ring depends only on seed and content: reordering the file changes no
+    pair, and appending a row changes only its neighbours' pairs.
 
     Args:
         rows: at least two, with at least two distinct prompts.
         partners: K, mismatched completions for each row.
-        seed: chooses the ring.
+        seed: determines the ring.
 
     Raises:
         PairingError: fewer than K rows of other prompts exist for some prompt.
@@ -82,11 +80,11 @@ def pair_shuffled(rows: Sequence[PairableRow], *, partners: int, seed: int) -> P
 
 
 def pair_rotate(rows: Sequence[PairableRow], *, partners: int, block: int) -> Pairing:
-    """The paper's and TRL's rule: y' of row i is the completion of row i-1, wrapping inside blocks.
+    """Pair row i with the completion of row i-1, wrapping inside blocks, as the paper and TRL do.
 
-    Consecutive blocks of `block` rows, in file order; the k-th partner is row i-k. Partners of the
-    same prompt are kept and counted. A row whose partner would be itself (a last block of one row,
-    where TRL pairs it with its own completion) or an identical row looks further back, past its block.
+    Blocks are `block` consecutive rows in file order; the k-th partner is row i-k. Partners of the same prompt are
+    kept and counted. A row whose partner would be itself (in a last block of one row, which TRL pairs with its own
+    completion) or an identical row searches further back, past its block.
 
     Raises:
         PairingError: one distinct prompt only, or `partners >= block`.
@@ -123,19 +121,19 @@ def pair_rotate(rows: Sequence[PairableRow], *, partners: int, block: int) -> Pa
 
 
 class _Round:
-    """The choice of every row's k-th partner. All numbers are positions on the ring."""
+    """The choice of every row's k-th partner. All indices are positions on the ring."""
 
     def __init__(self, prompt: np.ndarray, completion: np.ndarray, chosen: list[list[int]], *, shift: int) -> None:
         self.prompt, self.completion, self.chosen = prompt, completion, chosen
         self.size = len(prompt)
         self.target = (np.arange(self.size) + shift) % self.size
-        self.scan_from: dict[int, int] = {}  # prompt -> where the search for a trade goes on
+        self.scan_from: dict[int, int] = {}  # prompt -> where the search for a trade resumes
         self.others: dict[int, np.ndarray] = {}  # prompt -> rows of other prompts
         self.served: dict[int, int] = {}  # prompt -> how many of them were handed out
 
     def resolve(self) -> np.ndarray:
         for i in np.flatnonzero(self.prompt[self.target] == self.prompt):
-            if self.prompt[self.target[i]] == self.prompt[i]:  # an earlier trade may have mended it
+            if self.prompt[self.target[i]] == self.prompt[i]:  # an earlier trade may have resolved it
                 self._trade_prompt(int(i))
         twice = [i for i in range(self.size) if self.chosen[i] and int(self.target[i]) in self.chosen[i]]
         same_text = np.flatnonzero(self.completion[self.target] == self.completion)
@@ -145,10 +143,10 @@ class _Round:
         return self.target
 
     def _trade_prompt(self, i: int) -> None:
-        """Trade with a row of another prompt whose target is of another prompt too.
+        """Trade targets with a row of another prompt whose target is of another prompt too.
 
-        Such a row exists while no prompt holds more than half of the rows. The scan for each prompt
-        goes on where it stopped: two turns of the ring per prompt at most, not two for each row.
+        Such a row exists as long as no prompt holds more than half of the rows. The scan for each prompt resumes where
+        it stopped: at most two turns of the ring per prompt, not two per row.
         """
         mine = self.prompt[i]
         start = max(self.scan_from.get(mine, 0), i + 1)
@@ -162,7 +160,7 @@ class _Round:
         self.target[i] = self._hand_out(i)
 
     def _hand_out(self, i: int) -> int:
-        """Too many rows share this prompt for a one-to-one choice: hand the others out in turn."""
+        """Return the next row of another prompt, in turn, when too many rows share a prompt for a one-to-one choice."""
         mine = int(self.prompt[i])
         if mine not in self.others:
             self.others[mine] = np.flatnonzero(self.prompt != mine)
@@ -176,7 +174,7 @@ class _Round:
         raise AssertionError("checked beforehand: enough rows of other prompts exist")
 
     def _trade_text(self, i: int) -> None:
-        """Avoid a partner that this row has already, or whose text is the row's own."""
+        """Trade away a partner that this row already has, or whose text equals its own completion."""
         for step in range(1, min(_TEXT_SEARCH, self.size)):
             j = (i + step) % self.size
             if self._good(i, int(self.target[j])) and self._good(j, int(self.target[i])):
@@ -192,9 +190,9 @@ class _Round:
 
 
 def _ring_order(rows: Sequence[PairableRow], seed: int) -> list[int]:
-    """Positions of the rows in the order of a keyed hash of their content.
+    """Return the positions of the rows, ordered by a keyed hash of their content.
 
-    Identical rows are numbered, so that they scatter over the ring instead of standing in one run.
+    Identical rows are numbered, so that they are scattered over the ring instead of adjacent.
     """
     seen: dict[str, int] = {}
     keys: dict[int, bytes] = {}

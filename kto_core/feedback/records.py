@@ -1,10 +1,10 @@
-"""One record of a feedback file -> one labelled row, or the two rows of a preference pair.
+"""Convert a record of a feedback file to one labelled row, or to the two rows of a preference pair.
 
-Each record says by itself which format it has, so that a file may mix them. In this order:
+The format is detected for each record, so a file may mix formats. They are tried in this order:
 
     the column of --completion-field      prompt, completion, label
     chosen + rejected                     a pair; its prompt is in prompt, instruction, conversations or
-                                          messages, or else is what both begin with
+                                          messages, or else is their common beginning
     completion                            prompt, completion, label
     messages, conversations (ShareGPT)    the last message is the completion
     instruction + output (Alpaca)         with input, system and history
@@ -38,7 +38,7 @@ from offline_kto.kto_core.feedback.labels import number_in, parse_label
 
 _MEDIA = ("images", "videos", "audios")
 
-# Every key of a record that is looked at, beside those that options name.
+# Every key of a record that is read, besides those that options name.
 COLUMNS: Final = frozenset(
     {
         *("prompt", "completion", "label", "kto_tag", "rating", "chosen", "rejected", "messages", "conversations"),
@@ -49,10 +49,10 @@ COLUMNS: Final = frozenset(
 
 @dataclass(frozen=True)
 class FeedbackRow:
-    """One completion of one prompt, and whether it was liked.
+    """One completion of one prompt, and whether it is desirable.
 
-    prompt and completion are both text or both messages; a label of true means desirable. The messages are
-    copies: a row shares nothing with the record it came from.
+    Prompt and completion are both text or both messages. A label of true means desirable. The messages are copies and
+    share nothing with the record.
     """
 
     where: str  # a place that the user can find: "feedback.jsonl:17"
@@ -65,20 +65,20 @@ class FeedbackRow:
 
     @property
     def characters(self) -> int:
-        """Of prompt and completion."""
+        """Number of characters of prompt and completion."""
         sides = (self.prompt, self.completion)
         return sum(len(side) if isinstance(side, str) else sum(len(m["content"]) for m in side) for side in sides)
 
 
 @dataclass(frozen=True)
 class FeedbackFields:
-    """Which columns to read, and how. None means the names that the formats have.
+    """The columns to read, and how. None means the default names of the formats.
 
-    Once rating_threshold is set, label names the column of the rating. chat_template says whether the
-    tokenizer has one, which decides whether Alpaca rows become conversations.
+    If rating_threshold is set, label names the column of the rating. chat_template is whether the tokenizer has one;
+    if so, Alpaca rows become conversations.
 
     Raises:
-        ConfigError: a threshold that no rating can be compared with.
+        ConfigError: a threshold that is not finite.
     """
 
     prompt: str | None = None
@@ -93,12 +93,12 @@ class FeedbackFields:
 
 
 def parse_record(record: Mapping[str, object], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
-    """One row, or the chosen and the rejected row of a pair, in this order.
+    """Return one row, or the chosen and the rejected row of a pair, in this order.
 
-    Where rating_threshold is set, the label of every row that is not of a pair is `rating >= threshold`.
+    If rating_threshold is set, the label of every row outside a pair is `rating >= threshold`.
 
     Raises:
-        FeedbackError: anything that is not exactly one of the formats; the message begins with `where`.
+        FeedbackError: the record matches none of the formats exactly; the message begins with `where`.
     """
     present = {key: value for key, value in record.items() if value is not None}
     try:
@@ -121,7 +121,7 @@ def _rows(present: Mapping[str, object], where: str, fields: FeedbackFields) -> 
         labels = [_label(present, where, fields)]
     tools = _tools(present.get("tools"), where)
     if tools is not None and isinstance(prompt, str):
-        raise FeedbackError(f"{where}: 'tools' beside a prompt of plain text. Write the prompt as messages.")
+        raise FeedbackError(f"{where}: 'tools' with a plain text prompt. Write the prompt as messages.")
     kwargs = _template_kwargs(present.get("chat_template_kwargs"), where)
     _canonical([tools, kwargs], where)
     content = _canonical([prompt, *completions], where)
@@ -141,7 +141,7 @@ def _is_pair(record: Mapping[str, object], fields: FeedbackFields) -> bool:
 def _pair(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[Turns, tuple[Turns, ...]]:
     if "completion" in present:
         raise FeedbackError(
-            f"{where}: 'completion' stands beside 'chosen' and 'rejected'. Remove one or the other, or pass"
+            f"{where}: the record has 'completion' as well as 'chosen' and 'rejected'. Remove one or the other, or pass"
             " --completion-field completion."
         )
     chosen = as_turns(present["chosen"], where, "chosen")
@@ -155,7 +155,7 @@ def _pair(present: Mapping[str, object], where: str, fields: FeedbackFields) -> 
         prompt, answers = shared_beginning(chosen, rejected, where)
     else:
         prompt, answers = join_sides(prompt, [("chosen", chosen), ("rejected", rejected)], where)
-    if answers[0] == answers[1]:  # seen only now where one side repeats the prompt
+    if answers[0] == answers[1]:  # visible only now if one side repeats the prompt
         raise FeedbackError(contradiction)
     check_completion(answers[0], where, "chosen")
     check_completion(answers[1], where, "rejected")
@@ -171,13 +171,13 @@ def _pair_prompt(present: Mapping[str, object], where: str, fields: FeedbackFiel
     for name in ("conversations", "messages"):
         if name in present:
             messages = as_conversation(present[name], where, name)
-            # One that ends in an answer is not the prompt: some sets repeat the chosen side there.
+            # A conversation that ends in an answer is not the prompt: some datasets repeat the chosen side there.
             return messages if messages[-1]["role"] != "assistant" else None
     return None
 
 
 def _is_alpaca(present: Mapping[str, object], fields: FeedbackFields) -> bool:
-    """Whether a record without a conversation has its prompt, system text included, in Alpaca's columns."""
+    """Return whether a record without a conversation has its prompt, system text included, in Alpaca's columns."""
     return "instruction" in present and (fields.prompt or "prompt") not in present
 
 
@@ -259,7 +259,7 @@ def _template_kwargs(value: object, where: str) -> dict[str, object]:
 
 
 def _from_json(value: object, where: str, name: str) -> object:
-    """A copy of `value`, which tables have to hold as JSON text."""
+    """Return a copy of `value`, parsed if it is JSON text, as tables store it."""
     try:
         return json.loads(value if isinstance(value, str) else json.dumps(value))
     except (TypeError, ValueError):
@@ -267,7 +267,7 @@ def _from_json(value: object, where: str, name: str) -> object:
 
 
 def _canonical(value: object, where: str) -> bytes:
-    """Canonical JSON in UTF-8; refuses what neither a tokenizer nor Parquet can take."""
+    """Return canonical JSON in UTF-8. Refuse values that tokenizers or Parquet cannot represent."""
     try:
         return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
@@ -285,7 +285,7 @@ def _columns(record: Mapping[str, object]) -> str:
 
 
 def parse_rating(record: Mapping[str, object], where: str, fields: FeedbackFields) -> float:
-    """The number in `rating`, or in the column that --label-field names. Text counts if it is a number (CSV).
+    """Return the number in `rating`, or in the column that --label-field names. A number may be text (CSV).
 
     Raises:
         FeedbackError: no such column, or no finite number in it (true and false are not ratings).
@@ -309,10 +309,10 @@ def parse_rating(record: Mapping[str, object], where: str, fields: FeedbackField
 def resolve_threshold(
     text: str, records: Iterable[tuple[str, Mapping[str, object]]], fields: FeedbackFields | None = None
 ) -> float:
-    """The number that --rating-threshold means: itself, or for "median" the median of all ratings.
+    """Return the value of --rating-threshold: the number itself, or for "median" the median of all ratings.
 
     A rating at the threshold is desirable. `records` are (where, record) and are read for "median" only;
-    preference pairs and records without a rating do not count there.
+    preference pairs and records without a rating are left out.
 
     Raises:
         ConfigError: neither a finite number nor "median", or no record has a rating.

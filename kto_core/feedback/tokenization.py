@@ -1,4 +1,4 @@
-"""From feedback rows to prompt and completion tokens, with the boundary between them checked."""
+"""Tokenize feedback rows into prompt and completion ids, and check the boundary between them."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -15,7 +15,7 @@ from offline_kto.kto_core.library_types import Tokenizer
 
 ResultT = TypeVar("ResultT")
 
-# A turn's end and what templates write behind it: a line break or two.
+# Tokens in which a turn's end is looked for: templates may write a line break or two after it.
 _END_TOKENS = 4
 
 
@@ -32,16 +32,16 @@ def tokenize_rows(rows: Sequence[FeedbackRow], tokenizer: Tokenizer) -> list[Tok
 
 
 class Tokenizing:
-    """Tokenizes rows: conversations through the chat template, once; plain text with EOS appended, once.
+    """Tokenizes rows: conversations with the chat template; plain text with EOS appended once.
 
-    The prompt's ids are a prefix of the ids of prompt and completion together. Where the tokenizer
-    merges across the boundary, the two are tokenized apart, as they are when the model is sampled.
-    BOS comes once: the template writes it, the text begins with it, or the tokenizer adds it.
-    The ids of each row are compared with its text.
+    The prompt's ids are a prefix of the ids of prompt and completion together. If the tokenizer merges tokens across
+    the boundary, the two are tokenized separately, as they are when the model is sampled. BOS appears once: the
+    template writes it, the text begins with it, or the tokenizer adds it. The ids of each row are compared with its
+    text.
 
     Args:
-        tokenizer: a `transformers` tokenizer; it is called, never changed.
-        now: the day that templates with a date are rendered on; None for today.
+        tokenizer: a `transformers` tokenizer; it is never changed.
+        now: the date that templates with a date write; None for today.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, now: datetime | None = None) -> None:
@@ -55,25 +55,25 @@ class Tokenizing:
 
     @property
     def dated(self) -> bool:
-        """Whether a rendering depends on the day."""
+        """Whether a template wrote the date."""
         return self._renderer.dated
 
     def tokenize(self, rows: Sequence[FeedbackRow]) -> list[Tokens]:
-        """Tokenize some rows.
+        """Tokenize some rows of the feedback.
 
         Raises:
             TokenizationError: no chat template for a conversation, no EOS for plain text, a template that
                 renders the prompt differently once an answer follows or leaves the answer out, a prompt without
-                tokens, ids that do not say what the text says, or a tokenizer that fails.
+                tokens, ids that do not decode to the text, or a tokenizer that fails.
         """
         rendered = [self._render_text(row) if isinstance(row.prompt, str) else self._render_chat(row) for row in rows]
-        # One call for all texts: the tokenizer works in parallel inside. Templates write BOS themselves.
+        # One call for all texts: the tokenizer is parallel inside. Templates write BOS themselves.
         prompts = self._encode_rows(rows, [item.prompt for item in rendered])
         fulls = self._encode_rows(rows, [item.text for item in rendered])
         return [self._tokens(*parts) for parts in zip(rows, rendered, prompts, fulls, strict=True)]
 
     def check(self) -> None:
-        """Judge all rows together. Raises: TokenizationError: the tokenizer knows nothing of most completions."""
+        """Check all rows together. Raises: TokenizationError: most completions have only unknown or special tokens."""
         unread = self._findings.counts["unread"]
         if 2 * unread > self._rows:
             raise TokenizationError(
@@ -83,7 +83,7 @@ class Tokenizing:
             )
 
     def warnings(self) -> list[str]:
-        """Return sentences on what was found in all rows so far."""
+        """Return a sentence for each kind of finding in all rows so far."""
         counts, first = self._findings.counts, self._findings.first
         lines = self._findings.sentences()
         if counts["unknown"]:
@@ -111,7 +111,7 @@ class Tokenizing:
         joined = not after and full[: len(prompt)] == prompt
         completion = full[len(prompt) :] if joined else self._encode_apart(row.where, item.completion)
         self._compare(row, item.text, full if joined else [*prompt, *completion], completion)
-        if prompt[: len(before)] != before:  # text that was rendered before begins with BOS as it is
+        if prompt[: len(before)] != before:  # text that is already rendered begins with BOS
             prompt = [*before, *prompt]
         prompt = [*prompt, *after]
         if item.is_chat:
@@ -125,12 +125,12 @@ class Tokenizing:
         return Tokens(np.array(prompt, dtype=np.int32), np.array(completion, dtype=np.int32))
 
     def _is_closed(self, text: str, ids: list[int]) -> bool:
-        """Return whether a completion ends with EOS; a line break may follow where it was rendered before."""
+        """Return whether a completion ends with EOS; a line break may follow if it is already rendered."""
         eos = self._tokenizer.eos_token_id
         return ids[-1:] == [eos] or (text.rstrip().endswith(str(self._tokenizer.eos_token)) and eos in ids)
 
     def _compare(self, row: FeedbackRow, text: str, ids: list[int], completion: list[int]) -> None:
-        """Compare ids with their text, and count what the tokenizer does not know."""
+        """Compare ids with their text, and count unknown tokens and lost characters."""
         self._rows += 1
         self._ids += len(ids)
         unknown = 0
@@ -148,7 +148,7 @@ class Tokenizing:
             self._findings.add("unread", row.where)
 
     def _added_around(self, where: str, text: str) -> tuple[list[int], list[int]]:
-        """Return what the tokenizer puts around a text; EOS is left out, which belongs after the completion alone."""
+        """Return the ids that the tokenizer adds before and after a text, without EOS, which follows completions."""
         if self._around is None:
             bare, closed = self._encode(where, [text])[0], self._encode(where, [text], special=True)[0]
             fits = [i for i in range(len(closed) - len(bare) + 1) if closed[i : i + len(bare)] == bare]
@@ -161,7 +161,7 @@ class Tokenizing:
         try:
             return self._encode(rows[0].where, texts)
         except TokenizationError:
-            for row, text in zip(rows, texts, strict=True):  # which one it is
+            for row, text in zip(rows, texts, strict=True):  # find the row that fails
                 self._encode(row.where, [text])
             raise
 
@@ -175,14 +175,14 @@ class Tokenizing:
     def _encode_apart(self, where: str, completion: str) -> list[int]:
         """Return ids of a completion that continues a prompt.
 
-        SentencePiece tokenizers put a space before whatever they encode, which nobody sampled; behind a
-        line break, which is then taken off again, they do not.
+        SentencePiece tokenizers add a space before any text they encode, which was never sampled. They add none after
+        a line break, so one is put before the completion and its ids are removed again.
         """
         start, ids = self._encode(where, ["\n", "\n" + completion])
         return ids[len(start) :] if ids[: len(start)] == start else self._encode(where, [completion])[0]
 
     def _guarded(self, where: str, call: Callable[[], ResultT]) -> ResultT:
-        """Call the tokenizer. Raises: TokenizationError: whatever it fails with, a panic of its native code included."""
+        """Call the tokenizer. Raises: TokenizationError: any failure, including a panic of its native code."""
         try:
             return call()
         except (TokenizationError, KeyboardInterrupt, SystemExit):
@@ -207,9 +207,9 @@ class _Rendered(NamedTuple):
 
 
 def _unknown_token(tokenizer: Tokenizer) -> tuple[int, str] | None:
-    """Return id and text of what stands for unknown text; None where nothing does."""
+    """Return id and text of the tokenizer's unknown token; None without one."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    token = getattr(model, "unk_token", getattr(tokenizer, "unk_token", None))  # Unigram's model does not tell
+    token = getattr(model, "unk_token", getattr(tokenizer, "unk_token", None))  # Unigram's model has no such attribute
     token_id = tokenizer.convert_tokens_to_ids(str(token)) if token else None
     return None if token_id is None else (int(token_id), str(token))
 

@@ -1,4 +1,4 @@
-"""Confidence intervals by the bootstrap: rows of one prompt are drawn together, because they are not independent."""
+"""Compute bootstrap confidence intervals. Rows of one prompt are drawn together, because they are not independent."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,18 +20,19 @@ def intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of statistics of weighted rows (Efron and Tibshirani 1993, chapter 13).
+    """Return percentile intervals of statistics of weighted rows (Efron and Tibshirani 1993, chapter 13).
 
     Args:
-        statistic: from weights, float64, shape (samples, rows), how often each row was drawn, to values of shape
-            (samples,), by name; not finite where a sample has no row that they speak of.
-        clusters: of each row: its prompt. Whole clusters are drawn, with replacement, as many as there are.
+        statistic: maps weights, float64, shape (samples, rows), which count how often each row was drawn, to values
+            of shape (samples,), by name; not finite for a sample without the rows that the value needs.
+        clusters: cluster of each row: its prompt. Whole clusters are drawn, with replacement, as many as there are.
         resamples: samples drawn.
         level: coverage.
         seed: of the draws.
 
     Returns:
-        (low, high) by name; nothing where there are fewer than two clusters, or a value is not finite in most samples.
+        (low, high) by name; empty if there are fewer than two clusters. A value that is not finite in most samples is
+        left out.
     """
     names, of_row = np.unique(np.asarray(clusters), return_inverse=True)
     if len(names) < 2:

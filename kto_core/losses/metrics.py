@@ -1,4 +1,4 @@
-"""Metrics as sums and counts: added up on the device, reduced over ranks once per logging step."""
+"""Metrics as sums and counts, accumulated on the device and reduced over ranks once per logging step."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,17 +22,17 @@ _NAMES = (
     "padded_tokens",
 )
 
-# Nats: nearer to z0 than this, float32 rounding decides on which side a row stands.
+# Nats. For a row nearer to z0 than this, float32 rounding decides on which side of z0 it is.
 _TIE = 1e-4
 
 
 class Tokens(NamedTuple):
-    """What some forward passes had to do with.
+    """Token counts of a set of forward passes.
 
     Attributes:
-        scored: in all sequences, prompts counted for each.
-        fed: to the model; fewer where sequences shared a prompt.
-        padded: fed, with padding.
+        scored: tokens of all sequences, with the prompt counted in each.
+        fed: tokens passed to the model; fewer if sequences shared a prompt.
+        padded: `fed` plus padding.
     """
 
     scored: int
@@ -45,13 +45,13 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchOutcome:
-    """What one rank computed for its rows of one batch; all tensors float64 on one device.
+    """Losses and log-ratios of one rank's rows of a batch; all tensors are float64 on one device.
 
     Attributes:
         losses, logratios, logps: nats (losses without unit), shape (rows,).
         labels: bool, shape (rows,).
-        point: what a row's side is judged from, nats: z0 of the whole batch, or one for each row.
-        tokens: of all forward passes, mismatched ones included.
+        point: reference point of the accuracy, nats: z0 of the whole batch, or one for each row.
+        tokens: of all forward passes, including mismatched pairs.
     """
 
     losses: Tensor
@@ -62,7 +62,7 @@ class BatchOutcome:
     tokens: Tokens
 
     def sums(self) -> Tensor:
-        """Vector of sums over this rank's rows, shape (12,), float64."""
+        """Return the vector of sums over this rank's rows, shape (12,), float64."""
         good, bad = self.labels.double(), (~self.labels).double()
         signs = torch.where(self.labels, 1.0, -1.0)
         right = on_the_right_side(signs * (self.logratios - self.point))
@@ -82,18 +82,18 @@ class BatchOutcome:
 
 
 def on_the_right_side(distances: Tensor) -> Tensor:
-    """1 for distances above 0 nats, 0 for those below, 1/2 near it: float64, same shape.
+    """Return 1 for distances above 0 nats, 0 for those below and 1/2 near it: float64, same shape.
 
-    Before the first update all rows stand on their reference point, up to rounding: that is neither side.
+    Before the first update every row is at its reference point, up to rounding, and so on neither side.
     """
     return torch.where(distances.abs() < _TIE, 0.5, (distances > 0).double())
 
 
 def metrics_from(sums: Tensor, *, beta: float) -> dict[str, float]:
-    """Means from sums over all ranks; a class without rows is left out.
+    """Return means from sums over all ranks; a class without rows is left out.
 
-    Names follow TRL: chosen is desirable, rejected undesirable. `accuracy` is the share of rows on
-    the right side of what their loss measures them from (z0); a row that stands on it counts half.
+    Names follow TRL: chosen is desirable, rejected undesirable. `accuracy` is the share of rows on the right side of
+    their loss's reference point (z0); a row at the point counts half.
 
     Args:
         sums: from `BatchOutcome.sums`, added over batches and ranks.
@@ -115,5 +115,5 @@ def metrics_from(sums: Tensor, *, beta: float) -> dict[str, float]:
 
 
 def tokens_of(sums: Tensor) -> float:
-    """Tokens scored, from the vector of sums."""
+    """Return the number of scored tokens in the vector of sums."""
     return float(sums[_NAMES.index("tokens")])

@@ -1,7 +1,7 @@
-"""The losses that cached references serve, and KTO's reference point: free functions, tensors in, tensors out.
+"""The preference losses and KTO's reference point, as functions of tensors.
 
-All of them see the policy through log-ratios r = log pi(y|x) - log pi_ref(y|x), nats. Those of single rows are written
-in the sign form, s = +1 for desirable and -1 for undesirable rows; those of pairs take both rows of each.
+Every loss depends on the policy through log-ratios r = log pi(y|x) - log pi_ref(y|x), nats. Losses of single rows are
+written with a sign, s = +1 for desirable and -1 for undesirable rows. Losses of pairs take both rows of each pair.
 """
 
 import torch
@@ -10,24 +10,23 @@ from torch import Tensor
 
 
 def kl_reference_point(kl_logratio_sum: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
-    """`z0 = max(0, mean of log pi(y'|x) - log pi_ref(y'|x))` over mismatched pairs (KTO paper, section 4.1).
+    """Return `z0 = max(0, mean of log pi(y'|x) - log pi_ref(y'|x))` over mismatched pairs (KTO paper, section 4.1).
 
-    Sums and counts are those of the whole batch, over all ranks: the clamp comes after the global
-    mean, once.
+    Sums and counts are those of the whole batch, over all ranks: the clamp is applied once, after the global mean.
 
     Args:
         kl_logratio_sum: scalar, nats, without gradient.
         count: mismatched pairs in the sum, at least 1.
 
     Returns:
-        (kl, kl_raw): the clamped value, which the loss uses, and the one before the clamp.
+        (kl, kl_raw): the clamped value, which the loss uses, and the value before the clamp.
     """
     kl_raw = kl_logratio_sum / count
     return kl_raw.clamp(min=0), kl_raw
 
 
 def kto_losses(logratios: Tensor, labels: Tensor, kl: Tensor, *, beta: float, weights: Tensor) -> Tensor:
-    """`w (1 - sigmoid(beta s (r - z0)))`.
+    """Return `w (1 - sigmoid(beta s (r - z0)))`.
 
     KTO (arXiv 2402.01306), eq. 7 and 8: the value of an outcome is measured from the
     reference point z0, and losses are mirrored gains. `1 - sigmoid(t)` is computed as
@@ -47,10 +46,10 @@ def kto_losses(logratios: Tensor, labels: Tensor, kl: Tensor, *, beta: float, we
 
 
 def apo_zero_losses(logratios: Tensor, labels: Tensor, *, beta: float, weights: Tensor) -> Tensor:
-    """`w (1 - sigmoid(beta s r))`: desirable rows get likelier and undesirable ones less likely than the reference has them.
+    """Return `w (1 - sigmoid(beta s r))`, which makes desirable rows likelier than the reference and others less so.
 
-    Anchored preference optimization (arXiv 2408.06266), the "zero" objective, on single rows (TRL: `apo_zero_unpaired`):
-    KTO whose reference point stays at 0.
+    Anchored preference optimization (arXiv 2408.06266), the "zero" objective, on single rows (TRL:
+    `apo_zero_unpaired`): KTO with the reference point fixed at 0.
 
     Args, returns: as `kto_losses`, without its `kl`.
     """
@@ -58,13 +57,13 @@ def apo_zero_losses(logratios: Tensor, labels: Tensor, *, beta: float, weights: 
 
 
 def bco_losses(logratios: Tensor, labels: Tensor, shift: Tensor, *, beta: float, weights: Tensor) -> Tensor:
-    """`-w log sigmoid(s (beta r - delta))`: a classifier of the two classes whose logit is the reward.
+    """Return `-w log sigmoid(s (beta r - delta))`, the loss of a binary classifier whose logit is the reward.
 
     Binary classifier optimization (arXiv 2404.04656); delta, the reward shift, is a mean of rewards over the
     updates so far.
 
     Args:
-        shift: delta / beta, nats, scalar: where on the scale of log-ratios the two classes are told apart.
+        shift: delta / beta, nats, scalar: the decision boundary on the scale of log-ratios.
 
     Other arguments and returns: as `kto_losses`.
     """
@@ -72,7 +71,7 @@ def bco_losses(logratios: Tensor, labels: Tensor, shift: Tensor, *, beta: float,
 
 
 def dpo_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """`-log sigmoid(beta (r_chosen - r_rejected))`.
+    """Return `-log sigmoid(beta (r_chosen - r_rejected))`.
 
     Direct preference optimization (arXiv 2305.18290), eq. 7.
 
@@ -87,13 +86,13 @@ def dpo_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
 
 def ipo_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """`(r_chosen - r_rejected - 1 / (2 beta))^2`: a margin to reach, not one to grow for ever.
+    """Return `(r_chosen - r_rejected - 1 / (2 beta))^2`, which is smallest at a fixed margin.
 
-    Identity preference optimization (arXiv 2310.12036), eq. 17; its tau is beta. Its authors divide each log-ratio by the
-    completion's tokens, and so does TRL: sums would make the margin a matter of length.
+    Identity preference optimization (arXiv 2310.12036), eq. 17; its tau is beta. Its authors divide each log-ratio by
+    the completion's number of tokens, and so does TRL: with sums, the margin would depend on length.
 
     Args:
-        chosen, rejected: log-ratios for one token (sum over the completion / its tokens), nats, shape (pairs,).
+        chosen, rejected: log-ratios per token (sum over the completion / its tokens), nats, shape (pairs,).
 
     Other arguments and returns: as `dpo_losses`.
     """
@@ -101,10 +100,10 @@ def ipo_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
 
 def slic_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """`max(0, 1 - beta (r_chosen - r_rejected))`: no loss where the margin is wide enough.
+    """Return `max(0, 1 - beta (r_chosen - r_rejected))`, which is zero if the margin is at least 1 / beta.
 
-    SLiC-HF's calibration (arXiv 2305.10425) on log-ratios instead of log-probs, as RSO (arXiv 2309.06657,
-    hinge-norm) has it; the reference takes the place of SLiC's regularization.
+    SLiC-HF's calibration (arXiv 2305.10425) on log-ratios instead of log-probs, as in RSO (arXiv 2309.06657,
+    hinge-norm); the reference replaces SLiC's regularization.
 
     Args, returns: as `dpo_losses`.
     """
@@ -112,10 +111,10 @@ def slic_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
 
 def humanline_logratios(token_logratios: Tensor, low: float, high: float) -> Tensor:
-    """`clamp(log pi - log pi_ref, low, high)` of each token; the row's log-ratio is their sum.
+    """Return `clamp(log pi - log pi_ref, low, high)` of each token; the row's log-ratio is their sum.
 
-    Humanline variants (arXiv 2509.24207): a token that the policy has made too much likelier or less likely
-    than the reference counts as if it stood at the limit, and gets no gradient. HALOs uses -1 and 1.5.
+    Humanline variants (arXiv 2509.24207): a token whose log-ratio is outside of the limits counts as the limit, and
+    gets no gradient. HALOs uses -1 and 1.5.
 
     Args:
         token_logratios: nats, any shape.
@@ -125,7 +124,7 @@ def humanline_logratios(token_logratios: Tensor, low: float, high: float) -> Ten
 
 
 def class_weights(labels: Tensor, desirable: float, undesirable: float) -> Tensor:
-    """lambda_D or lambda_U for each row, float64, shape (batch,)."""
+    """Return lambda_D or lambda_U for each row, float64, shape (batch,)."""
     pair = torch.tensor([undesirable, desirable], dtype=torch.float64, device=labels.device)
     return pair[labels.long()]
 

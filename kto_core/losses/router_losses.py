@@ -1,4 +1,4 @@
-"""The load-balancing loss of mixture-of-experts models, in shares that add up over micro-batches."""
+"""The load-balancing loss of mixture-of-experts models, computed in shares that add up over micro-batches."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def count_routed_tokens(router_logits: Sequence[Tensor], mask: Tensor, top_k: int) -> Tensor:
-    """How many (layer, token) slots each expert got.
+    """Count the (layer, token) slots routed to each expert.
 
     Args:
         router_logits: for each layer, shape (batch * length, experts).
@@ -26,12 +26,11 @@ def count_routed_tokens(router_logits: Sequence[Tensor], mask: Tensor, top_k: in
 
 
 def router_balance_loss(router_logits: Sequence[Tensor], mask: Tensor, expert_counts: Tensor, slots: Tensor) -> Tensor:
-    """This micro-batch's share of the load-balancing loss of the whole batch.
+    """Return this micro-batch's share of the load-balancing loss of the whole batch.
 
-    Switch Transformer (arXiv 2101.03961), eq. 4 to 6, as `transformers` computes it for a batch:
-    `experts * sum_e f_e P_e`, with f_e the fraction of slots routed to expert e and P_e its mean
-    probability. f_e has no gradient and is taken from the whole batch, so the shares add up to the
-    same loss and gradient however memory cuts the batch.
+    Switch Transformer (arXiv 2101.03961), eq. 4 to 6, as `transformers` computes it for a batch: `experts * sum_e f_e
+    P_e`, with f_e the fraction of slots routed to expert e and P_e its mean probability. f_e has no gradient and is
+    taken from the whole batch, so loss and gradient do not depend on how the batch is split into micro-batches.
 
     Args:
         router_logits: for each layer, shape (batch * length, experts).

@@ -1,4 +1,4 @@
-"""Putting a PEFT adapter into a model or beside its weights, through `transformers`; peft itself is never imported here."""
+"""Merge a PEFT adapter into a model, or load it next to quantised weights, through `transformers` without peft."""
 
 import contextlib
 import dataclasses
@@ -19,10 +19,10 @@ from offline_kto.kto_core.models.model_files import check_texts
 
 
 def check_adapter_folder(adapter: Path) -> None:
-    """Say what is missing before anything heavy is loaded.
+    """Check an adapter folder before anything large is loaded.
 
     Raises:
-        ModelError: no adapter_config.json, no safetensors, or a kind whose numbers could not be kept.
+        ModelError: no adapter_config.json, no safetensors, or a kind that cannot be part of a reference model.
     """
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(f"{adapter}: no adapter_config.json, so this is not an adapter folder.")
@@ -47,7 +47,7 @@ def check_adapter_folder(adapter: Path) -> None:
         )
 
 
-# Kinds that put learnt tokens, keys or states beside the text.
+# Kinds that add learnt tokens, keys or states to the input instead of changing weights.
 _NO_WEIGHTS = (
     "PROMPT_TUNING",
     "MULTITASK_PROMPT_TUNING",
@@ -58,7 +58,7 @@ _NO_WEIGHTS = (
     "CARTRIDGE",
 )
 
-# Settings that make more of a model than its layers with something added to them. `transformers` reads past them.
+# Settings that change a model beyond adding to its layers. `transformers` ignores them.
 _UNUSABLE = {
     "layer_replication": "the adapter belongs to a model with repeated layers, and its merged form is none of the base model. "
     "Merge it with peft (merge_and_unload) and pass the merged model to --model.",
@@ -68,12 +68,12 @@ _UNUSABLE = {
     "Pass one of those to --adapter.",
 }
 
-# Beginnings of an adapter that take random or measured parts out of the base model, which no file holds.
+# Initialisations of an adapter that subtract random or measured parts from the base model, which no file holds.
 _CHANGED_BASES = ("pissa_niter", "corda", "lora_ga")
 
 
 def _settings(adapter: Path) -> dict[str, object]:
-    """Return adapter_config.json; empty where it cannot be read, which loading reports."""
+    """Return the content of adapter_config.json; empty if it cannot be read, which loading reports."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         return settings if isinstance(settings, dict) else {}
@@ -83,8 +83,8 @@ def _settings(adapter: Path) -> dict[str, object]:
 def merge_adapter(model: Model, adapter: Path) -> None:
     """Merge a PEFT adapter into a model's weights, in place.
 
-    `transformers` loads the adapter (peft must be installed); the tuner layers it puts in know how
-    to merge themselves and which layer they wrap.
+    `transformers` loads the adapter (peft must be installed). The tuner layers that it inserts provide the merge and
+    their base layer.
 
     Raises:
         ModelError: not an adapter, peft missing, weights that do not fit, or a kind that cannot be merged.
@@ -104,13 +104,13 @@ def merge_adapter(model: Model, adapter: Path) -> None:
             f"that is not supported. {_MERGE_YOURSELF}"
         )
     if tied and not _heads_are_tied(model):
-        model.config.tie_word_embeddings = False  # the adapter brought a head of its own
+        model.config.tie_word_embeddings = False  # the adapter contains its own head
     _forget_adapter(model, before)
     model.requires_grad_(trainable)
 
 
 def add_adapter_beside(model: Model, adapter: Path) -> None:
-    """Put a LoRA adapter beside quantised weights, frozen, as it was trained: merging would round it to their few bits.
+    """Add a frozen LoRA adapter next to quantised weights, without merging, which would round it to their few bits.
 
     Raises:
         ModelError: as `merge_adapter`, or of a kind that training could not save together with new adapters.
@@ -135,10 +135,10 @@ def add_adapter_beside(model: Model, adapter: Path) -> None:
     _forget_adapter(model, before)
 
 
-# How peft calls the reference's adapter where it stays beside the weights; trained ones have peft's default name.
+# peft's name of the reference's adapter if it is not merged; trained adapters have peft's default name.
 BESIDE = "reference"
 
-# Settings of LoRA that two adapters together could not be saved with.
+# Settings of LoRA with which two adapters cannot be saved together.
 _NOT_BESIDE = ("use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 
 
@@ -168,19 +168,19 @@ def _load(model: Model, adapter: Path, name: str) -> None:
         )
 
 
-# Mean difference of a log-probability that rounding explains, nats.
+# Largest mean difference of log-probabilities that rounding can explain, nats.
 _MERGED_ALIKE = 0.01
 
 
 def _unknown_settings(model: Model, settings: dict[str, object]) -> list[str]:
-    """Return what is set that the installed peft has dropped without a word."""
+    """Return settings that the installed peft silently dropped."""
     known = {field.name for config in model.peft_config.values() for field in dataclasses.fields(config)}
     return sorted(name for name, value in settings.items() if value and name not in known)
 
 
 @torch.no_grad()
 def _some_logps(model: Model) -> torch.Tensor:
-    """Return the log-probabilities of every token behind the first few of the vocabulary."""
+    """Return the log-probabilities of every token after each of the vocabulary's first few."""
     weight, training = model.get_input_embeddings().weight, model.training
     ids = torch.arange(min(8, len(weight)), device=weight.device)[None]
     logits = model.eval()(input_ids=ids, use_cache=False).logits
@@ -190,10 +190,10 @@ def _some_logps(model: Model) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _with_layer_names(adapter: Path) -> Iterator[Path]:
-    """An adapter folder whose weights have the names its layers expect.
+    """Yield an adapter folder whose weights have the names that its layers expect.
 
-    peft saves DoRA's magnitudes without the suffix that `transformers` looks for; such an adapter is
-    read from a renamed copy.
+    peft saves DoRA's magnitudes without the suffix that `transformers` looks for. Such an adapter is read from a
+    renamed copy.
     """
     suffix = "lora_magnitude_vector"
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -211,7 +211,7 @@ _MERGE_YOURSELF = "Merge it with peft (merge_and_unload) and pass the merged mod
 
 
 def _merge_layers(model: Model) -> None:
-    """Replace every tuner layer by the merged layer it wraps, innermost wrappers first."""
+    """Replace every tuner layer by its merged base layer, innermost wrappers first."""
     for name, layer in sorted(model.named_modules(), key=lambda item: -item[0].count(".")):
         if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
             layer.merge(safe_merge=True)
@@ -227,10 +227,10 @@ def _heads_are_tied(model: Model) -> bool:
 
 
 def _forget_adapter(model: nn.Module, before: dict[str, object]) -> None:
-    """Undo what loading an adapter notes on the model object.
+    """Remove what loading an adapter stores on the model object.
 
-    Among it is how parameter names map to checkpoint names: left there, `save_pretrained` would
-    write the merged weights under names that no loader finds.
+    This includes the mapping from parameter names to checkpoint names: with it, `save_pretrained` would save the
+    merged weights under names that no loader finds.
     """
     for name in set(vars(model)) - set(before):
         delattr(model, name)

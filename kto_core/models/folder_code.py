@@ -1,7 +1,8 @@
-"""Python code that comes with a model, and what it means that it is not run.
+"""Check Python code that comes with a model, and warn if it is not run.
 
 A folder may name code of its own for its model or tokenizer (`auto_map`). Without `--trust-remote-code` transformers
-reads the folder with its own class of the same model type, if it has one, whatever that code would have computed.
+loads the folder with its own class of the same model type, if it has one, even if that code would compute other
+scores.
 """
 
 import re
@@ -19,14 +20,14 @@ _WAY_OUT = (
 def check_model_code(folder: Path, model_type: str, classes: dict[str, str]) -> list[str]:
     """Return warnings about code that is not run; for models loaded without `--trust-remote-code`.
 
-    Code that transformers has adopted under the same names (Phi-3, DeepSeek) is only named.
+    Code that transformers has adopted under the same names (Phi-3, DeepSeek) only leads to a warning.
 
     Args:
-        model_type: by the folder's config.json.
+        model_type: from the folder's config.json.
         classes: `AutoConfig`, `AutoModelForCausalLM` and `AutoModel` -> the class that is used instead of the folder's.
 
     Raises:
-        ModelError: the code is of another class than the one that would be used.
+        ModelError: the code defines another class than the one that would be used.
     """
     references = _references(folder, "config.json")
     named = "AutoModelForCausalLM" if "AutoModelForCausalLM" in references else "AutoModel"
@@ -51,7 +52,7 @@ def check_tokenizer_code(folder: Path, used: str) -> list[str]:
         used: name of the class that the tokenizer was loaded with.
 
     Raises:
-        ModelError: the code is of another class than the one used.
+        ModelError: the code defines another class than the one used.
     """
     reference = _references(folder, "tokenizer_config.json").get("AutoTokenizer")
     if reference is None:
@@ -65,7 +66,7 @@ def check_tokenizer_code(folder: Path, used: str) -> list[str]:
 
 
 def own_code(folder: Path) -> str | None:
-    """Return what config.json names as the model's own code, `module.Class`, or None."""
+    """Return the model's own code in config.json, `module.Class`, or None."""
     references = _references(folder, "config.json")
     for auto_class in ("AutoModelForCausalLM", "AutoModel", "AutoConfig"):
         if auto_class in references:
@@ -74,7 +75,7 @@ def own_code(folder: Path) -> str | None:
 
 
 def not_run(folder: Path, reference: str, *, instead: str | None, file: str = "config.json") -> ModelError:
-    """Return the error for code that the folder needs and that would not be run."""
+    """Return the error for code that the folder needs but that is not run."""
     used = (
         f"and transformers' {instead} would be used instead" if instead else "and transformers has no class of its own"
     )
@@ -88,7 +89,7 @@ def _references(folder: Path, file: str) -> dict[str, str]:
     """Return `auto_map` of a JSON file in the folder: auto class -> `module.Class` or `org/repo--module.Class`."""
     path = folder / file
     auto_map = read_json_object(path).get("auto_map") if path.exists() else None
-    if isinstance(auto_map, list | tuple):  # as tokenizers once wrote it
+    if isinstance(auto_map, list | tuple):  # the format of older tokenizers
         auto_map = {"AutoTokenizer": auto_map}
     if not isinstance(auto_map, dict):
         return {}
@@ -96,7 +97,7 @@ def _references(folder: Path, file: str) -> dict[str, str]:
 
 
 def _reference(value: object) -> str | None:
-    """A tokenizer names two classes, slow and fast; either may be null."""
+    """Return the class name of an `auto_map` entry. A tokenizer has two, slow and fast, and either may be null."""
     if isinstance(value, list | tuple):
         named = [one for one in value if isinstance(one, str)]
         return named[-1] if named else None
@@ -114,7 +115,7 @@ def _code_file(folder: Path, reference: str) -> str:
 
 
 def _is_adopted(reference: str, model_type: str, used: str) -> bool:
-    """The same class name, in a file that bears the model type's name: `modeling_phi3.Phi3ForCausalLM`."""
+    """Return whether transformers has the same class in a file of the model type: `modeling_phi3.Phi3ForCausalLM`."""
     module = reference.rpartition("--")[2].rpartition(".")[0]
     family = re.sub(r"^(modeling|modelling|configuration)_", "", module)
     return _class_name(reference) == used and model_type.startswith(family)

@@ -1,4 +1,4 @@
-"""Find the local folder of a model or adapter: given, or fetched from the hub."""
+"""Find the local folder of a model or adapter: a given folder, or a download from the hub."""
 
 import re
 from pathlib import Path
@@ -12,19 +12,20 @@ from offline_kto.kto_core.models.hub import fetch_from_hub
 def find_folder(
     model: str, *, revision: str | None, what: str = "model", local: bool = True
 ) -> tuple[Path, str | None]:
-    """The local folder of a model or adapter, and the commit it was resolved to.
+    """Return the local folder of a model or adapter, and the commit it was resolved to.
 
-    A hub id is downloaded, or found in the hub's cache on disk. With `local` off a folder of that name is passed over.
+    A hub id is downloaded, or found in the hub's cache on disk. With `local` off, a local folder of that name is
+    ignored.
 
     Raises:
-        ModelError: neither a folder nor a hub id that can be had.
+        ModelError: neither a folder nor a hub id that can be downloaded.
     """
     folder = Path(model).expanduser()
     try:
         if local and folder.is_dir():
             return _without_pipes(folder, what), None
         is_file = local and folder.exists()
-    except (OSError, ValueError) as error:  # too long a name, or one with a null character
+    except (OSError, ValueError) as error:  # the name is too long or has a null character
         raise ModelError(f"{printable(model, 100)}: no such {what} folder ({said_by(error)}).") from error
     if is_file:
         raise ModelError(f"{model}: a file; expected the {what}'s folder (with its config and *.safetensors).")
@@ -39,10 +40,10 @@ _HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.
 
 
 def _refuse_address(model: str) -> None:
-    """Say what to pass for the address of a hub page, or for `id@revision`.
+    """Refuse the address of a hub page, and `id@revision`, and say what to pass instead.
 
     Raises:
-        ModelError: it is one.
+        ModelError: `model` is one of these.
     """
     url, at = _HUB_URL.fullmatch(model), re.fullmatch(r"([\w.-]+/[\w.-]+)@([\w./-]+)", model)
     if url:
@@ -59,7 +60,7 @@ def _refuse_address(model: str) -> None:
 
 
 def _without_pipes(folder: Path, what: str) -> Path:
-    """A folder in which no library waits for ever. Raises: ModelError: a pipe or a device is in it."""
+    """Return a folder that libraries can read without blocking. Raises: ModelError: it contains a pipe or a device."""
     try:
         check_kinds(folder)
     except OSError as error:
@@ -68,26 +69,26 @@ def _without_pipes(folder: Path, what: str) -> Path:
 
 
 def find_reference(reference: ReferenceFields, what: str = "model") -> tuple[Path, str | None]:
-    """The folder of the model, or of the adapter, that a manifest names, and its commit if it is the hub's.
+    """Return the folder of the model or adapter that a manifest names, and its commit if it comes from the hub.
 
-    What was a folder when it was scored is never looked for on the hub, and what was the hub's is never taken from a
-    folder that happens to have its name.
+    A reference that was a folder when it was scored is never looked up on the hub. A reference from the hub is never
+    read from a local folder that happens to have its name.
 
     Args:
         reference: the manifest's section.
         what: "model" or "adapter".
 
     Raises:
-        ModelError: it is not there any more, or cannot be had.
+        ModelError: it no longer exists, or cannot be downloaded.
     """
     if what == "model":
         name, path, revision = reference.get("id"), reference.get("path"), reference.get("revision")
     else:
         name, path, revision = reference.get("adapter"), reference.get("adapter_path"), None
-    is_recorded = "path" in reference  # older caches do not say it; there a model with a commit was the hub's
+    is_recorded = "path" in reference  # older caches lack it; in these, a model with a commit came from the hub
     if path is None and (is_recorded or what == "adapter" or revision is not None):
         return find_folder(str(name), revision=revision, what=what, local=not is_recorded)
-    for place in (path, name):  # the second where model and cache were moved together
+    for place in (path, name):  # the second if model and cache were moved together
         if place is not None and Path(str(place)).expanduser().is_dir():
             return _without_pipes(Path(str(place)).expanduser().absolute(), what), None
     shown = f"{path} (given as {name})" if path not in (None, name) else str(name)
@@ -95,6 +96,6 @@ def find_reference(reference: ReferenceFields, what: str = "model") -> tuple[Pat
 
 
 def local_path(folder: Path, revision: str | None) -> str | None:
-    """Where a model or adapter lies, for the manifest; None for one of the hub, which has a commit."""
+    """Return the path of a model or adapter for the manifest; None for a hub model, which has a commit."""
     path = str(folder.absolute())
     return path if revision is None and path.isprintable() and len(path) <= LONGEST_NAME else None

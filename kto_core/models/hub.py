@@ -1,4 +1,4 @@
-"""Fetching a model or adapter from the hub: only what is loaded, with a time limit, from the cache where that suffices."""
+"""Download a model or adapter from the hub: only files that are loaded, with a time limit, or from the hub's cache."""
 
 import re
 import threading
@@ -10,9 +10,9 @@ from offline_kto.kto_core.errors import ModelError, said_by
 from offline_kto.kto_core.hashing import weight_files
 from offline_kto.kto_core.library_types import HubSession
 
-# What loading a model and its tokenizer reads ("*" matches "/" as well, here and below).
+# Files that loading a model and its tokenizer reads ("*" also matches "/", here and below).
 WANTED = ["*.json", "*.safetensors", "*.model", "tokenizer.model.*", "*.txt", "*.tiktoken", "*.bpe", "*.jinja", "*.py"]
-# The same weights once more: in other formats, in other types, earlier ones.
+# Duplicates of the same weights: other formats, other types, earlier checkpoints.
 UNWANTED = [
     *(f"*/*{end}" for end in (".json", ".safetensors", ".model", ".txt", ".tiktoken", ".bpe")),
     "consolidated*",
@@ -23,16 +23,16 @@ _SECONDS_IN_SILENCE = 3.0
 
 
 def fetch_from_hub(name: str, *, revision: str | None, what: str) -> Path:
-    """Return the folder of a hub repository in the hub's cache, downloading what it lacks.
+    """Return the folder of a hub repository in the hub's cache, downloading missing files.
 
-    A commit that is in the cache is not asked for. A hub that does not answer is waited for only so long
-    (`HF_HUB_ETAG_TIMEOUT`, 10 seconds unless set); then the cached copy of that revision is used.
+    A commit that is complete in the cache needs no request. If the hub does not answer within a time limit
+    (`HF_HUB_ETAG_TIMEOUT`, 10 seconds unless set), the cached copy of that revision is used.
 
     Args:
         what: "model" or "adapter", for messages.
 
     Raises:
-        ModelError: it cannot be had.
+        ModelError: it cannot be downloaded.
     """
     import huggingface_hub
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
@@ -51,7 +51,7 @@ def fetch_from_hub(name: str, *, revision: str | None, what: str) -> Path:
         folder = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
         )
-    except Exception as error:  # of the hub, its HTTP client, the disk
+    except Exception as error:  # from the hub, its HTTP client or the disk
         raise ModelError(
             f"{name}: no such {what} folder here, and it cannot be fetched from the hub: {said_by(error)}"
         ) from error
@@ -64,7 +64,7 @@ def fetch_from_hub(name: str, *, revision: str | None, what: str) -> Path:
 
 
 def _bound_requests(session: HubSession, seconds: float) -> None:
-    """Give a time limit to each request that has none: asking for a repository's state waits without end.
+    """Give a time limit to each request without one: requests for a repository's state have none.
 
     Args:
         session: the HTTP client of `huggingface_hub`; it keeps the limit for the life of the process.
@@ -81,7 +81,7 @@ def _bound_requests(session: HubSession, seconds: float) -> None:
 
 
 def _cached(name: str, commit: str) -> Path | None:
-    """Return the snapshot of a commit where the cache holds all of it."""
+    """Return the snapshot of a commit if the cache has all of it."""
     import huggingface_hub
 
     try:
@@ -91,7 +91,7 @@ def _cached(name: str, commit: str) -> Path | None:
             )
         )
         files = weight_files(folder)
-    except Exception:  # noqa: BLE001  (not there, or not all of it: it is fetched)
+    except Exception:  # noqa: BLE001  (missing or incomplete: it is downloaded)
         return None
     settings = any((folder / one).exists() for one in ("config.json", "adapter_config.json"))
     return folder if settings and files and all(file.exists() for file in files) else None

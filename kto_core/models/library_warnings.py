@@ -1,4 +1,4 @@
-"""What `transformers` warns of while it loads something: collected, because the commands silence its log."""
+"""Collect warnings that `transformers` logs while it loads a model, because the commands silence its log."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ class _Collector(logging.Handler):
 
 @contextlib.contextmanager
 def collected_warnings(library: str = "transformers") -> Iterator[list[str]]:
-    """Collect a library's logged warnings in place of printing or dropping them.
+    """Collect a library's logged warnings instead of printing or dropping them.
 
     Args:
         library: name of its root logger.
@@ -35,12 +35,12 @@ def collected_warnings(library: str = "transformers") -> Iterator[list[str]]:
         logger.handlers, logger.propagate = handlers, propagate
 
 
-# Parts of messages after which a model may compute other numbers than its author's.
+# Parts of warnings that mean that a model may compute other scores than its author's.
 _TELLING = ("rope_parameters", "to instantiate a model of type", "but you overrode it")
 
 
 def telling(messages: list[str]) -> list[str]:
-    """Return the warnings about a configuration that a user must see, each in one line."""
+    """Return the warnings about a configuration that the user must see, each in one line."""
     found = [" ".join(message.split()) for message in messages if any(part in message for part in _TELLING)]
     return list(dict.fromkeys(found))
 
@@ -50,5 +50,5 @@ _SKIPPED = "skip the quantization"
 
 
 def skipped_quantization(messages: list[str]) -> str | None:
-    """Return what the library said where it left a quantisation out (without its advice to forget it), or None."""
+    """Return the library's warning that it skipped a quantisation (without its advice to ignore it), or None."""
     return next((message.split(" - ")[0] for message in messages if _SKIPPED in message), None)

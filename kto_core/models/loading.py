@@ -1,7 +1,6 @@
-"""Loading causal language models so that both stages compute the same numbers.
+"""Load causal language models so that both stages compute the same scores.
 
-Stage 1 and stage 2 hand in the `transformers` class; folder, precision, adapter, dropout and
-scoring forward are settled here, once.
+Both stages pass in the `transformers` class. Folder, precision, adapter, dropout and scoring forward are set here.
 """
 
 import contextlib
@@ -29,11 +28,11 @@ from offline_kto.kto_core.scoring.model_code import family_of, model_code
 
 
 def longest_alike(config: ModelConfig) -> int | None:
-    """How many tokens a sequence may have before its scores depend on what else is in its batch; None without a limit.
+    """Return the most tokens with which a row's scores do not depend on the rest of its batch; None without a limit.
 
-    With "longrope" (Phi-3 and its kin) a batch switches to other position frequencies, for all of its
-    rows, when its longest row goes beyond the length of pre-training. Where a row keeps only its strongest keys
-    (Doge), padding takes part in the choice.
+    With "longrope" (Phi-3 and related models), all rows of a batch switch to other position frequencies when its
+    longest row exceeds the length of pre-training. If a row keeps only its strongest keys (Doge), padding affects the
+    choice.
 
     Args:
         config: the model's, from `transformers`.
@@ -62,9 +61,9 @@ def load_causal_lm(
         folder: local folder with config.json and *.safetensors.
         precision: see `Precision`; trainable weights stay float32, because an update of 1e-6 on a
             weight of 1e-2 is below half a unit in the last place of bfloat16.
-        device: where the model goes.
-        frozen: True where no weight of this model will be trained (a reference, the base under LoRA).
-        adapter: a PEFT folder to merge into the weights, in float32; beside quantised weights it stays as it is.
+        device: where the model is placed.
+        frozen: True if no weight of this model will be trained (a reference, the base model of LoRA).
+        adapter: a PEFT folder to merge into the weights, in float32; next to quantised weights it is not merged.
 
     Raises:
         ModelError: not loadable, or weights missing from the files.
@@ -96,10 +95,10 @@ def load_causal_lm(
 
 
 def _check_loaded(model: Model, folder: Path, info: LoadingInfo) -> None:
-    """Compare what was read with the files.
+    """Compare the weights that were read with those in the files.
 
     Raises:
-        ModelError: weights that are missing, that were not read, or that are quantised and were read as if they were not.
+        ModelError: weights are missing, were not read, or are quantised and were read as if they were not.
     """
     check_shapes(folder, info["mismatched_keys"])
     missing = sorted(info["missing_keys"])
@@ -117,7 +116,7 @@ _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def _stored_type(folder: Path) -> torch.dtype | str:
-    """What the weights are read in where nothing is lost: their own type, not the one that config.json names."""
+    """Return the type in which the weights are stored, not the one in config.json; reading them in it loses nothing."""
     stored = None if is_quantized_folder(folder) else stored_type(folder)
     return _TYPES[stored] if stored else "auto"
 
@@ -141,7 +140,7 @@ def _read(auto_model: Transformers, folder: Path, dtype: torch.dtype | str, trus
 
 
 def _family_in(folder: Path) -> str:
-    """Return the `model_type` that config.json names, in brackets; nothing where it cannot be read."""
+    """Return the `model_type` of config.json in brackets; an empty text if it cannot be read."""
     with contextlib.suppress(ModelError):
         if kind := read_json_object(folder / "config.json").get("model_type"):
             return f" ({kind})"
@@ -149,15 +148,15 @@ def _family_in(folder: Path) -> str:
 
 
 def _has_rounded_constants(model: nn.Module) -> bool:
-    """Whether constants that the model computes for itself (Gemma's embedding scale) were rounded to 16 bits."""
+    """Return whether constants that the model computes itself (Gemma's embedding scale) were rounded to 16 bits."""
     return any(buffer.is_floating_point() and buffer.element_size() < 4 for buffer in model.buffers())
 
 
 def _restore_wide(model: nn.Module, folder: Path, unexpected: Collection[str]) -> bool:
-    """Put weights that are stored in float32 among narrower ones (recurrences, most often) back as they are stored.
+    """Restore weights that are stored in float32 among 16-bit ones (mostly of recurrences).
 
     Returns:
-        False where that cannot be done, because a tensor has another name in the model, or narrow types are mixed.
+        False if that cannot be done, because a tensor has another name in the model, or 16-bit types are mixed.
     """
     if is_quantized_folder(folder):
         return True
@@ -175,9 +174,9 @@ def _restore_wide(model: nn.Module, folder: Path, unexpected: Collection[str]) -
 
 
 def _widen(model: nn.Module) -> None:
-    """Turn 16-bit weights into float32 in all layers but those that are computed from quantised ones.
+    """Convert 16-bit weights to float32 in all layers without quantised weights.
 
-    `transformers` leaves experts that it dequantises (gpt-oss) in bfloat16, whatever is asked for.
+    `transformers` leaves experts that it dequantises (gpt-oss) in bfloat16, whatever type is requested.
     """
     for module in model.modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -189,9 +188,9 @@ def _widen(model: nn.Module) -> None:
 
 
 def _is_packed(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor holds quantised weights: whole numbers, floats of 8 bits, or 4-bit ones of bitsandbytes.
+    """Return whether a tensor holds quantised weights: integers, 8-bit floats, or bitsandbytes' 4-bit ones.
 
-    Those may lie in storage of any type, since sharding wants that of the other weights.
+    bitsandbytes may store them in any type, since sharding requires that of the other weights.
     """
     if getattr(tensor, "quant_state", None) is not None:
         return True
@@ -201,7 +200,7 @@ def _is_packed(tensor: torch.Tensor) -> bool:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Say what is missing before anything heavy is loaded.
+    """Check a model folder before anything large is loaded.
 
     Raises:
         ModelError: no config.json, or no safetensors.
@@ -215,7 +214,7 @@ def check_model_folder(folder: Path) -> None:
     check_texts(folder)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
-            f"{folder}: adapter_config.json lies beside config.json, and loading would put that adapter into the model "
+            f"{folder}: there is an adapter_config.json next to config.json, and loading would add that adapter to the model "
             "unasked. Move the adapter's files into a folder of their own, and pass it to --adapter."
         )
     if not any(folder.glob("*.safetensors")):
@@ -226,7 +225,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def is_quantized_folder(folder: Path) -> bool:
-    """Whether the weights in a model folder are stored quantised."""
+    """Return whether the weights in a model folder are quantised."""
     return declared_quantization(folder) is not None
 
 
@@ -235,17 +234,17 @@ def _is_quantized(model: Model) -> bool:
 
 
 def _compute_four_bits_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Compute bitsandbytes' 4-bit layers in the run's precision, not in the one that they were once saved with."""
+    """Make bitsandbytes' 4-bit layers compute in the run's precision, not in the one they were saved with."""
     for module in model.modules():
         if "compute_type_is_set" in vars(module):
             vars(module).update(compute_dtype=dtype, compute_type_is_set=True)
 
 
 def keep_gradients_of_four_bits(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for a CPU's bfloat16 instructions in the first pass in eval mode.
+    """Keep bitsandbytes from repacking 4-bit weights for a CPU's bfloat16 instructions in eval mode.
 
-    The kernel for packed weights computes in bfloat16 and has no backward pass: once packed, all that lies in front
-    of such a layer gets no gradient any more, and nothing says so.
+    The kernel for repacked weights computes in bfloat16 and has no backward pass. Once weights are repacked, all
+    earlier layers silently get no gradient.
     """
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
@@ -253,7 +252,7 @@ def keep_gradients_of_four_bits(model: nn.Module) -> None:
 
 
 def keep_eight_bits_in_eval_mode(model: nn.Module) -> None:
-    """Keep bitsandbytes' 8-bit layers in eval mode: on a CPU they compute by another rule in train mode."""
+    """Keep bitsandbytes' 8-bit layers in eval mode: on a CPU they compute other values in train mode."""
     for module in model.modules():
         if hasattr(getattr(module, "state", None), "is_training"):
             _keep_in_eval_mode(module)
@@ -265,24 +264,24 @@ def _keep_in_eval_mode(module: nn.Module) -> None:
 
 
 def _set_outputs(config: ModelConfig) -> None:
-    """Ask for an object with the last hidden states, whatever config.json asks for.
+    """Configure the model to return an object with the last hidden states, whatever config.json says.
 
-    `transformers` reads a model that returns its attentions, and refuses to save it under any kernel but eager.
+    `transformers` loads a model that returns its attentions, but saves it only with eager attention.
     """
     for one in (config, config.get_text_config()):
         one.return_dict, one.output_attentions, one.output_hidden_states = True, False, False
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate and router jitter to 0: the start-up check, z0 and the loss must see one and the same policy.
+    """Set every dropout rate and router jitter to 0, so that the start check, z0 and the loss use the same policy.
 
-    The configuration keeps its values, so the saved model does too.
+    The configuration keeps its values, and so does the saved model.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "router_jitter_noise"):
-            # PhiMoE's router reads it in eval mode as well, as a threshold, and draws its experts by lot in training.
+            # PhiMoE's router uses it in eval mode too, as a threshold, and samples its experts in train mode.
             _keep_in_eval_mode(module)
             continue
         for name, value in list(vars(module).items()):

@@ -1,4 +1,4 @@
-"""Files of a model folder, read with one message for each way in which they cannot be."""
+"""Read files of a model folder, with an error message for each way in which that can fail."""
 
 import codecs
 import json
@@ -11,7 +11,7 @@ def read_json_object(path: Path) -> dict[str, object]:
     """Return the object in a JSON file.
 
     Raises:
-        ModelError: not readable, not JSON, or no object.
+        ModelError: not readable, not JSON, or not an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -28,10 +28,10 @@ _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
 def check_texts(folder: Path) -> None:
-    """Refuse files that git left as pointers, and JSON that an editor saved in another encoding than transformers reads.
+    """Refuse git LFS pointers, and JSON files with a byte-order mark, which transformers cannot read.
 
     Raises:
-        ModelError: there is one, with what to do about it.
+        ModelError: there is one; the message says what to do.
     """
     for path in sorted(file for pattern in _READ for file in folder.glob(pattern)):
         try:

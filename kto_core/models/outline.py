@@ -1,7 +1,7 @@
-"""A model without its weights: which class reads a folder, and whether it reads all that the files hold.
+"""Build a model without its weights, to see which class reads a folder and whether it reads all weights in the files.
 
-Loading that class from tensors without values takes milliseconds, and tells what loading the real ones would leave out:
-names go through the same renaming and merging. `transformers` is handed in as a module.
+Loading that class from tensors without values takes milliseconds, and reports the same unread weights as a real load:
+names go through the same renaming and merging. `transformers` is passed in as a module.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ Mismatch: TypeAlias = tuple[str, Sequence[int], Sequence[int]]
 
 
 class LoadingInfo(TypedDict, total=False):
-    """`output_loading_info` of transformers, as far as it is used.
+    """The used part of transformers' `output_loading_info`.
 
     Attributes:
         missing_keys: weights of the model that the files lack.
@@ -53,11 +53,11 @@ class LoadingInfo(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Outline:
-    """What a folder will be loaded as.
+    """A folder's model without weights, and how it differs from the files.
 
     Attributes:
         model: without weights, on the meta device.
-        unread: how many weights of the files it does not read, by what they are for.
+        unread: number of weights in the files that it does not read, by kind.
         warnings: lines for the plan.
     """
 
@@ -73,8 +73,8 @@ def find_outline(library: Transformers, folder: Path, *, trust_remote_code: bool
         library: the module `transformers`.
 
     Raises:
-        ModelError: no causal language model, or one that would not compute what the files hold: weights that it does not
-            read, weights of another shape, a quantisation that is not applied, code that is not run.
+        ModelError: not a causal language model, or one whose scores would be wrong: unread weights, weights of another
+            shape, a quantisation that is not applied, code that is not run.
     """
     with collected_warnings() as messages:
         model = _build(library, folder, trust_remote_code=trust_remote_code)
@@ -118,7 +118,7 @@ def _build(library: Transformers, folder: Path, *, trust_remote_code: bool) -> M
         ) from error
 
 
-# What the class names of config.json end in, and what such a model is.
+# Endings of the class names in config.json, and the kind of model.
 _FAMILIES = {
     "ForMaskedLM": "an encoder (a masked language model)",
     "ForPreTraining": "an encoder (a masked language model)",
@@ -144,7 +144,7 @@ def _other_family(config: Mapping[str, object]) -> str | None:
 
 
 def classes_used(model: Model, folder: Path) -> tuple[str, dict[str, str]]:
-    """Return the folder's model type, and the classes that are used for it."""
+    """Return the folder's model type, and the classes that are used to load it."""
     body = getattr(model, "base_model", model)
     classes = {"AutoConfig": model.config, "AutoModelForCausalLM": model, "AutoModel": body}
     model_type = str(read_json_object(folder / "config.json").get("model_type"))
@@ -152,10 +152,10 @@ def classes_used(model: Model, folder: Path) -> tuple[str, dict[str, str]]:
 
 
 def _report(library: Transformers, model: Model, tensors: Mapping[str, StoredTensor]) -> LoadingInfo:
-    """Return what loading the model from these tensors would not read, or read in another shape.
+    """Return the weights that loading the model from these tensors would not read, or would read in another shape.
 
-    Each class keeps a list of names that it leaves out without a word, among them whole layers by their number; the
-    subclass does not look at it. Where transformers cannot load without values, nothing is known until the weights are.
+    Each class has a list of names that it ignores silently, among them whole layers by their number; the subclass here
+    disables that list. If transformers cannot load without values, nothing is reported until the weights are loaded.
     """
     kind = type(model)
     overrides = {"_adjust_missing_and_unexpected_keys": lambda *_: None, "__module__": kind.__module__}
@@ -193,7 +193,7 @@ def _no_progress_bar(library: Transformers) -> Iterator[None]:
 
 
 def check_shapes(folder: Path, mismatched: Collection[Mismatch]) -> None:
-    """Refuse weights of another shape than the configuration gives them.
+    """Refuse weights whose shape differs from the configuration's.
 
     Args:
         mismatched: name, shape in the files, shape in the model.
@@ -213,7 +213,7 @@ def check_shapes(folder: Path, mismatched: Collection[Mismatch]) -> None:
 def check_unread(
     model: Model, folder: Path, unexpected: Collection[str], tensors: dict[str, StoredTensor]
 ) -> dict[str, int]:
-    """Count the weights that loading leaves out, by what they are for.
+    """Count the weights that loading leaves out, by kind.
 
     Args:
         model: loaded, or without weights.
@@ -221,7 +221,7 @@ def check_unread(
         tensors: of the folder's files.
 
     Raises:
-        ModelError: some of them would change what the model computes.
+        ModelError: some of them would change the model's scores.
     """
     config = model.config.get_text_config()
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
@@ -248,10 +248,10 @@ def check_unread(
 
 
 def check_reloadable(library: Transformers, model: Model, folder: Path) -> None:
-    """Refuse the text half of a multimodal checkpoint that could not be loaded again once it is saved alone (Mllama).
+    """Refuse the text part of a multimodal checkpoint if it could not be loaded again once it is saved alone (Mllama).
 
     Raises:
-        ModelError: it could not.
+        ModelError: it could not be loaded.
     """
     if model.config.model_type == read_json_object(folder / "config.json").get("model_type"):
         return
@@ -266,7 +266,7 @@ def check_reloadable(library: Transformers, model: Model, folder: Path) -> None:
 
 
 def said_of_unread(model: Model, folder: Path, unread: Mapping[str, int]) -> list[str]:
-    """Return the plan's warnings about weights that are left out."""
+    """Return the plan's warnings about unread weights."""
     kept, was = model.config.model_type, read_json_object(folder / "config.json").get("model_type")
     warnings = []
     if TOWER in unread or kept != was:

@@ -1,4 +1,4 @@
-"""Precision of a model: what weights are stored and computed in."""
+"""Precision of a model: the types in which weights are stored and computed."""
 
 import contextlib
 import re
@@ -14,11 +14,11 @@ from offline_kto.kto_core.errors import ModelError
 
 @dataclass(frozen=True)
 class Precision:
-    """How numbers are computed.
+    """The precision of the forward passes.
 
     `float32`: no autocast. `bfloat16`, `float16`: matrix products in that type under autocast, with
     the residual stream, norms and softmax in float32. A frozen model also stores its matrices in it;
-    since autocast would cast them anyway, that changes memory and no number.
+    since autocast would cast them anyway, that changes memory and no score.
     """
 
     dtype: torch.dtype
@@ -38,10 +38,10 @@ class Precision:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one.
+    """Return the device of that name; `auto` is the GPU if there is one.
 
     Raises:
-        ModelError: the device asked for does not exist here.
+        ModelError: the device does not exist here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,19 +54,19 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    """Return the precision of that name; `auto` is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return Precision(getattr(torch, name))
 
 
 def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store in `dtype` what autocast would cast before it is used; everything else in float32.
+    """Store in `dtype` the matrices that autocast casts to it before use, and everything else in float32.
 
-    Autocast casts the matrices of linear layers before each product, so their storage changes no number. Embeddings,
-    norms, biases, recurrences (Mamba's `A_log`) and tables of positions meet float32 values: rounding them would.
-    (Stacked experts are outside of autocast: a mixture of experts computes them as they are stored. They are most of
-    its weights.)
+    Autocast casts the matrices of linear layers before each product, so their storage changes no score. Embeddings,
+    norms, biases, recurrences (Mamba's `A_log`) and position tables are combined with float32 values: rounding them
+    would. (Stacked experts are outside of autocast: a mixture of experts computes in their stored type. They are most
+    of its weights.)
     """
     narrow = _matrices(model, dtype)
     for parameter in model.parameters():
@@ -91,14 +91,14 @@ def _matrices(model: nn.Module, dtype: torch.dtype) -> set[int]:
         elif holds_experts(module):
             found |= {id(own.pop(name)) for name in list(own) if own[name].ndim >= 2}
         others |= {id(parameter) for parameter in own.values()}
-    return found - others  # a tied matrix is an embedding too
+    return found - others  # a tied matrix is also an embedding
 
 
 def _casts_its_weight(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Return whether a layer computes the same whether its weight is stored in float32 or in `dtype`, under autocast.
+    """Return whether a layer gives the same output under autocast with its weight in float32 and in `dtype`.
 
-    Families have linear layers of their own (GPT-2's are transposed); some normalise or scale the weight before they use
-    it, or use it outside of autocast.
+    Some model families have their own linear layers (GPT-2's are transposed). Some of these normalise or scale the
+    weight first, or use it outside of autocast.
     """
     weight = cast("torch.Tensor", module.weight)
     stored = weight.data
@@ -110,7 +110,7 @@ def _casts_its_weight(module: nn.Module, dtype: torch.dtype) -> bool:
                 for kind in (torch.float32, dtype):
                     weight.data = stored.to(kind)
                     outputs.append(module(values))
-        except Exception:  # noqa: BLE001 (it takes other inputs; float32 is always right)
+        except Exception:  # noqa: BLE001 (it expects other inputs; float32 is always correct)
             continue
         finally:
             weight.data = stored
@@ -119,7 +119,7 @@ def _casts_its_weight(module: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Return whether a module's own parameters are the matrices of many experts, stacked."""
+    """Return whether a module's own parameters are the stacked matrices of many experts."""
     counts = [n for name, n in vars(module).items() if re.search("num_(local_)?experts$", name) and isinstance(n, int)]
     shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
     return any(

@@ -1,6 +1,6 @@
-"""Quantised weights: what a folder says of them, and whether transformers applies it.
+"""Quantised weights: find their declaration in a model folder, and check that transformers applies it.
 
-A method that transformers does not know is skipped: the packed values are read as if they were weights.
+transformers skips a method that it does not know, and reads the packed values as if they were weights.
 """
 
 import json
@@ -11,20 +11,20 @@ from offline_kto.kto_core.errors import ModelError, in_one_line, printable
 from offline_kto.kto_core.models.model_files import read_json_object
 from offline_kto.kto_core.models.weight_files import StoredTensor, is_packed, some
 
-# Where a configuration says how weights are quantised; transformers reads the first alone.
+# Keys of a configuration that declare quantised weights; transformers reads only the first.
 _KEYS = ("quantization_config", "compression_config", "quantization", "quant_config")
-# Files that quantisers write beside config.json, for other programs than transformers.
+# Files that quantisers write next to config.json, for programs other than transformers.
 _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
 def declared_quantization(folder: Path) -> dict[str, object] | None:
-    """Return what config.json, or the text half in it, says of quantised weights; None where it says nothing."""
+    """Return the quantisation settings in config.json, or in its text part; None without any."""
     found = _declared(read_json_object(folder / "config.json"))
     return found[1] if found else None
 
 
 def _declared(config: Mapping[str, object], where: str = "") -> tuple[str, dict[str, object]] | None:
-    """Towers' own settings do not count: they are not read."""
+    """Return key and settings of the declared quantisation, without those of towers, which are not read."""
     for key in _KEYS:
         settings = config.get(key)
         if isinstance(settings, dict) and settings:
@@ -40,11 +40,11 @@ def _declared(config: Mapping[str, object], where: str = "") -> tuple[str, dict[
 def check_quantization(
     folder: Path, tensors: Mapping[str, StoredTensor], *, is_applied: Callable[[dict[str, object]], bool]
 ) -> None:
-    """Refuse quantised weights that would be read as if they were not.
+    """Refuse quantised weights that would be read as if they were not quantised.
 
     Args:
         tensors: of the folder's files.
-        is_applied: whether transformers knows the method that such settings name; may raise ValueError.
+        is_applied: whether transformers knows the method in the settings; may raise ValueError.
 
     Raises:
         ModelError: settings or packed weights that transformers does not apply.
@@ -59,7 +59,7 @@ def check_quantization(
             raise ModelError(f"{folder / 'config.json'}: {where} cannot be used: {in_one_line(error)}") from error
         if not known:
             raise ModelError(
-                f"{folder / 'config.json'}: {where} ({method}) is no quantisation that the installed transformers applies: it "
+                f"{folder / 'config.json'}: {where} ({method}) is a quantisation that the installed transformers does not support: it "
                 f"would read the packed values as weights. {USE_ANOTHER}"
             )
         return
@@ -92,7 +92,7 @@ def check_unpacked(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def _is_for_cache_alone(path: Path) -> bool:
-    """Return whether such a file quantises the key-value cache and no weight."""
+    """Return whether a quantiser's file quantises only the key-value cache and no weights."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Loading a tokenizer so that it reads text as its own files say."""
+"""Load a tokenizer so that it follows the rules in its own files."""
 
 import contextlib
 import json
@@ -28,10 +28,10 @@ def load_tokenizer(
         auto_tokenizer: `transformers.AutoTokenizer`.
         folder: local.
         options: more keywords for `from_pretrained`.
-        notes: where to add sentences on what a user should know of it.
+        notes: list to which messages for the user are added.
 
     Raises:
-        ModelError: the folder holds none that can be loaded.
+        ModelError: the folder has no tokenizer that can be loaded.
     """
     keywords = {**(options or {}), "trust_remote_code": trust_remote_code}
     with _heard() as heard:
@@ -54,7 +54,7 @@ def load_tokenizer(
 
 
 def _stop_sampling(backend: TokenizerBackend) -> bool:
-    """Switch off a random choice of merges in a `tokenizers` tokenizer; return whether there was one."""
+    """Switch off random merges (BPE-dropout) in a `tokenizers` tokenizer. Return whether they were on."""
     model: Model = getattr(backend, "model", None)
     if not getattr(model, "dropout", None):
         return False
@@ -63,13 +63,13 @@ def _stop_sampling(backend: TokenizerBackend) -> bool:
 
 
 def use_template(tokenizer: Tokenizer, path: Path | None, settings: Mapping[str, object]) -> list[str]:
-    """Give a tokenizer the template in a file, or defaults for its own one's variables.
+    """Set a tokenizer's chat template from a file, or set defaults for the variables of its own template.
 
     Returns:
-        Sentences on what a user should know.
+        Messages for the user.
 
     Raises:
-        ConfigError: a file that cannot be read, or no template that the variables could be for.
+        ConfigError: a file that cannot be read, or variables without a template.
     """
     template = _read_template(path) if path is not None else getattr(tokenizer, "chat_template", None)
     if not template:
@@ -109,7 +109,7 @@ def _load(tokenizer_class: Transformers, folder: Path, keywords: Mapping[str, ob
         return tokenizer_class.from_pretrained(str(folder), **keywords)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the native code's panics are no `Exception`
+    except BaseException as error:  # panics of native code are not an `Exception`
         filed = (folder / _FILE).is_file()
         hint = f' Set "tokenizer_class" in tokenizer_config.json to "PreTrainedTokenizerFast" to read {_FILE} as it is.'
         raise ModelError(
@@ -118,10 +118,10 @@ def _load(tokenizer_class: Transformers, folder: Path, keywords: Mapping[str, ob
 
 
 def _as_filed(tokenizer: Tokenizer, folder: Path, keywords: Mapping[str, object]) -> Tokenizer:
-    """Return the tokenizer that tokenizer.json describes where it reads text in another way; None otherwise.
+    """Return the tokenizer that tokenizer.json describes if it tokenizes differently; None otherwise.
 
-    Some classes keep the vocabulary of the file and put rules of their own in place of its rules: a byte-level file
-    under `LlamaTokenizer` loses every space.
+    Some classes keep the file's vocabulary but replace its rules by their own: a byte-level file under
+    `LlamaTokenizer` loses every space.
     """
     path = folder / _FILE
     plain = next((base for base in type(tokenizer).__mro__ if base.__name__ == "TokenizersBackend"), None)
@@ -143,7 +143,7 @@ def _as_filed(tokenizer: Tokenizer, folder: Path, keywords: Mapping[str, object]
         return other if _alike(_ids(other, probe), wanted) else None
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # noqa: BLE001 - whatever fails here fails on the first row, which is named then
+    except BaseException:  # noqa: BLE001 - a failure here recurs on the first row, with an error that names it
         return None
 
 
@@ -152,10 +152,10 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _alike(ids: list[int], wanted: list[int]) -> bool:
-    """Return whether two readings are the same but for their beginning.
+    """Return whether two lists of ids are the same except at their beginning.
 
-    Whether a text, or a piece of it behind a special token, begins with a space is for `add_prefix_space` and
-    `legacy` in tokenizer_config.json to say.
+    Whether a text, or a part after a special token, begins with a space depends on `add_prefix_space` and `legacy` in
+    tokenizer_config.json.
     """
     same = next(
         (i for i, (a, b) in enumerate(zip(reversed(ids), reversed(wanted), strict=False)) if a != b), len(wanted)
@@ -175,7 +175,7 @@ _PIECES = 1000
 
 
 def _probe(tokenizer: Tokenizer) -> str:
-    """Return text that shows a tokenizer's rules: signs of all kinds, and pieces of its own vocabulary."""
+    """Return text that exercises a tokenizer's rules: characters of all kinds, and pieces of its own vocabulary."""
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     added = tokenizer.get_added_tokens_decoder()
     ids = [i for i in range(0, size, max(1, size // _PIECES)) if i not in added]
@@ -186,7 +186,7 @@ def _probe(tokenizer: Tokenizer) -> str:
 
 @contextlib.contextmanager
 def _heard() -> Iterator[list[str]]:
-    """Collect what transformers warns of, which is hidden otherwise."""
+    """Collect warnings that transformers logs, which are hidden otherwise."""
     heard: list[str] = []
 
     class Listener(logging.Handler):

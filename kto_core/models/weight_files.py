@@ -1,4 +1,4 @@
-"""What the weight files of a model folder hold, as their headers tell it: names, types and shapes, no values."""
+"""Read names, types and shapes of the tensors in a model folder from its weight files' headers, without values."""
 
 import re
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from offline_kto.kto_core.hashing import safetensors_header, weight_files
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file, unread.
+    """A tensor in a file, without its values.
 
     Attributes:
         dtype: as safetensors names it: F32, BF16, F8_E4M3, I8, ...
@@ -37,14 +37,14 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     }
 
 
-# Constants that older versions of transformers saved, and that each model computes for itself.
+# Constants that older versions of transformers saved, and that each model computes itself.
 _CONSTANTS = re.compile(
     r"\.inv_freq$|(^|\.)(rope|rotary_emb|rotary_pos_emb)\.\w+$|(^|\.)freqs_cis$|(^|\.)position_ids$"
     r"|embed_positions\.weights$|(^|\.)version$|\.num_batches_tracked$|\.masked_bias$|\.causal_mask$|\.attn_mask$"
 )
-# Causal masks of GPT-2 and its kin; a bias of one dimension is a weight.
+# Causal masks of GPT-2 and related models; a bias of one dimension is a weight.
 _MASKS = re.compile(r"(attn|attention)\.bias$")
-# Scales for an 8-bit key-value cache, which scoring has not.
+# Scales for an 8-bit key-value cache, which scoring does not use.
 _CACHE_SCALES = re.compile(r"\.(q|k|v|prob|kv)_scale$|\.[kv]_proj\.output_scale$")
 
 
@@ -52,7 +52,7 @@ def is_constant(name: str, tensor: StoredTensor | None) -> bool:
     """Return whether a tensor of a file is a constant or a scale that no score depends on.
 
     Args:
-        tensor: None where the file has it under another name.
+        tensor: None if the file has it under another name.
     """
     if _MASKS.search(name):
         return tensor is not None and len(tensor.shape) >= 3
@@ -62,11 +62,11 @@ def is_constant(name: str, tensor: StoredTensor | None) -> bool:
 
 
 def is_activation_scale(name: str) -> bool:
-    """Return whether a tensor scales activations, which weights that are unpacked while they are read do without."""
+    """Return whether a tensor scales activations, which is not needed for weights that are unpacked on loading."""
     return name.endswith((".input_scale", ".activation_scale", ".output_scale"))
 
 
-# Narrow floats mean nothing without their scales; whole numbers of 4 and 8 bits as matrices neither.
+# Floats of 4 to 8 bits, and matrices of 4-bit and 8-bit integers, are quantised weights that need their scales.
 _NARROW = re.compile(r"F[468]_|I4$|U4$")
 
 
@@ -77,7 +77,7 @@ def is_packed(name: str, tensor: StoredTensor) -> bool:
     return tensor.dtype in ("I8", "U8") and len(tensor.shape) >= 2 and not is_constant(name, tensor)
 
 
-# What a text model leaves out of a multimodal checkpoint without a change to what it computes of text.
+# Weights of a multimodal checkpoint that its text model does not use.
 _TOWER = re.compile(
     r"(^|\.)(visual|vision_\w+|vision|vit|image_\w+|img_\w+|audio_\w+|audio|speech_\w+|embed_vision|embed_audio|"
     r"multi_?modal_\w+|mm_\w+|connector|perceiver\w*|resampler|aligner|patch_embed\w*)(\.|$)"
@@ -89,7 +89,7 @@ TOWER, PREDICTION = "vision or audio", "multi-token prediction"
 
 
 def is_of_tower(name: str) -> bool:
-    """Return whether a weight belongs to a vision or audio tower, or to what projects its output."""
+    """Return whether a weight belongs to a vision or audio tower, or to the projection of its output."""
     return bool(_TOWER.search(name))
 
 
@@ -97,8 +97,8 @@ def is_of_prediction(name: str, layers: int, prediction_layers: int) -> bool:
     """Return whether a weight serves multi-token prediction, which scoring does not use.
 
     Args:
-        layers: of the model itself, by its configuration.
-        prediction_layers: that the configuration names, numbered behind them.
+        layers: number of the model's layers, from its configuration.
+        prediction_layers: number of prediction layers in the configuration, numbered after these.
     """
     if _PREDICTION.search(name):
         return True
@@ -107,7 +107,7 @@ def is_of_prediction(name: str, layers: int, prediction_layers: int) -> bool:
 
 
 def is_zero_bias(name: str, tensors: dict[str, StoredTensor]) -> bool:
-    """Return whether a weight is a bias that adds nothing, as some quantisers write for layers without one."""
+    """Return whether a weight is a bias of zeros, as some quantisers write for layers without one."""
     tensor = tensors.get(name)
     if tensor is None or not name.endswith(".bias") or tensor.dtype not in ("F32", "F16", "BF16"):
         return False

@@ -1,7 +1,7 @@
-"""Which attention kernel computes a model: one that leaves part of the model's own definition out must never be used.
+"""Choose an attention kernel that computes the model exactly as its family defines it.
 
-PyTorch's fused attention (sdpa, the default of `transformers`) has no soft-cap on attention scores, and drops the one
-that Gemma 2 and its kin pass to it, without a word.
+PyTorch's fused attention (sdpa, the default of `transformers`) does not support soft-caps on attention scores. It
+silently ignores the soft-cap of Gemma 2 and related models.
 """
 
 import contextlib
@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import Model, ModelConfig
 
-# Kernels that apply a soft-cap; every model defines itself by the first.
+# Kernels that apply a soft-cap; the first is every model's own definition.
 _CAPPING = ("eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 # `attn_logit_softcapping` and its other spellings.
 _SOFTCAP = re.compile(r"att(n|ention)\w*_(soft_?cap|logits?_cap)")
 
-# Parts of a model that no text goes through.
+# Parts of a model that do not process text.
 _NO_TEXT = ("vision", "audio", "image", "speech", "video")
 
 
 def caps_attention(config: ModelConfig) -> bool:
-    """Return whether a model limits its attention scores by a soft-cap.
+    """Return whether a model has a soft-cap on its attention scores.
 
     Args:
         config: the model's, from `transformers`.
@@ -42,7 +42,7 @@ def apply_softcaps(model: Model) -> None:
     """Switch a model with capped attention scores to a kernel that applies the cap.
 
     Raises:
-        ModelError: the model's code does not let its kernel be chosen.
+        ModelError: the model's code does not support choosing its kernel.
     """
     if not caps_attention(model.config) or model.config._attn_implementation in _CAPPING:
         return
@@ -57,7 +57,7 @@ def apply_softcaps(model: Model) -> None:
 
 @contextlib.contextmanager
 def eager_attention(model: Model) -> Iterator[None]:
-    """Compute with the attention that a family's own file spells out, and afterwards with the chosen one again."""
+    """Use the eager attention of the family's own code while the block runs, then restore the chosen kernel."""
     parts = getattr(model.config, "sub_configs", None) or ()
     chosen = {
         name: getattr(model.config, name)._attn_implementation for name in parts if getattr(model.config, name, None)

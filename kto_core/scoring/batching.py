@@ -1,23 +1,24 @@
-"""Cutting sequences into micro-batches under a token budget, and dealing them out to ranks."""
+"""Split sequences into micro-batches under a token budget, and distribute them over ranks."""
 
 import heapq
 from collections.abc import Sequence
 
 import numpy as np
 
-# What a pass costs whatever is in it, as a share of the budget: weights are read once, small matrices are slower to
-# multiply, and with gradients all weights' gradients are added up.
+# Fixed cost of a pass, as a share of the budget: weights are read once, small matrices are slower to multiply, and with
+# gradients all weights' gradients are accumulated.
 GRADIENT_PASS_COST, SCORING_PASS_COST = 1 / 32, 1 / 64
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, *, pass_cost: float = SCORING_PASS_COST) -> list[list[int]]:
     """Group sequences of similar length so that `rows * longest row <= max_tokens`, with the least waste.
 
-    Among all cuts of the rows, ordered by length, this one has the smallest sum of padded tokens
-    and passes, each pass counted as so much padding: one more is worth it where it saves that.
-    Longest first: the largest allocation comes first, so a budget that does not fit fails at once
+    Among all ways to split the rows, ordered by length, this one has the smallest sum of padded tokens
+    and passes, where each pass counts as a fixed amount of padding.
+
+    The longest come first. So the largest allocation comes first, a budget that does not fit fails at once
     instead of hours later, and the allocator never has to grow again. A sequence longer than the
-    budget gets a micro-batch of its own: every row is scored, whatever the budget.
+    budget gets its own micro-batch: every row is scored, whatever the budget.
 
     Args:
         lengths: tokens in each sequence (prompt and completion).
@@ -29,14 +30,14 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, *, pass_cost: float =
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    # Equal lengths keep their order, so that the cut depends on nothing but the lengths.
+    # Equal lengths keep their order, so that the result depends only on the lengths.
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     longest_first = np.array([lengths[i] for i in order], dtype=np.int64)
-    cost = np.zeros(len(order) + 1)  # cost[end]: of the best cut of the first `end` rows
-    starts = np.zeros(len(order) + 1, dtype=np.int64)  # where the last micro-batch of that cut begins
+    cost = np.zeros(len(order) + 1)  # cost[end]: of the best split of the first `end` rows
+    starts = np.zeros(len(order) + 1, dtype=np.int64)  # where the last micro-batch of that split begins
     first = 0
     for end in range(1, len(order) + 1):
-        # A micro-batch that begins at its longest row gets too large as `end` moves on, never the other way round.
+        # As `end` grows, a micro-batch that begins at `first` can only get too large, never small enough again.
         while first < end - 1 and (end - first) * longest_first[first] > max_tokens:
             first += 1
         begins = np.arange(first, end)
@@ -52,7 +53,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, *, pass_cost: float =
 
 
 def packed_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group sequences that will stand one behind the other, so that their sum stays within `max_tokens`.
+    """Group sequences that will be concatenated, so that the sum of their lengths is at most `max_tokens`.
 
     Longest first, each into the first group that has room; arguments and result as for `micro_batches`.
     """
@@ -72,11 +73,10 @@ def packed_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def deal(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Share sequences out so that all ranks have about the same to do.
+    """Distribute sequences so that all ranks have about the same load.
 
-    The most expensive first, each to the rank with the least so far (Graham's LPT rule: at most a
-    third above the best possible). Every rank computes the same shares from the same numbers, so
-    nothing has to be sent.
+    The most expensive come first, each to the rank with the least load so far (Graham's LPT rule: at most a third
+    above the optimum). Every rank computes the same shares from the same numbers, so nothing has to be communicated.
 
     Args:
         costs: tokens of each sequence.

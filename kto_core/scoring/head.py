@@ -1,7 +1,8 @@
-"""The output layer without its logits: log-probabilities of given tokens, in a fixed amount of memory.
+"""Compute log-probabilities of given tokens from hidden states, chunk by chunk, in a fixed amount of memory.
 
-A vocabulary of 152,000 makes a (tokens, vocabulary) tensor larger than everything else in a training step. Here it
-exists one chunk at a time, in one buffer that is written in place; the backward pass recomputes all chunks but one.
+With a vocabulary of 152,000, a (tokens, vocabulary) tensor would be larger than everything else in a training step.
+Here only one chunk of it exists at a time, in a buffer that is overwritten in place. The backward pass recomputes all
+chunks but the last.
 """
 
 from dataclasses import dataclass
@@ -12,24 +13,24 @@ from torch import Tensor, nn
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import AutogradContext, Model, ModelConfig
 
-# Elements of one chunk of float32 logits (64 MiB on a CPU, 256 MiB on a GPU): the matrix product runs at full speed,
-# and what it costs does not depend on the vocabulary.
+# Elements of one chunk of float32 logits (64 MiB on a CPU, 256 MiB on a GPU): large enough for the matrix product to
+# run at full speed, and independent of the vocabulary.
 _CHUNK_ELEMENTS = {"cpu": 2**24}
 _CHUNK_ELEMENTS_ACCELERATOR = 2**26
 
-# Marks an output layer whose weight's gradient exists before the forward pass, and is added to in the backward pass.
+# Attribute of an output layer whose gradient exists before the forward pass; the backward pass adds to it in place.
 _IN_PLACE = "gradient_in_place"
 
 
 @dataclass(frozen=True)
 class Head:
-    """What stands between hidden states and logits: `softcap * tanh((h W^T + b) * scale / softcap)`."""
+    """The map from hidden states to logits: `softcap * tanh((h W^T + b) * scale / softcap)`."""
 
     weight: Tensor  # (vocabulary, hidden)
     bias: Tensor | None
     scale: float
     softcap: float | None
-    # Where the weight's gradient is added to, instead of being returned: see `add_gradients_in_place`.
+    # The tensor to which the weight's gradient is added, instead of being returned: see `add_gradients_in_place`.
     gradient: Tensor | None = None
 
     @classmethod
@@ -37,7 +38,7 @@ class Head:
         """Read the head of a causal language model and its family's scaling.
 
         Raises:
-            ModelError: the output embedding is no linear layer.
+            ModelError: the output embedding is not a linear layer.
         """
         layer = model.get_output_embeddings()
         weight = getattr(layer, "weight", None)
@@ -52,11 +53,11 @@ class Head:
 
 
 def add_gradients_in_place(model: Model) -> list[Tensor]:
-    """Let backward passes add to the gradients of a model's largest matrices where they lie.
+    """Let backward passes add to the gradients of a model's largest matrices in place.
 
-    By itself autograd makes a tensor as large as the vocabulary's matrix in every pass, for the output layer and for
-    the embeddings, and adds them up in a third. Only for weights that are whole, in one process or under DDP without
-    its reducer: nothing that hooks into gradients sees these.
+    By default, autograd allocates in every pass a tensor as large as the vocabulary's matrix for the output layer,
+    another for the embeddings, and a third for their sum. This is only for unsharded weights, in one process or under
+    DDP without its reducer: hooks on gradients do not see them.
 
     Returns:
         The weights; their `grad` must be a tensor (zeros at first) when a forward pass begins.
@@ -67,18 +68,18 @@ def add_gradients_in_place(model: Model) -> list[Tensor]:
         setattr(head, _IN_PLACE, True)
         weights.append(head.weight)
     if isinstance(embeddings, nn.Embedding) and embeddings.weight.requires_grad:
-        embeddings.sparse = True  # the gradient is then the rows that were read
+        embeddings.sparse = True  # the gradient then has only the rows that were read
         weights += [] if embeddings.weight is head.weight else [embeddings.weight]
     return weights
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """DeepSpeed ZeRO-3 leaves an empty tensor where it takes the weights away, and notes the shape."""
+    """Return a parameter's unsharded shape, which DeepSpeed ZeRO-3 notes when it empties the tensor."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _logit_scale(config: ModelConfig) -> float:
-    """Factor on the logits. Cohere and Falcon-H1 multiply, Granite divides."""
+    """Return the factor on the logits. Cohere and Falcon-H1 multiply, Granite divides."""
     for name in ("logit_scale", "lm_head_multiplier"):
         scale = getattr(config, name, None)
         if isinstance(scale, str):
@@ -91,12 +92,12 @@ def _logit_scale(config: ModelConfig) -> float:
 
 
 def selected_logps(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
-    """`log_softmax(head(hidden))[targets]`, chunk by chunk, in the backward pass as well.
+    """Return `log_softmax(head(hidden))[targets]`, computed chunk by chunk in both passes.
 
     Args:
         hidden: shape (tokens, hidden size), any float dtype.
         targets: int64, shape (tokens,).
-        head: the projection; its weight may be frozen, then it gets no gradient.
+        head: the projection; a frozen weight gets no gradient.
 
     Returns:
         float32 nats (float64 for a float64 model), shape (tokens,).
@@ -111,7 +112,7 @@ def selected_logps(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
 
 
 class _SelectedLogps(torch.autograd.Function):
-    """One buffer of logits. Its last content, as probabilities, waits for the backward pass; the rest is recomputed."""
+    """`selected_logps` with one buffer of logits; its last content is kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -126,7 +127,7 @@ class _SelectedLogps(torch.autograd.Function):
         gradient: Tensor | None,
         keep: bool,
     ) -> Tensor:
-        # With gradients the cast weight would be kept anyway; cast once, not once for each chunk.
+        # The cast weight would be kept for gradients anyway, so it is cast once, not once for each chunk.
         project = _Projection(weight.to(dtype), bias, scale, softcap)
         chunks = _chunks(len(hidden), len(weight), hidden.device)
         buffer = project.buffer(chunks, hidden.device)
@@ -137,7 +138,7 @@ class _SelectedLogps(torch.autograd.Function):
                 logps[part] = _softmax_(logits, targets[part])
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.options = (scale, softcap, dtype, gradient)
-        # A softcap's slope needs the logits themselves, which are gone.
+        # The slope of a softcap needs the logits, which were overwritten.
         ctx.kept = buffer if keep and softcap is None else None
         return logps
 
@@ -148,7 +149,7 @@ class _SelectedLogps(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         project = _Projection(weight.to(dtype), bias, scale, softcap)
         chunks = _chunks(len(hidden), len(weight), hidden.device)
-        # Overwritten below: a second backward pass through the same graph recomputes this chunk too.
+        # The buffer is overwritten below, so a second backward pass through the same graph recomputes this chunk too.
         kept, ctx.kept = ctx.kept, None
         buffer = kept if kept is not None else project.buffer(chunks, hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -183,7 +184,7 @@ class _SelectedLogps(torch.autograd.Function):
 
 
 def _chunks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
-    """Slices of at most one buffer; the short one comes first, so that the last, which is kept, is a full one."""
+    """Return slices of at most one buffer; the short one comes first, so that the last one, which is kept, is full."""
     step = max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ACCELERATOR) // vocabulary)
     ends = range(tokens % step or step, tokens + 1, step) if tokens > step else [tokens] * bool(tokens)
     return [slice(max(0, end - step), end) for end in ends]
@@ -193,7 +194,7 @@ def _softmax_(logits: Tensor, targets: Tensor) -> Tensor:
     """Turn logits (tokens, vocabulary) into probabilities, in place; return the targets' log-probabilities.
 
     Softmax as one fused operation is ten times as fast on a CPU as logsumexp. The largest probability of a row
-    is `1 / sum(exp(logits - max))`: all that the log-probability of any token needs, without underflow.
+    is `1 / sum(exp(logits - max))`, from which the log-probability of any token follows without underflow.
     """
     largest = logits.amax(-1)
     chosen = logits.gather(1, targets[:, None])[:, 0] - largest
@@ -219,13 +220,13 @@ class _Projection:
     softcap: float | None
 
     def buffer(self, chunks: list[slice], device: torch.device) -> Tensor:
-        """For the logits of the longest chunk, in float32 or wider."""
+        """Return a buffer for the logits of the longest chunk, in float32 or wider."""
         rows = max((part.stop - part.start for part in chunks), default=0)
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         return torch.empty(rows, len(self.weight), dtype=wide, device=device)
 
     def __call__(self, hidden: Tensor, buffer: Tensor) -> Tensor:
-        """Logits of some tokens, written into the buffer: fresh memory would double the time on a CPU."""
+        """Write the logits of some tokens into the buffer: newly allocated memory would double the time on a CPU."""
         logits = buffer[: len(hidden)]
         if hidden.dtype == logits.dtype:
             torch.mm(hidden, self.weight.T, out=logits)
@@ -240,5 +241,5 @@ class _Projection:
         return logits
 
     def softcap_slope(self, logits: Tensor) -> Tensor | None:
-        """d logits / d (uncapped logits), shape (tokens, vocabulary), or None where it is 1."""
+        """Return d logits / d (uncapped logits), shape (tokens, vocabulary), or None if it is 1."""
         return None if self.softcap is None else 1 - (logits / self.softcap) ** 2

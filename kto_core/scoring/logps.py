@@ -1,12 +1,12 @@
-"""Log-probabilities of completions: the one implementation that both stages score with.
+"""Log-probabilities of completions: the one implementation with which both stages score.
 
     token ids     p0 p1 p2 c0 c1 </s>          p: prompt, c: completion
     hidden state     h2 h3 h4                  h_t predicts token t + 1
     scored                 c0 c1 </s>          log softmax(head(h_t))[token_{t+1}]
 
-Only hidden states at completion positions meet the vocabulary (`head.py`), so no tensor of shape
-(batch, length, vocabulary) exists; the softmax is float32 whatever the model's dtype, and sums are
-float64: in bfloat16 a sum near -500 moves in steps of 2 to 4 nats.
+Only hidden states at completion positions are multiplied by the vocabulary's matrix (`head.py`), so no tensor of shape
+(batch, length, vocabulary) exists. The softmax is float32 for every dtype of the model, and sums are float64: in
+bfloat16 a sum near -500 has a resolution of 2 to 4 nats.
 """
 
 import functools
@@ -26,14 +26,14 @@ from offline_kto.kto_core.scoring.model_code import family_of, model_code
 from offline_kto.kto_core.scoring.sequences import Sequences, TokenIds, pad_sequences
 from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, hidden_states
 
-# Rounding can lift a probability of 1 above 0 nats by this much; more means a wrong computation.
+# Rounding can raise the log-probability of a certain token above 0 nats by this much; more is an error.
 POSITIVE_ROUNDING = 1e-4
 
 Batch = Sequences | SharedPrompts
 
 
 class Scored(NamedTuple):
-    """What the scoring forward returns.
+    """The result of the scoring forward.
 
     Attributes:
         token_logps: float32 nats, shape (completion tokens of the micro-batch,), row after row.
@@ -45,18 +45,19 @@ class Scored(NamedTuple):
 
 
 def add_scoring_forward(model: Model) -> None:
-    """Teach `model.forward` to score: called with `batch=` it returns `Scored`.
+    """Extend `model.forward` so that a call with `batch=` returns `Scored`.
 
-    The model's own forward is patched, rather than wrapped from outside, because DDP, FSDP,
-    DeepSpeed, autocast and PEFT all hook into that call; without `batch` it is unchanged. So is the
-    output layer's, for the same reason: sharded weights exist only inside of their module's call. Capped attention gets
-    a kernel that applies the cap.
+    The model's own forward is patched, rather than wrapped from outside, because DDP, FSDP, DeepSpeed, autocast and
+    PEFT all hook into that call. Calls without `batch` are unchanged. The output layer's forward is patched for the
+    same reason: sharded weights exist only during their module's call. Capped attention gets a kernel that applies the
+    cap.
 
     Args:
         model: a `transformers` causal language model (for PEFT, the model inside).
 
     Raises:
-        ModelError: the output embedding is no linear layer, or attention cannot be computed as the model defines it.
+        ModelError: the output embedding is not a linear layer, or the attention kernel cannot be changed to one that
+            applies the model's soft-cap.
     """
     Head.of(model)
     apply_softcaps(model)
@@ -88,8 +89,8 @@ def _add_head_forward(model: Model) -> None:
 
 
 def _body(model: Model) -> Model:
-    """The model below its output layer."""
-    # Some name their body otherwise than they call it, and are handed back themselves.
+    """Return the model without its output layer."""
+    # `base_model` is the model itself if `base_model_prefix` is not the name of the body's attribute.
     return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
@@ -104,7 +105,7 @@ def _score(model: Model, batch: Batch, router_logits: bool, takes_positions: boo
         return Scored(_of_completions(model, hidden, batch), ())
     extra: dict[str, object] = {}
     if takes_positions:
-        # Explicit: models with absolute positions otherwise guess them from a mask they are not given.
+        # Explicit, because models with absolute positions otherwise derive them from an attention mask.
         extra["position_ids"] = batch.position_ids
     if router_logits:
         extra["output_router_logits"] = True
@@ -114,7 +115,7 @@ def _score(model: Model, batch: Batch, router_logits: bool, takes_positions: boo
 
 
 def _of_completions(model: Model, hidden: Tensor, batch: Batch) -> Tensor:
-    """From all hidden states of a micro-batch, (states, hidden size), to the log-probs of its completion tokens."""
+    """Return log-probs of the completion tokens, from all hidden states of a micro-batch, (states, hidden size)."""
     hidden = hidden.index_select(0, batch.predicts.to(hidden.device))  # (completion tokens, hidden size)
     return model.get_output_embeddings()(hidden, targets=batch.targets)
 
@@ -125,9 +126,9 @@ def token_logps(model: Model, batch: Batch, *, router_logits: bool = False) -> S
 
 
 def sees_whole_passes(model: Model) -> bool:
-    """Return whether a row's scores depend on whatever else is in its pass, so that rows have to run one by one.
+    """Return whether a row's scores depend on the other rows of its pass, so that rows have to run one by one.
 
-    LLM.int8() computes a column in 16 bits where any token of a pass is large in it, in 8 bits otherwise.
+    LLM.int8() computes a column in 16 bits if any token of the pass has a large value in it, and in 8 bits otherwise.
     """
     settings = getattr(model.config, "quantization_config", None)
     if not isinstance(settings, dict):
@@ -139,8 +140,8 @@ def sees_whole_passes(model: Model) -> bool:
 def check_scoring(model: Model, rows: Sequence[TokenIds], *, tolerance: float) -> float:
     """Compare the scoring forward, batched and padded, with the model's own logits, row by row.
 
-    Catches model families whose head or positions work in a way this module does not know, those that are not causal,
-    and attention kernels that leave a part of the model out.
+    This detects model families whose head or positions are not supported, those that are not causal, and attention
+    kernels that leave out part of the model's definition.
 
     Args:
         model: prepared by `add_scoring_forward`, in eval mode.
@@ -181,7 +182,7 @@ def check_scoring(model: Model, rows: Sequence[TokenIds], *, tolerance: float) -
 
 
 def _apart_from_own_logits(model: Model, rows: Sequence[TokenIds]) -> float:
-    """Return the largest difference between the scoring forward and the model's own logits, nats a token."""
+    """Return the largest difference between the scoring forward and the model's own logits, nats per token."""
     passes = [[row] for row in rows] if sees_whole_passes(model) else [rows]
     scored = torch.cat([token_logps(model, pad_sequences(one).to(_device(model))).token_logps for one in passes])
     ours = scored.double().split([len(completion) for _, completion in rows])
@@ -195,9 +196,9 @@ def _apart_from_own_logits(model: Model, rows: Sequence[TokenIds]) -> float:
 
 
 def _moved_by_later_tokens(model: Model, rows: Sequence[TokenIds]) -> float:
-    """Return how far log-probabilities move when the tokens behind them are changed; causal models: not at all."""
+    """Return how much log-probabilities change when later tokens are changed; 0 for causal models."""
     ids = np.concatenate(max(rows, key=lambda row: len(row[0]) + len(row[1])))
-    kept = (len(ids) + 1) // 2  # at least one token in front, and one behind
+    kept = (len(ids) + 1) // 2  # at least one token before, and one after
     changed, known = ids.copy(), np.concatenate([part for row in rows for part in row])
     changed[kept:] = _others(ids[kept:], known, len(model.get_input_embeddings().weight))
     before, after = (_own_logps(model, one, targets=ids[1 : kept + 1]) for one in (ids, changed))
@@ -205,14 +206,14 @@ def _moved_by_later_tokens(model: Model, rows: Sequence[TokenIds]) -> float:
 
 
 def _others(ids: np.ndarray, known: np.ndarray, vocabulary: int) -> np.ndarray:
-    """Return another token for each of `ids`, one that the data holds: some ids (an image's) mean more than a word."""
+    """Return another token for each of `ids`, taken from the data, because some ids (an image's) are not text."""
     pool = np.unique(known)
     pool = pool if len(pool) > 1 else np.unique([pool[0], (pool[0] + 1) % vocabulary])
     return pool[(np.searchsorted(pool, ids) + 1) % len(pool)]
 
 
 def _moved_by_kernel(model: Model, rows: Sequence[TokenIds]) -> float:
-    """Return the mean difference between the chosen attention and the eager one, nats a token; 0 where only one exists."""
+    """Return the mean difference between the chosen and eager attention, nats per token; 0 if only one exists."""
     if getattr(model.config, "_attn_implementation", None) in (None, "eager"):
         return 0.0
     ids = np.concatenate(max(rows, key=lambda row: len(row[0]) + len(row[1])))
@@ -220,17 +221,17 @@ def _moved_by_kernel(model: Model, rows: Sequence[TokenIds]) -> float:
     try:
         with model_code(type(model).__name__, "cannot compute eager attention"), eager_attention(model):
             eager = _own_logps(model, ids)
-    except (ModelError, torch.OutOfMemoryError):  # a second opinion, which not every model can give
+    except (ModelError, torch.OutOfMemoryError):  # not every model can compute it
         return 0.0
     return float((chosen - eager).abs().nan_to_num(nan=0.0).mean())
 
 
 def _own_logps(model: Model, ids: np.ndarray, *, targets: np.ndarray | None = None) -> Tensor:
-    """Return log-probabilities of `targets`, by default the tokens that follow, from the model's own logits.
+    """Return log-probabilities of `targets`, by default the following tokens, from the model's own logits.
 
     Args:
         ids: one sequence.
-        targets: of its first positions.
+        targets: tokens to score at its first positions.
 
     Returns:
         float64 nats, shape (targets,).

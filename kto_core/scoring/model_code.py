@@ -1,6 +1,6 @@
-"""Running the code of a model family: whatever it raises becomes one message that names the family.
+"""Run the code of a model family, and turn any exception into one message that names the family.
 
-That code lies in `transformers`, or beside the weights (`--trust-remote-code`), and raises what its authors pleased.
+That code is in `transformers`, or comes with the weights (`--trust-remote-code`), and may raise any exception.
 """
 
 import contextlib
@@ -12,13 +12,13 @@ import torch
 from offline_kto.kto_core.errors import KTOError, ModelError, said_by
 from offline_kto.kto_core.library_types import Model
 
-# An error of these kinds, raised in our own frames, comes from what the model returned: a tuple for a tensor, another
-# shape. Any other one is our mistake.
+# An error of these types raised in this package comes from the model's output: a tuple instead of a tensor, another
+# shape. Any other one is a bug in this package.
 _OF_OUTPUTS = (RuntimeError, TypeError, AttributeError, ValueError, IndexError)
 
 _OURS = "offline_kto"
 
-# Not the model's doing: memory, and a device that failed.
+# Errors that the model did not cause: out of memory, and a device that failed.
 _PASSED_ON = (KTOError, MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
@@ -26,14 +26,14 @@ _PASSED_ON = (KTOError, MemoryError, torch.OutOfMemoryError, getattr(torch, "Acc
 def model_code(where: str, failed: str) -> Iterator[None]:
     """Turn an exception of a model's code into a `ModelError`.
 
-    Errors that our own code makes keep their traceback.
+    Errors of this package's own code keep their traceback.
 
     Args:
         where: begins the message: a folder, or the model's class.
         failed: what could not be done, with the family's name.
 
     Raises:
-        ModelError: the code inside raised an exception.
+        ModelError: the model's code raised an exception.
     """
     try:
         yield
@@ -44,7 +44,7 @@ def model_code(where: str, failed: str) -> Iterator[None]:
             raise
         kind = type(error).__name__
         said = said_by(error)
-        # What says enough by itself, and what may be no more than a key.
+        # The message of these types is enough; that of others may be only a key, so the type is added.
         reason = (
             said
             if said == kind or isinstance(error, OSError | ValueError | RuntimeError | ImportError)
@@ -54,7 +54,7 @@ def model_code(where: str, failed: str) -> Iterator[None]:
 
 
 def family_of(model: Model) -> str:
-    """Return the name of a model's family, its `model_type`, or else that of its class."""
+    """Return the name of a model's family: its `model_type`, or else its class name."""
     return str(getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__)
 
 

@@ -1,4 +1,4 @@
-"""Scoring many sequences without gradient: cut into passes, prompts shared where that is proven to be right."""
+"""Score many sequences without gradient, in passes under a token budget, with prompts shared where scores allow it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,19 +17,19 @@ from offline_kto.kto_core.scoring.model_code import model_code
 from offline_kto.kto_core.scoring.sequences import FILLER, TokenIds, pack_sequences, pad_sequences
 from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, longest_shared, share_prompts
 
-# The share of all tokens that shared prompts must save. Below it smaller passes and explicit masks eat what is saved:
-# benchmarks/shared_prompts.py shows where the two ways break even.
+# The share of all tokens that sharing prompts must save. Below it, smaller passes and explicit masks cost more than is
+# saved: benchmarks/shared_prompts.py shows the break-even point.
 WORTH_SHARING = 0.1
 
 Planned = tuple[list[int], Callable[[], Batch]]
 
 
 class Pass(NamedTuple):
-    """One forward pass, finished.
+    """The result of one forward pass.
 
     Attributes:
-        indices: which sequences it scored.
-        batch: what the model was called with; its rows are `indices`, in this order.
+        indices: positions of the sequences that it scored.
+        batch: the model's input; its rows are `indices`, in this order.
         token_logps: float32 nats, shape (completion tokens,), row after row.
     """
 
@@ -43,14 +43,14 @@ class ScoringPasses:
 
     Args:
         model: prepared by `add_scoring_forward`, wrapped or not.
-        device: where batches go.
+        device: where batches are placed.
         max_tokens: padded tokens in one pass.
-        alone: how many passes are made is this process's own affair. Then a prompt that several sequences begin with
-            runs once (the first time, both ways are compared; where they disagree, or the model cannot do it,
-            sharing is switched off with a word), and out of memory halves the budget and goes on.
-        pack: lay sequences one behind the other, without padding.
-        tolerance: largest mean difference between the two ways, nats a token, that rounding explains.
-        say: tells the user a line.
+        alone: whether this process need not make as many passes as others. If so, a prompt that several sequences share
+            runs once, and when memory runs out the budget is halved. Sharing is checked first: if it changes the
+            scores, or the model does not support it, it is switched off and a message is logged.
+        pack: concatenate sequences, without padding.
+        tolerance: largest mean difference with and without sharing that rounding can explain, nats per token.
+        say: logs a line.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class ScoringPasses:
         self.longest_shared = longest_shared(model)
         self._shares, self._proven, self._told = not one_by_one, 0, False
         if one_by_one and alone:
-            say("rows run one by one: 8-bit weights (LLM.int8) would score a row otherwise beside others")
+            say(
+                "rows run one by one: with 8-bit weights (LLM.int8) a row's score depends on the other rows of its pass"
+            )
 
     @torch.no_grad()
     def run(
@@ -81,12 +83,12 @@ class ScoringPasses:
 
         Args:
             sequences: (prompt ids, completion ids), neither empty.
-            known: positions that were scored before. A run that was stopped makes the passes that are left of its plan,
-                so that its scores are those of an undisturbed one to the last bit.
-            at_least: passes to make, for ranks that must make equally many: empty ones are added.
+            known: positions that are already scored. A resumed run makes the remaining passes of the same plan, so
+                that its scores are bit-identical to those of an uninterrupted run.
+            at_least: minimum number of passes, for ranks that must make equally many: empty ones are added.
 
         Raises:
-            torch.OutOfMemoryError: on a single sequence, or where the process is not alone.
+            torch.OutOfMemoryError: on a single sequence, or if the process is not alone.
         """
         done, passes, pending = set(known), 0, list(range(len(sequences)))
         if len(known) < len(pending):
@@ -103,7 +105,7 @@ class ScoringPasses:
                     if not self.alone or len(indices) == 1:
                         raise
                     finished = None
-                if finished is None:  # outside of `except`, whose traceback holds on to the tensors
+                if finished is None:  # outside of `except`, whose traceback keeps the tensors alive
                     self._make_room(max(sum(map(len, sequences[i])) for i in indices))
                     break
                 done.update(indices)
@@ -115,17 +117,17 @@ class ScoringPasses:
             self._forward([], pad_sequences([FILLER]))
 
     def passes_for(self, lengths: Sequence[int]) -> int:
-        """How many passes sequences of these lengths take, prompts unshared."""
+        """Return the number of passes for sequences of these lengths, without sharing prompts."""
         return len((packed_batches if self.pack else micro_batches)(lengths, self.max_tokens))
 
     def _forward(self, indices: list[int], batch: Batch) -> Pass:
-        # After from_pretrained a model is in eval mode for the first batch only; this pass says what it needs.
+        # The trainer may have switched to train mode since the last pass.
         self.model.eval()
         batch = batch.to(self.device)
         return Pass(indices, batch, token_logps(self.model, batch).token_logps)
 
     def _make_room(self, longest: int) -> None:
-        """After a pass of several sequences, the longest of so many tokens, did not fit."""
+        """Lower the budget, or stop sharing prompts, after a pass with rows of up to `longest` tokens did not fit."""
         if self.max_tokens > longest:
             self.max_tokens = max(longest, self.max_tokens // 2)
             self.say(f"out of memory: going on with {self.max_tokens} tokens in one scoring pass")
@@ -137,11 +139,11 @@ class ScoringPasses:
     # -- plan ---------------------------------------------------------------------------------------
 
     def _cuts_between(self, known: frozenset[int], pending: list[int], sequences: Sequence[TokenIds]) -> bool:
-        """Whether each planned pass is either known as a whole, or not at all."""
+        """Return whether each planned pass is known either entirely or not at all."""
         return all(known.issuperset(part) or known.isdisjoint(part) for part, _ in self._plan(pending, sequences))
 
     def _plan(self, pending: list[int], sequences: Sequence[TokenIds]) -> Iterator[Planned]:
-        """What to run, in which order; a batch is built when its turn comes."""
+        """Yield the passes in order: their positions, and a function that builds the batch when it is needed."""
         groups = self._groups(pending, sequences)
         shared = {i for group in groups for i in group}
         for part in micro_batches([len(sequences[group[0]][0]) for group in groups], self.max_tokens):
@@ -156,7 +158,7 @@ class ScoringPasses:
             yield indices, lambda indices=indices: lay_out([sequences[i] for i in indices])  # type: ignore[misc]
 
     def _groups(self, pending: list[int], sequences: Sequence[TokenIds]) -> list[list[int]]:
-        """Sequences that share a prompt, where that saves more than it costs."""
+        """Return groups of sequences that share a prompt, if that saves more than it costs."""
         if not self.alone or not self._shares:
             return []
         groups = self._with_common_prompts(pending, sequences)
@@ -193,11 +195,11 @@ class ScoringPasses:
         return share_prompts(groups, self.max_tokens, self.longest_shared)
 
     def _prove(self, groups: list[list[int]], sequences: Sequence[TokenIds]) -> None:
-        """Compare both ways for each new greatest length; one difference, and prompts are not shared any more.
+        """Compare scores with and without shared prompts for each new greatest length; stop sharing if they differ.
 
-        The longest sequence is run once as it is, and cut behind its first quarter and before its last one: a short
-        prompt with a long completion and a long one with a short, padded together. The scores are thrown away: those
-        of a pass must not depend on whether it was the first.
+        The longest sequence runs once unshared. Then it runs split after its first quarter and before its last one: a
+        short prompt with a long completion and a long prompt with a short one, padded together. The scores are
+        discarded, because those of a pass must not depend on whether it was the first.
         """
         longest = max(
             (sequences[i] for group in groups for i in group), key=lambda ids: sum(map(len, ids)), default=None
@@ -231,11 +233,11 @@ class ScoringPasses:
 
 @torch.no_grad()
 def packs_alike(model: Model, device: torch.device, rows: Sequence[TokenIds], *, tolerance: float) -> bool:
-    """Whether sequences laid one behind the other score as they do in lines of their own.
+    """Return whether concatenated sequences have the same scores as sequences in separate rows.
 
     Args:
-        rows: at least two, whose first must not be visible from the second.
-        tolerance: largest mean difference, nats a token, that rounding explains.
+        rows: at least two; the first must not be visible from the second.
+        tolerance: largest mean difference that rounding can explain, nats per token.
     """
     model.eval()
     packed, padded = (

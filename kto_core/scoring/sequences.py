@@ -1,4 +1,4 @@
-"""Sequences laid out for one forward pass: ids and positions, and which hidden state predicts which token.
+"""The layout of sequences for one forward pass: ids, positions, and which hidden state predicts which token.
 
 padded    p0 p1 c0 c1 c2     packed    p0 p1 c0 c1 c2 q0 d0 d1
           q0 d0 d1 .  .                 0  1  2  3  4  0  1  2    (positions)
@@ -13,22 +13,22 @@ from torch import Tensor
 
 TokenIds = tuple[np.ndarray, np.ndarray]  # prompt ids, completion ids
 
-# For ranks that must run a forward pass and have nothing to run.
+# A dummy sequence for ranks that must run a forward pass but have no rows left.
 FILLER: TokenIds = (np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int32))
 
 
 class Sequences(NamedTuple):
-    """One micro-batch. All positions are worked out on the host: on a GPU, asking a mask for them would stop the queue.
+    """One micro-batch. Indices are computed on the host, because reading a mask on a GPU would block its queue.
 
     Attributes:
         input_ids: int64, shape (batch, length).
         position_ids: int64, shape (batch, length).
         real: bool, shape (batch, length), false at padding.
-        predicts: int64, shape (completion tokens,): which hidden state, of batch * length, predicts each of them.
+        predicts: int64, shape (completion tokens,): index of the hidden state, of batch * length, that predicts each.
         targets: int64, shape (completion tokens,): their ids.
         row_of_token: int64, shape (completion tokens,): the row each belongs to.
-        rows: sequences in the micro-batch; `batch` where each has a line of its own, more where they are packed.
-        tokens: fed to the model, padding left out.
+        rows: number of sequences; equal to `batch` if padded, more if packed.
+        tokens: number of tokens without padding.
     """
 
     input_ids: Tensor
@@ -54,8 +54,8 @@ class Sequences(NamedTuple):
 def pad_sequences(rows: Sequence[TokenIds]) -> Sequences:
     """Right-pad (prompt ids, completion ids) pairs.
 
-    Right padding needs no attention mask under causal attention: what stands behind a token never
-    reaches it. Pad ids are 0 (any valid id would do); they are neither attended to nor scored.
+    Right padding needs no attention mask under causal attention: later tokens never affect earlier ones. Pad ids are 0
+    (any valid id would do); they are neither attended to nor scored.
     """
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = np.zeros((len(rows), width), dtype=np.int64)
@@ -69,10 +69,10 @@ def pad_sequences(rows: Sequence[TokenIds]) -> Sequences:
 
 
 def pack_sequences(rows: Sequence[TokenIds]) -> Sequences:
-    """Put (prompt ids, completion ids) pairs one behind the other in one line, without padding.
+    """Concatenate (prompt ids, completion ids) pairs into one row, without padding.
 
-    Positions begin at 0 in each of them: that is how `transformers` tells sequences apart, and
-    only attention that reads these boundaries (flash, flex) gains by it.
+    Positions begin at 0 in each of them: that is how `transformers` distinguishes the sequences. Only attention
+    kernels that use these boundaries (flash, flex) run faster with it.
     """
     lengths = np.array([len(prompt) + len(completion) for prompt, completion in rows])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -107,7 +107,7 @@ def sum_rows(token_logps: Tensor, row_of_token: Tensor, rows: int) -> Tensor:
     Args:
         token_logps: shape (completion tokens,).
         row_of_token: int64, shape (completion tokens,).
-        rows: how many rows there are.
+        rows: number of rows.
 
     Returns:
         float64 nats, shape (rows,).

@@ -1,15 +1,13 @@
-"""Several completions of one prompt: the prompt runs through the model once.
+"""Score several completions of one prompt with a single pass over the prompt, whose keys and values are reused.
 
     prompts        p0 p1 p2      q0 q1 .          right-padded, once each; keys and values are kept
-
-    completions    p0 p1 p2 c0 c1                 behind their prompt's keys, which end where the
-                   p0 p1 p2 e0 .                  completion begins; positions go on there
+    completions    p0 p1 p2 c0 c1                 after their prompt's keys, which end where the
+                   p0 p1 p2 e0 .                  completion begins; positions continue from there
                    .  q0 q1 d0 d1
 
-The hidden state of a prompt's last token predicts the first token of each of its completions; the
-last token of a completion predicts nothing and is never fed. There is no gap between a prompt's keys
-and its completion, because sliding windows and some tables count slots, not positions. No gradient
-flows through this path.
+The hidden state of a prompt's last token predicts the first token of each of its completions. The last token of a
+completion predicts nothing and is not passed to the model. There is no gap between a prompt's keys and its completion,
+because sliding windows and some position tables count slots, not positions. No gradient flows through this path.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +21,7 @@ from offline_kto.kto_core.library_types import Model, ModelBody
 from offline_kto.kto_core.scoring.batching import micro_batches
 from offline_kto.kto_core.scoring.sequences import TokenIds
 
-# In configurations: windows of attention, and positions.
+# Settings of configurations that limit attention windows and positions.
 _LIMITS = (
     *("sliding_window", "attention_chunk_size", "window_size", "keep_window_size"),
     *("max_position_embeddings", "n_positions", "max_seq_len"),
@@ -31,14 +29,14 @@ _LIMITS = (
 
 
 class Branches(NamedTuple):
-    """Completions that run together, each behind its prompt.
+    """Completions that run together, each after its prompt.
 
     Attributes:
         input_ids: int64, shape (rows, length): completions without their last token, right-padded.
         position_ids: int64, shape (rows, length).
-        attention_mask: int64, shape (rows, longest prompt + length), 1 at what may be attended to.
-        prompts: int64, shape (rows, 1): the prompt of each.
-        keys: int64, shape (rows, longest prompt): which of its keys stands in each slot in front.
+        attention_mask: int64, shape (rows, longest prompt + length), 1 where attention is allowed.
+        prompts: int64, shape (rows, 1): the prompt of each row.
+        keys: int64, shape (rows, longest prompt): which of the prompt's keys is in each slot before the completion.
     """
 
     input_ids: Tensor
@@ -51,12 +49,12 @@ class Branches(NamedTuple):
 class SharedPrompts(NamedTuple):
     """One micro-batch of prompts with all of their completions.
 
-    Hidden states are counted through: those of the prompts (prompts * prompt length) first, then those
-    of each of the `branches` in turn.
+    Hidden states are numbered consecutively: first those of the prompts (prompts * prompt length), then those of each
+    of the `branches`.
 
     Attributes:
         input_ids, position_ids: int64, shape (prompts, prompt length).
-        branches: what runs behind them; empty where every completion is a single token.
+        branches: the completions; empty if every completion is a single token.
         predicts, targets, row_of_token, rows, tokens: as in `Sequences`.
     """
 
@@ -90,18 +88,18 @@ class SharedPrompts(NamedTuple):
 
 
 def share_prompts(groups: Sequence[Sequence[TokenIds]], max_tokens: int, longest: int = 2**31) -> SharedPrompts:
-    """Lay out groups of sequences; those in one group have the same prompt.
+    """Build the micro-batch for groups of sequences; those in one group have the same prompt.
 
     Args:
         groups: (prompt ids, completion ids), group after group; the result counts rows in this order.
-        max_tokens: keys, prompts' and padding included, that run together.
-        longest: slots that a line of keys may have, padding included (`longest_shared`); no sequence has more tokens.
+        max_tokens: keys of one branch, including the prompts' and padding.
+        longest: slots in a row of keys, including padding (`longest_shared`); no sequence has more tokens.
     """
     prompts = [group[0][0] for group in groups]
     rows = [(number, completion) for number, group in enumerate(groups) for _, completion in group]
     width = max(map(len, prompts))
     ids = _padded(prompts, width)
-    # Where each row's hidden states stand: the prompt's last, then one for each token but the last.
+    # Indices of each row's hidden states: the prompt's last, then one for each completion token but the last.
     predicts = [np.array([number * width + len(prompts[number]) - 1]) for number, _ in rows]
     branches, offset = [], ids.size
     longer = [row for row, (_, completion) in enumerate(rows) if len(completion) > 1]
@@ -131,7 +129,7 @@ def share_prompts(groups: Sequence[Sequence[TokenIds]], max_tokens: int, longest
 
 
 def _within(part: list[int], lengths: Sequence[tuple[int, int]], longest: int) -> Iterator[list[int]]:
-    """Cut a branch until its longest prompt and its longest completion fit one behind the other."""
+    """Split a branch until its longest prompt plus its longest completion fit into `longest` slots."""
     prompt, own = (max(lengths[i][k] for i in part) for k in (0, 1))
     if prompt + own <= longest or len(part) == 1:
         yield part
@@ -142,15 +140,15 @@ def _within(part: list[int], lengths: Sequence[tuple[int, int]], longest: int) -
 
 
 def _branch(rows: Sequence[tuple[int, int, np.ndarray]]) -> Branches:
-    """From (which prompt, its length, what is fed of the completion)."""
+    """Build the branch for rows of (index of the prompt, its length, completion without its last token)."""
     inputs = [fed for _, _, fed in rows]
     prompts, prompt_lengths, lengths = (
         np.array(column)[:, None] for column in zip(*((of, length, len(fed)) for of, length, fed in rows), strict=True)
     )
     steps, slots = np.arange(lengths.max())[None], np.arange(prompt_lengths.max())[None]
-    keys = slots - (slots.size - prompt_lengths)  # (rows, longest prompt), below 0 in front of a shorter one
-    # Padding stays where its row ends: behind a long prompt it would reach positions that no row has, beyond a table's
-    # end or the length at which frequencies change.
+    keys = slots - (slots.size - prompt_lengths)  # (rows, longest prompt), below 0 before a shorter one
+    # Padding keeps the position at which its row ends. After a long prompt it would otherwise reach positions that no
+    # row has, beyond a table's end or the length at which frequencies change.
     positions = prompt_lengths + np.minimum(steps, lengths - 1)
     mask = np.concatenate([keys >= 0, steps < lengths], axis=1)
     return Branches(
@@ -170,10 +168,10 @@ def _padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
 
 
 def hidden_states(body: ModelBody, batch: SharedPrompts, *, takes_positions: bool) -> Tensor:
-    """All hidden states, (prompts * prompt length + rows * length of each branch, hidden size).
+    """Return all hidden states, (prompts * prompt length + rows * length of each branch, hidden size).
 
     Args:
-        body: the model below its output layer; it returns keys and values as `transformers` does.
+        body: the model without its output layer; it returns keys and values as in `transformers`.
     """
 
     def positions(part: SharedPrompts | Branches) -> dict[str, Tensor]:
@@ -197,15 +195,15 @@ def hidden_states(body: ModelBody, batch: SharedPrompts, *, takes_positions: boo
 
 
 def _lined_up(kept: Tensor, branch: Branches) -> Tensor:
-    """Keys or values of prompts, (prompts, heads, prompt length, size), as each row of a branch sees them."""
+    """Return keys or values of prompts, (prompts, heads, prompt length, size), selected for each row of a branch."""
     return kept[branch.prompts, :, branch.keys].transpose(1, 2)  # (rows, heads, longest prompt, size)
 
 
 def longest_shared(model: Model) -> int:
-    """How many slots a prompt with a completion may take for this path; 0 where the model cannot take it.
+    """Return how many slots a prompt with a completion may take for this path; 0 if the model does not support it.
 
-    Beyond a sliding window the model itself forgets keys, and some keep tables of as many slots as there are
-    positions. Without keys (recurrent layers) sequences have to run whole.
+    Beyond a sliding window the model itself drops keys, and some models have tables with a fixed number of positions.
+    Models without keys (recurrent layers) have to run whole sequences.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

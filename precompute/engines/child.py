@@ -1,4 +1,4 @@
-"""Serve one parent with an engine's scores; the child's side of `process.py`."""
+"""The child process of `process.py`: load an engine and send its scores to the parent."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from offline_kto.precompute.engines.protocol import EngineSettings, Scorer, serv
 
 
 class _WatchedChannel:
-    """Reads in the background, so that a parent's end is noticed in the middle of a shard."""
+    """A channel that is read in a background thread, so that the parent's end is noticed in the middle of a shard."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -37,12 +37,12 @@ class _WatchedChannel:
 
 
 def main() -> None:
-    """Serve the process at the other end of standard input."""
+    """Serve the parent process at the other end of standard input."""
     encode_all()
     channel = _WatchedChannel(Connection(os.dup(0)))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the channel is nobody else's
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # no other code may read from the channel
     settings = json.loads(channel.recv_bytes())
-    with shown_lines():  # into the log
+    with shown_lines():  # standard output is the log
         serve(channel, lambda sequences: _load(settings, sequences), tells_progress=True)
 
 

@@ -1,7 +1,7 @@
-"""Another engine's scores, held against Transformers' on a sample, before they are kept.
+"""Compare another engine's scores with those of Transformers on a sample, before they are kept.
 
-Two engines never agree to the bit. What their rounding explains is stated here; more means that one of them does
-something else, and every reward would be off by it.
+Two engines never agree to the last bit. `TOLERANCE` is the largest difference that rounding can explain. A larger one
+means that one of them computes something else, and every reward would be wrong by that difference.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.engines.protocol import OnScores, Scorer
 from offline_kto.precompute.engines.transformers_scorer import checked
 
-# Largest mean difference, nats a token.
+# Largest mean difference that rounding can explain, nats per token.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.04, "float16": 0.02}
 
 _SAMPLE = 24
@@ -23,7 +23,7 @@ _PROBE = 4
 
 
 def choose_sample(sequences: Sequence[TokenIds]) -> list[TokenIds]:
-    """The longest sequence, and some that depend on nothing but their ids."""
+    """Return the longest sequence and a pseudo-random choice of others, which depends only on their ids."""
     if not sequences:
         return []
     longest = max(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
@@ -39,11 +39,11 @@ def _key(sequence: TokenIds) -> bytes:
 
 
 class DisagreementError(ModelError):
-    """Scores are off by more than rounding: none of those that came with them are kept."""
+    """Scores differ by more than rounding can explain: none of this shard's scores are kept."""
 
 
 class ComparedScorer:
-    """A scorer whose answers are checked: each for form, those of the sample for their values.
+    """A scorer that checks the form of every answer, and the values of the sample's answers.
 
     Args:
         scorer: the engine.
@@ -60,9 +60,9 @@ class ComparedScorer:
         self._found: dict[bytes, np.ndarray] = {}
 
     def probe(self) -> None:
-        """Score a few rows of the sample, to stop before hours of work. Raises: ModelError: they disagree."""
+        """Score a few rows of the sample, to stop before hours of work. Raises: ModelError: the scores disagree."""
         self.score(self.sample[:_PROBE], on_scores=lambda done, scores: None, on_tokens=lambda tokens: None)
-        self._found.clear()  # the values that are kept will be compared, in whatever batch they come
+        self._found.clear()  # the cached values are compared again, in the batches in which they are scored
 
     def score(
         self,
@@ -72,7 +72,11 @@ class ComparedScorer:
         on_scores: OnScores,
         on_tokens: Callable[[int], None],
     ) -> None:
-        """As `offline_kto.precompute.engines.protocol.Scorer` says. Raises: ModelError: an answer is malformed, or off beyond tolerance."""
+        """Score sequences, as in `offline_kto.precompute.engines.protocol.Scorer`.
+
+        Raises:
+            ModelError: an answer is malformed, or differs by more than the tolerance.
+        """
         answered: set[int] = set()
 
         def keep(done: Sequence[int], answers: Sequence[np.ndarray]) -> None:
@@ -91,7 +95,7 @@ class ComparedScorer:
             )
 
     def difference(self) -> ScoreDifference:
-        """Absolute differences over the sample so far: rows, tokens, and mean, p95 and max in nats a token."""
+        """Return absolute differences over the sample so far: rows, tokens, and mean, p95 and max in nats per token."""
         if not self._found:
             return {}
         apart = np.concatenate([np.abs(scores - self._expected[key]) for key, scores in self._found.items()])

@@ -1,4 +1,4 @@
-"""Run an engine in a process of its own, which frees all of its memory by ending: vLLM's does not come back otherwise.
+"""Run an engine in a child process, because vLLM only frees its memory when its process ends.
 
 parent  -- settings, sequences -->  standard input of the child (`child.py`), one end of a socket pair
         <-- scores, progress --     the same socket; what libraries print in the child goes to its log
@@ -20,7 +20,7 @@ from offline_kto.precompute.engines.protocol import EngineSettings, RemoteScorer
 
 _SECONDS_TO_END = 60
 
-# The working directory, which Python would search first, may hold a user's modules of any name.
+# Python would search the working directory first, where a user's modules may have any name.
 _CHILD = (
     "import sys\n"
     "if not getattr(sys.flags, 'safe_path', False): del sys.path[0]\n"
@@ -31,7 +31,7 @@ _CHILD = (
 
 @contextlib.contextmanager
 def engine_process(settings: EngineSettings, *, name: str) -> Iterator[RemoteScorer]:
-    """Start an engine in a child process; it has ended, and given its memory back, when the `with` block is left.
+    """Start an engine in a child process, which has ended and freed its memory when the `with` block is left.
 
     Args:
         settings: read by `child.py`.
@@ -43,7 +43,7 @@ def engine_process(settings: EngineSettings, *, name: str) -> Iterator[RemoteSco
     log = Path(tempfile.mkstemp(prefix="kto-precompute-", suffix=".log")[1])
     channel, theirs = Pipe()
     with log.open("wb") as output, theirs:
-        # A session of its own: an interrupt reaches the parent alone, which then ends the child.
+        # In a new session an interrupt reaches only the parent, which then ends the child.
         process = subprocess.Popen(
             [sys.executable, "-c", _CHILD],
             stdin=theirs.fileno(),
@@ -53,7 +53,7 @@ def engine_process(settings: EngineSettings, *, name: str) -> Iterator[RemoteSco
         )
     scorer = RemoteScorer(channel, name)
     try:
-        with contextlib.suppress(ConnectionError):  # it is gone already: the first question says so
+        with contextlib.suppress(ConnectionError):  # the child has already ended: the first request reports it
             channel.send_bytes(json.dumps(settings).encode("utf-8"))
         yield scorer
         scorer.dismiss()
@@ -65,7 +65,7 @@ def engine_process(settings: EngineSettings, *, name: str) -> Iterator[RemoteSco
     else:
         log.unlink()
     finally:
-        channel.close()  # at which the child ends if it has not yet
+        channel.close()  # the child ends then, if it has not yet
         _end(process)
 
 
@@ -78,7 +78,7 @@ def _ending(process: subprocess.Popen[bytes]) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for the child's end; kill it, with all of its workers, if it takes too long."""
+    """Wait for the child to end; kill it and all of its workers if it takes too long."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_SECONDS_TO_END)
     with contextlib.suppress(ProcessLookupError):

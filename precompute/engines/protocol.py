@@ -1,9 +1,9 @@
-"""Scoring in another process: sequences there, scores back, as plain bytes.
+"""A protocol for scoring in another process: sequences are sent there, and scores are sent back, as bytes.
 
-Any channel that carries whole messages will do: pipes to a child, or the process group of a launch. The other side
-says what it has to say in one-letter messages; an empty one means that there is no more to do.
+It works over any channel of whole messages: a socket to a child, or the process group of a launch. The scoring process
+sends messages that begin with one letter. An empty message from the other side ends the work.
 
-    p  some of the scores        s  the last of them        t  tokens done        e  an error that the user can mend
+    p  some of the scores        s  the last of them        t  tokens done        e  an error that the user can fix
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ from offline_kto.precompute.parts import Pace
 
 
 class EngineSettings(TypedDict, total=False):
-    """What a child process needs to start an engine, as JSON.
+    """Settings with which a child process starts an engine, as JSON.
 
     Attributes:
         engine: vllm or transformers.
@@ -51,7 +51,7 @@ class Scorer(Protocol):
 
         Args:
             sequences: (prompt ids, completion ids), neither empty.
-            known: positions that need no score; what is left runs in the company that it would have had with them.
+            known: positions that need no score; the others are batched as if these were scored too.
             on_scores: called with positions in `sequences`, and float32 nats for each completion token of these.
             on_tokens: called with the tokens done since the last call.
         """
@@ -60,7 +60,7 @@ class Scorer(Protocol):
 def scores_of(
     scorer: Scorer, sequences: Sequence[TokenIds], on_tokens: Callable[[int], None] = lambda tokens: None
 ) -> list[np.ndarray]:
-    """The scores of all sequences, in their order."""
+    """Return the scores of all sequences, in their order."""
     found: dict[int, np.ndarray] = {}
     scorer.score(
         sequences, on_scores=lambda done, scores: found.update(zip(done, scores, strict=True)), on_tokens=on_tokens
@@ -69,10 +69,10 @@ def scores_of(
 
 
 class Channel(Protocol):
-    """Carries messages to and from one other process, as `multiprocessing.connection` does.
+    """A channel of messages to and from one other process, as in `multiprocessing.connection`.
 
     Raises:
-        ConnectionError, EOFError: the other process is gone.
+        ConnectionError, EOFError: the other process has ended.
     """
 
     def send_bytes(self, message: bytes, /) -> None: ...
@@ -80,13 +80,13 @@ class Channel(Protocol):
 
 
 def encode(arrays: Sequence[np.ndarray]) -> bytes:
-    """Arrays of 4-byte numbers as: how many, the length of each, their numbers."""
+    """Return arrays of 4-byte numbers as bytes: their count, their lengths, their numbers."""
     header = np.array([len(arrays), *map(len, arrays)], dtype=np.int64)
     return b"".join([header.tobytes(), *(array.tobytes() for array in arrays)])
 
 
 def decode(message: bytes, dtype: type[np.generic]) -> list[np.ndarray]:
-    """What `encode` wrote."""
+    """Return the arrays in bytes from `encode`."""
     count = int(np.frombuffer(message, np.int64, 1)[0])
     lengths = np.frombuffer(message, np.int64, count, offset=8)
     numbers = np.frombuffer(message, dtype, offset=8 * (count + 1))
@@ -94,18 +94,18 @@ def decode(message: bytes, dtype: type[np.generic]) -> list[np.ndarray]:
 
 
 class RemoteScorer:
-    """This side: asks, and waits for answers.
+    """The requesting side: sends sequences, and waits for scores.
 
     Args:
         channel: to a process that runs `serve`.
-        name: what the other process is, for messages.
+        name: of the other process, for messages.
     """
 
     def __init__(self, channel: Channel, name: str) -> None:
         self.channel, self.name = channel, name
 
     def ask(self, sequences: Sequence[TokenIds], known: Iterable[int] = ()) -> None:
-        """Hand over what is to be scored; `hear`, until nothing more comes, must follow."""
+        """Send sequences to be scored. The caller must then call `hear` until no more scores come."""
         arrays = [np.array(sorted(known), dtype=np.int32), *(ids.astype(np.int32) for s in sequences for ids in s)]
         self._guarded(lambda: self.channel.send_bytes(encode(arrays)))
 
@@ -113,10 +113,10 @@ class RemoteScorer:
         """Wait for the next scores.
 
         Returns:
-            whether more will come.
+            Whether more will come.
 
         Raises:
-            ModelError: the other process could not score, or is gone.
+            ModelError: the other process could not score, or has ended.
         """
         while True:
             message = self._guarded(self.channel.recv_bytes)
@@ -138,13 +138,13 @@ class RemoteScorer:
         on_scores: OnScores,
         on_tokens: Callable[[int], None],
     ) -> None:
-        """As `Scorer` says."""
+        """Score sequences, as in `Scorer`."""
         self.ask(sequences, known)
         while self.hear(on_scores=on_scores, on_tokens=on_tokens):
             pass
 
     def dismiss(self) -> None:
-        """There is no more to do."""
+        """Tell the other process that there is no more work."""
         self._guarded(lambda: self.channel.send_bytes(_NO_MORE))
 
     def _guarded(self, act):  # type: ignore[no-untyped-def]
@@ -157,11 +157,11 @@ class RemoteScorer:
 
 
 def serve(channel: Channel, load: Callable[[Sequence[TokenIds]], Scorer], *, tells_progress: bool) -> None:
-    """The other side: score whatever comes, until there is no more.
+    """Score every request of the other side, until it sends that there is no more work.
 
     Args:
-        load: makes the engine when the first sequences are there.
-        tells_progress: send how many tokens are done; only where this side may send while the other does not listen.
+        load: makes the engine when the first sequences arrive.
+        tells_progress: send the number of tokens done; only if this side may send while the other is not receiving.
     """
 
     def tell(tokens: int) -> None:
@@ -184,7 +184,7 @@ def serve(channel: Channel, load: Callable[[Sequence[TokenIds]], Scorer], *, tel
 
 
 class _Answer:
-    """Scores on their way to the process that asked, a message every so often."""
+    """Collects scores, and sends them to the requesting process at intervals."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel, self._pace = channel, Pace()

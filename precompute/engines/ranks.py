@@ -1,7 +1,8 @@
-"""Several processes under one launcher (`torchrun`, `accelerate launch`): rank 0 plans and writes, all of them score.
+"""Score with several processes under one launcher (`torchrun`, `accelerate launch`); rank 0 plans and writes.
 
-Each shard's prompts are dealt out to all ranks, so that few shards keep many GPUs busy, nothing is scored twice, and
-one process writes. A rank that dies ends the launch; finished shards stay, and any number of ranks goes on from there.
+Each shard's prompts are distributed over all ranks. So a few shards are enough to use many GPUs, no sequence is scored
+twice, and only one process writes. If one rank dies, the whole launch stops. Finished shards are kept, and any number
+of ranks can resume.
 """
 
 import contextlib
@@ -21,12 +22,12 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.protocol import OnScores, RemoteScorer, Scorer, serve
 from offline_kto.precompute.parts import Pace
 
-# A rank may score for hours before it answers; one that dies is noticed at once, because its connection closes.
+# A rank may score for hours before it answers. If one dies, its connection closes, which is noticed at once.
 _PATIENCE = datetime.timedelta(days=30)
 
 
 def on_own_device(config: PrecomputeConfig) -> PrecomputeConfig:
-    """Each rank of a machine takes the GPU of its own number, where the user names none."""
+    """Return the config with this rank's own GPU, by its local rank, unless the user named a device."""
     if world_size() == 1 or config.device not in ("auto", "cuda") or not torch.cuda.is_available():
         return config
     number = read_launch().local_rank
@@ -37,10 +38,10 @@ def on_own_device(config: PrecomputeConfig) -> PrecomputeConfig:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Connect the ranks, over gloo: what they exchange are ids and scores on the host.
+    """Connect the ranks with gloo, because they exchange ids and scores on the host.
 
     Raises:
-        ModelError: the launcher's settings do not lead to the other ranks.
+        ModelError: the other ranks cannot be reached with the launcher's settings.
     """
     try:
         dist.init_process_group("gloo", timeout=_PATIENCE)
@@ -53,7 +54,7 @@ def joined() -> Iterator[None]:
 
 
 class _RankChannel:
-    """Messages to one other rank: a length, then bytes."""
+    """A channel to one other rank; each message is sent as its length, then its bytes."""
 
     def __init__(self, other: int) -> None:
         self.other = other
@@ -83,10 +84,10 @@ def _connection_errors() -> Iterator[None]:
 
 
 class RankedScorer:
-    """Rank 0's scorer: deals sequences out to all ranks, itself included.
+    """Rank 0's scorer, which distributes sequences over all ranks, including itself.
 
     Args:
-        load: makes this rank's own engine when the first sequences are there.
+        load: makes this rank's own engine when the first sequences arrive.
     """
 
     def __init__(self, load: Callable[[Sequence[TokenIds]], Scorer]) -> None:
@@ -102,7 +103,7 @@ class RankedScorer:
         on_scores: OnScores,
         on_tokens: Callable[[int], None],
     ) -> None:
-        """As `offline_kto.precompute.engines.protocol.Scorer` says."""
+        """Score sequences, as in `offline_kto.precompute.engines.protocol.Scorer`."""
         shares = [_Share(part, sequences, known) for part in _shares(sequences, world_size())]
         mine, *theirs = shares
         for other, share in zip(self._others, theirs, strict=True):
@@ -111,7 +112,7 @@ class RankedScorer:
         pace = Pace()
 
         def hear() -> None:
-            """Take one message from each of the others, which send one as often as this process asks for it."""
+            """Receive one message from each pending rank; all ranks send at the same intervals."""
             nonlocal pending
             pending = [
                 (other, share)
@@ -125,7 +126,7 @@ class RankedScorer:
             if pace.is_due():
                 hear()
 
-        # The others send no progress; equal shares are done in about equal times.
+        # The others send no progress, so it is estimated from this rank's: equal shares take about equal times.
         total = sum(share.tokens for share in shares)
         if len(mine.known) < len(mine.sequences):
             self._own = self._own or self._load(mine.sequences)
@@ -144,15 +145,15 @@ class RankedScorer:
 
 
 def work(load: Callable[[Sequence[TokenIds]], Scorer]) -> None:
-    """All ranks but the first: score what rank 0 sends."""
+    """Score what rank 0 sends, on every other rank."""
     try:
         serve(_RankChannel(0), load, tells_progress=False)
     except ConnectionError:
-        raise SystemExit(1) from None  # rank 0 has said why
+        raise SystemExit(1) from None  # rank 0 has reported why
 
 
 def _shares(sequences: Sequence[TokenIds], ranks: int) -> list[list[int]]:
-    """Positions for each rank. Sequences of one prompt stay together: they share its forward pass."""
+    """Return the positions for each rank. Sequences of one prompt stay together, to share its forward pass."""
     groups: dict[bytes, list[int]] = {}
     for i, (prompt, _) in enumerate(sequences):
         groups.setdefault(prompt.tobytes(), []).append(i)
@@ -162,15 +163,15 @@ def _shares(sequences: Sequence[TokenIds], ranks: int) -> list[list[int]]:
 
 
 class _Share:
-    """What one rank scores.
+    """The sequences that one rank scores.
 
     Args:
-        places: positions in all sequences.
-        known: positions, in all sequences, that are scored already.
+        places: their positions in all sequences.
+        known: positions, in all sequences, that are already scored.
 
     Attributes:
-        known: of those, the positions in this share.
-        tokens: how many there are to score.
+        known: those positions, in this share.
+        tokens: number of tokens to score.
     """
 
     def __init__(self, places: list[int], sequences: Sequence[TokenIds], known: frozenset[int]) -> None:
@@ -180,5 +181,5 @@ class _Share:
         self.tokens = sum(len(sequences[i][0]) + len(sequences[i][1]) for i in places if i not in known)
 
     def renumbering(self, on_scores: OnScores) -> OnScores:
-        """A receiver of scores of this share, which passes them on under their positions in all sequences."""
+        """Return a callback for this share's scores that passes them on with their positions in all sequences."""
         return lambda done, scores: on_scores([self._places[j] for j in done], scores)

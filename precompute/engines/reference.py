@@ -1,4 +1,4 @@
-"""The reference model: where its files are, what identifies it, and loading it."""
+"""Find the reference model's files, hash what identifies it, and load it."""
 
 import importlib.metadata
 import json
@@ -48,7 +48,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow")
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference whose files were found and whose tokenizer is loaded; its weights are not, yet."""
+    """A reference whose files are found and whose tokenizer is loaded, but not its weights."""
 
     config: PrecomputeConfig
     folder: Path
@@ -58,14 +58,14 @@ class Reference:
     precision: Precision
     tokenizer: Tokenizer
     shape: Model  # the model without weights, on the meta device
-    unread: dict[str, int]  # weights of the files that are not scored, by what they are for
+    unread: dict[str, int]  # number of weights in the files that are not read, by kind
     warnings: list[str]  # about the folder and its tokenizer, for the plan
-    state: tuple[object, ...]  # of its weight files, before they were hashed
+    state: tuple[object, ...]  # sizes and times of its weight files, before they were hashed
     paths: dict[str, str | None]  # `path` and `adapter_path` of the manifest
 
     @classmethod
     def find(cls, config: PrecomputeConfig) -> "Reference":
-        """Check all that is cheap to check.
+        """Find the reference and do all cheap checks.
 
         Raises:
             ModelError: model, adapter, tokenizer or device cannot be used.
@@ -165,7 +165,7 @@ class Reference:
             "files_hash": tokenizer_hash(self.tokenizer),
             "chat_template_hash": chat_template_hash(self.tokenizer),
         }
-        # Whoever trains on the cache needs what options made of the tokenizer.
+        # Training on the cache needs the tokenizer as these options changed it.
         if config.tokenizer_options:
             fields["options"] = config.tokenizer_options
         if config.chat_template is not None or config.template_settings:
@@ -174,7 +174,7 @@ class Reference:
         return fields
 
     def load(self) -> Model:
-        """The model, frozen, in eval mode, on its device."""
+        """Return the model, frozen, in eval mode, on its device."""
         model = load_causal_lm(
             transformers.AutoModelForCausalLM,
             self.folder,
@@ -187,14 +187,14 @@ class Reference:
         return model.eval().requires_grad_(False)
 
     def check_unchanged(self) -> None:
-        """Called when the weights are loaded: they must be those that were hashed.
+        """Check, once the weights are loaded, that the files are those that were hashed.
 
         Raises:
             ModelError: a file was replaced or written to.
         """
         if _state(self.folder, self.adapter) != self.state:
             raise ModelError(
-                f"{self.config.model}: its weight files changed since this command was started, so that nobody knows which "
+                f"{self.config.model}: its weight files changed since this command was started, so it is not known which "
                 "weights would be scored. Run it again when they are complete."
             )
 
@@ -204,9 +204,9 @@ class Reference:
 
 
 class WeightsHashing:
-    """Hashes weights and adapter while other work goes on; leaving the `with` block stops it.
+    """Hashes weights and adapter in the background; leaving the `with` block stops it.
 
-    Without that, a mistake in the data would be reported, and the process then hash on for minutes.
+    Otherwise the process would go on hashing for minutes after an error in the data was reported.
     """
 
     def __init__(self, folder: Path, adapter: Path | None) -> None:
@@ -245,7 +245,7 @@ def _state(folder: Path, adapter: Path | None) -> tuple[object, ...]:
 
 
 def _adapter_hash(adapter: Path) -> str:
-    """Weights and settings: any of them may decide how they are merged, but for those that only name things."""
+    """Return a hash of weights and settings, without settings that only name things: any other may affect the merge."""
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     return json_hash([weights_hash(adapter), {k: v for k, v in settings.items() if k not in _NAMES}])
 
@@ -254,5 +254,5 @@ _NAMES = ("base_model_name_or_path", "revision", "inference_mode", "peft_version
 
 
 def _code_hashes(folder: Path) -> dict[str, str]:
-    """Of the code that comes with a model, which `--trust-remote-code` runs."""
+    """Return hashes of the code that comes with a model, which `--trust-remote-code` runs."""
     return {path.name: file_hash(path) for path in sorted(folder.glob("*.py"))}

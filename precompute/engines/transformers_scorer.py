@@ -1,4 +1,4 @@
-"""Scoring with plain Transformers: prompts shared, longest first, under a token budget, completions only."""
+"""Score with Transformers: shared prompts, longest first, under a token budget, completions only."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,20 +18,20 @@ from offline_kto.precompute.engines.protocol import OnScores
 _MAX_TOKENS = {"cuda": 32768}
 _MAX_TOKENS_CPU = 4096
 
-# Nats a token by which two right ways to compute a score may differ: the scoring forward and the model's own logits
-# (largest), prompts shared and prompts run whole (mean).
+# Nats per token by which two correct computations may differ: the scoring forward and the model's own logits (largest),
+# shared and unshared prompts (mean).
 _SELF_CHECK = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 _SHARING = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 class TransformersScorer:
-    """Per-token log-probs of completions under a frozen model.
+    """Computes per-token log-probs of completions under a frozen model.
 
     Args:
         model: from `load_causal_lm`, frozen, in eval mode.
-        precision: autocast to score under.
+        precision: of the forward passes.
         max_tokens: padded tokens in one forward pass; None for a default by device.
-        say: tells the user a line.
+        say: logs a line.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class TransformersScorer:
         )
 
     def self_check(self, sequences: Sequence[TokenIds]) -> None:
-        """Compare with the model's own logits on a few short sequences, batched and padded.
+        """Compare scores with the model's own logits on a few short sequences, batched and padded.
 
         Raises:
             ModelError: they disagree.
@@ -65,7 +65,7 @@ class TransformersScorer:
         on_scores: OnScores,
         on_tokens: Callable[[int], None],
     ) -> None:
-        """As `offline_kto.precompute.engines.protocol.Scorer` says; an out-of-memory error halves the budget and goes on.
+        """Score sequences, as in `offline_kto.precompute.engines.protocol.Scorer`. Out of memory halves the budget.
 
         Raises:
             ModelError: a score is missing, not finite or positive; a single sequence does not fit into memory.
@@ -85,7 +85,7 @@ class TransformersScorer:
             self.precision.autocast(self.device),
             model_code(type(self.model).__name__, failed),
         ):
-            # A pass is fetched when the next one is under way, so that a GPU does not wait for the host.
+            # A pass is copied to the host while the next one runs, so that a GPU does not wait for the host.
             last: Pass | None = None
             try:
                 for done in self._passes.run(sequences, known=known):
@@ -106,10 +106,10 @@ def _length(sequence: TokenIds) -> int:
 
 
 def checked(scores: np.ndarray, completion_ids: np.ndarray) -> np.ndarray:
-    """A score for each completion token, finite, not positive (rounding above 0 is brought to 0).
+    """Check that each completion token has a finite, non-positive score, and return the scores (rounding above 0 as 0).
 
     Raises:
-        ModelError: a rule is broken; a wrong number must never reach the cache.
+        ModelError: a score is missing or invalid; it must never reach the cache.
     """
     if len(scores) != len(completion_ids):
         raise ModelError(

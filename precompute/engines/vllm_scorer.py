@@ -1,7 +1,7 @@
-"""Scoring with vLLM: the only file that knows it. It runs in a process of its own, see `offline_kto.precompute.engines.process`.
+"""Score with vLLM, in a child process (`offline_kto.precompute.engines.process`). No other file imports vLLM.
 
-Token ids go in, so nothing is tokenized again; raw log-probabilities of the given tokens come out. One token must be
-generated for each request, and is thrown away.
+The input is token ids, so nothing is tokenized again; the output is raw log-probabilities of the given tokens. vLLM
+has to generate one token per request, which is discarded.
 """
 
 import io
@@ -20,15 +20,15 @@ from offline_kto.precompute.engines.protocol import OnScores
 if TYPE_CHECKING:
     import vllm
 
-# Tokens in one step. Asking for log-probabilities of the prompt makes vLLM hold logits of all of them, several times.
+# Tokens in one step. For log-probabilities of the prompt, vLLM holds several copies of the logits of all of them.
 _MAX_TOKENS = 2048
 _MAX_SEQUENCES = 256
-# Steps between two answers. Each answer leaves half of a step empty on average.
+# Steps between two answers. Each answer wastes half a step on average.
 _STEPS = 32
 
 
 class VllmScorer:
-    """Per-token log-probs of completions from vLLM.
+    """Computes per-token log-probs of completions with vLLM.
 
     Args:
         model: a local folder.
@@ -36,8 +36,8 @@ class VllmScorer:
         max_length: tokens in the longest sequence.
         max_tokens: tokens in one step; None for a default.
         tensor_parallel: GPUs that share the model.
-        gpu_memory_utilization: share of each GPU's memory that vLLM takes.
-        gpu: the only one that vLLM may see; None for all.
+        gpu_memory_utilization: share of each GPU's memory that vLLM uses.
+        gpu: index of the only GPU that vLLM may use; None for all.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -82,7 +82,7 @@ class VllmScorer:
         except Exception as error:
             traceback.print_exc()  # for the log
             raise ModelError(
-                f"vLLM does not start: {in_one_line(error).rstrip('.')}. Mend what it says, or use --backend transformers."
+                f"vLLM does not start: {in_one_line(error).rstrip('.')}. Fix that error, or use --backend transformers."
             ) from error
         config = self._llm.llm_engine.vllm_config
         self._given_ids = bool(getattr(config, "use_v2_model_runner", False)) and "prompt_logprob_start" in _fields()
@@ -95,7 +95,11 @@ class VllmScorer:
         on_scores: OnScores,
         on_tokens: Callable[[int], None],
     ) -> None:
-        """As `offline_kto.precompute.engines.protocol.Scorer` says. Raises: ModelError: an answer is missing or belongs to other tokens."""
+        """Score sequences, as in `offline_kto.precompute.engines.protocol.Scorer`.
+
+        Raises:
+            ModelError: an answer is missing or belongs to other tokens.
+        """
         for part in _parts(_neighbours(sequences), sequences, self._tokens * _STEPS):
             if not known.issuperset(part):
                 chosen = [sequences[i] for i in part]
@@ -110,7 +114,7 @@ class VllmScorer:
         except Exception as error:
             traceback.print_exc()
             raise ModelError(
-                f"vLLM stopped: {in_one_line(error).rstrip('.')}. What is scored is kept; mend what it says, or use "
+                f"vLLM stopped: {in_one_line(error).rstrip('.')}. What is scored is kept; fix that error, or use "
                 "--backend transformers in another --out."
             ) from error
         pairs = zip(answers, sequences, strict=True)
@@ -121,12 +125,12 @@ def _set_environment(tensor_parallel: int, gpu: int | None) -> None:
     defaults = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
-        # A row of exactly the model's length needs room for one token more, which is never fed.
+        # A row of exactly the model's length needs room for one more token, which is never passed to the model.
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_CPU_KVCACHE_SPACE": "2",
     }
     if tensor_parallel == 1:
-        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is the engine's own already
+        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is already the engine's own
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if gpu is not None:
@@ -141,7 +145,7 @@ def _fields() -> tuple[str, ...]:
 
 
 def _neighbours(sequences: Sequence[TokenIds]) -> list[int]:
-    """Equal prompts next to each other; the longest rows first."""
+    """Return an order with equal prompts next to each other, the longest rows first."""
     longest: dict[bytes, int] = {}
     for prompt, completion in sequences:
         key = prompt.tobytes()
@@ -151,7 +155,7 @@ def _neighbours(sequences: Sequence[TokenIds]) -> list[int]:
 
 
 def _parts(order: Sequence[int], sequences: Sequence[TokenIds], tokens: int) -> Iterator[list[int]]:
-    """`order` in parts of at least so many tokens, but for the last."""
+    """Yield `order` in parts of at least `tokens` tokens each; the last may have fewer."""
     part: list[int] = []
     left = tokens
     for i in order:
@@ -165,10 +169,10 @@ def _parts(order: Sequence[int], sequences: Sequence[TokenIds], tokens: int) -> 
 
 
 def _parameters(prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) -> "vllm.SamplingParams":
-    """Greedy, no penalties, no detokenizing; log-probabilities of the tokens that are there.
+    """Return parameters for greedy sampling without detokenizing, with log-probabilities of the given tokens.
 
     Args:
-        given_ids: the engine can score given ids at given rows, and then projects nothing else.
+        given_ids: whether the engine can compute logits only for given ids at given rows.
     """
     import vllm
 
@@ -183,7 +187,7 @@ def _parameters(prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) 
 
 
 def _scores(answer: "vllm.RequestOutput", prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) -> np.ndarray:
-    """float32, shape (completion tokens,). Raises: ModelError: nothing there, or scores of other tokens."""
+    """Return float32 scores, shape (completion tokens,). Raises: ModelError: none, or scores of other tokens."""
     if given_ids:
         scores = answer.prompt_token_id_logprobs
         if scores is None:
@@ -195,7 +199,7 @@ def _scores(answer: "vllm.RequestOutput", prompt: np.ndarray, completion: np.nda
         raise ModelError(
             f"vLLM returned {there} log-probabilities for a row of {len(prompt) + len(completion)} tokens."
         )
-    # The first position has none; every other one that of the token that stands there.
+    # The first position has no log-probability; every other one has that of its token.
     first = flat.start_indices[len(prompt)]
     ids = np.array(flat.token_ids[first:], dtype=np.int64)
     if not np.array_equal(ids, completion):
@@ -204,7 +208,7 @@ def _scores(answer: "vllm.RequestOutput", prompt: np.ndarray, completion: np.nda
 
 
 def _telling(lengths: Sequence[int], on_tokens: Callable[[int], None]) -> Callable[..., object]:
-    """What vLLM makes its progress bars with: one around the requests as it takes them in, one for finished ones."""
+    """Return a factory for vLLM's progress bars: one around the submitted requests, one for finished requests."""
 
     def make(*iterable: object, **options: object) -> object:
         return iterable[0] if iterable else _Told(lengths, on_tokens, **options)
@@ -213,7 +217,7 @@ def _telling(lengths: Sequence[int], on_tokens: Callable[[int], None]) -> Callab
 
 
 class _Told(tqdm):
-    """What vLLM counts finished requests with; passes on their tokens."""
+    """A progress bar with which vLLM counts finished requests; it reports their tokens."""
 
     def __init__(self, lengths: Sequence[int], on_tokens: Callable[[int], None], **options: object) -> None:
         self._lengths, self._on_tokens = lengths, on_tokens

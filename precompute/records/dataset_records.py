@@ -1,4 +1,4 @@
-"""Records of saved datasets and hub datasets, through the datasets library; the files that a dataset folder is made of."""
+"""Read records of saved datasets and hub datasets with the datasets library, and list a dataset folder's files."""
 
 import difflib
 import os
@@ -14,7 +14,7 @@ from offline_kto.precompute.records.text_files import Located, readable
 if TYPE_CHECKING:
     import datasets
 
-# Suffixes of data files, and the kind that datasets reads them as.
+# Suffixes of data files, and the format as which datasets reads them.
 _KINDS = {
     ".parquet": ".parquet",
     ".jsonl": ".json",
@@ -58,7 +58,7 @@ def _load_hub(path: Path) -> "datasets.Dataset":
 
 
 def is_saved(path: Path) -> bool:
-    """Whether `path` is a folder that save_to_disk wrote."""
+    """Return whether `path` is a folder written by save_to_disk."""
     info = (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
     return info or (path / "dataset_dict.json").is_file()
 
@@ -81,14 +81,14 @@ def _load_saved(path: Path) -> "datasets.Dataset":
 
 
 def data_files(path: Path) -> list[Path]:
-    """The files of the split `train` in a folder of data files, in the order in which they are read.
+    """Return the files of the split `train` in a folder of data files, in the order in which they are read.
 
-    The datasets library says which these are (by their names, or by the folder's README). It is not asked to read them:
-    it keeps what it read under the files' time stamps, and would give the old rows of a file that changed under a
-    stamp that was preserved (rsync -t, cp -p, tar).
+    The datasets library determines them (by their names, or by the folder's README). It does not read them, because it
+    caches rows by the files' time stamps: for a file that changed but kept its time stamp (rsync -t, cp -p, tar) it
+    would return the old rows.
 
     Raises:
-        FeedbackError: none, several kinds (of which datasets would quietly read one), or a cache of ours.
+        FeedbackError: none, several formats (of which datasets would silently read one), or a reference cache.
     """
     found = _splits(path)
     if "train" not in found:
@@ -100,7 +100,7 @@ def data_files(path: Path) -> list[Path]:
 
 
 def unread_files(path: Path) -> list[str]:
-    """The data files of a folder that belong to no split: beside train.jsonl, datasets does not read more.jsonl."""
+    """Return the data files of a folder that are in no split: if there is train.jsonl, datasets ignores more.jsonl."""
     in_a_split = {file.resolve() for files in _splits(path).values() for file in files}
     return sorted(
         file.relative_to(path).as_posix()

@@ -1,4 +1,4 @@
-"""Records of JSON and JSON Lines files, each with the line it begins on."""
+"""Read records of JSON and JSON Lines files, each with the line on which it begins."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from offline_kto.precompute.records.text_files import (
 )
 
 _BLANK_LINES_BEFORE = 1000
-# An escape, a literal or a number that a piece may end in the middle of.
+# Longest escape, literal or number that the end of a piece may cut in two.
 _LONGEST_WORD = 32
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 # Keys under which one object holds a whole data set.
@@ -33,7 +33,7 @@ def read_jsonl(handle: IO[bytes], name: str) -> Iterator[Located]:
         yield from read_json(handle, name)
         return
     for number, line in enumerate(lines_of(handle, name), 1):
-        line = line.removeprefix("\ufeff")  # files with a byte order mark, one behind the other
+        line = line.removeprefix("\ufeff")  # concatenated files may each have a byte order mark
         if line.strip() == "":
             continue
         where = f"{name}:{number}"
@@ -46,7 +46,7 @@ def read_jsonl(handle: IO[bytes], name: str) -> Iterator[Located]:
 
 
 def _is_document(handle: IO[bytes]) -> bool:
-    """Whether the file is an array, or its first object goes on in the next line: names do not always say it."""
+    """Return whether the file is an array, or its first object continues on the next line; its name may not tell."""
     lines = itertools.islice(iter(lambda: handle.readline(LARGEST_RECORD), b""), _BLANK_LINES_BEFORE)
     first = next((line for line in lines if line.strip() or len(line) == LARGEST_RECORD), b"")
     text = first.decode("utf-8-sig", errors="replace").strip()
@@ -68,7 +68,7 @@ def read_json(handle: IO[bytes], name: str) -> Iterator[Located]:
 
 
 def _array_items(text: "_Text") -> Iterator[tuple[int, object]]:
-    """(line, item) for each item of the array that `text` is."""
+    """Yield (line, item) for each item of the array in `text`."""
     text.drop(1)
     closed = text.begins("]")
     while not closed:
@@ -85,7 +85,7 @@ def _array_items(text: "_Text") -> Iterator[tuple[int, object]]:
 
 
 def _object_items(text: "_Text") -> Iterator[tuple[int, object]]:
-    """(line, item) for objects one after another, each on one line or on several."""
+    """Yield (line, item) for consecutive objects, each on one or several lines."""
     first = True
     while not text.is_over():
         line, item = text.line, text.item("}")
@@ -96,20 +96,20 @@ def _object_items(text: "_Text") -> Iterator[tuple[int, object]]:
 
 
 class _Text:
-    """What is left of a JSON file: as much of it as the next item takes.
+    """The unread rest of a JSON file, read only as far as the next item needs.
 
     Attributes:
-        line: where it begins.
+        line: line number at which it begins.
     """
 
     def __init__(self, pieces: Iterator[str], name: str) -> None:
         self.name, self.line = name, 1
         self._pieces, self._left, self._start = pieces, "", 0
         self._column = 0  # of the first character in `_left`
-        self._last_line = 1  # on which something stands that is no white space
+        self._last_line = 1  # the last line with something other than white space
 
     def begins(self, start: str) -> bool:
-        """Whether it begins so, after white space, which is dropped."""
+        """Return whether the rest begins with `start` after white space, which is dropped."""
         dropped = 0
         while True:
             end = _skip(self._left, self._start)
@@ -138,10 +138,10 @@ class _Text:
         """Take the next item.
 
         Args:
-            closing: what the file ends with, unless it is cut off.
+            closing: the character with which a complete file ends.
 
         Raises:
-            FeedbackError: no JSON, cut off, or too large.
+            FeedbackError: not JSON, cut off, or too large.
         """
         while True:
             try:
@@ -156,13 +156,13 @@ class _Text:
                     return item
 
     def _may_go_on(self, error: Exception) -> bool:
-        """Whether what follows can mend the error: it is near the end of what was read, or a string has no end yet."""
+        """Return whether more text can resolve the error: it is near the end, or a string is unterminated."""
         if not isinstance(error, json.JSONDecodeError):
             return False
         return error.msg.startswith("Unterminated string") or error.pos > len(self._left) - _LONGEST_WORD
 
     def _more(self) -> bool:
-        """Read on, as much again as there is. Returns: whether there was anything left to read."""
+        """Read as much again as there is. Returns: whether there was anything left to read."""
         size = len(self._left) - self._start
         if size > LARGEST_RECORD:
             raise FeedbackError(
@@ -179,7 +179,7 @@ class _Text:
         return bool(read)
 
     def _column_of(self, position: int) -> int:
-        """Characters before a position on its line."""
+        """Return the number of characters before a position on its line."""
         line_end = self._left.rfind("\n", 0, position)
         return position - line_end - 1 + (self._column if line_end < 0 else 0)
 
@@ -187,7 +187,7 @@ class _Text:
         return json.JSONDecodeError(message, self._left, self._start)
 
     def broken(self, error: Exception, closing: str) -> FeedbackError:
-        """The error for the item that begins here, with the line where reading had to stop."""
+        """Return the error for the item that begins here, with the line at which parsing stopped."""
         stop = error.pos if isinstance(error, json.JSONDecodeError) else self._start
         line = self.line + self._left.count("\n", self._start, min(stop, len(self._left.rstrip())))
         if not self._left[self._start :].strip():
@@ -198,7 +198,7 @@ class _Text:
 
 
 def _unambiguous(pairs: list[tuple[str, object]]) -> Record:
-    """Return the object that its keys and values make. Raises: ValueError: a key has two values; Python takes the last."""
+    """Return the object for keys and values. Raises: ValueError: a key has two values; Python would keep the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
         for key, value in pairs:
@@ -220,7 +220,7 @@ def _refuse_wrapper(item: Record, where: str) -> None:
 
 
 def _is_cut(error: Exception, text: str, position: int, closing: str) -> bool:
-    """Whether the item at `position` is broken because `text`, the end of the file, ends before it does."""
+    """Return whether the item at `position` is invalid only because `text`, the end of the file, is cut off."""
     if not isinstance(error, json.JSONDecodeError):
         return False
     body = text.rstrip()

@@ -1,4 +1,4 @@
-"""`--data` -> an iterator of (where, record).
+"""Read `--data` as an iterator of (where, record).
 
     feedback.jsonl, .ndjson     one object on each line                      feedback.jsonl:17
     feedback.json               an array of objects                          feedback.json:17
@@ -8,10 +8,10 @@
     a folder of save_to_disk    its split `train`                            folder: row 17
     owner/name                  a dataset of the hub, its split `train`      owner/name: row 17
 
-The three names of JSON are exchangeable, and objects may take several
-lines. All files but Parquet may end in .gz as well. Lines and rows count from 1; a record of several lines has the
-number of its first. Text is UTF-8, with or without a byte order mark. Files are read as they are asked for, an item, a
-line or a batch of rows at a time. A record may have 64 MiB: a few packed bytes may stand for more than there is memory.
+The three suffixes of JSON are interchangeable, and an object may span several lines. All files but Parquet may also
+end in .gz. Lines and rows count from 1; a record of several lines has the number of its first. Text is UTF-8, with or
+without a byte order mark. Files are read lazily, an item, a line or a batch of rows at a time. A record may have 64
+MiB: a few compressed bytes may expand to more than the memory.
 """
 
 import gzip
@@ -55,7 +55,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class SourceFile:
-    """What the manifest remembers of one file: its name without a folder, SHA-256 (hex) and size in bytes."""
+    """The manifest's entry for a file: its name without a folder, SHA-256 (hex) and size in bytes."""
 
     name: str
     sha256: str
@@ -63,16 +63,15 @@ class SourceFile:
 
 
 def read_records(data: str, *, limit: int | None = None, columns: Collection[str] | None = None) -> Iterator[Located]:
-    """(where, record) for each record of `data`, or for its first `limit`, in the order they are stored in.
+    """Return (where, record) for each record of `data`, or for its first `limit`, in stored order.
 
-    `columns` names those that are of use. Of Parquet no other is read; there its value is `NOT_READ`.
-
-    A record is a dict as it stands there. A column without a value holds None; in Parquet and datasets, which
-    give every nested object the keys of all others, nested keys without a value are left out.
+    `columns` names those that are needed. In Parquet only these are read, and all others have the value `NOT_READ`. A
+    record is a dict as stored. A column without a value holds None. Parquet and datasets give every nested object the
+    keys of all others; there, nested keys without a value are left out.
 
     Raises:
-        FeedbackError: `data` is not there, not readable, of no known format, or holds no record. What a look
-            at the path shows is raised by the call, all else by the iterator when it gets there.
+        FeedbackError: `data` does not exist, is not readable, has no known format, or has no record. Errors in the path
+            are raised by the call, all others by the iterator.
     """
     path, kind = _look(data)
     if kind == "file":
@@ -86,11 +85,11 @@ def read_records(data: str, *, limit: int | None = None, columns: Collection[str
 
 
 def describe_source(data: str) -> list[SourceFile]:
-    """Name, hash and size of what stands behind `data`, in the order of the paths.
+    """Return name, hash and size of each file in `data`, in the order of the paths.
 
-    A file is one entry; a folder of data files has one for each of those that are read. A
-    dataset of the hub or from save_to_disk is one entry, and hash and size are those of its rows as canonical
-    JSON, one on each line: the files that hold them differ with the version of the library that wrote them.
+    A file is one entry. A folder of data files has one entry for each file that is read. A dataset of the hub or from
+    save_to_disk is one entry; hash and size are those of its rows as canonical JSON, one on each line, because its
+    files differ with the version of the library that wrote them.
 
     Raises:
         FeedbackError: as read_records does.
@@ -111,7 +110,7 @@ def describe_source(data: str) -> list[SourceFile]:
 
 
 def warnings_about(data: str) -> list[str]:
-    """Sentences on files of a folder that are not read. Raises: FeedbackError: as read_records does."""
+    """Return warnings about files of a folder that are not read. Raises: FeedbackError: as read_records does."""
     path, kind = _look(data)
     unread = unread_files(path) if kind == "folder" and not is_saved(path) else []
     if not unread:
@@ -134,7 +133,7 @@ def _hash_file(path: Path) -> SourceFile:
 
 
 def _look(data: str) -> tuple[Path, str]:
-    """(path, kind), with the kind "file", "folder" or "hub". What exists is never taken for a hub id."""
+    """Return (path, kind), with the kind "file", "folder" or "hub". An existing path is never taken for a hub id."""
     if data.strip() == "":
         raise FeedbackError("--data is empty. Give a file, a folder or a dataset of the hub (owner/name).")
     path = Path(data)
@@ -143,8 +142,8 @@ def _look(data: str) -> tuple[Path, str]:
         path = path.expanduser()
         mode = path.stat().st_mode
     except PermissionError:
-        raise FeedbackError(f"{shown}: no permission to look there. Check the rights of its folders.") from None
-    except (OSError, ValueError, RuntimeError):  # also a NUL in the name, and the home of nobody
+        raise FeedbackError(f"{shown}: no permission to access it. Check the permissions of its folders.") from None
+    except (OSError, ValueError, RuntimeError):  # also a NUL in the name, and an unknown user's home
         if _HUB_ID.fullmatch(data) is not None and format_of(data) is None:
             return Path(data), "hub"
         raise FeedbackError(f"{shown}: no such file.{suggest(path)}") from None
@@ -210,7 +209,7 @@ _TEXT_FORMATS: dict[str, Callable[[IO[bytes], str], Iterator[Located]]] = {
 
 
 def format_of(name: str) -> str | None:
-    """The suffix that says how to read the file, in lower case and without .gz; None where none is known."""
+    """Return the suffix that determines the file's format, in lower case and without .gz; None if it is unknown."""
     lower = name.lower()
     suffix = Path(lower.removesuffix(".gz")).suffix
     known = suffix in _TEXT_FORMATS or (suffix == ".parquet" and not lower.endswith(".gz"))

@@ -1,4 +1,4 @@
-"""Records of CSV, TSV and Parquet files."""
+"""Read records of CSV, TSV and Parquet files."""
 
 import csv
 import json
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 _BATCH_ROWS = 256
-# What a record holds under the name of a column that nobody asked for.
+# The value of a column that was not requested.
 NOT_READ = "(not read)"
 
-# Values of one column in a row group: a thousand million of them may be packed into a few bytes.
+# Values of one column in a row group: a billion of them may be compressed into a few bytes.
 _MOST_VALUES = 2**27
 # Bytes of one value as a Python object, at the least.
 _OBJECT = 64
 
 
 def read_csv(handle: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Located]:
-    # The default of 131,072 characters is less than a long answer. It belongs to the process: only raise it.
+    # The default of 131,072 characters is less than a long answer. The limit is global, so it is only raised.
     csv.field_size_limit(max(csv.field_size_limit(), LARGEST_RECORD))
     rows = _csv_rows(handle, name, delimiter)
     columns: list[str] | None = None
@@ -54,14 +54,14 @@ def read_csv(handle: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Loc
 
 
 def _csv_rows(handle: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(line it begins on, cells) for each row that is not blank."""
+    """Yield (line on which it begins, cells) for each row that is not blank."""
     size = 0
 
     def counted() -> Iterator[str]:
         nonlocal size
         for text in lines_of(handle, name):
             size += len(text)
-            if size > LARGEST_RECORD:  # also one of many cells, each in lines of its own
+            if size > LARGEST_RECORD:  # also a row of many cells on several lines
                 raise FeedbackError(f"{name}:{line}: a row of more than {LARGEST_RECORD // 2**20} MiB. {TOO_LARGE}")
             yield text
 
@@ -94,7 +94,7 @@ def _bad_csv(error: csv.Error, where: str) -> FeedbackError:
 
 def _csv_header(cells: list[str], where: str, delimiter: str) -> list[str]:
     columns = [cell.strip() for cell in cells]
-    named = [column for column in columns if column != ""]  # pandas writes its index under no name
+    named = [column for column in columns if column != ""]  # pandas writes its index without a column name
     if len(named) < 2:
         expected = "tabs" if delimiter == "\t" else "commas"
         raise FeedbackError(
@@ -105,14 +105,14 @@ def _csv_header(cells: list[str], where: str, delimiter: str) -> list[str]:
 
 
 def _refuse_twins(columns: Collection[str], where: str) -> None:
-    """Raises: FeedbackError: two columns of one name, of which a record would hold the last."""
+    """Refuse columns with the same name: a record would only have the last. Raises: FeedbackError: two have."""
     column, count = Counter(columns).most_common(1)[0] if columns else ("", 0)
     if count > 1:
         raise FeedbackError(f"{where}: two columns have the name {quoted(column)}. Rename one of them.")
 
 
 def _cell(cell: str, column: str, where: str) -> object:
-    """None for an empty cell; the value of a JSON list in the columns that can hold nothing else."""
+    """Return None for an empty cell, and the parsed value for a JSON list in the columns that hold conversations."""
     if cell == "":
         return None
     if column not in ("messages", "conversations") or not cell.lstrip().startswith("["):
@@ -144,7 +144,7 @@ def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) 
                 for row in _rows_of(batch, f"{name}: after row {number}"):
                     number += 1
                     yield f"{name}: row {number}", {**without_nulls(row), **unread}
-        except MemoryError:  # of Arrow, too
+        except MemoryError:  # Arrow's is one too
             raise
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise FeedbackError(
@@ -153,10 +153,10 @@ def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) 
 
 
 def _batches(handle: IO[bytes], columns: list[str], name: str) -> Iterator["pa.RecordBatch"]:
-    """Batches of rows in which each text stands once, however often it is repeated.
+    """Yield batches of rows in which each text is stored once, however often it is repeated.
 
     Raises:
-        FeedbackError: what the file says of its own size is more than records can have.
+        FeedbackError: the sizes in the file's metadata are larger than those of any real records.
     """
     import pyarrow.parquet as pq
 
@@ -179,14 +179,14 @@ def _batches(handle: IO[bytes], columns: list[str], name: str) -> Iterator["pa.R
 
 
 def _is_bomb(chunk: "pq.ColumnChunkMetaData") -> bool:
-    """Whether a column of one row group is more than data of any use can be."""
+    """Return whether a column of a row group expands to more than any real data, as in a decompression bomb."""
     size = chunk.total_uncompressed_size
     packed = size > 4 * LARGEST_RECORD and size > MOST_PACKED * chunk.total_compressed_size
     return bool(packed or chunk.num_values > _MOST_VALUES or size > LARGEST_RECORD * max(1, chunk.num_values))
 
 
 def _rows_of(batch: "pa.RecordBatch", where: str) -> Iterator[Record]:
-    """The rows of a batch; one by one where together they would take much memory.
+    """Yield the rows of a batch, converted one by one if together they would take much memory.
 
     Raises:
         FeedbackError: a row that is too large.
@@ -202,7 +202,7 @@ def _rows_of(batch: "pa.RecordBatch", where: str) -> Iterator[Record]:
 
 
 def _size(batch: "pa.RecordBatch") -> int:
-    """Bytes that a batch takes as Python objects, about."""
+    """Return about how many bytes a batch takes as Python objects."""
     return sum(_array_size(column) for column in batch.columns)
 
 
@@ -226,7 +226,7 @@ def _array_size(array: "pa.Array") -> int:
 
 
 def without_nulls(row: Record) -> Record:
-    """`row` without the keys that nested objects have only because others in the column have them."""
+    """Return `row` without the nested keys that are only there because other rows of the column have them."""
     return {key: _pruned(value) for key, value in row.items()}
 
 

@@ -1,4 +1,4 @@
-"""Bytes of a feedback file to lines of text, and what the system says of a file in words a user can act on."""
+"""Read lines of text from a feedback file, and turn operating system errors into messages that say what to do."""
 
 import codecs
 import gzip
@@ -11,11 +11,11 @@ from offline_kto.kto_core.errors import FeedbackError, said_by
 
 Record = dict[str, object]
 Located = tuple[str, Record]
-# Bytes of one record. A few packed bytes may stand for one that fills the memory; a million tokens have some 5 MB.
+# Bytes of one record. A few compressed bytes may expand to one that fills the memory; a million tokens have about 5 MB.
 LARGEST_RECORD = 64 * 2**20
-# How many times its size a file may unpack to: beyond that it says the same again and again.
+# Largest compression ratio of a file; one with a higher ratio repeats the same text over and over.
 MOST_PACKED = 500
-# Blank lines one after another, as a packed file may hold thousands of millions of them.
+# Consecutive blank lines: a compressed file may hold billions of them.
 _MOST_BLANK_LINES = 10**6
 _PIECE = 2**20
 COPY_AGAIN = "Copy or download it again."
@@ -24,7 +24,7 @@ TOO_LARGE = f"A record may have {LARGEST_RECORD // 2**20} MiB: remove what is la
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Puts what the system says of a file into words that the user can act on."""
+    """Re-raise operating system errors of reading a file as a `FeedbackError` that says what to do."""
     try:
         yield
     except MemoryError as error:
@@ -55,14 +55,14 @@ _FORMS = {
 
 
 def check_form(handle: IO[bytes], name: str, expected: bytes | None = None) -> None:
-    """Refuse a file whose first bytes say that it is of another kind than its name does.
+    """Refuse a file whose first bytes show another format than its name.
 
     Args:
-        handle: at its beginning, where it is afterwards too.
-        expected: the mark of the kind that the name says.
+        handle: at its beginning, before and after.
+        expected: the magic bytes of the format in the name.
 
     Raises:
-        FeedbackError: the other kind, with what to do about it.
+        FeedbackError: naming the other format, and what to do.
     """
     start = handle.read(max(map(len, _FORMS)))
     handle.seek(0)
@@ -72,7 +72,7 @@ def check_form(handle: IO[bytes], name: str, expected: bytes | None = None) -> N
 
 
 def decode(raw: bytes, name: str, line: int) -> str:
-    """`raw`, which begins at `line`, as text; only the first line may begin with a byte order mark."""
+    """Return `raw`, which begins at `line`, as text; only the first line may begin with a byte order mark."""
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -95,13 +95,13 @@ def lines_of(handle: IO[bytes], name: str) -> Iterator[str]:
             raise FeedbackError(f"{name}:{number}: more than {_MOST_BLANK_LINES:,} blank lines. {COPY_AGAIN}")
         if len(raw) == LARGEST_RECORD:
             raise FeedbackError(
-                f"{name}:{number}: a line of more than {LARGEST_RECORD // 2**20} MiB. This is no file of records, one a line."
+                f"{name}:{number}: a line of more than {LARGEST_RECORD // 2**20} MiB. Expected one record on each line."
             )
         yield decode(raw, name, number)
 
 
 def texts_of(handle: IO[bytes], name: str) -> Iterator[str]:
-    """The text of a file in pieces of about a mebibyte, each when it is asked for."""
+    """Yield the text of a file in pieces of about a mebibyte, read on demand."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line = 1
     while True:
@@ -109,7 +109,7 @@ def texts_of(handle: IO[bytes], name: str) -> Iterator[str]:
         try:
             text = decoder.decode(raw, final=not raw)
         except UnicodeDecodeError as error:
-            decode(error.object, name, line)  # raises the same, with its place
+            decode(error.object, name, line)  # raises the same error, with its line
             raise
         line += text.count("\n")
         if text:
