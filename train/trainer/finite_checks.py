@@ -99,7 +99,7 @@ class FiniteChecks:
 
     @torch.no_grad()
     def _scores_are_finite(self) -> bool:
-        """Return whether the shortest row of the last batch has a finite score; finite weights may be too large."""
+        """Return whether the shortest row of the last batch has a finite score; finite weights can be too large."""
         if not self.last_rows:
             return True
         row = min(self.last_rows, key=lambda row: len(row.matched))

@@ -173,7 +173,7 @@ class GradientPasses:
         return [[unit * size + k for unit in part for k in range(size)] for part in parts]
 
     def _micro_batches(self, rows: Sequence[TrainingRow], at_least: int) -> Iterator[tuple[list[int], Sequences, bool]]:
-        """Yield positions into `rows`, their batch, and whether it is the last; add filler where other ranks run more."""
+        """Yield positions into `rows`, their batch, and whether it is the last; filler if other ranks run more."""
         parts = self._cut(rows)
         parts += [[]] * (at_least - len(parts))
         for number, part in enumerate(parts):

@@ -1,7 +1,7 @@
 """Train with a thin `transformers.Trainer`: checkpoints, schedules and loggers are inherited, the update is our own.
 
 batch             one update: rows of all ranks, distributed by length
-  reference pass  computes the point that rows are measured from, such as z0 from mismatched rows; no gradient, eval mode
+  reference pass  computes the point that rows are measured from (z0 from mismatched rows); no gradient, eval mode
   loss pass       runs labelled rows in micro-batches; gradients add up to those of the whole batch
 """
 
