@@ -95,7 +95,13 @@ class Settings:
 
     @classmethod
     def of(cls, config: TrainConfig, weights: tuple[float, float], rows: tuple[int, int]) -> "Settings":
-        """Build the settings of a run. Args: weights, rows: of the desirable and the undesirable class, in training."""
+        """Build the settings of a run.
+
+        Args:
+            config: options of the run.
+            weights: class weights of the desirable and the undesirable class.
+            rows: training rows of the desirable and the undesirable class.
+        """
         return cls(
             loss=config.loss,
             beta=config.beta,
@@ -134,7 +140,7 @@ class _Now:
 
 
 class Watch:
-    """Finds warnings in a stream of records; the work per record is limited to one window."""
+    """Search for warnings in a stream of records; the work per record is limited to one window."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

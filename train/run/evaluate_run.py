@@ -30,8 +30,7 @@ from offline_kto.train.trainer.objective import Objective
 def evaluate_run(config: TrainConfig) -> Path:
     """Evaluate a finished run.
 
-    Its held-out rows where `--cache` is the one it was trained with, else the rows of `--cache` that it was not trained
-    on.
+    If `--cache` is the run's own, its held-out rows are evaluated, else the rows of `--cache` it was not trained on.
 
     Args:
         config: the run's own, with the options of the command line.
