@@ -46,7 +46,7 @@ _OURS = {
     "load_best_model_at_end": "--early-stopping",
 }
 
-# Features that the Trainer implements in its own loss, or in packages that are not installed.
+# Settings that would silently have no effect here.
 _NO_EFFECT = {"label_smoothing_factor": "the losses here have no smoothed form"}
 
 # More updates than any run makes.
