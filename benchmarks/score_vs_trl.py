@@ -13,15 +13,15 @@ The same model, rows and pairs on all sides, on the CPU in float32; one after an
 - shared: `kto-precompute` as it is;
 - vLLM: `kto-precompute --backend vllm`. Its whole process holds two starts of an engine, Transformers' for the sample.
 
-What the lines mean:
+The lines of the table:
 
 - scoring: `run.seconds` of our manifest, and a clock around TRL's own pass;
 - whole process: from start to finished cache; TRL's ends after its pass;
 - tokens/s: tokens of the sequences asked for, the same number for all sides, over the scoring time;
 - achieved: floating-point operations over the scoring time: 2 for each weight of the layers and each token that is fed,
-  attention over what a token may see, the output layer at completion positions. TRL, plain and vLLM feed every sequence
+  attention over the visible tokens, the output layer at completion positions. TRL, plain and vLLM feed every sequence
   whole; shared feeds a prompt once and its completions without their last token, where that saves a tenth of the tokens:
-  what it does not compute does not count, so it can be the faster of two sides and achieve less;
+  operations that are saved do not count, so the faster of two sides can achieve less;
 - of the matmul rate: achieved, over what `matmul_rate.py` measured before and after (mean) in this run;
 - peak memory: resident, of the largest process;
 - scores: the largest relative difference of the sums of `ref_logps` and `ref_kl_logps` from those of TRL's run whose pass

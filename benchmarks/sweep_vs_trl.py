@@ -10,7 +10,7 @@ held-out rows each, best model and report. The held-out rows come on top of the 
 
 - whole: processes from start to end, imports included; ours both commands;
 - in the trials: `train_runtime` of all runs, ours with evaluations;
-- beside the trials: our sweep's time that is no `train_runtime`, and the share that it adds to it, without the start-up
+- beside the trials: our sweep's time outside `train_runtime`, and its ratio to `train_runtime`, without the start-up
   (imports and reading the model once) and with it.
 """
 

@@ -4,16 +4,16 @@
     python benchmarks/train_scaling.py --parts vocabulary prompts --check
     python benchmarks/train_scaling.py --quick        # smaller, as a quick test
 
-- rows: training time lies on a straight line over the number of rows (the middle one may be 10 % off), peak memory
+- rows: training time is linear in the number of rows (the middle one may be 10 % off), peak memory
   stays within 10 % (it differs by half of that from run to run);
 - length: the same number of tokens in rows of 128 to 1024: time per token grows by attention's share alone;
 - vocabulary: 32,000 against 152,000: memory beyond weights, gradients and optimizer states must not differ by more than
-  10 %, up or down. What a run holds beyond them is its peak memory less that of a run of the same model on rows of a few
-  tokens: both hold the same weights, gradients, moments and libraries. Whatever else grows with the model (a second
-  gradient of the embeddings, say) cancels out as well if the first micro-batch needs it already;
+  10 %, up or down. This memory is the peak of a run less the peak of a run of the same model on rows of a few
+  tokens: both have the same weights, gradients, moments and libraries. Other memory that grows with the model (such as a
+  second gradient of the embeddings) cancels out as well if the first micro-batch already needs it;
 - prompts: 64 or 960 tokens of prompt before 40 of completion: likewise, in passes of as many tokens;
-- logging: one record for every step; what adding it up, writing and printing it takes, by a clock around these calls,
-  must be less than 2 % of the training time. (Two runs with and without differ by more than that by chance alone.)
+- logging: one record for every step; accumulating, writing and printing it, measured by a timer around these calls,
+  must take less than 2 % of the training time. (Runs with and without logging differ by more than that by chance.)
 
 CPU, float32, a Llama with random weights. Peak memory is resident, of the process.
 """

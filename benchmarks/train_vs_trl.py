@@ -20,7 +20,7 @@ references:
 TRL pairs prompts with the completions of the same pass, and measures z0 there; ours pairs and measures over the batch.
 Losses are therefore equal only where one pass is the whole batch; tokens are the same number for all.
 
-What the lines mean:
+The lines of the table:
 
 - score references: the pass over all rows, from `run.seconds` of our manifest and a clock around TRL's own pass;
 - train: `train_runtime` of both trainers;
@@ -28,9 +28,9 @@ What the lines mean:
   cached references contains their scoring;
 - all of it: both of our processes, each with its own imports; TRL's one;
 - tokens/s: tokens of the labelled and of the mismatched sequences, the same number for all sides, over the training time;
-- achieved: useful floating-point operations over the training time. Useful is, for every side alike, what training with
-  given references needs: 2 for each weight of the layers and each token, attention over what a token may see, the output
-  layer at completion positions; all of it three times for labelled rows (forward and backward), once for mismatched
+- achieved: useful floating-point operations over the training time. Useful are the operations that training
+  with given references needs, the same for all sides: 2 for each weight of the layers and each token, attention over
+  visible tokens, the output layer at completion positions; all of it three times for labelled rows (forward and backward), once for mismatched
   ones. Prompts and padding projected, logits computed again and live references are not useful. A prompt counts in every
   sequence that begins with it, so on data that repeat prompts a side that runs them once shows more than its hardware did;
 - of the matmul rate: achieved, over what `matmul_rate.py` measured before and after (mean) in this run;

@@ -85,7 +85,7 @@ def read_rewards(out: Path, columns: list[str]) -> "pa.Table":
     A small file may repeat a long string a billion times; dictionary encoding keeps it small in memory.
 
     Raises:
-        OSError, ValueError: it cannot be read, is too large, or holds columns of another kind.
+        OSError, ValueError: it cannot be read, is too large, or has columns of another type.
     """
     import pyarrow.parquet as pq
 

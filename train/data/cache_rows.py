@@ -86,12 +86,12 @@ class CacheRows(Dataset[TrainingRow]):
 
     Args:
         folder: the cache; every byte and every row of it is checked first.
-        max_length: shorten rows; rows whose prompt leaves no room are dropped.
+        max_length: length to shorten rows to, tokens; rows whose prompt fills it are dropped.
         mapped: map the files into memory, which the workers of a sweep share.
 
     Attributes:
         labels: bool, shape (rows,).
-        dropped: how many rows `max_length` leaves no room for.
+        dropped: number of rows whose prompt fills `max_length`.
         cut: bool, shape (rows,): whether it shortens the completion.
         kl_cut: how many mismatched completions it shortens.
         largest_id: the largest token id, among the rows that this process checked.

@@ -227,7 +227,7 @@ def rows_to_evaluate(config: TrainConfig, facts: RunRecord, trained_prompts: set
     Args:
         config: the run's own, with the cache to evaluate on.
         facts: of the run.
-        trained_prompts: None where they are not on record.
+        trained_prompts: ids of the prompts it was trained on; None if they are not recorded.
 
     Raises:
         CacheError, TrainingError: an unusable cache, or one that was scored by another reference.

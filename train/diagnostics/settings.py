@@ -3,11 +3,11 @@
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.train.config import TrainConfig
 
-# KTO paper, section 4.2, eq. 8: lambda_D n_D : lambda_U n_U lies between 1:1 and 4:3.
+# KTO paper, section 4.2, eq. 8: lambda_D n_D : lambda_U n_U is between 1:1 and 4:3.
 BALANCE = (1.0, 4 / 3)
 _MIDDLE = (BALANCE[0] * BALANCE[1]) ** 0.5
 
-# Ranges of published KTO runs; LoRA takes about ten times the rate of full fine-tuning.
+# Ranges of published KTO runs; LoRA uses about ten times the rate of full fine-tuning.
 _BETA = (0.01, 0.5)
 _RATE = (5e-7, 5e-6)
 _RATE_LORA = (5e-6, 2e-4)

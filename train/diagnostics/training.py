@@ -70,7 +70,7 @@ class Alarm:
     Attributes:
         kind: rate-high, rate-low, kl, class, saturated or overfitting.
         step: updates done when it arose.
-        text: what was found, and the option to use instead.
+        text: the finding, and the option to use instead.
     """
 
     kind: str

@@ -27,7 +27,7 @@ class PolicyFiles:
 
     Attributes:
         name: as the user or the manifest names it.
-        adapter: merged into the weights before training, as it was into the reference's; kept beside quantised ones.
+        adapter: the reference's adapter; merged into the weights before training, or kept beside quantised weights.
         warnings: about the folder, for the plan.
         is_local: whether the model is a folder of the user's, and not one of the hub's.
     """

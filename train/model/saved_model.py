@@ -26,7 +26,7 @@ from offline_kto.kto_core.scoring.head import whole_shape
 ADAPTER_CONFIG = "adapter_config.json"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 
-# Beside the vocabulary files that each tokenizer class names.
+# In addition to the vocabulary files that each tokenizer class declares.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -124,12 +124,12 @@ class ModelWriter:
 
         Args:
             model: a `transformers` model, or a PEFT model, whose adapters are written.
-            state_dict: its gathered weights, where it is sharded.
+            state_dict: its gathered weights, if it is sharded.
             dtype: of floating-point weights; None for their own.
-            layout: of `model`, where it is not the policy that the run began with.
+            layout: layout of `model`, if it is not the policy that the run began with.
 
         Raises:
-            TrainingError: the folder would not give back what was trained, or a value does not fit `dtype`.
+            TrainingError: the folder does not load as the trained model, or a value does not fit `dtype`.
         """
         if dtype is not None:
             state_dict = cast_weights(
@@ -183,7 +183,7 @@ class ModelWriter:
             layout: of the model that was saved.
 
         Raises:
-            UnloadableModelError: it cannot be loaded, or gives another model.
+            UnloadableModelError: it cannot be loaded, or loads as another model.
         """
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -236,7 +236,7 @@ def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, keep: Iterab
     """Return floating-point weights in another type, on the host.
 
     Args:
-        keep: names that stay as they are.
+        keep: names of weights that are not cast.
 
     Raises:
         TrainingError: a finite value that is too large for the type.

@@ -213,7 +213,7 @@ class TrainingRun:
         """Save model, tokenizer and model card in a folder; called on every rank.
 
         Raises:
-            TrainingError: the disk does not take it.
+            TrainingError: it cannot be written.
         """
         trainer, files, config = self.trainer, self.files, self.config
         with unfinished(out, "model", main=self.is_main) as folder:
@@ -265,7 +265,7 @@ class TrainingRun:
                 trainer.remove_old_checkpoints()
                 write_start(
                     self.config, self.out, {**self.facts(), "started": read_run_record(self.out).get("started")}
-                )  # what may change has changed
+                )  # options that may change have changed
             return
         if not self.checked:
             self._check_policy()

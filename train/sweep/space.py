@@ -43,7 +43,7 @@ class Range:
     """An option with a range of numbers, both ends included.
 
     Attributes:
-        whole: whether it takes whole numbers only.
+        whole: whether only whole numbers are allowed.
         points: number of grid points.
     """
 

@@ -164,7 +164,7 @@ class Study:
                 time.sleep(random.uniform(0.1, 0.5))
 
     def _check(self) -> None:
-        identity = json.loads(json.dumps(self._identity, default=str))  # as the storage gives it back
+        identity = json.loads(json.dumps(self._identity, default=str))  # as the storage returns it
         begun = without_secrets(dict(self._study.user_attrs.get("identity") or {}))
         if not begun:
             self._study.set_user_attr("identity", identity)

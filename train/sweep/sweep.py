@@ -108,7 +108,7 @@ def _rows(manifest: Manifest, trials: Trials) -> dict[str, RowsIdentity]:
 
 
 def _identity(config: SweepConfig, rows: dict[str, RowsIdentity]) -> dict[str, object]:
-    """Return the settings that all trials of one study share, whatever the number of trials and workers."""
+    """Return the settings that all trials of one study share; the numbers of trials and workers may change."""
     return {
         **rows,
         **{name: getattr(config, name) for name in ("search", "metric", "pruning", "seed", "space")},

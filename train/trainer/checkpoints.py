@@ -54,7 +54,7 @@ def check_checkpoint(checkpoint: Path, *, hashes: bool = True) -> None:
         hashes: whether to compare contents as well as sizes. Checkpoints of older versions have no hashes.
 
     Raises:
-        ConfigError: a file that is missing or damaged, or a checkpoint that holds too little to resume from.
+        ConfigError: a file is missing or damaged, or the checkpoint has no optimizer state to resume from.
     """
     try:
         files = _files_of(checkpoint)
@@ -163,7 +163,7 @@ def load_renamed_weights(load_result: Any, checkpoint: Path, model: Model, *, tr
     Files of a mixture of experts store each expert separately; in memory a layer's experts are stacked in one tensor.
 
     Args:
-        load_result: what the Trainer's attempt found missing and unexpected.
+        load_result: missing and unexpected keys of the Trainer's attempt.
 
     Raises:
         UnloadableModelError: they are not those of this model.

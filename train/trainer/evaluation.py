@@ -20,8 +20,8 @@ class Scores:
         labels: bool.
         tokens: of each completion.
         logps, logratios: nats.
-        kl_logratios: of the mismatched completions, nats; None where the loss needs none.
-        shift: the reward shift / beta, nats, where the loss has one.
+        kl_logratios: of the mismatched completions, nats; None if the loss needs none.
+        shift: the reward shift / beta, nats, if the loss has one.
     """
 
     prompt_ids: list[str]
@@ -85,7 +85,7 @@ def _statistics(scores: Scores, objective: Objective, weights: Tensor) -> dict[s
         weights: how often each row counts, shape (samples, rows).
 
     Returns:
-        Shape (samples,) each; not finite where no row of a class was drawn.
+        Shape (samples,) each; not finite if no row of a class was drawn.
     """
     total = weights.sum(1)
 

@@ -42,7 +42,7 @@ class FiniteChecks:
     """Checks that gradients, weights and scores are finite.
 
     Args:
-        policy: whose weights are checked.
+        policy: the policy to check.
         learning_rate: for messages.
 
     Attributes:
@@ -68,9 +68,9 @@ class FiniteChecks:
         """Check the state before it is saved: every trained weight, and the score of one row; called on every rank.
 
         Args:
-            optimizer: whose state is checked as well; None without one.
+            optimizer: its state is checked as well; None without one.
             held_out: scores of the same weights.
-            what: is about to be saved, for the message.
+            what: name of what is saved, for the message.
             step: number of the last update.
 
         Raises:

@@ -60,7 +60,7 @@ class GradientPasses:
 
         Args:
             rows: the whole batch, of all ranks; this rank runs its part.
-            reference: what the loss measures the rows from.
+            reference: the point that the loss measures the rows from.
             step: number of the update, for messages.
 
         Raises:
@@ -214,7 +214,7 @@ class _RouterBalance(NamedTuple):
     """The load-balancing loss of a mixture of experts over one batch of all ranks.
 
     Attributes:
-        coefficient: its weight beside the preference loss.
+        coefficient: its weight relative to the preference loss.
         expert_counts: slots of each expert, shape (experts,).
         slots: all of them, scalar.
     """

@@ -49,7 +49,7 @@ class KTOTrainer(transformers.Trainer):
 
     Args:
         model: from `PolicyFiles.load`.
-        args: without gradient accumulation; micro-batches are cut here.
+        args: settings without gradient accumulation; micro-batches are formed here.
         rows: the training cache.
         batches: optimizer batches, over all ranks.
         held_out: rows held out, or None.
@@ -218,7 +218,7 @@ class KTOTrainer(transformers.Trainer):
         """Check the state before it is saved; called on every rank.
 
         Args:
-            what: is about to be saved, for the message.
+            what: name of what is saved, for the message.
 
         Raises:
             TrainingError: a weight, an optimizer's state or a score is not finite.

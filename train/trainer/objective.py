@@ -59,7 +59,7 @@ class Objective:
 
     @property
     def uses_shift(self) -> bool:
-        """Whether the rows of a batch are scored before the pass that trains on them."""
+        """Whether the rows of a batch are scored before the pass that trains on them, to update the reward shift."""
         return self.loss == "bco"
 
     @property
@@ -85,7 +85,7 @@ class Objective:
         Args:
             sequences: the rows, with their reference scores.
             policy_token_logps: of their completions, nats, shape (completion tokens,), row after row.
-            batch: what the model was called with.
+            batch: the model's input.
         """
 
         def reference(values: Any) -> Tensor:

@@ -49,12 +49,12 @@ class PreparedPolicy:
         self.scoring_model = wrapped if self.ranks.sharded else model
 
     def check_precision(self, promised: torch.dtype) -> None:
-        """Check that passes run in the run's precision, whatever prepared the model.
+        """Check that passes run in the run's precision, independent of the code that prepared the model.
 
         Raises:
             TrainingError: without autocast, or under another one.
         """
-        if self.ranks.sharded:  # has a policy of its own, see `prepare_sharding`
+        if self.ranks.sharded:  # sharding sets its own precision, see `prepare_sharding`
             return
         kind = self.device.type
         found: list[torch.dtype] = []

@@ -113,7 +113,7 @@ def round_weights(model: Model, dtype: torch.dtype, *, keep: Collection[str]) ->
         keep: names of weights that are saved as they are.
 
     Raises:
-        TrainingError: a value that the type cannot hold.
+        TrainingError: the type cannot represent a value.
     """
     for name, weight in model.named_parameters():
         if weight.requires_grad and name not in keep:
