@@ -30,9 +30,10 @@ The lines of the table:
 - tokens/s: tokens of the labelled and of the mismatched sequences, the same number for all sides, over the training time;
 - achieved: useful floating-point operations over the training time. Useful are the operations that training
   with given references needs, the same for all sides: 2 for each weight of the layers and each token, attention over
-  visible tokens, the output layer at completion positions; all of it three times for labelled rows (forward and backward), once for mismatched
-  ones. Prompts and padding projected, logits computed again and live references are not useful. A prompt counts in every
-  sequence that begins with it, so on data that repeat prompts a side that runs them once shows more than its hardware did;
+  visible tokens, the output layer at completion positions; all of it three times for labelled rows (forward and
+  backward), once for mismatched ones. Prompts and padding projected, logits computed again and live references are not
+  useful. A prompt counts in every sequence that begins with it, so on data that repeat prompts a side that runs them
+  once shows more than its hardware did;
 - of the matmul rate: achieved, over what `matmul_rate.py` measured before and after (mean) in this run;
 - peak memory: resident, of the process. TRL scores and trains in one process, ours in one each.
 """
