@@ -23,19 +23,14 @@ from offline_kto.train.run_records import RunRecord, SweepRecord
 _CLASS_COLORS = {"chosen": "var(--desirable)", "rejected": "var(--undesirable)"}
 _CLASS_WORDS = {"chosen": "desirable", "rejected": "undesirable"}
 _SPLIT_WORDS = {"train": "Training rows", "held_out": "Held-out rows"}
-_RUN_COLORS = (
-    8  # var(--run-0) ...; dashes distinguish further curves, and help readers who cannot distinguish the colours
-)
+# var(--run-0) ...; dashes distinguish further curves, and help readers who cannot distinguish the colours.
+_RUN_COLORS = 8
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _TRIALS = 100
 _QUANTILES = 401
 _LONGEST = 10**9  # tokens of a row; larger neighbouring numbers could not be distinguished
 _AS_LOGGED = ("learning_rate", "peak_memory_mb")  # no noise to smooth
-_FROM_ZERO = (
-    "learning_rate",
-    "tokens_per_second",
-    "peak_memory_mb",
-)  # an axis that does not begin at 0 would exaggerate
+_FROM_ZERO = ("learning_rate", "tokens_per_second", "peak_memory_mb")  # another origin would exaggerate changes
 
 # Title, metrics, caption.
 _RUN_CURVES = (

@@ -54,9 +54,8 @@ def measure(scores: PolicyScores, rows: CacheRows) -> Difference:
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).astype(int))
     sample = [rows[RowKey(int(i), 0)] for i in chosen]
     sequences = [row.matched for row in sample] + [row.mismatched for row in sample]
-    found = scores.score_tokens(
-        sequences
-    )  # scored together: both sequences of a row share the prompt, which is then computed once
+    # Scored together: both sequences of a row share the prompt, which is then computed once.
+    found = scores.score_tokens(sequences)
     apart = [np.abs(a - s.ref_token_logps) for a, s in zip(found, sequences, strict=True)]
     matched, mismatched = (np.concatenate(part) for part in (apart[: len(sample)], apart[len(sample) :]))
     return Difference(float(matched.mean()), float(matched.max()), float(mismatched.mean()), float(mismatched.max()))

@@ -306,10 +306,8 @@ class Study:
         """Record the end of a trial: complete, pruned or failed."""
         states = self._optuna.trial.TrialState
         found = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state]
-        taken_over = (
-            ValueError,
-            self._optuna.exceptions.UpdateFinishedTrialError,
-        )  # another sweeper took the trial over and has ended it
+        # Another sweeper took the trial over and has ended it.
+        taken_over = (ValueError, self._optuna.exceptions.UpdateFinishedTrialError)
         with _of_storage(self._url), contextlib.suppress(*taken_over), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "This step is already reported"
             for step, one in trial.evaluations.items():
