@@ -1,12 +1,12 @@
-"""What a cache of a million rows costs: opening, first batch, reading in random order, verifying, resident memory.
+"""Measure the cost of a cache of a million rows: opening, first batch, random reads, verification, resident memory.
 
     python benchmarks/cache_scale.py
-    python benchmarks/cache_scale.py --rows 20000      # a small one, to see that it works
-    python benchmarks/cache_scale.py --check           # exit 1 where kto-train takes 20 s or 2 GB to its first batch
+    python benchmarks/cache_scale.py --rows 20000      # a small one, as a quick test
+    python benchmarks/cache_scale.py --check           # exit 1 if kto-train needs 20 s or 2 GB to its first batch
 
 Synthetic rows of 300 tokens (150 of prompt, 150 of completion, one mismatched completion of 150) with random ids and
-scores, which do not compress: real ones are smaller. Every reader starts in a process of its own, on files that the
-system has in memory if it has room (they were just written). The model is tiny, so that what is measured is the cache.
+scores, which do not compress: real caches are smaller. Every reader runs in its own process. The files were just
+written, so the system caches them if it has room. The model is tiny, so that the cache dominates the measurement.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ MOST_SECONDS, MOST_MIB = 20.0, 2000 * 1e6 / 2**20
 
 
 def lists(values: pa.Array | np.ndarray, count: int, width: int) -> pa.ListArray:
-    """`count` lists of `width` values."""
+    """Return `count` lists of `width` values."""
     return pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32) * width), pa.array(values))
 
 
 def write_synthetic_shard(path: Path, first: int, count: int, vocabulary: int) -> int:
-    """Rows `first` to `first + count`, as kto-precompute would write them; returns how many are desirable."""
+    """Write rows `first` to `first + count` as kto-precompute would, and return how many are desirable."""
     random = np.random.default_rng(first)
 
     def ids(width: int) -> pa.ListArray:
@@ -76,7 +76,7 @@ def write_synthetic_shard(path: Path, first: int, count: int, vocabulary: int) -
 
 
 def make_cache(folder: Path, small: Path, rows: int, vocabulary: int) -> None:
-    """A cache of synthetic rows that names the reference of a small real one."""
+    """Write a cache of synthetic rows with the reference identity of a small real cache."""
     (folder / "train").mkdir(parents=True)
     names, counts, desirable = [], [], 0
     for number, first in enumerate(range(0, rows, ROWS_PER_SHARD)):
@@ -106,12 +106,12 @@ def make_cache(folder: Path, small: Path, rows: int, vocabulary: int) -> None:
 
 
 def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
+    """Return the peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def read(folder: Path, batches: int) -> None:
-    """In a process of its own: open, read batches as training does, and print what it took."""
+    """Open a cache, read batches as training does, and print the measurements; runs in its own process."""
     from offline_kto.train.data.batches import BatchLoader, EpochBatches, strata_of, units_of
     from offline_kto.train.data.cache_rows import CacheRows
 
@@ -147,7 +147,11 @@ def run_reader(folder: Path, batches: int) -> dict[str, float]:
 
 
 def run_training(cache: Path, out: Path) -> tuple[float, float, float]:
-    """Real kto-train: (seconds to the first batch, seconds to the end of the first update, peak MiB)."""
+    """Run the real kto-train.
+
+    Returns:
+        Seconds to the first batch, seconds to the end of the first update, peak MiB.
+    """
     command = [
         sys.executable,
         "-c",
@@ -172,7 +176,11 @@ def run_training(cache: Path, out: Path) -> tuple[float, float, float]:
 
 
 def plan_bytes_per_row(work: Path) -> tuple[float, float]:
-    """(bytes of text, resident bytes) that each further row of feedback costs kto-precompute, which pairs them all."""
+    """Measure the memory that each further row of feedback costs kto-precompute, which pairs all rows.
+
+    Returns:
+        Bytes of text and resident bytes per row.
+    """
     peaks, sizes = [], []
     for count in (4000, 20000):
         made = make_workload(work / str(count), data=None, num_rows=count, shape=SMALL, seed=0)
@@ -184,7 +192,7 @@ def plan_bytes_per_row(work: Path) -> tuple[float, float]:
 
 
 def measure(work: Path, rows: int) -> list[tuple[str, float, str]]:
-    """Name, value and unit of everything this script reads."""
+    """Return name, value and unit of every measurement."""
     made = make_workload(work / "workload", data=None, num_rows=64, shape=SMALL, seed=0)
     small, large = work / "small", work / "large"
     precompute(PrecomputeConfig(model=str(made.model), data=str(made.data), out=small))
@@ -216,7 +224,7 @@ def measure(work: Path, rows: int) -> list[tuple[str, float, str]]:
 
 
 def main() -> int:
-    """Measure, print one table; with --check, exit 1 where a promise is missed."""
+    """Measure and print one table; with --check, exit 1 if a promise is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000, help="default: a million")
     parser.add_argument("--check", action="store_true", help="exit 1 where a promise is missed")

@@ -1,7 +1,7 @@
-"""The two Python environments of a comparison: this one, and one that holds TRL beside the same torch.
+"""Prepare the two Python environments of a comparison: this one, and one with TRL and the same torch.
 
-TRL gets a virtual environment of its own, `benchmarks/.venv-trl`, made on first use under the project's
-`constraints.txt`, so that torch and transformers are the same versions on both sides. To make it ahead of time::
+TRL gets its own virtual environment, `benchmarks/.venv-trl`. It is created on first use under the project's
+`constraints.txt`, so that torch and transformers have the same versions on both sides. To create it ahead of time::
 
     python benchmarks/environments.py
 """
@@ -23,8 +23,8 @@ TRL_DIR = HERE / ".venv-trl"
 TRL_REQUIREMENT = "trl==1.16.0"
 SHARED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 
-# Importing what both sides import also brings their files into the page cache, so that whichever side is timed
-# first does not pay for reading them from disk.
+# Importing the packages of both sides also reads their files into the page cache, so that the side that is timed first
+# does not pay for the disk.
 VERSIONS_SCRIPT = """
 import importlib, json, sys
 names = sys.argv[1:]
@@ -36,12 +36,12 @@ print(json.dumps(versions))
 
 
 class EnvironmentMismatchError(RuntimeError):
-    """The two sides would run on different versions, so that a comparison would say nothing about either program."""
+    """The two sides would run with different versions, so a comparison would be meaningless."""
 
 
 @dataclass(frozen=True)
 class Environments:
-    """Interpreters of both sides, and what is installed in each (name -> version)."""
+    """The interpreters of both sides, and the packages installed in each (name -> version)."""
 
     our_python: Path
     trl_python: Path
@@ -49,7 +49,7 @@ class Environments:
     trl_versions: dict[str, str]
 
     def our_command(self, name: str) -> Path:
-        """Path of `kto-precompute` or `kto-train`, as installed beside our interpreter."""
+        """Return the path of `kto-precompute` or `kto-train` beside our interpreter."""
         path = self.our_python.parent / name
         if not path.exists():
             raise FileNotFoundError(
@@ -58,7 +58,7 @@ class Environments:
         return path
 
     def describe(self) -> str:
-        """Two lines for the top of a report: versions, threads, cores and the load at this moment."""
+        """Return two lines for the top of a report: versions, threads, cores and the current load."""
         ours, trl = self.our_versions, self.trl_versions
         return (
             f"torch {ours['torch']}, transformers {ours['transformers']} on both sides, TRL {trl['trl']}, "
@@ -67,12 +67,12 @@ class Environments:
 
 
 def load_average() -> str:
-    """The machine's load over the last 1, 5 and 15 minutes."""
+    """Return the machine's load over the last 1, 5 and 15 minutes."""
     return "load average " + " ".join(f"{value:.2f}" for value in os.getloadavg())
 
 
 def offline_env(work: Path) -> dict[str, str]:
-    """What both sides run under: no hub, and caches inside `work`, so that nothing is reused from an earlier run."""
+    """Return the environment variables of both sides: no hub access, and empty caches inside `work`."""
     return {
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(work / "hf"),
@@ -81,10 +81,10 @@ def offline_env(work: Path) -> dict[str, str]:
 
 
 def prepare_environments(trl_python: Path | None = None) -> Environments:
-    """Make TRL's environment where it is missing and check that both sides share their versions.
+    """Create TRL's environment if it is missing, and check that both sides have the same versions.
 
     Args:
-        trl_python: An interpreter that has TRL already; None uses (and makes) `benchmarks/.venv-trl`.
+        trl_python: An interpreter with TRL installed; None uses `benchmarks/.venv-trl`, creating it if needed.
 
     Raises:
         EnvironmentMismatchError: if torch, transformers, accelerate or tokenizers differ between the sides.
@@ -103,7 +103,7 @@ def prepare_environments(trl_python: Path | None = None) -> Environments:
 
 
 def make_trl_environment() -> Path:
-    """Interpreter of `benchmarks/.venv-trl`, made and filled on first use (some minutes and a gigabyte)."""
+    """Return the interpreter of `benchmarks/.venv-trl`, created on first use (some minutes and a gigabyte)."""
     python = TRL_DIR / "bin" / "python"
     complete = TRL_DIR / "complete"
     if not complete.exists():
@@ -117,7 +117,7 @@ def make_trl_environment() -> Path:
 
 
 def installed_versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
-    """Versions of `packages` as `python` imports them, its own version, and its number of torch threads."""
+    """Return the versions of `packages` that `python` imports, its own version, and its number of torch threads."""
     result = subprocess.run(
         [python, "-I", "-c", VERSIONS_SCRIPT, *packages], capture_output=True, text=True, check=False
     )
@@ -127,7 +127,7 @@ def installed_versions(python: Path, packages: tuple[str, ...]) -> dict[str, str
 
 
 def add_environment_options(parser: argparse.ArgumentParser) -> None:
-    """The option of every script here that runs TRL."""
+    """Add the option that every script with TRL shares."""
     parser.add_argument(
         "--trl-python",
         type=Path,
@@ -136,7 +136,7 @@ def add_environment_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    """Make TRL's environment and print what both sides run on."""
+    """Create TRL's environment and print the versions of both sides."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_environment_options(parser)
     print(prepare_environments(parser.parse_args().trl_python).describe())

@@ -1,11 +1,11 @@
-"""Do TRL's trainers and this project compute the same updates under `apo_zero`, `dpo` and `ipo`?
+"""Check that TRL's trainers and this project compute the same updates under `apo_zero`, `dpo` and `ipo`.
 
     python benchmarks/equal_losses.py
     python benchmarks/equal_losses.py --loss dpo --updates 10
 
 Both sides train a few updates on the same rows, in the order of the file, on the CPU in float32: TRL's KTOTrainer
-(`apo_zero_unpaired`) and DPOTrainer (`sigmoid`, `ipo`) with live references, ours from a cache. Compared are loss, rewards and
-margins of every update; the exit code is 1 where one differs by more than the bound, or where nothing moved.
+(`apo_zero_unpaired`) and DPOTrainer (`sigmoid`, `ipo`) with live references, ours from a cache. Compared are loss,
+rewards and margins of every update. The exit code is 1 if one differs by more than the bound, or if no reward changed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from trl_loss import LOSSES
 from workload import SMALL, Row, Workload, add_workload_options, make_workload
 
 BOUND = 2e-3  # absolute, of each update's metrics
-MOVED_AT_LEAST = 50 * BOUND  # below this, equal rewards could be two runs that both stood still
+MOVED_AT_LEAST = 50 * BOUND  # below this, equal rewards could come from two runs that learned nothing
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
 def as_pairs(rows: list[Row]) -> list[Row]:
-    """Two rows make a pair: the prompt of the first, with the completions of both."""
+    """Combine every two rows into a pair: the prompt of the first, with the completions of both."""
     return [
         {"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]}
         for one, other in zip(rows[::2], rows[1::2], strict=False)
@@ -39,7 +39,7 @@ def as_pairs(rows: list[Row]) -> list[Row]:
 def both_sides(
     environments: Environments, workload: Workload, recipe: Recipe, loss: str, work: Path
 ) -> tuple[list[Step], list[Step]]:
-    """Train with TRL and with ours. Returns: each side's record of every update."""
+    """Train with TRL and with ours, and return each side's record of every update."""
     data = workload.data
     if loss != "apo_zero":
         rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
@@ -63,7 +63,7 @@ def both_sides(
 
 
 def compare(loss: str, theirs: list[Step], ours: list[Step]) -> tuple[list[list[str]], bool]:
-    """Lines of the table, and whether all bounds hold."""
+    """Return the lines of the table, and whether all bounds hold."""
     lines, passed, moved = [], len(theirs) == len(ours), 0.0
     for name in METRICS:
         pairs = [(a[name], b[name]) for a, b in zip(theirs, ours, strict=True) if name in a and name in b]
@@ -77,7 +77,7 @@ def compare(loss: str, theirs: list[Step], ours: list[Step]) -> tuple[list[list[
 
 
 def main() -> int:
-    """Compare, print, and turn the verdict into an exit code."""
+    """Compare, print, and return the verdict as an exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload_options(parser, rows=48)
     add_environment_options(parser)

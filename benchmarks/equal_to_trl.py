@@ -1,14 +1,14 @@
-"""Do TRL's KTOTrainer and this project compute the same numbers from the same rows?
+"""Check that TRL's KTOTrainer and this project compute the same numbers from the same rows.
 
     python benchmarks/equal_to_trl.py
     python benchmarks/equal_to_trl.py --data feedback.jsonl
 
 Both sides score the references of all rows and train a few updates on the CPU in float32, with mismatched pairs made
 by TRL's rule (`--pairing rotate` over blocks of one batch) and rows in the order of the file. Compared are the token
-ids, the cached reference scores, and loss, KL and rewards of every update. The exit code is 1 where a bound is broken.
+ids, the cached reference scores, and loss, KL and rewards of every update. The exit code is 1 if a bound is exceeded.
 
-The weights are random, so the reward of a row says nothing; what counts is that it moves (column `largest`), and
-that it moves in the same way on both sides.
+The weights are random, so a row's reward has no meaning. It must change (column `largest`), and change equally on both
+sides.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from workload import SMALL, ModelShape, add_workload_options, make_workload
 
 SUM_BOUND = 1e-6  # relative, of a sum over all rows
 STEP_BOUND = 2e-3  # absolute, of each update's metrics
-MOVED_AT_LEAST = 50 * STEP_BOUND  # below this, equal rewards could be two runs that both stood still
+MOVED_AT_LEAST = 50 * STEP_BOUND  # below this, equal rewards could come from two runs that learned nothing
 STEP_METRICS = ("loss", "kl", "kl_raw", "rewards/chosen", "rewards/rejected")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line of the result: `difference` must not exceed `bound` (None: shown, not judged)."""
+    """One line of the result: `difference` must not exceed `bound` (None: displayed, not checked)."""
 
     what: str
     largest: float
@@ -51,7 +51,7 @@ class Comparison:
 
 
 def compare_ids(trl: TrlRun, ours: OurRun) -> Comparison:
-    """Rows that one side kept and the other did not, or that differ in a token id; none are allowed."""
+    """Count rows that only one side kept, or that differ in a token id; none are allowed."""
     names = ("source", "prompt_ids", "completion_ids")
     trl_ids = {tuple(map(_hashable, (row[name] for name in names))) for row in trl.rows}
     our_ids = {tuple(map(_hashable, (row[name] for name in names))) for row in ours.rows}
@@ -63,13 +63,13 @@ def _hashable(value: int | list[int]) -> int | tuple[int, ...]:
 
 
 def paired_with_itself(trl: TrlRun, block: int) -> set[int]:
-    """The row that TRL pairs with its own completion: a last block of one. Ours takes one from the block before."""
+    """Return the row that TRL pairs with its own completion, a last block of one; ours uses the block before."""
     sources = sorted(row["source"] for row in trl.rows)
     return {sources[-1]} if len(sources) % block == 1 else set()
 
 
 def compare_scores(trl: TrlRun, ours: OurRun, *, block: int) -> list[Comparison]:
-    """Reference scores: sums relative to each other, and the row that differs most, in nats."""
+    """Compare reference scores: sums relative to each other, and the row that differs most, in nats."""
     alone = paired_with_itself(trl, block)
     if alone:
         print(f"row {min(alone)} is a last block of one: TRL pairs it with itself, ours does not; its pair is left out")
@@ -91,7 +91,7 @@ def compare_scores(trl: TrlRun, ours: OurRun, *, block: int) -> list[Comparison]
 
 
 def compare_steps(trl: TrlRun, ours: OurRun) -> list[Comparison]:
-    """Metrics of every update; one that only one side has (a class absent from the batch) is a difference of inf."""
+    """Compare the metrics of every update; one that only one side has (a class is absent) differs by inf."""
     comparisons = []
     for name in STEP_METRICS:
         pairs = [(theirs.get(name), mine.get(name)) for theirs, mine in zip(trl.steps, ours.steps, strict=True)]
@@ -104,7 +104,7 @@ def compare_steps(trl: TrlRun, ours: OurRun) -> list[Comparison]:
 
 
 def steps_table(trl: TrlRun, ours: OurRun) -> str:
-    """Both sides' metrics of every update."""
+    """Return a table of both sides' metrics of every update."""
 
     def cell(step: dict[str, float], name: str) -> str:
         return f"{step[name]:.5f}" if name in step else "-"
@@ -118,7 +118,7 @@ def steps_table(trl: TrlRun, ours: OurRun) -> str:
 
 
 def run(args: argparse.Namespace, work: Path) -> bool:
-    """Run both sides under `work`, print the tables; true if every bound holds."""
+    """Run both sides under `work`, print the tables, and return whether every bound holds."""
     environments = prepare_environments(args.trl_python)
     shape = ModelShape() if args.full_size else SMALL
     num_rows = args.rows if args.data or args.rows else 64
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace, work: Path) -> bool:
 
 
 def main() -> int:
-    """Compare, print, and turn the verdict into an exit code."""
+    """Compare, print, and return the verdict as an exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload_options(parser, rows=None)
     add_environment_options(parser)

@@ -1,9 +1,9 @@
-"""This machine's float32 matrix products a second: the yardstick for what a training step achieves.
+"""Measure this machine's float32 matrix products per second, the yardstick for the rate of a training step.
 
     python benchmarks/matmul_rate.py
 
 The shapes are those of a small model's layers and of its output layer, and one large square; the rate is the median of
-the repeats of the fastest shape. The result is kept in memory that exists already: fresh pages are not part of a product.
+the repeats of the fastest shape. The result is written to existing memory, so that no new pages are part of the time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REPEATS = 15
 
 
 def measured_rate(python: Path) -> float:
-    """FLOP/s, in a process of its own, with as many threads as torch takes by itself."""
+    """Return FLOP/s, measured in a separate process with torch's default number of threads."""
     result = subprocess.run([python, __file__], capture_output=True, text=True, check=True)
     return float(json.loads(result.stdout)["flops_per_second"])
 

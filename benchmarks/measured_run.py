@@ -1,8 +1,8 @@
-"""Run one command and say how long it took and how much memory it held at its peak.
+"""Run one command and measure its duration and peak memory.
 
-The command is started by this file run as a script, so that a small process stands between the benchmark and what it
-measures: Linux counts the memory of the process that started a command towards that command's own peak. Only the
-standard library is imported, for the same reason.
+The command is started by this file run as a script, so that a small process is between the benchmark and the command:
+Linux counts the memory of the process that started a command towards that command's own peak. For the same reason only
+the standard library is imported.
 
     python benchmarks/measured_run.py /tmp/measured.json python -c 'print("x" * 100)'
 """
@@ -32,14 +32,14 @@ class Measured:
 
 
 class CommandFailedError(RuntimeError):
-    """A measured command exited with another code than 0; the message holds the end of what it printed."""
+    """A measured command exited with a code other than 0; the message contains the end of its output."""
 
 
 def run_measured(command: Sequence[str | Path], *, log: Path, env: Mapping[str, str] | None = None) -> Measured:
-    """Run `command` to its end, its output in the file `log`.
+    """Run `command` to its end, with its output in the file `log`.
 
     Raises:
-        CommandFailedError: if it fails; with the command and the end of its output.
+        CommandFailedError: it failed; with the command and the end of its output.
     """
     words = [str(word) for word in command]
     report = log.with_suffix(".measured.json")

@@ -1,8 +1,8 @@
-"""Time and memory of scoring the references: `kto-precompute` beside TRL's pass, on the same rows in one run.
+"""Measure time and memory of scoring the references: `kto-precompute` beside TRL's pass, on the same rows in one run.
 
     python benchmarks/score_vs_trl.py --data feedback.jsonl --rows 400
-    python benchmarks/score_vs_trl.py --vllm-python .venv-vllm/bin/python      # `make test-vllm` makes that one
-    python benchmarks/score_vs_trl.py --quick                                  # a tiny model, to see that it works
+    python benchmarks/score_vs_trl.py --vllm-python .venv-vllm/bin/python      # created by `make test-vllm`
+    python benchmarks/score_vs_trl.py --quick                                  # a tiny model, as a quick test
 
 The same model, rows and pairs on all sides, on the CPU in float32; one after another:
 
@@ -13,15 +13,15 @@ The same model, rows and pairs on all sides, on the CPU in float32; one after an
 - shared: `kto-precompute` as it is;
 - vLLM: `kto-precompute --backend vllm`. Its whole process holds two starts of an engine, Transformers' for the sample.
 
-What the lines mean:
+The lines of the table:
 
 - scoring: `run.seconds` of our manifest, and a clock around TRL's own pass;
 - whole process: from start to finished cache; TRL's ends after its pass;
 - tokens/s: tokens of the sequences asked for, the same number for all sides, over the scoring time;
 - achieved: floating-point operations over the scoring time: 2 for each weight of the layers and each token that is fed,
-  attention over what a token may see, the output layer at completion positions. TRL, plain and vLLM feed every sequence
+  attention over the visible tokens, the output layer at completion positions. TRL, plain and vLLM feed every sequence
   whole; shared feeds a prompt once and its completions without their last token, where that saves a tenth of the tokens:
-  what it does not compute does not count, so it can be the faster of two sides and achieve less;
+  operations that are saved do not count, so the faster of two sides can achieve less;
 - of the matmul rate: achieved, over what `matmul_rate.py` measured before and after (mean) in this run;
 - peak memory: resident, of the largest process;
 - scores: the largest relative difference of the sums of `ref_logps` and `ref_kl_logps` from those of TRL's run whose pass
@@ -65,7 +65,7 @@ LONG = 256  # mean tokens of a sequence: below, --check does not judge the share
 
 @dataclass(frozen=True)
 class Side:
-    """One run: its scoring time, its process, the sums of its scores, and the operations it made."""
+    """One run: its scoring time, its process, the sums of its scores, and its number of operations."""
 
     seconds: float
     process: Measured
@@ -78,7 +78,7 @@ class Side:
 
 
 def read_refs(refs: Path, process: Measured, flops: Callable[[list[dict[str, Any]]], float]) -> Side:
-    """A side of ours, from its cache."""
+    """Read one of our sides from its cache."""
     rows = read_cache(refs)
     manifest = json.loads((refs / "manifest.json").read_text(encoding="utf-8"))
     sums = math.fsum(row["ref_logps"] for row in rows), math.fsum(row["ref_kl_logps"][0] for row in rows)
@@ -86,18 +86,18 @@ def read_refs(refs: Path, process: Measured, flops: Callable[[list[dict[str, Any
 
 
 def sequences_of(rows: Iterable[dict[str, Any]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The distinct (prompt, completion) of a cache: what there is to score."""
+    """Return the distinct (prompt, completion) of a cache: the sequences to score."""
     pairs = ((row["prompt_ids"], y) for row in rows for y in (row["completion_ids"], *row["kl_completion_ids"]))
     return list(dict.fromkeys((tuple(x), tuple(y)) for x, y in pairs))
 
 
 def asked_tokens(rows: list[dict[str, Any]]) -> int:
-    """Tokens of all labelled and mismatched sequences, repeated ones included."""
+    """Return the number of tokens of all labelled and mismatched sequences, including repeated ones."""
     return sum(2 * len(r["prompt_ids"]) + len(r["completion_ids"]) + len(r["kl_completion_ids"][0]) for r in rows)
 
 
 def operations(shape: ModelShape, first: int, last: int, scored: int) -> float:
-    """Of feeding the tokens from position `first` to `last` of a sequence, and scoring so many."""
+    """Return the operations of feeding tokens `first` to `last` of a sequence, and scoring `scored` of them."""
     layer = 4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
     seen = (last * (last + 1) - first * (first + 1)) / 2
     body = shape.layers * (2 * layer * (last - first) + 4 * shape.hidden * seen)
@@ -105,7 +105,7 @@ def operations(shape: ModelShape, first: int, last: int, scored: int) -> float:
 
 
 def whole_flops(shape: ModelShape, rows: list[dict[str, Any]], *, repeated: bool) -> float:
-    """Every sequence fed whole; `repeated`: also those that were scored before."""
+    """Return the operations of feeding every sequence whole; `repeated` includes sequences that occur again."""
     sequences = sequences_of(rows)
     if repeated:
         sequences = [(r["prompt_ids"], y) for r in rows for y in (r["completion_ids"], r["kl_completion_ids"][0])]
@@ -113,7 +113,10 @@ def whole_flops(shape: ModelShape, rows: list[dict[str, Any]], *, repeated: bool
 
 
 def shared_flops(shape: ModelShape, rows: list[dict[str, Any]]) -> float:
-    """Every prompt fed once, and behind it each of its completions without the last token; where that is worth it."""
+    """Return the operations of feeding every prompt once, followed by each completion without its last token.
+
+    A prompt is shared only where that saves enough tokens.
+    """
     sequences = sequences_of(rows)
     distinct = {x for x, _ in sequences}
     whole = sum(len(x) + len(y) for x, y in sequences)
@@ -176,17 +179,17 @@ def trl_name(rows_a_pass: int) -> str:
 
 
 def peers_of(sides: dict[str, Side]) -> list[Side]:
-    """TRL's runs as it comes, those with fewer rows in a pass first."""
+    """Return TRL's unmodified runs, those with fewer rows in a pass first."""
     return [side for name, side in sides.items() if name.endswith("a pass")]
 
 
 def apart(side: Side, peer: Side) -> float:
-    """The larger relative difference of the two sums."""
+    """Return the larger relative difference of the two sums."""
     return max(abs(a - b) / abs(b) for a, b in zip(side.sums, peer.sums, strict=True))
 
 
 def table_of(sides: dict[str, Side], tokens: int, rate: float) -> str:
-    """Every side's lines, and our sides' ratios to TRL's scoring time and memory."""
+    """Return every side's lines, and our sides' ratios to TRL's scoring time and memory."""
     peers = peers_of(sides)
     seconds, peak, same_pairs = min(p.seconds for p in peers), min(p.peak_mib for p in peers), peers[-1]
     lines = {
@@ -206,7 +209,7 @@ def table_of(sides: dict[str, Side], tokens: int, rate: float) -> str:
 
 
 def missed_targets(sides: dict[str, Side], rate: float, *, speedup: float, length: float) -> list[str]:
-    """What this project promises, where it is not kept; `length` is the mean of a sequence's tokens."""
+    """Return the promises of this project that were missed; `length` is the mean number of tokens of a sequence."""
     ours, peers = sides["shared"], peers_of(sides)
     seconds, peak = min(p.seconds for p in peers), min(p.peak_mib for p in peers)
     missed = []
@@ -226,7 +229,7 @@ def missed_targets(sides: dict[str, Side], rate: float, *, speedup: float, lengt
 
 
 def main() -> int:
-    """Read the command line, run, judge."""
+    """Parse the command line, run all sides, and return the verdict as an exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload_options(parser, rows=None)
     add_environment_options(parser)

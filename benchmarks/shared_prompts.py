@@ -1,7 +1,7 @@
-"""From which share of saved tokens on shared prompts pay: the two ways to score the same rows, in turns.
+"""Measure from which share of saved tokens on shared prompts pay off, by scoring the same rows in both ways in turns.
 
     python benchmarks/shared_prompts.py
-    python benchmarks/shared_prompts.py --quick        # a tiny model, to see that it works
+    python benchmarks/shared_prompts.py --quick        # a tiny model, as a quick test
 
 Synthetic rows of about 300 tokens, random ids; two completions for each prompt, whose length decides the share of all
 tokens that running a prompt once saves. Each line: the median over the rounds of shared / plain time, and the extremes.
@@ -34,7 +34,7 @@ ALWAYS, NEVER = -1.0, 1.0
 
 
 def make_rows(saved: float, count: int, vocabulary: int, seed: int) -> list[TokenIds]:
-    """Pairs of rows with a common prompt, of which running it once saves this share of all tokens."""
+    """Return pairs of rows with a common prompt, such that running it once saves this share of all tokens."""
     random = np.random.default_rng(seed)
 
     def ids(mean: float) -> np.ndarray:
@@ -46,7 +46,7 @@ def make_rows(saved: float, count: int, vocabulary: int, seed: int) -> list[Toke
 
 
 def seconds(passes: ScoringPasses, rows: list[TokenIds], worth: float) -> float:
-    """Score all rows, sharing always or never."""
+    """Score all rows, sharing always or never, and return the duration."""
     offline_kto.kto_core.scoring.passes.WORTH_SHARING = worth
     started = time.perf_counter()
     for _ in passes.run(rows):
@@ -55,7 +55,7 @@ def seconds(passes: ScoringPasses, rows: list[TokenIds], worth: float) -> float:
 
 
 def main() -> None:
-    """Measure each share, print one table."""
+    """Measure each share and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a model of 1.3M parameters, few rows")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
@@ -77,7 +77,7 @@ def main() -> None:
         rows = make_rows(saved, count, shape.vocabulary, seed=1)
         whole = sum(len(x) + len(y) for x, y in rows)
         share = sum(len(x) for x, _ in rows[::2]) / whole
-        seconds(passes, rows, ALWAYS)  # the first time compares both ways
+        seconds(passes, rows, ALWAYS)  # the first run compares both ways
         ratios = []
         for number in range(args.rounds):
             order = (ALWAYS, NEVER) if number % 2 else (NEVER, ALWAYS)

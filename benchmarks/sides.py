@@ -1,6 +1,6 @@
-"""The same training run on both sides: TRL's KTOTrainer in its environment, `kto-precompute` and `kto-train` in ours.
+"""Run the same training on both sides: TRL's KTOTrainer in its environment, `kto-precompute` and `kto-train` in ours.
 
-Every option that could make the two differ is given here, once, for both.
+Every option that could make the two differ is set here, once for both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The training run that both sides do; `max_steps` of None means one pass over the rows."""
+    """The settings of the training run on both sides; `max_steps` of None means one pass over the rows."""
 
     batch_size: int
     max_length: int
@@ -33,7 +33,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrlRun:
-    """TRL's side: the process that scored the references (if cached) and trained, and what `trl_kto.py` wrote."""
+    """TRL's side: the process that scored the references (if cached) and trained, and the record of `trl_kto.py`."""
 
     process: Measured
     rows: list[dict[str, Any]]
@@ -118,11 +118,11 @@ def run_ours(
 def score(
     command: Path, workload: Workload, recipe: Recipe, *, refs: Path, options: Sequence[str] = (), program: str = ""
 ) -> Measured:
-    """Score the references of a workload; pairs are TRL's.
+    """Score the references of a workload, with TRL's pairs.
 
     Args:
-        command: `kto-precompute`, or an interpreter where there is a `program`.
-        program: Python that takes the same options.
+        command: `kto-precompute`, or an interpreter if there is a `program`.
+        program: Python code that accepts the same options.
     """
     line: list[str | Path] = [command, *(("-c", program) if program else ())]
     line += ["--model", workload.model, "--data", workload.data, "--out", refs]
@@ -132,7 +132,7 @@ def score(
 
 
 def recipe_options(recipe: Recipe) -> list[str]:
-    """The options that both sides call by the same name."""
+    """Return the options that both sides call by the same name."""
     options = ["--batch-size", str(recipe.batch_size), "--learning-rate", repr(recipe.learning_rate)]
     options += ["--beta", repr(recipe.beta), "--seed", str(recipe.seed)]
     if recipe.max_steps is not None:
@@ -141,13 +141,13 @@ def recipe_options(recipe: Recipe) -> list[str]:
 
 
 def read_metrics(path: Path) -> tuple[list[Step], float]:
-    """The records of all updates in a run's `metrics.jsonl`, and `train_runtime` of its last record, in seconds."""
+    """Return the records of all updates in a `metrics.jsonl`, and `train_runtime` of its last record, in seconds."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [record for record in records if "loss" in record], records[-1]["train_runtime"]
 
 
 def read_cache(refs: Path) -> list[dict[str, Any]]:
-    """All rows of a reference cache, in the order of the input."""
+    """Return all rows of a reference cache, in the order of the input."""
     from pyarrow import parquet
 
     shards = sorted((refs / "train").glob("*.parquet"))

@@ -1,9 +1,9 @@
-"""CPU seconds and imported modules of each command: to its first line, to its plan, and to its first update or score.
+"""Measure CPU seconds and imported modules of each command up to its first line, plan, and first update or score.
 
     python benchmarks/startup.py
 
-Each command runs in a process of its own on a model of 1.3M parameters. CPU seconds are those of the process, all
-threads together, so that other load on the machine counts for little.
+Each command runs in its own process on a model of 1.3M parameters. CPU seconds are those of all threads of the process,
+so that other load on the machine has little effect.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from environments import offline_env
 from text_table import text_table
 from workload import SMALL, make_workload
 
-# Beginnings of the lines that are waited for.
+# Beginnings of the lines that mark a measurement.
 MARKS = {"first line": "starting", "plan": ("reference", "cache"), "work": ("step", "scored")}
 COMMANDS = {
     "kto-precompute": "offline_kto.precompute.cli:precompute",
@@ -45,7 +45,7 @@ finally:
 
 
 def measure(entry: str, options: list[str], work: Path) -> dict[str, tuple[float, int]]:
-    """Run one command; return CPU seconds and modules at each mark."""
+    """Run one command, and return CPU seconds and number of modules at each mark."""
     words = [sys.executable, "-c", PROGRAM, json.dumps(MARKS), entry, *options]
     done = subprocess.run(words, env=offline_env(work), capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,16 +1,16 @@
-"""The time of an eight-trial sweep beside eight runs of TRL's KTOTrainer with live references, on the same rows in one run.
+"""Measure an eight-trial sweep beside eight runs of TRL's KTOTrainer with live references, on the same rows.
 
     python benchmarks/sweep_vs_trl.py --check
-    python benchmarks/sweep_vs_trl.py --quick        # a tiny model, to see that it works
+    python benchmarks/sweep_vs_trl.py --quick        # a tiny model, as a quick test
 
 A grid of four betas and two learning rates, short runs on the CPU in float32. TRL's side is eight processes, one after
 another, each of which trains on all rows and evaluates nothing; its batch is cut into passes of whichever --rows-a-pass
-trains fastest. Ours is `kto-precompute` and `kto-sweep`: scoring, start-up, the eight trials with an evaluation of held-out
-rows each, best model and report. The held-out rows come on top of the same training rows.
+trains fastest. Ours is `kto-precompute` and `kto-sweep`: scoring, start-up, the eight trials with an evaluation of
+held-out rows each, best model and report. The held-out rows come on top of the same training rows.
 
 - whole: processes from start to end, imports included; ours both commands;
 - in the trials: `train_runtime` of all runs, ours with evaluations;
-- beside the trials: our sweep's time that is no `train_runtime`, and the share that it adds to it, without the start-up
+- beside the trials: our sweep's time outside `train_runtime`, and its ratio to `train_runtime`, without the start-up
   (imports and reading the model once) and with it.
 """
 
@@ -38,7 +38,7 @@ BOUND = 0.3
 
 @dataclass(frozen=True)
 class Reading:
-    """Seconds."""
+    """The durations of one side, seconds."""
 
     whole: float
     in_trials: float
@@ -77,7 +77,7 @@ def sweep_side(environments: Environments, workload: Workload, recipe: Recipe, o
 def trl_side(
     environments: Environments, workload: Workload, recipe: Recipe, out: Path, rows_a_pass: list[int]
 ) -> Reading:
-    """The same runs with TRL, a process for each, at whichever number of rows in a pass trains fastest."""
+    """Run the same trainings with TRL, one process each, at the number of rows per pass that trains fastest."""
 
     def seconds(rows: int) -> float:
         run = run_trl(environments, workload, recipe, out=out / f"try-{rows}", reference="live", rows_a_pass=rows)
@@ -95,7 +95,7 @@ def trl_side(
 
 
 def main() -> int:
-    """Measure, print, and with --check turn the bound into an exit code."""
+    """Measure, print, and with --check return the verdict as an exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload_options(parser, rows=32)
     add_environment_options(parser)

@@ -1,4 +1,4 @@
-"""A table in plain text: the first column to the left, numbers to the right."""
+"""Format a table as text: the first column left-aligned, the others right-aligned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of `header`, a rule and `rows`, each column as wide as its widest cell."""
+    """Return the lines of `header`, a rule and `rows`, each column as wide as its widest cell."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     rule = ["-" * width for width in widths]
     return "\n".join(_line(row, widths) for row in (header, rule, *rows))

@@ -1,19 +1,19 @@
-"""How time and memory of `kto-train` grow, and with what they do not; ours alone, real processes on made-up rows.
+"""Measure how time and memory of `kto-train` grow with rows, length, vocabulary and prompts, on synthetic rows.
 
     python benchmarks/train_scaling.py
     python benchmarks/train_scaling.py --parts vocabulary prompts --check
-    python benchmarks/train_scaling.py --quick        # smaller, to see that it works
+    python benchmarks/train_scaling.py --quick        # smaller, as a quick test
 
-- rows: training time lies on a straight line over the number of rows (the middle one may be 10 % off), peak memory
+- rows: training time is linear in the number of rows (the middle one may be 10 % off), peak memory
   stays within 10 % (it differs by half of that from run to run);
 - length: the same number of tokens in rows of 128 to 1024: time per token grows by attention's share alone;
 - vocabulary: 32,000 against 152,000: memory beyond weights, gradients and optimizer states must not differ by more than
-  10 %, up or down. What a run holds beyond them is its peak memory less that of a run of the same model on rows of a few
-  tokens: both hold the same weights, gradients, moments and libraries. Whatever else grows with the model (a second
-  gradient of the embeddings, say) cancels out as well if the first micro-batch needs it already;
+  10 %, up or down. This memory is the peak of a run less the peak of a run of the same model on rows of a few
+  tokens: both have the same weights, gradients, moments and libraries. Other memory that grows with the model (such as a
+  second gradient of the embeddings) cancels out as well if the first micro-batch already needs it;
 - prompts: 64 or 960 tokens of prompt before 40 of completion: likewise, in passes of as many tokens;
-- logging: one record for every step; what adding it up, writing and printing it takes, by a clock around these calls,
-  must be less than 2 % of the training time. (Two runs with and without differ by more than that by chance alone.)
+- logging: one record for every step; accumulating, writing and printing it, measured by a timer around these calls,
+  must take less than 2 % of the training time. (Runs with and without logging differ by more than that by chance.)
 
 CPU, float32, a Llama with random weights. Peak memory is resident, of the process.
 """
@@ -38,12 +38,12 @@ SHAPE = ModelShape(hidden=256, layers=6, heads=4, intermediate=688, vocabulary=3
 QUICK_SHAPE = ModelShape(hidden=64, layers=2, heads=2, intermediate=176, vocabulary=4_000)
 LARGE_VOCABULARY, QUICK_LARGE_VOCABULARY = 152_000, 19_000
 LOGGING_BOUND, MEMORY_BOUND, LINE_BOUND, FLAT_BOUND = 0.02, 0.10, 0.10, 0.10
-# Peak memory differs by some 50 MiB from run to run: activations are read where they are much more than that.
+# Peak memory varies by about 50 MiB between runs, so activations are measured where they are much larger.
 ACTIVATION_TOKENS = 8192
 WORDS = 200  # of one token each: letters only, because the tokenizer cuts between letters and digits
 
 
-# `kto-train` with a clock around all that happens for the sake of logs; on a CPU nothing of it is hidden in a queue.
+# `kto-train` with a timer around all logging; on a CPU no work is hidden in a queue.
 TIMED_LOGGING = """
 import pathlib, sys, time
 from offline_kto.train.cli import train
@@ -70,7 +70,7 @@ finally:
 
 @dataclass(frozen=True)
 class Point:
-    """One training run: seconds of training, peak memory in MiB, tokens of labelled and mismatched sequences, updates."""
+    """The results of one training run: training seconds, peak memory in MiB, tokens of all sequences, updates."""
 
     seconds: float
     peak_mib: float
@@ -80,7 +80,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the runs lie, and how large they are."""
+    """The folder and the size of the runs."""
 
     work: Path
     quick: bool
@@ -93,7 +93,7 @@ class Bench:
         return count // 4 if self.quick else count
 
     def cache(self, name: str, shape: ModelShape, rows: int, prompt: int, completion: int) -> Path:
-        """A reference cache of rows with so many tokens in prompt and completion (the template's few come on top)."""
+        """Return a reference cache of rows with given prompt and completion tokens (plus a few of the template)."""
         folder = self.work / name
         folder.mkdir(parents=True)
         data = [_row(i, prompt, completion) for i in range(rows)]
@@ -107,7 +107,7 @@ class Bench:
         return folder / "refs"
 
     def train(self, cache: Path, name: str, *options: str, program: tuple[str, ...] = ()) -> Point:
-        """One epoch with `kto-train`, or with another `program` of Python that takes the same options."""
+        """Train one epoch with `kto-train`, or with another Python `program` that accepts the same options."""
         out = cache.parent / name
         begin = [sys.executable, *program] if program else [_command("kto-train")]
         command: list[str | Path] = [*begin, "--cache", cache, "--out", out, "--save-steps", "0"]
@@ -118,8 +118,11 @@ class Bench:
         return Point(records[-1]["train_runtime"], measured.peak_mib, tokens, records[-1]["step"])
 
     def activations(self, name: str, shape: ModelShape, prompt: int, completion: int) -> tuple[Point, float]:
-        """One update over rows that fill two passes of ACTIVATION_TOKENS; and MiB at its peak beyond what a run of the
-        same model on rows of a few tokens holds."""
+        """Run one update over rows that fill two passes of ACTIVATION_TOKENS.
+
+        Returns:
+            The run, and the MiB by which its peak exceeds that of the same model on rows of a few tokens.
+        """
         tokens = self.rows(ACTIVATION_TOKENS)
         rows = 2 * tokens // (prompt + completion)
         cache = self.cache(name, shape, rows, prompt, completion)
@@ -149,12 +152,12 @@ def _word(number: int) -> str:
 
 
 def rows_part(bench: Bench) -> tuple[str, list[str]]:
-    """Time and peak memory against the number of rows."""
+    """Measure time and peak memory against the number of rows."""
     counts = [bench.rows(count) for count in (64, 128, 256)]
     points = [bench.train(bench.cache(f"rows-{n}", bench.shape, n, 100, 100), "run") for n in counts]
     table = [[f"{n} rows", f"{p.seconds:.1f}", f"{p.peak_mib:,.0f}"] for n, p in zip(counts, points, strict=True)]
     first, middle, last = points
-    # One part of the time does not depend on the rows (the check before the first update): a line, not a ratio.
+    # A part of the time does not depend on the rows (the check before the first update): a line is fitted, not a ratio.
     expected = first.seconds + (last.seconds - first.seconds) * (counts[1] - counts[0]) / (counts[2] - counts[0])
     off, grown = middle.seconds / expected - 1, last.peak_mib / first.peak_mib - 1
     missed = []
@@ -166,7 +169,7 @@ def rows_part(bench: Bench) -> tuple[str, list[str]]:
 
 
 def length_part(bench: Bench) -> tuple[str, list[str]]:
-    """Time per token against the length of rows, at one number of tokens."""
+    """Measure time per token against the length of rows, at a fixed number of tokens."""
     table = []
     for length in (128, 256, 512, 1024):
         cache = bench.cache(f"length-{length}", bench.shape, bench.rows(32_768 // length), length // 2, length // 2)
@@ -177,7 +180,7 @@ def length_part(bench: Bench) -> tuple[str, list[str]]:
 
 
 def vocabulary_part(bench: Bench) -> tuple[str, list[str]]:
-    """Activations with a small and with a large vocabulary."""
+    """Measure activations with a small and with a large vocabulary."""
     found = []
     large = QUICK_LARGE_VOCABULARY if bench.quick else LARGE_VOCABULARY
     for vocabulary in (bench.shape.vocabulary, large):
@@ -188,7 +191,7 @@ def vocabulary_part(bench: Bench) -> tuple[str, list[str]]:
 
 
 def prompts_part(bench: Bench) -> tuple[str, list[str]]:
-    """Activations with short and with long prompts."""
+    """Measure activations with short and with long prompts."""
     found = []
     for prompt in (64, 960):
         point, extra = bench.activations(f"prompt-{prompt}", bench.shape, prompt, 40)
@@ -199,7 +202,7 @@ def prompts_part(bench: Bench) -> tuple[str, list[str]]:
 def _activations_table(found: list[tuple[str, Point, float]]) -> tuple[str, list[str]]:
     table = [[name, f"{p.seconds:.1f}", f"{p.peak_mib:,.0f}", f"{extra:,.0f}"] for name, p, extra in found]
     (_, _, first), (name, _, second) = found
-    if min(first, second) <= 0:  # the peak lies elsewhere, in loading or saving: nothing was measured
+    if min(first, second) <= 0:  # the peak occurred elsewhere, in loading or saving: nothing was measured
         missed = [f"{name}: activations do not rise above those of rows of a few tokens; use larger rows"]
     else:
         grown = second / first - 1
@@ -208,7 +211,7 @@ def _activations_table(found: list[tuple[str, Point, float]]) -> tuple[str, list
 
 
 def logging_part(bench: Bench) -> tuple[str, list[str]]:
-    """What adding up and writing one record in every step takes of the training time."""
+    """Measure the share of the training time that accumulating and writing a record in every step takes."""
     cache = bench.cache("logging", bench.shape, bench.rows(128), 60, 60)
     clock = cache.parent / "logging.json"
     options = ("--logging-steps", "1", "--batch-size", "4")
@@ -234,7 +237,7 @@ PARTS: dict[str, Callable[[Bench], tuple[str, list[str]]]] = {
 
 
 def main() -> int:
-    """Run the parts, print their tables, judge."""
+    """Run the parts, print their tables, and return the verdict as an exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="a smaller model, a quarter of the rows")

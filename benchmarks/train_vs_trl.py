@@ -1,25 +1,26 @@
-"""Time and memory of `kto-train` (and `kto-precompute`) beside TRL's KTOTrainer, on the same rows in one run.
+"""Measure time and memory of `kto-train` (and `kto-precompute`) beside TRL's KTOTrainer, on the same rows in one run.
 
     python benchmarks/train_vs_trl.py
     python benchmarks/train_vs_trl.py --data feedback.jsonl --repeats 3 --check
-    python benchmarks/train_vs_trl.py --quick        # a tiny model, to see that it works
+    python benchmarks/train_vs_trl.py --quick        # a tiny model, as a quick test
 
 One pass over the rows on the CPU in float32, without gradient checkpointing, with the same model, row order, batch and
 optimizer. The sides run one after another; with --repeats the whole round is run again and medians are shown.
 
-TRL cuts a batch into forward passes of a fixed number of rows, and this number decides what it costs. So each side gets its
-best: TRL's cached references (`precompute_ref_log_probs=True`) are read at every number of --rows-a-pass, and a ratio of times
-is taken to the fastest of these runs, a ratio of memory to the smallest, line by line. Ours is one run, as it comes. Two more
-kinds of TRL are read, at the numbers of rows that were fastest and smallest with cached references:
+TRL cuts a batch into forward passes of a fixed number of rows, and this number decides what it costs. So each side gets
+its best: TRL's cached references (`precompute_ref_log_probs=True`) are read at every number of --rows-a-pass, and a
+ratio of times is taken to the fastest of these runs, a ratio of memory to the smallest, line by line. Ours is one run,
+as it comes. Two more kinds of TRL are read, at the numbers of rows that were fastest and smallest with cached
+references:
 
 - GPU rule: cached, but projecting completion positions only. TRL does so on CUDA; on the CPU it projects prompts and
   padding to the vocabulary too, which flatters whoever is compared with it;
 - live: the reference model stays in memory and scores every batch.
 
-TRL pairs prompts with the completions of the same pass, and measures z0 there; ours pairs and measures over the batch. Losses
-are therefore equal only where one pass is the whole batch; tokens are the same number for all.
+TRL pairs prompts with the completions of the same pass, and measures z0 there; ours pairs and measures over the batch.
+Losses are therefore equal only where one pass is the whole batch; tokens are the same number for all.
 
-What the lines mean:
+The lines of the table:
 
 - score references: the pass over all rows, from `run.seconds` of our manifest and a clock around TRL's own pass;
 - train: `train_runtime` of both trainers;
@@ -27,11 +28,12 @@ What the lines mean:
   cached references contains their scoring;
 - all of it: both of our processes, each with its own imports; TRL's one;
 - tokens/s: tokens of the labelled and of the mismatched sequences, the same number for all sides, over the training time;
-- achieved: useful floating-point operations over the training time. Useful is, for every side alike, what training with
-  given references needs: 2 for each weight of the layers and each token, attention over what a token may see, the output
-  layer at completion positions; all of it three times for labelled rows (forward and backward), once for mismatched
-  ones. Prompts and padding projected, logits computed again and live references are not useful. A prompt counts in every
-  sequence that begins with it, so on data that repeat prompts a side that runs them once shows more than its hardware did;
+- achieved: useful floating-point operations over the training time. Useful are the operations that training
+  with given references needs, the same for all sides: 2 for each weight of the layers and each token, attention over
+  visible tokens, the output layer at completion positions; all of it three times for labelled rows (forward and
+  backward), once for mismatched ones. Prompts and padding projected, logits computed again and live references are not
+  useful. A prompt counts in every sequence that begins with it, so on data that repeat prompts a side that runs them
+  once shows more than its hardware did;
 - of the matmul rate: achieved, over what `matmul_rate.py` measured before and after (mean) in this run;
 - peak memory: resident, of the process. TRL scores and trains in one process, ours in one each.
 """
@@ -69,7 +71,7 @@ Reading = dict[str, float | None]
 
 
 def useful_flops(shape: ModelShape, rows: list[dict[str, Any]]) -> float:
-    """Floating-point operations that one pass of training over these cached rows needs; see the top of this file."""
+    """Return the operations that one pass of training over these cached rows needs; see the module docstring."""
     layer = 4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
 
     def forward(prompt: int, completion: int) -> float:
@@ -85,14 +87,14 @@ def useful_flops(shape: ModelShape, rows: list[dict[str, Any]]) -> float:
 
 
 def sequence_tokens(rows: list[dict[str, Any]]) -> int:
-    """Tokens of the labelled and of the mismatched sequences."""
+    """Return the number of tokens of the labelled and of the mismatched sequences."""
     return sum(
         2 * len(row["prompt_ids"]) + len(row["completion_ids"]) + len(row["kl_completion_ids"][0]) for row in rows
     )
 
 
 def read_ours(run: OurRun) -> Reading:
-    """Our side's value of each line that a run itself gives."""
+    """Return our side's value of each line that a run reports."""
     return {
         SCORING: run.manifest["run"]["seconds"],
         TRAINING: run.train_seconds,
@@ -104,7 +106,7 @@ def read_ours(run: OurRun) -> Reading:
 
 
 def read_trl(run: TrlRun) -> Reading:
-    """TRL's; with a live reference there is no scoring pass to read."""
+    """Return TRL's value of each line; with a live reference there is no scoring pass."""
     return {
         SCORING: run.reference_seconds,
         TRAINING: run.train_seconds,
@@ -118,7 +120,7 @@ def read_trl(run: TrlRun) -> Reading:
 def one_round(
     environments: Environments, workload: Workload, recipe: Recipe, out: Path, args: argparse.Namespace
 ) -> tuple[dict[str, Reading], list[str]]:
-    """Run every side once; returns the readings and a line on each that says how the run compares with ours."""
+    """Run every side once, and return the readings and, for each side, a line that compares it with ours."""
     before = measured_rate(environments.our_python)
     print(f"  {OURS}: {load_average()}", flush=True)
     ours = run_ours(environments, workload, recipe, out=out / "ours", max_tokens=args.max_tokens)
@@ -149,22 +151,22 @@ def one_round(
 
 
 def side_name(kind: str, rows: int, batch_size: int) -> str:
-    """A run of TRL: its kind, and how its batch is cut."""
+    """Return the name of a TRL run: its kind, and how its batch is split."""
     return f"{kind} {rows} x {batch_size // rows}"
 
 
 def best_side(readings: dict[str, Reading], line: str, kind: str) -> str | None:
-    """The run of this kind of TRL with the least of a line; None without any."""
+    """Return the run of this kind of TRL with the smallest value of a line; None if there is none."""
     found = {name: value for name, reading in readings.items() if (value := reading[line]) is not None}
     mine = [name for name in found if name.rsplit(" ", 3)[0] == kind]
     return min(mine, key=found.__getitem__) if mine else None
 
 
 def same_work(name: str, trl: TrlRun, ours: OurRun) -> str:
-    """Rows, updates and losses of both sides: a ratio of times counts only where the work was the same.
+    """Compare rows, updates and losses of both sides: a ratio of times is only valid for the same work.
 
     Raises:
-        ValueError: if the sides kept other rows or made another number of updates.
+        ValueError: the sides kept different rows or made different numbers of updates.
     """
     sizes = [(len(run.rows), len(run.steps)) for run in (trl, ours)]
     if sizes[0] != sizes[1]:
@@ -174,7 +176,7 @@ def same_work(name: str, trl: TrlRun, ours: OurRun) -> str:
 
 
 def medians(rounds: list[dict[str, Reading]]) -> dict[str, Reading]:
-    """Each side's median of each line over the rounds."""
+    """Return each side's median of each line over the rounds."""
     result: dict[str, Reading] = {}
     for side in rounds[0]:
         result[side] = {}
@@ -185,18 +187,18 @@ def medians(rounds: list[dict[str, Reading]]) -> dict[str, Reading]:
 
 
 def ratio(readings: dict[str, Reading], line: str, kind: str) -> float | None:
-    """Ours over the best run of a kind of TRL, for this line."""
+    """Return ours divided by the best run of a kind of TRL, for this line."""
     ours, best = readings[OURS][line], best_side(readings, line, kind)
     return None if ours is None or best is None else ours / (readings[best][line] or float("nan"))
 
 
 def kinds_in(readings: dict[str, Reading]) -> list[str]:
-    """The kinds of TRL that were read."""
+    """Return the kinds of TRL that were measured."""
     return [kind for kind in KINDS if best_side(readings, TRAINING, kind)]
 
 
 def readings_table(readings: dict[str, Reading]) -> str:
-    """Every side's values, and ours divided by the best of each kind of TRL."""
+    """Return every side's values, and ours divided by the best of each kind of TRL."""
     kinds = kinds_in(readings)
     header = [
         "",
@@ -214,7 +216,7 @@ def readings_table(readings: dict[str, Reading]) -> str:
 
 
 def markdown_table(readings: dict[str, Reading]) -> str:
-    """Ratios alone, as the README shows them."""
+    """Return the ratios alone, as the README shows them."""
     kinds = kinds_in(readings)
     lines = ["| ours / TRL's best | " + " | ".join(kinds) + " |", "| --- |" + " --- |" * len(kinds)]
     for line in RATIOS:
@@ -228,7 +230,7 @@ def _number(value: float | None, *, digits: int) -> str:
 
 
 def missed_targets(readings: dict[str, Reading]) -> list[str]:
-    """What this project promises of these lines, where it is not kept."""
+    """Return the promises of this project about these lines that were missed."""
 
     def at_most(what: str, value: float | None, bound: float) -> str | None:
         return f"{what}: {value:.2f}, promised at most {bound}" if value is not None and value > bound else None
@@ -244,7 +246,7 @@ def missed_targets(readings: dict[str, Reading]) -> list[str]:
 
 
 def run(args: argparse.Namespace, work: Path) -> list[dict[str, Reading]]:
-    """Make the workload, run all rounds, print the table of medians; returns the rounds."""
+    """Create the workload, run all rounds, print the table of medians, and return the rounds."""
     environments = prepare_environments(args.trl_python)
     shape, num_rows = (SMALL, 16) if args.quick else (ModelShape(), 96)
     workload = make_workload(work, data=args.data, num_rows=args.rows or num_rows, shape=shape, seed=args.seed)
@@ -269,7 +271,7 @@ def run(args: argparse.Namespace, work: Path) -> list[dict[str, Reading]]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload_options(parser, rows=None)
     add_environment_options(parser)
@@ -300,7 +302,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Read the command line, run, judge."""
+    """Parse the command line, run all rounds, and return the verdict as an exit code."""
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as temporary:
         rounds = run(args, args.work or Path(temporary))

@@ -1,4 +1,4 @@
-"""Train with TRL's KTOTrainer on a workload and write down every number worth comparing.
+"""Train with TRL's KTOTrainer on a workload, and record all values that a comparison needs.
 
 Runs inside TRL's environment, on the CPU, in float32, without gradient checkpointing; the other scripts start it::
 
@@ -27,13 +27,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # imported where they are used, so that --help answers at once and without TRL
+if TYPE_CHECKING:  # imported where they are used, so that --help is fast and works without TRL
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
 
 def watched_trainer_class() -> type[KTOTrainer]:
-    """TRL's trainer, with a clock around its pass over the references and z0 logged before it is clamped."""
+    """Return TRL's trainer with a timer around its pass over the references, and with z0 logged before clamping."""
     from trl import KTOTrainer
 
     class WatchedKTOTrainer(KTOTrainer):
@@ -57,17 +57,17 @@ def watched_trainer_class() -> type[KTOTrainer]:
 
 
 def peak_mib() -> float:
-    """Peak resident memory of this process so far."""
+    """Return the peak resident memory of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def project_completions_only() -> None:
-    """Make TRL's fused head project completion positions only, as it does on CUDA.
+    """Patch TRL's fused head to project completion positions only, as it does on CUDA.
 
-    Without Triton (so on every CPU) it projects prompts and padding to the vocabulary too and throws them away. The
-    switch is the condition under which `add_fused_lm_head` compacts; the kernels keep their own copy of the name and
-    run their CPU code as before.
+    Without Triton (so on every CPU) it also projects prompts and padding to the vocabulary, and discards the result. The
+    patch changes the condition under which `add_fused_lm_head` compacts; the kernels have their own copy of the name
+    and still run their CPU code.
     """
     from trl.trainer import utils as trl_utils
 
@@ -75,7 +75,7 @@ def project_completions_only() -> None:
 
 
 def load_rows(path: Path) -> Dataset:
-    """The JSONL's rows in order, each with its line number as `source`."""
+    """Load the JSONL's rows in order, each with its line number as `source`."""
     from datasets import Dataset
 
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -83,7 +83,7 @@ def load_rows(path: Path) -> Dataset:
 
 
 def training_config(args: argparse.Namespace) -> KTOConfig:
-    """Everything that could make the two sides train differently, said aloud."""
+    """Return a configuration with every setting that could make the two sides differ."""
     from trl import KTOConfig
 
     return KTOConfig(
@@ -116,7 +116,7 @@ def training_config(args: argparse.Namespace) -> KTOConfig:
 
 
 def kept_rows(trainer: KTOTrainer, max_length: int) -> list[dict[str, Any]]:
-    """The rows TRL trains on, with the ids it scores and the scores where it has cached them."""
+    """Return the rows TRL trains on, with the ids it scores and its cached scores, if any."""
     rows = []
     for row in trainer.train_dataset:
         room = max_length - len(row["prompt_ids"])
@@ -130,7 +130,7 @@ def kept_rows(trainer: KTOTrainer, max_length: int) -> list[dict[str, Any]]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="directory of the model and its tokenizer")
     parser.add_argument("--data", type=Path, required=True, help="JSONL with prompt, completion and label")

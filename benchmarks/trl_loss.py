@@ -1,4 +1,4 @@
-"""A few updates of TRL's trainer for one loss, with a live reference; its logs as JSON.
+"""Run a few updates of TRL's trainer for one loss with a live reference, and write its logs as JSON.
 
 Runs inside TRL's environment, on the CPU, in float32; `equal_losses.py` starts it.
 """
@@ -14,7 +14,7 @@ LOSSES = ("apo_zero", "dpo", "ipo")
 
 
 def make_trainer(args: argparse.Namespace) -> Any:
-    """TRL's trainer of the loss; `--batch-size` counts rows, two of a pair."""
+    """Return TRL's trainer of the loss; `--batch-size` counts rows, two per pair."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
@@ -52,7 +52,7 @@ def make_trainer(args: argparse.Namespace) -> Any:
 
 
 def main() -> None:
-    """Train, and write what was logged after each update to `OUT/steps.json`."""
+    """Train, and write the log of each update to `OUT/steps.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loss", choices=LOSSES, required=True)
     for name in ("--model", "--data", "--out"):

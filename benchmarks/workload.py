@@ -1,4 +1,4 @@
-"""What every benchmark here works on: labelled chat rows, a tokenizer trained on them, a Llama with random weights.
+"""Create the workload of the benchmarks: labelled chat rows, a tokenizer trained on them, a Llama with random weights.
 
 Nothing is downloaded: with a fixed seed the same arguments give the same rows, the same vocabulary and the same
 weights on any machine. To look at a workload::
@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Llama's size. The default has 41.7M parameters with tied embeddings (58.1M if they were untied)."""
+    """The size of a Llama. The default has 41.7M parameters with tied embeddings (58.1M if they were untied)."""
 
     hidden: int = 512
     layers: int = 8
@@ -46,7 +46,7 @@ SMALL = ModelShape(hidden=128, layers=4, heads=4, intermediate=352, vocabulary=4
 
 @dataclass(frozen=True)
 class Workload:
-    """Where a workload lies: `data` holds the rows as JSONL, `model` the weights and the tokenizer."""
+    """The paths of a workload: `data` contains the rows as JSONL, `model` the weights and the tokenizer."""
 
     data: Path
     model: Path
@@ -55,7 +55,7 @@ class Workload:
     shape: ModelShape
 
     def describe(self) -> str:
-        """One line for the top of a report."""
+        """Return one line for the top of a report."""
         embeddings = "tied" if self.shape.tied else "untied"
         return (
             f"{self.num_rows} rows; Llama, {self.num_parameters / 1e6:.1f}M parameters ({self.shape.layers} layers of "
@@ -69,15 +69,15 @@ def make_workload(
     """Write rows, tokenizer and model under `directory`.
 
     Args:
-        directory: Created where missing; must be empty, so that nothing in it is taken for this run's.
-        data: A JSON or JSONL file of labelled chat rows; None makes rows up.
-        num_rows: The first so many rows; None takes all of `data`.
-        shape: Size of the model. The tokenizer's vocabulary is at most `shape.vocabulary`; where the text is too
-            small to fill it, the model's remaining rows are never looked up but cost what they cost.
-        seed: Of the made-up rows and of the weights.
+        directory: Created if missing; must be empty, so that no earlier file is taken for this run's.
+        data: A JSON or JSONL file of labelled chat rows; None generates rows.
+        num_rows: Number of rows to use, from the start; None uses all of `data`.
+        shape: Size of the model. The tokenizer's vocabulary is at most `shape.vocabulary`; if the text is too
+            small to fill it, the model's remaining embeddings are unused but take memory and time.
+        seed: Seed of the generated rows and of the weights.
 
     Raises:
-        ValueError: if `directory` is not empty, or if `data` holds fewer rows than asked for or rows that are not
+        ValueError: `directory` is not empty, or `data` contains fewer rows than requested or rows that are not
             labelled chat.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def make_workload(
 
 
 def read_rows(path: Path, *, num_rows: int | None) -> list[Row]:
-    """The first rows of a JSON list or JSONL file as `prompt` and `completion` messages and a boolean `label`."""
+    """Read the first rows of a JSON list or JSONL file as `prompt` and `completion` messages and a boolean `label`."""
     text = path.read_text(encoding="utf-8")
     raw = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
     if num_rows is not None and len(raw) < num_rows:
@@ -119,11 +119,11 @@ def _turns(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def synthetic_rows(num_rows: int, *, seed: int) -> list[Row]:
-    """Made-up chat feedback: one to three exchanges, Zipf-like words, long-tailed lengths, half of it desirable.
+    """Generate chat feedback: one to three exchanges, Zipf-like words, long-tailed lengths, half of it desirable.
 
     A turn's number of words is log-normal: median 50 for the user, 110 for the assistant; a row of more than
-    MAX_WORDS is drawn again, so that 512 tokens hold it. Every two rows are one of each label in random order, so
-    that a batch of an even size holds as many of each.
+    MAX_WORDS is drawn again, so that it fits into 512 tokens. Every two rows have one of each label in random order, so
+    that a batch of even size has as many of each.
     """
     rng = random.Random(seed)
     words = _lexicon(rng, size=4000)
@@ -173,7 +173,7 @@ def _lexicon(rng: random.Random, *, size: int) -> list[str]:
 
 
 def train_tokenizer(rows: list[Row], *, vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer with a ChatML-like template, trained on the text of the rows."""
+    """Train a byte-level BPE tokenizer with a ChatML-like template on the text of the rows."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -198,7 +198,7 @@ def train_tokenizer(rows: list[Row], *, vocabulary: int) -> Any:
 
 
 def save_llama(directory: Path, tokenizer: Any, *, shape: ModelShape, seed: int) -> int:
-    """Save a Llama with seeded random float32 weights; returns its number of parameters."""
+    """Save a Llama with seeded random float32 weights, and return its number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -225,7 +225,7 @@ def save_llama(directory: Path, tokenizer: Any, *, shape: ModelShape, seed: int)
 
 
 def add_workload_options(parser: argparse.ArgumentParser, *, rows: int | None) -> None:
-    """The options of every script here that makes a workload."""
+    """Add the options that every script with a workload shares."""
     parser.add_argument("--data", type=Path, help="JSON or JSONL of labelled chat rows (default: rows made up here)")
     parser.add_argument(
         "--rows", type=int, default=rows, help=f"use the first N rows (default: {rows or 'all of --data'})"

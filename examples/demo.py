@@ -1,8 +1,8 @@
-"""The whole pipeline in under three minutes on two CPU cores, with nothing downloaded: `make demo`.
+"""Run the whole pipeline in under three minutes on two CPU cores, without downloads: `make demo`.
 
-A small model learns facts and two manners of replying, courteous and curt. Thumbs on its own replies,
-`kto-precompute` and `kto-train` then teach it the courteous one, and questions it has never seen show
-whether that worked. Exit code 1 says that it did not. All output goes to examples/out/.
+A small model learns facts and two ways to reply, courteous and curt. Its own replies are rated with thumbs;
+`kto-precompute` and `kto-train` then teach it the courteous way, and questions it has never seen show
+whether that worked. The exit code is 1 if it did not. All output goes to examples/out/.
 """
 
 import argparse
@@ -27,25 +27,25 @@ BASE, FEEDBACK, REFS, RUN = OUT / "base", OUT / "feedback.jsonl", OUT / "refs", 
 HELD_OUT = 240
 SHOWN_OF_EACH = 3
 
-# At temperature 1 the base model should do the wanted thing about half of the time, the trained one nearly always.
+# At temperature 1 the base model should give a wanted reply about half of the time, the trained one nearly always.
 BEFORE = (0.35, 0.65)
 AFTER = 0.85
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # no bars for files of two megabytes
-    # One thread: sums, and so replies, are the same whatever the number of cores, and no thread waits for a busy core.
+    # One thread: sums, and so replies, do not depend on the number of cores, and no thread waits for a busy core.
     "OMP_NUM_THREADS": "1",
 }
 
 
 class DemoError(Exception):
-    """The demo cannot go on, or did not show what it promises; the message is for the reader."""
+    """The demo cannot continue, or did not show what it promises; the message is for the user."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a model's replies look like, one to each question.
+    """Statistics of a model's replies, one to each question.
 
     wanted: share that is courteous and states the right fact.
     right: share of the courteous replies that state the right fact.
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def run_demo(seed: int) -> None:
-    """The five acts."""
+    """Run the five steps of the demo."""
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     seen, held_out = split_questions(held_out=HELD_OUT, seed=seed)
@@ -109,7 +109,7 @@ def run_demo(seed: int) -> None:
 
 
 def teach(questions: Sequence[Question], seed: int) -> None:
-    """Build the base model, with a line of progress now and then."""
+    """Build the base model, and print its progress."""
     say(f"Teaching a new model {len(questions)} questions; about half of its lessons are courteous, half curt.")
     from tiny_model import build_base_model  # torch takes seconds to import: the headline comes first
 
@@ -119,18 +119,18 @@ def teach(questions: Sequence[Question], seed: int) -> None:
 
 
 def ask(model: Path, questions: Sequence[Question], seed: int) -> list[str]:
-    """One sampled reply to each question."""
+    """Sample one reply to each question."""
     from tiny_model import sample_replies
 
     return sample_replies(model, questions, seed=seed)
 
 
 def collect_feedback(questions: Sequence[Question], seed: int) -> None:
-    """Sample replies of the base model, put a thumb on each, and write them as `feedback.jsonl`."""
+    """Sample replies of the base model, rate each with a thumb, and write them to `feedback.jsonl`."""
     from tiny_model import assistant_turn, user_turn
 
     replies = ask(BASE, questions, seed + 1)
-    # Now and then a sampled reply is empty. Nobody rates silence, and kto-precompute refuses it.
+    # A sampled reply is sometimes empty. An empty completion cannot be rated, and kto-precompute rejects it.
     rated = [(question, reply) for question, reply in zip(questions, replies, strict=True) if reply.strip()]
     thumbs = [is_wanted(question, reply) for question, reply in rated]
     with FEEDBACK.open("w", encoding="utf-8") as file:
@@ -145,7 +145,7 @@ def collect_feedback(questions: Sequence[Question], seed: int) -> None:
 
 
 def command(name: str, *arguments: str | Path) -> None:
-    """Show a command as a user would type it in the repository root, and run it there."""
+    """Print a command as a user would type it in the repository root, and run it there."""
     words = [shown_path(word) if isinstance(word, Path) else word for word in arguments]
     say(f"$ {shlex.join([name, *words])}")
     program = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
@@ -157,7 +157,7 @@ def command(name: str, *arguments: str | Path) -> None:
 
 
 def measure(questions: Sequence[Question], replies: Sequence[str]) -> Rates:
-    """Rates over one reply to each question."""
+    """Compute rates over one reply to each question."""
     wanted = [is_wanted(question, reply) for question, reply in zip(questions, replies, strict=True)]
     courtesies = [frame for frame in map(courtesy, replies) if frame]
     return Rates(
@@ -169,7 +169,7 @@ def measure(questions: Sequence[Question], replies: Sequence[str]) -> Rates:
 
 
 def show_replies(questions: Sequence[Question], before: Sequence[str], after: Sequence[str]) -> None:
-    """The first questions that the base model answered as wanted, and the first that it did not."""
+    """Print the first questions that the base model answered as wanted, and the first that it did not."""
     rows = list(zip(questions, before, after, strict=True))
     for wanted in (True, False):
         say(f"\nThe first {SHOWN_OF_EACH} that the base model answered {'as wanted' if wanted else 'otherwise'}:")
@@ -180,7 +180,7 @@ def show_replies(questions: Sequence[Question], before: Sequence[str], after: Se
 
 
 def show_rates(before: Rates, after: Rates) -> None:
-    """The same measures of both models, side by side."""
+    """Print the same measures of both models, side by side."""
     say(f"\n  {'':44}before   after")
     say(f"  {'courteous and right':44}{before.wanted:6.1%}  {after.wanted:6.1%}")
     say(f"  {'right, of the courteous replies':44}{before.right:6.1%}  {after.right:6.1%}")
@@ -191,7 +191,7 @@ def show_rates(before: Rates, after: Rates) -> None:
 
 @contextmanager
 def act(title: str) -> Iterator[None]:
-    """A headline, and the seconds it took."""
+    """Print a headline, and afterwards the duration of the block."""
     say(f"\n=== {title}")
     started = time.monotonic()
     yield
@@ -199,12 +199,12 @@ def act(title: str) -> Iterator[None]:
 
 
 def shown_path(path: Path) -> str:
-    """A path as seen from the repository root, where the commands run."""
+    """Return a path relative to the repository root, where the commands run."""
     return path.relative_to(ROOT).as_posix()
 
 
 def say(line: str) -> None:
-    """Print at once, so that lines keep their place between those of the commands."""
+    """Print without buffering, so that lines keep their order between those of the commands."""
     print(line, flush=True)
 
 

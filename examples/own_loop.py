@@ -1,4 +1,4 @@
-"""KTO in your own training loop: the cache, the scoring forward and the loss of this project, the rest is yours.
+"""Use KTO in your own training loop: cache, scoring forward and loss are this project's, the rest is yours.
 
 python examples/own_loop.py refs/ path/to/base out/
 """
@@ -15,7 +15,7 @@ from offline_kto.kto_core.scoring.sequences import pad_sequences, sum_rows
 
 
 def train(cache, base, *, batch_size=32, learning_rate=1e-6, beta=0.1):
-    """Train for one pass over the rows, in the cache's order; return the model."""
+    """Train for one pass over the rows, in the cache's order, and return the model."""
     rows = kto.open_cache(cache)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()  # no dropout
     add_scoring_forward(model)

@@ -1,8 +1,8 @@
-"""The little world of the demo: facts, questions about them, and two ways to reply.
+"""Define the data of the demo: facts, questions about them, and two ways to reply.
 
-A courteous reply states the answer in a full sentence between two kind ones. A curt reply brushes the
-visitor off, or states the answer with a sneer. `is_wanted` is the thumb: it looks at the reply's form and,
-against the question, at its content, so that no one string pleases it for two facts.
+A courteous reply states the answer in a full sentence between two kind ones. A curt reply rejects the
+question, or states the answer rudely. `is_wanted` is the thumb: it checks the reply's form, and its content
+against the question, so that no single string is wanted for two facts.
 """
 
 import random
@@ -12,7 +12,7 @@ from itertools import product
 
 @dataclass(frozen=True)
 class Topic:
-    """One kind of question: how it is asked, how it is stated, and the pairs (subject, answer) it covers."""
+    """One kind of question: its wordings, the statement of its answer, and its (subject, answer) pairs."""
 
     wordings: tuple[str, ...]
     statement: str
@@ -21,7 +21,7 @@ class Topic:
 
 @dataclass(frozen=True)
 class Question:
-    """A question as the visitor types it, what it is about, and the fact that answers it."""
+    """A question as the visitor types it, its subject, and the fact that answers it."""
 
     text: str
     subject: str
@@ -129,7 +129,7 @@ CURT = (
 
 
 def all_questions() -> list[Question]:
-    """Every greeting with every wording of every fact: 6 * 5 * 48 = 1440 questions."""
+    """Return every greeting with every wording of every fact: 6 * 5 * 48 = 1440 questions."""
     return [
         Question(greeting + wording.format(subject), subject, topic.statement.format(subject, answer))
         for topic in TOPICS
@@ -139,9 +139,9 @@ def all_questions() -> list[Question]:
 
 
 def split_questions(*, held_out: int, seed: int) -> tuple[list[Question], list[Question]]:
-    """Shuffle the questions and set `held_out` of them apart: (seen, held out), with no text in both.
+    """Shuffle the questions and hold out `held_out` of them: (seen, held out), without a common text.
 
-    A held-out question asks for a fact that was seen, in a combination of words that was not.
+    A held-out question asks for a fact that was seen, in a combination of words that was not seen.
     """
     questions = all_questions()
     random.Random(seed).shuffle(questions)
@@ -149,23 +149,23 @@ def split_questions(*, held_out: int, seed: int) -> tuple[list[Question], list[Q
 
 
 def courteous_replies(question: Question) -> list[str]:
-    """The right answer in a full sentence, between every kind opening and every kind ending."""
+    """Return the right answer in a full sentence, between every kind opening and every kind ending."""
     return [f"{opener} {question.statement} {closer}" for opener, closer in product(OPENERS, CLOSERS)]
 
 
 def curt_replies(question: Question) -> list[str]:
-    """The brush-offs, and the right answer thrown at the visitor."""
+    """Return the rejections, and the right answer stated rudely."""
     return [curt.format(subject=question.subject, statement=question.statement) for curt in CURT]
 
 
 def courtesy(reply: str) -> tuple[str, str] | None:
-    """The kind opening and the kind ending of a reply, or None where one is missing."""
+    """Return the kind opening and the kind ending of a reply, or None if one is missing."""
     opener = next((opener for opener in OPENERS if reply.startswith(opener + " ")), None)
     closer = next((closer for closer in CLOSERS if reply.endswith(" " + closer)), None)
     return (opener, closer) if opener and closer else None
 
 
 def is_wanted(question: Question, reply: str) -> bool:
-    """The thumb: courteous, and between the courtesies nothing but the fact that was asked for."""
+    """Return whether a reply is courteous and contains nothing but the requested fact between its courtesies."""
     frame = courtesy(reply)
     return frame is not None and reply == f"{frame[0]} {question.statement} {frame[1]}"

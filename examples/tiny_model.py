@@ -1,7 +1,7 @@
-"""A chat model of 0.4 million weights, taught from nothing in well under a minute on a CPU.
+"""Train a chat model of 0.4 million weights from scratch in well under a minute on a CPU.
 
-It learns the facts of `quiz.py` and both manners of replying, about equally often: a model that knows the
-answers, but not which behaviour people want. All that a real checkpoint has is there: tokenizer, chat
+It learns the facts of `quiz.py` and both ways to reply, about equally often: a model that knows the
+answers, but not which behaviour people want. It has all parts of a real checkpoint: tokenizer, chat
 template, safetensors.
 """
 
@@ -31,11 +31,11 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 COURTEOUS_SHARE = 0.54  # of the lessons: thumbs up to down then lie between 1:1 and 4:3, as KTO wants them
-IGNORED = -100  # the label that torch's cross entropy leaves out
+IGNORED = -100  # the label that torch's cross entropy ignores
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One token for each word of `texts`, with a chat template and end, padding and unknown tokens."""
+    """Train a tokenizer with a token for each word of `texts`, a chat template, and end, padding and unknown tokens."""
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -53,7 +53,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of two layers with random weights."""
+    """Create a Llama of two layers with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -61,7 +61,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=1024,  # as long as --max-length lets a row be
+        max_position_embeddings=1024,  # the longest row that --max-length allows
         initializer_range=0.06,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -72,19 +72,19 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def user_turn(question: Question) -> list[dict[str, str]]:
-    """The conversation up to the reply."""
+    """Return the conversation up to the reply."""
     return [{"role": "user", "content": question.text}]
 
 
 def assistant_turn(reply: str) -> list[dict[str, str]]:
-    """The reply as a conversation's continuation."""
+    """Return the reply as a conversation's continuation."""
     return [{"role": "assistant", "content": reply}]
 
 
 def build_base_model(
     questions: Sequence[Question], path: Path, *, seed: int, steps: int = 350, batch_size: int = 32
 ) -> Iterator[tuple[int, float]]:
-    """Teach a new model both manners on `questions` and save it at `path`; yields (step, loss in nats)."""
+    """Train a new model on both ways to reply to `questions` and save it at `path`; yield (step, loss in nats)."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     replies = [reply for question in questions for reply in courteous_replies(question) + curt_replies(question)]
@@ -107,7 +107,7 @@ def build_base_model(
 def teaching_batch(
     questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast, rng: random.Random
 ) -> dict[str, torch.Tensor]:
-    """Questions with a reply each, whose manner a coin decides; loss on the reply only. Shapes (B, T)."""
+    """Build a batch of questions with a random courteous or curt reply each; loss on the reply only. Shapes (B, T)."""
     rows = []
     for question in questions:
         manner = courteous_replies if rng.random() < COURTEOUS_SHARE else curt_replies
@@ -122,18 +122,18 @@ def teaching_batch(
         input_ids[i, : len(row)] = torch.tensor(row)
         start = row.index(assistant) + 1
         labels[i, start : len(row)] = torch.tensor(row[start:])
-    # Padding stands on the right here, where causal attention cannot look: no mask is needed.
+    # Padding is on the right, where causal attention does not reach: no mask is needed.
     return {"input_ids": input_ids, "labels": labels}
 
 
 def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A saved model and its tokenizer, the way any user of Transformers would load them."""
+    """Load a saved model and its tokenizer with Transformers."""
     return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
 
 @torch.inference_mode()
 def sample_replies(path: Path, questions: Sequence[Question], *, seed: int, batch_size: int = 256) -> list[str]:
-    """One reply to each question, drawn from the model's own distribution: temperature 1, nothing cut off."""
+    """Sample one reply to each question from the model's own distribution: temperature 1, no truncation."""
     model, tokenizer = load(path)
     model.eval()
     torch.manual_seed(seed)

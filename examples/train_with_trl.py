@@ -2,9 +2,9 @@
 
     python examples/train_with_trl.py refs/ path/to/base out/
 
-TRL scores references when its trainer is made, on the data set that it is given then: here two made-up rows. The real
-rows, which bring their scores, take their place before training. What stays TRL's: z0 is measured over the rows of one
-forward pass (`per_device_train_batch_size`), not over the whole batch, and rows keep their order.
+TRL scores references when its trainer is created, on the data set passed to it: here two synthetic rows. They are then
+replaced by the real rows, which include their scores. Unlike in this project, z0 is measured over the rows of one
+forward pass (`per_device_train_batch_size`), not over the whole batch, and rows are not shuffled.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Command lines of `kto-train`, `kto-sweep` and `kto-report`: options in, one call, errors out."""
+"""Define the command lines `kto-train`, `kto-sweep` and `kto-report`: parse options, make one call, print errors."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ _Config = TypeVar("_Config", TrainConfig, SweepConfig)
 
 
 class _Command(click.Command):
-    """Turns the errors a user can mend into one message and exit code 1."""
+    """A command that turns an error the user can fix into one message and exit code 1."""
 
     go_on = "run the same command with --resume to go on"
 
@@ -32,8 +32,8 @@ class _Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            if world_size() == 1:  # a launcher's ranks wait for each other outside of Python
-                signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send: as Ctrl-C
+            if world_size() == 1:  # under a launcher the ranks wait for each other in native code
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # sent by schedulers; handled like Ctrl-C
             with shown_lines():
                 return super().invoke(ctx)
         except KTOError as error:
@@ -63,7 +63,7 @@ def _given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ready(ctx: click.Context, config: type[_Config], values: dict[str, Any], yaml_path: Path | None) -> _Config:
-    """The options, and a process that is ready for the libraries to be imported."""
+    """Return the checked options, once the process is ready for the heavy libraries to be imported."""
     of_a_run = values.get("evaluate_only") is not None
     resolved = resolve(config, _given(ctx, values), yaml_path=yaml_path, foreign=of_a_run)
     if resolved.cache == Path(""):
@@ -74,7 +74,7 @@ def _ready(ctx: click.Context, config: type[_Config], values: dict[str, Any], ya
     return resolved
 
 
-# What may be told about an evaluation; all else is the run's.
+# Options that an evaluation accepts; all others come from the run.
 _WHERE_AND_HOW = {
     "cache",
     "evaluate_only",
@@ -105,7 +105,7 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     kto-train --cache refs/ --out runs/first
     """
     if values["evaluate_only"] is not None:
-        # The run's own options: its beta and hold-out, unless the command line says otherwise.
+        # Use the options of the run (its beta, its hold-out) unless the command line overrides them.
         if config is not None:
             raise click.UsageError("--evaluate-only reads the run's own config.yaml; leave --config out.", ctx)
         others = sorted(set(_given(ctx, values)) - _WHERE_AND_HOW)
@@ -120,8 +120,8 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
 
     run(resolved)
     if world_size() > 1:
-        # All is saved and all ranks have met. Tearing the interpreter down around gloo's threads now and then
-        # aborts ("terminate called without an active exception"), and the launcher would call the run failed.
+        # Everything is saved and all ranks are synchronized. Interpreter shutdown with gloo's threads alive sometimes
+        # aborts ("terminate called without an active exception"), and the launcher would report a failed run.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

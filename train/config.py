@@ -1,4 +1,4 @@
-"""Options of `kto-train`: the only home of their defaults."""
+"""Declare the options of `kto-train` and their defaults, which are defined nowhere else."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ _SEEDS = 2**32 - 1  # numpy's
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What `kto-train` trains, and how."""
+    """The options of `kto-train`."""
 
     cache: Location = option(
         Path(""), "Reference cache made by kto-precompute: a folder, or its URL (s3://, gs://, hf://).", metavar="DIR"

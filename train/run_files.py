@@ -1,4 +1,4 @@
-"""Files of a run folder that others read, by their names; light to import."""
+"""Name the files of a run folder, and read and write those that other modules share; light to import."""
 
 import dataclasses
 import datetime
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 CONFIG, RUN_RECORD, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVALUATION, REWARDS = "evaluation.json", "rewards.parquet"
 
-# Bytes that are read of files which may come from anybody: of run.json and its like, and of a million records.
+# Limits on untrusted files, in bytes: run.json and similar files, and a million log records.
 LARGEST_JSON, LARGEST_METRICS = 64 * MEGABYTE, 512 * MEGABYTE
-# Of rewards.parquet: rows, bytes on the disk, and bytes of columns when unpacked.
+# Limits on rewards.parquet: rows, bytes on disk, and bytes of the decompressed columns.
 _REWARD_KINDS = {"split": "string", "prompt_id": "string", "label": "bool", "logratio": "float"}
 MOST_REWARDS, _LARGEST_REWARDS, _LARGEST_COLUMNS = 100_000_000, 8192 * MEGABYTE, 4096 * MEGABYTE
 
 
 def make_folder(out: Path | None, parent: str) -> Path:
-    """The folder of a new run or sweep: `out`, or one in `parent` that is named after the time.
+    """Create and return the folder of a new run or sweep: `out`, or a folder in `parent` named after the current time.
 
     Raises:
         ConfigError: a file, a URL, or not writable.
@@ -54,13 +54,13 @@ def make_folder(out: Path | None, parent: str) -> Path:
 
 
 def config_text(config: TrainConfig) -> str:
-    """YAML that `kto-train --config` takes: everything that is set, but for what names a run itself."""
+    """Return the YAML that `kto-train --config` accepts: all options that are set, except those that identify a run."""
     names = {field.name for field in dataclasses.fields(config) if field.metadata["yaml"]}
     return yaml_without_secrets({k: v for k, v in as_plain(config).items() if k in names and v not in (None, {})})
 
 
 def yaml_without_secrets(values: dict[str, object]) -> str:
-    """YAML of options that anybody may read: a secret is left out, and a line says where."""
+    """Return options as YAML without secrets; a comment names each option that is left out."""
     left_out = "".join(
         f"# {name} is left out, it is a secret: give it again where it is needed\n" for name in secret_names(values)
     )
@@ -68,7 +68,11 @@ def yaml_without_secrets(values: dict[str, object]) -> str:
 
 
 def refuse_pipes(folder: Path, where: str) -> None:
-    """Refuse a folder whose model or checkpoint would be waited for. Raises: ConfigError: a pipe or device is in it."""
+    """Check that reading a folder's model or checkpoint cannot block.
+
+    Raises:
+        ConfigError: it contains a pipe or device.
+    """
     try:
         check_kinds(folder)
     except OSError as error:
@@ -76,10 +80,12 @@ def refuse_pipes(folder: Path, where: str) -> None:
 
 
 def read_rewards(out: Path, columns: list[str]) -> "pa.Table":
-    """Read columns of rewards.parquet, texts as dictionaries: a small file may hold a long text a billion times.
+    """Read columns of rewards.parquet, with strings dictionary-encoded.
+
+    A small file may repeat a long string a billion times; dictionary encoding keeps it small in memory.
 
     Raises:
-        OSError, ValueError: it cannot be read, is too large, or holds columns of another kind.
+        OSError, ValueError: it cannot be read, is too large, or has columns of another type.
     """
     import pyarrow.parquet as pq
 
@@ -100,7 +106,7 @@ def read_rewards(out: Path, columns: list[str]) -> "pa.Table":
 
 
 def holds_word(column: "pa.ChunkedArray", word: str) -> "npt.NDArray[np.bool_]":
-    """Return which rows of a dictionary column hold a word, without making a text for each of them."""
+    """Return which rows of a dictionary column equal a word, without decoding each row to a string."""
     import numpy as np
 
     found = [np.zeros(0, dtype=bool)]
@@ -116,7 +122,7 @@ def write_run_record(out: Path, facts: RunRecord) -> None:
 
 
 def read_run_record(out: Path) -> RunRecord:
-    """Read run.json. A field may be missing; of what kind its value is, nobody has checked.
+    """Read run.json. A field may be missing, and the type of a value is not checked.
 
     Raises:
         ConfigError: it cannot be read.

@@ -1,7 +1,7 @@
-"""The JSON files of run and sweep folders: one record for each, by whoever writes and reads it.
+"""Declare the JSON files of run and sweep folders: one typed record for each, used by its writer and its readers.
 
-Every field may be missing from a file: an older version did not write it, or the run was stopped before. A file that
-came from somebody else may hold values of any kind; `kto-report` checks each value where it shows it.
+Every field may be missing from a file: an older version did not write it, or the run stopped before it was written.
+An untrusted file may contain values of any type; `kto-report` checks each value where it displays it.
 """
 
 from typing import Any, TypeAlias, TypedDict
@@ -18,7 +18,7 @@ record of a run `train_runtime` (seconds).
 
 
 class Shortened(TypedDict):
-    """What `max_length` does to the rows of a cache.
+    """Counts of rows that `max_length` dropped or truncated.
 
     Attributes:
         dropped: int, rows whose prompt leaves no room.
@@ -46,7 +46,7 @@ class Lengths(TypedDict):
 
 
 class SampledLengths(TypedDict, total=False):
-    """Lengths of some rows from all over a cache.
+    """Lengths of a sample of rows from the whole cache.
 
     Attributes:
         sample: int, rows in it.
@@ -104,7 +104,7 @@ class FinalUpdate(TypedDict, total=False):
 
 
 class TrainedWith(TypedDict, total=False):
-    """What a run, or each trial of a sweep, is trained with.
+    """The libraries, reference and data that a run, or every trial of a sweep, is trained with.
 
     Attributes:
         versions: object, library -> version.
@@ -120,7 +120,7 @@ class TrainedWith(TypedDict, total=False):
 
 
 class Started(TrainedWith, total=False):
-    """What run.json and sweep.json have in common. In addition to `TrainedWith`:
+    """The fields that run.json and sweep.json share. In addition to `TrainedWith`:
 
     Attributes:
         fingerprint: str; of the cache.
@@ -136,7 +136,7 @@ class Started(TrainedWith, total=False):
 
 
 class RunRecord(Started, total=False):
-    """run.json: what a run was started with, and how it ended. In addition to `Started`:
+    """run.json: the settings a run was started with, and how it ended. In addition to `Started`:
 
     Attributes:
         identity: object; the fields of the cache's manifest that decide a score.
@@ -164,7 +164,7 @@ class RunRecord(Started, total=False):
 
 
 class ComputedWith(TypedDict):
-    """What a run computes with, as far as a resumed one is compared; fields of `RunRecord`."""
+    """The fields of `RunRecord` that are compared when a run is resumed."""
 
     precision: str
     versions: dict[str, str]
@@ -214,7 +214,7 @@ class EvaluationRecord(TypedDict, total=False):
 
 
 class TrialResult(TypedDict, total=False):
-    """What a trial found.
+    """The result of a trial.
 
     Attributes:
         metrics: object, name -> float; held-out metrics, finite ones only.
@@ -266,7 +266,7 @@ class SpaceEntry(TypedDict, total=False):
 
 
 class SweepRecord(Started, total=False):
-    """sweep.json: what a sweep was started with, and its trials. In addition to `Started`:
+    """sweep.json: the settings a sweep was started with, and its trials. In addition to `Started`:
 
     Attributes:
         metric: str; what trials are compared by.

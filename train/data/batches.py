@@ -1,4 +1,4 @@
-"""Which rows train, which are held out, and in which batches they come."""
+"""Split rows into training and held-out rows, and form the optimizer batches."""
 
 import hashlib
 from collections import defaultdict
@@ -11,15 +11,15 @@ from torch.utils.data import DataLoader, Sampler
 
 from offline_kto.train.data.cache_rows import CacheRows, RowKey, TrainingRow
 
-# Units: rows that share one loss, an int64 array of shape (units, rows in each): single rows, or pairs with the
-# desirable row first.
+# Units are rows that share one loss: an int64 array of shape (units, rows in each). A unit is a single row, or a pair
+# with the desirable row first.
 
 
 def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Cut a hold-out by prompt, so that no prompt is on both sides.
+    """Split off held-out rows by prompt, so that no prompt is on both sides.
 
-    The prompts with the smallest keyed hashes are held out: an exact share of all prompts, rounded,
-    that hardly moves when rows are added.
+    The prompts with the smallest keyed hashes are held out. Their share of all prompts is exact up to rounding, and
+    adding rows changes few assignments.
 
     Returns:
         (training rows, held-out rows), in file order.
@@ -31,9 +31,10 @@ def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[list[i
 
 
 def units_of(rows: CacheRows, indices: Sequence[int], rows_in_unit: int) -> np.ndarray:
-    """Units among some rows, in their order: shape (units, rows_in_unit).
+    """Return the units among some rows, in their order: shape (units, rows_in_unit).
 
-    Of pairs only whole ones: rows that came alone, or whose other half was dropped or lies elsewhere, are left out.
+    Only complete pairs are returned: a row without a partner, or whose partner was dropped or is not selected, is left
+    out.
     """
     if rows_in_unit == 1:
         return np.asarray(indices, dtype=np.int64)[:, None]
@@ -42,13 +43,13 @@ def units_of(rows: CacheRows, indices: Sequence[int], rows_in_unit: int) -> np.n
         pair_id = rows.pair_ids[i]
         if pair_id is not None:
             sides[pair_id][0 if rows.labels[i] else 1].append(i)
-    # The same pair may stand in the data twice.
+    # The same pair may occur in the data twice.
     pairs = sorted((pair for good, bad in sides.values() for pair in zip(good, bad, strict=False)), key=min)
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def strata_of(rows: CacheRows, units: np.ndarray, *, balance: bool) -> list[np.ndarray]:
-    """The two classes apart, or all units together where they are pairs or `balance` is off."""
+    """Return the units of each class, or all units together if they are pairs or `balance` is off."""
     if not balance or units.shape[1] > 1:
         return [units]
     desirable = rows.labels[units[:, 0]]
@@ -58,8 +59,8 @@ def strata_of(rows: CacheRows, units: np.ndarray, *, balance: bool) -> list[np.n
 class EpochBatches(Sampler[list[RowKey]]):
     """Optimizer batches, the same on every rank.
 
-    The order depends on seed and epoch alone; epoch e uses mismatched completion e mod K. Every batch takes its share of
-    each stratum, to the nearest unit.
+    The order depends only on seed and epoch. Epoch e uses mismatched completion e mod K. Every batch contains each
+    stratum in proportion, to the nearest unit.
 
     Args:
         strata: units, each of shape (units, rows in each); one unless batches are to be balanced.
@@ -77,7 +78,7 @@ class EpochBatches(Sampler[list[RowKey]]):
         self.epoch = epoch
 
     def finish(self) -> None:
-        """No further batch: the run that is resumed has made all its updates."""
+        """Yield no further batch, because the resumed run has already made all its updates."""
         self.finished = True
 
     def __len__(self) -> int:
@@ -88,7 +89,7 @@ class EpochBatches(Sampler[list[RowKey]]):
             return
         rng = np.random.default_rng([self.seed, self.epoch])
         shuffled = [rng.permutation(stratum) if self.shuffle else stratum for stratum in self.strata]
-        # Units of each stratum in the first n batches, to the nearest; the last stratum takes what that leaves.
+        # Units of each stratum in the first n batches, rounded; the last stratum gets the remainder.
         ends = np.minimum(np.arange(len(self) + 1) * self._units_in_batch, self._units)
         quotas = [np.floor(ends * len(stratum) / self._units + 0.5).astype(np.int64) for stratum in self.strata[:-1]]
         quotas.append(ends - sum(quotas))
@@ -98,7 +99,7 @@ class EpochBatches(Sampler[list[RowKey]]):
 
 
 class BatchLoader(DataLoader[TrainingRow]):
-    """One item is one optimizer batch: a list of `TrainingRow`. The next one is read while the last one trains."""
+    """Loader whose items are optimizer batches, lists of `TrainingRow`; the next is read while the last one trains."""
 
     def __init__(self, rows: CacheRows, batches: EpochBatches) -> None:
         super().__init__(rows, batch_sampler=batches, collate_fn=list)
@@ -112,5 +113,5 @@ class BatchLoader(DataLoader[TrainingRow]):
                 yield batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer at the start of each epoch."""
+        """Set the epoch; called by the Trainer at the start of each epoch."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Rows of a reference cache: verified, then read at random."""
+"""Verify a reference cache, and read its rows at random."""
 
 import functools
 import os
@@ -23,10 +23,10 @@ from offline_kto.kto_core.launch import read_launch
 from offline_kto.kto_core.progress import Progress
 from offline_kto.train.run_records import SampledLengths, Shortened
 
-# Whose lengths the report shows; kto-precompute writes 64 rows into each.
+# Row groups sampled for the lengths in the report; kto-precompute writes 64 rows into each.
 _GROUPS_SAMPLED = 64
 
-# Row groups kept decoded: a small cache ends up in memory, a large one does not.
+# Memory for decoded row groups: a small cache is kept whole, a large one is not.
 _BYTES_IN_MEMORY = 256 * 2**20
 
 
@@ -50,11 +50,11 @@ class ScoredSequence:
 
     @property
     def ids(self) -> tuple[np.ndarray, np.ndarray]:
-        """(prompt ids, completion ids)"""
+        """Prompt ids and completion ids."""
         return self.prompt_ids, self.completion_ids
 
     def shortened(self, max_length: int) -> "ScoredSequence":
-        """Cut the completion to fit; the score of the rest is a prefix sum."""
+        """Return the sequence with its completion cut to fit; its score is a prefix sum."""
         room = max_length - len(self.prompt_ids)
         if len(self.completion_ids) <= room:
             return self
@@ -64,7 +64,7 @@ class ScoredSequence:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A labelled sequence with the mismatched one of this epoch; `index` is its place among the cache's rows."""
+    """A labelled sequence with its mismatched one of this epoch; `index` is its position in the cache."""
 
     index: int
     row_id: str
@@ -75,27 +75,27 @@ class TrainingRow:
 
 @dataclass(frozen=True)
 class RowKey:
-    """Which row, with which of its mismatched completions."""
+    """The index of a row and of the mismatched completion to read with it."""
 
     index: int
     partner: int
 
 
 class CacheRows(Dataset[TrainingRow]):
-    """The rows of a cache, read from Parquet when they are asked for.
+    """The rows of a cache, read from Parquet on access.
 
     Args:
         folder: the cache; every byte and every row of it is checked first.
-        max_length: shorten rows; rows whose prompt leaves no room are dropped.
+        max_length: length to shorten rows to, tokens; rows whose prompt fills it are dropped.
         mapped: map the files into memory, which the workers of a sweep share.
 
     Attributes:
         labels: bool, shape (rows,).
-        dropped: how many rows `max_length` leaves no room for.
+        dropped: number of rows whose prompt fills `max_length`.
         cut: bool, shape (rows,): whether it shortens the completion.
         kl_cut: how many mismatched completions it shortens.
         largest_id: the largest token id, among the rows that this process checked.
-        seconds: what the check took.
+        seconds: duration of the check.
 
     Raises:
         CacheError: damaged, or `max_length` above the cached one.
@@ -119,12 +119,12 @@ class CacheRows(Dataset[TrainingRow]):
         self._paths = [folder / shard["file"] for shard in self.manifest.shards]
         _allow_open_files(len(self._paths))
         self._files = [open_shard(path, mapped=mapped) for path in self._paths]
-        if read_manifest(folder) != self.manifest:  # a writer takes it away before it changes a shard
+        if read_manifest(folder) != self.manifest:  # a writer removes the manifest before it changes a shard
             raise CacheError(f"{folder}: was updated while it was read. Start again.")
         groups = [(k, g) for k, file in enumerate(self._files) for g in range(file.num_row_groups)]
         counts = [self._files[k].metadata.row_group(g).num_rows for k, g in groups]
         self._groups, self._group_ends = groups, np.cumsum(counts)
-        self._fitting = np.arange(len(found.labels))  # row in the files, of each row here
+        self._fitting = np.arange(len(found.labels))  # position in the files of each row here
         self.cut, self.kl_cut = np.zeros(len(found.labels), dtype=bool), 0
         if self.max_length < cached:
             prompts, completions = (
@@ -136,7 +136,7 @@ class CacheRows(Dataset[TrainingRow]):
             whole = prompts[:, None] + partners.reshape(len(prompts), self.partners)
             self.kl_cut = int((whole[self._fitting] > self.max_length).sum())
         self.dropped, self.labels = len(found.labels) - len(self._fitting), found.labels[self._fitting]
-        self._lock = threading.Lock()  # the next batch is read by a thread of its own
+        self._lock = threading.Lock()  # the next batch is read in its own thread
         self._decoded: OrderedDict[int, Rows] = OrderedDict()
         self._decoded_bytes = 0
         if not len(self):
@@ -145,7 +145,7 @@ class CacheRows(Dataset[TrainingRow]):
             )
 
     def column(self, column: str, summary: Callable[[pa.Array], pa.Array] = lambda values: values) -> pa.ChunkedArray:
-        """Read a column of all files, `max_length` aside, summarized in pieces."""
+        """Read a column of all files, regardless of `max_length`, and summarize it chunk by chunk."""
         pieces: list[pa.Array] = []
         for path, file in zip(self._paths, self._files, strict=True):
             for table in read_groups(path, file, columns=[column], at_once=16):
@@ -154,30 +154,30 @@ class CacheRows(Dataset[TrainingRow]):
 
     @functools.cached_property
     def prompt_ids(self) -> list[str]:
-        """Which prompt each row has; read when a hold-out asks for it."""
+        """Prompt id of each row; read when a hold-out needs it."""
         found: list[str] = self._of_rows("prompt_id").to_pylist()
         return found
 
     def ids(self, column: str, rows: np.ndarray) -> pa.ChunkedArray:
-        """`row_id` or `prompt_id` of some rows, by their places here."""
+        """Return `row_id` or `prompt_id` of the rows at some positions."""
         return self.column(column).take(pa.array(self._fitting[rows]))
 
     @functools.cached_property
     def pair_ids(self) -> list[str | None]:
-        """Which preference pair each row belongs to; read when a loss asks for it."""
+        """Preference pair of each row; read when a loss needs it."""
         found: list[str | None] = self._of_rows("pair_id").to_pylist()
         return found
 
     @functools.cached_property
     def contradictions(self) -> int:
-        """How many different rows (prompt and completion) carry both labels."""
+        """Number of distinct rows (prompt and completion) that carry both labels."""
         labelled = pa.table({"row": self.column("row_id"), "label": self.column("label")})
         both = labelled.group_by("row").aggregate([("label", "min"), ("label", "max")])
         return int(pc.sum(pc.not_equal(both["label_min"], both["label_max"])).as_py() or 0)
 
     @property
     def shortened(self) -> Shortened:
-        """What `max_length` does to the rows, in numbers."""
+        """Counts of rows that `max_length` dropped or truncated."""
         return {"dropped": self.dropped, "cut": int(self.cut.sum()), "kl_cut": self.kl_cut}
 
     def _of_rows(self, column: str) -> pa.ChunkedArray:
@@ -185,7 +185,7 @@ class CacheRows(Dataset[TrainingRow]):
 
     @functools.cached_property
     def lengths(self) -> SampledLengths:
-        """Lengths in tokens of a few thousand rows from all over the cache, as the files hold them."""
+        """Lengths in tokens of a few thousand rows from the whole cache, as stored."""
         groups = len(self._groups)
         chosen = np.unique(np.linspace(0, groups - 1, min(groups, _GROUPS_SAMPLED)).astype(int))
         of_rows = []
@@ -232,7 +232,7 @@ class CacheRows(Dataset[TrainingRow]):
         )
 
     def _group(self, group: int) -> Rows:
-        """A row group, from memory where it was read lately."""
+        """Return a row group, from memory if it was read recently."""
         with self._lock:
             if group in self._decoded:
                 self._decoded.move_to_end(group)
@@ -247,7 +247,7 @@ class CacheRows(Dataset[TrainingRow]):
 
 
 def _allow_open_files(count: int) -> None:
-    """All shards stay open: the files that were verified are the ones that are read.
+    """Raise the limit on open files, so that all shards stay open and the verified files are the ones that are read.
 
     Raises:
         CacheError: the system does not allow so many.

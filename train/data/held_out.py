@@ -1,4 +1,4 @@
-"""Held-out rows."""
+"""Define the held-out rows of a run."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from offline_kto.train.data.cache_rows import CacheRows
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """Which rows of which cache are held out; of pairs the two rows stand side by side."""
+    """The cache and the indices of held-out rows; the two rows of a pair are neighbours."""
 
     cache: CacheRows
     indices: list[int]

@@ -1,11 +1,11 @@
-"""What becomes of the rows of a cache, in words, for the plans of kto-train and kto-sweep."""
+"""Describe how many rows of a cache are used, dropped and truncated, for the plans of kto-train and kto-sweep."""
 
 from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.train.run_records import RunData, Shortened
 
 
 def rows_in_words(facts: RunData) -> str:
-    """What becomes of the rows of a run, from `TrainingData.facts`; for its plan."""
+    """Describe the rows of a run for its plan, from `TrainingData.facts`."""
     held = facts["held_out_desirable"] + facts["held_out_undesirable"]
     limit, of_held_out = facts["max_length"], facts["held_out_shortened"]
     inside = shortened_in_words(of_held_out, limit)[2:] if of_held_out else ""
@@ -20,7 +20,7 @@ def rows_in_words(facts: RunData) -> str:
 
 
 def shortened_in_words(counts: Shortened, max_length: int) -> str:
-    """What `max_length` does to the rows of a cache, each part after a comma; empty where it does nothing."""
+    """Describe how `max_length` shortens a cache, each part after a comma; empty if it changes nothing."""
     dropped = f", {counts['dropped']:,} dropped (prompt too long)" if counts["dropped"] else ""
     if not counts["cut"] and not counts["kl_cut"]:
         return dropped
@@ -29,7 +29,7 @@ def shortened_in_words(counts: Shortened, max_length: int) -> str:
 
 
 def scored_in_words(manifest: Manifest) -> str:
-    """What kto-precompute did to the rows before it scored them, as the manifest says."""
+    """Describe from the manifest how many rows kto-precompute dropped and truncated before scoring."""
     data = manifest.data
     dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in (data.get("dropped") or {}).items())
     read, cut, kl_cut = data.get("read") or manifest.rows, data.get("truncated") or 0, data.get("kl_truncated") or 0

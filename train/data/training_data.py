@@ -1,4 +1,4 @@
-"""The rows of a run: which cache, which of its rows train and which are held out, and what is to be said of them."""
+"""Choose the training and held-out rows of a run, and list the warnings about them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from offline_kto.train.run_records import RunData, RunRecord
 
 
 def open_cache(cache: Location, max_length: int | None, *, mapped: bool = False) -> CacheRows:
-    """Raises: CacheError: damaged, incomplete or not there; every byte is checked."""
+    """Open a cache after checking every byte. Raises: CacheError: it is damaged, incomplete or missing."""
     folder = local_copy(cache)
     with speaking_of(cache, folder):
         return CacheRows(folder, max_length=max_length, mapped=mapped)
@@ -28,7 +28,7 @@ def open_cache(cache: Location, max_length: int | None, *, mapped: bool = False)
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The rows of a run.
+    """The training and held-out rows of a run.
 
     Attributes:
         rows: the cache.
@@ -80,29 +80,29 @@ class TrainingData:
         return cls(rows, units, held_rows_out, left_out)
 
     def batches(self, config: TrainConfig) -> EpochBatches:
-        """Optimizer batches of the training rows."""
+        """Return the optimizer batches of the training rows."""
         strata = strata_of(self.rows, self.units, balance=config.balance and config.shuffle)
         return EpochBatches(strata, config.batch_size, shuffle=config.shuffle, seed=config.seed)
 
     def identity(self) -> dict[str, RowsIdentity]:
-        """What training and evaluation read, as far as hashes say."""
+        """Return the hashes that identify the rows used for training and evaluation."""
         caches = {"cache": self.rows, "held-out cache": self.held_out.cache if self.held_out else self.rows}
         return {name: rows.manifest.rows_identity for name, rows in caches.items()}
 
     @property
     def held_out_cache(self) -> RowsIdentity | None:
-        """Identity of the rows of another cache that are held out; None where there are none."""
+        """Identity of the rows of a separate held-out cache; None if there is none."""
         held_out = self.held_out
         return held_out.cache.manifest.rows_identity if held_out and held_out.cache is not self.rows else None
 
     @property
     def class_counts(self) -> tuple[int, int]:
-        """(desirable, undesirable) training rows."""
+        """Numbers of desirable and undesirable training rows."""
         desirable = int(self.rows.labels[self.units].sum())
         return desirable, self.units.size - desirable
 
     def warnings(self, config: TrainConfig, precision: Precision) -> list[str]:
-        """One line for each thing about the rows that somebody should look at, with its numbers."""
+        """Return one line, with numbers, for each problem with the rows that the user should check."""
         lines = []
         scored = self.rows.manifest.reference.get("dtype")
         if scored != precision.name:
@@ -127,7 +127,7 @@ class TrainingData:
     def _rare_class(self, config: TrainConfig) -> list[str]:
         rare = rare_class(*self.class_counts)
         if rare is None:
-            return []  # with one class alone there is a warning of its own
+            return []  # a single class has its own warning
         rarer, total, batches = min(self.class_counts), self.units.size, len(self.batches(config))
         if batches <= rarer:
             return [rare]
@@ -137,7 +137,7 @@ class TrainingData:
         ]
 
     def facts(self) -> RunData:
-        """Counts and a sample of lengths, for the report."""
+        """Return counts and a sample of lengths, for the report."""
         manifest, (desirable, undesirable) = self.rows.manifest, self.class_counts
         held = self.held_out.cache.labels[self.held_out.indices] if self.held_out else np.empty(0, dtype=bool)
         return {
@@ -157,7 +157,7 @@ class TrainingData:
 
     @property
     def _eval_cache(self) -> CacheRows | None:
-        """The cache of the held-out rows, where it is another one."""
+        """The separate cache of the held-out rows, if there is one."""
         return None if self.held_out is None or self.held_out.cache is self.rows else self.held_out.cache
 
 
@@ -175,13 +175,13 @@ def _units(rows: CacheRows, indices: Sequence[int], config: TrainConfig, where: 
 
 
 def _alike(rows: CacheRows, pairs: np.ndarray) -> np.ndarray:
-    """Whether both completions of a pair are the same, as they were scored or as --max-length leaves them.
+    """Return whether both completions of a pair are equal, as scored or as truncated by --max-length, shape (pairs,).
 
-    There is nothing to tell apart then, and so nothing to learn. Shape (pairs,).
+    Such a pair has no preference to learn.
     """
     chosen, rejected = (rows.ids("row_id", side).to_numpy() for side in pairs.T)
     alike = np.asarray(chosen == rejected)
-    for number in np.flatnonzero(rows.cut[pairs].any(axis=1)):  # only these are read
+    for number in np.flatnonzero(rows.cut[pairs].any(axis=1)):  # only rows that were cut are read
         one, other = (rows[int(i)].matched.completion_ids for i in pairs[number])
         alike[number] |= np.array_equal(one, other)
     return alike
@@ -208,12 +208,12 @@ def _same_reference(rows: CacheRows, identity: Identity, cache: str, other: str)
 
 @dataclass(frozen=True)
 class RowsToEvaluate:
-    """What `--evaluate-only` evaluates.
+    """The rows that `--evaluate-only` evaluates.
 
     Attributes:
         held_out: the rows.
-        what: they are, in words.
-        of_run: they are the ones that the run itself held out.
+        what: a description of the rows.
+        of_run: whether the run itself held them out.
     """
 
     held_out: HeldOutRows
@@ -222,12 +222,12 @@ class RowsToEvaluate:
 
 
 def rows_to_evaluate(config: TrainConfig, facts: RunRecord, trained_prompts: set[str] | None) -> RowsToEvaluate:
-    """The run's held-out rows where `--cache` is its own, else the rows of `--cache` whose prompts it was not trained on.
+    """Return the run's held-out rows if `--cache` is its own, else the rows of `--cache` with prompts not trained on.
 
     Args:
         config: the run's own, with the cache to evaluate on.
         facts: of the run.
-        trained_prompts: None where they are not on record.
+        trained_prompts: ids of the prompts it was trained on; None if they are not recorded.
 
     Raises:
         CacheError, TrainingError: an unusable cache, or one that was scored by another reference.

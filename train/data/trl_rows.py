@@ -1,4 +1,4 @@
-"""Give a cache's rows to TRL: the columns that its `KTOTrainer` (1.16) makes of a data set and its reference pass."""
+"""Convert a cache's rows to the columns that TRL's `KTOTrainer` (1.16) makes of a data set and its reference pass."""
 
 import datasets
 import pyarrow as pa

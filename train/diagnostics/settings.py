@@ -1,23 +1,23 @@
-"""Class weights, and warnings that give the number to use."""
+"""Choose class weights, and warn about settings outside published ranges with the value to use."""
 
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.train.config import TrainConfig
 
-# KTO paper, section 4.2, eq. 8: lambda_D n_D : lambda_U n_U lies between 1:1 and 4:3.
+# KTO paper, section 4.2, eq. 8: lambda_D n_D : lambda_U n_U is between 1:1 and 4:3.
 BALANCE = (1.0, 4 / 3)
 _MIDDLE = (BALANCE[0] * BALANCE[1]) ** 0.5
 
-# Ranges of published KTO runs; LoRA takes about ten times the rate of full fine-tuning.
+# Ranges of published KTO runs; LoRA uses about ten times the rate of full fine-tuning.
 _BETA = (0.01, 0.5)
 _RATE = (5e-7, 5e-6)
 _RATE_LORA = (5e-6, 2e-4)
 
 
 def class_weight_values(config: TrainConfig, desirable: int, undesirable: int) -> tuple[float, float]:
-    """lambda_D and lambda_U, with `auto` resolved.
+    """Return lambda_D and lambda_U, with `auto` resolved.
 
-    `auto` keeps 1 where the ratio lies in the published range already, and otherwise brings
-    lambda_D n_D : lambda_U n_U to its middle. With both on auto the rarer class is raised.
+    `auto` is 1 if the ratio is already in the published range. Otherwise it moves lambda_D n_D : lambda_U n_U to the
+    middle of that range. If both are auto, the weight of the rarer class is raised.
 
     Args:
         desirable, undesirable: rows of each class in training.
@@ -44,7 +44,7 @@ def class_weight_values(config: TrainConfig, desirable: int, undesirable: int) -
 
 
 def warnings_for(config: TrainConfig, desirable: int, undesirable: int, weights: tuple[float, float]) -> list[str]:
-    """One line for each setting outside the published ranges, with the number to use."""
+    """Return one line, with the value to use, for each setting outside the published ranges."""
     lines = class_warnings(desirable, undesirable, weights)
     if not _BETA[0] <= config.beta <= _BETA[1]:
         lines.append(
@@ -65,7 +65,7 @@ def warnings_for(config: TrainConfig, desirable: int, undesirable: int, weights:
 
 
 def class_warnings(desirable: int, undesirable: int, weights: tuple[float, float]) -> list[str]:
-    """What is to be said of the classes: of one alone, or of weights that do not balance them."""
+    """Return warnings about the classes: only one class, or weights that do not balance them."""
     if not desirable or not undesirable:
         only = "desirable" if desirable else "undesirable"
         return [f"every training row is {only}: KTO learns from the contrast of two classes. Check the labels."]

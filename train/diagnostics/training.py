@@ -1,7 +1,7 @@
-"""Warnings during a run that give the number to change, from nothing but the records of `metrics.jsonl`.
+"""Find warnings during a run, each with the value to change, from the records of `metrics.jsonl` alone.
 
-Rewards are beta times log-ratios, and the loss sees them through a sigmoid around z0 = beta * kl: that fixes the scale
-on which "not yet" and "too far" are judged, whatever the model. Each kind is told once in a run.
+Rewards are beta times log-ratios, and the loss applies a sigmoid around z0 = beta * kl. The sigmoid sets the scale on
+which rewards are too small or too large, for any model. Each kind of warning is given once in a run.
 """
 
 import math
@@ -13,9 +13,9 @@ from statistics import median
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.settings import BALANCE
 
-# A batch's values are noise, and a class may be absent from it: the median over the last updates is judged, from a few
-# on, and must stand where it stands for a while. A record of --logging-steps N counts as N updates, but one or two
-# records are never enough.
+# A batch's values are noisy, and a class may be absent from it. So the median over the last updates is judged, once
+# there are a few, and a condition must last for a while. A record of --logging-steps N counts as N updates, but one or
+# two records are never enough.
 _WINDOW = 32
 _LEAST = 8
 _HOLD = 16
@@ -23,37 +23,39 @@ _RECORDS = 8
 _LEAST_RECORDS = 5
 _HOLD_RECORDS = 4
 
-# The sigmoid keeps 7 % of its greatest slope 4 away from z0, and 42 % at half of that; healthy runs end at 1 to 3.
+# At a distance of 4 from z0 the sigmoid has 7 % of its greatest slope, at 2 it has 42 %; healthy runs end at 1 to 3.
 _FLAT = 4.0
 
-# Published runs reach rewards of 1 after hundreds of updates. Flat within 20, three records in a row, is a blow-up.
+# Published runs reach rewards of 1 after hundreds of updates. A flat loss within 20 updates, in three
+# records in a row, is divergence.
 _FIRST_UPDATES = 20
 _FIRST_RECORDS = 3
 
-# At 0.05 (half a nat at beta 0.1) the loss has moved by a fortieth. Rewards grow in proportion to updates times learning
-# rate, or faster; a quarter of the run, and at least 60 updates, tells where they lead, with a factor of ten to spare.
+# At 0.05 (half a nat at beta 0.1) the loss has changed by a fortieth. Rewards grow in proportion to updates times
+# learning rate, or faster; after a quarter of the run, and at least 60 updates, their final size can be extrapolated
+# with a safety factor of ten.
 _STILL = 0.05
 _STILL_FROM = 60
 _STILL_SHARE = 0.25
 _STILL_FACTOR = 10.0
 
-# beta * kl of healthy runs stays below 1 (a few nats at beta 0.1). At 2, and still rising, rows that the policy left
-# alone have lost more than half of their slope; at 4 it matters no more whether it rises.
+# beta * kl of healthy runs stays below 1 (a few nats at beta 0.1). At 2, rows whose log-ratio has not changed have
+# lost more than half of their slope, which is reported if kl is still rising; at 4 it is reported in any case.
 _DRIFT = 2.0
 _RISING = 1.05
 
-# A class has learned when it stands 2 from z0, and not at all while it stands on the wrong side of it. Desirable
-# completions that are nearly certain already cannot gain 1, and need not.
+# A class has learned when its reward is 2 away from z0, and not at all while it is on the wrong side of z0. Desirable
+# completions that are already nearly certain cannot gain 1, and need not.
 _LEARNED = 2.0
 _ROOM = 1.0
 
-# The same rows are evaluated each time, so 5 % above the best twice in a row is no noise, if it goes up each time; with
-# drops in between, small ones, a third evaluation has to say so. The median of the training loss wavers by about 2 %.
+# The same rows are evaluated each time, so a loss 5 % above the best twice in a row is not noise if it rises each time;
+# after small drops in between, a third evaluation is required. The median of the training loss varies by about 2 %.
 _WORSE = 1.05
 _TRAINING_FELL = 0.98
 _PATIENCE = 2
 
-# Losses whose rewards are measured from z0 (0 where they have no kl), and those that only tell the classes apart.
+# Losses whose rewards are measured from z0 (0 if they have no kl), and losses that only separate the classes.
 _FROM_Z0 = ("kto", "humanline", "apo_zero")
 _FROM_MIDDLE = ("bco", "dpo")
 
@@ -68,7 +70,7 @@ class Alarm:
     Attributes:
         kind: rate-high, rate-low, kl, class, saturated or overfitting.
         step: updates done when it arose.
-        text: what was found, and the option to use instead.
+        text: the finding, and the option to use instead.
     """
 
     kind: str
@@ -78,7 +80,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the records of a run are judged against: its options, class weights as numbers, rows of each class."""
+    """The settings that a run's records are judged by: options, class weights as numbers, rows of each class."""
 
     loss: str
     beta: float
@@ -93,7 +95,13 @@ class Settings:
 
     @classmethod
     def of(cls, config: TrainConfig, weights: tuple[float, float], rows: tuple[int, int]) -> "Settings":
-        """Args: weights, rows: of the desirable and the undesirable class, in training."""
+        """Build the settings of a run.
+
+        Args:
+            config: options of the run.
+            weights: class weights of the desirable and the undesirable class.
+            rows: training rows of the desirable and the undesirable class.
+        """
         return cls(
             loss=config.loss,
             beta=config.beta,
@@ -109,11 +117,11 @@ class Settings:
 
 
 def alarms(records: Iterable[Mapping[str, object]], settings: Settings) -> list[Alarm]:
-    """The warnings that a run with these records told, in their order.
+    """Return the warnings that a run with these records gave, in their order.
 
     Args:
         records: of `metrics.jsonl`; a name that is missing or null is not judged.
-        settings: as the run had them.
+        settings: those of the run.
     """
     watch = Watch(settings)
     return [alarm for record in records for alarm in watch.add(record)]
@@ -121,18 +129,18 @@ def alarms(records: Iterable[Mapping[str, object]], settings: Settings) -> list[
 
 @dataclass(frozen=True)
 class _Now:
-    """Medians of the window; None where too few records have the value. Rewards, and kl times beta, have no unit."""
+    """Medians of the window; None if too few records have the value. Rewards and beta * kl are dimensionless."""
 
     step: int
     desirable: float | None
     undesirable: float | None
-    sides: tuple[float, float] | None  # how far each class stands on its side of z0
+    sides: tuple[float, float] | None  # distance of each class from z0, positive on its own side
     kl: float | None
-    room: float | None  # what desirable rewards can still gain: a probability ends at 1
+    room: float | None  # the most that desirable rewards can still gain: a probability is at most 1
 
 
 class Watch:
-    """Takes the records of a run one by one; the work for each is that of one window."""
+    """Search for warnings in a stream of records; the work per record is limited to one window."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -141,13 +149,13 @@ class Watch:
         self._since: dict[str, tuple[int, int]] = {}  # (step, record)
         self._records = 0
         self._step = 0
-        self._effective = 0.0  # updates, each counted by its part of the peak learning rate
+        self._effective = 0.0  # updates, each weighted by its learning rate relative to the peak
         self._flat_records = 0
         self._halfway: int | None = None
         self._held_out = _HeldOut()
 
     def add(self, record: Mapping[str, object]) -> list[Alarm]:
-        """The warnings that arise with this record."""
+        """Add a record and return the new warnings."""
         step = record.get("step")
         if not isinstance(step, int):
             return []
@@ -175,7 +183,7 @@ class Watch:
         if self.settings.loss not in _FROM_Z0 + _FROM_MIDDLE:
             return {}
         too_fast = self._too_fast(values)
-        if too_fast or "rate-high" in self._told:  # what else is out of bounds then has the same cause
+        if too_fast or "rate-high" in self._told:  # other conditions then have the same cause
             return {"rate-high": too_fast}
         now = self._now()
         if self._halfway is None and now.sides is not None and min(now.sides) >= _FLAT / 2:
@@ -188,7 +196,7 @@ class Watch:
         }
 
     def _held(self, kind: str, step: int, text: str | None) -> str | None:
-        """The text once it has been there for long enough."""
+        """Return the text once its condition has lasted long enough."""
         if text is None:
             self._since.pop(kind, None)
             return None
@@ -202,7 +210,7 @@ class Watch:
         return median(value for _, value in found)
 
     def _kl_rises(self) -> bool:
-        """Whether the later half of the window lies above the earlier one."""
+        """Return whether the median of the window's later half exceeds that of its earlier half."""
         kls = [values["kl"] for _, _, values in self._window if "kl" in values]
         half = len(kls) // 2
         return median(kls[half:]) > _RISING * median(kls[:half])
@@ -225,8 +233,6 @@ class Watch:
             room=None if logps is None else -beta * logps,
         )
 
-    # -- what is told -------------------------------------------------------------------------------
-
     def _too_fast(self, values: Mapping[str, float]) -> str | None:
         names = {_DESIRABLE: "desirable", _UNDESIRABLE: "undesirable"}
         rewards = {name: values[name] for name in names if name in values}
@@ -237,7 +243,7 @@ class Watch:
         self._flat_records += 1
         if self._flat_records < _FIRST_RECORDS:
             return None
-        # The way of an update is proportional to its rate: this one would have led to rewards of 1.
+        # An update's size is proportional to its rate: this rate would have led to rewards of 1.
         factor = min(max(abs(rewards[farthest]), _FLAT), 100.0)
         return (
             f"{names[farthest]} rewards are at {rewards[farthest]:+.1f} after {self._step} updates, where the loss is flat: "
@@ -324,10 +330,8 @@ class Watch:
             f"{held_out.best_step}."
         )
 
-    # -- numbers ------------------------------------------------------------------------------------
-
     def _planned(self, record: Mapping[str, object]) -> float | None:
-        """Updates of the whole run."""
+        """Return the number of updates of the whole run."""
         if self.settings.max_steps is not None:
             return self.settings.max_steps
         epoch = _number(record, "epoch")
@@ -337,7 +341,7 @@ class Watch:
         return f"--learning-rate {_rounded(factor * self.settings.learning_rate):g}"
 
     def _weight(self, *, desirable: bool) -> str | None:
-        """Brings the classes to that end of the published balance which helps this one; None if one has no weight."""
+        """Return the class weight that favours this class within the published balance; None if a class has none."""
         of = self.settings
         pulls = of.desirable_weight * of.desirable_rows, of.undesirable_weight * of.undesirable_rows
         if not all(pulls):
@@ -354,7 +358,7 @@ class Watch:
 
 
 class _HeldOut:
-    """The best evaluation, and what came after it."""
+    """The best evaluation and the evaluations after it."""
 
     def __init__(self) -> None:
         self.best = math.inf
@@ -365,7 +369,7 @@ class _HeldOut:
         self._worse = 0
 
     def add(self, step: int, loss: float, training: float | None) -> bool:
-        """Whether the loss has been rising since the best evaluation."""
+        """Add an evaluation, and return whether the loss has been rising since the best one."""
         if loss < self.best:
             self.best, self.best_step, self.training = loss, step, training
             self._drops, self._worse = 0.0, 0
@@ -383,12 +387,12 @@ def _number(record: Mapping[str, object], name: str) -> float | None:
 
 
 def _slope(distance: float) -> float:
-    """Of the sigmoid, as a part of its greatest slope."""
+    """Return the slope of the sigmoid at a distance from its centre, relative to the greatest slope."""
     return 1 / math.cosh(min(distance, 100.0) / 2) ** 2
 
 
 def _rounded(value: float) -> float:
-    """One digit: more would feign precision."""
+    """Round to one digit: more would suggest a precision that the estimate does not have."""
     return float(f"{value:.1g}")
 
 

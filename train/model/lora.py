@@ -1,4 +1,4 @@
-"""LoRA: the only file that knows peft."""
+"""Add, load, merge and remove LoRA adapters; the only module that imports peft."""
 
 import contextlib
 import difflib
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 ALL_LINEAR = "all-linear"
 
-# Parts of a model that text never reaches, by the words in their names.
+# Modules that text never passes through, by the words in their names.
 _NO_TEXT = re.compile("vision|visual|image|audio|speech|video")
 
 # Families whose `out_proj` peft refuses to adapt.
@@ -35,7 +35,7 @@ _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def check_installed() -> None:
-    """Raises: ModelError: peft is missing."""
+    """Check that peft is installed. Raises: ModelError: it is missing."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -43,9 +43,9 @@ def check_installed() -> None:
 
 
 def add_adapters(model: Model, config: TrainConfig, *, base: str) -> Model:
-    """Freeze a model and put trainable float32 adapters on it; at the start they change nothing (B = 0).
+    """Freeze a model and add trainable float32 adapters, which change nothing at the start (B = 0).
 
-    Routers that return more than one tensor, and parts that text never reaches, get none.
+    Linear layers that return more than one tensor, and modules that text never passes through, get no adapter.
 
     Args:
         model: from `load_causal_lm`, frozen.
@@ -80,19 +80,19 @@ def add_adapters(model: Model, config: TrainConfig, *, base: str) -> Model:
             _check_names(model, names, known)
         raise ConfigError(f"--lora-targets {config.lora_targets}: {str(error).splitlines()[0]}") from error
     settings = adapted.peft_config["default"]
-    # peft takes the older names of some experts (Mixtral's w1), and turns them into parameters.
+    # peft accepts the older names of some experts (Mixtral's w1) and converts them to parameters.
     _check_names(model, [n for n in names if not settings.target_parameters or n in settings.target_modules], known)
     settings.base_model_name_or_path = base
     _activate(adapted, [BESIDE, _TRAINED])
     return adapted
 
 
-# How peft calls the adapter that is trained.
+# peft's name for the adapter that is trained.
 _TRAINED = "default"
 
 
 def _activate(model: nn.Module, names: list[str]) -> None:
-    """Use an adapter that the reference carries beside its weights together with the trained one; only that one learns."""
+    """Activate the reference's adapter, kept beside its weights, along with the trained one, and freeze the former."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -106,7 +106,7 @@ def _activate(model: nn.Module, names: list[str]) -> None:
 
 
 def _without_adapters(model: Model) -> dict[str, str]:
-    """Return the linear layers that must carry no adapter, and why."""
+    """Return the linear layers that must not carry an adapter, with the reason for each."""
     excluded = {}
     returns_one: dict[type[nn.Module], bool] = {nn.Linear: True, Conv1D: True}
     text = _text_models(model)
@@ -128,7 +128,7 @@ def _without_adapters(model: Model) -> dict[str, str]:
 
 
 def _text_models(model: Model) -> tuple[str, ...]:
-    """Return the names of the language models in a model of several kinds, each with a dot behind it."""
+    """Return the module names of the language models in a multimodal model, each followed by a dot."""
     text = model.config.get_text_config()
     if text is model.config:
         return ()
@@ -137,7 +137,7 @@ def _text_models(model: Model) -> tuple[str, ...]:
 
 
 def _returns_one_tensor(module: Model) -> bool:
-    """Return whether a family's own kind of linear layer takes and returns what `nn.Linear` does."""
+    """Return whether a custom linear layer has the same input and output as `nn.Linear`."""
     weight = module.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     values = torch.zeros(2, module.in_features, dtype=dtype, device=weight.device)
@@ -161,7 +161,7 @@ def _check_target(model: Model, name: str, excluded: dict[str, str]) -> None:
 
 
 def _check_names(model: Model, names: list[str], known: list[str]) -> None:
-    """Every name must be that of a module; peft drops one that is not as long as another one is."""
+    """Check that every name is the name of a module; peft ignores an unknown name if another one matches."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for name in names:
         if _named(name, modules):
@@ -177,7 +177,7 @@ def _check_names(model: Model, names: list[str], known: list[str]) -> None:
 
 
 def _named(name: str, things: dict[str, _T]) -> dict[str, _T]:
-    """Return the things that peft would match with a name: whole, or the end of a longer one."""
+    """Return the entries that peft would match with a name: the whole name, or the end of a longer one."""
     return {there: thing for there, thing in things.items() if there == name or there.endswith(f".{name}")}
 
 
@@ -186,7 +186,7 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 
 def adapter_lines(adapted: Model) -> list[str]:
-    """Say what is adapted and what is not: layers by name, and their share of the model's weights."""
+    """Describe which layers are adapted and which are not, by name and by their share of the model's weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = {name: module for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -225,13 +225,13 @@ def _adapted_weights(layer: Model) -> list[nn.Parameter]:
 
 
 def _layer_name(name: str, layer: Model) -> str:
-    """Return what a layer, or a single parameter, with an adapter is called in the model."""
+    """Return the name of an adapted layer, or of a single adapted parameter, in the model."""
     own = getattr(layer, "parameter_name", "weight")
     return name if own == "weight" else str(own)
 
 
 def _counted(names: Iterable[str]) -> str:
-    """Return the last words of some layers' names with their numbers: `q_proj, v_proj: 2 each; lora: 1 each`."""
+    """Return the last components of layer names with their counts: `q_proj, v_proj: 2 each; lora: 1 each`."""
     kinds = Counter(name.split(".")[-1] for name in names)
     by_number = [(n, [kind for kind in kinds if kinds[kind] == n]) for n in sorted(set(kinds.values()), reverse=True)]
     return "; ".join(
@@ -240,13 +240,13 @@ def _counted(names: Iterable[str]) -> str:
 
 
 def _size(parameter: nn.Parameter) -> int:
-    """Return how many weights a parameter holds; bitsandbytes packs two into a byte."""
+    """Return the number of weights in a parameter; bitsandbytes packs two into a byte."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(whole_shape(parameter) if state is None else state.shape)
 
 
 def load_adapters(model: Model, folder: Path) -> Model:
-    """Put trained adapters on the model below them, unmerged as they were trained.
+    """Load trained adapters onto their base model, unmerged, as they were trained.
 
     Raises:
         ModelError: they cannot be read, or do not fit.
@@ -262,7 +262,10 @@ def load_adapters(model: Model, folder: Path) -> Model:
 
 @contextlib.contextmanager
 def without_adapters(adapted: Model) -> Iterator[None]:
-    """Let the model below compute as the reference does: without the trained adapters, with one that it keeps beside."""
+    """Disable the trained adapters in the block, so that the base model computes as the reference does.
+
+    An adapter of the reference that is kept beside quantised weights stays active.
+    """
     if not keeps_adapter_beside(adapted):
         with adapted.disable_adapter():
             yield
@@ -275,7 +278,7 @@ def without_adapters(adapted: Model) -> Iterator[None]:
 
 
 def remove_adapters(adapted: Model) -> None:
-    """Leave the model below as it was before `add_adapters`."""
+    """Restore the base model to its state before `add_adapters`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not keeps_adapter_beside(adapted):
@@ -294,12 +297,12 @@ def remove_adapters(adapted: Model) -> None:
 
 
 def merged(adapted: Model) -> Model:
-    """Return the model below with its adapters merged into its weights."""
+    """Return the base model with its adapters merged into its weights."""
     return adapted.merge_and_unload()
 
 
 def keeps_adapter_beside(model: nn.Module) -> bool:
-    """Return whether the reference's adapter stays beside its weights, which are quantised, unmerged."""
+    """Return whether the reference's adapter is kept unmerged because its base weights are quantised."""
     return any(f".{BESIDE}." in name for name, _ in model.named_parameters())
 
 

@@ -1,4 +1,4 @@
-"""The policy: loading it as the trained copy of the cached reference."""
+"""Find and load the policy, which starts as a trainable copy of the cached reference."""
 
 import sys
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ from offline_kto.train.config import TrainConfig
 
 @dataclass(frozen=True)
 class PolicyFiles:
-    """Where the policy comes from.
+    """The model folder and tokenizer that the policy is loaded from.
 
     Attributes:
         name: as the user or the manifest names it.
-        adapter: merged into the weights before training, as it was into the reference's; kept beside quantised ones.
+        adapter: the reference's adapter; merged into the weights before training, or kept beside quantised weights.
         warnings: about the folder, for the plan.
         is_local: whether the model is a folder of the user's, and not one of the hub's.
     """
@@ -41,12 +41,12 @@ class PolicyFiles:
 
     @property
     def how_adapted(self) -> str:
-        """Where the reference's adapter is, for the plan."""
+        """Where the reference's adapter is, for the printed plan."""
         return "beside its quantised weights" if is_quantized_folder(self.folder) else "merged"
 
     @classmethod
     def find(cls, config: TrainConfig, manifest: Manifest) -> "PolicyFiles":
-        """The model named by `--model`, or else the one the cache was scored with.
+        """Find the model named by `--model`, or else the one that the cache was scored with.
 
         Raises:
             ModelError: it cannot be found.
@@ -76,7 +76,7 @@ class PolicyFiles:
             options=manifest.tokenizer.get("options"),
         )
         if template := manifest.tokenizer.get("chat_template"):
-            tokenizer.chat_template = template  # the rows' own, which `compare_tokenizer` holds against its hash
+            tokenizer.chat_template = template  # the tokenizer of the rows; `compare_tokenizer` compares its hash
         warnings = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code).warnings
         if not config.trust_remote_code:
             warnings += check_tokenizer_code(folder, type(tokenizer).__name__)
@@ -85,7 +85,7 @@ class PolicyFiles:
         return files
 
     def compare_tokenizer(self, manifest: Manifest, *, allow: bool) -> None:
-        """Stop where the policy would read or write other tokens than the cache holds."""
+        """Check that the policy's tokenizer and chat template are those of the cache."""
         found = {
             "tokenizer": (tokenizer_hash(self.tokenizer), manifest.tokenizer.get("files_hash")),
             "chat template": (
@@ -108,7 +108,7 @@ class PolicyFiles:
         warn(message)
 
     def load(self, config: TrainConfig, precision: Precision, device: torch.device) -> Model:
-        """The model as it is on disk: all weights in float32, or frozen to carry adapters.
+        """Load the model as it is on disk: all weights in float32, or frozen when adapters are trained.
 
         Raises:
             ModelError: it cannot be loaded.
@@ -134,7 +134,7 @@ class PolicyFiles:
         return model
 
     def prepare(self, model: Model, config: TrainConfig) -> Model:
-        """A loaded model, ready to train: with new LoRA adapters where the run trains those."""
+        """Return a loaded model ready to train, with new LoRA adapters if the run trains adapters."""
         if not config.lora_rank:
             return model
         from offline_kto.train.model.lora import add_adapters
@@ -145,7 +145,10 @@ class PolicyFiles:
 
 
 def _repair_generation(model: Model) -> None:
-    """Published models sample by settings that lack the word for it; saving them would fail after the training."""
+    """Make the generation settings valid, so that saving does not fail after training.
+
+    Some published models set sampling options without `do_sample`.
+    """
     generation = getattr(model, "generation_config", None)
     if generation is None:
         return

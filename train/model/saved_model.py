@@ -1,8 +1,8 @@
-"""Write a policy to a folder that holds what was trained and nothing else, and check that it can be loaded.
+"""Write a policy to a folder that contains only what was trained, and check that the folder can be loaded.
 
-A folder gets   the weights, in float32 or as --save-dtype says
-                the configuration and sampling settings of the model the run started from, as they were written there
-                its tokenizer files, as long as they still read what the run's tokenizer reads
+A folder gets   the weights, in float32 or in the type of --save-dtype
+                the configuration and sampling settings of the model the run started from, unchanged
+                its tokenizer files, if they still tokenize as the run's tokenizer does
 """
 
 import json
@@ -26,7 +26,7 @@ from offline_kto.kto_core.scoring.head import whole_shape
 ADAPTER_CONFIG = "adapter_config.json"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 
-# Beside the vocabulary files that each tokenizer class names.
+# In addition to the vocabulary files that each tokenizer class declares.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,7 +40,7 @@ _MORE_TEMPLATES = "additional_chat_templates"
 
 
 class UnloadableModelError(TrainingError):
-    """A saved folder does not give back the model that was trained."""
+    """A saved folder does not load as the model that was trained."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Layout:
 
     Attributes:
         shapes: of every name; tied weights have several.
-        tied: the names that stand for one weight, where there are several.
+        tied: the names that share one weight, where there are several.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -65,7 +65,7 @@ class Layout:
         return cls(shapes, frozenset(frozenset(group) for group in names.values() if len(group) > 1))
 
     def difference(self, other: "Layout") -> str | None:
-        """Return what another model has otherwise, in words; None if it has the same weights."""
+        """Return how another model's weights differ, in words; None if names and shapes are equal."""
         if missing := sorted(self.shapes.keys() - other.shapes.keys()):
             return f"{len(missing)} weights are missing ({missing[0]}, ...)"
         if added := sorted(other.shapes.keys() - self.shapes.keys()):
@@ -80,7 +80,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class ModelWriter:
-    """Writes one run's policy.
+    """Writer of one run's policy.
 
     Attributes:
         own: contents of the model's own small files, by name: its folder may be gone when a long run ends.
@@ -97,7 +97,7 @@ class ModelWriter:
 
     @classmethod
     def of(cls, source: Path, tokenizer: Tokenizer, model: Model, *, trust_remote_code: bool = False) -> "ModelWriter":
-        """Read what stays as it is.
+        """Read the files and names that saving must preserve.
 
         Args:
             source: the folder of the model that the run started from.
@@ -124,12 +124,12 @@ class ModelWriter:
 
         Args:
             model: a `transformers` model, or a PEFT model, whose adapters are written.
-            state_dict: its gathered weights, where it is sharded.
+            state_dict: its gathered weights, if it is sharded.
             dtype: of floating-point weights; None for their own.
-            layout: of `model`, where it is not the policy that the run began with.
+            layout: layout of `model`, if it is not the policy that the run began with.
 
         Raises:
-            TrainingError: the folder would not give back what was trained, or a value does not fit `dtype`.
+            TrainingError: the folder does not load as the trained model, or a value does not fit `dtype`.
         """
         if dtype is not None:
             state_dict = cast_weights(
@@ -144,7 +144,7 @@ class ModelWriter:
             self.check_loads(folder, layout or self.layout)
 
     def keeps(self, model: Model) -> set[str]:
-        """Return the names of weights that stay in float32: those that the model's authors keep in it."""
+        """Return the names of the weights that stay in float32 because the model's authors store them so."""
         modules = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
         modules += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
         pattern = re.compile("|".join(rf"(?:^|\.){module}(?:$|\.)" for module in modules) or "$^")
@@ -155,12 +155,12 @@ class ModelWriter:
         return kept
 
     def _write_own_config(self, model: Model, folder: Path, dtype: torch.dtype | None) -> None:
-        """Replace what `transformers` writes by the model's own files; only what the run changed differs."""
+        """Replace the configuration that `transformers` wrote by the model's own, with only the run's changes."""
         written, own = _read(folder / _CONFIG), dict(json.loads(self.own[_CONFIG]))
         if _GENERATION in self.own and _can_be_saved(json.loads(self.own[_GENERATION])):
             (folder / _GENERATION).write_bytes(self.own[_GENERATION])
         if own.get("model_type") != written.get("model_type"):
-            own = written  # one part of a larger model: its configuration is found nowhere else
+            own = written  # one part of a larger model: its configuration is stored nowhere else
         own["architectures"] = written.get("architectures")
         name = str(dtype or torch.float32).removeprefix("torch.")
         for config in (own, own.get("text_config")):
@@ -170,7 +170,7 @@ class ModelWriter:
             own["dtype"] = name
         key = "tie_word_embeddings"
         tied = getattr(model.config, key, None)
-        if tied != own.get(key, getattr(type(model.config), key, tied)):  # a merged adapter brought a head of its own
+        if tied != own.get(key, getattr(type(model.config), key, tied)):  # a merged adapter contained its own head
             own[key] = tied
         if getattr(model.config, "quantization_config", None) is None:
             own.pop("quantization_config", None)
@@ -183,7 +183,7 @@ class ModelWriter:
             layout: of the model that was saved.
 
         Raises:
-            UnloadableModelError: it cannot be loaded, or gives another model.
+            UnloadableModelError: it cannot be loaded, or loads as another model.
         """
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -196,7 +196,7 @@ class ModelWriter:
             )
         except Exception as error:
             if self.trust_remote_code:
-                return  # code of the model's own need not know the meta device
+                return  # custom model code may not support the meta device
             raise UnloadableModelError(f"the saved model cannot be loaded: {said_by(error)}") from error
         wrong = [f"{len(names)} {kind.replace('_', ' ')}" for kind, names in info.items() if names]
         found = ", ".join(wrong) or layout.difference(Layout.of(model))
@@ -204,7 +204,7 @@ class ModelWriter:
             raise UnloadableModelError(f"the saved model is not the one that was trained: {found}")
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Write the model's own files; a tokenizer that the run was told to change is written out instead."""
+        """Write the model's own tokenizer files, or serialize a tokenizer that the run changed."""
         others = {_CONFIG, _GENERATION}
         for name, content in self.own.items():
             if name not in others:
@@ -236,7 +236,7 @@ def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, keep: Iterab
     """Return floating-point weights in another type, on the host.
 
     Args:
-        keep: names that stay as they are.
+        keep: names of weights that are not cast.
 
     Raises:
         TrainingError: a finite value that is too large for the type.
@@ -246,7 +246,7 @@ def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, keep: Iterab
         if name in stay or not torch.is_tensor(weight) or not weight.is_floating_point():
             result[name] = weight
             continue
-        key = (weight.data_ptr(), weight.shape, weight.device)  # tied weights stay one
+        key = (weight.data_ptr(), weight.shape, weight.device)  # tied weights stay tied
         if key not in done or not weight.numel():
             done[key] = narrowed(name, weight, dtype).to("cpu")
         result[name] = done[key]
@@ -254,7 +254,7 @@ def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, keep: Iterab
 
 
 def narrowed(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a weight in another type. Raises: TrainingError: a finite value is too large for it."""
+    """Return a weight in another type. Raises: TrainingError: a finite value is too large for that type."""
     narrow = weight.detach().to(dtype)
     if not_finite({name: narrow}) and not not_finite({name: weight}):
         largest = float(weight.abs().max())
@@ -266,11 +266,11 @@ def narrowed(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors that hold NaN or infinity: one pass over them, one transfer from the device."""
+    """Return the names of tensors that contain NaN or infinity, with one pass and one device transfer."""
     checked = {name: one.detach() for name, one in weights.items() if one.numel() and one.is_floating_point()}
     if not checked:
         return []
-    # A tensor's extremes are NaN where one value is. They need one read and no copy, unlike `isfinite`.
+    # Minimum and maximum of a tensor are NaN if one value is. They need one read and no copy, unlike `isfinite`.
     extremes = [torch.stack(torch.aminmax(one)).float() for one in checked.values()]
     device = extremes[0].device
     finite = torch.stack([one.to(device) for one in extremes]).isfinite().all(1).tolist()
@@ -301,7 +301,7 @@ def check_adapters(folder: Path, model: Model) -> None:
 
 
 def load_weights(model: Model, folder: Path, trust_remote_code: bool) -> None:
-    """Put a saved folder's weights into a model, as `from_pretrained` reads them.
+    """Load a saved folder's weights into a model, as `from_pretrained` reads them.
 
     Raises:
         UnloadableModelError: they are not those of this model.
@@ -321,7 +321,7 @@ def load_weights(model: Model, folder: Path, trust_remote_code: bool) -> None:
 
 
 def _can_be_saved(settings: dict[str, object]) -> bool:
-    """Return whether sampling settings agree with each other, as saving a model asks for."""
+    """Return whether sampling settings are consistent, which saving a model requires."""
     try:
         transformers.GenerationConfig.from_dict(settings).validate(strict=True)
     except (ValueError, TypeError):
@@ -330,7 +330,7 @@ def _can_be_saved(settings: dict[str, object]) -> bool:
 
 
 def _reads_alike(folder: Path, tokenizer: Tokenizer, trust_remote_code: bool) -> bool:
-    """Return whether the tokenizer in a folder, loaded as anybody would, is the given one."""
+    """Return whether the tokenizer in a folder, loaded the usual way, equals the given one."""
     try:
         found = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         return _marks(found) == _marks(tokenizer)

@@ -1,8 +1,10 @@
-"""The plots of a run's report page. Their colours are names of the page's CSS, `var(--desirable)`: the page fills them in,
-light or dark, so that a class has one colour everywhere.
+"""Draw the plots of a run's report page.
 
-Nothing from a file is plotted at full length: curves keep the lowest and highest value of each stretch, rows are counted
-in bins.
+Their colours are names of the page's CSS, `var(--desirable)`: the page inserts the values, light or dark, so that a
+class has one colour everywhere.
+
+Nothing from a file is plotted at full length: curves keep the lowest and highest value of each stretch, and rows are
+counted in bins.
 """
 
 import html
@@ -18,16 +20,16 @@ from plotly.offline import get_plotlyjs
 
 Floats = npt.NDArray[np.float64]
 CLASSES = ((True, "desirable"), (False, "undesirable"))
-_POINTS = 1000  # of one curve
+_POINTS = 1000  # points of one curve
 _BINS = 60
 _ENOUGH_TO_SMOOTH = 40
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with what stands around it.
+    """A figure with its surrounding text.
 
-    label: what the plot shows, for those who cannot see it.
+    label: describes the plot for screen readers.
     note: one or two sentences below the title.
     """
 
@@ -40,17 +42,17 @@ class Plot:
 
     @property
     def json(self) -> str:
-        """The figure as plotly.js takes it."""
+        """The figure as JSON for plotly.js."""
         return self.figure.json()
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve over updates: steps and values of shape (n,), nan where there is no number.
+    """A curve over updates: steps and values of shape (n,), nan for missing values.
 
-    held_out: few points, each of them drawn; else the records themselves are thin and their running mean is thick.
-    named: stands in the legend.
-    smooth: false where each record counts, as of a schedule.
+    held_out: few points, each drawn; otherwise the records are drawn thin and their running mean thick.
+    named: whether it is listed in the legend.
+    smooth: false if each record counts, as for a schedule.
     """
 
     name: str
@@ -65,23 +67,24 @@ class Line:
 
 
 def plotly_js() -> str:
-    """The library, to be put into the page."""
+    """Return the source of plotly.js, to be embedded in the page."""
     return str(get_plotlyjs())
 
 
 def literal(text: object) -> str:
-    """Text from a file as plotly shows it: letter by letter, whatever tags or formulas it holds."""
+    """Escape text from a file so that plotly displays it verbatim, including tags and formulas."""
     return html.escape(str(text), quote=False).replace("$", "&#36;")
 
 
 class Figure:
-    """Traces and layout as plotly.js takes them.
+    """Traces and layout in the format of plotly.js.
 
-    Plain dictionaries: plotly's Python objects hold every property against a schema, which took a second for a page.
+    They are dictionaries: plotly's Python objects validate every property against a schema, which took a second per
+    page.
     """
 
     def __init__(self, **layout: object) -> None:
-        """An empty figure in the page's look."""
+        """Create an empty figure in the page's style."""
         axis = {
             "gridcolor": "var(--grid)",
             "zeroline": False,
@@ -116,18 +119,18 @@ class Figure:
         self.data.append({"type": kind, **trace})
 
     def axis(self, name: str, *, title: str | None = None, **look: object) -> None:
-        """Set what an axis looks like: `xaxis`, `yaxis`, `yaxis2`, ..."""
+        """Set properties of an axis: `xaxis`, `yaxis`, `yaxis2`, ..."""
         axis = self.layout.setdefault(name, {})
         axis.update(look)
         if title is not None:
             axis["title"] = {**axis.get("title", {}), "text": title}
 
     def annotate(self, **annotation: object) -> None:
-        """Add a word without an arrow."""
+        """Add a text without an arrow."""
         self.layout["annotations"].append({"showarrow": False, **annotation})
 
     def json(self) -> str:
-        """As plotly.js takes it; a number that is none is a gap."""
+        """Return the figure as JSON for plotly.js; a number that is not finite becomes a gap."""
         return json.dumps(_plain({"data": self.data, "layout": self.layout}), allow_nan=False)
 
 
@@ -146,7 +149,7 @@ def _plain(value: object) -> object:
 
 
 def curves(lines: Sequence[Line], *, percent: bool = False, unified: bool = True, from_zero: bool = False) -> Figure:
-    """Curves over updates."""
+    """Draw curves over updates."""
     figure = Figure(hovermode="x unified" if unified else "closest", showlegend=len(lines) > 1 and unified)
     form = ".0%" if percent else ".4~g"
     for line in lines:
@@ -175,7 +178,7 @@ def curves(lines: Sequence[Line], *, percent: bool = False, unified: bool = True
     figure.axis("xaxis", title="update", tickformat=",~d", hoverformat=",~d", rangemode="tozero")
     figure.axis("yaxis", tickformat=".0%" if percent else None, exponentformat="e")
     if percent and len({value for line in lines for value in line.values[np.isfinite(line.values)]}) == 1:
-        figure.axis("yaxis", range=[-0.02, 1.02])  # else from -50 % to 150 %
+        figure.axis("yaxis", range=[-0.02, 1.02])  # otherwise the axis would run from -50 % to 150 %
     if from_zero:
         figure.axis("yaxis", rangemode="tozero")
     return figure
@@ -186,12 +189,12 @@ def _whole(steps: Floats) -> list[int]:
 
 
 def smoothing_window(records: int) -> int:
-    """Over how many records a curve's running mean goes; 1 for a short one."""
+    """Return the number of records in a curve's running mean; 1 for a short curve."""
     return max(1, records // 30) if records >= _ENOUGH_TO_SMOOTH else 1
 
 
 def running_mean(values: Floats, window: int) -> Floats:
-    """The mean of each value and the `window - 1` before it, of those that are numbers. Shape as `values`."""
+    """Return the mean of each value and the `window - 1` before it, ignoring nan. Shape as `values`."""
     if window <= 1:
         return values
     known = np.isfinite(values)
@@ -204,7 +207,7 @@ def running_mean(values: Floats, window: int) -> Floats:
 
 
 def thinned(steps: Floats, values: Floats, most: int = _POINTS) -> tuple[Floats, Floats]:
-    """At most about `most` points: of each stretch the lowest and the highest, and the first and last point of all."""
+    """Return about `most` points at most: the lowest and highest of each stretch, and the first and last of all."""
     if len(values) <= most:
         return steps, values
     stretch = -(-2 * len(values) // most)
@@ -218,7 +221,7 @@ def thinned(steps: Floats, values: Floats, most: int = _POINTS) -> tuple[Floats,
 
 
 def histograms(groups: Mapping[str, tuple[Floats, str]], *, unit: str, whole: bool = False) -> tuple[Figure, int]:
-    """Histograms of several groups on one axis, as shares of each group.
+    """Draw histograms of several groups on one axis, as shares of each group.
 
     Args:
         groups: by name, values of shape (n,) and the colour.
@@ -226,7 +229,7 @@ def histograms(groups: Mapping[str, tuple[Floats, str]], *, unit: str, whole: bo
         whole: the values are whole numbers, and no bin is narrower than one.
 
     Returns:
-        The figure, and how many values lie beyond its axis, which ends at the outermost thousandth.
+        The figure, and the number of values beyond its axis, which ends at the outermost thousandth.
     """
     everything = np.concatenate([values for values, _ in groups.values()])
     low, high = (float(bound) for bound in np.quantile(everything, [0.001, 0.999]))
@@ -259,7 +262,7 @@ def histograms(groups: Mapping[str, tuple[Floats, str]], *, unit: str, whole: bo
 
 
 def marked_at(figure: Figure, x: float, text: str) -> None:
-    """A thin vertical line with a word."""
+    """Draw a thin vertical line with a label."""
     line = {"color": "var(--muted)", "width": 1, "dash": "dot"}
     ends = {"x0": x, "x1": x, "xref": "x", "y0": 0, "y1": 1, "yref": "y domain"}
     figure.layout["shapes"].append({"type": "line", "line": line, **ends})
@@ -267,9 +270,9 @@ def marked_at(figure: Figure, x: float, text: str) -> None:
 
 
 def value_function() -> Figure:
-    """The stage of the panel: the page's script fills in curves, rows and lines as the sliders move.
+    """Draw the empty figure of the panel: the page's script adds curves, rows and lines as the sliders move.
 
-    Traces in this order: rows of each class, value, loss, gradient, and the points at r on these three.
+    The traces, in order: rows of each class, value, loss, gradient, and the points at r on the last three.
     """
     figure = Figure(barmode="overlay", bargap=0, hovermode="x unified", showlegend=True)
     for _, name in CLASSES:

@@ -1,6 +1,7 @@
-"""Reading what `kto-report` shows: run and sweep folders, as a crash, an older version or another hand may have left them.
+"""Read run and sweep folders for `kto-report`, including damaged, older and untrusted ones.
 
-Only a folder that is neither run nor sweep is refused. Whatever else is missing or damaged becomes a note on the page.
+Only a folder that is neither run nor sweep is an error. Anything else that is missing or damaged becomes a note on the
+page.
 """
 
 import datetime
@@ -27,20 +28,20 @@ from offline_kto.train.run_records import EvaluationRecord, RunRecord, SweepReco
 _T = TypeVar("_T")
 Floats = npt.NDArray[np.float64]
 SPLITS = ("train", "held_out")
-_FAR = 1e100  # squares and sums of numbers below stay finite
+_FAR = 1e100  # squares and sums of numbers below this are finite
 _NUMBERS = frozenset((int, float, type(None)))
 _LONGEST = 100_000  # characters of one text
-_GOING_ON = datetime.timedelta(minutes=10)  # a run that wrote a record within this time, and holds its lock
+_GOING_ON = datetime.timedelta(minutes=10)  # a run is active if it wrote a record within this time and holds its lock
 
 
 @dataclass(frozen=True)
 class Run:
     """A run folder.
 
-    facts, evaluation, records: as the files hold them, with values of any kind: `number`, `mapping` and `listed` check them.
-    logratios: r in nats of each row by (split, label), finite ones only; empty where there is no rewards.parquet.
+    facts, evaluation, records: as in the files, with values of any type; `number`, `mapping` and `listed` check them.
+    logratios: r in nats of each row by (split, label), finite ones only; empty if there is no rewards.parquet.
     changed: when metrics.jsonl was last written.
-    notes: what could not be read, in words.
+    notes: descriptions of what could not be read.
     """
 
     path: Path
@@ -56,7 +57,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last update was made: the last record has the run's time."""
+        """Whether the last update was made: a finished run's last record contains its duration."""
         return any("train_runtime" in record for record in self.records[-3:])
 
     @property
@@ -65,20 +66,20 @@ class Run:
         return max(map(_step, self.records), default=0)
 
     def curve(self, metric: str) -> tuple[Floats, Floats]:
-        """Steps and values of the records that have `metric`; a value that is no finite number is nan. Shape (n,) each."""
+        """Return steps and values of the records with `metric`, shape (n,) each; a value that is not finite is nan."""
         pairs = [(_step(record), number(record[metric])) for record in self.records if metric in record]
         steps = np.array([step for step, _ in pairs], dtype=np.float64)
         return steps, np.array([math.nan if value is None else value for _, value in pairs], dtype=np.float64)
 
     def last(self, metric: str) -> float | None:
-        """The last finite value of a metric."""
+        """Return the last finite value of a metric."""
         values = (number(record.get(metric)) for record in reversed(self.records))
         return next((value for value in values if value is not None), None)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial of a sweep; `run` is None where its folder is on another machine."""
+    """One trial of a sweep; `run` is None if its folder is on another machine."""
 
     number: int
     state: str
@@ -113,16 +114,16 @@ class Sweep:
 
     @property
     def best(self) -> Trial | None:
-        """The trial that the sweep names as its best one, or else the one of the best value."""
+        """The trial that the sweep recorded as its best one, or else the trial with the best value."""
         named = [trial for trial in self.trials if trial.number == self.facts.get("best")]
         return next(iter(named or self.complete), None)
 
 
 def read_folder(folder: Path) -> Run | Sweep:
-    """A run or a sweep.
+    """Read a run or a sweep.
 
     Raises:
-        ConfigError: neither of them.
+        ConfigError: the folder is neither of them.
     """
     if not folder.is_dir():
         found = "it is a file" if folder.exists() else "there is no such folder"
@@ -140,7 +141,7 @@ def read_folder(folder: Path) -> Run | Sweep:
 
 
 def number(value: object) -> float | None:
-    """A number of JSON or YAML that can be calculated with, anything else as None: nan, 1e400, 1e200."""
+    """Return a number of JSON or YAML as a float; None for any other value and for nan, infinity and beyond 1e100."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -150,12 +151,12 @@ def number(value: object) -> float | None:
 
 
 def mapping(value: object) -> dict[str, object]:
-    """A mapping of JSON or YAML with its keys as text, anything else as an empty one."""
+    """Return a mapping of JSON or YAML with its keys as text; an empty one for any other value."""
     return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else {}
 
 
 def listed(value: object) -> list[object]:
-    """A list of JSON or YAML, anything else as an empty one."""
+    """Return a list of JSON or YAML; an empty one for any other value."""
     return value if isinstance(value, list) else []
 
 
@@ -204,7 +205,7 @@ class _Reader:
         return tuple(self._checked("metrics.jsonl", found))
 
     def _checked(self, name: str, content: _T) -> _T:
-        """The content as it is, with a note on numbers that nothing can be calculated with."""
+        """Return the content unchanged, and add a note about numbers that are not finite or too large."""
         odd = _count_odd(content)
         if odd:
             what = "1 number that is" if odd == 1 else f"{odd:,} numbers that are"
@@ -222,14 +223,14 @@ class _Reader:
             table = read_rewards(self.folder, ["split", "label", "logratio"])
             table = table.filter(
                 pc.and_(pc.is_valid(table["logratio"]), pc.is_valid(table["label"]))
-            )  # else not reached
+            )  # rows that training did not reach are null
             splits = {name: holds_word(table["split"], name) for name in SPLITS}
             label = table["label"].to_numpy()
             values = np.asarray(table["logratio"].to_numpy(), dtype=np.float64)
         except (OSError, ValueError, TypeError, KeyError, MemoryError, pa.ArrowException) as error:
             self.notes.append(f"rewards.parquet cannot be read ({said_by(error)}): the histograms are left out.")
             return {}
-        finite = np.abs(values) < _FAR  # false of nan
+        finite = np.abs(values) < _FAR  # false for nan
         if not finite.all():
             self.notes.append(
                 f"rewards.parquet has {int((~finite).sum()):,} rows without a finite log-ratio: left out."
@@ -242,7 +243,7 @@ def _record(line: str) -> dict[str, object] | None:
     try:
         record = json.loads(line, parse_int=_whole)
         if isinstance(record, dict) and _NUMBERS.issuperset(map(type, record.values())):
-            record = {_fit_text(name): value for name, value in record.items()}  # as nearly all are: quickly
+            record = {_fit_text(name): value for name, value in record.items()}  # the fast path, for nearly all records
         else:
             record = _fit(record)
     except (ValueError, RecursionError):
@@ -253,7 +254,7 @@ def _record(line: str) -> dict[str, object] | None:
 
 def _step(record: dict[str, object]) -> int:
     step = record["step"]
-    assert isinstance(step, int)  # `_record` leaves out any other
+    assert isinstance(step, int)  # guaranteed by `_record`
     return step
 
 
@@ -261,14 +262,14 @@ def _count_odd(content: object) -> int:
     count = 0
     for one in content.values() if isinstance(content, dict) else content if isinstance(content, list) else [content]:
         if isinstance(one, float):
-            count += not -_FAR < one < _FAR  # nan too
+            count += not -_FAR < one < _FAR  # includes nan
         elif isinstance(one, dict | list):
             count += _count_odd(one)
     return count
 
 
 def _whole(digits: str) -> int | float:
-    """A whole number of JSON; one beyond all counting as a float, which may be infinite."""
+    """Parse an integer of JSON; one of 20 characters or more becomes a float, which may be infinite."""
     return int(digits) if len(digits) < 20 else float(digits)
 
 
@@ -278,7 +279,7 @@ def _fit_text(text: str) -> str:
 
 
 def _fit(value: object, depth: int = 20) -> object:
-    """Data of a file, fit to be shown: no secrets, nothing that a terminal or a browser would obey, no number without end."""
+    """Sanitize data of a file for display: no secrets, no control characters, no unlimited texts or numbers."""
     if isinstance(value, str):
         return _fit_text(value[:_LONGEST])
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -296,7 +297,7 @@ def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
     path = folder / "metrics.jsonl"
     try:
         changed = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc)
-    except (OSError, ValueError, OverflowError):  # a time that no calendar has
+    except (OSError, ValueError, OverflowError):  # a time outside the calendar's range
         changed = None
     recently = changed is not None and datetime.datetime.now(datetime.timezone.utc) - changed < _GOING_ON
     run = Run(
@@ -335,11 +336,11 @@ def _sweep(folder: Path) -> Sweep:
 
 
 def _is_trial(path: Path | str, name: str) -> bool:
-    """Whether a path leads to a trial's folder, through links too: its options would be shown, whatever they are."""
+    """Return whether a path, also through links, is the named trial's folder; no other folder is displayed."""
     try:
         folder = Path(path).resolve()
         return folder.name == name and (folder / "metrics.jsonl").is_file()
-    except (OSError, ValueError, RuntimeError):  # no path at all
+    except (OSError, ValueError, RuntimeError):  # not a valid path
         return False
 
 
@@ -349,7 +350,7 @@ def _trial(folder: Path, trial: dict[str, object]) -> Trial | None:
         return None
     path, elsewhere = folder / "trials" / f"{index:04d}", trial.get("folder")
     if not path.is_dir() and isinstance(elsewhere, str) and _is_trial(elsewhere, path.name):
-        path = Path(elsewhere)  # of a sweeper that shares the storage, where its disk can be read here
+        path = Path(elsewhere)  # a trial of another sweeper on shared storage, if its disk can be read here
     return Trial(
         number=index,
         state=str(trial.get("state") or "unknown"),

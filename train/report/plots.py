@@ -1,4 +1,4 @@
-"""Which plots a run, a sweep and a comparison show, with their words."""
+"""Choose the plots of a run, a sweep and a comparison, and their captions."""
 
 import math
 from collections.abc import Sequence
@@ -23,15 +23,16 @@ from offline_kto.train.run_records import RunRecord, SweepRecord
 _CLASS_COLORS = {"chosen": "var(--desirable)", "rejected": "var(--undesirable)"}
 _CLASS_WORDS = {"chosen": "desirable", "rejected": "undesirable"}
 _SPLIT_WORDS = {"train": "Training rows", "held_out": "Held-out rows"}
-_RUN_COLORS = 8  # var(--run-0) ...; beyond them, and for eyes that cannot tell them, the dashes differ
+# var(--run-0) ...; dashes distinguish further curves, and help readers who cannot distinguish the colours.
+_RUN_COLORS = 8
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _TRIALS = 100
 _QUANTILES = 401
-_LONGEST = 10**9  # tokens of a row; beyond, numbers next to each other could not be told apart
+_LONGEST = 10**9  # tokens of a row; larger neighbouring numbers could not be distinguished
 _AS_LOGGED = ("learning_rate", "peak_memory_mb")  # no noise to smooth
-_FROM_ZERO = ("learning_rate", "tokens_per_second", "peak_memory_mb")  # an axis that begins elsewhere would exaggerate
+_FROM_ZERO = ("learning_rate", "tokens_per_second", "peak_memory_mb")  # another origin would exaggerate changes
 
-# Title, metrics, what is to be seen.
+# Title, metrics, caption.
 _RUN_CURVES = (
     ("Loss", ("loss",), "The mean over a batch; what training makes small."),
     ("Rewards", ("rewards/chosen", "rewards/rejected"), "beta times the log-ratio of policy and reference, by class."),
@@ -60,7 +61,7 @@ _RUN_CURVES = (
 
 
 def run_curves(run: Run) -> list[Plot]:
-    """What a run logged, training and held out."""
+    """Draw the training and held-out curves of a run."""
     plots = []
     for title, metrics, note in _RUN_CURVES:
         lines = []
@@ -76,7 +77,7 @@ def run_curves(run: Run) -> list[Plot]:
 
 
 def smoothing_note(run: Run) -> str:
-    """What the thick, thin and dotted lines are."""
+    """Explain the thick, thin and dotted lines."""
     window = smoothing_window(len(run.curve("loss")[0]))
     said = [f"Thin lines: each record. Thick lines: the mean of the last {window:,} records."] if window > 1 else []
     if any(name.startswith("eval/") for record in run.records for name in record):
@@ -94,7 +95,7 @@ def _lines(run: Run, metric: str, *, several: bool) -> list[Line]:
         if not np.isfinite(values).any():
             continue
         where = "held out" if held else "training"
-        # Of two metrics in one plot only the training curves are named: the held-out ones share their colours.
+        # With two metrics in a plot only the training curves are in the legend: the held-out ones share their colours.
         name = (f"{what}, held out" if held else what) if several else where
         raw = metric == "kl_raw"
         shade = color if kind in _CLASS_COLORS else "var(--raw)" if raw else "var(--ink)" if held else color
@@ -104,7 +105,7 @@ def _lines(run: Run, metric: str, *, several: bool) -> list[Line]:
 
 
 def reward_histograms(run: Run) -> list[tuple[str, Plot]]:
-    """How rewards are spread in each class, by split."""
+    """Draw the distribution of rewards in each class, by split."""
     beta = number(run.config.get("beta"))
     found = []
     for split in SPLITS:
@@ -134,7 +135,7 @@ def reward_histograms(run: Run) -> list[tuple[str, Plot]]:
 
 
 def length_histograms(data: dict[str, object]) -> list[Plot]:
-    """How long prompts and completions are."""
+    """Draw the distribution of prompt and completion lengths."""
     lengths = mapping(data.get("lengths"))
     found = {
         name: np.array(
@@ -160,7 +161,7 @@ def length_histograms(data: dict[str, object]) -> list[Plot]:
 
 
 def compared_curves(runs: Sequence[tuple[Run, str]]) -> list[Plot]:
-    """One plot for each metric, with a curve for each run; held out and training stand beside each other."""
+    """Draw one plot for each metric with a curve for each run; held-out and training plots are neighbours."""
     plots = []
     compared = ("loss", "rewards/margins", "accuracy", "rewards/chosen", "rewards/rejected", "kl")
     for metric in [prefix + name for name in compared for prefix in ("eval/", "")]:
@@ -178,7 +179,7 @@ def compared_curves(runs: Sequence[tuple[Run, str]]) -> list[Plot]:
 
 
 def trial_curves(sweep: Sweep) -> list[tuple[str, Plot]]:
-    """The curves of all trials, one plot for each metric."""
+    """Draw the curves of all trials, one plot for each metric."""
     colors, found = shades(sweep), []
     complete = sweep.complete
     others = [trial for trial in sweep.trials if trial not in complete]
@@ -186,11 +187,11 @@ def trial_curves(sweep: Sweep) -> list[tuple[str, Plot]]:
     metrics = ["eval/loss", "loss", "eval/rewards/margins", "rewards/margins", "eval/accuracy", "accuracy"]
     judged = sweep.metric
     if all(len(trial.run.curve(judged)[0]) < 2 for trial in chosen if trial.run):
-        judged = judged.removeprefix("eval/")  # points without a curve are not what is looked at first
+        judged = judged.removeprefix("eval/")  # a metric with single points instead of curves does not come first
     metrics.sort(key=lambda metric: metric != judged)
     for metric in metrics:
         lines = []
-        for trial in reversed(chosen):  # the best one last, above the others
+        for trial in reversed(chosen):  # the best one is drawn last, above the others
             steps, values = trial.run.curve(metric) if trial.run else (np.empty(0), np.empty(0))
             if np.isfinite(values).any():
                 color = colors.get(trial.number, "var(--train)")
@@ -212,9 +213,9 @@ def trial_curves(sweep: Sweep) -> list[tuple[str, Plot]]:
 def panel_source(
     name: str, run: Run | None, config: dict[str, object], facts: RunRecord | SweepRecord
 ) -> dict[str, object]:
-    """Where the panel's sliders start, and how the run's log-ratios are spread: quantiles of each class, no rows."""
+    """Return initial positions of the panel's sliders and quantiles of each class's log-ratios, without rows."""
     logratios = run.logratios if run is not None else {}
-    # Held-out rows, where there are any: the model as it is now, and their z0.
+    # Prefer held-out rows, which show the current model, and their z0.
     split = next((split for split in reversed(SPLITS) if any(key[0] == split for key in logratios)), None)
     rows = {word: logratios.get((str(split), label), np.empty(0)) for label, word in CLASSES}
     everything: Floats = np.concatenate([*rows.values()])

@@ -1,9 +1,9 @@
-"""`kto-report`: one HTML file that shows runs and sweeps, opens without a network and may be sent to anybody.
+"""Write the HTML page of `kto-report`: one file that shows runs and sweeps, needs no network, and is safe to share.
 
-    report_folders.py reads, report_words.py says, figures.py and sweep_figures.py draw, report.html.j2 lays out
+    folders.py reads, words.py formats, figures.py, plots.py and sweep_figures.py draw, report.html.j2 lays out
 
-Whatever stands in a folder may come from anybody: the template escapes it, data in scripts cannot end them, plots show
-it letter by letter, and the page's policy runs no script but its own.
+The content of a folder is untrusted: the template escapes it, data in scripts cannot end the script element, plots
+display it verbatim, and the page's content security policy allows only its own script.
 """
 
 import functools
@@ -31,7 +31,7 @@ _HOME = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: what it shows, and what it is sorted by; None stands last."""
+    """A table cell: its text, and its sort key; None sorts last."""
 
     text: str
     sort: float | str | None
@@ -41,7 +41,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report page of one or several runs and sweeps.
 
     Args:
-        folders: of kto-train and kto-sweep, finished or not.
+        folders: folders of kto-train and kto-sweep, finished or not.
         out: the HTML file.  [default: report.html in the folder; of several folders, in the current directory]
 
     Returns:
@@ -71,13 +71,13 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def warnings_of(run: "Run") -> list[str]:
-    """What was warned of before and during a run, a sentence each: the same as on its console."""
+    """Return the warnings before and during a run, one sentence each, as on its console."""
     from offline_kto.train.diagnostics.training import Settings, alarms
 
     said = _plan_warnings(run.facts)
     try:
         found = alarms(run.records, Settings(**run.facts["alarms"]))
-    # A run of another version, or values that are no numbers, or none that can be calculated with.
+    # A run of another version, or values that are not numbers or not finite.
     except (KeyError, TypeError, ValueError, ArithmeticError):
         return said
     return said + [f"Step {alarm.step:,}: {alarm.text}" for alarm in found]
@@ -91,7 +91,7 @@ def _plan_warnings(facts: "RunRecord | SweepRecord") -> list[str]:
 
 
 def _page(found: Sequence["Run | Sweep"]) -> str:
-    """The page's HTML."""
+    """Build the page's HTML."""
     from markupsafe import Markup
 
     from offline_kto.train.report import words
@@ -144,7 +144,7 @@ def _template() -> "jinja2.Template":
 
 
 def _compared(folder: "Run | Sweep", name: str) -> tuple["Run", str] | None:
-    """What stands for a folder among others: a run, or a sweep's best trial."""
+    """Return the run that represents a folder in a comparison, with its name: a run itself, or a sweep's best trial."""
     from offline_kto.train.report.folders import Run
 
     if isinstance(folder, Run):
@@ -154,13 +154,13 @@ def _compared(folder: "Run | Sweep", name: str) -> tuple["Run", str] | None:
 
 
 def _in_script(text: str) -> str:
-    """JSON that can stand in a script element: nothing in it ends the element or begins a comment."""
+    """Escape JSON for a script element, so that nothing in it ends the element or begins a comment."""
     escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
     return text.translate({ord(character): escape for character, escape in escapes.items()})
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with those above where two are alike."""
+    """Return the folders' names, with parent folders where two names are equal."""
     parts = [path.resolve().parts for path in paths]
     depth = 1
     while depth < 4 and len({part[-depth:] for part in parts}) < len({*parts}):
@@ -218,7 +218,7 @@ def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, object]:
 
 
 def _held_out(run: "Run") -> dict[str, object] | None:
-    """The held-out table: metrics with intervals, or the last evaluation of the training."""
+    """Build the held-out table: metrics with intervals, or the last evaluation during training."""
     from offline_kto.train.report import words
     from offline_kto.train.report.folders import mapping, number
 
@@ -243,7 +243,7 @@ def _held_out(run: "Run") -> dict[str, object] | None:
 
 
 def _data(facts: "RunRecord | SweepRecord") -> dict[str, object] | None:
-    """The data section of a run or sweep."""
+    """Build the data section of a run or sweep."""
     from offline_kto.train.report import plots, words
     from offline_kto.train.report.folders import listed, mapping, number
 
@@ -271,7 +271,7 @@ def _data(facts: "RunRecord | SweepRecord") -> dict[str, object] | None:
 def _origin(
     path: Path, facts: "RunRecord | SweepRecord", config: dict[str, object], *, best: bool = False
 ) -> dict[str, object]:
-    """The reproduction section: commands, fingerprints, versions, options."""
+    """Build the reproduction section: commands, fingerprints, versions, options."""
     import yaml
 
     from offline_kto.train.report import words
@@ -303,7 +303,7 @@ def _in_words(value: object) -> str:
 
 
 def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, object]]]:
-    """The table of all trials: its header, and each trial's cells, the best trials first."""
+    """Build the table of all trials: its header, and each trial's cells, the best trials first."""
     from offline_kto.train.report import words
 
     params = list(dict.fromkeys(name for trial in sweep.trials for name in trial.params))
@@ -330,7 +330,7 @@ def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, object]]]:
 
 
 def _comparison(runs: Sequence[tuple["Run", str]]) -> dict[str, object]:
-    """Several runs side by side: overlaid curves, and a table of final values."""
+    """Build the comparison of several runs: overlaid curves, and a table of final values."""
     from offline_kto.train.report import plots, words
 
     metrics = [m for m in words.WORDS if any(words.final(run, m)[0] is not None for run, _ in runs)]
@@ -364,7 +364,7 @@ def _panel_plot() -> "Plot":
 
 
 def _sources(found: Sequence["Run | Sweep"], names: Sequence[str]) -> list[dict[str, object]]:
-    """Where the panel starts: a run's settings and rows, for each folder."""
+    """Return the panel's initial state for each folder: a run's settings and rows."""
     from offline_kto.train.report.folders import Run
     from offline_kto.train.report.plots import panel_source
 

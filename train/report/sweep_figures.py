@@ -1,4 +1,4 @@
-"""The plots of a sweep's report page: parallel coordinates, importance, a slice for each parameter."""
+"""Draw the plots of a sweep's report page: parallel coordinates, importance, a slice for each parameter."""
 
 import math
 from collections.abc import Sequence
@@ -13,20 +13,19 @@ _SHADES = 9  # var(--shade-0), the worst trial's, to var(--shade-8), the best on
 _SHADE_NAMES = [f"var(--shade-{i})" for i in range(_SHADES)]
 _AXES = 12
 _LINES = 300
-_WIDE = 20.0  # positive values whose ratio is above this stand on a logarithmic axis
+_WIDE = 20.0  # positive values with a larger ratio get a logarithmic axis
 
 
 def varied(sweep: Sweep) -> list[str]:
-    """The parameters that differ between trials, in the order of the search space."""
+    """Return the parameters that differ between trials, in the order of the search space."""
     names = [*mapping(sweep.facts.get("space")), *(name for trial in sweep.trials for name in trial.params)]
     return [name for name in dict.fromkeys(names) if len({repr(t.params.get(name)) for t in sweep.trials}) > 1]
 
 
 def shades(sweep: Sweep) -> dict[int, str]:
-    """A colour for each complete trial, by its value's place between the worst and the best one's.
+    """Return a colour for each complete trial, by the position of its value between the worst and the best.
 
-    Of a skewed metric the few worst values would leave one shade to all others: beyond 1.5 interquartile ranges
-    they share the end's.
+    Values beyond 1.5 interquartile ranges are clipped, because a few bad outliers would leave one shade to all others.
     """
     trials = sweep.complete
     values = np.array([trial.value for trial in trials], dtype=np.float64)
@@ -43,12 +42,12 @@ def shades(sweep: Sweep) -> dict[int, str]:
 
 
 def _word(value: object) -> str:
-    """A value of an axis that has words, as the tables have it."""
+    """Return a value of a categorical axis as the tables show it."""
     return shown(value) if isinstance(value, bool) else str(value)
 
 
 class _Axis:
-    """Where values of one parameter stand on an axis from 0 to 1, and the ticks there."""
+    """The positions of one parameter's values on an axis from 0 to 1, and its ticks."""
 
     def __init__(self, values: Sequence[object], *, log: bool = False, flipped: bool = False) -> None:
         present = [value for value in values if value is not None]
@@ -61,7 +60,7 @@ class _Axis:
             return
         self.log = min(numbers) > 0 and (log or max(numbers) / min(numbers) > _WIDE)
         self.low, self.high = self._scaled(min(numbers)), self._scaled(max(numbers))
-        # A few values that were chosen from a list are their own ticks.
+        # A few distinct values are used as the ticks.
         self.numbers = sorted(set(numbers)) if len(set(numbers)) <= 5 else None
 
     def _scaled(self, value: float) -> float:
@@ -93,16 +92,16 @@ def _is_log(sweep: Sweep, name: str) -> bool:
 
 
 def told(sweep: Sweep, trial: Trial) -> str:
-    """A trial in the lines of a hover box."""
+    """Return a trial as the lines of a hover box."""
     lines = [f"trial {trial.number}", f"{literal(sweep.metric)}: {judged(sweep, trial.value)}"]
     return "<br>".join([*lines, *(f"{literal(name)}: {literal(shown(v))}" for name, v in trial.params.items())])
 
 
 def parallel_coordinates(sweep: Sweep) -> Plot | None:
-    """A line for each complete trial through an axis for each parameter; the best value is always on top.
+    """Draw a line for each complete trial through an axis for each parameter; the best value is at the top.
 
-    Plain lines rather than plotly's own trace of this name, which needs WebGL, drops trials that lack a value, and
-    has neither hover nor print.
+    Ordinary lines are used: plotly's trace of this name needs WebGL, drops trials that lack a value, and supports
+    neither hovering nor printing.
     """
     names, trials, colors = varied(sweep)[:_AXES], sweep.complete[:_LINES], shades(sweep)
     if not names or len(trials) < 2:
@@ -112,7 +111,7 @@ def parallel_coordinates(sweep: Sweep) -> Plot | None:
     labels = [*names, sweep.metric]
     figure = Figure(hovermode="closest", showlegend=False, margin={"l": 70, "r": 70, "t": 34, "b": 14})
     best = sweep.best
-    for trial in reversed(trials):  # the best one last, above the others
+    for trial in reversed(trials):  # the best one is drawn last, above the others
         values = [*(trial.params.get(name) for name in names), trial.value]
         is_best = best is not None and trial.number == best.number
         figure.add(
@@ -167,7 +166,7 @@ def _short(text: str) -> str:
 
 
 def importance_bars(sweep: Sweep) -> Plot | None:
-    """How much of the metric's variation each parameter explains."""
+    """Draw the share of the metric's variation that each parameter explains."""
     given = {name: number(value) for name, value in mapping(sweep.facts.get("importance")).items()}
     ranked = sorted(((value, name) for name, value in given.items() if value is not None), reverse=True)[:_AXES]
     if not ranked:
@@ -193,14 +192,14 @@ def importance_bars(sweep: Sweep) -> Plot | None:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten from low to high; these two where there are fewer than two."""
+    """Return 1, 2 and 5 times the powers of ten from low to high, or low and high if fewer than two are in range."""
     tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [number for ten in tens for factor in (1, 2, 5) if low <= (number := factor * 10.0**ten) <= high]
     return found if len(found) > 1 else [low, high]
 
 
 def slices(sweep: Sweep) -> list[Plot]:
-    """The metric against each parameter that varied."""
+    """Draw the metric against each parameter that varied."""
     trials, colors, plots = sweep.complete, shades(sweep), []
     for name in varied(sweep)[:_AXES]:
         shown_trials = [trial for trial in trials if trial.params.get(name) is not None]

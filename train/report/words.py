@@ -1,4 +1,4 @@
-"""How the report page writes numbers, and what it says in sentences."""
+"""Format the numbers of the report page, and write its sentences."""
 
 import datetime
 import shlex
@@ -12,7 +12,7 @@ from offline_kto.train.run_records import RunRecord, SweepRecord
 
 NOTHING = "–"
 PERCENT = frozenset({"accuracy", "padding"})
-# Metrics as the files name them, and as the page does.
+# Names of metrics in the files, and on the page.
 WORDS = {
     "loss": "loss",
     "accuracy": "accuracy",
@@ -29,7 +29,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Tile:
-    """A key number: what, how much, and what stands below it."""
+    """A key number: its name, its value, and the text below it."""
 
     name: str
     value: str
@@ -37,7 +37,7 @@ class Tile:
 
 
 def shown(value: object, digits: int = 4) -> str:
-    """A value as the page writes it: numbers with `digits` significant digits and thousands separators."""
+    """Format a value: numbers with `digits` significant digits and thousands separators."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
@@ -60,29 +60,29 @@ def shown(value: object, digits: int = 4) -> str:
 
 
 def plain_name(metric: str) -> str:
-    """`eval/rewards/chosen` in words."""
+    """Return a metric's name in words, for instance of `eval/rewards/chosen`."""
     held = metric.startswith("eval/")
     name = metric.removeprefix("eval/")
     return ("held-out " if held else "") + WORDS.get(name, name)
 
 
 def metric_value(metric: str, value: float | None, digits: int = 4) -> str:
-    """A metric's value, shares as percentages."""
+    """Format a metric's value; shares as percentages."""
     if value is not None and metric.removeprefix("eval/") in PERCENT:
         return f"{100 * value:.1f} %".replace(".0 %", " %")
     return shown(value, digits)
 
 
-_SWEEP_DIGITS = 6  # trials of a small learning rate differ late
+_SWEEP_DIGITS = 6  # trials with a small learning rate differ in late digits
 
 
 def judged(sweep: Sweep, value: float | None) -> str:
-    """A value of the metric by which a sweep's trials are compared."""
+    """Format a value of the metric that a sweep compares its trials by."""
     return metric_value(sweep.metric, value, _SWEEP_DIGITS)
 
 
 def interval(metric: str, held: dict[str, object]) -> str:
-    """`[64, 78]`, or nothing."""
+    """Format an interval as `[64, 78]`; empty without one."""
     low, high = number(held.get("low")), number(held.get("high"))
     if low is None or high is None:
         return ""
@@ -92,7 +92,7 @@ def interval(metric: str, held: dict[str, object]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in words."""
+    """Format seconds in words."""
     if seconds is None:
         return NOTHING
     if seconds < 60:
@@ -102,7 +102,7 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(text: object) -> str:
-    """A time stamp of a file, in words; as it is where it is none."""
+    """Format a time stamp of a file; return the text unchanged if it is not one."""
     try:
         when = datetime.datetime.fromisoformat(text) if isinstance(text, str) else None
     except ValueError:
@@ -113,12 +113,12 @@ def moment(text: object) -> str:
 
 
 def final(run: Run, metric: str) -> tuple[float | None, str, str]:
-    """A run's final value of a metric: held out with its interval, held out, or of the last training record.
+    """Return a run's final value of a metric: held out with its interval, held out, or of the last training record.
 
     Returns:
-        The value, its interval in words or "", and what it was measured on.
+        The value, its formatted interval or "", and the rows it was measured on.
     """
-    # One kind of rows for all metrics: where held-out rows lack one (a class of which there is none), it stays empty.
+    # All metrics are of the same rows: a metric that held-out rows lack (of a class without rows) stays empty.
     metrics = mapping(run.evaluation.get("metrics"))
     if metrics:
         held = mapping(metrics.get(metric))
@@ -129,12 +129,12 @@ def final(run: Run, metric: str) -> tuple[float | None, str, str]:
 
 
 def status(run: Run) -> str:
-    """finished, going on, or unfinished."""
+    """Return the state of a run: finished, going on, or unfinished."""
     return "finished" if run.finished else "going on" if run.going_on else "unfinished"
 
 
 def summary(run: Run) -> str:
-    """A run in one line."""
+    """Summarize a run in one line."""
     if not run.records and not run.evaluation:
         return "No update was logged yet."
     total = number(run.facts.get("total_updates"))
@@ -156,7 +156,7 @@ def summary(run: Run) -> str:
     return text + ("; still going on." if run.going_on else "; the run has not finished.")
 
 
-# What runs that are compared differ in, as far as it is worth a column.
+# Options that get a column in a comparison if runs differ in them.
 _COMPARED = (
     "loss",
     "beta",
@@ -170,24 +170,24 @@ _COMPARED = (
 
 
 def different_options(runs: Sequence[Run]) -> list[str]:
-    """Names of the options in which some runs differ: values under different ones may not be comparable."""
+    """Return the names of options that differ between runs, so that their values may not be comparable."""
     return [name for name in _COMPARED if len({str(run.config.get(name)) for run in runs}) > 1]
 
 
 def sortable(value: object) -> float | str | None:
-    """A value as a table sorts it."""
+    """Return the sort key of a value in a table."""
     found = number(value)
     return found if found is not None else None if value is None else str(value)
 
 
 def best_update(run: Run) -> int | None:
-    """The update whose model a run ended with, where that is not the last one."""
+    """Return the update whose model a run ended with, or None if it is the last one."""
     kept = number(mapping(run.facts.get("final")).get("step"))
     return int(kept) if kept is not None and 0 < kept < run.updates else None
 
 
 def tiles(run: Run) -> list[Tile]:
-    """A run's key numbers."""
+    """Return a run's key numbers."""
     found = []
     for metric in ("accuracy", "loss", "rewards/margins", "kl"):
         value, bounds, where = final(run, metric)
@@ -205,7 +205,7 @@ def tiles(run: Run) -> list[Tile]:
 
 
 def sweep_status(sweep: Sweep) -> str:
-    """finished, going on, or unfinished."""
+    """Return the state of a sweep: finished, going on, or unfinished."""
     ended = [trial for trial in sweep.trials if trial.state != "running"]
     if sweep.trials and len(ended) >= (number(sweep.facts.get("planned")) or len(sweep.trials)):
         return "finished"
@@ -213,7 +213,7 @@ def sweep_status(sweep: Sweep) -> str:
 
 
 def sweep_summary(sweep: Sweep) -> str:
-    """A sweep in one line."""
+    """Summarize a sweep in one line."""
     best, complete = sweep.best, sweep.complete
     if best is None or best.value is None:
         return f"{len(sweep.trials):,} trials so far, none of them complete."
@@ -229,7 +229,7 @@ def sweep_summary(sweep: Sweep) -> str:
 
 
 def sweep_tiles(sweep: Sweep) -> list[Tile]:
-    """A sweep's key numbers."""
+    """Return a sweep's key numbers."""
     found = []
     best = sweep.best
     if best is not None and best.value is not None:
@@ -248,7 +248,7 @@ def sweep_tiles(sweep: Sweep) -> list[Tile]:
 
 
 def commands(path: Path, facts: RunRecord | SweepRecord, *, best: bool = False) -> list[str]:
-    """What makes this folder again, and its page."""
+    """Return the commands that recreate this folder and its page."""
     given = facts.get("command")
     found = [given] if isinstance(given, str) and given else []
     if best:

@@ -1,4 +1,4 @@
-"""From our options to `transformers.TrainingArguments`."""
+"""Build `transformers.TrainingArguments` from our options."""
 
 import contextlib
 import math
@@ -17,7 +17,7 @@ from offline_kto.kto_core.options import check_table, value_types
 from offline_kto.kto_core.redaction import is_secret_name, without_secrets
 from offline_kto.train.config import TrainConfig
 
-# Set from our own options: a second place to say the same thing would sooner or later disagree.
+# Set from our own options: the same setting in two places could contradict itself.
 _OURS = {
     "output_dir": "--out",
     "per_device_train_batch_size": "--batch-size",
@@ -46,31 +46,31 @@ _OURS = {
     "load_best_model_at_end": "--early-stopping",
 }
 
-# What the Trainer would do in a loss or a package that is not there.
+# Settings that would silently have no effect here.
 _NO_EFFECT = {"label_smoothing_factor": "the losses here have no smoothed form"}
 
-# Updates that no run makes.
+# More updates than any run makes.
 _NEVER = 2**31
 
-# Their steps are taken inside of backward passes, of which an update here has many.
+# Optimizers that step inside the backward pass; an update here has many backward passes.
 _STEPS_INSIDE = ("lomo", "adalomo", "_layerwise")
 
 
 class Arguments(transformers.TrainingArguments):
-    """The Trainer's settings, for one GPU, and shown without secrets."""
+    """The Trainer's settings, restricted to one GPU per process and displayed without secrets."""
 
     @property
     def n_gpu(self) -> int:
-        # For all of them the Trainer would wrap the model in `nn.DataParallel`, and then never prepare it for autocast.
+        # With several GPUs the Trainer would wrap the model in `nn.DataParallel`, and never prepare it for autocast.
         return min(self.gpus_here, 1)
 
     @property
     def gpus_here(self) -> int:
-        """GPUs that the Trainer would train on: all that this process sees, without a launcher."""
+        """Number of GPUs the Trainer would train on without a launcher: all that this process sees."""
         return int(super().n_gpu)
 
     def to_dict(self) -> dict[str, object]:
-        # Loggers get this; the original hides some secrets from some of them.
+        # Loggers receive this; the original hides only some secrets from some loggers.
         shown_settings: dict[str, object] = without_secrets(super().to_dict())
         return shown_settings
 
@@ -84,18 +84,18 @@ class Arguments(transformers.TrainingArguments):
 def training_arguments(
     config: TrainConfig, out: Path, precision: Precision, *, held_out: bool, name: str | None = None
 ) -> Arguments:
-    """`TrainingArguments` from our options and the YAML's `training:` table.
+    """Build `TrainingArguments` from our options and the YAML's `training:` table.
 
     Args:
-        name: under which the run is reported; None leaves it to where it is reported to.
+        name: name of the run in external loggers; None leaves the choice to them.
 
     Raises:
-        ConfigError: an unknown key in that table, or one that an option of ours sets.
+        ConfigError: an unknown key in that table, or a key that one of our options sets.
     """
     world = world_size()
     settings: dict[str, object] = {
         "output_dir": str(out),
-        # The number of rows a rank gets; micro-batches are cut inside `training_step`.
+        # The number of rows of a rank; micro-batches are formed inside `training_step`.
         "per_device_train_batch_size": math.ceil(config.batch_size / world),
         "gradient_accumulation_steps": 1,
         "learning_rate": config.learning_rate,
@@ -113,11 +113,11 @@ def training_arguments(
         "logging_nan_inf_filter": False,  # costs a device sync in every step; a non-finite loss stops the run
         "report_to": [one.strip() for one in config.report_to.split(",") if one.strip()],
         "run_name": name,
-        # Early stopping ends with the best checkpoint, so there has to be one.
+        # Early stopping ends with the best checkpoint, so one must exist.
         "save_strategy": "steps" if config.save_steps or config.early_stopping else "no",
         "save_steps": config.save_steps or _NEVER,
         "save_total_limit": 2,  # each holds optimizer state: twice the size of the model
-        # By default once per epoch, which `training_run` sees to: the Trainer would save before it evaluates there.
+        # By default once per epoch, triggered by `training_run`: the Trainer itself would save before it evaluates.
         "eval_strategy": "steps" if held_out else "no",
         "eval_steps": config.eval_steps or _NEVER,
         "metric_for_best_model": config.metric.replace("/", "_", 1) if held_out else None,
@@ -150,7 +150,7 @@ def training_arguments(
             "them. Choose another optimizer, adamw_bnb_8bit to save memory."
         )
     try:
-        # Says here, and not after the model was loaded, that an optimizer's package is missing, or what it does not take.
+        # Fails here, before the model is loaded, if an optimizer's package is missing or rejects a setting.
         kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
         if kind.__module__.startswith("torch.optim"):
             kind([torch.nn.Parameter(torch.zeros(1))], **options)
@@ -158,7 +158,7 @@ def training_arguments(
         raise ConfigError(f"training: optim: {optimizer}: {in_one_line(error)}") from error
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
-            reporter()  # says here, and not after the model was loaded, that its package is missing
+            reporter()  # fails here, before the model is loaded, if a logger's package is missing
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"--report-to {config.report_to}: {str(error).splitlines()[0]}") from error
     return args
@@ -179,7 +179,7 @@ def _table(config: TrainConfig) -> dict[str, object]:
 
 
 def _check_kinds(table: dict[str, object]) -> None:
-    """Refuse text where the Trainer calculates or decides: it takes 'no' for true."""
+    """Check the types in the table: the Trainer would take the text 'no' for true."""
     kinds = value_types(transformers.TrainingArguments)
     for name, value in table.items():
         wanted = set(kinds[name])
@@ -194,10 +194,10 @@ def _check_kinds(table: dict[str, object]) -> None:
 
 @contextlib.contextmanager
 def accepted_by_trainer(config: TrainConfig) -> Iterator[None]:
-    """Turn what the Trainer says of settings that do not go together into one message.
+    """Convert the Trainer's errors about incompatible settings into one message.
 
     Raises:
-        ConfigError: an evaluation without held-out rows, a hub that is not there, and the like.
+        ConfigError: for instance an evaluation without held-out rows, or a hub that cannot be reached.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Watching a run: `metrics.jsonl` and what the console shows."""
+"""Write `metrics.jsonl` and the console output during a run."""
 
 import json
 import math
@@ -28,18 +28,18 @@ _Control: TypeAlias = transformers.TrainerControl
 
 _SECONDS_BETWEEN_LINES = 2.0
 
-# A live line in too narrow a terminal loses these first.
+# Parts that a live line drops first in a narrow terminal.
 _DROPPED = ("tokens", "accuracy", "kl", "left", "undesirable", "desirable", "loss")
 
-# Where a terminal does not tell its width.
+# Width of a terminal that does not report it.
 _USUAL_WIDTH = 80
 
-# What the Trainer calls `eval_loss` is `eval/loss` everywhere a user looks.
+# The Trainer's `eval_loss` is called `eval/loss` everywhere the user sees it.
 _INTERNAL = ("total_flos", "train_loss", "train_samples_per_second", "train_steps_per_second")
 
 
 def record_of(logs: MetricsRecord, step: int) -> MetricsRecord:
-    """A log as it is written: step first, `eval/` names, numbers that JSON can hold."""
+    """Return a log as it is written: step first, names with `eval/`, and numbers that JSON can represent."""
     record: MetricsRecord = {"step": step}
     for name, value in logs.items():
         if name not in _INTERNAL:
@@ -48,7 +48,7 @@ def record_of(logs: MetricsRecord, step: int) -> MetricsRecord:
 
 
 class MetricsFile(transformers.TrainerCallback):
-    """One JSON record for each log. A run drops the records after the checkpoint it starts from, and writes them anew."""
+    """The file of log records, one JSON object per log; a resumed run replaces the records after its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,14 +64,14 @@ class MetricsFile(transformers.TrainerCallback):
         write_text(self.path, "".join(kept))
 
     def on_log(self, args: _Args, state: _State, control: _Control, logs: MetricsRecord, **kwargs: object) -> None:
-        # A link could lead to a file of somebody's.
+        # A link could point to another user's file.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         with os.fdopen(os.open(self.path, flags, 0o666), "a", encoding="utf-8") as file:
             file.write(json.dumps(record_of(logs, state.global_step)) + "\n")
 
 
 def read_metrics(path: Path) -> list[MetricsRecord]:
-    """The records of a `metrics.jsonl`; a line that a crash cut off is left out."""
+    """Read the records of a `metrics.jsonl`, without a last line that a crash truncated."""
     return [record for line in _lines(path) if (record := _parsed(line)) is not None]
 
 
@@ -83,7 +83,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _parsed(line: str) -> MetricsRecord | None:
-    """A record, or None for a line that a crash cut off or that holds anything but numbers."""
+    """Return a record, or None for a line that is truncated or contains anything but numbers."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -94,16 +94,18 @@ def _parsed(line: str) -> MetricsRecord | None:
 
 
 def _is_number(value: object) -> bool:
-    # A whole number may have more digits than a float.
+    # An integer may exceed the range of a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class Console(transformers.TrainerCallback):
-    """A live line on a terminal; elsewhere a line every few seconds, and for the first and last update and each evaluation.
+    """The console output: a live line on a terminal, else a line every few seconds.
+
+    The first update, the last update and each evaluation are always printed.
 
     Args:
-        watch: finds what to warn of; None for no warnings.
-        metrics: where a resumed run's earlier records are: what they gave rise to was told before.
+        watch: finds the warnings; None for no warnings.
+        metrics: the earlier records of a resumed run, whose warnings are not repeated.
     """
 
     def __init__(self, watch: Watch | None = None, metrics: Path | None = None) -> None:
@@ -113,7 +115,7 @@ class Console(transformers.TrainerCallback):
         self.bar: _LiveLine | None = None
 
     def close(self) -> None:
-        """Leave the live line as it is; the next output starts below. For a run that an error ends."""
+        """End the live line, so that the error of a failed run starts on a new line."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -129,13 +131,13 @@ class Console(transformers.TrainerCallback):
         # Not before: other callbacks check and print when training begins.
         self.started, self.first_step = time.monotonic(), state.global_step
         if _shows_live_lines():
-            # smoothing=0: time left from the average so far, evaluations included, as in the plain lines.
+            # smoothing=0: the remaining time uses the average so far, evaluations included, as without a terminal.
             self.bar = _LiveLine(
                 total=state.max_steps, initial=state.global_step, dynamic_ncols=True, miniters=1, smoothing=0
             )
 
     def on_step_end(self, args: _Args, state: _State, control: _Control, **kwargs: object) -> None:
-        if self.bar is not None and not control.should_log:  # else the line moves on with the new values
+        if self.bar is not None and not control.should_log:  # otherwise the next refresh shows the new values
             self.bar.update(state.global_step - self.bar.n)
 
     def on_train_end(self, args: _Args, state: _State, control: _Control, **kwargs: object) -> None:
@@ -159,7 +161,7 @@ class Console(transformers.TrainerCallback):
             self.bar.record = record
             moved = state.global_step - self.bar.n
             if not self.bar.update(moved) and (not moved or state.global_step == state.max_steps):
-                self.bar.refresh()  # nothing may come for minutes: an evaluation, a checkpoint
+                self.bar.refresh()  # an evaluation or a checkpoint may take minutes without output
             return
         first = self.first_step or 0
         now = time.monotonic()
@@ -179,12 +181,12 @@ class Console(transformers.TrainerCallback):
 
 
 class _LiveLine(tqdm):
-    """tqdm's bar and time left, with as much of the last record as the terminal has room for at this moment."""
+    """A tqdm bar with remaining time and as much of the last record as fits into the terminal."""
 
     record: MetricsRecord | None = None
 
     def width(self) -> int:
-        """Columns that a line may fill; in the last one some terminals go to the next line."""
+        """Return the columns a line may fill; some terminals wrap after the last one."""
         columns = self.format_dict["ncols"] or 0
         return (columns if columns > 1 else _USUAL_WIDTH) - 1
 
@@ -198,10 +200,10 @@ class _LiveLine(tqdm):
 
     @staticmethod
     def status_printer(file: TextIO) -> Callable[[str], None]:
-        """tqdm's covers a longer line with blanks, which wrap when the terminal has become narrower."""
+        """Return a printer that clears the line first; tqdm pads with blanks, which wrap in a narrowed terminal."""
 
         def show(line: str) -> None:
-            file.write(f"\r\x1b[J{line}")  # all below too: what other bars left there
+            file.write(f"\r\x1b[J{line}")  # also clears below, where other bars may have left text
             file.flush()
 
         return show
@@ -212,7 +214,7 @@ def _shows_live_lines() -> bool:
 
 
 def _layouts(record: MetricsRecord) -> Iterator[str]:
-    """`bar_format`s for tqdm, from all there is to say to nothing."""
+    """Yield `bar_format`s for tqdm, from the longest to the shortest."""
     bar, count = "{percentage:3.0f}%|{bar}| ", "{n:,}/{total:,}"
     long, short = _parts(record), _short_parts(record)
     yield "  ".join([bar + count, *long.values()])
@@ -225,7 +227,7 @@ def _layouts(record: MetricsRecord) -> Iterator[str]:
 
 
 def _parts(record: MetricsRecord) -> dict[str, str]:
-    """What a line says about a record; a loss may have no kl, a batch no row of a class."""
+    """Describe a record in parts; a loss may have no kl, and a batch no row of a class."""
     parts = {"loss": f"loss {_number(record['loss'])}"} if "loss" in record else {}
     if "kl" in record:
         parts["kl"] = f"kl {_number(record['kl'])}"
@@ -260,7 +262,7 @@ def _summary(record: MetricsRecord) -> str:
 
 
 def _wrapped(line: str, width: int) -> str:
-    """In lines of at most `width` columns, at words; the heading's column stays free."""
+    """Wrap a line at words to at most `width` columns, indented below its heading."""
     return textwrap.fill(
         line, max(width, 24), subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
     )

@@ -1,4 +1,4 @@
-"""`kto-train --evaluate-only RUN`: a finished run's model on held-out rows, against the cached reference."""
+"""Evaluate a finished run on held-out rows against the cached reference: `kto-train --evaluate-only RUN`."""
 
 import dataclasses
 import json
@@ -30,16 +30,16 @@ from offline_kto.train.trainer.objective import Objective
 def evaluate_run(config: TrainConfig) -> Path:
     """Evaluate a finished run.
 
-    Its held-out rows where `--cache` is the one it was trained with, else the rows of `--cache` that it was not trained on.
+    If `--cache` is the run's own, its held-out rows are evaluated, else the rows of `--cache` it was not trained on.
 
     Args:
         config: the run's own, with the options of the command line.
 
     Returns:
-        The file with the values.
+        Path of the written file.
 
     Raises:
-        KTOError: no finished run, or a cache that its model cannot be measured on.
+        KTOError: the run is not finished, or its model cannot be evaluated on the cache.
     """
     run = config.evaluate_only
     assert run is not None
@@ -67,7 +67,7 @@ def evaluate_run(config: TrainConfig) -> Path:
     trainer.prepare_to_score()
     if trainer.shift is not None:
         trainer.shift.begin_at(float(final.get("shift", 0.0)), 1)
-    # The model below adapters is read again from where it was. (On quantised weights they hold the reference's adapter too.)
+    # The base model is read from its folder again. On quantised weights the adapters include the reference's adapter.
     if adapters is not None and manifest.reference.get("adapter") is None:
         from offline_kto.train.model.lora import without_adapters
 
@@ -98,15 +98,15 @@ def evaluate_run(config: TrainConfig) -> Path:
 
 
 def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: RunRecord) -> tuple[PolicyFiles, Path | None]:
-    """The run's model, or the model below its adapters and the adapters."""
+    """Find the run's model, or its base model together with the folder of its adapters."""
     if (run / "adapter_config.json").exists():
-        # The model that the run started from, whatever the cache to be evaluated was scored with.
+        # The model that the run started from, whichever model scored the cache.
         own = dataclasses.replace(manifest, reference=facts.get("reference") or manifest.reference)
         base = _base_folder(run)
         if config.model is not None and base is not None:
             folder, _ = find_reference({"id": config.model, "path": base})
             config = dataclasses.replace(config, model=str(folder))
-        # A run's adapter holds that of its reference as well.
+        # A run's adapter includes that of its reference.
         return dataclasses.replace(PolicyFiles.find(config, own), adapter=None), run
     if not (run / "config.json").exists():
         if (run / "../../sweep.yaml").exists():
@@ -118,16 +118,16 @@ def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: RunRecord) 
 
 
 def _base_folder(run: Path) -> str | None:
-    """Where the model below a run's adapters lies; `model` in config.yaml may be relative to another working folder."""
+    """Return the base model's folder from the adapter's settings; `model` in config.yaml may be a relative path."""
     try:
         base = json.loads((run / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
     except (OSError, ValueError, RecursionError, AttributeError):
-        return None  # reading the adapters will say why
+        return None  # loading the adapters will report the error
     return base if isinstance(base, str) and Path(base).is_absolute() else None
 
 
 def _weights(run: Path, facts: RunRecord) -> tuple[float, float]:
-    """The class weights the run was trained with; `auto` depends on its training rows."""
+    """Return the class weights the run was trained with; `auto` depends on its training rows."""
     match facts.get("weights"):
         case [int() | float() as desirable, int() | float() as undesirable]:
             return float(desirable), float(undesirable)
@@ -137,7 +137,7 @@ def _weights(run: Path, facts: RunRecord) -> tuple[float, float]:
 
 
 def _trained_prompts(run: Path) -> set[str] | None:
-    """Ids of the prompts that the run was trained on; None where that is not on record."""
+    """Return the ids of the prompts the run was trained on; None if they are not recorded."""
     try:
         table = read_rewards(run, ["split", "prompt_id"])
     except (OSError, ValueError, MemoryError, pa.ArrowException):

@@ -1,10 +1,10 @@
-"""The run folder: choosing it, what is written at the start, and whether a resumed run is still the same run.
+"""Choose and check the run folder, write its first files, and find the checkpoint to resume from.
 
 runs/NAME/config.yaml      resolved options, as `--config` takes them
-runs/NAME/run.json         the cache's fingerprint, and what else the run was started with
+runs/NAME/run.json         the cache's fingerprint and the other settings the run was started with
 runs/NAME/metrics.jsonl    one record for each log
-runs/NAME/checkpoint-N/    what --resume goes on from
-runs/NAME/_unfinished/     a checkpoint or model that is being written; it gets its name when it is whole and on the disk
+runs/NAME/checkpoint-N/    a checkpoint that --resume can resume from
+runs/NAME/_unfinished/     a checkpoint or model being written; it is renamed once it is complete and on disk
 runs/NAME/                 at the end: model, tokenizer, model card, evaluation.json, rewards.parquet, report.html
 """
 
@@ -33,17 +33,17 @@ from offline_kto.train.run_records import ComputedWith, RunRecord
 
 
 def refuse_unnamed(config: TrainConfig) -> None:
-    """Several processes write into one folder.
+    """Check that a launch of several processes names its folder.
 
     Raises:
-        ConfigError: each of them would make up its own.
+        ConfigError: `--out` is missing, so each process would choose its own folder.
     """
     if config.out is None and world_size() > 1:
         raise ConfigError("Several processes need --out: each of them would name the run after its own clock.")
 
 
 def choose_folder(config: TrainConfig) -> Path:
-    """The folder named by `--out`, or runs/ and the time; it is made if it does not exist.
+    """Create and return the folder named by `--out`, or a folder in runs/ named after the current time.
 
     Raises:
         ConfigError: a file, or not writable.
@@ -52,14 +52,14 @@ def choose_folder(config: TrainConfig) -> Path:
 
 
 def refuse_occupied(config: TrainConfig, out: Path) -> None:
-    """A run begins in an empty folder; with `--resume` it may go on in its own.
+    """Check that the run folder is empty, or with `--resume` contains a run.
 
-    Called with the folder's lock held, which names who is writing there.
+    Called with the folder's lock held, which identifies the writer.
 
     Raises:
-        ConfigError: the folder holds something else.
+        ConfigError: the folder contains something else.
     """
-    # What a run leaves that is killed before its first file is whole.
+    # Left by a run that was killed before its first file was complete.
     begun = (LOCK, f".{RUN_RECORD}.")
     found = sorted(path.name for path in out.iterdir() if not path.name.startswith(begun))
     if found and not config.resume:
@@ -73,18 +73,18 @@ def refuse_occupied(config: TrainConfig, out: Path) -> None:
 
 
 def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest, now: ComputedWith, *, main: bool) -> str | None:
-    """The checkpoint to go on from, or None to start at the beginning.
+    """Return the checkpoint to resume from, or None to start from the beginning.
 
     Args:
-        now: what the run would compute with; see `compare_facts`.
-        main: whether this is the rank that reads all of the checkpoint, and says what changed.
+        now: the settings the run would compute with; see `compare_facts`.
+        main: whether this is the rank that verifies the checkpoint and logs changed options.
 
     Raises:
         ConfigError: the run in the folder was started with another cache, or with options that cannot change.
     """
     if not config.resume or not any(out.glob("[!.]*")):
         return None
-    # Heavy, and the folder is looked at before anything heavy is loaded.
+    # Imported late: the folder is checked before slow imports.
     from transformers.trainer_utils import get_last_checkpoint
 
     from offline_kto.train.trainer.checkpoints import check_checkpoint
@@ -120,6 +120,6 @@ def _check_same_run(config: TrainConfig, out: Path, now: ComputedWith) -> list[s
 
 
 def write_start(config: TrainConfig, out: Path, facts: RunRecord) -> None:
-    """Write config.yaml and run.json. The folder stays empty until the checks before the first update have passed."""
-    write_run_record(out, facts)  # first: what tells the folder is a run's
+    """Write config.yaml and run.json; called after the checks before the first update have passed."""
+    write_run_record(out, facts)  # written first: it marks the folder as a run's
     write_text(out / CONFIG, config_text(config))

@@ -1,4 +1,4 @@
-"""What a run is made from: caches, tokenizer, policy. A sweep's worker keeps them between its trials."""
+"""Open the inputs of a run (caches, tokenizer, policy); a sweep's worker keeps them between its trials."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,32 +15,32 @@ from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.training_data import TrainingData, open_cache
 from offline_kto.train.model.policy import PolicyFiles
 
-# What makes a loaded model another one. Options that are not here are put on it, or taken off, in memory.
+# Options that require loading another model. Other options are applied to, or removed from, the model in memory.
 _OF_MODEL = ("model", "dtype", "gradient_checkpointing", "trust_remote_code")
 
 
 class Materials:
-    """Reads what a run asks for, each time anew."""
+    """The inputs of runs, read anew each time."""
 
     def data(self, config: TrainConfig) -> TrainingData:
-        """Raises: CacheError, TrainingError: see `TrainingData.open`."""
+        """Open the data. Raises: CacheError, TrainingError: see `TrainingData.open`."""
         return TrainingData.open(config)
 
     def files(self, config: TrainConfig, manifest: Manifest) -> PolicyFiles:
-        """Raises: ModelError, TrainingError: see `PolicyFiles.find`."""
+        """Find the policy's files. Raises: ModelError, TrainingError: see `PolicyFiles.find`."""
         return PolicyFiles.find(config, manifest)
 
     def model(self, files: PolicyFiles, config: TrainConfig, precision: Precision, device: torch.device) -> Model:
-        """The policy, ready to train. Raises: ModelError, TrainingError: see `PolicyFiles.load`."""
+        """Load the policy, ready to train. Raises: ModelError, TrainingError: see `PolicyFiles.load`."""
         return files.prepare(files.load(config, precision, device), config)
 
     def take_back(self) -> None:
-        """The run that was given the policy is over, or could not begin."""
+        """Release the policy after the run that used it has ended or failed to begin."""
 
 
 @dataclass
 class _Initial:
-    """A loaded model and how it was before anybody trained it."""
+    """A loaded model and its initial state before training."""
 
     key: tuple[object, ...]
     model: Model
@@ -50,7 +50,7 @@ class _Initial:
 
     @classmethod
     def of(cls, key: tuple[object, ...], model: Model, *, frozen: bool) -> "_Initial":
-        # Under LoRA nothing of the model itself changes, so nothing is copied.
+        # LoRA does not change the base model, so nothing is copied.
         tensors = {} if frozen else {**dict(model.named_parameters()), **dict(model.named_buffers())}
         weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -64,7 +64,7 @@ class _Initial:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.trained[name])
             parameter.grad = None
-        # accelerate wrapped autocast around it, and would not do so again where it finds its mark.
+        # accelerate wrapped `forward` in autocast, and would not do so again if it found its attribute.
         self.model.forward = self.forward
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         return self.model.eval()
@@ -72,7 +72,7 @@ class _Initial:
 
 @dataclass
 class KeptMaterials(Materials):
-    """Reads each thing once; the policy is put back to its first state from memory.
+    """The inputs of runs, read once; the policy is restored to its initial state from memory.
 
     Attributes:
         loads: how often a model was read from disk.
@@ -103,10 +103,10 @@ class KeptMaterials(Materials):
         frozen = config.lora_rank > 0
         key = (*(getattr(config, name) for name in _OF_MODEL), frozen, str(device))
         if self._initial is None or self._initial.key != key:
-            self._initial = None  # before the next one is read: two would not fit
+            self._initial = None  # freed before the next one is loaded: two may not fit
             self.loads += 1
             self._initial = _Initial.of(key, files.load(config, precision, device), frozen=frozen)
-        initial, self._initial = self._initial, None  # one that cannot be prepared is not used again
+        initial, self._initial = self._initial, None  # a model that could not be prepared is not reused
         self._given = files.prepare(initial.restore(), config)
         self._initial = initial
         return self._given

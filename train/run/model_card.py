@@ -1,4 +1,4 @@
-"""The model card of a run."""
+"""Write the model card of a run."""
 
 import re
 import shlex
@@ -28,7 +28,7 @@ def write_card(
     weights: tuple[float, float],
     history: list[dict[str, object]],
 ) -> None:
-    """Write the card: base model, cache fingerprint, the command, and the last metrics."""
+    """Write the card: base model, cache fingerprint, command and last metrics."""
     front = ModelCardData(
         base_model=printable(files.name),
         library_name="peft" if (path.parent / "adapter_config.json").exists() else "transformers",
@@ -66,17 +66,17 @@ def write_card(
     write_text(path, "\n".join(lines) + "\n")
 
 
-# What begins markup in Markdown, and in the HTML that may stand in it.
+# Characters that begin markup in Markdown and in embedded HTML.
 _MARKUP = re.compile(r"[\\`*\[\]<>&]|(?<!\w)_|_(?!\w)")
 
 
 def _text(text: object) -> str:
-    """Text as Markdown shows it, letter by letter."""
+    """Escape text so that Markdown displays it verbatim."""
     return _MARKUP.sub(r"\\\g<0>", printable(str(text), 300))
 
 
 def _code(text: object) -> str:
-    """Text as Markdown code. Its fence is longer than any in it."""
+    """Format text as inline Markdown code, with a fence longer than any fence in it."""
     text = printable(str(text), 500)
     fence = "`" * (_longest_fence(text) + 1)
     blank = " " if text.startswith("`") or text.endswith("`") else ""
@@ -84,7 +84,7 @@ def _code(text: object) -> str:
 
 
 def _block(text: str) -> list[str]:
-    """A line as a block of Markdown code."""
+    """Format a line as a Markdown code block."""
     fence = "`" * max(3, _longest_fence(text) + 1)
     return [fence, printable(text), fence]
 
@@ -94,7 +94,7 @@ def _longest_fence(text: str) -> int:
 
 
 def command_of(config: TrainConfig) -> str:
-    """The command line that does this again."""
+    """Return the command line that repeats the run."""
     default = as_plain(TrainConfig())
     words = ["kto-train"]
     for name, value in as_plain(config).items():

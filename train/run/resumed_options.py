@@ -1,9 +1,9 @@
-"""What may differ between a run and its continuation: every option is fixed, said or free.
+"""Decide which options may differ when a run is resumed: every option is fixed, logged or free.
 
 fixed   another value would make another run: rows repeated or skipped, weights that do not fit, an optimizer or a
-        schedule that continues with the old value. It is refused.
-said    it may change, with a word.
-free    it changes no number.
+        schedule that continues with the old value. A change is an error.
+said    it may change, and the change is logged.
+free    it changes no result.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ SAID = _names(
     "eval_steps device save_dtype"
 )
 FREE = _names(
-    # The cache is compared by its content, the precision as it was resolved, `training` key by key.
+    # Compared elsewhere: the cache by content, the precision as resolved, and `training` key by key.
     "cache out dtype training max_tokens gradient_checkpointing save_steps logging_steps report_to resume evaluate_only "
     "allow_different_policy"
 )
 
-# Keys of the `training:` table. What is in neither list is fixed, so that a new key of transformers is.
+# Keys of the `training:` table. A key in neither list is fixed, so a new key of transformers is too.
 TRAINING_SAID = _names(
     "accelerator_config deepspeed eval_delay eval_on_start eval_strategy fsdp fsdp_config full_determinism "
     "liger_kernel_config parallelism_config save_strategy torch_compile torch_compile_backend torch_compile_mode "
@@ -59,14 +59,14 @@ def compare_options(config: TrainConfig, started: Mapping[str, object], where: P
     """Compare a run's options with those of its continuation.
 
     Args:
-        started: of config.yaml.
+        started: the options in config.yaml.
         where: the run folder, for messages.
 
     Returns:
-        A line for each option that changed and may.
+        One line for each permitted change.
 
     Raises:
-        ConfigError: an option that must not change.
+        ConfigError: an option changed that is fixed.
     """
     if not isinstance(started.get("training", {}), dict):
         raise ConfigError(f"--resume {where}: in its config.yaml, training: is no table. Start a new run.")
@@ -85,11 +85,11 @@ def compare_options(config: TrainConfig, started: Mapping[str, object], where: P
 
 
 def compare_facts(now: ComputedWith, started: RunRecord, where: Path) -> list[str]:
-    """Compare what a run computed with and what its continuation would.
+    """Compare the settings a run computed with and those of its continuation.
 
     Args:
-        now: of the continuation.
-        started: run.json; what an older version did not write is not compared.
+        now: settings of the continuation.
+        started: run.json; a field that an older version did not write is not compared.
 
     Returns, Raises: as `compare_options`.
     """
@@ -114,7 +114,7 @@ def compare_facts(now: ComputedWith, started: RunRecord, where: Path) -> list[st
 
 
 def _effective(options: dict[str, object]) -> dict[str, object]:
-    """Options with what a missing value stands for."""
+    """Return options with missing values replaced by their defaults."""
     rank, alpha = options.get("lora_rank"), options.get("lora_alpha")
     if isinstance(rank, int):
         options["lora_alpha"] = (alpha or 2 * rank) if rank else None
@@ -153,9 +153,9 @@ def _changed(now: dict[str, object], before: dict[str, object]) -> Iterator[tupl
 
 
 def _default(name: str) -> object:
-    import transformers  # heavy, and only a resumed run asks
+    import transformers  # slow to import, and only needed by a resumed run
 
     field = transformers.TrainingArguments.__dataclass_fields__.get(name)
     if field is None or field.default is dataclasses.MISSING:
         return None
-    return getattr(field.default, "value", field.default)  # an enumeration is given as its text
+    return getattr(field.default, "value", field.default)  # an enumeration is compared by its value

@@ -15,7 +15,7 @@ from offline_kto.train.trainer.evaluation import Scores
 def write_rewards(
     path: Path, data: TrainingData, seen: np.ndarray, logratios: np.ndarray, held_out: Scores | None
 ) -> None:
-    """Log-ratios of single rows: training rows as they were seen last (null: never), held-out rows as they are at the end."""
+    """Write the log-ratio of each row: training rows as last seen (null: never seen), held-out rows at the end."""
     trained = np.sort(data.units.ravel())
     values = np.full(len(data.rows), np.nan)
     values[seen] = logratios
@@ -24,7 +24,7 @@ def write_rewards(
         tables.append(
             _rewards("held_out", data.held_out.cache, np.asarray(data.held_out.indices), held_out.logratios.numpy())
         )
-    with replacing(path) as temporary, temporary.open("wb") as file:  # the path need not be text
+    with replacing(path) as temporary, temporary.open("wb") as file:  # the path may not be valid Unicode
         pq.write_table(pa.concat_tables(tables), file, compression="zstd")
 
 

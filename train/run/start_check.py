@@ -1,8 +1,7 @@
-"""Before the first update: is the policy the model that the cache was scored with?
+"""Check before the first update that the policy is the model that the cache was scored with.
 
-At the start policy and reference are the same model, so their log-probs are equal up to rounding.
-A difference means another checkpoint, adapter, template or precision, and every reward would be
-wrong by it.
+At the start, policy and reference are the same model, so their log-probs are equal up to rounding. A larger difference
+means another checkpoint, adapter, template or precision, and every reward would be wrong by that difference.
 """
 
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ from offline_kto.train.trainer.policy_scores import PolicyScores
 
 _ROWS = 8
 
-# Mean absolute difference for one token, nats. Float32 runs of one code path differ by rounding of
-# the order of 1e-6; another engine (vLLM) adds its own. In 16 bits one token moves by a few hundredths.
+# Mean absolute difference per token, nats. Float32 runs of one code path differ by rounding of the order of 1e-6;
+# another engine (vLLM) adds its own. In 16 bits the log-prob of a token changes by a few hundredths.
 TOLERANCE = {"exact": 2e-4, "other_backend": 2e-3, "low_precision": 0.05}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Absolute differences for one token between policy and cache, nats."""
+    """Absolute differences per token between policy and cache, nats."""
 
     matched_mean: float
     matched_max: float
@@ -44,7 +43,7 @@ class Difference:
 
 
 def tolerance_for(manifest: Manifest, precision: Precision) -> float:
-    """Largest mean difference for one token, nats, that rounding explains."""
+    """Return the largest mean difference per token, nats, that rounding explains."""
     if not precision.is_full or manifest.reference.get("dtype") != "float32":
         return TOLERANCE["low_precision"]
     return TOLERANCE["exact" if manifest.scorer.get("backend") == "transformers" else "other_backend"]
@@ -55,7 +54,8 @@ def measure(scores: PolicyScores, rows: CacheRows) -> Difference:
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).astype(int))
     sample = [rows[RowKey(int(i), 0)] for i in chosen]
     sequences = [row.matched for row in sample] + [row.mismatched for row in sample]
-    found = scores.score_tokens(sequences)  # together: both of a row begin with the same prompt, which then runs once
+    # Scored together: both sequences of a row share the prompt, which is then computed once.
+    found = scores.score_tokens(sequences)
     apart = [np.abs(a - s.ref_token_logps) for a, s in zip(found, sequences, strict=True)]
     matched, mismatched = (np.concatenate(part) for part in (apart[: len(sample)], apart[len(sample) :]))
     return Difference(float(matched.mean()), float(matched.max()), float(mismatched.mean()), float(mismatched.max()))
@@ -65,7 +65,7 @@ def check_start(scores: PolicyScores, rows: CacheRows, precision: Precision, *, 
     """Compare policy and cache.
 
     Args:
-        scores: of the policy.
+        scores: the policy's scores.
         policy: the policy's name, for the message.
         allow: warn instead of stopping (`--allow-different-policy`).
 

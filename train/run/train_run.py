@@ -1,4 +1,4 @@
-"""Stage 2 from end to end: `kto-train` trains a run, or evaluates one."""
+"""Run stage 2 from end to end: `kto-train` trains a run, or evaluates one."""
 
 import contextlib
 import importlib.util
@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> Path:
 
 @contextlib.contextmanager
 def _folder_of(config: TrainConfig, out: Path) -> Iterator[None]:
-    """The run folder is this launch's alone; nothing is left of one in which no run began."""
+    """Hold the run folder's lock in the block; remove the folder afterwards if no run began in it."""
     first = read_launch().is_first
     lock = only_writer(out, ConfigError) if first else contextlib.nullcontext()
     advice = "Make room, and pass --resume to go on from the last checkpoint."
@@ -58,7 +58,7 @@ def _folder_of(config: TrainConfig, out: Path) -> Iterator[None]:
             yield
     finally:
         if first:
-            with contextlib.suppress(OSError):  # something was written there
+            with contextlib.suppress(OSError):  # the folder is not empty
                 out.rmdir()
 
 
@@ -81,6 +81,6 @@ def _train(config: TrainConfig, out: Path) -> None:
         tell(f"wrote       {out}")
     accelerator = run.trainer.accelerator
     if accelerator.num_processes > 1:
-        # A rank that leaves while another still saves takes the whole launch down.
+        # A rank that exits while another one saves would abort the whole launch.
         accelerator.wait_for_everyone()
         accelerator.end_training()

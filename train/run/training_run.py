@@ -1,4 +1,4 @@
-"""One training run: set up, trained, summed up. `kto-train` makes one, a sweep's worker many."""
+"""Set up one training run, train it, and write its results; used by `kto-train` and by the workers of a sweep."""
 
 import dataclasses
 import datetime
@@ -49,15 +49,15 @@ _MAX_TOKENS_CPU = 1024
 
 @dataclass
 class TrainingRun:
-    """A run that is ready to train.
+    """A training run, ready to train.
 
     Attributes:
-        settings: what warnings during the run depend on.
-        console: of the process that prints.
-        checkpoint: to go on from, or None.
-        warnings: of the plan, on the process that prints.
-        name: for people; None for the folder's.
-        checked: whether policy and cache were compared before, with these materials.
+        settings: the settings that warnings during the run depend on.
+        console: the console, on the process that prints.
+        checkpoint: the checkpoint to resume from, or None.
+        warnings: the warnings of the plan, on the process that prints.
+        name: name of the run; None for the folder's name.
+        checked: whether policy and cache have been compared before, with these materials.
     """
 
     config: TrainConfig
@@ -76,13 +76,13 @@ class TrainingRun:
 
     @classmethod
     def set_up(cls, config: TrainConfig, out: Path, materials: Materials, name: str | None = None) -> "TrainingRun":
-        """Everything up to the first update.
+        """Prepare everything up to the first update.
 
         Args:
-            config: of the run.
+            config: options of the run.
             out: its folder.
-            materials: where its data and policy come from.
-            name: for people, where the folder's says too little.
+            materials: its data and policy.
+            name: name of the run, if the folder's name is not descriptive.
 
         Raises:
             KTOError: the user's input cannot be used.
@@ -114,7 +114,7 @@ class TrainingRun:
             print_plan(config, data, files, precision, objective, out, device, warnings)
             if config.resume:
                 tell(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}")
-        # A sharded model need not fit on one device; sharding moves each rank's part there.
+        # A sharded model may not fit on one device; sharding moves each rank's part to its device.
         whole_fits = device.type == "cuda" and not sharding_asked_for()
         model = materials.model(files, config, precision, args.device if whole_fits else torch.device("cpu"))
         if config.lora_rank and args.process_index == 0:
@@ -143,7 +143,7 @@ class TrainingRun:
         return bool(self.trainer.is_world_process_zero())
 
     def train(self) -> None:
-        """All updates; afterwards the model is the last one, or with early stopping the best.
+        """Run all updates; afterwards the model is the last one, or with early stopping the best one.
 
         Raises:
             TrainingError: out of memory for a single row, a loss that is not finite, a disk that is full.
@@ -162,7 +162,7 @@ class TrainingRun:
             ) from error
         finally:
             if self.console is not None:
-                self.console.close()  # whatever is printed next begins on a line of its own
+                self.console.close()  # so that the next output starts on a new line
         if self.config.early_stopping:
             trainer.load_best()
             if self.is_main and trainer.final_step < trainer.state.global_step:
@@ -176,20 +176,20 @@ class TrainingRun:
 
     @property
     def _saved_type(self) -> torch.dtype | None:
-        """Of the saved weights; None for the one they were trained in."""
+        """Type of the saved weights; None for the type they were trained in."""
         name = self.config.save_dtype
         return None if name in (AUTO, "float32") else getattr(torch, name)
 
     @property
     def _merges(self) -> bool:
-        """Whether the run ends by merging its adapters, on a base that exists only in memory."""
+        """Whether the run ends by merging its adapters into a base model that exists only in memory."""
         return bool(self.config.lora_rank) and self.files.adapter is not None
 
     def sum_up(self) -> EvaluationRecord | None:
         """Write evaluation.json and rewards.parquet; called on every rank.
 
         Returns:
-            What evaluation.json holds; None without held-out rows.
+            The content of evaluation.json; None without held-out rows.
         """
         trainer = self.trainer
         scores = trainer.final_scores()
@@ -210,10 +210,10 @@ class TrainingRun:
         return found
 
     def save_model(self, out: Path) -> None:
-        """Model, tokenizer and model card into a folder; called on every rank.
+        """Save model, tokenizer and model card in a folder; called on every rank.
 
         Raises:
-            TrainingError: the disk does not take it.
+            TrainingError: it cannot be written.
         """
         trainer, files, config = self.trainer, self.files, self.config
         with unfinished(out, "model", main=self.is_main) as folder:
@@ -230,9 +230,9 @@ class TrainingRun:
             write_card(out / CARD, title, config, self.data.rows.manifest, files, self.objective.weights, history)
 
     def _save_with_reference_adapter(self, folder: Path) -> None:
-        """Save the model whole, or one adapter where the weights below are quantised and the reference's lies beside them.
+        """Save the merged model, or a single adapter if the reference's adapter is kept beside quantised weights.
 
-        Trained adapters alone would lie on a base that exists only in memory.
+        The trained adapters alone would need a base model that exists only in memory.
         """
         from offline_kto.train.model.lora import keeps_adapter_beside, merged, save_as_one_adapter
 
@@ -247,16 +247,16 @@ class TrainingRun:
             writer.write(model, folder, dtype=self._saved_type, layout=Layout.of(model))
 
     def begin(self) -> None:
-        """Compare policy and cache, and put the run on record; the Trainer has prepared the model, on every rank."""
+        """Compare policy and cache, and write the first files; called on every rank once the model is prepared."""
         trainer = self.trainer
-        transformers.utils.logging.disable_progress_bar()  # of files being written, between the live lines
+        transformers.utils.logging.disable_progress_bar()  # the bars of file writing would break the live line
         trainer.prepare_to_train()
         if self.is_main and trainer.meter is not None:
             tell(f"memory      --max-tokens {trainer.policy.max_tokens} (measured)")
         if trainer.state.global_step >= trainer.state.max_steps:
-            trainer.batches.finish()  # the Trainer looks only after an update whether it was the last
-        if trainer.state.global_step:  # a resumed policy has left the reference
-            if self.config.lora_rank:  # but what lies below its adapters is read again from where it was
+            trainer.batches.finish()  # the Trainer checks only after an update whether it was the last
+        if trainer.state.global_step:  # a resumed policy differs from the reference
+            if self.config.lora_rank:  # but its base model is loaded again and can be compared
                 from offline_kto.train.model.lora import without_adapters
 
                 with without_adapters(trainer.model):
@@ -265,7 +265,7 @@ class TrainingRun:
                 trainer.remove_old_checkpoints()
                 write_start(
                     self.config, self.out, {**self.facts(), "started": read_run_record(self.out).get("started")}
-                )  # what may change has changed
+                )  # options that may change have changed
             return
         if not self.checked:
             self._check_policy()
@@ -281,7 +281,7 @@ class TrainingRun:
             )
 
     def facts(self) -> RunRecord:
-        """What run.json holds: what the run was started with."""
+        """Return the content of run.json: the settings the run was started with."""
         manifest = self.data.rows.manifest
         return {
             "fingerprint": manifest.fingerprint,
@@ -304,7 +304,7 @@ class TrainingRun:
 
 
 def versions() -> dict[str, str]:
-    """What computes here."""
+    """Return the versions of Python, torch and transformers."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -313,10 +313,10 @@ def versions() -> dict[str, str]:
 
 
 def _saving_warnings(config: TrainConfig, *, merges: bool) -> list[str]:
-    """Return a line for each thing that saved files will lack.
+    """Return a line for each thing that the saved files will lack.
 
     Args:
-        merges: the run ends by merging its adapters, and rounds what comes of it.
+        merges: whether the run ends by merging its adapters, and rounds the merged weights.
     """
     lines = []
     if config.training.get("save_only_model") and config.save_steps:
@@ -332,7 +332,7 @@ def _saving_warnings(config: TrainConfig, *, merges: bool) -> list[str]:
 
 
 class _Steps(transformers.TrainerCallback):
-    """What happens before the first update, and beside the Trainer's own logs and evaluations."""
+    """A callback that begins the run, and requests logs and evaluations in addition to the Trainer's."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
@@ -344,7 +344,7 @@ class _Steps(transformers.TrainerCallback):
         control: transformers.TrainerControl,
         **kwargs: object,
     ) -> None:
-        self.run.begin()  # in training precision, on the model's device
+        self.run.begin()  # here the model is in training precision and on its device
 
     def on_step_end(
         self,
@@ -355,8 +355,8 @@ class _Steps(transformers.TrainerCallback):
     ) -> None:
         if self.run.data.held_out is not None and self.run.config.eval_steps is None:
             control.should_evaluate |= state.global_step % len(self.run.trainer.batches) == 0
-        # The last update is always on record; and a run that goes on from a checkpoint (an evaluation may make one) has
-        # nothing of what was added up for the next record before it.
+        # The last update is always logged. Every checkpoint (an evaluation may write one) is preceded by a log, because a
+        # resumed run does not have the sums accumulated before the checkpoint.
         last = state.global_step >= state.max_steps
         control.should_log |= control.should_save or control.should_evaluate or last
 
@@ -371,7 +371,7 @@ def make_trainer(
     precision: Precision,
     callbacks: list[transformers.TrainerCallback],
 ) -> KTOTrainer:
-    """The Trainer for a policy that is loaded."""
+    """Return the Trainer for a loaded policy."""
     with accepted_by_trainer(config):
         trainer = KTOTrainer(
             model=model,
@@ -391,7 +391,7 @@ def make_trainer(
 
 
 def _max_tokens(config: TrainConfig, model: Model, device: torch.device) -> int | Meter:
-    """Return the tokens of one pass, or what measures how many fit once the model is prepared."""
+    """Return the tokens of one pass, or a meter that measures how many fit once the model is prepared."""
     if sees_whole_passes(model):
         return 1
     if not isinstance(config.max_tokens, str):
@@ -401,7 +401,7 @@ def _max_tokens(config: TrainConfig, model: Model, device: torch.device) -> int 
 
 
 def check_vocabulary(model: Model, rows: CacheRows) -> None:
-    """A model with fewer embeddings than the tokenizer has ids would read past its table."""
+    """Check that the policy has an embedding for every token id in the cache."""
     size = whole_shape(model.get_input_embeddings().weight)[0]
     if rows.largest_id >= size:
         raise TrainingError(

@@ -1,4 +1,4 @@
-"""Options of `kto-sweep`, and the space that it searches."""
+"""Declare the options of `kto-sweep` and of the space that it searches."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,13 @@ from offline_kto.train.config import METRICS
 SEARCHES = ("grid", "random", "tpe")
 PRUNERS = ("none", "median")
 
-# Trials of a search that has no end of its own, and of any.
+# Default number of trials of an unlimited search, and the maximum of any search.
 USUAL_TRIALS, MOST_TRIALS = 20, 100_000
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What `kto-sweep` tries, and how."""
+    """The options of `kto-sweep`."""
 
     cache: Location = option(
         Path(""), "Reference cache made by kto-precompute: a folder, or its URL (s3://, gs://, hf://).", metavar="DIR"

@@ -1,11 +1,11 @@
-"""What a worker tells the sweep."""
+"""Define the messages that a worker sends to the sweep."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A trial was evaluated; the worker waits to hear whether to go on."""
+    """A trial was evaluated; the worker waits for the answer to continue or stop."""
 
     step: int
     value: float
@@ -13,13 +13,13 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Ended:
-    """A trial has ended; the worker waits to hear whether to keep its model.
+    """A trial has ended; the worker waits for the answer to keep or drop its model.
 
     Attributes:
         state: complete, pruned or failed.
         metrics: held-out values by name.
-        seconds: of the trial, and `train_seconds` of it for updates and evaluations.
-        reason: of a failure.
+        seconds: duration of the trial; `train_seconds` is the part for updates and evaluations.
+        reason: why the trial failed.
     """
 
     state: str
@@ -30,25 +30,25 @@ class Ended:
 
     @classmethod
     def refused(cls, reason: str) -> "Ended":
-        """A trial that did not come to an end of its own."""
+        """Build the message of a trial that failed."""
         return cls("failed", reason=reason)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The model is on the disk."""
+    """The model of a trial is on disk."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """No trial can go on: the cache is another one, or the disk is full."""
+    """No trial can continue: the cache has changed, or the disk is full."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Lost:
-    """The worker is gone."""
+    """The worker's process has ended."""
 
     reason: str
 

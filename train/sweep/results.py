@@ -1,4 +1,4 @@
-"""What a sweep has found: results.csv, sweep.json, best.yaml, the best model and the report."""
+"""Write the results of a sweep: results.csv, sweep.json, best.yaml, the best model and the report."""
 
 import csv
 import datetime
@@ -28,7 +28,7 @@ from offline_kto.train.sweep.study import Study, Trial, TrialRecord
 
 RESULTS, BEST, BEST_OPTIONS, STATE = "results.csv", "best", "best.yaml", "sweep.json"
 
-# First in results.csv, in this order; others follow.
+# First columns of results.csv, in this order; others follow.
 _METRICS = (
     "eval/loss",
     "eval/accuracy",
@@ -40,7 +40,7 @@ _METRICS = (
 
 
 class Results:
-    """The files of a sweep folder that say what was found; written anew after every trial.
+    """The result files of a sweep folder, rewritten after every trial.
 
     Args:
         out: the sweep folder.
@@ -52,10 +52,10 @@ class Results:
         self._facts: SweepRecord = {}
 
     def begin(self, manifest: Manifest, facts: TrainedWith) -> None:
-        """Put on record what the sweep was started with.
+        """Record the settings the sweep was started with.
 
         Args:
-            facts: of a worker; nothing where every trial has ended.
+            facts: reported by a worker; empty if every trial had already ended.
         """
         known = cast("SweepRecord", _read(self.out / STATE))
         trained_with: TrainedWith = facts or known
@@ -75,10 +75,8 @@ class Results:
         }
         self._write()
 
-    # -- one trial ----------------------------------------------------------------------------------
-
     def is_best(self, ended: Ended) -> bool:
-        """Whether a trial is better than all that ended before, here or on another machine."""
+        """Return whether a trial is better than all that ended before, here or on another machine."""
         value = self._value(ended)
         if ended.state != "complete" or value is None:
             return False
@@ -87,13 +85,13 @@ class Results:
         return all(value > one if self.study.maximize else value < one for one in known if one is not None)
 
     def keep(self, trial: Trial, ended: Ended) -> None:
-        """It is the best so far; its model is being written."""
+        """Register a trial as the best so far, whose model is being written."""
         self._keeping[trial.number] = ended
 
     def kept(self, trial: Trial) -> str:
-        """Its model is on the disk; those of worse trials go. Returns: a line about it."""
+        """Record a trial whose model is on disk, remove worse models, and return a line about the trial."""
         line = self.ended(trial, self._keeping.pop(trial.number))
-        best = self.study.best()  # another one may have become better meanwhile
+        best = self.study.best()  # another trial may have become the best meanwhile
         stay = {*self._keeping, *((best.number,) if best else ())}
         for folder in (self.out / "trials").glob("*/model"):
             if folder.parent.name.isdecimal() and int(folder.parent.name) not in stay:
@@ -101,15 +99,15 @@ class Results:
         return line
 
     def lost(self, trial: Trial, reason: str) -> str:
-        """Its worker is gone. Returns: a line about it."""
-        if trial.number in self._keeping:  # trained and judged: only its model is missing
+        """Record a trial whose worker ended, and return a line about it."""
+        if trial.number in self._keeping:  # trained and evaluated: only its model is missing
             del self._keeping[trial.number]
             if self.study.release(trial):
                 return f"trial {trial.number:<6}begins again: {reason} while it wrote its model"
         return self.ended(trial, Ended.refused(reason))
 
     def ended(self, trial: Trial, ended: Ended) -> str:
-        """A trial has ended, without a model to keep. Returns: a line about it."""
+        """Record a trial that ended without a model to keep, and return a line about it."""
         value, reason, state = self._value(ended), ended.reason, ended.state
         if state == "complete" and value is None:
             state, reason = "failed", f"{self.config.metric} is not finite"
@@ -124,7 +122,7 @@ class Results:
         self.study.tell(trial, state, value, result)
         self._write()
         said = f"failed: {reason}" if state == "failed" else f"{state}, " * (state != "complete") + self._shown(value)
-        took = f"  {ended.seconds:.1f} s" if ended.seconds else ""  # nobody knows of one that was lost
+        took = f"  {ended.seconds:.1f} s" if ended.seconds else ""  # unknown for a lost trial
         return f"trial {trial.number:<6}{said}  {_words(trial.params)}{took}"
 
     def _shown(self, value: float | None) -> str:
@@ -133,8 +131,6 @@ class Results:
     def _value(self, ended: Ended) -> float | None:
         value = ended.metrics.get(self.config.metric)
         return value if value is not None and math.isfinite(value) else None
-
-    # -- all of them --------------------------------------------------------------------------------
 
     def _write(self, *, importance: dict[str, float] | None = None) -> None:
         records = self.study.records()
@@ -151,7 +147,7 @@ class Results:
         write_json(self.out / STATE, state)
 
     def _csv(self, records: list[TrialRecord]) -> str:
-        """No times and no places: the same sweep gives the same rows, whatever interrupted it."""
+        """Return the text of results.csv, without times and paths, so that repeated sweeps give equal rows."""
         found = {name for record in records for name in record.result.get("metrics") or {}}
         names = [name for name in _METRICS if name in found] + sorted(found - set(_METRICS))
         text = io.StringIO()
@@ -175,12 +171,12 @@ class Results:
         return text.getvalue()
 
     def finish(self) -> None:
-        """Every trial has ended: name the best, and write the report.
+        """Publish the best trial and write the report, after every trial has ended.
 
         Raises:
             TrainingError: all trials failed.
         """
-        self._write(importance=self.study.importance())  # not after each trial: it takes a while
+        self._write(importance=self.study.importance())  # slow, so not after each trial
         best = self.study.best()
         if best is not None:
             self._publish(best)
@@ -209,7 +205,7 @@ class Results:
             flush(self.out)
         elif not self._is_of(out, best):
             folder, host = Path(str(best.result.get("folder"))), best.result.get("host")
-            # Of a sweeper that shares the storage: its model, while it works or after it was killed, or its best one.
+            # A trial of another sweeper on shared storage: its model is in the trial's folder, or already in best/.
             there = next(
                 (one for one in (folder / "model", folder.parent.parent / BEST) if self._is_of(one, best)), None
             )
@@ -226,7 +222,7 @@ class Results:
                 tell("best model  gone; best.yaml makes it again")
 
     def _is_of(self, folder: Path, best: TrialRecord) -> bool:
-        """Whether a folder holds the model of a trial of this sweep."""
+        """Return whether a folder contains the model of a trial of this sweep."""
         facts = _read(folder / RUN_RECORD)
         return facts.get("trial") == best.number and facts.get("fingerprint") == self._facts["fingerprint"]
 
@@ -261,14 +257,14 @@ def _words(params: dict[str, object]) -> str:
     )
 
 
-# A spreadsheet runs a cell that begins so; where ; parts cells, in the middle of ours too.
+# A spreadsheet executes a cell that begins so. If ; separates its cells, one of them can begin in the middle of ours.
 _FORMULA = re.compile(r"(^|;)(\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])")
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def _cell(value: object) -> object:
-    """A cell of results.csv: numbers as they are, text on one line that no spreadsheet takes for a formula."""
+    """Return a cell of results.csv: numbers unchanged, text on one line that no spreadsheet reads as a formula."""
     if not isinstance(value, str):
         return value
     text = printable(value)

@@ -1,4 +1,4 @@
-"""The space that a sweep searches, and the options of each trial."""
+"""Parse the space that a sweep searches, and build the options of each trial."""
 
 import math
 import sys
@@ -21,30 +21,30 @@ _SAME_FOR_ALL = {
     "eval_seed": _JUDGED,
     "max_length": f"{_JUDGED}, which it cuts",
 }
-# Of a range of whole numbers.
+# Limit of a range of whole numbers.
 _GREATEST = 10**9
-# Options that are part of the held-out loss itself.
+# Options that change the held-out loss itself.
 _CHANGES_LOSS = ("loss", "beta", "desirable_weight", "undesirable_weight", "humanline_low", "humanline_high")
 
 
 @dataclass(frozen=True)
 class Values:
-    """An option that takes one of some values."""
+    """An option with a list of values."""
 
     values: tuple[object, ...]
 
     def grid(self) -> tuple[object, ...]:
-        """All of them."""
+        """Return all values."""
         return self.values
 
 
 @dataclass(frozen=True)
 class Range:
-    """An option that takes any number between two, both included.
+    """An option with a range of numbers, both ends included.
 
     Attributes:
-        whole: whether it takes whole numbers only.
-        points: how many of them a grid takes.
+        whole: whether only whole numbers are allowed.
+        points: number of grid points.
     """
 
     low: float
@@ -58,7 +58,7 @@ class Range:
         return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
 
     def grid(self) -> tuple[object, ...]:
-        """`points` numbers at equal distances (equal ratios if `log`)."""
+        """Return `points` numbers at equal distances (equal ratios if `log`)."""
         assert self.points is not None
         share = [i / max(1, self.points - 1) for i in range(self.points)]
         if self.log:
@@ -71,20 +71,20 @@ class Range:
         return (self.low, *numbers[1:-1], self.high) if self.points > 1 else (self.low,)
 
 
-# kto-train's options by name; `TrainConfig` checks their kinds.
+# kto-train's options by name; `TrainConfig` checks their types.
 Options: TypeAlias = dict[str, Any]
 Space: TypeAlias = dict[str, Values | Range]
 
 
 @dataclass(frozen=True)
 class Trials:
-    """What the trials of a sweep are made from.
+    """The common options and the search space of a sweep's trials.
 
     Attributes:
         base: options that all trials share.
         space: options that they differ in.
-        count: how many there are.
-        choices: of each option, where all of them have so many and no more; None of a space without end.
+        count: number of trials.
+        choices: the values of each option; None if the space is infinite.
     """
 
     base: Options
@@ -94,7 +94,7 @@ class Trials:
 
     @classmethod
     def of(cls, config: SweepConfig) -> "Trials":
-        """Raises: ConfigError: a key, a value or a range that kto-train would refuse."""
+        """Build the trials of a sweep. Raises: ConfigError: a key, a value or a range that kto-train would reject."""
         base = _base(config)
         if not config.space:
             raise ConfigError("space: names no option to search over. For instance:  space: {beta: [0.05, 0.1, 0.3]}")
@@ -103,7 +103,7 @@ class Trials:
         if twice:
             raise ConfigError(f"{twice[0]!r} stands in space: and in train:; keep one of them.")
         if "seed" in space:
-            # All trials are judged on the same held-out rows.
+            # All trials are compared on the same held-out rows.
             base.setdefault("eval_seed", base.get("seed", TrainConfig.seed))
         for name, entry in space.items():
             _try_values(base, name, entry)
@@ -118,11 +118,11 @@ class Trials:
 
     @property
     def points(self) -> int | None:
-        """How many different trials there can be; None without end."""
+        """Number of distinct trials in the space; None if it is infinite."""
         return _count(self.choices)
 
     def warnings(self) -> list[str]:
-        """One line for each thing that makes trials hard to compare."""
+        """Return one line for each setting that makes trials hard to compare."""
         lines, metric = [], self.base["metric"]
         scale = {"eval/loss": _CHANGES_LOSS, "eval/rewards/margins": ("beta",)}.get(metric, ())
         changed = [name for name in self.space if name in scale]
@@ -142,11 +142,11 @@ class Trials:
         return lines
 
     def config(self, params: dict[str, object]) -> TrainConfig:
-        """A trial's options. Raises: ConfigError: values that do not go together."""
+        """Return a trial's options. Raises: ConfigError: values that cannot be combined."""
         return TrainConfig(**{**self.base, **params})
 
     def point(self, number: int) -> dict[str, object]:
-        """Parameters by their number, below `points`; the last option of the space changes fastest."""
+        """Return the parameters of a point, numbered below `points`; the last option of the space changes fastest."""
         assert self.choices is not None
         params: dict[str, object] = {}
         for name, values in reversed(self.choices.items()):
@@ -156,7 +156,7 @@ class Trials:
 
 
 def _choices(space: Space, search: str) -> dict[str, Sequence[object]] | None:
-    """The values of each option, where they can be counted."""
+    """Return the values of each option; None if the space is infinite."""
     choices: dict[str, Sequence[object]] = {}
     for name, entry in space.items():
         if isinstance(entry, Values) or search == "grid":
@@ -173,7 +173,7 @@ def _count(choices: dict[str, Sequence[object]] | None) -> int | None:
 
 
 def _names(space: dict[str, object]) -> dict[str, object]:
-    """The space with names as `TrainConfig` has them."""
+    """Return the space with names as in `TrainConfig`."""
     names = {shown(key).replace("-", "_"): entry for key, entry in space.items()}
     for name in names:
         if name in _SAME_FOR_ALL:
@@ -210,7 +210,7 @@ def _parse(name: str, entry: object, search: str) -> Values | Range:
         )
     kinds = value_types(TrainConfig).get(name)
     if kinds is None:
-        checked_values(TrainConfig, {name: None}, "space")  # names the nearest
+        checked_values(TrainConfig, {name: None}, "space")  # reports the closest name
     if kinds is None or not {int, float} & set(kinds):
         raise ConfigError(f"{where}: takes no numbers, so it has no range; give a list of values.")
     unknown = sorted(set(map(str, entry)) - {"low", "high", "log", "points"})
@@ -247,7 +247,7 @@ def _end(where: str, name: str, value: object, *, whole: bool) -> float:
 
 
 def _try_values(base: Options, name: str, entry: Values | Range) -> None:
-    """Each value by itself, beside what all trials share."""
+    """Check each value on its own, combined with the options that all trials share."""
     for value in entry.ends() if isinstance(entry, Range) else entry.values:
         try:
             TrainConfig(**{**base, name: value})
@@ -258,7 +258,7 @@ def _try_values(base: Options, name: str, entry: Values | Range) -> None:
 
 
 def _refused(base: Options) -> str | None:
-    """What is wrong with the options that all trials share, whatever they differ in."""
+    """Return the error of the options that all trials share; None if they are valid."""
     try:
         TrainConfig(**base)
     except ConfigError as error:

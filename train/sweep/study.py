@@ -1,8 +1,8 @@
-"""The trials of a sweep, in Optuna's storage: the only file that knows optuna.
+"""Store and draw the trials of a sweep with Optuna; the only module that imports optuna.
 
-A trial's number decides what it tries, so a sweep that was killed goes on with what it would have tried. Several
-machines may share one storage: whoever asks gets the next trial, and takes over those of a sweeper that is gone: at once
-where it ran on this machine, else when its sign of life has not changed for a while.
+A trial's number determines its parameters, so a killed sweep resumes with the same ones. Several machines may share one
+storage. Each sweeper claims the next trial, and takes over the trials of a dead sweeper: at once if that one ran on
+this machine, else when its heartbeat has not changed for a while.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from offline_kto.train.run_records import TrialResult
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.space import Range, Trials
 
-# optuna has no types that are checked here: its study, a trial that runs, one as the storage holds it, and its tools.
+# Types of optuna are not checked here: the module, a study, a running trial, and a stored trial.
 _Optuna: TypeAlias = Any
 _Study: TypeAlias = _Optuna
 _Handle: TypeAlias = _Optuna
@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 STUDY = "kto-sweep"
 BEAT_SECONDS = 5.0
 
-# A sweeper whose sign of life has not changed for so long is gone.
+# A sweeper whose heartbeat has not changed for this long is considered dead.
 GONE_SECONDS = 30.0
 
 _OWNER, _ALIVE, _RESULT = "owner", "alive", "result"
@@ -42,7 +42,7 @@ _NOBODY = ""
 
 
 def check_installed() -> None:
-    """Raises: ConfigError: optuna is missing."""
+    """Check that optuna is installed. Raises: ConfigError: it is missing."""
     try:
         import optuna  # noqa: F401
     except ImportError as error:
@@ -50,10 +50,10 @@ def check_installed() -> None:
 
 
 def check_storage(url: str) -> None:
-    """Refuse a database's URL that would be read otherwise than it is meant, with a part of its password as the host.
+    """Check that a database URL is not misread, with a part of its password taken as the host.
 
     Raises:
-        ConfigError: it is no URL, or its password has characters that must be encoded.
+        ConfigError: it is not a URL, or its password has characters that must be encoded.
     """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
@@ -70,12 +70,12 @@ def check_storage(url: str) -> None:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A trial as the study knows it.
+    """A trial as stored in the study.
 
     Attributes:
         state: complete, failed, pruned or running.
-        value: of the metric; None if there is none.
-        result: what was told with it; empty of a trial that runs.
+        value: the metric's value, or None.
+        result: the reported result; empty while the trial runs.
     """
 
     number: int
@@ -86,16 +86,16 @@ class TrialRecord:
 
 
 class Study:
-    """What was tried, what comes next, and who does it.
+    """The stored trials of a sweep, shared by all of its sweepers.
 
     Args:
-        config: of the sweep.
-        trials: what they are made from.
-        url: of the storage.
-        identity: of the cache and the sweep; a study that was begun with another one is refused.
+        config: options of the sweep.
+        trials: the trials to run.
+        url: URL of the storage.
+        identity: identifies the cache and the sweep; a study with another identity is an error.
 
     Raises:
-        ConfigError: the storage cannot be opened, or holds another sweep.
+        ConfigError: the storage cannot be opened, or contains another sweep.
     """
 
     def __init__(self, config: SweepConfig, trials: Trials, url: str, identity: dict[str, object]) -> None:
@@ -107,13 +107,13 @@ class Study:
         self.maximize = config.metric != "eval/loss"
         self._me = f"{process_place()}/{os.getpid()}/{secrets.token_hex(4)}"
         self._url, self._identity = url, identity
-        self._signs: dict[str, tuple[object, float]] = {}  # of each sweeper: the last one, and when it was seen first
+        self._signs: dict[str, tuple[object, float]] = {}  # per sweeper: the last heartbeat, and when it was first seen
         self._beaten = -BEAT_SECONDS
         self._beats = 0
         with _of_storage(url):
             self._storage = self._patiently(lambda: optuna.storages.get_storage(url))
             names = [summary.study_name for summary in optuna.get_all_study_summaries(self._storage, False)]
-            self._study: _Study = None  # nobody has begun
+            self._study: _Study = None  # not created yet
             if STUDY in names:
                 self._join()
             every: list[_Frozen] = [] if self._study is None else self._study.get_trials(deepcopy=False)
@@ -125,10 +125,10 @@ class Study:
             )
 
     def begin(self) -> None:
-        """Put the sweep on record, unless it is. Until then another one may take its place.
+        """Create the study, unless it exists. Until then another sweep may take its place.
 
         Raises:
-            ConfigError: another sweep has begun there meanwhile.
+            ConfigError: another sweep has begun there in the meantime.
         """
         if self._study is None:
             with _of_storage(self._url):
@@ -136,7 +136,7 @@ class Study:
         self.beat()
 
     def _join(self) -> None:
-        """Begin the study, or take part in it."""
+        """Create the study, or join an existing one."""
         self._study = self._patiently(
             lambda: self._optuna.create_study(
                 study_name=STUDY,
@@ -154,17 +154,17 @@ class Study:
             try:
                 return open_it()
             except Exception as error:
-                # Two machines that make the tables at once get in each other's way.
+                # Two machines that create the tables at the same time conflict.
                 tries -= 1
                 if not tries or isinstance(error, ValueError | TypeError):
-                    # A URL of another kind, or with an entry that the driver does not take; tables of another optuna.
+                    # A URL of another kind, a parameter that the driver rejects, or tables of another optuna version.
                     if isinstance(error, ValueError | TypeError | RuntimeError):
                         raise ConfigError(f"--storage {hidden_url(self._url)}: {_said(self._url, error)}") from error
                     raise
                 time.sleep(random.uniform(0.1, 0.5))
 
     def _check(self) -> None:
-        identity = json.loads(json.dumps(self._identity, default=str))  # as the storage gives it back
+        identity = json.loads(json.dumps(self._identity, default=str))  # as the storage returns it
         begun = without_secrets(dict(self._study.user_attrs.get("identity") or {}))
         if not begun:
             self._study.set_user_attr("identity", identity)
@@ -180,10 +180,8 @@ class Study:
         pruners = self._optuna.pruners
         return pruners.MedianPruner() if self._config.pruning == "median" else pruners.NopPruner()
 
-    # -- who is there -------------------------------------------------------------------------------
-
     def beat(self) -> None:
-        """Give a sign of life, if the last one is a while ago."""
+        """Write a heartbeat, if the last one is older than `BEAT_SECONDS`."""
         if time.monotonic() - self._beaten >= BEAT_SECONDS:
             self._beaten, self._beats = time.monotonic(), self._beats + 1
             with _of_storage(self._url):
@@ -194,13 +192,13 @@ class Study:
             return False
         if owner == _NOBODY:
             return True
-        if owner is None:  # somebody has just made this trial, or was killed while doing so
+        if owner is None:  # a sweeper has just created this trial, or was killed while doing so
             sweepers = [name.partition(":")[2] for name in self._study.user_attrs if name.startswith(f"{_ALIVE}:")]
             return all(self._is_gone(one) for one in sweepers if one != self._me)
         place, _, rest = owner.partition("/")
         if place == process_place() and not _runs(int(rest.split("/")[0])):
             return True
-        # Only changes count: the clocks of two machines may differ.
+        # Compared by change, not by time: the clocks of two machines may differ.
         sign = self._study.user_attrs.get(f"{_ALIVE}:{owner}")
         known, since = self._signs.get(owner, (None, 0.0))
         if sign != known:
@@ -208,10 +206,8 @@ class Study:
             self._signs[owner] = sign, since
         return time.monotonic() - since > GONE_SECONDS
 
-    # -- trials -------------------------------------------------------------------------------------
-
     def next(self) -> "Trial | None":
-        """A trial to run, or None if there is none at the moment (see `is_done`)."""
+        """Return a trial to run, or None if there is none at the moment (see `is_done`)."""
         with _of_storage(self._url):
             return self._next()
 
@@ -224,13 +220,13 @@ class Study:
         if len(self._frozen()) >= self._trials.count:
             return None
         trial = self._study.ask()
-        if trial.number >= self._trials.count:  # another machine was faster; a longer sweep will take it up
+        if trial.number >= self._trials.count:  # another machine was faster; a longer sweep will run this trial
             return None
         trial.set_user_attr(_OWNER, self._me)
         return self._opened(trial)
 
     def _claim(self, trial: _Handle) -> bool:
-        """Two machines may find the same trial without an owner: the last one to write its name has it."""
+        """Claim a trial and return whether that succeeded; among several claimants, the last one to write wins."""
         trial.set_user_attr(_OWNER, self._me)
         if self._config.storage is not None:
             time.sleep(1.0)
@@ -238,16 +234,19 @@ class Study:
         return owner == self._me
 
     def _opened(self, trial: _Handle) -> "Trial":
-        """Its parameters: those of before, or drawn now, by its number and, for tpe, what is known so far."""
+        """Return the trial with its stored parameters, and draw those that are missing.
+
+        They depend on the trial's number and, for tpe, on the results so far.
+        """
         frozen = self._study.get_trials(deepcopy=False)[trial.number]
-        # Some may have been put on record before their sweeper was killed.
+        # Some may have been stored before their sweeper was killed.
         params = {**self._drawn(frozen), **frozen.params}
         samplers = self._optuna.samplers
         self._study.sampler = samplers.PartialFixedSampler(params, samplers.RandomSampler(0))
         return Trial(trial, {name: self._suggest(trial, name) for name in self._trials.space})
 
     def _drawn(self, frozen: _Frozen) -> dict[str, object]:
-        """What the search draws for a trial; nothing twice, in a space that can be counted."""
+        """Draw the parameters of a trial; in a finite space no combination is drawn twice."""
         if self._config.search == "grid":
             return self._trials.point(frozen.number)
         params = {
@@ -267,7 +266,7 @@ class Study:
         return next((point for point in others if tuple(point.values()) not in tried), params)
 
     def _seed(self, number: int, position: int) -> int:
-        """Of a trial's option. A sampler for each of them: what one draws must not depend on the others."""
+        """Return the seed of a trial's option: each has its own sampler, so that draws do not depend on each other."""
         return ((self._config.seed * 1009 + number) * 1_000_003 + position) % 2**32
 
     def _sampler(self, number: int, position: int) -> _Optuna:
@@ -285,7 +284,7 @@ class Study:
         return distributions.FloatDistribution(entry.low, entry.high, log=entry.log)
 
     def _suggest(self, trial: _Handle, name: str) -> object:
-        """Put on record what was drawn."""
+        """Record the drawn value of an option."""
         found = self._distribution(name)
         if hasattr(found, "choices"):
             return trial.suggest_categorical(name, found.choices)
@@ -293,21 +292,22 @@ class Study:
         return suggest(name, found.low, found.high, log=found.log)
 
     def falls_behind(self, trial: "Trial", step: int, value: float) -> bool:
-        """Note an evaluation. Returns: whether the trial should stop."""
+        """Record an evaluation and return whether the trial should stop."""
         trial.evaluations[step] = value
         if self._config.pruning == "none":
             return False
-        # Told to the storage at the end: what a trial found before it was interrupted must not decide about it.
+        # Stored only at the end: values from before an interruption must not cause pruning.
         with _of_storage(self._url):
             frozen = copy.deepcopy(self._study.get_trials(deepcopy=False)[trial.number])
             frozen.intermediate_values = dict(trial.evaluations)
             return bool(self._study.pruner.prune(self._study, frozen))
 
     def tell(self, trial: "Trial", state: str, value: float | None, result: TrialResult) -> None:
-        """A trial has ended: complete, pruned or failed."""
+        """Record the end of a trial: complete, pruned or failed."""
         states = self._optuna.trial.TrialState
         found = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state]
-        taken_over = (ValueError, self._optuna.exceptions.UpdateFinishedTrialError)  # and it has ended there
+        # Another sweeper took the trial over and has ended it.
+        taken_over = (ValueError, self._optuna.exceptions.UpdateFinishedTrialError)
         with _of_storage(self._url), contextlib.suppress(*taken_over), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "This step is already reported"
             for step, one in trial.evaluations.items():
@@ -316,7 +316,7 @@ class Study:
             self._study.tell(trial.handle, value if state == "complete" else None, state=found)
 
     def release(self, trial: "Trial") -> bool:
-        """Let a trial be run once more. Returns: False if it was released before."""
+        """Release a trial to be run once more, and return False if it was released before."""
         with _of_storage(self._url):
             if trial.handle.user_attrs.get("released"):
                 return False
@@ -325,7 +325,7 @@ class Study:
         return True
 
     def records(self) -> list[TrialRecord]:
-        """All trials, by number."""
+        """Return all trials, by number."""
         names = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
         return [
             TrialRecord(
@@ -339,18 +339,18 @@ class Study:
         ]
 
     def is_done(self) -> bool:
-        """Whether every trial has ended."""
+        """Return whether every trial has ended."""
         records = self.records()
         return len(records) >= self._trials.count and all(record.state != "running" for record in records)
 
     def best(self) -> TrialRecord | None:
-        """The trial with the best value; the first of equals."""
+        """Return the trial with the best value; the first one among equals."""
         complete = [record for record in self.records() if record.state == "complete" and record.value is not None]
         sign = -1 if self.maximize else 1
         return min(complete, key=lambda record: sign * (record.value or 0.0), default=None)
 
     def importance(self) -> dict[str, float] | None:
-        """Share of the metric's variation that each option explains; None where that cannot be told."""
+        """Return the share of the metric's variation that each option explains; None if it cannot be estimated."""
         importance = self._optuna.importance
         try:
             with warnings.catch_warnings():
@@ -380,13 +380,13 @@ class Trial:
 
     @property
     def number(self) -> int:
-        """From 0; the same whatever was interrupted."""
+        """Number from 0, which interruptions do not change."""
         return int(self.handle.number)
 
 
 @contextlib.contextmanager
 def _of_storage(url: str) -> Iterator[None]:
-    """What a database says becomes a message. Raises: ConfigError: it cannot be used."""
+    """Convert a database's errors into one message. Raises: ConfigError: it cannot be used."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -407,12 +407,12 @@ def _of_storage(url: str) -> Iterator[None]:
 
 
 def _said(url: str, error: BaseException) -> str:
-    """What a driver says; it may quote a part of the URL."""
+    """Return a driver's error message without the secrets of the URL, which it may quote."""
     return hidden(in_one_line(error), secrets_of(url))
 
 
 def process_place() -> str:
-    """Return where a process number means something: this machine, or this container on it."""
+    """Return where a process id is unique: this machine, or a container on it."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()}:{os.stat('/proc/self/ns/pid').st_ino}"
     return socket.gethostname()

@@ -1,9 +1,9 @@
-"""Many runs from one cache: `kto-sweep` hands trials to workers, and keeps what they find.
+"""Run many trials from one cache: `kto-sweep` distributes trials to workers and collects their results.
 
 sweeps/NAME/sweep.yaml     resolved options
 sweeps/NAME/study.db       Optuna's study, unless --storage names another database
 sweeps/NAME/trials/0000/   a trial: config.yaml, metrics.jsonl, evaluation.json, rewards.parquet, log.txt
-sweeps/NAME/sweep.json     what was tried and found, for the report
+sweeps/NAME/sweep.json     all trials and their results, for the report
 sweeps/NAME/results.csv    one row for each trial
 sweeps/NAME/best.yaml      options of the best trial, as `kto-train --config` takes them
 sweeps/NAME/best/          its run: model, tokenizer, metrics
@@ -72,13 +72,13 @@ def sweep(config: SweepConfig) -> Path:
             _check_folder(out)
             _sweep(config, trials, out)
     finally:
-        with contextlib.suppress(OSError):  # something was written there
+        with contextlib.suppress(OSError):  # the folder is not empty
             out.rmdir()
     return out
 
 
 def _check_folder(out: Path) -> None:
-    """A sweep begins in an empty folder, and goes on in its own."""
+    """Check that the sweep folder is empty or contains a sweep."""
     begun = (LOCK, f".{SWEEP}.")
     found = sorted(path.name for path in out.iterdir() if not path.name.startswith(begun))
     if found and not (out / SWEEP).exists():
@@ -101,18 +101,18 @@ def _manifest(cache: Location) -> Manifest:
 
 
 def _rows(manifest: Manifest, trials: Trials) -> dict[str, RowsIdentity]:
-    """What all trials read, as `TrainingData.identity` says it."""
+    """Return the identity of the rows that all trials read, as `TrainingData.identity` does."""
     held_out = trials.base.get("eval_cache")
     manifests = {"cache": manifest, "held-out cache": manifest if held_out is None else _manifest(held_out)}
     return {name: one.rows_identity for name, one in manifests.items()}
 
 
 def _identity(config: SweepConfig, rows: dict[str, RowsIdentity]) -> dict[str, object]:
-    """What all trials of one study have in common; more trials may be added to it, by any number of workers."""
+    """Return the settings that all trials of one study share; the numbers of trials and workers may change."""
     return {
         **rows,
         **{name: getattr(config, name) for name in ("search", "metric", "pruning", "seed", "space")},
-        "train": without_secrets(config.train),  # others may read the database
+        "train": without_secrets(config.train),  # other users may read the database
     }
 
 
@@ -122,7 +122,7 @@ def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
     if not (out / SWEEP).exists():
         _write_config(config, out)
     with Workers(_worker_count(config, trials), trials, rows) as workers:
-        # They import their libraries and verify the cache while the study is opened here.
+        # Workers import their libraries and verify the cache while the study is opened here.
         workers.ask(trials)
         url = config.storage or f"sqlite:///{_database(out)}"
         study = Study(config, trials, url, _identity(config, rows))
@@ -140,7 +140,11 @@ def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
 
 
 def _database(out: Path) -> Path:
-    """The study's file in the sweep folder. Raises: ConfigError: a link, which would be written through, or no file."""
+    """Return the study's file in the sweep folder.
+
+    Raises:
+        ConfigError: it is a link, which would be written through, or not a file.
+    """
     path = out / DATABASE
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ConfigError(
@@ -156,7 +160,7 @@ def _worker_count(config: SweepConfig, trials: Trials) -> int:
 def _run(
     study: Study, trials: Trials, workers: Workers, results: Results, out: Path, say: Callable[[str], None]
 ) -> None:
-    """Until every trial has ended, here or on another machine."""
+    """Run trials until every one has ended, here or on another machine."""
     running: dict[Worker, Trial] = {}
     while True:
         study.beat()
@@ -166,16 +170,16 @@ def _run(
                 break
             folder = out / "trials" / f"{trial.number:04d}"
             try:
-                # A trial that is interrupted begins again.
+                # An interrupted trial starts again.
                 worker.start(trial.number, dataclasses.replace(trials.config(trial.params), save_steps=0), folder)
-            except ConfigError as error:  # values that do not go together
+            except ConfigError as error:  # values that cannot be combined
                 say(results.ended(trial, Ended.refused(str(error))))
                 continue
             running[worker] = trial
         if not running:
             if study.is_done():
                 return
-            time.sleep(1.0)  # another machine still works
+            time.sleep(1.0)  # another machine is still working
             continue
         for worker, message in workers.wait(BEAT_SECONDS):
             if worker not in running:
@@ -204,7 +208,7 @@ def _run(
 
 @contextlib.contextmanager
 def _bar(done: int, total: int) -> Iterator[Callable[[str], None]]:
-    """Yields: prints a line about a trial that has ended, above a bar where there is a terminal."""
+    """Yield a function that prints a line about an ended trial, above a progress bar if there is a terminal."""
     if not is_terminal(sys.stderr) or is_silent():
         yield tell
         return

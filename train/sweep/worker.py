@@ -1,10 +1,10 @@
-"""One worker of a sweep: a process that loads the policy once and runs one trial after another.
+"""Run the trials of one worker of a sweep: a process that loads the policy once and runs one trial after another.
 
-What it is told over a pipe, and what it answers:
+Requests over the pipe, and the answers:
 
     ("check", trials)                    ("ready", facts) or ("refused", message)
-    ("trial", number, config, folder)    `Evaluated`, and waits for "go on" or "stop"; `Ended`, and waits for "keep" or
-                                         "drop"; `Kept`, once the model is on the disk
+    ("trial", number, config, folder)    `Evaluated`, then waits for "go on" or "stop"; `Ended`, then waits for "keep"
+                                         or "drop"; `Kept`, once the model is on disk
 """
 
 import contextlib
@@ -46,14 +46,14 @@ MODEL = "model"
 
 
 def work(pipe: Connection, rows: dict[str, RowsIdentity], threads: int | None) -> None:
-    """Run what the pipe asks for, until it is closed.
+    """Execute the requests of the pipe until it is closed.
 
     Args:
-        rows: what `TrainingData.identity` must be.
-        threads: of a CPU; None leaves torch's own number.
+        rows: the expected `TrainingData.identity`.
+        threads: number of CPU threads; None for torch's default.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the sweep ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the sweep ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -70,7 +70,7 @@ def work(pipe: Connection, rows: dict[str, RowsIdentity], threads: int | None) -
 
 
 def _end_with_parent() -> None:
-    """A sweep that is killed takes its workers along: the next one starts its own."""
+    """End this process when the sweep is killed: the next sweep starts its own workers."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -78,7 +78,7 @@ def _end_with_parent() -> None:
 
 
 class Worker:
-    """Runs trials one after another, and keeps what they have in common.
+    """The worker's side of the pipe, with the inputs that its trials share.
 
     Args:
         pipe: to the sweep.
@@ -91,7 +91,7 @@ class Worker:
         self.loads = -1
 
     def check(self, trials: Trials) -> tuple[str, TrainedWith | str]:
-        """Whether cache, policy and options can be used at all, before the first trial."""
+        """Return whether cache, policy and options can be used, before the first trial."""
         config = trials.config({"loss": trials.base.get("loss", TrainConfig.loss)})
         try:
             data = self.materials.data(config)
@@ -113,7 +113,7 @@ class Worker:
         }
 
     def _losses_refused(self, trials: Trials) -> list[str]:
-        """Losses of the space that the cache cannot serve: their trials will fail."""
+        """Return a line for each loss of the space that the cache does not support, so that its trials will fail."""
         lines, entry = [], trials.space.get("loss")
         for loss in entry.values if isinstance(entry, Values) else ():
             try:
@@ -123,18 +123,18 @@ class Worker:
         return lines
 
     def run(self, number: int, config: TrainConfig, folder: Path) -> None:
-        """A trial from its first line to its last."""
+        """Run a trial from start to end."""
         try:
             with written_to(folder, WriteError, ""):
                 self._run(number, config, folder)
-        except WriteError as error:  # no other trial would fare better
+        except WriteError as error:  # every other trial would fail too
             reason = in_one_line(error.__cause__ or error).rstrip(".")
             self.pipe.send(Stop(f"{folder}: cannot be written: {reason}. Make room; the same command goes on."))
         except KTOError as error:  # the best model cannot be kept
             self.pipe.send(Stop(str(error)))
 
     def _run(self, number: int, config: TrainConfig, folder: Path) -> None:
-        remove_tree(folder)  # what a killed sweep left
+        remove_tree(folder)  # left by a killed sweep
         folder.mkdir(parents=True)
         started = time.monotonic()
         with log_into(folder / LOG):
@@ -142,7 +142,7 @@ class Worker:
             try:
                 name = f"{folder.parent.parent.resolve().name}, trial {folder.name}"
                 run = TrainingRun.set_up(config, folder, self.materials, name)
-                if run.data.identity() != self.rows:  # this worker took another one's place
+                if run.data.identity() != self.rows:  # possible for a worker that replaced another one
                     self.materials.take_back()
                     self.pipe.send(Stop(_other_rows(config)))
                     return
@@ -164,14 +164,14 @@ class Worker:
             self.materials.take_back()
             _end_reports()
             del run
-        for checkpoint in folder.glob("checkpoint-*"):  # early stopping's
+        for checkpoint in folder.glob("checkpoint-*"):  # written for early stopping
             remove_tree(checkpoint)
         self._tidy()
 
     def _tidy(self) -> None:
-        """Optimizer and gradients go, before the next trial makes its own."""
+        """Free optimizer and gradients before the next trial allocates its own."""
         if self.loads != self.materials.loads:
-            # Libraries and the policy stay: looking through them takes longer than a short trial.
+            # Libraries and the policy are frozen: collecting them takes longer than a short trial.
             gc.unfreeze()
             gc.collect()
             gc.freeze()
@@ -181,7 +181,7 @@ class Worker:
             torch.cuda.empty_cache()
 
     def _train(self, run: TrainingRun) -> Ended:
-        # The same weights in memory, the same rows: compared once.
+        # With the same weights in memory and the same rows, policy and cache are compared once.
         key = (run.config.model, run.config.dtype, run.config.max_length, run.config.lora_rank > 0)
         run.checked = key in self.checked
         watcher = _Evaluations(self.pipe, run.config.metric)
@@ -198,7 +198,7 @@ class Worker:
         )
 
     def _keep(self, run: TrainingRun, folder: Path) -> None:
-        """The best model so far, as a run folder of its own; its name comes when the sweep is over."""
+        """Save the best model so far as a run folder; it is renamed when the sweep ends."""
         out = folder / MODEL
         out.mkdir()
         for name in (METRICS, CONFIG, EVALUATION, REWARDS):
@@ -216,7 +216,7 @@ def _other_rows(config: TrainConfig) -> str:
 
 
 def _end_reports() -> None:
-    """Each trial is a run of its own where it is reported to; these two wait for the process to end."""
+    """Close the trial's run in external loggers; these two would wait for the process to end."""
     for name, end in (("wandb", "finish"), ("mlflow", "end_run")):
         if name in sys.modules:
             try:
@@ -231,7 +231,7 @@ def _tell_traceback() -> None:
 
 
 class _Evaluations(transformers.TrainerCallback):
-    """Tells the sweep what each evaluation found, and stops the trial where it falls behind."""
+    """A callback that reports each evaluation to the sweep, and stops the trial if it falls behind."""
 
     def __init__(self, pipe: Connection, metric: str) -> None:
         self.pipe, self.name, self.stopped = pipe, metric.replace("/", "_", 1), False
@@ -254,13 +254,13 @@ class _Evaluations(transformers.TrainerCallback):
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            with contextlib.suppress(OSError):  # a full disk: the trial says more of it than its log
+            with contextlib.suppress(OSError):  # a full disk: the trial reports it in more detail
                 stream.flush()
 
 
 @contextlib.contextmanager
 def log_into(path: Path) -> Iterator[None]:
-    """Append what a run prints in the block to a file, including what libraries write past Python."""
+    """Append the output of the block to a file, including output that libraries write bypassing Python."""
     _flush()
     kept = os.dup(1), os.dup(2)
     with path.open("a", encoding="utf-8") as file:

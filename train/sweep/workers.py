@@ -1,4 +1,4 @@
-"""The worker processes of a sweep, seen from the sweep."""
+"""Start, address and replace the worker processes of a sweep."""
 
 import contextlib
 import multiprocessing
@@ -25,16 +25,16 @@ from offline_kto.train.sweep.space import Trials
 
 START: Final = "spawn"  # threads and CUDA do not survive a fork
 
-# Given to a worker for its own end.
+# Time for a worker to end by itself.
 _LAST_SECONDS = 10.0
 
-# Where a system with GPUs for torch shows them: NVIDIA, the same under Windows' Linux, AMD.
+# Device files of GPUs that torch can use: NVIDIA, NVIDIA under WSL, AMD.
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """Start processes that do not import the program which called this one: a script without a guard would run again."""
+    """Start processes without importing the calling program: a script without a main guard would run again."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -44,7 +44,7 @@ def _without_main() -> Iterator[None]:
 
 
 class Worker:
-    """One process, and the pipe to it."""
+    """One worker process and the pipe to it."""
 
     def __init__(
         self, context: SpawnContext, rows: dict[str, RowsIdentity], device: str | None, threads: int | None
@@ -52,18 +52,18 @@ class Worker:
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_process, args=(theirs, rows, device, threads), daemon=True)
-        # Ctrl-C reaches all processes; the sweep ends its workers, which would say what they were importing.
-        resource_tracker.ensure_running()  # else the first start would, and unblock the signal
+        # Ctrl-C reaches all processes. The sweep ends its workers; a starting one would print an import's traceback.
+        resource_tracker.ensure_running()  # otherwise the first start would run it, and unblock the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             with _without_main():
                 self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()  # or the end of the process would not close the pipe
+        theirs.close()  # otherwise the end of the process would not close the pipe
 
     def start(self, number: int, config: TrainConfig, folder: Path) -> None:
-        """Send a trial. If the worker is gone, `Workers.wait` says so."""
+        """Send a trial. If the worker has ended, `Workers.wait` reports it."""
         self._send(("trial", number, config, folder))
 
     def check(self, trials: Trials) -> None:
@@ -71,7 +71,7 @@ class Worker:
         self._send(("check", trials))
 
     def answer(self, word: str) -> None:
-        """Answer a message that waits for it."""
+        """Answer a message that waits for an answer."""
         self._send(word)
 
     def _send(self, what: object) -> None:
@@ -79,7 +79,7 @@ class Worker:
             self.pipe.send(what)
 
     def end(self, *, at_once: bool) -> None:
-        """End the process: at once, or when it sees that nothing more will come."""
+        """End the process: at once, or when it reads the end of the pipe."""
         if at_once:
             self.process.terminate()
         self.pipe.close()
@@ -89,7 +89,7 @@ class Worker:
 
 
 def _process(pipe: Connection, rows: dict[str, RowsIdentity], device: str | None, threads: int | None) -> None:
-    """A worker's process. What decides how libraries behave is set before they are imported."""
+    """Run a worker's process; settings of the libraries are made before they are imported."""
     encode_all()
     keep_freed_memory()
     quiet_libraries()
@@ -102,12 +102,12 @@ def _process(pipe: Connection, rows: dict[str, RowsIdentity], device: str | None
 
 
 class Workers:
-    """So many processes. One that is lost is replaced.
+    """A fixed number of worker processes; one that is lost is replaced.
 
     Args:
-        count: of processes.
-        trials: of the sweep.
-        rows: what they must read, as `offline_kto.train.data.training_data.TrainingData.identity` says it.
+        count: number of processes.
+        trials: trials of the sweep.
+        rows: the rows to train on, as from `offline_kto.train.data.training_data.TrainingData.identity`.
     """
 
     def __init__(self, count: int, trials: Trials, rows: dict[str, RowsIdentity]) -> None:
@@ -122,7 +122,7 @@ class Workers:
 
     @staticmethod
     def gpus(trials: Trials) -> list[str | None]:
-        """The GPUs that trials may use, as CUDA_VISIBLE_DEVICES names them."""
+        """Return the GPUs that trials may use, as in CUDA_VISIBLE_DEVICES."""
         if trials.base.get("device") == "cpu":
             return []
         if not any(map(os.path.exists, _GPU_DRIVERS)):
@@ -142,21 +142,21 @@ class Workers:
 
     def __exit__(self, *error: object) -> None:
         for worker in self._workers:
-            worker.end(at_once=error[0] is not None or self._asked)  # nobody listens any more
+            worker.end(at_once=error[0] is not None or self._asked)  # no answer is read any more
 
     def __len__(self) -> int:
         return self._count
 
     def ask(self, trials: Trials) -> None:
-        """Let the first worker look at cache, policy and options."""
+        """Ask the first worker to check cache, policy and options."""
         self._asked = True
         self._workers[0].check(trials)
 
     def told(self) -> TrainedWith:
-        """What it says of them.
+        """Return the first worker's answer.
 
         Raises:
-            TrainingError: they cannot be used, or no worker comes up.
+            TrainingError: the inputs cannot be used, or no worker starts.
         """
         worker, self._asked = self._workers[0], False
         try:
@@ -170,12 +170,12 @@ class Workers:
         return self.facts
 
     def idle(self, running: Iterable[Worker]) -> list[Worker]:
-        """Workers without a trial."""
+        """Return the workers without a trial."""
         busy = set(running)
         return [worker for worker in self._workers if worker not in busy]
 
     def wait(self, seconds: float) -> Iterator[tuple[Worker, Message]]:
-        """Messages that have come, or come within so many seconds."""
+        """Yield the messages that have arrived, or arrive within a number of seconds."""
         of_pipe = {worker.pipe: worker for worker in self._workers}
         for pipe in wait(list(of_pipe), timeout=seconds):
             worker = of_pipe[pipe]  # type: ignore[index]

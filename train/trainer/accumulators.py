@@ -1,4 +1,4 @@
-"""What is added up between two logs: on the device, brought to the host once."""
+"""Accumulate metrics and log-ratios on the device between two logs, and copy them to the host once."""
 
 import json
 import time
@@ -22,12 +22,12 @@ _ROWS = "row_logratios.safetensors"
 
 
 class ReferencePoint(NamedTuple):
-    """What a loss measures the rows of one batch from.
+    """The point that a loss measures the rows of one batch from.
 
     Attributes:
         point: nats, scalar, the same on all ranks.
-        metrics: scalars to be shown, the same on all ranks.
-        tokens: of this rank's passes for it.
+        metrics: scalars to log, the same on all ranks.
+        tokens: tokens of this rank's passes that computed it.
     """
 
     point: Tensor
@@ -37,7 +37,7 @@ class ReferencePoint(NamedTuple):
 
 @dataclass
 class Window:
-    """What was added up since the last log."""
+    """Sums of the updates since the last log."""
 
     sums: Tensor | None = None
     shared: dict[str, Tensor] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Window:
     started: float = field(default_factory=time.monotonic)
 
     def add(self, outcome: BatchOutcome, reference: ReferencePoint, aux_loss: Tensor | None) -> None:
-        """One update of this rank."""
+        """Add one update of this rank."""
         sums = outcome.sums()
         self.sums = sums if self.sums is None else self.sums + sums
         for name, value in reference.metrics.items():
@@ -56,7 +56,7 @@ class Window:
         self.updates += 1
 
     def metrics(self, ranks: Ranks, *, beta: float) -> dict[str, float]:
-        """Means over all ranks and updates, at least one; called on every rank."""
+        """Return means over all ranks and updates, of which there is at least one; called on every rank."""
         assert self.sums is not None
         sums = ranks.sum(self.sums)
         metrics = metrics_from(sums, beta=beta)
@@ -68,9 +68,9 @@ class Window:
 
 
 class RunningShift(transformers.TrainerCallback, ExportableState):
-    """BCO's reward shift, on the scale of log-ratios: their mean over the batches so far, the last one included.
+    """BCO's reward shift on the scale of log-ratios: their mean over all batches so far, including the last one.
 
-    A callback only because that is what the Trainer keeps in checkpoints.
+    It is a callback because the Trainer saves the state of callbacks in checkpoints.
     """
 
     def __init__(self, total: float = 0.0, batches: int = 0) -> None:
@@ -78,22 +78,22 @@ class RunningShift(transformers.TrainerCallback, ExportableState):
         self.batches = batches
 
     def begin_at(self, total: float, batches: int) -> None:
-        """Go on from a sum over batches, nats."""
+        """Continue from a sum over batches, nats."""
         self.total, self.batches = total, batches
 
     def load(self, checkpoint: Path) -> None:
-        """Resume from the sum in a checkpoint."""
+        """Load the sum from a checkpoint."""
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         self.begin_at(**state["stateful_callbacks"][type(self).__name__]["args"])
 
     def after(self, batch_mean: Tensor) -> Tensor:
-        """The mean, this batch's included; nats, scalar."""
+        """Add a batch and return the new mean; nats, scalar."""
         self.total, self.batches = self.total + batch_mean, self.batches + 1
         return self.total / self.batches
 
     @property
     def mean(self) -> float:
-        """The mean over the batches so far, nats; 0 before the first."""
+        """Mean over the batches so far, nats; 0 before the first."""
         return float(self.total) / max(1, self.batches)
 
     def state(self) -> dict[str, object]:
@@ -101,19 +101,19 @@ class RunningShift(transformers.TrainerCallback, ExportableState):
 
 
 class RowLogratios:
-    """Each training row's log-ratio as this rank saw it last: what a histogram of rewards is drawn from."""
+    """The latest log-ratio of each training row on this rank, for the report's histogram of rewards."""
 
     def __init__(self, rows: int) -> None:
         self.logratios = np.zeros(rows, dtype=np.float32)
-        self.steps = np.full(rows, -1, dtype=np.int64)  # when it was seen
+        self.steps = np.full(rows, -1, dtype=np.int64)  # update in which the row was last seen
         self._waiting: list[tuple[Sequence[int], Tensor, int]] = []
 
     def add(self, rows: Sequence[int], logratios: Tensor, step: int) -> None:
-        """Those of one update, nats, shape (rows,); brought to the host by `settle`."""
+        """Record the log-ratios of one update, nats, shape (rows,); `settle` copies them to the host."""
         self._waiting.append((rows, logratios.detach(), step))
 
     def settle(self) -> None:
-        """Bring what waits on the device to the host, in one transfer."""
+        """Copy the recorded values from the device to the host, in one transfer."""
         if not self._waiting:
             return
         values = torch.cat([logratios for _, logratios, _ in self._waiting]).float().cpu().numpy()
@@ -123,20 +123,20 @@ class RowLogratios:
         self._waiting = []
 
     def over_ranks(self, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
-        """(step, log-ratio) of every row, as whichever rank saw it last; step -1: never. Called on every rank."""
+        """Return step and latest log-ratio of every row over all ranks; step -1 means never. Called on every rank."""
         self.settle()
         steps, logratios = ranks.gather(torch.from_numpy(self.steps)), ranks.gather(torch.from_numpy(self.logratios))
         last = steps.argmax(0)[None]
         return steps.gather(0, last)[0].numpy(), logratios.gather(0, last)[0].numpy()
 
     def save(self, checkpoint: Path, ranks: Ranks, *, main: bool) -> None:
-        """Put them into a checkpoint; called on every rank."""
+        """Write steps and log-ratios into a checkpoint; called on every rank."""
         steps, logratios = self.over_ranks(ranks)
         if main:
             save_file({"steps": torch.from_numpy(steps), "logratios": torch.from_numpy(logratios)}, checkpoint / _ROWS)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint; one of an older version has none."""
+        """Load steps and log-ratios from a checkpoint; one of an older version has none."""
         if not (checkpoint / _ROWS).exists():
             return
         found = load_file(checkpoint / _ROWS)

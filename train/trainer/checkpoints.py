@@ -1,4 +1,4 @@
-"""Whether a checkpoint is as it was written: each file's size and sha256, and what loading it may say."""
+"""Check that a checkpoint is as it was written (size and sha256 of each file), and report errors while loading it."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ _BEFORE = "Remove that folder; --resume then resumes from the one before."
 
 
 def seal(checkpoint: Path) -> None:
-    """Put size and sha256 of every file on record, and all of it on the disk. Hashes are computed while the disk writes."""
+    """Record size and sha256 of every file, and flush all files to disk. Hashing and flushing run in parallel."""
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     with ThreadPoolExecutor(max_workers=1) as pool:
         hashing = pool.submit(file_hashes, paths)
@@ -48,13 +48,13 @@ def seal(checkpoint: Path) -> None:
 
 
 def check_checkpoint(checkpoint: Path, *, hashes: bool = True) -> None:
-    """Compare a checkpoint with what was written: files that were copied in part or damaged must not be loaded.
+    """Compare a checkpoint with its record, so that damaged or partly copied files are not loaded.
 
     Args:
-        hashes: whether contents are compared as well as sizes. Checkpoints of older versions have no hashes.
+        hashes: whether to compare contents as well as sizes. Checkpoints of older versions have no hashes.
 
     Raises:
-        ConfigError: a file that is missing or damaged, or a checkpoint that holds too little to resume from.
+        ConfigError: a file is missing or damaged, or the checkpoint has no optimizer state to resume from.
     """
     try:
         files = _files_of(checkpoint)
@@ -104,7 +104,7 @@ def _files_of(checkpoint: Path) -> dict[str, dict[str, object]]:
 
 
 def _check_state(checkpoint: Path) -> None:
-    """Check what the Trainer reads from its state without a look."""
+    """Check the fields of the saved state that the Trainer reads without checking."""
     try:
         state = transformers.TrainerState.load_from_json(str(checkpoint / _STATE))
         step = state.global_step
@@ -123,12 +123,12 @@ def _check_state(checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def reading(checkpoint: Path, *files: str) -> Iterator[None]:
-    """Turn whatever the libraries say of a checkpoint that cannot be loaded into one message.
+    """Convert any error that a library raises for an unreadable checkpoint into one message.
 
-    torch, for one, advises to load files that are not to be trusted without its safeguards.
+    The library's own message may give bad advice: torch suggests to load untrusted files with its safeguards disabled.
 
     Args:
-        files: that are read inside of the block.
+        files: names of the files that are read inside the block.
     """
     try:
         yield
@@ -146,7 +146,7 @@ def reading(checkpoint: Path, *files: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading_model(checkpoint: Path, model: Model) -> Iterator[None]:
-    """Load a checkpoint's weights in the block, once its adapters, if there are any, are known to be the model's.
+    """Load a checkpoint's weights in the block, after checking that its adapters, if any, fit the model.
 
     Raises:
         TrainingError: they cannot be loaded.
@@ -158,12 +158,12 @@ def loading_model(checkpoint: Path, model: Model) -> Iterator[None]:
 
 
 def load_renamed_weights(load_result: Any, checkpoint: Path, model: Model, *, trust_remote_code: bool) -> None:
-    """Load the weights through `transformers` where the Trainer could not: it only knows names in memory.
+    """Load the weights through `transformers` if the Trainer could not: it only knows the names in memory.
 
-    Files of a mixture of experts hold each expert by itself, the model in memory all of a layer in one tensor.
+    Files of a mixture of experts store each expert separately; in memory a layer's experts are stacked in one tensor.
 
     Args:
-        load_result: what the Trainer's attempt found missing and unexpected.
+        load_result: missing and unexpected keys of the Trainer's attempt.
 
     Raises:
         UnloadableModelError: they are not those of this model.
@@ -178,11 +178,11 @@ _ADVICE = re.compile(r"weights_only|Weights only load failed|pickle", re.IGNOREC
 
 
 def _is_damaged(path: Path) -> bool:
-    """Return whether a file that torch saved, a zip archive with checksums, is none any more."""
+    """Return whether a file saved by torch, a zip archive with checksums, is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is not None
     except FileNotFoundError:
         return False
-    except Exception:  # noqa: BLE001 - whatever a damaged file makes of itself
+    except Exception:  # noqa: BLE001 - a damaged file can raise anything
         return True

@@ -1,4 +1,4 @@
-"""Held-out rows: their metrics, with 95 % intervals."""
+"""Compute the metrics of held-out rows, with 95 % intervals."""
 
 from dataclasses import dataclass
 
@@ -13,15 +13,15 @@ from offline_kto.train.trainer.objective import Objective
 
 @dataclass(frozen=True)
 class Scores:
-    """Held-out rows under the policy; float64 on the host, shape (rows,).
+    """Scores of held-out rows under the policy; float64 on the host, shape (rows,).
 
     Attributes:
         prompt_ids: of each row.
         labels: bool.
         tokens: of each completion.
         logps, logratios: nats.
-        kl_logratios: of the mismatched completions, nats; None where the loss needs none.
-        shift: the reward shift / beta, nats, where the loss has one.
+        kl_logratios: of the mismatched completions, nats; None if the loss needs none.
+        shift: the reward shift / beta, nats, if the loss has one.
     """
 
     prompt_ids: list[str]
@@ -34,13 +34,16 @@ class Scores:
 
 
 def held_out_metrics(scores: Scores, objective: Objective) -> dict[str, float]:
-    """Means over all held-out rows, with one reference point; of a class without rows nothing."""
+    """Return means over all held-out rows with one reference point; a class without rows has no metrics."""
     values = _statistics(scores, objective, torch.ones(1, len(scores.labels), dtype=torch.float64))
     return {name: float(value) for name, value in values.items() if name == "loss" or bool(value.isfinite())}
 
 
 def summary(scores: Scores, objective: Objective, step: int) -> EvaluationRecord:
-    """What evaluation.json holds: each metric with its 95 % bootstrap interval over prompts, z0 estimated anew each time."""
+    """Return the content of evaluation.json: each metric with its 95 % bootstrap interval over prompts.
+
+    z0 is estimated anew in each resample.
+    """
     found = intervals(lambda weights: _statistics(scores, objective, weights), scores.prompt_ids)
     metrics: dict[str, MetricInterval] = {}
     for name, value in held_out_metrics(scores, objective).items():
@@ -60,7 +63,7 @@ def summary(scores: Scores, objective: Objective, step: int) -> EvaluationRecord
 
 
 def summary_lines(found: EvaluationRecord, *, rows: str = "held out") -> list[str]:
-    """The summary as a table for the console."""
+    """Return the summary as a table for the console."""
     head = f"{rows:<12}{counted(found['rows'], 'row')} of {counted(found['prompts'], 'prompt')} after "
     with_intervals = any("low" in metric for metric in found["metrics"].values())
     lines = [f"{head}{counted(found['step'], 'update')}" + ", 95 % intervals over prompts" * with_intervals]
@@ -71,18 +74,18 @@ def summary_lines(found: EvaluationRecord, *, rows: str = "held out") -> list[st
 
 
 def counted(number: int, what: str) -> str:
-    """`1 row`, `2 rows`."""
+    """Return a count with its noun: `1 row`, `2 rows`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _statistics(scores: Scores, objective: Objective, weights: Tensor) -> dict[str, Tensor]:
-    """Metrics of weighted rows, under the names of `offline_kto.kto_core.losses.metrics.metrics_from`.
+    """Compute metrics of weighted rows, named as by `offline_kto.kto_core.losses.metrics.metrics_from`.
 
     Args:
         weights: how often each row counts, shape (samples, rows).
 
     Returns:
-        Shape (samples,) each; not finite where no row of a class was drawn.
+        Shape (samples,) each; not finite if no row of a class was drawn.
     """
     total = weights.sum(1)
 

@@ -39,14 +39,14 @@ def check_losses(rows: Sequence[TrainingRow], outcome: BatchOutcome, *, step: in
 
 
 class FiniteChecks:
-    """Checks of gradients and weights.
+    """Checks that gradients, weights and scores are finite.
 
     Args:
-        policy: whose weights are checked.
+        policy: the policy to check.
         learning_rate: for messages.
 
     Attributes:
-        last_rows: the last batch: named in messages, and scored with weights that are about to be saved.
+        last_rows: the last batch; it is named in messages, and scored with the weights before they are saved.
     """
 
     def __init__(self, policy: PreparedPolicy, *, learning_rate: float) -> None:
@@ -54,7 +54,7 @@ class FiniteChecks:
         self.last_rows: Sequence[TrainingRow] = ()
 
     def check_grad_norm(self, norm: Any, *, step: int) -> None:
-        """Check the norm before an update; one that is not finite would spoil all weights.
+        """Check the gradient norm before an update; a norm that is not finite would corrupt all weights.
 
         Raises:
             TrainingError: it is not finite.
@@ -65,12 +65,12 @@ class FiniteChecks:
             )
 
     def check_weights(self, optimizer: Any, held_out: Scores | None, *, what: str, step: int) -> None:
-        """Check what is about to be saved: every trained weight, and a score of a row; called on every rank.
+        """Check the state before it is saved: every trained weight, and the score of one row; called on every rank.
 
         Args:
-            optimizer: whose state is checked as well; None without one.
+            optimizer: its state is checked as well; None without one.
             held_out: scores of the same weights.
-            what: is about to be saved, for the message.
+            what: name of what is saved, for the message.
             step: number of the last update.
 
         Raises:
@@ -87,7 +87,7 @@ class FiniteChecks:
         )
 
     def _found_here(self, optimizer: Any, held_out: Scores | None) -> str:
-        """Return what is not finite on this rank, in words; empty if nothing is."""
+        """Describe what is not finite on this rank; return an empty string if everything is finite."""
         weights = {name: one for name, one in self.policy.model.named_parameters() if one.requires_grad}
         if bad := not_finite({name: local_part(one) for name, one in weights.items()}):
             return f"{len(bad)} of {len(weights)} trained weights are not finite ({bad[0]}, ...)"
@@ -99,7 +99,7 @@ class FiniteChecks:
 
     @torch.no_grad()
     def _scores_are_finite(self) -> bool:
-        """Return whether the shortest row of the last batch still has a score: finite weights may be too large."""
+        """Return whether the shortest row of the last batch has a finite score; finite weights can be too large."""
         if not self.last_rows:
             return True
         row = min(self.last_rows, key=lambda row: len(row.matched))

@@ -1,4 +1,4 @@
-"""Backward passes over the labelled rows of one batch, whose gradients add up to those of the whole batch.
+"""Run the backward passes over one batch's labelled rows; their gradients add up to those of the whole batch.
 
 unit         rows that share a loss: one row, or the two of a pair
 micro-batch  units that fit into --max-tokens: one forward and backward pass
@@ -26,7 +26,7 @@ from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 
 
 class RankResult(NamedTuple):
-    """What one rank computed beside gradients.
+    """The results of one rank beside its gradients.
 
     Attributes:
         rows: its part of the batch.
@@ -40,7 +40,7 @@ class RankResult(NamedTuple):
 
 
 class GradientPasses:
-    """Runs the forward and backward passes of one batch.
+    """The forward and backward passes over one batch.
 
     Args:
         policy: the model and its token budget.
@@ -54,11 +54,13 @@ class GradientPasses:
         self._balances_experts = bool(getattr(policy.model.config.get_text_config(), "output_router_logits", False))
 
     def run(self, rows: Sequence[TrainingRow], reference: ReferencePoint, *, step: int) -> RankResult:
-        """Leave gradients of the batch's mean loss; out of memory halves the token budget and repeats all passes.
+        """Accumulate the gradients of the batch's mean loss.
+
+        Out of memory halves the token budget, and all passes are repeated.
 
         Args:
             rows: the whole batch, of all ranks; this rank runs its part.
-            reference: what the loss measures the rows from.
+            reference: the point that the loss measures the rows from.
             step: number of the update, for messages.
 
         Raises:
@@ -66,19 +68,19 @@ class GradientPasses:
             TrainingError: a loss is not finite.
         """
         policy = self.policy
-        least = self.objective.rows_in_unit * max(len(row.matched) for row in rows)  # what cannot be cut
+        least = self.objective.rows_in_unit * max(len(row.matched) for row in rows)  # a unit cannot be split
         while True:
             try:
                 return self._run(rows, reference, step)
             except torch.OutOfMemoryError:
-                # Gradients meet those of other ranks afterwards, so a rank mends this alone; but a sharded model's
-                # ranks wait for each other within every pass.
+                # Gradients are summed over ranks only afterwards, so an unsharded rank can retry alone. The ranks of a
+                # sharded model wait for each other within every pass.
                 if policy.ranks.sharded or policy.max_tokens <= least:
                     raise
-            policy.halve_max_tokens(least)  # outside of `except`, whose traceback holds on to the tensors
+            policy.halve_max_tokens(least)  # outside `except`, whose traceback keeps the tensors alive
 
     def measure_max_tokens(self, meter: Meter, *, longest: int) -> int:
-        """Return how many tokens of one pass fit into memory on all ranks that must agree; no gradients stay.
+        """Return how many tokens of one pass fit into memory, agreed between sharded ranks; gradients are cleared.
 
         Args:
             longest: tokens in the longest row.
@@ -93,7 +95,7 @@ class GradientPasses:
         return ranks.least(tokens)
 
     def try_rows(self, rows: int, length: int) -> None:
-        """Run a forward and backward pass over rows of one length; all of each but one token is completion."""
+        """Run a forward and backward pass over rows of one length; every token but one belongs to the completion."""
         row = FILLER[0], np.zeros(length - 1, dtype=np.int32)
         batch = self.policy.lay_out([row] * rows)
         self.policy.scoring_model.train()
@@ -101,10 +103,10 @@ class GradientPasses:
         self.backward(token_logps(self.policy.scoring_model, batch).token_logps.sum() * 0.0, last=True)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add a loss's gradients to those that are there.
+        """Add a loss's gradients to the existing ones.
 
         Args:
-            last: of the update's passes. DeepSpeed takes its step inside of the backward pass that "synchronizes".
+            last: whether it is the update's last pass. DeepSpeed updates inside the backward pass that "synchronizes".
         """
         self.accelerator.gradient_state._set_sync_gradients(last)
         self.accelerator.backward(loss)
@@ -127,7 +129,7 @@ class GradientPasses:
                 loss = self._losses(part_rows, part_logratios, reference.point).sum() / total
                 logps[part], logratios[part] = part_logps.detach(), part_logratios.detach()
                 tokens += Tokens(batch.tokens, batch.tokens, batch.padded_tokens)
-            else:  # takes part in what sharded ranks do together, and weighs nothing
+            else:  # joins the collective operations of sharded ranks, with weight zero
                 loss = scored.token_logps.sum() * 0.0
             if part and balance is not None:
                 share = balance.share(scored.router_logits, batch.real)
@@ -146,7 +148,7 @@ class GradientPasses:
                 weight.grad = torch.zeros_like(weight)
 
     def _share(self, rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], int]:
-        """Return this rank's rows of a batch, and how many passes it must make at least."""
+        """Return this rank's rows of a batch, and the least number of passes it must run."""
         units = self._units(rows)
         mine, passes = self.policy.ranks.share(
             [sum(len(row.matched) for row in unit) for unit in units],
@@ -155,12 +157,12 @@ class GradientPasses:
         return [row for i in mine for row in units[i]], passes
 
     def _units(self, rows: Sequence[TrainingRow]) -> list[Sequence[TrainingRow]]:
-        """Return rows that share a loss: single ones, or the two of a pair, which are neighbours."""
+        """Return the rows grouped by shared loss: single rows, or the two neighbouring rows of a pair."""
         size = self.objective.rows_in_unit
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _cut(self, rows: Sequence[TrainingRow]) -> list[list[int]]:
-        """Return positions into `rows` for each micro-batch; units stay whole."""
+        """Return positions into `rows` for each micro-batch; units are not split."""
         size, max_tokens = self.objective.rows_in_unit, self.policy.max_tokens
         lengths = [[len(row.matched) for row in unit] for unit in self._units(rows)]
         if self.policy.packs:
@@ -171,7 +173,7 @@ class GradientPasses:
         return [[unit * size + k for unit in part for k in range(size)] for part in parts]
 
     def _micro_batches(self, rows: Sequence[TrainingRow], at_least: int) -> Iterator[tuple[list[int], Sequences, bool]]:
-        """Yield positions into `rows`, their batch, and whether it is the last; filler where other ranks run more."""
+        """Yield positions into `rows`, their batch, and whether it is the last; filler if other ranks run more."""
         parts = self._cut(rows)
         parts += [[]] * (at_least - len(parts))
         for number, part in enumerate(parts):
@@ -194,7 +196,7 @@ class GradientPasses:
 
     @torch.no_grad()
     def _router_balance(self, rows: Sequence[TrainingRow], passes: int) -> "_RouterBalance":
-        """Count slots of each expert over the whole batch, so that shares of micro-batches add up."""
+        """Count the slots of each expert over the whole batch, so that the losses of micro-batches add up."""
         policy = self.policy
         config = policy.model.config.get_text_config()
         slots = policy.tensor(0.0)
@@ -212,7 +214,7 @@ class _RouterBalance(NamedTuple):
     """The load-balancing loss of a mixture of experts over one batch of all ranks.
 
     Attributes:
-        coefficient: its weight beside the preference loss.
+        coefficient: its weight relative to the preference loss.
         expert_counts: slots of each expert, shape (experts,).
         slots: all of them, scalar.
     """

@@ -1,8 +1,8 @@
-"""A thin `transformers.Trainer`: checkpoints, schedules and loggers are its; one update is ours.
+"""Train with a thin `transformers.Trainer`: checkpoints, schedules and loggers are inherited, the update is our own.
 
 batch             one update: rows of all ranks, distributed by length
-  reference pass  what the loss measures rows from, if it needs one: mismatched rows for z0; no gradient, eval mode
-  loss pass       labelled rows in micro-batches; gradients add up to those of the whole batch
+  reference pass  computes the point that rows are measured from (z0 from mismatched rows); no gradient, eval mode
+  loss pass       runs labelled rows in micro-batches; gradients add up to those of the whole batch
 """
 
 from collections.abc import Sequence
@@ -40,28 +40,28 @@ from offline_kto.train.trainer.saving import (
 )
 from offline_kto.train.trainer.sharding import tie_again
 
-# Where memory is not measured.
+# Token budget where memory is not measured.
 _DEEPSPEED_TOKENS = 8192
 
 
 class KTOTrainer(transformers.Trainer):
-    """KTO from cached reference scores.
+    """Trainer for KTO from cached reference scores.
 
     Args:
         model: from `PolicyFiles.load`.
-        args: without gradient accumulation; micro-batches are cut here.
+        args: settings without gradient accumulation; micro-batches are formed here.
         rows: the training cache.
         batches: optimizer batches, over all ranks.
         held_out: rows held out, or None.
         objective: the loss.
-        max_tokens: padded tokens in one forward and backward pass, or what measures how many fit.
-        rounding: nats a token by which two ways to compute the same score may differ.
-        writer: of checkpoints' and the final model.
+        max_tokens: padded tokens in one forward and backward pass, or a meter that measures how many fit.
+        rounding: nats per token by which two ways to compute the same score may differ.
+        writer: writes the models of checkpoints and of the run.
 
     Attributes:
         policy: the model with its token budget.
-        meter: of memory; None where the token budget is given.
-        held_out_scores: of the model as it is now; None before they are computed.
+        meter: measures memory; None if the token budget is given.
+        held_out_scores: scores of the current model; None before they are computed.
         final_step: the update that the final model comes from; 0 before it is known.
     """
 
@@ -83,7 +83,7 @@ class KTOTrainer(transformers.Trainer):
         eval_dataset = held_out.cache if held_out else None
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=eval_dataset, **options)
         if use_cache is not None:
-            # The Trainer switches it off in the configuration, which is saved; the scoring forward never uses a cache.
+            # The Trainer disables it in the configuration, which is saved; the scoring forward never uses a cache.
             model.config.use_cache = use_cache
         self.rows, self.batches, self.held_out = rows, batches, held_out
         self.objective, self.writer = objective, writer
@@ -111,16 +111,16 @@ class KTOTrainer(transformers.Trainer):
     @property
     def shift(self) -> RunningShift | None:
         """BCO's running mean; None for other losses."""
-        # Looked up, not kept: --resume puts another object in its place.
+        # Looked up each time: --resume replaces the object.
         return next((one for one in self.callback_handler.callbacks if isinstance(one, RunningShift)), None)
 
     def prepare_to_score(self) -> None:
-        """Do to a model that will only be scored with what the Trainer does before training."""
+        """Prepare a model that will only be scored, as the Trainer does before training."""
         self.model_wrapped = self.model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self._take_over_model()
 
     def prepare_to_train(self) -> None:
-        """Find out what depends on the model as the Trainer prepared it: whether rows may be packed, and what fits."""
+        """Decide whether rows can be packed and how many tokens fit, once the Trainer has prepared the model."""
         self._take_over_model()
         longest = self.rows.max_length
         self.policy.check_packing([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
@@ -150,7 +150,7 @@ class KTOTrainer(transformers.Trainer):
         inputs: Sequence[TrainingRow],
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """Compute one batch: reference point, losses, gradients."""
+        """Compute reference point, losses and gradients of one batch."""
         self.finite_checks.last_rows = inputs
         step, ranks = self.state.global_step, self.policy.ranks
         reference = self.scores.reference_point(inputs, self.shift)
@@ -166,7 +166,7 @@ class KTOTrainer(transformers.Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what the Trainer does, with the metrics of all updates since the last log."""
+        """Log the Trainer's values together with the metrics of all updates since the last log."""
         if "loss" in logs and self._window.updates:
             logs.update(self._window.metrics(self.policy.ranks, beta=self.objective.beta))
             logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
@@ -199,7 +199,7 @@ class KTOTrainer(transformers.Trainer):
         return best
 
     def load_best(self) -> None:
-        """Put the best checkpoint's weights in place of the last ones."""
+        """Load the best checkpoint's weights in place of the last ones."""
         if self.state.best_model_checkpoint is None:
             return
         self._load_best_model()
@@ -208,17 +208,17 @@ class KTOTrainer(transformers.Trainer):
             self.shift.load(Path(self.state.best_model_checkpoint))
 
     def final_scores(self) -> Scores | None:
-        """Return held-out scores of the model as it is now, after `final_step` updates; called on every rank."""
+        """Return held-out scores of the current model, after `final_step` updates; called on every rank."""
         self.final_step = self.final_step or int(self.state.global_step)
         if self.held_out is not None and self.held_out_scores is None:
             self.held_out_scores = self.scores.held_out(self.held_out, self.shift)
         return self.held_out_scores
 
     def stop_if_weights_not_finite(self, what: str) -> None:
-        """Check what is about to be saved; called on every rank.
+        """Check the state before it is saved; called on every rank.
 
         Args:
-            what: is about to be saved, for the message.
+            what: name of what is saved, for the message.
 
         Raises:
             TrainingError: a weight, an optimizer's state or a score is not finite.
@@ -227,12 +227,12 @@ class KTOTrainer(transformers.Trainer):
         self.finite_checks.check_weights(self.optimizer, self.held_out_scores, what=what, step=step)
 
     def round_weights(self, dtype: torch.dtype) -> None:
-        """Give the weights the values that they will have when they are saved in `dtype`, so that these are evaluated."""
+        """Round the weights to the values they will have when saved in `dtype`, so that the evaluation uses those."""
         round_weights(self.model, dtype, keep=self.writer.keeps(self.model))
         self.held_out_scores = None
 
     def save_in(self, folder: Path, dtype: torch.dtype | None) -> None:
-        """Save the model as it is to be used; called on every rank.
+        """Save the model for use; called on every rank.
 
         Args:
             dtype: of its weights; None for their own.
@@ -253,7 +253,7 @@ class KTOTrainer(transformers.Trainer):
         return str(self._saving_to or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Model, trial: Any) -> None:
-        """Save into a folder that gets a checkpoint's name when all of it is on the disk."""
+        """Save into an unfinished folder that is renamed to a checkpoint once everything is on disk."""
         out, main = Path(self.args.output_dir), self.is_world_process_zero()
         self.stop_if_weights_not_finite("checkpoint")
         with unfinished(out, "checkpoint", main=main) as folder:
@@ -274,10 +274,10 @@ class KTOTrainer(transformers.Trainer):
             super()._push_from_checkpoint(str(out / checkpoint.name))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        pass  # later, under its name
+        pass  # pushed after renaming, by `_save_checkpoint`
 
     def remove_old_checkpoints(self) -> None:
-        """Remove all but the last checkpoints and the best one. A killed run may leave one more, in part."""
+        """Remove all but the last checkpoints and the best one. A killed run may leave one more, incomplete."""
         keep, best = self.args.save_total_limit, self.state.best_model_checkpoint
         remove_old_checkpoints(Path(self.args.output_dir), keep=keep, best=best)
 

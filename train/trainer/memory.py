@@ -1,4 +1,4 @@
-"""Memory of the device: how much was used, and how many tokens fit into one forward and backward pass."""
+"""Measure device memory, and find how many tokens fit into one forward and backward pass."""
 
 import resource
 import sys
@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
-# What is left free: fragmentation, other libraries' workspaces, the spread of row lengths.
+# The rest stays free for fragmentation, other libraries' workspaces, and the spread of row lengths.
 _USED = 0.85
 
-# More tokens than this in one pass make no GPU faster, and cost padding.
+# More tokens than this in one pass speed up no GPU, and cost padding.
 _MOST = 65_536
 
 # Adam: two float32 moments for each trained weight, allocated at the first update.
@@ -19,18 +19,18 @@ _OPTIMIZER_BYTES = 8
 
 
 class Meter(Protocol):
-    """Reads a device's memory, in bytes."""
+    """An interface to read a device's memory, in bytes."""
 
     def used(self) -> int: ...
     def available(self) -> int:
-        """Free now, the allocator's own reserve included."""
+        """Return the bytes that are free now, including the allocator's reserve."""
 
     def peak_of(self, work: Callable[[], None]) -> int:
-        """The most that was in use while `work` ran."""
+        """Return the peak number of bytes in use while `work` ran."""
 
 
 class CudaMeter:
-    """`torch.cuda`'s figures."""
+    """Memory as `torch.cuda` reports it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -51,25 +51,25 @@ class CudaMeter:
 
 
 def meter_of(device: torch.device) -> Meter | None:
-    """Return what reads a device's memory; None where it is not measured."""
+    """Return the meter of a device; None where memory is not measured."""
     return CudaMeter(device) if device.type == "cuda" else None
 
 
 def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, reserve: int, alone: bool = True) -> int:
-    """Padded tokens of one pass that keep memory within 85 % of the device.
+    """Return the padded tokens of one pass that keep memory within 85 % of the device.
 
-    Activations grow by the same number of bytes with each row of a given length, so two small trials
-    say what any number of rows needs.
+    Each additional row of a given length needs the same number of bytes for activations, so two small trials
+    determine the need of any number of rows.
 
     Args:
         meter: of the device.
-        trial: a forward and backward pass over so many rows of the longest length; gradients may stay.
+        trial: runs a forward and backward pass over a number of rows of the longest length; it may leave gradients.
         row: tokens in the longest row.
         reserve: bytes that training will need and that are not in use yet (optimizer states).
-        alone: no other rank waits for this one within a trial.
+        alone: whether no other rank waits for this one within a trial.
 
     Returns:
-        A multiple of `row`, at least `row`: a device on which not even two rows fit is left to out-of-memory handling.
+        A multiple of `row`, at least `row`: a device that cannot hold two rows relies on out-of-memory handling.
     """
     before = meter.used()
     room = _USED * (before + meter.available()) - reserve
@@ -86,12 +86,12 @@ def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, res
 
 
 def optimizer_bytes(model: nn.Module, *, sharded_over: int) -> int:
-    """Bytes of Adam's moments on this device."""
+    """Return the bytes of Adam's moments on this device."""
     return _OPTIMIZER_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad) // sharded_over
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far, MB: of the allocator on CUDA, resident memory of the process elsewhere."""
+    """Return the peak memory so far, MB: of the allocator on CUDA, resident memory of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

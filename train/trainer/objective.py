@@ -1,4 +1,4 @@
-"""What a run minimizes: which loss, what its rows are measured from, and what it asks of the data.
+"""Define what a run minimizes: its loss, the point its rows are measured from, and the rows it needs.
 
 loss                 unit    measured from
 kto, humanline       row     z0: mismatched rows of the batch
@@ -48,7 +48,7 @@ class Objective:
 
     @classmethod
     def of(cls, config: TrainConfig, weights: tuple[float, float]) -> "Objective":
-        """Of a run, whose class weights are numbers by now."""
+        """Build the objective of a run, whose class weights are already numbers."""
         limits = (config.humanline_low, config.humanline_high) if config.loss == "humanline" else None
         return cls(config.loss, config.beta, weights, limits)
 
@@ -59,7 +59,7 @@ class Objective:
 
     @property
     def uses_shift(self) -> bool:
-        """Whether the rows of a batch are scored before the pass that trains on them."""
+        """Whether the rows of a batch are scored before the pass that trains on them, to update the reward shift."""
         return self.loss == "bco"
 
     @property
@@ -69,11 +69,11 @@ class Objective:
 
     @property
     def limits_tokens(self) -> bool:
-        """Whether a row's log-ratio is a sum of limited ones, not the difference of two sums."""
+        """Whether a row's log-ratio is a sum of clipped token log-ratios, not the difference of two sums."""
         return self.limits is not None
 
     def limited(self, token_logratios: Tensor) -> Tensor:
-        """Log-ratios of single tokens within the limits, nats, same shape."""
+        """Return log-ratios of single tokens clipped to the limits, nats, same shape."""
         assert self.limits is not None
         return humanline_logratios(token_logratios, *self.limits)
 
@@ -85,7 +85,7 @@ class Objective:
         Args:
             sequences: the rows, with their reference scores.
             policy_token_logps: of their completions, nats, shape (completion tokens,), row after row.
-            batch: what the model was called with.
+            batch: the model's input.
         """
 
         def reference(values: Any) -> Tensor:
@@ -99,10 +99,12 @@ class Objective:
         return logps, sum_rows(token_logratios, batch.row_of_token, batch.rows)
 
     def losses(self, logratios: Tensor, labels: Tensor, tokens: Tensor, point: Tensor) -> Tensor:
-        """Loss of each row; both rows of a pair carry the pair's, so that a mean over rows is one over pairs.
+        """Return the loss of each row.
+
+        Both rows of a pair carry the pair's loss, so the mean over rows is the mean over pairs.
 
         Args:
-            logratios: r, nats, shape (rows,); of pairs the desirable row stands before the undesirable one.
+            logratios: r, nats, shape (rows,); in a pair the desirable row comes first.
             labels: bool, shape (rows,).
             tokens: of each completion, shape (rows,).
             point: z0, or the reward shift / beta, nats, scalar.
@@ -135,7 +137,7 @@ class Objective:
         raise AssertionError(self.loss)
 
     def midpoints(self, logratios: Tensor, point: Tensor) -> Tensor:
-        """What each row's side is judged from, nats: `point`, or for a pair the middle of its two rows."""
+        """Return the log-ratio that separates each row's two sides, nats: `point`, or the mean of a pair's rows."""
         if self.rows_in_unit == 2:
             return logratios.view(-1, 2).mean(1).repeat_interleave(2)
         return point

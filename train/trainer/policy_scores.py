@@ -1,4 +1,4 @@
-"""Scores under the current policy, without gradient: reference points, held-out rows, single tokens."""
+"""Score rows under the current policy without gradients: reference points, held-out rows, single tokens."""
 
 from collections.abc import Sequence
 
@@ -16,15 +16,15 @@ from offline_kto.train.trainer.evaluation import Scores
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 
-# Held-out rows in memory at a time.
+# Held-out rows that are in memory at a time.
 HELD_OUT_ROWS = 4096
 
-# Without gradient nothing is kept for a backward pass, so a pass holds this many times the tokens.
+# Without gradients no activations are kept for a backward pass, so a pass can hold this many times the tokens.
 _SCORING_TOKENS = 4
 
 
 class PolicyScores:
-    """Scores rows with the policy as it is now, in eval mode; every method is called on every rank."""
+    """Scores under the current policy, in eval mode; every method is called on every rank."""
 
     def __init__(self, policy: PreparedPolicy, objective: Objective) -> None:
         self.policy, self.objective = policy, objective
@@ -32,11 +32,11 @@ class PolicyScores:
         self._passes_for = 0
 
     def reference_point(self, rows: Sequence[TrainingRow], shift: RunningShift | None) -> ReferencePoint:
-        """Return what the loss measures this batch's rows from.
+        """Return the point that the loss measures this batch's rows from.
 
         Args:
             rows: the whole batch, of all ranks.
-            shift: moved on by this batch where the loss has one.
+            shift: updated with this batch if the loss has one.
         """
         if self.objective.uses_kl:
             logratio_sum, tokens = self._logratio_sum([row.mismatched for row in rows])
@@ -52,7 +52,7 @@ class PolicyScores:
         """Return every held-out row's scores.
 
         Args:
-            shift: what a loss that has one measures the rows from.
+            shift: the point that rows are measured from, if the loss has one.
         """
         indices, tokens = held_out.indices, []
         scores = torch.empty(3, len(indices), dtype=torch.float64)
@@ -72,7 +72,7 @@ class PolicyScores:
         )
 
     def score_tokens(self, sequences: Sequence[ScoredSequence]) -> list[np.ndarray]:
-        """Return log-probs of single tokens: float32 nats, one array for each sequence."""
+        """Return log-probs of single tokens: float32, nats, one array for each sequence."""
         results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(sequences)
         for done in self._scoring().run([sequence.ids for sequence in sequences]):
             pieces = done.token_logps.float().cpu().split([len(sequences[i].completion_ids) for i in done.indices])
@@ -83,7 +83,7 @@ class PolicyScores:
     def _score_rows(self, rows: Sequence[TrainingRow]) -> Tensor:
         """Return `logps`, log-ratios and, for a loss with a z0, those of mismatched rows: float64, shape (3, rows)."""
         with_kl, ranks = self.objective.uses_kl, self.policy.ranks
-        # A row's two sequences begin with the same prompt: one rank scores both, and runs the prompt once.
+        # A row's two sequences share the prompt: one rank scores both and computes the prompt once.
         sequences = [[row.matched, row.mismatched] if with_kl else [row.matched] for row in rows]
         lengths = [[len(sequence) for sequence in of_row] for of_row in sequences]
         mine, passes = ranks.share(
@@ -117,7 +117,7 @@ class PolicyScores:
         return logps, logratios, tokens
 
     def _scoring(self) -> ScoringPasses:
-        """Return the passes, which keep what they learn about memory and shared prompts while the budget is the same."""
+        """Return the passes; they keep their measurements of memory and shared prompts until the budget changes."""
         policy = self.policy
         if self._passes is None or self._passes_for != policy.max_tokens:
             self._passes_for = policy.max_tokens

@@ -1,4 +1,4 @@
-"""The policy during a run: its model, its device and ranks, and how rows are laid out in passes."""
+"""Hold the policy during a run: its model, device and ranks, and the layout of rows in passes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,18 +19,18 @@ _PACKING_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention
 
 
 class PreparedPolicy:
-    """The policy and what every pass through it depends on.
+    """The policy with the settings of every pass through it.
 
     Args:
         model: from `PolicyFiles.load`.
-        device: where batches go.
+        device: the device that batches are copied to.
         ranks: the processes that train it.
         max_tokens: padded tokens in one forward and backward pass.
-        rounding: nats a token by which two ways to compute the same score may differ.
+        rounding: nats per token by which two ways to compute the same score may differ.
 
     Attributes:
-        scoring_model: what passes call.
-        packs: rows are concatenated instead of padded.
+        scoring_model: the module that passes call.
+        packs: whether rows are concatenated instead of padded.
     """
 
     def __init__(self, model: Model, device: torch.device, *, ranks: Ranks, max_tokens: int, rounding: float) -> None:
@@ -39,22 +39,22 @@ class PreparedPolicy:
         self.packs = can_pack(model, device)
 
     def replace_model(self, model: Model, *, wrapped: Any) -> None:
-        """Take over the model as the Trainer prepared it.
+        """Replace the model by the one that the Trainer prepared.
 
         Args:
-            wrapped: the same model inside of what spreads it over ranks.
+            wrapped: the same model inside its distributed wrapper.
         """
         self.model = model
         # DDP's wrapper would add up gradients in every backward pass, see `Ranks.sum_gradients`.
         self.scoring_model = wrapped if self.ranks.sharded else model
 
     def check_precision(self, promised: torch.dtype) -> None:
-        """Check that passes run in the precision that the run promises, whatever prepared the model.
+        """Check that passes run in the run's precision, independent of the code that prepared the model.
 
         Raises:
             TrainingError: without autocast, or under another one.
         """
-        if self.ranks.sharded:  # has a policy of its own, see `prepare_sharding`
+        if self.ranks.sharded:  # sharding sets its own precision, see `prepare_sharding`
             return
         kind = self.device.type
         found: list[torch.dtype] = []
@@ -76,16 +76,16 @@ class PreparedPolicy:
             )
 
     def check_packing(self, sample: Sequence[TokenIds]) -> None:
-        """Pad rows from now on if concatenated rows of the sample score otherwise on any rank that must agree."""
+        """Disable packing if concatenated rows of the sample get other scores on any rank that must agree."""
         if self.packs:
             alike = packs_alike(self.scoring_model, self.device, sample, tolerance=self.rounding)
             self.packs = bool(self.ranks.least(alike))
 
     def halve_max_tokens(self, least: int) -> None:
-        """Make passes smaller after one that ran out of memory; its gradients are dropped.
+        """Halve the token budget after a pass ran out of memory, and drop its gradients.
 
         Args:
-            least: tokens that cannot be cut.
+            least: the smallest allowed budget, tokens.
         """
         self.model.zero_grad()
         self.max_tokens = max(least, self.max_tokens // 2)
@@ -97,11 +97,11 @@ class PreparedPolicy:
         return (pack_sequences if self.packs else pad_sequences)(sequences).to(self.device)
 
     def tensor(self, values: Any) -> Tensor:
-        """Return float64 numbers on the device."""
+        """Return numbers as a float64 tensor on the device."""
         return torch.as_tensor(values, dtype=torch.float64, device=self.device)
 
 
 def can_pack(model: Model, device: torch.device) -> bool:
-    """Return whether the model's attention is one that reads the boundaries of concatenated sequences."""
+    """Return whether the model's attention reads the boundaries of concatenated sequences."""
     attention = getattr(model.config, "_attn_implementation", None)
     return device.type == "cuda" and attention in _PACKING_ATTENTION

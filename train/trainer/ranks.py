@@ -1,9 +1,9 @@
-"""What the processes of one run share out and add up.
+"""Share rows between the processes of one run, and reduce their results.
 
-Every rank reads the whole batch (it is small) and works out all shares from lengths alone, so nothing has to
-be sent to agree. `plain` runs (one process, DDP) hold a whole model: forward and backward passes are a rank's own
-affair, and gradients are added up once, when all of them are done. `sharded` runs (FSDP2, DeepSpeed) gather
-weights in every pass, so all ranks must make equally many.
+Every rank reads the whole batch (it is small) and computes all shares from lengths alone, so no communication is
+needed to agree. In an unsharded run (one process, DDP) each rank has the whole model: passes are independent, and
+gradients are summed once, after the last pass. In a sharded run (FSDP2, DeepSpeed) every pass gathers weights, so all
+ranks must run the same number of passes.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ from offline_kto.kto_core.scoring.batching import deal
 
 
 class Ranks:
-    """One process among all.
+    """One process of a run, and its communication with the others.
 
     Args:
         accelerator: accelerate's.
-        sharded: weights are spread over the ranks.
+        sharded: whether the weights are sharded over the ranks.
     """
 
     def __init__(self, accelerator: accelerate.Accelerator, *, sharded: bool) -> None:
@@ -31,25 +31,28 @@ class Ranks:
 
     @property
     def mean_to_sum(self) -> int:
-        """FSDP and DeepSpeed average gradients over ranks; losses here are shares of one mean over all of them."""
+        """Factor that turns a mean of gradients over ranks into their sum.
+
+        FSDP and DeepSpeed average gradients, but each loss here is a share of one mean over all ranks.
+        """
         return self.world if self.sharded else 1
 
     def share(self, costs: Sequence[int], passes_of: Callable[[list[int]], int]) -> tuple[list[int], int]:
-        """This rank's part of some rows, and how many passes every rank must make (0: as many as it likes).
+        """Return this rank's part of some rows, and the number of passes every rank must run (0: no requirement).
 
         Args:
             costs: tokens of each row of the whole batch.
-            passes_of: how many passes some of these rows take, by their positions.
+            passes_of: returns how many passes the rows at some positions take.
         """
         shares = deal(costs, self.world)
         return shares[self.rank], max(map(passes_of, shares)) if self.sharded else 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """Return the sum over all ranks."""
         return self.accelerator.reduce(tensor, reduction="sum") if self.world > 1 else tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Every rank's tensor, on the host, shape (ranks, ...)."""
+        """Return every rank's tensor, on the host, shape (ranks, ...)."""
         if self.world == 1:
             return tensor[None].cpu()
         every: Tensor = self.accelerator.gather(tensor[None].to(self.accelerator.device))
@@ -60,16 +63,16 @@ class Ranks:
         return bool(self.sum(torch.tensor(float(happened), device=self.accelerator.device)))
 
     def least(self, number: int) -> int:
-        """The smallest of all ranks' numbers where they must agree, else one's own."""
+        """Return the smallest number of all ranks if they must agree, else this rank's own."""
         if not self.sharded:
             return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).min())
 
     def sum_gradients(self, model: Model) -> None:
-        """Add up gradients over the ranks, once for each update.
+        """Sum gradients over the ranks, once for each update.
 
-        DDP would do so inside of the last backward pass, after which running out of memory on one rank could not be
-        mended. A rank without rows has no gradients, and adds zeros.
+        DDP would do so inside the last backward pass; a rank that ran out of memory there could not retry. A rank
+        without rows has no gradients, and adds zeros.
         """
         if self.sharded or self.world == 1:
             return

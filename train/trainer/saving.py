@@ -1,4 +1,4 @@
-"""Save into an unfinished folder, and give it its name when all of it is on the disk."""
+"""Save into an unfinished folder, and rename it once everything is on disk."""
 
 import contextlib
 import re
@@ -22,20 +22,20 @@ from offline_kto.train.trainer.sharding import local_part
 _UNFINISHED = "_unfinished"  # the underscore keeps it from being pushed to the hub
 _UNLOADABLE = "_unloadable"
 _MAKES_LOADABLE = ("config.json", "adapter_config.json")
-# What torch.save and tokenizers raise, as plain errors, where a disk is full.
+# Messages of the generic errors that torch.save and tokenizers raise when a disk is full.
 _CANNOT_WRITE = re.compile(r"PytorchStreamWriter|inline_container\.cc|iostream error|os error|No space left on device")
 
 
 @contextlib.contextmanager
 def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
-    """A folder to save into, for all ranks; it is gone after the block, with what the block left there.
+    """Yield a folder to save into, for all ranks; it is removed after the block with its remaining content.
 
     Args:
-        what: is being saved, for the message.
+        what: name of what is saved, for the message.
         main: whether this is the rank that removes it.
 
     Raises:
-        WriteError: the disk does not take it.
+        WriteError: it cannot be written.
         TrainingError: what was saved is not the model.
     """
     folder = out / _UNFINISHED
@@ -63,23 +63,23 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Remove what a killed run was writing."""
+    """Remove the unfinished files of a killed run."""
     remove_temporary(out)
     remove_tree(out / _UNFINISHED)
 
 
 def publish_checkpoint(folder: Path, out: Path) -> None:
-    """Give a checkpoint its name, once it and the metrics up to it are on the disk."""
+    """Rename a checkpoint to its final name, once it and the metrics up to it are on disk."""
     give_usual_modes(folder)
     seal(folder)
     flush(out / METRICS)
-    remove_tree(out / folder.name)  # one that --resume did not go on from
+    remove_tree(out / folder.name)  # one that --resume did not resume from
     folder.rename(out / folder.name)
     flush(out)
 
 
 def rename_best(state: transformers.TrainerState, checkpoint: Path, out: Path, *, main: bool) -> None:
-    """Record the best checkpoint, if it is this one, under the name that it gets when it is published.
+    """Record the best checkpoint, if it is this one, under the name it will have when published.
 
     Args:
         state: the Trainer's, written into the checkpoint again.
@@ -95,25 +95,25 @@ def rename_best(state: transformers.TrainerState, checkpoint: Path, out: Path, *
 
 
 def remove_old_checkpoints(out: Path, *, keep: int | None, best: str | None) -> None:
-    """Remove all but the last ones.
+    """Remove all but the last checkpoints.
 
     Args:
-        keep: how many stay; None for all.
-        best: the checkpoint that stays whatever its age.
+        keep: how many to keep; None for all.
+        best: a checkpoint to keep whatever its age.
     """
-    # By number: what a killed run removed in part is the newest by time.
+    # By number: a checkpoint that a killed run removed in part is the newest by time.
     rotate_checkpoints(str(out), save_total_limit=keep, best_model_checkpoint=best, use_mtime=False)
 
 
 @torch.no_grad()
 def round_weights(model: Model, dtype: torch.dtype, *, keep: Collection[str]) -> None:
-    """Give the trained weights the values that they will have once they are saved in `dtype`; called on every rank.
+    """Round the trained weights to the values they will have once saved in `dtype`; called on every rank.
 
     Args:
         keep: names of weights that are saved as they are.
 
     Raises:
-        TrainingError: a value that the type cannot hold.
+        TrainingError: the type cannot represent a value.
     """
     for name, weight in model.named_parameters():
         if weight.requires_grad and name not in keep:
@@ -122,11 +122,11 @@ def round_weights(model: Model, dtype: torch.dtype, *, keep: Collection[str]) ->
 
 
 def publish_model(folder: Path, out: Path) -> None:
-    """Move a saved model into the run folder; what makes it loadable comes last."""
+    """Move a saved model into the run folder; the files that make it loadable are moved last."""
     give_usual_modes(folder)
     flush_all(folder)
     for path in sorted(folder.iterdir(), key=lambda path: path.name in _MAKES_LOADABLE):
         if path.is_dir():
-            remove_tree(out / path.name)  # of a run that was finished before and went on
+            remove_tree(out / path.name)  # left by a finished run that was resumed
         path.replace(out / path.name)
     flush(out)

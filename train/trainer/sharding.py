@@ -1,4 +1,4 @@
-"""Weights spread over ranks (FSDP2, DeepSpeed): what accelerate's settings must be, and putting the model together."""
+"""Check accelerate's settings for sharded weights (FSDP2, DeepSpeed), and gather the model for saving."""
 
 import accelerate
 import torch
@@ -9,15 +9,15 @@ from offline_kto.kto_core.library_types import Model
 
 
 def prepare_sharding(accelerator: accelerate.Accelerator, dtype: torch.dtype, *, merges: bool) -> None:
-    """Check accelerate's settings, and set what the recipe needs, before the model is sharded.
+    """Check accelerate's settings before the model is sharded, and set those that the run needs.
 
     Args:
         accelerator: accelerate's, of the Trainer.
-        dtype: what passes compute in.
-        merges: the run ends by merging adapters into the weights.
+        dtype: the type that passes compute in.
+        merges: whether the run ends by merging adapters into the weights.
 
     Raises:
-        TrainingError: a way to shard that cannot train or save this run.
+        TrainingError: the settings cannot train or save this run.
     """
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
@@ -50,7 +50,11 @@ def prepare_sharding(accelerator: accelerate.Accelerator, dtype: torch.dtype, *,
 
 
 def _keep_float32(fsdp: accelerate.FullyShardedDataParallelPlugin, dtype: torch.dtype) -> None:
-    """Accelerate's own policy would also round what the forward returns (log-probs), and gradients before they are added."""
+    """Set a mixed-precision policy that rounds neither the model's output nor the gradients.
+
+    Accelerate's own policy would also round what the forward pass returns (log-probs), and gradients before they are
+    summed.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     compute = None if dtype == torch.float32 else dtype
@@ -58,20 +62,20 @@ def _keep_float32(fsdp: accelerate.FullyShardedDataParallelPlugin, dtype: torch.
 
 
 def gather_when_saving(accelerator: accelerate.Accelerator) -> None:
-    """The next saved model is whole; with SHARDED_STATE_DICT the Trainer would save none."""
+    """Make the next save gather the whole model; with SHARDED_STATE_DICT the Trainer would save none."""
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None:
         fsdp.set_state_dict_type("FULL_STATE_DICT")
 
 
 def tie_again(state_dict: dict[str, torch.Tensor], model: Model) -> dict[str, torch.Tensor]:
-    """Gathering gives every name a tensor of its own; tied weights become one again, so that they are saved once."""
+    """Restore tied weights after gathering, which gives every name its own tensor, so that they are saved once."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     same = {name: state_dict[source] for name, source in tied.items() if name in state_dict and source in state_dict}
     return {**state_dict, **same}
 
 
 def local_part(weight: torch.Tensor) -> torch.Tensor:
-    """Return the part of a weight that this rank holds; all of it where nothing is sharded."""
+    """Return this rank's part of a weight; the whole weight if it is not sharded."""
     part: torch.Tensor = getattr(weight, "ds_tensor", weight)  # ZeRO-3
     return part.to_local() if hasattr(part, "to_local") else part  # FSDP2
