@@ -94,7 +94,7 @@ def info(folder: Location) -> None:
     """Print what the cache was made from, and its number of rows."""
     from offline_kto.precompute.inspect_cache import info as run
 
-    click.echo("\n".join(run(folder)))
+    print("\n".join(run(folder)))
 
 
 @cache.command(cls=_Command)
@@ -103,7 +103,7 @@ def verify(folder: Location) -> None:
     """Check every file and every row against the manifest and the rules of the format."""
     from offline_kto.precompute.inspect_cache import verify as run
 
-    click.echo(run(folder))
+    print(run(folder))
 
 
 @cache.command(cls=_Command)
@@ -116,4 +116,4 @@ def head(folder: Location, rows: int, model: str | None) -> None:
     from offline_kto.precompute.inspect_cache import head as run
 
     for line in run(folder, rows=rows, model=model):
-        click.echo(line)
+        print(line)
