@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,11 @@ class Fork:
             _CONTEXT.Process(target=_run, args=(program, [*map(str, arguments)], variables, self._outputs))
             for variables in environments
         ]
-        for process in self.processes:
-            process.start()
+        with warnings.catch_warnings():
+            # A test that kills a whole group of processes may take the resource tracker along; it is started again.
+            warnings.filterwarnings("ignore", "resource_tracker", UserWarning)
+            for process in self.processes:
+                process.start()
         atexit.register(self.kill)
 
     @property

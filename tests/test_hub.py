@@ -104,9 +104,10 @@ def test_a_silent_hub_is_waited_for_only_so_long(tmp_path: Path, silent_hub: str
         "HF_HUB_ETAG_TIMEOUT": "4",
     }
     program = (
+        "from offline_kto.kto_core.console import shown_lines\n"
         "from offline_kto.kto_core.errors import ModelError\n"
         "from offline_kto.kto_core.models.folders import find_folder\n"
-        "print(find_folder('org/tiny', revision=None)[1])\n"
+        "with shown_lines():\n    print(find_folder('org/tiny', revision=None)[1])\n"
         "try:\n    find_folder('org/absent', revision=None)\n"
         "except ModelError as error:\n    print(error)\n"
     )
@@ -119,11 +120,11 @@ def test_a_silent_hub_is_waited_for_only_so_long(tmp_path: Path, silent_hub: str
         env={**os.environ, **environment},
     )
     assert done.returncode == 0, done.stderr
-    warning, commit, absent = done.stdout.splitlines()
+    waiting, warning, commit, absent = done.stdout.splitlines()
     assert warning.startswith("warning     org/tiny: the hub did not answer; its cached copy is used")
     assert commit == COMMIT
     assert absent.startswith("org/absent: no such model folder here, and it cannot be fetched from the hub: ")
-    assert "waiting for the hub about org/tiny (silent for at most 4 s)" in done.stderr
+    assert waiting == "hub         waiting for the hub about org/tiny (silent for at most 4 s)"
 
 
 def test_a_commit_that_is_in_the_cache_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -415,7 +415,7 @@ class TestS3:
             done = forks.run(code, *arguments)
             assert done.returncode == 0, done.stderr[-3000:]
             said += done.stdout + done.stderr
-        assert "20 rows in 1 shards, all as written" in said
+        assert "20 rows in 1 shard, all as written" in said
         assert names(bucket, "bucket/team/refs") == {"manifest.json", "train/00000.parquet"}
         written = [bucket.cat_file(path) for path in bucket.find("bucket")]
         written += [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
