@@ -38,8 +38,13 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if is_terminal(sys.stderr) else "1")
-    for name in ("torch.distributed", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_loggers()
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|accelerate|peft)\b")
+
+
+def quiet_loggers() -> None:
+    """Show only the errors of libraries that log about what no run of ours uses."""
+    for name in ("torch.distributed", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)

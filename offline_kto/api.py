@@ -10,6 +10,7 @@ from offline_kto.kto_core.console import LOGGER, shown_lines
 from offline_kto.kto_core.errors import ConfigError, nearest, shown
 from offline_kto.kto_core.locations import Location, to_location
 from offline_kto.kto_core.options import resolve
+from offline_kto.kto_core.runtime import quiet_loggers
 
 if TYPE_CHECKING:
     import datasets
@@ -92,7 +93,11 @@ def sweep(cache: Location, space: Mapping[str, Any], out: str | Path | None = No
     """
     from offline_kto.train.sweep.config import SweepConfig
 
-    config = _config(SweepConfig, {"cache": cache, "space": dict(space), "out": out, **options})
+    _refuse_objects(cache=cache)
+    if not isinstance(space, Mapping):
+        raise ConfigError(f"space must be a mapping of options to values or ranges, got {shown(repr(space))}.")
+    values = {name: list(one) if isinstance(one, tuple) else one for name, one in space.items()}
+    config = _config(SweepConfig, {"cache": cache, "space": values, "out": out, **options})
     with _shown():
         from offline_kto.train.report.folders import Sweep, read_folder
         from offline_kto.train.sweep.sweep import sweep as run
@@ -102,7 +107,7 @@ def sweep(cache: Location, space: Mapping[str, Any], out: str | Path | None = No
         return found
 
 
-def report(*folders: str | Path, out: str | Path | None = None) -> Path:
+def report(*folders: "str | Path | Run | Sweep", out: str | Path | None = None) -> Path:
     """Write an HTML page about runs and sweeps, as `kto-report` does; return its path.
 
     Raises:
@@ -110,7 +115,10 @@ def report(*folders: str | Path, out: str | Path | None = None) -> Path:
     """
     from offline_kto.train.report.report import write_report
 
-    return write_report([Path(folder) for folder in folders], None if out is None else Path(out))
+    paths: list[Any] = [getattr(folder, "path", folder) for folder in folders]
+    for path in paths:
+        _refuse_objects(folder=path, needed=True)
+    return write_report([Path(path) for path in paths], None if out is None else Path(out))
 
 
 def read(folder: str | Path) -> "Run | Sweep":
@@ -121,6 +129,7 @@ def read(folder: str | Path) -> "Run | Sweep":
     """
     from offline_kto.train.report.folders import read_folder
 
+    _refuse_objects(folder=folder, needed=True)
     return read_folder(Path(folder))
 
 
@@ -139,6 +148,7 @@ def open_cache(location: Location, *, max_length: int | None = None) -> "CacheRo
     """
     from offline_kto.train.data.training_data import open_cache as opened
 
+    _refuse_objects(location=location, needed=True)
     return opened(to_location(location), max_length)
 
 
@@ -190,12 +200,14 @@ def _config(kind: type[ConfigT], options: dict[str, Any]) -> ConfigT:
     return resolve(kind, given, yaml_path=None if yaml_path is None else Path(yaml_path))
 
 
-def _refuse_objects(**arguments: Any) -> None:
+def _refuse_objects(*, needed: bool = False, **arguments: Any) -> None:
     for name, value in arguments.items():
-        if value is not None and not isinstance(value, str | Path):
+        if not isinstance(value, str | Path) and (needed or value is not None):
             raise ConfigError(
                 f"{name} must be a path or a hub id, got a {type(value).__name__}. Scores are known by the files they were "
                 "computed from: save the object (save_pretrained, or a JSONL file) and give its path."
+                if name in ("model", "data")
+                else f"{name} must be a path, got a {type(value).__name__}."
             )
 
 
@@ -210,6 +222,7 @@ def _run_in(folder: Path) -> "Run":
 @contextlib.contextmanager
 def _shown() -> Iterator[None]:
     """Print log lines as the commands do, unless the program has set up `logging` for them."""
+    quiet_loggers()
     if LOGGER.hasHandlers():
         yield
         return

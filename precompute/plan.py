@@ -242,12 +242,14 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
     try:
         pairing = _pair(config, rows)
     except PairingError as error:
-        if not dropped:
-            raise PairingError(f"{config.data}: {error}") from error
-        raise PairingError(
-            f"{config.data}: {error} (Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "
-            f"--max-length {config.max_length}.)"
-        ) from error
+        # What made rows few, or prompts alike as ids.
+        before = [one[0].upper() + one[1:] for one in tokenizing.warnings()]
+        if dropped:
+            before.append(
+                f"Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "
+                f"--max-length {config.max_length}."
+            )
+        raise PairingError(" ".join([f"{config.data}: {error}", *(f"({one})" for one in before)])) from error
     rendered_on = day.isoformat() if tokenizing.dated else None
     notes = [*warnings_about(config.data), *tokenizing.warnings()]
     return Plan(rows, pairing, config.max_length, read, dropped, files, notes, rendered_on)

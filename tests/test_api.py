@@ -108,6 +108,24 @@ def test_what_cannot_be_used_is_refused_as_on_the_command_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: kto.report(["runs/first"]),  # type: ignore[arg-type]
+        lambda: kto.read(None),  # type: ignore[arg-type]
+        lambda: kto.open_cache(3),  # type: ignore[arg-type]
+        lambda: kto.sweep("refs", space="beta"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_another_kind_are_refused(call: Any) -> None:
+    with pytest.raises(kto.KTOError, match="must be a"):
+        call()
+
+
+def test_a_report_of_a_run_that_was_read(run: Any) -> None:
+    assert kto.report(run) == run.path / "report.html"
+
+
 def test_configs_read_text_as_the_command_line_does() -> None:
     config = kto.TrainConfig(cache="refs", out="runs/x", beta="0.1", batch_size="8", lora_targets=["q_proj", "v_proj"])  # type: ignore[arg-type]
     assert config == kto.TrainConfig(

@@ -19,6 +19,9 @@ import torch
 import transformers
 from feedback_files import chat_rows, write_feedback, write_rows
 from models import FAMILIES, save_tiny, tiny_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 import offline_kto.precompute.scoring as scoring
 from offline_kto.kto_core.cache.manifest import read_manifest
@@ -30,6 +33,7 @@ from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.transformers_scorer import TransformersScorer
 from offline_kto.precompute.inspect_cache import head, verify
+from offline_kto.precompute.plan import make_plan
 from offline_kto.precompute.run import precompute
 from offline_kto.precompute.store import Store
 
@@ -573,3 +577,13 @@ def test_a_scheduler_s_signal_ends_a_run_as_an_interrupt_does(tmp_path: Path, ba
     assert re.search(r"^kept +\d+ of 300 rows \(\d+ of \d+ scores\)$", done.stdout, re.MULTILINE)
     assert {path.name for path in out.iterdir()} <= {"train", ".parts"}
     assert not list((out / "train").glob(".*"))
+
+
+def test_prompts_that_are_alike_as_unknown_tokens_are_explained(tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"<unk>": 0, "It": 1, "is": 2, "</s>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    rows = [{"prompt": f"zzz{i}", "completion": "It is", "label": bool(i % 2)} for i in range(4)]
+    config = PrecomputeConfig(model="m", data=str(write_rows(tmp_path / "f.jsonl", rows)))
+    with pytest.raises(PairingError, match=r"share one prompt.*tokens, in 4 of 4 rows, are unknown to the tokenizer"):
+        make_plan(config, tokenizer)

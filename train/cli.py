@@ -141,10 +141,13 @@ def sweep(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     """Try many settings on one cache; the policy is loaded once for each worker, a reference never.
 
     \b
-    kto-sweep --cache refs/ --config configs/sweep.yaml --out sweeps/first
+    kto-sweep --cache refs/ --config sweep --out sweeps/first
     """
     if config is None:
-        raise click.UsageError("Missing option '--config': a YAML with space: and train:, as configs/sweep.yaml.", ctx)
+        raise click.UsageError(
+            "Missing option '--config': a YAML with space: and train:, or `--config sweep`, which comes with the package.",
+            ctx,
+        )
     resolved = _ready(ctx, SweepConfig, values, config)
     from offline_kto.train.sweep.sweep import sweep as run
 

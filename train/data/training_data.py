@@ -69,7 +69,7 @@ class TrainingData:
                 side = "trained on" if not train else "held out"
                 raise TrainingError(
                     f"--eval-fraction {config.eval_fraction:g} of {len(set(rows.prompt_ids))} prompts leaves no row to be {side}. "
-                    "Use another fraction, or --eval-cache."
+                    "Use another fraction (in a sweep, eval_fraction in the table train:), or --eval-cache."
                 )
             held_out = rows, held_rows
         units = _units(rows, train, config, f"--cache {config.cache}")
