@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT")
 
 
-def precompute(model: str | Path, data: str | Path, out: Location = "refs", **options: Any) -> "Manifest":
+def precompute(model: str | Path, data: str | Path, out: Location = "refs", **options: Any) -> "Manifest | None":
     """Score feedback under a reference model, once, as `kto-precompute` does.
 
     Args:
@@ -33,7 +33,7 @@ def precompute(model: str | Path, data: str | Path, out: Location = "refs", **op
         options: of `PrecomputeConfig`; `config` may name a YAML file with more.
 
     Returns:
-        The manifest of the cache. With `dry_run=True` nothing is written, and it is that of the existing cache.
+        The manifest of the cache; None with `dry_run=True`, which writes none.
 
     Raises:
         KTOError: the input cannot be used.
@@ -48,7 +48,7 @@ def precompute(model: str | Path, data: str | Path, out: Location = "refs", **op
         from offline_kto.precompute.run import precompute as run
 
         run(config)
-        return read_manifest(local_copy(config.out))
+        return None if config.dry_run else read_manifest(local_copy(config.out))
 
 
 def train(cache: Location, out: str | Path | None = None, **options: Any) -> "Run":
@@ -196,8 +196,7 @@ def _config(kind: type[ConfigT], options: dict[str, Any]) -> ConfigT:
             raise ConfigError(
                 f"{kind.__name__} has no option {shown(name)!r}.{nearest(name, known)} Known: {', '.join(known)}."
             )
-    given = {name: value for name, value in options.items() if value is not None}
-    return resolve(kind, given, yaml_path=None if yaml_path is None else Path(yaml_path))
+    return resolve(kind, options, yaml_path=None if yaml_path is None else Path(yaml_path))
 
 
 def _refuse_objects(*, needed: bool = False, **arguments: Any) -> None:

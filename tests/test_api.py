@@ -58,8 +58,14 @@ def test_a_stage_is_a_package_and_a_function() -> None:
 def test_precompute_returns_the_manifest(base: Path, feedback: Path, tmp_path: Path) -> None:
     found = kto.precompute(str(base), feedback, out=tmp_path / "refs", device="cpu", max_length=256)
     assert found == kto.verify(tmp_path / "refs")
+    assert found is not None
     assert found.rows == 20
     assert len(kto.open_cache(str(tmp_path / "refs"))) == 20
+
+
+def test_a_dry_run_writes_nothing(base: Path, feedback: Path, tmp_path: Path) -> None:
+    assert kto.precompute(str(base), feedback, out=tmp_path / "refs", device="cpu", dry_run=True) is None
+    assert not (tmp_path / "refs").exists()
 
 
 def test_train_returns_the_run(run: Any, tmp_path: Path) -> None:
@@ -90,6 +96,7 @@ def test_lines_are_shown_unless_silence_is_asked_for(
     [
         ({"lerning_rate": 1e-6}, r"TrainConfig has no option 'lerning_rate'\. Did you mean 'learning_rate'\?"),
         ({"loss": "ktoo"}, r"--loss: got 'ktoo'; choose one of kto, .*Did you mean 'kto'"),
+        ({"beta": None}, r"--beta must be a number, got None"),
         ({"beta": "fast"}, r"--beta must be a number, got 'fast'"),
         ({"shuffle": "no"}, r"--shuffle must be true or false"),
         ({"batch_size": 8.5}, r"--batch-size must be a whole number, got 8\.5"),

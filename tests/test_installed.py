@@ -108,7 +108,6 @@ def test_wheel_and_source_archive_work_without_the_checkout(tmp_path: Path, thei
     installed = tmp_path / "installed"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", installed]
     run(*pip, *wheels, cwd=tmp_path)
-    assert not list(installed.rglob("*.py~"))
     path = str(installed)
     where = run(sys.executable, "-P", "-c", "import offline_kto; print(offline_kto.__file__)", cwd=theirs, path=path)
     assert Path(where.stdout.strip()).is_relative_to(installed)
@@ -130,7 +129,7 @@ def test_wheel_and_source_archive_work_without_the_checkout(tmp_path: Path, thei
         check=False,
     )
     assert refused.returncode == 1
-    assert "x: no such" in refused.stderr or "x:" in refused.stderr
+    assert "x: no such folder" in refused.stderr
     assert "lora" not in refused.stderr
     page = "from offline_kto.train.report import report as r; from pathlib import Path; p = Path(r.__file__).parent\n"
     page += "print(*sorted(x.suffix for x in p.iterdir() if x.suffix in ('.css', '.js', '.j2')))"
