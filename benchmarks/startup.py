@@ -19,13 +19,11 @@ from environments import offline_env
 from text_table import text_table
 from workload import SMALL, make_workload
 
-# Beginnings of the lines that mark a measurement.
-MARKS = {"first line": "starting", "plan": ("reference", "cache"), "work": ("step", "scored")}
-COMMANDS = {
-    "kto-precompute": "offline_kto.precompute.cli:precompute",
-    "kto-train": "offline_kto.train.cli:train",
-    "kto-train, LoRA": "offline_kto.train.cli:train",
-}
+# What is measured up to: the beginnings of lines of each command.
+MARKS = ("first line", "plan", "work")
+PRECOMPUTE = ("offline_kto.precompute.cli:precompute", ("starting", "reference", "scored"))
+TRAIN = ("offline_kto.train.cli:train", ("starting", "cache", "step"))
+COMMANDS = {"kto-precompute": PRECOMPUTE, "kto-train": TRAIN, "kto-train, LoRA": TRAIN}
 PROGRAM = """
 import json, logging, sys, time
 marks, found = json.loads(sys.argv.pop(1)), {}
@@ -33,7 +31,7 @@ class Clock(logging.Handler):
     def emit(self, record):
         line = record.getMessage()
         for name, words in marks.items():
-            if name not in found and line.startswith(words if isinstance(words, str) else tuple(words)):
+            if name not in found and line.startswith(words):
                 found[name] = [time.process_time(), len(sys.modules)]
 logging.getLogger("offline_kto").addHandler(Clock())
 module, _, function = sys.argv.pop(1).partition(":")
@@ -44,9 +42,9 @@ finally:
 """
 
 
-def measure(entry: str, options: list[str], work: Path) -> dict[str, tuple[float, int]]:
+def measure(entry: str, lines: tuple[str, ...], options: list[str], work: Path) -> dict[str, tuple[float, int]]:
     """Run one command, and return CPU seconds and number of modules at each mark."""
-    words = [sys.executable, "-c", PROGRAM, json.dumps(MARKS), entry, *options]
+    words = [sys.executable, "-c", PROGRAM, json.dumps(dict(zip(MARKS, lines, strict=True))), entry, *options]
     done = subprocess.run(words, env=offline_env(work), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -86,8 +84,8 @@ def main() -> None:
             "kto-train, LoRA": [*train, "--out", str(work / "lora"), "--lora-rank", "4"],
         }
         rows = []
-        for name, entry in COMMANDS.items():
-            found = measure(entry, options[name], work)
+        for name, (entry, lines) in COMMANDS.items():
+            found = measure(entry, lines, options[name], work)
             rows.append([name, *(f"{found[mark][0]:.1f} s, {found[mark][1]:,}" for mark in MARKS)])
     print(text_table(["CPU seconds, modules", *MARKS], rows))
 

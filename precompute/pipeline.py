@@ -22,7 +22,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, choose_backend, load_transformers
 from offline_kto.precompute.engines.protocol import Scorer
 from offline_kto.precompute.engines.ranks import RankedScorer, joined, on_own_device, work
-from offline_kto.precompute.engines.reference import Reference
+from offline_kto.precompute.engines.reference import Reference, ReferenceFiles
 from offline_kto.precompute.out_folder import opened_out, rendered_on
 from offline_kto.precompute.plan import Plan, PlanCounts, describe, make_plan
 from offline_kto.precompute.scoring import MERGED, Scoring
@@ -55,11 +55,14 @@ def make_cache(config: PrecomputeConfig) -> None:
 
 def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
     backend = choose_backend(config)
-    reference = Reference.find(config)
+    files = ReferenceFiles.find(config)
+    _print_reference(files, backend)  # opening it imports the libraries of models, which takes seconds
+    reference = Reference.open(files)
     with reference.hash_weights() as hashing:
         plan = make_plan(config, reference.tokenizer, config.template_day or rendered_on(config.out))
         counts = plan.counts()
-        _print_plan(config, reference, plan, counts, backend)
+        for line in [*(f"warning     {one}" for one in reference.warnings), *describe(plan, counts, config)]:
+            tell(line)
         _check_vocabulary(plan, reference)
         _check_lengths(plan, reference)
         if config.dry_run:
@@ -82,16 +85,13 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
         _fill(Scoring(config, reference, plan, store, backend, ranks), counts, sections, mark)
 
 
-def _print_plan(
-    config: PrecomputeConfig, reference: Reference, plan: Plan, counts: PlanCounts, backend: Backend
-) -> None:
+def _print_reference(files: ReferenceFiles, backend: Backend) -> None:
+    config = files.config
     adapter = f" with adapter {config.adapter}" if config.adapter else ""
     engine = f"{backend.name} ({backend.why})" if backend.why else backend.name
     processes = f", {world_size()} processes" if world_size() > 1 else ""
-    how = f"{reference.precision.name} on {reference.device.type}, scored with {engine}{processes}"
+    how = f"{files.precision.name} on {files.device.type}, scored with {engine}{processes}"
     tell(f"reference   {config.model}{adapter} ({how})")
-    for line in [*(f"warning     {one}" for one in reference.warnings), *describe(plan, counts, config)]:
-        tell(line)
 
 
 def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mark: str) -> None:

@@ -5,14 +5,18 @@ the start itself (streams, imports, torchrun, a sweep's own way to start its wor
 """
 
 import atexit
+import contextlib
 import gc
+import importlib.metadata
 import multiprocessing
 import multiprocessing.connection
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -46,6 +50,8 @@ import sys
 for name in [name for name in sys.modules if name.split(".")[0] in ("offline_kto", "optuna")]:
     del sys.modules[name]
 """
+
+_CLIENT = Path(__file__).with_name("forked_command.py")
 
 multiprocessing.set_forkserver_preload([*PRELOADED])
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -127,6 +133,43 @@ class Fork:
 def run(program: str, *arguments: object, timeout: float = 200, **options: Any) -> subprocess.CompletedProcess[str]:
     """Start a `Fork` and wait for its end."""
     return Fork(program, *arguments, **options).wait(timeout)
+
+
+class Commands:
+    """The commands of this checkout for a shell, each run in a `Fork`.
+
+    Args:
+        folder: for the programs that the shell finds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._listener = multiprocessing.connection.Listener(family="AF_UNIX")
+        self.folder = folder
+        folder.mkdir()
+        for entry in importlib.metadata.distribution("offline-kto").entry_points:
+            program = folder / entry.name
+            client = shlex.join([sys.executable, "-IS", str(_CLIENT), entry.module, entry.attr])
+            program.write_text(f'#!/bin/sh\nexec {client} "$@"\n')
+            program.chmod(0o755)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the shell needs to find the commands."""
+        path = os.pathsep.join([str(self.folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+        return {**os.environ, "PATH": path, "FORKED_COMMANDS": str(self._listener.address)}
+
+    def _serve(self) -> None:
+        while True:
+            with contextlib.suppress(OSError, EOFError):
+                # The ranks of a launch wait for each other, so each is answered by a thread of its own.
+                threading.Thread(target=self._answer, args=(self._listener.accept(),), daemon=True).start()
+
+    def _answer(self, shell: "multiprocessing.connection.Connection") -> None:
+        (module, function, *arguments), folder, environment = shell.recv()
+        program = f"import os; os.chdir({folder!r}); from {module} import {function}; {function}()"
+        done = run(program, *arguments, environment=environment)
+        shell.send((done.returncode, done.stdout.encode(), done.stderr.encode()))
 
 
 def _rank(number: int, ranks: int, port: int) -> dict[str, str]:

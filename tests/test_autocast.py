@@ -50,7 +50,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
 
 def first_update(config: TrainConfig, materials: Materials, out: Path) -> dict[str, Any]:
     out.mkdir()
-    TrainingRun.set_up(config, out, materials).train()
+    TrainingRun.set_up(config, out, materials.data(config), materials).train()
     materials.take_back()
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
 

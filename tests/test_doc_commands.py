@@ -1,16 +1,14 @@
 """Every command and every Python block of README and docs runs, or a comment above it says why not."""
 
-import importlib.metadata
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from doc_pages import PAGES, ROOT, Block, blocks
 from feedback_files import write_feedback
+from forks import Commands, run
 
 from offline_kto.kto_core.options import resolve
 from offline_kto.precompute.config import PrecomputeConfig
@@ -75,27 +73,26 @@ def desk(tmp_path: Path, base: Path, feedback: Path, scored: Path) -> Path:
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """An environment whose commands are those of this checkout, whatever is installed."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    python = f'#!/bin/sh\nexec "{sys.executable}"'
-    (programs / "python").write_text(f'{python} "$@"\n')
-    for entry in importlib.metadata.distribution("offline-kto").entry_points:
-        lines = f"import sys; sys.argv[0] = '{entry.name}'; from {entry.module} import {entry.attr}; {entry.attr}()"
-        (programs / entry.name).write_text(f'{python} -c "{lines}" "$@"\n')
-    for program in programs.iterdir():
-        program.chmod(0o755)
-    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+def commands(tmp_path: Path) -> Commands:
+    """The commands of this checkout, whatever is installed."""
+    return Commands(tmp_path / "bin")
 
 
-def run_block(block: Block, desk: Path, environment: dict[str, str]) -> str:
+def run_block(block: Block, desk: Path, commands: Commands) -> str:
     """Run a block; return what it printed."""
-    program = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
-    ran = subprocess.run(
-        [*program, block.text], cwd=desk, env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
+    environment = commands.environment
+    if block.language == "bash":
+        ran = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.text],
+            cwd=desk,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+    else:
+        ran = run(f"import os; os.chdir({str(desk)!r})\n{block.text}", environment=environment)
     assert ran.returncode == 0, f"line {block.line}: {block.text}\n{ran.stdout}\n{ran.stderr}"
     return ran.stdout
 
@@ -113,7 +110,7 @@ def assert_shown(shown: str, printed: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.is_run for block in blocks(page))])
-def test_the_commands_of_a_page_run(page: str, desk: Path, environment: dict[str, str]) -> None:
+def test_the_commands_of_a_page_run(page: str, desk: Path, commands: Commands) -> None:
     """In the order of the page, each in the folder that the ones before it left. A text block right below is the output."""
     if page in NEEDS:
         pytest.importorskip(NEEDS[page])
@@ -125,7 +122,7 @@ def test_the_commands_of_a_page_run(page: str, desk: Path, environment: dict[str
         if block.name == "file":
             (desk / block.value).write_text(block.text, encoding="utf-8")
         elif block.is_run:
-            printed, last = run_block(block, desk, environment), block.last
+            printed, last = run_block(block, desk, commands), block.last
         elif block.language == "text" and block.line == last + 1:
             assert_shown(block.text, printed)
 

@@ -180,7 +180,7 @@ class TestMaterials:
         materials = KeptMaterials()
         for number, one in enumerate(options):
             config = TrainConfig(cache=cache, save_steps=0, seed=number, **{**TRAIN, **one})
-            run = TrainingRun.set_up(config, tmp_path / str(number), materials)
+            run = TrainingRun.set_up(config, tmp_path / str(number), materials.data(config), materials)
             (tmp_path / str(number)).mkdir(exist_ok=True)
             run.train()
             run.save_model(tmp_path / str(number))
@@ -209,6 +209,8 @@ def test_a_full_disk_ends_the_sweep_and_fails_no_trial(
 
     said: list[Any] = []
     pipe = cast(Any, SimpleNamespace(send=said.append, recv=lambda: "drop"))
+    monkeypatch.setattr(KeptMaterials, "data", lambda *_: None)
+    monkeypatch.setattr(sweep_worker, "print_data", lambda *_: None)
     monkeypatch.setattr(TrainingRun, "set_up", set_up)
     if problem == "its log":
         monkeypatch.setattr(sweep_worker, "log_into", lambda path: (_ for _ in ()).throw(full))
@@ -222,17 +224,17 @@ def test_a_run_that_cannot_begin_leaves_the_policy_as_it_was(cache: Path, tmp_pa
     config = TrainConfig(cache=cache, save_steps=0, lora_rank=2, **TRAIN)
     for wrong in ({"lora_targets": "nowhere"}, {"training": {"optim": "no_such_optimizer"}}):
         with pytest.raises(ConfigError):
-            TrainingRun.set_up(replace(config, **wrong), tmp_path / "wrong", materials)
+            TrainingRun.set_up(replace(config, **wrong), tmp_path / "wrong", materials.data(config), materials)
         materials.take_back()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "offline_kto.train.run.training_run.check_vocabulary", lambda *_: 1 / 0
         )  # with adapters on the model already
         with pytest.raises(ZeroDivisionError):
-            TrainingRun.set_up(config, tmp_path / "wrong", materials)
+            TrainingRun.set_up(config, tmp_path / "wrong", materials.data(config), materials)
         materials.take_back()
     (tmp_path / "right").mkdir()
-    run = TrainingRun.set_up(config, tmp_path / "right", materials)
+    run = TrainingRun.set_up(config, tmp_path / "right", materials.data(config), materials)
     run.train()
     run.save_model(tmp_path / "right")
     alone = train(replace(config, out=tmp_path / "alone"))

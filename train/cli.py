@@ -118,7 +118,7 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     resolved = _ready(ctx, TrainConfig, values, config)
     from offline_kto.train.run.train_run import train as run
 
-    run(resolved)
+    run(resolved, in_own_process=True)
     if world_size() > 1:
         # Everything is saved and all ranks are synchronized. Interpreter shutdown with gloo's threads alive sometimes
         # aborts ("terminate called without an active exception"), and the launcher would report a failed run.

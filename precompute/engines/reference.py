@@ -47,8 +47,8 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow")
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A reference whose files are found and whose tokenizer is loaded, but not its weights."""
+class ReferenceFiles:
+    """The files of a reference, found but not opened, and where and in which precision they will be used."""
 
     config: PrecomputeConfig
     folder: Path
@@ -56,19 +56,14 @@ class Reference:
     adapter: Path | None
     device: torch.device
     precision: Precision
-    tokenizer: Tokenizer
-    shape: Model  # the model without weights, on the meta device
-    unread: dict[str, int]  # number of weights in the files that are not read, by kind
-    warnings: list[str]  # about the folder and its tokenizer, for the plan
-    state: tuple[object, ...]  # sizes and times of its weight files, before they were hashed
     paths: dict[str, str | None]  # `path` and `adapter_path` of the manifest
 
     @classmethod
-    def find(cls, config: PrecomputeConfig) -> "Reference":
-        """Find the reference and do all cheap checks.
+    def find(cls, config: PrecomputeConfig) -> "ReferenceFiles":
+        """Find the files; the libraries that open them are not imported yet, which takes seconds.
 
         Raises:
-            ModelError: model, adapter, tokenizer or device cannot be used.
+            ModelError: model, adapter or device cannot be used.
         """
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
@@ -86,6 +81,32 @@ class Reference:
             "path": local_path(folder, revision),
             "adapter_path": local_path(adapter, adapter_revision) if adapter else None,
         }
+        return cls(config, folder, revision, adapter, device, resolve_precision(config.dtype, device), paths)
+
+
+@dataclass(frozen=True)
+class Reference(ReferenceFiles):
+    """A reference whose tokenizer is loaded, but not its weights."""
+
+    tokenizer: Tokenizer
+    shape: Model  # the model without weights, on the meta device
+    unread: dict[str, int]  # number of weights in the files that are not read, by kind
+    warnings: list[str]  # about the folder and its tokenizer, for the plan
+    state: tuple[object, ...]  # sizes and times of its weight files, before they were hashed
+
+    @classmethod
+    def find(cls, config: PrecomputeConfig) -> "Reference":
+        """Find the files and open them. Raises: ModelError: see `ReferenceFiles.find` and `open`."""
+        return cls.open(ReferenceFiles.find(config))
+
+    @classmethod
+    def open(cls, files: ReferenceFiles) -> "Reference":
+        """Load the tokenizer, and do all cheap checks.
+
+        Raises:
+            ModelError: the tokenizer cannot be used, or the files do not fit each other.
+        """
+        config, folder = files.config, files.folder
         notes: list[str] = []
         tokenizer = load_tokenizer(
             transformers.AutoTokenizer,
@@ -104,18 +125,12 @@ class Reference:
         if longest is not None and config.max_length > longest:
             raise ModelError(f"--max-length {config.max_length}: this model has positions for {longest} tokens.")
         return cls(
-            config,
-            folder,
-            revision,
-            adapter,
-            device,
-            resolve_precision(config.dtype, device),
-            tokenizer,
-            shape,
-            outline.unread,
-            warnings,
-            _state(folder, adapter),
-            paths,
+            **vars(files),
+            tokenizer=tokenizer,
+            shape=shape,
+            unread=outline.unread,
+            warnings=warnings,
+            state=_state(folder, files.adapter),
         )
 
     def hash_weights(self) -> "WeightsHashing":

@@ -14,6 +14,14 @@ from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.trainer.objective import Objective
 
 
+def print_data(config: TrainConfig, data: TrainingData) -> None:
+    """Print what the run trains on; nothing of the policy is needed for it."""
+    fingerprint = data.rows.manifest.fingerprint[:12]
+    tell(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
+    tell(f"scored      {scored_in_words(data.rows.manifest)}")
+    tell(f"rows        {rows_in_words(data.facts())}")
+
+
 def print_plan(
     config: TrainConfig,
     data: TrainingData,
@@ -24,19 +32,16 @@ def print_plan(
     device: torch.device,
     warnings: list[str],
 ) -> None:
+    """Print how the policy is trained, and what the user is warned of."""
     desirable, undesirable = data.class_counts
     kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights"
     steps = config.max_steps or math.ceil(math.ceil(data.units.size / config.batch_size) * config.epochs)
-    fingerprint = data.rows.manifest.fingerprint[:12]
-    tell(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
-    adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
-    tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
-    tell(f"scored      {scored_in_words(data.rows.manifest)}")
-    tell(f"rows        {rows_in_words(data.facts())}")
     weights = objective.weights
     tell(
         f"labels      {desirable:,} desirable (weight {weights[0]:.4g}), {undesirable:,} undesirable (weight {weights[1]:.4g})"
     )
+    adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
+    tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
     loss = "" if config.loss == "kto" else f"loss {config.loss}, "
     tell(
         f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"

@@ -5,20 +5,24 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import written_to
 from offline_kto.kto_core.errors import ConfigError, ModelError, TrainingError
 from offline_kto.kto_core.launch import read_launch, settle_launch
 from offline_kto.kto_core.locations import is_url
 from offline_kto.kto_core.lock import only_writer
+from offline_kto.kto_core.runtime import leave_out
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.report.report import write_report
 from offline_kto.train.run.folder import choose_folder, refuse_occupied, refuse_unnamed
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, *, in_own_process: bool = False) -> Path:
     """Run `kto-train`.
+
+    Args:
+        in_own_process: whether nothing but this run uses the process, which may then do without packages it never needs.
 
     Returns:
         The run folder.
@@ -36,13 +40,23 @@ def train(config: TrainConfig) -> Path:
         return evaluate_run(config).parent
     if config.lora_rank and importlib.util.find_spec("peft") is None:
         raise ModelError("--lora-rank needs peft. Install it with: pip install 'offline-kto[lora]'")
-    for location in (config.cache, config.eval_cache):
-        if location is not None and not is_url(location):
-            read_manifest(Path(location))
+    manifests = [
+        read_manifest(Path(location))
+        for location in (config.cache, config.eval_cache)
+        if location is not None and not is_url(location)
+    ]
+    if in_own_process and not _may_need_peft(config, manifests):
+        leave_out("peft")
     out = choose_folder(config)
     with _folder_of(config, out):
         _train(config, out)
     return out
+
+
+def _may_need_peft(config: TrainConfig, manifests: list[Manifest]) -> bool:
+    if config.lora_rank or config.trust_remote_code or is_url(config.cache):
+        return True
+    return any(manifest.reference.get("adapter") for manifest in manifests)
 
 
 @contextlib.contextmanager
@@ -66,10 +80,17 @@ def _train(config: TrainConfig, out: Path) -> None:
     if read_launch().is_first:
         tell(f"starting    {config.cache} -> {out}")  # the imports below take seconds
     from offline_kto.train.run.inputs import Materials
+    from offline_kto.train.run.plan import print_data
+
+    materials = Materials()
+    data = materials.data(config)
+    if read_launch().is_first:
+        print_data(config, data)
+    # The Trainer takes seconds to import; what is wrong with the data has been said by now.
     from offline_kto.train.run.training_run import TrainingRun
     from offline_kto.train.trainer.evaluation import summary_lines
 
-    run = TrainingRun.set_up(config, out, Materials())
+    run = TrainingRun.set_up(config, out, data, materials)
     run.train()
     run.save_model(out)
     found = run.sum_up()

@@ -75,13 +75,16 @@ class TrainingRun:
     checked: bool = False
 
     @classmethod
-    def set_up(cls, config: TrainConfig, out: Path, materials: Materials, name: str | None = None) -> "TrainingRun":
+    def set_up(
+        cls, config: TrainConfig, out: Path, data: TrainingData, materials: Materials, name: str | None = None
+    ) -> "TrainingRun":
         """Prepare everything up to the first update.
 
         Args:
             config: options of the run.
             out: its folder.
-            materials: its data and policy.
+            data: the rows to train on.
+            materials: where the policy comes from.
             name: name of the run, if the folder's name is not descriptive.
 
         Raises:
@@ -89,7 +92,6 @@ class TrainingRun:
         """
         device = resolve_device(config.device)
         precision = resolve_precision(config.dtype, device)
-        data = materials.data(config)
         files = materials.files(config, data.rows.manifest)
         objective = Objective.of(config, class_weight_values(config, *data.class_counts))
         warnings: list[str] = []

@@ -35,6 +35,7 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.settings import class_warnings, class_weight_values
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.inputs import KeptMaterials
+from offline_kto.train.run.plan import print_data
 from offline_kto.train.run.training_run import TrainingRun, versions
 from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
 from offline_kto.train.run_records import TrainedWith
@@ -141,7 +142,9 @@ class Worker:
             run = None
             try:
                 name = f"{folder.parent.parent.resolve().name}, trial {folder.name}"
-                run = TrainingRun.set_up(config, folder, self.materials, name)
+                data = self.materials.data(config)
+                print_data(config, data)
+                run = TrainingRun.set_up(config, folder, data, self.materials, name)
                 if run.data.identity() != self.rows:  # possible for a worker that replaced another one
                     self.materials.take_back()
                     self.pipe.send(Stop(_other_rows(config)))
