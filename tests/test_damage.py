@@ -307,12 +307,16 @@ def test_every_command_refuses_by_file_and_reason(
     assert not list((tmp_path / "run").glob("*"))
 
 
-def test_a_flipped_bit_anywhere_is_found(refs: Path) -> None:
-    """Each byte of the manifest, and some hundreds of bytes of the shards."""
+def test_a_flipped_bit_anywhere_is_found(base: Path, tmp_path: Path) -> None:
+    """Each byte of the manifest, and hundreds of bytes of a shard, its footer among them."""
+    data = write_feedback(tmp_path / "f.jsonl", 4)
+    refs = tmp_path / "refs"  # one small shard: each flip is a verification of the whole cache
+    precompute(PrecomputeConfig(model=str(base), data=str(data), out=refs))
     rng = random.Random(0)
-    places = [(refs / "manifest.json", at) for at in range((refs / "manifest.json").stat().st_size)]
-    for path in sorted((refs / "train").iterdir()):
-        places += [(path, rng.randrange(path.stat().st_size)) for _ in range(60)]
+    shard, manifest = refs / "train/00000.parquet", refs / "manifest.json"
+    size, footer = shard.stat().st_size, 400
+    places = [(manifest, at) for at in range(manifest.stat().st_size)]
+    places += [(shard, at) for at in [*rng.sample(range(size - footer), 200), *range(size - footer, size)]]
     for path, at in places:
         bit = 1 << rng.randrange(8)
         flip(path, at, bit)
