@@ -15,7 +15,7 @@ from offline_kto.kto_core.models.precision import Precision
 from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
 from offline_kto.train.data.batches import EpochBatches, split_by_prompt, strata_of, units_of
 from offline_kto.train.data.cache_rows import CacheRows
-from offline_kto.train.data.held_out import HeldOutRows
+from offline_kto.train.data.held_out import HeldOutRows, check_fraction
 from offline_kto.train.run_records import RunData, RunRecord
 
 
@@ -64,13 +64,8 @@ class TrainingData:
             held_out = held, range(len(held))
         elif config.eval_fraction:
             seed = config.seed if config.eval_seed is None else config.eval_seed
+            check_fraction(config.eval_fraction, len(set(rows.prompt_ids)))
             train, held_rows = split_by_prompt(rows, config.eval_fraction, seed)
-            if not train or not held_rows:
-                side = "trained on" if not train else "held out"
-                raise TrainingError(
-                    f"--eval-fraction {config.eval_fraction:g} of {len(set(rows.prompt_ids))} prompts leaves no row to be {side}. "
-                    "Use another fraction (in a sweep, eval_fraction in the table train:), or --eval-cache."
-                )
             held_out = rows, held_rows
         units = _units(rows, train, config, f"--cache {config.cache}")
         held_rows_out = held_out and _held_out(*held_out, config)

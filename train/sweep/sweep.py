@@ -32,6 +32,7 @@ from offline_kto.kto_core.lock import LOCK, only_writer
 from offline_kto.kto_core.options import as_plain
 from offline_kto.kto_core.redaction import hidden_url, without_secrets
 from offline_kto.kto_core.streams import is_terminal
+from offline_kto.train.data.held_out import check_fraction
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.run_files import make_folder, yaml_without_secrets
 from offline_kto.train.run_records import TrainedWith
@@ -100,6 +101,13 @@ def _manifest(cache: Location) -> Manifest:
         return read_manifest(folder)
 
 
+def _check_held_out(manifest: Manifest, trials: Trials) -> None:
+    """Check that prompts can be held out, before any worker starts. Raises: TrainingError: too few prompts."""
+    fraction, prompts = trials.base.get("eval_fraction"), manifest.data.get("prompts")
+    if fraction and isinstance(prompts, int):  # --max-length may drop some: a worker checks again
+        check_fraction(fraction, prompts)
+
+
 def _rows(manifest: Manifest, trials: Trials) -> dict[str, RowsIdentity]:
     """Return the identity of the rows that all trials read, as `TrainingData.identity` does."""
     held_out = trials.base.get("eval_cache")
@@ -118,6 +126,7 @@ def _identity(config: SweepConfig, rows: dict[str, RowsIdentity]) -> dict[str, o
 
 def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
     manifest = _manifest(config.cache)
+    _check_held_out(manifest, trials)
     rows = _rows(manifest, trials)
     if not (out / SWEEP).exists():
         _write_config(config, out)
