@@ -16,6 +16,7 @@ from offline_kto.kto_core.options import click_settings, flag, resolve
 from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries
 from offline_kto.kto_core.streams import own_streams
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.run_files import check_is_run
 from offline_kto.train.sweep.config import SweepConfig
 
 _Config = TypeVar("_Config", TrainConfig, SweepConfig)
@@ -112,8 +113,7 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
         if others:
             raise click.UsageError(f"--evaluate-only takes the run's own options; leave {flag(others[0])} out.", ctx)
         run_folder = values["evaluate_only"]
-        if (run_folder / "sweep.yaml").exists():
-            raise click.UsageError(f"{run_folder}: a sweep; its best run is {run_folder / 'best'}.", ctx)
+        check_is_run(run_folder, "--evaluate-only")
         config = run_folder / "config.yaml"
     resolved = _ready(ctx, TrainConfig, values, config)
     from offline_kto.train.run.train_run import train as run

@@ -209,11 +209,13 @@ class RowsToEvaluate:
         held_out: the rows.
         what: a description of the rows.
         of_run: whether the run itself held them out.
+        warning: a sentence for rows whose metrics do not measure quality on new prompts; None for other rows.
     """
 
     held_out: HeldOutRows
     what: str
     of_run: bool
+    warning: str | None = None
 
 
 def rows_to_evaluate(config: TrainConfig, facts: RunRecord, trained_prompts: set[str] | None) -> RowsToEvaluate:
@@ -244,7 +246,7 @@ def rows_to_evaluate(config: TrainConfig, facts: RunRecord, trained_prompts: set
     everything = range(len(rows))
     if trained_prompts is None:
         what = "all of them; which ones the run was trained on is not on record"
-        return RowsToEvaluate(_held_out(rows, everything, config), what, of_run=False)
+        return _perhaps_trained_on(_held_out(rows, everything, config), what)
     new = [i for i in everything if rows.prompt_ids[i] not in trained_prompts]
     day, trained_on = rows.manifest.tokenization.get("rendered_on"), facts.get("rendered_on")
     other_day = day and (str(day)[:10] != str(trained_on)[:10] if trained_on else len(new) == len(rows))
@@ -253,9 +255,24 @@ def rows_to_evaluate(config: TrainConfig, facts: RunRecord, trained_prompts: set
             f"all of them; their chat template wrote the date, {str(day)[:10]}, and into the run's rows another one, so that "
             "nobody can tell which ones it was trained on (kto-precompute --template-date renders for the same day)"
         )
-        return RowsToEvaluate(_held_out(rows, everything, config), what, of_run=False)
+        return _perhaps_trained_on(_held_out(rows, everything, config), what)
     if not new:
-        return RowsToEvaluate(_held_out(rows, everything, config), "the run was trained on their prompts", of_run=False)
+        trained = _held_out(rows, everything, config)
+        count = len(trained.indices)
+        warning = (
+            f"{count:,} of {count:,} rows have prompts that the run was trained on; these values do not measure held-out "
+            "quality. Give a --cache of other prompts, or train with --eval-fraction."
+        )
+        return RowsToEvaluate(trained, "the run was trained on their prompts", of_run=False, warning=warning)
     left_out = len(rows) - len(new)
     what = "not trained on" + (f"; {left_out:,} more were, and are left out" if left_out else "")
     return RowsToEvaluate(_held_out(rows, new, config), what, of_run=False)
+
+
+def _perhaps_trained_on(rows: HeldOutRows, what: str) -> RowsToEvaluate:
+    """Return rows of which nobody knows whether the run was trained on them."""
+    warning = (
+        f"the run may have been trained on any of these {len(rows.indices):,} rows; these values may not measure held-out "
+        "quality."
+    )
+    return RowsToEvaluate(rows, what, of_run=False, warning=warning)

@@ -21,7 +21,15 @@ from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.start_check import check_start
 from offline_kto.train.run.training_run import check_vocabulary, make_trainer
-from offline_kto.train.run_files import EVALUATION, RUN_RECORD, holds_word, read_rewards, read_run_record, refuse_pipes
+from offline_kto.train.run_files import (
+    EVALUATION,
+    RUN_RECORD,
+    check_is_run,
+    holds_word,
+    read_rewards,
+    read_run_record,
+    refuse_pipes,
+)
 from offline_kto.train.run_records import FinalUpdate, RunRecord
 from offline_kto.train.trainer.evaluation import summary, summary_lines
 from offline_kto.train.trainer.objective import Objective
@@ -44,6 +52,7 @@ def evaluate_run(config: TrainConfig) -> Path:
     run = config.evaluate_only
     assert run is not None
     config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
+    check_is_run(run, "--evaluate-only")
     facts = read_run_record(run)
     refuse_pipes(run, "--evaluate-only")
     found_final = facts.get("final")
@@ -81,7 +90,7 @@ def evaluate_run(config: TrainConfig) -> Path:
         tell(f"scored      {scored_in_words(manifest)}")
         shortened = shortened_in_words(held_out.cache.shortened, held_out.cache.max_length)
         tell(f"rows        {len(held_out.indices):,}: {rows.what}{shortened}")
-        for line in files.warnings:
+        for line in [*files.warnings, *filter(None, [rows.warning])]:
             warn(line)
     scores = trainer.final_scores()
     assert scores is not None
