@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file
 
 import offline_kto as kto
@@ -66,6 +67,15 @@ def test_precompute_returns_the_manifest(base: Path, feedback: Path, tmp_path: P
 def test_a_dry_run_writes_nothing(base: Path, feedback: Path, tmp_path: Path) -> None:
     assert kto.precompute(str(base), feedback, out=tmp_path / "refs", device="cpu", dry_run=True) is None
     assert not (tmp_path / "refs").exists()
+
+
+def test_the_yaml_names_what_is_not_given(base: Path, feedback: Path, tmp_path: Path) -> None:
+    settings = {"model": str(base), "data": str(feedback), "out": str(tmp_path / "refs"), "device": "cpu", "max_length": 256}
+    path = tmp_path / "precompute.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    kto.precompute(config=path)
+    kto.precompute(config=path, out=tmp_path / "other", limit=6)
+    assert (kto.verify(tmp_path / "refs").rows, kto.verify(tmp_path / "other").rows) == (20, 6)
 
 
 def test_train_returns_the_run(run: Any, tmp_path: Path) -> None:
@@ -127,6 +137,33 @@ def test_what_cannot_be_used_is_refused_as_on_the_command_line(
 def test_arguments_of_another_kind_are_refused(call: Any) -> None:
     with pytest.raises(kto.KTOError, match="must be a"):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "config"),
+    [
+        (kto.precompute, kto.PrecomputeConfig()),
+        (kto.train, kto.TrainConfig()),
+        (kto.sweep, kto.SweepConfig()),
+    ],
+)
+def test_options_as_one_object_are_told_how_to_be_given(call: Any, config: Any) -> None:
+    kind = type(config).__name__
+    for arguments, options in (((config,), {}), ((), {"config": config})):
+        with pytest.raises(kto.KTOError, match=rf"got a {kind}, .*\(\*\*vars\(config\)\)"):
+            call(*arguments, **options)
+    with pytest.raises(kto.KTOError, match="is missing"):  # as advised
+        call(**vars(config))
+
+
+def test_results_are_shown_in_a_line(cache: Path, run: Any) -> None:
+    manifest = kto.verify(cache)
+    for found, words in (
+        (manifest, ["20 rows", f"fingerprint {manifest.fingerprint[:12]}"]),
+        (run, [str(run.path), "finished", "2 updates", "loss 0.", manifest.fingerprint[:12]]),
+    ):
+        assert len(repr(found)) < 300
+        assert all(word in repr(found) for word in words), repr(found)
 
 
 def test_a_report_of_a_run_that_was_read(run: Any) -> None:

@@ -34,7 +34,7 @@ _LONGEST = 100_000  # characters of one text
 _GOING_ON = datetime.timedelta(minutes=10)  # a run is active if it wrote a record within this time and holds its lock
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run folder.
 
@@ -54,6 +54,13 @@ class Run:
     changed: datetime.datetime | None
     going_on: bool
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        state = "finished" if self.finished else "not finished"
+        losses = {name: self.last(name) for name in ("loss", "eval/loss")}
+        ended = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)
+        cache = shown(self.facts.get("fingerprint"))[:12]
+        return f"Run({str(self.path)!r}, {state}, {self.updates:,} updates{ended}, cache {cache})"
 
     @property
     def finished(self) -> bool:
@@ -77,7 +84,7 @@ class Run:
         return next((value for value in values if value is not None), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trial:
     """One trial of a sweep; `run` is None if its folder is on another machine."""
 
@@ -91,8 +98,11 @@ class Trial:
     host: str
     run: Run | None
 
+    def __repr__(self) -> str:
+        return f"Trial({self.number}, {self.state}, value {self.value}, {shown(self.params)})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Sweep:
     """A sweep folder."""
 
@@ -105,6 +115,10 @@ class Sweep:
     maximize: bool
     going_on: bool
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.complete):,} of {len(self.trials):,} trials complete"
+        return f"Sweep({str(self.path)!r}, {counts}, best {self.metric}: {self.best})"
 
     @property
     def complete(self) -> list[Trial]:
