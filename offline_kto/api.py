@@ -110,12 +110,14 @@ def sweep(
         if not isinstance(space, Mapping):
             raise ConfigError(f"space must be a mapping of options to values or ranges, got {shown(repr(space))}.")
         space = {name: list(one) if isinstance(one, tuple) else one for name, one in space.items()}
+    of_yaml = "config" in options and space is None and "train" not in options
+    yaml_path = Path(options["config"]) if of_yaml else None
     config = _config(SweepConfig, {**_given(cache=cache, space=space, out=out), **options})
     with _shown():
         from offline_kto.train.report.folders import Sweep, read_folder
         from offline_kto.train.sweep.sweep import sweep as run
 
-        found = read_folder(run(config))
+        found = read_folder(run(config, yaml_path=yaml_path))
         assert isinstance(found, Sweep)
         return found
 

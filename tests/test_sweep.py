@@ -773,6 +773,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"space": {"beta": []}}, "an empty list"),
     ({"space": {"beta": [0.1, 0.1]}}, "a value is given twice"),
     ({"space": {"beta": ["big"]}}, "expected a number, got 'big'"),
+    ({"space": {"beta": ["1e-5"]}}, "expected a number, got '1e-5'. Write it without quotes: 1e-05"),
+    ({"space": {"batch_size": ["4"]}}, "expected a whole number, got '4'. Write it without quotes: 4"),
+    ({"space": {"desirable_weight": ["1.5", 1.5]}}, "a value is given twice"),
+    ({"space": {"beta": {"low": "1e-5", "high": 1}}}, "low must be a number, got '1e-5'. Write it without quotes: 1e-05"),
+    ({"space": {"beta": {"low": 0.1, "high": 1, "points": "2"}}}, "to 1000, got '2'. Write it without quotes: 2"),
     ({"space": {"beta": [-1.0]}}, "beta: -1.0 cannot be used: --beta must be above 0"),
     ({"space": {"beta": {"low": 0.1}}}, "high must be a number, got None"),
     ({"space": {"beta": {"low": 0.3, "high": 0.1}}}, "low (0.3) must be below high (0.1)"),
@@ -807,6 +812,17 @@ def test_mistakes_are_told_before_anything_starts(
     assert message in str(refused.value)
     assert config.out is not None
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize(
+    "tables", [{"space": {"beta": [-1.0]}}, {"space": {"beta": [0.1]}, "train": {"eval_fraction": 0}}], ids=str
+)
+def test_a_mistake_in_a_table_names_the_file(tables: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tables))
+    result = CliRunner().invoke(kto_sweep, ["--cache", "refs", "--config", str(path)])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {path}: ")
 
 
 def test_too_few_prompts_to_hold_some_out_are_told_before_anything_starts(

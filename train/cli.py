@@ -151,7 +151,7 @@ def sweep(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     resolved = _ready(ctx, SweepConfig, values, config)
     from offline_kto.train.sweep.sweep import sweep as run
 
-    run(resolved)
+    run(resolved, yaml_path=config)
 
 
 @click.command(cls=_Command, context_settings=_SETTINGS)

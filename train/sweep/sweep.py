@@ -32,6 +32,7 @@ from offline_kto.kto_core.lock import LOCK, only_writer
 from offline_kto.kto_core.options import as_plain
 from offline_kto.kto_core.redaction import hidden_url, without_secrets
 from offline_kto.kto_core.streams import is_terminal
+from offline_kto.kto_core.yaml_files import named_file
 from offline_kto.train.data.held_out import check_fraction
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.run_files import make_folder, yaml_without_secrets
@@ -47,8 +48,12 @@ SWEEP = "sweep.yaml"
 DATABASE = "study.db"
 
 
-def sweep(config: SweepConfig) -> Path:
+def sweep(config: SweepConfig, *, yaml_path: Path | None = None) -> Path:
     """Run `kto-sweep`.
+
+    Args:
+        config: its options.
+        yaml_path: file with the tables `space` and `train`, for messages; None if a program gave them.
 
     Returns:
         The sweep folder.
@@ -66,7 +71,7 @@ def sweep(config: SweepConfig) -> Path:
             "kto-sweep starts its own processes, a trial in each; run it without torchrun, with --workers."
         )
     settle_launch()
-    trials = Trials.of(config)
+    trials = _trials(config, yaml_path)
     out = make_folder(config.out, "sweeps")
     try:
         with only_writer(out, ConfigError), written_to(out, TrainingError, "Make room; the same command goes on."):
@@ -76,6 +81,16 @@ def sweep(config: SweepConfig) -> Path:
         with contextlib.suppress(OSError):  # the folder is not empty
             out.rmdir()
     return out
+
+
+def _trials(config: SweepConfig, yaml_path: Path | None) -> Trials:
+    """Return the trials of a sweep. Raises: ConfigError: a mistake in `space` or `train`, with the file that has it."""
+    try:
+        return Trials.of(config)
+    except ConfigError as error:
+        if yaml_path is None:
+            raise
+        raise ConfigError(f"{named_file(yaml_path)}: {error}") from error
 
 
 def _check_folder(out: Path) -> None:
