@@ -101,6 +101,23 @@ def test_lines_are_shown_unless_silence_is_asked_for(
     assert capsys.readouterr().out == ""
 
 
+def test_a_program_with_logging_decides_which_lines_it_gets(tmp_path: Path) -> None:
+    """As docs/python-api.md says: warnings only by default, all lines at the level INFO."""
+    script = (
+        "import logging, sys\nlogging.basicConfig(format='%(name)s %(message)s')\n"
+        "if 'INFO' in sys.argv:\n    logging.getLogger('offline_kto').setLevel('INFO')\n"
+        "from offline_kto import api\nfrom offline_kto.kto_core.console import tell, warn\n"
+        "with api._shown():\n    tell('a line')\n    warn('a warning')\n"
+    )
+    said = {}
+    for level in ("", "INFO"):
+        done = subprocess.run([sys.executable, "-c", script, level], capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert done.stdout == ""
+        said[level] = done.stderr
+    assert said[""] == "offline_kto warning     a warning\n"
+    assert said["INFO"] == "offline_kto a line\n" + said[""]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
