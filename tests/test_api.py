@@ -70,7 +70,13 @@ def test_a_dry_run_writes_nothing(base: Path, feedback: Path, tmp_path: Path) ->
 
 
 def test_the_yaml_names_what_is_not_given(base: Path, feedback: Path, tmp_path: Path) -> None:
-    settings = {"model": str(base), "data": str(feedback), "out": str(tmp_path / "refs"), "device": "cpu", "max_length": 256}
+    settings = {
+        "model": str(base),
+        "data": str(feedback),
+        "out": str(tmp_path / "refs"),
+        "device": "cpu",
+        "max_length": 256,
+    }
     path = tmp_path / "precompute.yaml"
     path.write_text(yaml.safe_dump(settings))
     kto.precompute(config=path)
@@ -111,7 +117,9 @@ def test_a_program_with_logging_decides_which_lines_it_gets(tmp_path: Path) -> N
     )
     said = {}
     for level in ("", "INFO"):
-        done = subprocess.run([sys.executable, "-c", script, level], capture_output=True, text=True, check=True, cwd=tmp_path)
+        done = subprocess.run(
+            [sys.executable, "-c", script, level], capture_output=True, text=True, check=True, cwd=tmp_path
+        )
         assert done.stdout == ""
         said[level] = done.stderr
     assert said[""] == "offline_kto warning     a warning\n"

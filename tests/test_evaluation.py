@@ -264,9 +264,9 @@ class TestBest:
         train(replace(config, resume=True, beta=0.5))
         assert pq.read_table(run / "rewards.parquet")["logratio"].null_count == rewards["logratio"].null_count
         assert "beta: 0.5" in (run / "config.yaml").read_text()
-        facts = json.loads((run / "run.json").read_text())
-        assert "--beta 0.5" in facts["command"]
-        assert facts["alarms"]["beta"] == 0.5
+        record = json.loads((run / "run.json").read_text())
+        assert "--beta 0.5" in record["command"]
+        assert record["alarms"]["beta"] == 0.5
 
     def test_logs_do_not_depend_on_where_a_run_was_resumed(self, config: TrainConfig, tmp_path: Path) -> None:
         config = replace(config, max_steps=8, eval_steps=3, logging_steps=5, save_steps=100)
@@ -413,8 +413,8 @@ class TestEvaluateOnly:
         assert found["rows"] == 9
         assert found["rows_are"] == "all of them; which ones the run was trained on is not on record"
         assert "warning     the run may have been trained on any of these 9 rows" in capsys.readouterr().out
-        facts = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps({**facts, "weights": "auto"}))
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps({**record, "weights": "auto"}))
         with pytest.raises(ConfigError, match=r"run\.json: does not say which class weights"):
             evaluate_run(options)
 
@@ -450,7 +450,12 @@ class TestEvaluateOnly:
 
     @pytest.mark.parametrize(
         ("name", "found"),
-        [("none", "there is no such folder"), ("file", "it is a file"), ("", "holds file, but no run.json"), ("new", "is empty")],
+        [
+            ("none", "there is no such folder"),
+            ("file", "it is a file"),
+            ("", "holds file, but no run.json"),
+            ("new", "is empty"),
+        ],
     )
     def test_what_is_no_run(self, name: str, found: str, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

@@ -776,7 +776,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"space": {"beta": ["1e-5"]}}, "expected a number, got '1e-5'. Write it without quotes: 1e-05"),
     ({"space": {"batch_size": ["4"]}}, "expected a whole number, got '4'. Write it without quotes: 4"),
     ({"space": {"desirable_weight": ["1.5", 1.5]}}, "a value is given twice"),
-    ({"space": {"beta": {"low": "1e-5", "high": 1}}}, "low must be a number, got '1e-5'. Write it without quotes: 1e-05"),
+    (
+        {"space": {"beta": {"low": "1e-5", "high": 1}}},
+        "low must be a number, got '1e-5'. Write it without quotes: 1e-05",
+    ),
     ({"space": {"beta": {"low": 0.1, "high": 1, "points": "2"}}}, "to 1000, got '2'. Write it without quotes: 2"),
     ({"space": {"beta": [-1.0]}}, "beta: -1.0 cannot be used: --beta must be above 0"),
     ({"space": {"beta": {"low": 0.1}}}, "high must be a number, got None"),
@@ -839,7 +842,9 @@ def test_too_few_prompts_to_hold_some_out_are_told_before_anything_starts(
     assert not config.out.exists()
 
 
-@pytest.mark.parametrize(("fraction", "prompts", "usable"), [(0.1, 4, 0.25), (0.1, 3, 0.34), (0.99, 2, 0.5), (0.9, 3, 0.66)])
+@pytest.mark.parametrize(
+    ("fraction", "prompts", "usable"), [(0.1, 4, 0.25), (0.1, 3, 0.34), (0.99, 2, 0.5), (0.9, 3, 0.66)]
+)
 def test_the_fraction_that_is_advised_is_usable(fraction: float, prompts: int, usable: float) -> None:
     with pytest.raises(TrainingError, match=f"Use {usable:g} or "):
         check_fraction(fraction, prompts)

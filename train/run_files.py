@@ -137,9 +137,9 @@ def holds_word(column: "pa.ChunkedArray", word: str) -> "npt.NDArray[np.bool_]":
     return np.concatenate(found)
 
 
-def write_run_record(out: Path, facts: RunRecord) -> None:
+def write_run_record(out: Path, record: RunRecord) -> None:
     """Write run.json."""
-    write_json(out / RUN_RECORD, facts)
+    write_json(out / RUN_RECORD, record)
 
 
 def read_run_record(out: Path) -> RunRecord:

@@ -131,7 +131,7 @@ class TrainingData:
             "gives each one."
         ]
 
-    def facts(self) -> RunData:
+    def run_data(self) -> RunData:
         """Return counts and a sample of lengths, for the report."""
         manifest, (desirable, undesirable) = self.rows.manifest, self.class_counts
         held = self.held_out.cache.labels[self.held_out.indices] if self.held_out else np.empty(0, dtype=bool)
@@ -218,23 +218,23 @@ class RowsToEvaluate:
     warning: str | None = None
 
 
-def rows_to_evaluate(config: TrainConfig, facts: RunRecord, trained_prompts: set[str] | None) -> RowsToEvaluate:
+def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: set[str] | None) -> RowsToEvaluate:
     """Return the run's held-out rows if `--cache` is its own, else the rows of `--cache` with prompts not trained on.
 
     Args:
         config: the run's own, with the cache to evaluate on.
-        facts: of the run.
+        record: of the run.
         trained_prompts: ids of the prompts it was trained on; None if they are not recorded.
 
     Raises:
         CacheError, TrainingError: an unusable cache, or one that was scored by another reference.
     """
     rows = open_cache(config.cache, config.max_length)
-    identity = facts.get("identity")
+    identity = record.get("identity")
     if isinstance(identity, dict) and not config.allow_different_policy:
         _same_reference(rows, identity, f"--cache {config.cache}", "the run's")
     mine = rows.manifest.rows_identity
-    same = mine == {"fingerprint": facts.get("fingerprint"), "labels_hash": facts.get("labels_hash")}
+    same = mine == {"fingerprint": record.get("fingerprint"), "labels_hash": record.get("labels_hash")}
     if same and (config.eval_fraction or config.eval_cache is not None):
 
         def read(cache: Location, max_length: int | None) -> CacheRows:
@@ -248,7 +248,7 @@ def rows_to_evaluate(config: TrainConfig, facts: RunRecord, trained_prompts: set
         what = "all of them; which ones the run was trained on is not on record"
         return _perhaps_trained_on(_held_out(rows, everything, config), what)
     new = [i for i in everything if rows.prompt_ids[i] not in trained_prompts]
-    day, trained_on = rows.manifest.tokenization.get("rendered_on"), facts.get("rendered_on")
+    day, trained_on = rows.manifest.tokenization.get("rendered_on"), record.get("rendered_on")
     other_day = day and (str(day)[:10] != str(trained_on)[:10] if trained_on else len(new) == len(rows))
     if other_day:
         what = (

@@ -38,7 +38,7 @@ _GOING_ON = datetime.timedelta(minutes=10)  # a run is active if it wrote a reco
 class Run:
     """A run folder.
 
-    facts, evaluation, records: as in the files, with values of any type; `number`, `mapping` and `listed` check them.
+    run_record, evaluation, records: as in the files, with values of any type; `number`, `mapping` and `listed` check them.
     logratios: r in nats of each row by (split, label), finite ones only; empty if there is no rewards.parquet.
     changed: when metrics.jsonl was last written.
     notes: descriptions of what could not be read.
@@ -47,7 +47,7 @@ class Run:
     path: Path
     name: str
     config: dict[str, object]
-    facts: RunRecord
+    run_record: RunRecord
     records: tuple[dict[str, object], ...]
     evaluation: EvaluationRecord
     logratios: dict[tuple[str, bool], Floats]
@@ -59,7 +59,7 @@ class Run:
         state = "finished" if self.finished else "not finished"
         losses = {name: self.last(name) for name in ("loss", "eval/loss")}
         ended = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)
-        cache = shown(self.facts.get("fingerprint"))[:12]
+        cache = shown(self.run_record.get("fingerprint"))[:12]
         return f"Run({str(self.path)!r}, {state}, {self.updates:,} updates{ended}, cache {cache})"
 
     @property
@@ -109,7 +109,7 @@ class Sweep:
     path: Path
     name: str
     config: dict[str, object]
-    facts: SweepRecord
+    sweep_record: SweepRecord
     trials: tuple[Trial, ...]
     metric: str
     maximize: bool
@@ -129,7 +129,7 @@ class Sweep:
     @property
     def best(self) -> Trial | None:
         """The trial that the sweep recorded as its best one, or else the trial with the best value."""
-        named = [trial for trial in self.trials if trial.number == self.facts.get("best")]
+        named = [trial for trial in self.trials if trial.number == self.sweep_record.get("best")]
         return next(iter(named or self.complete), None)
 
 
@@ -318,7 +318,7 @@ def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
         path=folder,
         name=printable(folder.resolve().name),
         config=reader.yaml("config.yaml"),
-        facts=cast("RunRecord", reader.json("run.json", expected=not of_a_sweep)),
+        run_record=cast("RunRecord", reader.json("run.json", expected=not of_a_sweep)),
         records=reader.records(),
         evaluation=cast("EvaluationRecord", reader.json("evaluation.json", expected=False)),
         logratios=reader.logratios(),
@@ -332,18 +332,18 @@ def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
 def _sweep(folder: Path) -> Sweep:
     reader = _Reader(folder)
     config = reader.yaml("sweep.yaml")
-    facts = cast("SweepRecord", reader.json("sweep.json", expected=True))
-    trials = [_trial(folder, mapping(trial)) for trial in listed(facts.get("trials"))]
-    metric = facts.get("metric") or config.get("metric") or "eval/loss"
+    record = cast("SweepRecord", reader.json("sweep.json", expected=True))
+    trials = [_trial(folder, mapping(trial)) for trial in listed(record.get("trials"))]
+    metric = record.get("metric") or config.get("metric") or "eval/loss"
     notes = [f"Trial {t.number}: {note}" for t in trials if t is not None and t.run for note in t.run.notes]
     return Sweep(
         path=folder,
         name=printable(folder.resolve().name),
         config=config,
-        facts=facts,
+        sweep_record=record,
         trials=tuple(trial for trial in trials if trial is not None),
         metric=str(metric),
-        maximize=str(facts.get("direction", "")).lower().startswith("max"),
+        maximize=str(record.get("direction", "")).lower().startswith("max"),
         going_on=is_held(folder),
         notes=(*reader.notes, *notes),
     )

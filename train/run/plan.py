@@ -32,7 +32,7 @@ def print_plan(
     adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
     tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
     tell(f"scored      {scored_in_words(data.rows.manifest)}")
-    tell(f"rows        {rows_in_words(data.facts())}")
+    tell(f"rows        {rows_in_words(data.run_data())}")
     weights = objective.weights
     tell(
         f"labels      {desirable:,} desirable (weight {weights[0]:.4g}), {undesirable:,} undesirable (weight {weights[1]:.4g})"

@@ -243,7 +243,9 @@ def _end(where: str, name: str, value: object, *, whole: bool) -> float:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.inf
     kinds = (int,) if whole else (float,)
     if not abs(number) <= sys.float_info.max or (whole and number != int(number)):
-        raise ConfigError(f"{where}: {name} must be {'a whole number' if whole else 'a number'}, got {as_given(value, kinds)}")
+        raise ConfigError(
+            f"{where}: {name} must be {'a whole number' if whole else 'a number'}, got {as_given(value, kinds)}"
+        )
     return float(number)
 
 

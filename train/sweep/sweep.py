@@ -253,11 +253,11 @@ def _print_plan(
     all_of_them = " (there are no more)" if trials.count == trials.points and config.search != "grid" else ""
     tell(f"search      {config.search} over {names}, {trials.count:,} trials{all_of_them}")
     tell(f"scored      {scored_in_words(manifest)}")
-    rows = workers.facts.get("data")
+    rows = workers.trained_with.get("data")
     if rows:
         tell(f"rows        {rows_in_words(rows)}")
     tell(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
     tell(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
     tell(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
-    for line in [*(workers.facts.get("warnings") or []), *trials.warnings()]:
+    for line in [*(workers.trained_with.get("warnings") or []), *trials.warnings()]:
         warn(line)
