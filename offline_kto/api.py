@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import datasets
 
     from offline_kto.kto_core.cache.manifest import Manifest
+    from offline_kto.train.config import TrainConfig
     from offline_kto.train.data.cache_rows import CacheRows
     from offline_kto.train.report.folders import Run, Sweep
 
@@ -63,6 +64,7 @@ def train(cache: Location | None = None, out: str | Path | None = None, **option
         out: the run folder; None for a folder in runs/ named by the time.
         options: of `TrainConfig`; `config` may name a YAML file with more. `training` is a table for
             `transformers.TrainingArguments`.
+            With `evaluate_only`, a run folder, nothing is trained and the options are those of that run.
 
     Returns:
         The finished run: options, metrics, evaluation. Its model is in `path`.
@@ -73,7 +75,8 @@ def train(cache: Location | None = None, out: str | Path | None = None, **option
     from offline_kto.train.config import TrainConfig
 
     _refuse_objects(model=options.get("model"), cache=cache, config=options.get("config"))
-    config = _config(TrainConfig, {**_given(cache=cache, out=out), **options})
+    given = {**_given(cache=cache, out=out), **options}
+    config = _config(TrainConfig, given) if given.get("evaluate_only") is None else _of_run(given)
     with _shown():
         from offline_kto.train.run.train_run import train as run
 
@@ -221,6 +224,20 @@ def _config(kind: type[ConfigT], options: dict[str, Any]) -> ConfigT:
                 f"{kind.__name__} has no option {shown(name)!r}.{nearest(name, known)} Known: {', '.join(known)}."
             )
     return resolve(kind, options, yaml_path=None if yaml_path is None else Path(yaml_path))
+
+
+def _of_run(given: dict[str, Any]) -> "TrainConfig":
+    """Return the options of the run that `evaluate_only` names, with those of the evaluation."""
+    from offline_kto.train.config import OF_EVALUATION, TrainConfig
+    from offline_kto.train.run_files import CONFIG, check_is_run
+
+    others = sorted(set(given) - OF_EVALUATION)
+    if others:
+        raise ConfigError(f"evaluate_only takes the run's own options; leave {shown(others[0])} out.")
+    _refuse_objects(evaluate_only=given["evaluate_only"])
+    run = Path(given["evaluate_only"])
+    check_is_run(run, "evaluate_only")
+    return resolve(TrainConfig, given, yaml_path=run / CONFIG, foreign=True)
 
 
 def _refuse_objects(*, needed: bool = False, **arguments: Any) -> None:

@@ -93,6 +93,20 @@ def test_train_returns_the_run(run: Any, tmp_path: Path) -> None:
     transformers.AutoModelForCausalLM.from_pretrained(run.path)
 
 
+def test_an_evaluation_has_the_options_of_the_run(cache: Path, tmp_path: Path) -> None:
+    run = kto.train(cache, tmp_path / "run", max_steps=1, beta=0.5, eval_fraction=0.3, save_steps=0, device="cpu")
+    (run.path / "evaluation.json").unlink()
+    again = kto.train(cache, evaluate_only=run.path, device="cpu")
+    assert again.evaluation["beta"] == 0.5
+    assert again.evaluation["metrics"]["loss"]["value"] == pytest.approx(
+        run.evaluation["metrics"]["loss"]["value"], abs=2e-5
+    )
+    with pytest.raises(kto.KTOError, match="takes the run's own options; leave beta out"):
+        kto.train(cache, evaluate_only=run.path, beta=0.1)
+    with pytest.raises(kto.KTOError, match="there is no such folder"):
+        kto.train(cache, evaluate_only=tmp_path / "none")
+
+
 def test_lines_are_shown_unless_silence_is_asked_for(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from offline_kto.kto_core.launch import settle_launch, world_size
 from offline_kto.kto_core.options import click_settings, flag, resolve
 from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries
 from offline_kto.kto_core.streams import own_streams
-from offline_kto.train.config import TrainConfig
+from offline_kto.train.config import OF_EVALUATION, TrainConfig
 from offline_kto.train.run_files import check_is_run
 from offline_kto.train.sweep.config import SweepConfig
 
@@ -75,17 +75,6 @@ def _ready(ctx: click.Context, config: type[_Config], values: dict[str, Any], ya
     return resolved
 
 
-# Options that an evaluation accepts; all others come from the run.
-_WHERE_AND_HOW = {
-    "cache",
-    "evaluate_only",
-    "device",
-    "dtype",
-    "max_tokens",
-    "allow_different_policy",
-    "trust_remote_code",
-}
-
 _SETTINGS = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
 
 
@@ -109,7 +98,7 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
         # Use the options of the run (its beta, its hold-out) unless the command line overrides them.
         if config is not None:
             raise click.UsageError("--evaluate-only reads the run's own config.yaml; leave --config out.", ctx)
-        others = sorted(set(_given(ctx, values)) - _WHERE_AND_HOW)
+        others = sorted(set(_given(ctx, values)) - OF_EVALUATION)
         if others:
             raise click.UsageError(f"--evaluate-only takes the run's own options; leave {flag(others[0])} out.", ctx)
         run_folder = values["evaluate_only"]
