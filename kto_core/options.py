@@ -262,15 +262,32 @@ def _coerce(value: Any, allowed: tuple[type, ...], where: str, field: "dataclass
         if Path in allowed:
             return to_location(value) if str in allowed else Path(value)
         if str in allowed:
+            reader = _reader(allowed)
+            assert reader is not None
+            with contextlib.suppress(ValueError, OverflowError):
+                return reader(value)  # where a word may stand, a number in quotes is a number
             return value
     elif isinstance(value, list) and tuple in allowed:
         return tuple(value)
     elif isinstance(value, dict) and dict in allowed:
         return value
     wanted = " or ".join(_WORDS.get(kind, kind.__name__) for kind in allowed)
-    raise ConfigError(
-        f"{where}: expected {wanted}, got {repr(shown(value)) if isinstance(value, str) else shown(value)}."
-    )
+    raise ConfigError(f"{where}: expected {wanted}, got {as_given(value, allowed)}")
+
+
+def as_given(value: object, allowed: tuple[type, ...]) -> str:
+    """Return a refused value for the end of a message; for a number written as text, with the way to write it.
+
+    Args:
+        allowed: types that the option takes.
+    """
+    if not isinstance(value, str):
+        return f"{shown(value)}."
+    kind = next((kind for kind in (float, int) if kind in allowed), None)
+    if kind is not None:
+        with contextlib.suppress(ValueError):
+            return f"{shown(value)!r}. Write it without quotes: {kind(value)}"
+    return f"{shown(value)!r}."
 
 
 _WORDS = {

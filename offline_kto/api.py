@@ -16,20 +16,25 @@ if TYPE_CHECKING:
     import datasets
 
     from offline_kto.kto_core.cache.manifest import Manifest
+    from offline_kto.train.config import TrainConfig
     from offline_kto.train.data.cache_rows import CacheRows
     from offline_kto.train.report.folders import Run, Sweep
 
 ConfigT = TypeVar("ConfigT")
 
 
-def precompute(model: str | Path, data: str | Path, out: Location = "refs", **options: Any) -> "Manifest | None":
+def precompute(
+    model: str | Path | None = None, data: str | Path | None = None, out: Location | None = None, **options: Any
+) -> "Manifest | None":
     """Score feedback under a reference model, once, as `kto-precompute` does.
+
+    An argument that is not given may be in the YAML file that `config` names.
 
     Args:
         model: the reference, a local folder or a hub id. Not a loaded model: a cache is identified by the files it
             was scored with.
         data: feedback, a file, a dataset folder or a hub id.
-        out: folder of the cache, or its URL.
+        out: folder of the cache, or its URL; refs by default.
         options: of `PrecomputeConfig`; `config` may name a YAML file with more.
 
     Returns:
@@ -40,8 +45,8 @@ def precompute(model: str | Path, data: str | Path, out: Location = "refs", **op
     """
     from offline_kto.precompute.config import PrecomputeConfig
 
-    _refuse_objects(model=model, data=data)
-    config = _config(PrecomputeConfig, {"model": model, "data": data, "out": out, **options})
+    _refuse_objects(model=model, data=data, config=options.get("config"))
+    config = _config(PrecomputeConfig, {**_given(model=model, data=data, out=out), **options})
     with _shown():
         from offline_kto.kto_core.cache.manifest import read_manifest
         from offline_kto.kto_core.cache.remote_cache import local_copy
@@ -51,14 +56,15 @@ def precompute(model: str | Path, data: str | Path, out: Location = "refs", **op
         return None if config.dry_run else read_manifest(local_copy(config.out))
 
 
-def train(cache: Location, out: str | Path | None = None, **options: Any) -> "Run":
+def train(cache: Location | None = None, out: str | Path | None = None, **options: Any) -> "Run":
     """Train a policy from cached reference scores, as `kto-train` does.
 
     Args:
-        cache: the reference cache, a folder or its URL.
+        cache: the reference cache, a folder or its URL; it may be in the YAML file that `config` names instead.
         out: the run folder; None for a folder in runs/ named by the time.
         options: of `TrainConfig`; `config` may name a YAML file with more. `training` is a table for
             `transformers.TrainingArguments`.
+            With `evaluate_only`, a run folder, nothing is trained and the options are those of that run.
 
     Returns:
         The finished run: options, metrics, evaluation. Its model is in `path`.
@@ -68,22 +74,31 @@ def train(cache: Location, out: str | Path | None = None, **options: Any) -> "Ru
     """
     from offline_kto.train.config import TrainConfig
 
-    _refuse_objects(model=options.get("model"), cache=cache)
-    config = _config(TrainConfig, {"cache": cache, "out": out, **options})
+    _refuse_objects(model=options.get("model"), cache=cache, config=options.get("config"))
+    given = {**_given(cache=cache, out=out), **options}
+    config = _config(TrainConfig, given) if given.get("evaluate_only") is None else _of_run(given)
     with _shown():
         from offline_kto.train.run.train_run import train as run
 
         return _run_in(run(config))
 
 
-def sweep(cache: Location, space: Mapping[str, Any], out: str | Path | None = None, **options: Any) -> "Sweep":
+def sweep(
+    cache: Location | None = None,
+    space: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    **options: Any,
+) -> "Sweep":
     """Train with many settings from one cache, as `kto-sweep` does.
+
+    Cache and space may be in the YAML file that `config` names instead.
 
     Args:
         cache: the reference cache, a folder or its URL.
         space: option of `TrainConfig` -> list of values, or {"low": ..., "high": ..., "log": ...}.
         out: the sweep folder; None for a folder in sweeps/ named by the time.
-        options: of `SweepConfig`; `train` is a table of options shared by all trials.
+        options: of `SweepConfig`; `train` is a table of options shared by all trials. `config` may name a YAML file with
+            more.
 
     Returns:
         All trials, and the best one.
@@ -93,16 +108,19 @@ def sweep(cache: Location, space: Mapping[str, Any], out: str | Path | None = No
     """
     from offline_kto.train.sweep.config import SweepConfig
 
-    _refuse_objects(cache=cache)
-    if not isinstance(space, Mapping):
-        raise ConfigError(f"space must be a mapping of options to values or ranges, got {shown(repr(space))}.")
-    values = {name: list(one) if isinstance(one, tuple) else one for name, one in space.items()}
-    config = _config(SweepConfig, {"cache": cache, "space": values, "out": out, **options})
+    _refuse_objects(cache=cache, config=options.get("config"))
+    if space is not None:
+        if not isinstance(space, Mapping):
+            raise ConfigError(f"space must be a mapping of options to values or ranges, got {shown(repr(space))}.")
+        space = {name: list(one) if isinstance(one, tuple) else one for name, one in space.items()}
+    of_yaml = "config" in options and space is None and "train" not in options
+    yaml_path = Path(options["config"]) if of_yaml else None
+    config = _config(SweepConfig, {**_given(cache=cache, space=space, out=out), **options})
     with _shown():
         from offline_kto.train.report.folders import Sweep, read_folder
         from offline_kto.train.sweep.sweep import sweep as run
 
-        found = read_folder(run(config))
+        found = read_folder(run(config, yaml_path=yaml_path))
         assert isinstance(found, Sweep)
         return found
 
@@ -187,6 +205,15 @@ def to_trl(location: Location, *, partner: int = 0) -> "datasets.Dataset":
     return trl_rows(open_cache(location), partner=partner)
 
 
+# The function of each command's options.
+_CALLS = {"PrecomputeConfig": "precompute", "TrainConfig": "train", "SweepConfig": "sweep"}
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Return the arguments that are not None; the others come from a YAML file or have defaults."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
 def _config(kind: type[ConfigT], options: dict[str, Any]) -> ConfigT:
     """Return a command's options from keyword arguments, then a YAML file, then defaults."""
     yaml_path = options.pop("config", None)
@@ -199,8 +226,27 @@ def _config(kind: type[ConfigT], options: dict[str, Any]) -> ConfigT:
     return resolve(kind, options, yaml_path=None if yaml_path is None else Path(yaml_path))
 
 
+def _of_run(given: dict[str, Any]) -> "TrainConfig":
+    """Return the options of the run that `evaluate_only` names, with those of the evaluation."""
+    from offline_kto.train.config import OF_EVALUATION, TrainConfig
+    from offline_kto.train.run_files import CONFIG, check_is_run
+
+    others = sorted(set(given) - OF_EVALUATION)
+    if others:
+        raise ConfigError(f"evaluate_only takes the run's own options; leave {shown(others[0])} out.")
+    _refuse_objects(evaluate_only=given["evaluate_only"])
+    run = Path(given["evaluate_only"])
+    check_is_run(run, "evaluate_only")
+    return resolve(TrainConfig, given, yaml_path=run / CONFIG, foreign=True)
+
+
 def _refuse_objects(*, needed: bool = False, **arguments: Any) -> None:
     for name, value in arguments.items():
+        if dataclasses.is_dataclass(value) and type(value).__name__ in _CALLS:
+            raise ConfigError(
+                f"{name}: got a {type(value).__name__}, but options are given by name: "
+                f"kto.{_CALLS[type(value).__name__]}(**vars(config))."
+            )
         if not isinstance(value, str | Path) and (needed or value is not None):
             raise ConfigError(
                 f"{name} must be a path or a hub id, got a {type(value).__name__}. Scores are known by the files they were "

@@ -12,7 +12,7 @@ import yaml
 COMMAND = "kto-train --cache refs/ --eval-fraction 0.1 --out runs/first"
 
 
-def facts(seed=0):
+def run_record(seed=0):
     rng = np.random.default_rng(seed)
     lengths = {
         "prompt": rng.lognormal(4, 0.6, 300).astype(int).tolist(),
@@ -127,7 +127,7 @@ def write_run(folder, seed=0, gain=1.0, steps=300):
     """A finished run. Returns its folder."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "learning_rate": 1e-6 * gain}))
-    (folder / "run.json").write_text(json.dumps(facts(seed)))
+    (folder / "run.json").write_text(json.dumps(run_record(seed)))
     write_records(folder, records(steps, seed, gain))
     write_evaluation(folder, 0.03 * (gain - 1))
     write_rewards(folder, seed)
@@ -180,7 +180,7 @@ def write_sweep(folder, trials=50, seed=0):
         )
     complete = [trial for trial in found if trial["value"] is not None]
     content = {
-        **facts(seed),
+        **run_record(seed),
         "command": f"kto-sweep --config {folder.name}.yaml --out sweeps/{folder.name}",
         "metric": "eval/loss",
         "direction": "minimize",

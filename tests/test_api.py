@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file
 
 import offline_kto as kto
@@ -68,6 +69,21 @@ def test_a_dry_run_writes_nothing(base: Path, feedback: Path, tmp_path: Path) ->
     assert not (tmp_path / "refs").exists()
 
 
+def test_the_yaml_names_what_is_not_given(base: Path, feedback: Path, tmp_path: Path) -> None:
+    settings = {
+        "model": str(base),
+        "data": str(feedback),
+        "out": str(tmp_path / "refs"),
+        "device": "cpu",
+        "max_length": 256,
+    }
+    path = tmp_path / "precompute.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    kto.precompute(config=path)
+    kto.precompute(config=path, out=tmp_path / "other", limit=6)
+    assert (kto.verify(tmp_path / "refs").rows, kto.verify(tmp_path / "other").rows) == (20, 6)
+
+
 def test_train_returns_the_run(run: Any, tmp_path: Path) -> None:
     assert run.path == tmp_path / "run"
     assert run.finished
@@ -75,6 +91,20 @@ def test_train_returns_the_run(run: Any, tmp_path: Path) -> None:
     assert kto.read(run.path).name == "run"
     assert kto.report(run.path, out=tmp_path / "page.html") == tmp_path / "page.html"
     transformers.AutoModelForCausalLM.from_pretrained(run.path)
+
+
+def test_an_evaluation_has_the_options_of_the_run(cache: Path, tmp_path: Path) -> None:
+    run = kto.train(cache, tmp_path / "run", max_steps=1, beta=0.5, eval_fraction=0.3, save_steps=0, device="cpu")
+    (run.path / "evaluation.json").unlink()
+    again = kto.train(cache, evaluate_only=run.path, device="cpu")
+    assert again.evaluation["beta"] == 0.5
+    assert again.evaluation["metrics"]["loss"]["value"] == pytest.approx(
+        run.evaluation["metrics"]["loss"]["value"], abs=2e-5
+    )
+    with pytest.raises(kto.KTOError, match="takes the run's own options; leave beta out"):
+        kto.train(cache, evaluate_only=run.path, beta=0.1)
+    with pytest.raises(kto.KTOError, match="there is no such folder"):
+        kto.train(cache, evaluate_only=tmp_path / "none")
 
 
 def test_lines_are_shown_unless_silence_is_asked_for(
@@ -89,6 +119,25 @@ def test_lines_are_shown_unless_silence_is_asked_for(
     logger.manager._clear_cache()  # type: ignore[attr-defined]
     kto.train(cache, tmp_path / "two", **options)
     assert capsys.readouterr().out == ""
+
+
+def test_a_program_with_logging_decides_which_lines_it_gets(tmp_path: Path) -> None:
+    """As docs/python-api.md says: warnings only by default, all lines at the level INFO."""
+    script = (
+        "import logging, sys\nlogging.basicConfig(format='%(name)s %(message)s')\n"
+        "if 'INFO' in sys.argv:\n    logging.getLogger('offline_kto').setLevel('INFO')\n"
+        "from offline_kto import api\nfrom offline_kto.kto_core.console import tell, warn\n"
+        "with api._shown():\n    tell('a line')\n    warn('a warning')\n"
+    )
+    said = {}
+    for level in ("", "INFO"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, level], capture_output=True, text=True, check=True, cwd=tmp_path
+        )
+        assert done.stdout == ""
+        said[level] = done.stderr
+    assert said[""] == "offline_kto warning     a warning\n"
+    assert said["INFO"] == "offline_kto a line\n" + said[""]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +176,33 @@ def test_what_cannot_be_used_is_refused_as_on_the_command_line(
 def test_arguments_of_another_kind_are_refused(call: Any) -> None:
     with pytest.raises(kto.KTOError, match="must be a"):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "config"),
+    [
+        (kto.precompute, kto.PrecomputeConfig()),
+        (kto.train, kto.TrainConfig()),
+        (kto.sweep, kto.SweepConfig()),
+    ],
+)
+def test_options_as_one_object_are_told_how_to_be_given(call: Any, config: Any) -> None:
+    kind = type(config).__name__
+    for arguments, options in (((config,), {}), ((), {"config": config})):
+        with pytest.raises(kto.KTOError, match=rf"got a {kind}, .*\(\*\*vars\(config\)\)"):
+            call(*arguments, **options)
+    with pytest.raises(kto.KTOError, match="is missing"):  # as advised
+        call(**vars(config))
+
+
+def test_results_are_shown_in_a_line(cache: Path, run: Any) -> None:
+    manifest = kto.verify(cache)
+    for found, words in (
+        (manifest, ["20 rows", f"fingerprint {manifest.fingerprint[:12]}"]),
+        (run, [str(run.path), "finished", "2 updates", "loss 0.", manifest.fingerprint[:12]]),
+    ):
+        assert len(repr(found)) < 300
+        assert all(word in repr(found) for word in words), repr(found)
 
 
 def test_a_report_of_a_run_that_was_read(run: Any) -> None:

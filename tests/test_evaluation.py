@@ -264,9 +264,9 @@ class TestBest:
         train(replace(config, resume=True, beta=0.5))
         assert pq.read_table(run / "rewards.parquet")["logratio"].null_count == rewards["logratio"].null_count
         assert "beta: 0.5" in (run / "config.yaml").read_text()
-        facts = json.loads((run / "run.json").read_text())
-        assert "--beta 0.5" in facts["command"]
-        assert facts["alarms"]["beta"] == 0.5
+        record = json.loads((run / "run.json").read_text())
+        assert "--beta 0.5" in record["command"]
+        assert record["alarms"]["beta"] == 0.5
 
     def test_logs_do_not_depend_on_where_a_run_was_resumed(self, config: TrainConfig, tmp_path: Path) -> None:
         config = replace(config, max_steps=8, eval_steps=3, logging_steps=5, save_steps=100)
@@ -322,7 +322,7 @@ class TestEvaluateOnly:
         assert (run / "evaluation.json").read_bytes() == before
 
     def test_rows_that_were_trained_on_are_never_taken_for_new_ones(
-        self, config: TrainConfig, base: Path, tmp_path: Path
+        self, config: TrainConfig, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """A cache that has grown since, and one of the training rows alone."""
         cache = self.other(base, tmp_path / "small", chat_rows(20))
@@ -339,6 +339,7 @@ class TestEvaluateOnly:
         everything = train(replace(config, out=tmp_path / "everything", eval_fraction=0.0, eval_steps=None))
         path = evaluate_run(replace(config, eval_fraction=0.0, eval_steps=None, evaluate_only=everything))
         assert json.loads(path.read_text())["rows_are"] == "the run was trained on their prompts"
+        assert "warning     20 of 20 rows have prompts that the run was trained on" in capsys.readouterr().out
         assert path.name != "evaluation.json"
 
     def test_flipped_labels_are_another_set(self, config: TrainConfig, base: Path, tmp_path: Path) -> None:
@@ -400,7 +401,9 @@ class TestEvaluateOnly:
         evaluate_run(replace(config, evaluate_only=run))
         assert json.loads((run / "evaluation.json").read_text())["metrics"]
 
-    def test_what_a_run_does_not_say(self, config: TrainConfig, base: Path, tmp_path: Path) -> None:
+    def test_what_a_run_does_not_say(
+        self, config: TrainConfig, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         """Which rows it was trained on, and how much they weighed."""
         run = train(config)
         other = self.other(base, tmp_path / "other", chat_rows(9, seed=5))
@@ -409,8 +412,9 @@ class TestEvaluateOnly:
         found = json.loads(evaluate_run(options).read_text())
         assert found["rows"] == 9
         assert found["rows_are"] == "all of them; which ones the run was trained on is not on record"
-        facts = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps({**facts, "weights": "auto"}))
+        assert "warning     the run may have been trained on any of these 9 rows" in capsys.readouterr().out
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps({**record, "weights": "auto"}))
         with pytest.raises(ConfigError, match=r"run\.json: does not say which class weights"):
             evaluate_run(options)
 
@@ -443,11 +447,26 @@ class TestEvaluateOnly:
         (run / "config.json").unlink()
         with pytest.raises(ConfigError, match="holds no model; the run is not finished"):
             evaluate_run(replace(config, evaluate_only=run))
-        result = CliRunner().invoke(
-            kto_train, ["--evaluate-only", str(tmp_path / "none"), "--cache", str(config.cache)]
-        )
+
+    @pytest.mark.parametrize(
+        ("name", "found"),
+        [
+            ("none", "there is no such folder"),
+            ("file", "it is a file"),
+            ("", "holds file, but no run.json"),
+            ("new", "is empty"),
+        ],
+    )
+    def test_what_is_no_run(self, name: str, found: str, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / "new").mkdir()
+        folder = tmp_path / name
+        result = CliRunner().invoke(kto_train, ["--evaluate-only", str(folder), "--cache", "refs"])
         assert result.exit_code == 1
-        assert "config.yaml: cannot be read" in result.output
+        assert f"--evaluate-only {folder}: " in result.output
+        assert found in result.output
+        assert "Name the folder of a finished run of kto-train" in result.output
+        assert "Errno" not in result.output
 
     def test_a_sweep_and_its_trials(self, config: TrainConfig, tmp_path: Path) -> None:
         run = train(replace(config, out=tmp_path / "sweep/trials/0003"))

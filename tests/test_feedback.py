@@ -206,6 +206,28 @@ def test_empty_completion_is_an_error(completion):
     assert "remove the row" in message
 
 
+@pytest.mark.parametrize(
+    ("record", "column"),
+    [
+        ({"prompt": "q", "completion": None, "label": True}, "completion"),
+        ({"prompt": None, "completion": "a", "label": True}, "prompt"),
+        ({"prompt": "q", "completion": None, "chosen": "a", "rejected": None}, "rejected"),
+        ({"instruction": "q", "output": None, "label": True}, "output"),
+        ({"messages": None, "label": True}, "messages"),
+    ],
+)
+def test_an_empty_cell_of_a_table_is_named(record, column):
+    """Readers of CSV and Parquet return None for it."""
+    message = refusal(record)
+    assert f"'{column}' is empty." in message
+    assert "remove the row" in message
+
+
+def test_an_empty_cell_under_a_name_of_the_users_is_named():
+    message = refusal({"question": "q", "answer": None, "label": True}, prompt="question", completion="answer")
+    assert "'answer' is empty." in message
+
+
 def test_empty_completion_with_tool_calls_is_fine():
     calls = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
     for content in ({}, {"content": None}, {"content": ""}):
@@ -332,6 +354,11 @@ def test_missing_label_lists_the_columns():
     assert "no 'label'" in message
     assert '["prompt", "completion", "liked"]' in message
     assert "--label-field" in message
+
+
+def test_an_empty_label_is_named():
+    assert "no 'label': it is empty;" in refusal({"prompt": "q", "completion": "a", "label": None})
+    assert "no 'liked': it is empty;" in refusal({"prompt": "q", "completion": "a", "liked": None}, label="liked")
 
 
 def test_label_field_replaces_the_usual_names():

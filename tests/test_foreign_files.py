@@ -143,10 +143,10 @@ class TestReports:
 
     def test_names_from_others_drive_no_terminal_and_no_page(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", steps=20).rename(tmp_path / f"run{OVERRIDE[:-1]}\udcff")
-        facts = json.loads((run / "run.json").read_text())
-        facts["data"]["files"] = [OVERRIDE, "\ud800"]
+        record = json.loads((run / "run.json").read_text())
+        record["data"]["files"] = [OVERRIDE, "\ud800"]
         (run / "run.json").write_text(
-            json.dumps({**facts, "command": OVERRIDE, "device": OVERRIDE, "warnings": [OVERRIDE]})
+            json.dumps({**record, "command": OVERRIDE, "device": OVERRIDE, "warnings": [OVERRIDE]})
         )
         (run / "config.yaml").write_text(yaml.safe_dump({"model": OVERRIDE[:-1]}))
         said = CliRunner().invoke(report, [str(run)])

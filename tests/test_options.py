@@ -140,7 +140,7 @@ def test_values_get_the_type_of_their_field(from_yaml, text, field, value):
         ("max_steps: {a: 1}", "expected a whole number, got {'a': 1}"),
         ("max_steps: 2024-01-02", "expected a whole number"),
         ("learning_rate: fast", "expected a number, got 'fast'"),
-        ("learning_rate: '1e-6'", "expected a number, got '1e-6'"),
+        ("learning_rate: '1e-6'", "expected a number, got '1e-6'. Write it without quotes: 1e-06"),
         ("learning_rate: false", "expected a number, got False"),
         ("learning_rate: null", "has no value"),
         ("model: 5", "expected text, got 5"),

@@ -94,11 +94,11 @@ def test_a_page_needs_nothing_from_anywhere(pages):
 
 def test_a_sweep_has_all_trials_the_best_one_first(pages, sweep):
     elements, text = read(pages["sweep"])
-    facts = json.loads((sweep / "sweep.json").read_text())
+    record = json.loads((sweep / "sweep.json").read_text())
     rows = [int(attrs["data-trial"]) for tag, attrs in elements.found if tag == "tr" and "data-trial" in attrs]
     assert sorted(rows) == list(range(32))
-    values = [facts["trials"][index]["value"] for index in rows]
-    assert rows[0] == facts["best"]
+    values = [record["trials"][index]["value"] for index in rows]
+    assert rows[0] == record["best"]
     assert values[:29] == sorted(value for value in values if value is not None)
     assert "TrainingError: the loss became nan at step 121" in text
     assert f"kto-train --config {sweep}/best.yaml --out runs/best" in text
@@ -106,11 +106,18 @@ def test_a_sweep_has_all_trials_the_best_one_first(pages, sweep):
 
 def test_of_a_metric_to_maximize_the_highest_is_best(tmp_path):
     folder = write_sweep(tmp_path / "up", trials=8)
-    facts = json.loads((folder / "sweep.json").read_text())
-    facts |= {"direction": "maximize", "best": None}
-    (folder / "sweep.json").write_text(json.dumps(facts))
+    record = json.loads((folder / "sweep.json").read_text())
+    record |= {"direction": "maximize", "best": None}
+    (folder / "sweep.json").write_text(json.dumps(record))
     found = report_folders.read_folder(folder)
-    assert found.best.value == max(trial["value"] for trial in facts["trials"] if trial["value"] is not None)
+    assert found.best.value == max(trial["value"] for trial in record["trials"] if trial["value"] is not None)
+
+
+def test_a_sweep_is_shown_in_a_line(sweep):
+    found = report_folders.read_folder(sweep)
+    assert len(repr(found)) < 300
+    assert f"of {len(found.trials)} trials complete" in repr(found)
+    assert f"best eval/loss: Trial({found.best.number}, complete, value {found.best.value}, " in repr(found)
 
 
 def test_several_folders_stand_side_by_side(pages, tmp_path, monkeypatch, run):
@@ -133,11 +140,11 @@ def test_a_sweep_is_compared_by_its_best_trial(pages, sweep):
 def test_trials_of_another_sweeper_are_read_where_they_are(tmp_path):
     folder = write_sweep(tmp_path / "mine", trials=8)
     other = write_sweep(tmp_path / "other", trials=8)
-    facts = json.loads((folder / "sweep.json").read_text())
-    for trial in facts["trials"]:
+    record = json.loads((folder / "sweep.json").read_text())
+    for trial in record["trials"]:
         trial["folder"] = str(other / "trials" / f"{trial['number']:04d}")
-    facts["trials"][3]["folder"] = "\x00"
-    (folder / "sweep.json").write_text(json.dumps(facts))
+    record["trials"][3]["folder"] = "\x00"
+    (folder / "sweep.json").write_text(json.dumps(record))
     for number in (2, 3):
         shutil.rmtree(folder / f"trials/{number:04d}")
     found = report_folders.read_folder(folder).trials
@@ -146,9 +153,9 @@ def test_trials_of_another_sweeper_are_read_where_they_are(tmp_path):
 
 def test_what_was_warned_of_and_dropped_before_is_said(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
-    facts = json.loads((folder / "run.json").read_text())
-    facts |= {"warnings": ["every training row is desirable: <b>"], "data": {**facts["data"], "dropped": 18}}
-    (folder / "run.json").write_text(json.dumps(facts))
+    record = json.loads((folder / "run.json").read_text())
+    record |= {"warnings": ["every training row is desirable: <b>"], "data": {**record["data"], "dropped": 18}}
+    (folder / "run.json").write_text(json.dumps(record))
     text = read(write_report([folder]))[1]
     assert "Warnings Every training row is desirable: <b>" in text
     assert "18 rows dropped, their prompt leaves no room" in text
@@ -157,14 +164,14 @@ def test_what_was_warned_of_and_dropped_before_is_said(run, tmp_path):
 
 def test_equal_trials_have_no_worst_one(tmp_path):
     folder = write_sweep(tmp_path / "same", trials=4)
-    facts = json.loads((folder / "sweep.json").read_text())
-    for trial, value in zip(facts["trials"], (0.4999871, 0.4999872, 0.5, 0.5), strict=True):
+    record = json.loads((folder / "sweep.json").read_text())
+    for trial, value in zip(record["trials"], (0.4999871, 0.4999872, 0.5, 0.5), strict=True):
         trial["value"] = value
-    (folder / "sweep.json").write_text(json.dumps(facts | {"best": 0}))
+    (folder / "sweep.json").write_text(json.dumps(record | {"best": 0}))
     assert "held-out loss, 0.499987; the 4 complete trials reach up to 0.5." in read(write_report([folder]))[1]
-    for trial in facts["trials"]:
+    for trial in record["trials"]:
         trial["value"] = 0.5
-    (folder / "sweep.json").write_text(json.dumps(facts | {"best": 0}))
+    (folder / "sweep.json").write_text(json.dumps(record | {"best": 0}))
     assert "held-out loss, 0.5; so have the other complete trials." in read(write_report([folder]))[1]
 
 
@@ -238,8 +245,8 @@ def test_odd_values_give_a_page(tmp_path):
         (folder / "run.json").write_text(json.dumps(data))
         write_report([folder])
         trial = {"number": 0, **dict.fromkeys(("state", "params", "value", "metrics", "seconds", "reason"), value)}
-        facts = {"trials": [trial, value], "space": value, "importance": value, "best": value, "metric": value}
-        (folder / "sweep.json").write_text(json.dumps(facts))
+        record = {"trials": [trial, value], "space": value, "importance": value, "best": value, "metric": value}
+        (folder / "sweep.json").write_text(json.dumps(record))
         write_report([folder])
 
 
@@ -248,8 +255,8 @@ def test_a_run_that_goes_on_has_a_page(tmp_path):
     (folder / "evaluation.json").unlink()
     (folder / "rewards.parquet").unlink()
     write_records(folder, records(120, end=False))
-    facts = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**facts, "total_updates": 300}))
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "total_updates": 300}))
     assert "after 120 of 300 updates; reward margin" in read(write_report([folder]))[1]
     (folder / ".lock").write_text("process 1 on host")  # as a crash leaves it
     assert "; the run has not finished." in read(write_report([folder]))[1]
@@ -261,13 +268,13 @@ def test_a_run_that_goes_on_has_a_page(tmp_path):
 
 def test_nothing_from_a_file_becomes_markup(tmp_path):
     folder = write_sweep(tmp_path / "<b>sweep", trials=4)
-    facts = json.loads((folder / "sweep.json").read_text())
-    for trial in facts["trials"]:
+    record = json.loads((folder / "sweep.json").read_text())
+    for trial in record["trials"]:
         trial.update(reason=HOSTILE, host=HOSTILE, params={HOSTILE: HOSTILE + str(trial["number"]), "beta": 0.1})
-    facts |= {"command": HOSTILE, "metric": HOSTILE, "importance": {HOSTILE: 1.0}, "reference": {"id": HOSTILE}}
-    facts |= {"started": HOSTILE, "versions": {HOSTILE: HOSTILE}, "fingerprint": HOSTILE}
-    facts["data"]["files"] = [HOSTILE]
-    (folder / "sweep.json").write_text(json.dumps(facts))
+    record |= {"command": HOSTILE, "metric": HOSTILE, "importance": {HOSTILE: 1.0}, "reference": {"id": HOSTILE}}
+    record |= {"started": HOSTILE, "versions": {HOSTILE: HOSTILE}, "fingerprint": HOSTILE}
+    record["data"]["files"] = [HOSTILE]
+    (folder / "sweep.json").write_text(json.dumps(record))
     run = write_run(tmp_path / "<img src=x onerror=alert(1)>")
     elements, text = read(write_report([folder, run], tmp_path / "page.html"))
     tags = [tag for tag, _ in elements.found]
@@ -345,10 +352,10 @@ def test_writing_a_report_needs_no_torch(run, tmp_path):
 
 def test_shades_tell_trials_apart_where_most_are_equal(tmp_path):
     folder = write_sweep(tmp_path / "equal", trials=5)
-    facts = json.loads((folder / "sweep.json").read_text())
-    for trial, value in zip(facts["trials"], (0.5, 0.5, 0.4, 0.5, 0.5), strict=True):
+    record = json.loads((folder / "sweep.json").read_text())
+    for trial, value in zip(record["trials"], (0.5, 0.5, 0.4, 0.5, 0.5), strict=True):
         trial["value"] = value
-    (folder / "sweep.json").write_text(json.dumps(facts | {"best": 2}))
+    (folder / "sweep.json").write_text(json.dumps(record | {"best": 2}))
     shades = sweep_figures.shades(report_folders.read_folder(folder))
     assert shades[2] == "var(--shade-8)"
     assert shades[0] == "var(--shade-0)"

@@ -290,11 +290,11 @@ def test_paper_gets_light_colours_and_every_part(pages, visit):
 def test_hostile_names_are_shown_and_do_nothing(tmp_path, visit):
     hostile = "</script><img src=x onerror=alert(1)><a href='javascript:alert(2)'>$x$ %{y}"
     folder = write_sweep(tmp_path / "<img src=x onerror=alert(3)>", trials=6)
-    facts = json.loads((folder / "sweep.json").read_text())
-    for trial in facts["trials"]:
+    record = json.loads((folder / "sweep.json").read_text())
+    for trial in record["trials"]:
         trial.update(reason=hostile, params={hostile: f"{hostile}{trial['number']}", "beta": 0.1 * trial["number"]})
-    facts |= {"importance": {hostile: 1.0}, "metric": hostile, "command": hostile}
-    (folder / "sweep.json").write_text(json.dumps(facts))
+    record |= {"importance": {hostile: 1.0}, "metric": hostile, "command": hostile}
+    (folder / "sweep.json").write_text(json.dumps(record))
     runs = [write_run(tmp_path / f"<img src=x onerror=alert(4)><b>{index}") for index in range(2)]
     for path in (write_report([folder]), write_report(runs, tmp_path / "several.html")):
         page = visit(path)

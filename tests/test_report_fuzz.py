@@ -76,10 +76,16 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             path.write_text("".join(path.read_text().splitlines(keepends=True)[40:55]))
         for name in ("run.json", "sweep.json"):
             if (run / name).exists():
-                facts = json.loads((run / name).read_text())
-                facts["data"]["lengths"] = {key: some[:5] for key, some in facts["data"]["lengths"].items()}
-                facts |= {"alarms": alarms, "total_updates": 80, "final": {"step": 50}, "warnings": ["a"], "planned": 3}
-                (run / name).write_text(json.dumps(facts))
+                record = json.loads((run / name).read_text())
+                record["data"]["lengths"] = {key: some[:5] for key, some in record["data"]["lengths"].items()}
+                record |= {
+                    "alarms": alarms,
+                    "total_updates": 80,
+                    "final": {"step": 50},
+                    "warnings": ["a"],
+                    "planned": 3,
+                }
+                (run / name).write_text(json.dumps(record))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "get_plotlyjs", lambda: "")
         yield folder
@@ -188,8 +194,8 @@ def test_what_json_cannot_be_read_as(samples: Path, tmp_path: Path, text: str) -
     for name in ("run", "sweep"):
         folder = shutil.copytree(samples / name, tmp_path / name)
         for path in [*folder.glob("*.json"), *folder.glob("*.yaml")]:
-            facts = json.loads(path.read_text()) if path.suffix == ".json" else {"beta": 0.1}
-            path.write_text(json.dumps({**facts, "command": 0, "extra": 1})[:-2] + text + "}")
+            record = json.loads(path.read_text()) if path.suffix == ".json" else {"beta": 0.1}
+            path.write_text(json.dumps({**record, "command": 0, "extra": 1})[:-2] + text + "}")
         for path in folder.rglob("metrics.jsonl"):
             path.write_text(
                 path.read_text() + f'{{"step": 61, "loss": {text}}}\n{{"step": {text}, "loss": 1}}\n{text}\n'

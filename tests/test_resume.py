@@ -31,8 +31,8 @@ from offline_kto.train.run.resumed_options import (
     SAID,
     TRAINING_FREE,
     TRAINING_SAID,
-    compare_facts,
     compare_options,
+    compare_records,
 )
 from offline_kto.train.run.train_run import train as run_training
 from offline_kto.train.trainer.checkpoints import check_checkpoint
@@ -113,8 +113,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no state": (lambda run: (run / "checkpoint-2/trainer_state.json").write_text("[]"), "trainer_state.json has"),
     "no sizes": (lambda run: (run / "checkpoint-2/sizes.json").unlink(), "sizes.json"),
     "sizes of nothing": (lambda run: (run / "checkpoint-2/sizes.json").write_text("[]"), "incomplete checkpoint"),
-    "empty facts": (lambda run: (run / "run.json").write_text(""), "nobody knows what the run was started with"),
-    "facts of another kind": (lambda run: (run / "run.json").write_text("[]"), "another cache|nobody knows"),
+    "empty record": (lambda run: (run / "run.json").write_text(""), "nobody knows what the run was started with"),
+    "record of another kind": (lambda run: (run / "run.json").write_text("[]"), "another cache|nobody knows"),
     "another model's weights": (
         lambda run: (run / "checkpoint-2/pytorch_model.bin").write_bytes(b""),
         "pytorch_model.bin was not written with it",
@@ -132,7 +132,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: (run / "checkpoint-2/sizes.json").write_text('{"../run.json": 5}'),
         "not in this folder",
     ),
-    "deep facts": (lambda run: (run / "run.json").write_text("[" * 100_000), "nobody knows"),
+    "deep record": (lambda run: (run / "run.json").write_text("[" * 100_000), "nobody knows"),
     "options that are no text": (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00"), "config.yaml"),
     "no options": (lambda run: (run / "config.yaml").unlink(), "no config.yaml"),
 }
@@ -190,9 +190,9 @@ class TestCheckpoints:
         state = run / "checkpoint-2/trainer_state.json"
         rewrite(state, state.read_bytes())
         assert json.loads((run / "checkpoint-2/sizes.json").read_text())["config.json"] > 0
-        facts = json.loads((run / "run.json").read_text())
+        record = json.loads((run / "run.json").read_text())
         (run / "run.json").write_text(
-            json.dumps({k: v for k, v in facts.items() if k not in ("held_out_cache", "versions")})
+            json.dumps({k: v for k, v in record.items() if k not in ("held_out_cache", "versions")})
         )
         run_training(replace(config, max_steps=3, resume=True))
         assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 3]
@@ -347,10 +347,10 @@ class TestOptions:
 
     def test_what_computes_is_compared(self) -> None:
         now = {"precision": "float32", "held_out_cache": None, "versions": {"torch": "2"}}
-        assert compare_facts(now, {**now, "versions": {"torch": "1"}}, Path()) == ["torch 2, before it was 1"]
-        assert compare_facts(now, {}, Path()) == []
+        assert compare_records(now, {**now, "versions": {"torch": "1"}}, Path()) == ["torch 2, before it was 1"]
+        assert compare_records(now, {}, Path()) == []
         with pytest.raises(ConfigError, match="other held-out rows"):
-            compare_facts(now, {**now, "held_out_cache": {"fingerprint": "a"}}, Path())
+            compare_records(now, {**now, "held_out_cache": {"fingerprint": "a"}}, Path())
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.cli import sweep as kto_sweep
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.held_out import check_fraction
 from offline_kto.train.run.inputs import KeptMaterials
 from offline_kto.train.run.train_run import train
 from offline_kto.train.run.training_run import TrainingRun
@@ -774,6 +775,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"space": {"beta": []}}, "an empty list"),
     ({"space": {"beta": [0.1, 0.1]}}, "a value is given twice"),
     ({"space": {"beta": ["big"]}}, "expected a number, got 'big'"),
+    ({"space": {"beta": ["1e-5"]}}, "expected a number, got '1e-5'. Write it without quotes: 1e-05"),
+    ({"space": {"batch_size": ["4"]}}, "expected a whole number, got '4'. Write it without quotes: 4"),
+    ({"space": {"desirable_weight": ["1.5", 1.5]}}, "a value is given twice"),
+    (
+        {"space": {"beta": {"low": "1e-5", "high": 1}}},
+        "low must be a number, got '1e-5'. Write it without quotes: 1e-05",
+    ),
+    ({"space": {"beta": {"low": 0.1, "high": 1, "points": "2"}}}, "to 1000, got '2'. Write it without quotes: 2"),
     ({"space": {"beta": [-1.0]}}, "beta: -1.0 cannot be used: --beta must be above 0"),
     ({"space": {"beta": {"low": 0.1}}}, "high must be a number, got None"),
     ({"space": {"beta": {"low": 0.3, "high": 0.1}}}, "low (0.3) must be below high (0.1)"),
@@ -808,6 +817,40 @@ def test_mistakes_are_told_before_anything_starts(
     assert message in str(refused.value)
     assert config.out is not None
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize(
+    "tables", [{"space": {"beta": [-1.0]}}, {"space": {"beta": [0.1]}, "train": {"eval_fraction": 0}}], ids=str
+)
+def test_a_mistake_in_a_table_names_the_file(tables: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tables))
+    result = CliRunner().invoke(kto_sweep, ["--cache", "refs", "--config", str(path)])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {path}: ")
+
+
+def test_too_few_prompts_to_hold_some_out_are_told_before_anything_starts(
+    config: SweepConfig, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"q{i % 4}", "completion": f"a{i}", "label": i < 6} for i in range(12)]
+    data, refs = write_rows(tmp_path / "few.jsonl", rows), tmp_path / "few"
+    precompute(PrecomputeConfig(model=str(base), data=str(data), out=refs, max_length=64))
+    monkeypatch.setattr("offline_kto.train.sweep.sweep.Workers", None)
+    settings = {name: value for name, value in config.train.items() if name != "eval_fraction"}
+    with pytest.raises(TrainingError, match=r"0\.1 of 4 prompts leaves no row to be held out\. Use 0\.25 or more"):
+        sweep(replace(config, cache=refs, train=settings))
+    assert config.out is not None
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "prompts", "usable"), [(0.1, 4, 0.25), (0.1, 3, 0.34), (0.99, 2, 0.5), (0.9, 3, 0.66)]
+)
+def test_the_fraction_that_is_advised_is_usable(fraction: float, prompts: int, usable: float) -> None:
+    with pytest.raises(TrainingError, match=f"Use {usable:g} or "):
+        check_fraction(fraction, prompts)
+    check_fraction(usable, prompts)
 
 
 @pytest.mark.usefixtures("warm_workers")

@@ -739,8 +739,8 @@ class TestRowsInThePlan:
             f"{' prompt too long' if data['dropped'] else ''}; cut at 130 tokens: {data['truncated']} completions, "
             f"{data['kl_truncated']} mismatched completions\n"
         )
-        facts = json.loads((run / "run.json").read_text())["data"]
-        trained, held = (facts[f"{side}desirable"] + facts[f"{side}undesirable"] for side in ("", "held_out_"))
+        record = json.loads((run / "run.json").read_text())["data"]
+        trained, held = (record[f"{side}desirable"] + record[f"{side}undesirable"] for side in ("", "held_out_"))
         assert trained + held == data["kept"] - dropped
         printed = capsys.readouterr().out
         assert scored in printed

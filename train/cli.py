@@ -15,7 +15,8 @@ from offline_kto.kto_core.launch import settle_launch, world_size
 from offline_kto.kto_core.options import click_settings, flag, resolve
 from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries
 from offline_kto.kto_core.streams import own_streams
-from offline_kto.train.config import TrainConfig
+from offline_kto.train.config import OF_EVALUATION, TrainConfig
+from offline_kto.train.run_files import check_is_run
 from offline_kto.train.sweep.config import SweepConfig
 
 _Config = TypeVar("_Config", TrainConfig, SweepConfig)
@@ -74,17 +75,6 @@ def _ready(ctx: click.Context, config: type[_Config], values: dict[str, Any], ya
     return resolved
 
 
-# Options that an evaluation accepts; all others come from the run.
-_WHERE_AND_HOW = {
-    "cache",
-    "evaluate_only",
-    "device",
-    "dtype",
-    "max_tokens",
-    "allow_different_policy",
-    "trust_remote_code",
-}
-
 _SETTINGS = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
 
 
@@ -108,12 +98,11 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
         # Use the options of the run (its beta, its hold-out) unless the command line overrides them.
         if config is not None:
             raise click.UsageError("--evaluate-only reads the run's own config.yaml; leave --config out.", ctx)
-        others = sorted(set(_given(ctx, values)) - _WHERE_AND_HOW)
+        others = sorted(set(_given(ctx, values)) - OF_EVALUATION)
         if others:
             raise click.UsageError(f"--evaluate-only takes the run's own options; leave {flag(others[0])} out.", ctx)
         run_folder = values["evaluate_only"]
-        if (run_folder / "sweep.yaml").exists():
-            raise click.UsageError(f"{run_folder}: a sweep; its best run is {run_folder / 'best'}.", ctx)
+        check_is_run(run_folder, "--evaluate-only")
         config = run_folder / "config.yaml"
     resolved = _ready(ctx, TrainConfig, values, config)
     from offline_kto.train.run.train_run import train as run
@@ -151,7 +140,7 @@ def sweep(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     resolved = _ready(ctx, SweepConfig, values, config)
     from offline_kto.train.sweep.sweep import sweep as run
 
-    run(resolved)
+    run(resolved, yaml_path=config)
 
 
 @click.command(cls=_Command, context_settings=_SETTINGS)

@@ -14,6 +14,11 @@ DTYPES = (AUTO, "float32", "bfloat16")
 SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
 SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
 
+# Options that an evaluation (`evaluate_only`) accepts; all others come from the run.
+OF_EVALUATION = frozenset(
+    {"cache", "evaluate_only", "device", "dtype", "max_tokens", "allow_different_policy", "trust_remote_code"}
+)
+
 _UPDATES = 2**31 - 1  # more than any run makes
 _SEEDS = 2**32 - 1  # numpy's
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import yaml
 
 from offline_kto.kto_core.durable_files import write_json
-from offline_kto.kto_core.errors import ConfigError, said_by
+from offline_kto.kto_core.errors import ConfigError, printable, said_by
 from offline_kto.kto_core.foreign_files import MEGABYTE, check_kinds, open_foreign, read_foreign
 from offline_kto.kto_core.options import as_plain
 from offline_kto.kto_core.redaction import secret_names, without_secrets
@@ -67,6 +67,27 @@ def yaml_without_secrets(values: dict[str, object]) -> str:
     return left_out + str(yaml.safe_dump(without_secrets(values), sort_keys=False, allow_unicode=True))
 
 
+def check_is_run(folder: Path, where: str) -> None:
+    """Check that a folder is a run's.
+
+    Args:
+        where: the option that names it, for messages.
+
+    Raises:
+        ConfigError: there is no such folder, or it is something else.
+    """
+    advice = "Name the folder of a finished run of kto-train (runs/NAME)."
+    if not folder.is_dir():
+        found = "it is a file" if folder.exists() else "there is no such folder"
+        raise ConfigError(f"{where} {folder}: {found}. {advice}")
+    if (folder / "sweep.yaml").exists():
+        raise ConfigError(f"{where} {folder}: a sweep; its best run is {folder / 'best'}.")
+    if not (folder / RUN_RECORD).exists():
+        names = sorted(path.name for path in folder.iterdir())
+        found = f"holds {printable(names[0])}, but no {RUN_RECORD}:" if names else "is empty:"
+        raise ConfigError(f"{where} {folder}: {found} it is no run of kto-train. {advice}")
+
+
 def refuse_pipes(folder: Path, where: str) -> None:
     """Check that reading a folder's model or checkpoint cannot block.
 
@@ -116,9 +137,9 @@ def holds_word(column: "pa.ChunkedArray", word: str) -> "npt.NDArray[np.bool_]":
     return np.concatenate(found)
 
 
-def write_run_record(out: Path, facts: RunRecord) -> None:
+def write_run_record(out: Path, record: RunRecord) -> None:
     """Write run.json."""
-    write_json(out / RUN_RECORD, facts)
+    write_json(out / RUN_RECORD, record)
 
 
 def read_run_record(out: Path) -> RunRecord:

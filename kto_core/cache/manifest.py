@@ -53,7 +53,7 @@ AGAIN = "Run the same kto-precompute again."
 _LONGEST_FILE_NAME = 200
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """The sections of `manifest.json`; `manifest_fields` and docs/cache-format.md have the fields of each.
 
@@ -73,6 +73,10 @@ class Manifest:
     created: str
     fingerprint: str
     intact: bool
+
+    def __repr__(self) -> str:
+        reference = printable(str(self.reference.get("id")), _LONGEST_FILE_NAME)
+        return f"Manifest(reference {reference!r}, {self.rows:,} rows, fingerprint {self.fingerprint[:12]})"
 
     @property
     def rows(self) -> int:

@@ -18,6 +18,8 @@ from offline_kto.kto_core.errors import FeedbackError, printable
 Message: TypeAlias = dict[str, Any]
 Turns: TypeAlias = str | tuple[Message, ...]
 
+EMPTY_ANSWER = "An empty answer is not feedback: remove the row."
+
 HUMAN_TURN = "\n\nHuman:"
 ASSISTANT_TURN = "\n\nAssistant:"
 
@@ -133,10 +135,9 @@ def check_completion(completion: Turns, where: str, field: str) -> None:
     Raises:
         FeedbackError: it is empty or blank, or has messages of other roles.
     """
-    remedy = "An empty answer is not feedback: remove the row."
     if isinstance(completion, str):
         if completion.strip() == "":
-            raise FeedbackError(f"{where}: '{field}' is empty. {remedy}")
+            raise FeedbackError(f"{where}: '{field}' is empty. {EMPTY_ANSWER}")
         return
     for index, message in enumerate(completion):
         role = message["role"]
@@ -147,7 +148,7 @@ def check_completion(completion: Turns, where: str, field: str) -> None:
                 f" {quoted(role)}. Move it to the prompt, or remove the row."
             )
         if role == "assistant" and message["content"].strip() == "" and not _has_tool_calls(message):
-            raise FeedbackError(f"{where}: the assistant's message in '{field}' is empty. {remedy}")
+            raise FeedbackError(f"{where}: the assistant's message in '{field}' is empty. {EMPTY_ANSWER}")
 
 
 def split_conversation(

@@ -22,6 +22,7 @@ from typing import Final
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.formats import (
+    EMPTY_ANSWER,
     Message,
     Turns,
     alpaca_prompt,
@@ -100,14 +101,15 @@ def parse_record(record: Mapping[str, object], where: str, fields: FeedbackField
     Raises:
         FeedbackError: the record matches none of the formats exactly; the message begins with `where`.
     """
-    present = {key: value for key, value in record.items() if value is not None}
     try:
-        return _rows(present, where, fields)
+        return _rows(record, where, fields)
     except RecursionError:
         raise FeedbackError(f"{where}: the record is nested too deeply. Remove the row.") from None
 
 
-def _rows(present: Mapping[str, object], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
+def _rows(record: Mapping[str, object], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
+    present = {key: value for key, value in record.items() if value is not None}
+    empty = frozenset(record) - frozenset(present)
     for name in _MEDIA:
         media = present.get(name)
         if isinstance(media, list | tuple) and len(media) > 0:
@@ -116,9 +118,9 @@ def _rows(present: Mapping[str, object], where: str, fields: FeedbackFields) -> 
     if _is_pair(present, fields):
         prompt, completions = _pair(present, where, fields)
     else:
-        prompt, completion = _single(present, where, fields)
+        prompt, completion = _single(present, empty, where, fields)
         completions = (completion,)
-        labels = [_label(present, where, fields)]
+        labels = [_label(present, empty, where, fields)]
     tools = _tools(present.get("tools"), where)
     if tools is not None and isinstance(prompt, str):
         raise FeedbackError(f"{where}: 'tools' with a plain text prompt. Write the prompt as messages.")
@@ -181,12 +183,16 @@ def _is_alpaca(present: Mapping[str, object], fields: FeedbackFields) -> bool:
     return "instruction" in present and (fields.prompt or "prompt") not in present
 
 
-def _single(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[Turns, Turns]:
+def _single(
+    present: Mapping[str, object], empty: frozenset[str], where: str, fields: FeedbackFields
+) -> tuple[Turns, Turns]:
     name = fields.completion or "completion"
     prompt: Turns
     completion: Turns
     if name in present:
         prompt_name = fields.prompt or "prompt"
+        if prompt_name in empty:
+            raise FeedbackError(f"{where}: '{prompt_name}' is empty. Write the prompt, or remove the row.")
         if prompt_name not in present:
             raise FeedbackError(
                 f"{where}: there is a '{name}' but no '{prompt_name}'; {_columns(present)}."
@@ -205,15 +211,22 @@ def _single(present: Mapping[str, object], where: str, fields: FeedbackFields) -
         prompt = alpaca_prompt(present, where, conversation=fields.chat_template)
         prompt, (completion,) = join_sides(prompt, [(name, as_turns(present[name], where, name))], where)
     else:
-        raise _unknown_format(present, where, fields)
+        raise _unknown_format(present, empty, where, fields)
     check_completion(completion, where, name)
     return prompt, completion
 
 
-def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackFields) -> FeedbackError:
+def _unknown_format(
+    present: Mapping[str, object], empty: frozenset[str], where: str, fields: FeedbackFields
+) -> FeedbackError:
     for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
+        if here in present and missing in empty:
+            return FeedbackError(f"{where}: '{missing}' is empty. {EMPTY_ANSWER}")
         if here in present and missing not in present:
             return FeedbackError(f"{where}: there is '{here}' but no '{missing}'; {_columns(present)}.")
+    for name in (fields.completion or "completion", "messages", "conversations", "chosen"):
+        if name in empty and present:
+            return FeedbackError(f"{where}: '{name}' is empty. {EMPTY_ANSWER}")
     if fields.completion is not None or fields.prompt is not None:
         name = fields.completion or "completion"
         return FeedbackError(f"{where}: there is no '{name}'; {_columns(present)}. Check --completion-field.")
@@ -224,7 +237,7 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
     )
 
 
-def _label(present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
+def _label(present: Mapping[str, object], empty: frozenset[str], where: str, fields: FeedbackFields) -> bool:
     if fields.rating_threshold is not None:
         return parse_rating(present, where, fields) >= fields.rating_threshold
     names = ("label", "kto_tag") if fields.label is None else (fields.label,)
@@ -237,8 +250,9 @@ def _label(present: Mapping[str, object], where: str, fields: FeedbackFields) ->
                 f"{where}: there is a rating, {quoted(present['rating'])}, but no label. Say from which"
                 " rating on a completion is desirable: pass --rating-threshold 4 (or median)."
             )
+        what = f"there is no '{names[0]}'" + (": it is empty" if names[0] in empty else "")
         raise FeedbackError(
-            f"{where}: there is no '{names[0]}'; {_columns(present)}. Name the column with --label-field."
+            f"{where}: {what}; {_columns(present)}. Give the row one, or name another column with --label-field."
         )
     return next(iter(labels.values()))
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from offline_kto.train.data.cache_rows import CacheRows, RowKey, TrainingRow
+from offline_kto.train.data.held_out import held_out_prompts
 
 # Units are rows that share one loss: an int64 array of shape (units, rows in each). A unit is a single row, or a pair
 # with the desirable row first.
@@ -25,7 +26,7 @@ def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[list[i
         (training rows, held-out rows), in file order.
     """
     prompts = sorted(set(rows.prompt_ids), key=lambda p: hashlib.blake2b(f"{seed}/{p}".encode()).digest())
-    held = set(prompts[: round(fraction * len(prompts))])
+    held = set(prompts[: held_out_prompts(fraction, len(prompts))])
     train = [i for i, p in enumerate(rows.prompt_ids) if p not in held]
     return train, [i for i, p in enumerate(rows.prompt_ids) if p in held]
 

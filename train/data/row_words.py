@@ -4,17 +4,17 @@ from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.train.run_records import RunData, Shortened
 
 
-def rows_in_words(facts: RunData) -> str:
-    """Describe the rows of a run for its plan, from `TrainingData.facts`."""
-    held = facts["held_out_desirable"] + facts["held_out_undesirable"]
-    limit, of_held_out = facts["max_length"], facts["held_out_shortened"]
+def rows_in_words(data: RunData) -> str:
+    """Describe the rows of a run for its plan, from `TrainingData.run_data`."""
+    held = data["held_out_desirable"] + data["held_out_undesirable"]
+    limit, of_held_out = data["max_length"], data["held_out_shortened"]
     inside = shortened_in_words(of_held_out, limit)[2:] if of_held_out else ""
     parts = [
-        f"{facts['desirable'] + facts['undesirable']:,} to train on",
+        f"{data['desirable'] + data['undesirable']:,} to train on",
         f", {held:,} held out" if held else "",
         f" ({inside})" if inside else "",
-        shortened_in_words(facts["shortened"], limit),
-        f", {facts['unpaired']:,} left out (in no pair, or its two rows are alike)" if facts["unpaired"] else "",
+        shortened_in_words(data["shortened"], limit),
+        f", {data['unpaired']:,} left out (in no pair, or its two rows are alike)" if data["unpaired"] else "",
     ]
     return "".join(parts)
 

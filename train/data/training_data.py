@@ -15,7 +15,7 @@ from offline_kto.kto_core.models.precision import Precision
 from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
 from offline_kto.train.data.batches import EpochBatches, split_by_prompt, strata_of, units_of
 from offline_kto.train.data.cache_rows import CacheRows
-from offline_kto.train.data.held_out import HeldOutRows
+from offline_kto.train.data.held_out import HeldOutRows, check_fraction
 from offline_kto.train.run_records import RunData, RunRecord
 
 
@@ -64,13 +64,8 @@ class TrainingData:
             held_out = held, range(len(held))
         elif config.eval_fraction:
             seed = config.seed if config.eval_seed is None else config.eval_seed
+            check_fraction(config.eval_fraction, len(set(rows.prompt_ids)))
             train, held_rows = split_by_prompt(rows, config.eval_fraction, seed)
-            if not train or not held_rows:
-                side = "trained on" if not train else "held out"
-                raise TrainingError(
-                    f"--eval-fraction {config.eval_fraction:g} of {len(set(rows.prompt_ids))} prompts leaves no row to be {side}. "
-                    "Use another fraction (in a sweep, eval_fraction in the table train:), or --eval-cache."
-                )
             held_out = rows, held_rows
         units = _units(rows, train, config, f"--cache {config.cache}")
         held_rows_out = held_out and _held_out(*held_out, config)
@@ -136,7 +131,7 @@ class TrainingData:
             "gives each one."
         ]
 
-    def facts(self) -> RunData:
+    def run_data(self) -> RunData:
         """Return counts and a sample of lengths, for the report."""
         manifest, (desirable, undesirable) = self.rows.manifest, self.class_counts
         held = self.held_out.cache.labels[self.held_out.indices] if self.held_out else np.empty(0, dtype=bool)
@@ -214,30 +209,32 @@ class RowsToEvaluate:
         held_out: the rows.
         what: a description of the rows.
         of_run: whether the run itself held them out.
+        warning: a sentence for rows whose metrics do not measure quality on new prompts; None for other rows.
     """
 
     held_out: HeldOutRows
     what: str
     of_run: bool
+    warning: str | None = None
 
 
-def rows_to_evaluate(config: TrainConfig, facts: RunRecord, trained_prompts: set[str] | None) -> RowsToEvaluate:
+def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: set[str] | None) -> RowsToEvaluate:
     """Return the run's held-out rows if `--cache` is its own, else the rows of `--cache` with prompts not trained on.
 
     Args:
         config: the run's own, with the cache to evaluate on.
-        facts: of the run.
+        record: of the run.
         trained_prompts: ids of the prompts it was trained on; None if they are not recorded.
 
     Raises:
         CacheError, TrainingError: an unusable cache, or one that was scored by another reference.
     """
     rows = open_cache(config.cache, config.max_length)
-    identity = facts.get("identity")
+    identity = record.get("identity")
     if isinstance(identity, dict) and not config.allow_different_policy:
         _same_reference(rows, identity, f"--cache {config.cache}", "the run's")
     mine = rows.manifest.rows_identity
-    same = mine == {"fingerprint": facts.get("fingerprint"), "labels_hash": facts.get("labels_hash")}
+    same = mine == {"fingerprint": record.get("fingerprint"), "labels_hash": record.get("labels_hash")}
     if same and (config.eval_fraction or config.eval_cache is not None):
 
         def read(cache: Location, max_length: int | None) -> CacheRows:
@@ -249,18 +246,33 @@ def rows_to_evaluate(config: TrainConfig, facts: RunRecord, trained_prompts: set
     everything = range(len(rows))
     if trained_prompts is None:
         what = "all of them; which ones the run was trained on is not on record"
-        return RowsToEvaluate(_held_out(rows, everything, config), what, of_run=False)
+        return _perhaps_trained_on(_held_out(rows, everything, config), what)
     new = [i for i in everything if rows.prompt_ids[i] not in trained_prompts]
-    day, trained_on = rows.manifest.tokenization.get("rendered_on"), facts.get("rendered_on")
+    day, trained_on = rows.manifest.tokenization.get("rendered_on"), record.get("rendered_on")
     other_day = day and (str(day)[:10] != str(trained_on)[:10] if trained_on else len(new) == len(rows))
     if other_day:
         what = (
             f"all of them; their chat template wrote the date, {str(day)[:10]}, and into the run's rows another one, so that "
             "nobody can tell which ones it was trained on (kto-precompute --template-date renders for the same day)"
         )
-        return RowsToEvaluate(_held_out(rows, everything, config), what, of_run=False)
+        return _perhaps_trained_on(_held_out(rows, everything, config), what)
     if not new:
-        return RowsToEvaluate(_held_out(rows, everything, config), "the run was trained on their prompts", of_run=False)
+        trained = _held_out(rows, everything, config)
+        count = len(trained.indices)
+        warning = (
+            f"{count:,} of {count:,} rows have prompts that the run was trained on; these values do not measure held-out "
+            "quality. Give a --cache of other prompts, or train with --eval-fraction."
+        )
+        return RowsToEvaluate(trained, "the run was trained on their prompts", of_run=False, warning=warning)
     left_out = len(rows) - len(new)
     what = "not trained on" + (f"; {left_out:,} more were, and are left out" if left_out else "")
     return RowsToEvaluate(_held_out(rows, new, config), what, of_run=False)
+
+
+def _perhaps_trained_on(rows: HeldOutRows, what: str) -> RowsToEvaluate:
+    """Return rows of which nobody knows whether the run was trained on them."""
+    warning = (
+        f"the run may have been trained on any of these {len(rows.indices):,} rows; these values may not measure held-out "
+        "quality."
+    )
+    return RowsToEvaluate(rows, what, of_run=False, warning=warning)

@@ -34,11 +34,11 @@ _LONGEST = 100_000  # characters of one text
 _GOING_ON = datetime.timedelta(minutes=10)  # a run is active if it wrote a record within this time and holds its lock
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run folder.
 
-    facts, evaluation, records: as in the files, with values of any type; `number`, `mapping` and `listed` check them.
+    run_record, evaluation, records: as in the files, with values of any type; `number`, `mapping` and `listed` check them.
     logratios: r in nats of each row by (split, label), finite ones only; empty if there is no rewards.parquet.
     changed: when metrics.jsonl was last written.
     notes: descriptions of what could not be read.
@@ -47,13 +47,20 @@ class Run:
     path: Path
     name: str
     config: dict[str, object]
-    facts: RunRecord
+    run_record: RunRecord
     records: tuple[dict[str, object], ...]
     evaluation: EvaluationRecord
     logratios: dict[tuple[str, bool], Floats]
     changed: datetime.datetime | None
     going_on: bool
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        state = "finished" if self.finished else "not finished"
+        losses = {name: self.last(name) for name in ("loss", "eval/loss")}
+        ended = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)
+        cache = shown(self.run_record.get("fingerprint"))[:12]
+        return f"Run({str(self.path)!r}, {state}, {self.updates:,} updates{ended}, cache {cache})"
 
     @property
     def finished(self) -> bool:
@@ -77,7 +84,7 @@ class Run:
         return next((value for value in values if value is not None), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trial:
     """One trial of a sweep; `run` is None if its folder is on another machine."""
 
@@ -91,20 +98,27 @@ class Trial:
     host: str
     run: Run | None
 
+    def __repr__(self) -> str:
+        return f"Trial({self.number}, {self.state}, value {self.value}, {shown(self.params)})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Sweep:
     """A sweep folder."""
 
     path: Path
     name: str
     config: dict[str, object]
-    facts: SweepRecord
+    sweep_record: SweepRecord
     trials: tuple[Trial, ...]
     metric: str
     maximize: bool
     going_on: bool
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.complete):,} of {len(self.trials):,} trials complete"
+        return f"Sweep({str(self.path)!r}, {counts}, best {self.metric}: {self.best})"
 
     @property
     def complete(self) -> list[Trial]:
@@ -115,7 +129,7 @@ class Sweep:
     @property
     def best(self) -> Trial | None:
         """The trial that the sweep recorded as its best one, or else the trial with the best value."""
-        named = [trial for trial in self.trials if trial.number == self.facts.get("best")]
+        named = [trial for trial in self.trials if trial.number == self.sweep_record.get("best")]
         return next(iter(named or self.complete), None)
 
 
@@ -304,7 +318,7 @@ def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
         path=folder,
         name=printable(folder.resolve().name),
         config=reader.yaml("config.yaml"),
-        facts=cast("RunRecord", reader.json("run.json", expected=not of_a_sweep)),
+        run_record=cast("RunRecord", reader.json("run.json", expected=not of_a_sweep)),
         records=reader.records(),
         evaluation=cast("EvaluationRecord", reader.json("evaluation.json", expected=False)),
         logratios=reader.logratios(),
@@ -318,18 +332,18 @@ def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
 def _sweep(folder: Path) -> Sweep:
     reader = _Reader(folder)
     config = reader.yaml("sweep.yaml")
-    facts = cast("SweepRecord", reader.json("sweep.json", expected=True))
-    trials = [_trial(folder, mapping(trial)) for trial in listed(facts.get("trials"))]
-    metric = facts.get("metric") or config.get("metric") or "eval/loss"
+    record = cast("SweepRecord", reader.json("sweep.json", expected=True))
+    trials = [_trial(folder, mapping(trial)) for trial in listed(record.get("trials"))]
+    metric = record.get("metric") or config.get("metric") or "eval/loss"
     notes = [f"Trial {t.number}: {note}" for t in trials if t is not None and t.run for note in t.run.notes]
     return Sweep(
         path=folder,
         name=printable(folder.resolve().name),
         config=config,
-        facts=facts,
+        sweep_record=record,
         trials=tuple(trial for trial in trials if trial is not None),
         metric=str(metric),
-        maximize=str(facts.get("direction", "")).lower().startswith("max"),
+        maximize=str(record.get("direction", "")).lower().startswith("max"),
         going_on=is_held(folder),
         notes=(*reader.notes, *notes),
     )

@@ -211,7 +211,7 @@ def trial_curves(sweep: Sweep) -> list[tuple[str, Plot]]:
 
 
 def panel_source(
-    name: str, run: Run | None, config: dict[str, object], facts: RunRecord | SweepRecord
+    name: str, run: Run | None, config: dict[str, object], record: RunRecord | SweepRecord
 ) -> dict[str, object]:
     """Return initial positions of the panel's sliders and quantiles of each class's log-ratios, without rows."""
     logratios = run.logratios if run is not None else {}
@@ -229,7 +229,7 @@ def panel_source(
         margin = 0.15 * (high - low) + 1 / beta
         low, high = min(low, z0) - margin, max(high, z0) + margin
     edges = np.linspace(low, high, 61)
-    weights = [number(value) for value in listed(facts.get("weights"))]
+    weights = [number(value) for value in listed(record.get("weights"))]
     if len(weights) != 2:
         weights = [number(config.get(f"{word}_weight")) for _, word in CLASSES]
     return {

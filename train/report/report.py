@@ -74,19 +74,19 @@ def warnings_of(run: "Run") -> list[str]:
     """Return the warnings before and during a run, one sentence each, as on its console."""
     from offline_kto.train.diagnostics.training import Settings, alarms
 
-    said = _plan_warnings(run.facts)
+    said = _plan_warnings(run.run_record)
     try:
-        found = alarms(run.records, Settings(**run.facts["alarms"]))
+        found = alarms(run.records, Settings(**run.run_record["alarms"]))
     # A run of another version, or values that are not numbers or not finite.
     except (KeyError, TypeError, ValueError, ArithmeticError):
         return said
     return said + [f"Step {alarm.step:,}: {alarm.text}" for alarm in found]
 
 
-def _plan_warnings(facts: "RunRecord | SweepRecord") -> list[str]:
+def _plan_warnings(record: "RunRecord | SweepRecord") -> list[str]:
     from offline_kto.train.report.folders import listed
 
-    lines = map(str, listed(facts.get("warnings")))
+    lines = map(str, listed(record.get("warnings")))
     return [line[:1].upper() + line[1:] for line in lines]
 
 
@@ -175,7 +175,7 @@ def _run_parts(run: "Run", name: str) -> dict[str, object]:
         "name": name,
         "path": printable(str(run.path)),
         "status": words.status(run),
-        "started": words.moment(run.facts.get("started")),
+        "started": words.moment(run.run_record.get("started")),
         "changed": words.moment(run.changed.isoformat(timespec="seconds")) if run.changed else "",
         "summary": words.summary(run),
         "tiles": words.tiles(run),
@@ -185,8 +185,8 @@ def _run_parts(run: "Run", name: str) -> dict[str, object]:
         "curves": plots.run_curves(run),
         "rewards": plots.reward_histograms(run),
         "held_out": _held_out(run),
-        "data": _data(run.facts),
-        "origin": _origin(run.path, run.facts, run.config),
+        "data": _data(run.run_record),
+        "origin": _origin(run.path, run.run_record, run.config),
     }
 
 
@@ -199,10 +199,10 @@ def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, object]:
         "name": name,
         "path": printable(str(sweep.path)),
         "status": words.sweep_status(sweep),
-        "started": words.moment(sweep.facts.get("started")),
+        "started": words.moment(sweep.sweep_record.get("started")),
         "summary": words.sweep_summary(sweep),
         "tiles": words.sweep_tiles(sweep),
-        "warnings": _plan_warnings(sweep.facts),
+        "warnings": _plan_warnings(sweep.sweep_record),
         "notes": sweep.notes,
         "best": best,
         "parallel": sweep_figures.parallel_coordinates(sweep),
@@ -212,8 +212,8 @@ def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, object]:
         "header": header,
         "rows": rows,
         "metric": words.plain_name(sweep.metric),
-        "data": _data(sweep.facts),
-        "origin": _origin(sweep.path, sweep.facts, sweep.config, best=best is not None),
+        "data": _data(sweep.sweep_record),
+        "origin": _origin(sweep.path, sweep.sweep_record, sweep.config, best=best is not None),
     }
 
 
@@ -222,8 +222,8 @@ def _held_out(run: "Run") -> dict[str, object] | None:
     from offline_kto.train.report import words
     from offline_kto.train.report.folders import mapping, number
 
-    facts = run.evaluation
-    names = list(mapping(facts.get("metrics")))
+    evaluation = run.evaluation
+    names = list(mapping(evaluation.get("metrics")))
     if not names:
         logged = {name.removeprefix("eval/") for record in run.records for name in record if name.startswith("eval/")}
         names = [name for name in words.WORDS if name in logged]
@@ -232,22 +232,24 @@ def _held_out(run: "Run") -> dict[str, object] | None:
         value, bounds, _ = words.final(run, name)
         rows.append((words.plain_name(name), words.metric_value(name, value), bounds or words.NOTHING))
     counts = [
-        f"{words.shown(count)} {what}" for what in ("rows", "prompts") if (count := number(facts.get(what))) is not None
+        f"{words.shown(count)} {what}"
+        for what in ("rows", "prompts")
+        if (count := number(evaluation.get(what))) is not None
     ]
     note = "The last evaluation in training; no intervals were computed."
-    if facts:
-        resamples = number(facts.get("resamples"))
-        note = f"{' of '.join(counts)}, after {words.shown(number(facts.get('step')))} updates. " if counts else ""
+    if evaluation:
+        resamples = number(evaluation.get("resamples"))
+        note = f"{' of '.join(counts)}, after {words.shown(number(evaluation.get('step')))} updates. " if counts else ""
         note += f"95 % intervals from {words.shown(resamples)} bootstrap resamples of the prompts." if resamples else ""
     return {"rows": rows, "note": note} if rows else None
 
 
-def _data(facts: "RunRecord | SweepRecord") -> dict[str, object] | None:
+def _data(record: "RunRecord | SweepRecord") -> dict[str, object] | None:
     """Build the data section of a run or sweep."""
     from offline_kto.train.report import plots, words
     from offline_kto.train.report.folders import listed, mapping, number
 
-    data = mapping(facts.get("data"))
+    data = mapping(record.get("data"))
     if not data:
         return None
     counts = [
@@ -269,7 +271,7 @@ def _data(facts: "RunRecord | SweepRecord") -> dict[str, object] | None:
 
 
 def _origin(
-    path: Path, facts: "RunRecord | SweepRecord", config: dict[str, object], *, best: bool = False
+    path: Path, record: "RunRecord | SweepRecord", config: dict[str, object], *, best: bool = False
 ) -> dict[str, object]:
     """Build the reproduction section: commands, fingerprints, versions, options."""
     import yaml
@@ -277,20 +279,20 @@ def _origin(
     from offline_kto.train.report import words
     from offline_kto.train.report.folders import mapping
 
-    reference = mapping(facts.get("reference"))
+    reference = mapping(record.get("reference"))
     pairs = [
-        ("cache fingerprint", facts.get("fingerprint")),
-        ("labels", facts.get("labels_hash")),
+        ("cache fingerprint", record.get("fingerprint")),
+        ("labels", record.get("labels_hash")),
         ("reference model", reference.get("id")),
         ("reference weights", reference.get("weights_hash")),
         ("reference precision", reference.get("dtype")),
-        ("precision", facts.get("precision")),
-        ("device", facts.get("device")),
-        ("class weights", facts.get("weights")),
-        *((name, version) for name, version in mapping(facts.get("versions")).items()),
+        ("precision", record.get("precision")),
+        ("device", record.get("device")),
+        ("class weights", record.get("weights")),
+        *((name, version) for name, version in mapping(record.get("versions")).items()),
     ]
     return {
-        "commands": words.commands(path, facts, best=best),
+        "commands": words.commands(path, record, best=best),
         "pairs": [(name, _in_words(value)) for name, value in pairs if value not in (None, "", [])],
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
     }
@@ -371,11 +373,11 @@ def _sources(found: Sequence["Run | Sweep"], names: Sequence[str]) -> list[dict[
     sources = []
     for folder, name in zip(found, names, strict=True):
         if isinstance(folder, Run):
-            sources.append(panel_source(name, folder, folder.config, folder.facts))
+            sources.append(panel_source(name, folder, folder.config, folder.run_record))
         else:
             best = folder.best
             run, params = (best.run, best.params) if best else (None, {})
             title = f"{name}, trial {best.number}" if best else name
             config = {**folder.config, **(run.config if run else {}), **params}
-            sources.append(panel_source(title, run, config, folder.facts))
+            sources.append(panel_source(title, run, config, folder.sweep_record))
     return sources

@@ -18,7 +18,7 @@ _WIDE = 20.0  # positive values with a larger ratio get a logarithmic axis
 
 def varied(sweep: Sweep) -> list[str]:
     """Return the parameters that differ between trials, in the order of the search space."""
-    names = [*mapping(sweep.facts.get("space")), *(name for trial in sweep.trials for name in trial.params)]
+    names = [*mapping(sweep.sweep_record.get("space")), *(name for trial in sweep.trials for name in trial.params)]
     return [name for name in dict.fromkeys(names) if len({repr(t.params.get(name)) for t in sweep.trials}) > 1]
 
 
@@ -88,7 +88,7 @@ class _Axis:
 
 
 def _is_log(sweep: Sweep, name: str) -> bool:
-    return mapping(mapping(sweep.facts.get("space")).get(name)).get("log") is True
+    return mapping(mapping(sweep.sweep_record.get("space")).get(name)).get("log") is True
 
 
 def told(sweep: Sweep, trial: Trial) -> str:
@@ -167,7 +167,7 @@ def _short(text: str) -> str:
 
 def importance_bars(sweep: Sweep) -> Plot | None:
     """Draw the share of the metric's variation that each parameter explains."""
-    given = {name: number(value) for name, value in mapping(sweep.facts.get("importance")).items()}
+    given = {name: number(value) for name, value in mapping(sweep.sweep_record.get("importance")).items()}
     ranked = sorted(((value, name) for name, value in given.items() if value is not None), reverse=True)[:_AXES]
     if not ranked:
         return None

@@ -137,7 +137,7 @@ def summary(run: Run) -> str:
     """Summarize a run in one line."""
     if not run.records and not run.evaluation:
         return "No update was logged yet."
-    total = number(run.facts.get("total_updates"))
+    total = number(run.run_record.get("total_updates"))
     of = f" of {total:,.0f}" if total and not run.finished else ""
     after = f"after {run.updates:,}{of} update{'' if run.updates == 1 and not of else 's'}"
     kept = best_update(run)
@@ -182,7 +182,7 @@ def sortable(value: object) -> float | str | None:
 
 def best_update(run: Run) -> int | None:
     """Return the update whose model a run ended with, or None if it is the last one."""
-    kept = number(mapping(run.facts.get("final")).get("step"))
+    kept = number(mapping(run.run_record.get("final")).get("step"))
     return int(kept) if kept is not None and 0 < kept < run.updates else None
 
 
@@ -207,7 +207,7 @@ def tiles(run: Run) -> list[Tile]:
 def sweep_status(sweep: Sweep) -> str:
     """Return the state of a sweep: finished, going on, or unfinished."""
     ended = [trial for trial in sweep.trials if trial.state != "running"]
-    if sweep.trials and len(ended) >= (number(sweep.facts.get("planned")) or len(sweep.trials)):
+    if sweep.trials and len(ended) >= (number(sweep.sweep_record.get("planned")) or len(sweep.trials)):
         return "finished"
     return "going on" if sweep.going_on else "unfinished"
 
@@ -241,15 +241,15 @@ def sweep_tiles(sweep: Sweep) -> list[Tile]:
     states = [trial.state for trial in sweep.trials]
     others = [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "complete"]
     found.append(Tile("complete trials", f"{states.count('complete'):,}", ", ".join(others)))
-    seconds = number(sweep.facts.get("seconds"))
+    seconds = number(sweep.sweep_record.get("seconds"))
     if seconds is not None:
         found.append(Tile("time", duration(seconds), ""))
     return found
 
 
-def commands(path: Path, facts: RunRecord | SweepRecord, *, best: bool = False) -> list[str]:
+def commands(path: Path, record: RunRecord | SweepRecord, *, best: bool = False) -> list[str]:
     """Return the commands that recreate this folder and its page."""
-    given = facts.get("command")
+    given = record.get("command")
     found = [given] if isinstance(given, str) and given else []
     if best:
         found.append(f"kto-train --config {shlex.quote(printable(str(path / 'best.yaml')))} --out runs/best")

@@ -21,7 +21,15 @@ from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.start_check import check_start
 from offline_kto.train.run.training_run import check_vocabulary, make_trainer
-from offline_kto.train.run_files import EVALUATION, RUN_RECORD, holds_word, read_rewards, read_run_record, refuse_pipes
+from offline_kto.train.run_files import (
+    EVALUATION,
+    RUN_RECORD,
+    check_is_run,
+    holds_word,
+    read_rewards,
+    read_run_record,
+    refuse_pipes,
+)
 from offline_kto.train.run_records import FinalUpdate, RunRecord
 from offline_kto.train.trainer.evaluation import summary, summary_lines
 from offline_kto.train.trainer.objective import Objective
@@ -44,16 +52,17 @@ def evaluate_run(config: TrainConfig) -> Path:
     run = config.evaluate_only
     assert run is not None
     config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
-    facts = read_run_record(run)
+    check_is_run(run, "--evaluate-only")
+    record = read_run_record(run)
     refuse_pipes(run, "--evaluate-only")
-    found_final = facts.get("final")
+    found_final = record.get("final")
     final: FinalUpdate = found_final if isinstance(found_final, dict) else {}
     device = resolve_device(config.device)
     precision = resolve_precision(config.dtype, device)
-    rows = rows_to_evaluate(config, facts, _trained_prompts(run))
+    rows = rows_to_evaluate(config, record, _trained_prompts(run))
     held_out, manifest = rows.held_out, rows.held_out.cache.manifest
-    files, adapters = _find(config, run, manifest, facts)
-    objective = Objective.of(config, _weights(run, facts))
+    files, adapters = _find(config, run, manifest, record)
+    objective = Objective.of(config, _weights(run, record))
     args = training_arguments(config, run, precision, held_out=True)
     model = files.load(config, precision, args.device if device.type == "cuda" else torch.device("cpu"))
     if adapters is not None:
@@ -81,7 +90,7 @@ def evaluate_run(config: TrainConfig) -> Path:
         tell(f"scored      {scored_in_words(manifest)}")
         shortened = shortened_in_words(held_out.cache.shortened, held_out.cache.max_length)
         tell(f"rows        {len(held_out.indices):,}: {rows.what}{shortened}")
-        for line in files.warnings:
+        for line in [*files.warnings, *filter(None, [rows.warning])]:
             warn(line)
     scores = trainer.final_scores()
     assert scores is not None
@@ -97,11 +106,11 @@ def evaluate_run(config: TrainConfig) -> Path:
     return path
 
 
-def _find(config: TrainConfig, run: Path, manifest: Manifest, facts: RunRecord) -> tuple[PolicyFiles, Path | None]:
+def _find(config: TrainConfig, run: Path, manifest: Manifest, record: RunRecord) -> tuple[PolicyFiles, Path | None]:
     """Find the run's model, or its base model together with the folder of its adapters."""
     if (run / "adapter_config.json").exists():
         # The model that the run started from, whichever model scored the cache.
-        own = dataclasses.replace(manifest, reference=facts.get("reference") or manifest.reference)
+        own = dataclasses.replace(manifest, reference=record.get("reference") or manifest.reference)
         base = _base_folder(run)
         if config.model is not None and base is not None:
             folder, _ = find_reference({"id": config.model, "path": base})
@@ -126,9 +135,9 @@ def _base_folder(run: Path) -> str | None:
     return base if isinstance(base, str) and Path(base).is_absolute() else None
 
 
-def _weights(run: Path, facts: RunRecord) -> tuple[float, float]:
+def _weights(run: Path, record: RunRecord) -> tuple[float, float]:
     """Return the class weights the run was trained with; `auto` depends on its training rows."""
-    match facts.get("weights"):
+    match record.get("weights"):
         case [int() | float() as desirable, int() | float() as undesirable]:
             return float(desirable), float(undesirable)
     raise ConfigError(

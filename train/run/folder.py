@@ -19,7 +19,7 @@ from offline_kto.kto_core.launch import world_size
 from offline_kto.kto_core.lock import LOCK
 from offline_kto.kto_core.yaml_files import read_yaml
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.run.resumed_options import compare_facts, compare_options
+from offline_kto.train.run.resumed_options import compare_options, compare_records
 from offline_kto.train.run_files import (
     CONFIG,
     RUN_RECORD,
@@ -76,7 +76,7 @@ def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest, now: Com
     """Return the checkpoint to resume from, or None to start from the beginning.
 
     Args:
-        now: the settings the run would compute with; see `compare_facts`.
+        now: the settings the run would compute with; see `compare_records`.
         main: whether this is the rank that verifies the checkpoint and logs changed options.
 
     Raises:
@@ -114,12 +114,12 @@ def _check_same_cache(out: Path, manifest: Manifest) -> None:
 def _check_same_run(config: TrainConfig, out: Path, now: ComputedWith) -> list[str]:
     if not (out / CONFIG).exists():
         raise ConfigError(f"--resume {out}: holds a checkpoint, but no config.yaml. Start a new run.")
-    return compare_options(config, read_yaml(out / CONFIG, foreign=True), out) + compare_facts(
+    return compare_options(config, read_yaml(out / CONFIG, foreign=True), out) + compare_records(
         now, read_run_record(out), out
     )
 
 
-def write_start(config: TrainConfig, out: Path, facts: RunRecord) -> None:
+def write_start(config: TrainConfig, out: Path, record: RunRecord) -> None:
     """Write config.yaml and run.json; called after the checks before the first update have passed."""
-    write_run_record(out, facts)  # written first: it marks the folder as a run's
+    write_run_record(out, record)  # written first: it marks the folder as a run's
     write_text(out / CONFIG, config_text(config))

@@ -19,7 +19,7 @@ def print_data(config: TrainConfig, data: TrainingData) -> None:
     fingerprint = data.rows.manifest.fingerprint[:12]
     tell(f"cache       {config.cache} (fingerprint {fingerprint}, verified in {data.rows.seconds:.1f} s)")
     tell(f"scored      {scored_in_words(data.rows.manifest)}")
-    tell(f"rows        {rows_in_words(data.facts())}")
+    tell(f"rows        {rows_in_words(data.run_data())}")
 
 
 def print_plan(

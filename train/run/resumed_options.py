@@ -84,7 +84,7 @@ def compare_options(config: TrainConfig, started: Mapping[str, object], where: P
     return [f"{name} {new}, before it was {shown(old)}" for name, new, old in lines if new != old]
 
 
-def compare_facts(now: ComputedWith, started: RunRecord, where: Path) -> list[str]:
+def compare_records(now: ComputedWith, started: RunRecord, where: Path) -> list[str]:
     """Compare the settings a run computed with and those of its continuation.
 
     Args:

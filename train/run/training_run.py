@@ -266,13 +266,13 @@ class TrainingRun:
             if self.is_main:
                 trainer.remove_old_checkpoints()
                 write_start(
-                    self.config, self.out, {**self.facts(), "started": read_run_record(self.out).get("started")}
+                    self.config, self.out, {**self.record(), "started": read_run_record(self.out).get("started")}
                 )  # options that may change have changed
             return
         if not self.checked:
             self._check_policy()
         if self.is_main:
-            write_start(self.config, self.out, self.facts())
+            write_start(self.config, self.out, self.record())
 
     def _check_policy(self) -> None:
         allow = self.config.allow_different_policy
@@ -282,7 +282,7 @@ class TrainingRun:
                 f"start       policy and cache differ by {found.mean:.1e} nats a token (mean), {found.largest:.1e} (max)"
             )
 
-    def facts(self) -> RunRecord:
+    def record(self) -> RunRecord:
         """Return the content of run.json: the settings the run was started with."""
         manifest = self.data.rows.manifest
         return {
@@ -301,7 +301,7 @@ class TrainingRun:
             "warnings": self.warnings,
             "alarms": dataclasses.asdict(self.settings),
             "reference": manifest.reference,
-            "data": self.data.facts(),
+            "data": self.data.run_data(),
         }
 
 

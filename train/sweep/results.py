@@ -49,17 +49,17 @@ class Results:
     def __init__(self, out: Path, config: SweepConfig, trials: Trials, study: Study) -> None:
         self.out, self.config, self.trials, self.study = out, config, trials, study
         self._keeping: dict[int, Ended] = {}
-        self._facts: SweepRecord = {}
+        self._record: SweepRecord = {}
 
-    def begin(self, manifest: Manifest, facts: TrainedWith) -> None:
+    def begin(self, manifest: Manifest, reported: TrainedWith) -> None:
         """Record the settings the sweep was started with.
 
         Args:
-            facts: reported by a worker; empty if every trial had already ended.
+            reported: by a worker; empty if every trial had already ended.
         """
         known = cast("SweepRecord", _read(self.out / STATE))
-        trained_with: TrainedWith = facts or known
-        self._facts = {
+        trained_with: TrainedWith = reported or known
+        self._record = {
             "fingerprint": manifest.fingerprint,
             "labels_hash": manifest.data.get("labels_hash"),
             "command": self._command(),
@@ -137,7 +137,7 @@ class Results:
         write_text(self.out / RESULTS, self._csv(records))
         best = self.study.best()
         state: SweepRecord = {
-            **self._facts,
+            **self._record,
             "seconds": sum(record.result.get("seconds") or 0.0 for record in records),
             "importance": importance,
             "best": best.number if best else None,
@@ -223,8 +223,8 @@ class Results:
 
     def _is_of(self, folder: Path, best: TrialRecord) -> bool:
         """Return whether a folder contains the model of a trial of this sweep."""
-        facts = _read(folder / RUN_RECORD)
-        return facts.get("trial") == best.number and facts.get("fingerprint") == self._facts["fingerprint"]
+        record = _read(folder / RUN_RECORD)
+        return record.get("trial") == best.number and record.get("fingerprint") == self._record["fingerprint"]
 
     def _command(self) -> str:
         words = ["kto-sweep", "--config", str(self.out / "sweep.yaml"), "--out", str(self.out)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from offline_kto.kto_core.errors import ConfigError, shown
-from offline_kto.kto_core.options import checked_values, value_types
+from offline_kto.kto_core.options import as_given, checked_values, value_types
 from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
 from offline_kto.train.sweep.config import MOST_TRIALS, USUAL_TRIALS, SweepConfig
 
@@ -227,7 +227,7 @@ def _range(where: str, entry: dict[str, object], *, whole: bool, grid: bool) -> 
     if low >= high:
         raise ConfigError(f"{where}: low ({low:g}) must be below high ({high:g}).")
     if not isinstance(log, bool):
-        raise ConfigError(f"{where}: log must be true or false, got {shown(log)}.")
+        raise ConfigError(f"{where}: log must be true or false, got {as_given(log, (bool,))}")
     if log and low <= 0:
         raise ConfigError(f"{where}: a range on a log scale must begin above 0, got {low:g}.")
     if grid and points is None:
@@ -235,14 +235,17 @@ def _range(where: str, entry: dict[str, object], *, whole: bool, grid: bool) -> 
             f"{where}: a grid needs to know how many: add points: 5 to the range, or give a list of values."
         )
     if points is not None and (not isinstance(points, int) or isinstance(points, bool) or not 1 <= points <= 1000):
-        raise ConfigError(f"{where}: points must be a whole number from 1 to 1000, got {shown(points)}.")
+        raise ConfigError(f"{where}: points must be a whole number from 1 to 1000, got {as_given(points, (int,))}")
     return Range(low, high, log, whole, points)
 
 
 def _end(where: str, name: str, value: object, *, whole: bool) -> float:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.inf
+    kinds = (int,) if whole else (float,)
     if not abs(number) <= sys.float_info.max or (whole and number != int(number)):
-        raise ConfigError(f"{where}: {name} must be {'a whole number' if whole else 'a number'}, got {shown(value)}.")
+        raise ConfigError(
+            f"{where}: {name} must be {'a whole number' if whole else 'a number'}, got {as_given(value, kinds)}"
+        )
     return float(number)
 
 

@@ -32,6 +32,8 @@ from offline_kto.kto_core.lock import LOCK, only_writer
 from offline_kto.kto_core.options import as_plain
 from offline_kto.kto_core.redaction import hidden_url, without_secrets
 from offline_kto.kto_core.streams import is_terminal
+from offline_kto.kto_core.yaml_files import named_file
+from offline_kto.train.data.held_out import check_fraction
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.run_files import make_folder, yaml_without_secrets
 from offline_kto.train.run_records import TrainedWith
@@ -46,8 +48,12 @@ SWEEP = "sweep.yaml"
 DATABASE = "study.db"
 
 
-def sweep(config: SweepConfig) -> Path:
+def sweep(config: SweepConfig, *, yaml_path: Path | None = None) -> Path:
     """Run `kto-sweep`.
+
+    Args:
+        config: its options.
+        yaml_path: file with the tables `space` and `train`, for messages; None if a program gave them.
 
     Returns:
         The sweep folder.
@@ -65,7 +71,7 @@ def sweep(config: SweepConfig) -> Path:
             "kto-sweep starts its own processes, a trial in each; run it without torchrun, with --workers."
         )
     settle_launch()
-    trials = Trials.of(config)
+    trials = _trials(config, yaml_path)
     out = make_folder(config.out, "sweeps")
     try:
         with only_writer(out, ConfigError), written_to(out, TrainingError, "Make room; the same command goes on."):
@@ -75,6 +81,16 @@ def sweep(config: SweepConfig) -> Path:
         with contextlib.suppress(OSError):  # the folder is not empty
             out.rmdir()
     return out
+
+
+def _trials(config: SweepConfig, yaml_path: Path | None) -> Trials:
+    """Return the trials of a sweep. Raises: ConfigError: a mistake in `space` or `train`, with the file that has it."""
+    try:
+        return Trials.of(config)
+    except ConfigError as error:
+        if yaml_path is None:
+            raise
+        raise ConfigError(f"{named_file(yaml_path)}: {error}") from error
 
 
 def _check_folder(out: Path) -> None:
@@ -100,6 +116,13 @@ def _manifest(cache: Location) -> Manifest:
         return read_manifest(folder)
 
 
+def _check_held_out(manifest: Manifest, trials: Trials) -> None:
+    """Check that prompts can be held out, before any worker starts. Raises: TrainingError: too few prompts."""
+    fraction, prompts = trials.base.get("eval_fraction"), manifest.data.get("prompts")
+    if fraction and isinstance(prompts, int):  # --max-length may drop some: a worker checks again
+        check_fraction(fraction, prompts)
+
+
 def _rows(manifest: Manifest, trials: Trials) -> dict[str, RowsIdentity]:
     """Return the identity of the rows that all trials read, as `TrainingData.identity` does."""
     held_out = trials.base.get("eval_cache")
@@ -118,6 +141,7 @@ def _identity(config: SweepConfig, rows: dict[str, RowsIdentity]) -> dict[str, o
 
 def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
     manifest = _manifest(config.cache)
+    _check_held_out(manifest, trials)
     rows = _rows(manifest, trials)
     if not (out / SWEEP).exists():
         _write_config(config, out)
@@ -229,11 +253,11 @@ def _print_plan(
     all_of_them = " (there are no more)" if trials.count == trials.points and config.search != "grid" else ""
     tell(f"search      {config.search} over {names}, {trials.count:,} trials{all_of_them}")
     tell(f"scored      {scored_in_words(manifest)}")
-    rows = workers.facts.get("data")
+    rows = workers.trained_with.get("data")
     if rows:
         tell(f"rows        {rows_in_words(rows)}")
     tell(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
     tell(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
     tell(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
-    for line in [*(workers.facts.get("warnings") or []), *trials.warnings()]:
+    for line in [*(workers.trained_with.get("warnings") or []), *trials.warnings()]:
         warn(line)

@@ -2,7 +2,7 @@
 
 Requests over the pipe, and the answers:
 
-    ("check", trials)                    ("ready", facts) or ("refused", message)
+    ("check", trials)                    ("ready", trained_with) or ("refused", message)
     ("trial", number, config, folder)    `Evaluated`, then waits for "go on" or "stop"; `Ended`, then waits for "keep"
                                          or "drop"; `Kept`, once the model is on disk
 """
@@ -109,7 +109,7 @@ class Worker:
         return "ready", {
             "versions": versions(),
             "reference": data.rows.manifest.reference,
-            "data": data.facts(),
+            "data": data.run_data(),
             "warnings": lines,
         }
 

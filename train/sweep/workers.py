@@ -117,7 +117,7 @@ class Workers:
         self._threads = None if alone else max(1, (os.cpu_count() or 1) // count)
         self._rows = rows
         self._count, self._workers = count, [self._new(number) for number in range(count)]
-        self.facts: TrainedWith = {}
+        self.trained_with: TrainedWith = {}
         self._asked = False
 
     @staticmethod
@@ -166,8 +166,8 @@ class Workers:
             raise TrainingError(f"A worker ended before its first trial ({_end_of(worker)}).") from None
         if verdict == "refused":
             raise TrainingError(found)
-        self.facts = found
-        return self.facts
+        self.trained_with = found
+        return self.trained_with
 
     def idle(self, running: Iterable[Worker]) -> list[Worker]:
         """Return the workers without a trial."""
