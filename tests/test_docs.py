@@ -24,7 +24,8 @@ from offline_kto.precompute.cli import cache as kto_cache
 from offline_kto.precompute.cli import precompute as kto_precompute
 from offline_kto.train.cli import sweep as kto_sweep
 from offline_kto.train.cli import train as kto_train
-from offline_kto.train.config import LOSSES, TrainConfig
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.loss_traits import LOSSES
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.space import Trials
 

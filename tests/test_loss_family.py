@@ -20,8 +20,9 @@ from offline_kto.kto_core.errors import ConfigError, TrainingError
 from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
-from offline_kto.train.config import LOSSES, PAIRED_LOSSES, TrainConfig
+from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows, RowKey, TrainingRow
+from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 from offline_kto.train.run.start_check import Difference
 from offline_kto.train.run.train_run import train
 from offline_kto.train.trainer.kto_trainer import KTOTrainer

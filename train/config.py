@@ -6,9 +6,8 @@ from pathlib import Path
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.options import AUTO, check_options, flag, option
+from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 
-LOSSES = ("kto", "humanline", "apo_zero", "bco", "dpo", "ipo", "slic")
-PAIRED_LOSSES = ("dpo", "ipo", "slic")
 METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
 DTYPES = (AUTO, "float32", "bfloat16")
 SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")

@@ -12,10 +12,11 @@ from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.feedback.labels import rare_class
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.models.precision import Precision
-from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
+from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.batches import EpochBatches, split_by_prompt, strata_of, units_of
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.held_out import HeldOutRows
+from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 from offline_kto.train.run_records import RunData, RunRecord
 
 
@@ -168,9 +169,10 @@ def _units(rows: CacheRows, indices: Sequence[int], config: TrainConfig, where: 
         units = units[~_alike(rows, units)]
     if len(units):
         return units
+    unpaired = ", ".join(name for name in LOSSES if name not in PAIRED_LOSSES)
     raise TrainingError(
         f"{where}: --loss {config.loss} compares two completions of one prompt, but no two of its {len(indices):,} rows share a "
-        "pair_id. Feedback with 'chosen' and 'rejected' makes pairs; --loss kto, apo_zero or bco use rows as they are."
+        f"pair_id. Feedback with 'chosen' and 'rejected' makes pairs; these losses need none: {unpaired}."
     )
 
 

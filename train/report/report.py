@@ -72,15 +72,15 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 def warnings_of(run: "Run") -> list[str]:
     """Return the warnings before and during a run, one sentence each, as on its console."""
-    from offline_kto.train.diagnostics.training import Settings, alarms
+    from offline_kto.train.diagnostics.training import Settings, run_warnings
 
     said = _plan_warnings(run.facts)
     try:
-        found = alarms(run.records, Settings(**run.facts["alarms"]))
+        found = run_warnings(run.records, Settings(**run.facts["alarms"]))
     # A run of another version, or values that are not numbers or not finite.
     except (KeyError, TypeError, ValueError, ArithmeticError):
         return said
-    return said + [f"Step {alarm.step:,}: {alarm.text}" for alarm in found]
+    return said + [f"Step {warning.step:,}: {warning.text}" for warning in found]
 
 
 def _plan_warnings(facts: "RunRecord | SweepRecord") -> list[str]:

@@ -153,8 +153,8 @@ class Console(transformers.TrainerCallback):
             self._say(f"{'eval':<12}{state.global_step}/{state.max_steps}  {_summary(values)}")
         elif "loss" in record:
             self._step(record, state)
-        for alarm in self.watch.add(record) if self.watch is not None else ():
-            self._say(f"{'warning':<12}step {alarm.step:,}: {alarm.text}")
+        for warning in self.watch.add(record) if self.watch is not None else ():
+            self._say(f"{'warning':<12}step {warning.step:,}: {warning.text}")
 
     def _step(self, record: MetricsRecord, state: _State) -> None:
         if self.bar is not None:

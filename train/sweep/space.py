@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.options import checked_values, value_types
-from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.loss_traits import PAIRED_LOSSES
 from offline_kto.train.sweep.config import MOST_TRIALS, USUAL_TRIALS, SweepConfig
 
 _JUDGED = "they are compared on the same held-out rows"

@@ -18,11 +18,11 @@ from offline_kto.kto_core.scoring.head import add_gradients_in_place
 from offline_kto.kto_core.scoring.logps import token_logps
 from offline_kto.kto_core.scoring.sequences import FILLER, Sequences
 from offline_kto.train.data.cache_rows import TrainingRow
-from offline_kto.train.trainer.accumulators import ReferencePoint
 from offline_kto.train.trainer.finite_checks import check_losses
 from offline_kto.train.trainer.memory import Meter, optimizer_bytes, tokens_that_fit
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
+from offline_kto.train.trainer.reference_point import ReferencePoint
 
 
 class RankResult(NamedTuple):
