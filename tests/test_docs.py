@@ -54,6 +54,7 @@ def test_the_sweep_of_configs_can_be_run() -> None:
     assert Trials.of(config).warnings() == []
 
 
+PACKAGES = sorted({path.parent for name in ("kto_core", "precompute", "train") for path in (ROOT / name).rglob("*.py")})
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -107,6 +108,24 @@ def test_every_field_of_a_manifest_is_on_its_page(cache: Path) -> None:
     names += [*manifest["shards"][0], *manifest["data"]["files"][0]]
     assert {"fingerprint", "reference.weights_hash", "sha256"} <= set(names)
     assert [name for name in names if f"`{name}`" not in CACHE_FORMAT] == []
+
+
+def modules_missing_in(page: str, package: Path) -> list[str]:
+    """Modules of a package that no row of this package names: `train/data/`, or `train/*.py` for the top folder."""
+    name = package.relative_to(ROOT).as_posix()
+    rows = re.findall(rf"^\| `{name}/(?:\*\.py)?` \|(.*)$", page, re.M)
+    modules = [path.stem for path in package.glob("*.py") if path.stem != "__init__"]
+    return [f"{name}/{module}" for module in modules if not any(f"`{module}`" in row for row in rows)]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_architecture_page_names_every_module(package: Path) -> None:
+    assert modules_missing_in(PAGES["docs/architecture.md"], package) == []
+
+
+def test_a_module_that_the_architecture_page_lacks_is_found() -> None:
+    page = PAGES["docs/architecture.md"].replace("`cache_rows`", "")
+    assert modules_missing_in(page, ROOT / "train/data") == ["train/data/cache_rows"]
 
 
 def test_readme_is_one_that_is_read_to_the_end() -> None:

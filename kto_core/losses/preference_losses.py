@@ -1,7 +1,9 @@
-"""The preference losses and KTO's reference point, as functions of tensors.
+"""Compute the preference losses and KTO's reference point, as functions of tensors.
 
 Every loss depends on the policy through log-ratios r = log pi(y|x) - log pi_ref(y|x), nats. Losses of single rows are
 written with a sign, s = +1 for desirable and -1 for undesirable rows. Losses of pairs take both rows of each pair.
+
+Training selects a loss in `train/trainer/objective.py`, and computes z0 over all ranks in `train/trainer/reference_point.py`.
 """
 
 import torch

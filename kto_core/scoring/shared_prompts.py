@@ -8,6 +8,8 @@
 The hidden state of a prompt's last token predicts the first token of each of its completions. The last token of a
 completion predicts nothing and is not passed to the model. There is no gap between a prompt's keys and its completion,
 because sliding windows and some position tables count slots, not positions. No gradient flows through this path.
+
+Whether prompts are shared is decided in `passes.py`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -2,6 +2,11 @@
 
     folders.py reads, words.py formats, figures.py, plots.py and sweep_figures.py draw, report.html.j2 lays out
 
+Where a text of the page is written: headings and explanations in report.html.j2; the status, the summary and the tiles of
+a run or sweep in words.py; titles, captions and notes of plots in plots.py and sweep_figures.py; axis titles in
+figures.py; tables of data and origin in this file; warnings in train/diagnostics; text that changes while a reader
+uses the page in report.js.
+
 The content of a folder is untrusted: the template escapes it, data in scripts cannot end the script element, plots
 display it verbatim, and the page's content security policy allows only its own script.
 """

@@ -1,4 +1,7 @@
-"""Check that a checkpoint is as it was written (size and sha256 of each file), and report errors while loading it."""
+"""Verify and load checkpoints; `saving.py` publishes them.
+
+A checkpoint is verified by the size and sha256 of each of its files, and errors while it is loaded become messages.
+"""
 
 import contextlib
 import json

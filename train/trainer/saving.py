@@ -1,4 +1,7 @@
-"""Save into an unfinished folder, and rename it once everything is on disk."""
+"""Publish checkpoints and models; `checkpoints.py` verifies and loads checkpoints.
+
+Files are saved into an unfinished folder, which is renamed once everything is on disk.
+"""
 
 import contextlib
 import re
