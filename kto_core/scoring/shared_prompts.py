@@ -205,7 +205,7 @@ def longest_shared(model: Model) -> int:
     """Return how many slots a prompt with a completion may take for this path; 0 if the model does not support it.
 
     Beyond a sliding window the model itself drops keys, and some models have tables with a fixed number of positions.
-    Models without keys (recurrent layers) have to run whole sequences.
+    Models without keys (recurrent layers) must run whole sequences.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
