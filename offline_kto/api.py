@@ -77,7 +77,7 @@ def train(cache: Location, out: str | Path | None = None, **options: Any) -> "Ru
 
 
 def sweep(cache: Location, space: Mapping[str, Any], out: str | Path | None = None, **options: Any) -> "Sweep":
-    """Train with many settings from one cache, as `kto-sweep` does.
+    """Train many trials from one cache, as `kto-sweep` does.
 
     Args:
         cache: the reference cache, a folder or its URL.
@@ -203,7 +203,7 @@ def _refuse_objects(*, needed: bool = False, **arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, str | Path) and (needed or value is not None):
             raise ConfigError(
-                f"{name} must be a path or a hub id, got a {type(value).__name__}. Scores are known by the files they were "
+                f"{name} must be a path or a hub id, got a {type(value).__name__}. A cache is identified by the files it was "
                 "computed from: save the object (save_pretrained, or a JSONL file) and give its path."
                 if name in ("model", "data")
                 else f"{name} must be a path, got a {type(value).__name__}."

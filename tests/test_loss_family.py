@@ -228,7 +228,7 @@ class TestPairs:
         precompute(PrecomputeConfig(model=str(base), data=str(data), out=cache))
         run = train(config_for(cache, tmp_path / "run", "dpo", batch_size=4, max_steps=None, epochs=1))
         out = capsys.readouterr().out
-        assert "8 to train on, 3 left out (in no pair, or its two rows are alike)" in out
+        assert "8 to train on, 3 left out (not in a pair, or both rows are equal)" in out
         assert metrics(run)[-1]["step"] == 2
 
     @pytest.mark.parametrize("scored_at", [60, 1024])
@@ -243,7 +243,7 @@ class TestPairs:
         capsys.readouterr()
         run = train(config_for(cache, tmp_path / "run", "dpo", batch_size=4, max_steps=None, epochs=1, max_length=60))
         out = capsys.readouterr().out
-        assert "8 left out (in no pair, or its two rows are alike)" in out
+        assert "8 left out (not in a pair, or both rows are equal)" in out
         assert (" cut (--max-length 60)" in out) == (scored_at > 60)  # else it was cut when it was scored
         assert metrics(run)[-1]["step"] == 2
 

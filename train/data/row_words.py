@@ -14,7 +14,7 @@ def rows_in_words(facts: RunData) -> str:
         f", {held:,} held out" if held else "",
         f" ({inside})" if inside else "",
         shortened_in_words(facts["shortened"], limit),
-        f", {facts['unpaired']:,} left out (in no pair, or its two rows are alike)" if facts["unpaired"] else "",
+        f", {facts['unpaired']:,} left out (not in a pair, or both rows are equal)" if facts["unpaired"] else "",
     ]
     return "".join(parts)
 

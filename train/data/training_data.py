@@ -54,7 +54,7 @@ class TrainingData:
             read: opens a cache.
 
         Raises:
-            CacheError, TrainingError: unusable caches, a loss that they cannot serve, or nothing left on one side.
+            CacheError, TrainingError: unusable caches, a loss that they do not support, or no training or held-out row.
         """
         rows = read(config.cache, config.max_length)
         train: Sequence[int] = range(len(rows))
@@ -108,20 +108,20 @@ class TrainingData:
         scored = self.rows.manifest.reference.get("dtype")
         if scored != precision.name:
             lines.append(
-                f"the cache was scored in {scored}, the policy computes in {precision.name}: rewards start off 0 by rounding. "
-                f"kto-precompute --dtype {precision.name} scores as this run computes."
+                f"the cache was scored in {scored}, the policy computes in {precision.name}: rewards do not start at 0, because of "
+                f"rounding. kto-precompute --dtype {precision.name} scores in this run's precision."
             )
         if self._eval_cache is not None:
             shared = len(set(self._eval_cache.prompt_ids) & set(self.rows.prompt_ids))
             if shared:
                 lines.append(
-                    f"{shared:,} prompts of --eval-cache are trained on as well; its values say little about new prompts."
+                    f"{shared:,} prompts of --eval-cache are also training prompts; held-out values are no measure for new prompts."
                 )
         contradictions = self.rows.contradictions
         if contradictions:
             lines.append(
-                f"{contradictions:,} completions carry both labels, each for one and the same prompt; their effects cancel "
-                "out. Decide which label is right, or drop them."
+                f"{contradictions:,} completions carry both labels for the same prompt; their effects cancel "
+                "out. Decide which label is right, or remove them."
             )
         return lines + self._rare_class(config)
 
@@ -133,7 +133,7 @@ class TrainingData:
         if batches <= rarer:
             return [rare]
         return [
-            f"{rare} At least {batches - rarer:,} of {batches:,} batches hold none of them; --batch-size {-(-total // rarer)} "
+            f"{rare} At least {batches - rarer:,} of {batches:,} batches contain none of them; --batch-size {-(-total // rarer)} "
             "gives each one."
         ]
 
@@ -250,19 +250,19 @@ def rows_to_evaluate(config: TrainConfig, facts: RunRecord, trained_prompts: set
         return RowsToEvaluate(held_out, "held out", of_run=True)
     everything = range(len(rows))
     if trained_prompts is None:
-        what = "all of them; which ones the run was trained on is not on record"
+        what = "all of them; there is no record of the rows that the run was trained on"
         return RowsToEvaluate(_held_out(rows, everything, config), what, of_run=False)
     new = [i for i in everything if rows.prompt_ids[i] not in trained_prompts]
     day, trained_on = rows.manifest.tokenization.get("rendered_on"), facts.get("rendered_on")
     other_day = day and (str(day)[:10] != str(trained_on)[:10] if trained_on else len(new) == len(rows))
     if other_day:
         what = (
-            f"all of them; their chat template wrote the date, {str(day)[:10]}, and into the run's rows another one, so that "
-            "nobody can tell which ones it was trained on (kto-precompute --template-date renders for the same day)"
+            f"all of them; their chat template wrote the date, {str(day)[:10]}, and another one into the run's rows, so it is "
+            "unknown which ones it was trained on (kto-precompute --template-date renders for the same day)"
         )
         return RowsToEvaluate(_held_out(rows, everything, config), what, of_run=False)
     if not new:
         return RowsToEvaluate(_held_out(rows, everything, config), "the run was trained on their prompts", of_run=False)
     left_out = len(rows) - len(new)
-    what = "not trained on" + (f"; {left_out:,} more were, and are left out" if left_out else "")
+    what = "not trained on" + (f"; {left_out:,} rows that it was trained on are left out" if left_out else "")
     return RowsToEvaluate(_held_out(rows, new, config), what, of_run=False)

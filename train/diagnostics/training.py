@@ -14,7 +14,7 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.settings import BALANCE
 from offline_kto.train.loss_traits import LOSS_TRAITS
 
-# A batch's values are noisy, and a class may be absent from it. So the median over the last updates is judged, once
+# A batch's values are noisy, and a class may be absent from it. So the median over the last updates is checked, once
 # there are a few, and a condition must last for a while. A record of --logging-steps N counts as N updates, but one or
 # two records are never enough.
 _WINDOW = 32
@@ -77,7 +77,7 @@ class RunWarning:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that a run's records are judged by: options, class weights as numbers, rows of each class."""
+    """The settings that warnings about a run depend on: options, class weights as numbers, rows of each class."""
 
     loss: str
     beta: float
@@ -117,7 +117,7 @@ def run_warnings(records: Iterable[Mapping[str, object]], settings: Settings) ->
     """Return the warnings that a run with these records gave, in their order.
 
     Args:
-        records: of `metrics.jsonl`; a name that is missing or null is not judged.
+        records: of `metrics.jsonl`; a name that is missing or null gives no warning.
         settings: those of the run.
     """
     watch = Watch(settings)
@@ -279,8 +279,8 @@ class Watch:
             return None
         rising = ", still rising" if rises else ""
         return (
-            f"kl is {now.kl / self.settings.beta:.3g} nats{rising}: at beta * kl {now.kl:.1f} a completion that the policy left "
-            f"alone has {_slope(now.kl):.0%} of its gradient left; healthy runs stay below 1. Use "
+            f"kl is {now.kl / self.settings.beta:.3g} nats{rising}: at beta * kl {now.kl:.1f} a completion that the policy has not "
+            f"changed has {_slope(now.kl):.0%} of its gradient left; healthy runs stay below 1. Use "
             f"{self._rate(1 / min(max(now.kl, 2.0), 10.0))}."
         )
 
@@ -309,7 +309,7 @@ class Watch:
         stop = (
             ""
             if self._halfway in (None, now.step)
-            else f"--max-steps {self._halfway} (half of that was reached there) or "
+            else f"--max-steps {self._halfway} (half of that distance was reached there) or "
         )
         beta = _rounded(self.settings.beta * _FLAT / 2 / min(now.sides))
         return (
@@ -356,7 +356,7 @@ class Watch:
             else ("undesirable", of.undesirable_weight, ratio / BALANCE[0])
         )
         if factor < 1.05:
-            return f"{self._rate(0.5)} (class weights are at the end of the published range already)"
+            return f"{self._rate(0.5)} (class weights are already at the end of the published range)"
         return f"--{name}-weight {factor * weight:.3g}"
 
 

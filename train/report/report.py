@@ -63,7 +63,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     if out.is_dir():
         raise ConfigError(f"--out {out}: a folder of that name exists; name an .html file.")
     if out.exists() and out.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--out {out}: a file of that name exists, and is no report; name an .html file.")
+        raise ConfigError(f"--out {out}: a file of that name exists and is not a report; name an .html file.")
     page = _page([read_folder(folder) for folder in folders])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -262,9 +262,9 @@ def _data(facts: "RunRecord | SweepRecord") -> dict[str, object] | None:
     lines = []
     for key, text in (
         ("truncated", "rows of the sample fill the limit of tokens"),
-        ("dropped", "rows dropped, their prompt leaves no room"),
+        ("dropped", "rows dropped because their prompt leaves no room"),
         ("contradictory", "completions that carry both labels"),
-        ("max_length", "tokens are the limit of a row"),
+        ("max_length", "tokens at most in a row"),
     ):
         value = number(data.get(key))
         if value is not None:
@@ -364,7 +364,7 @@ def _comparison(runs: Sequence[tuple["Run", str]]) -> dict[str, object]:
 def _panel_plot() -> "Plot":
     from offline_kto.train.report.figures import Plot, value_function
 
-    label = "Value, loss and gradient of one row over its log-ratio, with this run's rows behind them."
+    label = "Value, loss and gradient of one row over its log-ratio, with this run's rows in the background."
     return Plot("The value of an outcome", label, value_function(), height=430)
 
 

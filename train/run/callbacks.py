@@ -79,11 +79,11 @@ def _lines(path: Path) -> list[str]:
     try:
         return read_foreign(path, most=LARGEST_METRICS).decode("utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise TrainingError(f"{path}: cannot be read: {error}. Remove it, or put it back.") from error
+        raise TrainingError(f"{path}: cannot be read: {error}. Remove it, or restore it.") from error
 
 
 def _parsed(line: str) -> MetricsRecord | None:
-    """Return a record, or None for a line that is truncated or contains anything but numbers."""
+    """Return a record, or None for a line that is truncated or contains other values than numbers."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -193,7 +193,7 @@ class _LiveLine(tqdm):
     def __str__(self) -> str:
         width, meter = self.width(), self.format_dict
         for layout in _layouts(self.record or {}):
-            # Without a width tqdm draws the shortest bar; with one, a bar as long as there is room.
+            # Without a width tqdm draws the shortest bar; with one, a bar that fills the line.
             if len(self.format_meter(**{**meter, "ncols": None, "bar_format": layout})) <= width:
                 return self.format_meter(**{**meter, "ncols": width, "bar_format": layout})
         return ""

@@ -26,7 +26,7 @@ from offline_kto.train.trainer.reference_point import ReferencePoint
 
 
 class RankResult(NamedTuple):
-    """The results of one rank beside its gradients.
+    """The results of one rank other than its gradients.
 
     Attributes:
         rows: its part of the batch.
@@ -106,7 +106,8 @@ class GradientPasses:
         """Add a loss's gradients to the existing ones.
 
         Args:
-            last: whether it is the update's last pass. DeepSpeed updates inside the backward pass that "synchronizes".
+            last: whether it is the update's last pass. DeepSpeed applies the optimizer step in
+                the backward pass with `sync_gradients`.
         """
         self.accelerator.gradient_state._set_sync_gradients(last)
         self.accelerator.backward(loss)

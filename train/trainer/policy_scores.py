@@ -17,7 +17,7 @@ from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 # Held-out rows that are in memory at a time.
 HELD_OUT_ROWS = 4096
 
-# Without gradients no activations are kept for a backward pass, so a pass can hold this many times the tokens.
+# Without gradients no activations are kept for a backward pass, so a pass fits this many times the tokens.
 _SCORING_TOKENS = 4
 
 
