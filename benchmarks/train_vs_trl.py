@@ -218,7 +218,10 @@ def readings_table(readings: dict[str, Reading]) -> str:
 def markdown_table(readings: dict[str, Reading]) -> str:
     """Return the ratios alone, as the README shows them."""
     kinds = kinds_in(readings)
-    lines = ["| ours / TRL's best | " + " | ".join(kinds) + " |", "| --- |" + " --- |" * len(kinds)]
+    lines = [
+        "| measure | " + " | ".join(f"ours / TRL, {kind}" for kind in kinds) + " |",
+        "| --- |" + " --- |" * len(kinds),
+    ]
     for line in RATIOS:
         cells = [_number(ratio(readings, line, kind), digits=2) for kind in kinds]
         lines.append(f"| {line.rsplit(',', 1)[0]} | " + " | ".join(cells) + " |")

@@ -1,4 +1,4 @@
-"""Log lines for the user through `logging`, so that a calling program decides where they go.
+"""Write lines for the user through `logging`, so that a calling program decides where they are shown.
 
 The logger is `offline_kto`. The commands print its lines on standard output (`shown_lines`). From Python nothing is
 printed unless `logging` is set up, or a function of the API prints its own lines.
@@ -51,7 +51,7 @@ def shown_lines() -> Iterator[None]:
     LOGGER.addHandler(handler)
     if level == logging.NOTSET:
         LOGGER.setLevel(logging.INFO)
-    LOGGER.propagate = False  # a root handler would show them a second time
+    LOGGER.propagate = False  # otherwise a root handler would show them a second time
     try:
         yield
     finally:

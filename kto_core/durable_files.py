@@ -1,4 +1,4 @@
-"""Atomic and durable file writing: after a kill, a full disk or a power cut a file is the old one or the new one.
+"""Write files atomically and durably: after a kill, a full disk or a power cut a file is the old one or the new one.
 
 A file is written to a temporary file in its folder, flushed to the disk and renamed. Then its folder is flushed.
 The content is flushed before the rename, so that the name never refers to missing content.

@@ -1,4 +1,4 @@
-"""Errors that a user can fix.
+"""Define the errors that a user can fix.
 
     KTOError
     |-- ConfigError        an option or a YAML file
@@ -54,7 +54,7 @@ class ModelError(KTOError):
 
 
 class CacheError(KTOError):
-    """A reference cache is absent, incomplete, damaged, or not the one that was asked for."""
+    """A reference cache is absent, incomplete, damaged, or not the requested one."""
 
 
 class NewerFormatError(CacheError):
@@ -66,7 +66,7 @@ class TrainingError(KTOError):
 
 
 class WriteError(TrainingError):
-    """A file cannot be saved: the disk is full, or it may not be written there."""
+    """A file cannot be saved: the disk is full, or there is no permission to write."""
 
 
 class OutputError(KTOError):

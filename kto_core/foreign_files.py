@@ -37,7 +37,7 @@ def open_foreign(path: Path, *, most: int) -> BinaryIO:
         raise OSError("it is not a regular file")
     if state.st_size > most:
         file.close()
-        raise OSError(f"it has {state.st_size:,} bytes, of at most {most:,}")
+        raise OSError(f"it has {state.st_size:,} bytes, more than the limit of {most:,}")
     return file
 
 
@@ -48,7 +48,7 @@ def read_foreign(path: Path, *, most: int) -> bytes:
 
 
 def check_kinds(folder: Path) -> None:
-    """Refuse a folder with a pipe or a device in it, on which a library that reads it would block forever.
+    """Refuse a folder that contains a pipe or a device, because a library that reads one would block forever.
 
     Raises:
         OSError: it contains a pipe or a device.

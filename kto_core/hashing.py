@@ -70,7 +70,7 @@ def weights_hash(folder: Path, *, on_bytes: Callable[[int], None] | None = None)
     The hash does not depend on how the tensors are split into files.
 
     Args:
-        folder: holds `*.safetensors`.
+        folder: contains `*.safetensors`.
         on_bytes: called with the number of bytes hashed since the last call (for a progress bar); may raise to stop.
 
     Raises:
@@ -153,7 +153,7 @@ def safetensors_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
         if not isinstance(header, dict):
-            raise ValueError("its header is cut off")
+            raise ValueError("its header is truncated")
         tensors = {}
         for name, entry in header.items():
             if name == "__metadata__":

@@ -17,7 +17,7 @@ _SIZES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _NUMBERS = ("RANK", "LOCAL_RANK")
 _MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 
-# On a CPU accelerate reads these as a launch of its own, before or instead of the others.
+# On a CPU accelerate reads these as its own launch, before or instead of the others.
 _OF_MPI = re.compile(
     r"(PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_(RANK|SIZE|LOCAL_RANK|LOCAL_SIZE)|MPI_LOCALRANKID|MPI_LOCALNRANKS"
 )
@@ -79,7 +79,7 @@ class Launch:
     def local_share(self) -> tuple[int, int]:
         """(i, n): this process does every n-th piece of the work done once per machine, starting with the i-th.
 
-        A launch put together by hand may number its processes in any way, so there each process does all of it.
+        A launch without a known launcher may number its processes in any way, so there each process does all of it.
         """
         return (self.local_rank, self.local_world_size) if self.local_rank < self.local_world_size else (0, 1)
 
@@ -158,7 +158,7 @@ def settle_launch(*, shards: bool = False) -> Launch:
 def _check_importable() -> None:
     if sys.flags.optimize > 1:
         raise ConfigError(
-            "Python runs without docstrings (PYTHONOPTIMIZE=2, python -OO), and transformers cannot be imported without them. "
+            "Python runs without docstrings (PYTHONOPTIMIZE=2, python -OO), which transformers needs to be imported. "
             "Unset PYTHONOPTIMIZE."
         )
     for name, kind in _NUMBERS_OF_LIBRARIES.items():
@@ -166,7 +166,7 @@ def _check_importable() -> None:
             kind(os.environ.get(name, "0"))
         except ValueError:
             raise ConfigError(
-                f"{name} is {_shown(name)!r} in the environment, which is no number. Give one, or unset it."
+                f"{name} is {_shown(name)!r} in the environment, which is not a number. Set a number, or unset it."
             ) from None
 
 
@@ -192,7 +192,7 @@ def _clear_launcher(launch: Launch, *, sharding: bool) -> list[str]:
         for name in (*_NUMBERS, *_SIZES, *_MEETING_POINT):
             os.environ.pop(name, None)
     return [
-        f"{name} is ignored: this process works alone; torchrun starts several that work together" for name in sizes
+        f"{name} is ignored: this is a single process; torchrun starts several that work together" for name in sizes
     ]
 
 

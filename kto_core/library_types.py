@@ -1,4 +1,4 @@
-"""Type aliases for objects of untyped libraries; a type checker treats each as `Any`.
+"""Define type aliases for objects of untyped libraries; a type checker treats each as `Any`.
 
 A parameter's alias documents which object it takes. `Any` is not written elsewhere for these objects.
 """

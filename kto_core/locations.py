@@ -1,4 +1,4 @@
-"""Locations: a local folder, or the URL of a remote one."""
+"""Define locations: a local folder, or the URL of a remote one."""
 
 from pathlib import Path
 

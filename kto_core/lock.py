@@ -1,4 +1,4 @@
-"""A lock on a folder, so that only one process writes there. It is released whenever the process ends."""
+"""Lock a folder, so that only one process writes there. The lock is released whenever the process ends."""
 
 import contextlib
 import errno
@@ -91,7 +91,7 @@ def _held(path: Path, operation: int) -> FileIO:
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 tell(
-                    f"unlocked    {printable(str(path.parent))}: this file system keeps no locks; let one process write at a time"
+                    f"unlocked    {printable(str(path.parent))}: this file system supports no locks; let one process write at a time"
                 )
                 return file
             file.close()

@@ -1,4 +1,4 @@
-"""Options of the commands. One frozen dataclass per command holds names, types, defaults and help.
+"""Build the options of the commands: one frozen dataclass per command has their names, types, defaults and help.
 
     @dataclass(frozen=True)
     class TrainConfig:
@@ -340,7 +340,7 @@ def parse_settings(text: str | None, name: str) -> dict[str, Any]:
         raise ConfigError(example) from error
     wrong = [key for key in values if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", key)]
     if wrong:
-        raise ConfigError(f"{name}: {shown(wrong[0])!r} is no name of a setting.")
+        raise ConfigError(f"{name}: {shown(wrong[0])!r} is not a name of a setting.")
     return dict(values)
 
 
@@ -352,7 +352,7 @@ def _value(text: str) -> Any:
 
 
 def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON value")
+    raise ValueError(f"{text} is not a JSON value")
 
 
 def click_settings(config: type) -> list[tuple[list[str], dict[str, Any]]]:

@@ -44,12 +44,12 @@ _NAMES_TOKEN = ("http", "https", "webdav", "webdavs", "git", "github", "hf", "s3
 
 @functools.lru_cache(maxsize=1024)
 def is_secret_name(name: str) -> bool:
-    """Return whether an entry of this name holds a secret."""
+    """Return whether an entry of this name is a secret."""
     return _SECRET_NAME.search(name) is not None
 
 
 def is_secret(name: str, value: object) -> bool:
-    """Return whether an entry holds a secret. Booleans and ids (`pad_token_id: 0`) never do, whatever their names."""
+    """Return whether an entry is a secret. Booleans and ids (`pad_token_id: 0`) never do, whatever their names."""
     if value is None or isinstance(value, bool) or value == "" or (isinstance(value, int) and name.endswith("_id")):
         return False
     return is_secret_name(name)
@@ -59,7 +59,7 @@ def hidden(text: str, known: Iterable[str] = ()) -> str:
     """Return a text with `***` in place of every secret.
 
     Args:
-        known: secrets that a library may quote outside of a URL.
+        known: secrets that a library may quote outside a URL.
     """
     for secret in sorted(filter(None, known), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
@@ -134,7 +134,7 @@ def _chain(url: str) -> list[str]:
 
 
 def _split(url: str) -> tuple[str, str, str]:
-    """Return the scheme with its slashes, the login if it holds a secret, and the rest.
+    """Return the scheme with its slashes, the login if it contains a secret, and the rest.
 
     A password may contain any character, including a slash and an @, so the login ends at the last @. If a path begins
     before the colon, there is no login.

@@ -54,6 +54,6 @@ def leave_out(package: str) -> None:
 
 
 def quiet_loggers() -> None:
-    """Show only the errors of libraries that log about what no run of ours uses."""
+    """Show only the errors of libraries that log about features that no run uses."""
     for name in ("torch.distributed", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -65,14 +65,14 @@ class _StandardOutput(io.FileIO):
             if error.errno == errno.EPIPE:
                 raise SystemExit(1) from None
             self.failure = OutputError(
-                f"standard output: cannot be written: {error}. What was finished is kept; make room where the output goes, or "
-                "send it elsewhere."
+                f"standard output: cannot be written: {error}. Finished files are kept; make room where the output is written, or "
+                "redirect it elsewhere."
             )
             raise self.failure from error
 
 
 class _StandardError(io.FileIO):
-    """Standard error that ignores failed writes: progress and messages are not worth stopping for."""
+    """Standard error that ignores failed writes, because progress and messages are not worth stopping for."""
 
     def write(self, data: Any, /) -> int:
         with contextlib.suppress(OSError):

@@ -76,7 +76,7 @@ def read_yaml(path: Path, *, foreign: bool = False) -> dict[str, object]:
         text = read_foreign(path, most=MEGABYTE).decode("utf-8") if foreign else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         names = ", ".join(sorted(one.stem for one in _SHIPPED.glob("*.yaml") if not one.stem.startswith("accelerate")))
-        hint = "" if foreign or path.exists() else f" Files that come with the package go by their names: {names}."
+        hint = "" if foreign or path.exists() else f" Files that come with the package are given by name: {names}."
         raise ConfigError(f"{path}: cannot be read: {error}.{hint}") from error
     try:
         loader = _Loader(text)

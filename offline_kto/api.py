@@ -89,7 +89,7 @@ def sweep(
     out: str | Path | None = None,
     **options: Any,
 ) -> "Sweep":
-    """Train with many settings from one cache, as `kto-sweep` does.
+    """Train many trials from one cache, as `kto-sweep` does.
 
     Cache and space may be in the YAML file that `config` names instead.
 
@@ -249,7 +249,7 @@ def _refuse_objects(*, needed: bool = False, **arguments: Any) -> None:
             )
         if not isinstance(value, str | Path) and (needed or value is not None):
             raise ConfigError(
-                f"{name} must be a path or a hub id, got a {type(value).__name__}. Scores are known by the files they were "
+                f"{name} must be a path or a hub id, got a {type(value).__name__}. A cache is identified by the files it was "
                 "computed from: save the object (save_pretrained, or a JSONL file) and give its path."
                 if name in ("model", "data")
                 else f"{name} must be a path, got a {type(value).__name__}."

@@ -1,4 +1,4 @@
-"""Command lines of `kto-precompute` and `kto-cache`: parse options, call one function, print errors."""
+"""Define the command lines `kto-precompute` and `kto-cache`: parse options, call one function, print errors."""
 
 import signal
 from pathlib import Path
@@ -32,7 +32,7 @@ class _Command(click.Command):
         except KTOError as error:
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
-            click.echo("\nInterrupted. Run the same command again to go on.", err=True)
+            click.echo("\nInterrupted. Run the same command again to continue.", err=True)
             ctx.exit(130)
 
 
@@ -91,7 +91,7 @@ _FOLDER = click.argument("folder", type=to_location)
 @cache.command(cls=_Command)
 @_FOLDER
 def info(folder: Location) -> None:
-    """Print what the cache was made from, and its number of rows."""
+    """Print reference, data and settings of a cache, and its number of rows."""
     from offline_kto.precompute.inspect_cache import info as run
 
     print("\n".join(run(folder)))

@@ -1,4 +1,4 @@
-"""Options of `kto-precompute`, with their defaults."""
+"""Declare the options of `kto-precompute` and their defaults."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +16,7 @@ DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
-    """Options of `kto-precompute`."""
+    """The options of `kto-precompute`."""
 
     model: str = option("", "The reference: a local folder or a hub id.", metavar="MODEL")
     data: str = option(
@@ -32,7 +32,8 @@ class PrecomputeConfig:
     dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
     device: str = option(AUTO, "auto, cpu, cuda or cuda:N.")
     max_tokens: int | None = option(
-        None, "Tokens in one forward pass: memory, never a result.  [default: 32768 on a GPU, 4096 on a CPU]"
+        None,
+        "Tokens in one forward pass; limits memory, and changes results only by rounding.  [default: 32768 on a GPU, 4096 on a CPU]",
     )
     tensor_parallel: int = option(1, "GPUs that share the model (vLLM).")
     gpu_memory_utilization: float = option(0.8, "Share of each GPU's memory that vLLM takes.")
@@ -45,22 +46,24 @@ class PrecomputeConfig:
     rating_threshold: str | None = option(
         None, "Ratings of at least this are desirable: a number or 'median'.", metavar="NUMBER|median"
     )
-    prompt_field: str | None = option(None, "Field that holds the prompt.")
-    completion_field: str | None = option(None, "Field that holds the completion.")
-    label_field: str | None = option(None, "Field that holds the label (or the rating).")
+    prompt_field: str | None = option(None, "Field of the prompt.")
+    completion_field: str | None = option(None, "Field of the completion.")
+    label_field: str | None = option(None, "Field of the label (or the rating).")
     chat_template: Path | None = option(
         None,
         "Chat template (Jinja) in place of the tokenizer's own; the trained model is saved with it.",
         metavar="FILE",
     )
     chat_template_kwargs: str | None = option(
-        None, "Variables of the chat template for all rows, as enable_thinking=false or JSON.", metavar="NAME=VALUE,..."
+        None,
+        "Variables of the chat template for all rows, like enable_thinking=false, or JSON.",
+        metavar="NAME=VALUE,...",
     )
     template_date: str | None = option(
         None, "Day for chat templates that write the date.  [default: the cache's, or today]", metavar="YYYY-MM-DD"
     )
     tokenizer_kwargs: str | None = option(
-        None, "How the tokenizer is loaded, as fix_mistral_regex=true.", metavar="NAME=VALUE,..."
+        None, "Options for loading the tokenizer, like fix_mistral_regex=true.", metavar="NAME=VALUE,..."
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     overwrite: bool = option(False, "Replace a cache of another reference in --out.")
@@ -83,10 +86,10 @@ class PrecomputeConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
         taken = [name for name in self.template_settings if name in NOT_FOR_DATA]
         if taken:
-            raise ConfigError(f"--chat-template-kwargs: {taken[0]!r} is not a template's own variable.")
+            raise ConfigError(f"--chat-template-kwargs: {taken[0]!r} is not a variable of a template.")
         for name, setting in self.tokenizer_options.items():
             if name == "trust_remote_code" or not isinstance(setting, bool | int | float):
-                raise ConfigError(f"--tokenizer-kwargs: {name} must be a switch or a number of the tokenizer's.")
+                raise ConfigError(f"--tokenizer-kwargs: {name} must be true, false or a number.")
         if self.template_date is not None:
             _ = self.template_day
         if not 0 < self.gpu_memory_utilization <= 1:

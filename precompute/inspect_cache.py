@@ -22,7 +22,7 @@ from offline_kto.kto_core.redaction import hidden
 if TYPE_CHECKING:
     import numpy as np
 
-# Columns; also for a terminal that reports 0.
+# Width in columns, also for a terminal that reports 0.
 _LEAST_WIDTH = 40
 
 
@@ -36,7 +36,7 @@ def info(location: Location) -> list[str]:
     lines = [f"{name:<12}{printable(value)}" for name, value in describe(manifest)]
     if not manifest.intact:
         lines.append(
-            "warning     manifest.json was edited or damaged: kto-cache verify says more, and kto-train will refuse it"
+            "warning     manifest.json was edited or damaged: run kto-cache verify for details; kto-train will refuse it"
         )
     return lines
 
@@ -93,7 +93,9 @@ def verify(location: Location) -> str:
         verify_cache(folder, manifest, on_rows=progress.add)
     shards = f"{len(manifest.shards)} shard{'' if len(manifest.shards) == 1 else 's'}"
     seconds = time.monotonic() - started
-    return printable(hidden(f"{location}: {manifest.rows:,} rows in {shards}, all as written ({seconds:.1f} s)."))
+    return printable(
+        hidden(f"{location}: {manifest.rows:,} rows in {shards}, all match the manifest ({seconds:.1f} s).")
+    )
 
 
 def head(location: Location, *, rows: int, model: str | None) -> Iterator[str]:

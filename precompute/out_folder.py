@@ -50,7 +50,7 @@ def check_out(location: Location) -> None:
     foreign += [p.name for p in out.iterdir() if p.name != "train" and not p.name.startswith(".")]
     if foreign:
         raise CacheError(
-            f"--out {out}: holds {sorted(foreign)[0]}, which is no part of a reference cache. Choose an empty folder."
+            f"--out {out}: contains {sorted(foreign)[0]}, which is not part of a reference cache. Choose an empty folder."
         )
 
 
@@ -115,12 +115,12 @@ def made(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # something was written there
+        with contextlib.suppress(OSError):  # files were written there
             folder.rmdir()
 
 
 def _written_to(out: Path) -> contextlib.AbstractContextManager[None]:
-    return written_to(out, CacheError, "Finished shards are kept; run again to go on.")
+    return written_to(out, CacheError, "Finished shards are kept; run again to continue.")
 
 
 NEXT = ".next"

@@ -1,4 +1,4 @@
-"""Parts of a shard: the scores of an incomplete shard, written about once a minute.
+"""Write parts of a shard: the scores of an incomplete shard, about once a minute.
 
 A part is a shard of format 1 whose rows have one sequence each, and no mismatched completions. The same code writes,
 checks and reads it.
@@ -18,7 +18,7 @@ SECONDS_BETWEEN_PARTS = 60.0
 
 
 class Pace:
-    """Tells when the next part is due."""
+    """The time at which the next part is due."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()

@@ -105,7 +105,7 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mar
         rows_per_shard=config.rows_per_shard,
         row_ids=frozenset(row.row_id for row in scoring.plan.rows),
     ):
-        tell(f"complete    {config.out} holds these scores already; nothing to do")
+        tell(f"complete    {config.out} already contains these scores; nothing to do")
         return
     scoring.run(counts.sequences)
     scorer: ScorerFields = {**sections["scorer"]}
@@ -130,7 +130,7 @@ def _check_vocabulary(plan: Plan, reference: Reference) -> None:
     largest = max(int(ids.max()) for row in plan.rows for ids in (row.prompt_ids, row.full_completion_ids))
     if largest >= reference.vocabulary:
         raise ModelError(
-            f"{reference.config.model}: its tokenizer gives token id {largest}, but the model's vocabulary has "
+            f"{reference.config.model}: its tokenizer produces token id {largest}, but the model's vocabulary has "
             f"{reference.vocabulary} tokens. The tokenizer belongs to another model."
         )
 
@@ -142,8 +142,8 @@ def _check_lengths(plan: Plan, reference: Reference) -> None:
     longest = max(len(prompt) + len(y) for i in range(len(plan.rows)) for prompt, y in plan.sequences(i))
     if longest > limit:
         raise ModelError(
-            f"{reference.config.model}: the longest sequence has {longest} tokens, and beyond {limit} this model computes a "
-            "row in another way when another one stands beside it, so that a score would depend on its neighbours. Use "
+            f"{reference.config.model}: the longest sequence has {longest} tokens, and beyond {limit} this model's score of a "
+            "row depends on the other rows of its batch. Use "
             f"--max-length {limit}."
         )
 
@@ -159,7 +159,7 @@ def _pairing(config: PrecomputeConfig) -> PairingFields:
 
 
 def _labels_hash(plan: Plan) -> str:
-    """Return a hash of what the fingerprint leaves out on purpose: order, labels, pairs and source rows."""
+    """Return a hash of the fields that the fingerprint leaves out on purpose: order, labels, pairs and source rows."""
     return json_hash([[row.row_id, row.label, row.pair_id, row.source] for row in plan.rows])
 
 

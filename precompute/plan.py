@@ -1,7 +1,7 @@
 """Plan the scoring: which rows are kept, how they are paired, and which sequences have to be scored.
 
-Rows are immutable. A completion is truncated where it is used, so that it can be shortened for one prompt and whole
-for another.
+Rows are immutable. A completion is truncated where it is used, so that it can be shortened for one prompt and
+complete for another.
 """
 
 from collections import Counter
@@ -242,7 +242,7 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
     try:
         pairing = _pair(config, rows)
     except PairingError as error:
-        # What made rows few, or prompts alike as ids.
+        # An error below may be caused by dropped rows, or by prompts with the same ids.
         before = [one[0].upper() + one[1:] for one in tokenizing.warnings()]
         if dropped:
             before.append(
@@ -282,8 +282,8 @@ def _warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     warnings = [*plan.notes]
     if plan.rendered_on:
         warnings.append(
-            f"the chat template writes the date: all rows are rendered for {plan.rendered_on[:10]}, and later runs into this "
-            "--out too. For a cache elsewhere that is to be compared with it, pass --template-date "
+            f"the chat template writes the date: all rows are rendered for {plan.rendered_on[:10]}, also in later runs into this "
+            "--out. For another cache that will be compared with it, pass --template-date "
             f"{plan.rendered_on[:10]}."
         )
     if not counts.desirable or not counts.undesirable:
@@ -300,12 +300,12 @@ def _warnings(plan: Plan, counts: PlanCounts) -> list[str]:
             f"{plan.pairing.same_prompt:,} mismatched completions answer the same prompt (--pairing rotate)."
         )
     if plan.pairing.same_completion:
-        warnings.append(f"{plan.pairing.same_completion:,} mismatched completions read like the row's own.")
+        warnings.append(f"{plan.pairing.same_completion:,} mismatched completions are equal to the row's own.")
     fair = len(plan.pairing.partners[0])
     if plan.pairing.most_served > 2 * fair + 2:
         warnings.append(
-            f"one prompt holds most rows, so a completion serves up to {plan.pairing.most_served:,} times as a mismatch; "
-            "z0 rests on few completions."
+            f"most rows share one prompt, so a completion serves up to {plan.pairing.most_served:,} times as a mismatch; "
+            "z0 is estimated from few completions."
         )
     if counts.truncated > counts.kept // 4:
         warnings.append(

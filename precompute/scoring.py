@@ -66,7 +66,7 @@ class Scoring:
         keys = [self._key(rows) for rows in self.shards]
         missing = [i for i, key in enumerate(keys) if not self.store.has(i, key, len(self.shards[i]))]
         if len(missing) < len(keys):
-            tell(f"resuming    {len(keys) - len(missing)} of {len(keys)} shards are there")
+            tell(f"resuming    {len(keys) - len(missing)} of {len(keys)} shards are complete")
         self.store.set_aside(missing)
         uses: Counter[str] = Counter()
         wanted: dict[str, TokenIds] = {}
@@ -77,7 +77,7 @@ class Scoring:
         found = self.store.known_scores(set(wanted), {keys[i] for i in missing})
         known, there = found.scores, found.ids
         if there:
-            tell(f"known       {len(there):,} of {len(wanted):,} sequences were scored before")
+            tell(f"known       {len(there):,} of {len(wanted):,} sequences are already scored")
         unknown = {one: sequence for one, sequence in wanted.items() if one not in there}
         total = sum(len(prompt) + len(completion) for prompt, completion in unknown.values())
         left, pace = list(missing), Pace()

@@ -1,4 +1,4 @@
-"""The folder of a reference cache while it is written: which shards exist, can be reused, and when it is complete.
+"""Write the folder of a reference cache: find the shards that exist or can be reused, and complete it with the manifest.
 
 refs/manifest.json          written last; without it the cache is not complete
 refs/train/00000.parquet    complete shards; an interrupted run resumes at the first missing one
@@ -100,7 +100,7 @@ class Store:
             self.target = self.out / NEXT
             gone = self._row_ids(old) - row_ids if old.identity == self.identity else set()
             if gone:
-                tell(f"drops       {len(gone):,} scored rows that are not in the data any more")
+                tell(f"drops       {len(gone):,} scored rows that are no longer in the data")
         (self.target / "train").mkdir(parents=True, exist_ok=True)
         return True
 
@@ -164,7 +164,7 @@ class Store:
             lines += differences(old, new)
         if lines:
             raise CacheError(
-                f"--out {self.out}: holds a cache with other settings:\n  "
+                f"--out {self.out}: contains a cache with other settings:\n  "
                 + "\n  ".join(lines)
                 + "\nChoose another --out, or replace it with --overwrite."
             )
@@ -187,8 +187,8 @@ class Store:
     def has(self, index: int, key: str, rows: int) -> bool:
         """Return whether a complete shard with this content and number of rows exists.
 
-        If a crash interrupted the move of new shards into place, some are in the final folder already; these are
-        copied back to where this run writes.
+        If a crash interrupted the move of new shards into place, some are already in the final folder; these are
+        copied back to the folder that this run writes.
         """
         for folder in dict.fromkeys((self.target, self.out)):
             path = folder / shard_name(index)

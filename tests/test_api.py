@@ -254,7 +254,7 @@ def test_rows_for_trl(cache: Path) -> None:
         assert {name: one[name] for name in ("prompt_ids", "completion_ids", "label", "ref_logps")} == {
             name: row[name] for name in ("prompt_ids", "completion_ids", "label", "ref_logps")
         }
-    with pytest.raises(kto.KTOError, match="no number 2"):
+    with pytest.raises(kto.KTOError, match="but not number 2"):
         kto.to_trl(cache, partner=2)
 
 

@@ -24,6 +24,7 @@ kto_core.runtime kto_core.yaml_files kto_core.progress kto_core.lock
 kto_core.options
 kto_core.feedback kto_core.scoring kto_core.losses kto_core.cache
 kto_core.models
+train.loss_traits
 precompute.config train.config train.run_records
 precompute.records precompute.parts train.run_files
 precompute.engines precompute.out_folder train.data train.model train.diagnostics

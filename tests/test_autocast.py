@@ -81,7 +81,7 @@ def test_one_process_beside_several_gpus_trains_on_one(
     run = train(replace(config, lora_rank=rank))
     assert found == {torch.bfloat16}
     assert json.loads((run / "run.json").read_text())["precision"] == "bfloat16"
-    assert "warning     4 GPUs here, and one process trains on one of them: torchrun" in capsys.readouterr().out
+    assert "warning     4 GPUs here, but one process trains on one of them: torchrun" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

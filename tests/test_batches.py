@@ -96,7 +96,8 @@ def test_contradictions_and_rare_classes_are_pointed_out(
     assert "labels      98 desirable (weight 1), 2 undesirable (weight 1)" in told
     assert "1 completions carry both labels" in told
     assert (
-        "only 2 of 100 rows are undesirable (2.0%). At least 8 of 10 batches hold none of them; --batch-size 50" in told
+        "only 2 of 100 rows are undesirable (2.0%). At least 8 of 10 batches contain none of them; --batch-size 50"
+        in told
     )
 
 

@@ -57,7 +57,7 @@ PLAIN = "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '
 def test_a_header_of_the_next_turn_is_cut_off(template: str, end: str) -> None:
     _, completion, warnings = texts(template, messages=[ASK, ANSWER])
     assert completion.lstrip() == "In Paris." + end
-    assert "opens the assistant's next turn behind 1 completion" in warnings[0]
+    assert "adds the header of the assistant's next turn after 1 completion" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,12 @@ def test_a_prompt_that_ends_in_the_assistants_words_is_continued(record: dict[st
     prompt, completion, warnings = texts(template, **record)
     assert prompt == "<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\nSure: "
     assert completion == "In Paris.<|im_end|>\n"
-    assert warnings[0].startswith("1 prompt ends in the assistant's words")
+    assert warnings[0].startswith("1 prompt ends with an unfinished assistant's message")
 
 
 def test_a_call_that_no_tool_has_answered_is_not_continued() -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    with pytest.raises(TokenizationError, match=r"f\.jsonl:7: the prompt ends in a tool call"):
+    with pytest.raises(TokenizationError, match=r"f\.jsonl:7: the prompt ends with a tool call"):
         texts(CHAT_TEMPLATE, prompt=[ASK, call], completion=[ANSWER])
 
 
@@ -208,7 +208,7 @@ def test_messages_tools_and_settings_that_the_template_leaves_out_are_said() -> 
     assert [w.split(" of 1 ")[0] for w in warnings] == [
         "the chat template leaves out messages",
         "the chat template leaves out the 'tools'",
-        "the chat template reads none of some 'chat_template_kwargs'",
+        "the chat template ignores some 'chat_template_kwargs'",
     ]
 
 

@@ -172,7 +172,7 @@ class TestFullDisk:
             written.append(index)
 
         monkeypatch.setattr(Store, "write", then_full)
-        with pytest.raises(CacheError, match=r"00002\.parquet: cannot be written: .*run again to go on"):
+        with pytest.raises(CacheError, match=r"00002\.parquet: cannot be written: .*run again to continue"):
             precompute(scoring)
         assert {path.name for path in scoring.out.rglob("*")} == {"train", "00000.parquet", "00001.parquet"}
         largest_file(10**9)
@@ -199,7 +199,7 @@ class TestFullDisk:
         full = OSError(errno.ENOSPC, "No space left on device")
         with monkeypatch.context() as patch:
             patch.setattr(offline_kto.kto_core.cache.manifest, "write_json", Mock(side_effect=full))
-            with pytest.raises(CacheError, match=r"manifest\.json: cannot be written: .*run again to go on"):
+            with pytest.raises(CacheError, match=r"manifest\.json: cannot be written: .*run again to continue"):
                 precompute(replace(scoring, data=str(data)))
         with pytest.raises(CacheError, match="an unfinished cache"):
             read_manifest(scoring.out)
@@ -359,4 +359,4 @@ class TestOneWriter:
     ) -> None:
         monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOTSUP, "not supported")))
         with only_writer(tmp_path, CacheError):
-            assert "keeps no locks" in capsys.readouterr().out
+            assert "supports no locks" in capsys.readouterr().out

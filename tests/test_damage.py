@@ -218,26 +218,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "edited counts": (
         lambda refs: change_manifest(refs, lambda content: content["data"].update(desirable=3)),
         "manifest.json",
-        "says 3 desirable rows",
+        "has 3 desirable rows",
     ),
     "a newer format": (
         lambda refs: change_manifest(refs, lambda content: content.update(format=2)),
         "manifest.json",
         "cache format 2; this version reads format 1",
     ),
-    "a path that leaves the folder": (outside, "manifest.json", "lies outside of the cache folder"),
-    "a link that leaves the folder": (linked, SHARD, "lies outside of the cache folder"),
+    "a path that leaves the folder": (outside, "manifest.json", "is outside the cache folder"),
+    "a link that leaves the folder": (linked, SHARD, "is outside the cache folder"),
     "a pickle": (pickled, SHARD, "not a readable Parquet file"),
     "another schema": (other_schema, SHARD, "column 'ref_logps' should be double, found float"),
     "a score that is not a number": (
         lambda refs: change_rows(refs, lambda rows: set_score(rows, float("nan"))),
         SHARD,
-        "ref_token_logps holds 1 values that are not finite",
+        "ref_token_logps contains 1 values that are not finite",
     ),
     "an infinite score": (
         lambda refs: change_rows(refs, lambda rows: set_score(rows, float("-inf"), "ref_kl_token_logps")),
         SHARD,
-        "ref_kl_token_logps holds 1 values that are not finite",
+        "ref_kl_token_logps contains 1 values that are not finite",
     ),
     "a positive score": (
         lambda refs: change_rows(refs, lambda rows: set_score(rows, 0.5)),
@@ -264,12 +264,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a token outside of the vocabulary": (
         lambda refs: change_rows(refs, lambda rows: rows[2]["prompt_ids"].append(10**6)),
         SHARD,
-        "outside of the vocabulary",
+        "outside the vocabulary",
     ),
     "a negative token": (
         lambda refs: change_rows(refs, lambda rows: rows[2]["completion_ids"].__setitem__(0, -1)),
         SHARD,
-        "outside of the vocabulary",
+        "outside the vocabulary",
     ),
     "a shard of another reference": (of_another_reference, SHARD, r"another reference \(reference.weights_hash"),
     "rows twice": (rows_twice, "train/00005.parquet", r"the same rows as 00001\.parquet"),
@@ -278,7 +278,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a folder of shards that lies elsewhere": (
         linked_folder,
         "train/00000.parquet",
-        "lies outside of the cache folder",
+        "is outside the cache folder",
     ),
     "a row too few": (lambda refs: change_rows(refs, lambda rows: rows.pop()), SHARD, "3 rows, the manifest says 4"),
 }

@@ -24,7 +24,8 @@ from offline_kto.precompute.cli import cache as kto_cache
 from offline_kto.precompute.cli import precompute as kto_precompute
 from offline_kto.train.cli import sweep as kto_sweep
 from offline_kto.train.cli import train as kto_train
-from offline_kto.train.config import LOSSES, TrainConfig
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.loss_traits import LOSSES
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.space import Trials
 
@@ -53,6 +54,7 @@ def test_the_sweep_of_configs_can_be_run() -> None:
     assert Trials.of(config).warnings() == []
 
 
+PACKAGES = sorted({path.parent for name in ("kto_core", "precompute", "train") for path in (ROOT / name).rglob("*.py")})
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -108,9 +110,27 @@ def test_every_field_of_a_manifest_is_on_its_page(cache: Path) -> None:
     assert [name for name in names if f"`{name}`" not in CACHE_FORMAT] == []
 
 
+def modules_missing_in(page: str, package: Path) -> list[str]:
+    """Modules of a package that no row of this package names: `train/data/`, or `train/*.py` for the top folder."""
+    name = package.relative_to(ROOT).as_posix()
+    rows = re.findall(rf"^\| `{name}/(?:\*\.py)?` \|(.*)$", page, re.M)
+    modules = [path.stem for path in package.glob("*.py") if path.stem != "__init__"]
+    return [f"{name}/{module}" for module in modules if not any(f"`{module}`" in row for row in rows)]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_architecture_page_names_every_module(package: Path) -> None:
+    assert modules_missing_in(PAGES["docs/architecture.md"], package) == []
+
+
+def test_a_module_that_the_architecture_page_lacks_is_found() -> None:
+    page = PAGES["docs/architecture.md"].replace("`cache_rows`", "")
+    assert modules_missing_in(page, ROOT / "train/data") == ["train/data/cache_rows"]
+
+
 def test_readme_is_one_that_is_read_to_the_end() -> None:
     assert len(README.splitlines()) <= 175
-    assert "Nothing was measured on a GPU yet" in "\n".join(README.splitlines()[:25])
+    assert "Nothing has been measured on a GPU yet" in "\n".join(README.splitlines()[:25])
 
 
 @pytest.mark.parametrize("page", PAGES)

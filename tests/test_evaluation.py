@@ -335,7 +335,7 @@ class TestEvaluateOnly:
         rows = CacheRows(grown)
         new = [p for p in rows.prompt_ids if p not in trained]
         assert found["rows"] == len(new) < len(rows)
-        assert found["rows_are"] == f"not trained on; {len(rows) - len(new)} more were, and are left out"
+        assert found["rows_are"] == f"not trained on; {len(rows) - len(new)} rows that it was trained on are left out"
         everything = train(replace(config, out=tmp_path / "everything", eval_fraction=0.0, eval_steps=None))
         path = evaluate_run(replace(config, eval_fraction=0.0, eval_steps=None, evaluate_only=everything))
         assert json.loads(path.read_text())["rows_are"] == "the run was trained on their prompts"
@@ -376,7 +376,7 @@ class TestEvaluateOnly:
         for more in (["--beta", "3"], ["--eval-fraction", "0.5"], ["--eval-seed", "9"]):
             result = CliRunner().invoke(kto_train, [*command, *more])
             assert result.exit_code == 2
-            assert f"takes the run's own options; leave {more[0]} out" in result.output
+            assert f"uses the run's own options; remove {more[0]}" in result.output
 
     def test_the_shift_and_step_are_those_of_the_model(
         self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
@@ -411,11 +411,11 @@ class TestEvaluateOnly:
         (run / "rewards.parquet").unlink()
         found = json.loads(evaluate_run(options).read_text())
         assert found["rows"] == 9
-        assert found["rows_are"] == "all of them; which ones the run was trained on is not on record"
+        assert found["rows_are"] == "all of them; there is no record of the rows that the run was trained on"
         assert "warning     the run may have been trained on any of these 9 rows" in capsys.readouterr().out
         record = json.loads((run / "run.json").read_text())
         (run / "run.json").write_text(json.dumps({**record, "weights": "auto"}))
-        with pytest.raises(ConfigError, match=r"run\.json: does not say which class weights"):
+        with pytest.raises(ConfigError, match=r"run\.json: the class weights of the run are missing"):
             evaluate_run(options)
 
     def test_trains_and_changes_nothing(self, config: TrainConfig) -> None:
@@ -445,7 +445,7 @@ class TestEvaluateOnly:
     def test_an_unfinished_run(self, config: TrainConfig, tmp_path: Path) -> None:
         run = train(config)
         (run / "config.json").unlink()
-        with pytest.raises(ConfigError, match="holds no model; the run is not finished"):
+        with pytest.raises(ConfigError, match="contains no model; the run is not finished"):
             evaluate_run(replace(config, evaluate_only=run))
 
     @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ class TestEvaluateOnly:
         run = train(replace(config, out=tmp_path / "sweep/trials/0003"))
         (run / "config.json").unlink()
         (tmp_path / "sweep/sweep.yaml").touch()
-        with pytest.raises(ConfigError, match="only the best trial's is kept, in best/"):
+        with pytest.raises(ConfigError, match="a sweep keeps only the best trial's, in best/"):
             evaluate_run(replace(config, evaluate_only=run))
         command = ["--evaluate-only", str(tmp_path / "sweep"), "--cache", str(config.cache)]
         assert f"a sweep; its best run is {tmp_path}/sweep/best" in CliRunner().invoke(kto_train, command).output

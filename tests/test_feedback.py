@@ -195,8 +195,8 @@ def test_completion_with_other_speakers_is_refused(completion):
 
 
 def test_prompt_repeated_without_an_answer_is_refused():
-    assert "answers nothing" in refusal({"prompt": "q", "completion": [user("q")], "label": True})
-    assert "answers nothing" in refusal({"prompt": [user("q")], "completion": [user("q")], "label": True})
+    assert "has no answer" in refusal({"prompt": "q", "completion": [user("q")], "label": True})
+    assert "has no answer" in refusal({"prompt": [user("q")], "completion": [user("q")], "label": True})
 
 
 @pytest.mark.parametrize("completion", ["", "  \n\t", [assistant("")], [assistant(" ")], assistant("")])
@@ -606,7 +606,7 @@ def test_pair_where_one_side_goes_on_names_that_side():
     first = [user("q"), assistant("a")]
     message = refusal({"chosen": first, "rejected": [*first, user("r"), assistant("b")]})
     assert "after the 1 messages" in message
-    assert "'rejected' must hold one message of the assistant" in message
+    assert "'rejected' must contain one message of the assistant" in message
 
 
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?\n\nAssistant:"
@@ -624,8 +624,8 @@ def test_pair_of_text_turns():
     [
         ("The sky is blue.", "The sky is green.", "Add a prompt"),
         (HH + " a", "\n\nHuman: other\n\nAssistant: b", "Add a prompt"),
-        (HH + " a\n\nHuman: x\n\nAssistant: b", HH + " c", "'chosen' goes on"),
-        (HH + " a", HH + " c\n\nHuman: x\n\nAssistant: b", "'rejected' goes on"),
+        (HH + " a\n\nHuman: x\n\nAssistant: b", HH + " c", "'chosen' continues"),
+        (HH + " a", HH + " c\n\nHuman: x\n\nAssistant: b", "'rejected' continues"),
         (HH + " a", HH, "'rejected' is empty"),
         (HH + " ", HH + " a", "'chosen' is empty"),
         (HH + " a", HH + " a", "the same"),

@@ -104,7 +104,7 @@ class TestReports:
                 file.truncate(1 << 36)
         page = write_report([folder]).read_text()
         assert "KUBE-SECRET" not in page
-        assert f"{name} cannot be read" in page.split("What could not be read")[1]
+        assert f"{name} cannot be read" in page.split("Unreadable content")[1]
 
     def test_links_inside_the_folder_and_of_the_hub_s_cache_are_followed(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "hub" / "models--me--run" / "snapshots" / "1a2b")
@@ -115,7 +115,7 @@ class TestReports:
             path.symlink_to(f"../../blobs/{number}")
         (tmp_path / "link").symlink_to(run)  # a run folder on another disk
         page = write_report([tmp_path / "link"], tmp_path / "page.html").read_text()
-        assert "What could not be read" not in page
+        assert "Unreadable content" not in page
         assert "Held-out accuracy 71 %" in page
         (run / "again.yaml").symlink_to("config.yaml")
         assert read_foreign(run / "again.yaml", most=LIMIT) == (run / "config.yaml").read_bytes()
@@ -223,7 +223,7 @@ class TestReaders:
         (folder / "manifest.json").unlink()
         with (folder / "manifest.json").open("wb") as file:
             file.truncate(1 << 36)
-        with pytest.raises(CacheError, match="bytes, of at most"):
+        with pytest.raises(CacheError, match="bytes, more than the limit of"):
             info(folder)
         (folder / "manifest.json").unlink()
         (folder / "manifest.json").write_bytes(content)
@@ -282,7 +282,7 @@ class TestWriters:
 
     def test_the_study_of_a_sweep(self, tmp_path: Path, precious: Path) -> None:
         (tmp_path / "study.db").symlink_to(precious)
-        with pytest.raises(ConfigError, match="is no regular file"):
+        with pytest.raises(ConfigError, match="not a regular file"):
             _database(tmp_path)
 
     def test_a_run_from_somebody_else_is_resumed_without_touching_anything_outside(

@@ -124,7 +124,7 @@ def test_a_silent_hub_is_waited_for_only_so_long(tmp_path: Path, silent_hub: str
     assert warning.startswith("warning     org/tiny: the hub did not answer; its cached copy is used")
     assert commit == COMMIT
     assert absent.startswith("org/absent: no such model folder here, and it cannot be fetched from the hub: ")
-    assert waiting == "hub         waiting for the hub about org/tiny (silent for at most 4 s)"
+    assert waiting == "hub         waiting for the hub: org/tiny (at most 4 s without an answer)"
 
 
 def test_a_commit_that_is_in_the_cache_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_a_commit_of_which_the_cache_lacks_weights_is_fetched(tmp_path: Path, mo
         ("hf.co/org/name/", r"Pass org/name\."),
         ("https://huggingface.co/org/name.git", r"Pass org/name\."),
         ("org/name@refs-pr-3", r"Pass org/name with --revision refs-pr-3 "),
-        ("https://example.com/model", r"an address\. Pass a local folder, or a hub id"),
+        ("https://example.com/model", r"a web address\. Pass a local folder, or a hub id"),
     ],
 )
 def test_an_address_says_what_to_pass(model: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:

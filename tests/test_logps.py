@@ -447,7 +447,7 @@ def test_a_model_that_attends_to_later_tokens_is_refused_though_no_row_is_padded
     with torch.no_grad():
         naive = torch.cat([own_logps(model, row) for row in rows])
         torch.testing.assert_close(token_logps(model, batch).token_logps, naive)  # unpadded, nothing shows
-    with pytest.raises(ModelError, match=r"attends to later tokens .* no causal language model"):
+    with pytest.raises(ModelError, match=r"attends to later tokens .* not a causal language model"):
         check_scoring(model, rows, tolerance=1e-3)
 
 
@@ -550,7 +550,7 @@ def test_the_self_check_refuses_a_kernel_that_leaves_something_out(monkeypatch):
     monkeypatch.setattr(offline_kto.kto_core.scoring.attention, "caps_attention", lambda config: False)
     model, _ = capped()
     add_scoring_forward(model)
-    with pytest.raises(ModelError, match=r'sdpa attention leaves out .*\(gemma2\).*"attn_implementation": "eager"'):
+    with pytest.raises(ModelError, match=r'sdpa attention omits .*\(gemma2\).*"attn_implementation": "eager"'):
         check_scoring(model, random_rows(3), tolerance=1e-3)
     assert model.config._attn_implementation == "sdpa"
 

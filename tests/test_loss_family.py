@@ -20,8 +20,9 @@ from offline_kto.kto_core.errors import ConfigError, TrainingError
 from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
-from offline_kto.train.config import LOSSES, PAIRED_LOSSES, TrainConfig
+from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows, RowKey, TrainingRow
+from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 from offline_kto.train.run.start_check import Difference
 from offline_kto.train.run.train_run import train
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
@@ -227,7 +228,7 @@ class TestPairs:
         precompute(PrecomputeConfig(model=str(base), data=str(data), out=cache))
         run = train(config_for(cache, tmp_path / "run", "dpo", batch_size=4, max_steps=None, epochs=1))
         out = capsys.readouterr().out
-        assert "8 to train on, 3 left out (in no pair, or its two rows are alike)" in out
+        assert "8 to train on, 3 left out (not in a pair, or both rows are equal)" in out
         assert metrics(run)[-1]["step"] == 2
 
     @pytest.mark.parametrize("scored_at", [60, 1024])
@@ -242,7 +243,7 @@ class TestPairs:
         capsys.readouterr()
         run = train(config_for(cache, tmp_path / "run", "dpo", batch_size=4, max_steps=None, epochs=1, max_length=60))
         out = capsys.readouterr().out
-        assert "8 left out (in no pair, or its two rows are alike)" in out
+        assert "8 left out (not in a pair, or both rows are equal)" in out
         assert (" cut (--max-length 60)" in out) == (scored_at > 60)  # else it was cut when it was scored
         assert metrics(run)[-1]["step"] == 2
 

@@ -148,7 +148,7 @@ def test_a_cache_without_its_manifest_is_unfinished(cache):
     (cache / MANIFEST).unlink()
     message = refusal(read_manifest, cache)
     assert "an unfinished cache" in message
-    assert "goes on where it stopped" in message
+    assert "continues where it stopped" in message
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_cache_without_shards_is_refused(cache):
 def test_a_path_that_leaves_the_folder_is_refused(cache, file):
     (cache.parent / "secret.parquet").write_bytes((cache / "train/00000.parquet").read_bytes())
     edit(cache, lambda content: content["shards"][0].update(file=file))
-    assert "outside of the cache folder; it is not read" in refusal(read_manifest, cache)
+    assert "outside the cache folder; it is not read" in refusal(read_manifest, cache)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -311,7 +311,7 @@ def test_a_link_that_leaves_the_folder_is_refused(cache, kind):
     else:
         (cache / "train/more").symlink_to(outside)
         edit(cache, lambda content: content["shards"][0].update(file="train/more/00000.parquet"))
-    assert "outside of the cache folder; it is not read" in refusal(verify_cache, cache, read_manifest(cache))
+    assert "outside the cache folder; it is not read" in refusal(verify_cache, cache, read_manifest(cache))
 
 
 @pytest.mark.parametrize("spelling", ["train/00000.parquet", "./train/00000.parquet", "train//00000.parquet"])
@@ -331,11 +331,11 @@ def damaged(path):
 
 DAMAGES = {
     "missing": (lambda path: path.unlink(), "missing. Run the same kto-precompute again"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "missing"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
     "empty": (lambda path: path.write_bytes(b""), r"0 bytes, the manifest says \d+"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"\d+ bytes, the manifest says \d+"),
     "longer": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), r"\d+ bytes, the manifest says \d+"),
-    "one bit": (damaged, "its content is not what was written"),
+    "one bit": (damaged, "its content changed since it was written"),
 }
 
 
@@ -368,4 +368,4 @@ def test_shards_of_equal_size_that_changed_places_are_refused(tmp_path):
     manifest = read_manifest(cache)
     verify_cache(cache, manifest)
     shutil.copy(other, cache / shard_name(0))
-    assert "its content is not what was written" in refusal(verify_cache, cache, manifest)
+    assert "its content changed since it was written" in refusal(verify_cache, cache, manifest)

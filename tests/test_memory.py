@@ -144,7 +144,7 @@ def test_packing_changes_no_result(cache, tmp_path, monkeypatch, packs):
     monkeypatch.setattr("offline_kto.train.trainer.prepared_policy.can_pack", lambda model, device: True)
     monkeypatch.setattr(GradientPasses, "run", run)
     if not packs:
-        monkeypatch.setattr("offline_kto.train.trainer.prepared_policy.packs_alike", lambda *a, **k: False)
+        monkeypatch.setattr("offline_kto.train.trainer.prepared_policy.packing_keeps_scores", lambda *a, **k: False)
     packed = train(replace(config, out=tmp_path / "b"))
     assert set(used) == {packs}
     for name, value in load_file(expected / "model.safetensors").items():

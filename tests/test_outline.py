@@ -134,22 +134,22 @@ def reward_model(folder: Path) -> None:
 UNREAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "biases": (
         biases_left_out,
-        r"hold 8 weights that LlamaForCausalLM does not read \(model\.layers\.0\.self_attn\.k_p",
+        r"contain 8 weights that LlamaForCausalLM does not read \(model\.layers\.0\.self_attn\.k_p",
     ),
-    "two of four layers": (layers_left_out, r"hold 18 weights .*\(model\.layers\.2\."),
+    "two of four layers": (layers_left_out, r"contain 18 weights .*\(model\.layers\.2\."),
     "a layer of GPT-2": (layers_of_gpt2_left_out, r"does not read \(transformer\.h\.2\."),
-    "a reward model": (reward_model, r"hold 1 weights that LlamaForCausalLM does not read \(score\.weight\)"),
+    "a reward model": (reward_model, r"contain 1 weights that LlamaForCausalLM does not read \(score\.weight\)"),
     "LoRA keys": (
         lambda folder: add(save_tiny(folder), model__layers__0__self_attn__q_proj__lora_A__weight=torch.ones(2, 16)),
-        r"hold 1 weights .*lora_A\.weight\)",
+        r"contain 1 weights .*lora_A\.weight\)",
     ),
     "norms of another family": (
         lambda folder: add(save_tiny(folder), model__layers__0__post_feedforward_layernorm__weight=torch.ones(16)),
-        r"hold 1 weights .*post_feedforward_layernorm",
+        r"contain 1 weights .*post_feedforward_layernorm",
     ),
     "a value head": (
         lambda folder: add(save_tiny(folder), v_head__summary__weight=torch.ones(1, 16)),
-        r"hold 1 weights .*v_head",
+        r"contain 1 weights .*v_head",
     ),
 }
 
@@ -198,7 +198,7 @@ def test_tensors_that_no_score_depends_on_are_no_reason_to_refuse(
 
 def test_a_bias_that_adds_something_is_a_weight(tmp_path: Path) -> None:
     add(save_tiny(tmp_path), model__layers__0__self_attn__q_proj__bias=torch.full((16,), 1e-3))
-    assert_refused(tmp_path, r"hold 1 weights .*q_proj\.bias")
+    assert_refused(tmp_path, r"contain 1 weights .*q_proj\.bias")
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_tokenizer_code_that_is_not_run_is_refused(tmp_path: Path, feedback: Pat
     settings["auto_map"] = {"AutoTokenizer": ["tokenization_ours.OurTokenizer", None]}
     path.write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(
-        ModelError, match=r"tokenizer_config\.json names code of its own, OurTokenizer in .*tokenization_ours"
+        ModelError, match=r"tokenizer_config\.json declares the model's own code, OurTokenizer in .*tokenization_ours"
     ):
         precompute(PrecomputeConfig(model=str(folder), data=str(feedback), out=tmp_path / "refs", dry_run=True))
 

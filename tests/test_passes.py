@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from models import FAMILIES, VOCABULARY, random_rows, tiny_model
 
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
-from offline_kto.kto_core.scoring.passes import ScoringPasses, packs_alike
+from offline_kto.kto_core.scoring.passes import ScoringPasses, packing_keeps_scores
 from offline_kto.kto_core.scoring.sequences import pack_sequences, pad_sequences
 from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, share_prompts
 
@@ -114,7 +114,7 @@ def test_a_window_shorter_than_the_rows_is_not_shared_across(family, capsys):
     found, batches = scores(passes_of(model, 1_000), rows)
     assert_equal_scores(found, alone(model, rows))
     assert not any(isinstance(batch, SharedPrompts) for batch in batches)
-    assert "not shared between sequences: the model sees 4 tokens" in capsys.readouterr().out
+    assert "not shared between sequences: the shared path supports 4 tokens" in capsys.readouterr().out
 
 
 def test_a_model_without_keys_and_values_runs_plain_and_says_so_once(capsys):
@@ -216,7 +216,7 @@ def test_a_model_that_takes_no_keys_runs_plain(capsys):
 
     model.model.forward = forward
     assert_equal_scores(scores(passes_of(model, 1_000), rows)[0], alone(LLAMA, rows))
-    assert "cannot run on given keys and values (NotImplementedError)" in capsys.readouterr().out
+    assert "cannot continue from a key/value cache (NotImplementedError)" in capsys.readouterr().out
 
 
 def test_no_memory_for_the_proof_means_no_sharing(capsys):
@@ -234,7 +234,7 @@ def test_no_memory_for_the_proof_means_no_sharing(capsys):
     found, batches = scores(passes_of(model, 100), rows)
     assert_equal_scores(found, alone(LLAMA, rows))
     assert not any(isinstance(batch, SharedPrompts) for batch in batches)
-    assert "there is no memory to compare both ways" in capsys.readouterr().out
+    assert "not enough memory to compare both ways" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
@@ -258,7 +258,7 @@ PACKING = [family for family in FAMILIES if family not in ("opt", "mpt", "xglm")
 def test_packed_sequences_score_as_padded_ones(family):
     """On a CPU `transformers` keeps packed sequences apart with a mask; flash and flex attention read the boundaries."""
     model, rows = model_of(family), random_rows(9)
-    assert packs_alike(model, torch.device("cpu"), rows[:3], tolerance=TOLERANCE)
+    assert packing_keeps_scores(model, torch.device("cpu"), rows[:3], tolerance=TOLERANCE)
     found, batches = scores(passes_of(model, 60, pack=True, alone=False), rows)
     assert_equal_scores(found, alone(model, rows))
     assert all(batch.tokens == batch.padded_tokens for batch in batches)
@@ -267,7 +267,7 @@ def test_packed_sequences_score_as_padded_ones(family):
 
 def test_a_model_that_sees_across_packed_sequences_is_found_out():
     """OPT makes its mask without looking at positions."""
-    assert not packs_alike(model_of("opt"), torch.device("cpu"), random_rows(3), tolerance=1e-2)
+    assert not packing_keeps_scores(model_of("opt"), torch.device("cpu"), random_rows(3), tolerance=1e-2)
 
 
 def test_packed_sequences_have_the_same_gradients():

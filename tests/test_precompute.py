@@ -193,7 +193,7 @@ def test_positions_that_change_with_the_batch_are_refused_beyond_their_limit(tmp
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 100, **factors}
     base = save_tiny(tmp_path / "base", rope_parameters=rope)
     config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs")
-    with pytest.raises(ModelError, match=r"beyond 100 this model computes a row in another way.*--max-length 100"):
+    with pytest.raises(ModelError, match=r"beyond 100 this model.s score of a row depends.*--max-length 100"):
         precompute(config)
     precompute(replace(config, max_length=100))
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
@@ -266,7 +266,7 @@ class TestReuse:
     def test_rows_that_leave_are_counted(self, config: PrecomputeConfig, capsys: pytest.CaptureFixture[str]) -> None:
         capsys.readouterr()
         precompute(replace(config, limit=20))
-        assert "drops       10 scored rows that are not in the data any more" in capsys.readouterr().out
+        assert "drops       10 scored rows that are no longer in the data" in capsys.readouterr().out
         assert len(scored(config.out)) == 20
         verify(config.out)
 
@@ -572,7 +572,7 @@ def test_a_scheduler_s_signal_ends_a_run_as_an_interrupt_does(tmp_path: Path, ba
     fork.kill(by=signal.SIGTERM)
     done = fork.wait(60)
     assert done.returncode == 130
-    assert "Interrupted. Run the same command again to go on." in done.stderr
+    assert "Interrupted. Run the same command again to continue." in done.stderr
     assert "Traceback" not in done.stderr
     assert re.search(r"^kept +\d+ of 300 rows \(\d+ of \d+ scores\)$", done.stdout, re.MULTILINE)
     assert {path.name for path in out.iterdir()} <= {"train", ".parts"}

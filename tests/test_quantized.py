@@ -151,7 +151,7 @@ def test_training_on_it_saves_one_adapter_with_the_trained_numbers(
     first, last = first_and_last(run)
     assert first["loss"] == pytest.approx(0.5, abs=1e-6)
     assert last["loss"] < 0.49
-    assert "beside its quantised weights" in capsys.readouterr().out
+    assert "next to its quantised weights" in capsys.readouterr().out
     rewards = {row["row_id"]: row["logratio"] for row in pq.read_table(run / "rewards.parquet").to_pylist()}
     held = (run / "evaluation.json").read_text()
     loaded = with_adapter(fine_tuned[0], run)
@@ -261,7 +261,7 @@ def test_every_adapter_on_a_quantized_base_gets_a_gradient(four_bits: Path) -> N
 
 
 def test_quantized_weights_themselves_are_not_trained(quantized_cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"quantised, and cannot be trained themselves.*--lora-rank"):
+    with pytest.raises(TrainingError, match=r"quantised and cannot be trained.*--lora-rank"):
         train(TrainConfig(cache=quantized_cache, out=tmp_path / "run"))
 
 

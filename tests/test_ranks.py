@@ -112,7 +112,7 @@ def test_a_rank_that_is_killed_leaves_a_cache_that_others_finish(
     else:  # one does
         precompute(replace(config, rows_per_shard=6, out=out, device="cpu"))
         said = capsys.readouterr().out
-    assert f"{finished} of 10 shards are there" in said
+    assert f"{finished} of 10 shards are complete" in said
     verify(out)
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "train"]
     assert_same_rows(config.out, out)

@@ -111,7 +111,7 @@ def test_a_url_without_secrets_stays_as_it_is(url: str) -> None:
 )
 def test_a_cache_s_url_with_credentials_is_refused_without_them(url: str) -> None:
     for use in (Remote, local_copy):
-        with pytest.raises(CacheError, match="leave credentials out of the URL") as refused:
+        with pytest.raises(CacheError, match="remove the credentials from the URL") as refused:
             use(url)
         assert "CRET" not in str(refused.value)
 

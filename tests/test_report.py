@@ -78,7 +78,7 @@ def test_a_run_says_its_results_in_words(pages, run):
     assert "120 rows of 60 prompts, after 300 updates. 95 % intervals from 1,000 bootstrap resamples" in text
     for part in (COMMAND, "3f1c" * 8, "2.13.0", "feedback.jsonl", "finished", "[0.378, 0.446]"):
         assert part in text, part
-    assert {"What could not be read", "Warnings"} & set(map(str.strip, elements.text)) == set()
+    assert {"Unreadable content", "Warnings"} & set(map(str.strip, elements.text)) == set()
 
 
 def test_a_page_needs_nothing_from_anywhere(pages):
@@ -158,7 +158,7 @@ def test_what_was_warned_of_and_dropped_before_is_said(run, tmp_path):
     (folder / "run.json").write_text(json.dumps(record))
     text = read(write_report([folder]))[1]
     assert "Warnings Every training row is desirable: <b>" in text
-    assert "18 rows dropped, their prompt leaves no room" in text
+    assert "18 rows dropped because their prompt leaves no room" in text
     assert "2 completions that carry both labels" in text
 
 
@@ -187,7 +187,7 @@ def test_what_is_no_run_is_refused(tmp_path, run):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("x")
-    for name, found in (("none", "no such folder"), ("empty", "is empty"), ("other", "holds notes.txt")):
+    for name, found in (("none", "no such folder"), ("empty", "is empty"), ("other", "contains notes.txt")):
         with pytest.raises(ConfigError, match=rf"{name}: .*{found}.*Name the folder"):
             write_report([tmp_path / name])
     with pytest.raises(ConfigError, match="it is a file"):
@@ -197,7 +197,7 @@ def test_what_is_no_run_is_refused(tmp_path, run):
     with pytest.raises(ConfigError, match=r"a folder of that name exists.*html"):
         write_report([run], tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"config.json: a file of that name exists, and is no report"):
+    with pytest.raises(ConfigError, match=r"config.json: a file of that name exists and is not a report"):
         write_report([run], tmp_path / "config.json")
     with pytest.raises(ConfigError, match="cannot be written"):
         write_report([run], tmp_path / "other" / "notes.txt" / "page.html")
@@ -218,7 +218,7 @@ def test_a_damaged_file_costs_only_what_it_held(name, damage, run, tmp_path):
     if name != "metrics.jsonl":
         assert "after 300 updates" in text
     if damage in ("noise", "list") and name != "config.yaml":
-        assert f"{name} " in text.split("What could not be read")[1]
+        assert f"{name} " in text.split("Unreadable content")[1]
 
 
 def test_every_prefix_of_the_metrics_gives_a_page(run, tmp_path):
@@ -262,7 +262,7 @@ def test_a_run_that_goes_on_has_a_page(tmp_path):
     assert "; the run has not finished." in read(write_report([folder]))[1]
     with only_writer(folder, ConfigError):
         _, text = read(write_report([folder]))
-    assert "; still going on." in text
+    assert "; still running." in text
     assert "Held-out accuracy" in text
 
 

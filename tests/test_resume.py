@@ -28,9 +28,9 @@ from offline_kto.train.run.evaluate_run import evaluate_run
 from offline_kto.train.run.resumed_options import (
     FIXED,
     FREE,
-    SAID,
+    LOGGED,
     TRAINING_FREE,
-    TRAINING_SAID,
+    TRAINING_LOGGED,
     compare_options,
     compare_records,
 )
@@ -62,7 +62,7 @@ class TestFolders:
             for name in ("_unfinished/thesis", ".notes.tmp", "config.yaml", "metrics.jsonl"):
                 (out / name).write_text("mine")
         before = files_in(out)
-        with pytest.raises(ConfigError, match="it is no run of kto-train"):
+        with pytest.raises(ConfigError, match="so it is not a kto-train run"):
             run_training(replace(config, out=out, resume=True))
         assert files_in(out) == before
 
@@ -113,8 +113,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no state": (lambda run: (run / "checkpoint-2/trainer_state.json").write_text("[]"), "trainer_state.json has"),
     "no sizes": (lambda run: (run / "checkpoint-2/sizes.json").unlink(), "sizes.json"),
     "sizes of nothing": (lambda run: (run / "checkpoint-2/sizes.json").write_text("[]"), "incomplete checkpoint"),
-    "empty record": (lambda run: (run / "run.json").write_text(""), "nobody knows what the run was started with"),
-    "record of another kind": (lambda run: (run / "run.json").write_text("[]"), "another cache|nobody knows"),
+    "empty record": (lambda run: (run / "run.json").write_text(""), "the settings of the run are unknown"),
+    "record of another kind": (
+        lambda run: (run / "run.json").write_text("[]"),
+        "another cache|the settings of the run are unknown",
+    ),
     "another model's weights": (
         lambda run: (run / "checkpoint-2/pytorch_model.bin").write_bytes(b""),
         "pytorch_model.bin was not written with it",
@@ -126,13 +129,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep sizes": (lambda run: (run / "checkpoint-2/sizes.json").write_text("[" * 100_000), "incomplete checkpoint"),
     "sizes of no file": (
         lambda run: (run / "checkpoint-2/sizes.json").write_text('{"a": {"bytes": "x"}}'),
-        "does not say what was written of a",
+        "has no size of a",
     ),
     "sizes of another folder": (
         lambda run: (run / "checkpoint-2/sizes.json").write_text('{"../run.json": 5}'),
         "not in this folder",
     ),
-    "deep record": (lambda run: (run / "run.json").write_text("[" * 100_000), "nobody knows"),
+    "deep record": (lambda run: (run / "run.json").write_text("[" * 100_000), "the settings of the run are unknown"),
     "options that are no text": (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00"), "config.yaml"),
     "no options": (lambda run: (run / "config.yaml").unlink(), "no config.yaml"),
 }
@@ -175,7 +178,7 @@ class TestCheckpoints:
             for at in (0.0, 0.37, 0.93):
                 copy = Path(shutil.copytree(run / "checkpoint-2", run.with_name(f"{name}{at}") / "checkpoint-2"))
                 flip(copy / name, at)
-                with pytest.raises(ConfigError, match=f"{name} has other content than was written"):
+                with pytest.raises(ConfigError, match=f"{name} changed since it was written"):
                     check_checkpoint(copy)
 
     def test_its_files_are_on_record_by_their_sha256(self, run: Path) -> None:
@@ -204,7 +207,7 @@ class TestCheckpoints:
     def test_a_state_of_other_kinds_is_named(self, run: Path, name: str, value: object) -> None:
         path = run / "checkpoint-2/trainer_state.json"
         rewrite(path, json.dumps({**json.loads(path.read_text()), name: value}).encode())
-        with pytest.raises(ConfigError, match=f"trainer_state.json holds no state of a Trainer: {name} is "):
+        with pytest.raises(ConfigError, match=f"trainer_state.json is not a state of a Trainer: {name} is "):
             check_checkpoint(path.parent)
 
     @pytest.mark.parametrize(
@@ -285,7 +288,7 @@ class TestCheckpoints:
         config = replace(config, training={"save_only_model": True})
         run_training(config)
         assert "save_only_model" in capsys.readouterr().out.split("warning")[1]
-        with pytest.raises(ConfigError, match="holds no optimizer state"):
+        with pytest.raises(ConfigError, match="contains no optimizer state"):
             run_training(replace(config, max_steps=3, resume=True))
 
 
@@ -294,15 +297,15 @@ class TestOptions:
 
     def test_every_option_is_sorted(self) -> None:
         names = {field.name for field in dataclasses.fields(TrainConfig)}
-        assert names == FIXED | SAID | FREE
-        assert not FIXED & SAID
-        assert not FREE & (FIXED | SAID)
+        assert names == FIXED | LOGGED | FREE
+        assert not FIXED & LOGGED
+        assert not FREE & (FIXED | LOGGED)
 
     def test_every_key_of_the_training_table_is_sorted(self) -> None:
         known = {*transformers.TrainingArguments.__dataclass_fields__}
-        assert not TRAINING_SAID & TRAINING_FREE
-        assert not (TRAINING_SAID | TRAINING_FREE) & _OURS.keys()
-        fixed = known - TRAINING_SAID - TRAINING_FREE - _OURS.keys()
+        assert not TRAINING_LOGGED & TRAINING_FREE
+        assert not (TRAINING_LOGGED | TRAINING_FREE) & _OURS.keys()
+        fixed = known - TRAINING_LOGGED - TRAINING_FREE - _OURS.keys()
         assert fixed == {
             *("adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "optim_target_modules"),
             *("max_grad_norm", "lr_scheduler_kwargs", "neftune_noise_alpha", "label_smoothing_factor", "tf32"),
@@ -323,10 +326,10 @@ class TestOptions:
             ({}, {"training": {"optim_args": "a=1"}}, "optim_args: None, not a=1"),
             ({}, {"training": {"lr_scheduler_kwargs": {"power": 2}}}, "lr_scheduler_kwargs"),
             ({}, {"training": {"save_total_limit": 5, "ddp_timeout": 9}}, []),
-            ({}, {"training": {"eval_on_start": True}}, ["training: eval_on_start True, before it was False"]),
+            ({}, {"training": {"eval_on_start": True}}, ["training: eval_on_start is True, was False"]),
             ({}, {"max_tokens": 64, "save_steps": 7, "gradient_checkpointing": True}, []),
-            ({}, {"beta": 0.2}, ["--beta 0.2, before it was 0.1"]),
-            ({}, {"save_dtype": "bfloat16"}, ["--save-dtype bfloat16, before it was auto"]),
+            ({}, {"beta": 0.2}, ["--beta is 0.2, was 0.1"]),
+            ({}, {"save_dtype": "bfloat16"}, ["--save-dtype is bfloat16, was auto"]),
         ],
     )
     def test_a_change_is_refused_said_or_nothing(
@@ -347,7 +350,7 @@ class TestOptions:
 
     def test_what_computes_is_compared(self) -> None:
         now = {"precision": "float32", "held_out_cache": None, "versions": {"torch": "2"}}
-        assert compare_records(now, {**now, "versions": {"torch": "1"}}, Path()) == ["torch 2, before it was 1"]
+        assert compare_records(now, {**now, "versions": {"torch": "1"}}, Path()) == ["torch is 2, was 1"]
         assert compare_records(now, {}, Path()) == []
         with pytest.raises(ConfigError, match="other held-out rows"):
             compare_records(now, {**now, "held_out_cache": {"fingerprint": "a"}}, Path())

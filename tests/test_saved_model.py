@@ -131,7 +131,7 @@ class TestConfiguration:
             base, "generation_config.json", eos_token_id=[9, 4], pad_token_id=2, early_stopping=True, temperature=0.6
         )
         run = train(scored(base, feedback, config))
-        assert "only the special tokens are saved" in capsys.readouterr().out
+        assert "only its special tokens are saved" in capsys.readouterr().out
         saved = transformers.AutoModelForCausalLM.from_pretrained(run).generation_config
         assert (saved.eos_token_id, saved.pad_token_id, saved.early_stopping) == ([9, 4], 2, None)
 
@@ -414,7 +414,9 @@ class TestSaveDtype:
         assert {weight.dtype for name, weight in saved.items() if "lora_" not in name} == {torch.float32}
 
     def test_what_a_type_cannot_hold_is_refused(self) -> None:
-        with pytest.raises(TrainingError, match=r"--save-dtype float16: w holds 7e\+04, which float16 cannot hold"):
+        with pytest.raises(
+            TrainingError, match=r"--save-dtype float16: w contains 7e\+04, which is too large for float16"
+        ):
             narrowed("w", torch.tensor([1.0, 7e4]), torch.float16)
         assert torch.isfinite(narrowed("w", torch.tensor([7e4]), torch.bfloat16)).all()
 

@@ -155,7 +155,7 @@ GradientPasses.backward = small_device
 def test_settings_that_would_not_shard_are_refused(uneven: TrainConfig, tmp_path: Path, monkeypatch: Any) -> None:
     """accelerate leaves them aside on a CPU, and each rank would hold the whole model."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(TrainingError, match="ask for FSDP, but on this device it would train without"):
+    with pytest.raises(TrainingError, match="ask for FSDP, but on this device the run would not be sharded"):
         train(replace(uneven, out=tmp_path / "one"))
 
 

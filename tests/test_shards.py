@@ -131,10 +131,10 @@ EMPTY = np.array([], dtype=np.int32)
 LONE = [np.array([1], dtype=np.int32)]
 
 BROKEN = {
-    "no label": (changed(label=None), "'label' lacks 1 value"),
-    "no score": (changed(ref_logps=None), "'ref_logps' lacks 1 value"),
-    "no mismatched scores": (changed(ref_kl_token_logps=None), "'ref_kl_token_logps' lacks 1 value"),
-    "no prompt id": (changed(prompt_id=None), "'prompt_id' lacks 1 value"),
+    "no label": (changed(label=None), "'label' has 1 missing value"),
+    "no score": (changed(ref_logps=None), "'ref_logps' has 1 missing value"),
+    "no mismatched scores": (changed(ref_kl_token_logps=None), "'ref_kl_token_logps' has 1 missing value"),
+    "no prompt id": (changed(prompt_id=None), "'prompt_id' has 1 missing value"),
     "a prompt without tokens": (changed(prompt_ids=EMPTY), "without prompt or completion tokens"),
     "a completion without tokens": (changed(completion_ids=EMPTY), "without prompt or completion tokens"),
     "a score too few": (changed(ref_token_logps=TOKENS[:-1]), "ref_token_logps does not have one score"),
@@ -146,11 +146,11 @@ BROKEN = {
         changed(ref_kl_token_logps=[KL_TOKENS[0], KL_TOKENS[1][:-1]]),
         r"ref_kl_token_logps \(tokens\) does not have one score",
     ),
-    "NaN": (with_token(np.nan), "ref_token_logps holds 1 values that are not finite"),
-    "minus infinity": (with_token(-np.inf), "ref_token_logps holds 1 values that are not finite"),
-    "a mismatched NaN": (with_kl_token(np.nan), "ref_kl_token_logps holds 1 values that are not finite"),
-    "a positive score": (with_token(0.25), r"ref_token_logps holds positive log-probabilities \(up to 0.25\)"),
-    "a positive mismatched score": (with_kl_token(0.5), "ref_kl_token_logps holds positive log-probabilities"),
+    "NaN": (with_token(np.nan), "ref_token_logps contains 1 values that are not finite"),
+    "minus infinity": (with_token(-np.inf), "ref_token_logps contains 1 values that are not finite"),
+    "a mismatched NaN": (with_kl_token(np.nan), "ref_kl_token_logps contains 1 values that are not finite"),
+    "a positive score": (with_token(0.25), r"ref_token_logps contains positive log-probabilities \(up to 0.25\)"),
+    "a positive mismatched score": (with_kl_token(0.5), "ref_kl_token_logps contains positive log-probabilities"),
     "a sum of other tokens": (changed(ref_logps=-1.0), "ref_logps of row 7 is -1.0+, but its tokens sum to"),
     "a sum of 0": (changed(ref_logps=0.0), "ref_logps of row 7"),
     "a sum off by a thousandth": (changed(ref_logps=ROWS[7]["ref_logps"] - 1e-3), "ref_logps of row 7"),
@@ -158,9 +158,12 @@ BROKEN = {
     "a mismatched sum of other tokens": (changed(ref_kl_logps=[-1.0, -2.0]), "ref_kl_logps of row"),
     "a negative token id": (
         changed(completion_ids=np.array([3, -1, 2], dtype=np.int32)),
-        "completion_ids holds token ids from -1",
+        "completion_ids contains token ids from -1",
     ),
-    "a negative prompt id": (changed(prompt_ids=np.array([-5], dtype=np.int32)), "prompt_ids holds token ids from -5"),
+    "a negative prompt id": (
+        changed(prompt_ids=np.array([-5], dtype=np.int32)),
+        "prompt_ids contains token ids from -5",
+    ),
     "a missing token id": (changed(prompt_ids=[1, None, 3]), "prompt_ids"),
     "a missing token score": (changed(ref_token_logps=[-1.0, None, -1.0], ref_logps=-2.0), "ref_token_logps"),
     "a missing mismatched completion": (changed(kl_completion_ids=[None, [1, 2]]), "kl_completion_ids|ref_kl"),
@@ -191,7 +194,7 @@ def test_token_ids_must_be_in_the_vocabulary(column):
     table = pa.Table.from_pylist(as_plain(ROWS), schema=SCHEMA)
     largest = max(int(np.max(np.concatenate(row[column]) if column[0] == "k" else row[column])) for row in ROWS)
     check_table(table, "x", vocabulary=90)
-    with pytest.raises(CacheError, match=rf"^x: .*_ids holds token ids .*vocabulary \({largest} tokens\)"):
+    with pytest.raises(CacheError, match=rf"^x: .*_ids contains token ids .*vocabulary \({largest} tokens\)"):
         check_table(table, "x", vocabulary=largest)
 
 
@@ -252,7 +255,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch, module, fun
         write_shard(path, ROWS[:5], {"good": True})
     before = path.read_bytes() if existing else None
     monkeypatch.setattr(module, function, failure)
-    with pytest.raises(CacheError, match=r"00000\.parquet: cannot be written: .*run again to go on"):
+    with pytest.raises(CacheError, match=r"00000\.parquet: cannot be written: .*run again to continue"):
         write_shard(path, ROWS, {})
     assert files_in(tmp_path) == (["00000.parquet"] if existing else [])
     assert (path.read_bytes() if existing else None) == before

@@ -109,7 +109,7 @@ def test_every_truncation_of_the_last_line_is_noticed(tmp_path):
     last = json.dumps({"prompt": "q \u00e9 {x}", "n": [1, 2], "label": True}, ensure_ascii=False).encode()
     for size in range(1, len(last)):
         path = save(tmp_path / "f.jsonl", jsonl(ROWS).encode() + last[:size])
-        assert "cut off" in refusal(path, "f.jsonl:4"), last[:size]
+        assert "truncated" in refusal(path, "f.jsonl:4"), last[:size]
     assert len(read(save(path, jsonl(ROWS).encode() + last))) == 4
 
 
@@ -194,7 +194,7 @@ def test_a_data_column_is_no_wrapper(tmp_path):
         ('[{"a": 1},\n{"a": "x\ny"}]', 2, "not valid JSON"),
         ('[{"a": 1},\n]', 2, "not valid JSON"),
         ('[{"a": 1},\n\n3]', 3, "must be a JSON object, got 3"),
-        ('[{"a": 1}]\n\n[]', 3, "follows the array"),
+        ('[{"a": 1}]\n\n[]', 3, "text after the array"),
         ('{"a": 1}\n{"a": }\n{"a": 2}\n', 2, "not valid JSON"),
         ('{"a": 1}\n3\n', 2, "must be a JSON object, got 3"),
         ("text\n", 1, "not valid JSON"),
@@ -209,7 +209,7 @@ def test_every_truncation_of_an_array_is_noticed(tmp_path, indent):
     text = json.dumps([{"a": "x {y}"}, {"b": [1, True]}], indent=indent)
     for size in range(1, len(text)):
         path = save(tmp_path / "f.json", text[:size])
-        assert "cut off" in refusal(path, f"f.json:{1 + text[:size].rstrip().count(chr(10))}"), text[:size]
+        assert "truncated" in refusal(path, f"f.json:{1 + text[:size].rstrip().count(chr(10))}"), text[:size]
 
 
 # CSV
@@ -305,10 +305,10 @@ def test_gzip(tmp_path, name):
 
 def test_broken_gzip(tmp_path):
     packed = gzip.compress(jsonl(ROWS * 50).encode())
-    assert "cut off" in refusal(save(tmp_path / "f.jsonl.gz", packed[:-9]))
+    assert "truncated" in refusal(save(tmp_path / "f.jsonl.gz", packed[:-9]))
     damaged = packed[:40] + bytes(byte ^ 255 for byte in packed[40:50]) + packed[50:]
     assert "gzip" in refusal(save(tmp_path / "f.jsonl.gz", damaged))
-    assert "Drop .gz" in refusal(save(tmp_path / "f.jsonl.gz", jsonl(ROWS)))
+    assert "Remove .gz" in refusal(save(tmp_path / "f.jsonl.gz", jsonl(ROWS)))
 
 
 @pytest.mark.parametrize("content", ["", "\n", "\n\n"])
@@ -522,7 +522,7 @@ def test_a_key_with_two_values_is_refused(tmp_path, name):
     content = '{"prompt": "a", "completion": "b",\n "label": true, "label": false}'
     content = f"[{content}]" if name == "a.json" else content.replace("\n", "")
     message = refusal(save(tmp_path / name, content), f"{name}:1")
-    assert '"label" stands twice, with true and false' in message
+    assert '"label" occurs twice, with true and false' in message
     assert read(save(tmp_path / name, content.replace("false", "true")))[0][1]["label"] is True
 
 
@@ -538,13 +538,13 @@ def test_a_key_with_two_values_is_refused(tmp_path, name):
     ],
 )
 def test_a_file_of_another_kind_than_its_name_says_is_named(tmp_path, name, content, form):
-    assert f"holds {form}" in refusal(save(tmp_path / name, content))
+    assert f"the content is {form}" in refusal(save(tmp_path / name, content))
 
 
 def test_parquet_under_another_name_is_named(tmp_path):
     parquet(tmp_path / "a.parquet", ROWS)
     (tmp_path / "a.parquet").rename(tmp_path / "a.json")
-    assert "holds Parquet data. End its name in .parquet" in refusal(tmp_path / "a.json")
+    assert "the content is Parquet data. End its name in .parquet" in refusal(tmp_path / "a.json")
 
 
 def test_parquet_columns_of_one_name_are_refused(tmp_path):
@@ -608,8 +608,8 @@ def test_folders_without_a_dataset(folder):
     save(folder / "notes.txt", "x")
     save(folder / ".hidden.jsonl", jsonl(ROWS))
     (folder / "x.jsonl").mkdir()
-    assert "no dataset" in refusal(folder)
-    with pytest.raises(FeedbackError, match="no dataset"):
+    assert "without a dataset" in refusal(folder)
+    with pytest.raises(FeedbackError, match="without a dataset"):
         describe_source(str(folder))
     save(folder / "a.jsonl", jsonl(ROWS))
     save(folder / "b.csv", as_csv(ROWS))

@@ -182,7 +182,7 @@ class TestWriting:
 
     def test_something_else_there_is_not_touched(self, config: PrecomputeConfig, memory: Any) -> None:
         memory.pipe_file("/team/refs/thesis.docx", b"years of work")
-        with pytest.raises(CacheError, match=r"memory://team/refs: holds thesis\.docx.*Choose an empty folder"):
+        with pytest.raises(CacheError, match=r"memory://team/refs: contains thesis\.docx.*Choose an empty folder"):
             precompute(config)
         assert names(memory) == {"thesis.docx"}
 
@@ -192,7 +192,7 @@ class TestWriting:
         precompute(config)
         with pytest.raises(CacheError) as refused:
             precompute(replace(config, max_length=64))
-        assert "memory://team/refs: holds a cache with other settings" in str(refused.value)
+        assert "memory://team/refs: contains a cache with other settings" in str(refused.value)
         assert str(tmp_path) not in str(refused.value)
 
     def test_a_dry_run_writes_nothing(self, config: PrecomputeConfig, memory: Any) -> None:
@@ -259,7 +259,7 @@ class TestReading:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
         for use in (verify, lambda url: precompute(replace(config, limit=8))):
-            with pytest.raises(CacheError, match="XDG_CACHE_HOME names another place"):
+            with pytest.raises(CacheError, match="Set XDG_CACHE_HOME to another"):
                 use(URL)
 
     def test_a_full_disk_here_is_not_blamed_on_the_store(
@@ -308,8 +308,8 @@ class TestReading:
             (URL, r"memory://team/refs: not a reference cache \(no manifest.json\)"),
             ("s3://", "s3://: names no folder"),
             ("nosuch://team/refs", "nosuch://team/refs: .*nosuch"),
-            ("s3://key:secret@bucket/refs", "^s3://bucket/refs: leave credentials out of the URL"),
-            ("https://host/refs?signature=abc", "^https://host/refs: leave credentials out of the URL"),
+            ("s3://key:secret@bucket/refs", "^s3://bucket/refs: remove the credentials from the URL"),
+            ("https://host/refs?signature=abc", "^https://host/refs: remove the credentials from the URL"),
         ],
     )
     def test_what_is_no_cache_is_refused(self, url: str, words: str, memory: Any) -> None:
@@ -328,7 +328,7 @@ class TestReading:
         self, config: PrecomputeConfig, memory: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(Remote, "files", lambda self: {"train/../../../train/x.parquet": 1})
-        with pytest.raises(CacheError, match="lies outside of the cache folder"):
+        with pytest.raises(CacheError, match="is outside the cache folder"):
             precompute(config)
 
 
@@ -342,7 +342,7 @@ class TestOneWriter:
         memory.pipe_file("/team/refs/.lock", json.dumps({"holder": "process 7 on \x1b[2Jmars", "token": "x"}).encode())
         with RemoteLock(Remote(URL)):
             assert names(memory) == {".lock"}
-        assert "process 7 on \\x1b[2Jmars is gone; going on" in capsys.readouterr().out
+        assert "process 7 on \\x1b[2Jmars has ended; continuing" in capsys.readouterr().out
         assert names(memory) == set()
 
     def test_a_lock_that_is_let_go_meanwhile_is_free(self, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,7 +415,7 @@ class TestS3:
             done = forks.run(code, *arguments)
             assert done.returncode == 0, done.stderr[-3000:]
             said += done.stdout + done.stderr
-        assert "20 rows in 1 shard, all as written" in said
+        assert "20 rows in 1 shard, all match the manifest" in said
         assert names(bucket, "bucket/team/refs") == {"manifest.json", "train/00000.parquet"}
         written = [bucket.cat_file(path) for path in bucket.find("bucket")]
         written += [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]

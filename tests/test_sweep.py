@@ -217,7 +217,7 @@ def test_a_full_disk_ends_the_sweep_and_fails_no_trial(
         monkeypatch.setattr(sweep_worker, "log_into", lambda path: (_ for _ in ()).throw(full))
     sweep_worker.Worker(pipe, {}).run(0, TrainConfig(), tmp_path / "0000")
     assert [type(message) for message in said] == [Stop]
-    assert re.search(r"0000: cannot be written: .*No space left .*the same command goes on", said[0].reason)
+    assert re.search(r"0000: cannot be written: .*No space left .*run the same command to continue", said[0].reason)
 
 
 def test_a_run_that_cannot_begin_leaves_the_policy_as_it_was(cache: Path, tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ class TestKills:
         wait_until(lambda: complete(config.out) >= 1)  # type: ignore[arg-type]
         started.fork.kill(by=signal.SIGTERM)  # as Ctrl-C, which shells let background jobs ignore
         out = started.ends_with(130)
-        assert "Interrupted. What was finished is kept; the same command goes on" in out
+        assert "Interrupted. Finished work is kept; run the same command" in out
         assert "Traceback" not in out
 
     def test_two_sweepers_share_one_storage(self, config: SweepConfig, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ class TestTrialsThatFail:
         assert "give an even number, not 7" in rows[2]["reason"]
 
     def test_all_of_them(self, config: SweepConfig) -> None:
-        with pytest.raises(TrainingError, match=r"no trial came to its end\. The first one: .*--loss dpo"):
+        with pytest.raises(TrainingError, match=r"no trial completed\. The first one: .*--loss dpo"):
             sweep(replace(config, space={"loss": ["dpo", "ipo"]}))
         assert config.out is not None
         assert [row["state"] for row in rows_of(config.out)] == ["failed", "failed"]
@@ -639,7 +639,7 @@ class TestInterruptedTrials:
         trials, url = Trials.of(config), f"sqlite:///{tmp_path}/study.db"
         both = [Study(config, trials, url, {"space": name}) for name in ("mine", "theirs")]
         both[1].begin()
-        with pytest.raises(ConfigError, match="begun with another space: 'theirs', not 'mine'"):
+        with pytest.raises(ConfigError, match="started with another space: 'theirs', not 'mine'"):
             both[0].begin()
         assert both[1].next() is not None
 
@@ -696,7 +696,7 @@ class TestBestModel:
     def test_a_worker_that_is_lost_while_it_saves(self, results: Results) -> None:
         lost, worse = self.trials(results, 2)
         results.keep(lost, self.with_loss(0.4))
-        assert "begins again" in results.lost(lost, "its process ended (signal 9)")
+        assert "starts again" in results.lost(lost, "its process ended (signal 9)")
         assert results.is_best(self.with_loss(0.5))  # nothing is better by now
         results.keep(worse, self.with_loss(0.5))
         self.model_of(results, worse)
@@ -719,10 +719,10 @@ class TestBestModel:
         results.kept(second)  # whose model somebody removed
         results.finish()
         assert (results.out / "best/run.json").exists()
-        assert "best model  gone; best.yaml makes it again" in capsys.readouterr().out
+        assert "best model  missing; retrain it with best.yaml" in capsys.readouterr().out
         monkeypatch.setattr("offline_kto.train.sweep.results.socket.gethostname", lambda: "another")
         results.finish()
-        assert f"best model  with the sweeper that made it, on {here}: {results.out}" in capsys.readouterr().out
+        assert f"best model  kept by the sweep that trained it, on {here}: {results.out}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("warm_workers")
@@ -770,7 +770,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"space": {"betta": {"low": 1, "high": 2}}}, "unknown key 'betta'. Did you mean 'beta'"),
     (
         {"space": {"beta": 0.1}},
-        "expected a list of values or a range, got 0.1. A value that all trials share belongs into train:",
+        "expected a list of values or a range, got 0.1. Put a value that all trials share into train:",
     ),
     ({"space": {"beta": []}}, "an empty list"),
     ({"space": {"beta": [0.1, 0.1]}}, "a value is given twice"),
@@ -790,7 +790,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"space": {"beta": {"low": 0.1, "high": 1, "logg": True}}}, "unknown key 'logg'"),
     ({"space": {"beta": {"low": 0.1, "high": 1}}}, "add points: 5 to the range"),
     ({"space": {"batch_size": {"low": 1.5, "high": 4, "points": 2}}}, "low must be a whole number, got 1.5"),
-    ({"space": {"loss": {"low": 1, "high": 4}}}, "takes no numbers, so it has no range"),
+    ({"space": {"loss": {"low": 1, "high": 4}}}, "its values are not numbers, so it has no range"),
     ({"space": {"loss": ["ktoo"]}}, "choose one of kto"),
     ({"space": {"cache": ["refs"]}}, "'cache' cannot differ between the trials"),
     ({"space": {"max_length": [None, 120]}}, "compared on the same held-out rows, which it cuts"),
@@ -798,11 +798,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"space": {"beta": {"low": 0.1, "high": 1, "points": 1000}, "seed": [*range(101)]}}, "would have 101,000 trials"),
     ({"space": {"eval_fraction": [0.1, 0.2]}}, "compared on the same held-out rows"),
     ({"space": {"out": ["a", "b"]}}, "belongs on the command line: --out"),
-    ({"train": {"beta": 0.1}}, "'beta' stands in space: and in train:"),
+    ({"train": {"beta": 0.1}}, "'beta' is set in space: and in train:"),
     ({"train": {"eval_fraction": 0}}, "train: eval_fraction: 0 leaves no held-out rows"),
     ({"train": {"eval_fraction": 1.5}}, "train: --eval-fraction must"),
     ({"train": {"lerning_rate": 0.1}}, "unknown key 'lerning_rate'. Did you mean 'learning_rate'"),
-    ({"train": {"metric": "eval/loss"}}, "'metric' is set for all of the sweep"),
+    ({"train": {"metric": "eval/loss"}}, "'metric' is set for the whole sweep"),
     ({"trials": 0}, "--trials must be at least 1"),
     ({"workers": 0}, "--workers must be at least 1"),
 ]
@@ -857,11 +857,11 @@ def test_the_fraction_that_is_advised_is_usable(fraction: float, prompts: int, u
 class TestFolders:
     def test_another_sweep_in_the_same_folder(self, config: SweepConfig) -> None:
         sweep(replace(config, trials=1))
-        with pytest.raises(ConfigError, match="begun with another space"):
+        with pytest.raises(ConfigError, match="started with another space"):
             sweep(replace(config, space={"beta": [0.1, 0.2]}))
         assert config.out is not None
         said = (config.out / "sweep.yaml").read_bytes()
-        with pytest.raises(ConfigError, match="begun with another metric"):
+        with pytest.raises(ConfigError, match="started with another metric"):
             sweep(replace(config, metric="eval/accuracy"))
         assert (config.out / "sweep.yaml").read_bytes() == said
         assert len(rows_of(config.out)) == 1
@@ -876,7 +876,7 @@ class TestFolders:
 
     def test_fewer_trials_than_there_are(self, config: SweepConfig) -> None:
         sweep(replace(config, trials=2))
-        with pytest.raises(ConfigError, match="the sweep has 2 trials already, and none of them is thrown away"):
+        with pytest.raises(ConfigError, match="the sweep already has 2 trials, which are kept"):
             sweep(replace(config, trials=1))
         assert config.out is not None
         assert (config.out / "best/model.safetensors").exists()
@@ -891,7 +891,7 @@ class TestFolders:
         sweep(config)
         shutil.rmtree(tmp_path / "held")
         shutil.copytree(tmp_path / "two", tmp_path / "held")
-        with pytest.raises(ConfigError, match="begun with another held-out cache"):
+        with pytest.raises(ConfigError, match="started with another held-out cache"):
             sweep(replace(config, trials=2))
 
     def test_a_password_is_shown_nowhere(self, config: SweepConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -905,13 +905,13 @@ class TestFolders:
         assert config.out is not None
         config.out.mkdir()
         (config.out / "notes.txt").write_text("mine")
-        with pytest.raises(ConfigError, match=r"holds notes.txt, but no sweep.yaml"):
+        with pytest.raises(ConfigError, match=r"contains notes.txt, but no sweep.yaml"):
             sweep(config)
         assert [path.name for path in config.out.iterdir()] == ["notes.txt"]
 
     def test_a_storage_that_is_not_there(self, config: SweepConfig) -> None:
         with pytest.raises(
-            ConfigError, match=r"the sweep's database cannot be used: .*[^.]\. What was finished is kept"
+            ConfigError, match=r"the sweep's database cannot be used: .*[^.]\. Finished trials are kept"
         ):
             sweep(replace(config, storage=f"sqlite:///{config.out}/none/study.db"))
         with pytest.raises(
@@ -954,4 +954,4 @@ def test_what_is_not_comparable_is_said(config: SweepConfig) -> None:
     assert Trials.of(replace(config, space={"seed": [1, 2]})).warnings() == []
     assert "eval/rewards/margins is measured" in Trials.of(replace(config, metric="eval/rewards/margins")).warnings()[0]
     mixed = Trials.of(replace(config, metric="eval/accuracy", space={"loss": ["kto", "dpo"]})).warnings()
-    assert "losses of pairs are judged on whole pairs" in mixed[0]
+    assert "losses of pairs are evaluated on whole pairs" in mixed[0]

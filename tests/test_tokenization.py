@@ -296,7 +296,7 @@ def test_a_tokenizer_that_knows_nothing_of_the_answers_is_refused():
     tokenizing = Tokenizing(word_tokenizer(["hello"]))
     tokenizing.tokenize([text_row("hello", " new"), text_row("hello", " old"), text_row("hello", " hello")])
     with pytest.raises(
-        TokenizationError, match=rf"^{WHERE}: the tokenizer knows nothing of this completion, nor of 1 oth"
+        TokenizationError, match=rf"^{WHERE}: the tokenizer has no tokens for this completion, nor for 1 oth"
     ):
         tokenizing.check()
 
@@ -332,7 +332,7 @@ def test_a_tokenizer_that_loses_the_spaces_is_refused(unknown):
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, unk_token=unknown)
-    with pytest.raises(TokenizationError, match=rf"^{WHERE}: the tokenizer loses the white space: .*becomes 'helloyou"):
+    with pytest.raises(TokenizationError, match=rf"^{WHERE}: the tokenizer drops white space: .*becomes 'helloyou"):
         tokenize(text_row("hello you", " hello world"), fast)
 
 

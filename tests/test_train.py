@@ -232,7 +232,7 @@ class TestWhatChangesNothing:
 
         monkeypatch.setattr(GradientPasses, "backward", small_device)
         run = train(replace(config, out=tmp_path / "small"))
-        assert "out of memory: going on with --max-tokens 512" in capsys.readouterr().out
+        assert "out of memory: continuing with --max-tokens 512" in capsys.readouterr().out
         assert_same_weights(expected, run, atol=2e-5)
 
     def test_an_out_of_memory_error_in_the_z0_pass_repeats_it(
@@ -249,7 +249,7 @@ class TestWhatChangesNothing:
 
         monkeypatch.setattr(ScoringPasses, "_forward", small_device)
         run = train(replace(config, out=tmp_path / "small"))
-        assert "out of memory: going on with 256 tokens in one scoring pass" in capsys.readouterr().out
+        assert "out of memory: continuing with 256 tokens in one scoring pass" in capsys.readouterr().out
         assert_same_weights(expected, run, atol=2e-5)
 
     def test_out_of_memory_on_a_single_row_is_one_message(
@@ -499,7 +499,7 @@ class TestRunFolder:
         fork.kill(by=signal.SIGTERM)
         done = fork.wait(60)
         assert done.returncode == 130
-        assert "with --resume to go on" in done.stderr
+        assert "with --resume to continue" in done.stderr
         assert "Traceback" not in done.stderr
         assert not (out / ".lock").exists()
 
@@ -677,8 +677,8 @@ class TestTrainingTable:
             ({"adam_beta": 0.5}, "Did you mean 'adam_beta[12]'"),
             ({"learning_rate": 1.0}, "set by --learning-rate"),
             ({"gradient_accumulation_steps": 4}, "set by --batch-size"),
-            ({"optim": "galore_adamw_layerwise"}, "inside of the backward pass"),
-            ({"optim": "lomo"}, "inside of the backward pass"),
+            ({"optim": "galore_adamw_layerwise"}, "inside the backward pass"),
+            ({"optim": "lomo"}, "inside the backward pass"),
         ],
     )
     def test_what_it_cannot_hold(self, config: TrainConfig, table: dict[str, Any], message: str) -> None:

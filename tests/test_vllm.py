@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on_and_leaves_no_engine_behind(base: Path, tmp_path: 
         assert time.monotonic() < deadline, "an engine outlives the run that started it"
         time.sleep(0.1)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"{finished} of 20 shards are there" in done.stdout
+    assert f"{finished} of 20 shards are complete" in done.stdout
     verify(out)
     precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "plain", rows_per_shard=6))
     assert_agree(tmp_path / "plain", out)

@@ -19,7 +19,7 @@ import pytest
 from tqdm import tqdm
 
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.diagnostics.training import Settings, Watch, alarms
+from offline_kto.train.diagnostics.training import Settings, Watch, run_warnings
 from offline_kto.train.run.callbacks import Console, MetricsFile, read_metrics
 from offline_kto.train.run.train_run import train
 
@@ -304,9 +304,9 @@ class TestWarnings:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         told = self.play(tmp_path, self.logs(), 0, capsys)
-        found = alarms(read_metrics(tmp_path / "metrics.jsonl"), SETTINGS)
-        assert [alarm.kind for alarm in found] == ["rate-high", "overfitting"]
-        assert told == [f"warning     step {alarm.step}: {alarm.text}" for alarm in found]
+        found = run_warnings(read_metrics(tmp_path / "metrics.jsonl"), SETTINGS)
+        assert [warning.kind for warning in found] == ["rate-high", "overfitting"]
+        assert told == [f"warning     step {warning.step}: {warning.text}" for warning in found]
 
     def test_are_not_told_again_by_a_resumed_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         logs = self.logs()

@@ -25,7 +25,7 @@ _Config = TypeVar("_Config", TrainConfig, SweepConfig)
 class _Command(click.Command):
     """A command that turns an error the user can fix into one message and exit code 1."""
 
-    go_on = "run the same command with --resume to go on"
+    how_to_continue = "run the same command with --resume to continue"
 
     def main(self, *args: Any, **options: Any) -> Any:
         with own_streams():
@@ -40,12 +40,12 @@ class _Command(click.Command):
         except KTOError as error:
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
-            click.echo(f"\nInterrupted. What was finished is kept; {self.go_on}.", err=True)
+            click.echo(f"\nInterrupted. Finished work is kept; {self.how_to_continue}.", err=True)
             ctx.exit(130)
 
 
 class _SweepCommand(_Command):
-    go_on = "the same command goes on, if --out is given"
+    how_to_continue = "run the same command with the same --out to continue"
 
 
 def _options(config: type) -> Callable[[Any], Any]:
@@ -97,10 +97,10 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     if values["evaluate_only"] is not None:
         # Use the options of the run (its beta, its hold-out) unless the command line overrides them.
         if config is not None:
-            raise click.UsageError("--evaluate-only reads the run's own config.yaml; leave --config out.", ctx)
+            raise click.UsageError("--evaluate-only reads the run's own config.yaml; remove --config.", ctx)
         others = sorted(set(_given(ctx, values)) - OF_EVALUATION)
         if others:
-            raise click.UsageError(f"--evaluate-only takes the run's own options; leave {flag(others[0])} out.", ctx)
+            raise click.UsageError(f"--evaluate-only uses the run's own options; remove {flag(others[0])}.", ctx)
         run_folder = values["evaluate_only"]
         check_is_run(run_folder, "--evaluate-only")
         config = run_folder / "config.yaml"
@@ -127,7 +127,7 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
 @click.version_option(package_name="offline-kto")
 @click.pass_context
 def sweep(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
-    """Try many settings on one cache; the policy is loaded once for each worker, a reference never.
+    """Run many trials on one cache; each worker loads the policy once, and no reference is loaded.
 
     \b
     kto-sweep --cache refs/ --config sweep --out sweeps/first
@@ -153,7 +153,7 @@ def sweep(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
 )
 @click.version_option(package_name="offline-kto")
 def report(folders: tuple[Path, ...], out: Path | None) -> None:
-    """Draw runs and sweeps as one HTML page, which needs nothing else.
+    """Write an HTML report of runs and sweeps, as one file.
 
     \b
     kto-report runs/first

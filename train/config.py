@@ -6,9 +6,8 @@ from pathlib import Path
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.options import AUTO, check_options, flag, option
+from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 
-LOSSES = ("kto", "humanline", "apo_zero", "bco", "dpo", "ipo", "slic")
-PAIRED_LOSSES = ("dpo", "ipo", "slic")
 METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
 DTYPES = (AUTO, "float32", "bfloat16")
 SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
@@ -35,7 +34,7 @@ class TrainConfig:
         None, "Policy to start from.  [default: the model the cache was scored with]", metavar="MODEL"
     )
     loss: str = option(
-        "kto", "Loss; humanline is KTO with limited tokens, and dpo, ipo and slic need pairs.", choices=LOSSES
+        "kto", "Loss; humanline is KTO with limited token log-ratios; dpo, ipo and slic need pairs.", choices=LOSSES
     )
     beta: float = option(0.1, "How fast the value of an outcome saturates, per nat of log-ratio.")
     desirable_weight: float | str = option(1.0, "Weight of desirable rows; auto balances the classes.")
@@ -43,19 +42,21 @@ class TrainConfig:
     humanline_low: float = option(-1.0, "Least log-ratio of a token under --loss humanline, nats.", finite=False)
     humanline_high: float = option(1.5, "Greatest log-ratio of a token under --loss humanline, nats.", finite=False)
     learning_rate: float = option(1e-6, "Peak learning rate.", most=1)
-    epochs: float = option(1.0, "Passes over the rows.", most=1_000_000)
+    epochs: float = option(1.0, "Passes over the training rows.", most=1_000_000)
     max_steps: int | None = option(None, "Stop after N updates.", metavar="N")
     batch_size: int = option(32, "Rows in one update, over all devices.")
     max_tokens: int | str = option(
         AUTO,
-        "Tokens in one forward and backward pass on one device: memory, never a result. auto measures what fits on a "
-        "GPU and is 1024 on a CPU.",
+        "Tokens in one forward and backward pass on one device: limits memory, and changes results only by rounding. auto "
+        "measures what fits on a GPU and is 1024 on a CPU.",
     )
     max_length: int | None = option(None, "Shorten rows to N tokens.  [default: as cached]", metavar="N")
     scheduler: str = option("constant", "Learning-rate schedule.", choices=SCHEDULERS)
-    warmup: float = option(0.0, "Warm-up: a fraction of all updates below 1, else a number of updates.", most=_UPDATES)
+    warmup: float = option(
+        0.0, "Warm-up: below 1 a fraction of all updates, otherwise a number of updates.", most=_UPDATES
+    )
     weight_decay: float = option(0.0, "Decoupled weight decay.")
-    seed: int = option(0, "Seed of the row order, the hold-out and LoRA's start.", most=_SEEDS)
+    seed: int = option(0, "Seed of the row order, the hold-out and LoRA's initialization.", most=_SEEDS)
     shuffle: bool = option(True, "Shuffle rows in every epoch.", off="--no-shuffle")
     balance: bool = option(
         True,
@@ -69,30 +70,30 @@ class TrainConfig:
     )
     lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all weights.", most=2**14)
     lora_alpha: float | None = option(None, "Scale of LoRA adapters.  [default: twice the rank]")
-    lora_targets: str = option("all-linear", "Layers that get adapters: names with commas.")
+    lora_targets: str = option("all-linear", "Layers that get adapters: names separated by commas.")
     eval_fraction: float = option(0.0, "Share of prompts held out for evaluation.")
     eval_cache: Location | None = option(None, "Reference cache of held-out rows.", metavar="DIR")
     eval_steps: int | None = option(None, "Evaluate every N updates.  [default: once per epoch]", metavar="N")
     eval_seed: int | None = option(None, "Seed of the hold-out.  [default: --seed]", metavar="N", most=_SEEDS)
     metric: str = option(
-        "eval/loss", "Held-out value that makes a checkpoint the best one, which is kept.", choices=METRICS
+        "eval/loss", "Held-out value that chooses the best checkpoint, which is kept.", choices=METRICS
     )
     early_stopping: int | None = option(
-        None, "Stop after N evaluations in a row without a better --metric, and end with the best model.", metavar="N"
+        None, "Stop after N evaluations in a row without a better --metric, and save the best model.", metavar="N"
     )
     save_dtype: str = option(
         AUTO,
         "Type of the saved weights; auto keeps what was trained (float32). In bfloat16 and float16 the model has half the "
-        "size, and a weight that training moved by less than about 0.2 % (0.02 %) falls back to what it was.",
+        "size, and a weight that training moved by less than about 0.2 % (0.02 %) falls back to its old value.",
         choices=SAVE_DTYPES,
     )
     save_steps: int = option(500, "Write a checkpoint every N updates; 0 for none.")
     logging_steps: int = option(1, "Log metrics every N updates.")
-    report_to: str = option("none", "tensorboard, wandb, trackio, mlflow ... (with commas).")
-    resume: bool = option(False, "Go on from the last checkpoint in --out.", yaml=False)
+    report_to: str = option("none", "Trackers: tensorboard, wandb, trackio, mlflow ..., separated by commas.")
+    resume: bool = option(False, "Resume from the last checkpoint in --out.", yaml=False)
     evaluate_only: Path | None = option(
         None,
-        "Train nothing: evaluate a finished run on its held-out rows, or on the rows of another --cache that it was not trained on.",
+        "Do not train: evaluate a finished run on its held-out rows, or on the rows of another --cache that it was not trained on.",
         metavar="RUN",
         yaml=False,
     )
@@ -110,7 +111,7 @@ class TrainConfig:
         self._at_least(batch_size=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1, early_stopping=1)
         self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0, eval_seed=0)
         if self.desirable_weight == 0 and self.undesirable_weight == 0:
-            raise ConfigError("--desirable-weight and --undesirable-weight are both 0, which leaves nothing to learn.")
+            raise ConfigError("--desirable-weight and --undesirable-weight are both 0, so there is nothing to learn.")
         for name in ("beta", "learning_rate", "epochs", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -124,7 +125,7 @@ class TrainConfig:
         if not self.humanline_low <= 0 <= self.humanline_high or self.humanline_low == self.humanline_high:
             raise ConfigError(
                 f"--humanline-low {self.humanline_low:g} and --humanline-high {self.humanline_high:g} must have 0 between "
-                "them: there every token starts."
+                "them, because every token's log-ratio starts at 0."
             )
         if self.loss in PAIRED_LOSSES:
             self._check_pairs()
@@ -137,7 +138,7 @@ class TrainConfig:
                 if getattr(self, name) != getattr(type(self), name):
                     raise ConfigError(f"{flag(name)} needs held-out rows: give --eval-fraction 0.1 or --eval-cache.")
         if self.resume and self.out is None:
-            raise ConfigError("--resume needs --out, the folder of the run to go on with.")
+            raise ConfigError("--resume needs --out, the folder of the run to resume.")
 
     def _check_pairs(self) -> None:
         if self.batch_size % 2:

@@ -42,7 +42,7 @@ def make_folder(out: Path | None, parent: str) -> Path:
         out = Path(parent) / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     if re.match(r"\w+:/", str(out)):
         raise ConfigError(
-            f"--out {out}: what is trained is written to a local folder; copy it from there when it is done."
+            f"--out {out}: runs and sweeps are written to a local folder; copy the folder once it is complete."
         )
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
@@ -62,7 +62,7 @@ def config_text(config: TrainConfig) -> str:
 def yaml_without_secrets(values: dict[str, object]) -> str:
     """Return options as YAML without secrets; a comment names each option that is left out."""
     left_out = "".join(
-        f"# {name} is left out, it is a secret: give it again where it is needed\n" for name in secret_names(values)
+        f"# {name} is a secret and is left out: set it again where it is needed\n" for name in secret_names(values)
     )
     return left_out + str(yaml.safe_dump(without_secrets(values), sort_keys=False, allow_unicode=True))
 
@@ -152,6 +152,6 @@ def read_run_record(out: Path) -> RunRecord:
         return cast("RunRecord", dict(json.loads(read_foreign(out / RUN_RECORD, most=LARGEST_JSON))))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"{out / RUN_RECORD}: cannot be read ({said_by(error)}), so that nobody knows what the run was started with. "
+            f"{out / RUN_RECORD}: cannot be read ({said_by(error)}), so the settings of the run are unknown. "
             "Start a new run."
         ) from error

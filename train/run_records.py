@@ -11,7 +11,7 @@ from offline_kto.kto_core.cache.manifest_fields import Identity, ReferenceFields
 MetricsRecord: TypeAlias = dict[str, float | None]
 """A line of metrics.jsonl: `step` (updates done), then metrics by name; null for a value that is not finite.
 
-A training record holds `loss`, `kl`, `kl_raw`, `rewards/*`, `logps/*` (nats), `accuracy` (0 to 1), `learning_rate`,
+A training record has `loss`, `kl`, `kl_raw`, `rewards/*`, `logps/*` (nats), `accuracy` (0 to 1), `learning_rate`,
 `grad_norm`, `epoch`, `tokens_per_second` and `peak_memory_mb`; an evaluation the same metrics as `eval/*`; the last
 record of a run `train_runtime` (seconds).
 """

@@ -39,13 +39,13 @@ from offline_kto.kto_core.foreign_files import MEGABYTE, read_foreign
 from offline_kto.kto_core.hashing import json_hash
 
 FORMAT = 1
-# Some 300,000 shards.
+# Characters; about 300,000 shards.
 MANIFEST = "manifest.json"
 
 # Why rows were left out, among the reasons in `data.dropped`.
 PROMPT_TOO_LONG = "prompt_too_long"
 
-# Of a million shards.
+# Shards at most.
 _LARGEST = 64 * MEGABYTE
 
 AGAIN = "Run the same kto-precompute again."
@@ -168,7 +168,7 @@ def write_manifest(folder: Path, sections: Sections, shards: Sequence[ShardField
         write_json(path, content)
     except OSError as error:
         raise CacheError(
-            f"{path}: cannot be written: {error}. Finished shards are kept; run again to go on."
+            f"{path}: cannot be written: {error}. Finished shards are kept; run again to continue."
         ) from error
 
 
@@ -182,7 +182,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     with readable(path):
         if folder.is_file():
-            raise CacheError(f"{folder}: a file; pass the cache's folder, which holds {MANIFEST} and train/.")
+            raise CacheError(f"{folder}: a file; pass the cache's folder, which contains {MANIFEST} and train/.")
         if not folder.is_dir():
             raise CacheError(f"{folder}: no such folder. {_how_to_make(folder)}")
         if not path.exists():
@@ -198,7 +198,7 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise CacheError(f"{path}: needs more memory than there is ({said_by(error)}).") from error
+        raise CacheError(f"{path}: needs more memory than is available ({said_by(error)}).") from error
     except OSError as error:
         where = os.fsdecode(error.filename) if error.filename is not None else path
         advice = " Check its owner and mode (ls -l)." if isinstance(error, PermissionError) else ""
@@ -206,10 +206,10 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def no_manifest(folder: Path | str, *, unfinished: bool) -> CacheError:
-    """Return the error for a folder without `manifest.json`, which may already hold shards."""
+    """Return the error for a folder without `manifest.json`, which may already contain shards."""
     if unfinished:
         return CacheError(
-            f"{folder}: an unfinished cache (shards, but no {MANIFEST}). {AGAIN} It goes on where it stopped."
+            f"{folder}: an unfinished cache (shards, but no {MANIFEST}). {AGAIN} It continues where it stopped."
         )
     return CacheError(f"{folder}: not a reference cache (no {MANIFEST}). {_how_to_make(folder)}")
 
@@ -246,7 +246,7 @@ def parse_manifest(path: Path | str, text: bytes) -> Manifest:
 def _parse(path: Path | str, content: Mapping[str, object]) -> Manifest:
     unknown = sorted(content.keys() - {"format", "created", "fingerprint", "shards", "checksum", *SECTIONS})
     if unknown:
-        raise CacheError(f"{path}: has an entry {_short(unknown[0])!r}, which format {FORMAT} has not. {AGAIN}")
+        raise CacheError(f"{path}: has an entry {_short(unknown[0])!r}, which format {FORMAT} does not define. {AGAIN}")
     for section in SECTIONS:
         if not isinstance(content.get(section), dict):
             raise CacheError(f"{path}: section {section!r} is missing or damaged. {AGAIN}")
@@ -258,7 +258,7 @@ def _parse(path: Path | str, content: Mapping[str, object]) -> Manifest:
             raise CacheError(f"{path}: a shard entry is damaged: {_short(shard)}. {AGAIN}")
         place = PurePosixPath(shard["file"])
         if place.is_absolute() or ".." in place.parts or "\\" in shard["file"]:
-            raise CacheError(f"{path}: shard {shard['file'][:100]!r} lies outside of the cache folder; it is not read.")
+            raise CacheError(f"{path}: shard {shard['file'][:100]!r} is outside the cache folder; it is not read.")
         if len(place.name) > _LONGEST_FILE_NAME:
             raise CacheError(f"{path}: a shard entry is damaged: {_short(shard)}. {AGAIN}")
     if len({str(PurePosixPath(shard["file"])) for shard in shards}) != len(shards):
@@ -294,7 +294,7 @@ def _check_edited(path: Path | str, manifest: Manifest) -> None:
     kept = manifest.data.get("kept")
     if manifest.rows != kept:
         raise CacheError(
-            f"{path}: its shards hold {manifest.rows} rows, but {_short(kept)} were kept: a shard is missing. {AGAIN}"
+            f"{path}: its shards contain {manifest.rows} rows, but {_short(kept)} were kept: a shard is missing. {AGAIN}"
         )
 
 
@@ -307,11 +307,11 @@ def check_places(folder: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         path = folder / shard["file"]
         if not path.exists():
-            raise CacheError(f"{path}: missing. Run the same kto-precompute again; it scores only what is missing.")
+            raise CacheError(f"{path}: missing. Run the same kto-precompute again; it scores only missing rows.")
         if not path.is_file():
-            raise CacheError(f"{path}: missing; what stands there is not a regular file. Remove it. {AGAIN}")
+            raise CacheError(f"{path}: not a regular file. Remove it. {AGAIN}")
         if path.resolve().parent != folder.resolve() / "train":
-            raise CacheError(f"{path}: lies outside of the cache folder; it is not read.")
+            raise CacheError(f"{path}: is outside the cache folder; it is not read.")
         size = path.stat().st_size
         if size != shard["bytes"]:
             raise CacheError(f"{path}: {size} bytes, the manifest says {shard['bytes']}. {AGAIN}")

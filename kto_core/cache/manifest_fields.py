@@ -1,4 +1,4 @@
-"""The fields of `manifest.json`: one typed record for each section, and checks of the values that are read.
+"""Declare the fields of `manifest.json`: one typed record for each section, and checks of the values that are read.
 
 Sections are open: an older cache may lack a field, and a newer version may add one. `CHECKS` lists the values that are
 checked.
@@ -245,7 +245,7 @@ IDENTITY_FIELDS = {
     "scorer": ("backend",),
 }
 
-# Characters. A longer name is damage, and would fill the terminal.
+# Characters. A longer name means damage, and would fill the terminal.
 LONGEST_NAME = 500
 
 Check: TypeAlias = Callable[[object], bool]

@@ -1,4 +1,4 @@
-"""Caches behind a URL: written through a local working folder, read from a local copy."""
+"""Write a cache behind a URL through a local working folder, and read it from a local copy."""
 
 import contextlib
 import hashlib
@@ -87,17 +87,17 @@ def _is_part(name: str) -> bool:
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise CacheError(f"{printable(name)}: lies outside of the cache folder; it is not read.")
+        raise CacheError(f"{printable(name)}: is outside the cache folder; it is not read.")
     return path
 
 
 def check_remote(url: str) -> None:
-    """Refuse a remote folder that cannot be read or that holds other files, before any work is done."""
+    """Refuse a remote folder that cannot be read or that contains other files, before any work is done."""
     names = Remote(url).files()
     foreign = [name for name in names if not _is_part(name) and not name.startswith(".")]
     if foreign and MANIFEST not in names:
         raise CacheError(
-            f"--out {url}: holds {printable(foreign[0])}, which is no part of a reference cache. Choose an empty folder."
+            f"--out {url}: contains {printable(foreign[0])}, which is not part of a reference cache. Choose an empty folder."
         )
 
 

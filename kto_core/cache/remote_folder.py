@@ -1,4 +1,4 @@
-"""Access to folders behind a URL: `s3://`, `gs://`, `hf://` and every other protocol that fsspec opens.
+"""Access folders behind a URL: `s3://`, `gs://`, `hf://` and every other protocol that fsspec opens.
 
 A remote cache is processed in a local folder, by the same code as a local cache:
 
@@ -19,7 +19,7 @@ from offline_kto.kto_core.durable_files import OF_THE_DISK, replacing
 from offline_kto.kto_core.errors import CacheError, KTOError, in_one_line
 from offline_kto.kto_core.redaction import bare_url, has_credentials
 
-# Stores without folders. Creating a folder there would create a bucket when its name was misspelt.
+# Stores without folders. Creating a folder there would create a bucket if its name was misspelt.
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hf")
 
 
@@ -27,7 +27,7 @@ class Remote:
     """A folder behind a URL.
 
     Raises (here and in every method):
-        CacheError: the URL holds credentials, no installed library opens it, or the store reports an error.
+        CacheError: the URL contains credentials, no installed library opens it, or the store reports an error.
     """
 
     def __init__(self, url: str) -> None:
@@ -35,7 +35,7 @@ class Remote:
         parts = urlsplit(url)
         if has_credentials(self.url):
             raise CacheError(
-                f"{bare_url(self.url)}: leave credentials out of the URL, which is logged; put them into the environment."
+                f"{bare_url(self.url)}: remove the credentials from the URL, because URLs are logged; put them into the environment."
             )
         if not parts.netloc and not parts.path.strip("/"):
             raise CacheError(f"{url}: names no folder.")
@@ -118,5 +118,5 @@ class Remote:
 
 def no_room(error: Exception) -> CacheError:
     return CacheError(
-        f"The local folder that stands for a remote cache cannot be written: {error}. XDG_CACHE_HOME names another place."
+        f"The local folder of a remote cache cannot be written: {error}. Set XDG_CACHE_HOME to another folder."
     )

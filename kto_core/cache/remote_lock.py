@@ -1,4 +1,4 @@
-"""A lock file in a remote folder, so that only one process writes there."""
+"""Lock a remote folder with a file, so that only one process writes there."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ REFRESH_SECONDS, STALE_SECONDS = 10.0, 35.0
 
 
 class RemoteLock:
-    """A lock file that its owner rewrites regularly; one that stays unchanged for `STALE_SECONDS` is stale.
+    """A lock file that its owner rewrites regularly. It is stale if it does not change for `STALE_SECONDS`.
 
     Another process waits for a change, so no two machines' clocks are compared.
     """
@@ -37,7 +37,7 @@ class RemoteLock:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
-        with contextlib.suppress(CacheError):  # the store is out of reach; the lock becomes stale
+        with contextlib.suppress(CacheError):  # the store cannot be reached; the lock becomes stale
             self.check()
             self._remote.remove(LOCK)
 
@@ -52,7 +52,7 @@ class RemoteLock:
         if first is None:
             return
         url, holder = self._remote.url, _holder(first)
-        tell(f"locked      {url}: {holder} is writing there, or died there; watching for {STALE_SECONDS:.0f} s")
+        tell(f"locked      {url}: {holder} holds the lock, or has crashed; waiting for {STALE_SECONDS:.0f} s")
         deadline = time.monotonic() + STALE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(REFRESH_SECONDS / 10)
@@ -61,13 +61,13 @@ class RemoteLock:
                 return
             if now != first:
                 raise self._taken(now)
-        tell(f"locked      {holder} is gone; going on")
+        tell(f"locked      {holder} has ended; continuing")
 
     def _refresh(self) -> None:
         beat = 0
         while not self._stop.wait(REFRESH_SECONDS):
             beat += 1
-            with contextlib.suppress(CacheError):  # lost or out of reach: `check` refuses the next change
+            with contextlib.suppress(CacheError):  # lost or unreachable: `check` refuses the next change
                 self.check()
                 self._write(beat)
 

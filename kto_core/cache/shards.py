@@ -1,4 +1,4 @@
-"""Parquet shards of the reference cache, format 1: schema, checks, atomic writing and reading.
+"""Write, read and check the Parquet shards of the reference cache, format 1.
 
 A shard is written to a temporary file, closed, read back and checked, then renamed. A name that ends in `.parquet` is
 therefore always a complete file.
@@ -91,7 +91,7 @@ def write_shard(path: Path, rows: Sequence[CacheRow], metadata: Mapping[str, obj
             check_table(pq.read_table(temporary, page_checksum_verification=True), path.name)
     except OSError as error:
         raise CacheError(
-            f"{path}: cannot be written: {error}. Finished shards are kept; run again to go on."
+            f"{path}: cannot be written: {error}. Finished shards are kept; run again to continue."
         ) from error
 
 
@@ -128,13 +128,13 @@ def open_shard(path: Path, *, mapped: bool = False) -> pq.ParquetFile:
         if found.get(field.name) != field.type:
             raise CacheError(
                 f"{path}: column {field.name!r} should be {field.type}, found {found.get(field.name, 'none')}. "
-                "This is no shard of a reference cache; run kto-precompute again."
+                "This is not a shard of a reference cache; run kto-precompute again."
             )
     return file
 
 
 def check_packing(path: Path, file: pq.ParquetFile) -> None:
-    """Refuse a shard that decompresses to far more than its size, which could exhaust the memory.
+    """Refuse a shard that decompresses to far more than its size, which could exhaust memory.
 
     Raises:
         CacheError: naming the file.
@@ -152,13 +152,13 @@ def check_packing(path: Path, file: pq.ParquetFile) -> None:
             size = max(4 * chunk.num_values, chunk.total_uncompressed_size, text)
             if size > _SMALL + _MOST_PACKED * chunk.total_compressed_size and not _is_short(chunk):
                 raise CacheError(
-                    f"{path}: {chunk.path_in_schema} unpacks to {size:,} bytes in one row group. This is no shard that "
+                    f"{path}: {chunk.path_in_schema} unpacks to {size:,} bytes in one row group. This is not a shard that "
                     "kto-precompute wrote; it is not read."
                 )
 
 
 def _is_short(chunk: pq.ColumnChunkMetaData) -> bool:
-    """Return whether a column holds short texts such as hashes, few enough that they take little memory."""
+    """Return whether a column holds short texts such as hashes, few enough to fit into little memory."""
     few = chunk.physical_type == "BYTE_ARRAY" and chunk.num_values <= 16 * _ROWS_PER_GROUP
     return few and chunk.total_uncompressed_size <= _LONGEST_ID * (chunk.num_values + 64)
 
@@ -241,7 +241,7 @@ def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None, p
     for name in SCHEMA.names:
         missing = 0 if name == "pair_id" else _count_nulls(table.column(name))
         if missing:
-            raise CacheError(f"{where}: column {name!r} lacks {missing} values.")
+            raise CacheError(f"{where}: column {name!r} has {missing} missing values.")
     prompts, completions = _Lists(table, "prompt_ids"), _Lists(table, "completion_ids")
     logps = _Lists(table, "ref_token_logps")
     kl_completions, kl_logps = _Lists(table, "kl_completion_ids"), _Lists(table, "ref_kl_token_logps")
@@ -257,9 +257,11 @@ def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None, p
     _require_equal(where, "ref_kl_token_logps (tokens)", inner_logps.lengths, inner_ids.lengths)
     for name, values in (("ref_token_logps", logps.values), ("ref_kl_token_logps", inner_logps.values)):
         if not np.isfinite(values).all():
-            raise CacheError(f"{where}: {name} holds {int((~np.isfinite(values)).sum())} values that are not finite.")
+            raise CacheError(
+                f"{where}: {name} contains {int((~np.isfinite(values)).sum())} values that are not finite."
+            )
         if (values > 0).any():
-            raise CacheError(f"{where}: {name} holds positive log-probabilities (up to {values.max():g}).")
+            raise CacheError(f"{where}: {name} contains positive log-probabilities (up to {values.max():g}).")
     _require_sums(where, "ref_logps", table.column("ref_logps").to_numpy(), logps)
     _require_sums(where, "ref_kl_logps", kl_sums.values, inner_logps)
     largest = 0
@@ -270,8 +272,8 @@ def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None, p
     ):
         if len(ids.values) and (ids.values.min() < 0 or (vocabulary is not None and ids.values.max() >= vocabulary)):
             raise CacheError(
-                f"{where}: {name} holds token ids from {ids.values.min()} to {ids.values.max()}, "
-                f"outside of the vocabulary ({vocabulary} tokens)."
+                f"{where}: {name} contains token ids from {ids.values.min()} to {ids.values.max()}, "
+                f"outside the vocabulary ({vocabulary} tokens)."
             )
         largest = max(largest, int(ids.values.max(initial=0)))
     return largest

@@ -37,7 +37,7 @@ class Verified:
 def verify_cache(
     folder: Path, manifest: Manifest, *, share: tuple[int, int] = (0, 1), on_rows: Callable[[int], None] | None = None
 ) -> Verified:
-    """Check everything about a cache that can be checked without a model.
+    """Check a cache completely, as far as possible without a model.
 
     Args:
         share: (i, n) checks the content of every n-th shard, starting with the i-th; other processes check the rest.
@@ -62,10 +62,10 @@ def verify_cache(
     desirable = manifest.data["desirable"]
     if int(labels.sum()) != desirable:
         raise CacheError(
-            f"{folder / MANIFEST}: says {desirable} desirable rows, the shards hold {labels.sum()}. {AGAIN}"
+            f"{folder / MANIFEST}: has {desirable} desirable rows, the shards have {labels.sum()}. {AGAIN}"
         )
     if not manifest.intact:
-        raise CacheError(f"{folder / MANIFEST}: was edited or damaged: it is not what kto-precompute wrote. {AGAIN}")
+        raise CacheError(f"{folder / MANIFEST}: was edited or damaged since kto-precompute wrote it. {AGAIN}")
     return Verified(labels, max(one.largest_id for one in found))
 
 
@@ -79,7 +79,7 @@ def _in_threads(check: Callable[[int], Verified], count: int) -> list[Verified]:
 
 
 def _check_footers(folder: Path, manifest: Manifest) -> None:
-    """Check that each shard's footer has the manifest's reference, and that no two shards hold the same rows."""
+    """Check that each shard's footer has the manifest's reference, and that no two shards contain the same rows."""
     made_from: dict[str, Path] = {}
     for shard in manifest.shards:
         path = folder / shard["file"]
@@ -90,14 +90,14 @@ def _check_footers(folder: Path, manifest: Manifest) -> None:
             raise CacheError(f"{path}: was scored under another reference ({'; '.join(lines)}). {AGAIN}")
         key = metadata.get("key")
         if isinstance(key, str) and made_from.setdefault(key, path) != path:
-            raise CacheError(f"{path}: holds the same rows as {made_from[key].name}. {AGAIN}")
+            raise CacheError(f"{path}: contains the same rows as {made_from[key].name}. {AGAIN}")
 
 
 def _check_shard(folder: Path, manifest: Manifest, number: int, *, whole: bool) -> Verified:
     shard = manifest.shards[number]
     path = folder / shard["file"]
     if whole and file_hash(path) != shard["sha256"]:
-        raise CacheError(f"{path}: its content is not what was written (sha256 differs). {AGAIN}")
+        raise CacheError(f"{path}: its content changed since it was written (sha256 differs). {AGAIN}")
     file = open_shard(path)
     if file.metadata.num_rows != shard["rows"]:
         raise CacheError(f"{path}: {file.metadata.num_rows} rows, the manifest says {shard['rows']}. {AGAIN}")

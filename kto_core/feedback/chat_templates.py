@@ -1,4 +1,4 @@
-"""Render conversations with a chat template, and check that the rendered text contains everything that was judged."""
+"""Render conversations with a chat template, and locate the completion in the rendered text."""
 
 import json
 import re
@@ -32,7 +32,7 @@ NOT_FOR_DATA = {
     "strftime_now",
 }
 
-# Fields of a message that hold the assistant's reasoning.
+# Fields of a message that contain the assistant's reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 
 
@@ -60,7 +60,7 @@ class ChatRenderer:
         """Return the text of prompt and completion.
 
         Raises:
-            TokenizationError: no template, or one that refuses, rewrites or leaves out what the row holds.
+            TokenizationError: no template, or one that refuses, rewrites or omits the row's content.
         """
         if not self._source:
             raise TokenizationError(
@@ -70,8 +70,8 @@ class ChatRenderer:
         taken = [name for name in row.template_kwargs if name in NOT_FOR_DATA]
         if taken:
             raise TokenizationError(
-                f"{row.where}: 'chat_template_kwargs' sets {taken[0]!r}, which is not a template's own variable. Remove "
-                "it; the template comes with the tokenizer, and tools stand in the record's 'tools'."
+                f"{row.where}: 'chat_template_kwargs' sets {taken[0]!r}, which is not a variable of a template. Remove "
+                "it; the template comes with the tokenizer, and tools belong in the record's 'tools'."
             )
         found = Findings()
         try:
@@ -85,7 +85,7 @@ class ChatRenderer:
         return prompt, completion
 
     def _render(self, row: FeedbackRow, settings: Mapping[str, object], found: Findings) -> tuple[str, str]:
-        """Render the row in the first message format for which the template keeps the completion."""
+        """Render the row in the first message format in which the template renders the whole completion."""
         first: TokenizationError | None = None
         for messages in _shapes([*row.prompt, *row.completion]):
             size = len(row.prompt)
@@ -136,7 +136,7 @@ class ChatRenderer:
                 f"{where}: the chat template refuses this conversation: {said_by(error).rstrip('.')}."
             ) from error
         if isinstance(asked[-1]["content"], list) and _PRINTED_PART.search(full):
-            raise TokenizationError(f"{where}: the chat template prints parts of a message as they are.")
+            raise TokenizationError(f"{where}: the chat template prints the parts of a message as Python or JSON.")
         if not full.startswith(prompt):
             raise _RewrittenError(_rewritten(where, prompt, full))
         completion = full[len(prompt) :]
@@ -179,7 +179,7 @@ class ChatRenderer:
         return opened.removeprefix(closed) if opened.startswith(closed) else ""
 
     def _unasked_header(self, options: Mapping[str, object]) -> str:
-        """Return the turn header that the template writes after the last answer without being asked."""
+        """Return the turn header that the template writes after the last answer although no generation prompt was requested."""
         words = ("ktoquestion", "ktoanswer", "ktoanother")
         roles = ("user", "assistant", "user")
         ask, answer, again = ({"role": role, "content": word} for role, word in zip(roles, words, strict=True))
@@ -206,7 +206,7 @@ class ChatRenderer:
                 continue
             words = ",".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
             return f" It can be rendered with --chat-template-kwargs {words} (or 'chat_template_kwargs' in the record)."
-        return " Pass a template that takes it with --chat-template FILE, or give prompt and completion as text."
+        return " Pass a template that renders it with --chat-template FILE, or give prompt and completion as text."
 
     def _switches(self) -> Iterator[dict[str, bool]]:
         """Yield settings to try: variables that the template's conditions read, false and true, singly and in pairs."""
@@ -264,7 +264,7 @@ class _RewrittenError(TokenizationError):
 
 
 def _shapes(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield a conversation in the message formats that templates expect, the usual one first.
+    """Yield a conversation in the message formats that templates expect, the most common one first.
 
     Most templates expect the arguments of tool calls as objects, a few as text; OpenAI's format has text. Templates of
     vision models expect content as a list of parts.
@@ -308,7 +308,7 @@ def _continued(begun: Message, answer: Message, where: str) -> Message:
     """Return one message that joins the begun answer in the prompt with its continuation in the completion."""
     if begun.get("tool_calls"):
         raise TokenizationError(
-            f"{where}: the prompt ends in a tool call of the assistant, which no tool has answered. Add the tool's "
+            f"{where}: the prompt ends with a tool call of the assistant without a tool's answer. Add the tool's "
             "message, or move the call to the completion."
         )
     joined = {**begun, **answer}
@@ -330,7 +330,7 @@ def _rewritten(where: str, prompt: str, full: str) -> str:
 
 
 def _check_completion(row: FeedbackRow, text: str, found: Findings) -> None:
-    """Check that the rendered text contains everything that was judged, and count what is missing.
+    """Check that the rendered text contains everything that was rated, and count the missing parts.
 
     Raises:
         TokenizationError: it contains nothing of the completion.
@@ -351,8 +351,8 @@ def _check_completion(row: FeedbackRow, text: str, found: Findings) -> None:
     if lost and not there:
         part = next(part for message in row.completion for _, part in _parts(message))  # type: ignore[arg-type]
         raise TokenizationError(
-            f"{row.where}: the chat template leaves the completion out: {printable(part.strip(), 60)!r} is not in what "
-            f"it writes, {printable(text, 60)!r}."
+            f"{row.where}: the chat template leaves the completion out: {printable(part.strip(), 60)!r} is not in the rendered "
+            f"text, {printable(text, 60)!r}."
         )
 
 
@@ -396,7 +396,7 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _check_prompt(row: FeedbackRow, text: str, found: Findings) -> None:
-    """Count messages of the prompt that the text lacks, except earlier reasoning, which templates drop on purpose."""
+    """Count messages of the prompt that the text lacks, except earlier reasoning, which templates omit on purpose."""
     for message in row.prompt:
         assert isinstance(message, dict)
         content = message["content"]
@@ -425,8 +425,8 @@ def _squeezed(text: str) -> str:
 def with_settings(template: str | Mapping[str, str], settings: Mapping[str, object]) -> str | dict[str, str]:
     """Return a chat template that begins by setting defaults for some of its variables.
 
-    Every program that renders with it, such as `generate` and servers, gets these defaults. A caller's own values
-    override them.
+    Every program that renders with it, such as `generate` and servers, uses these defaults unless the caller sets
+    the variables.
 
     Args:
         template: Jinja, or several templates by name.

@@ -80,12 +80,12 @@ class Decoder:
         if _says(said, letters, boundaries):
             return False
         again = self._tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"]
-        # If the decoded text encodes to other ids, the decoder is missing or wrong, and its text proves nothing.
+        # If the decoded text encodes to other ids, the decoder is missing or wrong, and its text cannot be used.
         consistent = list(again) == list(ids)
         if consistent and 2 * len(_SPACES.findall(said)) < len(_SPACES.findall(text)):
             raise TokenizationError(
-                f"{where}: the tokenizer loses the white space: {_shown(text)} becomes {_shown(said)}. Its settings are "
-                'not those of its vocabulary. Copy the tokenizer again, or set "tokenizer_class" in '
+                f"{where}: the tokenizer drops white space: {_shown(text)} becomes {_shown(said)}. Its settings do "
+                'not match its vocabulary. Copy the tokenizer again, or set "tokenizer_class" in '
                 'tokenizer_config.json to "PreTrainedTokenizerFast" if the model has its own tokenizer.json.'
             )
         if self._backend is None or _folded(said)[0] == letters:

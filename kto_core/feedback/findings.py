@@ -1,36 +1,36 @@
-"""Count what rendering and tokenization found, with the first row of each kind."""
+"""Count the problems that rendering and tokenization find, with the first row of each kind."""
 
 from collections import Counter
 
 # Sentences for the plan. {n} is the count, {s} a plural s, {first} the location of the first row.
 _SENTENCES = {
-    "continued": "{n:,} prompt{s} end{v} in the assistant's words; the completion continues that turn (first: {first}).",
+    "continued": "{n:,} prompt{s} end{v} with an unfinished assistant's message; the completion continues it (first: {first}).",
     "reopened": (
-        "the chat template opens the assistant's next turn behind {n:,} completion{s}; that header is cut off "
+        "the chat template adds the header of the assistant's next turn after {n:,} completion{s}; that header is removed "
         "(first: {first})."
     ),
     "reasoning": (
         "the chat template leaves out the reasoning of {n:,} completion{s}: it is neither scored nor trained (first: "
-        "{first}). A template that keeps it goes to --chat-template."
+        "{first}). Pass a template that renders it (--chat-template)."
     ),
     "completion": (
         "the chat template leaves out part of {n:,} completion{s}: it is neither scored nor trained (first: {first}). "
-        "A template that keeps it goes to --chat-template."
+        "Pass a template that renders it (--chat-template)."
     ),
     "tool_calls": (
-        "the chat template leaves out tool calls of {n:,} completion{s} (first: {first}). A template that writes them "
-        "goes to --chat-template."
+        "the chat template leaves out tool calls of {n:,} completion{s} (first: {first}). Pass a template that "
+        "renders them (--chat-template)."
     ),
     "prompt": "the chat template leaves out messages of {n:,} prompt{s} (first: {first}).",
     "prompt_calls": (
-        "the chat template leaves out tool calls of {n:,} prompt{s} (first: {first}). A template that writes them goes to "
-        "--chat-template."
+        "the chat template leaves out tool calls of {n:,} prompt{s} (first: {first}). Pass a template that renders "
+        "them (--chat-template)."
     ),
     "tools": "the chat template leaves out the 'tools' of {n:,} row{s} (first: {first}).",
-    "settings": "the chat template reads none of some 'chat_template_kwargs' of {n:,} row{s} (first: {first}).",
+    "settings": "the chat template ignores some 'chat_template_kwargs' of {n:,} row{s} (first: {first}).",
     "open": (
         "the chat template writes no special token after {n:,} completion{s}: training on them does not teach the model "
-        "to stop (first: {first}). A template that ends turns goes to --chat-template."
+        "to stop (first: {first}). Pass a template that ends turns (--chat-template)."
     ),
     "two_bos": "{n:,} row{s} begin{v} with two BOS tokens (first: {first}). Check the chat template, or the text.",
     "lost": (
@@ -51,7 +51,7 @@ class Findings:
         """Add to the count of a kind.
 
         Args:
-            kind: a key of the sentences, or a name that only the caller reads.
+            kind: a key of the sentences, or another name that only the caller reads.
             where: location of the row, as in errors.
         """
         self.counts[kind] += count

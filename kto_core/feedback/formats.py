@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from offline_kto.kto_core.errors import FeedbackError, printable
 
 # {"role": str, "content": str, ...}; other keys, such as tool_calls or name, are kept.
-# A message holds any keys that its chat template may read; its `role` and `content` are strings.
+# A message may have any keys that its chat template reads; its `role` and `content` are strings.
 Message: TypeAlias = dict[str, Any]
 Turns: TypeAlias = str | tuple[Message, ...]
 
@@ -53,8 +53,8 @@ def as_turns(value: object, where: str, field: str) -> Turns:
     """Return text unchanged, and a list of messages or a single message as a tuple of messages.
 
     A message needs a role (a string; unknown ones are kept) and a content (a string, or a list of text parts,
-    which are joined). ShareGPT's `from` and `value` are accepted in their place. Keys that hold None are
-    left out: that is how Parquet stores a key that only other rows have.
+    which are joined). ShareGPT's `from` and `value` are accepted in their place. Keys whose value is None are
+    left out: Parquet stores None for a key that only other rows have.
 
     Raises:
         FeedbackError: neither text nor messages, an empty list, no role, no content, images or sound.
@@ -115,7 +115,7 @@ def _content(value: object, where: str, what: str) -> str:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
         if not isinstance(text, str):
             raise FeedbackError(
-                f"{where}: {what} holds {quoted(part)}. Multimodal feedback is not supported: give text,"
+                f"{where}: {what} contains {quoted(part)}. Multimodal feedback is not supported: give text,"
                 ' or parts like {"type": "text", "text": "..."}.'
             )
         texts.append(text)
@@ -144,7 +144,7 @@ def check_completion(completion: Turns, where: str, field: str) -> None:
         outer = index in (0, len(completion) - 1)
         if role in ("user", "system", "developer") or (outer and role != "assistant"):
             raise FeedbackError(
-                f"{where}: '{field}' must hold what the assistant said, but message {index + 1} has the role"
+                f"{where}: '{field}' must contain only the assistant's messages, but message {index + 1} has the role"
                 f" {quoted(role)}. Move it to the prompt, or remove the row."
             )
         if role == "assistant" and message["content"].strip() == "" and not _has_tool_calls(message):
@@ -161,11 +161,11 @@ def split_conversation(
     """
     if messages[-1]["role"] != "assistant":
         raise FeedbackError(
-            f"{where}: the last message of '{field}' is what the label judges and must have the role"
-            f' "assistant", got {quoted(messages[-1]["role"])}. Cut what follows it, or remove the row.'
+            f"{where}: the last message of '{field}' is the completion, which the label rates, and must have the role"
+            f' "assistant", got {quoted(messages[-1]["role"])}. Remove the messages after the completion, or remove the row.'
         )
     if len(messages) == 1:
-        raise FeedbackError(f"{where}: '{field}' holds only an answer. Put what it answers before it.")
+        raise FeedbackError(f"{where}: '{field}' contains only an answer. Put the question before it.")
     return messages[:-1], messages[-1:]
 
 
@@ -209,10 +209,10 @@ def _cut_prompt(
     if not repeats:
         raise FeedbackError(
             f"{where}: '{field}' is a conversation that does not repeat the prompt. Let it begin with the"
-            " prompt's messages, or hold the assistant's answer alone."
+            " prompt's messages, or contain the assistant's answer alone."
         )
     if size == len(said):
-        raise FeedbackError(f"{where}: '{field}' repeats the prompt and answers nothing. Remove the row.")
+        raise FeedbackError(f"{where}: '{field}' repeats the prompt and has no answer. Remove the row.")
     return said[:size], said[size:]
 
 
@@ -234,7 +234,7 @@ def shared_beginning(chosen: Turns, rejected: Turns, where: str) -> tuple[Turns,
         return chosen[:size], (chosen[size:], rejected[size:])
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise FeedbackError(
-            f"{where}: one of 'chosen' and 'rejected' is text, the other messages, and there is no 'prompt'."
+            f"{where}: one of 'chosen' and 'rejected' is text and the other is messages, and there is no 'prompt'."
             " Write both in the same form, or add a prompt."
         )
     size = _shared_messages(chosen, rejected, where)
@@ -254,7 +254,7 @@ def _shared_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...],
         rest = [message["role"] for message in side[size:]]
         if rest != ["assistant"]:
             raise FeedbackError(
-                f"{where}: after the {size} messages that 'chosen' and 'rejected' share, '{field}' must hold"
+                f"{where}: after the {size} messages that 'chosen' and 'rejected' share, '{field}' must contain"
                 f" one message of the assistant, got the roles {quoted(rest)}. Cut both after that answer."
             )
     return size
@@ -275,7 +275,7 @@ def _shared_text(chosen: str, rejected: str, where: str) -> int:
     for field, side in (("chosen", chosen), ("rejected", rejected)):
         if HUMAN_TURN in side[size:]:
             raise FeedbackError(
-                f"{where}: 'chosen' and 'rejected' part before their last answer: '{field}' goes on with"
+                f"{where}: 'chosen' and 'rejected' differ before their last answer: '{field}' continues with"
                 " another 'Human:' turn. Cut both after the first answer that differs, or remove the row."
             )
     return size
@@ -336,7 +336,7 @@ def with_system(prompt: Turns, record: Mapping[str, object], where: str) -> Turn
         return prompt
     if isinstance(prompt, str):
         raise FeedbackError(
-            f"{where}: 'system' stands beside a prompt of plain text, and nothing says how to join them."
+            f"{where}: there is a 'system' column, but the prompt is plain text, and it is undefined how to join them."
             " Write the prompt as messages, or remove the column."
         )
     own = [message["content"] for message in prompt if message["role"] == "system"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from offline_kto.kto_core.errors import PairingError
 
-# How far a row searches for a partner whose text differs from its own completion. If there is none so near, the data
+# How far a row searches for a partner whose text differs from its own completion. If none is found, the data
 # are repetitive ("yes", "no"), and the equal pair is kept and counted.
 _TEXT_SEARCH = 64
 
@@ -52,8 +52,8 @@ def pair_shuffled(rows: Sequence[PairableRow], *, partners: int, seed: int) -> P
     """Pair every row with completions of other prompts by a seeded derangement.
 
     Rows are placed on a ring ordered by a keyed hash of their content; the k-th partner is the k-th successor. If that
-    successor has the same prompt, two rows trade partners. So each completion serves exactly K times, unless one
-    prompt holds more than half of all rows. The ring depends only on seed and content: reordering the file changes no
+    successor has the same prompt, two rows trade partners. So each completion serves exactly K times, unless more
+    than half of all rows share one prompt. The ring depends only on seed and content: reordering the file changes no
     pair, and appending a row changes only its neighbours' pairs.
 
     Args:
@@ -113,7 +113,7 @@ def pair_rotate(rows: Sequence[PairableRow], *, partners: int, block: int) -> Pa
                 break
         if len(mine) < partners:
             raise PairingError(
-                f"--pairing rotate finds no other completion near row {i + 1}: the rows around it are identical. "
+                f"--pairing rotate finds no different completion near row {i + 1}: the rows around it are identical. "
                 "Remove duplicates, or use --pairing shuffled."
             )
         by_row.append(mine)
@@ -145,7 +145,7 @@ class _Round:
     def _trade_prompt(self, i: int) -> None:
         """Trade targets with a row of another prompt whose target is of another prompt too.
 
-        Such a row exists as long as no prompt holds more than half of the rows. The scan for each prompt resumes where
+        Such a row exists as long as no prompt has more than half of the rows. The scan for each prompt resumes where
         it stopped: at most two turns of the ring per prompt, not two per row.
         """
         mine = self.prompt[i]
@@ -210,7 +210,7 @@ def _check_satisfiable(rows: Sequence[PairableRow], partners: int) -> None:
     if len(rows) < 2:
         raise PairingError(
             f"{len(rows)} row is left, and KTO needs at least two rows with different prompts: its reference point "
-            "is measured on completions of other prompts. Add feedback."
+            "is estimated from completions of other prompts. Add feedback."
         )
     counts: dict[str, int] = {}
     for row in rows:
@@ -223,7 +223,7 @@ def _check_satisfiable(rows: Sequence[PairableRow], partners: int) -> None:
     largest = max(counts.values())
     if len(rows) - largest < partners:
         raise PairingError(
-            f"--kl-partners {partners} asks for {partners} different completions of other prompts, but one prompt holds "
+            f"--kl-partners {partners} asks for {partners} different completions of other prompts, but one prompt has "
             f"{largest} of {len(rows)} rows, which leaves {len(rows) - largest}. Lower --kl-partners."
         )
 

@@ -9,7 +9,7 @@ The format is detected for each record, so a file may mix formats. They are trie
     messages, conversations (ShareGPT)    the last message is the completion
     instruction + output (Alpaca)         with input, system and history
 
-A key that holds None counts as absent: that is how tables store what only other rows have.
+A key whose value is None counts as absent: tables store None for a key that only other rows have.
 """
 
 import hashlib
@@ -148,7 +148,7 @@ def _pair(present: Mapping[str, object], where: str, fields: FeedbackFields) -> 
         )
     chosen = as_turns(present["chosen"], where, "chosen")
     rejected = as_turns(present["rejected"], where, "rejected")
-    contradiction = f"{where}: 'chosen' and 'rejected' are the same, so the pair says nothing. Remove the row."
+    contradiction = f"{where}: 'chosen' and 'rejected' are the same, so the pair has no preference. Remove the row."
     if chosen == rejected:
         raise FeedbackError(contradiction)
     prompt = _pair_prompt(present, where, fields)
@@ -157,7 +157,7 @@ def _pair(present: Mapping[str, object], where: str, fields: FeedbackFields) -> 
         prompt, answers = shared_beginning(chosen, rejected, where)
     else:
         prompt, answers = join_sides(prompt, [("chosen", chosen), ("rejected", rejected)], where)
-    if answers[0] == answers[1]:  # visible only now if one side repeats the prompt
+    if answers[0] == answers[1]:  # visible only after conversion if one side repeats the prompt
         raise FeedbackError(contradiction)
     check_completion(answers[0], where, "chosen")
     check_completion(answers[1], where, "rejected")
@@ -247,7 +247,7 @@ def _label(present: Mapping[str, object], empty: frozenset[str], where: str, fie
     if len(labels) == 0:
         if "rating" in present:
             raise FeedbackError(
-                f"{where}: there is a rating, {quoted(present['rating'])}, but no label. Say from which"
+                f"{where}: there is a rating, {quoted(present['rating'])}, but no label. State from which"
                 " rating on a completion is desirable: pass --rating-threshold 4 (or median)."
             )
         what = f"there is no '{names[0]}'" + (": it is empty" if names[0] in empty else "")
@@ -287,10 +287,12 @@ def _canonical(value: object, where: str) -> bytes:
     except UnicodeEncodeError as error:
         found = quoted(error.object[max(0, error.start - 20) : error.end])
         raise FeedbackError(
-            f"{where}: text ending in {found} holds half a character (a lone surrogate). Repair or remove it."
+            f"{where}: text ending in {found} contains half a character (a lone surrogate). Repair or remove it."
         ) from None
     except (TypeError, ValueError) as error:
-        raise FeedbackError(f"{where}: a message holds what JSON cannot ({error}). Write it as text.") from None
+        raise FeedbackError(
+            f"{where}: a message contains a value that JSON cannot represent ({error}). Write it as text."
+        ) from None
 
 
 def _columns(record: Mapping[str, object]) -> str:
@@ -309,13 +311,13 @@ def parse_rating(record: Mapping[str, object], where: str, fields: FeedbackField
     if value is None:
         raise FeedbackError(
             f"{where}: --rating-threshold is set, but there is no '{name}'; {_columns(record)}."
-            " Name the column that holds the rating with --label-field."
+            " Name the column of the rating with --label-field."
         )
     number = number_in(value)
     if number is None:
         raise FeedbackError(
             f"{where}: '{name}' must be a number, since --rating-threshold is set, got {quoted(value)}."
-            " Name the column that holds the rating with --label-field."
+            " Name the column of the rating with --label-field."
         )
     return number
 

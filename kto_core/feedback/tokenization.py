@@ -15,7 +15,7 @@ from offline_kto.kto_core.library_types import Tokenizer
 
 ResultT = TypeVar("ResultT")
 
-# Tokens in which a turn's end is looked for: templates may write a line break or two after it.
+# Last tokens that are searched for a turn's end: templates may write a line break or two after it.
 _END_TOKENS = 4
 
 
@@ -77,7 +77,7 @@ class Tokenizing:
         unread = self._findings.counts["unread"]
         if 2 * unread > self._rows:
             raise TokenizationError(
-                f"{self._findings.first['unread']}: the tokenizer knows nothing of this completion, nor of {unread - 1:,} "
+                f"{self._findings.first['unread']}: the tokenizer has no tokens for this completion, nor for {unread - 1:,} "
                 f"others of {self._rows:,}: all their tokens are unknown or special. It belongs to another language or "
                 "another model; use the model's own."
             )
@@ -90,7 +90,7 @@ class Tokenizing:
             share, rows = counts["unknown"] / self._ids, counts["unknown_rows"]
             lines.append(
                 f"{share:.2%} of the tokens, in {rows:,} of {self._rows:,} rows, are unknown to the tokenizer "
-                f"({self._tokenizer.unk_token}): what they stood for is lost (first: {first['unknown']}). Check that it "
+                f"({self._tokenizer.unk_token}): their text is lost (first: {first['unknown']}). Check that it "
                 "belongs to the model and the language."
             )
         return lines
@@ -190,8 +190,8 @@ class Tokenizing:
         except BaseException as error:
             raise TokenizationError(
                 f"{where}: the tokenizer ({type(self._tokenizer).__name__}) fails on this row: {said_by(error)}. Its files "
-                'do not fit each other: copy the tokenizer again, or set "tokenizer_class" in tokenizer_config.json to the '
-                "class that tokenizer.json was made for (PreTrainedTokenizerFast reads it as it is)."
+                'do not match each other: copy the tokenizer again, or set "tokenizer_class" in tokenizer_config.json to the '
+                "class that tokenizer.json was made for (PreTrainedTokenizerFast reads it unchanged)."
             ) from error
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 RESAMPLES = 1000
 
-# Weights held at a time: 32 MB of float64.
+# Weights in memory at a time: 32 MB of float64.
 _ELEMENTS = 2**22
 
 

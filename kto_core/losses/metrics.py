@@ -1,4 +1,4 @@
-"""Metrics as sums and counts, accumulated on the device and reduced over ranks once per logging step."""
+"""Compute metrics as sums and counts, accumulated on the device and reduced over ranks once per logging step."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -84,7 +84,7 @@ class BatchOutcome:
 def on_the_right_side(distances: Tensor) -> Tensor:
     """Return 1 for distances above 0 nats, 0 for those below and 1/2 near it: float64, same shape.
 
-    Before the first update every row is at its reference point, up to rounding, and so on neither side.
+    Before the first update every row is at its reference point, up to rounding, and so counts for neither side.
     """
     return torch.where(distances.abs() < _TIE, 0.5, (distances > 0).double())
 

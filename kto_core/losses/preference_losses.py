@@ -1,7 +1,9 @@
-"""The preference losses and KTO's reference point, as functions of tensors.
+"""Compute the preference losses and KTO's reference point, as functions of tensors.
 
 Every loss depends on the policy through log-ratios r = log pi(y|x) - log pi_ref(y|x), nats. Losses of single rows are
 written with a sign, s = +1 for desirable and -1 for undesirable rows. Losses of pairs take both rows of each pair.
+
+Training selects a loss in `train/trainer/objective.py`, and computes z0 over all ranks in `train/trainer/reference_point.py`.
 """
 
 import torch
@@ -46,7 +48,7 @@ def kto_losses(logratios: Tensor, labels: Tensor, kl: Tensor, *, beta: float, we
 
 
 def apo_zero_losses(logratios: Tensor, labels: Tensor, *, beta: float, weights: Tensor) -> Tensor:
-    """Return `w (1 - sigmoid(beta s r))`, which makes desirable rows likelier than the reference and others less so.
+    """Return `w (1 - sigmoid(beta s r))`, which makes desirable rows likelier than under the reference, and others less likely.
 
     Anchored preference optimization (arXiv 2408.06266), the "zero" objective, on single rows (TRL:
     `apo_zero_unpaired`): KTO with the reference point fixed at 0.
@@ -113,7 +115,7 @@ def slic_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 def humanline_logratios(token_logratios: Tensor, low: float, high: float) -> Tensor:
     """Return `clamp(log pi - log pi_ref, low, high)` of each token; the row's log-ratio is their sum.
 
-    Humanline variants (arXiv 2509.24207): a token whose log-ratio is outside of the limits counts as the limit, and
+    Humanline variants (arXiv 2509.24207): a token whose log-ratio is outside the limits counts as the limit, and
     gets no gradient. HALOs uses -1 and 1.5.
 
     Args:

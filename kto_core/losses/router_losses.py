@@ -1,4 +1,4 @@
-"""The load-balancing loss of mixture-of-experts models, computed in shares that add up over micro-batches."""
+"""Compute the load-balancing loss of mixture-of-experts models, in shares that add up over micro-batches."""
 
 from collections.abc import Sequence
 

@@ -35,15 +35,15 @@ def check_adapter_folder(adapter: Path) -> None:
             raise ModelError(f"{adapter}: {name} is set: {why}")
     if settings.get("peft_type") in _NO_WEIGHTS:
         raise ModelError(
-            f"{adapter}: {settings['peft_type']} adds to what a model reads, not to its weights, so it cannot be part of a reference "
+            f"{adapter}: {settings['peft_type']} changes a model's input, not its weights, so it cannot be part of a reference "
             "model. Score with the base model alone, or train a LoRA adapter."
         )
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGED_BASES):
         raise ModelError(
-            f"{adapter}: init_lora_weights is {start!r}, so that training changed the base model's weights by what only that run "
-            "knew. Save it again from there with path_initial_model_for_weight_conversion, which makes it an ordinary adapter, "
-            "or merge it there and pass the merged model to --model."
+            f"{adapter}: init_lora_weights is {start!r}, so that training changed the base model's weights by values that only that run "
+            "had. Save it again in that run with path_initial_model_for_weight_conversion, which makes it an ordinary adapter, "
+            "or merge it in that run and pass the merged model to --model."
         )
 
 
@@ -60,15 +60,15 @@ _NO_WEIGHTS = (
 
 # Settings that change a model beyond adding to its layers. `transformers` ignores them.
 _UNUSABLE = {
-    "layer_replication": "the adapter belongs to a model with repeated layers, and its merged form is none of the base model. "
+    "layer_replication": "the adapter belongs to a model with repeated layers, and merging it does not give the base model's layers. "
     "Merge it with peft (merge_and_unload) and pass the merged model to --model.",
-    "alora_invocation_tokens": "an activated LoRA (aLoRA) acts only behind its invocation tokens, so it cannot be part of a "
+    "alora_invocation_tokens": "an activated LoRA (aLoRA) acts only after its invocation tokens, so it cannot be part of a "
     "model's weights. Score with the base model alone, or train an ordinary LoRA.",
     "arrow_config": "the adapter chooses among other adapters for each token, so it cannot be part of a model's weights. "
     "Pass one of those to --adapter.",
 }
 
-# Initialisations of an adapter that subtract random or measured parts from the base model, which no file holds.
+# Initialisations of an adapter that subtract random or measured parts from the base model, which no file contains.
 _CHANGED_BASES = ("pissa_niter", "corda", "lora_ga")
 
 
@@ -100,7 +100,7 @@ def merge_adapter(model: Model, adapter: Path) -> None:
     apart = float((_some_logps(model) - unmerged).abs().mean())
     if not apart <= _MERGED_ALIKE:
         raise ModelError(
-            f"{adapter}: merged into the weights it gives other log-probabilities than beside them (by {apart:.2g} nats): a kind "
+            f"{adapter}: its log-probabilities change by {apart:.2g} nats when it is merged into the weights: it is of a kind "
             f"that is not supported. {_MERGE_YOURSELF}"
         )
     if tied and not _heads_are_tied(model):
@@ -110,7 +110,7 @@ def merge_adapter(model: Model, adapter: Path) -> None:
 
 
 def add_adapter_beside(model: Model, adapter: Path) -> None:
-    """Add a frozen LoRA adapter next to quantised weights, without merging, which would round it to their few bits.
+    """Add a frozen LoRA adapter next to quantised weights, without merging, because merging would round it to their few bits.
 
     Raises:
         ModelError: as `merge_adapter`, or of a kind that training could not save together with new adapters.
@@ -138,7 +138,7 @@ def add_adapter_beside(model: Model, adapter: Path) -> None:
 # peft's name of the reference's adapter if it is not merged; trained adapters have peft's default name.
 BESIDE = "reference"
 
-# Settings of LoRA with which two adapters cannot be saved together.
+# Settings of LoRA that prevent saving two adapters together.
 _NOT_BESIDE = ("use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 
 
@@ -164,7 +164,7 @@ def _load(model: Model, adapter: Path, name: str) -> None:
     if unknown:
         raise ModelError(
             f"{adapter}: adapter_config.json sets {', '.join(unknown)}, which the installed peft does not know. Update peft, or "
-            f"merge it with the one that trained it. {_MERGE_YOURSELF}"
+            f"merge it with the version that trained it. {_MERGE_YOURSELF}"
         )
 
 
@@ -227,7 +227,7 @@ def _heads_are_tied(model: Model) -> bool:
 
 
 def _forget_adapter(model: nn.Module, before: dict[str, object]) -> None:
-    """Remove what loading an adapter stores on the model object.
+    """Remove the attributes that loading an adapter sets on the model object.
 
     This includes the mapping from parameter names to checkpoint names: with it, `save_pretrained` would save the
     merged weights under names that no loader finds.

@@ -1,6 +1,6 @@
 """Check Python code that comes with a model, and warn if it is not run.
 
-A folder may name code of its own for its model or tokenizer (`auto_map`). Without `--trust-remote-code` transformers
+A folder may declare code for its model or tokenizer (`auto_map`). Without `--trust-remote-code` transformers
 loads the folder with its own class of the same model type, if it has one, even if that code would compute other
 scores.
 """
@@ -12,7 +12,7 @@ from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.models.model_files import read_json_object
 
 _WAY_OUT = (
-    "Pass --trust-remote-code to run it, if you trust its author; or, if transformers' own class is the right one, remove "
+    "Pass --trust-remote-code to run it, if you trust its author. If transformers' own class is the right one, remove "
     "auto_map from {file}."
 )
 
@@ -80,8 +80,8 @@ def not_run(folder: Path, reference: str, *, instead: str | None, file: str = "c
         f"and transformers' {instead} would be used instead" if instead else "and transformers has no class of its own"
     )
     return ModelError(
-        f"{folder}: {file} names code of its own, {_class_name(reference)} in {_code_file(folder, reference)}, which is not "
-        f"run, {used}: its numbers may be other ones. {_WAY_OUT.format(file=file)}"
+        f"{folder}: {file} declares the model's own code, {_class_name(reference)} in {_code_file(folder, reference)}, which is not "
+        f"run, {used}: its scores may differ. {_WAY_OUT.format(file=file)}"
     )
 
 

@@ -52,7 +52,7 @@ def _refuse_address(model: str) -> None:
     elif at:
         name, revision = at[1], at[2]
     elif "://" in model:
-        raise ModelError(f"{printable(model, 100)}: an address. Pass a local folder, or a hub id (org/name).")
+        raise ModelError(f"{printable(model, 100)}: a web address. Pass a local folder, or a hub id (org/name).")
     else:
         return
     rest = f" with --revision {revision} (an option of kto-precompute)" if revision else ""

@@ -98,7 +98,7 @@ def _cached(name: str, commit: str) -> Path | None:
 
 
 def _say_what_is_awaited(name: str, limit: float) -> None:
-    tell(f"hub         waiting for the hub about {name} (silent for at most {limit:g} s)")
+    tell(f"hub         waiting for the hub: {name} (at most {limit:g} s without an answer)")
 
 
 def _is_fresh(folder: Path, started: float) -> bool:

@@ -35,7 +35,7 @@ def collected_warnings(library: str = "transformers") -> Iterator[list[str]]:
         logger.handlers, logger.propagate = handlers, propagate
 
 
-# Parts of warnings that mean that a model may compute other scores than its author's.
+# Parts of warnings after which a model may compute other scores than its author's.
 _TELLING = ("rope_parameters", "to instantiate a model of type", "but you overrode it")
 
 

@@ -28,7 +28,7 @@ from offline_kto.kto_core.scoring.model_code import family_of, model_code
 
 
 def longest_alike(config: ModelConfig) -> int | None:
-    """Return the most tokens with which a row's scores do not depend on the rest of its batch; None without a limit.
+    """Return the largest length in tokens at which a row's scores do not depend on the rest of its batch; None without a limit.
 
     With "longrope" (Phi-3 and related models), all rows of a batch switch to other position frequencies when its
     longest row exceeds the length of pre-training. If a row keeps only its strongest keys (Doge), padding affects the
@@ -98,13 +98,13 @@ def _check_loaded(model: Model, folder: Path, info: LoadingInfo) -> None:
     """Compare the weights that were read with those in the files.
 
     Raises:
-        ModelError: weights are missing, were not read, or are quantised and were read as if they were not.
+        ModelError: weights are missing, were not read, or are quantised but were read as unquantised.
     """
     check_shapes(folder, info["mismatched_keys"])
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
-            f"{folder}: the files lack {len(missing)} weights ({', '.join(missing[:3])}, ...), which would be random. "
+            f"{folder}: {len(missing)} weights are missing in the files ({', '.join(missing[:3])}, ...) and would be random. "
             "Copy the model again, or point to a complete checkpoint."
         )
     tensors = stored_tensors(folder)
@@ -134,7 +134,7 @@ def _read(auto_model: Transformers, folder: Path, dtype: torch.dtype | str, trus
     skipped = skipped_quantization(messages)
     if skipped is not None:
         raise ModelError(
-            f"{folder}: its weights are quantised, and would be read as if they were not: {skipped}. {USE_ANOTHER}"
+            f"{folder}: its weights are quantised, but would be read as unquantised: {skipped}. {USE_ANOTHER}"
         )
     return read
 
@@ -188,7 +188,7 @@ def _widen(model: nn.Module) -> None:
 
 
 def _is_packed(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor holds quantised weights: integers, 8-bit floats, or bitsandbytes' 4-bit ones.
+    """Return whether a tensor contains quantised weights: integers, 8-bit floats, or bitsandbytes' 4-bit ones.
 
     bitsandbytes may store them in any type, since sharding requires that of the other weights.
     """
@@ -214,8 +214,8 @@ def check_model_folder(folder: Path) -> None:
     check_texts(folder)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
-            f"{folder}: there is an adapter_config.json next to config.json, and loading would add that adapter to the model "
-            "unasked. Move the adapter's files into a folder of their own, and pass it to --adapter."
+            f"{folder}: there is an adapter_config.json next to config.json, and loading would silently add that adapter to the model "
+            ". Move the adapter's files into a separate folder, and pass it to --adapter."
         )
     if not any(folder.glob("*.safetensors")):
         raise ModelError(

@@ -18,7 +18,7 @@ def read_json_object(path: Path) -> dict[str, object]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON ({said_by(error)}). Copy the model again.") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds no JSON object. Copy the model again.")
+        raise ModelError(f"{path}: is not a JSON object. Copy the model again.")
     return content
 
 
@@ -31,7 +31,7 @@ def check_texts(folder: Path) -> None:
     """Refuse git LFS pointers, and JSON files with a byte-order mark, which transformers cannot read.
 
     Raises:
-        ModelError: there is one; the message says what to do.
+        ModelError: there is one; the message names the remedy.
     """
     for path in sorted(file for pattern in _READ for file in folder.glob(pattern)):
         try:
@@ -46,6 +46,6 @@ def check_texts(folder: Path) -> None:
             )
         if path.suffix == ".json" and start.startswith(_MARKS):
             raise ModelError(
-                f"{path}: begins with a byte-order mark (BOM), as some editors write it; transformers does not read that. "
+                f"{path}: begins with a byte-order mark (BOM), which some editors write and transformers cannot read. "
                 "Save it as UTF-8 without BOM."
             )

@@ -38,7 +38,7 @@ Mismatch: TypeAlias = tuple[str, Sequence[int], Sequence[int]]
 
 
 class LoadingInfo(TypedDict, total=False):
-    """The used part of transformers' `output_loading_info`.
+    """The part of transformers' `output_loading_info` that is used here.
 
     Attributes:
         missing_keys: weights of the model that the files lack.
@@ -78,7 +78,7 @@ def find_outline(library: Transformers, folder: Path, *, trust_remote_code: bool
     """
     with collected_warnings() as messages:
         model = _build(library, folder, trust_remote_code=trust_remote_code)
-    warnings = [f"{folder / 'config.json'}: transformers says: {message}" for message in telling(messages)]
+    warnings = [f"{folder / 'config.json'}: transformers warns: {message}" for message in telling(messages)]
     if not trust_remote_code:
         warnings += check_model_code(folder, *classes_used(model, folder))
     tensors = stored_tensors(folder)
@@ -205,8 +205,8 @@ def check_shapes(folder: Path, mismatched: Collection[Mismatch]) -> None:
         name, stored, wanted = min(mismatched, key=lambda one: one[0])
         more = f", and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""
         raise ModelError(
-            f"{folder}: {name} is {list(stored)} in the files, {list(wanted)} by config.json{more}. The configuration is "
-            "another model's, or was edited. Copy the model again."
+            f"{folder}: {name} is {list(stored)} in the files, {list(wanted)} by config.json{more}. The configuration belongs to "
+            "another model, or was edited. Copy the model again."
         )
 
 
@@ -240,9 +240,9 @@ def check_unread(
             others.append(name)
     if others:
         raise ModelError(
-            f"{folder}: the files hold {len(others)} weights that {type(model).__name__} does not read ({some(others)}). The "
-            "scores would be those of another model. Either config.json leaves out what they belong to (layers, biases, a "
-            "head), or this is no plain causal language model (a reward model, an unmerged adapter)."
+            f"{folder}: the files contain {len(others)} weights that {type(model).__name__} does not read ({some(others)}). The "
+            "scores would be those of another model. Either config.json omits the parts that they belong to (layers, biases, a "
+            "head), or this is not a causal language model (a reward model, an unmerged adapter)."
         )
     return dict(counts)
 
@@ -260,7 +260,7 @@ def check_reloadable(library: Transformers, model: Model, folder: Path) -> None:
             library.AutoModelForCausalLM.from_config(model.config)
     except ValueError as error:
         raise ModelError(
-            f"{folder}: only the text half of this multimodal checkpoint would be trained, as {model.config.model_type}, and "
+            f"{folder}: only the text part of this multimodal checkpoint would be trained, as {model.config.model_type}, and "
             "transformers could not load the saved model again. Use a text-only model."
         ) from error
 
@@ -272,8 +272,8 @@ def said_of_unread(model: Model, folder: Path, unread: Mapping[str, int]) -> lis
     if TOWER in unread or kept != was:
         counted = f"{unread[TOWER]:,} {TOWER} weights" if TOWER in unread else "the other parts"
         warnings.append(
-            f"{counted} of this {printable(str(was), 60)} checkpoint are not read: the text half alone is scored and trained, "
-            f"and what a run saves is a text model ({kept}, {type(model).__name__}), without towers and processors"
+            f"{counted} of this {printable(str(was), 60)} checkpoint are not read: only the text part is scored and trained, "
+            f"and a run saves a text model ({kept}, {type(model).__name__}), without towers and processors"
         )
     if PREDICTION in unread:
         warnings.append(

@@ -1,4 +1,4 @@
-"""Precision of a model: the types in which weights are stored and computed."""
+"""Define the precision of a model: the types in which weights are stored and computed."""
 
 import contextlib
 import re
@@ -65,7 +65,7 @@ def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:
 
     Autocast casts the matrices of linear layers before each product, so their storage changes no score. Embeddings,
     norms, biases, recurrences (Mamba's `A_log`) and position tables are combined with float32 values: rounding them
-    would. (Stacked experts are outside of autocast: a mixture of experts computes in their stored type. They are most
+    would change scores. (Stacked experts are outside of autocast: a mixture of experts computes in their stored type. They are most
     of its weights.)
     """
     narrow = _matrices(model, dtype)

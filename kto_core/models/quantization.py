@@ -1,6 +1,6 @@
-"""Quantised weights: find their declaration in a model folder, and check that transformers applies it.
+"""Find the declaration of quantised weights in a model folder, and check that transformers applies it.
 
-transformers skips a method that it does not know, and reads the packed values as if they were weights.
+transformers skips a method that it does not know, and reads the packed values as weights.
 """
 
 import json
@@ -40,7 +40,7 @@ def _declared(config: Mapping[str, object], where: str = "") -> tuple[str, dict[
 def check_quantization(
     folder: Path, tensors: Mapping[str, StoredTensor], *, is_applied: Callable[[dict[str, object]], bool]
 ) -> None:
-    """Refuse quantised weights that would be read as if they were not quantised.
+    """Refuse quantised weights that would be read as unquantised.
 
     Args:
         tensors: of the folder's files.
@@ -68,8 +68,8 @@ def check_quantization(
         path = folder / name
         if path.exists() and not _is_for_cache_alone(path):
             raise ModelError(
-                f"{path}: says that the weights are quantised, but config.json does not, so transformers would read them as "
-                f"they are. {USE_ANOTHER} If the weights are not quantised, remove this file."
+                f"{path}: declares quantised weights, but config.json does not, so transformers would read them as "
+                f"unquantised. {USE_ANOTHER} If the weights are not quantised, remove this file."
             )
 
 

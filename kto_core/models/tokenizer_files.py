@@ -1,4 +1,4 @@
-"""Load a tokenizer so that it follows the rules in its own files."""
+"""Load a tokenizer so that it tokenizes as its tokenizer.json specifies."""
 
 import contextlib
 import json
@@ -34,22 +34,22 @@ def load_tokenizer(
         ModelError: the folder has no tokenizer that can be loaded.
     """
     keywords = {**(options or {}), "trust_remote_code": trust_remote_code}
-    with _heard() as heard:
+    with _captured_warnings() as heard:
         tokenizer = _load(auto_tokenizer, folder, keywords)
         if _stop_sampling(getattr(tokenizer, "backend_tokenizer", None)):
             heard.append(
-                f"{folder}: {_FILE} leaves merges out at random (BPE-dropout), so that no text has the same tokens twice. "
-                "That is switched off, in the tokenizer saved with the trained model too."
+                f"{folder}: {_FILE} drops merges at random (BPE-dropout), so tokenization is not deterministic. "
+                "The dropout is switched off, also in the tokenizer saved with the trained model."
             )
         if other := _as_filed(tokenizer, folder, keywords):
             name = type(tokenizer).__name__
             heard.append(
-                f"{folder}: transformers' {name} reads text otherwise than {_FILE}, which is used as it is; the tokenizer "
-                "saved with the trained model is too."
+                f"{folder}: transformers' {name} tokenizes differently from {_FILE}. {_FILE} is used, and saved with the "
+                "trained model."
             )
             tokenizer = other
     if notes is not None:
-        notes += [_in_our_words(text, folder) for text in dict.fromkeys(heard)]
+        notes += [_rewrite_warning(text, folder) for text in dict.fromkeys(heard)]
     return tokenizer
 
 
@@ -78,7 +78,7 @@ def use_template(tokenizer: Tokenizer, path: Path | None, settings: Mapping[str,
         )
     tokenizer.chat_template = with_settings(template, settings)
     return [
-        f"--chat-template-kwargs {name}: the chat template reads no such variable."
+        f"--chat-template-kwargs {name}: the chat template has no such variable."
         for name in unread(template, [*settings])
     ]
 
@@ -111,7 +111,9 @@ def _load(tokenizer_class: Transformers, folder: Path, keywords: Mapping[str, ob
         raise
     except BaseException as error:  # panics of native code are not an `Exception`
         filed = (folder / _FILE).is_file()
-        hint = f' Set "tokenizer_class" in tokenizer_config.json to "PreTrainedTokenizerFast" to read {_FILE} as it is.'
+        hint = (
+            f' Set "tokenizer_class" in tokenizer_config.json to "PreTrainedTokenizerFast" to read {_FILE} unchanged.'
+        )
         raise ModelError(
             f"{folder}: its tokenizer cannot be loaded: {in_one_line(error)}{'.' + hint if filed else ''}"
         ) from error
@@ -120,7 +122,7 @@ def _load(tokenizer_class: Transformers, folder: Path, keywords: Mapping[str, ob
 def _as_filed(tokenizer: Tokenizer, folder: Path, keywords: Mapping[str, object]) -> Tokenizer:
     """Return the tokenizer that tokenizer.json describes if it tokenizes differently; None otherwise.
 
-    Some classes keep the file's vocabulary but replace its rules by their own: a byte-level file under
+    Some classes keep the file's vocabulary but replace its rules with their own: a byte-level file under
     `LlamaTokenizer` loses every space.
     """
     path = folder / _FILE
@@ -185,8 +187,8 @@ def _probe(tokenizer: Tokenizer) -> str:
 
 
 @contextlib.contextmanager
-def _heard() -> Iterator[list[str]]:
-    """Collect warnings that transformers logs, which are hidden otherwise."""
+def _captured_warnings() -> Iterator[list[str]]:
+    """Collect warnings that transformers logs, which the commands hide."""
     heard: list[str] = []
 
     class Listener(logging.Handler):
@@ -203,11 +205,11 @@ def _heard() -> Iterator[list[str]]:
         logger.handlers = handlers
 
 
-def _in_our_words(text: str, folder: Path) -> str:
+def _rewrite_warning(text: str, folder: Path) -> str:
     if "fix_mistral_regex" in text:
         return (
-            f"{folder}: transformers says that the rule in its tokenizer.json which cuts text into words is an incorrect one "
-            "of Mistral's, so that the tokens are not the ones that the model was trained on. Load it with --tokenizer-kwargs "
-            "fix_mistral_regex=true, or say that it is meant with fix_mistral_regex=false."
+            f"{folder}: transformers reports that the pre-tokenization regex in its tokenizer.json is Mistral's faulty one, "
+            "so that the tokens are not the ones that the model was trained on. Load it with --tokenizer-kwargs "
+            "fix_mistral_regex=true, or keep it with fix_mistral_regex=false."
         )
     return printable(re.sub(r"\s+", " ", text), 400)

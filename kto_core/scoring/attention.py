@@ -50,7 +50,7 @@ def apply_softcaps(model: Model) -> None:
     model.set_attn_implementation("eager")
     if model.config._attn_implementation != "eager":
         raise ModelError(
-            f"{model.config.model_type}: its attention scores have a soft-cap, which {chosen} attention leaves out. Add "
+            f"{model.config.model_type}: its attention scores have a soft-cap, which {chosen} attention ignores. Add "
             '"attn_implementation": "eager" to its config.json.'
         )
 

@@ -37,7 +37,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, *, pass_cost: float =
     starts = np.zeros(len(order) + 1, dtype=np.int64)  # where the last micro-batch of that split begins
     first = 0
     for end in range(1, len(order) + 1):
-        # As `end` grows, a micro-batch that begins at `first` can only get too large, never small enough again.
+        # As `end` grows, a micro-batch that begins at `first` only grows: once too large, it stays too large.
         while first < end - 1 and (end - first) * longest_first[first] > max_tokens:
             first += 1
         begins = np.arange(first, end)

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions: the one implementation with which both stages score.
+"""Compute log-probabilities of completions: both stages score with this one implementation.
 
     token ids     p0 p1 p2 c0 c1 </s>          p: prompt, c: completion
     hidden state     h2 h3 h4                  h_t predicts token t + 1
@@ -160,14 +160,14 @@ def check_scoring(model: Model, rows: Sequence[TokenIds], *, tolerance: float) -
         if not moved <= tolerance:
             raise ModelError(
                 f"{name}: this model family ({family}) attends to later tokens (changing them moves log-probabilities "
-                f"before them by up to {moved:.3g} nats), so it is no causal language model: scores in a batch would differ "
+                f"before them by up to {moved:.3g} nats), so it is not a causal language model: scores in a batch would differ "
                 "from the model's own logits."
             )
         apart = _moved_by_kernel(model, rows)
         if not apart <= tolerance:
             kernel = model.config._attn_implementation
             raise ModelError(
-                f"{name}: {kernel} attention leaves out part of what this model family ({family}) defines: log-probabilities "
+                f"{name}: {kernel} attention omits part of the definition of this model family ({family}): log-probabilities "
                 f"differ from those of its eager attention by {apart:.3g} nats a token. Add "
                 '"attn_implementation": "eager" to its config.json.'
             )

@@ -1,4 +1,4 @@
-"""Score many sequences without gradient, in passes under a token budget, with prompts shared where scores allow it."""
+"""Score many sequences without gradient, in passes under a token budget, sharing prompts if that leaves scores unchanged."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +17,8 @@ from offline_kto.kto_core.scoring.model_code import model_code
 from offline_kto.kto_core.scoring.sequences import FILLER, TokenIds, pack_sequences, pad_sequences
 from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, longest_shared, share_prompts
 
-# The share of all tokens that sharing prompts must save. Below it, smaller passes and explicit masks cost more than is
-# saved: benchmarks/shared_prompts.py shows the break-even point.
+# The share of all tokens that sharing prompts must save. Below it, smaller passes and explicit masks cost more than
+# they save: benchmarks/shared_prompts.py shows the break-even point.
 WORTH_SHARING = 0.1
 
 Planned = tuple[list[int], Callable[[], Batch]]
@@ -45,7 +45,7 @@ class ScoringPasses:
         model: prepared by `add_scoring_forward`, wrapped or not.
         device: where batches are placed.
         max_tokens: padded tokens in one pass.
-        alone: whether this process need not make as many passes as others. If so, a prompt that several sequences share
+        alone: whether this process may run its own number of passes (false for sharded ranks). If so, a prompt that several sequences share
             runs once, and when memory runs out the budget is halved. Sharing is checked first: if it changes the
             scores, or the model does not support it, it is switched off and a message is logged.
         pack: concatenate sequences, without padding.
@@ -69,7 +69,7 @@ class ScoringPasses:
         self.pack, self.tolerance, self.say = pack and not one_by_one, tolerance, say
         self.alone = alone
         self.longest_shared = longest_shared(model)
-        self._shares, self._proven, self._told = not one_by_one, 0, False
+        self._shares, self._checked_length, self._told = not one_by_one, 0, False
         if one_by_one and alone:
             say(
                 "rows run one by one: with 8-bit weights (LLM.int8) a row's score depends on the other rows of its pass"
@@ -92,7 +92,7 @@ class ScoringPasses:
         """
         done, passes, pending = set(known), 0, list(range(len(sequences)))
         if len(known) < len(pending):
-            self._prove(self._groups(pending, sequences), sequences)
+            self._check_sharing(self._groups(pending, sequences), sequences)
         if known and not self._cuts_between(known, pending, sequences):
             pending = [i for i in pending if i not in known]
         while pending:
@@ -105,7 +105,7 @@ class ScoringPasses:
                     if not self.alone or len(indices) == 1:
                         raise
                     finished = None
-                if finished is None:  # outside of `except`, whose traceback keeps the tensors alive
+                if finished is None:  # outside `except`, whose traceback keeps the tensors alive
                     self._make_room(max(sum(map(len, sequences[i])) for i in indices))
                     break
                 done.update(indices)
@@ -130,10 +130,10 @@ class ScoringPasses:
         """Lower the budget, or stop sharing prompts, after a pass with rows of up to `longest` tokens did not fit."""
         if self.max_tokens > longest:
             self.max_tokens = max(longest, self.max_tokens // 2)
-            self.say(f"out of memory: going on with {self.max_tokens} tokens in one scoring pass")
+            self.say(f"out of memory: continuing with {self.max_tokens} tokens in one scoring pass")
         else:  # one prompt, whose completions run one by one already
             self._shares = False
-            self._say_why("there is no memory for a prompt with all of its completions")
+            self._say_why("not enough memory to share one prompt")
         torch.cuda.empty_cache()
 
     # -- plan ---------------------------------------------------------------------------------------
@@ -168,9 +168,9 @@ class ScoringPasses:
         if self._is_worth_sharing(groups, pending, sequences):
             return groups
         self._say_why(
-            f"the model sees {self.longest_shared} tokens, and most rows with a common prompt have more"
+            f"the shared path supports {self.longest_shared} tokens, and most rows with a common prompt are longer"
             if self.longest_shared
-            else "the model has recurrent layers, or keeps no keys and values"
+            else "the model has recurrent layers, or has no key/value cache"
         )
         return []
 
@@ -194,7 +194,7 @@ class ScoringPasses:
     def _share(self, groups: list[list[TokenIds]]) -> SharedPrompts:
         return share_prompts(groups, self.max_tokens, self.longest_shared)
 
-    def _prove(self, groups: list[list[int]], sequences: Sequence[TokenIds]) -> None:
+    def _check_sharing(self, groups: list[list[int]], sequences: Sequence[TokenIds]) -> None:
         """Compare scores with and without shared prompts for each new greatest length; stop sharing if they differ.
 
         The longest sequence runs once unshared. Then it runs split after its first quarter and before its last one: a
@@ -204,10 +204,10 @@ class ScoringPasses:
         longest = max(
             (sequences[i] for group in groups for i in group), key=lambda ids: sum(map(len, ids)), default=None
         )
-        if longest is None or sum(map(len, longest)) <= self._proven:
+        if longest is None or sum(map(len, longest)) <= self._checked_length:
             return
         ids = np.concatenate(longest)
-        self._proven, quarter = len(ids), max(1, len(ids) // 4)
+        self._checked_length, quarter = len(ids), max(1, len(ids) // 4)
         head, tail = ids[:quarter], ids[-quarter:]
         try:
             whole = self._forward([], pad_sequences([(head, ids[quarter:])])).token_logps
@@ -215,24 +215,24 @@ class ScoringPasses:
             groups_of_it = [[(head, ids[quarter:]), (head, ids[quarter : 2 * quarter])], [(ids[:-quarter], tail)]]
             why = self._against_sharing(groups_of_it, plain)
         except torch.OutOfMemoryError:
-            why = "there is no memory to compare both ways"
+            why = "not enough memory to compare both ways"
         if why is not None:
             self._shares = False
             self._say_why(why)
 
     def _against_sharing(self, groups: list[list[TokenIds]], plain: list[Tensor]) -> str | None:
         try:
-            with model_code(type(self.model).__name__, "the model cannot run on given keys and values"):
+            with model_code(type(self.model).__name__, "the model cannot continue from a key/value cache"):
                 shared = self._forward([], self._share(groups)).token_logps.split([len(one) for one in plain])
         except ModelError as error:
-            return f"the model cannot run on given keys and values ({type(error.__cause__).__name__})"
+            return f"the model cannot continue from a key/value cache ({type(error.__cause__).__name__})"
         differences = [(one - other).abs().mean() for one, other in zip(shared, plain, strict=True)]
         apart = float(torch.stack(differences).nan_to_num(nan=float("inf")).max())
         return None if apart <= self.tolerance else f"log-probabilities would differ by {apart:.2g} nats a token"
 
 
 @torch.no_grad()
-def packs_alike(model: Model, device: torch.device, rows: Sequence[TokenIds], *, tolerance: float) -> bool:
+def packing_keeps_scores(model: Model, device: torch.device, rows: Sequence[TokenIds], *, tolerance: float) -> bool:
     """Return whether concatenated sequences have the same scores as sequences in separate rows.
 
     Args:

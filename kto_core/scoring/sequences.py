@@ -1,4 +1,4 @@
-"""The layout of sequences for one forward pass: ids, positions, and which hidden state predicts which token.
+"""Lay out sequences for one forward pass: ids, positions, and which hidden state predicts which token.
 
 padded    p0 p1 c0 c1 c2     packed    p0 p1 c0 c1 c2 q0 d0 d1
           q0 d0 d1 .  .                 0  1  2  3  4  0  1  2    (positions)
@@ -71,7 +71,7 @@ def pad_sequences(rows: Sequence[TokenIds]) -> Sequences:
 def pack_sequences(rows: Sequence[TokenIds]) -> Sequences:
     """Concatenate (prompt ids, completion ids) pairs into one row, without padding.
 
-    Positions begin at 0 in each of them: that is how `transformers` distinguishes the sequences. Only attention
+    Positions begin at 0 in each of them: `transformers` distinguishes the sequences by this. Only attention
     kernels that use these boundaries (flash, flex) run faster with it.
     """
     lengths = np.array([len(prompt) + len(completion) for prompt, completion in rows])

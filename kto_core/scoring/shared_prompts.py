@@ -8,6 +8,8 @@
 The hidden state of a prompt's last token predicts the first token of each of its completions. The last token of a
 completion predicts nothing and is not passed to the model. There is no gap between a prompt's keys and its completion,
 because sliding windows and some position tables count slots, not positions. No gradient flows through this path.
+
+Whether prompts are shared is decided in `passes.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -203,7 +205,7 @@ def longest_shared(model: Model) -> int:
     """Return how many slots a prompt with a completion may take for this path; 0 if the model does not support it.
 
     Beyond a sliding window the model itself drops keys, and some models have tables with a fixed number of positions.
-    Models without keys (recurrent layers) have to run whole sequences.
+    Models without keys (recurrent layers) must run whole sequences.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -59,13 +59,13 @@ def choose_backend(config: PrecomputeConfig) -> Backend:
             return Backend("vllm", "it is installed, and there is a GPU")
         if config.tensor_parallel > 1:
             raise ModelError(
-                f"--tensor-parallel {config.tensor_parallel} is vLLM's, and Transformers would score here"
-                f"{f' ({why})' if why else ''}. Leave it out, and start one process for each GPU with torchrun."
+                f"--tensor-parallel {config.tensor_parallel} is an option of vLLM, but Transformers would score here"
+                f"{f' ({why})' if why else ''}. Remove it, and start one process for each GPU with torchrun."
             )
         return Backend("transformers", why)
     if world_size() > 1:
         raise ModelError(
-            "--backend vllm runs in one process and spreads over GPUs by itself: start it without torchrun or accelerate, "
+            "--backend vllm runs in one process and uses several GPUs by itself: start it without torchrun or accelerate, "
             "with --tensor-parallel N."
         )
     version = _vllm_version()
@@ -77,7 +77,7 @@ def choose_backend(config: PrecomputeConfig) -> Backend:
             f"--backend vllm: vLLM {version} is too old; {oldest} or newer is needed. Install it with: {_INSTALL_VLLM}"
         )
     if config.device == "cpu" and torch.cuda.is_available():
-        raise ModelError("--backend vllm: this vLLM runs on the GPU. Leave --device cpu out, or --backend vllm.")
+        raise ModelError("--backend vllm: this vLLM runs on the GPU. Remove --device cpu or --backend vllm.")
     return Backend("vllm")
 
 
@@ -90,7 +90,7 @@ def _why_not_vllm(config: PrecomputeConfig) -> str:
         return "vLLM is not installed"
     if _is_too_old(version):
         return f"vLLM {version} is too old"
-    return "vLLM takes one process" if world_size() > 1 else ""
+    return "vLLM must run in one process" if world_size() > 1 else ""
 
 
 def _vllm_version() -> str | None:
@@ -148,7 +148,7 @@ def vllm_engine(reference: Reference, sample: Sequence[TokenIds], merged: Path) 
     config = reference.config
     if config.adapter and is_quantized_folder(reference.folder):
         raise ModelError(
-            "--backend vllm takes a model with its adapter merged, and an adapter stays beside quantised weights: pass "
+            "--backend vllm needs the adapter merged into the model, and an adapter cannot be merged into quantised weights: pass "
             "--backend transformers."
         )
     heads = getattr(reference.shape.config.get_text_config(), "num_attention_heads", config.tensor_parallel)

@@ -43,7 +43,7 @@ class DisagreementError(ModelError):
 
 
 class ComparedScorer:
-    """A scorer that checks the form of every answer, and the values of the sample's answers.
+    """A scorer that checks shape and validity of every result, and compares the results of a sample.
 
     Args:
         scorer: the engine.
@@ -60,7 +60,7 @@ class ComparedScorer:
         self._found: dict[bytes, np.ndarray] = {}
 
     def probe(self) -> None:
-        """Score a few rows of the sample, to stop before hours of work. Raises: ModelError: the scores disagree."""
+        """Score a few rows of the sample, so that an error shows before hours of work. Raises: ModelError: the scores disagree."""
         self.score(self.sample[:_PROBE], on_scores=lambda done, scores: None, on_tokens=lambda tokens: None)
         self._found.clear()  # the cached values are compared again, in the batches in which they are scored
 
@@ -84,14 +84,14 @@ class ComparedScorer:
             for i, one in zip(done, scores, strict=True):
                 if (key := _key(sequences[i])) in self._expected:
                     self._found[key] = one
-            self._judge()
+            self._check_difference()
             answered.update(done)
             on_scores(done, scores)
 
         self.scorer.score(sequences, known=known, on_scores=keep, on_tokens=on_tokens)
         if len(answered | known) != len(sequences):
             raise ModelError(
-                f"The scorer returned {len(answered)} answers for {len(sequences) - len(known)} sequences."
+                f"The scorer returned {len(answered)} results for {len(sequences) - len(known)} sequences."
             )
 
     def difference(self) -> ScoreDifference:
@@ -107,11 +107,11 @@ class ComparedScorer:
             "max": float(apart.max()),
         }
 
-    def _judge(self) -> None:
+    def _check_difference(self) -> None:
         found = self.difference()
         if found and not found["mean"] <= self.tolerance:
             raise DisagreementError(
                 f"vLLM and Transformers disagree: log-probs differ by {found['mean']:.2g} nats a token on {found['rows']} rows "
-                f"(at most {found['max']:.2g}); rounding explains {self.tolerance:g}. Nothing of this shard was kept. Score with "
-                "--backend transformers, or look for a model or a quantisation that one of the two computes in another way."
+                f"(at most {found['max']:.2g}); the tolerance is {self.tolerance:g}. No scores of this shard were kept. Score with "
+                "--backend transformers, or check whether one of the two computes this model or its quantisation differently."
             )

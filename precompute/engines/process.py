@@ -73,7 +73,7 @@ def _ending(process: subprocess.Popen[bytes]) -> str:
     with contextlib.suppress(subprocess.TimeoutExpired):
         if (code := process.wait(2)) < 0:
             name = signal.Signals(-code).name
-            return f" ({name}{': the system was out of memory?' if name == 'SIGKILL' else ''})"
+            return f" ({name}{': perhaps the system was out of memory' if name == 'SIGKILL' else ''})"
     return ""
 
 

@@ -1,7 +1,7 @@
-"""A protocol for scoring in another process: sequences are sent there, and scores are sent back, as bytes.
+"""Define a protocol for scoring in another process: sequences are sent there, and scores are sent back, as bytes.
 
 It works over any channel of whole messages: a socket to a child, or the process group of a launch. The scoring process
-sends messages that begin with one letter. An empty message from the other side ends the work.
+sends messages that begin with one letter. An empty message from the other side ends the exchange.
 
     p  some of the scores        s  the last of them        t  tokens done        e  an error that the user can fix
 """
@@ -144,7 +144,7 @@ class RemoteScorer:
             pass
 
     def dismiss(self) -> None:
-        """Tell the other process that there is no more work."""
+        """Notify the other process that there is no more work."""
         self._guarded(lambda: self.channel.send_bytes(_NO_MORE))
 
     def _guarded(self, act):  # type: ignore[no-untyped-def]
@@ -152,7 +152,7 @@ class RemoteScorer:
             return act()
         except (ConnectionError, EOFError) as error:
             raise ModelError(
-                f"{self.name} ended unexpectedly. What is scored is kept: the same command goes on."
+                f"{self.name} ended unexpectedly. Finished scores are kept: run the same command again to continue."
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Find the reference model's files, hash what identifies it, and load it."""
+"""Find the reference model's files, hash the content that identifies it, and load it."""
 
 import importlib.metadata
 import json
@@ -40,7 +40,7 @@ from offline_kto.kto_core.models.tokenizer_files import load_tokenizer, use_temp
 from offline_kto.kto_core.progress import Progress
 from offline_kto.precompute.config import PrecomputeConfig
 
-# Raised when the rules of kto_core/feedback/tokenization.py change in a way that changes ids.
+# Increment when the rules of kto_core/feedback/tokenization.py change in a way that changes ids.
 TOKENIZATION_RULE = 1
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "pyarrow")
@@ -69,7 +69,9 @@ class ReferenceFiles:
             transformers.utils.logging.disable_progress_bar()
         for name in (config.model, config.adapter, config.revision):
             if name is not None and not (name.isprintable() and len(name) <= LONGEST_NAME):
-                raise ModelError(f"{printable(name, 100)}: a name with control characters, or too long; rename it.")
+                raise ModelError(
+                    f"{printable(name, 100)}: the name is too long or contains control characters; rename it."
+                )
         device = resolve_device(config.device)
         folder, revision = find_folder(config.model, revision=config.revision)
         check_model_folder(folder)
@@ -221,7 +223,7 @@ class Reference(ReferenceFiles):
 class WeightsHashing:
     """Hashes weights and adapter in the background; leaving the `with` block stops it.
 
-    Otherwise the process would go on hashing for minutes after an error in the data was reported.
+    Otherwise the process would continue hashing for minutes after an error in the data was reported.
     """
 
     def __init__(self, folder: Path, adapter: Path | None) -> None:
@@ -260,7 +262,7 @@ def _state(folder: Path, adapter: Path | None) -> tuple[object, ...]:
 
 
 def _adapter_hash(adapter: Path) -> str:
-    """Return a hash of weights and settings, without settings that only name things: any other may affect the merge."""
+    """Return a hash of weights and settings, without settings that are labels only: any other may affect the merge."""
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     return json_hash([weights_hash(adapter), {k: v for k, v in settings.items() if k not in _NAMES}])
 

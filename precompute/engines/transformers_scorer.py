@@ -117,9 +117,9 @@ def checked(scores: np.ndarray, completion_ids: np.ndarray) -> np.ndarray:
         )
     if not np.isfinite(scores).all():
         raise ModelError(
-            f"The model gives log-probabilities that are not finite ({int((~np.isfinite(scores)).sum())} of {len(scores)} "
+            f"The model returns log-probabilities that are not finite ({int((~np.isfinite(scores)).sum())} of {len(scores)} "
             "tokens). Its weights are damaged, or --dtype float16 overflows: try --dtype bfloat16 or float32."
         )
     if (scores > POSITIVE_ROUNDING).any():
-        raise ModelError(f"The model gives a positive log-probability ({scores.max():g} nats); this cannot be.")
+        raise ModelError(f"The model returns a positive log-probability ({scores.max():g} nats), which is impossible.")
     return np.minimum(scores, np.float32(0))

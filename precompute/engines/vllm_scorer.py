@@ -70,7 +70,7 @@ class VllmScorer:
                 max_model_len=max_length + 1,  # room for the token that must be generated
                 max_num_batched_tokens=tokens,
                 max_num_seqs=min(_MAX_SEQUENCES, tokens),
-                enable_chunked_prefill=True,  # else a step must hold the longest row, with its logits
+                enable_chunked_prefill=True,  # otherwise a step must hold the longest row, with its logits
                 tensor_parallel_size=tensor_parallel,
                 gpu_memory_utilization=gpu_memory_utilization,
                 # Wrong or dependent on order with prompt log-probabilities in several versions (vllm #8268, #42019).
@@ -114,7 +114,7 @@ class VllmScorer:
         except Exception as error:
             traceback.print_exc()
             raise ModelError(
-                f"vLLM stopped: {in_one_line(error).rstrip('.')}. What is scored is kept; fix that error, or use "
+                f"vLLM stopped: {in_one_line(error).rstrip('.')}. Finished scores are kept; fix that error, or use "
                 "--backend transformers in another --out."
             ) from error
         pairs = zip(answers, sequences, strict=True)
@@ -187,7 +187,7 @@ def _parameters(prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) 
 
 
 def _scores(answer: "vllm.RequestOutput", prompt: np.ndarray, completion: np.ndarray, *, given_ids: bool) -> np.ndarray:
-    """Return float32 scores, shape (completion tokens,). Raises: ModelError: none, or scores of other tokens."""
+    """Return float32 scores, shape (completion tokens,). Raises: ModelError: missing, or scores of other tokens."""
     if given_ids:
         scores = answer.prompt_token_id_logprobs
         if scores is None:
@@ -203,7 +203,7 @@ def _scores(answer: "vllm.RequestOutput", prompt: np.ndarray, completion: np.nda
     first = flat.start_indices[len(prompt)]
     ids = np.array(flat.token_ids[first:], dtype=np.int64)
     if not np.array_equal(ids, completion):
-        raise ModelError("vLLM returned log-probabilities of other tokens than it was asked for.")
+        raise ModelError("vLLM returned log-probabilities of other tokens than requested.")
     return np.array(flat.logprobs[first:], dtype=np.float32)
 
 

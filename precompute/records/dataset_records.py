@@ -24,7 +24,7 @@ _KINDS = {
     ".tsv": ".csv",
 }
 
-# JSON files of the datasets library that hold no rows.
+# JSON files of the datasets library that contain no rows.
 _DATASET_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 
@@ -132,11 +132,11 @@ def _check_kinds(path: Path, name: str) -> None:
     kinds = sorted({_KINDS[_suffix(file)] for file in files})
     if len(kinds) == 0:
         raise FeedbackError(
-            f"{name}: a folder with no dataset in it. Expected one from save_to_disk, or files that end in"
+            f"{name}: a folder without a dataset. Expected one from save_to_disk, or files that end in"
             f" {', '.join(_KINDS)}."
         )
     if len(kinds) > 1:
-        raise FeedbackError(f"{name}: holds files of several kinds, {', '.join(kinds)}. Pass one file, or one kind.")
+        raise FeedbackError(f"{name}: contains files of several kinds, {', '.join(kinds)}. Pass one file, or one kind.")
 
 
 def _is_data(file: Path, folder: Path) -> bool:

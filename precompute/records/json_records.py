@@ -22,7 +22,7 @@ _BLANK_LINES_BEFORE = 1000
 # Longest escape, literal or number that the end of a piece may cut in two.
 _LONGEST_WORD = 32
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
-# Keys under which one object holds a whole data set.
+# Keys under which one object contains a whole data set.
 _WRAPPERS = ("data", "rows", "train", "examples", "records", "instances", "items")
 
 
@@ -81,7 +81,7 @@ def _array_items(text: "_Text") -> Iterator[tuple[int, object]]:
             text.begins("")
     text.drop(1)
     if not text.is_over():
-        raise FeedbackError(f"{text.name}:{text.line}: something follows the array. Keep one array, or write JSONL.")
+        raise FeedbackError(f"{text.name}:{text.line}: there is text after the array. Keep one array, or write JSONL.")
 
 
 def _object_items(text: "_Text") -> Iterator[tuple[int, object]]:
@@ -141,7 +141,7 @@ class _Text:
             closing: the character with which a complete file ends.
 
         Raises:
-            FeedbackError: not JSON, cut off, or too large.
+            FeedbackError: not JSON, truncated, or too large.
         """
         while True:
             try:
@@ -203,7 +203,7 @@ def _unambiguous(pairs: list[tuple[str, object]]) -> Record:
     if len(record) < len(pairs):
         for key, value in pairs:
             if value != record[key]:
-                raise ValueError(f"the key {quoted(key)} stands twice, with {quoted(value)} and {quoted(record[key])}")
+                raise ValueError(f"the key {quoted(key)} occurs twice, with {quoted(value)} and {quoted(record[key])}")
     return record
 
 
@@ -232,7 +232,7 @@ def _is_cut(error: Exception, text: str, position: int, closing: str) -> bool:
 
 def _bad_json(error: Exception, where: str, column: int, *, cut: bool) -> FeedbackError:
     if cut:
-        return FeedbackError(f"{where}: the last line looks cut off. {COPY_AGAIN}")
+        return FeedbackError(f"{where}: the last line is truncated. {COPY_AGAIN}")
     if isinstance(error, json.JSONDecodeError):
         return FeedbackError(f"{where}: not valid JSON: {error.msg} (column {column}). Repair the line.")
     return FeedbackError(f"{where}: not readable as JSON ({said_by(error)}). Repair or remove the record.")

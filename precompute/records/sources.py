@@ -10,8 +10,8 @@
 
 The three suffixes of JSON are interchangeable, and an object may span several lines. All files but Parquet may also
 end in .gz. Lines and rows count from 1; a record of several lines has the number of its first. Text is UTF-8, with or
-without a byte order mark. Files are read lazily, an item, a line or a batch of rows at a time. A record may have 64
-MiB: a few compressed bytes may expand to more than the memory.
+without a byte order mark. Files are read lazily, an item, a line or a batch of rows at a time. A record may be at
+most 64 MiB: a few compressed bytes may expand to more than the memory.
 """
 
 import gzip
@@ -66,7 +66,7 @@ def read_records(data: str, *, limit: int | None = None, columns: Collection[str
     """Return (where, record) for each record of `data`, or for its first `limit`, in stored order.
 
     `columns` names those that are needed. In Parquet only these are read, and all others have the value `NOT_READ`. A
-    record is a dict as stored. A column without a value holds None. Parquet and datasets give every nested object the
+    record is a dict as stored. The value of an empty column is None. Parquet and datasets give every nested object the
     keys of all others; there, nested keys without a value are left out.
 
     Raises:
@@ -117,7 +117,7 @@ def warnings_about(data: str) -> list[str]:
         return []
     files = "1 file is" if len(unread) == 1 else f"{len(unread):,} files are"
     return [
-        f"{data}: {files} not read, since the folder's other names, or its README, make no split of them: "
+        f"{data}: {files} not read, because the folder's other names, or its README, do not assign them to a split: "
         f"{quoted(unread[:5], 200)}. Rename them, or pass one file."
     ]
 

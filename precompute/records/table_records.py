@@ -45,7 +45,7 @@ def read_csv(handle: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Loc
             columns = _csv_header(cells, where, delimiter)
         elif len(cells) != len(columns):
             raise FeedbackError(
-                f"{where}: {len(cells)} cells under a header of {len(columns)}. The file is cut off, or a"
+                f"{where}: {len(cells)} cells under a header of {len(columns)}. The file is truncated, or a"
                 " cell with a delimiter or a line break is not in quotes."
             )
         else:
@@ -82,7 +82,7 @@ def _bad_csv(error: csv.Error, where: str) -> FeedbackError:
     reason = str(error)
     if "unexpected end of data" in reason:
         return FeedbackError(
-            f"{where}: a quote is opened and never closed. The file is cut off, or the quote is one too many"
+            f"{where}: a quote is opened and never closed. The file is truncated, or there is one quote too many"
             " (inside a cell, write it twice)."
         )
     if "new-line character" in reason:
@@ -112,7 +112,7 @@ def _refuse_twins(columns: Collection[str], where: str) -> None:
 
 
 def _cell(cell: str, column: str, where: str) -> object:
-    """Return None for an empty cell, and the parsed value for a JSON list in the columns that hold conversations."""
+    """Return None for an empty cell, and the parsed value for a JSON list in the columns of conversations."""
     if cell == "":
         return None
     if column not in ("messages", "conversations") or not cell.lstrip().startswith("["):

@@ -1,4 +1,4 @@
-"""Read lines of text from a feedback file, and turn operating system errors into messages that say what to do."""
+"""Read lines of text from a feedback file, and turn operating system errors into messages with a remedy."""
 
 import codecs
 import gzip
@@ -15,27 +15,29 @@ Located = tuple[str, Record]
 LARGEST_RECORD = 64 * 2**20
 # Largest compression ratio of a file; one with a higher ratio repeats the same text over and over.
 MOST_PACKED = 500
-# Consecutive blank lines: a compressed file may hold billions of them.
+# Consecutive blank lines: a compressed file may contain billions of them.
 _MOST_BLANK_LINES = 10**6
 _PIECE = 2**20
 COPY_AGAIN = "Copy or download it again."
-TOO_LARGE = f"A record may have {LARGEST_RECORD // 2**20} MiB: remove what is larger, or store it in another column."
+TOO_LARGE = (
+    f"A record may be at most {LARGEST_RECORD // 2**20} MiB: remove larger values, or store them in another column."
+)
 
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Re-raise operating system errors of reading a file as a `FeedbackError` that says what to do."""
+    """Re-raise operating system errors of reading a file as a `FeedbackError` with a remedy."""
     try:
         yield
     except MemoryError as error:
-        raise FeedbackError(f"{name}: needs more memory than there is ({said_by(error)}). {TOO_LARGE}") from error
+        raise FeedbackError(f"{name}: needs more memory than is available ({said_by(error)}). {TOO_LARGE}") from error
     except PermissionError:
         raise FeedbackError(f"{name}: no permission to read it. Check its owner and mode (ls -l).") from None
     except EOFError:
-        raise FeedbackError(f"{name}: the gzip data is cut off. {COPY_AGAIN}") from None
+        raise FeedbackError(f"{name}: the gzip data is truncated. {COPY_AGAIN}") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise FeedbackError(
-            f"{name}: not readable as gzip ({said_by(error)}). {COPY_AGAIN} Drop .gz if it is not packed."
+            f"{name}: not readable as gzip ({said_by(error)}). {COPY_AGAIN} Remove .gz from its name if it is not compressed."
         ) from error
     except OSError as error:
         raise FeedbackError(f"{name}: cannot be read ({said_by(error)}).") from error
@@ -68,7 +70,7 @@ def check_form(handle: IO[bytes], name: str, expected: bytes | None = None) -> N
     handle.seek(0)
     for mark, (form, advice) in _FORMS.items():
         if mark != expected and start.startswith(mark):
-            raise FeedbackError(f"{name}: holds {form}. {advice}")
+            raise FeedbackError(f"{name}: the content is {form}. {advice}")
 
 
 def decode(raw: bytes, name: str, line: int) -> str:
@@ -78,7 +80,7 @@ def decode(raw: bytes, name: str, line: int) -> str:
     except UnicodeDecodeError as error:
         where = f"{name}:{line + error.object.count(10, 0, error.start)}"  # 10 is the line feed
         if error.reason == "unexpected end of data" and error.end == len(error.object):
-            raise FeedbackError(f"{where}: the last line looks cut off. {COPY_AGAIN}") from None
+            raise FeedbackError(f"{where}: the last line is truncated. {COPY_AGAIN}") from None
         encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"
         raise FeedbackError(
             f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}). Convert it, for instance with"

@@ -26,7 +26,7 @@ from offline_kto.train.run_records import SampledLengths, Shortened
 # Row groups sampled for the lengths in the report; kto-precompute writes 64 rows into each.
 _GROUPS_SAMPLED = 64
 
-# Memory for decoded row groups: a small cache is kept whole, a large one is not.
+# Memory for decoded row groups: a small cache fits completely, a large one does not.
 _BYTES_IN_MEMORY = 256 * 2**20
 
 
@@ -107,7 +107,7 @@ class CacheRows(Dataset[TrainingRow]):
         cached = int(self.manifest.tokenization["max_length"])
         if max_length is not None and max_length > cached:
             raise CacheError(
-                f"--max-length {max_length}: the cache {folder} was cut at {cached} tokens, and scores of the rest do not "
+                f"--max-length {max_length}: the rows of the cache {folder} were cut at {cached} tokens, and scores of the rest do not "
                 f"exist. Use --max-length {cached} or less, or score again with kto-precompute --max-length {max_length}."
             )
         self.max_length = max_length or cached
@@ -141,7 +141,7 @@ class CacheRows(Dataset[TrainingRow]):
         self._decoded_bytes = 0
         if not len(self):
             raise CacheError(
-                f"--max-length {self.max_length}: every prompt in {folder} is as long or longer; no row is left."
+                f"--max-length {self.max_length}: every prompt in {folder} has at least that many tokens; no row is left."
             )
 
     def column(self, column: str, summary: Callable[[pa.Array], pa.Array] = lambda values: values) -> pa.ChunkedArray:
@@ -247,7 +247,7 @@ class CacheRows(Dataset[TrainingRow]):
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise the limit on open files, so that all shards stay open and the verified files are the ones that are read.
+    """Raise the limit on open files, so that all shards stay open, and the files that are read are the verified ones.
 
     Raises:
         CacheError: the system does not allow so many.

@@ -14,7 +14,7 @@ def rows_in_words(data: RunData) -> str:
         f", {held:,} held out" if held else "",
         f" ({inside})" if inside else "",
         shortened_in_words(data["shortened"], limit),
-        f", {data['unpaired']:,} left out (in no pair, or its two rows are alike)" if data["unpaired"] else "",
+        f", {data['unpaired']:,} left out (not in a pair, or both rows are equal)" if data["unpaired"] else "",
     ]
     return "".join(parts)
 

@@ -12,10 +12,11 @@ from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.feedback.labels import rare_class
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.models.precision import Precision
-from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
+from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.batches import EpochBatches, split_by_prompt, strata_of, units_of
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.held_out import HeldOutRows, check_fraction
+from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 from offline_kto.train.run_records import RunData, RunRecord
 
 
@@ -53,7 +54,7 @@ class TrainingData:
             read: opens a cache.
 
         Raises:
-            CacheError, TrainingError: unusable caches, a loss that they cannot serve, or nothing left on one side.
+            CacheError, TrainingError: unusable caches, a loss that they do not support, or no training or held-out row.
         """
         rows = read(config.cache, config.max_length)
         train: Sequence[int] = range(len(rows))
@@ -102,20 +103,20 @@ class TrainingData:
         scored = self.rows.manifest.reference.get("dtype")
         if scored != precision.name:
             lines.append(
-                f"the cache was scored in {scored}, the policy computes in {precision.name}: rewards start off 0 by rounding. "
-                f"kto-precompute --dtype {precision.name} scores as this run computes."
+                f"the cache was scored in {scored}, the policy computes in {precision.name}: rewards do not start at 0, because of "
+                f"rounding. kto-precompute --dtype {precision.name} scores in this run's precision."
             )
         if self._eval_cache is not None:
             shared = len(set(self._eval_cache.prompt_ids) & set(self.rows.prompt_ids))
             if shared:
                 lines.append(
-                    f"{shared:,} prompts of --eval-cache are trained on as well; its values say little about new prompts."
+                    f"{shared:,} prompts of --eval-cache are also training prompts; held-out values are no measure for new prompts."
                 )
         contradictions = self.rows.contradictions
         if contradictions:
             lines.append(
-                f"{contradictions:,} completions carry both labels, each for one and the same prompt; their effects cancel "
-                "out. Decide which label is right, or drop them."
+                f"{contradictions:,} completions carry both labels for the same prompt; their effects cancel "
+                "out. Decide which label is right, or remove them."
             )
         return lines + self._rare_class(config)
 
@@ -127,7 +128,7 @@ class TrainingData:
         if batches <= rarer:
             return [rare]
         return [
-            f"{rare} At least {batches - rarer:,} of {batches:,} batches hold none of them; --batch-size {-(-total // rarer)} "
+            f"{rare} At least {batches - rarer:,} of {batches:,} batches contain none of them; --batch-size {-(-total // rarer)} "
             "gives each one."
         ]
 
@@ -163,9 +164,10 @@ def _units(rows: CacheRows, indices: Sequence[int], config: TrainConfig, where: 
         units = units[~_alike(rows, units)]
     if len(units):
         return units
+    unpaired = ", ".join(name for name in LOSSES if name not in PAIRED_LOSSES)
     raise TrainingError(
         f"{where}: --loss {config.loss} compares two completions of one prompt, but no two of its {len(indices):,} rows share a "
-        "pair_id. Feedback with 'chosen' and 'rejected' makes pairs; --loss kto, apo_zero or bco use rows as they are."
+        f"pair_id. Feedback with 'chosen' and 'rejected' makes pairs; these losses need none: {unpaired}."
     )
 
 
@@ -245,15 +247,15 @@ def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: se
         return RowsToEvaluate(held_out, "held out", of_run=True)
     everything = range(len(rows))
     if trained_prompts is None:
-        what = "all of them; which ones the run was trained on is not on record"
+        what = "all of them; there is no record of the rows that the run was trained on"
         return _perhaps_trained_on(_held_out(rows, everything, config), what)
     new = [i for i in everything if rows.prompt_ids[i] not in trained_prompts]
     day, trained_on = rows.manifest.tokenization.get("rendered_on"), record.get("rendered_on")
     other_day = day and (str(day)[:10] != str(trained_on)[:10] if trained_on else len(new) == len(rows))
     if other_day:
         what = (
-            f"all of them; their chat template wrote the date, {str(day)[:10]}, and into the run's rows another one, so that "
-            "nobody can tell which ones it was trained on (kto-precompute --template-date renders for the same day)"
+            f"all of them; their chat template wrote the date, {str(day)[:10]}, and another one into the run's rows, so it is "
+            "unknown which ones it was trained on (kto-precompute --template-date renders for the same day)"
         )
         return _perhaps_trained_on(_held_out(rows, everything, config), what)
     if not new:
@@ -265,7 +267,7 @@ def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: se
         )
         return RowsToEvaluate(trained, "the run was trained on their prompts", of_run=False, warning=warning)
     left_out = len(rows) - len(new)
-    what = "not trained on" + (f"; {left_out:,} more were, and are left out" if left_out else "")
+    what = "not trained on" + (f"; {left_out:,} rows that it was trained on are left out" if left_out else "")
     return RowsToEvaluate(_held_out(rows, new, config), what, of_run=False)
 
 

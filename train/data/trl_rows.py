@@ -20,7 +20,7 @@ def trl_rows(rows: CacheRows, *, partner: int) -> datasets.Dataset:
     """
     if not 0 <= partner < rows.partners:
         raise CacheError(
-            f"{rows.folder}: has {rows.partners} mismatched completions for each row, no number {partner}."
+            f"{rows.folder}: has {rows.partners} mismatched completions for each row, but not number {partner}."
         )
     own = {name: rows.column(name) for name in ("prompt_ids", "completion_ids", "label", "ref_logps")}
     mismatched = {

@@ -32,7 +32,7 @@ def class_weight_values(config: TrainConfig, desirable: int, undesirable: int) -
         return fixed[0], fixed[1]
     if 0.0 in fixed:
         raise TrainingError(
-            "A class weight of auto has nothing to balance against a weight of 0. Give both weights as numbers."
+            "A class weight of auto cannot be balanced against a weight of 0. Give both weights as numbers."
         )
     ratio = fixed[0] * desirable / (fixed[1] * undesirable)
     if BALANCE[0] <= ratio <= BALANCE[1]:
@@ -47,14 +47,12 @@ def warnings_for(config: TrainConfig, desirable: int, undesirable: int, weights:
     """Return one line, with the value to use, for each setting outside the published ranges."""
     lines = class_warnings(desirable, undesirable, weights)
     if not _BETA[0] <= config.beta <= _BETA[1]:
-        lines.append(
-            f"--beta {config.beta:g} lies outside of the published {_BETA[0]:g} to {_BETA[1]:g}; 0.1 is usual."
-        )
+        lines.append(f"--beta {config.beta:g} is outside the published {_BETA[0]:g} to {_BETA[1]:g}; 0.1 is usual.")
     low, high = _RATE_LORA if config.lora_rank else _RATE
     if not low <= config.learning_rate <= high:
         kind, usual = ("LoRA", 2e-5) if config.lora_rank else ("full fine-tuning", 1e-6)
         lines.append(
-            f"--learning-rate {config.learning_rate:g} lies outside of the published {low:g} to {high:g} for {kind}; {usual:g} is usual."
+            f"--learning-rate {config.learning_rate:g} is outside the published {low:g} to {high:g} for {kind}; {usual:g} is usual."
         )
     if config.batch_size < 8:
         lines.append(
@@ -79,6 +77,6 @@ def _imbalance(desirable: int, undesirable: int, weights: tuple[float, float]) -
     low = BALANCE[0] * weights[1] * undesirable / desirable
     high = BALANCE[1] * weights[1] * undesirable / desirable
     return (
-        f"{desirable:,} desirable and {undesirable:,} undesirable rows with weights {weights[0]:g} and {weights[1]:g} lie outside "
-        f"of 1:1 to 4:3; use --desirable-weight auto (or {low:.3g} to {high:.3g})."
+        f"{desirable:,} desirable and {undesirable:,} undesirable rows with weights {weights[0]:g} and {weights[1]:g} are outside the "
+        f"range 1:1 to 4:3; use --desirable-weight auto (or {low:.3g} to {high:.3g})."
     )

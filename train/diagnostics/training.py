@@ -12,8 +12,9 @@ from statistics import median
 
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.settings import BALANCE
+from offline_kto.train.loss_traits import LOSS_TRAITS
 
-# A batch's values are noisy, and a class may be absent from it. So the median over the last updates is judged, once
+# A batch's values are noisy, and a class may be absent from it. So the median over the last updates is checked, once
 # there are a few, and a condition must last for a while. A record of --logging-steps N counts as N updates, but one or
 # two records are never enough.
 _WINDOW = 32
@@ -55,17 +56,13 @@ _WORSE = 1.05
 _TRAINING_FELL = 0.98
 _PATIENCE = 2
 
-# Losses whose rewards are measured from z0 (0 if they have no kl), and losses that only separate the classes.
-_FROM_Z0 = ("kto", "humanline", "apo_zero")
-_FROM_MIDDLE = ("bco", "dpo")
-
 _DESIRABLE, _UNDESIRABLE = "rewards/chosen", "rewards/rejected"
 _SEEN = (_DESIRABLE, _UNDESIRABLE, "logps/chosen", "kl", "loss")
 
 
 @dataclass(frozen=True)
-class Alarm:
-    """One warning.
+class RunWarning:
+    """A warning about a run in progress.
 
     Attributes:
         kind: rate-high, rate-low, kl, class, saturated or overfitting.
@@ -80,7 +77,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that a run's records are judged by: options, class weights as numbers, rows of each class."""
+    """The settings that warnings about a run depend on: options, class weights as numbers, rows of each class."""
 
     loss: str
     beta: float
@@ -116,15 +113,15 @@ class Settings:
         )
 
 
-def alarms(records: Iterable[Mapping[str, object]], settings: Settings) -> list[Alarm]:
+def run_warnings(records: Iterable[Mapping[str, object]], settings: Settings) -> list[RunWarning]:
     """Return the warnings that a run with these records gave, in their order.
 
     Args:
-        records: of `metrics.jsonl`; a name that is missing or null is not judged.
+        records: of `metrics.jsonl`; a name that is missing or null gives no warning.
         settings: those of the run.
     """
     watch = Watch(settings)
-    return [alarm for record in records for alarm in watch.add(record)]
+    return [warning for record in records for warning in watch.add(record)]
 
 
 @dataclass(frozen=True)
@@ -144,6 +141,10 @@ class Watch:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        traits = LOSS_TRAITS[settings.loss]
+        self._judges_rewards = traits.sigmoid
+        # Other losses only separate the classes: their rewards are measured from the middle of both.
+        self._from_z0 = traits.measured_from in ("z0", "0")
         self._told: set[str] = set()
         self._window: deque[tuple[int, int, dict[str, float]]] = deque()  # (step, updates, values)
         self._since: dict[str, tuple[int, int]] = {}  # (step, record)
@@ -154,7 +155,7 @@ class Watch:
         self._halfway: int | None = None
         self._held_out = _HeldOut()
 
-    def add(self, record: Mapping[str, object]) -> list[Alarm]:
+    def add(self, record: Mapping[str, object]) -> list[RunWarning]:
         """Add a record and return the new warnings."""
         step = record.get("step")
         if not isinstance(step, int):
@@ -165,8 +166,10 @@ class Watch:
             found = self._trained(record, step)
         else:
             return []
-        new = [Alarm(kind, step, text) for kind, text in found.items() if text is not None and kind not in self._told]
-        self._told.update(alarm.kind for alarm in new)
+        new = [
+            RunWarning(kind, step, text) for kind, text in found.items() if text is not None and kind not in self._told
+        ]
+        self._told.update(warning.kind for warning in new)
         return new
 
     def _trained(self, record: Mapping[str, object], step: int) -> dict[str, str | None]:
@@ -180,7 +183,7 @@ class Watch:
         self._window.append((step, span, values))
         while self._window[0][0] <= step - _WINDOW and len(self._window) > _RECORDS:
             self._window.popleft()
-        if self.settings.loss not in _FROM_Z0 + _FROM_MIDDLE:
+        if not self._judges_rewards:
             return {}
         too_fast = self._too_fast(values)
         if too_fast or "rate-high" in self._told:  # other conditions then have the same cause
@@ -216,12 +219,12 @@ class Watch:
         return median(kls[half:]) > _RISING * median(kls[:half])
 
     def _now(self) -> _Now:
-        beta, from_z0 = self.settings.beta, self.settings.loss in _FROM_Z0
+        beta = self.settings.beta
         desirable, undesirable = self._median(_DESIRABLE), self._median(_UNDESIRABLE)
         kl = self._median("kl")
         sides = None
         if desirable is not None and undesirable is not None:
-            z0 = beta * (kl or 0.0) if from_z0 else (desirable + undesirable) / 2
+            z0 = beta * (kl or 0.0) if self._from_z0 else (desirable + undesirable) / 2
             sides = desirable - z0, z0 - undesirable
         logps = self._median("logps/chosen")
         return _Now(
@@ -276,13 +279,13 @@ class Watch:
             return None
         rising = ", still rising" if rises else ""
         return (
-            f"kl is {now.kl / self.settings.beta:.3g} nats{rising}: at beta * kl {now.kl:.1f} a completion that the policy left "
-            f"alone has {_slope(now.kl):.0%} of its gradient left; healthy runs stay below 1. Use "
+            f"kl is {now.kl / self.settings.beta:.3g} nats{rising}: at beta * kl {now.kl:.1f} a completion that the policy has not "
+            f"changed has {_slope(now.kl):.0%} of its gradient left; healthy runs stay below 1. Use "
             f"{self._rate(1 / min(max(now.kl, 2.0), 10.0))}."
         )
 
     def _one_class(self, now: _Now) -> str | None:
-        if self.settings.loss not in _FROM_Z0 or now.sides is None:
+        if not self._from_z0 or now.sides is None:
             return None
         desirable, undesirable = now.sides
         certain = now.room is not None and now.room < _ROOM
@@ -306,7 +309,7 @@ class Watch:
         stop = (
             ""
             if self._halfway in (None, now.step)
-            else f"--max-steps {self._halfway} (half of that was reached there) or "
+            else f"--max-steps {self._halfway} (half of that distance was reached there) or "
         )
         beta = _rounded(self.settings.beta * _FLAT / 2 / min(now.sides))
         return (
@@ -353,7 +356,7 @@ class Watch:
             else ("undesirable", of.undesirable_weight, ratio / BALANCE[0])
         )
         if factor < 1.05:
-            return f"{self._rate(0.5)} (class weights are at the end of the published range already)"
+            return f"{self._rate(0.5)} (class weights are already at the end of the published range)"
         return f"--{name}-weight {factor * weight:.3g}"
 
 

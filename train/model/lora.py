@@ -50,10 +50,10 @@ def add_adapters(model: Model, config: TrainConfig, *, base: str) -> Model:
     Args:
         model: from `load_causal_lm`, frozen.
         config: `lora_rank`, `lora_alpha`, `lora_targets`.
-        base: the name under which the saved adapters will look for their base model.
+        base: the name of the base model in the saved adapters' configuration.
 
     Raises:
-        ConfigError: targets that this model does not have, or that cannot carry adapters.
+        ConfigError: targets that this model does not have, or that do not support adapters.
     """
     import peft
 
@@ -106,7 +106,7 @@ def _activate(model: nn.Module, names: list[str]) -> None:
 
 
 def _without_adapters(model: Model) -> dict[str, str]:
-    """Return the linear layers that must not carry an adapter, with the reason for each."""
+    """Return the linear layers that must not get an adapter, with the reason for each."""
     excluded = {}
     returns_one: dict[type[nn.Module], bool] = {nn.Linear: True, Conv1D: True}
     text = _text_models(model)
@@ -152,12 +152,12 @@ def _returns_one_tensor(module: Model) -> bool:
 def _check_target(model: Model, name: str, excluded: dict[str, str]) -> None:
     modules = _named(name, dict(model.named_modules()))
     if any(module is model.get_output_embeddings() for module in modules.values()):
-        raise ConfigError("--lora-targets: the output layer cannot carry an adapter; its rows are read one by one.")
+        raise ConfigError("--lora-targets: the output layer does not support an adapter; its rows are read one by one.")
     if modules and all(not hasattr(module, "weight") and any(module.children()) for module in modules.values()):
         kind = type(next(iter(modules.values()))).__name__
-        raise ConfigError(f"--lora-targets {name}: a {kind}, no linear layer. Name the layers inside of it.")
+        raise ConfigError(f"--lora-targets {name}: a {kind}, not a linear layer. Name the layers inside it.")
     if modules and modules.keys() <= excluded.keys():
-        raise ConfigError(f"--lora-targets {name}: cannot carry adapters: {excluded[min(modules)]}.")
+        raise ConfigError(f"--lora-targets {name}: does not support adapters: {excluded[min(modules)]}.")
 
 
 def _check_names(model: Model, names: list[str], known: list[str]) -> None:
@@ -168,8 +168,8 @@ def _check_names(model: Model, names: list[str], known: list[str]) -> None:
             continue
         if _named(name, parameters):
             raise ConfigError(
-                f"--lora-targets {name}: a parameter of its own (experts are stacked in such), no layer: --lora-targets does "
-                "not reach it. Leave it out (peft's target_parameters could adapt it)."
+                f"--lora-targets {name}: a parameter (such as stacked experts), not a layer: --lora-targets does "
+                "not support it. Remove it (peft's target_parameters could adapt it)."
             )
         near = difflib.get_close_matches(name.split(".")[-1], known, 1)
         meant = f"Did you mean {near[0]}?" if near else f"Its linear layers: {', '.join(known)}."

@@ -27,7 +27,7 @@ class PolicyFiles:
 
     Attributes:
         name: as the user or the manifest names it.
-        adapter: the reference's adapter; merged into the weights before training, or kept beside quantised weights.
+        adapter: the reference's adapter; merged into the weights before training, or loaded next to quantised weights.
         warnings: about the folder, for the plan.
         is_local: whether the model is a folder of the user's, and not one of the hub's.
     """
@@ -42,7 +42,7 @@ class PolicyFiles:
     @property
     def how_adapted(self) -> str:
         """Where the reference's adapter is, for the printed plan."""
-        return "beside its quantised weights" if is_quantized_folder(self.folder) else "merged"
+        return "next to its quantised weights" if is_quantized_folder(self.folder) else "merged"
 
     @classmethod
     def find(cls, config: TrainConfig, manifest: Manifest) -> "PolicyFiles":
@@ -97,13 +97,13 @@ class PolicyFiles:
         if not other:
             return
         message = (
-            f"{self.name}: its {' and '.join(other)} differ{'s' if len(other) == 1 else ''} from what the cache "
+            f"{self.name}: its {' and '.join(other)} differ{'s' if len(other) == 1 else ''} from the one that the cache "
             f"was tokenized with ({manifest.reference.get('id')})."
         )
         if not allow:
             raise TrainingError(
-                f"{message} The trained model would be prompted in another way than it was trained. Score again with "
-                f"kto-precompute --model {self.name}, or pass --allow-different-policy if this is meant."
+                f"{message} The trained model would be prompted differently than in training. Score again with "
+                f"kto-precompute --model {self.name}, or pass --allow-different-policy if this is intended."
             )
         warn(message)
 
@@ -116,7 +116,7 @@ class PolicyFiles:
         """
         if not config.lora_rank and is_quantized_folder(self.folder):
             raise TrainingError(
-                f"{self.name}: its weights are quantised, and cannot be trained themselves. Train adapters on them "
+                f"{self.name}: its weights are quantised and cannot be trained. Train adapters on them "
                 "(QLoRA) with --lora-rank 16."
             )
         model = load_causal_lm(
@@ -159,8 +159,8 @@ def _repair_generation(model: Model) -> None:
         generation.do_sample = True
     try:
         generation.validate(strict=True)
-        warn("generation_config.json samples without do_sample; it is saved with it")
+        warn("generation_config.json sets sampling options without do_sample; do_sample is added when it is saved")
     except ValueError:
         tokens = {name: value for name, value in generation.to_dict().items() if name.endswith("_token_id")}
         model.generation_config = transformers.GenerationConfig.from_dict(tokens)
-        warn("generation_config.json contradicts itself; of it, only the special tokens are saved")
+        warn("generation_config.json contradicts itself; only its special tokens are saved")

@@ -260,7 +260,7 @@ def narrowed(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         largest = float(weight.abs().max())
         kind = str(dtype).removeprefix("torch.")
         raise TrainingError(
-            f"--save-dtype {kind}: {name} holds {largest:.3g}, which {kind} cannot hold. Use --save-dtype bfloat16 or float32."
+            f"--save-dtype {kind}: {name} contains {largest:.3g}, which is too large for {kind}. Use --save-dtype bfloat16 or float32."
         )
     return narrow
 

@@ -31,7 +31,9 @@ SPLITS = ("train", "held_out")
 _FAR = 1e100  # squares and sums of numbers below this are finite
 _NUMBERS = frozenset((int, float, type(None)))
 _LONGEST = 100_000  # characters of one text
-_GOING_ON = datetime.timedelta(minutes=10)  # a run is active if it wrote a record within this time and holds its lock
+_ACTIVE_WITHIN = datetime.timedelta(
+    minutes=10
+)  # a run is active if it wrote a record within this time and holds its lock
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,7 +54,7 @@ class Run:
     evaluation: EvaluationRecord
     logratios: dict[tuple[str, bool], Floats]
     changed: datetime.datetime | None
-    going_on: bool
+    running: bool
     notes: tuple[str, ...]
 
     def __repr__(self) -> str:
@@ -113,7 +115,7 @@ class Sweep:
     trials: tuple[Trial, ...]
     metric: str
     maximize: bool
-    going_on: bool
+    running: bool
     notes: tuple[str, ...]
 
     def __repr__(self) -> str:
@@ -147,10 +149,10 @@ def read_folder(folder: Path) -> Run | Sweep:
         return _sweep(folder)
     if names & {"run.json", "metrics.jsonl"}:
         return _run(folder)
-    holds = f"holds {min(names)}, but" if names else "is empty:"
+    holds = f"contains {min(names)}, but" if names else "is empty:"
     raise ConfigError(
-        f"{folder}: {holds} neither run.json nor sweep.json: it is no run of kto-train and no sweep of kto-sweep. "
-        "Name the folder that was its --out."
+        f"{folder}: {holds} neither run.json nor sweep.json, so it is neither a kto-train run nor a kto-sweep sweep. "
+        "Name the folder that its --out named."
     )
 
 
@@ -188,10 +190,10 @@ class _Reader:
         try:
             content = json.loads(read_foreign(path, most=LARGEST_JSON), parse_int=_whole)
         except (OSError, ValueError, RecursionError) as error:
-            self.notes.append(f"{name} cannot be read ({said_by(error)}): what it held is left out.")
+            self.notes.append(f"{name} cannot be read ({said_by(error)}): its content is left out.")
             return {}
         if not isinstance(content, dict):
-            self.notes.append(f"{name} holds no JSON object: it is left out.")
+            self.notes.append(f"{name} is not a JSON object: it is left out.")
         return mapping(self._checked(name, _fit(content)))
 
     def yaml(self, name: str) -> dict[str, object]:
@@ -215,7 +217,7 @@ class _Reader:
         damaged = sum(1 for line in lines if line.strip()) - len(found)
         if damaged:
             what = "1 line that is" if damaged == 1 else f"{damaged:,} lines that are"
-            self.notes.append(f"metrics.jsonl has {what} cut off or damaged, as a crash leaves it: left out.")
+            self.notes.append(f"metrics.jsonl has {what} truncated or damaged, perhaps by a crash: left out.")
         return tuple(self._checked("metrics.jsonl", found))
 
     def _checked(self, name: str, content: _T) -> _T:
@@ -313,7 +315,7 @@ def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
         changed = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc)
     except (OSError, ValueError, OverflowError):  # a time outside the calendar's range
         changed = None
-    recently = changed is not None and datetime.datetime.now(datetime.timezone.utc) - changed < _GOING_ON
+    recently = changed is not None and datetime.datetime.now(datetime.timezone.utc) - changed < _ACTIVE_WITHIN
     run = Run(
         path=folder,
         name=printable(folder.resolve().name),
@@ -323,7 +325,7 @@ def _run(folder: Path, *, of_a_sweep: bool = False) -> Run:
         evaluation=cast("EvaluationRecord", reader.json("evaluation.json", expected=False)),
         logratios=reader.logratios(),
         changed=changed,
-        going_on=recently and is_held(folder),
+        running=recently and is_held(folder),
         notes=(),
     )
     return Run(**{**run.__dict__, "notes": tuple(reader.notes)})
@@ -344,7 +346,7 @@ def _sweep(folder: Path) -> Sweep:
         trials=tuple(trial for trial in trials if trial is not None),
         metric=str(metric),
         maximize=str(record.get("direction", "")).lower().startswith("max"),
-        going_on=is_held(folder),
+        running=is_held(folder),
         notes=(*reader.notes, *notes),
     )
 

@@ -34,18 +34,18 @@ _FROM_ZERO = ("learning_rate", "tokens_per_second", "peak_memory_mb")  # another
 
 # Title, metrics, caption.
 _RUN_CURVES = (
-    ("Loss", ("loss",), "The mean over a batch; what training makes small."),
+    ("Loss", ("loss",), "The mean over a batch, which training minimizes."),
     ("Rewards", ("rewards/chosen", "rewards/rejected"), "beta times the log-ratio of policy and reference, by class."),
     (
         "Reward margin",
         ("rewards/margins",),
-        "Desirable less undesirable. Above zero the policy prefers what people liked.",
+        "Desirable minus undesirable. Above zero the policy prefers the completions that people liked.",
     ),
-    ("Accuracy", ("accuracy",), "The share of rows that lie on the right side."),
+    ("Accuracy", ("accuracy",), "The share of rows on the right side of the loss's reference point."),
     (
         "Reference point z0",
         ("kl", "kl_raw"),
-        "From mismatched completions; the raw estimate may be negative, the loss takes it from zero on.",
+        "From mismatched completions; the raw estimate may be negative, the loss clamps it at zero.",
     ),
     (
         "Log-probability",
@@ -124,7 +124,7 @@ def reward_histograms(run: Run) -> list[tuple[str, Plot]]:
             figure, beyond = histograms(groups, unit=unit)
             marked_at(figure, 0.0, "")
             note = "; ".join(told).capitalize() + "."
-            note += f" {beyond:,} rows lie beyond the axis." if beyond else ""
+            note += f" {beyond:,} rows are beyond the axis." if beyond else ""
             found.append(
                 (
                     _SPLIT_WORDS[split],
@@ -187,7 +187,7 @@ def trial_curves(sweep: Sweep) -> list[tuple[str, Plot]]:
     metrics = ["eval/loss", "loss", "eval/rewards/margins", "rewards/margins", "eval/accuracy", "accuracy"]
     judged = sweep.metric
     if all(len(trial.run.curve(judged)[0]) < 2 for trial in chosen if trial.run):
-        judged = judged.removeprefix("eval/")  # a metric with single points instead of curves does not come first
+        judged = judged.removeprefix("eval/")  # a metric with single points instead of curves is not drawn first
     metrics.sort(key=lambda metric: metric != judged)
     for metric in metrics:
         lines = []

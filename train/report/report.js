@@ -63,7 +63,7 @@ function mark(scope, trial) {
     row.querySelector(".trial").setAttribute("aria-pressed", String(is));
   }
   const live = scope.querySelector(".marked");
-  if (live) live.textContent = chosen === null ? "" : `Trial ${chosen} is marked. Mark it again to let go.`;
+  if (live) live.textContent = chosen === null ? "" : `Trial ${chosen} is marked. Select it again to unmark it.`;
   for (const div of drawn) if (scope.contains(div)) markIn(div, chosen);
 }
 
@@ -253,7 +253,7 @@ const panel = {
     const reach = SATURATED / at.beta;
     const share = (name) => 1 - below(quantiles[name], at.z0 + reach) + below(quantiles[name], at.z0 - reach);
     const present = ["desirable", "undesirable"].filter((name) => counts[name] > 0);
-    const far = `A row more than ${number(reach)} nats from z0 teaches almost nothing any more: less than a tenth of the gradient at z0.`;
+    const far = `A row more than ${number(reach)} nats from z0 has almost no effect on training: less than a tenth of the gradient at z0.`;
     if (!present.length) return far;
     const total = present.reduce((sum, name) => sum + counts[name], 0);
     const all = present.reduce((sum, name) => sum + share(name) * counts[name], 0) / total;

@@ -2,6 +2,11 @@
 
     folders.py reads, words.py formats, figures.py, plots.py and sweep_figures.py draw, report.html.j2 lays out
 
+Where a text of the page is written: headings and explanations in report.html.j2; the status, the summary and the tiles of
+a run or sweep in words.py; titles, captions and notes of plots in plots.py and sweep_figures.py; axis titles in
+figures.py; tables of data and origin in this file; warnings in train/diagnostics; text that changes while a reader
+uses the page in report.js.
+
 The content of a folder is untrusted: the template escapes it, data in scripts cannot end the script element, plots
 display it verbatim, and the page's content security policy allows only its own script.
 """
@@ -58,7 +63,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     if out.is_dir():
         raise ConfigError(f"--out {out}: a folder of that name exists; name an .html file.")
     if out.exists() and out.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--out {out}: a file of that name exists, and is no report; name an .html file.")
+        raise ConfigError(f"--out {out}: a file of that name exists and is not a report; name an .html file.")
     page = _page([read_folder(folder) for folder in folders])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,15 +77,15 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 def warnings_of(run: "Run") -> list[str]:
     """Return the warnings before and during a run, one sentence each, as on its console."""
-    from offline_kto.train.diagnostics.training import Settings, alarms
+    from offline_kto.train.diagnostics.training import Settings, run_warnings
 
     said = _plan_warnings(run.run_record)
     try:
-        found = alarms(run.records, Settings(**run.run_record["alarms"]))
+        found = run_warnings(run.records, Settings(**run.run_record["alarms"]))
     # A run of another version, or values that are not numbers or not finite.
     except (KeyError, TypeError, ValueError, ArithmeticError):
         return said
-    return said + [f"Step {alarm.step:,}: {alarm.text}" for alarm in found]
+    return said + [f"Step {warning.step:,}: {warning.text}" for warning in found]
 
 
 def _plan_warnings(record: "RunRecord | SweepRecord") -> list[str]:
@@ -259,9 +264,9 @@ def _data(record: "RunRecord | SweepRecord") -> dict[str, object] | None:
     lines = []
     for key, text in (
         ("truncated", "rows of the sample fill the limit of tokens"),
-        ("dropped", "rows dropped, their prompt leaves no room"),
+        ("dropped", "rows dropped because their prompt leaves no room"),
         ("contradictory", "completions that carry both labels"),
-        ("max_length", "tokens are the limit of a row"),
+        ("max_length", "tokens at most in a row"),
     ):
         value = number(data.get(key))
         if value is not None:
@@ -361,7 +366,7 @@ def _comparison(runs: Sequence[tuple["Run", str]]) -> dict[str, object]:
 def _panel_plot() -> "Plot":
     from offline_kto.train.report.figures import Plot, value_function
 
-    label = "Value, loss and gradient of one row over its log-ratio, with this run's rows behind them."
+    label = "Value, loss and gradient of one row over its log-ratio, with this run's rows in the background."
     return Plot("The value of an outcome", label, value_function(), height=430)
 
 

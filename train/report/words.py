@@ -129,8 +129,8 @@ def final(run: Run, metric: str) -> tuple[float | None, str, str]:
 
 
 def status(run: Run) -> str:
-    """Return the state of a run: finished, going on, or unfinished."""
-    return "finished" if run.finished else "going on" if run.going_on else "unfinished"
+    """Return the state of a run: finished, running, or unfinished."""
+    return "finished" if run.finished else "running" if run.running else "unfinished"
 
 
 def summary(run: Run) -> str:
@@ -153,7 +153,7 @@ def summary(run: Run) -> str:
         text += f"; reward margin {shown(margin, 3)}{' ' + bounds if bounds else ''}"
     if run.finished:
         return text + "."
-    return text + ("; still going on." if run.going_on else "; the run has not finished.")
+    return text + ("; still running." if run.running else "; the run has not finished.")
 
 
 # Options that get a column in a comparison if runs differ in them.
@@ -205,11 +205,11 @@ def tiles(run: Run) -> list[Tile]:
 
 
 def sweep_status(sweep: Sweep) -> str:
-    """Return the state of a sweep: finished, going on, or unfinished."""
+    """Return the state of a sweep: finished, running, or unfinished."""
     ended = [trial for trial in sweep.trials if trial.state != "running"]
     if sweep.trials and len(ended) >= (number(sweep.sweep_record.get("planned")) or len(sweep.trials)):
         return "finished"
-    return "going on" if sweep.going_on else "unfinished"
+    return "running" if sweep.running else "unfinished"
 
 
 def sweep_summary(sweep: Sweep) -> str:

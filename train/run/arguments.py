@@ -17,7 +17,7 @@ from offline_kto.kto_core.options import check_table, value_types
 from offline_kto.kto_core.redaction import is_secret_name, without_secrets
 from offline_kto.train.config import TrainConfig
 
-# Set from our own options: the same setting in two places could contradict itself.
+# Set from our own options: two places for one setting could contradict each other.
 _OURS = {
     "output_dir": "--out",
     "per_device_train_batch_size": "--batch-size",
@@ -47,7 +47,7 @@ _OURS = {
 }
 
 # Settings that would silently have no effect here.
-_NO_EFFECT = {"label_smoothing_factor": "the losses here have no smoothed form"}
+_NO_EFFECT = {"label_smoothing_factor": "the losses have no smoothed form"}
 
 # More updates than any run makes.
 _NEVER = 2**31
@@ -138,7 +138,7 @@ def training_arguments(
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
     if args.world_size != world:
         raise ConfigError(
-            f"The launcher started {world} processes, but accelerate joins {args.world_size} on {args.device}: each would train "
+            f"The launcher started {world} processes, but accelerate connects {args.world_size} on {args.device}: each would train "
             f"by itself. {START_OR_UNSET}"
         )
     if args.use_liger_kernel and not is_liger_kernel_available():
@@ -146,7 +146,7 @@ def training_arguments(
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer.endswith(_STEPS_INSIDE):
         raise ConfigError(
-            f"training: optim: {optimizer} updates weights inside of the backward pass, but one batch here takes many of "
+            f"training: optim: {optimizer} updates weights inside the backward pass, but one batch here needs many of "
             "them. Choose another optimizer, adamw_bnb_8bit to save memory."
         )
     try:
@@ -179,7 +179,7 @@ def _table(config: TrainConfig) -> dict[str, object]:
 
 
 def _check_kinds(table: dict[str, object]) -> None:
-    """Check the types in the table: the Trainer would take the text 'no' for true."""
+    """Check the types in the table: the Trainer would read the text 'no' as true."""
     kinds = value_types(transformers.TrainingArguments)
     for name, value in table.items():
         wanted = set(kinds[name])

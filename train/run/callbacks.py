@@ -79,11 +79,11 @@ def _lines(path: Path) -> list[str]:
     try:
         return read_foreign(path, most=LARGEST_METRICS).decode("utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise TrainingError(f"{path}: cannot be read: {error}. Remove it, or put it back.") from error
+        raise TrainingError(f"{path}: cannot be read: {error}. Remove it, or restore it.") from error
 
 
 def _parsed(line: str) -> MetricsRecord | None:
-    """Return a record, or None for a line that is truncated or contains anything but numbers."""
+    """Return a record, or None for a line that is truncated or contains other values than numbers."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -153,8 +153,8 @@ class Console(transformers.TrainerCallback):
             self._say(f"{'eval':<12}{state.global_step}/{state.max_steps}  {_summary(values)}")
         elif "loss" in record:
             self._step(record, state)
-        for alarm in self.watch.add(record) if self.watch is not None else ():
-            self._say(f"{'warning':<12}step {alarm.step:,}: {alarm.text}")
+        for warning in self.watch.add(record) if self.watch is not None else ():
+            self._say(f"{'warning':<12}step {warning.step:,}: {warning.text}")
 
     def _step(self, record: MetricsRecord, state: _State) -> None:
         if self.bar is not None:
@@ -193,7 +193,7 @@ class _LiveLine(tqdm):
     def __str__(self) -> str:
         width, meter = self.width(), self.format_dict
         for layout in _layouts(self.record or {}):
-            # Without a width tqdm draws the shortest bar; with one, a bar as long as there is room.
+            # Without a width tqdm draws the shortest bar; with one, a bar that fills the line.
             if len(self.format_meter(**{**meter, "ncols": None, "bar_format": layout})) <= width:
                 return self.format_meter(**{**meter, "ncols": width, "bar_format": layout})
         return ""

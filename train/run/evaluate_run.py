@@ -100,7 +100,7 @@ def evaluate_run(config: TrainConfig) -> Path:
         found = summary(scores, objective, int(final.get("step", 0)))
         for line in summary_lines(found, rows="held out" if rows.of_run else "evaluated"):
             tell(line)
-        with written_to(run, WriteError, "Make room, and evaluate again; what was there is as it was."):
+        with written_to(run, WriteError, "Make room, and evaluate again; existing files are unchanged."):
             write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
         tell(f"wrote       {path}")
     return path
@@ -120,9 +120,11 @@ def _find(config: TrainConfig, run: Path, manifest: Manifest, record: RunRecord)
     if not (run / "config.json").exists():
         if (run / "../../sweep.yaml").exists():
             raise ConfigError(
-                f"--evaluate-only {run}: holds no model; of a sweep only the best trial's is kept, in best/."
+                f"--evaluate-only {run}: contains no model; a sweep keeps only the best trial's, in best/."
             )
-        raise ConfigError(f"--evaluate-only {run}: holds no model; the run is not finished. --resume goes on with it.")
+        raise ConfigError(
+            f"--evaluate-only {run}: contains no model; the run is not finished. Continue it with --resume."
+        )
     return PolicyFiles.find(dataclasses.replace(config, model=str(run)), manifest), None
 
 
@@ -140,9 +142,7 @@ def _weights(run: Path, record: RunRecord) -> tuple[float, float]:
     match record.get("weights"):
         case [int() | float() as desirable, int() | float() as undesirable]:
             return float(desirable), float(undesirable)
-    raise ConfigError(
-        f"{run / RUN_RECORD}: does not say which class weights the run was trained with; it cannot be evaluated."
-    )
+    raise ConfigError(f"{run / RUN_RECORD}: the class weights of the run are missing, so it cannot be evaluated.")
 
 
 def _trained_prompts(run: Path) -> set[str] | None:

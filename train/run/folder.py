@@ -39,7 +39,7 @@ def refuse_unnamed(config: TrainConfig) -> None:
         ConfigError: `--out` is missing, so each process would choose its own folder.
     """
     if config.out is None and world_size() > 1:
-        raise ConfigError("Several processes need --out: each of them would name the run after its own clock.")
+        raise ConfigError("Several processes need --out: without it each of them would choose its own folder.")
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -64,11 +64,11 @@ def refuse_occupied(config: TrainConfig, out: Path) -> None:
     found = sorted(path.name for path in out.iterdir() if not path.name.startswith(begun))
     if found and not config.resume:
         raise ConfigError(
-            f"--out {out}: the folder is not empty. Choose another one, or pass --resume to go on with the run in it."
+            f"--out {out}: the folder is not empty. Choose another one, or pass --resume to continue the run in it."
         )
     if found and not (out / RUN_RECORD).exists():
         raise ConfigError(
-            f"--resume {out}: holds {found[0]}, but no {RUN_RECORD}: it is no run of kto-train. Choose another --out."
+            f"--resume {out}: contains {found[0]}, but no {RUN_RECORD}, so it is not a kto-train run. Choose another --out."
         )
 
 
@@ -84,7 +84,7 @@ def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest, now: Com
     """
     if not config.resume or not any(out.glob("[!.]*")):
         return None
-    # Imported late: the folder is checked before slow imports.
+    # Imported late, because the folder is checked before slow imports.
     from transformers.trainer_utils import get_last_checkpoint
 
     from offline_kto.train.trainer.checkpoints import check_checkpoint
@@ -113,7 +113,7 @@ def _check_same_cache(out: Path, manifest: Manifest) -> None:
 
 def _check_same_run(config: TrainConfig, out: Path, now: ComputedWith) -> list[str]:
     if not (out / CONFIG).exists():
-        raise ConfigError(f"--resume {out}: holds a checkpoint, but no config.yaml. Start a new run.")
+        raise ConfigError(f"--resume {out}: contains a checkpoint, but no config.yaml. Start a new run.")
     return compare_options(config, read_yaml(out / CONFIG, foreign=True), out) + compare_records(
         now, read_run_record(out), out
     )

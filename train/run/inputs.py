@@ -20,7 +20,7 @@ _OF_MODEL = ("model", "dtype", "gradient_checkpointing", "trust_remote_code")
 
 
 class Materials:
-    """The inputs of runs, read anew each time."""
+    """The inputs of a run; opens them again for every run."""
 
     def data(self, config: TrainConfig) -> TrainingData:
         """Open the data. Raises: CacheError, TrainingError: see `TrainingData.open`."""
@@ -72,7 +72,7 @@ class _Initial:
 
 @dataclass
 class KeptMaterials(Materials):
-    """The inputs of runs, read once; the policy is restored to its initial state from memory.
+    """The inputs of several runs, opened once; the policy is restored to its initial state from memory.
 
     Attributes:
         loads: how often a model was read from disk.
@@ -103,7 +103,7 @@ class KeptMaterials(Materials):
         frozen = config.lora_rank > 0
         key = (*(getattr(config, name) for name in _OF_MODEL), frozen, str(device))
         if self._initial is None or self._initial.key != key:
-            self._initial = None  # freed before the next one is loaded: two may not fit
+            self._initial = None  # freed before the next one is loaded: memory may not hold two models
             self.loads += 1
             self._initial = _Initial.of(key, files.load(config, precision, device), frozen=frozen)
         initial, self._initial = self._initial, None  # a model that could not be prepared is not reused

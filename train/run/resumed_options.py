@@ -1,8 +1,8 @@
 """Decide which options may differ when a run is resumed: every option is fixed, logged or free.
 
-fixed   another value would make another run: rows repeated or skipped, weights that do not fit, an optimizer or a
+fixed   another value would give another run: rows repeated or skipped, weights that do not fit, an optimizer or a
         schedule that continues with the old value. A change is an error.
-said    it may change, and the change is logged.
+logged  it may change, and the change is logged.
 free    it changes no result.
 """
 
@@ -24,7 +24,7 @@ FIXED = _names(
     "model trust_remote_code loss batch_size seed shuffle balance max_length eval_fraction eval_seed metric lora_rank "
     "lora_alpha lora_targets learning_rate scheduler warmup weight_decay"
 )
-SAID = _names(
+LOGGED = _names(
     "beta desirable_weight undesirable_weight humanline_low humanline_high max_steps epochs early_stopping eval_cache "
     "eval_steps device save_dtype"
 )
@@ -35,7 +35,7 @@ FREE = _names(
 )
 
 # Keys of the `training:` table. A key in neither list is fixed, so a new key of transformers is too.
-TRAINING_SAID = _names(
+TRAINING_LOGGED = _names(
     "accelerator_config deepspeed eval_delay eval_on_start eval_strategy fsdp fsdp_config full_determinism "
     "liger_kernel_config parallelism_config save_strategy torch_compile torch_compile_backend torch_compile_mode "
     "use_liger_kernel"
@@ -69,7 +69,7 @@ def compare_options(config: TrainConfig, started: Mapping[str, object], where: P
         ConfigError: an option changed that is fixed.
     """
     if not isinstance(started.get("training", {}), dict):
-        raise ConfigError(f"--resume {where}: in its config.yaml, training: is no table. Start a new run.")
+        raise ConfigError(f"--resume {where}: in its config.yaml, training: is not a table. Start a new run.")
     before, now = _effective({**as_plain(TrainConfig()), **started}), _effective(as_plain(config))
     tables = _table(now), _table(before)
     _compare_training(*tables, where)
@@ -79,9 +79,9 @@ def compare_options(config: TrainConfig, started: Mapping[str, object], where: P
                 f"--resume {where}: the run was started with {flag(name)} {shown(before.get(name))}, not {now[name]}. "
                 "Pass the same value, or start a new run."
             )
-    lines = [(flag(name), now[name], before.get(name)) for name in now if name in SAID]
-    lines += [(f"training: {name}", new, old) for name, new, old in _changed(*tables) if name in TRAINING_SAID]
-    return [f"{name} {new}, before it was {shown(old)}" for name, new, old in lines if new != old]
+    lines = [(flag(name), now[name], before.get(name)) for name in now if name in LOGGED]
+    lines += [(f"training: {name}", new, old) for name, new, old in _changed(*tables) if name in TRAINING_LOGGED]
+    return [f"{name} is {new}, was {shown(old)}" for name, new, old in lines if new != old]
 
 
 def compare_records(now: ComputedWith, started: RunRecord, where: Path) -> list[str]:
@@ -107,7 +107,7 @@ def compare_records(now: ComputedWith, started: RunRecord, where: Path) -> list[
     versions = started.get("versions")
     known = versions if isinstance(versions, dict) else {}
     return [
-        f"{name} {version}, before it was {shown(known[name])}"
+        f"{name} is {version}, was {shown(known[name])}"
         for name, version in now["versions"].items()
         if name in known and known[name] != version
     ]
@@ -131,10 +131,10 @@ def _table(options: dict[str, object]) -> dict[str, object]:
 
 def _compare_training(now: dict[str, object], before: dict[str, object], where: Path) -> None:
     for name, new, old in _changed(now, before):
-        if name in TRAINING_SAID | TRAINING_FREE:
+        if name in TRAINING_LOGGED | TRAINING_FREE:
             continue
         what = (
-            "another optimizer, whose state its checkpoint holds"
+            "another optimizer, whose state is in its checkpoint"
             if name.startswith(_OF_OPTIMIZER)
             else "other settings"
         )

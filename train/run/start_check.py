@@ -93,9 +93,9 @@ def _message(found: Difference, allowed: float, manifest: Manifest, precision: P
     return (
         f"The policy is not the model that the cache was scored with: log-probs differ by {found.matched_mean:.2g} nats a token "
         f"on labelled rows (at most {found.matched_max:.2g}) and {found.mismatched_mean:.2g} on mismatched rows (at most "
-        f"{found.mismatched_max:.2g}); rounding explains {allowed:g}.\n"
+        f"{found.mismatched_max:.2g}); the tolerance is {allowed:g}.\n"
         f"policy:    {policy} ({precision.name})\n"
         f"reference: {reference.get('id')}{adapter} ({reference.get('dtype')}, {manifest.scorer.get('backend')})\n"
-        "Usual causes: another checkpoint, an adapter on one side only, a model that was changed in place, another --dtype. "
+        "Usual causes: another checkpoint, an adapter on one side only, a model folder that was changed in place, another --dtype. "
         "Start from the reference, or score again with kto-precompute."
     )

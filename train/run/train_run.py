@@ -64,7 +64,7 @@ def _folder_of(config: TrainConfig, out: Path) -> Iterator[None]:
     """Hold the run folder's lock in the block; remove the folder afterwards if no run began in it."""
     first = read_launch().is_first
     lock = only_writer(out, ConfigError) if first else contextlib.nullcontext()
-    advice = "Make room, and pass --resume to go on from the last checkpoint."
+    advice = "Make room, and pass --resume to continue from the last checkpoint."
     try:
         with lock, written_to(out, TrainingError, advice):
             if first:

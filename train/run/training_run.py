@@ -109,13 +109,13 @@ class TrainingRun:
             warnings += _saving_warnings(config, merges=bool(config.lora_rank and files.adapter))
             if args.gpus_here > 1:
                 warnings.append(
-                    f"{args.gpus_here} GPUs here, and one process trains on one of them: torchrun --nproc_per_node "
+                    f"{args.gpus_here} GPUs here, but one process trains on one of them: torchrun --nproc_per_node "
                     f"{args.gpus_here} --no-python kto-train ... uses all"
                 )
             warnings += warnings_for(config, *data.class_counts, objective.weights)
             print_plan(config, data, files, precision, objective, out, device, warnings)
             if config.resume:
-                tell(f"resume      {checkpoint or 'no checkpoint there yet: starting from the beginning'}")
+                tell(f"resume      {checkpoint or 'no checkpoint yet: starting from the beginning'}")
         # A sharded model may not fit on one device; sharding moves each rank's part to its device.
         whole_fits = device.type == "cuda" and not sharding_asked_for()
         model = materials.model(files, config, precision, args.device if whole_fits else torch.device("cpu"))
@@ -160,7 +160,7 @@ class TrainingRun:
             raise TrainingError(
                 f"Out of memory with --max-tokens {trainer.policy.max_tokens}, rows of at most {self.data.rows.max_length} tokens: "
                 f"{in_one_line(error)} Use a smaller --max-tokens or --max-length, --gradient-checkpointing, --lora-rank 16 "
-                "or an 8-bit optimizer (training: optim: adamw_bnb_8bit). --resume goes on from the last checkpoint."
+                "or an 8-bit optimizer (training: optim: adamw_bnb_8bit). --resume continues from the last checkpoint."
             ) from error
         finally:
             if self.console is not None:
@@ -169,7 +169,7 @@ class TrainingRun:
             trainer.load_best()
             if self.is_main and trainer.final_step < trainer.state.global_step:
                 tell(
-                    f"stopped     after {trainer.state.global_step:,} updates; the model is the one of update {trainer.final_step:,}, with "
+                    f"stopped     after {trainer.state.global_step:,} updates; the model is from update {trainer.final_step:,}, with "
                     f"the best {self.config.metric}"
                 )
         trainer.stop_if_weights_not_finite("model")
@@ -315,19 +315,19 @@ def versions() -> dict[str, str]:
 
 
 def _saving_warnings(config: TrainConfig, *, merges: bool) -> list[str]:
-    """Return a line for each thing that the saved files will lack.
+    """Return a line for each part that the saved files will not contain.
 
     Args:
         merges: whether the run ends by merging its adapters, and rounds the merged weights.
     """
     lines = []
     if config.training.get("save_only_model") and config.save_steps:
-        lines.append("training: save_only_model: checkpoints hold no optimizer state, and --resume cannot use them.")
+        lines.append("training: save_only_model: checkpoints contain no optimizer state, and --resume cannot use them.")
     if config.save_dtype in ("bfloat16", "float16"):
         share, kind = ("0.2", "bfloat16") if config.save_dtype == "bfloat16" else ("0.02", "float16")
         evaluated = "before they are rounded" if merges else "as they are saved"
         lines.append(
-            f"--save-dtype {kind}: a weight that training moves by less than {share} % of itself is saved as it was; "
+            f"--save-dtype {kind}: a weight that training moves by less than {share} % of itself keeps its old value; "
             f"held-out rows are evaluated with the weights {evaluated}."
         )
     return lines
@@ -407,5 +407,5 @@ def check_vocabulary(model: Model, rows: CacheRows) -> None:
     size = whole_shape(model.get_input_embeddings().weight)[0]
     if rows.largest_id >= size:
         raise TrainingError(
-            f"The cache holds token id {rows.largest_id}, but the policy's vocabulary has {size} tokens: it is another model."
+            f"The cache contains token id {rows.largest_id}, but the policy's vocabulary has {size} tokens, so it is another model."
         )

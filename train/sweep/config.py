@@ -31,7 +31,7 @@ class SweepConfig:
     )
     workers: int | None = option(
         None,
-        "Trials that run at the same time, each in a process of its own.  [default: one for each GPU, one on a CPU]",
+        "Trials that run at the same time, each in its own process.  [default: one for each GPU, one on a CPU]",
         metavar="N",
     )
     storage: str | None = option(

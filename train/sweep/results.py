@@ -103,7 +103,7 @@ class Results:
         if trial.number in self._keeping:  # trained and evaluated: only its model is missing
             del self._keeping[trial.number]
             if self.study.release(trial):
-                return f"trial {trial.number:<6}begins again: {reason} while it wrote its model"
+                return f"trial {trial.number:<6}starts again: {reason} while it wrote its model"
         return self.ended(trial, Ended.refused(reason))
 
     def ended(self, trial: Trial, ended: Ended) -> str:
@@ -184,12 +184,12 @@ class Results:
         if best is None:
             reasons = [record.result.get("reason") for record in self.study.records() if record.state == "failed"]
             raise TrainingError(
-                f"{self.out}: no trial came to its end. The first one: {reasons[0] if reasons else 'was pruned'}"
+                f"{self.out}: no trial completed. The first one: {reasons[0] if reasons else 'was pruned'}"
             )
         failed = sum(record.state == "failed" for record in self.study.records())
         tell(f"best        trial {best.number}: {self._shown(best.value)}  {_words(best.params)}")
         if failed:
-            tell(f"failed      {failed:,} trials; {RESULTS} has the reasons")
+            tell(f"failed      {failed:,} trials; {RESULTS} lists the reasons")
         tell(f"next        kto-train --config {shlex.quote(str(self.out / BEST_OPTIONS))} --out runs/best")
         tell(f"report      {report}")
         tell(f"wrote       {self.out}")
@@ -205,7 +205,7 @@ class Results:
             flush(self.out)
         elif not self._is_of(out, best):
             folder, host = Path(str(best.result.get("folder"))), best.result.get("host")
-            # A trial of another sweeper on shared storage: its model is in the trial's folder, or already in best/.
+            # A trial of another sweep process on shared storage: its model is in the trial's folder, or already in best/.
             there = next(
                 (one for one in (folder / "model", folder.parent.parent / BEST) if self._is_of(one, best)), None
             )
@@ -217,9 +217,9 @@ class Results:
                 copy.rename(out)
                 flush(self.out)
             elif host != socket.gethostname():
-                tell(f"best model  with the sweeper that made it, on {host}: {folder.parent.parent}")
+                tell(f"best model  kept by the sweep that trained it, on {host}: {folder.parent.parent}")
             else:
-                tell("best model  gone; best.yaml makes it again")
+                tell("best model  missing; retrain it with best.yaml")
 
     def _is_of(self, folder: Path, best: TrialRecord) -> bool:
         """Return whether a folder contains the model of a trial of this sweep."""
@@ -257,7 +257,7 @@ def _words(params: dict[str, object]) -> str:
     )
 
 
-# A spreadsheet executes a cell that begins so. If ; separates its cells, one of them can begin in the middle of ours.
+# A spreadsheet executes a cell that begins with these. If ; separates its cells, one of them can begin in the middle of ours.
 _FORMULA = re.compile(r"(^|;)(\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])")
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")

@@ -8,14 +8,15 @@ from typing import Any, TypeAlias
 
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.options import as_given, checked_values, value_types
-from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.loss_traits import PAIRED_LOSSES
 from offline_kto.train.sweep.config import MOST_TRIALS, USUAL_TRIALS, SweepConfig
 
 _JUDGED = "they are compared on the same held-out rows"
 _SAME_FOR_ALL = {
     "cache": "give --cache",
-    "metric": "they are compared by one",
-    "training": "it is no option; set it in train:",
+    "metric": "they are compared by one value",
+    "training": "it is not an option; set it in train:",
     "eval_fraction": _JUDGED,
     "eval_cache": _JUDGED,
     "eval_seed": _JUDGED,
@@ -101,7 +102,7 @@ class Trials:
         space = {name: _parse(name, entry, config.search) for name, entry in _names(config.space).items()}
         twice = sorted(set(space) & set(config.train))
         if twice:
-            raise ConfigError(f"{twice[0]!r} stands in space: and in train:; keep one of them.")
+            raise ConfigError(f"{twice[0]!r} is set in space: and in train:; keep one of them.")
         if "seed" in space:
             # All trials are compared on the same held-out rows.
             base.setdefault("eval_seed", base.get("seed", TrainConfig.seed))
@@ -130,13 +131,13 @@ class Trials:
             names = " and ".join(changed) if len(changed) < 3 else ", ".join(changed)
             lines.append(
                 f"{metric} is measured with each trial's own {names}, so its scale differs between trials; metric: eval/accuracy "
-                "compares them on one."
+                "compares them on one scale."
             )
         losses = self.space.get("loss")
         paired = [loss in PAIRED_LOSSES for loss in losses.grid()] if isinstance(losses, Values) else []
         if any(paired) and not all(paired):
             lines.append(
-                "losses of pairs are judged on whole pairs, by the better row of each; the others on single rows, by their side "
+                "losses of pairs are evaluated on whole pairs, by the better row of each; the others on single rows, by their side "
                 "of the reference point: compare the two kinds with care."
             )
         return lines
@@ -177,7 +178,7 @@ def _names(space: dict[str, object]) -> dict[str, object]:
     names = {shown(key).replace("-", "_"): entry for key, entry in space.items()}
     for name in names:
         if name in _SAME_FOR_ALL:
-            raise ConfigError(f"space: {name!r} cannot differ between the trials of one sweep: {_SAME_FOR_ALL[name]}.")
+            raise ConfigError(f"space: {name!r} cannot differ between the trials of a sweep: {_SAME_FOR_ALL[name]}.")
     return names
 
 
@@ -185,7 +186,7 @@ def _base(config: SweepConfig) -> Options:
     base = checked_values(TrainConfig, config.train, "train")
     for name, where in (("cache", "--cache"), ("metric", "metric:, beside train:")):
         if name in base:
-            raise ConfigError(f"train: {name!r} is set for all of the sweep by {where}; remove it from the table.")
+            raise ConfigError(f"train: {name!r} is set for the whole sweep by {where}; remove it from the table.")
     if "eval_cache" not in base:
         base.setdefault("eval_fraction", 0.1)  # trials are compared on rows that none of them saw
         if not base["eval_fraction"]:
@@ -206,13 +207,13 @@ def _parse(name: str, entry: object, search: str) -> Values | Range:
         return Values(values)
     if not isinstance(entry, dict):
         raise ConfigError(
-            f"{where}: expected a list of values or a range, got {shown(entry)}. A value that all trials share belongs into train:."
+            f"{where}: expected a list of values or a range, got {shown(entry)}. Put a value that all trials share into train:."
         )
     kinds = value_types(TrainConfig).get(name)
     if kinds is None:
         checked_values(TrainConfig, {name: None}, "space")  # reports the closest name
     if kinds is None or not {int, float} & set(kinds):
-        raise ConfigError(f"{where}: takes no numbers, so it has no range; give a list of values.")
+        raise ConfigError(f"{where}: its values are not numbers, so it has no range; give a list of values.")
     unknown = sorted(set(map(str, entry)) - {"low", "high", "log", "points"})
     if unknown:
         raise ConfigError(f"{where}: unknown key {unknown[0]!r}. A range has low, high, log and, for a grid, points.")
@@ -232,7 +233,7 @@ def _range(where: str, entry: dict[str, object], *, whole: bool, grid: bool) -> 
         raise ConfigError(f"{where}: a range on a log scale must begin above 0, got {low:g}.")
     if grid and points is None:
         raise ConfigError(
-            f"{where}: a grid needs to know how many: add points: 5 to the range, or give a list of values."
+            f"{where}: a grid needs the number of points: add points: 5 to the range, or give a list of values."
         )
     if points is not None and (not isinstance(points, int) or isinstance(points, bool) or not 1 <= points <= 1000):
         raise ConfigError(f"{where}: points must be a whole number from 1 to 1000, got {as_given(points, (int,))}")

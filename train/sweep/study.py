@@ -63,7 +63,7 @@ def check_storage(url: str) -> None:
         parsed = make_url(url)
     except (ArgumentError, ValueError):  # both may quote a part of the password
         example = "sqlite:///study.db or postgresql+psycopg://user@host/name"
-        raise ConfigError(f"--storage {hidden_url(url)}: no database's URL, as {example}. {encode}") from None
+        raise ConfigError(f"--storage {hidden_url(url)}: not the URL of a database, like {example}. {encode}") from None
     if "@" in f"{parsed.host}{parsed.database if parsed.password else ''}":
         raise ConfigError(f"--storage {hidden_url(url)}: has more than one @. {encode}")
 
@@ -120,7 +120,7 @@ class Study:
         done = sum(frozen.state.is_finished() for frozen in every)
         if done > trials.count:
             raise ConfigError(
-                f"trials: {trials.count}: the sweep has {done} trials already, and none of them is thrown away. Give --trials {done} or "
+                f"trials: {trials.count}: the sweep already has {done} trials, which are kept. Give --trials {done} or "
                 "more, or another --out."
             )
 
@@ -172,8 +172,8 @@ class Study:
         for name, value in identity.items():
             if begun.get(name) != value:
                 raise ConfigError(
-                    f"{hidden_url(self._url)}: holds a sweep that was begun with another {name}: {begun.get(name)!r}, not "
-                    f"{value!r}. Give the same one, or another --out (with --storage: another database)."
+                    f"{hidden_url(self._url)}: contains a sweep that was started with another {name}: {begun.get(name)!r}, not "
+                    f"{value!r}. Give the same value, or another --out (with --storage: another database)."
                 )
 
     def _pruner(self) -> _Optuna:
@@ -401,8 +401,8 @@ def _of_storage(url: str) -> Iterator[None]:
     except (StorageInternalError, SQLAlchemyError) as error:
         raise ConfigError(
             f"{hidden_url(url)}: the sweep's database cannot be used: "
-            f"{_said(url, error.__cause__ or error).rstrip('.')}. What was finished is kept; when it can, the same command "
-            "goes on."
+            f"{_said(url, error.__cause__ or error).rstrip('.')}. Finished trials are kept; once the database works, run the same command "
+            "to continue."
         ) from error
 
 
@@ -412,7 +412,7 @@ def _said(url: str, error: BaseException) -> str:
 
 
 def process_place() -> str:
-    """Return where a process id is unique: this machine, or a container on it."""
+    """Return the scope in which a process id is unique: this machine, or a container on it."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()}:{os.stat('/proc/self/ns/pid').st_ino}"
     return socket.gethostname()

@@ -68,13 +68,16 @@ def sweep(config: SweepConfig, *, yaml_path: Path | None = None) -> Path:
         raise ConfigError("--cache is missing: name the folder that kto-precompute wrote.")
     if world_size() > 1:
         raise ConfigError(
-            "kto-sweep starts its own processes, a trial in each; run it without torchrun, with --workers."
+            "kto-sweep starts its own processes, one for each trial at a time; run it without torchrun, with --workers."
         )
     settle_launch()
     trials = _trials(config, yaml_path)
     out = make_folder(config.out, "sweeps")
     try:
-        with only_writer(out, ConfigError), written_to(out, TrainingError, "Make room; the same command goes on."):
+        with (
+            only_writer(out, ConfigError),
+            written_to(out, TrainingError, "Make room, and run the same command to continue."),
+        ):
             _check_folder(out)
             _sweep(config, trials, out)
     finally:
@@ -99,7 +102,7 @@ def _check_folder(out: Path) -> None:
     found = sorted(path.name for path in out.iterdir() if not path.name.startswith(begun))
     if found and not (out / SWEEP).exists():
         raise ConfigError(
-            f"--out {out}: holds {found[0]}, but no {SWEEP}: it is no sweep of kto-sweep. Choose another --out."
+            f"--out {out}: contains {found[0]}, but no {SWEEP}, so it is not a kto-sweep sweep. Choose another --out."
         )
 
 
@@ -172,7 +175,7 @@ def _database(out: Path) -> Path:
     path = out / DATABASE
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ConfigError(
-            f"{path}: is no regular file. Remove it; a study elsewhere is named by --storage sqlite:///PATH."
+            f"{path}: not a regular file. Remove it; for a study elsewhere, pass --storage sqlite:///PATH."
         )
     return path.resolve()
 
@@ -211,7 +214,7 @@ def _run(
             trial = running[worker]
             match message:
                 case Evaluated(step, value):
-                    worker.answer("stop" if study.falls_behind(trial, step, value) else "go on")
+                    worker.answer("stop" if study.falls_behind(trial, step, value) else "continue")
                 case Ended():
                     if results.is_best(message):
                         worker.answer("keep")
@@ -250,7 +253,7 @@ def _print_plan(
 ) -> None:
     names = ", ".join(trials.space)
     tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
-    all_of_them = " (there are no more)" if trials.count == trials.points and config.search != "grid" else ""
+    all_of_them = " (all combinations)" if trials.count == trials.points and config.search != "grid" else ""
     tell(f"search      {config.search} over {names}, {trials.count:,} trials{all_of_them}")
     tell(f"scored      {scored_in_words(manifest)}")
     rows = workers.trained_with.get("data")

@@ -3,7 +3,7 @@
 Requests over the pipe, and the answers:
 
     ("check", trials)                    ("ready", trained_with) or ("refused", message)
-    ("trial", number, config, folder)    `Evaluated`, then waits for "go on" or "stop"; `Ended`, then waits for "keep"
+    ("trial", number, config, folder)    `Evaluated`, then waits for "continue" or "stop"; `Ended`, then waits for "keep"
                                          or "drop"; `Kept`, once the model is on disk
 """
 
@@ -92,7 +92,7 @@ class Worker:
         self.loads = -1
 
     def check(self, trials: Trials) -> tuple[str, TrainedWith | str]:
-        """Return whether cache, policy and options can be used, before the first trial."""
+        """Return whether cache, policy and options can be used; called before the first trial."""
         config = trials.config({"loss": trials.base.get("loss", TrainConfig.loss)})
         try:
             data = self.materials.data(config)
@@ -130,7 +130,9 @@ class Worker:
                 self._run(number, config, folder)
         except WriteError as error:  # every other trial would fail too
             reason = in_one_line(error.__cause__ or error).rstrip(".")
-            self.pipe.send(Stop(f"{folder}: cannot be written: {reason}. Make room; the same command goes on."))
+            self.pipe.send(
+                Stop(f"{folder}: cannot be written: {reason}. Make room, and run the same command to continue.")
+            )
         except KTOError as error:  # the best model cannot be kept
             self.pipe.send(Stop(str(error)))
 
@@ -213,7 +215,7 @@ class Worker:
 
 def _other_rows(config: TrainConfig) -> str:
     return (
-        f"{config.cache}: the cache, or the held-out one, is not what this sweep began with. Bring it back, or begin another "
+        f"{config.cache}: the cache, or the held-out one, changed since this sweep started. Restore it, or start another "
         "sweep."
     )
 

@@ -67,7 +67,7 @@ class Worker:
         self._send(("trial", number, config, folder))
 
     def check(self, trials: Trials) -> None:
-        """Ask whether cache, policy and options can be used."""
+        """Request a check whether cache, policy and options can be used."""
         self._send(("check", trials))
 
     def answer(self, word: str) -> None:
@@ -195,4 +195,4 @@ def _end_of(worker: Worker) -> str:
     code = worker.process.exitcode
     if code is None or code >= 0:
         return f"exit code {code}"
-    return f"signal {-code}" + (", as for want of memory" if code == -9 else "")
+    return f"signal {-code}" + (", perhaps because of too little memory" if code == -9 else "")

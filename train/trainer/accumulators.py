@@ -1,38 +1,20 @@
 """Accumulate metrics and log-ratios on the device between two logs, and copy them to the host once."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 
-from offline_kto.kto_core.losses.metrics import BatchOutcome, Tokens, metrics_from, tokens_of
+from offline_kto.kto_core.losses.metrics import BatchOutcome, metrics_from, tokens_of
 from offline_kto.train.trainer.ranks import Ranks
+from offline_kto.train.trainer.reference_point import ReferencePoint
 
 _ROWS = "row_logratios.safetensors"
-
-
-class ReferencePoint(NamedTuple):
-    """The point that a loss measures the rows of one batch from.
-
-    Attributes:
-        point: nats, scalar, the same on all ranks.
-        metrics: scalars to log, the same on all ranks.
-        tokens: tokens of this rank's passes that computed it.
-    """
-
-    point: Tensor
-    metrics: dict[str, Tensor]
-    tokens: Tokens
 
 
 @dataclass
@@ -65,39 +47,6 @@ class Window:
             metrics["aux_loss"] = float(ranks.sum(self.aux_loss)) / self.updates
         metrics["tokens_per_second"] = tokens_of(sums) / (time.monotonic() - self.started)
         return metrics
-
-
-class RunningShift(transformers.TrainerCallback, ExportableState):
-    """BCO's reward shift on the scale of log-ratios: their mean over all batches so far, including the last one.
-
-    It is a callback because the Trainer saves the state of callbacks in checkpoints.
-    """
-
-    def __init__(self, total: float = 0.0, batches: int = 0) -> None:
-        self.total: Tensor | float = total
-        self.batches = batches
-
-    def begin_at(self, total: float, batches: int) -> None:
-        """Continue from a sum over batches, nats."""
-        self.total, self.batches = total, batches
-
-    def load(self, checkpoint: Path) -> None:
-        """Load the sum from a checkpoint."""
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-        self.begin_at(**state["stateful_callbacks"][type(self).__name__]["args"])
-
-    def after(self, batch_mean: Tensor) -> Tensor:
-        """Add a batch and return the new mean; nats, scalar."""
-        self.total, self.batches = self.total + batch_mean, self.batches + 1
-        return self.total / self.batches
-
-    @property
-    def mean(self) -> float:
-        """Mean over the batches so far, nats; 0 before the first."""
-        return float(self.total) / max(1, self.batches)
-
-    def state(self) -> dict[str, object]:
-        return {"args": {"total": float(self.total), "batches": self.batches}, "attributes": {}}
 
 
 class RowLogratios:

@@ -1,4 +1,7 @@
-"""Check that a checkpoint is as it was written (size and sha256 of each file), and report errors while loading it."""
+"""Verify and load checkpoints; `saving.py` publishes them.
+
+A checkpoint is verified by the size and sha256 of each of its files, and errors while it is loaded become messages.
+"""
 
 import contextlib
 import json
@@ -73,7 +76,7 @@ def check_checkpoint(checkpoint: Path, *, hashes: bool = True) -> None:
         with_hash = [name for name, entry in files.items() if hashes and "sha256" in entry]
         for name, sha256 in zip(with_hash, file_hashes(checkpoint / name for name in with_hash), strict=True):
             if sha256 != files[name]["sha256"]:
-                raise OSError(f"{name} has other content than was written: its sha256 differs")
+                raise OSError(f"{name} changed since it was written: its sha256 differs")
         for name in files.keys() - {*with_hash} if hashes else ():
             if name.endswith((".pt", ".pth")) and _is_damaged(checkpoint / name):
                 raise OSError(f"{name} is damaged")
@@ -82,8 +85,8 @@ def check_checkpoint(checkpoint: Path, *, hashes: bool = True) -> None:
         raise ConfigError(f"{checkpoint}: an incomplete checkpoint ({said_by(error)}). {_BEFORE}") from error
     if not any(True for pattern in _OPTIMIZERS for _ in checkpoint.glob(pattern)):
         raise ConfigError(
-            f"{checkpoint}: holds no optimizer state (training: save_only_model), so that a resumed run would train "
-            "otherwise than one without a break. Start a new run; this checkpoint's model can be passed with --model."
+            f"{checkpoint}: contains no optimizer state (training: save_only_model), so a resumed run would not match "
+            "an uninterrupted run. Start a new run; this checkpoint's model can be passed with --model."
         )
 
 
@@ -93,11 +96,11 @@ def _files_of(checkpoint: Path) -> dict[str, dict[str, object]]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{_FILES} is not JSON: {said_by(error)}") from error
     if not isinstance(files, dict) or not files:
-        raise ValueError(f"{_FILES} does not say what was written")
+        raise ValueError(f"{_FILES} has no list of written files")
     entries = {name: entry if isinstance(entry, dict) else {"bytes": entry} for name, entry in files.items()}
     for name, entry in entries.items():
         if not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256", ""), str):
-            raise ValueError(f"{_FILES} does not say what was written of {shown(name)}")
+            raise ValueError(f"{_FILES} has no size of {shown(name)}")
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{_FILES} names {shown(name)}, which is not in this folder")
     return entries
@@ -116,7 +119,7 @@ def _check_state(checkpoint: Path) -> None:
         if not isinstance(state.log_history, list):
             raise TypeError(f"log_history is {shown(state.log_history)}")
     except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{_STATE} holds no state of a Trainer: {said_by(error)}") from error
+        raise ValueError(f"{_STATE} is not a state of a Trainer: {said_by(error)}") from error
     if isinstance(step, bool) or step != int(checkpoint.name.rpartition("-")[2]):
         raise ValueError(f"{_STATE} is of update {shown(step)}")
 

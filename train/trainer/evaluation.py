@@ -42,7 +42,7 @@ def held_out_metrics(scores: Scores, objective: Objective) -> dict[str, float]:
 def summary(scores: Scores, objective: Objective, step: int) -> EvaluationRecord:
     """Return the content of evaluation.json: each metric with its 95 % bootstrap interval over prompts.
 
-    z0 is estimated anew in each resample.
+    z0 is estimated again in each resample.
     """
     found = intervals(lambda weights: _statistics(scores, objective, weights), scores.prompt_ids)
     metrics: dict[str, MetricInterval] = {}

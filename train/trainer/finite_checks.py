@@ -18,8 +18,8 @@ from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 from offline_kto.train.trainer.sharding import local_part
 
 _CAUSES = (
-    "Usual causes: a learning rate that is too high, or damaged weights. Use a lower --learning-rate; --resume goes on "
-    "from the last checkpoint of a run."
+    "Usual causes: a learning rate that is too high, or damaged weights. Use a lower --learning-rate; --resume "
+    "continues from the last checkpoint."
 )
 
 

@@ -18,15 +18,15 @@ from offline_kto.kto_core.scoring.head import add_gradients_in_place
 from offline_kto.kto_core.scoring.logps import token_logps
 from offline_kto.kto_core.scoring.sequences import FILLER, Sequences
 from offline_kto.train.data.cache_rows import TrainingRow
-from offline_kto.train.trainer.accumulators import ReferencePoint
 from offline_kto.train.trainer.finite_checks import check_losses
 from offline_kto.train.trainer.memory import Meter, optimizer_bytes, tokens_that_fit
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
+from offline_kto.train.trainer.reference_point import ReferencePoint
 
 
 class RankResult(NamedTuple):
-    """The results of one rank beside its gradients.
+    """The results of one rank other than its gradients.
 
     Attributes:
         rows: its part of the batch.
@@ -106,7 +106,8 @@ class GradientPasses:
         """Add a loss's gradients to the existing ones.
 
         Args:
-            last: whether it is the update's last pass. DeepSpeed updates inside the backward pass that "synchronizes".
+            last: whether it is the update's last pass. DeepSpeed applies the optimizer step in
+                the backward pass with `sync_gradients`.
         """
         self.accelerator.gradient_state._set_sync_gradients(last)
         self.accelerator.backward(loss)

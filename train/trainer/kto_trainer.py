@@ -1,7 +1,7 @@
 """Train with a thin `transformers.Trainer`: checkpoints, schedules and loggers are inherited, the update is our own.
 
 batch             one update: rows of all ranks, distributed by length
-  reference pass  computes the point that rows are measured from (z0 from mismatched rows); no gradient, eval mode
+  reference pass  computes the point that rows are measured from (reference_point.py); no gradient, eval mode
   loss pass       runs labelled rows in micro-batches; gradients add up to those of the whole batch
 """
 
@@ -21,7 +21,7 @@ from offline_kto.train.data.batches import BatchLoader, EpochBatches
 from offline_kto.train.data.cache_rows import CacheRows, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.model.saved_model import ModelWriter
-from offline_kto.train.trainer.accumulators import RowLogratios, RunningShift, Window
+from offline_kto.train.trainer.accumulators import RowLogratios, Window
 from offline_kto.train.trainer.checkpoints import load_renamed_weights, loading_model, reading
 from offline_kto.train.trainer.evaluation import Scores, held_out_metrics
 from offline_kto.train.trainer.finite_checks import FiniteChecks
@@ -31,6 +31,7 @@ from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.policy_scores import PolicyScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 from offline_kto.train.trainer.ranks import Ranks
+from offline_kto.train.trainer.reference_point import RunningShift, reference_point
 from offline_kto.train.trainer.saving import (
     publish_checkpoint,
     remove_old_checkpoints,
@@ -97,7 +98,7 @@ class KTOTrainer(transformers.Trainer):
         self.row_logratios = RowLogratios(len(rows))
         self.held_out_scores: Scores | None = None
         self.final_step = 0
-        if objective.uses_shift:
+        if objective.traits.needs_shift:
             self.add_callback(RunningShift())
         self._window = Window()
         self._best_scores: Scores | None = None
@@ -153,7 +154,7 @@ class KTOTrainer(transformers.Trainer):
         """Compute reference point, losses and gradients of one batch."""
         self.finite_checks.last_rows = inputs
         step, ranks = self.state.global_step, self.policy.ranks
-        reference = self.scores.reference_point(inputs, self.shift)
+        reference = reference_point(self.scores, inputs, self.shift)
         rows, outcome, aux_loss = self.gradients.run(inputs, reference, step=step + 1)
         self.row_logratios.add([row.index for row in rows], outcome.logratios, step)
         ranks.sum_gradients(self.model)
@@ -183,7 +184,7 @@ class KTOTrainer(transformers.Trainer):
         """Compute held-out metrics from cached references: one z0 and one mean over all held-out rows."""
         if self.held_out is None:
             raise TrainingError("No held-out rows: give --eval-fraction or --eval-cache.")
-        self.held_out_scores = scores = self.scores.held_out(self.held_out, self.shift)
+        self.held_out_scores = scores = self._score_held_out(self.held_out)
         metrics = {
             f"{metric_key_prefix}_{name}": value for name, value in held_out_metrics(scores, self.objective).items()
         }
@@ -211,8 +212,12 @@ class KTOTrainer(transformers.Trainer):
         """Return held-out scores of the current model, after `final_step` updates; called on every rank."""
         self.final_step = self.final_step or int(self.state.global_step)
         if self.held_out is not None and self.held_out_scores is None:
-            self.held_out_scores = self.scores.held_out(self.held_out, self.shift)
+            self.held_out_scores = self._score_held_out(self.held_out)
         return self.held_out_scores
+
+    def _score_held_out(self, held_out: HeldOutRows) -> Scores:
+        shift = self.shift
+        return self.scores.held_out(held_out, None if shift is None else shift.mean)
 
     def stop_if_weights_not_finite(self, what: str) -> None:
         """Check the state before it is saved; called on every rank.

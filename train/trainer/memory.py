@@ -11,7 +11,7 @@ from torch import nn
 # The rest stays free for fragmentation, other libraries' workspaces, and the spread of row lengths.
 _USED = 0.85
 
-# More tokens than this in one pass speed up no GPU, and cost padding.
+# More tokens than this in one pass make no GPU faster, and cost padding.
 _MOST = 65_536
 
 # Adam: two float32 moments for each trained weight, allocated at the first update.
@@ -69,7 +69,7 @@ def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, res
         alone: whether no other rank waits for this one within a trial.
 
     Returns:
-        A multiple of `row`, at least `row`: a device that cannot hold two rows relies on out-of-memory handling.
+        A multiple of `row`, at least `row`: a device without room for two rows relies on out-of-memory handling.
     """
     before = meter.used()
     room = _USED * (before + meter.available()) - reserve

@@ -1,10 +1,7 @@
-"""Define what a run minimizes: its loss, the point its rows are measured from, and the rows it needs.
+"""Select the loss that a run minimizes by its name, and apply it to log-ratios.
 
-loss                 unit    measured from
-kto, humanline       row     z0: mismatched rows of the batch
-bco                  row     reward shift: running mean of the rewards of its own rows
-apo_zero             row     0
-dpo, ipo, slic       pair    the pair's other row
+`train/loss_traits.py` lists the losses, `kto_core/losses/preference_losses.py` has their formulas, and
+`reference_point.py` computes the point that they measure rows from.
 """
 
 from collections.abc import Sequence
@@ -27,8 +24,9 @@ from offline_kto.kto_core.losses.preference_losses import (
 )
 from offline_kto.kto_core.scoring.logps import Batch
 from offline_kto.kto_core.scoring.sequences import sum_rows
-from offline_kto.train.config import PAIRED_LOSSES, TrainConfig
+from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import ScoredSequence
+from offline_kto.train.loss_traits import LOSS_TRAITS, LossTraits
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,9 @@ class Objective:
     """The loss and its hyperparameters.
 
     Attributes:
-        loss: one of `offline_kto.train.config.LOSSES`.
+        loss: a name in `offline_kto.train.loss_traits.LOSS_TRAITS`.
         weights: of desirable and undesirable rows.
-        limits: of a token's log-ratio (humanline), nats.
+        limits: lowest and highest log-ratio of a token (humanline), nats.
     """
 
     loss: str
@@ -49,23 +47,18 @@ class Objective:
     @classmethod
     def of(cls, config: TrainConfig, weights: tuple[float, float]) -> "Objective":
         """Build the objective of a run, whose class weights are already numbers."""
-        limits = (config.humanline_low, config.humanline_high) if config.loss == "humanline" else None
+        limits = (config.humanline_low, config.humanline_high) if LOSS_TRAITS[config.loss].limits_tokens else None
         return cls(config.loss, config.beta, weights, limits)
 
     @property
-    def uses_kl(self) -> bool:
-        """Whether mismatched rows have to be scored."""
-        return self.loss in ("kto", "humanline")
-
-    @property
-    def uses_shift(self) -> bool:
-        """Whether the rows of a batch are scored before the pass that trains on them, to update the reward shift."""
-        return self.loss == "bco"
+    def traits(self) -> LossTraits:
+        """The properties of the loss."""
+        return LOSS_TRAITS[self.loss]
 
     @property
     def rows_in_unit(self) -> int:
         """Rows that share one loss: they stay together in a batch, a micro-batch and on a rank."""
-        return 2 if self.loss in PAIRED_LOSSES else 1
+        return self.traits.unit
 
     @property
     def limits_tokens(self) -> bool:
@@ -137,7 +130,10 @@ class Objective:
         raise AssertionError(self.loss)
 
     def midpoints(self, logratios: Tensor, point: Tensor) -> Tensor:
-        """Return the log-ratio that separates each row's two sides, nats: `point`, or the mean of a pair's rows."""
+        """Return the log-ratio at which a row counts as neither desirable nor undesirable, nats.
+
+        It is `point`, or the mean of a pair's two rows.
+        """
         if self.rows_in_unit == 2:
             return logratios.view(-1, 2).mean(1).repeat_interleave(2)
         return point

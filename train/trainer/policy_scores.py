@@ -1,4 +1,4 @@
-"""Score rows under the current policy without gradients: reference points, held-out rows, single tokens."""
+"""Score rows under the current policy without gradients: sums for the reference point, held-out rows, single tokens."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from offline_kto.kto_core.losses.metrics import Tokens
-from offline_kto.kto_core.losses.preference_losses import kl_reference_point
 from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.train.data.cache_rows import RowKey, ScoredSequence, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
-from offline_kto.train.trainer.accumulators import ReferencePoint, RunningShift
 from offline_kto.train.trainer.evaluation import Scores
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
@@ -19,7 +17,7 @@ from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 # Held-out rows that are in memory at a time.
 HELD_OUT_ROWS = 4096
 
-# Without gradients no activations are kept for a backward pass, so a pass can hold this many times the tokens.
+# Without gradients no activations are kept for a backward pass, so a pass fits this many times the tokens.
 _SCORING_TOKENS = 4
 
 
@@ -31,28 +29,11 @@ class PolicyScores:
         self._passes: ScoringPasses | None = None
         self._passes_for = 0
 
-    def reference_point(self, rows: Sequence[TrainingRow], shift: RunningShift | None) -> ReferencePoint:
-        """Return the point that the loss measures this batch's rows from.
-
-        Args:
-            rows: the whole batch, of all ranks.
-            shift: updated with this batch if the loss has one.
-        """
-        if self.objective.uses_kl:
-            logratio_sum, tokens = self._logratio_sum([row.mismatched for row in rows])
-            kl, kl_raw = kl_reference_point(logratio_sum, len(rows))
-            return ReferencePoint(kl, {"kl": kl, "kl_raw": kl_raw}, tokens)
-        if shift is not None:
-            logratio_sum, tokens = self._logratio_sum([row.matched for row in rows])
-            point = shift.after(logratio_sum / len(rows))
-            return ReferencePoint(point, {"reward_shift": self.objective.beta * point}, tokens)
-        return ReferencePoint(self.policy.tensor(0.0), {}, Tokens(0, 0, 0))
-
-    def held_out(self, held_out: HeldOutRows, shift: RunningShift | None) -> Scores:
+    def held_out(self, held_out: HeldOutRows, shift: float | None) -> Scores:
         """Return every held-out row's scores.
 
         Args:
-            shift: the point that rows are measured from, if the loss has one.
+            shift: the reward shift / beta, nats, if the loss has one.
         """
         indices, tokens = held_out.indices, []
         scores = torch.empty(3, len(indices), dtype=torch.float64)
@@ -67,9 +48,16 @@ class PolicyScores:
             tokens=torch.tensor(tokens, dtype=torch.float64),
             logps=logps,
             logratios=matched,
-            kl_logratios=mismatched if self.objective.uses_kl else None,
-            shift=shift.mean if shift is not None else None,
+            kl_logratios=mismatched if self.objective.traits.needs_mismatched else None,
+            shift=shift,
         )
+
+    def logratio_sum(self, sequences: Sequence[ScoredSequence]) -> tuple[Tensor, Tokens]:
+        """Return the sum of log-ratios over sequences of the whole batch, and this rank's tokens."""
+        lengths, ranks = [len(sequence) for sequence in sequences], self.policy.ranks
+        mine, passes = ranks.share(lengths, lambda part: self._scoring().passes_for([lengths[i] for i in part]))
+        _, logratios, tokens = self._score([sequences[i] for i in mine], passes)
+        return ranks.sum(logratios.sum()), tokens
 
     def score_tokens(self, sequences: Sequence[ScoredSequence]) -> list[np.ndarray]:
         """Return log-probs of single tokens: float32, nats, one array for each sequence."""
@@ -82,7 +70,7 @@ class PolicyScores:
 
     def _score_rows(self, rows: Sequence[TrainingRow]) -> Tensor:
         """Return `logps`, log-ratios and, for a loss with a z0, those of mismatched rows: float64, shape (3, rows)."""
-        with_kl, ranks = self.objective.uses_kl, self.policy.ranks
+        with_kl, ranks = self.objective.traits.needs_mismatched, self.policy.ranks
         # A row's two sequences share the prompt: one rank scores both and computes the prompt once.
         sequences = [[row.matched, row.mismatched] if with_kl else [row.matched] for row in rows]
         lengths = [[len(sequence) for sequence in of_row] for of_row in sequences]
@@ -97,13 +85,6 @@ class PolicyScores:
         if with_kl:
             everywhere[2, mine] = logratios[1::2]
         return ranks.sum(everywhere).cpu()
-
-    def _logratio_sum(self, sequences: Sequence[ScoredSequence]) -> tuple[Tensor, Tokens]:
-        """Return the sum of log-ratios over sequences of the whole batch, and this rank's tokens."""
-        lengths, ranks = [len(sequence) for sequence in sequences], self.policy.ranks
-        mine, passes = ranks.share(lengths, lambda part: self._scoring().passes_for([lengths[i] for i in part]))
-        _, logratios, tokens = self._score([sequences[i] for i in mine], passes)
-        return ranks.sum(logratios.sum()), tokens
 
     def _score(self, sequences: Sequence[ScoredSequence], passes: int) -> tuple[Tensor, Tensor, Tokens]:
         """Return `logps` and log-ratios, float64, shape (sequences,), and the tokens of the passes made for them."""

@@ -10,7 +10,7 @@ from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.scoring.logps import token_logps
-from offline_kto.kto_core.scoring.passes import packs_alike
+from offline_kto.kto_core.scoring.passes import packing_keeps_scores
 from offline_kto.kto_core.scoring.sequences import FILLER, Sequences, TokenIds, pack_sequences, pad_sequences
 from offline_kto.train.trainer.ranks import Ranks
 
@@ -39,7 +39,7 @@ class PreparedPolicy:
         self.packs = can_pack(model, device)
 
     def replace_model(self, model: Model, *, wrapped: Any) -> None:
-        """Replace the model by the one that the Trainer prepared.
+        """Replace the model with the one that the Trainer prepared.
 
         Args:
             wrapped: the same model inside its distributed wrapper.
@@ -71,14 +71,14 @@ class PreparedPolicy:
         if set(found) != {promised}:
             raise TrainingError(
                 f"The policy computes in {', '.join(map(str, found))}, but --dtype promises {promised}: this version of "
-                "accelerate prepares models in another way. Please report it, with the versions of torch, transformers and "
+                "accelerate prepares models differently. Please report it, with the versions of torch, transformers and "
                 "accelerate; --dtype float32 may work."
             )
 
     def check_packing(self, sample: Sequence[TokenIds]) -> None:
-        """Disable packing if concatenated rows of the sample get other scores on any rank that must agree."""
+        """Disable packing if concatenation changes the scores of the sample, on this rank or on a rank that must agree with it."""
         if self.packs:
-            alike = packs_alike(self.scoring_model, self.device, sample, tolerance=self.rounding)
+            alike = packing_keeps_scores(self.scoring_model, self.device, sample, tolerance=self.rounding)
             self.packs = bool(self.ranks.least(alike))
 
     def halve_max_tokens(self, least: int) -> None:
@@ -90,7 +90,7 @@ class PreparedPolicy:
         self.model.zero_grad()
         self.max_tokens = max(least, self.max_tokens // 2)
         torch.cuda.empty_cache()
-        tell(f"out of memory: going on with --max-tokens {self.max_tokens}")
+        tell(f"out of memory: continuing with --max-tokens {self.max_tokens}")
 
     def lay_out(self, sequences: Sequence[TokenIds]) -> Sequences:
         """Return one micro-batch on the device, packed or padded."""

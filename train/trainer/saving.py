@@ -1,4 +1,7 @@
-"""Save into an unfinished folder, and rename it once everything is on disk."""
+"""Publish checkpoints and models; `checkpoints.py` verifies and loads checkpoints.
+
+Files are saved into an unfinished folder, which is renamed once everything is on disk.
+"""
 
 import contextlib
 import re
@@ -36,7 +39,7 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
 
     Raises:
         WriteError: it cannot be written.
-        TrainingError: what was saved is not the model.
+        TrainingError: the saved files are not the model.
     """
     folder = out / _UNFINISHED
     try:
@@ -45,17 +48,19 @@ def unfinished(out: Path, what: str, *, main: bool) -> Iterator[Path]:
         if main:
             remove_tree(out / _UNLOADABLE)
             folder.rename(out / _UNLOADABLE)
-        raise TrainingError(f"{out / _UNLOADABLE}: {error}. Its weights are kept there, the run stops here.") from error
+        raise TrainingError(
+            f"{out / _UNLOADABLE}: {error}. Its weights are kept in that folder, and the run stops."
+        ) from error
     except Exception as error:
         known = isinstance(error, OSError | SafetensorError)
         if not known and not _CANNOT_WRITE.search(str(error)):
             raise
-        reason = in_one_line(error) if known else "the disk does not take it"
+        reason = in_one_line(error) if known else "the disk is full or not writable"
         saved = get_last_checkpoint(str(out)) is not None
-        then = "What was saved before is whole" if saved else "Nothing was saved before"
-        go_on = "go on from there" if saved else "begin again"
+        then = "Earlier checkpoints are intact" if saved else "There is no earlier checkpoint"
+        how = "continue from there" if saved else "start again"
         raise WriteError(
-            f"{out}: the {what} cannot be written: {reason}. {then}; make room, and pass --resume to {go_on}."
+            f"{out}: the {what} cannot be written: {reason}. {then}; make room, and pass --resume to {how}."
         ) from error
     finally:
         if main:
@@ -101,7 +106,7 @@ def remove_old_checkpoints(out: Path, *, keep: int | None, best: str | None) -> 
         keep: how many to keep; None for all.
         best: a checkpoint to keep whatever its age.
     """
-    # By number: a checkpoint that a killed run removed in part is the newest by time.
+    # By number: a checkpoint that a killed run removed partly is the newest by time.
     rotate_checkpoints(str(out), save_total_limit=keep, best_model_checkpoint=best, use_mtime=False)
 
 

@@ -25,12 +25,12 @@ def prepare_sharding(accelerator: accelerate.Accelerator, dtype: torch.dtype, *,
     for way in sharding_asked_for():
         if way not in shards:
             raise TrainingError(
-                f"accelerate's settings ask for {way}, but on this device it would train without: every rank would hold "
+                f"accelerate's settings ask for {way}, but on this device the run would not be sharded: every rank would hold "
                 "all weights. Use GPUs, or launch without these settings."
             )
     if (fsdp is not None or deepspeed is not None) and merges:
         raise TrainingError(
-            "LoRA on a reference that carries an adapter is saved merged, and sharded weights cannot be: use DDP or one device."
+            "LoRA on a reference that carries an adapter is saved merged, but sharded weights cannot be merged: use DDP or one device."
         )
     if fsdp is not None:
         if fsdp.fsdp_version != 2:
@@ -52,7 +52,7 @@ def prepare_sharding(accelerator: accelerate.Accelerator, dtype: torch.dtype, *,
 def _keep_float32(fsdp: accelerate.FullyShardedDataParallelPlugin, dtype: torch.dtype) -> None:
     """Set a mixed-precision policy that rounds neither the model's output nor the gradients.
 
-    Accelerate's own policy would also round what the forward pass returns (log-probs), and gradients before they are
+    Accelerate's own policy would also round the result of the forward pass (log-probs), and gradients before they are
     summed.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy

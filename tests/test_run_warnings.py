@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offline_kto.train.config import LOSSES, TrainConfig
-from offline_kto.train.diagnostics.training import Alarm, Settings, Watch, alarms
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.diagnostics.training import RunWarning, Settings, Watch, run_warnings
+from offline_kto.train.loss_traits import LOSSES
 
 SETTINGS = Settings(
     loss="kto",
@@ -80,47 +81,47 @@ def evaluated(records: list[dict[str, Any]], losses: dict[int, float]) -> list[d
     return found
 
 
-def kinds(found: list[Alarm]) -> list[str]:
-    return [alarm.kind for alarm in found]
+def kinds(found: list[RunWarning]) -> list[str]:
+    return [warning.kind for warning in found]
 
 
-def number_for(option: str, alarm: Alarm) -> float:
+def number_for(option: str, warning: RunWarning) -> float:
     """What the text says to use."""
-    match = re.search(rf"{option} (\d[\d.e-]*\d|\d)", alarm.text)
-    assert match, alarm.text
+    match = re.search(rf"{option} (\d[\d.e-]*\d|\d)", warning.text)
+    assert match, warning.text
     return float(match[1])
 
 
 class TestToldWhen:
     def test_rewards_run_far_in_the_first_updates(self) -> None:
         records = run_of(100, desirable=lambda x: 90 * x, undesirable=lambda x: -20 * x, noise=0.1)
-        (alarm,) = alarms(records, SETTINGS)  # what else is out of bounds then has the same cause
-        assert (alarm.kind, alarm.step) == ("rate-high", pytest.approx(8, abs=2))
-        assert "desirable rewards are at +" in alarm.text
-        assert number_for("--learning-rate", alarm) in (1e-7, 2e-7)
+        (warning,) = run_warnings(records, SETTINGS)  # what else is out of bounds then has the same cause
+        assert (warning.kind, warning.step) == ("rate-high", pytest.approx(8, abs=2))
+        assert "desirable rewards are at +" in warning.text
+        assert number_for("--learning-rate", warning) in (1e-7, 2e-7)
 
     def test_rewards_hardly_move(self) -> None:
         records = run_of(1000, desirable=lambda x: 0.01 * x, undesirable=lambda x: -0.01 * x, noise=0.1)
-        (alarm,) = alarms(records, SETTINGS)
-        assert (alarm.kind, alarm.step) == ("rate-low", 266)
-        assert number_for("--learning-rate", alarm) == 1e-5
+        (warning,) = run_warnings(records, SETTINGS)
+        assert (warning.kind, warning.step) == ("rate-low", 266)
+        assert number_for("--learning-rate", warning) == 1e-5
 
     def test_not_while_warming_up_or_with_much_of_the_run_ahead(self) -> None:
         slow = run_of(1000, desirable=lambda x: 0.2 * x, undesirable=lambda x: -0.2 * x)
-        assert alarms(slow, SETTINGS) == []
-        assert kinds(alarms(slow, replace(SETTINGS, max_steps=100))) == ["rate-low"]
+        assert run_warnings(slow, SETTINGS) == []
+        assert kinds(run_warnings(slow, replace(SETTINGS, max_steps=100))) == ["rate-low"]
         warming = [dict(r, learning_rate=1e-6 * r["epoch"] ** 2) for r in slow]
         still = [{**r, "rewards/chosen": r["epoch"] ** 3, "rewards/rejected": -(r["epoch"] ** 3)} for r in warming]
-        assert alarms(still, SETTINGS) == []
+        assert run_warnings(still, SETTINGS) == []
 
     @pytest.mark.parametrize("loss", ["kto", "humanline"])
     def test_kl_runs_away(self, loss: str) -> None:
         records = run_of(400, desirable=lambda x: 7 * x, undesirable=lambda x: 5 * x, kl=lambda x: 60 * x, noise=0.1)
-        (alarm,) = alarms(records, replace(SETTINGS, loss=loss))
-        assert alarm.kind == "kl"
-        assert "still rising" in alarm.text
-        assert number_for("kl is", alarm) == pytest.approx(22, abs=3)
-        assert number_for("--learning-rate", alarm) in (4e-7, 5e-7)
+        (warning,) = run_warnings(records, replace(SETTINGS, loss=loss))
+        assert warning.kind == "kl"
+        assert "still rising" in warning.text
+        assert number_for("kl is", warning) == pytest.approx(22, abs=3)
+        assert number_for("--learning-rate", warning) in (4e-7, 5e-7)
 
     def test_kl_stands_far_off(self) -> None:
         for nats, told in ((45.0, ["kl"]), (25.0, [])):
@@ -129,76 +130,78 @@ class TestToldWhen:
                 100, desirable=lambda x, z=z0: z + x, undesirable=lambda x, z=z0: z - x, kl=lambda x, n=nats: n
             )
             records = [r for r in records if r["step"] > 20]
-            assert kinds(alarms(records, SETTINGS)) == told
+            assert kinds(run_warnings(records, SETTINGS)) == told
 
     @pytest.mark.parametrize("desirable", [-1.5, 0.0], ids=["falls too", "does not move"])
     def test_desirable_rows_are_not_learned(self, desirable: float) -> None:
         records = run_of(300, desirable=lambda x: desirable * x, undesirable=lambda x: -4 * x, noise=0.1)
-        (alarm,) = alarms(records, SETTINGS)
-        assert alarm.kind == "class"
-        assert alarm.step == pytest.approx(182, abs=10)  # at 150 undesirable rewards pass -2
-        assert "only undesirable rows are learned" in alarm.text
-        assert number_for("--desirable-weight", alarm) == 1.33
+        (warning,) = run_warnings(records, SETTINGS)
+        assert warning.kind == "class"
+        assert warning.step == pytest.approx(182, abs=10)  # at 150 undesirable rewards pass -2
+        assert "only undesirable rows are learned" in warning.text
+        assert number_for("--desirable-weight", warning) == 1.33
 
     def test_undesirable_rows_are_not_learned(self) -> None:
         records = run_of(300, desirable=lambda x: 4 * x, undesirable=lambda x: 0.5 * x, noise=0.1)
-        (alarm,) = alarms(records, replace(SETTINGS, desirable_rows=1200))
-        assert alarm.kind == "class"
-        assert number_for("--undesirable-weight", alarm) == 1.2
-        (alarm,) = alarms(records, SETTINGS)  # a greater weight would leave the published range
-        assert number_for("--learning-rate", alarm) == 5e-7
+        (warning,) = run_warnings(records, replace(SETTINGS, desirable_rows=1200))
+        assert warning.kind == "class"
+        assert number_for("--undesirable-weight", warning) == 1.2
+        (warning,) = run_warnings(records, SETTINGS)  # a greater weight would leave the published range
+        assert number_for("--learning-rate", warning) == 5e-7
 
     def test_the_advised_weight_draws_no_warning_of_its_own(self) -> None:
         records = run_of(300, desirable=lambda x: -x, undesirable=lambda x: -4 * x)
         for rows in ((100, 1000), (1000, 1000), (1000, 900)):
             of = replace(SETTINGS, desirable_rows=rows[0], undesirable_rows=rows[1])
-            (alarm,) = alarms(records, of)
-            assert number_for("--desirable-weight", alarm) * rows[0] / rows[1] == pytest.approx(4 / 3, rel=0.01)
+            (warning,) = run_warnings(records, of)
+            assert number_for("--desirable-weight", warning) * rows[0] / rows[1] == pytest.approx(4 / 3, rel=0.01)
 
     def test_not_where_desirable_rows_are_certain_already(self) -> None:
         records = run_of(300, desirable=lambda x: -0.01, undesirable=lambda x: -5 * x, logps=lambda x: -2.5, noise=0.1)
-        assert alarms(records, SETTINGS) == []
+        assert run_warnings(records, SETTINGS) == []
 
     def test_not_for_a_class_that_has_no_weight(self) -> None:
         records = run_of(300, desirable=lambda x: -x, undesirable=lambda x: -4 * x)
-        assert alarms(records, replace(SETTINGS, desirable_weight=0.0)) == []
+        assert run_warnings(records, replace(SETTINGS, desirable_weight=0.0)) == []
 
     @pytest.mark.parametrize("loss", ["kto", "apo_zero", "bco", "dpo"])
     def test_both_classes_are_saturated(self, loss: str) -> None:
         records = run_of(600, desirable=lambda x: 8 * x, undesirable=lambda x: -8 * x, noise=0.1)
-        (alarm,) = alarms(records, replace(SETTINGS, loss=loss))
-        assert alarm.kind == "saturated"
-        assert alarm.step == pytest.approx(330, abs=15)
-        assert number_for("--max-steps", alarm) == pytest.approx(165, abs=15)
-        assert number_for("--beta", alarm) in (0.04, 0.05)
+        (warning,) = run_warnings(records, replace(SETTINGS, loss=loss))
+        assert warning.kind == "saturated"
+        assert warning.step == pytest.approx(330, abs=15)
+        assert number_for("--max-steps", warning) == pytest.approx(165, abs=15)
+        assert number_for("--beta", warning) in (0.04, 0.05)
 
     def test_held_out_loss_rises_while_training_loss_falls(self) -> None:
         records = run_of(500, desirable=lambda x: 3 * x, undesirable=lambda x: -3 * x, noise=0.1)
         losses = {100: 0.45, 200: 0.41, 300: 0.42, 400: 0.44, 500: 0.46}
-        (alarm,) = alarms(evaluated(records, losses), SETTINGS)
-        assert (alarm.kind, alarm.step) == ("overfitting", 500)
-        assert "rose from 0.4100 at step 200 to 0.4600" in alarm.text
-        assert number_for("--early-stopping", alarm) == 2
-        assert number_for("--max-steps", alarm) == 200
-        assert alarms(evaluated(records, losses), replace(SETTINGS, early_stopping=3)) == []  # it takes care of that
+        (warning,) = run_warnings(evaluated(records, losses), SETTINGS)
+        assert (warning.kind, warning.step) == ("overfitting", 500)
+        assert "rose from 0.4100 at step 200 to 0.4600" in warning.text
+        assert number_for("--early-stopping", warning) == 2
+        assert number_for("--max-steps", warning) == 200
+        assert (
+            run_warnings(evaluated(records, losses), replace(SETTINGS, early_stopping=3)) == []
+        )  # it takes care of that
         flat = run_of(500, desirable=lambda x: 1.0, undesirable=lambda x: -1.0)
-        assert alarms(evaluated(flat, losses), SETTINGS) == []  # worse on both: that is not overfitting
+        assert run_warnings(evaluated(flat, losses), SETTINGS) == []  # worse on both: that is not overfitting
 
     @pytest.mark.parametrize("loss", ["ipo", "slic"])
     def test_losses_without_a_sigmoid_have_another_scale(self, loss: str) -> None:
         records = run_of(500, desirable=lambda x: 90 * x, undesirable=lambda x: -90 * x)
         losses = {100: 0.41, 200: 0.42, 300: 0.44, 400: 0.46}
-        assert kinds(alarms(evaluated(records, losses), replace(SETTINGS, loss=loss))) == ["overfitting"]
+        assert kinds(run_warnings(evaluated(records, losses), replace(SETTINGS, loss=loss))) == ["overfitting"]
 
     def test_with_records_of_many_updates(self) -> None:
         for every in (10, 50):
             records = run_of(
                 1000, desirable=lambda x: 8 * x, undesirable=lambda x: -8 * x, noise=0.1, logging_steps=every
             )
-            (alarm,) = alarms(records, SETTINGS)
-            assert alarm.kind == "saturated"
+            (warning,) = run_warnings(records, SETTINGS)
+            assert warning.kind == "saturated"
         records = run_of(200, desirable=lambda x: 5.0, undesirable=lambda x: -5.0, logging_steps=50)
-        assert alarms(records, SETTINGS) == []  # five records are few
+        assert run_warnings(records, SETTINGS) == []  # five records are few
 
 
 SHAPES: dict[str, Curve] = {
@@ -243,15 +246,15 @@ def healthy_runs(draw: st.DrawFn) -> tuple[list[dict[str, Any]], str]:
 @given(healthy_runs())
 def test_a_healthy_run_is_left_alone(run: tuple[list[dict[str, Any]], str]) -> None:
     records, loss = run
-    assert alarms(records, replace(SETTINGS, loss=loss)) == []
+    assert run_warnings(records, replace(SETTINGS, loss=loss)) == []
 
 
-def test_one_wild_record_is_no_alarm() -> None:
+def test_one_wild_record_gives_no_warning() -> None:
     for wild in ({"rewards/chosen": 400.0, "rewards/rejected": -400.0}, {"kl": 5000.0}, {"rewards/chosen": -400.0}):
         records = run_of(200, desirable=lambda x: 2 * x, undesirable=lambda x: -2 * x, noise=0.1)
         for at in (3, 60, 130):
             records[at].update(wild)
-        assert alarms(records, SETTINGS) == []
+        assert run_warnings(records, SETTINGS) == []
 
 
 values = st.none() | st.floats() | st.floats(-10, 10) | st.just("text") | st.booleans()
@@ -272,21 +275,23 @@ def test_live_and_afterwards_agree_on_any_records(records: list[dict[str, Any]],
     watch, told = Watch(of), []
     for record in records:
         told += watch.add(record)
-    assert told == alarms(iter(records), of)
+    assert told == run_warnings(iter(records), of)
     assert len(set(kinds(told))) == len(told)
-    for alarm in told:
-        assert "nan" not in alarm.text
-        assert "inf" not in alarm.text
+    for warning in told:
+        assert "nan" not in warning.text
+        assert "inf" not in warning.text
 
 
 def test_records_read_back_from_json_say_the_same() -> None:
     def troubles() -> Iterator[dict[str, Any]]:
         yield from run_of(300, desirable=lambda x: -x, undesirable=lambda x: -4 * x, kl=lambda x: 70 * x, noise=0.2)
 
-    told = alarms(troubles(), SETTINGS)
+    told = run_warnings(troubles(), SETTINGS)
     assert len(told) >= 2
     assert (
-        alarms([json.loads(json.dumps(r)) for r in troubles()], Settings(**json.loads(json.dumps(asdict(SETTINGS)))))
+        run_warnings(
+            [json.loads(json.dumps(r)) for r in troubles()], Settings(**json.loads(json.dumps(asdict(SETTINGS))))
+        )
         == told
     )
 
@@ -302,3 +307,8 @@ def test_settings_come_from_the_options_with_weights_as_numbers() -> None:
     config = TrainConfig(desirable_weight="auto", beta=0.2, max_steps=7)
     found = Settings.of(config, (1.5, 1.0), (10, 20))
     assert (found.beta, found.desirable_weight, found.undesirable_rows, found.max_steps) == (0.2, 1.5, 20, 7)
+
+
+def test_a_loss_without_traits_fails_instead_of_giving_no_warnings() -> None:
+    with pytest.raises(KeyError, match="unlisted"):
+        run_warnings([], replace(SETTINGS, loss="unlisted"))
