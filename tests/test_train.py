@@ -39,9 +39,7 @@ TRAIN = "from offline_kto.train.cli import train; train()"
 
 def config_for(cache: Path, out: Path) -> TrainConfig:
     """Five updates that move the weights visibly."""
-    return TrainConfig(
-        cache=cache, out=out, batch_size=8, max_steps=5, learning_rate=3e-3, save_steps=0, device="cpu"
-    )
+    return TrainConfig(cache=cache, out=out, batch_size=8, max_steps=5, learning_rate=3e-3, save_steps=0, device="cpu")
 
 
 @pytest.fixture
