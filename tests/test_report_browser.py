@@ -42,10 +42,11 @@ def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     run, sweep = write_run(root / "runs" / "first"), write_sweep(root / "sweeps" / "search", trials=32)
     other = write_run(root / "runs" / "second", seed=1, gain=1.5)
+    short = write_sweep(root / "sweeps" / "short", trials=8)
     return {
         "run": write_report([run]),
         "sweep": write_report([sweep]),
-        "several": write_report([run, other, sweep], root / "several.html"),
+        "several": write_report([run, other, short], root / "several.html"),
     }
 
 
