@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import forks
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,5 +187,5 @@ def test_importing_has_no_effect() -> None:
         "    importlib.import_module(name)\n"
         "assert state() == before\n"
     )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    ran = forks.run(forks.AS_IF_FRESH + program)
     assert (ran.returncode, ran.stdout) == (0, ""), ran.stderr

@@ -138,24 +138,31 @@ def assert_printable(text):
     assert [c for c in text if not c.isprintable() and c != "\n"] == []
 
 
-def attempt(call, kind, folder, name=""):
-    """(whether it worked, what it gave); an error must be of `kind`, in one short line that can be printed.
+def attempts(calls, kind, folder, name=""):
+    """What each call did: (whether it worked, what it gave); an error must be of `kind`, in one short line to print.
 
-    folder: nothing outside of it may be opened; name: what the error has to name.
+    folder: nothing outside of it may be opened; name: what the error has to name. The limits hold for all calls.
     """
-    printed = io.StringIO()
-    try:
-        with bounded(), nothing_but(folder), contextlib.redirect_stdout(printed):
-            result = (True, call())
-    except kind as error:
-        message = str(error)
+    printed, results, errors = io.StringIO(), [], []
+    with bounded(), nothing_but(folder), contextlib.redirect_stdout(printed):
+        for call in calls:
+            try:
+                results.append((True, call()))
+            except kind as error:
+                errors.append(error)
+                results.append((False, None))
+    for message in map(str, errors):
         assert_printable(message)
         assert "\n" not in message
         assert name in message
         assert len(message) < LONGEST_MESSAGE + len(str(folder))
-        result = (False, None)
     assert_printable(printed.getvalue())
-    return result
+    return results
+
+
+def attempt(call, kind, folder, name=""):
+    """One call, as `attempts` makes many."""
+    return attempts([call], kind, folder, name)[0]
 
 
 def where_ours(error):
@@ -586,9 +593,8 @@ def use_rows(folder):
     if readable:
         assert 0 <= rows.largest_id < 2**31
         attempt(lambda: rows.contradictions, CacheError, folder, folder.name)
-        for index in range(len(rows)):
-            for partner in range(min(rows.partners, 9)):
-                attempt(functools.partial(rows.__getitem__, RowKey(index, partner)), CacheError, folder, folder.name)
+        keys = [RowKey(index, partner) for index in range(len(rows)) for partner in range(min(rows.partners, 9))]
+        attempts([functools.partial(rows.__getitem__, key) for key in keys], CacheError, folder, folder.name)
 
 
 def manifest_from_value(value, depth=900, digits=4299, *, marked=True):

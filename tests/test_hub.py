@@ -101,7 +101,7 @@ def test_a_silent_hub_is_waited_for_only_so_long(tmp_path: Path, silent_hub: str
         "HF_HUB_CACHE": str(hub_cache(tmp_path / "hub")),
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "0",
-        "HF_HUB_ETAG_TIMEOUT": "4",
+        "HF_HUB_ETAG_TIMEOUT": "1",
     }
     program = (
         "from offline_kto.kto_core.console import shown_lines\n"
@@ -124,7 +124,7 @@ def test_a_silent_hub_is_waited_for_only_so_long(tmp_path: Path, silent_hub: str
     assert warning.startswith("warning     org/tiny: the hub did not answer; its cached copy is used")
     assert commit == COMMIT
     assert absent.startswith("org/absent: no such model folder here, and it cannot be fetched from the hub: ")
-    assert waiting == "hub         waiting for the hub: org/tiny (at most 4 s without an answer)"
+    assert waiting == "hub         waiting for the hub: org/tiny (at most 1 s without an answer)"
 
 
 def test_a_commit_that_is_in_the_cache_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

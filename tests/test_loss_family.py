@@ -1,6 +1,7 @@
 """Every loss from one cache: against a live reference and the formulas of the papers, written out row by row."""
 
 import copy
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -136,11 +137,25 @@ def naive_run(base: Path, config: TrainConfig) -> tuple[torch.nn.Module, list[fl
     return policy, shown
 
 
+@pytest.fixture(scope="module")
+def run_of(cache: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """From a loss to a run of it with no other options, made once."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def run_of(loss: str) -> Path:
+        return train(config_for(pairs if loss in PAIRED_LOSSES else cache, folder / loss, loss))
+
+    return run_of
+
+
 @pytest.mark.parametrize("loss", LOSSES)
-def test_cached_equals_live_reference(loss: str, cache: Path, pairs: Path, base: Path, tmp_path: Path) -> None:
-    config = config_for(pairs if loss in PAIRED_LOSSES else cache, tmp_path / "run", loss)
+def test_cached_equals_live_reference(
+    loss: str, run_of: Callable[[str], Path], cache: Path, pairs: Path, base: Path
+) -> None:
+    config = config_for(pairs if loss in PAIRED_LOSSES else cache, Path("naive"), loss)
     expected, shown = naive_run(base, config)
-    run = train(config)
+    run = run_of(loss)
     for one, other in zip(metrics(run)[:STEPS], shown, strict=True):
         assert one["loss"] == pytest.approx(other, abs=1e-4)
     start = load_file(base / "model.safetensors")
@@ -151,10 +166,9 @@ def test_cached_equals_live_reference(loss: str, cache: Path, pairs: Path, base:
     assert moved > 1e-3
 
 
-def test_limits_on_tokens_matter_here(cache: Path, tmp_path: Path) -> None:
+def test_limits_on_tokens_matter_here(run_of: Callable[[str], Path], cache: Path, tmp_path: Path) -> None:
     """Else the test above could not tell humanline from kto."""
-    runs = [train(config_for(cache, tmp_path / loss, loss)) for loss in ("kto", "humanline")]
-    last = [metrics(run)[STEPS - 1] for run in runs]
+    last = [metrics(run_of(loss))[STEPS - 1] for loss in ("kto", "humanline")]
     assert abs(last[0]["rewards/rejected"] - last[1]["rewards/rejected"]) > 0.01
     narrow = config_for(cache, tmp_path / "narrow", "humanline", humanline_low=-1e-3, humanline_high=1e-3)
     tokens = max(len(row.matched.completion_ids) for row in map(CacheRows(cache).__getitem__, range(20)))
@@ -163,9 +177,11 @@ def test_limits_on_tokens_matter_here(cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("budget", [1, 300])
-def test_max_tokens_never_changes_the_result(loss: str, budget: int, cache: Path, pairs: Path, tmp_path: Path) -> None:
-    config = config_for(pairs if loss in PAIRED_LOSSES else cache, tmp_path / "one", loss, shuffle=True)
-    one, other = train(config), train(replace(config, out=tmp_path / "other", max_tokens=budget))
+def test_max_tokens_never_changes_the_result(
+    loss: str, budget: int, run_of: Callable[[str], Path], cache: Path, pairs: Path, tmp_path: Path
+) -> None:
+    config = config_for(pairs if loss in PAIRED_LOSSES else cache, tmp_path / "other", loss)
+    one, other = run_of(loss), train(replace(config, max_tokens=budget))
     first, second = (load_file(run / "model.safetensors") for run in (one, other))
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=3e-5, rtol=0)

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 from click.testing import CliRunner, Result
 from feedback_files import chat_rows, write_rows
@@ -265,11 +264,10 @@ def test_our_own_mistakes_keep_their_traceback(
 def test_a_real_process_prints_one_message(tmp_path: Path, base: Path) -> None:
     data = tmp_path / "f.jsonl"
     data.write_text(GOOD + '\n{"prompt": "a", "completion": "b", "label": "maybe"}\n')
-    command = [sys.executable, "-c", "from offline_kto.precompute.cli import precompute; precompute()"]
-    command += ["--model", str(base), "--data", str(data), "--out", str(tmp_path / "refs")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    program = "from offline_kto.precompute.cli import precompute; precompute()"
+    done = forks.run(program, "--model", base, "--data", data, "--out", tmp_path / "refs")
     assert done.returncode == 1
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["starting"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["starting", "reference"]
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.startswith("Error: ")
     assert "f.jsonl:2" in done.stderr

@@ -1,4 +1,7 @@
-"""The report page in a real browser, without a network."""
+"""The report page in a real browser, without a network.
+
+Opening a page takes seconds, most of them for plotly's script: a test looks at all that one open page can show.
+"""
 
 import json
 import re
@@ -19,6 +22,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 PAGES = ("run", "sweep", "several")
+NARROW, WIDE = 390, 1600
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +42,11 @@ def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     run, sweep = write_run(root / "runs" / "first"), write_sweep(root / "sweeps" / "search", trials=32)
     other = write_run(root / "runs" / "second", seed=1, gain=1.5)
+    short = write_sweep(root / "sweeps" / "short", trials=8)
     return {
         "run": write_report([run]),
         "sweep": write_report([sweep]),
-        "several": write_report([run, other, sweep], root / "several.html"),
+        "several": write_report([run, other, short], root / "several.html"),
     }
 
 
@@ -82,26 +87,21 @@ UNDRAWN = """() => [...document.querySelectorAll('[data-figure], [data-panel]')]
         && div.querySelector('.scatterlayer path, .barlayer path'))).map((div) => div.ariaLabel)"""
 
 
-@pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_plot_is_drawn(name, scheme, pages, visit):
-    page = visit(pages[name], scheme=scheme)
-    open_all(page)
+def assert_panes_are_drawn(page):
+    """Also those behind a switch; each switch shows one pane at a time."""
     assert page.evaluate(UNDRAWN) == []
     for box in page.locator(".switch").all():
         for label in box.locator("label").all():
             label.click()
-            assert page.evaluate(UNDRAWN) == []
-            assert box.locator(".pane:visible").count() == 1
+            assert page.evaluate(UNDRAWN) == [], label.inner_text()
+            assert box.locator(".pane:visible").count() == 1, label.inner_text()
 
 
-@pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("width", [390, 1600])
-def test_no_page_scrolls_sideways(name, width, pages, visit):
-    page = visit(pages[name], width=width)
-    open_all(page)
+def assert_no_sideways_scroll(page):
+    """As the page was opened, and after the window has changed to the other width."""
+    width = page.viewport_size["width"]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.set_viewport_size({"width": 1990 - width, "height": 900})
+    page.set_viewport_size({"width": NARROW + WIDE - width, "height": 900})
     page.wait_for_function("() => document.documentElement.scrollWidth <= innerWidth", timeout=5000)
 
 
@@ -132,19 +132,47 @@ CONTRASTS = """() => {
 }"""
 
 
+def assert_text_can_be_read(page):
+    found = page.evaluate(CONTRASTS)
+    assert len(found) > 25
+    assert {key: ratio for key, ratio in found.items() if ratio < 4.5} == {}
+
+
 @pytest.mark.parametrize("name", PAGES)
-def test_text_can_be_read_light_dark_and_after_the_change(name, pages, visit):
-    page = visit(pages[name])
+def test_a_light_page_on_a_wide_screen(name, pages, visit):
+    """All is drawn, nothing scrolls sideways, and the text can be read: in light, in dark and in light again."""
+    page = visit(pages[name], width=WIDE)
     open_all(page)
+    assert page.evaluate(UNDRAWN) == []
     grounds = []
     for scheme in ("light", "dark", "light"):
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(300)
-        found = page.evaluate(CONTRASTS)
-        assert len(found) > 25
-        assert {key: ratio for key, ratio in found.items() if ratio < 4.5} == {}
+        assert_text_can_be_read(page)
         grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert grounds[0] == grounds[2] != grounds[1]
+    assert_no_sideways_scroll(page)
+    assert_panes_are_drawn(page)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_dark_page_on_a_narrow_screen(name, pages, visit):
+    """All is drawn and nothing scrolls sideways; paper gets light colours and every part."""
+    page = visit(pages[name], width=NARROW, scheme="dark")
+    assert page.evaluate(UNDRAWN) == []
+    assert (page.locator("details.part:not([open])").count() > 0) == (name == "several")
+    ground = "getComputedStyle(document.documentElement).getPropertyValue('--page')"
+    dark = page.evaluate(ground)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(ground) != dark
+    assert page.locator("details.part:not([open])").count() == 0
+    assert page.evaluate(UNDRAWN) == []
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(ground) == dark
+    assert_text_can_be_read(page)
+    assert page.evaluate(UNDRAWN) == []
+    assert_no_sideways_scroll(page)
+    assert_panes_are_drawn(page)
 
 
 def slide(page, **values):
@@ -179,31 +207,9 @@ def exact(r, z0, beta, weight, *, desirable):
     return (weights - losses).detach().numpy(), losses.detach().numpy(), logratios.grad.numpy()
 
 
-@pytest.mark.parametrize("side", ["desirable", "undesirable"])
-@pytest.mark.parametrize(
-    ("r", "z0", "beta", "weight"), [(3.0, 0.5, 0.1, 1.0), (-20.0, 4.0, 0.5, 1.7), (11.0, 0.0, 0.02, 0.4)]
-)
-def test_the_panel_is_the_loss_that_trains(side, r, z0, beta, weight, pages, visit):
-    page = visit(pages["run"])
-    before = panel_curves(page)
-    page.locator("#panel .segments label", has_text=side).filter(has=page.locator(f"input[value={side}]")).click()
-    slide(page, r=r, z0=z0, beta=float(np.log10(beta)), **{side: weight})
-    shown = panel_numbers(page)
-    assert (shown["r"], shown["z0"], shown[side]) == pytest.approx((r, z0, weight), rel=1e-3)
-    assert shown["beta"] == pytest.approx(beta, rel=1e-3)
-    expected = exact([r], z0, beta, weight, desirable=side == "desirable")
-    for name, value in zip(("value", "loss", "gradient"), expected, strict=True):
-        assert shown[name] == pytest.approx(value[0], rel=6e-4), name
-    after = panel_curves(page)
-    assert after != before
-    for (x, y), curve in zip(after, exact(after[0][0], z0, beta, weight, desirable=side == "desirable"), strict=True):
-        assert x == after[0][0]
-        np.testing.assert_allclose(y, curve, rtol=1e-9, atol=1e-15)
-
-
-def test_the_panel_begins_with_the_run_and_goes_back_to_it(pages, visit):
-    page = visit(pages["run"])
-    kl = json.loads((pages["run"].parent / "evaluation.json").read_text())["metrics"]["kl"]["value"]
+def assert_panel_begins_with(folder, page):
+    """The numbers of the run, until a slider moves, and again after the reset."""
+    kl = json.loads((folder / "evaluation.json").read_text())["metrics"]["kl"]["value"]
     begin = panel_numbers(page)
     assert (begin["beta"], begin["desirable"], begin["undesirable"]) == (0.1, 1.0, 1.33)
     assert begin["z0"] == pytest.approx(kl, rel=1e-3)
@@ -217,10 +223,27 @@ def test_the_panel_begins_with_the_run_and_goes_back_to_it(pages, visit):
     assert panel_numbers(page)["r"] > begin["r"]
 
 
-def test_the_panel_counts_the_saturated_rows(tmp_path, visit):
-    folder = write_run(tmp_path / "run")
-    rows = write_rewards(folder, rows=20_000)
-    page = visit(write_report([folder]))
+def assert_panel_computes_the_loss(page, side, r, z0, beta, weight):
+    case = f"{side}: r={r} z0={z0} beta={beta} weight={weight}"
+    page.locator("#panel .reset").click()
+    before = panel_curves(page)
+    page.locator("#panel .segments label", has_text=side).filter(has=page.locator(f"input[value={side}]")).click()
+    slide(page, r=r, z0=z0, beta=float(np.log10(beta)), **{side: weight})
+    shown = panel_numbers(page)
+    assert (shown["r"], shown["z0"], shown[side]) == pytest.approx((r, z0, weight), rel=1e-3), case
+    assert shown["beta"] == pytest.approx(beta, rel=1e-3), case
+    expected = exact([r], z0, beta, weight, desirable=side == "desirable")
+    for name, value in zip(("value", "loss", "gradient"), expected, strict=True):
+        assert shown[name] == pytest.approx(value[0], rel=6e-4), f"{case}: {name}"
+    after = panel_curves(page)
+    assert after != before, case
+    for (x, y), curve in zip(after, exact(after[0][0], z0, beta, weight, desirable=side == "desirable"), strict=True):
+        assert x == after[0][0], case
+        np.testing.assert_allclose(y, curve, rtol=1e-9, atol=1e-15, err_msg=case)
+
+
+def assert_panel_counts_the_saturated(rows, page):
+    page.locator("#panel .reset").click()
     for z0, beta in ((0.0, 0.1), (3.0, 0.5), (1.0, 1.9)):
         slide(page, z0=z0, beta=float(np.log10(beta)))
         text = page.locator("#panel .share").inner_text()
@@ -228,7 +251,20 @@ def test_the_panel_counts_the_saturated_rows(tmp_path, visit):
         greatest = abs(exact([z0], z0, beta, 1.0, desirable=True)[2][0])
         few = {y: np.abs(exact(r, z0, beta, 1.0, desirable=y)[2]) < greatest / 10 for y, r in rows.items()}
         shares = [np.concatenate([*few.values()]).mean(), few[True].mean(), few[False].mean()]
-        np.testing.assert_allclose(told, 100 * np.array(shares), atol=0.3)
+        np.testing.assert_allclose(told, 100 * np.array(shares), atol=0.3, err_msg=f"z0={z0} beta={beta}")
+
+
+def test_the_panel_is_the_loss_that_trains(tmp_path, visit):
+    folder = write_run(tmp_path / "run")
+    rows = write_rewards(folder, rows=20_000)
+    page = visit(write_report([folder]))
+    assert_panel_begins_with(folder, page)
+    for side in ("undesirable", "desirable"):  # the second is the one at which a page begins
+        for r, z0, beta, weight in ((3.0, 0.5, 0.1, 1.0), (-20.0, 4.0, 0.5, 1.7), (11.0, 0.0, 0.02, 0.4)):
+            assert_panel_computes_the_loss(page, side, r, z0, beta, weight)
+    assert_panel_counts_the_saturated(rows, page)
+    page.locator(".copy").first.click()
+    page.wait_for_function("() => ['Copied', 'Selected'].includes(document.querySelector('.copy').textContent)")
 
 
 def column(page, index):
@@ -236,23 +272,23 @@ def column(page, index):
     return page.evaluate(cells)
 
 
-@pytest.mark.parametrize("index", [0, 1, 2, 3, 4])
-def test_the_table_sorts_with_missing_values_last(index, pages, visit):
-    page = visit(pages["sweep"])
+def assert_column_sorts(page, index):
+    """With missing values last."""
     header = page.locator(".sortable thead th").nth(index)
     for direction in ("ascending", "descending"):
+        case = f"column {index}, {direction}"
         header.locator("button").focus()
         page.keyboard.press("Enter")
-        assert header.get_attribute("aria-sort") == direction
-        assert page.locator(".sortable th[aria-sort$=ending]").count() == 1
+        assert header.get_attribute("aria-sort") == direction, case
+        assert page.locator(".sortable th[aria-sort$=ending]").count() == 1, case
         cells = column(page, index)
         present = [cell for cell in cells if cell != ""]
-        assert cells == present + [""] * (3 if index == 1 else 0)
+        assert cells == present + [""] * (3 if index == 1 else 0), case
         key = str if index == 4 else float
-        assert present == sorted(present, key=key, reverse=direction == "descending")
+        assert present == sorted(present, key=key, reverse=direction == "descending"), case
 
 
-def test_a_trial_is_marked_in_table_and_plots(pages, visit):
+def test_a_trial_is_marked_in_table_and_plots_and_the_table_sorts(pages, visit):
     page = visit(pages["sweep"])
     best = page.locator("tr.best")
     assert best.count() == 1
@@ -267,24 +303,8 @@ def test_a_trial_is_marked_in_table_and_plots(pages, visit):
     assert [trial for trial, opacity in page.evaluate(opacities) if opacity == 1] == [number]
     best.locator(".trial").click()
     assert best.locator(".trial").get_attribute("aria-pressed") == "false"
-
-
-def test_the_command_is_copied_or_selected(pages, visit):
-    page = visit(pages["run"])
-    page.locator(".copy").first.click()
-    page.wait_for_function("() => ['Copied', 'Selected'].includes(document.querySelector('.copy').textContent)")
-
-
-def test_paper_gets_light_colours_and_every_part(pages, visit):
-    page = visit(pages["several"], scheme="dark")
-    ground = "getComputedStyle(document.documentElement).getPropertyValue('--page')"
-    dark = page.evaluate(ground)
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.evaluate(ground) != dark
-    assert page.locator("details.part:not([open])").count() == 0
-    assert page.evaluate(UNDRAWN) == []
-    page.evaluate("dispatchEvent(new Event('afterprint'))")
-    assert page.evaluate(ground) == dark
+    for index in range(5):
+        assert_column_sorts(page, index)
 
 
 def test_hostile_names_are_shown_and_do_nothing(tmp_path, visit):

@@ -35,7 +35,8 @@ def test_a_run_writes_the_declared_fields(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_writes_the_declared_fields(cache: Path, tmp_path: Path) -> None:
+def test_a_sweep_writes_the_declared_fields(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offline_kto.train.sweep.workers.START", "forkserver")  # from the process of forks.py
     config = SweepConfig(
         cache=cache,
         out=tmp_path / "sweep",
