@@ -187,7 +187,7 @@ def test_a_token_is_in_no_file_of_a_run_which_goes_on_with_it(cache: Path, tmp_p
     assert [path for path in files if b"CRETCRET" in path.read_bytes()] == []
     assert not list((tmp_path / "run").rglob("training_args.bin"))
     text = (tmp_path / "run" / "config.yaml").read_text()
-    assert "# training.hub_token is left out" in text
+    assert "# training.hub_token is a secret and is left out" in text
     assert yaml.safe_load(text)["training"] == {"max_grad_norm": 2.0}
 
 
