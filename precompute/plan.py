@@ -12,16 +12,16 @@ from datetime import datetime
 import numpy as np
 
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
-from offline_kto.kto_core.errors import ConfigError, FeedbackError, PairingError
+from offline_kto.kto_core.errors import FeedbackError, PairingError, TokenizationError
 from offline_kto.kto_core.feedback.labels import rare_class
 from offline_kto.kto_core.feedback.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
-from offline_kto.kto_core.feedback.records import COLUMNS, FeedbackFields, FeedbackRow, parse_record, resolve_threshold
+from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.tokenization import Tokenizing
 from offline_kto.kto_core.hashing import ids_id, json_hash, sequence_id
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.records.sources import SourceFile, describe_source, read_records, warnings_about
-from offline_kto.precompute.records.text_files import Located
+from offline_kto.precompute.feedback import Feedback
+from offline_kto.precompute.records.sources import SourceFile, describe_source, warnings_about
 
 # Rows tokenized in one call of the tokenizer.
 _TOKENIZE_ROWS = 1024
@@ -133,7 +133,7 @@ class PlanCounts:
 
 
 def read_rows(
-    config: PrecomputeConfig, tokenizer: Tokenizer, tokenizing: Tokenizing
+    config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizing
 ) -> tuple[list[PlannedRow], int, dict[str, int]]:
     """Read, parse and tokenize the feedback; drop prompts that leave no room for a completion.
 
@@ -146,15 +146,18 @@ def read_rows(
     rows: list[PlannedRow] = []
     dropped: Counter[str] = Counter()
     read = 0
-    parsed = _parsed(config, bool(getattr(tokenizer, "chat_template", None)))
-    for chunk in _chunks(parsed):
+    for chunk in _chunks(feedback.rows()):
         for row, tokens in zip(chunk, tokenizing.tokenize(chunk), strict=True):
+            if isinstance(tokens, TokenizationError):
+                feedback.reject(row.where, tokens)
+                continue
             room = config.max_length - len(tokens.prompt_ids)
             if room < 1:
                 dropped[PROMPT_TOO_LONG] += 1
             else:
                 rows.append(_planned(row, read, tokens.prompt_ids, tokens.completion_ids, room, config.max_length))
             read += 1
+    feedback.finish()
     tokenizing.check()
     if not rows:
         raise FeedbackError(
@@ -162,27 +165,6 @@ def read_rows(
             "Raise --max-length."
         )
     return rows, read, dict(dropped)
-
-
-def _parsed(config: PrecomputeConfig, chat_template: bool) -> Iterator[FeedbackRow]:
-    threshold = None
-    if config.rating_threshold is not None:
-        try:
-            threshold = resolve_threshold(
-                config.rating_threshold,
-                _records(config),
-                fields=_fields(config, chat_template, None),
-            )
-        except ConfigError as error:
-            raise ConfigError(f"{config.data}: {error}") from error
-    fields = _fields(config, chat_template, threshold)
-    for where, record in _records(config):
-        yield from parse_record(record, where, fields)
-
-
-def _records(config: PrecomputeConfig) -> Iterator[Located]:
-    named = (config.prompt_field, config.completion_field, config.label_field)
-    return read_records(config.data, limit=config.limit, columns={*COLUMNS, *(name for name in named if name)})
 
 
 def _chunks(rows: Iterator[FeedbackRow]) -> Iterator[list[FeedbackRow]]:
@@ -197,16 +179,6 @@ def _chunks(rows: Iterator[FeedbackRow]) -> Iterator[list[FeedbackRow]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _fields(config: PrecomputeConfig, chat_template: bool, threshold: float | None) -> FeedbackFields:
-    return FeedbackFields(
-        prompt=config.prompt_field,
-        completion=config.completion_field,
-        label=config.label_field,
-        rating_threshold=threshold,
-        chat_template=chat_template,
-    )
 
 
 def _planned(
@@ -238,7 +210,12 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
     files = describe_source(config.data)  # described when they are read, since they may change during scoring
     day = day or datetime.now().replace(microsecond=0)
     tokenizing = Tokenizing(tokenizer, now=day)
-    rows, read, dropped = read_rows(config, tokenizer, tokenizing)
+    feedback = Feedback(
+        config,
+        has_template=bool(getattr(tokenizer, "chat_template", None)),
+        special=[token for token in getattr(tokenizer, "all_special_tokens", []) if len(token) > 2],
+    )
+    rows, read, dropped = read_rows(config, feedback, tokenizing)
     try:
         pairing = _pair(config, rows)
     except PairingError as error:

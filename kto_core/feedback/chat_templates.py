@@ -7,7 +7,7 @@ from datetime import datetime
 
 from offline_kto.kto_core.errors import TokenizationError, printable, said_by
 from offline_kto.kto_core.feedback.findings import Findings
-from offline_kto.kto_core.feedback.formats import Message
+from offline_kto.kto_core.feedback.messages import Message
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.library_types import Tokenizer
 

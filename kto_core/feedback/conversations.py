@@ -1,128 +1,20 @@
-"""Convert prompts and completions of every supported feedback format to one.
+"""Find prompt and completions in conversations, pairs and columns, and join them to one prompt and its completions.
 
-    str | list of messages | ShareGPT turns | Alpaca columns  ->  str, or a tuple of messages
-
-Labels and options are handled in offline_kto.kto_core.feedback.records. No function changes the record it is given.
 Invalid input raises FeedbackError with the location, the value that was found and what to write instead.
 """
 
-import copy
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
 
-from offline_kto.kto_core.errors import FeedbackError, printable
-
-# {"role": str, "content": str, ...}; other keys, such as tool_calls or name, are kept.
-# A message holds any keys that its chat template may read; its `role` and `content` are strings.
-Message: TypeAlias = dict[str, Any]
-Turns: TypeAlias = str | tuple[Message, ...]
+from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.left_out import EMPTY, LeftOut
+from offline_kto.kto_core.feedback.messages import REASONING, Message, Turns, as_conversation, has_tool_calls, said
+from offline_kto.kto_core.feedback.quoting import quoted
 
 HUMAN_TURN = "\n\nHuman:"
 ASSISTANT_TURN = "\n\nAssistant:"
 
-# Role names of ShareGPT files. Any other name is kept: the chat template decides which roles are valid.
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-
-
-def quoted(value: object, limit: int = 60) -> str:
-    """Return `value` as JSON on one line, with unprintable characters escaped, cut to about `limit` characters."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):
-        text = f"a value of type {type(value).__name__}"
-    return printable(text, limit)
-
-
-def as_turns(value: object, where: str, field: str) -> Turns:
-    """Return text unchanged, and a list of messages or a single message as a tuple of messages.
-
-    A message needs a role (a string; unknown ones are kept) and a content (a string, or a list of text parts,
-    which are joined). ShareGPT's `from` and `value` are accepted in their place. Keys that hold None are
-    left out: that is how Parquet stores a key that only other rows have.
-
-    Raises:
-        FeedbackError: neither text nor messages, an empty list, no role, no content, images or sound.
-    """
-    if isinstance(value, str):
-        return value
-    sharegpt = field == "conversations"
-    if isinstance(value, Mapping):
-        return (_message(value, where, f"'{field}'", sharegpt=sharegpt),)
-    if not isinstance(value, list | tuple):
-        raise FeedbackError(f"{where}: '{field}' must be text or a list of messages, got {quoted(value)}.")
-    if len(value) == 0:
-        raise FeedbackError(f"{where}: '{field}' is an empty list. Give it a message, or remove the row.")
-    return tuple(
-        _message(item, where, f"message {number} of '{field}'", sharegpt=sharegpt)
-        for number, item in enumerate(value, 1)
-    )
-
-
-def as_conversation(value: object, where: str, field: str) -> tuple[Message, ...]:
-    """Convert like `as_turns`, but refuse text, for columns such as `messages`."""
-    turns = as_turns(value, where, field)
-    if isinstance(turns, str):
-        raise FeedbackError(f"{where}: '{field}' must be a list of messages, got the text {quoted(turns)}.")
-    return turns
-
-
-def _message(value: object, where: str, what: str, *, sharegpt: bool) -> Message:
-    if not isinstance(value, Mapping):
-        raise FeedbackError(
-            f'{where}: {what} must look like {{"role": "user", "content": "..."}}, got {quoted(value)}.'
-        )
-    given = {key: item for key, item in value.items() if item is not None}
-    # Each key is looked up separately, so that a message may have `from` and `content`.
-    role_key = "from" if "role" not in given and "from" in given else "role"
-    content_key = "value" if "content" not in given and "value" in given else "content"
-    role = given.pop(role_key, None)
-    if not isinstance(role, str):
-        raise FeedbackError(f"{where}: {what} needs a 'role' that is a string, got {quoted(role)}.")
-    if sharegpt or role_key == "from":
-        role = SHAREGPT_ROLES.get(role.strip().lower(), role)
-    if content_key in given:
-        content = _content(given.pop(content_key), where, what)
-    elif _has_tool_calls(given):
-        content = ""  # a tool call without text: files have null here, templates expect a string
-    else:
-        raise FeedbackError(f"{where}: {what} has no 'content'. Give it a string.")
-    return {"role": role, "content": content, **copy.deepcopy(given)}
-
-
-def _content(value: object, where: str, what: str) -> str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple):
-        raise FeedbackError(f"{where}: the 'content' of {what} must be a string, got {quoted(value)}.")
-    texts: list[str] = []
-    for part in value:
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise FeedbackError(
-                f"{where}: {what} holds {quoted(part)}. Multimodal feedback is not supported: give text,"
-                ' or parts like {"type": "text", "text": "..."}.'
-            )
-        texts.append(text)
-    return "".join(texts)
-
-
-def _has_tool_calls(message: Mapping[str, object]) -> bool:
-    calls = message.get("tool_calls")
-    return isinstance(calls, list | tuple) and len(calls) > 0
+# Columns of a text put before the prompt; the first that has one counts, and two that differ are refused.
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 
 
 def check_completion(completion: Turns, where: str, field: str) -> None:
@@ -131,12 +23,12 @@ def check_completion(completion: Turns, where: str, field: str) -> None:
     Tool messages may come between them. An assistant's message with tool_calls may have no text.
 
     Raises:
-        FeedbackError: it is empty or blank, or has messages of other roles.
+        LeftOut: it is empty or blank.
+        FeedbackError: it has messages of other roles.
     """
-    remedy = "An empty answer is not feedback: remove the row."
     if isinstance(completion, str):
         if completion.strip() == "":
-            raise FeedbackError(f"{where}: '{field}' is empty. {remedy}")
+            raise LeftOut(EMPTY, f"'{field}'")
         return
     for index, message in enumerate(completion):
         role = message["role"]
@@ -146,8 +38,23 @@ def check_completion(completion: Turns, where: str, field: str) -> None:
                 f"{where}: '{field}' must hold what the assistant said, but message {index + 1} has the role"
                 f" {quoted(role)}. Move it to the prompt, or remove the row."
             )
-        if role == "assistant" and message["content"].strip() == "" and not _has_tool_calls(message):
-            raise FeedbackError(f"{where}: the assistant's message in '{field}' is empty. {remedy}")
+        if role == "assistant" and not _says_something(message):
+            raise LeftOut(EMPTY, f"message {index + 1} of '{field}'")
+
+
+def _says_something(message: Message) -> bool:
+    texts = [message.get(name) for name in ("content", *REASONING)]
+    return has_tool_calls(message) or any(isinstance(text, str) and text.strip() for text in texts)
+
+
+def split_at_results(completion: tuple[Message, ...]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Return (what comes up to the last result of a tool, the rest).
+
+    A tool's result is not the model's words, and must not be trained on: what leads to it is context.
+    """
+    results = [index for index, message in enumerate(completion) if message["role"] == "tool"]
+    size = results[-1] + 1 if results else 0
+    return completion[:size], completion[size:]
 
 
 def split_conversation(
@@ -195,28 +102,24 @@ def join_sides(prompt: Turns, answers: Sequence[tuple[str, Turns]], where: str) 
 def _cut_prompt(
     prompt: Turns, answer: Turns, where: str, field: str
 ) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    asked = _said("user", prompt) if isinstance(prompt, str) else prompt
-    said = _said("assistant", answer) if isinstance(answer, str) else answer
-    others = [index for index, m in enumerate(said) if m["role"] not in ("assistant", "tool")]
+    asked = said("user", prompt)
+    answered = said("assistant", answer)
+    others = [index for index, m in enumerate(answered) if m["role"] not in ("assistant", "tool")]
     size = len(asked)
-    repeats = said[:size] == asked
+    repeats = answered[:size] == asked
     if not repeats and len(others) == 0:
-        return asked, said
+        return asked, answered
     if isinstance(prompt, str) and len(others) > 0:
         size = others[-1] + 1
-        repeats = any(m["role"] == "user" and m["content"].strip() == prompt.strip() for m in said[:size])
+        repeats = any(m["role"] == "user" and m["content"].strip() == prompt.strip() for m in answered[:size])
     if not repeats:
         raise FeedbackError(
             f"{where}: '{field}' is a conversation that does not repeat the prompt. Let it begin with the"
             " prompt's messages, or hold the assistant's answer alone."
         )
-    if size == len(said):
+    if size == len(answered):
         raise FeedbackError(f"{where}: '{field}' repeats the prompt and answers nothing. Remove the row.")
-    return said[:size], said[size:]
-
-
-def _said(role: str, text: str) -> tuple[Message, ...]:
-    return ({"role": role, "content": text},)
+    return answered[:size], answered[size:]
 
 
 def shared_beginning(chosen: Turns, rejected: Turns, where: str) -> tuple[Turns, tuple[Turns, Turns]]:
@@ -293,12 +196,11 @@ def alpaca_prompt(record: Mapping[str, object], where: str, *, conversation: boo
     """
     question = [text for name in ("instruction", "input") if (text := _text(record, name, where)) != ""]
     turns: list[Message] = []
-    if (system := _text(record, "system", where)) != "":
-        turns.extend(_said("system", system))
-    for asked, answered in _history(record.get("history"), where):
-        turns.extend(_said("user", asked) + _said("assistant", answered))
+    if (system := system_text(record, where)) != "":
+        turns.extend(said("system", system))
+    turns.extend(_history(record.get("history"), where))
     if conversation:
-        return (*turns, *_said("user", "\n".join(question)))
+        return (*turns, *said("user", "\n".join(question)))
     return "\n\n".join([turn["content"] for turn in turns if turn["content"] != ""] + question)
 
 
@@ -309,36 +211,54 @@ def _text(record: Mapping[str, object], field: str, where: str) -> str:
     return value
 
 
-def _history(value: object, where: str) -> list[tuple[str, str]]:
-    if value is None:
-        return []
-    found = []
-    for pair in value if isinstance(value, list | tuple) else [value]:
+def _history(value: object, where: str) -> tuple[Message, ...]:
+    """Return the earlier turns: pairs of question and answer, or messages."""
+    if value is None or value == []:
+        return ()
+    turns: list[Message] = []
+    pairs = value if isinstance(value, list | tuple) else [value]
+    if all(isinstance(one, Mapping) for one in pairs):
+        return as_conversation(value, where, "history")
+    for pair in pairs:
         match pair:
             case [str() as asked, str() as answered]:
-                found.append((asked, answered))
+                turns.extend(said("user", asked) + said("assistant", answered))
             case _:
                 raise FeedbackError(
-                    f"{where}: 'history' must be a list of [question, answer] pairs, got {quoted(value)}."
+                    f"{where}: 'history' must be a list of [question, answer] pairs or of messages, got {quoted(value)}."
                 )
-    return found
+    return tuple(turns)
+
+
+def system_text(record: Mapping[str, object], where: str) -> str:
+    """Return the text of a record's system column; empty if there is none.
+
+    Raises:
+        FeedbackError: two columns with different texts.
+    """
+    found = {name: text for name in SYSTEM_COLUMNS if (text := _text(record, name, where)).strip()}
+    if len(set(found.values())) > 1:
+        raise FeedbackError(f"{where}: {' and '.join(map(repr, found))} hold different texts. Keep one of them.")
+    return next(iter(found.values()), "")
 
 
 def with_system(prompt: Turns, record: Mapping[str, object], where: str) -> Turns:
-    """Return `prompt` preceded by the text in the record's `system` column, if there is any.
+    """Return `prompt` preceded by the text in the record's system column, if there is any.
 
     Raises:
         FeedbackError: the prompt is plain text or has a different system message, so one of them would be lost.
     """
-    system = _text(record, "system", where)
-    if system.strip() == "":
+    system = system_text(record, where)
+    if system == "":
         return prompt
     if isinstance(prompt, str):
         raise FeedbackError(
-            f"{where}: 'system' stands beside a prompt of plain text, and nothing says how to join them."
-            " Write the prompt as messages, or remove the column."
+            f"{where}: a system text stands beside a prompt of plain text, and without a chat template nothing says how to"
+            " join them. Write the prompt as messages, use a tokenizer with a chat template, or remove the column."
         )
-    own = [message["content"] for message in prompt if message["role"] == "system"]
-    if len(own) > 0 and own[0] != system:
-        raise FeedbackError(f"{where}: 'system' differs from the system message in the conversation. Keep one of them.")
-    return prompt if len(own) > 0 else _said("system", system) + prompt
+    own = [message["content"] for message in prompt if message["role"] in ("system", "developer")]
+    if len(own) > 0 and own[0].strip() != system.strip():
+        raise FeedbackError(
+            f"{where}: the system column differs from the system message in the conversation. Keep one of them."
+        )
+    return prompt if len(own) > 0 else said("system", system) + tuple(prompt)
