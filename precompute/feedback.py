@@ -37,21 +37,30 @@ class Found:
         forms: rows by the format that they were read in.
         left_out: rows that cannot be used.
         columns: columns with a value, by the number of records that have one.
-        used: columns that were read.
-        from_text: rows whose text became messages; moved_results: rows whose results of tools became context.
+        chat, plain: rows of messages, and of text.
+        system: rows with a system message.
+        from_text: rows whose text became messages.
+        moved_results: rows in which results of tools were moved to the prompt.
     """
 
     records: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     left_out: LeftOutRows = field(default_factory=LeftOutRows)
     columns: Counter[str] = field(default_factory=Counter)
-    used: set[str] = field(default_factory=set)
+    chat: int = 0
+    plain: int = 0
+    system: int = 0
     from_text: int = 0
     moved_results: int = 0
 
     def add(self, row: FeedbackRow) -> None:
         """Count a row."""
         self.forms[row.form] += 1
+        if isinstance(row.prompt, str):
+            self.plain += 1
+        else:
+            self.chat += 1
+            self.system += any(message["role"] in ("system", "developer") for message in row.prompt)
         self.from_text += row.from_text
         self.moved_results += row.moved_results
 
@@ -116,6 +125,14 @@ class Feedback:
         label = self.mapping.turns.label if self.mapping.turns is not None else self.mapping.label
         assert label is not None
         return label.rule
+
+    @property
+    def used_columns(self) -> set[str]:
+        """The columns that the rows come from."""
+        if self.mapping is not None:
+            return self.mapping.keys()
+        paths = (self._fields.prompt, self._fields.completion, self._fields.label)
+        return COLUMNS.union(*(path.keys() for path in paths if path is not None))
 
     def reject(self, where: str, error: KTOError) -> None:
         """Note that a row is defective: it is left out, or reported by `finish`."""
@@ -232,7 +249,11 @@ class Feedback:
         scale = Scale.of(self.label_rule)
         proposal = scale.proposal()
         name = "" if self.mapping or first.field in ("label", "kto_tag") else f"--label-field {first.field} "
-        advice = f"If these are the marks, pass {name}{proposal}." if proposal else "Say which are up and which are down with --up and --down."
+        advice = (
+            f"If these are the marks, pass {name}{proposal}."
+            if proposal
+            else "Say which are up and which are down with --up and --down."
+        )
         return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}")
 
     def _write_left_out(self, path: Path) -> None:

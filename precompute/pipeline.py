@@ -24,7 +24,8 @@ from offline_kto.precompute.engines.protocol import Scorer
 from offline_kto.precompute.engines.ranks import RankedScorer, joined, on_own_device, work
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.out_folder import opened_out, rendered_on
-from offline_kto.precompute.plan import Plan, PlanCounts, describe, make_plan
+from offline_kto.precompute.plan import Plan, PlanCounts, make_plan
+from offline_kto.precompute.plan_page import describe
 from offline_kto.precompute.scoring import MERGED, Scoring
 from offline_kto.precompute.store import Store
 
@@ -90,7 +91,10 @@ def _print_plan(
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     how = f"{reference.precision.name} on {reference.device.type}, scored with {engine}{processes}"
     tell(f"reference   {config.model}{adapter} ({how})")
-    for line in [*(f"warning     {one}" for one in reference.warnings), *describe(plan, counts, config)]:
+    for line in [
+        *(f"warning     {one}" for one in reference.warnings),
+        *describe(plan, counts, config, reference.tokenizer),
+    ]:
         tell(line)
 
 

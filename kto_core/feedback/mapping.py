@@ -239,6 +239,10 @@ class Mapping:
         values = {name: path.find(data, where) for name, path in found.items() if path is not None}
         return {name: value for name, value in values.items() if value not in (None, "", [])}
 
+    def keys(self) -> set[str]:
+        """Return all keys that the mapping's paths name."""
+        return set().union(*(path.keys() for path in _paths_in(self)))
+
     def answer(self, value: object, where: str, field: str) -> Turns | None:
         """Return what an assistant wrote, with what `strip` matches removed from it."""
         if value is None:
@@ -262,6 +266,18 @@ class Mapping:
         for pattern in self.strip:
             text = pattern.sub("", text)
         return text
+
+
+def _paths_in(value: object) -> Iterator[Path]:
+    """Yield the paths in a mapping, those of its parts included."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _paths_in(one)
+    elif dataclasses.is_dataclass(value):
+        for one in dataclasses.fields(value):
+            yield from _paths_in(getattr(value, one.name))
 
 
 def mapping_from(table: object, source: str) -> Mapping:
@@ -294,9 +310,7 @@ _PATHS = ("recognise", "records", "where", "system", "tools", "prompt", "complet
 
 
 def _check_whole(mapping: Mapping, source: str) -> None:
-    answers = {
-        name: getattr(mapping, name) is not None for name in ("completion", "conversation", "pair", "turns")
-    }
+    answers = {name: getattr(mapping, name) is not None for name in ("completion", "conversation", "pair", "turns")}
     given = [name for name, there in answers.items() if there]
     if len(given) != 1:
         found = f"got {' and '.join(given)}" if given else "got none of them"

@@ -251,7 +251,9 @@ class _Parts:
             return
         given = {key: item for key, item in part.items() if item is not None} if isinstance(part, Mapping) else {}
         kind = str(given.get("type", "text" if "text" in given else ""))
-        text = next((given[key] for key in ("text", kind, "refusal", "content") if isinstance(given.get(key), str)), None)
+        text = next(
+            (given[key] for key in ("text", kind, "refusal", "content") if isinstance(given.get(key), str)), None
+        )
         if kind in _TEXT_PARTS | {"refusal"} and isinstance(text, str):
             self.texts.append(text)
         elif kind in _REASONING_PARTS:

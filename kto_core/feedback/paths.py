@@ -13,7 +13,7 @@ Functions beside JMESPath's own:
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jmespath
@@ -80,8 +80,20 @@ class Path:
                 f"{where}: {self.source}: {quoted(self.text)} cannot be applied to this record: {_first_line(error)}"
             ) from None
 
+    def keys(self) -> set[str]:
+        """Return the keys that the expression names, at any depth."""
+        return set(_named(self._compiled.parsed))
+
     def __repr__(self) -> str:
         return f"Path({self.text!r})"
+
+
+def _named(node: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the keys in a node of a parsed expression."""
+    if node["type"] == "field":
+        yield node["value"]
+    for child in node.get("children", ()):
+        yield from _named(child) if isinstance(child, Mapping) else ()
 
 
 @functools.lru_cache(maxsize=256)
