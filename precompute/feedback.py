@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping as AnyMapping
+from collections.abc import Iterator, Mapping as AnyMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from offline_kto.kto_core.durable_files import write_text
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
+from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import DEFECTIVE, LeftOut, LeftOutRows
 from offline_kto.kto_core.feedback.mapping import Mapping, SeveralScoresError, option_path, with_label
@@ -38,7 +39,8 @@ class Found:
         left_out: rows that cannot be used.
         columns: columns with a value, by the number of records that have one.
         used: columns that were read.
-        from_text: rows whose text became messages; moved_results: rows whose results of tools became context.
+        from_text: rows whose text became messages; rendered: rows of text that a chat template had written before, which
+            stays as it is; moved_results: rows whose results of tools became context.
     """
 
     records: int = 0
@@ -47,12 +49,14 @@ class Found:
     columns: Counter[str] = field(default_factory=Counter)
     used: set[str] = field(default_factory=set)
     from_text: int = 0
+    rendered: int = 0
     moved_results: int = 0
 
     def add(self, row: FeedbackRow) -> None:
         """Count a row."""
         self.forms[row.form] += 1
         self.from_text += row.from_text
+        self.rendered += row.rendered
         self.moved_results += row.moved_results
 
 
@@ -62,7 +66,7 @@ class Feedback:
     Args:
         config: options of `kto-precompute`.
         has_template: whether the tokenizer has a chat template.
-        special: its special tokens.
+        rendered: how text looks that its chat template has written.
 
     Attributes:
         mapping: the mapping of `--map`, or of the recognised format; None where each record's keys decide.
@@ -73,7 +77,7 @@ class Feedback:
         KTOError: an option that cannot be used, or a file that cannot be read.
     """
 
-    def __init__(self, config: PrecomputeConfig, *, has_template: bool, special: Collection[str] = ()) -> None:
+    def __init__(self, config: PrecomputeConfig, *, has_template: bool, rendered: RenderedText | None = None) -> None:
         self._config = config
         self.found = Found()
         self._mistakes: list[KTOError] = []
@@ -89,7 +93,7 @@ class Feedback:
             rule=LabelRule() if self.mapping else self.rule,
             chat=has_template and chat != "never",
             chat_template=has_template,
-            special=special,
+            rendered=rendered or RenderedText(),
         )
 
     def rows(self) -> Iterator[FeedbackRow]:
@@ -105,6 +109,11 @@ class Feedback:
                 if not self._mistakes or self._config.on_bad_row == "skip":
                     self.found.add(row)
                     yield row
+
+    @property
+    def chat(self) -> bool:
+        """Whether text becomes messages."""
+        return self._fields.chat
 
     @property
     def label_rule(self) -> LabelRule:
@@ -232,7 +241,11 @@ class Feedback:
         scale = Scale.of(self.label_rule)
         proposal = scale.proposal()
         name = "" if self.mapping or first.field in ("label", "kto_tag") else f"--label-field {first.field} "
-        advice = f"If these are the marks, pass {name}{proposal}." if proposal else "Say which are up and which are down with --up and --down."
+        advice = (
+            f"If these are the marks, pass {name}{proposal}."
+            if proposal
+            else "Say which are up and which are down with --up and --down."
+        )
         return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}")
 
     def _write_left_out(self, path: Path) -> None:

@@ -20,7 +20,7 @@ from offline_kto.kto_core.feedback.tokenization import Tokenizing
 from offline_kto.kto_core.hashing import ids_id, json_hash, sequence_id
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.feedback import Feedback
+from offline_kto.precompute.feedback import Feedback, Found
 from offline_kto.precompute.records.sources import SourceFile, describe_source, warnings_about
 
 # Rows tokenized in one call of the tokenizer.
@@ -56,6 +56,8 @@ class Plan:
     Attributes:
         notes: sentences on how the rows were rendered and tokenized.
         rendered_on: the time that the chat template wrote into them; None if it writes none.
+        chat: whether plain text is turned into conversations.
+        found: what was found in the feedback.
     """
 
     rows: list[PlannedRow]
@@ -66,6 +68,8 @@ class Plan:
     files: list[SourceFile]
     notes: list[str] = field(default_factory=list)
     rendered_on: str | None = None
+    chat: bool = False
+    found: Found = field(default_factory=Found)
 
     def kl_completions(self, index: int) -> list[np.ndarray]:
         """Return the mismatched completions of a row, truncated to fit after its prompt."""
@@ -213,7 +217,7 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
     feedback = Feedback(
         config,
         has_template=bool(getattr(tokenizer, "chat_template", None)),
-        special=[token for token in getattr(tokenizer, "all_special_tokens", []) if len(token) > 2],
+        rendered=tokenizing.rendered_text(),
     )
     rows, read, dropped = read_rows(config, feedback, tokenizing)
     try:
@@ -229,7 +233,9 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
         raise PairingError(" ".join([f"{config.data}: {error}", *(f"({one})" for one in before)])) from error
     rendered_on = day.isoformat() if tokenizing.dated else None
     notes = [*warnings_about(config.data), *tokenizing.warnings()]
-    return Plan(rows, pairing, config.max_length, read, dropped, files, notes, rendered_on)
+    return Plan(
+        rows, pairing, config.max_length, read, dropped, files, notes, rendered_on, feedback.chat, feedback.found
+    )
 
 
 def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:
@@ -252,7 +258,18 @@ def describe(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> list[s
         f"{'completion' if config.kl_partners == 1 else 'completions'} for each row",
         f"to score    {counts.sequences:,} sequences, {counts.tokens:,} tokens",
     ]
+    lines += [f"chat        {text}" for text in _changed(plan.found)]
     return lines + [f"warning     {text}" for text in _warnings(plan, counts)]
+
+
+def _changed(found: Found) -> Iterator[str]:
+    """Yield what became of plain text and of the results of tools."""
+    if found.from_text:
+        yield f"{found.from_text:,} rows of plain text become conversations (--chat never leaves them as they are)"
+    if found.rendered:
+        yield f"{found.rendered:,} rows of text stay as they are: a chat template has written them already"
+    if found.moved_results:
+        yield f"{found.moved_results:,} completions hold results of tools: what leads to the last one is context"
 
 
 def _warnings(plan: Plan, counts: PlanCounts) -> list[str]:

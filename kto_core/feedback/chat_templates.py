@@ -64,6 +64,20 @@ class ChatRenderer:
         self._knows_developer: bool | None = None
         self.dated = False
 
+    def around_question(self) -> tuple[str, str]:
+        """Return what the template writes before and after a question; empty texts if that cannot be determined."""
+        if not self._source:
+            return "", ""
+        dated = self.dated
+        try:
+            text = self._apply([{"role": "user", "content": "ktoquestion"}], add_generation_prompt=True)
+        except Exception:  # noqa: BLE001 - whatever a template refuses with
+            text = ""
+        self.dated = dated
+        before, found, after = text.partition("ktoquestion")
+        bos = str(self._tokenizer.bos_token or "")
+        return (before.removeprefix(bos), after) if found else ("", "")
+
     def check_template(self, row: FeedbackRow) -> None:
         """Check that there is a template. Raises: TokenizationError: there is none."""
         if not self._source:

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from offline_kto.kto_core.errors import TokenizationError, said_by
+from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.chat_templates import ChatRenderer
 from offline_kto.kto_core.feedback.decoding import Decoder
 from offline_kto.kto_core.feedback.findings import Findings
@@ -65,6 +66,11 @@ class Tokenizing:
     def dated(self) -> bool:
         """Whether a template wrote the date."""
         return self._renderer.dated
+
+    def rendered_text(self) -> RenderedText:
+        """Return how text looks that the chat template has written."""
+        special = [token for token in getattr(self._tokenizer, "all_special_tokens", []) if len(token) > 2]
+        return RenderedText(special, *self._renderer.around_question())
 
     def tokenize(self, rows: Sequence[FeedbackRow]) -> list[Tokens | TokenizationError]:
         """Tokenize some rows of the feedback.
