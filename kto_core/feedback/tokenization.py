@@ -69,8 +69,12 @@ class Tokenizing:
 
     def rendered_text(self) -> RenderedText:
         """Return how text looks that the chat template has written."""
-        special = [token for token in getattr(self._tokenizer, "all_special_tokens", []) if len(token) > 2]
-        return RenderedText(special, *self._renderer.around_question())
+        added = getattr(self._tokenizer, "added_tokens_decoder", {}).values()
+        special = {
+            *getattr(self._tokenizer, "all_special_tokens", []),
+            *(str(token) for token in added if getattr(token, "special", False)),
+        }
+        return RenderedText(sorted(one for one in special if len(one) > 2), *self._renderer.around_question())
 
     def tokenize(self, rows: Sequence[FeedbackRow]) -> list[Tokens | TokenizationError]:
         """Tokenize some rows of the feedback.
