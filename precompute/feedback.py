@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping as AnyMapping
+from collections.abc import Iterator, Mapping as AnyMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from offline_kto.kto_core.durable_files import write_text
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
+from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import DEFECTIVE, LeftOut, LeftOutRows
 from offline_kto.kto_core.feedback.mapping import Mapping, SeveralScoresError, option_path, with_label
@@ -40,6 +41,7 @@ class Found:
         chat, plain: rows of messages, and of text.
         system: rows with a system message.
         from_text: rows whose text became messages.
+        rendered: rows of text that a chat template had written before; they stay text.
         moved_results: rows in which results of tools were moved to the prompt.
     """
 
@@ -51,6 +53,7 @@ class Found:
     plain: int = 0
     system: int = 0
     from_text: int = 0
+    rendered: int = 0
     moved_results: int = 0
 
     def add(self, row: FeedbackRow) -> None:
@@ -62,6 +65,7 @@ class Found:
             self.chat += 1
             self.system += any(message["role"] in ("system", "developer") for message in row.prompt)
         self.from_text += row.from_text
+        self.rendered += row.rendered
         self.moved_results += row.moved_results
 
 
@@ -71,7 +75,7 @@ class Feedback:
     Args:
         config: options of `kto-precompute`.
         has_template: whether the tokenizer has a chat template.
-        special: its special tokens.
+        rendered: how text looks that its chat template has written.
 
     Attributes:
         mapping: the mapping of `--map`, or of the recognised format; None where each record's keys decide.
@@ -82,7 +86,7 @@ class Feedback:
         KTOError: an option that cannot be used, or a file that cannot be read.
     """
 
-    def __init__(self, config: PrecomputeConfig, *, has_template: bool, special: Collection[str] = ()) -> None:
+    def __init__(self, config: PrecomputeConfig, *, has_template: bool, rendered: RenderedText | None = None) -> None:
         self._config = config
         self.found = Found()
         self._mistakes: list[KTOError] = []
@@ -98,7 +102,7 @@ class Feedback:
             rule=LabelRule() if self.mapping else self.rule,
             chat=has_template and chat != "never",
             chat_template=has_template,
-            special=special,
+            rendered=rendered or RenderedText(),
         )
 
     def rows(self) -> Iterator[FeedbackRow]:
@@ -114,6 +118,11 @@ class Feedback:
                 if not self._mistakes or self._config.on_bad_row == "skip":
                     self.found.add(row)
                     yield row
+
+    @property
+    def chat(self) -> bool:
+        """Whether text becomes messages."""
+        return self._fields.chat
 
     @property
     def label_rule(self) -> LabelRule:

@@ -226,7 +226,7 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
     feedback = Feedback(
         config,
         has_template=bool(getattr(tokenizer, "chat_template", None)),
-        special=[token for token in getattr(tokenizer, "all_special_tokens", []) if len(token) > 2],
+        rendered=tokenizing.rendered_text(),
     )
     rows, read, dropped, examples = read_rows(config, feedback, tokenizing)
     try:

@@ -96,6 +96,8 @@ def _kinds(feedback: Feedback) -> str:
         parts.append(f"{found.from_text:,} of the chat rows were text (--chat never keeps it)")
     if found.system:
         parts.append(f"{found.system:,} with a system message")
+    if found.rendered:
+        parts.append(f"{found.rendered:,} rows of text stay text: a chat template has rendered them already")
     if found.moved_results:
         parts.append(f"in {found.moved_results:,} the results of tools became part of the prompt")
     return ", ".join(parts)

@@ -15,12 +15,12 @@ A key that holds None counts as absent: that is how tables store what only other
 import hashlib
 import json
 import statistics
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
-from offline_kto.kto_core.feedback.chat_markers import as_chat
+from offline_kto.kto_core.feedback.chat_markers import RenderedText, as_chat
 from offline_kto.kto_core.feedback.conversations import (
     SYSTEM_COLUMNS,
     alpaca_prompt,
@@ -80,6 +80,7 @@ class FeedbackRow:
     form: str = ""  # the format it was read in, as the plan names it
     from_text: bool = False  # whether text became messages
     moved_results: bool = False  # whether the results of tools were moved from the completion to the prompt
+    rendered: bool = False  # whether it is text that a chat template has written
 
     @property
     def characters(self) -> int:
@@ -95,7 +96,7 @@ class FeedbackFields:
     Attributes:
         rule: which labels are desirable.
         chat: whether text becomes messages. False without a chat template.
-        special: the tokenizer's special tokens; text that holds one is already rendered and stays text.
+        rendered: how text looks that was rendered before, which stays text.
     """
 
     prompt: Path | None = None
@@ -104,7 +105,7 @@ class FeedbackFields:
     rule: LabelRule = field(default_factory=LabelRule)
     chat: bool = False
     chat_template: bool = True
-    special: Collection[str] = ()
+    rendered: RenderedText = field(default_factory=RenderedText)
 
 
 def parse_record(record: Mapping[str, object], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
@@ -154,10 +155,10 @@ def _finished(
     fields: FeedbackFields,
 ) -> list[FeedbackRow]:
     """Return the rows of one prompt, with what all formats share: text as chat, results of tools, ids of pairs."""
-    from_text = isinstance(prompt, str) and fields.chat
+    from_text = rendered = False
     if isinstance(prompt, str) and fields.chat:
-        prompt, completions = as_chat(prompt, completions, fields.special)
-        from_text = not isinstance(prompt, str)
+        prompt, completions = as_chat(prompt, completions, fields.rendered)
+        rendered, from_text = isinstance(prompt, str), not isinstance(prompt, str)
     if tools is not None and isinstance(prompt, str):
         raise FeedbackError(f"{where}: 'tools' with a plain text prompt. Write the prompt as messages.")
     content = _canonical([prompt, *completions], where)
@@ -174,7 +175,9 @@ def _finished(
                     "both sides share to the prompt, and leave one answer on each side."
                 )
             asked, answered = (*prompt, *context), rest
-        rows.append(FeedbackRow(where, asked, answered, label, pair_id, tools, kwargs, form, from_text, moved))
+        rows.append(
+            FeedbackRow(where, asked, answered, label, pair_id, tools, kwargs, form, from_text, moved, rendered)
+        )
     return rows
 
 
