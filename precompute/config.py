@@ -11,6 +11,7 @@ from offline_kto.kto_core.options import AUTO, check_options, option, parse_sett
 
 BACKENDS = (AUTO, "transformers", "vllm")
 PAIRINGS = ("shuffled", "rotate")
+CHAT = (AUTO, "always", "never")
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
 
@@ -46,9 +47,21 @@ class PrecomputeConfig:
     rating_threshold: str | None = option(
         None, "Ratings of at least this are desirable: a number or 'median'.", metavar="NUMBER|median"
     )
-    prompt_field: str | None = option(None, "Field of the prompt.")
-    completion_field: str | None = option(None, "Field of the completion.")
-    label_field: str | None = option(None, "Field of the label (or the rating).")
+    prompt_field: str | None = option(None, "Field that holds the prompt, or a JMESPath: input.messages.")
+    completion_field: str | None = option(None, "Field that holds the completion.")
+    label_field: str | None = option(None, "Field that holds the label (or the rating), or the name of a score.")
+    up: str | None = option(
+        None, "Values that mean desirable, as like or '>=4'; several with commas.", metavar="VALUE,..."
+    )
+    down: str | None = option(None, "Values that mean undesirable, as dislike or '<=2'.", metavar="VALUE,...")
+    map: str | None = option(
+        None, "Where the file has what a row needs: a YAML file, or a format's name.", metavar="FILE|NAME"
+    )
+    split: str = option("train", "Split to read, where the data name several.")
+    on_bad_row: str = option("error", "A defective row ends the run, or is left out.", choices=("error", "skip"))
+    left_out: Path | None = option(None, "File for the rows that are left out, with their reasons.", metavar="FILE")
+    one_class: bool = option(False, "Take feedback that is all desirable, or all undesirable.")
+    chat: str = option("auto", "Plain text as a conversation: where there is a chat template.", choices=CHAT)
     chat_template: Path | None = option(
         None,
         "Chat template (Jinja) in place of the tokenizer's own; the trained model is saved with it.",

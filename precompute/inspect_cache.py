@@ -1,13 +1,11 @@
 """The commands of `kto-cache`: describe, verify and print a reference cache."""
 
 import json
-import shutil
 import textwrap
 import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from offline_kto.kto_core.cache.manifest import Manifest, check_places, read_manifest
 from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
@@ -18,12 +16,7 @@ from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.progress import Progress
 from offline_kto.kto_core.redaction import hidden
-
-if TYPE_CHECKING:
-    import numpy as np
-
-# Width in columns, also for a terminal that reports 0.
-_LEAST_WIDTH = 40
+from offline_kto.precompute.preview import block, visible, width
 
 
 def info(location: Location) -> list[str]:
@@ -137,34 +130,22 @@ def _tokenizer(manifest: Manifest, model: str | None) -> Tokenizer:
 
 
 def _shown(row: CacheRow, tokenizer: Tokenizer) -> Iterator[str]:
-    width = max(_LEAST_WIDTH, min(shutil.get_terminal_size((100, 20)).columns, 160))
-    column = (width - 3) // 2
+    columns = width()
+    column = (columns - 3) // 2
     thumb = "desirable" if row["label"] else "undesirable"
     tokens, row_id = len(row["completion_ids"]), printable(row["row_id"], 32)
     yield f"row {row['source']}  {thumb}  {row_id}  ref_logps {row['ref_logps']:.3f} over {tokens} tokens"
-    yield _block("x  ", _decoded(tokenizer, row["prompt_ids"]), width)
-    left = _lines(f"y   ({row['ref_logps']:.2f})", _decoded(tokenizer, row["completion_ids"]), column)
+    yield from block("x  ", visible(tokenizer, row["prompt_ids"]), columns)
+    left = _lines(f"y   ({row['ref_logps']:.2f})", visible(tokenizer, row["completion_ids"]), column)
     for ids, total in zip(row["kl_completion_ids"], row["ref_kl_logps"], strict=True):
-        right = _lines(f"y'  ({total:.2f})", _decoded(tokenizer, ids), column)
+        right = _lines(f"y'  ({total:.2f})", visible(tokenizer, ids), column)
         for i in range(max(len(left), len(right))):
             a, b = (side[i] if i < len(side) else "" for side in (left, right))
             yield f"{a:<{column}} | {b}"
     yield ""
 
 
-def _decoded(tokenizer: Tokenizer, ids: "np.ndarray") -> str:
-    """Return text on one line, without control characters: data is untrusted."""
-    return printable(" ".join(tokenizer.decode(ids).split("\n")).replace("\t", " "))
-
-
 def _lines(title: str, text: str, width: int, most: int = 12) -> list[str]:
     lines = textwrap.wrap(text, width) or [""]
     cut = [f"... {len(lines) - most} more lines"] if len(lines) > most else []
     return [title, *lines[:most], *cut]
-
-
-def _block(title: str, text: str, width: int, most: int = 6) -> str:
-    lines = textwrap.wrap(text, width - len(title)) or [""]
-    if len(lines) > most:
-        lines = [*lines[: most // 2], "...", *lines[-most // 2 :]]
-    return "\n".join(title + line for line in lines)

@@ -5,8 +5,9 @@ import os
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from offline_kto.kto_core.cache.manifest import MANIFEST, parse_manifest, read_manifest
+from offline_kto.kto_core.cache.manifest import CHAT, MANIFEST, Manifest, parse_manifest, read_manifest
 from offline_kto.kto_core.cache.remote_cache import check_remote, working_folder
 from offline_kto.kto_core.cache.remote_folder import Remote
 from offline_kto.kto_core.cache.shards import read_metadata
@@ -60,26 +61,43 @@ def rendered_on(location: Location) -> datetime | None:
     With it, the same command makes the same rows on a later day. A finished cache without that field was rendered when
     it was created.
     """
-    try:
-        if is_url(location):
-            content = Remote(str(location)).read(MANIFEST)
-            manifest = parse_manifest(str(location), content) if content is not None else None
-        else:
-            manifest = read_manifest(Path(location)) if (Path(location) / MANIFEST).exists() else None
-    except CacheError:
-        manifest = None
+    manifest = _manifest_in(location)
     said: object
     if manifest is not None:
         said = manifest.tokenization.get("rendered_on") or manifest.created
     else:
-        folders = () if is_url(location) else tuple(Path(location) / name for name in ("", NEXT, KEPT, PARTS))
-        shards = (read_metadata(path) or {} for folder in folders for path in shards_in(folder))
-        said = next((one["rendered_on"] for one in shards if one.get("rendered_on")), None)
+        said = next((one["rendered_on"] for one in _metadata_in(location) if one.get("rendered_on")), None)
     try:
         day = datetime.fromisoformat(str(said)) if said else None
     except ValueError:
         return None
     return day.astimezone().replace(tzinfo=None) if day is not None and day.tzinfo else day
+
+
+def keeps_text(location: Location) -> bool:
+    """Return whether `--out` holds rows that were made without turning plain text into conversations."""
+    manifest = _manifest_in(location)
+    if manifest is not None:
+        return CHAT not in manifest.identity
+    identities = (one.get("identity") for one in _metadata_in(location))
+    return any(isinstance(identity, dict) and CHAT not in identity for identity in identities)
+
+
+def _manifest_in(location: Location) -> Manifest | None:
+    try:
+        if is_url(location):
+            content = Remote(str(location)).read(MANIFEST)
+            return parse_manifest(str(location), content) if content is not None else None
+        return read_manifest(Path(location)) if (Path(location) / MANIFEST).exists() else None
+    except CacheError:
+        return None
+
+
+def _metadata_in(location: Location) -> Iterator[dict[str, Any]]:
+    """Yield the metadata of the shards in a local folder, unfinished ones too."""
+    for name in () if is_url(location) else ("", NEXT, KEPT, PARTS):
+        for path in shards_in(Path(location) / name):
+            yield read_metadata(path) or {}
 
 
 @contextlib.contextmanager

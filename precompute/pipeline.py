@@ -23,8 +23,9 @@ from offline_kto.precompute.engines.backend import Backend, choose_backend, load
 from offline_kto.precompute.engines.protocol import Scorer
 from offline_kto.precompute.engines.ranks import RankedScorer, joined, on_own_device, work
 from offline_kto.precompute.engines.reference import Reference, ReferenceFiles
-from offline_kto.precompute.out_folder import opened_out, rendered_on
-from offline_kto.precompute.plan import Plan, PlanCounts, describe, make_plan
+from offline_kto.precompute.out_folder import keeps_text, opened_out, rendered_on
+from offline_kto.precompute.plan import Plan, PlanCounts, make_plan
+from offline_kto.precompute.plan_page import describe
 from offline_kto.precompute.scoring import MERGED, Scoring
 from offline_kto.precompute.store import Store
 
@@ -61,7 +62,10 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
     with reference.hash_weights() as hashing:
         plan = make_plan(config, reference.tokenizer, config.template_day or rendered_on(config.out))
         counts = plan.counts()
-        for line in [*(f"warning     {one}" for one in reference.warnings), *describe(plan, counts, config)]:
+        for line in [
+            *(f"warning     {one}" for one in reference.warnings),
+            *describe(plan, counts, config, reference.tokenizer),
+        ]:
             tell(line)
         _check_vocabulary(plan, reference)
         _check_lengths(plan, reference)
@@ -71,6 +75,9 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
         sections = reference.sections(hashing.result(), backend=backend.name, engine_versions=backend.versions())
         if plan.rendered_on:
             sections["tokenization"]["rendered_on"] = plan.rendered_on
+        # Rows that are conversations are the same under either choice, so that a cache made without goes on.
+        if plan.feedback.chat and (plan.feedback.found.from_text or not keeps_text(config.out)):
+            sections["tokenization"]["chat"] = True
     identity, pairing = identity_of(sections), _pairing(config)
     mark = fingerprint(identity, pairing, counts.rows_hash)
     with opened_out(config.out) as (out, on_change):

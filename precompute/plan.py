@@ -8,24 +8,26 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import NamedTuple
 
 import numpy as np
 
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
-from offline_kto.kto_core.errors import ConfigError, FeedbackError, PairingError
-from offline_kto.kto_core.feedback.labels import rare_class
+from offline_kto.kto_core.errors import FeedbackError, PairingError, TokenizationError
 from offline_kto.kto_core.feedback.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
-from offline_kto.kto_core.feedback.records import COLUMNS, FeedbackFields, FeedbackRow, parse_record, resolve_threshold
+from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.tokenization import Tokenizing
 from offline_kto.kto_core.hashing import ids_id, json_hash, sequence_id
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.records.sources import SourceFile, describe_source, read_records, warnings_about
-from offline_kto.precompute.records.text_files import Located
+from offline_kto.precompute.feedback import Feedback
+from offline_kto.precompute.records.sources import SourceFile, describe_source, warnings_about
 
 # Rows tokenized in one call of the tokenizer.
 _TOKENIZE_ROWS = 1024
 _TOKENIZE_CHARACTERS = 16 * 2**20
+# Rows of each class that the plan shows.
+_EXAMPLES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class Plan:
     """Rows with their partners, and how they were read.
 
     Attributes:
+        feedback: how the rows were read, with counts.
+        examples: the first rows of each class, with their places.
         notes: sentences on how the rows were rendered and tokenized.
         rendered_on: the time that the chat template wrote into them; None if it writes none.
     """
@@ -64,6 +68,8 @@ class Plan:
     read: int
     dropped: dict[str, int]
     files: list[SourceFile]
+    feedback: Feedback
+    examples: list[tuple[str, PlannedRow]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rendered_on: str | None = None
 
@@ -132,57 +138,46 @@ class PlanCounts:
         )
 
 
-def read_rows(
-    config: PrecomputeConfig, tokenizer: Tokenizer, tokenizing: Tokenizing
-) -> tuple[list[PlannedRow], int, dict[str, int]]:
-    """Read, parse and tokenize the feedback; drop prompts that leave no room for a completion.
+class ReadRows(NamedTuple):
+    """The rows that are kept, how many were read, how many were dropped by reason, and examples with their places."""
 
-    Returns:
-        (rows kept, rows read, dropped rows by reason).
+    rows: list[PlannedRow]
+    read: int
+    dropped: dict[str, int]
+    examples: list[tuple[str, PlannedRow]]
+
+
+def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizing) -> ReadRows:
+    """Read, parse and tokenize the feedback; drop prompts that leave no room for a completion.
 
     Raises:
         FeedbackError, TokenizationError: naming file and line.
     """
     rows: list[PlannedRow] = []
     dropped: Counter[str] = Counter()
+    examples: dict[bool, list[tuple[str, PlannedRow]]] = {True: [], False: []}
     read = 0
-    parsed = _parsed(config, bool(getattr(tokenizer, "chat_template", None)))
-    for chunk in _chunks(parsed):
+    for chunk in _chunks(feedback.rows()):
         for row, tokens in zip(chunk, tokenizing.tokenize(chunk), strict=True):
+            if isinstance(tokens, TokenizationError):
+                feedback.reject(row.where, tokens)
+                continue
             room = config.max_length - len(tokens.prompt_ids)
             if room < 1:
                 dropped[PROMPT_TOO_LONG] += 1
             else:
                 rows.append(_planned(row, read, tokens.prompt_ids, tokens.completion_ids, room, config.max_length))
+                if len(examples[row.label]) < _EXAMPLES:
+                    examples[row.label].append((row.where, rows[-1]))
             read += 1
+    feedback.finish()
     tokenizing.check()
     if not rows:
         raise FeedbackError(
             f"{config.data}: no row is left of {read}: every prompt has {config.max_length} tokens or more. "
             "Raise --max-length."
         )
-    return rows, read, dict(dropped)
-
-
-def _parsed(config: PrecomputeConfig, chat_template: bool) -> Iterator[FeedbackRow]:
-    threshold = None
-    if config.rating_threshold is not None:
-        try:
-            threshold = resolve_threshold(
-                config.rating_threshold,
-                _records(config),
-                fields=_fields(config, chat_template, None),
-            )
-        except ConfigError as error:
-            raise ConfigError(f"{config.data}: {error}") from error
-    fields = _fields(config, chat_template, threshold)
-    for where, record in _records(config):
-        yield from parse_record(record, where, fields)
-
-
-def _records(config: PrecomputeConfig) -> Iterator[Located]:
-    named = (config.prompt_field, config.completion_field, config.label_field)
-    return read_records(config.data, limit=config.limit, columns={*COLUMNS, *(name for name in named if name)})
+    return ReadRows(rows, read, dict(dropped), [*examples[True], *examples[False]])
 
 
 def _chunks(rows: Iterator[FeedbackRow]) -> Iterator[list[FeedbackRow]]:
@@ -197,16 +192,6 @@ def _chunks(rows: Iterator[FeedbackRow]) -> Iterator[list[FeedbackRow]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _fields(config: PrecomputeConfig, chat_template: bool, threshold: float | None) -> FeedbackFields:
-    return FeedbackFields(
-        prompt=config.prompt_field,
-        completion=config.completion_field,
-        label=config.label_field,
-        rating_threshold=threshold,
-        chat_template=chat_template,
-    )
 
 
 def _planned(
@@ -238,7 +223,12 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
     files = describe_source(config.data)  # described when they are read, since they may change during scoring
     day = day or datetime.now().replace(microsecond=0)
     tokenizing = Tokenizing(tokenizer, now=day)
-    rows, read, dropped = read_rows(config, tokenizer, tokenizing)
+    feedback = Feedback(
+        config,
+        has_template=bool(getattr(tokenizer, "chat_template", None)),
+        rendered=tokenizing.rendered_text(),
+    )
+    rows, read, dropped, examples = read_rows(config, feedback, tokenizing)
     try:
         pairing = _pair(config, rows)
     except PairingError as error:
@@ -252,7 +242,7 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
         raise PairingError(" ".join([f"{config.data}: {error}", *(f"({one})" for one in before)])) from error
     rendered_on = day.isoformat() if tokenizing.dated else None
     notes = [*warnings_about(config.data), *tokenizing.warnings()]
-    return Plan(rows, pairing, config.max_length, read, dropped, files, notes, rendered_on)
+    return Plan(rows, pairing, config.max_length, read, dropped, files, feedback, examples, notes, rendered_on)
 
 
 def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:
@@ -260,58 +250,6 @@ def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:
     if config.pairing == "rotate":
         return pair_rotate(pairable, partners=config.kl_partners, block=config.pairing_block)
     return pair_shuffled(pairable, partners=config.kl_partners, seed=config.seed)
-
-
-def describe(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> list[str]:
-    """Return a description of the plan, one line each."""
-    dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.dropped.items()) or "none"
-    lines = [
-        f"rows        {counts.read:,} read, {counts.kept:,} kept, dropped: {dropped}",
-        f"labels      {counts.desirable:,} desirable, {counts.undesirable:,} undesirable",
-        f"prompts     {counts.prompts:,} distinct",
-        f"truncated   {counts.truncated:,} completions, {counts.kl_truncated:,} mismatched completions "
-        f"(--max-length {config.max_length})",
-        f"pairing     {config.pairing}, {config.kl_partners} mismatched "
-        f"{'completion' if config.kl_partners == 1 else 'completions'} for each row",
-        f"to score    {counts.sequences:,} sequences, {counts.tokens:,} tokens",
-    ]
-    return lines + [f"warning     {text}" for text in _warnings(plan, counts)]
-
-
-def _warnings(plan: Plan, counts: PlanCounts) -> list[str]:
-    warnings = [*plan.notes]
-    if plan.rendered_on:
-        warnings.append(
-            f"the chat template writes the date: all rows are rendered for {plan.rendered_on[:10]}, also in later runs into this "
-            "--out. For another cache that will be compared with it, pass --template-date "
-            f"{plan.rendered_on[:10]}."
-        )
-    if not counts.desirable or not counts.undesirable:
-        only = "desirable" if counts.desirable else "undesirable"
-        warnings.append(f"every row is {only}: KTO needs both classes. Check the labels.")
-    if rare := rare_class(counts.desirable, counts.undesirable):
-        warnings.append(rare)
-    if counts.contradictions:
-        warnings.append(f"{counts.contradictions:,} completions carry both labels; their effects cancel out.")
-    elif counts.duplicates:
-        warnings.append(f"{counts.duplicates:,} rows repeat another row.")
-    if plan.pairing.same_prompt:
-        warnings.append(
-            f"{plan.pairing.same_prompt:,} mismatched completions answer the same prompt (--pairing rotate)."
-        )
-    if plan.pairing.same_completion:
-        warnings.append(f"{plan.pairing.same_completion:,} mismatched completions are equal to the row's own.")
-    fair = len(plan.pairing.partners[0])
-    if plan.pairing.most_served > 2 * fair + 2:
-        warnings.append(
-            f"most rows share one prompt, so a completion serves up to {plan.pairing.most_served:,} times as a mismatch; "
-            "z0 is estimated from few completions."
-        )
-    if counts.truncated > counts.kept // 4:
-        warnings.append(
-            f"{counts.truncated / counts.kept:.0%} of the completions are cut. Raise --max-length if memory allows."
-        )
-    return warnings
 
 
 def shard_rows(plan: Plan, rows_per_shard: int) -> Sequence[range]:

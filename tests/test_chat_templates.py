@@ -27,6 +27,8 @@ def texts(
     tokenizer = tiny_tokenizer(chat_template=template, bos=bos)
     tokenizing = Tokenizing(tokenizer, now=day)
     (tokens,) = tokenizing.tokenize(rows_of(**record))
+    if isinstance(tokens, TokenizationError):
+        raise tokens
     prompt, completion = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in tokens)
     return prompt, completion, tokenizing.warnings()
 
@@ -142,23 +144,69 @@ def test_a_call_that_the_template_leaves_out_is_refused(arguments: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city":"Paris"}'], ids=["object", "text"])
-def test_a_call_that_the_template_leaves_out_of_a_prompt_is_said(arguments: Any) -> None:
+def test_a_call_that_the_template_leaves_out_of_a_prompt_is_refused(arguments: Any) -> None:
     found = {"role": "tool", "content": "Paris it is."}
     tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
-    _, _, warnings = texts(CHAT_TEMPLATE, messages=[ASK, call(arguments), found, ANSWER], tools=tools)
-    assert [line.split(" (")[0] for line in warnings] == ["the chat template leaves out tool calls of 1 prompt"]
-    assert texts(TOJSON, messages=[ASK, call(arguments), found, ANSWER], tools=tools)[2] == []
+    messages = [ASK, call(arguments), found, ANSWER]
+    with pytest.raises(
+        TokenizationError, match=r"leaves out the name of a tool call in the prompt: 'find'.*\(and 2 more"
+    ):
+        texts(CHAT_TEMPLATE, messages=messages, tools=tools)
+    assert texts(TOJSON, messages=messages, tools=tools)[2] == []
 
 
-def test_a_call_in_the_older_format_that_is_left_out_is_said() -> None:
+def test_a_call_in_the_older_format_that_is_left_out_is_refused() -> None:
     older = {**ANSWER, "function_call": {"name": "find", "arguments": '{"city": "Lyon"}'}}
-    assert "leaves out tool calls of 1 completion" in texts(CHAT_TEMPLATE, messages=[ASK, older])[2][0]
+    with pytest.raises(TokenizationError, match="leaves out the name of a tool call in the completion: 'find'"):
+        texts(CHAT_TEMPLATE, messages=[ASK, older])
 
 
-def test_a_call_that_is_left_out_beside_text_is_said() -> None:
-    _, completion, warnings = texts(CHAT_TEMPLATE, messages=[ASK, {**call({}), "content": "Let me see."}])
-    assert completion == "Let me see.<|im_end|>\n"
-    assert "leaves out tool calls of 1 completion (first: f.jsonl:7)" in warnings[0]
+def test_a_call_that_is_left_out_beside_text_is_refused() -> None:
+    with pytest.raises(
+        TokenizationError, match=r"^f\.jsonl:7: .* leaves out the name of a tool call in the completion"
+    ):
+        texts(CHAT_TEMPLATE, messages=[ASK, {**call({}), "content": "Let me see."}])
+
+
+NAMES_ONLY = CALLS.replace("+ WRITTEN", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"city": "Paris"},
+        {"i": "i"},
+        {"m": 1},
+        {"end": True},
+        {"start": None},
+        {"user": [{"im": 2.5}]},
+        '["find"]',
+        "find",
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("template", [NAMES_ONLY, CALLS.replace("WRITTEN", "(c.function.arguments | list | tojson)")])
+def test_a_call_without_its_arguments_is_refused(template: str, arguments: Any) -> None:
+    """Two calls that differ in them would read the same; words as short as these occur in the template as well."""
+    if template == NAMES_ONLY or isinstance(arguments, dict):
+        with pytest.raises(TokenizationError, match="leaves out the arguments of a tool call in the completion"):
+            texts(template, messages=[ASK, call(arguments)])
+
+
+@pytest.mark.parametrize(
+    "written", ["c.function.arguments | tojson | tojson", "c.function.arguments | string | tojson"]
+)
+def test_arguments_that_are_encoded_twice_are_refused(written: str) -> None:
+    """An object becomes JSON text inside JSON text, or the text of Python's dict."""
+    template = CALLS.replace("WRITTEN", f"({written})")
+    with pytest.raises(TokenizationError, match="encodes the arguments of tool calls twice|as Python does"):
+        texts(template, messages=[ASK, call({"city": "Paris"})])
+
+
+def test_a_template_that_prints_arguments_gets_them_as_text() -> None:
+    prints = CALLS.replace("c.function.name + WRITTEN", "c.function.name }}{{ c.function.arguments")
+    _, completion, warnings = texts(prints, messages=[ASK, call({"city": "Paris", "n": [1, None]})])
+    assert (completion, warnings) == ('find{"city": "Paris", "n": [1, null]}<|im_end|>\n', [])
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
@@ -188,28 +236,81 @@ def test_a_thought_that_begins_in_the_prompt_is_not_left_out() -> None:
     assert warnings == []
 
 
-def test_other_text_that_is_left_out_is_said() -> None:
+def test_other_text_that_is_left_out_is_refused() -> None:
     cuts = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('\n')[0]")
-    _, _, warnings = texts(cuts, messages=[ASK, {**ANSWER, "content": "In Paris.\nOr Rome."}])
-    assert "leaves out part of 1 completion" in warnings[0]
+    with pytest.raises(TokenizationError, match=r"^f\.jsonl:7: the chat template leaves the completion out: 'In Paris"):
+        texts(cuts, messages=[ASK, {**ANSWER, "content": "In Paris.\nOr Rome."}])
+    with pytest.raises(TokenizationError, match="leaves out a message of the role 'user': 'Where"):
+        texts(cuts, messages=[{**ASK, "content": "Where?\nAnd when?"}, ANSWER])
 
 
-def test_messages_tools_and_settings_that_the_template_leaves_out_are_said() -> None:
-    ignores = (
-        "{% for m in messages if m['role'] != 'system' %}" + CHAT_TEMPLATE.split("{% for message in messages %}")[1]
+SKIPS = "{% for message in messages if message['role'] in known %}"
+
+
+@pytest.mark.parametrize("content", ["Be kind.", "a", "1", "user", "Where?", "<|im_start|>", "\n:\n"])
+@pytest.mark.parametrize("role", ["system", "narrator", "tool"])
+def test_a_message_that_the_template_leaves_out_is_refused(role: str, content: str) -> None:
+    """Also where its words occur elsewhere."""
+    known = "{% set known = ['user', 'assistant'] %}"
+    skips = known + CHAT_TEMPLATE.replace("{% for message in messages %}", SKIPS)
+    messages = [ASK, ANSWER, {"role": role, "content": content}, ASK, ANSWER]
+    with pytest.raises(TokenizationError, match=rf"^f\.jsonl:7: .* leaves out a message of the role '{role}': "):
+        texts(skips, messages=messages)
+    assert texts(CHAT_TEMPLATE, messages=messages)[2] == []
+
+
+def test_tools_that_the_template_leaves_out_are_refused() -> None:
+    ignores = CHAT_TEMPLATE.replace("{% if tools %}", "{% if false %}")
+    tools = [{"type": "function", "function": {"name": "Where"}}]
+    for one in (tools, [tools[0]["function"]]):
+        with pytest.raises(TokenizationError, match="leaves out one of the 'tools': 'Where'"):
+            texts(ignores, messages=[ASK, ANSWER], tools=one)
+        assert texts(CHAT_TEMPLATE, messages=[ASK, ANSWER], tools=one)[2] == []
+
+
+def test_settings_that_the_template_does_not_read_are_said() -> None:
+    _, _, warnings = texts(CHAT_TEMPLATE, messages=[ASK, ANSWER], chat_template_kwargs={"enable_thinkin": False})
+    assert [w.split(" of 1 ")[0] for w in warnings] == ["the chat template reads none of some 'chat_template_kwargs'"]
+
+
+FOLDS = (
+    "{% for m in messages if m['role'] != 'system' %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if PLACE and messages[0]['role'] == 'system' %}{{ messages[0]['content'] | trim + '\n\n' }}{% endif %}"
+    "{{ m['content'] | trim + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "place", ["loop.first", "loop.index == 1", "loop.index == messages | length - messages | length % 2 - 1"]
+)
+def test_a_system_message_may_stand_in_the_users_turn(place: str) -> None:
+    """In the first one (Gemma) or in the last one (Mistral)."""
+    system = {"role": "system", "content": " a "}
+    messages = [system, {**ASK, "content": " b "}, ANSWER, {**ASK, "content": "c"}, {**ANSWER, "content": " d"}]
+    prompt, completion, warnings = texts(FOLDS.replace("PLACE", place), messages=messages)
+    assert "\na\n\n" in prompt
+    assert (completion, warnings) == ("d<|im_end|>\n", [])
+
+
+DEVELOPER = {"role": "developer", "content": "Be kind."}
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        "{% set known = ['system', 'user', 'assistant'] %}"
+        + CHAT_TEMPLATE.replace("{% for message in messages %}", SKIPS),
+        "{% for m in messages if m['role'] == 'developer' %}{{ raise_exception('role?') }}{% endfor %}" + CHAT_TEMPLATE,
+    ],
+    ids=["left out", "refused"],
+)
+def test_a_developer_becomes_the_system_where_the_template_knows_none(unknown: str) -> None:
+    assert texts(unknown, messages=[DEVELOPER, ASK, ANSWER]) == texts(
+        unknown, messages=[{**DEVELOPER, "role": "system"}, ASK, ANSWER]
     )
-    ignores = ignores.replace("message[", "m[")
-    record = {
-        "messages": [{"role": "system", "content": "Be kind."}, ASK, ANSWER],
-        "tools": [{"type": "function", "function": {"name": "find"}}],
-        "chat_template_kwargs": {"enable_thinkin": False},
-    }
-    _, _, warnings = texts(ignores, **record)
-    assert [w.split(" of 1 ")[0] for w in warnings] == [
-        "the chat template leaves out messages",
-        "the chat template leaves out the 'tools'",
-        "the chat template ignores some 'chat_template_kwargs'",
-    ]
+    with pytest.raises(TokenizationError, match=r"^f\.jsonl:7: .* no role 'developer'.* Join the two"):
+        texts(unknown, messages=[{"role": "system", "content": "Be brief."}, DEVELOPER, ASK, ANSWER])
+    assert "<|im_start|>developer\nBe kind." in texts(CHAT_TEMPLATE, messages=[DEVELOPER, ASK, ANSWER])[0]
 
 
 def test_earlier_thoughts_may_be_left_out() -> None:

@@ -16,6 +16,7 @@ from typing import cast
 from offline_kto.kto_core.cache.manifest_fields import (
     CHECKS,
     IDENTITY_FIELDS,
+    OPTIONAL_IDENTITY,
     SECTIONS,
     SHARD_CHECKS,
     DataFields,
@@ -116,6 +117,7 @@ def identity_of(sections: ScoringSections) -> Identity:
         f"{section}.{field}": named[section].get(field)
         for section, fields in IDENTITY_FIELDS.items()
         for field in fields
+        if f"{section}.{field}" not in OPTIONAL_IDENTITY or named[section].get(field) is not None
     }
 
 
@@ -124,8 +126,14 @@ def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> li
     lines = []
     for key in sorted({*found, *wanted}):
         if found.get(key) != wanted.get(key):
-            lines.append(f"{key}: {_short(found.get(key))} in the cache, {_short(wanted.get(key))} now")
+            old, new = (_CHAT[one.get(key) is True] if key == CHAT else _short(one.get(key)) for one in (found, wanted))
+            lines.append(f"{key}: {old} in the cache, {new} now")
     return lines
+
+
+# What the field says, and the option that chooses it.
+CHAT = "tokenization.chat"
+_CHAT = {False: "plain text as it is (--chat never)", True: "plain text as conversations (--chat auto)"}
 
 
 def _short(value: object) -> str:

@@ -72,11 +72,13 @@ class TokenizationFields(TypedDict, total=False):
         max_length: int, tokens; limit of prompt and completion together.
         rule: int; version of the tokenization rules.
         rendered_on: str, ISO 8601; the time that the chat template wrote into the rows, absent if it writes none.
+        chat: bool; true if plain text was turned into conversations, absent under `--chat never` or without a template.
     """
 
     max_length: int
     rule: int
     rendered_on: str
+    chat: bool
 
 
 class PairingFields(TypedDict, total=False):
@@ -241,9 +243,11 @@ SECTIONS = ("reference", "tokenizer", "tokenization", "pairing", "scorer", "data
 IDENTITY_FIELDS = {
     "reference": ("weights_hash", "config_hash", "adapter_hash", "quantization", "dtype", "attention"),
     "tokenizer": ("files_hash", "chat_template_hash"),
-    "tokenization": ("max_length", "rule"),
+    "tokenization": ("max_length", "rule", "chat"),
     "scorer": ("backend",),
 }
+# Those that are no part of the identity if absent: caches of before do not have them.
+OPTIONAL_IDENTITY = frozenset({"tokenization.chat"})
 
 # Characters. A longer name means damage, and would fill the terminal.
 LONGEST_NAME = 500
@@ -263,6 +267,10 @@ def is_text(value: object) -> bool:
 
 def _is_positive(value: object) -> bool:
     return is_count(value) and value != 0
+
+
+def _is_true(value: object) -> bool:
+    return value is True
 
 
 def _is_number(value: object) -> bool:
@@ -301,7 +309,7 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
         "vocabulary": _or_absent(_is_positive),
     },
     "tokenizer": {"chat_template": _or_absent(_is_template), "options": _or_absent(_are_switches)},
-    "tokenization": {"max_length": _is_positive, "rendered_on": _or_absent(is_text)},
+    "tokenization": {"max_length": _is_positive, "rendered_on": _or_absent(is_text), "chat": _or_absent(_is_true)},
     "pairing": {"partners": _is_positive, "method": _or_absent(is_text), "seed": _or_absent(is_count)},
     "scorer": {"backend": _or_absent(is_text)},
     "data": {

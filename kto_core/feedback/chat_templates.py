@@ -3,12 +3,15 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
+from typing import NamedTuple, cast
 
 from offline_kto.kto_core.errors import TokenizationError, printable, said_by
 from offline_kto.kto_core.feedback.findings import Findings
-from offline_kto.kto_core.feedback.formats import Message
+from offline_kto.kto_core.feedback.messages import REASONING, Message
 from offline_kto.kto_core.feedback.records import FeedbackRow
+from offline_kto.kto_core.feedback.round_trip import CONTENT, TOOL, Missing, Probe, form_of, missing
 from offline_kto.kto_core.library_types import Tokenizer
 
 # Parameters of `apply_chat_template` that a record must not set: it could bring its own template, which no fingerprint
@@ -32,8 +35,10 @@ NOT_FOR_DATA = {
     "strftime_now",
 }
 
-# Fields of a message that contain the assistant's reasoning.
-_REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
+# Kinds of conversations that are remembered, and advice for those that are refused.
+_MOST_PROBES = 4096
+_MOST_REMEDIES = 20
+_OTHER_WAYS = " Pass a template that takes it with --chat-template FILE, or give prompt and completion as text."
 
 
 class ChatRenderer:
@@ -54,19 +59,39 @@ class ChatRenderer:
         template = getattr(tokenizer, "chat_template", None) or ""
         self._source = template if isinstance(template, str) else "\n".join(map(str, template.values()))
         self._headers: dict[str, list[str]] = {}
+        self._probes: dict[object, Probe] = {}
+        self._remedies: dict[object, str] = {}
+        self._knows_developer: bool | None = None
         self.dated = False
 
-    def render(self, row: FeedbackRow) -> tuple[str, str]:
-        """Return the text of prompt and completion.
+    def around_question(self) -> tuple[str, str]:
+        """Return what the template writes before and after a question; empty texts if that cannot be determined."""
+        if not self._source:
+            return "", ""
+        dated = self.dated
+        try:
+            text = self._apply([{"role": "user", "content": "ktoquestion"}], add_generation_prompt=True)
+        except Exception:  # noqa: BLE001 - whatever a template refuses with
+            text = ""
+        self.dated = dated
+        before, found, after = text.partition("ktoquestion")
+        bos = str(self._tokenizer.bos_token or "")
+        return (before.removeprefix(bos), after) if found else ("", "")
 
-        Raises:
-            TokenizationError: no template, or one that refuses, rewrites or omits the row's content.
-        """
+    def check_template(self, row: FeedbackRow) -> None:
+        """Check that there is a template. Raises: TokenizationError: there is none."""
         if not self._source:
             raise TokenizationError(
                 f"{row.where}: the row is a conversation, and this tokenizer has no chat template. Use the instruct "
                 "model's tokenizer, pass a template with --chat-template FILE, or give prompt and completion as text."
             )
+
+    def render(self, row: FeedbackRow) -> tuple[str, str]:
+        """Return the text of prompt and completion.
+
+        Raises:
+            TokenizationError: the template refuses, rewrites or leaves out what the row holds.
+        """
         taken = [name for name in row.template_kwargs if name in NOT_FOR_DATA]
         if taken:
             raise TokenizationError(
@@ -74,6 +99,7 @@ class ChatRenderer:
                 "it; the template comes with the tokenizer, and tools belong in the record's 'tools'."
             )
         found = Findings()
+        row = self._with_known_roles(row)
         try:
             prompt, completion = self._render(row, row.template_kwargs, found)
         except TokenizationError as error:
@@ -85,41 +111,83 @@ class ChatRenderer:
         return prompt, completion
 
     def _render(self, row: FeedbackRow, settings: Mapping[str, object], found: Findings) -> tuple[str, str]:
-        """Render the row in the first message format in which the template renders the whole completion."""
+        """Render the row in the first message format for which the template keeps what it says."""
         first: TokenizationError | None = None
-        for messages in _shapes([*row.prompt, *row.completion]):
-            size = len(row.prompt)
+        size, messages = len(row.prompt), cast("list[Message]", [*row.prompt, *row.completion])
+        for form in _formats(messages):
+            shaped = form.of(messages)
             tried = Findings()
+            options = self._options(row.tools, settings)
             try:
-                prompt, completion = self._open(row.where, messages[:size], messages[size:], row, settings, tried)
-                # Reasoning may already begin in the header.
-                begun = next(
-                    (one for one in self._next_headers(self._options(row, settings)) if prompt.endswith(one)), ""
-                )
-                _check_completion(row, begun + completion, tried)
+                sides = self._open(row.where, shaped[:size], shaped[size:], options, tried)
+                self._check(row, messages, form, sides, settings, tried)
             except _RewrittenError:
                 raise
             except TokenizationError as error:
                 first = first or error
                 continue
-            _check_prompt(row, prompt, tried)
             for kind in tried.counts:
                 found.add(kind, row.where)
-            return prompt, completion
+            return sides
         assert first is not None
         raise first
+
+    def _check(
+        self,
+        row: FeedbackRow,
+        messages: list[Message],
+        form: "_Format",
+        sides: tuple[str, str],
+        settings: Mapping[str, object],
+        found: Findings,
+    ) -> None:
+        """Check that the rendered sides hold what the row says. Raises: TokenizationError: something is lost."""
+        size = len(row.prompt)
+        probe = self._probe(row, messages, form, settings)
+        if probe.is_kept([message["content"] for message in messages], *sides):
+            return
+        if probe.distortion is not None:
+            raise TokenizationError(f"{row.where}: the chat template {probe.distortion}.")
+        # Reasoning may already begin in the header.
+        headers = self._next_headers(self._options(row.tools, settings))
+        begun = next((one for one in headers if sides[0].endswith(one)), "")
+        result = missing(messages, size, row.tools, (sides[0], begun + sides[1]), probe)
+        if result.lost:
+            raise _refused(row, result, sides)
+        if result.thought:
+            found.add("reasoning", row.where)
+
+    def _probe(
+        self, row: FeedbackRow, messages: list[Message], form: "_Format", settings: Mapping[str, object]
+    ) -> Probe:
+        """Return what the template makes of conversations of this kind."""
+        size = len(row.prompt)
+        key = (form, str(settings) if settings else "", form_of(messages, size, row.tools))
+        probe = self._probes.get(key)
+        if probe is None:
+
+            def render(marked: list[Message], tools: list[dict[str, object]]) -> tuple[str, str] | None:
+                shaped, options = form.of(marked), self._options(tools, settings)
+                try:
+                    return self._open(row.where, shaped[:size], shaped[size:], options, Findings())
+                except TokenizationError:
+                    return None
+
+            probe = Probe(messages, size, row.tools, render)
+            if len(self._probes) >= _MOST_PROBES:
+                self._probes.clear()
+            self._probes[key] = probe
+        return probe
 
     def _open(
         self,
         where: str,
         asked: list[Message],
         answered: list[Message],
-        row: FeedbackRow,
-        settings: Mapping[str, object],
+        options: Mapping[str, object],
         found: Findings,
     ) -> tuple[str, str]:
         """Return prompt and completion, split where the assistant's turn begins."""
-        options = self._options(row, settings)
         try:
             if asked[-1]["role"] == "assistant":
                 found.add("continued", where)
@@ -148,8 +216,8 @@ class ChatRenderer:
             raise TokenizationError(f"{where}: the completion has no tokens: the chat template leaves it out.")
         return prompt, completion
 
-    def _options(self, row: FeedbackRow, settings: Mapping[str, object]) -> dict[str, object]:
-        return {**settings, "tools": list(row.tools) if row.tools else None}
+    def _options(self, tools: Sequence[dict[str, object]] | None, settings: Mapping[str, object]) -> dict[str, object]:
+        return {**settings, "tools": list(tools) if tools else None}
 
     def _apply(self, messages: list[Message], **options: object) -> str:
         if "strftime_now" in self._source:
@@ -197,8 +265,48 @@ class ChatRenderer:
             fits = (h for h in _headers(end) if before.endswith(h) and middle.startswith(end.rstrip().removesuffix(h)))
         return next(fits, "")
 
+    def _with_known_roles(self, row: FeedbackRow) -> FeedbackRow:
+        """Return the row with `system` in place of `developer` if the template does not write the latter.
+
+        Raises:
+            TokenizationError: there is a system message already.
+        """
+        roles = [message["role"] for message in cast("Sequence[Message]", row.prompt)]
+        if "developer" not in roles or self._writes_developer(row):
+            return row
+        if "system" in roles:
+            raise TokenizationError(
+                f"{row.where}: the chat template knows no role 'developer', and the system message takes its place already. "
+                "Join the two to one system message."
+            )
+        prompt = cast("Sequence[Message]", row.prompt)
+        return replace(
+            row, prompt=tuple({**one, "role": "system"} if one["role"] == "developer" else one for one in prompt)
+        )
+
+    def _writes_developer(self, row: FeedbackRow) -> bool:
+        """Return whether the template writes what a developer says."""
+        if self._knows_developer is None:
+            said = [{"role": "developer", "content": "ktodeveloper"}, {"role": "user", "content": "ktoquestion"}]
+            try:
+                text = self._apply(said, add_generation_prompt=True, **self._options(None, row.template_kwargs))
+            except Exception:  # noqa: BLE001 - whatever a template refuses with
+                text = ""
+            self._knows_developer = "ktodeveloper" in text
+        return self._knows_developer
+
     def _remedy(self, row: FeedbackRow) -> str:
-        """Return advice for a row that the template refuses: settings under which it is rendered, or other ways."""
+        """Return advice for a row that the template refuses; rows of the same kind get the same."""
+        messages = cast("list[Message]", [*row.prompt, *row.completion])
+        kind = str(row.template_kwargs), form_of(messages, len(row.prompt), row.tools)
+        if kind not in self._remedies:
+            if len(self._remedies) >= _MOST_REMEDIES:
+                return _OTHER_WAYS
+            self._remedies[kind] = self._setting_that_renders(row)
+        return self._remedies[kind]
+
+    def _setting_that_renders(self, row: FeedbackRow) -> str:
+        """Return advice: settings under which the row is rendered, or other ways."""
         for settings in self._switches():
             try:
                 self._render(row, {**row.template_kwargs, **settings}, Findings())
@@ -206,7 +314,7 @@ class ChatRenderer:
                 continue
             words = ",".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
             return f" It can be rendered with --chat-template-kwargs {words} (or 'chat_template_kwargs' in the record)."
-        return " Pass a template that renders it with --chat-template FILE, or give prompt and completion as text."
+        return _OTHER_WAYS
 
     def _switches(self) -> Iterator[dict[str, bool]]:
         """Yield settings to try: variables that the template's conditions read, false and true, singly and in pairs."""
@@ -263,19 +371,30 @@ class _RewrittenError(TokenizationError):
     """The rendered conversation does not begin with the rendered prompt."""
 
 
-def _shapes(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield a conversation in the message formats that templates expect, the most common one first.
+class _Format(NamedTuple):
+    """A message format that templates expect.
 
     Most templates expect the arguments of tool calls as objects, a few as text; OpenAI's format has text. Templates of
     vision models expect content as a list of parts.
     """
-    yield [_with_arguments(message, as_text=False) for message in messages]
+
+    arguments_as_text: bool = False
+    parts: bool = False
+
+    def of(self, messages: Sequence[Message]) -> list[Message]:
+        """Return messages in this format."""
+        shaped = [_with_arguments(message, as_text=self.arguments_as_text) for message in messages]
+        if not self.parts:
+            return shaped
+        return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in shaped]
+
+
+def _formats(messages: Sequence[Message]) -> Iterator[_Format]:
+    """Yield the formats to try, the usual one first."""
+    yield _Format()
     if any(message.get("tool_calls") for message in messages):
-        yield [_with_arguments(message, as_text=True) for message in messages]
-    yield [
-        {**_with_arguments(message, as_text=False), "content": [{"type": "text", "text": message["content"]}]}
-        for message in messages
-    ]
+        yield _Format(arguments_as_text=True)
+    yield _Format(parts=True)
 
 
 def _with_arguments(message: Message, *, as_text: bool) -> Message:
@@ -312,7 +431,7 @@ def _continued(begun: Message, answer: Message, where: str) -> Message:
             "message, or move the call to the completion."
         )
     joined = {**begun, **answer}
-    for name in ("content", *_REASONING):
+    for name in ("content", *REASONING):
         if isinstance(begun.get(name), str) and isinstance(answer.get(name), str):
             joined[name] = begun[name] + answer[name]
         elif isinstance(begun.get(name), list) and isinstance(answer.get(name), list):  # parts
@@ -329,97 +448,27 @@ def _rewritten(where: str, prompt: str, full: str) -> str:
     )
 
 
-def _check_completion(row: FeedbackRow, text: str, found: Findings) -> None:
-    """Check that the rendered text contains everything that was rated, and count the missing parts.
-
-    Raises:
-        TokenizationError: it contains nothing of the completion.
-    """
-    there = lost = 0
-    for message in row.completion:
-        assert isinstance(message, dict)
-        for kind, part in _parts(message):
-            if _holds(text, part):
-                there += kind != "arguments"  # texts as short as "a" may occur in the template's own text
-                continue
-            lost += 1
-            lines = part.split("\n") if kind == "completion" else []
-            if any(line.strip() and _holds(text, line) for line in lines):
-                there += 1
-                kind = "reasoning" if _THOUGHT.search(part) else kind
-            found.add("tool_calls" if kind == "arguments" else kind, row.where)
-    if lost and not there:
-        part = next(part for message in row.completion for _, part in _parts(message))  # type: ignore[arg-type]
-        raise TokenizationError(
-            f"{row.where}: the chat template leaves the completion out: {printable(part.strip(), 60)!r} is not in the rendered "
-            f"text, {printable(text, 60)!r}."
+def _refused(row: FeedbackRow, missing: Missing, sides: tuple[str, str]) -> TokenizationError:
+    """Return the error for pieces that the template leaves out."""
+    piece = next((one for one in missing.lost if one.message >= len(row.prompt)), missing.lost[0])
+    shown = printable(piece.texts[0].strip(), 60)
+    of_completion = piece.message >= len(row.prompt)
+    if of_completion and not missing.answered:
+        return TokenizationError(
+            f"{row.where}: the chat template leaves the completion out: {shown!r} is not in what it writes, "
+            f"{printable(sides[1], 60)!r}."
         )
-
-
-# Tags that enclose reasoning inside the content.
-_THOUGHT = re.compile(r"</?\w*think\w*>|\[/?THINK\]|<\|channel\|?>|</?\w*reason\w*>|</?thought>")
-
-
-def _parts(message: Message) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for each text in an assistant message."""
-    if message["content"].strip():
-        yield "completion", message["content"]
-    for name in _REASONING:
-        if isinstance(message.get(name), str) and message[name].strip():
-            yield "reasoning", message[name]
-    yield from _call_parts(message)
-
-
-def _call_parts(message: Message) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for each text in a message's tool calls, including OpenAI's deprecated `function_call`."""
-    calls = message.get("tool_calls")
-    for call in [*(calls if isinstance(calls, list | tuple) else ()), message.get("function_call")]:
-        call = _call_with_arguments(call, False)
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if isinstance(function, Mapping):
-            yield from (("tool_calls", text) for text in _texts(function.get("name")))
-            yield from (("arguments", text) for text in _texts(function.get("arguments")))
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Yield the strings in a JSON value, keys included."""
-    if isinstance(value, str):
-        if value.strip():
-            yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-
-
-def _check_prompt(row: FeedbackRow, text: str, found: Findings) -> None:
-    """Count messages of the prompt that the text lacks, except earlier reasoning, which templates omit on purpose."""
-    for message in row.prompt:
-        assert isinstance(message, dict)
-        content = message["content"]
-        if not _holds(text, content) and not _holds(text, _THOUGHT.split(content)[-1]):
-            found.add("prompt", row.where)
-        if not all(_holds(text, part) for _, part in _call_parts(message)):
-            found.add("prompt_calls", row.where)
-    names = [tool.get("function", tool) for tool in row.tools or ()]
-    names = [tool.get("name") for tool in names if isinstance(tool, Mapping)]
-    if any(isinstance(name, str) and not _holds(text, name) for name in names):
-        found.add("tools", row.where)
-
-
-def _holds(text: str, part: str) -> bool:
-    """Return whether a text contains `part`, ignoring white space, as it is or escaped as in JSON."""
-    if part.strip() in text:
-        return True
-    squeezed = _squeezed(text)
-    return _squeezed(part) in squeezed or _squeezed(json.dumps(part, ensure_ascii=False)[1:-1]) in squeezed
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
+    side = "completion" if of_completion else "prompt"
+    what = {
+        CONTENT: "a part of the completion"
+        if of_completion
+        else f"a message of the role {printable(piece.role, 30)!r}",
+        TOOL: "one of the 'tools'",
+    }.get(piece.kind, f"the {piece.kind} in the {side}")
+    more = f" (and {len(missing.lost) - 1} more)" if len(missing.lost) > 1 else ""
+    return TokenizationError(
+        f"{row.where}: the chat template leaves out {what}: {shown!r} is not in what it writes{more}."
+    )
 
 
 def with_settings(template: str | Mapping[str, str], settings: Mapping[str, object]) -> str | dict[str, str]:

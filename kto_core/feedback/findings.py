@@ -13,21 +13,7 @@ _SENTENCES = {
         "the chat template leaves out the reasoning of {n:,} completion{s}: it is neither scored nor trained (first: "
         "{first}). Pass a template that renders it (--chat-template)."
     ),
-    "completion": (
-        "the chat template leaves out part of {n:,} completion{s}: it is neither scored nor trained (first: {first}). "
-        "Pass a template that renders it (--chat-template)."
-    ),
-    "tool_calls": (
-        "the chat template leaves out tool calls of {n:,} completion{s} (first: {first}). Pass a template that "
-        "renders them (--chat-template)."
-    ),
-    "prompt": "the chat template leaves out messages of {n:,} prompt{s} (first: {first}).",
-    "prompt_calls": (
-        "the chat template leaves out tool calls of {n:,} prompt{s} (first: {first}). Pass a template that renders "
-        "them (--chat-template)."
-    ),
-    "tools": "the chat template leaves out the 'tools' of {n:,} row{s} (first: {first}).",
-    "settings": "the chat template ignores some 'chat_template_kwargs' of {n:,} row{s} (first: {first}).",
+    "settings": "the chat template reads none of some 'chat_template_kwargs' of {n:,} row{s} (first: {first}).",
     "open": (
         "the chat template writes no special token after {n:,} completion{s}: training on them does not teach the model "
         "to stop (first: {first}). Pass a template that ends turns (--chat-template)."

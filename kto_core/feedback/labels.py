@@ -1,61 +1,165 @@
-"""Convert label words and ratings to true and false."""
+"""Decide from the values of feedback (words, thumbs, ratings) whether a completion is desirable."""
 
 import math
+import operator
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
-from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.formats import quoted
+from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, RATERS_DISAGREE, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.quoting import quoted
 
-# The only words that are labels. Case and surrounding spaces do not matter.
-LABEL_WORDS: Final[Mapping[str, bool]] = {
-    "true": True,
-    "false": False,
-    "1": True,
-    "0": False,
-    "good": True,
-    "bad": False,
-    "desirable": True,
-    "undesirable": False,
-    "thumbs_up": True,
-    "thumbs_down": False,
-    "up": True,
-    "down": False,
-    "yes": True,
-    "no": False,
-    "chosen": True,
-    "rejected": False,
-    # Thumbs, alone and with the variation selectors for an emoji (FE0F) or a text (FE0E) glyph.
-    "\U0001f44d": True,
-    "\U0001f44d\ufe0f": True,
-    "\U0001f44d\ufe0e": True,
-    "\U0001f44e": False,
-    "\U0001f44e\ufe0f": False,
-    "\U0001f44e\ufe0e": False,
-}
+_UP = (
+    *("true", "1", "1.0", "yes", "y", "good", "desirable", "chosen", "preferred", "up", "upvote", "upvoted"),
+    *("thumbsup", "thumbup", "like", "liked", "love", "positive", "accepted", "accept", "pass", "passed"),
+    *("correct", "helpful", "wahr", "\U0001f44d"),
+)
+_DOWN = (
+    *("false", "0", "0.0", "no", "n", "bad", "undesirable", "rejected", "reject", "down", "downvote", "downvoted"),
+    *("thumbsdown", "thumbdown", "dislike", "disliked", "negative", "fail", "failed", "incorrect"),
+    *("unhelpful", "falsch", "\U0001f44e"),
+)
+# The words that are labels, as `_word` writes them.
+LABEL_WORDS: Final[Mapping[str, bool]] = {**dict.fromkeys(_UP, True), **dict.fromkeys(_DOWN, False)}
+
+# How programs write that there is no value.
+_NO_VALUE = {"", "nan", "none", "null", "n/a", "na", "<na>", "unrated", "norating"}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_COMPARISON = re.compile(r"(>=|<=|>|<|==|=)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.ASCII)
+_COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "==": operator.eq,
+    "=": operator.eq,
+}
+
+# Different values that are counted; a column of free text has as many as rows.
+_MOST_VALUES = 1000
+
+# What happens to a value that is neither up nor down.
+REFUSE, LEAVE_OUT, UP, DOWN = "refuse", "leave-out", "up", "down"
+ELSE = (REFUSE, LEAVE_OUT, UP, DOWN)
 
 
-def parse_label(value: object, where: str, field: str) -> bool:
-    """Return the label in a bool, in 1 or 0, or in one of LABEL_WORDS.
+class UnknownLabelError(FeedbackError):
+    """A value that no rule knows.
 
-    Raises:
-        FeedbackError: any other value. A value is never a label because it is non-empty or non-zero.
+    Attributes:
+        field: the column or path.
+        value: the value.
+    """
+
+    def __init__(self, message: str, field: str, value: object) -> None:
+        super().__init__(message)
+        self.field, self.value = field, value
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """Which values are desirable (up), which are undesirable (down), and what happens to all others.
+
+    Attributes:
+        up, down: a word, a number, true or false, or a comparison such as ">=4". Both empty for the usual words.
+        otherwise: REFUSE, LEAVE_OUT, UP or DOWN; numbers between comparisons are left out unless it is UP or DOWN.
+        seen: how often a value was seen, by (value, "up", "down", "left out" or "unknown"); for the plan.
+    """
+
+    up: tuple[object, ...] = ()
+    down: tuple[object, ...] = ()
+    otherwise: str = REFUSE
+    seen: Counter[tuple[str, str]] = field(default_factory=Counter, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, values in (("up", self.up), ("down", self.down)):
+            for value in values:
+                if not isinstance(value, bool | int | float | str) or value == "":
+                    raise ConfigError(f"{name}: a word, a number or a comparison such as >=4, got {quoted(value)}.")
+        both = [value for value in self.up if not _is_comparison(value) and _matches(value, self.down)]
+        if both:
+            raise ConfigError(f"up and down both hold {quoted(both[0])}. Leave it in one of them.")
+        if self.otherwise not in ELSE:
+            raise ConfigError(f"else: one of {', '.join(ELSE)}, got {quoted(self.otherwise)}.")
+
+    @classmethod
+    def at_least(cls, threshold: float) -> "LabelRule":
+        """Return the rule of `--rating-threshold`."""
+        return cls(up=(f">={threshold!r}",), down=(f"<{threshold!r}",))
+
+    @property
+    def has_comparison(self) -> bool:
+        """Whether values are numbers on a scale."""
+        return any(map(_is_comparison, (*self.up, *self.down)))
+
+    def verdict(self, value: object, where: str, field: str) -> bool:
+        """Return whether a value means desirable.
+
+        Args:
+            value: as read; of several raters, a list of their values.
+            field: name of the column or path, for errors.
+
+        Raises:
+            UnknownLabelError: a value that is neither up nor down, unless `otherwise` decides.
+            LeftOut: no value, a number in the dead zone, raters who disagree.
+        """
+        if isinstance(value, list | tuple):
+            found = {self.verdict(one, where, field) for one in value if not has_no_value(one)}
+            if len(found) > 1:
+                raise LeftOut(RATERS_DISAGREE, quoted(value))
+            if found:
+                return found.pop()
+            raise LeftOut(UNRATED)
+        if has_no_value(value):
+            self._count("(none)", "left out")
+            raise LeftOut(UNRATED)
+        known = self._known(value)
+        if known is None and self.otherwise in (UP, DOWN):
+            known = self.otherwise == UP
+        if known is not None:
+            self._count(quoted(value, 30), "up" if known else "down")
+            return known
+        if self.otherwise == LEAVE_OUT or (self.has_comparison and number_in(value) is not None):
+            self._count(quoted(value, 30), "left out")
+            raise LeftOut(DEAD_ZONE, quoted(value))
+        self._count(quoted(value, 30), "unknown")
+        raise UnknownLabelError(f"{where}: '{field}' is {quoted(value)}, which is neither up nor down.", field, value)
+
+    def _count(self, value: str, destination: str) -> None:
+        if len(self.seen) < _MOST_VALUES or (value, destination) in self.seen:
+            self.seen[value, destination] += 1
+
+    def _known(self, value: object) -> bool | None:
+        if not self.up and not self.down:
+            return usual_label(value)
+        if _matches(value, self.up):
+            return True
+        return False if _matches(value, self.down) else None
+
+
+def usual_label(value: object) -> bool | None:
+    """Return what a bool, 1 or 0, or one of the usual words means; None for any other value.
+
+    A value is never a label because it is not empty or not zero.
     """
     if isinstance(value, bool):
         return value
-    if isinstance(value, int | float) and value in (0, 1):
-        return value == 1
-    if isinstance(value, str) and value.strip().lower() in LABEL_WORDS:
-        return LABEL_WORDS[value.strip().lower()]
-    advice = "Thumbs data: write true for up, false for down."
-    number = number_in(value)
-    if number in (0, 1):  # text: pandas writes a column that has gaps as 1.0 and 0.0
-        advice = f"Write {number:.0f}."
-    elif number is not None:
-        advice = f"If it is a rating, pass --label-field {field} --rating-threshold 4 (or median)."
-    raise FeedbackError(f"{where}: '{field}' must be true or false, got {quoted(value)}. {advice}")
+    if isinstance(value, int | float):
+        return bool(value) if value in (0, 1) else None
+    return LABEL_WORDS.get(_word(value)) if isinstance(value, str) else None
+
+
+def has_no_value(value: object) -> bool:
+    """Return whether a value says that nobody rated: None, NaN, an empty text, "N/A" and its like, an empty list."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    if isinstance(value, str):
+        return value.strip().lower() in _NO_VALUE
+    return isinstance(value, list | tuple | dict) and not value
 
 
 def number_in(value: object) -> float | None:
@@ -69,6 +173,84 @@ def number_in(value: object) -> float | None:
     except OverflowError:  # an integer of more than 300 digits
         return None
     return number if math.isfinite(number) else None
+
+
+def _word(text: str) -> str:
+    """Return a word in its plainest form: "Thumbs Up", ":thumbs_up:" and "thumbsUp" are one, and so are skin tones."""
+    text = text.strip().lower()
+    if _NUMBER.fullmatch(text):  # a sign is part of a number
+        return text
+    return "".join(c for c in text if c not in " _-:" and not _is_variant(c))
+
+
+def _is_variant(character: str) -> bool:
+    return "\U0001f3fb" <= character <= "\U0001f3ff" or unicodedata.category(character) == "Mn"
+
+
+def _is_comparison(value: object) -> bool:
+    return isinstance(value, str) and _COMPARISON.fullmatch(value.strip()) is not None
+
+
+def _matches(value: object, wanted: Sequence[object]) -> bool:
+    return any(_is_one(value, one) for one in wanted)
+
+
+def _is_one(value: object, wanted: object) -> bool:
+    compared = _COMPARISON.fullmatch(wanted.strip()) if isinstance(wanted, str) else None
+    number = number_in(value)
+    if compared is not None:
+        return number is not None and _COMPARED[compared[1]](number, float(compared[2]))
+    if isinstance(wanted, bool) or isinstance(value, bool):
+        return value is wanted or (str(value).lower() == str(wanted).strip().lower())
+    other = number_in(wanted)
+    if number is not None or other is not None:
+        return number == other
+    return isinstance(value, str) and _word(value) == _word(str(wanted))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The values of a column that holds the feedback, with their counts."""
+
+    counts: Counter[str]
+
+    @classmethod
+    def of(cls, rule: LabelRule) -> "Scale":
+        """Return the values that a rule was given."""
+        counts: Counter[str] = Counter()
+        for (value, _), count in rule.seen.items():
+            counts[value] += count
+        return cls(counts)
+
+    def in_words(self) -> str:
+        """Return the most frequent values with their counts."""
+        shown = [f"{value} ({count:,})" for value, count in self.counts.most_common(8)]
+        more = len(self.counts) - len(shown)
+        return ", ".join(shown) + (f", and {more:,} more" if more > 0 else "")
+
+    def proposal(self) -> str:
+        """Return options that fit the values; empty if none is plain."""
+        numbers = sorted({n for v in self.counts if (n := number_in(v.strip('"'))) is not None})
+        words = [v for v in self.counts if v != "(none)" and number_in(v.strip('"')) is None]
+        if words or len(numbers) < 2:
+            names = [v.strip('"') for v in words]
+            return (
+                f"--up {names[0]} --down {names[1]} (or the other way round)" if len(names) == 2 and not numbers else ""
+            )
+        least, most = numbers[0], numbers[-1]
+        if set(numbers) <= {-1.0, 0.0, 1.0}:
+            zero = " (0 is then left out)" if 0.0 in numbers and -1.0 in numbers else ""
+            return f"--up 1 --down {'-1' if -1.0 in numbers else '0'}{zero}"
+        if least >= 0 and most <= 1:
+            return "--up '>=0.5' --down '<0.5'"
+        if least >= 0 and most <= 5:
+            return "--up '>=4' --down '<=2' (what lies between is left out)"
+        if least >= 0 and most <= 10:
+            return "--up '>=7' --down '<=4' (what lies between is left out)"
+        if least < 0:
+            return "--up '>0' --down '<0' (0 is left out)"
+        middle = numbers[len(numbers) // 2]
+        return f"--up '>={middle:g}' --down '<{middle:g}'"
 
 
 # A class with a smaller share of the rows is nearly absent: 1 in 20 is far from the published 1:1 to 4:3.

@@ -1,12 +1,12 @@
-"""Convert a record of a feedback file to one labelled row, or to the two rows of a preference pair.
+"""Convert a record of a feedback file to its labelled rows: one, the two of a preference pair, or one a judged turn.
 
 The format is detected for each record, so a file may mix formats. They are tried in this order:
 
     the column of --completion-field      prompt, completion, label
     chosen + rejected                     a pair; its prompt is in prompt, instruction, conversations or
                                           messages, or else is their common beginning
-    completion                            prompt, completion, label
-    messages, conversations (ShareGPT)    the last message is the completion
+    completion (response, answer)         prompt (question, query), completion, label
+    messages, conversations (ShareGPT)    the last message is the completion; or the turns that are judged
     instruction + output (Alpaca)         with input, system and history
 
 A key whose value is None counts as absent: tables store None for a key that only other rows have.
@@ -14,36 +14,50 @@ A key whose value is None counts as absent: tables store None for a key that onl
 
 import hashlib
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
-from offline_kto.kto_core.feedback.formats import (
-    EMPTY_ANSWER,
-    Message,
-    Turns,
+from offline_kto.kto_core.feedback.chat_markers import RenderedText, as_chat
+from offline_kto.kto_core.feedback.conversations import (
+    SYSTEM_COLUMNS,
     alpaca_prompt,
-    as_conversation,
-    as_turns,
     check_completion,
     join_sides,
-    quoted,
     shared_beginning,
+    split_at_results,
     split_conversation,
+    system_text,
     with_system,
 )
-from offline_kto.kto_core.feedback.labels import number_in, parse_label
+from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, has_no_value, number_in
+from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, SAME_ANSWERS, TIE, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.messages import Message, Turns, as_conversation, as_turns, said
+from offline_kto.kto_core.feedback.paths import Path
+from offline_kto.kto_core.feedback.quoting import quoted
 
-_MEDIA = ("images", "videos", "audios")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio", "image_url", "image_urls")
+_PROMPTS = ("prompt", "question", "query")
+_COMPLETIONS = ("completion", "response", "answer")
+_LABELS = ("label", "kto_tag")
+# Names under which the two ratings of a pair stand.
+_PAIR_RATINGS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+    ("rating_chosen", "rating_rejected"),
+)
 
 # Every key of a record that is read, besides those that options name.
 COLUMNS: Final = frozenset(
     {
-        *("prompt", "completion", "label", "kto_tag", "rating", "chosen", "rejected", "messages", "conversations"),
-        *("instruction", "input", "output", "system", "history", "tools", "chat_template_kwargs", *_MEDIA),
+        *(*_PROMPTS, *_COMPLETIONS, *_LABELS, *SYSTEM_COLUMNS, *_MEDIA),
+        *("labels", "rating", "chosen", "rejected", "messages", "conversations"),
+        *("instruction", "input", "output", "history", "tools", "chat_template_kwargs"),
+        *(name for pair in _PAIR_RATINGS for name in pair),
     }
 )
 
@@ -63,6 +77,10 @@ class FeedbackRow:
     pair_id: str | None = None  # shared by the two rows of a preference pair
     tools: tuple[dict[str, object], ...] | None = None  # for the chat template
     template_kwargs: Mapping[str, object] = field(default_factory=dict)  # the record's `chat_template_kwargs`
+    form: str = ""  # the format it was read in, as the plan names it
+    from_text: bool = False  # whether text became messages
+    moved_results: bool = False  # whether the results of tools were moved from the completion to the prompt
+    rendered: bool = False  # whether it is text that a chat template has written
 
     @property
     def characters(self) -> int:
@@ -75,31 +93,27 @@ class FeedbackRow:
 class FeedbackFields:
     """The columns to read, and how. None means the default names of the formats.
 
-    If rating_threshold is set, label names the column of the rating. chat_template is whether the tokenizer has one;
-    if so, Alpaca rows become conversations.
-
-    Raises:
-        ConfigError: a threshold that is not finite.
+    Attributes:
+        rule: which labels are desirable.
+        chat: whether text becomes messages. False without a chat template.
+        rendered: how text looks that was rendered before, which stays text.
     """
 
-    prompt: str | None = None
-    completion: str | None = None
-    label: str | None = None
-    rating_threshold: float | None = None
+    prompt: Path | None = None
+    completion: Path | None = None
+    label: Path | None = None
+    rule: LabelRule = field(default_factory=LabelRule)
+    chat: bool = False
     chat_template: bool = True
-
-    def __post_init__(self) -> None:
-        if self.rating_threshold is not None and not math.isfinite(self.rating_threshold):
-            raise ConfigError(f"--rating-threshold must be a finite number, got {self.rating_threshold}.")
+    rendered: RenderedText = field(default_factory=RenderedText)
 
 
 def parse_record(record: Mapping[str, object], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
-    """Return one row, or the chosen and the rejected row of a pair, in this order.
-
-    If rating_threshold is set, the label of every row outside a pair is `rating >= threshold`.
+    """Return the rows of a record; of a pair the chosen and the rejected row, in this order.
 
     Raises:
         FeedbackError: the record matches none of the formats exactly; the message begins with `where`.
+        LeftOut: it is no mistake, but nothing can be learned from it.
     """
     try:
         return _rows(record, where, fields)
@@ -111,63 +125,114 @@ def _rows(record: Mapping[str, object], where: str, fields: FeedbackFields) -> l
     present = {key: value for key, value in record.items() if value is not None}
     empty = frozenset(record) - frozenset(present)
     for name in _MEDIA:
-        media = present.get(name)
-        if isinstance(media, list | tuple) and len(media) > 0:
-            raise FeedbackError(f"{where}: the record has '{name}'. Multimodal feedback is not supported.")
-    labels = [True, False]
-    if _is_pair(present, fields):
-        prompt, completions = _pair(present, where, fields)
-    else:
-        prompt, completion = _single(present, empty, where, fields)
-        completions = (completion,)
-        labels = [_label(present, empty, where, fields)]
+        if present.get(name):
+            raise LeftOut(MEDIA, f"'{name}'")
     tools = _tools(present.get("tools"), where)
-    if tools is not None and isinstance(prompt, str):
-        raise FeedbackError(f"{where}: 'tools' with a plain text prompt. Write the prompt as messages.")
     kwargs = _template_kwargs(present.get("chat_template_kwargs"), where)
     _canonical([tools, kwargs], where)
+    if _is_pair(present, fields):
+        prompt, completions = _pair(present, where, fields)
+        return _finished(prompt, completions, [True, False], "chosen + rejected", where, tools, kwargs, fields)
+    judged = _judged_turns(present, where, fields)
+    if judged is not None:
+        return [
+            row
+            for prompt, completion, label in judged
+            for row in _finished(prompt, (completion,), [label], "judged turns", where, tools, kwargs, fields)
+        ]
+    form, prompt, completion = _single(present, empty, where, fields)
+    label = _label(present, where, fields)
+    return _finished(prompt, (completion,), [label], form, where, tools, kwargs, fields)
+
+
+def _finished(
+    prompt: Turns,
+    completions: tuple[Turns, ...],
+    labels: list[bool],
+    form: str,
+    where: str,
+    tools: tuple[dict[str, object], ...] | None,
+    kwargs: Mapping[str, object],
+    fields: FeedbackFields,
+) -> list[FeedbackRow]:
+    """Return the rows of one prompt, with what all formats share: text as chat, results of tools, ids of pairs."""
+    from_text = rendered = False
+    if isinstance(prompt, str) and fields.chat:
+        prompt, completions = as_chat(prompt, completions, fields.rendered)
+        rendered, from_text = isinstance(prompt, str), not isinstance(prompt, str)
+    if tools is not None and isinstance(prompt, str):
+        raise FeedbackError(f"{where}: 'tools' with a plain text prompt. Write the prompt as messages.")
     content = _canonical([prompt, *completions], where)
     pair_id = hashlib.sha256(content).hexdigest()[:32] if len(completions) == 2 else None
-    return [
-        FeedbackRow(where, prompt, completion, label, pair_id, tools, kwargs)
-        for completion, label in zip(completions, labels, strict=True)
-    ]
+    rows = []
+    for completion, label in zip(completions, labels, strict=True):
+        asked, answered, moved = prompt, completion, False
+        if not isinstance(completion, str) and not isinstance(prompt, str):
+            context, rest = split_at_results(completion)
+            moved = bool(context)
+            if moved and pair_id is not None:
+                raise FeedbackError(
+                    f"{where}: a side of the pair holds the results of tools, which are no words of the model's. Move what "
+                    "both sides share to the prompt, and leave one answer on each side."
+                )
+            asked, answered = (*prompt, *context), rest
+        rows.append(
+            FeedbackRow(where, asked, answered, label, pair_id, tools, kwargs, form, from_text, moved, rendered)
+        )
+    return rows
 
 
 def _is_pair(record: Mapping[str, object], fields: FeedbackFields) -> bool:
-    if fields.completion is not None and record.get(fields.completion) is not None:
+    if fields.completion is not None and fields.completion.find(record, "") is not None:
         return False
     return record.get("chosen") is not None and record.get("rejected") is not None
 
 
 def _pair(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[Turns, tuple[Turns, ...]]:
-    if "completion" in present:
-        raise FeedbackError(
-            f"{where}: the record has 'completion' as well as 'chosen' and 'rejected'. Remove one or the other, or pass"
-            " --completion-field completion."
-        )
+    for name in ("completion", *_LABELS):
+        if name in present:
+            raise FeedbackError(
+                f"{where}: the record has '{name}' as well as 'chosen' and 'rejected'. Remove one or the other, or pass"
+                f" --completion-field {'completion' if name == 'completion' else 'chosen (or rejected)'}."
+            )
     chosen = as_turns(present["chosen"], where, "chosen")
     rejected = as_turns(present["rejected"], where, "rejected")
-    contradiction = f"{where}: 'chosen' and 'rejected' are the same, so the pair has no preference. Remove the row."
     if chosen == rejected:
-        raise FeedbackError(contradiction)
+        raise LeftOut(SAME_ANSWERS)
+    _check_ratings(present, where)
     prompt = _pair_prompt(present, where, fields)
     answers: tuple[Turns, ...]
     if prompt is None:
         prompt, answers = shared_beginning(chosen, rejected, where)
     else:
+        prompt = _prompt_with_system(prompt, present, where, fields)
         prompt, answers = join_sides(prompt, [("chosen", chosen), ("rejected", rejected)], where)
-    if answers[0] == answers[1]:  # visible only after conversion if one side repeats the prompt
-        raise FeedbackError(contradiction)
+    if answers[0] == answers[1]:  # visible only now if one side repeats the prompt
+        raise LeftOut(SAME_ANSWERS)
     check_completion(answers[0], where, "chosen")
     check_completion(answers[1], where, "rejected")
     return prompt if _is_alpaca(present, fields) else with_system(prompt, present, where), answers
 
 
+def _check_ratings(present: Mapping[str, object], where: str) -> None:
+    """Compare the ratings of a pair, if it has any. Raises: LeftOut: a tie; FeedbackError: the rejected one is better."""
+    for names in _PAIR_RATINGS:
+        chosen, rejected = (number_in(present.get(name)) for name in names)
+        if chosen is None or rejected is None:
+            continue
+        if chosen == rejected:
+            raise LeftOut(TIE, f"both are rated {chosen:g}")
+        if chosen < rejected:
+            raise FeedbackError(
+                f"{where}: 'rejected' is rated above 'chosen' ({names[1]} {rejected:g}, {names[0]} {chosen:g}). Swap them, "
+                "or remove the ratings if they do not count."
+            )
+
+
 def _pair_prompt(present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns | None:
-    name = fields.prompt or "prompt"
-    if name in present:
-        return as_turns(present[name], where, name)
+    found = _prompt_value(present, where, fields)
+    if found is not None:
+        return as_turns(found[1], where, found[0])
     if _is_alpaca(present, fields):
         return alpaca_prompt(present, where, conversation=fields.chat_template)
     for name in ("conversations", "messages"):
@@ -178,83 +243,184 @@ def _pair_prompt(present: Mapping[str, object], where: str, fields: FeedbackFiel
     return None
 
 
+def _prompt_value(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[str, object] | None:
+    """Return (column, value) of the prompt; None if there is no such column."""
+    return _one_of(present, where, fields.prompt, _PROMPTS, "--prompt-field")
+
+
+def _one_of(
+    present: Mapping[str, object], where: str, path: Path | None, names: tuple[str, ...], option: str
+) -> tuple[str, object] | None:
+    if path is not None:
+        value = path.find(present, where)
+        return None if value is None else (path.text, value)
+    if names[0] in present:  # the usual name
+        return names[0], present[names[0]]
+    found = [name for name in names if name in present]
+    if len(found) > 1:
+        raise FeedbackError(f"{where}: {' and '.join(map(repr, found))}: say which one counts with {option}.")
+    return (found[0], present[found[0]]) if found else None
+
+
+def _prompt_with_system(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:
+    """Return a prompt of text as a user's message if a system text stands beside it."""
+    if isinstance(prompt, str) and fields.chat and not _is_alpaca(present, fields) and system_text(present, where):
+        return said("user", prompt)
+    return prompt
+
+
 def _is_alpaca(present: Mapping[str, object], fields: FeedbackFields) -> bool:
     """Return whether a record without a conversation has its prompt, system text included, in Alpaca's columns."""
-    return "instruction" in present and (fields.prompt or "prompt") not in present
+    return "instruction" in present and fields.prompt is None and not any(name in present for name in _PROMPTS)
 
 
 def _single(
     present: Mapping[str, object], empty: frozenset[str], where: str, fields: FeedbackFields
-) -> tuple[Turns, Turns]:
-    name = fields.completion or "completion"
+) -> tuple[str, Turns, Turns]:
+    """Return (format, prompt, completion)."""
+    found = _one_of(present, where, fields.completion, _COMPLETIONS, "--completion-field")
     prompt: Turns
     completion: Turns
-    if name in present:
-        prompt_name = fields.prompt or "prompt"
-        if prompt_name in empty:
-            raise FeedbackError(f"{where}: '{prompt_name}' is empty. Write the prompt, or remove the row.")
-        if prompt_name not in present:
+    if found is not None:
+        name, value = found
+        asked = _prompt_value(present, where, fields)
+        if asked is not None:
+            prompt = _prompt_with_system(as_turns(asked[1], where, asked[0]), present, where, fields)
+            form = f"{asked[0]} + {name}"
+        elif _is_alpaca(present, fields):
+            prompt, form = alpaca_prompt(present, where, conversation=fields.chat_template), f"instruction + {name}"
+        else:
+            missing = "prompt" if fields.prompt is None else fields.prompt.text
+            if missing in empty:
+                raise FeedbackError(f"{where}: '{missing}' is empty. Write the prompt, or remove the row.")
             raise FeedbackError(
-                f"{where}: there is a '{name}' but no '{prompt_name}'; {_columns(present)}."
+                f"{where}: there is a '{name}' but no '{missing}'; {_columns(present)}."
                 " Name the prompt's column with --prompt-field."
             )
-        prompt = as_turns(present[prompt_name], where, prompt_name)
-        completion = as_turns(present[name], where, name)
-        prompt, (completion,) = join_sides(prompt, [(name, completion)], where)
-        prompt = with_system(prompt, present, where)
+        prompt, (completion,) = join_sides(prompt, [(name, as_turns(value, where, name))], where)
+        prompt = prompt if form.startswith("instruction") else with_system(prompt, present, where)
     elif "messages" in present or "conversations" in present:
-        name = "messages" if "messages" in present else "conversations"
-        prompt, completion = split_conversation(as_conversation(present[name], where, name), where, name)
+        form = name = "messages" if "messages" in present else "conversations"
+        messages = as_conversation(present[name], where, name)
+        _check_prompt_beside(present, messages, where, name)
+        prompt, completion = split_conversation(messages, where, name)
         prompt = with_system(prompt, present, where)
     elif "instruction" in present and "output" in present:
-        name = "output"
+        name, form = "output", "instruction + output"
         prompt = alpaca_prompt(present, where, conversation=fields.chat_template)
         prompt, (completion,) = join_sides(prompt, [(name, as_turns(present[name], where, name))], where)
     else:
         raise _unknown_format(present, empty, where, fields)
     check_completion(completion, where, name)
-    return prompt, completion
+    return form, prompt, completion
+
+
+def _check_prompt_beside(present: Mapping[str, object], messages: tuple[Message, ...], where: str, name: str) -> None:
+    """Refuse a prompt beside messages that do not hold it: one of them would be ignored."""
+    prompt = present.get("prompt")
+    if isinstance(prompt, str) and not any(prompt.strip() == one["content"].strip() for one in messages):
+        raise FeedbackError(
+            f"{where}: 'prompt' stands beside '{name}', which do not hold it: {quoted(prompt)}. Remove one of them, or put "
+            "the prompt into the messages."
+        )
+
+
+def _judged_turns(
+    present: Mapping[str, object], where: str, fields: FeedbackFields
+) -> list[tuple[tuple[Message, ...], tuple[Message, ...], bool]] | None:
+    """Return (prompt, completion, label) for each judged turn; None if no turn of the record is judged by itself."""
+    name = "messages" if "messages" in present else "conversations"
+    turns = present.get(name)
+    if fields.completion is not None or not isinstance(turns, list | tuple):
+        return None
+    keys = [key for key in ("label", "feedback", "rating", "kto_tag") if any(_has(one, key) for one in turns)]
+    outer = [key for key in (*_LABELS, "rating") if key in present]
+    verdicts: list[object]
+    if keys:
+        if outer or len(keys) > 1:
+            raise FeedbackError(
+                f"{where}: {', '.join(map(repr, [*outer, *(f'{key} of messages' for key in keys)]))}: nothing says which "
+                "of them counts. Keep one, or describe the file with --map."
+            )
+        verdicts = [one.get(keys[0]) if isinstance(one, Mapping) else None for one in turns]
+    elif isinstance(present.get("labels"), list) and not outer and fields.label is None:
+        labels = list(present["labels"])  # type: ignore[call-overload]
+        answers = [i for i, one in enumerate(turns) if as_conversation([one], where, name)[-1]["role"] == "assistant"]
+        if len(labels) != len(answers):
+            raise FeedbackError(
+                f"{where}: {len(labels)} 'labels' for {len(answers)} answers of the assistant. Give one for each; null "
+                "where nobody rated."
+            )
+        by_turn = dict(zip(answers, labels, strict=True))
+        verdicts = [by_turn.get(i) for i in range(len(turns))]
+    else:
+        return None
+    rows = []
+    for number, value in enumerate(verdicts):
+        if has_no_value(value):
+            continue
+        before = as_conversation(turns[:number], where, name) if number else ()
+        judged = as_conversation([_without(turns[number], keys)], where, name)
+        prompt = with_system(tuple(_without(one, keys) for one in before), present, where)
+        if not prompt or judged[-1]["role"] != "assistant":
+            raise FeedbackError(f"{where}: message {number + 1} of '{name}' is judged, and is no answer to anything.")
+        check_completion(judged, where, name)
+        assert not isinstance(prompt, str)
+        rows.append((prompt, judged, fields.rule.verdict(value, where, keys[0] if keys else "labels")))
+    if not rows:
+        raise LeftOut(UNRATED)
+    return rows
+
+
+def _has(message: object, key: str) -> bool:
+    return isinstance(message, Mapping) and message.get(key) is not None and not isinstance(message[key], dict)
+
+
+def _without(message: object, keys: list[str]) -> Message:
+    assert isinstance(message, Mapping)
+    return {key: value for key, value in message.items() if key not in keys}
 
 
 def _unknown_format(
     present: Mapping[str, object], empty: frozenset[str], where: str, fields: FeedbackFields
-) -> FeedbackError:
+) -> FeedbackError | LeftOut:
+    """Return why a record without a completion cannot be used: a table has the column, and no answer in it."""
     for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
         if here in present and missing in empty:
-            return FeedbackError(f"{where}: '{missing}' is empty. {EMPTY_ANSWER}")
+            return LeftOut(EMPTY, f"'{missing}'")
         if here in present and missing not in present:
             return FeedbackError(f"{where}: there is '{here}' but no '{missing}'; {_columns(present)}.")
-    for name in (fields.completion or "completion", "messages", "conversations", "chosen"):
+    named = _COMPLETIONS if fields.completion is None else (fields.completion.text,)
+    for name in (*named, "messages", "conversations", "chosen"):
         if name in empty and present:
-            return FeedbackError(f"{where}: '{name}' is empty. {EMPTY_ANSWER}")
+            return LeftOut(EMPTY, f"'{name}'")
     if fields.completion is not None or fields.prompt is not None:
-        name = fields.completion or "completion"
+        name = "completion" if fields.completion is None else fields.completion.text
         return FeedbackError(f"{where}: there is no '{name}'; {_columns(present)}. Check --completion-field.")
     return FeedbackError(
         f"{where}: none of the known formats; {_columns(present)}. Give it prompt, completion and label (or"
         " name them: --prompt-field, --completion-field, --label-field), messages and label, or chosen and"
-        " rejected."
+        " rejected; or say in a few lines what is where: --map FILE."
     )
 
 
-def _label(present: Mapping[str, object], empty: frozenset[str], where: str, fields: FeedbackFields) -> bool:
-    if fields.rating_threshold is not None:
-        return parse_rating(present, where, fields) >= fields.rating_threshold
-    names = ("label", "kto_tag") if fields.label is None else (fields.label,)
-    labels = {name: parse_label(present[name], where, name) for name in names if name in present}
+def _label(present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
+    if fields.label is not None:
+        return fields.rule.verdict(fields.label.find(present, where), where, fields.label.text)
+    names = ("rating",) if fields.rule.has_comparison else _LABELS
+    labels = {name: fields.rule.verdict(present[name], where, name) for name in names if name in present}
     if len(set(labels.values())) > 1:
         raise FeedbackError(f"{where}: 'label' and 'kto_tag' contradict each other. Remove one of them.")
-    if len(labels) == 0:
-        if "rating" in present:
-            raise FeedbackError(
-                f"{where}: there is a rating, {quoted(present['rating'])}, but no label. State from which"
-                " rating on a completion is desirable: pass --rating-threshold 4 (or median)."
-            )
-        what = f"there is no '{names[0]}'" + (": it is empty" if names[0] in empty else "")
-        raise FeedbackError(
-            f"{where}: {what}; {_columns(present)}. Give the row one, or name another column with --label-field."
-        )
-    return next(iter(labels.values()))
+    if labels:
+        return next(iter(labels.values()))
+    if "rating" in present and not has_no_value(present["rating"]):
+        try:
+            fields.rule.verdict(present["rating"], where, "rating")  # counts its values
+        except UnknownLabelError:
+            pass
+        value = present["rating"]
+        raise UnknownLabelError(f"{where}: there is a rating, {quoted(value)}, but no label.", "rating", value)
+    raise LeftOut(UNRATED, f"there is no '{names[0]}'; {_columns(present)}")
 
 
 def _tools(value: object, where: str) -> tuple[dict[str, object], ...] | None:
@@ -300,30 +466,8 @@ def _columns(record: Mapping[str, object]) -> str:
     return f"found {quoted(names, 200)}" if names else "found no columns with a value"
 
 
-def parse_rating(record: Mapping[str, object], where: str, fields: FeedbackFields) -> float:
-    """Return the number in `rating`, or in the column that --label-field names. A number may be text (CSV).
-
-    Raises:
-        FeedbackError: no such column, or no finite number in it (true and false are not ratings).
-    """
-    name = _rating_name(fields)
-    value = record.get(name)
-    if value is None:
-        raise FeedbackError(
-            f"{where}: --rating-threshold is set, but there is no '{name}'; {_columns(record)}."
-            " Name the column of the rating with --label-field."
-        )
-    number = number_in(value)
-    if number is None:
-        raise FeedbackError(
-            f"{where}: '{name}' must be a number, since --rating-threshold is set, got {quoted(value)}."
-            " Name the column of the rating with --label-field."
-        )
-    return number
-
-
 def resolve_threshold(
-    text: str, records: Iterable[tuple[str, Mapping[str, object]]], fields: FeedbackFields | None = None
+    text: str, records: Iterable[tuple[str, Mapping[str, object]]], label: Path | None = None
 ) -> float:
     """Return the value of --rating-threshold: the number itself, or for "median" the median of all ratings.
 
@@ -339,17 +483,24 @@ def resolve_threshold(
         if number is None:
             raise ConfigError(f'--rating-threshold must be a number or "median", got {quoted(text)}.')
         return number
-    fields = FeedbackFields() if fields is None else fields
-    name = _rating_name(fields)
+    path = label or Path("rating", "--rating-threshold")
     ratings = [
-        parse_rating(record, where, fields)
+        _rating(value, where, path)
         for where, record in records
-        if record.get(name) is not None and not _is_pair(record, fields)
+        if not has_no_value(value := path.find(record, where)) and not _is_pair(record, FeedbackFields())
     ]
     if len(ratings) == 0:
-        raise ConfigError(f"--rating-threshold median: no record has a '{name}'. Name its column with --label-field.")
+        raise ConfigError(
+            f"--rating-threshold median: no record has a '{path.text}'. Name its column with --label-field."
+        )
     return float(statistics.median(ratings))
 
 
-def _rating_name(fields: FeedbackFields) -> str:
-    return "rating" if fields.label is None else fields.label
+def _rating(value: object, where: str, path: Path) -> float:
+    number = number_in(value)
+    if number is None:
+        raise FeedbackError(
+            f"{where}: '{path.text}' must be a number, since --rating-threshold is set, got {quoted(value)}."
+            " Name the column that holds the rating with --label-field."
+        )
+    return number

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from offline_kto.kto_core.errors import TokenizationError, said_by
+from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.chat_templates import ChatRenderer
 from offline_kto.kto_core.feedback.decoding import Decoder
 from offline_kto.kto_core.feedback.findings import Findings
@@ -27,8 +28,16 @@ class Tokens(NamedTuple):
 
 
 def tokenize_rows(rows: Sequence[FeedbackRow], tokenizer: Tokenizer) -> list[Tokens]:
-    """Tokenize rows of one file, in order; see `Tokenizing`."""
-    return Tokenizing(tokenizer).tokenize(rows)
+    """Tokenize rows of one file, in order; see `Tokenizing`.
+
+    Raises:
+        TokenizationError: of the first row that cannot be used, or of the tokenizer.
+    """
+    found = Tokenizing(tokenizer).tokenize(rows)
+    for one in found:
+        if isinstance(one, TokenizationError):
+            raise one
+    return [one for one in found if isinstance(one, Tokens)]
 
 
 class Tokenizing:
@@ -58,19 +67,36 @@ class Tokenizing:
         """Whether a template wrote the date."""
         return self._renderer.dated
 
-    def tokenize(self, rows: Sequence[FeedbackRow]) -> list[Tokens]:
+    def rendered_text(self) -> RenderedText:
+        """Return how text looks that the chat template has written."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {}).values()
+        special = {
+            *getattr(self._tokenizer, "all_special_tokens", []),
+            *(str(token) for token in added if getattr(token, "special", False)),
+        }
+        return RenderedText(sorted(one for one in special if len(one) > 2), *self._renderer.around_question())
+
+    def tokenize(self, rows: Sequence[FeedbackRow]) -> list[Tokens | TokenizationError]:
         """Tokenize some rows of the feedback.
 
+        Returns:
+            for each row its tokens, or why it cannot be used: a template that refuses it, renders the prompt differently
+            once an answer follows or leaves out what the row says, or a prompt or a completion without tokens.
+
         Raises:
-            TokenizationError: no chat template for a conversation, no EOS for plain text, a template that
-                renders the prompt differently once an answer follows or leaves the answer out, a prompt without
-                tokens, ids that do not decode to the text, or a tokenizer that fails.
+            TokenizationError: no chat template for a conversation, no EOS for plain text, ids that do not decode to the
+                text, or a tokenizer that fails.
         """
-        rendered = [self._render_text(row) if isinstance(row.prompt, str) else self._render_chat(row) for row in rows]
+        found: list[_Rendered | TokenizationError] = [self._render(row) for row in rows]
+        right = [(row, item) for row, item in zip(rows, found, strict=True) if isinstance(item, _Rendered)]
+        if not right:
+            return [item for item in found if isinstance(item, TokenizationError)]
+        kept, rendered = [row for row, _ in right], [item for _, item in right]
         # One call for all texts: the tokenizer is parallel inside. Templates write BOS themselves.
-        prompts = self._encode_rows(rows, [item.prompt for item in rendered])
-        fulls = self._encode_rows(rows, [item.text for item in rendered])
-        return [self._tokens(*parts) for parts in zip(rows, rendered, prompts, fulls, strict=True)]
+        prompts = self._encode_rows(kept, [item.prompt for item in rendered])
+        fulls = self._encode_rows(kept, [item.text for item in rendered])
+        tokens = (self._tokens(*parts) for parts in zip(kept, rendered, prompts, fulls, strict=True))
+        return [next(tokens) if isinstance(item, _Rendered) else item for item in found]
 
     def check(self) -> None:
         """Check all rows together. Raises: TokenizationError: most completions have only unknown or special tokens."""
@@ -95,6 +121,15 @@ class Tokenizing:
             )
         return lines
 
+    def _render(self, row: FeedbackRow) -> "_Rendered | TokenizationError":
+        if isinstance(row.prompt, str):
+            return self._render_text(row)
+        self._renderer.check_template(row)
+        try:
+            return _Rendered.of(*self._renderer.render(row), is_chat=True)
+        except TokenizationError as error:
+            return TokenizationError(str(error))  # without its traceback, which would keep the row
+
     def _render_text(self, row: FeedbackRow) -> "_Rendered":
         if self._tokenizer.eos_token_id is None:
             raise TokenizationError(
@@ -103,10 +138,9 @@ class Tokenizing:
             )
         return _Rendered.of(str(row.prompt), str(row.completion), is_chat=False)
 
-    def _render_chat(self, row: FeedbackRow) -> "_Rendered":
-        return _Rendered.of(*self._renderer.render(row), is_chat=True)
-
-    def _tokens(self, row: FeedbackRow, item: "_Rendered", prompt: list[int], full: list[int]) -> Tokens:
+    def _tokens(
+        self, row: FeedbackRow, item: "_Rendered", prompt: list[int], full: list[int]
+    ) -> Tokens | TokenizationError:
         before, after = ([], []) if item.is_chat else self._added_around(row.where, item.text)
         joined = not after and full[: len(prompt)] == prompt
         completion = full[len(prompt) :] if joined else self._encode_apart(row.where, item.completion)
@@ -119,7 +153,9 @@ class Tokenizing:
                 self._findings.add("open", row.where)
         elif not self._is_closed(item.completion, completion):
             completion = [*completion, self._tokenizer.eos_token_id]
-        _check(row, prompt, completion)
+        lacking = _lacking(row, prompt, completion)
+        if lacking is not None:
+            return lacking
         if prompt[:2] == [self._tokenizer.bos_token_id] * 2:
             self._findings.add("two_bos", row.where)
         return Tokens(np.array(prompt, dtype=np.int32), np.array(completion, dtype=np.int32))
@@ -214,11 +250,13 @@ def _unknown_token(tokenizer: Tokenizer) -> tuple[int, str] | None:
     return None if token_id is None else (int(token_id), str(token))
 
 
-def _check(row: FeedbackRow, prompt: list[int], completion: list[int]) -> None:
+def _lacking(row: FeedbackRow, prompt: list[int], completion: list[int]) -> TokenizationError | None:
+    """Return the error of a row with a side that has no tokens."""
     if not prompt:
-        raise TokenizationError(
+        return TokenizationError(
             f"{row.where}: the prompt has no tokens, so nothing predicts the first token of the completion. "
             "Give a prompt, or use a tokenizer that starts every text with BOS."
         )
     if not completion:
-        raise TokenizationError(f"{row.where}: the completion has no tokens.")
+        return TokenizationError(f"{row.where}: the completion has no tokens.")
+    return None

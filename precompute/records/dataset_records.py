@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offline_kto.kto_core.errors import FeedbackError, printable, said_by
-from offline_kto.kto_core.feedback.formats import quoted
+from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.records.table_records import without_nulls
 from offline_kto.precompute.records.text_files import Located, readable
 

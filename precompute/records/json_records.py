@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from offline_kto.kto_core.errors import FeedbackError, said_by
-from offline_kto.kto_core.feedback.formats import quoted
+from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.records.text_files import (
     COPY_AGAIN,
     LARGEST_RECORD,

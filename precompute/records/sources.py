@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from offline_kto.kto_core.errors import FeedbackError, printable
-from offline_kto.kto_core.feedback.formats import quoted
+from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.records.dataset_records import (
     data_files,
     dataset_name,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from offline_kto.kto_core.errors import FeedbackError, said_by
-from offline_kto.kto_core.feedback.formats import quoted
+from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.records.text_files import (
     COPY_AGAIN,
     LARGEST_RECORD,

@@ -1,0 +1,92 @@
+"""Turn text into the messages of a conversation: by the markers of its turns, or as one message of the user's."""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from offline_kto.kto_core.feedback.messages import ROLES, Message, Turns, said
+
+# How raw text marks its turns: Anthropic's (hh-rlhf), and NVIDIA's (HelpSteer, NeMo).
+_MARKERS = (
+    re.compile(r"(?:\A|\n\n)(Human|Assistant|System):(?=\s|\Z)"),
+    re.compile(r"(?:\A|\n)<extra_id_[01]>(User|Assistant|System)(?:\n|\Z)"),
+)
+
+_OPENED = ("Assistant:", "<extra_id_1>Assistant")
+
+
+@dataclass(frozen=True)
+class RenderedText:
+    """How text looks that a tokenizer's chat template has written.
+
+    Attributes:
+        special: the tokenizer's special tokens.
+        before, after: what the template writes before and after a question; empty if that is not known.
+    """
+
+    special: Collection[str] = ()
+    before: str = ""
+    after: str = ""
+
+    def fits(self, prompt: str, completions: tuple[Turns, ...]) -> bool:
+        """Return whether a prompt or one of its completions was rendered before."""
+        texts = [prompt, *(one for one in completions if isinstance(one, str))]
+        if any(token in text for token in self.special for text in texts):
+            return True
+        before, after = self.before.strip(), self.after.strip()
+        begins = before != "" and prompt.lstrip().startswith(before)
+        return begins or (after != "" and prompt.rstrip().endswith(after))
+
+
+def as_chat(prompt: str, completions: tuple[Turns, ...], rendered: RenderedText) -> tuple[Turns, tuple[Turns, ...]]:
+    """Return a prompt of text and its completions as messages; text that was rendered before stays as it is.
+
+    Args:
+        prompt: with or without markers of turns.
+    """
+    if rendered.fits(prompt, completions):
+        return prompt, completions
+    turns = turns_in(prompt)
+    if turns is None:
+        return said("user", prompt), tuple(said("assistant", one) for one in completions)
+    if turns[-1]["role"] == "assistant":  # the completion goes on with these words
+        return turns, tuple(said("assistant", one) for one in completions)
+    opened = prompt.rstrip().endswith(_OPENED)
+    return turns, tuple(
+        said("assistant", _answer(one, opened=opened) if isinstance(one, str) else one) for one in completions
+    )
+
+
+def turns_in(text: str) -> tuple[Message, ...] | None:
+    """Return the turns of a text with markers, without an assistant's turn that it only opens; None for any other text.
+
+    A text that only begins with "Human:", or mentions markers behind other words, is no conversation.
+    """
+    for marker in _MARKERS:
+        found = list(marker.finditer(text))
+        if not found:
+            continue
+        first, opening = text[: found[0].start()].strip(), found[0][0]
+        if first and "<" not in opening:  # HelpSteer 2 marks only what follows the first question
+            continue
+        if opening[0] not in "\n<" and all(one[1] != "Assistant" for one in found):
+            continue
+        turns: list[Message] = list(said("user", first)) if first else []
+        ends = [*(one.start() for one in found[1:]), len(text)]
+        for one, end in zip(found, ends, strict=True):
+            content = text[one.end() : end].lstrip()
+            if content or one[1] != "System":
+                is_begun = end == len(text) and one[1] == "Assistant"
+                turns.append({"role": ROLES[one[1].lower()], "content": content if is_begun else content.rstrip()})
+        if turns and turns[-1] == {"role": "assistant", "content": ""}:
+            turns.pop()  # the turn that the completion goes on with
+        if turns and turns[-1]["role"] != "system":
+            return tuple(turns)
+    return None
+
+
+def _answer(text: str, *, opened: bool) -> str:
+    """Return an answer without white space around it, and without its marker if the prompt has not `opened` the turn."""
+    text = text.strip()
+    marks = [] if opened else [mark for mark in _OPENED if text.startswith(mark)]
+    return text.removeprefix(marks[0]).strip() if marks else text

@@ -1,0 +1,52 @@
+"""Rows that are right as they are, but say nothing that can be trained on."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+# Why a row is left out. The plan and the file of `--left-out` use these words.
+UNRATED = "unrated"
+TIE = "tie"
+EMPTY = "empty answer"
+MEDIA = "images, audio or other media"
+SAME_ANSWERS = "both answers are the same"
+RATERS_DISAGREE = "raters disagree"
+DEAD_ZONE = "between up and down"
+NOT_CHOSEN = "left out by `where`"
+OTHER_SPLIT = "of another split"
+DEFECTIVE = "defective"
+
+
+class LeftOut(Exception):  # noqa: N818 - it is no error: the file is right
+    """A row that no rule is broken by, and that nothing can be learned from.
+
+    Attributes:
+        reason: one of the constants above; rows are counted by it.
+        detail: what was found, for the file of `--left-out`.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class LeftOutRows:
+    """The rows that were left out, counted by reason.
+
+    Attributes:
+        rows: (where, reason, detail) of each, in the order of the file.
+    """
+
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, where: str, reason: str, detail: str = "") -> None:
+        """Add a row."""
+        self.rows.append((where, reason, detail))
+        self.counts[reason] += 1
+
+    def in_words(self) -> Iterator[str]:
+        """Yield "12 unrated" for each reason, the most frequent first."""
+        for reason, count in self.counts.most_common():
+            yield f"{count:,} {reason}"

@@ -1,0 +1,272 @@
+"""Convert every form in which tools write messages to one.
+
+    "text"                                          text
+    {"role": "user", "content": "..."}              a message
+    [{"from": "human", "value": "..."}]             ShareGPT
+    {"messages": [...]}, {"choices": [{"message"}]} what a model was asked, what it answered
+    [{"type": "human", "data": {...}}]              LangChain
+    '[{"role": "user", ...}]'                       any of these as JSON text, as tables store them
+
+A message has a `role` and a `content`, which are strings; other keys, which its chat template may read, are kept. Tool
+calls have OpenAI's form, with their arguments as an object. Nothing that is given is changed.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, TypeAlias
+
+from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.left_out import MEDIA, LeftOut
+from offline_kto.kto_core.feedback.quoting import quoted
+
+Message: TypeAlias = dict[str, Any]
+Turns: TypeAlias = str | tuple[Message, ...]
+
+# The roles that tools write, in lower case. Any other is kept: the chat template decides which it knows.
+ROLES: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("user", "human", "prompter", "input_user"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai", "bot", "chatbot"), "assistant"),
+    "system": "system",
+    "developer": "developer",
+    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response"), "tool"),
+    "function_call": "function_call",
+}
+
+# Keys of a message's role, content and reasoning; the first that has a value counts.
+_ROLE_KEYS = ("role", "from", "message.role")
+_CONTENT_KEYS = ("content", "value", "message.content", "text")
+REASONING: Final = ("reasoning_content", "reasoning", "thinking", "thought")
+
+_TEXT_PARTS = {"text", "output_text", "input_text"}
+_REASONING_PARTS = {"thinking", "think", "reasoning", "redacted_thinking"}
+_MEDIA_PARTS = re.compile("image|audio|video|file|document|media")
+
+# How Python and NumPy print a list of messages.
+_PYTHON_REPR = re.compile(r"\s*(?:array\(|\()?\[?\s*\{\s*'(?:role|from|content|value|type|tool_calls|name)'\s*:")
+_MESSAGE_TEXT = re.compile(r"\s*[\[{]")
+
+
+def as_turns(value: object, where: str, field: str) -> Turns:
+    """Return text unchanged, and messages in any form as a tuple of messages.
+
+    Raises:
+        FeedbackError: neither text nor messages, an empty list, no role, no content, a Python repr of messages.
+        LeftOut: images, sound or other media.
+    """
+    if isinstance(value, str):
+        found = _read_text(value, where, field)
+        if found is None:
+            return value
+        value = found
+    messages = _message_list(value)
+    if messages is None:
+        raise FeedbackError(f"{where}: '{field}' must be text or a list of messages, got {quoted(value)}.")
+    if len(messages) == 0:
+        raise FeedbackError(f"{where}: '{field}' is an empty list. Give it a message, or remove the row.")
+    single = isinstance(value, Mapping) and len(messages) == 1
+    return tuple(
+        one
+        for number, item in enumerate(messages, 1)
+        for one in _message(item, where, f"'{field}'" if single else f"message {number} of '{field}'")
+    )
+
+
+def as_conversation(value: object, where: str, field: str) -> tuple[Message, ...]:
+    """Convert like `as_turns`, but refuse text, for columns such as `messages`."""
+    turns = as_turns(value, where, field)
+    if isinstance(turns, str):
+        raise FeedbackError(f"{where}: '{field}' must be a list of messages, got the text {quoted(turns)}.")
+    return turns
+
+
+def said(role: str, turns: Turns) -> tuple[Message, ...]:
+    """Return text as one message of a role, and messages as they are."""
+    return ({"role": role, "content": turns},) if isinstance(turns, str) else turns
+
+
+def has_tool_calls(message: Mapping[str, object]) -> bool:
+    """Return whether a message calls a tool."""
+    calls = message.get("tool_calls")
+    return isinstance(calls, list | tuple) and len(calls) > 0
+
+
+def _read_text(text: str, where: str, field: str) -> object | None:
+    """Return the messages in a JSON text; None for a text that is none."""
+    if _MESSAGE_TEXT.match(text) is None:
+        return None
+    if _PYTHON_REPR.match(text):
+        raise FeedbackError(
+            f"{where}: '{field}' holds messages as Python prints them, {quoted(text)}, which would be scored as text. "
+            "Write the column with json.dumps, or save the data as JSON Lines or Parquet."
+        )
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    messages = _message_list(value)
+    return value if messages and all(_is_message(one) for one in messages) else None
+
+
+def _message_list(value: object) -> list[object] | None:
+    """Return the messages in a value; None if it is of another kind."""
+    if isinstance(value, Mapping) and not _is_message(value):
+        if isinstance(value.get("messages"), list | tuple):
+            value = value["messages"]
+        elif isinstance(value.get("choices"), list | tuple) and value["choices"]:
+            first = value["choices"][0]
+            value = first.get("message") if isinstance(first, Mapping) else None
+    if isinstance(value, Mapping):
+        return [value]
+    if not isinstance(value, list | tuple):
+        return None
+    if len(value) == 1 and isinstance(value[0], list | tuple):  # LangChain writes a batch of one conversation
+        value = value[0]
+    return list(value)
+
+
+def _is_message(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    if _langchain(value) is not None:
+        return True
+    roles = [value.get(key) for key in _ROLE_KEYS]
+    return any(isinstance(role, str) for role in roles) and any(
+        key in value for key in (*_CONTENT_KEYS, "tool_calls", "function_call", "refusal", *REASONING)
+    )
+
+
+def _langchain(value: Mapping[str, object]) -> dict[str, object] | None:
+    """Return a message of LangChain's as role and content; None if it is of another kind."""
+    inner = value.get("kwargs", value.get("data"))
+    if not isinstance(inner, Mapping) or "content" not in inner:
+        return None
+    kind = inner.get("type", value.get("type"))
+    if kind in (None, "constructor") and isinstance(value.get("id"), list) and value["id"]:
+        kind = str(value["id"][-1]).removesuffix("Chunk").removesuffix("Message").lower()
+    kept = {key: item for key, item in inner.items() if key in ("content", "tool_calls", "name", "tool_call_id")}
+    return {"role": kind, **kept} if isinstance(kind, str) else None
+
+
+def _message(value: object, where: str, what: str) -> Iterator[Message]:
+    """Yield the message; those of tools, whose results may stand in a user's message, come before it."""
+    if not isinstance(value, Mapping):
+        raise FeedbackError(
+            f'{where}: {what} must look like {{"role": "user", "content": "..."}}, got {quoted(value)}.'
+        )
+    given = {key: item for key, item in (_langchain(value) or value).items() if item is not None}
+    role = _take(given, _ROLE_KEYS)
+    if not isinstance(role, str):
+        raise FeedbackError(f"{where}: {what} needs a 'role' that is a string, got {quoted(role)}.")
+    role = ROLES.get(role.strip().lower(), role)
+    content = _take(given, _CONTENT_KEYS)
+    refusal = given.pop("refusal", None)
+    calls = [*_calls(given.pop("tool_calls", None)), *_calls(given.pop("function_call", None))]
+    if role == "function_call":
+        role, calls, content = "assistant", *_called(content, where, what)
+    text = "" if content is None else content
+    if isinstance(content, list | tuple):
+        parts = _Parts(content, where, what)
+        yield from parts.results
+        text, calls = "".join(parts.texts), [*calls, *parts.calls]
+        if parts.reasoning and not any(name in given for name in REASONING):
+            given["reasoning_content"] = "".join(parts.reasoning)
+        if parts.results and not text and not calls:
+            return
+    elif content is not None and not isinstance(content, str):
+        raise FeedbackError(f"{where}: the 'content' of {what} must be a string, got {quoted(content)}.")
+    elif content is None and isinstance(refusal, str):
+        text = refusal
+    elif content is None and not calls:
+        raise FeedbackError(f"{where}: {what} has no 'content'. Give it a string.")
+    yield {"role": role, "content": text, **copy.deepcopy(given), **({"tool_calls": calls} if calls else {})}
+
+
+def _take(given: dict[str, object], names: tuple[str, ...]) -> object:
+    """Remove the first of these keys that is there, and return its value."""
+    for name in names:
+        if name in given:
+            return given.pop(name)
+    return None
+
+
+def _called(content: object, where: str, what: str) -> tuple[list[object], str]:
+    """Return the tool calls that a ShareGPT turn `function_call` holds as JSON text, and the text beside them: none."""
+    calls = list(_calls(content))
+    if not calls or not all(isinstance(one, Mapping) and "function" in one for one in calls):
+        raise FeedbackError(
+            f'{where}: {what} has the role "function_call" and must hold JSON like {{"name": "...", "arguments": {{}}}}, '
+            f"got {quoted(content)}."
+        )
+    return calls, ""
+
+
+def _calls(value: object) -> Iterator[object]:
+    """Yield tool calls in OpenAI's form, with their arguments as an object."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return
+    for call in [value] if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else []:
+        yield _call(call)
+
+
+def _call(call: object) -> object:
+    if not isinstance(call, Mapping):
+        return copy.deepcopy(call)
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return copy.deepcopy(dict(call))
+    arguments = next((function[key] for key in ("arguments", "args", "parameters", "input") if key in function), {})
+    if isinstance(arguments, str):
+        try:
+            read = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            read = None
+        arguments = read if isinstance(read, dict) else arguments
+    kept = {key: call[key] for key in ("id", "index") if call.get(key) is not None}
+    return {
+        **kept,
+        "type": "function",
+        "function": {"name": function["name"], "arguments": copy.deepcopy({} if arguments is None else arguments)},
+    }
+
+
+class _Parts:
+    """The content of a message that is a list of parts, sorted by kind."""
+
+    def __init__(self, parts: list[Any] | tuple[Any, ...], where: str, what: str) -> None:
+        self.texts: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[object] = []
+        self.results: list[Message] = []  # messages of tools
+        for part in parts:
+            self._add(part, where, what)
+
+    def _add(self, part: object, where: str, what: str) -> None:
+        if isinstance(part, str):
+            self.texts.append(part)
+            return
+        given = {key: item for key, item in part.items() if item is not None} if isinstance(part, Mapping) else {}
+        kind = str(given.get("type", "text" if "text" in given else ""))
+        text = next(
+            (given[key] for key in ("text", kind, "refusal", "content") if isinstance(given.get(key), str)), None
+        )
+        if kind in _TEXT_PARTS | {"refusal"} and isinstance(text, str):
+            self.texts.append(text)
+        elif kind in _REASONING_PARTS:
+            self.reasoning.append(text or "")
+        elif kind == "tool_use" and isinstance(given.get("name"), str):
+            self.calls.append(_call(given))
+        elif kind == "tool_result":
+            inner = given.get("content", "")
+            inner = inner if isinstance(inner, str) else "".join(_Parts(inner, where, what).texts)
+            self.results.append({"role": "tool", "content": inner, "tool_call_id": given.get("tool_use_id")})
+        elif _MEDIA_PARTS.search(kind):
+            raise LeftOut(MEDIA, f"{what} holds {quoted(part)}")
+        else:
+            raise FeedbackError(
+                f'{where}: {what} holds {quoted(part)}; give text, or parts like {{"type": "text", "text": "..."}}.'
+            )

@@ -1,0 +1,46 @@
+"""Mappings that come with the package, one for each format, and those of the user's."""
+
+import functools
+from collections.abc import Mapping as AnyMapping
+from pathlib import Path
+
+from offline_kto.kto_core.errors import ConfigError, nearest
+from offline_kto.kto_core.feedback.mapping import Mapping, mapping_from
+from offline_kto.kto_core.yaml_files import read_yaml
+
+_FOLDER = Path(__file__).parents[2] / "configs/formats"
+
+
+@functools.cache
+def presets() -> dict[str, Mapping]:
+    """Return the package's mappings by name, in the order in which they are tried."""
+    return {path.stem: _read(path, path.stem) for path in sorted(_FOLDER.glob("*.yaml"))}
+
+
+def named_mapping(name: str) -> Mapping:
+    """Return the mapping of `--map`: a file of the user's, or one of the package's.
+
+    Raises:
+        ConfigError: no such file and no such name, or a mistake in it.
+    """
+    path = Path(name)
+    if path.suffix or path.parent != Path():
+        return _read(path, name)
+    if name in presets():
+        return presets()[name]
+    raise ConfigError(
+        f"--map {name}: no such file, and none of the formats that come with the package: {', '.join(presets())}."
+        f"{nearest(name, list(presets()))}"
+    )
+
+
+def recognised(record: AnyMapping[str, object], where: str) -> Mapping | None:
+    """Return the format whose keys a record has; None if it is none of the package's."""
+    for mapping in presets().values():
+        if mapping.recognise is not None and mapping.recognise.find(record, where) is True:
+            return mapping
+    return None
+
+
+def _read(path: Path, source: str) -> Mapping:
+    return mapping_from(read_yaml(path), source)

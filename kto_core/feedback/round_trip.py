@@ -1,0 +1,405 @@
+"""Check that the rendered text of a conversation holds everything that its messages say.
+
+The pieces of a row are its texts: contents, reasoning, names and arguments of tool calls, names of tools. A chat
+template leaves pieces out by their role or key, and rarely by their words. So each kind of conversation is rendered
+once with a mark in place of each piece (`Probe`). That tells which pieces the template writes, and in which order, even
+where a text as short as "a" also occurs in the template's own words. The rows of that kind are then compared with the
+rendered marks, or, if the template changes texts, searched piece by piece in that order.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, TypeAlias
+
+from offline_kto.kto_core.feedback.messages import REASONING, Message
+
+CONTENT: Final = "content"
+THOUGHT: Final = "reasoning"
+NAME: Final = "name of a tool call"
+ARGUMENTS: Final = "arguments of a tool call"
+TOOL: Final = "tool"
+
+# A shorter text may occur in the template's own words, and proves nothing there.
+_LONG = 16
+
+# Tags that enclose reasoning inside the content.
+_TAG = re.compile(r"</?\w*think\w*>|\[/?THINK\]|<\|channel\|?>|</?\w*reason\w*>|</?thought>")
+
+
+class Piece(NamedTuple):
+    """A text that must be in the rendered conversation.
+
+    Attributes:
+        message: index of its message; -1 for a tool.
+        texts: ways to write it; more than one for numbers and the like.
+    """
+
+    kind: str
+    message: int
+    role: str
+    texts: tuple[str, ...]
+
+
+@dataclass
+class Missing:
+    """What the rendered text lacks.
+
+    Attributes:
+        lost: pieces that must not be lost.
+        thought: whether reasoning of the completion is left out.
+        answered: whether anything of the completion is there.
+    """
+
+    lost: list[Piece] = field(default_factory=list)
+    thought: bool = False
+    answered: bool = False
+
+
+class _Pieces:
+    """Collects the pieces of messages and tools, and makes copies of them that hold marks instead."""
+
+    def __init__(self) -> None:
+        self.found: list[Piece] = []
+        self._message, self._role = -1, ""
+
+    def marked(self, messages: Sequence[Message]) -> list[Message]:
+        return [self._marked_message(index, message) for index, message in enumerate(messages)]
+
+    def marked_tools(self, tools: Sequence[Mapping[str, object]] | None) -> list[dict[str, object]]:
+        self._message, self._role = -1, ""
+        marked = []
+        for tool in tools or ():
+            function = tool.get("function")
+            if isinstance(function, Mapping):
+                marked.append({**tool, "function": self._named(TOOL, function)})
+            else:
+                marked.append(self._named(TOOL, tool))
+        return marked
+
+    def _marked_message(self, index: int, message: Message) -> Message:
+        self._message, self._role = index, str(message["role"])
+        marked = dict(message)
+        for name in (*REASONING, "content"):
+            text = message.get(name)
+            if isinstance(text, str) and text and not text.isspace():
+                marked[name] = self._mark(CONTENT if name == "content" else THOUGHT, text)
+        if message.get("tool_calls"):
+            marked["tool_calls"] = [self._marked_call(call) for call in calls_of(message)]
+        return marked
+
+    def _marked_call(self, call: object) -> object:
+        if not isinstance(call, Mapping):
+            return self._marked_value(NAME, call)
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            return self._marked_value(NAME, call)  # of an unknown form
+        marked = self._named(NAME, function)
+        if "arguments" in function:
+            marked["arguments"] = self._marked_value(ARGUMENTS, function["arguments"])
+        return {**call, "function": marked} if "function" in call else marked
+
+    def _named(self, kind: str, function: Mapping[str, object]) -> dict[str, object]:
+        name = function.get("name")
+        return {**function, "name": self._mark(kind, name)} if isinstance(name, str) and name.strip() else {**function}
+
+    def _marked_value(self, kind: str, value: object) -> object:
+        if isinstance(value, Mapping):
+            return {self._marked_text(kind, str(key)): self._marked_value(kind, one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._marked_value(kind, item) for item in value]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            number = int(f"81{len(self.found):06d}93")
+            self._add(kind, json.dumps(value), str(value))
+            return number + 0.5 if isinstance(value, float) else number
+        if isinstance(value, str):
+            return self._marked_text(kind, value)
+        return self._mark(kind, json.dumps(value, default=str), str(value))
+
+    def _marked_text(self, kind: str, text: str) -> str:
+        return self._mark(kind, text) if text.strip() else text
+
+    def _mark(self, kind: str, *texts: str) -> str:
+        mark = _mark(len(self.found))
+        self._add(kind, *texts)
+        return mark
+
+    def _add(self, kind: str, *texts: str) -> None:
+        self.found.append(Piece(kind, self._message, self._role, texts))
+
+
+def _mark(number: int) -> str:
+    return f"ktomark{number}z"
+
+
+def _marks(number: int) -> tuple[str, str]:
+    """Return the marks of a piece: that of a text, and that of a number."""
+    return _mark(number), f"81{number:06d}93"
+
+
+def calls_of(message: Mapping[str, object]) -> list[object]:
+    """Return a message's tool calls."""
+    calls = message.get("tool_calls")
+    return list(calls) if isinstance(calls, list | tuple) else []
+
+
+def form_of(messages: Sequence[Message], size: int, tools: Sequence[Mapping[str, object]] | None) -> tuple[object, ...]:
+    """Return what a template may branch on, besides the words: rows of the same form share a `Probe`.
+
+    Args:
+        size: number of messages in the prompt.
+    """
+    forms = [m["role"] if len(m) == 2 and m["content"] and not m["content"].isspace() else _form(m) for m in messages]
+    return size, tuple(forms), tuple(isinstance(tool.get("function"), Mapping) for tool in tools or ())
+
+
+def _form(message: Message) -> tuple[object, ...]:
+    filled = [key for key, value in message.items() if value and not (isinstance(value, str) and value.isspace())]
+    return message["role"], *sorted(filled), _shape([call_arguments(call) for call in calls_of(message)])
+
+
+def call_arguments(call: object) -> object:
+    """Return the arguments of a tool call, and a call of an unknown form as it is."""
+    function = call.get("function", call) if isinstance(call, Mapping) else call
+    return function["arguments"] if isinstance(function, Mapping) and "arguments" in function else call
+
+
+def _shape(value: object) -> object:
+    if isinstance(value, Mapping):
+        return "{}", *(_shape(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return "[]", *map(_shape, value)
+    return type(value).__name__
+
+
+# Renders messages and tools to (prompt, completion); None if the template refuses them.
+Rendering: TypeAlias = Callable[[list[Message], list[dict[str, object]]], tuple[str, str] | None]
+
+
+class Probe:
+    """What a template makes of one kind of conversation, found out by rendering marks.
+
+    Args:
+        messages, size, tools: a row of that kind; `size` is the number of messages in the prompt.
+        render: renders messages and tools of that kind.
+
+    Attributes:
+        order: numbers of the pieces that are written, in the order of the text; None if marks cannot be rendered.
+        distortion: how the arguments of tool calls are distorted; None if they are not.
+    """
+
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        size: int,
+        tools: Sequence[Mapping[str, object]] | None,
+        render: Rendering,
+    ) -> None:
+        pieces = _Pieces()
+        marked = pieces.marked(messages)
+        rendered = render(marked, pieces.marked_tools(tools))
+        self.order: list[int] | None = None
+        self._size = size
+        self._patterns: tuple[str, str] | None = None
+        self.distortion: str | None = None
+        if rendered is None:
+            return
+        self.distortion = _distortion(marked, "\0".join(rendered))
+        places = {}
+        for number, piece in enumerate(pieces.found):
+            side = int(piece.message >= size)
+            fits = [at for mark in _marks(number) if (at := rendered[side].find(mark)) >= 0]
+            if fits:
+                places[number] = side, fits[0]
+        self.order = sorted(places, key=places.__getitem__)
+        plain = all(piece.kind == CONTENT for piece in pieces.found)
+        if plain and self.order == [*range(len(messages))]:
+            asked, answered = _pattern(rendered[0], range(size)), _pattern(rendered[1], range(size, len(messages)))
+            self._patterns = (asked, answered) if asked is not None and answered is not None else None
+
+    def is_kept(self, contents: Sequence[str], prompt: str, completion: str) -> bool:
+        """Return whether a row's texts are the rendered marks with the row's contents in their places.
+
+        False means that the template changes the texts, or leaves something out.
+        """
+        if self._patterns is None:
+            return False
+        asked, answered = self._patterns
+        size = self._size
+        if asked % (*contents[:size],) == prompt and answered % (*contents[size:],) == completion:
+            return True
+        contents = [text.strip() for text in contents]
+        return asked % (*contents[:size],) == prompt and answered % (*contents[size:],) == completion
+
+
+def _pattern(text: str, numbers: range) -> str | None:
+    """Return a text with `%s` in the place of each mark; None if a mark occurs twice."""
+    pattern = text.replace("%", "%%")
+    for number in numbers:
+        if pattern.count(_mark(number)) != 1:
+            return None
+        pattern = pattern.replace(_mark(number), "%s")
+    return pattern
+
+
+def missing(
+    messages: Sequence[Message],
+    size: int,
+    tools: Sequence[Mapping[str, object]] | None,
+    sides: tuple[str, str],
+    probe: Probe,
+) -> Missing:
+    """Return what the rendered prompt and completion lack.
+
+    Args:
+        size: number of messages in the prompt.
+        sides: text of prompt and completion.
+        probe: of this kind of conversation.
+    """
+    pieces = _Pieces()
+    pieces.marked(messages)
+    own = len(pieces.found)
+    pieces.marked_tools(tools)
+    searches = _Search(sides[0]), _Search(sides[1])
+    result = Missing()
+    written = probe.order if probe.order is not None else range(len(pieces.found))
+    unseen = set(range(len(pieces.found)))
+    for number in written:
+        piece = pieces.found[number]
+        search = searches[piece.message >= size]
+        anywhere = number >= own or (probe.order is None and piece.role in ("system", "developer"))
+        found = search.find(piece, anywhere=anywhere)
+        answered = piece.message >= size
+        if found or (found == 0 and not answered):
+            unseen.discard(number)
+            result.answered |= answered and piece.kind != ARGUMENTS
+    result.thought = searches[1].thought
+    thoughts = []
+    for number in sorted(unseen):
+        piece = pieces.found[number]
+        answered = piece.message >= size
+        if searches[answered].remains(piece):
+            result.answered |= answered
+        elif piece.kind != THOUGHT:
+            result.lost.append(piece)
+        elif answered:  # templates leave reasoning of earlier turns out on purpose
+            thoughts.append(piece)
+    result.thought |= bool(thoughts)
+    if thoughts and not result.answered:
+        result.lost += thoughts
+    return result
+
+
+class _Search:
+    """Searches a rendered text for pieces, one behind another.
+
+    Attributes:
+        thought: whether reasoning that was enclosed in tags inside of a content was not there.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._position = 0
+        self._spans: list[tuple[int, int]] = []
+        self.thought = False
+
+    def find(self, piece: Piece, *, anywhere: bool) -> int | None:
+        """Find a piece behind those before it, or `anywhere`, and go on behind it.
+
+        Returns:
+            number of characters found; 0 for a content of nothing but reasoning that is left out; None if it is not there.
+        """
+        start = 0 if anywhere else self._position
+        span = next((span for text in piece.texts if (span := _span(self._text, text, start))), None)
+        if span is None and piece.kind == CONTENT and piece.role == "assistant":
+            span = self._said(piece.texts[0], start)
+        if span is None:
+            return None
+        self._spans.append(span)
+        if not anywhere:
+            self._position = span[1]
+        return span[1] - span[0]
+
+    def remains(self, piece: Piece) -> bool:
+        """Return whether a long text is in what is left of the rendered text once all found pieces are cut out."""
+        if len(piece.texts[0].strip()) < _LONG:
+            return False
+        end, rest = 0, []
+        for start, stop in sorted(self._spans):
+            rest.append(self._text[end : max(start, end)])
+            end = max(stop, end)
+        return _span("\0".join([*rest, self._text[end:]]), piece.texts[0], 0) is not None
+
+    def _said(self, content: str, start: int) -> tuple[int, int] | None:
+        """Find what a content says outside of its reasoning, which the template may leave out or move."""
+        tag = _TAG.search(content)
+        if tag is None:
+            return None
+        parts = _TAG.split(content)
+        needed = {len(parts) - 1, *([] if "/" in tag[0] else [0])}
+        first, position, dropped = None, start, False
+        for number, part in enumerate(parts):
+            if not part.strip():
+                continue
+            span = _span(self._text, part, position)
+            if span is not None:
+                first, position = span[0] if first is None else first, span[1]
+            elif number in needed:
+                return None
+            else:
+                dropped = True
+        self.thought |= dropped
+        return start if first is None else first, position
+
+
+def _span(text: str, part: str, start: int) -> tuple[int, int] | None:
+    """Return where `part` is in a text from `start` on: as it is, escaped, or with other white space."""
+    part = part.strip()
+    if (at := text.find(part, start)) >= 0:
+        return at, at + len(part)
+    ways = list(dict.fromkeys((part, *_escaped(part))))
+    for way in ways[1:]:
+        if (at := text.find(way, start)) >= 0:
+            return at, at + len(way)
+    squeezed = "".join(text[start:].split())
+    for way in map(_squeezed, ways):
+        if (at := squeezed.find(way)) >= 0:
+            begin = _behind(text, start, at)
+            return begin, _behind(text, begin, len(way))
+    return None
+
+
+def _escaped(part: str) -> Iterator[str]:
+    """Yield a text as JSON and Python write it inside of strings."""
+    yield json.dumps(part, ensure_ascii=False)[1:-1]
+    yield json.dumps(part)[1:-1]
+    yield repr(part)[1:-1]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _behind(text: str, start: int, count: int) -> int:
+    """Return the place behind the next `count` characters that are no white space."""
+    if count == 0:
+        return start
+    for word in re.finditer(r"\S+", text[start:]):
+        size = word.end() - word.start()
+        if size >= count:
+            return start + word.start() + count
+        count -= size
+    return len(text)
+
+
+def _distortion(marked: Sequence[Message], text: str) -> str | None:
+    """Return how a rendered text distorts the arguments of tool calls; None if it does not."""
+    for arguments in (call_arguments(call) for message in marked for call in calls_of(message)):
+        if not isinstance(arguments, Mapping) or not arguments:
+            continue
+        if str(arguments) in text:
+            return "prints the arguments of tool calls as Python does, not as JSON"
+        if any(f'\\"{key}' in text for key in arguments):
+            return "encodes the arguments of tool calls twice, as a JSON string inside JSON"
+    return None

@@ -1,0 +1,282 @@
+"""Read the rows of `--data`: recognise its format, leave out what cannot be used, and report every mistake at once."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from collections.abc import Mapping as AnyMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from offline_kto.kto_core.durable_files import write_text
+from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
+from offline_kto.kto_core.feedback.chat_markers import RenderedText
+from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError
+from offline_kto.kto_core.feedback.left_out import DEFECTIVE, LeftOut, LeftOutRows
+from offline_kto.kto_core.feedback.mapping import Mapping, option_path, with_label
+from offline_kto.kto_core.feedback.presets import named_mapping, recognised
+from offline_kto.kto_core.feedback.records import (
+    COLUMNS,
+    FeedbackFields,
+    FeedbackRow,
+    parse_record,
+    resolve_threshold,
+)
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.records.sources import read_records
+from offline_kto.precompute.records.text_files import Located
+
+# Mistakes shown with their place; the others are counted.
+_SHOWN = 20
+
+
+@dataclass
+class Found:
+    """What was found in the feedback, for the plan.
+
+    Attributes:
+        records: number of records read.
+        forms: rows by the format that they were read in.
+        left_out: rows that cannot be used.
+        columns: columns with a value, by the number of records that have one.
+        chat, plain: rows of messages, and of text.
+        system: rows with a system message.
+        from_text: rows whose text became messages.
+        rendered: rows of text that a chat template had written before; they stay text.
+        moved_results: rows in which results of tools were moved to the prompt.
+    """
+
+    records: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
+    left_out: LeftOutRows = field(default_factory=LeftOutRows)
+    columns: Counter[str] = field(default_factory=Counter)
+    chat: int = 0
+    plain: int = 0
+    system: int = 0
+    from_text: int = 0
+    rendered: int = 0
+    moved_results: int = 0
+
+    def add(self, row: FeedbackRow) -> None:
+        """Count a row."""
+        self.forms[row.form] += 1
+        if isinstance(row.prompt, str):
+            self.plain += 1
+        else:
+            self.chat += 1
+            self.system += any(message["role"] in ("system", "developer") for message in row.prompt)
+        self.from_text += row.from_text
+        self.rendered += row.rendered
+        self.moved_results += row.moved_results
+
+
+class Feedback:
+    """The rows of `--data`, read as the options say or as the file's keys do.
+
+    Args:
+        config: options of `kto-precompute`.
+        has_template: whether the tokenizer has a chat template.
+        rendered: how text looks that its chat template has written.
+
+    Attributes:
+        mapping: the mapping of `--map`, or of the recognised format; None where each record's keys decide.
+        rule: which labels are desirable; it counts the values that it was given.
+        found: what was found, once the rows are read.
+
+    Raises:
+        KTOError: an option that cannot be used, or a file that cannot be read.
+    """
+
+    def __init__(self, config: PrecomputeConfig, *, has_template: bool, rendered: RenderedText | None = None) -> None:
+        self._config = config
+        self.found = Found()
+        self._mistakes: list[KTOError] = []
+        self.mapping, self.why = self._choose_mapping()
+        self.rule = self._rule()
+        chat = config.chat if self.mapping is None or self.mapping.chat is None else self.mapping.chat
+        if config.chat == "always" and not has_template:
+            raise ConfigError("--chat always: this tokenizer has no chat template. Pass one with --chat-template FILE.")
+        self._fields = FeedbackFields(
+            prompt=None if self.mapping else _path(config.prompt_field, "--prompt-field"),
+            completion=None if self.mapping else _path(config.completion_field, "--completion-field"),
+            label=None if self.mapping else _path(config.label_field, "--label-field"),
+            rule=LabelRule() if self.mapping else self.rule,
+            chat=has_template and chat != "never",
+            chat_template=has_template,
+            rendered=rendered or RenderedText(),
+        )
+
+    def rows(self) -> Iterator[FeedbackRow]:
+        """Yield the rows; after the first mistake none, but all mistakes are found.
+
+        Raises:
+            FeedbackError: the file cannot be read any further; `finish` raises the others.
+        """
+        for where, record in self._records():
+            self.found.records += 1
+            self.found.columns.update(key for key, value in record.items() if value is not None)
+            for row in self._rows_of(record, where):
+                if not self._mistakes or self._config.on_bad_row == "skip":
+                    self.found.add(row)
+                    yield row
+
+    @property
+    def chat(self) -> bool:
+        """Whether text becomes messages."""
+        return self._fields.chat
+
+    @property
+    def label_rule(self) -> LabelRule:
+        """The rule that the labels were judged by; it has counted their values."""
+        if self.mapping is None:
+            return self.rule
+        if self.mapping.pair is not None:
+            return self.mapping.pair.rule
+        label = self.mapping.turns.label if self.mapping.turns is not None else self.mapping.label
+        assert label is not None
+        return label.rule
+
+    @property
+    def used_columns(self) -> set[str]:
+        """The columns that the rows come from."""
+        if self.mapping is not None:
+            return self.mapping.keys()
+        paths = (self._fields.prompt, self._fields.completion, self._fields.label)
+        return COLUMNS.union(*(path.keys() for path in paths if path is not None))
+
+    def reject(self, where: str, error: KTOError) -> None:
+        """Note that a row is defective: it is left out, or reported by `finish`."""
+        if self._config.on_bad_row == "skip":
+            self.found.left_out.add(where, DEFECTIVE, str(error))
+        else:
+            self._mistakes.append(error)
+
+    def finish(self) -> None:
+        """Write `--left-out`, and report the mistakes.
+
+        Raises:
+            FeedbackError: all mistakes, the first of them with their places.
+        """
+        if self._config.left_out is not None:
+            self._write_left_out(self._config.left_out)
+        unknown = [one for one in self._mistakes if isinstance(one, UnknownLabelError)]
+        others = [one for one in self._mistakes if not isinstance(one, UnknownLabelError)]
+        if unknown:
+            others.insert(0, self._unknown_labels(unknown))
+        if len(others) == 1:
+            raise others[0]
+        if others:
+            shown = "\n".join(f"  {one}" for one in others[:_SHOWN])
+            more = f"\n  and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
+            raise FeedbackError(
+                f"{self._config.data}: {len(others):,} rows cannot be used:\n{shown}{more}\n"
+                "Mend them, or leave them out with --on-bad-row skip (they are listed in --left-out FILE)."
+            )
+
+    def _records(self) -> Iterator[Located]:
+        columns = None if self.mapping else self._columns()
+        for where, record in read_records(self._config.data, limit=self._config.limit, columns=columns):
+            yield from self._inner(where, record)
+
+    def _inner(self, where: str, record: dict[str, Any]) -> Iterator[Located]:
+        """Yield the records in a document, where the mapping says that it has them."""
+        if self.mapping is None or self.mapping.records is None:
+            yield where, record
+            return
+        inner = self.mapping.records.find(record, where)
+        if not isinstance(inner, list):
+            raise FeedbackError(f"{where}: {self.mapping.records.source}: no list of records there.")
+        for number, one in enumerate(inner, 1):
+            yield f"{where} (record {number})", one
+
+    def _columns(self) -> set[str]:
+        named = (self._config.prompt_field, self._config.completion_field, self._config.label_field)
+        return {*COLUMNS, *(name for name in named if name)}
+
+    def _rows_of(self, record: AnyMapping[str, object], where: str) -> Iterator[FeedbackRow]:
+        try:
+            if self.mapping is None:
+                yield from parse_record(record, where, self._fields)
+                return
+            for native in self.mapping.rows(record, where):
+                yield from self._native_rows(native, where)
+        except LeftOut as left:
+            self.found.left_out.add(where, left.reason, left.detail)
+        except FeedbackError as error:
+            self.reject(where, error)
+
+    def _native_rows(self, native: dict[str, Any] | LeftOut, where: str) -> Iterator[FeedbackRow]:
+        if isinstance(native, LeftOut):
+            self.found.left_out.add(where, native.reason, native.detail)
+            return
+        try:
+            yield from parse_record(native, where, self._fields)
+        except LeftOut as left:
+            self.found.left_out.add(where, left.reason, left.detail)
+
+    def _choose_mapping(self) -> tuple[Mapping | None, str]:
+        """Return the mapping, and why it was chosen."""
+        config = self._config
+        options = {"--prompt-field": config.prompt_field, "--completion-field": config.completion_field}
+        given = [name for name, value in options.items() if value is not None]
+        if config.map is not None:
+            if given:
+                raise ConfigError(f"--map {config.map}: says itself where the prompt is; leave {given[0]} out.")
+            return self._with_label(named_mapping(config.map)), f"--map {config.map}"
+        if given:
+            return None, f"by {' and '.join(given)}"
+        first = next(read_records(config.data, limit=1, columns=None), None)
+        mapping = None if first is None else recognised(first[1], first[0])
+        return (None, "") if mapping is None else (self._with_label(mapping), "recognised by its keys")
+
+    def _with_label(self, mapping: Mapping) -> Mapping:
+        rule = self._rule() if self._names_labels else None
+        return with_label(mapping, self._config.label_field, rule)
+
+    @property
+    def _names_labels(self) -> bool:
+        config = self._config
+        return any(value is not None for value in (config.up, config.down, config.rating_threshold))
+
+    def _rule(self) -> LabelRule:
+        config = self._config
+        if config.rating_threshold is not None:
+            if config.up is not None or config.down is not None:
+                raise ConfigError("--rating-threshold and --up or --down say the same; leave one of them out.")
+            label = _path(config.label_field, "--label-field")
+            try:
+                records = read_records(config.data, limit=config.limit, columns=None)
+                return LabelRule.at_least(resolve_threshold(config.rating_threshold, records, label))
+            except ConfigError as error:
+                raise ConfigError(f"{config.data}: {error}") from error
+        return LabelRule(_words(config.up), _words(config.down))
+
+    def _unknown_labels(self, unknown: list[UnknownLabelError]) -> KTOError:
+        """Return one error about all values that are neither up nor down, with options that fit them."""
+        first = unknown[0]
+        if len({one.field for one in unknown}) > 1:
+            return first
+        scale = Scale.of(self.label_rule)
+        proposal = scale.proposal()
+        name = "" if self.mapping or first.field in ("label", "kto_tag") else f"--label-field {first.field} "
+        advice = (
+            f"If these are the marks, pass {name}{proposal}."
+            if proposal
+            else "Say which are up and which are down with --up and --down."
+        )
+        return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}")
+
+    def _write_left_out(self, path: Path) -> None:
+        lines = [
+            json.dumps({"where": where, "reason": reason, **({"detail": detail} if detail else {})}, ensure_ascii=False)
+            for where, reason, detail in self.found.left_out.rows
+        ]
+        write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _path(name: str | None, option: str) -> Any:
+    return None if name is None else option_path(name, option)
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return () if text is None else tuple(word.strip() for word in text.split(",") if word.strip())

@@ -1,0 +1,177 @@
+"""Plain text as conversations: by markers, as one question, or left as it is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from feedback_files import chat_rows, write_rows
+from models import CHAT_TEMPLATE, save_tiny, tiny_tokenizer
+
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.errors import CacheError, ConfigError
+from offline_kto.kto_core.feedback.chat_markers import RenderedText, turns_in
+from offline_kto.kto_core.feedback.records import FeedbackFields, FeedbackRow, parse_record
+from offline_kto.kto_core.feedback.tokenization import Tokenizing
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.pipeline import make_cache
+from offline_kto.precompute.plan import describe, make_plan
+
+
+def row_of(prompt: str, completion: str, rendered: RenderedText | None = None) -> FeedbackRow:
+    record = {"prompt": prompt, "completion": completion, "label": True}
+    (row,) = parse_record(record, "f.jsonl:3", FeedbackFields(chat=True, rendered=rendered or RenderedText()))
+    return row
+
+
+def said(row: FeedbackRow) -> list[tuple[str, str]]:
+    return [(one["role"], one["content"]) for one in (*row.prompt, *row.completion) if isinstance(one, dict)]
+
+
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Where?\nHere?\n\nAssistant:"
+HELPSTEER = "<extra_id_0>System\nBe kind.\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nWhere?\nHere?\n"
+HELPSTEER_2 = "Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nWhere?\nHere?"
+TURNS = [("user", "Hi"), ("assistant", "Hello"), ("user", "Where?\nHere?"), ("assistant", "In Paris.")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "turns"),
+    [
+        (HH, " In Paris.", TURNS),
+        (HH.strip(), "In Paris.\n", TURNS),
+        (HH.removesuffix("\n\nAssistant:"), "\n\nAssistant: In Paris.", TURNS),
+        ("\n\nSystem: Be kind." + HH, " In Paris.", [("system", "Be kind."), *TURNS]),
+        (HELPSTEER + "<extra_id_1>Assistant\n", "In Paris.", [("system", "Be kind."), *TURNS]),
+        (HELPSTEER.replace("Be kind.", ""), "<extra_id_1>Assistant\nIn Paris.", TURNS),
+        (HELPSTEER_2, "In Paris.", TURNS),
+        (HELPSTEER_2 + "\n<extra_id_1>Assistant\n", "In Paris.", TURNS),
+        (HH + " In", " Paris.", [*TURNS[:3], ("assistant", "In"), ("assistant", " Paris.")]),
+    ],
+)
+def test_markers_become_turns(prompt: str, completion: str, turns: list[tuple[str, str]]) -> None:
+    row = row_of(prompt, completion)
+    assert said(row) == turns
+    assert row.from_text
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Hi",
+        "  Hi\n",
+        "What does Human: mean, and Assistant: too?",
+        "Human: are we alone?",
+        "Human: yes\n\nHuman: no",
+        "Go on:\n\nHuman: Hi\n\nAssistant:",
+        "Human beings\n\nAssistants: who?",
+        "See <extra_id_1>User here",
+        "[INST]",
+        "System: halted\n\nWhy?",
+    ],
+)
+def test_other_text_is_one_question(prompt: str) -> None:
+    row = row_of(prompt, " Assistant: yes ")
+    assert said(row) == [("user", prompt), ("assistant", " Assistant: yes ")]
+
+
+def test_a_marker_that_the_answer_itself_begins_with_stays() -> None:
+    assert said(row_of(HH, " Assistant: is my name"))[-1] == ("assistant", "Assistant: is my name")
+
+
+def test_a_pair_of_raw_turns_shares_its_conversation() -> None:
+    record = {"chosen": HH + " In Paris.", "rejected": HH + " In Rome."}
+    rows = parse_record(record, "f.jsonl:3", FeedbackFields(chat=True))
+    assert [said(row) for row in rows] == [TURNS, [*TURNS[:3], ("assistant", "In Rome.")]]
+    assert rows[0].pair_id == rows[1].pair_id is not None
+
+
+def test_text_with_only_a_system_turn_is_no_conversation() -> None:
+    assert turns_in("\n\nSystem: Be kind.") is None
+
+
+INST = "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else m['content'] + '</s>' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "completion"),
+    [
+        (CHAT_TEMPLATE, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Hello"),
+        (CHAT_TEMPLATE, "Hi", "Hello<|im_end|>"),
+        (INST, "[INST] Hi [/INST]", "Hello"),
+        (INST, "[INST] Hi [/INST] Hello </s>", "Hi"),
+        (CHAT_TEMPLATE.replace("<|im_start|>", "### "), "### user\nHi", "Hello"),
+    ],
+)
+def test_text_that_was_rendered_before_stays_as_it_is(template: str, prompt: str, completion: str) -> None:
+    rendered = Tokenizing(tiny_tokenizer(chat_template=template)).rendered_text()
+    row = row_of(prompt, completion, rendered)
+    assert (row.prompt, row.completion, row.rendered, row.from_text) == (prompt, completion, True, False)
+    other = row_of("Hi, [INST] and user", "Hello", rendered)
+    assert (said(other)[0], other.rendered) == (("user", "Hi, [INST] and user"), False)
+
+
+def config_of(tmp_path: Path, rows: list[dict[str, Any]], **more: Any) -> PrecomputeConfig:
+    model = tmp_path / "model"
+    if not model.exists():
+        save_tiny(model)
+    data = write_rows(tmp_path / "f.jsonl", rows)
+    return PrecomputeConfig(model=str(model), data=str(data), out=tmp_path / "refs", device="cpu", **more)
+
+
+def text_rows(count: int) -> list[dict[str, Any]]:
+    return [
+        {**row, "prompt": row["prompt"][0]["content"], "completion": row["completion"][0]["content"]}
+        for row in chat_rows(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("chat", "template", "becomes"),
+    [("auto", True, True), ("always", True, True), ("never", True, False), ("auto", False, False)],
+)
+def test_the_option_decides_where_there_is_a_template(tmp_path: Path, chat: str, template: bool, becomes: bool) -> None:
+    tokenizer = tiny_tokenizer() if template else tiny_tokenizer(chat_template=None)
+    config = config_of(tmp_path, text_rows(8), chat=chat)
+    plan = make_plan(config, tokenizer)
+    assert (plan.chat, plan.found.from_text) == (becomes, 8 * becomes)
+    assert all(tokenizer.decode(row.prompt_ids).startswith("<|im_start|>user\n") == becomes for row in plan.rows)
+    lines = describe(plan, plan.counts(), config)
+    assert any("8 rows of plain text become conversations" in line for line in lines) == becomes
+
+
+def test_always_needs_a_template(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--chat always: .* --chat-template FILE"):
+        make_plan(config_of(tmp_path, text_rows(8), chat="always"), tiny_tokenizer(chat_template=None))
+
+
+def test_results_of_tools_that_become_context_are_counted(tmp_path: Path) -> None:
+    rows = chat_rows(8)
+    answer = rows[0]["completion"]
+    rows[0]["completion"] = [{"role": "assistant", "content": "Let me see."}, {"role": "tool", "content": "4"}, *answer]
+    config = config_of(tmp_path, rows)
+    plan = make_plan(config, tiny_tokenizer())
+    assert any("1 completions hold results of tools" in line for line in describe(plan, plan.counts(), config))
+
+
+def test_a_cache_of_text_is_refused_where_it_would_become_chat(tmp_path: Path) -> None:
+    before = config_of(tmp_path, text_rows(8), chat="never")
+    make_cache(before)
+    assert "chat" not in read_manifest(tmp_path / "refs").tokenization
+    with pytest.raises(CacheError, match=r"tokenization\.chat: .*--chat never\) in the cache, .* now"):
+        make_cache(config_of(tmp_path, text_rows(8)))
+    make_cache(before)  # complete
+
+
+def test_a_cache_of_conversations_goes_on_under_either_choice(tmp_path: Path) -> None:
+    make_cache(config_of(tmp_path, chat_rows(8), chat="never"))
+    mark = read_manifest(tmp_path / "refs").fingerprint
+    make_cache(config_of(tmp_path, chat_rows(8)))
+    assert read_manifest(tmp_path / "refs").fingerprint == mark
+
+
+def test_a_cache_with_chat_takes_further_rows_of_text(tmp_path: Path) -> None:
+    make_cache(config_of(tmp_path, chat_rows(8)))
+    assert read_manifest(tmp_path / "refs").tokenization["chat"] is True
+    make_cache(config_of(tmp_path, [*chat_rows(8), *text_rows(16)[8:]]))
+    assert read_manifest(tmp_path / "refs").rows == 16
+    with pytest.raises(CacheError, match=r"--chat auto\) in the cache, .*--chat never\) now"):
+        make_cache(config_of(tmp_path, chat_rows(8), chat="never"))
