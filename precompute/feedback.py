@@ -2,16 +2,18 @@
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping as AnyMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping as AnyMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from offline_kto.kto_core.durable_files import write_text
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
+from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import DEFECTIVE, LeftOut, LeftOutRows
-from offline_kto.kto_core.feedback.mapping import Mapping, SeveralScoresError, option_path, with_label
+from offline_kto.kto_core.feedback.mapping import LabelPaths, Mapping, SeveralScoresError, option_path, with_label
+from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.feedback.presets import named_mapping, recognised
 from offline_kto.kto_core.feedback.records import (
     COLUMNS,
@@ -20,10 +22,13 @@ from offline_kto.kto_core.feedback.records import (
     parse_record,
     resolve_threshold,
 )
+from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.records.sources import read_records
 from offline_kto.precompute.records.text_files import Located
 
+# Records whose keys are looked at to recognise a format: those of the first may be missing where nobody rated.
+_LOOKED_AT = 50
 # Mistakes shown with their place; the others are counted.
 _SHOWN = 20
 
@@ -39,6 +44,7 @@ class Found:
         columns: columns with a value, by the number of records that have one.
         used: columns that were read.
         from_text: rows whose text became messages; moved_results: rows whose results of tools became context.
+        warned: records for which the mapping has a warning.
     """
 
     records: int = 0
@@ -48,6 +54,7 @@ class Found:
     used: set[str] = field(default_factory=set)
     from_text: int = 0
     moved_results: int = 0
+    warned: int = 0
 
     def add(self, row: FeedbackRow) -> None:
         """Count a row."""
@@ -99,8 +106,6 @@ class Feedback:
             FeedbackError: the file cannot be read any further; `finish` raises the others.
         """
         for where, record in self._records():
-            self.found.records += 1
-            self.found.columns.update(key for key, value in record.items() if value is not None)
             for row in self._rows_of(record, where):
                 if not self._mistakes or self._config.on_bad_row == "skip":
                     self.found.add(row)
@@ -113,7 +118,7 @@ class Feedback:
             return self.rule
         if self.mapping.pair is not None:
             return self.mapping.pair.rule
-        label = self.mapping.turns.label if self.mapping.turns is not None else self.mapping.label
+        label = self._label_paths()
         assert label is not None
         return label.rule
 
@@ -132,10 +137,14 @@ class Feedback:
         """
         if self._config.left_out is not None:
             self._write_left_out(self._config.left_out)
+        if self.mapping is not None and (several := self._several_scores()) is not None:
+            raise several
         unknown = [one for one in self._mistakes if isinstance(one, UnknownLabelError)]
         others = [one for one in self._mistakes if not isinstance(one, UnknownLabelError)]
         if unknown:
             others.insert(0, self._unknown_labels(unknown))
+        if not others and not self.found.forms:
+            raise self._no_rows()
         if len(others) == 1:
             raise others[0]
         if others:
@@ -146,20 +155,58 @@ class Feedback:
                 "Mend them, or leave them out with --on-bad-row skip (they are listed in --left-out FILE)."
             )
 
+    def notes(self) -> list[str]:
+        """Return what the plan should say about the rows."""
+        warn = None if self.mapping is None else self.mapping.warn
+        return [f"{self.found.warned:,} {warn[1]}"] if warn is not None and self.found.warned else []
+
+    def _several_scores(self) -> FeedbackError | None:
+        label = self._label_paths()
+        return None if label is None else label.several(self._config.data)
+
+    def _label_paths(self) -> LabelPaths | None:
+        if self.mapping is None:
+            return None
+        return self.mapping.turns.label if self.mapping.turns is not None else self.mapping.label
+
     def _records(self) -> Iterator[Located]:
         columns = None if self.mapping else self._columns()
-        for where, record in read_records(self._config.data, limit=self._config.limit, columns=columns):
-            yield from self._inner(where, record)
+        records = read_records(self._config.data, limit=self._config.limit, columns=columns)
+        inner = self._counted(one for where, record in records for one in self._inner(where, record))
+        return inner if self.mapping is None or self.mapping.join is None else self._joined(inner, self.mapping.join)
+
+    def _counted(self, records: Iterable[Located]) -> Iterator[Located]:
+        for where, record in records:
+            self.found.records += 1
+            self.found.columns.update(key for key, value in record.items() if value is not None)
+            yield where, record
+
+    def _joined(self, records: Iterable[Located], join: JMESPath) -> Iterator[Located]:
+        """Yield a record for all that have the same value: `rows` lists them in the order of the file.
+
+        They may stand anywhere in the file, so all of it is held in memory.
+        """
+        joined: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+        for where, record in records:
+            key = join.find(record, where)
+            if key is None:
+                self.reject(where, FeedbackError(f"{where}: {join.source}: nothing at {quoted(join.text)}."))
+                continue
+            joined.setdefault(json.dumps(key, sort_keys=True, default=str), (where, []))[1].append(record)
+        for where, rows in joined.values():
+            yield where, {"rows": rows}
 
     def _inner(self, where: str, record: dict[str, Any]) -> Iterator[Located]:
         """Yield the records in a document, where the mapping says that it has them."""
         if self.mapping is None or self.mapping.records is None:
             yield where, record
             return
-        inner = self.mapping.records.find(record, where)
+        inner = opened(self.mapping.records.find(record, where))
         if not isinstance(inner, list):
             raise FeedbackError(f"{where}: {self.mapping.records.source}: no list of records there.")
         for number, one in enumerate(inner, 1):
+            if not isinstance(one, dict):
+                raise FeedbackError(f"{where} (record {number}): a record must be an object, got {quoted(one)}.")
             yield f"{where} (record {number})", one
 
     def _columns(self) -> set[str]:
@@ -173,8 +220,12 @@ class Feedback:
                 return
             for native in self.mapping.rows(record, where):
                 yield from self._native_rows(native, where)
+            if self.mapping.warn is not None and self.mapping.warn[0].find(record, where):
+                self.found.warned += 1
         except LeftOut as left:
             self.found.left_out.add(where, left.reason, left.detail)
+        except SeveralScoresError:
+            pass  # `finish` lists the scores of the whole file
         except FeedbackError as error:
             self.reject(where, error)
 
@@ -198,11 +249,16 @@ class Feedback:
             return self._with_label(named_mapping(config.map)), f"--map {config.map}"
         if given:
             return None, f"by {' and '.join(given)}"
-        first = next(read_records(config.data, limit=1, columns=None), None)
-        mapping = None if first is None else recognised(first[1], first[0])
-        return (None, "") if mapping is None else (self._with_label(mapping), "recognised by its keys")
+        looked_at = _LOOKED_AT if config.limit is None else min(config.limit, _LOOKED_AT)
+        for where, record in read_records(config.data, limit=looked_at, columns=None):
+            mapping = recognised(record, where)
+            if mapping is not None:
+                return self._with_label(mapping), "recognised by its keys"
+        return None, ""
 
     def _with_label(self, mapping: Mapping) -> Mapping:
+        if mapping.refuse is not None:
+            raise FeedbackError(f"{self._config.data}: {mapping.name}: {mapping.refuse}")
         rule = self._rule() if self._names_labels else None
         return with_label(mapping, self._config.label_field, rule)
 
@@ -223,6 +279,12 @@ class Feedback:
             except ConfigError as error:
                 raise ConfigError(f"{config.data}: {error}") from error
         return LabelRule(_words(config.up), _words(config.down))
+
+    def _no_rows(self) -> FeedbackError:
+        reasons = ", ".join(self.found.left_out.in_words())
+        where, reason, detail = self.found.left_out.rows[0] if self.found.left_out.rows else ("", "", "")
+        first = f"; the first, {where}, is {reason}{f' ({detail})' if detail else ''}" if reason else ""
+        return FeedbackError(f"{self._config.data}: no row can be used: {reasons}{first}.")
 
     def _unknown_labels(self, unknown: list[UnknownLabelError]) -> KTOError:
         """Return one error about all values that are neither up nor down, with options that fit them."""

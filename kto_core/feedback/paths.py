@@ -6,9 +6,18 @@
 
 Functions beside JMESPath's own:
 
-    json(text)             the value of a JSON text; any other value as it is
-    without(object, keys)  the object without some of its keys
-    split(text, mark)      the parts of a text between marks
+    json(text)                  the value of a JSON text; any other value as it is
+    has(value, keys)            whether it is an object with these keys, null or not
+    without(object, keys)       the object without some of its keys
+    under(object, prefix)       the keys that begin with a prefix, without it
+    nested(object)              keys such as "output.choices.0" as nested objects and lists
+    matching(list, key, value)  the objects in which a key has a value
+    split(text, mark)           the parts of a text between marks
+    asked(value)                what a call was asked, answered(value): what it answered
+    submitted(record)           the answers to the questions of an Argilla record
+    unescaped(text)             a cell without the apostrophe that Gradio puts before it
+
+A path continues inside JSON text, as tables store lists and objects.
 """
 
 import functools
@@ -17,10 +26,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jmespath
-from jmespath import functions
+from jmespath import functions, parser
 from jmespath.exceptions import JMESPathError
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback import exports
 from offline_kto.kto_core.feedback.quoting import quoted
 
 
@@ -33,6 +43,42 @@ class _Functions(functions.Functions):  # type: ignore[misc]  # the library has 
             return json.loads(value)
         except (ValueError, RecursionError):
             return value
+
+    @functions.signature({"types": []})  # type: ignore[misc]
+    def _func_opened(self, value: Any) -> Any:
+        return exports.opened(value)
+
+    @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[misc]
+    def _func_has(self, value: Any, keys: list[str]) -> bool:
+        return exports.has(value, keys)
+
+    @functions.signature({"types": []}, {"types": ["string"]})  # type: ignore[misc]
+    def _func_under(self, value: Any, prefix: str) -> Any:
+        return exports.under(value, prefix)
+
+    @functions.signature({"types": []})  # type: ignore[misc]
+    def _func_nested(self, value: Any) -> Any:
+        return exports.nested(value)
+
+    @functions.signature({"types": []}, {"types": ["string"]}, {"types": []})  # type: ignore[misc]
+    def _func_matching(self, values: Any, key: str, value: Any) -> Any:
+        return exports.matching(values, key, value)
+
+    @functions.signature({"types": []})  # type: ignore[misc]
+    def _func_asked(self, value: Any) -> Any:
+        return exports.asked(value)
+
+    @functions.signature({"types": []})  # type: ignore[misc]
+    def _func_answered(self, value: Any) -> Any:
+        return exports.answered(value)
+
+    @functions.signature({"types": []})  # type: ignore[misc]
+    def _func_submitted(self, value: Any) -> Any:
+        return exports.submitted(value)
+
+    @functions.signature({"types": []})  # type: ignore[misc]
+    def _func_unescaped(self, value: Any) -> Any:
+        return exports.unescaped(value)
 
     @functions.signature({"types": ["object"]}, {"types": ["array"]})  # type: ignore[misc]
     def _func_without(self, value: dict[str, Any], keys: list[str]) -> dict[str, Any]:
@@ -60,7 +106,7 @@ class Path:
     def __init__(self, text: str, source: str) -> None:
         self.text, self.source = text, source
         try:
-            self._compiled = jmespath.compile(text)
+            self._compiled = parser.ParsedResult(text, _opening(jmespath.compile(text).parsed))
         except JMESPathError as error:
             raise ConfigError(f"{source}: {quoted(text)} is not a JMESPath expression: {_first_line(error)}") from None
         self._key = text if text.isidentifier() else None
@@ -75,7 +121,7 @@ class Path:
             return record.get(self._key)
         try:
             return self._compiled.search(record, _OPTIONS)
-        except JMESPathError as error:
+        except ValueError as error:  # JMESPath's own errors, and those of the functions above
             raise FeedbackError(
                 f"{where}: {self.source}: {quoted(self.text)} cannot be applied to this record: {_first_line(error)}"
             ) from None
@@ -93,6 +139,30 @@ def compiled(text: str, source: str) -> Path:
 def key_path(name: str) -> str:
     """Return the expression for a key, whatever characters its name has."""
     return name if name.isidentifier() else json.dumps(name)
+
+
+# Where a path goes on from the value of its first part.
+_STEPS = {"subexpression", "index_expression", "pipe"}
+_OF_LISTS = {"projection", "filter_projection", "value_projection", "flatten"}
+
+
+def _opening(node: Any) -> Any:
+    """Return a parsed expression that opens JSON text wherever it looks into a value."""
+    if not isinstance(node, dict):
+        return node
+    children = [_opening(child) for child in node.get("children", [])]
+    if node["type"] in _STEPS and children:
+        first, *others = children
+        children = [first]
+        for child in others:
+            children += [_open({"type": "current", "children": []}), child]
+    elif node["type"] in _OF_LISTS:
+        children[0] = _open(children[0])
+    return {**node, "children": children}
+
+
+def _open(node: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function_expression", "value": "opened", "children": [node]}
 
 
 def _first_line(error: Exception) -> str:

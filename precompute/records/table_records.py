@@ -28,6 +28,10 @@ _BATCH_ROWS = 256
 # The value of a column that was not requested.
 NOT_READ = "(not read)"
 
+# The log of Gradio's ChatInterface names five columns and writes four: its "value" is missing.
+_GRADIO_HEADER = ["conversation", "index", "value", "flag", "timestamp"]
+_GRADIO_ROW = ["conversation", "index", "flag", "timestamp"]
+
 # Values of one column in a row group: a billion of them may be compressed into a few bytes.
 _MOST_VALUES = 2**27
 # Bytes of one value as a Python object, at the least.
@@ -43,6 +47,8 @@ def read_csv(handle: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Loc
         where = f"{name}:{line}"
         if columns is None:
             columns = _csv_header(cells, where, delimiter)
+        elif columns == _GRADIO_HEADER and len(cells) == len(_GRADIO_ROW):
+            yield where, {column: _cell(cell, column, where) for column, cell in zip(_GRADIO_ROW, cells, strict=True)}
         elif len(cells) != len(columns):
             raise FeedbackError(
                 f"{where}: {len(cells)} cells under a header of {len(columns)}. The file is cut off, or a"
