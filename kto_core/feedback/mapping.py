@@ -79,7 +79,7 @@ class LabelPaths:
         """Return whether the row is desirable. Raises: see `LabelRule.verdict`."""
         if self.scores is None:
             assert self.path is not None
-            return self.rule.verdict(opened(self.path.find(data, where)), where, self.path.text)
+            return self.rule.verdict(self.path.open(data, where), where, self.path.text)
         scores = self.named_scores(data, where)
         for name, value in scores.items():
             self.seen.setdefault(name, Counter()).update(quoted(one, 30) for one in _each(value))
@@ -87,7 +87,7 @@ class LabelPaths:
             raise SeveralScoresError(f"{where}: several scores: {', '.join(scores)}. {_NAME_IT}")
         name = self.name if self.name is not None else next(iter(scores), "score")
         if name not in scores and self.path is not None:
-            return self.rule.verdict(opened(self.path.find(data, where)), where, name)
+            return self.rule.verdict(self.path.open(data, where), where, name)
         return self.rule.verdict(scores.get(name), where, name)
 
     def named_scores(self, data: Record, where: str) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class LabelPaths:
         A score that several raters gave has the list of their values.
         """
         assert self.scores is not None
-        found = opened(self.scores.find(data, where))
+        found = self.scores.open(data, where)
         pairs: list[tuple[object, object]] = []
         if isinstance(found, dict):
             pairs = list(found.items())
@@ -250,11 +250,15 @@ class Mapping:
     def _items(self, record: Record, where: str) -> Iterator[Record]:
         """Yield the record, or a record for each of its items, with `item` and `index` added."""
         if self.each is not None:
-            items = opened(self.each.find(record, where))
-            for index, item in enumerate(items if isinstance(items, list) else []):
+            items = self.each.open(record, where)
+            if not isinstance(items, list) and items is not None:
+                raise FeedbackError(f"{where}: {self.each.source}: no list, got {quoted(items)}.")
+            if not items:
+                raise LeftOut(EMPTY, f"{self.each.source}: nothing at {quoted(self.each.text)}")
+            for index, item in enumerate(items):
                 yield {**record, "item": item, "index": index}
         elif self.zip:
-            columns = {name: opened(path.find(record, where)) for name, path in self.zip.items()}
+            columns = {name: path.open(record, where) for name, path in self.zip.items()}
             lists = {name: value if isinstance(value, list) else [] for name, value in columns.items()}
             sizes = {name: len(value) for name, value in lists.items()}
             if len(set(sizes.values())) > 1:
@@ -286,7 +290,7 @@ class Mapping:
         """Return what goes with every row of a record: `system` and `tools`."""
         found = {"system": self.system, "tools": self.tools}
         values = {name: path.find(data, where) for name, path in found.items() if path is not None}
-        return {name: value for name, value in values.items() if value not in (None, "", [])}
+        return {name: value for name, value in values.items() if value}
 
     def _asked(self, path: Path, data: Record, where: str) -> Any:
         """Return what a path leads to. Raises: LeftOut: nothing."""

@@ -11,6 +11,7 @@ Functions beside JMESPath's own:
     without(object, keys)       the object without some of its keys
     under(object, prefix)       the keys that begin with a prefix, without it
     nested(object)              keys such as "output.choices.0" as nested objects and lists
+    only(object)                its only value; the object if it has several
     matching(list, key, value)  the objects in which a key has a value
     split(text, mark)           the parts of a text between marks
     asked(value)                what a call was asked, answered(value): what it answered
@@ -45,8 +46,12 @@ class _Functions(functions.Functions):  # type: ignore[misc]  # the library has 
             return value
 
     @functions.signature({"types": []})  # type: ignore[misc]
-    def _func_opened(self, value: Any) -> Any:
-        return exports.opened(value)
+    def _func_entered(self, value: Any) -> Any:
+        return exports.entered(value)
+
+    @functions.signature({"types": []})  # type: ignore[misc]
+    def _func_only(self, value: Any) -> Any:
+        return exports.only(value)
 
     @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[misc]
     def _func_has(self, value: Any, keys: list[str]) -> bool:
@@ -126,6 +131,14 @@ class Path:
                 f"{where}: {self.source}: {quoted(self.text)} cannot be applied to this record: {_first_line(error)}"
             ) from None
 
+    def open(self, record: Mapping[str, object], where: str) -> Any:
+        """Return like `find`, with JSON text opened. Raises: FeedbackError: also a value as Python prints it."""
+        value = self.find(record, where)
+        try:
+            return exports.entered(value)
+        except ValueError as error:
+            raise FeedbackError(f"{where}: {self.source}: {quoted(self.text)} is {error}.") from None
+
     def __repr__(self) -> str:
         return f"Path({self.text!r})"
 
@@ -162,7 +175,7 @@ def _opening(node: Any) -> Any:
 
 
 def _open(node: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "function_expression", "value": "opened", "children": [node]}
+    return {"type": "function_expression", "value": "entered", "children": [node]}
 
 
 def _first_line(error: Exception) -> str:

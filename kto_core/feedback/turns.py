@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
 from offline_kto.kto_core.feedback.messages import ROLES, Message, as_turns
@@ -55,7 +54,7 @@ class _Conversation:
 
     def __init__(self, mapping: Mapping, turns: JudgedTurns, record: Record, where: str) -> None:
         self._mapping, self._spec, self._where = mapping, turns, where
-        found = opened(turns.messages.find(record, where))
+        found = turns.messages.open(record, where)
         if found is None:
             raise LeftOut(MISSING_TURNS, f"{turns.messages.source}: nothing at {quoted(turns.messages.text)}")
         found = list(found.values()) if isinstance(found, dict) else found
@@ -78,7 +77,7 @@ class _Conversation:
             number = len(self.turns)
             self.turns.append(turn)
             self._before.append(parent)
-            below = opened(children.find(turn, self._where)) or []
+            below = children.open(turn, self._where) or []
             if not isinstance(below, list) or not all(isinstance(one, dict) for one in below):
                 raise FeedbackError(f"{self._where}: {children.source}: no list of turns, got {quoted(below)}.")
             open_turns += [(one, number) for one in reversed(below)]
@@ -101,6 +100,8 @@ class _Conversation:
     def role(self, turn: Record) -> str:
         """Return a turn's role in the usual words."""
         value = self._spec.role.find(turn, self._where)
+        if value is None:
+            raise FeedbackError(f"{self._where}: {self._spec.role.source}: a turn has no {quoted(self._spec.role.text)}.")
         name = str(value).strip().lower()
         return self._spec.roles.get(name) or ROLES.get(name) or str(value)
 
