@@ -74,6 +74,12 @@ def has(value: object, keys: list[str]) -> bool:
     return isinstance(found, dict) and all(key in found for key in keys)
 
 
+def without(value: object, keys: list[str]) -> object:
+    """Return an object without some of its keys; any other value as it is."""
+    found = opened(value)
+    return {key: item for key, item in found.items() if key not in keys} if isinstance(found, dict) else value
+
+
 def under(value: object, prefix: str) -> dict[str, object]:
     """Return the keys of an object that begin with a prefix, without it, where they have a value."""
     found = value if isinstance(value, dict) else {}

@@ -85,9 +85,9 @@ class _Functions(functions.Functions):  # type: ignore[misc]  # the library has 
     def _func_unescaped(self, value: Any) -> Any:
         return exports.unescaped(value)
 
-    @functions.signature({"types": ["object"]}, {"types": ["array"]})  # type: ignore[misc]
-    def _func_without(self, value: dict[str, Any], keys: list[str]) -> dict[str, Any]:
-        return {key: item for key, item in value.items() if key not in keys}
+    @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[misc]
+    def _func_without(self, value: Any, keys: list[str]) -> Any:
+        return exports.without(value, keys)
 
     @functions.signature({"types": ["string"]}, {"types": ["string"]})  # type: ignore[misc]
     def _func_split(self, value: str, mark: str) -> list[str]:

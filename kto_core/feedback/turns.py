@@ -125,7 +125,8 @@ class _Conversation:
                 raise LeftOut(reason, path.text)
         kept = {name: turn[name] for name in ("tool_calls", "function_call", "refusal") if turn.get(name) is not None}
         if self._spec.text is not None:
-            kept["content"] = self._spec.text.find(turn, self._where)
+            text = self._spec.text.find(turn, self._where)
+            kept["content"] = "" if text is None else text  # null is how tables store an empty text
         else:
             kept |= {name: turn[name] for name in ("content", "value", "text") if turn.get(name) is not None}
         turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._spec.messages.text)
