@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping as AnyMapping
+from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from offline_kto.kto_core.feedback.left_out import DEFECTIVE, LeftOut, LeftOutRo
 from offline_kto.kto_core.feedback.mapping import LabelPaths, Mapping, SeveralScoresError, option_path, with_label
 from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.feedback.presets import named_mapping, recognised
+from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.records import (
     COLUMNS,
     FeedbackFields,
@@ -21,7 +23,6 @@ from offline_kto.kto_core.feedback.records import (
     parse_record,
     resolve_threshold,
 )
-from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.records.sources import read_records
 from offline_kto.precompute.records.text_files import Located
@@ -293,7 +294,11 @@ class Feedback:
         scale = Scale.of(self.label_rule)
         proposal = scale.proposal()
         name = "" if self.mapping or first.field in ("label", "kto_tag") else f"--label-field {first.field} "
-        advice = f"If these are the marks, pass {name}{proposal}." if proposal else "Say which are up and which are down with --up and --down."
+        advice = (
+            f"If these are the marks, pass {name}{proposal}."
+            if proposal
+            else "Say which are up and which are down with --up and --down."
+        )
         return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}")
 
     def _write_left_out(self, path: Path) -> None:

@@ -15,7 +15,18 @@ _ASKED: Final = (
     *("user_prompt", "message", "text", "prompts"),
 )
 _ANSWERED: Final = (
-    *("output", "outputs", "answer", "response", "completion", "result", "generation", "output_text", "text", "message"),
+    *(
+        "output",
+        "outputs",
+        "answer",
+        "response",
+        "completion",
+        "result",
+        "generation",
+        "output_text",
+        "text",
+        "message",
+    ),
     *("content", "reply"),
 )
 _MESSAGES: Final = ("messages", "chat", "conversation")
@@ -63,7 +74,9 @@ def is_printed(value: object) -> bool:
 def only(value: object) -> object:
     """Return the only value of an object, whatever its key; any other value, or the usual keys, as they are."""
     found = opened(value)
-    there = {key: item for key, item in found.items() if item not in (None, "", [], {})} if isinstance(found, dict) else {}
+    there = (
+        {key: item for key, item in found.items() if item not in (None, "", [], {})} if isinstance(found, dict) else {}
+    )
     usual = {*_ASKED, *_ANSWERED, *_MESSAGES, *_OPTIONS}
     return opened(next(iter(there.values()))) if len(there) == 1 and not usual & set(there) else found
 

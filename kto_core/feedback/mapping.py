@@ -37,7 +37,8 @@ Every path is JMESPath (see `paths`). Keys that are not needed are left out.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping as AnyMapping
+from collections.abc import Iterator
+from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +46,7 @@ from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, has_no_value
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, NOT_CHOSEN, TIE, LeftOut
-from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns, said
+from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
 from offline_kto.kto_core.feedback.paths import Path, compiled, key_path
 from offline_kto.kto_core.feedback.quoting import quoted
 
@@ -125,7 +126,9 @@ class LabelPaths:
         if self.name is None and len(self.seen) > 1:
             return SeveralScoresError(f"{where}: several scores, and nothing says which one counts:{shown}\n{_NAME_IT}")
         if self.name is not None and self.path is None and self.name not in self.seen:
-            return SeveralScoresError(f"{where}: no record has a score {quoted(self.name)}; there are:{shown}\n{_NAME_IT}")
+            return SeveralScoresError(
+                f"{where}: no record has a score {quoted(self.name)}; there are:{shown}\n{_NAME_IT}"
+            )
         return None
 
 
@@ -338,7 +341,7 @@ def mapping_from(table: object, source: str) -> Mapping:
         name=keys.text("name") or source,
         warn=_warn(keys.take("warn"), f"{source}: warn"),
         refuse=keys.text("refuse"),
-        **{name: keys.path(name) for name in _PATHS},  # type: ignore[arg-type]
+        **{name: keys.path(name) for name in _PATHS},
         zip={name: compiled(text, f"{source}: zip: {name}") for name, text in keys.texts("zip").items()},
         label=_label(keys.take("label"), f"{source}: label"),
         pair=_pair(keys.take("pair"), f"{source}: pair"),
@@ -356,9 +359,7 @@ _PATHS = ("recognise", "records", "where", "system", "tools", "prompt", "complet
 
 
 def _check_whole(mapping: Mapping, source: str) -> None:
-    answers = {
-        name: getattr(mapping, name) is not None for name in ("completion", "conversation", "pair", "turns")
-    }
+    answers = {name: getattr(mapping, name) is not None for name in ("completion", "conversation", "pair", "turns")}
     given = [name for name, there in answers.items() if there]
     if len(given) != 1:
         found = f"got {' and '.join(given)}" if given else "got none of them"
@@ -497,11 +498,11 @@ def _reasons(value: object, source: str) -> tuple[tuple[str, Path], ...]:
 
 
 def _patterns(value: object, source: str) -> tuple[re.Pattern[str], ...]:
-    found = []
+    found: list[re.Pattern[str]] = []
     for text in value if isinstance(value, list) else [] if value is None else [value]:
         try:
-            found.append(re.compile(text, re.DOTALL))
-        except (re.error, TypeError) as error:
+            found.append(re.compile(str(text), re.DOTALL))
+        except re.error as error:
             raise ConfigError(f"{source}: {quoted(text)} is not a regular expression: {error}") from None
     return tuple(found)
 
@@ -512,7 +513,8 @@ class _Keys:
     def __init__(self, table: object, source: str) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"{source}: must hold keys like `prompt: input.messages`, got {quoted(table)}.")
-        self._left, self._known, self._source = dict(table), [], source
+        self._left, self._source = dict(table), source
+        self._known: list[str] = []
 
     def take(self, name: str) -> object:
         self._known.append(name)

@@ -35,8 +35,8 @@ from offline_kto.kto_core.feedback import exports
 from offline_kto.kto_core.feedback.quoting import quoted
 
 
-class _Functions(functions.Functions):  # type: ignore[misc]  # the library has no types
-    @functions.signature({"types": []})  # type: ignore[misc]
+class _Functions(functions.Functions):
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_json(self, value: Any) -> Any:
         if not isinstance(value, str):
             return value
@@ -45,51 +45,51 @@ class _Functions(functions.Functions):  # type: ignore[misc]  # the library has 
         except (ValueError, RecursionError):
             return value
 
-    @functions.signature({"types": []})  # type: ignore[misc]
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_entered(self, value: Any) -> Any:
         return exports.entered(value)
 
-    @functions.signature({"types": []})  # type: ignore[misc]
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_only(self, value: Any) -> Any:
         return exports.only(value)
 
-    @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[misc]
+    @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[untyped-decorator]
     def _func_has(self, value: Any, keys: list[str]) -> bool:
         return exports.has(value, keys)
 
-    @functions.signature({"types": []}, {"types": ["string"]})  # type: ignore[misc]
+    @functions.signature({"types": []}, {"types": ["string"]})  # type: ignore[untyped-decorator]
     def _func_under(self, value: Any, prefix: str) -> Any:
         return exports.under(value, prefix)
 
-    @functions.signature({"types": []})  # type: ignore[misc]
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_nested(self, value: Any) -> Any:
         return exports.nested(value)
 
-    @functions.signature({"types": []}, {"types": ["string"]}, {"types": []})  # type: ignore[misc]
+    @functions.signature({"types": []}, {"types": ["string"]}, {"types": []})  # type: ignore[untyped-decorator]
     def _func_matching(self, values: Any, key: str, value: Any) -> Any:
         return exports.matching(values, key, value)
 
-    @functions.signature({"types": []})  # type: ignore[misc]
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_asked(self, value: Any) -> Any:
         return exports.asked(value)
 
-    @functions.signature({"types": []})  # type: ignore[misc]
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_answered(self, value: Any) -> Any:
         return exports.answered(value)
 
-    @functions.signature({"types": []})  # type: ignore[misc]
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_submitted(self, value: Any) -> Any:
         return exports.submitted(value)
 
-    @functions.signature({"types": []})  # type: ignore[misc]
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_unescaped(self, value: Any) -> Any:
         return exports.unescaped(value)
 
-    @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[misc]
+    @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[untyped-decorator]
     def _func_without(self, value: Any, keys: list[str]) -> Any:
         return exports.without(value, keys)
 
-    @functions.signature({"types": ["string"]}, {"types": ["string"]})  # type: ignore[misc]
+    @functions.signature({"types": ["string"]}, {"types": ["string"]})  # type: ignore[untyped-decorator]
     def _func_split(self, value: str, mark: str) -> list[str]:
         return value.split(mark)
 

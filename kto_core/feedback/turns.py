@@ -44,9 +44,7 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
     if turns.rated is not None and not there:
         raise LeftOut(MISSING_TURNS, f"{turns.rated.source}: no turn is {quoted(rated)}, which was judged")
     if turns.rated is not None and not found:
-        raise FeedbackError(
-            f"{where}: {turns.rated.source}: the judged turn, {quoted(rated)}, is not the assistant's."
-        )
+        raise FeedbackError(f"{where}: {turns.rated.source}: the judged turn, {quoted(rated)}, is not the assistant's.")
 
 
 class _Conversation:
@@ -101,7 +99,9 @@ class _Conversation:
         """Return a turn's role in the usual words."""
         value = self._spec.role.find(turn, self._where)
         if value is None:
-            raise FeedbackError(f"{self._where}: {self._spec.role.source}: a turn has no {quoted(self._spec.role.text)}.")
+            raise FeedbackError(
+                f"{self._where}: {self._spec.role.source}: a turn has no {quoted(self._spec.role.text)}."
+            )
         name = str(value).strip().lower()
         return self._spec.roles.get(name) or ROLES.get(name) or str(value)
 
