@@ -39,6 +39,9 @@ _COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {
     "=": operator.eq,
 }
 
+# How a verdict on two answers begins that prefers neither.
+_TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
+
 # Different values that are counted; a column of free text has as many as rows.
 _MOST_VALUES = 1000
 
@@ -160,6 +163,14 @@ def has_no_value(value: object) -> bool:
     if isinstance(value, str):
         return value.strip().lower() in _NO_VALUE
     return isinstance(value, list | tuple | dict) and not value
+
+
+def is_tie(value: object) -> bool:
+    """Return whether a verdict on two answers says that neither is better: "tie (bothbad)", "equal", a number in between."""
+    number = number_in(value)
+    if number is not None:
+        return 0 < number < 1
+    return isinstance(value, str) and _TIE.match(value.strip()) is not None
 
 
 def number_in(value: object) -> float | None:

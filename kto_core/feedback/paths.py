@@ -9,6 +9,9 @@ Functions beside JMESPath's own:
     json(text)             the value of a JSON text; any other value as it is
     without(object, keys)  the object without some of its keys
     split(text, mark)      the parts of a text between marks
+    has(value, keys)       whether a value is an object with all of these keys, also without a value
+    dialogue(asked, said)  messages of the user and the assistant in turn, from two lists of texts
+    rounds(messages, n)    the messages up to the assistant's n-th; all of them where n is null
 """
 
 import functools
@@ -21,6 +24,7 @@ from jmespath import functions
 from jmespath.exceptions import JMESPathError
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.left_out import EMPTY, LeftOut
 from offline_kto.kto_core.feedback.quoting import quoted
 
 
@@ -41,6 +45,32 @@ class _Functions(functions.Functions):  # type: ignore[misc]  # the library has 
     @functions.signature({"types": ["string"]}, {"types": ["string"]})  # type: ignore[misc]
     def _func_split(self, value: str, mark: str) -> list[str]:
         return value.split(mark)
+
+    @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[misc]
+    def _func_has(self, value: Any, keys: list[str]) -> bool:
+        return isinstance(value, dict) and all(key in value for key in keys)
+
+    @functions.signature({"types": ["array", "string"]}, {"types": ["array", "string", "null"]})  # type: ignore[misc]
+    def _func_dialogue(self, asked: Any, answered: Any) -> list[dict[str, Any]]:
+        questions = asked if isinstance(asked, list) else [asked]
+        answers = answered if isinstance(answered, list) else [answered]
+        if len(questions) != len(answers):
+            raise JMESPathError(f"{len(answers)} answers to {len(questions)} questions")
+        if None in answers:
+            raise LeftOut(EMPTY, "an answer is null")
+        pairs = zip(questions, answers, strict=True)
+        return [message for q, a in pairs for message in (_message("user", q), _message("assistant", a))]
+
+    @functions.signature({"types": []}, {"types": []})  # type: ignore[misc]
+    def _func_rounds(self, messages: Any, count: Any) -> Any:
+        if not isinstance(messages, list) or not isinstance(count, int):
+            return messages
+        ends = [i + 1 for i, one in enumerate(messages) if isinstance(one, dict) and one.get("role") == "assistant"]
+        return messages[: ends[count - 1]] if 0 < count <= len(ends) else messages
+
+
+def _message(role: str, content: object) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
 _OPTIONS = jmespath.Options(custom_functions=_Functions())

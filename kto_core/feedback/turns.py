@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.left_out import MEDIA, LeftOut
+from offline_kto.kto_core.feedback.labels import number_in
+from offline_kto.kto_core.feedback.left_out import MEDIA, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
 from offline_kto.kto_core.feedback.messages import ROLES, Message, as_turns
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -17,6 +18,9 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
         FeedbackError: no list of turns, a parent that is its own ancestor, the judged turn is not there.
     """
     conversation = _Conversation(mapping, turns, record, where)
+    if turns.label is None:
+        yield from _ranked_pairs(mapping, turns, conversation, record, where)
+        return
     rated = None if turns.rated is None else turns.rated.find(record, where)
     found = False
     for number, turn in enumerate(conversation.turns):
@@ -42,6 +46,38 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
         raise FeedbackError(
             f"{where}: {turns.rated.source}: no turn of the assistant's is {quoted(rated)}, which is the one that was rated."
         )
+
+
+def _ranked_pairs(
+    mapping: Mapping, turns: JudgedTurns, conversation: "_Conversation", record: Record, where: str
+) -> Iterator[Native | LeftOut]:
+    """Yield a pair of the best answer to a turn and each of the others."""
+    assert turns.rank is not None and turns.parent is not None
+    answers: dict[object, list[tuple[float, int]]] = {}
+    for number, turn in enumerate(conversation.turns):
+        rank = number_in(turns.rank.find(turn, where))
+        if conversation.role(turn) != "assistant":
+            continue
+        if rank is None:
+            yield LeftOut(UNRATED)
+        else:
+            answers.setdefault(_key(turns.parent.find(turn, where)), []).append((rank, number))
+    for ranked in answers.values():
+        (least, best), *others = sorted(ranked)
+        if not others:
+            yield LeftOut(UNRATED, "the only ranked answer to its turn")
+        for rank, other in others:
+            try:
+                if rank == least:
+                    raise LeftOut(TIE, f"two answers of rank {rank:g}")
+                yield {
+                    "prompt": tuple(one for turn in conversation.before(best) for one in conversation.message(turn)),
+                    "chosen": mapping.stripped(conversation.message(conversation.turns[best])),
+                    "rejected": mapping.stripped(conversation.message(conversation.turns[other])),
+                    **mapping.beside(record, where),
+                }
+            except LeftOut as left:
+                yield left
 
 
 class _Conversation:
@@ -78,8 +114,9 @@ class _Conversation:
 
     def message(self, turn: Record) -> tuple[Message, ...]:
         """Return a turn as messages."""
-        if self._spec.refuse is not None and self._spec.refuse.find(turn, self._where):
-            raise LeftOut(MEDIA, self._spec.refuse.text)
+        refused = None if self._spec.refuse is None else self._spec.refuse.find(turn, self._where)
+        if refused:  # a list of files, or a word that says why
+            raise LeftOut(NOT_CHOSEN, refused) if isinstance(refused, str) else LeftOut(MEDIA, quoted(refused))
         kept = {name: turn[name] for name in ("tool_calls", "function_call", "refusal") if turn.get(name) is not None}
         if self._spec.text is not None:
             kept["content"] = self._spec.text.find(turn, self._where)

@@ -10,7 +10,7 @@
 
 The three suffixes of JSON are interchangeable, and an object may span several lines. All files but Parquet may also
 end in .gz. Lines and rows count from 1; a record of several lines has the number of its first. Text is UTF-8, with or
-without a byte order mark. Files are read lazily, an item, a line or a batch of rows at a time. A record may have 64
+without a byte order mark, or UTF-16 with one. Files are read lazily, an item, a line or a batch of rows at a time. A record may have 64
 MiB: a few compressed bytes may expand to more than the memory.
 """
 
@@ -46,6 +46,7 @@ from offline_kto.precompute.records.text_files import (
     MOST_PACKED,
     PARQUET,
     Located,
+    as_utf_8,
     check_form,
     readable,
 )
@@ -185,8 +186,9 @@ def _read_file(path: Path, name: str, columns: Collection[str] | None) -> Iterat
         yield from read_parquet(path, name, columns)
         return
     most = LARGEST_RECORD + MOST_PACKED * path.stat().st_size
-    with readable(name), _open(path) as handle:
-        check_form(handle, name)
+    with readable(name), _open(path) as file:
+        check_form(file, name)
+        handle = as_utf_8(file, name)
         for item in _TEXT_FORMATS[suffix](handle, name):
             if handle.tell() > most:
                 raise FeedbackError(f"{name}: unpacks to more than {MOST_PACKED} times its size. {COPY_AGAIN}")

@@ -1,7 +1,8 @@
 """Read records of CSV, TSV and Parquet files."""
 
 import csv
-import json
+import itertools
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+# What separates the columns of tables, and how Excel says it on a line of its own.
+_DELIMITERS = (",", ";", "\t")
+_EXCEL_SEPARATOR = re.compile(r'"?sep=([,;\t|])"?', re.IGNORECASE)
+
 _BATCH_ROWS = 256
 # The value of a column that was not requested.
 NOT_READ = "(not read)"
@@ -37,7 +42,8 @@ _OBJECT = 64
 def read_csv(handle: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Located]:
     # The default of 131,072 characters is less than a long answer. The limit is global, so it is only raised.
     csv.field_size_limit(max(csv.field_size_limit(), LARGEST_RECORD))
-    rows = _csv_rows(handle, name, delimiter)
+    delimiter, skipped = _delimiter(handle, name, delimiter)
+    rows = itertools.dropwhile(lambda row: row[0] <= skipped, _csv_rows(handle, name, delimiter))
     columns: list[str] | None = None
     for line, cells in rows:
         where = f"{name}:{line}"
@@ -50,7 +56,22 @@ def read_csv(handle: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Loc
             )
         else:
             named = zip(columns, cells, strict=True)
-            yield where, {column: _cell(cell, column, where) for column, cell in named if column != ""}
+            yield where, {column: cell if cell != "" else None for column, cell in named if column != ""}
+
+
+def _delimiter(handle: IO[bytes], name: str, usual: str) -> tuple[str, int]:
+    """Return (what separates the columns, number of lines before the header).
+
+    A header without the usual delimiter that has another one is separated by that: Excel writes semicolons in many
+    countries, tabs in its Unicode text, and may begin a file with "sep=;".
+    """
+    first = next(lines_of(handle, name), "").strip("\r\n")
+    handle.seek(0)
+    said = _EXCEL_SEPARATOR.fullmatch(first)
+    if said is not None:
+        return said[1], 1
+    others = [mark for mark in _DELIMITERS if mark in first]
+    return (others[0] if usual not in first and len(others) == 1 else usual), 0
 
 
 def _csv_rows(handle: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -109,20 +130,6 @@ def _refuse_twins(columns: Collection[str], where: str) -> None:
     column, count = Counter(columns).most_common(1)[0] if columns else ("", 0)
     if count > 1:
         raise FeedbackError(f"{where}: two columns have the name {quoted(column)}. Rename one of them.")
-
-
-def _cell(cell: str, column: str, where: str) -> object:
-    """Return None for an empty cell, and the parsed value for a JSON list in the columns that hold conversations."""
-    if cell == "":
-        return None
-    if column not in ("messages", "conversations") or not cell.lstrip().startswith("["):
-        return cell
-    try:
-        return json.loads(cell)
-    except (ValueError, RecursionError):
-        raise FeedbackError(
-            f"{where}: '{column}' is not valid JSON, got {quoted(cell)}. Write it with json.dumps, not str."
-        ) from None
 
 
 def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) -> Iterator[Located]:
