@@ -190,6 +190,26 @@ class Mapping:
     chat: str | None = None
     note: str = ""
 
+    @property
+    def has_label(self) -> bool:
+        """Whether a label of a record or a turn is judged, which options may change; a pair has its own verdict."""
+        return (self.turns.label if self.turns is not None else self.label) is not None
+
+    def fits(self, record: Record, where: str) -> bool:
+        """Return whether a record has anything where the mapping looks for prompts and answers."""
+        firsts = (
+            self.prompt,
+            self.conversation,
+            self.each,
+            *self.zip.values(),
+            None if self.turns is None else self.turns.messages,
+            None if self.pair is None else self.pair.first,
+        )
+        try:
+            return any(path is not None and path.find(record, where) not in (None, []) for path in firsts)
+        except FeedbackError:  # a function that was given nothing
+            return False
+
     def rows(self, record: Record, where: str) -> Iterator[Native | LeftOut]:
         """Yield the rows of a record in a format that `parse_record` reads, with true or false as label.
 
@@ -320,9 +340,7 @@ _PATHS = ("recognise", "records", "where", "system", "tools", "prompt", "complet
 
 
 def _check_whole(mapping: Mapping, source: str) -> None:
-    answers = {
-        name: getattr(mapping, name) is not None for name in ("completion", "conversation", "pair", "turns")
-    }
+    answers = {name: getattr(mapping, name) is not None for name in ("completion", "conversation", "pair", "turns")}
     given = [name for name, there in answers.items() if there]
     if len(given) != 1:
         found = f"got {' and '.join(given)}" if given else "got none of them"

@@ -176,9 +176,7 @@ def _finished(
                     "both sides share to the prompt, and leave one answer on each side."
                 )
             asked, answered = (*prompt, *context), rest
-        rows.append(
-            FeedbackRow(where, asked, answered, label, pair_id, tools, kwargs, form, from_text, moved)
-        )
+        rows.append(FeedbackRow(where, asked, answered, label, pair_id, tools, kwargs, form, from_text, moved))
     return rows
 
 
@@ -323,9 +321,7 @@ def _single(present: Mapping[str, object], where: str, fields: FeedbackFields) -
     return form, prompt, completion
 
 
-def _check_prompt_beside(
-    present: Mapping[str, object], messages: tuple[Message, ...], where: str, name: str
-) -> None:
+def _check_prompt_beside(present: Mapping[str, object], messages: tuple[Message, ...], where: str, name: str) -> None:
     """Refuse a prompt beside messages that do not hold it: one of them would be ignored."""
     prompt = present.get("prompt")
     if isinstance(prompt, str) and not any(prompt.strip() == one["content"].strip() for one in messages):
