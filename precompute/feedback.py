@@ -4,7 +4,8 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping as AnyMapping
+from collections.abc import Collection, Iterator
+from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -14,7 +15,7 @@ from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import DEFECTIVE, OTHER_SPLIT, UNRATED, LeftOut, LeftOutRows
 from offline_kto.kto_core.feedback.llama_factory import DatasetInfo, entry_for
-from offline_kto.kto_core.feedback.mapping import Mapping, SeveralScoresError, option_path, with_label
+from offline_kto.kto_core.feedback.mapping import Mapping, option_path, with_label
 from offline_kto.kto_core.feedback.messages import Turns
 from offline_kto.kto_core.feedback.presets import named_mapping, recognised
 from offline_kto.kto_core.feedback.quoting import quoted

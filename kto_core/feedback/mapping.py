@@ -29,7 +29,8 @@ Every path is JMESPath (see `paths`). Keys that are not needed are left out.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping as AnyMapping
+from collections.abc import Iterator
+from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,7 @@ from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.conversations import part_early
 from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, UnknownLabelError, is_tie
 from offline_kto.kto_core.feedback.left_out import NOT_CHOSEN, TIE, LeftOut
-from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns, said
+from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
 from offline_kto.kto_core.feedback.paths import Path, compiled, key_path
 from offline_kto.kto_core.feedback.quoting import quoted
 
@@ -447,11 +448,13 @@ def _turns(value: object, source: str) -> JudgedTurns | None:
 
 
 def _patterns(value: object, source: str) -> tuple[re.Pattern[str], ...]:
-    found = []
+    found: list[re.Pattern[str]] = []
     for text in value if isinstance(value, list) else [] if value is None else [value]:
+        if not isinstance(text, str):
+            raise ConfigError(f"{source}: must be a regular expression, got {quoted(text)}.")
         try:
             found.append(re.compile(text, re.DOTALL))
-        except (re.error, TypeError) as error:
+        except re.error as error:
             raise ConfigError(f"{source}: {quoted(text)} is not a regular expression: {error}") from None
     return tuple(found)
 
@@ -462,7 +465,8 @@ class _Keys:
     def __init__(self, table: object, source: str) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"{source}: must hold keys like `prompt: input.messages`, got {quoted(table)}.")
-        self._left, self._known, self._source = dict(table), [], source
+        self._left, self._source = dict(table), source
+        self._known: list[str] = []
 
     def take(self, name: str) -> object:
         self._known.append(name)

@@ -29,7 +29,7 @@ from offline_kto.kto_core.feedback.quoting import quoted
 
 
 class _Functions(functions.Functions):  # type: ignore[misc]  # the library has no types
-    @functions.signature({"types": []})  # type: ignore[misc]
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_json(self, value: Any) -> Any:
         if not isinstance(value, str):
             return value
@@ -38,19 +38,19 @@ class _Functions(functions.Functions):  # type: ignore[misc]  # the library has 
         except (ValueError, RecursionError):
             return value
 
-    @functions.signature({"types": ["object"]}, {"types": ["array"]})  # type: ignore[misc]
+    @functions.signature({"types": ["object"]}, {"types": ["array"]})  # type: ignore[untyped-decorator]
     def _func_without(self, value: dict[str, Any], keys: list[str]) -> dict[str, Any]:
         return {key: item for key, item in value.items() if key not in keys}
 
-    @functions.signature({"types": ["string"]}, {"types": ["string"]})  # type: ignore[misc]
+    @functions.signature({"types": ["string"]}, {"types": ["string"]})  # type: ignore[untyped-decorator]
     def _func_split(self, value: str, mark: str) -> list[str]:
         return value.split(mark)
 
-    @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[misc]
+    @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[untyped-decorator]
     def _func_has(self, value: Any, keys: list[str]) -> bool:
         return isinstance(value, dict) and all(key in value for key in keys)
 
-    @functions.signature({"types": ["array", "string"]}, {"types": ["array", "string", "null"]})  # type: ignore[misc]
+    @functions.signature({"types": ["array", "string"]}, {"types": ["array", "string", "null"]})  # type: ignore[untyped-decorator]
     def _func_dialogue(self, asked: Any, answered: Any) -> list[dict[str, Any]]:
         questions = asked if isinstance(asked, list) else [asked]
         answers = answered if isinstance(answered, list) else [answered]
@@ -61,7 +61,7 @@ class _Functions(functions.Functions):  # type: ignore[misc]  # the library has 
         pairs = zip(questions, answers, strict=True)
         return [message for q, a in pairs for message in (_message("user", q), _message("assistant", a))]
 
-    @functions.signature({"types": []}, {"types": []})  # type: ignore[misc]
+    @functions.signature({"types": []}, {"types": []})  # type: ignore[untyped-decorator]
     def _func_rounds(self, messages: Any, count: Any) -> Any:
         if not isinstance(messages, list) or not isinstance(count, int):
             return messages

@@ -12,6 +12,7 @@ The format is detected for each record, so a file may mix formats. They are trie
 A key that holds None counts as absent: that is how tables store what only other rows have.
 """
 
+import contextlib
 import hashlib
 import json
 import statistics
@@ -425,10 +426,8 @@ def _label(present: Mapping[str, object], where: str, fields: FeedbackFields) ->
     if labels:
         return next(iter(labels.values()))
     if "rating" in present and not has_no_value(present["rating"]):
-        try:
+        with contextlib.suppress(UnknownLabelError):
             fields.rule.verdict(present["rating"], where, "rating")  # counts its values
-        except UnknownLabelError:
-            pass
         value = present["rating"]
         raise UnknownLabelError(f"{where}: there is a rating, {quoted(value)}, but no label.", "rating", value)
     raise LeftOut(UNRATED, f"there is no '{names[0]}'; {_columns(present)}")

@@ -52,7 +52,8 @@ def _ranked_pairs(
     mapping: Mapping, turns: JudgedTurns, conversation: "_Conversation", record: Record, where: str
 ) -> Iterator[Native | LeftOut]:
     """Yield a pair of the best answer to a turn and each of the others."""
-    assert turns.rank is not None and turns.parent is not None
+    assert turns.rank is not None
+    assert turns.parent is not None
     answers: dict[object, list[tuple[float, int]]] = {}
     for number, turn in enumerate(conversation.turns):
         rank = number_in(turns.rank.find(turn, where))

@@ -76,7 +76,7 @@ def _hub_splits(name: str) -> list[str]:
 
     try:
         return [str(split) for split in datasets.get_dataset_split_names(name)]
-    except Exception:  # the message names no splits then
+    except Exception:  # noqa: BLE001 - the message names no splits then
         return []
 
 

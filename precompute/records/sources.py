@@ -4,14 +4,15 @@
     feedback.json               an array of objects                          feedback.json:17
     feedback.csv, .tsv          a header, then one record each               feedback.csv:17
     feedback.parquet                                                         feedback.parquet: row 17
-    a folder of these           its split                                     sub/feedback.jsonl:17
-    a folder of save_to_disk    its split                                     folder: row 17
-    owner/name                  a dataset of the hub, its split               owner/name: row 17
+    a folder of these           its split                                    sub/feedback.jsonl:17
+    a folder of save_to_disk    its split                                    folder: row 17
+    owner/name                  a dataset of the hub, its split              owner/name: row 17
 
-The split is `train`, or that of `--split`. The three suffixes of JSON are interchangeable, and an object may span several lines. All files but Parquet may also
-end in .gz. Lines and rows count from 1; a record of several lines has the number of its first. Text is UTF-8, with or
-without a byte order mark, or UTF-16 with one. Files are read lazily, an item, a line or a batch of rows at a time. A record may have 64
-MiB: a few compressed bytes may expand to more than the memory.
+The split is `train`, or that of `--split`. The three suffixes of JSON are interchangeable, and an object may span
+several lines. All files but Parquet may also end in .gz. Lines and rows count from 1; a record of several lines has the
+number of its first. Text is UTF-8, with or without a byte order mark, or UTF-16 with one. Files are read lazily, an
+item, a line or a batch of rows at a time. A record may have 64 MiB: a few compressed bytes may expand to more than the
+memory.
 """
 
 import gzip
