@@ -216,10 +216,13 @@ class Feedback:
         name = "desirable" if self.found.labels[True] else "undesirable"
         scale = Scale.of(self.label_rule)
         values = f" (the values: {scale.in_words()})" if scale.counts else ""
-        more = "".join(f" {one[0].upper()}{one[1:]}." for one in [", ".join(self.found.left_out.in_words())] if one)
+        left_out = ", ".join(self.found.left_out.in_words())
+        more = f" Left out: {left_out}." if left_out else ""
+        proposal = scale.proposal()
+        advice = f"pass {proposal} if these are the marks" if proposal else "--up and --down say which values mean what"
         return FeedbackError(
-            f"{self._config.data}: every row is {name}{values}: KTO needs both classes.{more} Check the labels: --up and --down "
-            "say which values mean what. Pass --one-class if this is meant."
+            f"{self._config.data}: every row is {name}{values}: KTO needs both classes.{more} Check the labels: {advice}. "
+            "Pass --one-class if this is meant."
         )
 
     def _records(self, *, all_columns: bool = False) -> Iterator[Located]:
