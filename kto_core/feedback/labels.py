@@ -235,7 +235,7 @@ class Scale:
 
     def in_words(self) -> str:
         """Return the most frequent values with their counts."""
-        shown = [f"{value} ({count:,} times)" for value, count in self.counts.most_common(8)]
+        shown = [f"{value} ({count:,} {'time' if count == 1 else 'times'})" for value, count in self.counts.most_common(8)]
         more = len(self.counts) - len(shown)
         return ", ".join(shown) + (f", and {more:,} more" if more > 0 else "")
 
@@ -272,7 +272,9 @@ def _proposed_cut(numbers: Sequence[float]) -> str:
 
 
 def _proposed_words(words: Sequence[str]) -> str:
-    """Return options for words; empty if nothing says which are good."""
+    """Return options for words; empty if nothing says which are good, or a word holds the comma between words."""
+    if any("," in word for word in words):
+        return ""
     known = {word: usual_label(word) for word in words}
     up = [word for word, label in known.items() if label is True]
     down = [word for word, label in known.items() if label is False]
