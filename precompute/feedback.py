@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -12,11 +12,13 @@ from typing import Any
 
 from offline_kto.kto_core.durable_files import write_text
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
+from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import DEFECTIVE, OTHER_SPLIT, UNRATED, LeftOut, LeftOutRows
 from offline_kto.kto_core.feedback.llama_factory import DatasetInfo, entry_for
-from offline_kto.kto_core.feedback.mapping import Mapping, option_path, with_label
+from offline_kto.kto_core.feedback.mapping import LabelPaths, Mapping, SeveralScoresError, option_path, with_label
 from offline_kto.kto_core.feedback.messages import Turns
+from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.feedback.presets import named_mapping, recognised
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.records import (
@@ -29,7 +31,6 @@ from offline_kto.kto_core.feedback.records import (
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback_columns import feedback_columns
 from offline_kto.precompute.records.documents import Records, records_in, table_in
-from offline_kto.precompute.records.joined import joined
 from offline_kto.precompute.records.sources import format_of, read_records
 from offline_kto.precompute.records.text_files import Located
 
@@ -42,6 +43,8 @@ _OWN_KEYS = (
     *("messages", "conversations", "instruction"),
 )
 
+# Records whose keys are looked at to recognise a format: those of the first may be missing where nobody rated.
+_LOOKED_AT = 50
 # Mistakes shown with their place; the others are counted.
 _SHOWN = 20
 
@@ -61,6 +64,7 @@ class Found:
         splits: records by the value of their column `split`.
         missing: rows that hold the name of a missing value in place of a text, and where the first is.
         notes: sentences on how the records were found.
+        warned: records for which the mapping has a warning.
     """
 
     records: int = 0
@@ -74,6 +78,7 @@ class Found:
     splits: Counter[str] = field(default_factory=Counter)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warned: int = 0
 
     def add(self, row: FeedbackRow) -> None:
         """Count a row."""
@@ -130,10 +135,6 @@ class Feedback:
             FeedbackError: the file cannot be read any further; `finish` raises the others.
         """
         for where, record in self._records():
-            self.found.records += 1
-            self.found.columns.update(key for key, value in record.items() if value is not None)
-            if self._is_of_another_split(record, where):
-                continue
             for row in self._rows_of(record, where):
                 if not self._mistakes or self._config.on_bad_row == "skip":
                     self.found.add(row)
@@ -146,7 +147,7 @@ class Feedback:
             return self.rule
         if self.mapping.pair is not None:
             return self.mapping.pair.rule
-        label = self.mapping.turns.label if self.mapping.turns is not None else self.mapping.label
+        label = self._label_paths()
         return LabelRule() if label is None else label.rule
 
     def reject(self, where: str, error: KTOError) -> None:
@@ -164,6 +165,8 @@ class Feedback:
         """
         if self._config.left_out is not None:
             self._write_left_out(self._config.left_out)
+        if self.mapping is not None and (several := self._several_scores()) is not None:
+            raise several
         unknown = [one for one in self._mistakes if isinstance(one, UnknownLabelError)]
         others = [one for one in self._mistakes if not isinstance(one, UnknownLabelError)]
         if unknown:
@@ -198,8 +201,12 @@ class Feedback:
                 f"{splits}. Name the one to read: --split {next(iter(self.found.splits))}, or all."
             )
         if not left_out.counts[UNRATED]:
-            return FeedbackError(f"{data}: no row can be used: {reasons}. --left-out FILE lists them.")
-        lines = feedback_columns(self._records(all_columns=True))
+            where, reason, detail = left_out.rows[0] if left_out.rows else (data, "not there", "")
+            first = f"{where}, is {reason}{f' ({detail})' if detail else ''}"
+            return FeedbackError(
+                f"{data}: no row can be used: {reasons}; the first, {first}. --left-out FILE lists them."
+            )
+        lines = feedback_columns(one for where, record in self._source(None) for one in self._inner(where, record))
         if lines:
             shown = "\n".join(f"  {line}" for line in lines)
             return FeedbackError(
@@ -225,12 +232,13 @@ class Feedback:
             "Pass --one-class if this is meant."
         )
 
-    def _records(self, *, all_columns: bool = False) -> Iterator[Located]:
-        columns = None if self.mapping or self._info or all_columns else self._columns()
-        records = itertools.islice(
-            (one for where, record in self._source(columns) for one in self._inner(where, record)), self._config.limit
+    def _records(self) -> Iterator[Located]:
+        columns = None if self.mapping or self._info else self._columns()
+        records = (one for where, record in self._source(columns) for one in self._inner(where, record))
+        counted = self._counted(itertools.islice(records, self._config.limit))
+        return (
+            counted if self.mapping is None or self.mapping.join is None else self._joined(counted, self.mapping.join)
         )
-        return records if self.mapping is None or self.mapping.join is None else joined(records, self.mapping.join)
 
     def _source(self, columns: set[str] | None) -> Iterator[Located]:
         """Yield the records of the file, or of the document that it is."""
@@ -256,15 +264,54 @@ class Feedback:
         self.found.left_out.add(where, OTHER_SPLIT, split)
         return True
 
+    def notes(self) -> list[str]:
+        """Return what the plan should say about the rows."""
+        warn = None if self.mapping is None else self.mapping.warn
+        warned = [f"{self.found.warned:,} {warn[1]}"] if warn is not None and self.found.warned else []
+        return [*self.found.notes, *warned]
+
+    def _several_scores(self) -> FeedbackError | None:
+        label = self._label_paths()
+        return None if label is None else label.several(self._config.data)
+
+    def _label_paths(self) -> LabelPaths | None:
+        if self.mapping is None:
+            return None
+        return self.mapping.turns.label if self.mapping.turns is not None else self.mapping.label
+
+    def _counted(self, records: Iterable[Located]) -> Iterator[Located]:
+        for where, record in records:
+            self.found.records += 1
+            self.found.columns.update(key for key, value in record.items() if value is not None)
+            if not self._is_of_another_split(record, where):
+                yield where, record
+
+    def _joined(self, records: Iterable[Located], join: JMESPath) -> Iterator[Located]:
+        """Yield a record for all that have the same value: `rows` lists them in the order of the file.
+
+        They may stand anywhere in the file, so all of it is held in memory.
+        """
+        joined: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+        for where, record in records:
+            key = join.find(record, where)
+            if key is None:
+                self.reject(where, FeedbackError(f"{where}: {join.source}: nothing at {quoted(join.text)}."))
+                continue
+            joined.setdefault(json.dumps(key, sort_keys=True, default=str), (where, []))[1].append(record)
+        for where, rows in joined.values():
+            yield where, {"rows": rows}
+
     def _inner(self, where: str, record: dict[str, Any]) -> Iterator[Located]:
         """Yield the records in a document, where the mapping says that it has them."""
         if self.mapping is None or self.mapping.records is None:
             yield where, record
             return
-        inner = self.mapping.records.find(record, where)
+        inner = opened(self.mapping.records.find(record, where))
         if not isinstance(inner, list):
             raise FeedbackError(f"{where}: {self.mapping.records.source}: no list of records there.")
         for number, one in enumerate(inner, 1):
+            if not isinstance(one, dict):
+                raise FeedbackError(f"{where} (record {number}): a record must be an object, got {quoted(one)}.")
             yield f"{where} (record {number})", one
 
     def _columns(self) -> set[str]:
@@ -279,8 +326,12 @@ class Feedback:
                 return
             for native in self.mapping.rows(record, where):
                 yield from self._native_rows(native, where)
+            if self.mapping.warn is not None and self.mapping.warn[0].find(record, where):
+                self.found.warned += 1
         except LeftOut as left:
             self.found.left_out.add(where, left.reason, left.detail)
+        except SeveralScoresError:
+            pass  # `finish` lists the scores of the whole file
         except FeedbackError as error:
             self.reject(where, error)
 
@@ -308,19 +359,21 @@ class Feedback:
                     f"--map {config.map}: has no label that {' and '.join(self._label_options)} could change. Leave it out."
                 )
             return self._with_label(mapping), f"--map {config.map}"
-        first = self._open(None, given=[path for path in options.values() if path])
+        self._open(None, given=[path for path in options.values() if path])
         if given:
             return None, f"by {' and '.join(given)}"
         self._info = self._dataset_info()
         if self._info is not None:
             return None, f"dataset_info.json: {self._info.name}"
-        found = None if first is None else recognised(first[1], first[0])
-        if found is None or (self._label_options and not found.has_label):  # an option counts more than a format's keys
-            return None, ""
-        return self._with_label(found), "recognised by its keys"
+        looked_at = _LOOKED_AT if config.limit is None else min(config.limit, _LOOKED_AT)
+        for where, record in itertools.islice(self._source(None), looked_at):
+            found = recognised(record, where)
+            if found is not None and (found.has_label or not self._label_options):
+                return self._with_label(found), "recognised by its keys"
+        return None, ""  # also where a label is named, and the format has none: an option counts more than its keys
 
-    def _open(self, mapping: Mapping | None, given: list[str]) -> Located | None:
-        """Return the first record, and note whether the file is one object that holds the records.
+    def _open(self, mapping: Mapping | None, given: list[str]) -> None:
+        """Note whether the file is one object that holds the records.
 
         Args:
             given: the paths of --prompt-field and --completion-field.
@@ -328,22 +381,21 @@ class Feedback:
         config = self._config
         begin = list(itertools.islice(read_records(config.data, columns=None, split=config.split), 2))
         if len(begin) != 1 or format_of(config.data) not in (".json", ".jsonl", ".ndjson"):
-            return begin[0] if begin else None
+            return
         (where, document), *_ = begin
         if mapping is not None and (mapping.records is not None or mapping.fits(document, where)):
-            return begin[0]
+            return
         if mapping is None and not given and recognised(document, where) is not None:
-            return begin[0]
+            return
         paths = [option_path(text, "--prompt-field or --completion-field") for text in given]
         is_record = any(path.find(document, where) is not None for path in paths) or (
             not given and mapping is None and any(document.get(key) is not None for key in _OWN_KEYS)
         )
         found = table_in(document, where) if is_record else records_in(document, where)
         if found is None:
-            return begin[0]
+            return
         self._document = where, found
         self.found.notes.append(f"{where}: one object, read as its {len(found.records):,} records {found.place}.")
-        return f"{where} (record 1)", found.records[0]
 
     def _dataset_info(self) -> DatasetInfo | None:
         """Return what LLaMA-Factory's dataset_info.json beside the file says about it."""
@@ -358,6 +410,8 @@ class Feedback:
         return entry_for(path.name, table, str(beside))
 
     def _with_label(self, mapping: Mapping) -> Mapping:
+        if mapping.refuse is not None:
+            raise FeedbackError(f"{self._config.data}: {mapping.name}: {mapping.refuse}")
         rule = self._rule() if self._names_labels else None
         return with_label(mapping, self._config.label_field, rule)
 

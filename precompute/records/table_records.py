@@ -4,7 +4,7 @@ import csv
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -33,6 +33,10 @@ _BATCH_ROWS = 256
 # The value of a column that was not requested.
 NOT_READ = "(not read)"
 
+# The log of Gradio's ChatInterface names five columns and writes four: its "value" is missing.
+_GRADIO_HEADER = ["conversation", "index", "value", "flag", "timestamp"]
+_GRADIO_ROW = ["conversation", "index", "flag", "timestamp"]
+
 # Values of one column in a row group: a billion of them may be compressed into a few bytes.
 _MOST_VALUES = 2**27
 # Bytes of one value as a Python object, at the least.
@@ -49,14 +53,20 @@ def read_csv(handle: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Loc
         where = f"{name}:{line}"
         if columns is None:
             columns = _csv_header(cells, where, delimiter)
+        elif columns == _GRADIO_HEADER and len(cells) == len(_GRADIO_ROW):
+            yield where, _named(_GRADIO_ROW, cells)
         elif len(cells) != len(columns):
             raise FeedbackError(
                 f"{where}: {len(cells)} cells under a header of {len(columns)}. The file is cut off, or a"
                 " cell with a delimiter or a line break is not in quotes."
             )
         else:
-            named = zip(columns, cells, strict=True)
-            yield where, {column: cell if cell != "" else None for column, cell in named if column != ""}
+            yield where, _named(columns, cells)
+
+
+def _named(columns: Iterable[str], cells: list[str]) -> Record:
+    """Return the cells by column, empty ones as None."""
+    return {column: cell or None for column, cell in zip(columns, cells, strict=True) if column != ""}
 
 
 def _delimiter(handle: IO[bytes], name: str, usual: str) -> tuple[str, int]:
