@@ -207,7 +207,9 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
     Raises:
         FeedbackError, TokenizationError, PairingError: a row cannot be used; the message names it.
     """
-    files = describe_source(config.data)  # described when they are read, since they may change during scoring
+    files = describe_source(
+        config.data, config.split
+    )  # described when they are read, since they may change during scoring
     day = day or datetime.now().replace(microsecond=0)
     tokenizing = Tokenizing(tokenizer, now=day)
     feedback = Feedback(

@@ -192,7 +192,7 @@ def test_up_and_down_count_in_a_recognised_format(tmp_path: Path) -> None:
     assert rows == [row("c?", "d", True), row("e?", "f", False)]
     assert left_out == {"between up and down": 1}
     path = write(tmp_path / "g.jsonl", OPENAI_PREFERENCE.records)
-    assert "--up" in refusal(path, up="1")
+    assert "--map" in refusal(path, up="1")  # pairs have no label that it could change
 
 
 def test_runs_do_not_share_counts(tmp_path: Path) -> None:

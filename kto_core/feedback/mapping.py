@@ -43,8 +43,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.conversations import part_early
 from offline_kto.kto_core.feedback.exports import opened
-from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, has_no_value
+from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, UnknownLabelError, has_no_value, is_tie
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, NOT_CHOSEN, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
 from offline_kto.kto_core.feedback.paths import Path, compiled, key_path
@@ -164,15 +165,26 @@ class PairPaths:
     rule: LabelRule
 
     def sides(self, data: Record, where: str) -> tuple[object, object]:
-        """Return (chosen, rejected). Raises: LeftOut: neither is better."""
+        """Return (chosen, rejected).
+
+        Raises:
+            LeftOut: neither is better.
+            UnknownLabelError: `better` is neither a nor b, and no word for a tie.
+        """
+        a_is_better = True if self.better is None else self._a_is_better(self.better, data, where)
         first, second = self.first.find(data, where), self.second.find(data, where)
-        if self.better is None:
-            return first, second
+        return (first, second) if a_is_better else (second, first)
+
+    def _a_is_better(self, better: Path, data: Record, where: str) -> bool:
+        value = better.find(data, where)
         try:
-            a_is_better = self.rule.verdict(self.better.find(data, where), where, self.better.text)
+            return self.rule.verdict(value, where, better.text)
         except LeftOut as left:
             raise LeftOut(TIE, left.detail) from None
-        return (first, second) if a_is_better else (second, first)
+        except UnknownLabelError:
+            if is_tie(value):
+                raise LeftOut(TIE, quoted(value)) from None
+            raise
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,7 @@ class JudgedTurns:
         roles: the assistant's and others' values of `role`, if they are no usual names.
         children: of a turn, to the turns that follow it, if the tree is written as one.
         leave_out: (reason, path to a value that a turn must not have, such as attached files).
+        rank: of the assistant's answers to one turn, in place of a label: the least makes a pair with each of the others.
     """
 
     messages: Path
@@ -196,9 +209,10 @@ class JudgedTurns:
     role: Path
     roles: dict[str, str]
     text: Path | None
-    label: LabelPaths
+    label: LabelPaths | None
     children: Path | None
     leave_out: tuple[tuple[str, Path], ...]
+    rank: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +244,26 @@ class Mapping:
     warn: tuple[Path, str] | None = None
     refuse: str | None = None
 
+    @property
+    def has_label(self) -> bool:
+        """Whether a label of a record or a turn is judged, which options may change; a pair has its own verdict."""
+        return (self.turns.label if self.turns is not None else self.label) is not None
+
+    def fits(self, record: Record, where: str) -> bool:
+        """Return whether a record has anything where the mapping looks for prompts and answers."""
+        firsts = (
+            self.prompt,
+            self.conversation,
+            self.each,
+            *self.zip.values(),
+            None if self.turns is None else self.turns.messages,
+            None if self.pair is None else self.pair.first,
+        )
+        try:
+            return any(path is not None and path.find(record, where) not in (None, []) for path in firsts)
+        except FeedbackError:  # a function that was given nothing
+            return False
+
     def rows(self, record: Record, where: str) -> Iterator[Native | LeftOut]:
         """Yield the rows of a record in a format that `parse_record` reads, with true or false as label.
 
@@ -246,7 +280,7 @@ class Mapping:
             return
         for data in self._items(record, where):
             try:
-                yield self._row(data, where)
+                yield from self._rows(data, where)
             except LeftOut as left:
                 yield left
 
@@ -262,14 +296,26 @@ class Mapping:
                 yield {**record, "item": item, "index": index}
         elif self.zip:
             columns = {name: path.open(record, where) for name, path in self.zip.items()}
-            lists = {name: value if isinstance(value, list) else [] for name, value in columns.items()}
+            lists = {name: value for name, value in columns.items() if isinstance(value, list)}
             sizes = {name: len(value) for name, value in lists.items()}
+            for name in columns.keys() - lists.keys():  # nobody rated, say
+                lists[name] = [None] * max(sizes.values(), default=0)
             if len(set(sizes.values())) > 1:
                 raise FeedbackError(f"{where}: {self.name}: zip: lists of different lengths, {quoted(sizes)}.")
             for index in range(next(iter(sizes.values()), 0)):
                 yield {**record, "item": {name: value[index] for name, value in lists.items()}, "index": index}
         else:
             yield record
+
+    def _rows(self, data: Record, where: str) -> Iterator[Native]:
+        """Yield a row; two of them if the sides of a pair are conversations that part before their last answers."""
+        row = self._row(data, where)
+        chosen, rejected = row.get("chosen"), row.get("rejected")
+        if self.pair is None or self.prompt is not None or not part_early(chosen, rejected):
+            yield row
+            return
+        for conversation, label in ((chosen, True), (rejected, False)):
+            yield {"messages": conversation, "label": label, **self.beside(data, where)}
 
     def _row(self, data: Record, where: str) -> Native:
         row: Native = {}
@@ -438,7 +484,7 @@ def _pair(value: object, source: str) -> PairPaths | None:
         return None
     keys = _Keys(value, source)
     paths = {name: keys.path(name) for name in ("chosen", "rejected", "a", "b", "better")}
-    rule = _rule(keys.values("a_when"), keys.values("b_when"), "leave-out", source)
+    rule = _rule(keys.values("a_when"), keys.values("b_when"), REFUSE, source)
     keys.finish()
     chosen, rejected, a, b, better = paths.values()
     if chosen is not None and rejected is not None and (a, b, better) == (None, None, None):
@@ -453,8 +499,9 @@ def _turns(value: object, source: str) -> JudgedTurns | None:
         return None
     keys = _Keys(value, source)
     messages, label = keys.path("messages"), _label(keys.take("label"), f"{source}: label")
-    if messages is None or label is None:
-        raise ConfigError(f"{source}: give at least messages and label.")
+    rank = keys.path("rank")
+    if messages is None or (label is None) == (rank is None):
+        raise ConfigError(f"{source}: give at least messages, and either label or rank.")
     turns = JudgedTurns(
         messages=messages,
         id=keys.path("id"),
@@ -466,12 +513,15 @@ def _turns(value: object, source: str) -> JudgedTurns | None:
         label=label,
         children=keys.path("children"),
         leave_out=_reasons(keys.take("leave-out"), f"{source}: leave-out"),
+        rank=rank,
     )
     keys.finish()
     if turns.parent is not None and turns.children is not None:
         raise ConfigError(f"{source}: give parent or children, not both.")
     if turns.parent is not None and turns.id is None:
         raise ConfigError(f"{source}: parent needs an id beside it.")
+    if rank is not None and turns.parent is None:
+        raise ConfigError(f"{source}: rank needs a parent beside it.")
     return turns
 
 
@@ -500,8 +550,10 @@ def _reasons(value: object, source: str) -> tuple[tuple[str, Path], ...]:
 def _patterns(value: object, source: str) -> tuple[re.Pattern[str], ...]:
     found: list[re.Pattern[str]] = []
     for text in value if isinstance(value, list) else [] if value is None else [value]:
+        if not isinstance(text, str):
+            raise ConfigError(f"{source}: must be a regular expression, got {quoted(text)}.")
         try:
-            found.append(re.compile(str(text), re.DOTALL))
+            found.append(re.compile(text, re.DOTALL))
         except re.error as error:
             raise ConfigError(f"{source}: {quoted(text)} is not a regular expression: {error}") from None
     return tuple(found)

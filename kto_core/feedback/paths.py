@@ -17,6 +17,8 @@ Functions beside JMESPath's own:
     asked(value)                what a call was asked, answered(value): what it answered
     submitted(record)           the answers to the questions of an Argilla record
     unescaped(text)             a cell without the apostrophe that Gradio puts before it
+    dialogue(asked, said)       messages of the user and the assistant in turn, from two lists of texts
+    rounds(messages, n)         the messages up to the assistant's n-th; all of them where n is null
 
 A path continues inside JSON text, as tables store lists and objects.
 """
@@ -32,6 +34,7 @@ from jmespath.exceptions import JMESPathError
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback import exports
+from offline_kto.kto_core.feedback.left_out import EMPTY, LeftOut
 from offline_kto.kto_core.feedback.quoting import quoted
 
 
@@ -92,6 +95,28 @@ class _Functions(functions.Functions):
     @functions.signature({"types": ["string"]}, {"types": ["string"]})  # type: ignore[untyped-decorator]
     def _func_split(self, value: str, mark: str) -> list[str]:
         return value.split(mark)
+
+    @functions.signature({"types": ["array", "string"]}, {"types": ["array", "string", "null"]})  # type: ignore[untyped-decorator]
+    def _func_dialogue(self, asked: Any, answered: Any) -> list[dict[str, Any]]:
+        questions = asked if isinstance(asked, list) else [asked]
+        answers = answered if isinstance(answered, list) else [answered]
+        if len(questions) != len(answers):
+            raise JMESPathError(f"{len(answers)} answers to {len(questions)} questions")
+        if None in answers:
+            raise LeftOut(EMPTY, "an answer is null")
+        pairs = zip(questions, answers, strict=True)
+        return [message for q, a in pairs for message in (_message("user", q), _message("assistant", a))]
+
+    @functions.signature({"types": []}, {"types": []})  # type: ignore[untyped-decorator]
+    def _func_rounds(self, messages: Any, count: Any) -> Any:
+        if not isinstance(messages, list) or not isinstance(count, int):
+            return messages
+        ends = [i + 1 for i, one in enumerate(messages) if isinstance(one, dict) and one.get("role") == "assistant"]
+        return messages[: ends[count - 1]] if 0 < count <= len(ends) else messages
+
+
+def _message(role: str, content: object) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
 _OPTIONS = jmespath.Options(custom_functions=_Functions())

@@ -12,6 +12,7 @@ The format is detected for each record, so a file may mix formats. They are trie
 A key that holds None counts as absent: that is how tables store what only other rows have.
 """
 
+import contextlib
 import hashlib
 import json
 import statistics
@@ -34,7 +35,7 @@ from offline_kto.kto_core.feedback.conversations import (
 )
 from offline_kto.kto_core.feedback.exports import is_printed
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, has_no_value, number_in
-from offline_kto.kto_core.feedback.left_out import MEDIA, SAME_ANSWERS, TIE, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, SAME_ANSWERS, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_conversation, as_turns, said
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -115,7 +116,9 @@ def parse_record(record: Mapping[str, object], where: str, fields: FeedbackField
         FeedbackError: the record matches none of the formats exactly; the message begins with `where`.
         LeftOut: it is no mistake, but nothing can be learned from it.
     """
-    present = {key: value for key, value in record.items() if value is not None}
+    present = {key: value for key, value in record.items() if value is not None and value == value}  # NaN is no value
+    if _lacks_answer(record, present, fields):
+        raise LeftOut(EMPTY, "no value")
     try:
         return _rows(present, where, fields)
     except RecursionError:
@@ -175,9 +178,7 @@ def _finished(
                     "both sides share to the prompt, and leave one answer on each side."
                 )
             asked, answered = (*prompt, *context), rest
-        rows.append(
-            FeedbackRow(where, asked, answered, label, pair_id, tools, kwargs, form, from_text, moved)
-        )
+        rows.append(FeedbackRow(where, asked, answered, label, pair_id, tools, kwargs, form, from_text, moved))
     return rows
 
 
@@ -262,10 +263,22 @@ def _one_of(
 
 
 def _prompt_with_system(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:
-    """Return a prompt of text as a user's message if a system text stands beside it."""
-    if isinstance(prompt, str) and fields.chat and not _is_alpaca(present, fields) and system_text(present, where):
+    """Return a prompt of text as messages if a system text or earlier turns stand beside it."""
+    if _is_alpaca(present, fields):
+        return prompt
+    if present.get("history"):
+        return _after_history(prompt, present, where, fields)
+    if isinstance(prompt, str) and fields.chat and system_text(present, where):
         return said("user", prompt)
     return prompt
+
+
+def _after_history(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:
+    """Return a prompt of text after the turns of `history`, as ms-swift writes them."""
+    if not isinstance(prompt, str):
+        raise FeedbackError(f"{where}: 'history' beside a prompt of messages. Put its turns into the prompt.")
+    turns = {"history": present["history"], "instruction": prompt}
+    return alpaca_prompt(turns, where, conversation=fields.chat_template)
 
 
 def _is_alpaca(present: Mapping[str, object], fields: FeedbackFields) -> bool:
@@ -310,9 +323,7 @@ def _single(present: Mapping[str, object], where: str, fields: FeedbackFields) -
     return form, prompt, completion
 
 
-def _check_prompt_beside(
-    present: Mapping[str, object], messages: tuple[Message, ...], where: str, name: str
-) -> None:
+def _check_prompt_beside(present: Mapping[str, object], messages: tuple[Message, ...], where: str, name: str) -> None:
     """Refuse a prompt beside messages that do not hold it: one of them would be ignored."""
     prompt = present.get("prompt")
     if isinstance(prompt, str) and not any(prompt.strip() == one["content"].strip() for one in messages):
@@ -378,6 +389,20 @@ def _without(message: object, keys: list[str]) -> Message:
     return {key: value for key, value in message.items() if key not in keys}
 
 
+def _lacks_answer(record: Mapping[str, object], present: Mapping[str, object], fields: FeedbackFields) -> bool:
+    """Return whether a record has a column for the answer, but no value in it."""
+    if fields.completion is not None:
+        return fields.completion.text in record and fields.completion.text not in present
+    if any(name in present for name in (*_COMPLETIONS, "messages", "conversations")):
+        return False
+    sides = [name for name in ("chosen", "rejected") if name in present]
+    if sides:
+        return len(sides) == 1 and "chosen" in record and "rejected" in record
+    asked = "instruction" in present or any(name in present for name in _PROMPTS)
+    answers = (*_COMPLETIONS, "output")
+    return asked and any(name in record for name in answers) and "output" not in present
+
+
 def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackFields) -> FeedbackError:
     for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
         if here in present and missing not in present:
@@ -408,10 +433,8 @@ def _label(present: Mapping[str, object], where: str, fields: FeedbackFields) ->
     if labels:
         return next(iter(labels.values()))
     if "rating" in present and not has_no_value(present["rating"]):
-        try:
+        with contextlib.suppress(UnknownLabelError):
             fields.rule.verdict(present["rating"], where, "rating")  # counts its values
-        except UnknownLabelError:
-            pass
         value = present["rating"]
         raise UnknownLabelError(f"{where}: there is a rating, {quoted(value)}, but no label.", "rating", value)
     raise LeftOut(UNRATED, f"there is no '{names[0]}'; {_columns(present)}")

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, LeftOut
+from offline_kto.kto_core.feedback.labels import number_in
+from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
 from offline_kto.kto_core.feedback.messages import ROLES, Message, as_turns
 from offline_kto.kto_core.feedback.paths import Path
@@ -19,6 +20,9 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
         LeftOut: the turns are not there, or the judged one is not among them.
     """
     conversation = _Conversation(mapping, turns, record, where)
+    if turns.label is None:
+        yield from _ranked_pairs(mapping, turns, conversation, record, where)
+        return
     rated = None if turns.rated is None else turns.rated.find(record, where)
     there = found = False
     for number, turn in enumerate(conversation.turns):
@@ -45,6 +49,39 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
         raise LeftOut(MISSING_TURNS, f"{turns.rated.source}: no turn is {quoted(rated)}, which was judged")
     if turns.rated is not None and not found:
         raise FeedbackError(f"{where}: {turns.rated.source}: the judged turn, {quoted(rated)}, is not the assistant's.")
+
+
+def _ranked_pairs(
+    mapping: Mapping, turns: JudgedTurns, conversation: "_Conversation", record: Record, where: str
+) -> Iterator[Native | LeftOut]:
+    """Yield a pair of the best answer to a turn and each of the others."""
+    assert turns.rank is not None
+    assert turns.parent is not None
+    answers: dict[object, list[tuple[float, int]]] = {}
+    for number, turn in enumerate(conversation.turns):
+        rank = number_in(turns.rank.find(turn, where))
+        if conversation.role(turn) != "assistant":
+            continue
+        if rank is None:
+            yield LeftOut(UNRATED)
+        else:
+            answers.setdefault(_key(turns.parent.find(turn, where)), []).append((rank, number))
+    for ranked in answers.values():
+        (least, best), *others = sorted(ranked)
+        if not others:
+            yield LeftOut(UNRATED, "the only ranked answer to its turn")
+        for rank, other in others:
+            try:
+                if rank == least:
+                    raise LeftOut(TIE, f"two answers of rank {rank:g}")
+                yield {
+                    "prompt": tuple(one for turn in conversation.before(best) for one in conversation.message(turn)),
+                    "chosen": mapping.stripped(conversation.message(conversation.turns[best])),
+                    "rejected": mapping.stripped(conversation.message(conversation.turns[other])),
+                    **mapping.beside(record, where),
+                }
+            except LeftOut as left:
+                yield left
 
 
 class _Conversation:
