@@ -117,6 +117,33 @@ OPEN_WEBUI = Case(
     {UNRATED: 1, "between up and down": 1, MISSING: 4, MEDIA: 1, EMPTY: 1, "tool calls written as HTML": 1},
 )
 
+OPEN_WEBUI_CHATS = Case(
+    "openwebui_chats",
+    [
+        {
+            "id": "1",
+            "user_id": "u",
+            "title": "t",
+            "chat": {"params": {"system": "Be short."}, "history": {"messages": one}},
+        }
+        for one in (
+            {
+                "q": ASKED,
+                "a": message("a", "q", "assistant", "Green.", annotation={"rating": 1, "tags": []}, feedbackId="f"),
+                "b": message("b", "a", "user", "Sure?"),
+                "c": message("c", "b", "assistant", "No.", annotation={"rating": -1}),
+                "d": message("d", "b", "assistant", "Yes."),
+            },
+            {"q": ASKED, "a": message("a", "q", "assistant", "Black.")},
+        )
+    ],
+    [
+        row("system: Be short. | user: Best tea?", "Green.", True),
+        row("system: Be short. | user: Best tea? | assistant: Green. | user: Sure?", "No.", False),
+    ],
+    {UNRATED: 2},
+)
+
 
 def libre(name: str, parent: str | None, by_user: bool, text: str, **more: Any) -> dict[str, Any]:
     return {
@@ -506,6 +533,37 @@ MLFLOW = Case(
     {UNRATED: 1, "raters disagree": 1},
 )
 
+MLFLOW_JSON = Case(
+    "mlflow_json",
+    [
+        {
+            "info": {"trace_id": "1", "state": "OK", "assessments": [assessed("ok", True)]},
+            "data": {
+                "spans": [
+                    {"span_id": "b", "parent_span_id": "a", "attributes": {"mlflow.spanInputs": '"inner"'}},
+                    {
+                        "span_id": "a",
+                        "parent_span_id": None,
+                        "attributes": {
+                            "mlflow.spanInputs": json.dumps(USER_HI),
+                            "mlflow.spanOutputs": json.dumps(
+                                {"choices": [{"message": {"role": "assistant", "content": "Hello"}}]}
+                            ),
+                        },
+                    },
+                ]
+            },
+        },
+        {
+            "info": {"request_id": "2", "assessments": [assessed("ok", False)]},
+            "data": {"request": '{"question": "Sum?"}', "response": '"5"', "spans": []},
+        },
+        {"info": {"trace_id": "3", "assessments": []}, "data": {"spans": []}},
+    ],
+    [row("Hi", "Hello", True), row("Sum?", "5", False)],
+    {UNRATED: 1},
+)
+
 
 def argilla(prompt: str, completion: str, values: Any, statuses: Any, status: str = "completed") -> dict[str, Any]:
     return {
@@ -750,6 +808,34 @@ GRADIO_CHAT = Case(
     ],
     [row("Hi", "Hello", True), row("user: Hi | assistant: Hello | user: Sum,-2", "5", False)],
     {UNRATED: 1},
+)
+GRADIO_PAIRS = Case(
+    "gradio_chat_pairs",
+    [
+        {
+            "conversation": json.dumps([["Hi", "Hello"], ["Sum", "5"]]),
+            "index": "[1, 1]",
+            "flag": "Dislike",
+            "timestamp": "2026",
+        },
+        {
+            "conversation": json.dumps([[None, "Welcome"], ["Hi", "Hello"]]),
+            "index": "[1, 1]",
+            "flag": "Like",
+            "timestamp": "2026",
+        },
+        {
+            "conversation": json.dumps([[["/tmp/cat.png"], None], ["Who?", "A cat"]]),
+            "index": "[1, 1]",
+            "flag": "Like",
+            "timestamp": "2026",
+        },
+    ],
+    [
+        row("user: Hi | assistant: Hello | user: Sum", "5", False),
+        row("assistant: Welcome | user: Hi", "Hello", True),
+    ],
+    {MEDIA: 1},
 )
 GRADIO_FLAGS = Case(
     "gradio_flags",

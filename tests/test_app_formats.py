@@ -156,8 +156,11 @@ def test_native_files_need_no_mapping(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("LANGFUSE_TWO", {"thumb": ["1 1 times", "0 1 times"], "judge": ["0.8 1 times", "0.9 1 times", "0.1 1 times"]}),
-        ("LABEL_STUDIO_MIN", {"thumb": ['"Thumbs up" 1 times'], "rating": ["5 1 times", "1 1 times"]}),
+        (
+            "LANGFUSE_TWO",
+            {"thumb": ["1 (1 time)", "0 (1 time)"], "judge": ["0.8 (1 time)", "0.9 (1 time)", "0.1 (1 time)"]},
+        ),
+        ("LABEL_STUDIO_MIN", {"thumb": ['"Thumbs up" (1 time)'], "rating": ["5 (1 time)", "1 (1 time)"]}),
     ],
 )
 @pytest.mark.parametrize("form", ["json", "csv"])
@@ -176,8 +179,8 @@ def test_scores_of_different_records_are_listed_too(tmp_path: Path) -> None:
     """One score in each record is no reason to mix them."""
     path = write(tmp_path / "f.jsonl", [trace("1", "a", "b", thumb=[1]), trace("2", "c", "d", judge=[0])])
     message = refusal(path, on_bad_row="skip")
-    assert "thumb: 1 1 times" in message
-    assert "judge: 0 1 times" in message
+    assert "thumb: 1 (1 time)" in message
+    assert "judge: 0 (1 time)" in message
 
 
 def test_a_score_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:

@@ -138,6 +138,23 @@ def unescaped(value: object) -> object:
     return _ESCAPED.sub("", value, count=1) if isinstance(value, str) and _ESCAPED.match(value) else value
 
 
+def pairs(value: object) -> list[dict[str, object]]:
+    """Return pairs of question and answer as turns, each with its `id`: "1,0" is the question of the second pair.
+
+    A side that is null, as before a greeting, is no turn. A side that is a list is the path of a file.
+    """
+    found = entered(value)
+    turns: list[dict[str, object]] = []
+    for number, pair in enumerate(found if isinstance(found, list) else []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"not a pair of question and answer: {pair!r:.60}")
+        for side, text in enumerate(pair):
+            content = [{"type": "file", "file": text}] if isinstance(text, list) else text
+            if text is not None:
+                turns.append({"id": f"{number},{side}", "role": ("user", "assistant")[side], "content": content})
+    return turns
+
+
 def asked(value: object) -> object:
     """Return what a call was asked: text, or messages with the system text and the history that stand beside it.
 

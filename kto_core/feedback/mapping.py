@@ -45,7 +45,7 @@ from typing import Any
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.conversations import part_early
 from offline_kto.kto_core.feedback.exports import opened
-from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, UnknownLabelError, has_no_value, is_tie
+from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, Scale, UnknownLabelError, has_no_value, is_tie
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, NOT_CHOSEN, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
 from offline_kto.kto_core.feedback.paths import Path, compiled, key_path
@@ -123,7 +123,7 @@ class LabelPaths:
         """
         if self.scores is None or not self.seen:
             return None
-        shown = "".join(f"\n  {name}: {_counted(values)}" for name, values in self.seen.items())
+        shown = "".join(f"\n  {name}: {Scale(values).in_words()}" for name, values in self.seen.items())
         if self.name is None and len(self.seen) > 1:
             return SeveralScoresError(f"{where}: several scores, and nothing says which one counts:{shown}\n{_NAME_IT}")
         if self.name is not None and self.path is None and self.name not in self.seen:
@@ -138,11 +138,6 @@ _NAME_IT = "Name the one that counts with --label-field NAME."
 
 def _each(value: object) -> list[object]:
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _counted(values: Counter[str]) -> str:
-    shown = ", ".join(f"{value} {count:,} times" for value, count in values.most_common(6))
-    return shown + (f", and {len(values) - 6:,} more values" if len(values) > 6 else "")
 
 
 class SeveralScoresError(FeedbackError):

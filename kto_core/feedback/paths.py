@@ -16,6 +16,7 @@ Functions beside JMESPath's own:
     split(text, mark)           the parts of a text between marks
     asked(value)                what a call was asked, answered(value): what it answered
     submitted(record)           the answers to the questions of an Argilla record
+    pairs(list)                 pairs of question and answer as turns
     unescaped(text)             a cell without the apostrophe that Gradio puts before it
     dialogue(asked, said)       messages of the user and the assistant in turn, from two lists of texts
     rounds(messages, n)         the messages up to the assistant's n-th; all of them where n is null
@@ -51,6 +52,10 @@ class _Functions(functions.Functions):
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_entered(self, value: Any) -> Any:
         return exports.entered(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_pairs(self, value: Any) -> Any:
+        return exports.pairs(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_only(self, value: Any) -> Any:
