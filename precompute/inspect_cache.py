@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+
 from offline_kto.kto_core.cache.manifest import Manifest, check_places, read_manifest
 from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
 from offline_kto.kto_core.cache.shards import CacheRow, Rows, check_packing, check_table, open_shard, read_groups

@@ -12,6 +12,7 @@ The format is detected for each record, so a file may mix formats. They are trie
 A key that holds None counts as absent: that is how tables store what only other rows have.
 """
 
+import contextlib
 import hashlib
 import json
 import statistics
@@ -32,8 +33,9 @@ from offline_kto.kto_core.feedback.conversations import (
     system_text,
     with_system,
 )
+from offline_kto.kto_core.feedback.exports import is_printed
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, has_no_value, number_in
-from offline_kto.kto_core.feedback.left_out import MEDIA, SAME_ANSWERS, TIE, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, SAME_ANSWERS, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_conversation, as_turns, said
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -115,7 +117,9 @@ def parse_record(record: Mapping[str, object], where: str, fields: FeedbackField
         FeedbackError: the record matches none of the formats exactly; the message begins with `where`.
         LeftOut: it is no mistake, but nothing can be learned from it.
     """
-    present = {key: value for key, value in record.items() if value is not None}
+    present = {key: value for key, value in record.items() if value is not None and value == value}  # NaN is no value
+    if _lacks_answer(record, present, fields):
+        raise LeftOut(EMPTY, "no value")
     try:
         return _rows(present, where, fields)
     except RecursionError:
@@ -262,10 +266,22 @@ def _one_of(
 
 
 def _prompt_with_system(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:
-    """Return a prompt of text as a user's message if a system text stands beside it."""
-    if isinstance(prompt, str) and fields.chat and not _is_alpaca(present, fields) and system_text(present, where):
+    """Return a prompt of text as messages if a system text or earlier turns stand beside it."""
+    if _is_alpaca(present, fields):
+        return prompt
+    if present.get("history"):
+        return _after_history(prompt, present, where, fields)
+    if isinstance(prompt, str) and fields.chat and system_text(present, where):
         return said("user", prompt)
     return prompt
+
+
+def _after_history(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:
+    """Return a prompt of text after the turns of `history`, as ms-swift writes them."""
+    if not isinstance(prompt, str):
+        raise FeedbackError(f"{where}: 'history' beside a prompt of messages. Put its turns into the prompt.")
+    turns = {"history": present["history"], "instruction": prompt}
+    return alpaca_prompt(turns, where, conversation=fields.chat_template)
 
 
 def _is_alpaca(present: Mapping[str, object], fields: FeedbackFields) -> bool:
@@ -376,6 +392,20 @@ def _without(message: object, keys: list[str]) -> Message:
     return {key: value for key, value in message.items() if key not in keys}
 
 
+def _lacks_answer(record: Mapping[str, object], present: Mapping[str, object], fields: FeedbackFields) -> bool:
+    """Return whether a record has a column for the answer, but no value in it."""
+    if fields.completion is not None:
+        return fields.completion.text in record and fields.completion.text not in present
+    if any(name in present for name in (*_COMPLETIONS, "messages", "conversations")):
+        return False
+    sides = [name for name in ("chosen", "rejected") if name in present]
+    if sides:
+        return len(sides) == 1 and "chosen" in record and "rejected" in record
+    asked = "instruction" in present or any(name in present for name in _PROMPTS)
+    answers = (*_COMPLETIONS, "output")
+    return asked and any(name in record for name in answers) and "output" not in present
+
+
 def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackFields) -> FeedbackError:
     for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
         if here in present and missing not in present:
@@ -383,6 +413,12 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
     if fields.completion is not None or fields.prompt is not None:
         name = "completion" if fields.completion is None else fields.completion.text
         return FeedbackError(f"{where}: there is no '{name}'; {_columns(present)}. Check --completion-field.")
+    printed = [name for name, value in present.items() if is_printed(value)]
+    if printed:
+        return FeedbackError(
+            f"{where}: none of the known formats; {quoted(printed, 200)} hold values as Python prints them. Write these "
+            "columns with json.dumps, or save the data as JSON Lines or Parquet."
+        )
     return FeedbackError(
         f"{where}: none of the known formats; {_columns(present)}. Give it prompt, completion and label (or"
         " name them: --prompt-field, --completion-field, --label-field), messages and label, or chosen and"
@@ -400,10 +436,8 @@ def _label(present: Mapping[str, object], where: str, fields: FeedbackFields) ->
     if labels:
         return next(iter(labels.values()))
     if "rating" in present and not has_no_value(present["rating"]):
-        try:
+        with contextlib.suppress(UnknownLabelError):
             fields.rule.verdict(present["rating"], where, "rating")  # counts its values
-        except UnknownLabelError:
-            pass
         value = present["rating"]
         raise UnknownLabelError(f"{where}: there is a rating, {quoted(value)}, but no label.", "rating", value)
     raise LeftOut(UNRATED, f"there is no '{names[0]}'; {_columns(present)}")
