@@ -220,7 +220,9 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
     Raises:
         FeedbackError, TokenizationError, PairingError: a row cannot be used; the message names it.
     """
-    files = describe_source(config.data)  # described when they are read, since they may change during scoring
+    files = describe_source(
+        config.data, config.split
+    )  # described when they are read, since they may change during scoring
     day = day or datetime.now().replace(microsecond=0)
     tokenizing = Tokenizing(tokenizer, now=day)
     feedback = Feedback(
@@ -241,7 +243,7 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
             )
         raise PairingError(" ".join([f"{config.data}: {error}", *(f"({one})" for one in before)])) from error
     rendered_on = day.isoformat() if tokenizing.dated else None
-    notes = [*warnings_about(config.data), *tokenizing.warnings()]
+    notes = [*warnings_about(config.data), *feedback.notes(), *tokenizing.warnings()]
     return Plan(rows, pairing, config.max_length, read, dropped, files, feedback, examples, notes, rendered_on)
 
 

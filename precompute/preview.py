@@ -2,7 +2,8 @@
 
 import shutil
 import textwrap
-from collections.abc import Sequence
+
+import numpy as np
 
 from offline_kto.kto_core.errors import printable
 from offline_kto.kto_core.library_types import Tokenizer
@@ -11,7 +12,7 @@ from offline_kto.kto_core.library_types import Tokenizer
 _LEAST_WIDTH, _MOST_WIDTH = 40, 160
 
 
-def visible(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+def visible(tokenizer: Tokenizer, ids: np.ndarray) -> str:
     """Return token ids as one line of text; control characters are escaped, because data are untrusted."""
     text: str = tokenizer.decode(ids)
     return printable(text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t"))

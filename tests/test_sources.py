@@ -174,11 +174,9 @@ def test_json_suffix_with_json_lines(tmp_path):
     assert read(save(tmp_path / "f.json", json.dumps(ROWS[0]))) == [("f.json:1", ROWS[0])]
 
 
-@pytest.mark.parametrize("key", ["data", "train", "rows"])
-def test_json_with_a_wrapper_says_what_is_expected(tmp_path, key):
-    message = refusal(save(tmp_path / "f.json", json.dumps({"version": 1, key: ROWS})), "f.json:1")
-    assert "an array of records" in message
-    assert f"jq .{key}" in message
+def test_json_with_a_wrapper_is_one_record(tmp_path):
+    document = {"version": 1, "data": ROWS}  # `documents` finds the records in it
+    assert read(save(tmp_path / "f.json", json.dumps(document))) == [("f.json:1", document)]
 
 
 def test_a_data_column_is_no_wrapper(tmp_path):
@@ -236,25 +234,25 @@ def test_csv_cells_longer_than_the_default_limit(tmp_path):
     assert read(save(tmp_path / "f.csv", as_csv([row]))) == [("f.csv:2", row)]
 
 
-def test_csv_parses_json_in_message_columns_only(tmp_path):
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    cell = json.dumps(turns)
-    row = {"messages": cell, "conversations": " " + cell, "prompt": cell, "completion": cell}
-    assert read(save(tmp_path / "f.csv", as_csv([row])))[0][1] == {
-        "messages": turns,
-        "conversations": turns,
-        "prompt": cell,
-        "completion": cell,
-    }
-    path = save(tmp_path / "f.csv", as_csv([{"messages": str(turns), "label": "good"}]))
-    assert "json.dumps" in refusal(path, "f.csv:2")
+def test_csv_cells_stay_text(tmp_path):
+    cell = json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    row = {"messages": cell, "conversations": " " + cell, "prompt": cell, "label": "good"}
+    assert read(save(tmp_path / "f.csv", as_csv([row])))[0][1] == row
+
+
+@pytest.mark.parametrize("header", ["a;b", "a\tb", "sep=;\na;b", '"a";"b"'])
+def test_csv_of_excel_is_read_with_its_own_separator(tmp_path, header):
+    mark = "\t" if "\t" in header else ";"
+    path = save(tmp_path / "f.csv", f'{header}\n1{mark}"2, and {mark}"\n')
+    assert read(path) == [(f"f.csv:{2 + header.count(chr(10))}", {"a": "1", "b": f"2, and {mark}"})]
 
 
 @pytest.mark.parametrize(
     ("text", "line", "part"),
     [
-        ("prompt;label\na;1\n", 1, 'the single column "prompt;label". Separate columns by commas'),
-        ("prompt\tlabel\na\t1\n", 1, "commas"),
+        ("prompt|label\na|1\n", 1, 'the single column "prompt|label". Separate columns by commas'),
+        ("prompt\na\n", 1, "commas"),
+        ("prompt;label\na,1\n", 2, "1 cells under a header of 2"),
         ("a,b,a\n1,2,3\n", 1, 'two columns have the name "a"'),
         ("a,b\n1,2\n\n3\n", 4, "1 cells under a header of 2"),
         ("a,b\n1,2,3\n", 2, "3 cells under a header of 2"),
@@ -287,8 +285,20 @@ def test_other_encodings_are_named_with_the_line(tmp_path, name):
     assert "iconv -f latin1 -t utf-8" in message
 
 
-def test_utf_16_is_named(tmp_path):
-    assert "iconv -f utf-16" in refusal(save(tmp_path / "f.jsonl", jsonl(ROWS).encode("utf-16")), "f.jsonl:1")
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["f.jsonl", "f.json", "f.csv", "f.jsonl.gz"])
+def test_utf_16_with_a_byte_order_mark_is_read(tmp_path, name, encoding):
+    text = "a,b\n\U0001f44d\u2028,2\n" if name == "f.csv" else '{"a": "\U0001f44d\u2028", "b": "2"}\n'
+    content = text.encode(encoding) if encoding == "utf-16" else ("\ufeff" + text).encode(encoding)
+    content = gzip.compress(content) if name.endswith(".gz") else content
+    where = f"{name}:{2 if name == 'f.csv' else 1}"
+    assert read(save(tmp_path / name, content)) == [(where, {"a": "\U0001f44d\u2028", "b": "2"})]
+
+
+def test_utf_16_that_is_cut_or_has_no_mark_is_refused(tmp_path):
+    whole = jsonl(ROWS).encode("utf-16")
+    assert "UTF-16" in refusal(save(tmp_path / "f.jsonl", whole[:-1]))
+    refusal(save(tmp_path / "f.jsonl", whole[2:]), "f.jsonl:1")
 
 
 @pytest.mark.parametrize("name", ["f.jsonl.gz", "f.json.gz", "f.csv.gz", "F.TSV.GZ"])

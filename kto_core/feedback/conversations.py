@@ -143,6 +143,20 @@ def shared_beginning(chosen: Turns, rejected: Turns, where: str) -> tuple[Turns,
     return chosen[:size], (chosen[size:], rejected[size:])
 
 
+def part_early(chosen: Turns | None, rejected: Turns | None) -> bool:
+    """Return whether two conversations begin alike and part before their last answers, so that these answer different prompts.
+
+    Both must end in an answer of the assistant's.
+    """
+    if not isinstance(chosen, tuple) or not isinstance(rejected, tuple):
+        return False
+    size = 0
+    while size < min(len(chosen), len(rejected)) and chosen[size] == rejected[size]:
+        size += 1
+    answered = chosen[-1]["role"] == rejected[-1]["role"] == "assistant"
+    return answered and 0 < size < max(len(chosen), len(rejected)) - 1
+
+
 def _shared_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...], where: str) -> int:
     size = 0
     while size < min(len(chosen), len(rejected)) - 1 and chosen[size] == rejected[size]:

@@ -39,6 +39,9 @@ _COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {
     "=": operator.eq,
 }
 
+# How a verdict on two answers begins that prefers neither.
+_TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
+
 # Different values that are counted; a column of free text has as many as rows.
 _MOST_VALUES = 1000
 
@@ -162,6 +165,14 @@ def has_no_value(value: object) -> bool:
     return isinstance(value, list | tuple | dict) and not value
 
 
+def is_tie(value: object) -> bool:
+    """Return whether a verdict on two answers says that neither is better: "tie (bothbad)", "equal", a number in between."""
+    number = number_in(value)
+    if number is not None:
+        return 0 < number < 1
+    return isinstance(value, str) and _TIE.match(value.strip()) is not None
+
+
 def number_in(value: object) -> float | None:
     """Return a finite float, or None. Text must be a decimal number: float() would also accept "nan" and "1_0"."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -230,27 +241,58 @@ class Scale:
 
     def proposal(self) -> str:
         """Return options that fit the values; empty if none is plain."""
-        numbers = sorted({n for v in self.counts if (n := number_in(v.strip('"'))) is not None})
-        words = [v for v in self.counts if v != "(none)" and number_in(v.strip('"')) is None]
-        if words or len(numbers) < 2:
-            names = [v.strip('"') for v in words]
-            return (
-                f"--up {names[0]} --down {names[1]} (or the other way round)" if len(names) == 2 and not numbers else ""
-            )
-        least, most = numbers[0], numbers[-1]
-        if set(numbers) <= {-1.0, 0.0, 1.0}:
-            zero = " (0 is then left out)" if 0.0 in numbers and -1.0 in numbers else ""
-            return f"--up 1 --down {'-1' if -1.0 in numbers else '0'}{zero}"
-        if least >= 0 and most <= 1:
-            return "--up '>=0.5' --down '<0.5'"
-        if least >= 0 and most <= 5:
-            return "--up '>=4' --down '<=2' (what lies between is left out)"
-        if least >= 0 and most <= 10:
-            return "--up '>=7' --down '<=4' (what lies between is left out)"
-        if least < 0:
-            return "--up '>0' --down '<0' (0 is left out)"
-        middle = numbers[len(numbers) // 2]
-        return f"--up '>={middle:g}' --down '<{middle:g}'"
+        values = [value.strip('"') for value in self.counts if value != "(none)"]
+        numbers = sorted({n for value in values if (n := number_in(value)) is not None})
+        words = [value for value in values if number_in(value) is None]
+        if words and numbers:
+            return ""
+        return _proposed_cut(numbers) if numbers else _proposed_words(words)
+
+
+def _proposed_cut(numbers: Sequence[float]) -> str:
+    """Return options for ratings, given in order; empty for a single one."""
+    if len(numbers) < 2:
+        return ""
+    least, most = numbers[0], numbers[-1]
+    if set(numbers) <= {-1.0, 0.0, 1.0}:
+        zero = " (0 is then left out)" if 0.0 in numbers and -1.0 in numbers else ""
+        return f"--up 1 --down {'-1' if -1.0 in numbers else '0'}{zero}"
+    if least < 0:
+        return "--up '>0' --down '<0' (0 is left out)"
+    if most <= 1:
+        return "--up '>=0.5' --down '<0.5'"
+    if list(numbers) == [1, 2]:
+        return "--up 2 --down 1 (or the other way round)"
+    # Scales: 1 to 3, 0 to 4, 1 to 5, 1 to 10, 0 to 100. The middle says neither.
+    for end, up, down in ((3, 3, 1), (4, 3, 1) if least == 0 else (5, 4, 2), (5, 4, 2), (10, 7, 4), (100, 70, 40)):
+        if most <= end:
+            return f"--up '>={up}' --down '<={down}' (what lies between is left out)"
+    middle = numbers[len(numbers) // 2]
+    return f"--up '>={middle:g}' --down '<{middle:g}'"
+
+
+def _proposed_words(words: Sequence[str]) -> str:
+    """Return options for words; empty if nothing says which are good, or a word holds the comma between words."""
+    if any("," in word for word in words):
+        return ""
+    known = {word: usual_label(word) for word in words}
+    up = [word for word, label in known.items() if label is True]
+    down = [word for word, label in known.items() if label is False]
+    others = [word for word, label in known.items() if label is None]
+    if len(others) == 2 and not up and not down:
+        return f"--up {_option(others[:1])} --down {_option(others[1:])} (or the other way round)"
+    if len(others) == 1 and len(up + down) == 1:
+        return f"--up {_option(up or others)} --down {_option(down or others)}"
+    if not up or not down:
+        return ""
+    added = f", with {', '.join(others)} added to one of them" if 0 < len(others) <= 4 else ""
+    return f"--up {_option(up)} --down {_option(down)}{added or (', with the others added' if others else '')}"
+
+
+def _option(words: Sequence[str]) -> str:
+    """Return words as the value of an option on a command line."""
+    text = ",".join(words)
+    return text if re.fullmatch(r"[\w,.+:-]+", text) else f"'{text}'"
 
 
 # A class with a smaller share of the rows is nearly absent: 1 in 20 is far from the published 1:1 to 4:3.

@@ -13,6 +13,8 @@ SAME_ANSWERS = "both answers are the same"
 RATERS_DISAGREE = "raters disagree"
 DEAD_ZONE = "between up and down"
 NOT_CHOSEN = "left out by `where`"
+NO_PROMPT = "without a prompt"
+MISSING_TURNS = "of a conversation with missing messages"
 OTHER_SPLIT = "of another split"
 DEFECTIVE = "defective"
 

@@ -18,25 +18,35 @@
       up: [">=4"]
       down: ["<=2"]
       else: refuse                  leave-out, up or down
+    label:                          several scores, of which --label-field names the one that counts:
+      scores: feedback_stats        an object from names to values, or a list of objects with `name` and `value`
+      value: avg                    where a score that is an object has its value
     each: completions               a list; `item` is then one of its items, and `index` its number from 0
     zip: {text: texts, score: scores}   parallel lists; `item` has one value of each
     strip: ['<details.*?</details>']    patterns removed from what the assistant wrote
     join: conversationId            records with the same value become one, in which `rows` lists them
     chat: never                     auto, always: text becomes a user's message and an assistant's
+    warn:                           the plan counts the records for which `when` is true
+      when: "length(output) == `500`"
+      say: answers are cut
+    refuse: it holds no verdicts    a recognised format that cannot be used, and why
 
 Every path is JMESPath (see `paths`). Keys that are not needed are left out.
 """
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
-from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule
-from offline_kto.kto_core.feedback.left_out import NOT_CHOSEN, TIE, LeftOut
+from offline_kto.kto_core.feedback.conversations import part_early
+from offline_kto.kto_core.feedback.exports import opened
+from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, Scale, UnknownLabelError, has_no_value, is_tie
+from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, NOT_CHOSEN, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
 from offline_kto.kto_core.feedback.paths import Path, compiled, key_path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -55,28 +65,40 @@ class LabelPaths:
     Attributes:
         path: to a value, or to a list with one for each rater. None if `scores` is given.
         scores: to an object from names to values, or to a list of objects with `name` and `value`.
-        name: of the score that counts; needed if there are several.
+        value: of a score that is an object.
+        name: of the score that counts, or a path; needed if there are several.
+        seen: how often each score had a value, by name; for errors.
     """
 
     path: Path | None
     scores: Path | None
+    value: Path | None
     name: str | None
     rule: LabelRule
+    seen: dict[str, Counter[str]] = field(default_factory=dict, compare=False, repr=False)
 
     def verdict(self, data: Record, where: str) -> bool:
         """Return whether the row is desirable. Raises: see `LabelRule.verdict`."""
-        if self.path is not None:
-            return self.rule.verdict(self.path.find(data, where), where, self.path.text)
+        if self.scores is None:
+            assert self.path is not None
+            return self.rule.verdict(self.path.open(data, where), where, self.path.text)
         scores = self.named_scores(data, where)
+        for name, value in scores.items():
+            self.seen.setdefault(name, Counter()).update(quoted(one, 30) for one in _each(value))
         if self.name is None and len(scores) > 1:
-            raise SeveralScoresError(where, scores)
+            raise SeveralScoresError(f"{where}: several scores: {', '.join(scores)}. {_NAME_IT}")
         name = self.name if self.name is not None else next(iter(scores), "score")
+        if name not in scores and self.path is not None:
+            return self.rule.verdict(self.path.open(data, where), where, name)
         return self.rule.verdict(scores.get(name), where, name)
 
     def named_scores(self, data: Record, where: str) -> dict[str, Any]:
-        """Return the values of a record's scores by name, those without a value left out."""
+        """Return the values of a record's scores by name, those without a value left out.
+
+        A score that several raters gave has the list of their values.
+        """
         assert self.scores is not None
-        found = self.scores.find(data, where)
+        found = self.scores.open(data, where)
         pairs: list[tuple[object, object]] = []
         if isinstance(found, dict):
             pairs = list(found.items())
@@ -84,18 +106,42 @@ class LabelPaths:
             pairs = [(one.get("name"), one.get("value")) for one in found if isinstance(one, dict)]
         scores: dict[str, Any] = {}
         for name, value in pairs:
-            if value is not None and value != []:
-                scores[str(name)] = value
-        return scores
+            values = [one for item in _each(opened(value)) for one in _each(self._value(item, where))]
+            kept = [one for one in values if not has_no_value(one)]
+            if kept:
+                scores.setdefault(str(name), []).extend(kept)
+        return {name: values[0] if len(values) == 1 else values for name, values in scores.items()}
+
+    def _value(self, item: object, where: str) -> object:
+        return self.value.find(item, where) if self.value is not None and isinstance(item, dict) else item
+
+    def several(self, where: str) -> "SeveralScoresError | None":
+        """Return the error of a file with several scores of which none is named, or without the one that is.
+
+        Args:
+            where: the file.
+        """
+        if self.scores is None or not self.seen:
+            return None
+        shown = "".join(f"\n  {name}: {Scale(values).in_words()}" for name, values in self.seen.items())
+        if self.name is None and len(self.seen) > 1:
+            return SeveralScoresError(f"{where}: several scores, and nothing says which one counts:{shown}\n{_NAME_IT}")
+        if self.name is not None and self.path is None and self.name not in self.seen:
+            return SeveralScoresError(
+                f"{where}: no record has a score {quoted(self.name)}; there are:{shown}\n{_NAME_IT}"
+            )
+        return None
+
+
+_NAME_IT = "Name the one that counts with --label-field NAME."
+
+
+def _each(value: object) -> list[object]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 class SeveralScoresError(FeedbackError):
     """A record has several scores, and nothing says which one counts."""
-
-    def __init__(self, where: str, scores: AnyMapping[str, object]) -> None:
-        self.names = list(scores)
-        shown = ", ".join(f"{name} ({quoted(value, 20)})" for name, value in scores.items())
-        super().__init__(f"{where}: several scores: {shown}. Name the one that counts with --label-field.")
 
 
 @dataclass(frozen=True)
@@ -114,15 +160,26 @@ class PairPaths:
     rule: LabelRule
 
     def sides(self, data: Record, where: str) -> tuple[object, object]:
-        """Return (chosen, rejected). Raises: LeftOut: neither is better."""
+        """Return (chosen, rejected).
+
+        Raises:
+            LeftOut: neither is better.
+            UnknownLabelError: `better` is neither a nor b, and no word for a tie.
+        """
+        a_is_better = True if self.better is None else self._a_is_better(self.better, data, where)
         first, second = self.first.find(data, where), self.second.find(data, where)
-        if self.better is None:
-            return first, second
+        return (first, second) if a_is_better else (second, first)
+
+    def _a_is_better(self, better: Path, data: Record, where: str) -> bool:
+        value = better.find(data, where)
         try:
-            a_is_better = self.rule.verdict(self.better.find(data, where), where, self.better.text)
+            return self.rule.verdict(value, where, better.text)
         except LeftOut as left:
             raise LeftOut(TIE, left.detail) from None
-        return (first, second) if a_is_better else (second, first)
+        except UnknownLabelError:
+            if is_tie(value):
+                raise LeftOut(TIE, quoted(value)) from None
+            raise
 
 
 @dataclass(frozen=True)
@@ -135,7 +192,9 @@ class JudgedTurns:
         rated: to the id (or the number, from 0) of the only judged turn, in the record.
         role, text: of a turn.
         roles: the assistant's and others' values of `role`, if they are no usual names.
-        refuse: to a value that a turn must not have, such as attached files.
+        children: of a turn, to the turns that follow it, if the tree is written as one.
+        leave_out: (reason, path to a value that a turn must not have, such as attached files).
+        rank: of the assistant's answers to one turn, in place of a label: the least makes a pair with each of the others.
     """
 
     messages: Path
@@ -145,8 +204,10 @@ class JudgedTurns:
     role: Path
     roles: dict[str, str]
     text: Path | None
-    label: LabelPaths
-    refuse: Path | None
+    label: LabelPaths | None
+    children: Path | None
+    leave_out: tuple[tuple[str, Path], ...]
+    rank: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +236,28 @@ class Mapping:
     strip: tuple[re.Pattern[str], ...] = ()
     join: Path | None = None
     chat: str | None = None
-    note: str = ""
+    warn: tuple[Path, str] | None = None
+    refuse: str | None = None
+
+    @property
+    def has_label(self) -> bool:
+        """Whether a label of a record or a turn is judged, which options may change; a pair has its own verdict."""
+        return (self.turns.label if self.turns is not None else self.label) is not None
+
+    def fits(self, record: Record, where: str) -> bool:
+        """Return whether a record has anything where the mapping looks for prompts and answers."""
+        firsts = (
+            self.prompt,
+            self.conversation,
+            self.each,
+            *self.zip.values(),
+            None if self.turns is None else self.turns.messages,
+            None if self.pair is None else self.pair.first,
+        )
+        try:
+            return any(path is not None and path.find(record, where) not in (None, []) for path in firsts)
+        except FeedbackError:  # a function that was given nothing
+            return False
 
     def rows(self, record: Record, where: str) -> Iterator[Native | LeftOut]:
         """Yield the rows of a record in a format that `parse_record` reads, with true or false as label.
@@ -193,20 +275,26 @@ class Mapping:
             return
         for data in self._items(record, where):
             try:
-                yield self._row(data, where)
+                yield from self._rows(data, where)
             except LeftOut as left:
                 yield left
 
     def _items(self, record: Record, where: str) -> Iterator[Record]:
         """Yield the record, or a record for each of its items, with `item` and `index` added."""
         if self.each is not None:
-            items = self.each.find(record, where)
-            for index, item in enumerate(items if isinstance(items, list) else []):
+            items = self.each.open(record, where)
+            if not isinstance(items, list) and items is not None:
+                raise FeedbackError(f"{where}: {self.each.source}: no list, got {quoted(items)}.")
+            if not items:
+                raise LeftOut(EMPTY, f"{self.each.source}: nothing at {quoted(self.each.text)}")
+            for index, item in enumerate(items):
                 yield {**record, "item": item, "index": index}
         elif self.zip:
-            columns = {name: path.find(record, where) for name, path in self.zip.items()}
-            lists = {name: value if isinstance(value, list) else [] for name, value in columns.items()}
+            columns = {name: path.open(record, where) for name, path in self.zip.items()}
+            lists = {name: value for name, value in columns.items() if isinstance(value, list)}
             sizes = {name: len(value) for name, value in lists.items()}
+            for name in columns.keys() - lists.keys():  # nobody rated, say
+                lists[name] = [None] * max(sizes.values(), default=0)
             if len(set(sizes.values())) > 1:
                 raise FeedbackError(f"{where}: {self.name}: zip: lists of different lengths, {quoted(sizes)}.")
             for index in range(next(iter(sizes.values()), 0)):
@@ -214,41 +302,56 @@ class Mapping:
         else:
             yield record
 
+    def _rows(self, data: Record, where: str) -> Iterator[Native]:
+        """Yield a row; two of them if the sides of a pair are conversations that part before their last answers."""
+        row = self._row(data, where)
+        chosen, rejected = row.get("chosen"), row.get("rejected")
+        if self.pair is None or self.prompt is not None or not part_early(chosen, rejected):
+            yield row
+            return
+        for conversation, label in ((chosen, True), (rejected, False)):
+            yield {"messages": conversation, "label": label, **self.beside(data, where)}
+
     def _row(self, data: Record, where: str) -> Native:
         row: Native = {}
         if self.pair is not None:
             chosen, rejected = self.pair.sides(data, where)
-            row["chosen"] = self.answer(chosen, where, self.pair.first.text)
-            row["rejected"] = self.answer(rejected, where, self.pair.second.text)
+            row["chosen"] = self.answer(chosen, where, self.pair.first)
+            row["rejected"] = self.answer(rejected, where, self.pair.second)
         else:
             assert self.label is not None
             row["label"] = self.label.verdict(data, where)
         if self.conversation is not None:
-            row["messages"] = self.answer(self.conversation.find(data, where), where, self.conversation.text)
+            value = self._asked(self.conversation, data, where)
+            row["messages"] = self.answer(value, where, self.conversation)
         if self.completion is not None:
-            row["completion"] = self.answer(self.completion.find(data, where), where, self.completion.text)
+            row["completion"] = self.answer(self.completion.find(data, where), where, self.completion)
         if self.prompt is not None:
-            value = self.prompt.find(data, where)
-            if value is None:
-                raise FeedbackError(f"{where}: {self.prompt.source}: nothing at {quoted(self.prompt.text)}.")
-            row["prompt"] = as_turns(value, where, self.prompt.text)
+            row["prompt"] = as_turns(self._asked(self.prompt, data, where), where, self.prompt.text)
         return {**row, **self.beside(data, where)}
 
     def beside(self, data: Record, where: str) -> Native:
         """Return what goes with every row of a record: `system` and `tools`."""
         found = {"system": self.system, "tools": self.tools}
         values = {name: path.find(data, where) for name, path in found.items() if path is not None}
-        return {name: value for name, value in values.items() if value not in (None, "", [])}
+        return {name: value for name, value in values.items() if value}
 
     def keys(self) -> set[str]:
         """Return all keys that the mapping's paths name."""
         return set().union(*(path.keys() for path in _paths_in(self)))
 
-    def answer(self, value: object, where: str, field: str) -> Turns | None:
-        """Return what an assistant wrote, with what `strip` matches removed from it."""
-        if value is None:
-            return None
-        return self.stripped(as_turns(value, where, field))
+    def _asked(self, path: Path, data: Record, where: str) -> Any:
+        """Return what a path leads to. Raises: LeftOut: nothing."""
+        value = path.find(data, where)
+        if value in (None, "", [], {}):
+            raise LeftOut(NO_PROMPT, f"{path.source}: nothing at {quoted(path.text)}")
+        return value
+
+    def answer(self, value: object, where: str, path: Path) -> Turns:
+        """Return what an assistant wrote, with what `strip` matches removed from it. Raises: LeftOut: nothing."""
+        if value in (None, [], {}):
+            raise LeftOut(EMPTY, f"{path.source}: nothing at {quoted(path.text)}")
+        return self.stripped(as_turns(value, where, path.text))
 
     def stripped(self, turns: Turns) -> Turns:
         """Return turns without what `strip` matches in the assistant's words."""
@@ -293,8 +396,9 @@ def mapping_from(table: object, source: str) -> Mapping:
     keys = _Keys(table, source)
     mapping = Mapping(
         name=keys.text("name") or source,
-        note=keys.text("note") or "",
-        **{name: keys.path(name) for name in _PATHS},  # type: ignore[arg-type]
+        warn=_warn(keys.take("warn"), f"{source}: warn"),
+        refuse=keys.text("refuse"),
+        **{name: keys.path(name) for name in _PATHS},
         zip={name: compiled(text, f"{source}: zip: {name}") for name, text in keys.texts("zip").items()},
         label=_label(keys.take("label"), f"{source}: label"),
         pair=_pair(keys.take("pair"), f"{source}: pair"),
@@ -303,7 +407,8 @@ def mapping_from(table: object, source: str) -> Mapping:
         chat=keys.choice("chat", CHAT),
     )
     keys.finish()
-    _check_whole(mapping, source)
+    if mapping.refuse is None:
+        _check_whole(mapping, source)
     return mapping
 
 
@@ -332,17 +437,28 @@ def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None) -> Ma
     Args:
         name: of a score, if the mapping has several; otherwise a path.
     """
+    if mapping.pair is not None:
+        if name is not None or rule is not None:
+            raise ConfigError(
+                f"{mapping.name}: holds pairs, whose label is which of the two is better. Leave --label-field, --up, --down "
+                "and --rating-threshold out, or describe the file with --map FILE."
+            )
+        return dataclasses.replace(mapping, pair=dataclasses.replace(mapping.pair, rule=_unused(mapping.pair.rule)))
     holder = mapping.turns.label if mapping.turns is not None else mapping.label
-    if holder is None or (name is None and rule is None):
+    if holder is None:
         return mapping
-    changed = dataclasses.replace(holder, rule=rule or holder.rule)
-    if name is not None and holder.scores is not None:
-        changed = dataclasses.replace(changed, name=name)
-    elif name is not None:
-        changed = dataclasses.replace(changed, path=option_path(name, "--label-field"))
+    changed = dataclasses.replace(holder, rule=_unused(rule or holder.rule), seen={})
+    if name is not None:
+        path = option_path(name, "--label-field")
+        changed = dataclasses.replace(changed, name=name, path=path if holder.scores is None or "." in name else None)
     if mapping.turns is not None:
         return dataclasses.replace(mapping, turns=dataclasses.replace(mapping.turns, label=changed))
     return dataclasses.replace(mapping, label=changed)
+
+
+def _unused(rule: LabelRule) -> LabelRule:
+    """Return a rule that has counted nothing yet: the package's mappings are shared."""
+    return dataclasses.replace(rule, seen=Counter())
 
 
 def option_path(text: str, option: str) -> Path:
@@ -357,14 +473,14 @@ def _label(value: object, source: str) -> LabelPaths | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return LabelPaths(compiled(value, source), None, None, LabelRule())
+        return LabelPaths(compiled(value, source), None, None, None, LabelRule())
     keys = _Keys(value, source)
-    path, scores, name = keys.path("path"), keys.path("scores"), keys.text("name")
+    path, scores, inner, name = keys.path("path"), keys.path("scores"), keys.path("value"), keys.text("name")
     rule = _rule(keys.values("up"), keys.values("down"), keys.choice("else", ELSE) or REFUSE, source)
     keys.finish()
     if (path is None) == (scores is None):
         raise ConfigError(f"{source}: give either path or scores.")
-    return LabelPaths(path, scores, name, rule)
+    return LabelPaths(path, scores, inner, name, rule)
 
 
 def _rule(up: tuple[object, ...], down: tuple[object, ...], otherwise: str, source: str) -> LabelRule:
@@ -379,7 +495,7 @@ def _pair(value: object, source: str) -> PairPaths | None:
         return None
     keys = _Keys(value, source)
     paths = {name: keys.path(name) for name in ("chosen", "rejected", "a", "b", "better")}
-    rule = _rule(keys.values("a_when"), keys.values("b_when"), "leave-out", source)
+    rule = _rule(keys.values("a_when"), keys.values("b_when"), REFUSE, source)
     keys.finish()
     chosen, rejected, a, b, better = paths.values()
     if chosen is not None and rejected is not None and (a, b, better) == (None, None, None):
@@ -394,8 +510,9 @@ def _turns(value: object, source: str) -> JudgedTurns | None:
         return None
     keys = _Keys(value, source)
     messages, label = keys.path("messages"), _label(keys.take("label"), f"{source}: label")
-    if messages is None or label is None:
-        raise ConfigError(f"{source}: give at least messages and label.")
+    rank = keys.path("rank")
+    if messages is None or (label is None) == (rank is None):
+        raise ConfigError(f"{source}: give at least messages, and either label or rank.")
     turns = JudgedTurns(
         messages=messages,
         id=keys.path("id"),
@@ -405,20 +522,50 @@ def _turns(value: object, source: str) -> JudgedTurns | None:
         roles={name.lower(): role for name, role in keys.texts("roles").items()},
         text=keys.path("text"),
         label=label,
-        refuse=keys.path("refuse"),
+        children=keys.path("children"),
+        leave_out=_reasons(keys.take("leave-out"), f"{source}: leave-out"),
+        rank=rank,
     )
     keys.finish()
+    if turns.parent is not None and turns.children is not None:
+        raise ConfigError(f"{source}: give parent or children, not both.")
     if turns.parent is not None and turns.id is None:
         raise ConfigError(f"{source}: parent needs an id beside it.")
+    if rank is not None and turns.parent is None:
+        raise ConfigError(f"{source}: rank needs a parent beside it.")
     return turns
 
 
+def _warn(value: object, source: str) -> tuple[Path, str] | None:
+    if value is None:
+        return None
+    keys = _Keys(value, source)
+    when, say = keys.path("when"), keys.text("say")
+    keys.finish()
+    if when is None or say is None:
+        raise ConfigError(f"{source}: give when and say.")
+    return when, say
+
+
+def _reasons(value: object, source: str) -> tuple[tuple[str, Path], ...]:
+    """Return (reason, path) of what is left out; a path alone is that of images and other media."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return ((MEDIA, compiled(value, source)),)
+    if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+        raise ConfigError(f"{source}: a path, or reasons and paths, got {quoted(value)}.")
+    return tuple((str(reason), compiled(text, f"{source}: {reason}")) for reason, text in value.items())
+
+
 def _patterns(value: object, source: str) -> tuple[re.Pattern[str], ...]:
-    found = []
+    found: list[re.Pattern[str]] = []
     for text in value if isinstance(value, list) else [] if value is None else [value]:
+        if not isinstance(text, str):
+            raise ConfigError(f"{source}: must be a regular expression, got {quoted(text)}.")
         try:
             found.append(re.compile(text, re.DOTALL))
-        except (re.error, TypeError) as error:
+        except re.error as error:
             raise ConfigError(f"{source}: {quoted(text)} is not a regular expression: {error}") from None
     return tuple(found)
 
@@ -429,7 +576,8 @@ class _Keys:
     def __init__(self, table: object, source: str) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"{source}: must hold keys like `prompt: input.messages`, got {quoted(table)}.")
-        self._left, self._known, self._source = dict(table), [], source
+        self._left, self._source = dict(table), source
+        self._known: list[str] = []
 
     def take(self, name: str) -> object:
         self._known.append(name)

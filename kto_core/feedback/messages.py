@@ -4,7 +4,8 @@
     {"role": "user", "content": "..."}              a message
     [{"from": "human", "value": "..."}]             ShareGPT
     {"messages": [...]}, {"choices": [{"message"}]} what a model was asked, what it answered
-    [{"type": "human", "data": {...}}]              LangChain
+    [{"type": "human", "data": {...}}]              LangChain; also with the content beside the type
+    [{"message.role": "user", ...}]                 OpenInference (Phoenix)
     '[{"role": "user", ...}]'                       any of these as JSON text, as tables store them
 
 A message has a `role` and a `content`, which are strings; other keys, which its chat template may read, are kept. Tool
@@ -35,16 +36,23 @@ ROLES: Final[Mapping[str, str]] = {
 }
 
 # Keys of a message's role, content and reasoning; the first that has a value counts.
-_ROLE_KEYS = ("role", "from", "message.role")
-_CONTENT_KEYS = ("content", "value", "message.content", "text")
+_ROLE_KEYS = ("role", "from")
+_CONTENT_KEYS = ("content", "value", "text")
 REASONING: Final = ("reasoning_content", "reasoning", "thinking", "thought")
 
 _TEXT_PARTS = {"text", "output_text", "input_text"}
 _REASONING_PARTS = {"thinking", "think", "reasoning", "redacted_thinking"}
+_LANGCHAIN_TYPES = {
+    *("human", "ai", "system", "tool", "function", "HumanMessage", "AIMessage", "SystemMessage", "ToolMessage"),
+    *("HumanMessageChunk", "AIMessageChunk"),
+}
 _MEDIA_PARTS = re.compile("image|audio|video|file|document|media")
 
 # How Python and NumPy print a list of messages.
-_PYTHON_REPR = re.compile(r"\s*(?:array\(|\()?\[?\s*\{\s*'(?:role|from|content|value|type|tool_calls|name)'\s*:")
+_PYTHON_REPR = re.compile(
+    r"\s*(?:array\(|\()?\[?\s*\{\s*"
+    r"'(?:role|from|content|value|type|tool_calls|name|messages|choices|message|message\.role)'\s*:"
+)
 _MESSAGE_TEXT = re.compile(r"\s*[\[{]")
 
 
@@ -129,7 +137,7 @@ def _message_list(value: object) -> list[object] | None:
 def _is_message(value: object) -> bool:
     if not isinstance(value, Mapping):
         return False
-    if _langchain(value) is not None:
+    if _langchain(value) is not None or isinstance(value.get("message.role"), str):
         return True
     roles = [value.get(key) for key in _ROLE_KEYS]
     return any(isinstance(role, str) for role in roles) and any(
@@ -140,13 +148,44 @@ def _is_message(value: object) -> bool:
 def _langchain(value: Mapping[str, object]) -> dict[str, object] | None:
     """Return a message of LangChain's as role and content; None if it is of another kind."""
     inner = value.get("kwargs", value.get("data"))
+    if inner is None and "role" not in value and value.get("type") in _LANGCHAIN_TYPES:
+        inner = value
     if not isinstance(inner, Mapping) or "content" not in inner:
         return None
     kind = inner.get("type", value.get("type"))
-    if kind in (None, "constructor") and isinstance(value.get("id"), list) and value["id"]:
-        kind = str(value["id"][-1]).removesuffix("Chunk").removesuffix("Message").lower()
+    names = value.get("id")
+    if kind in (None, "constructor") and isinstance(names, list) and names:
+        kind = str(names[-1])
+    if not isinstance(kind, str):
+        return None
+    kind = kind.removesuffix("Chunk").removesuffix("Message").lower()
     kept = {key: item for key, item in inner.items() if key in ("content", "tool_calls", "name", "tool_call_id")}
-    return {"role": kind, **kept} if isinstance(kind, str) else None
+    extra = inner.get("additional_kwargs")
+    if not kept.get("tool_calls") and isinstance(extra, Mapping) and extra.get("tool_calls"):
+        kept["tool_calls"] = extra["tool_calls"]  # where older versions keep them
+    return {"role": kind, **kept}
+
+
+def _openinference(value: Mapping[str, object]) -> dict[str, object] | None:
+    """Return a message of OpenInference's, whose keys begin with "message."; None if it is of another kind."""
+    if not isinstance(value.get("message.role"), str):
+        return None
+    found = {key.removeprefix("message."): item for key, item in value.items() if key.startswith("message.")}
+    calls, parts = found.pop("tool_calls", None), found.pop("contents", None)
+    if isinstance(calls, list | tuple):
+        found["tool_calls"] = [_without_prefixes(one, "tool_call.", "function.") for one in calls]
+    if isinstance(parts, list | tuple) and not found.get("content"):
+        found["content"] = [_without_prefixes(one, "message_content.") for one in parts]
+    return found
+
+
+def _without_prefixes(value: object, *prefixes: str) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    found = dict(value)
+    for prefix in prefixes:
+        found = {key.removeprefix(prefix): item for key, item in found.items()}
+    return found
 
 
 def _message(value: object, where: str, what: str) -> Iterator[Message]:
@@ -155,7 +194,11 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
         raise FeedbackError(
             f'{where}: {what} must look like {{"role": "user", "content": "..."}}, got {quoted(value)}.'
         )
-    given = {key: item for key, item in (_langchain(value) or value).items() if item is not None}
+    value = _langchain(value) or _openinference(value) or value
+    given = {key: item for key, item in value.items() if item is not None}
+    if _has_calls_inside(given.get("content")):
+        yield from _steps(given, where, what)
+        return
     role = _take(given, _ROLE_KEYS)
     if not isinstance(role, str):
         raise FeedbackError(f"{where}: {what} needs a 'role' that is a string, got {quoted(role)}.")
@@ -181,6 +224,37 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
     elif content is None and not calls:
         raise FeedbackError(f"{where}: {what} has no 'content'. Give it a string.")
     yield {"role": role, "content": text, **copy.deepcopy(given), **({"tool_calls": calls} if calls else {})}
+
+
+def _has_calls_inside(content: object) -> bool:
+    """Return whether parts of a content are calls of tools together with their results, as LibreChat writes them."""
+    return isinstance(content, list | tuple) and any(isinstance(_call_inside(part), Mapping) for part in content)
+
+
+def _call_inside(part: object) -> object:
+    return part.get("tool_call") if isinstance(part, Mapping) and part.get("type") == "tool_call" else None
+
+
+def _steps(given: dict[str, object], where: str, what: str) -> Iterator[Message]:
+    """Yield the messages of an answer that calls tools on its way: what leads to the calls, the results, and so on."""
+    content = given["content"]
+    assert isinstance(content, list | tuple)
+    parts: list[object] = []
+    calls: list[Mapping[str, object]] = []
+    for part in [*content, None]:
+        call = _call_inside(part)
+        if isinstance(call, Mapping):
+            calls.append(call)
+            continue
+        if calls:
+            yield from _message({**given, "content": parts, "tool_calls": calls}, where, what)
+            for one in calls:
+                result = {"role": "tool", "content": str(one.get("output") or ""), "tool_call_id": one.get("id")}
+                yield {key: item for key, item in result.items() if item is not None}
+            parts, calls = [], []
+        parts += [part]
+    if parts[:-1]:
+        yield from _message({**given, "content": parts[:-1]}, where, what)
 
 
 def _take(given: dict[str, object], names: tuple[str, ...]) -> object:
@@ -219,7 +293,9 @@ def _call(call: object) -> object:
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return copy.deepcopy(dict(call))
-    arguments = next((function[key] for key in ("arguments", "args", "parameters", "input") if key in function), {})
+    arguments: object = next(
+        (function[key] for key in ("arguments", "args", "parameters", "input") if key in function), {}
+    )
     if isinstance(arguments, str):
         try:
             read = json.loads(arguments) if arguments.strip() else {}
@@ -251,6 +327,8 @@ class _Parts:
             return
         given = {key: item for key, item in part.items() if item is not None} if isinstance(part, Mapping) else {}
         kind = str(given.get("type", "text" if "text" in given else ""))
+        if isinstance(given.get("text"), Mapping):  # the Assistants API, and LibreChat after it
+            given["text"] = given["text"].get("value")
         text = next(
             (given[key] for key in ("text", kind, "refusal", "content") if isinstance(given.get(key), str)), None
         )

@@ -6,9 +6,22 @@
 
 Functions beside JMESPath's own:
 
-    json(text)             the value of a JSON text; any other value as it is
-    without(object, keys)  the object without some of its keys
-    split(text, mark)      the parts of a text between marks
+    json(text)                  the value of a JSON text; any other value as it is
+    has(value, keys)            whether it is an object with these keys, null or not
+    without(object, keys)       the object without some of its keys
+    under(object, prefix)       the keys that begin with a prefix, without it
+    nested(object)              keys such as "output.choices.0" as nested objects and lists
+    only(object)                its only value; the object if it has several
+    matching(list, key, value)  the objects in which a key has a value
+    split(text, mark)           the parts of a text between marks
+    asked(value)                what a call was asked, answered(value): what it answered
+    submitted(record)           the answers to the questions of an Argilla record
+    pairs(list)                 pairs of question and answer as turns
+    unescaped(text)             a cell without the apostrophe that Gradio puts before it
+    dialogue(asked, said)       messages of the user and the assistant in turn, from two lists of texts
+    rounds(messages, n)         the messages up to the assistant's n-th; all of them where n is null
+
+A path continues inside JSON text, as tables store lists and objects.
 """
 
 import functools
@@ -17,15 +30,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jmespath
-from jmespath import functions
+from jmespath import functions, parser
 from jmespath.exceptions import JMESPathError
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback import exports
+from offline_kto.kto_core.feedback.left_out import EMPTY, LeftOut
 from offline_kto.kto_core.feedback.quoting import quoted
 
 
-class _Functions(functions.Functions):  # type: ignore[misc]  # the library has no types
-    @functions.signature({"types": []})  # type: ignore[misc]
+class _Functions(functions.Functions):
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_json(self, value: Any) -> Any:
         if not isinstance(value, str):
             return value
@@ -34,13 +49,79 @@ class _Functions(functions.Functions):  # type: ignore[misc]  # the library has 
         except (ValueError, RecursionError):
             return value
 
-    @functions.signature({"types": ["object"]}, {"types": ["array"]})  # type: ignore[misc]
-    def _func_without(self, value: dict[str, Any], keys: list[str]) -> dict[str, Any]:
-        return {key: item for key, item in value.items() if key not in keys}
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_entered(self, value: Any) -> Any:
+        return exports.entered(value)
 
-    @functions.signature({"types": ["string"]}, {"types": ["string"]})  # type: ignore[misc]
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_pairs(self, value: Any) -> Any:
+        return exports.pairs(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_only(self, value: Any) -> Any:
+        return exports.only(value)
+
+    @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[untyped-decorator]
+    def _func_has(self, value: Any, keys: list[str]) -> bool:
+        return exports.has(value, keys)
+
+    @functions.signature({"types": []}, {"types": ["string"]})  # type: ignore[untyped-decorator]
+    def _func_under(self, value: Any, prefix: str) -> Any:
+        return exports.under(value, prefix)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_nested(self, value: Any) -> Any:
+        return exports.nested(value)
+
+    @functions.signature({"types": []}, {"types": ["string"]}, {"types": []})  # type: ignore[untyped-decorator]
+    def _func_matching(self, values: Any, key: str, value: Any) -> Any:
+        return exports.matching(values, key, value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_asked(self, value: Any) -> Any:
+        return exports.asked(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_answered(self, value: Any) -> Any:
+        return exports.answered(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_submitted(self, value: Any) -> Any:
+        return exports.submitted(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_unescaped(self, value: Any) -> Any:
+        return exports.unescaped(value)
+
+    @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[untyped-decorator]
+    def _func_without(self, value: Any, keys: list[str]) -> Any:
+        return exports.without(value, keys)
+
+    @functions.signature({"types": ["string"]}, {"types": ["string"]})  # type: ignore[untyped-decorator]
     def _func_split(self, value: str, mark: str) -> list[str]:
         return value.split(mark)
+
+    @functions.signature({"types": ["array", "string"]}, {"types": ["array", "string", "null"]})  # type: ignore[untyped-decorator]
+    def _func_dialogue(self, asked: Any, answered: Any) -> list[dict[str, Any]]:
+        questions = asked if isinstance(asked, list) else [asked]
+        answers = answered if isinstance(answered, list) else [answered]
+        if len(questions) != len(answers):
+            raise JMESPathError(f"{len(answers)} answers to {len(questions)} questions")
+        if None in answers:
+            raise LeftOut(EMPTY, "an answer is null")
+        pairs = zip(questions, answers, strict=True)
+        return [message for q, a in pairs for message in (_message("user", q), _message("assistant", a))]
+
+    @functions.signature({"types": []}, {"types": []})  # type: ignore[untyped-decorator]
+    def _func_rounds(self, messages: Any, count: Any) -> Any:
+        if not isinstance(messages, list) or not isinstance(count, int):
+            return messages
+        ends = [i + 1 for i, one in enumerate(messages) if isinstance(one, dict) and one.get("role") == "assistant"]
+        return messages[: ends[count - 1]] if 0 < count <= len(ends) else messages
+
+
+def _message(role: str, content: object) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
 _OPTIONS = jmespath.Options(custom_functions=_Functions())
@@ -60,7 +141,7 @@ class Path:
     def __init__(self, text: str, source: str) -> None:
         self.text, self.source = text, source
         try:
-            self._compiled = jmespath.compile(text)
+            self._compiled = parser.ParsedResult(text, _opening(jmespath.compile(text).parsed))
         except JMESPathError as error:
             raise ConfigError(f"{source}: {quoted(text)} is not a JMESPath expression: {_first_line(error)}") from None
         self._key = text if text.isidentifier() else None
@@ -75,7 +156,7 @@ class Path:
             return record.get(self._key)
         try:
             return self._compiled.search(record, _OPTIONS)
-        except JMESPathError as error:
+        except ValueError as error:  # JMESPath's own errors, and those of the functions above
             raise FeedbackError(
                 f"{where}: {self.source}: {quoted(self.text)} cannot be applied to this record: {_first_line(error)}"
             ) from None
@@ -83,6 +164,14 @@ class Path:
     def keys(self) -> set[str]:
         """Return the keys that the expression names, at any depth."""
         return set(_named(self._compiled.parsed))
+
+    def open(self, record: Mapping[str, object], where: str) -> Any:
+        """Return like `find`, with JSON text opened. Raises: FeedbackError: also a value as Python prints it."""
+        value = self.find(record, where)
+        try:
+            return exports.entered(value)
+        except ValueError as error:
+            raise FeedbackError(f"{where}: {self.source}: {quoted(self.text)} is {error}.") from None
 
     def __repr__(self) -> str:
         return f"Path({self.text!r})"
@@ -105,6 +194,30 @@ def compiled(text: str, source: str) -> Path:
 def key_path(name: str) -> str:
     """Return the expression for a key, whatever characters its name has."""
     return name if name.isidentifier() else json.dumps(name)
+
+
+# Where a path goes on from the value of its first part.
+_STEPS = {"subexpression", "index_expression", "pipe"}
+_OF_LISTS = {"projection", "filter_projection", "value_projection", "flatten"}
+
+
+def _opening(node: Any) -> Any:
+    """Return a parsed expression that opens JSON text wherever it looks into a value."""
+    if not isinstance(node, dict):
+        return node
+    children = [_opening(child) for child in node.get("children", [])]
+    if node["type"] in _STEPS and children:
+        first, *others = children
+        children = [first]
+        for child in others:
+            children += [_open({"type": "current", "children": []}), child]
+    elif node["type"] in _OF_LISTS:
+        children[0] = _open(children[0])
+    return {**node, "children": children}
+
+
+def _open(node: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function_expression", "value": "entered", "children": [node]}
 
 
 def _first_line(error: Exception) -> str:

@@ -4,8 +4,9 @@ import functools
 from collections.abc import Mapping as AnyMapping
 from pathlib import Path
 
-from offline_kto.kto_core.errors import ConfigError, nearest
+from offline_kto.kto_core.errors import ConfigError, FeedbackError, nearest
 from offline_kto.kto_core.feedback.mapping import Mapping, mapping_from
+from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.yaml_files import read_yaml
 
 _FOLDER = Path(__file__).parents[2] / "configs/formats"
@@ -37,9 +38,16 @@ def named_mapping(name: str) -> Mapping:
 def recognised(record: AnyMapping[str, object], where: str) -> Mapping | None:
     """Return the format whose keys a record has; None if it is none of the package's."""
     for mapping in presets().values():
-        if mapping.recognise is not None and mapping.recognise.find(record, where) is True:
+        if mapping.recognise is not None and _fits(mapping.recognise, record, where):
             return mapping
     return None
+
+
+def _fits(keys: JMESPath, record: AnyMapping[str, object], where: str) -> bool:
+    try:
+        return keys.find(record, where) is True
+    except FeedbackError:  # a value of another type: it is another format
+        return False
 
 
 def _read(path: Path, source: str) -> Mapping:

@@ -9,9 +9,10 @@ The format is detected for each record, so a file may mix formats. They are trie
     messages, conversations (ShareGPT)    the last message is the completion; or the turns that are judged
     instruction + output (Alpaca)         with input, system and history
 
-A key whose value is None counts as absent: tables store None for a key that only other rows have.
+A key that holds None counts as absent: that is how tables store what only other rows have.
 """
 
+import contextlib
 import hashlib
 import json
 import statistics
@@ -32,6 +33,7 @@ from offline_kto.kto_core.feedback.conversations import (
     system_text,
     with_system,
 )
+from offline_kto.kto_core.feedback.exports import is_printed
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, has_no_value, number_in
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, SAME_ANSWERS, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_conversation, as_turns, said
@@ -115,15 +117,16 @@ def parse_record(record: Mapping[str, object], where: str, fields: FeedbackField
         FeedbackError: the record matches none of the formats exactly; the message begins with `where`.
         LeftOut: it is no mistake, but nothing can be learned from it.
     """
+    present = {key: value for key, value in record.items() if value is not None and value == value}  # NaN is no value
+    if _lacks_answer(record, present, fields):
+        raise LeftOut(EMPTY, "no value")
     try:
-        return _rows(record, where, fields)
+        return _rows(present, where, fields)
     except RecursionError:
         raise FeedbackError(f"{where}: the record is nested too deeply. Remove the row.") from None
 
 
-def _rows(record: Mapping[str, object], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
-    present = {key: value for key, value in record.items() if value is not None}
-    empty = frozenset(record) - frozenset(present)
+def _rows(present: Mapping[str, object], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
     for name in _MEDIA:
         if present.get(name):
             raise LeftOut(MEDIA, f"'{name}'")
@@ -140,7 +143,7 @@ def _rows(record: Mapping[str, object], where: str, fields: FeedbackFields) -> l
             for prompt, completion, label in judged
             for row in _finished(prompt, (completion,), [label], "judged turns", where, tools, kwargs, fields)
         ]
-    form, prompt, completion = _single(present, empty, where, fields)
+    form, prompt, completion = _single(present, where, fields)
     label = _label(present, where, fields)
     return _finished(prompt, (completion,), [label], form, where, tools, kwargs, fields)
 
@@ -263,10 +266,22 @@ def _one_of(
 
 
 def _prompt_with_system(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:
-    """Return a prompt of text as a user's message if a system text stands beside it."""
-    if isinstance(prompt, str) and fields.chat and not _is_alpaca(present, fields) and system_text(present, where):
+    """Return a prompt of text as messages if a system text or earlier turns stand beside it."""
+    if _is_alpaca(present, fields):
+        return prompt
+    if present.get("history"):
+        return _after_history(prompt, present, where, fields)
+    if isinstance(prompt, str) and fields.chat and system_text(present, where):
         return said("user", prompt)
     return prompt
+
+
+def _after_history(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:
+    """Return a prompt of text after the turns of `history`, as ms-swift writes them."""
+    if not isinstance(prompt, str):
+        raise FeedbackError(f"{where}: 'history' beside a prompt of messages. Put its turns into the prompt.")
+    turns = {"history": present["history"], "instruction": prompt}
+    return alpaca_prompt(turns, where, conversation=fields.chat_template)
 
 
 def _is_alpaca(present: Mapping[str, object], fields: FeedbackFields) -> bool:
@@ -274,9 +289,7 @@ def _is_alpaca(present: Mapping[str, object], fields: FeedbackFields) -> bool:
     return "instruction" in present and fields.prompt is None and not any(name in present for name in _PROMPTS)
 
 
-def _single(
-    present: Mapping[str, object], empty: frozenset[str], where: str, fields: FeedbackFields
-) -> tuple[str, Turns, Turns]:
+def _single(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[str, Turns, Turns]:
     """Return (format, prompt, completion)."""
     found = _one_of(present, where, fields.completion, _COMPLETIONS, "--completion-field")
     prompt: Turns
@@ -291,8 +304,6 @@ def _single(
             prompt, form = alpaca_prompt(present, where, conversation=fields.chat_template), f"instruction + {name}"
         else:
             missing = "prompt" if fields.prompt is None else fields.prompt.text
-            if missing in empty:
-                raise FeedbackError(f"{where}: '{missing}' is empty. Write the prompt, or remove the row.")
             raise FeedbackError(
                 f"{where}: there is a '{name}' but no '{missing}'; {_columns(present)}."
                 " Name the prompt's column with --prompt-field."
@@ -310,7 +321,7 @@ def _single(
         prompt = alpaca_prompt(present, where, conversation=fields.chat_template)
         prompt, (completion,) = join_sides(prompt, [(name, as_turns(present[name], where, name))], where)
     else:
-        raise _unknown_format(present, empty, where, fields)
+        raise _unknown_format(present, where, fields)
     check_completion(completion, where, name)
     return form, prompt, completion
 
@@ -381,22 +392,33 @@ def _without(message: object, keys: list[str]) -> Message:
     return {key: value for key, value in message.items() if key not in keys}
 
 
-def _unknown_format(
-    present: Mapping[str, object], empty: frozenset[str], where: str, fields: FeedbackFields
-) -> FeedbackError | LeftOut:
-    """Return why a record without a completion cannot be used: a table has the column, and no answer in it."""
+def _lacks_answer(record: Mapping[str, object], present: Mapping[str, object], fields: FeedbackFields) -> bool:
+    """Return whether a record has a column for the answer, but no value in it."""
+    if fields.completion is not None:
+        return fields.completion.text in record and fields.completion.text not in present
+    if any(name in present for name in (*_COMPLETIONS, "messages", "conversations")):
+        return False
+    sides = [name for name in ("chosen", "rejected") if name in present]
+    if sides:
+        return len(sides) == 1 and "chosen" in record and "rejected" in record
+    asked = "instruction" in present or any(name in present for name in _PROMPTS)
+    answers = (*_COMPLETIONS, "output")
+    return asked and any(name in record for name in answers) and "output" not in present
+
+
+def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackFields) -> FeedbackError:
     for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
-        if here in present and missing in empty:
-            return LeftOut(EMPTY, f"'{missing}'")
         if here in present and missing not in present:
             return FeedbackError(f"{where}: there is '{here}' but no '{missing}'; {_columns(present)}.")
-    named = _COMPLETIONS if fields.completion is None else (fields.completion.text,)
-    for name in (*named, "messages", "conversations", "chosen"):
-        if name in empty and present:
-            return LeftOut(EMPTY, f"'{name}'")
     if fields.completion is not None or fields.prompt is not None:
         name = "completion" if fields.completion is None else fields.completion.text
         return FeedbackError(f"{where}: there is no '{name}'; {_columns(present)}. Check --completion-field.")
+    printed = [name for name, value in present.items() if is_printed(value)]
+    if printed:
+        return FeedbackError(
+            f"{where}: none of the known formats; {quoted(printed, 200)} hold values as Python prints them. Write these "
+            "columns with json.dumps, or save the data as JSON Lines or Parquet."
+        )
     return FeedbackError(
         f"{where}: none of the known formats; {_columns(present)}. Give it prompt, completion and label (or"
         " name them: --prompt-field, --completion-field, --label-field), messages and label, or chosen and"
@@ -414,10 +436,8 @@ def _label(present: Mapping[str, object], where: str, fields: FeedbackFields) ->
     if labels:
         return next(iter(labels.values()))
     if "rating" in present and not has_no_value(present["rating"]):
-        try:
+        with contextlib.suppress(UnknownLabelError):
             fields.rule.verdict(present["rating"], where, "rating")  # counts its values
-        except UnknownLabelError:
-            pass
         value = present["rating"]
         raise UnknownLabelError(f"{where}: there is a rating, {quoted(value)}, but no label.", "rating", value)
     raise LeftOut(UNRATED, f"there is no '{names[0]}'; {_columns(present)}")
@@ -453,12 +473,10 @@ def _canonical(value: object, where: str) -> bytes:
     except UnicodeEncodeError as error:
         found = quoted(error.object[max(0, error.start - 20) : error.end])
         raise FeedbackError(
-            f"{where}: text ending in {found} contains half a character (a lone surrogate). Repair or remove it."
+            f"{where}: text ending in {found} holds half a character (a lone surrogate). Repair or remove it."
         ) from None
     except (TypeError, ValueError) as error:
-        raise FeedbackError(
-            f"{where}: a message contains a value that JSON cannot represent ({error}). Write it as text."
-        ) from None
+        raise FeedbackError(f"{where}: a message holds what JSON cannot ({error}). Write it as text.") from None
 
 
 def _columns(record: Mapping[str, object]) -> str:

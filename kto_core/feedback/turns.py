@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.left_out import MEDIA, LeftOut
+from offline_kto.kto_core.feedback.labels import number_in
+from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
 from offline_kto.kto_core.feedback.messages import ROLES, Message, as_turns
+from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
 
 
@@ -14,23 +16,28 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
     """Yield a row for each judged turn of the assistant's: the turns before it, the turn, and its label.
 
     Raises:
-        FeedbackError: no list of turns, a parent that is its own ancestor, the judged turn is not there.
+        FeedbackError: no list of turns, a turn that is its own ancestor, the judged turn is not the assistant's.
+        LeftOut: the turns are not there, or the judged one is not among them.
     """
     conversation = _Conversation(mapping, turns, record, where)
+    if turns.label is None:
+        yield from _ranked_pairs(mapping, turns, conversation, record, where)
+        return
     rated = None if turns.rated is None else turns.rated.find(record, where)
-    found = False
+    there = found = False
     for number, turn in enumerate(conversation.turns):
         if turns.rated is not None and (number if turns.id is None else turns.id.find(turn, where)) != rated:
             continue
+        there = True
         if conversation.role(turn) != "assistant":
             continue
         found = True
         try:
             label = turns.label.verdict(turn if turns.rated is None else record, where)
-            before = [one for other in conversation.before(number) for one in conversation.message(other)]
             judged = list(conversation.message(turn))
+            before = [one for other in conversation.before(number) for one in conversation.message(other)]
         except LeftOut as left:
-            yield left
+            yield LeftOut(left.reason, left.detail or conversation.name(number))
             continue
         yield {
             "prompt": mapping.stripped(tuple(before)),
@@ -38,10 +45,43 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
             "label": label,
             **mapping.beside(record, where),
         }
+    if turns.rated is not None and not there:
+        raise LeftOut(MISSING_TURNS, f"{turns.rated.source}: no turn is {quoted(rated)}, which was judged")
     if turns.rated is not None and not found:
-        raise FeedbackError(
-            f"{where}: {turns.rated.source}: no turn of the assistant's is {quoted(rated)}, which is the one that was rated."
-        )
+        raise FeedbackError(f"{where}: {turns.rated.source}: the judged turn, {quoted(rated)}, is not the assistant's.")
+
+
+def _ranked_pairs(
+    mapping: Mapping, turns: JudgedTurns, conversation: "_Conversation", record: Record, where: str
+) -> Iterator[Native | LeftOut]:
+    """Yield a pair of the best answer to a turn and each of the others."""
+    assert turns.rank is not None
+    assert turns.parent is not None
+    answers: dict[object, list[tuple[float, int]]] = {}
+    for number, turn in enumerate(conversation.turns):
+        rank = number_in(turns.rank.find(turn, where))
+        if conversation.role(turn) != "assistant":
+            continue
+        if rank is None:
+            yield LeftOut(UNRATED)
+        else:
+            answers.setdefault(_key(turns.parent.find(turn, where)), []).append((rank, number))
+    for ranked in answers.values():
+        (least, best), *others = sorted(ranked)
+        if not others:
+            yield LeftOut(UNRATED, "the only ranked answer to its turn")
+        for rank, other in others:
+            try:
+                if rank == least:
+                    raise LeftOut(TIE, f"two answers of rank {rank:g}")
+                yield {
+                    "prompt": tuple(one for turn in conversation.before(best) for one in conversation.message(turn)),
+                    "chosen": mapping.stripped(conversation.message(conversation.turns[best])),
+                    "rejected": mapping.stripped(conversation.message(conversation.turns[other])),
+                    **mapping.beside(record, where),
+                }
+            except LeftOut as left:
+                yield left
 
 
 class _Conversation:
@@ -49,45 +89,89 @@ class _Conversation:
 
     def __init__(self, mapping: Mapping, turns: JudgedTurns, record: Record, where: str) -> None:
         self._mapping, self._spec, self._where = mapping, turns, where
-        found = turns.messages.find(record, where)
+        found = turns.messages.open(record, where)
+        if found is None:
+            raise LeftOut(MISSING_TURNS, f"{turns.messages.source}: nothing at {quoted(turns.messages.text)}")
         found = list(found.values()) if isinstance(found, dict) else found
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise FeedbackError(f"{where}: {turns.messages.source}: no list of turns, got {quoted(found)}.")
-        self.turns: list[dict[str, Any]] = found
-        self._by_id = {} if turns.id is None else {_key(turns.id.find(one, where)): one for one in found}
+        self.turns: list[dict[str, Any]] = []
+        # Position of the turn that comes before each: None at the beginning, _MISSING if it is not in the record.
+        self._before: list[int | None] = []
+        if turns.children is not None:
+            self._walk(found, turns.children)
+        else:
+            self.turns = found
+            self._before = list(self._parents())
+
+    def _walk(self, roots: list[dict[str, Any]], children: Path) -> None:
+        """Collect the turns of a tree, each before those that follow it."""
+        open_turns: list[tuple[dict[str, Any], int | None]] = [(one, None) for one in reversed(roots)]
+        while open_turns:
+            turn, parent = open_turns.pop()
+            number = len(self.turns)
+            self.turns.append(turn)
+            self._before.append(parent)
+            below = children.open(turn, self._where) or []
+            if not isinstance(below, list) or not all(isinstance(one, dict) for one in below):
+                raise FeedbackError(f"{self._where}: {children.source}: no list of turns, got {quoted(below)}.")
+            open_turns += [(one, number) for one in reversed(below)]
+
+    def _parents(self) -> Iterator[int | None]:
+        spec = self._spec
+        if spec.parent is None or spec.id is None:
+            yield from (number - 1 if number else None for number in range(len(self.turns)))
+            return
+        by_id = {_key(spec.id.find(one, self._where)): number for number, one in enumerate(self.turns)}
+        for turn in self.turns:
+            parent = spec.parent.find(turn, self._where)
+            yield by_id.get(_key(parent), _MISSING) if parent not in (None, "", False) else None
+
+    def name(self, number: int) -> str:
+        """Return what identifies a turn."""
+        key = None if self._spec.id is None else self._spec.id.find(self.turns[number], self._where)
+        return f"message {number + 1}" if key is None else f"message {quoted(key)}"
 
     def role(self, turn: Record) -> str:
         """Return a turn's role in the usual words."""
         value = self._spec.role.find(turn, self._where)
+        if value is None:
+            raise FeedbackError(
+                f"{self._where}: {self._spec.role.source}: a turn has no {quoted(self._spec.role.text)}."
+            )
         name = str(value).strip().lower()
         return self._spec.roles.get(name) or ROLES.get(name) or str(value)
 
     def before(self, number: int) -> list[dict[str, Any]]:
         """Return the turns that lead to one, the first of the conversation first."""
-        parent = self._spec.parent
-        if parent is None:
-            return self.turns[:number]
         found: list[dict[str, Any]] = []
-        key = parent.find(self.turns[number], self._where)
-        while (turn := self._by_id.get(_key(key))) is not None:
+        at = self._before[number]
+        while at is not None:
+            if at == _MISSING:
+                raise LeftOut(MISSING_TURNS, f"what comes before {self.name(number)}")
             if len(found) >= len(self.turns):
-                raise FeedbackError(f"{self._where}: {parent.source}: a turn is its own ancestor, {quoted(key)}.")
-            found.append(turn)
-            key = parent.find(turn, self._where)
+                raise FeedbackError(f"{self._where}: {self.name(number)} is its own ancestor.")
+            found.append(self.turns[at])
+            at = self._before[at]
         return found[::-1]
 
     def message(self, turn: Record) -> tuple[Message, ...]:
         """Return a turn as messages."""
-        if self._spec.refuse is not None and self._spec.refuse.find(turn, self._where):
-            raise LeftOut(MEDIA, self._spec.refuse.text)
+        for reason, path in self._spec.leave_out:
+            if path.find(turn, self._where):
+                raise LeftOut(reason, path.text)
         kept = {name: turn[name] for name in ("tool_calls", "function_call", "refusal") if turn.get(name) is not None}
         if self._spec.text is not None:
-            kept["content"] = self._spec.text.find(turn, self._where)
+            text = self._spec.text.find(turn, self._where)
+            kept["content"] = "" if text is None else text  # null is how tables store an empty text
         else:
             kept |= {name: turn[name] for name in ("content", "value", "text") if turn.get(name) is not None}
         turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._spec.messages.text)
         assert not isinstance(turns, str)
         return turns
+
+
+_MISSING = -1
 
 
 def _key(value: object) -> object:

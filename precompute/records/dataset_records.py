@@ -2,7 +2,8 @@
 
 import difflib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,14 +25,25 @@ _KINDS = {
     ".tsv": ".csv",
 }
 
-# JSON files of the datasets library that contain no rows.
+# A file or folder whose name begins with that of a split, without its number and its kind: "train_prefs".
+_SPLIT_NAME = re.compile(
+    r"((?:train|test|validation|valid|val|dev|eval)[A-Za-z]*(?:[._-][A-Za-z]+)*?)"
+    r"(?:[._-]?(?:part|shard|chunk)?[._-]?\d[\d._-]*(?:-of-\d+)?)*"
+    r"(?:\.(?:parquet|jsonl|ndjson|json|csv|tsv))?(?:\.gz)?",
+    re.IGNORECASE,
+)
+_HUB_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+# Splits that hold preferences, among those for fine-tuning and generation.
+_PREFERENCES = re.compile("pref|kto|dpo|pair|feedback")
+
+# JSON files of the datasets library that hold no rows.
 _DATASET_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 
-def read_dataset(path: Path, kind: str) -> Iterator[Located]:
+def read_dataset(path: Path, kind: str, split: str = "train") -> Iterator[Located]:
     name = dataset_name(path, kind)
     number = 0
-    dataset = _load_hub(path) if kind == "hub" else _load_saved(path)
+    dataset = _load_hub(path, split) if kind == "hub" else _load_saved(path, split)
     try:
         for row in dataset:
             number += 1
@@ -44,17 +56,37 @@ def dataset_name(path: Path, kind: str) -> str:
     return path.as_posix() if kind == "hub" else path.resolve().name
 
 
-def _load_hub(path: Path) -> "datasets.Dataset":
+def _load_hub(path: Path, split: str) -> "datasets.Dataset":
     import datasets
 
     name = path.as_posix()
     try:
-        return datasets.load_dataset(name, split="train")
+        return datasets.load_dataset(name, split=split)
     except Exception as error:
+        if "Unknown split" in str(error):
+            raise no_split(name, split, _hub_splits(name)) from None
         hint = suggest(path) if path.parent.is_dir() else " Check the name, or log in (hf auth login)."
         raise FeedbackError(
             f"{name}: neither a local path nor readable from the hub ({said_by(error)}).{hint}"
         ) from error
+
+
+def _hub_splits(name: str) -> list[str]:
+    import datasets
+
+    try:
+        return [str(split) for split in datasets.get_dataset_split_names(name)]
+    except Exception:  # noqa: BLE001 - the message names no splits then
+        return []
+
+
+def no_split(name: str, wanted: str, found: Iterable[str]) -> FeedbackError:
+    """Return the error about a split that is not there, or that several have a claim to, with one to name."""
+    splits = list(found)
+    begun = [split for split in splits if split.startswith("train")]
+    proposed = next((one for one in begun or splits if _PREFERENCES.search(one)), next(iter(begun or splits), None))
+    advice = "Check the name." if proposed is None else f"Name the one to read: --split {proposed}."
+    return FeedbackError(f"{name}: no split {quoted(wanted)}; found {quoted(splits, 300)}. {advice}")
 
 
 def is_saved(path: Path) -> bool:
@@ -63,7 +95,7 @@ def is_saved(path: Path) -> bool:
     return info or (path / "dataset_dict.json").is_file()
 
 
-def _load_saved(path: Path) -> "datasets.Dataset":
+def _load_saved(path: Path, split: str) -> "datasets.Dataset":
     import datasets
 
     name = dataset_name(path, "folder")
@@ -73,30 +105,50 @@ def _load_saved(path: Path) -> "datasets.Dataset":
         raise FeedbackError(f"{name}: not readable as a dataset ({said_by(error)}).") from error
     if not isinstance(dataset, dict):
         return dataset
-    if "train" not in dataset:
-        raise FeedbackError(
-            f"{name}: no split 'train'; found {quoted(list(dataset))}. Pass the folder of the split you want."
-        )
-    return dataset["train"]
+    if split not in dataset:
+        raise no_split(name, split, dataset)
+    return dataset[split]
 
 
-def data_files(path: Path) -> list[Path]:
-    """Return the files of the split `train` in a folder of data files, in the order in which they are read.
+def data_files(path: Path, split: str = "train") -> list[Path]:
+    """Return the files of a split in a folder of data files, in the order in which they are read.
 
     The datasets library determines them (by their names, or by the folder's README). It does not read them, because it
     caches rows by the files' time stamps: for a file that changed but kept its time stamp (rsync -t, cp -p, tar) it
-    would return the old rows.
+    would return the old rows. It takes train_prefs-00000-of-00001.parquet and train_sft-00000-of-00001.parquet for one
+    split; these are two, as their names say.
 
     Raises:
-        FeedbackError: none, several formats (of which datasets would silently read one), or a reference cache.
+        FeedbackError: no such split, several of which nothing says which one counts, several formats (of which datasets
+            would silently read one), or a reference cache.
     """
     found = _splits(path)
-    if "train" not in found:
-        raise FeedbackError(
-            f"{_shown_name(path)}: no split 'train'; found {quoted(list(found))}. Pass one file, or the folder of the split"
-            " you want."
-        )
-    return [file for file in found["train"] if file.name not in _DATASET_NOTES]
+    finer = _named_splits(path, found)
+    if split in finer:
+        return finer[split]
+    if split not in found:
+        raise no_split(_shown_name(path), split, {**found, **finer})
+    files = [file for file in found[split] if file.name not in _DATASET_NOTES]
+    merged = [name for name, named in finer.items() if set(named) & set(files)]
+    if len(merged) > 1:
+        raise no_split(_shown_name(path), split, merged)
+    return files
+
+
+def _named_splits(path: Path, found: dict[str, list[Path]]) -> dict[str, list[Path]]:
+    """Return the files of each split in whose names more than `train` or `test` stands: train_prefs, test_sft."""
+    names: dict[str, list[Path]] = {}
+    for file in (file for files in found.values() for file in files if file.name not in _DATASET_NOTES):
+        inside = file.relative_to(path.resolve()).parts if file.is_relative_to(path.resolve()) else (file.name,)
+        for part in reversed(inside):  # the folder may have the name of the split
+            named = _SPLIT_NAME.fullmatch(part)
+            if named is not None:
+                names.setdefault(named[1], []).append(file)
+                break
+    # Where one is just "train", datasets' rule holds, unless the names are those of the hub's Parquet files.
+    plain = {name for name in names if name in found}
+    sharded = all(_HUB_SHARD.search(file.name) for files in names.values() for file in files)
+    return {} if plain and not sharded else names
 
 
 def unread_files(path: Path) -> list[str]:

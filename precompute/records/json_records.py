@@ -22,8 +22,6 @@ _BLANK_LINES_BEFORE = 1000
 # Longest escape, literal or number that the end of a piece may cut in two.
 _LONGEST_WORD = 32
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
-# Keys under which one object contains a whole data set.
-_WRAPPERS = ("data", "rows", "train", "examples", "records", "instances", "items")
 
 
 def read_jsonl(handle: IO[bytes], name: str) -> Iterator[Located]:
@@ -86,13 +84,8 @@ def _array_items(text: "_Text") -> Iterator[tuple[int, object]]:
 
 def _object_items(text: "_Text") -> Iterator[tuple[int, object]]:
     """Yield (line, item) for consecutive objects, each on one or several lines."""
-    first = True
     while not text.is_over():
-        line, item = text.line, text.item("}")
-        if first and text.is_over() and isinstance(item, dict):
-            _refuse_wrapper(item, f"{text.name}:{line}")
-        first = False
-        yield line, item
+        yield text.line, text.item("}")
 
 
 class _Text:
@@ -208,15 +201,6 @@ def _unambiguous(pairs: list[tuple[str, object]]) -> Record:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unambiguous)
-
-
-def _refuse_wrapper(item: Record, where: str) -> None:
-    for key in _WRAPPERS:
-        if isinstance(item.get(key), list):
-            raise FeedbackError(
-                f"{where}: one object with a list under '{key}'. Expected an array of records, or one record"
-                f" on each line: save that list alone (jq .{key})."
-            )
 
 
 def _is_cut(error: Exception, text: str, position: int, closing: str) -> bool:

@@ -4,14 +4,15 @@
     feedback.json               an array of objects                          feedback.json:17
     feedback.csv, .tsv          a header, then one record each               feedback.csv:17
     feedback.parquet                                                         feedback.parquet: row 17
-    a folder of these           its split `train`                            sub/feedback.jsonl:17
-    a folder of save_to_disk    its split `train`                            folder: row 17
-    owner/name                  a dataset of the hub, its split `train`      owner/name: row 17
+    a folder of these           its split                                    sub/feedback.jsonl:17
+    a folder of save_to_disk    its split                                    folder: row 17
+    owner/name                  a dataset of the hub, its split              owner/name: row 17
 
-The three suffixes of JSON are interchangeable, and an object may span several lines. All files but Parquet may also
-end in .gz. Lines and rows count from 1; a record of several lines has the number of its first. Text is UTF-8, with or
-without a byte order mark. Files are read lazily, an item, a line or a batch of rows at a time. A record may be at
-most 64 MiB: a few compressed bytes may expand to more than the memory.
+The split is `train`, or that of `--split`. The three suffixes of JSON are interchangeable, and an object may span
+several lines. All files but Parquet may also end in .gz. Lines and rows count from 1; a record of several lines has the
+number of its first. Text is UTF-8, with or without a byte order mark, or UTF-16 with one. Files are read lazily, an
+item, a line or a batch of rows at a time. A record may have 64 MiB: a few compressed bytes may expand to more than the
+memory.
 """
 
 import gzip
@@ -46,6 +47,7 @@ from offline_kto.precompute.records.text_files import (
     MOST_PACKED,
     PARQUET,
     Located,
+    as_utf_8,
     check_form,
     readable,
 )
@@ -62,12 +64,14 @@ class SourceFile:
     bytes: int
 
 
-def read_records(data: str, *, limit: int | None = None, columns: Collection[str] | None = None) -> Iterator[Located]:
+def read_records(
+    data: str, *, limit: int | None = None, columns: Collection[str] | None = None, split: str = "train"
+) -> Iterator[Located]:
     """Return (where, record) for each record of `data`, or for its first `limit`, in stored order.
 
     `columns` names those that are needed. In Parquet only these are read, and all others have the value `NOT_READ`. A
-    record is a dict as stored. The value of an empty column is None. Parquet and datasets give every nested object the
-    keys of all others; there, nested keys without a value are left out.
+    record is a dict as stored. A column without a value holds None. Parquet and datasets give every nested object the
+    keys of all others; there, nested keys without a value are left out. `split` is that of a folder or a dataset.
 
     Raises:
         FeedbackError: `data` does not exist, is not readable, has no known format, or has no record. Errors in the path
@@ -78,13 +82,13 @@ def read_records(data: str, *, limit: int | None = None, columns: Collection[str
         _check_suffix(path.name)
         name, records = path.name, _read_file(path, path.name, columns)
     elif kind == "folder" and not is_saved(path):
-        name, records = dataset_name(path, kind), _read_files(path, columns)
+        name, records = dataset_name(path, kind), _read_files(path, columns, split)
     else:
-        name, records = dataset_name(path, kind), read_dataset(path, kind)
+        name, records = dataset_name(path, kind), read_dataset(path, kind, split)
     return itertools.islice(_not_empty(records, name), limit)
 
 
-def describe_source(data: str) -> list[SourceFile]:
+def describe_source(data: str, split: str = "train") -> list[SourceFile]:
     """Return name, hash and size of each file in `data`, in the order of the paths.
 
     A file is one entry. A folder of data files has one entry for each file that is read. A dataset of the hub or from
@@ -99,10 +103,10 @@ def describe_source(data: str) -> list[SourceFile]:
         _check_suffix(path.name)
         return [_hash_file(path)]
     if kind == "folder" and not is_saved(path):
-        return [_hash_file(file) for file in sorted(data_files(path))]
+        return [_hash_file(file) for file in sorted(data_files(path, split))]
     digest = hashlib.sha256()
     size = 0
-    for _, row in read_dataset(path, kind):
+    for _, row in read_dataset(path, kind, split):
         line = json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__).encode() + b"\n"
         digest.update(line)
         size += len(line)
@@ -171,8 +175,8 @@ def _not_empty(records: Iterator[Located], name: str) -> Iterator[Located]:
         raise FeedbackError(f"{name}: empty, or without any record. Check that this is the right source.")
 
 
-def _read_files(folder: Path, columns: Collection[str] | None) -> Iterator[Located]:
-    for file in data_files(folder):
+def _read_files(folder: Path, columns: Collection[str] | None, split: str) -> Iterator[Located]:
+    for file in data_files(folder, split):
         yield from _read_file(file, os.path.relpath(file, folder.resolve()), columns)
 
 
@@ -185,8 +189,9 @@ def _read_file(path: Path, name: str, columns: Collection[str] | None) -> Iterat
         yield from read_parquet(path, name, columns)
         return
     most = LARGEST_RECORD + MOST_PACKED * path.stat().st_size
-    with readable(name), _open(path) as handle:
-        check_form(handle, name)
+    with readable(name), _open(path) as file:
+        check_form(file, name)
+        handle = as_utf_8(file, name)
         for item in _TEXT_FORMATS[suffix](handle, name):
             if handle.tell() > most:
                 raise FeedbackError(f"{name}: unpacks to more than {MOST_PACKED} times its size. {COPY_AGAIN}")

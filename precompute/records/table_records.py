@@ -1,9 +1,10 @@
 """Read records of CSV, TSV and Parquet files."""
 
 import csv
-import json
+import itertools
+import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -24,9 +25,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+# What separates the columns of tables, and how Excel says it on a line of its own.
+_DELIMITERS = (",", ";", "\t")
+_EXCEL_SEPARATOR = re.compile(r'"?sep=([,;\t|])"?', re.IGNORECASE)
+
 _BATCH_ROWS = 256
 # The value of a column that was not requested.
 NOT_READ = "(not read)"
+
+# The log of Gradio's ChatInterface names five columns and writes four: its "value" is missing.
+_GRADIO_HEADER = ["conversation", "index", "value", "flag", "timestamp"]
+_GRADIO_ROW = ["conversation", "index", "flag", "timestamp"]
 
 # Values of one column in a row group: a billion of them may be compressed into a few bytes.
 _MOST_VALUES = 2**27
@@ -37,20 +46,42 @@ _OBJECT = 64
 def read_csv(handle: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Located]:
     # The default of 131,072 characters is less than a long answer. The limit is global, so it is only raised.
     csv.field_size_limit(max(csv.field_size_limit(), LARGEST_RECORD))
-    rows = _csv_rows(handle, name, delimiter)
+    delimiter, skipped = _delimiter(handle, name, delimiter)
+    rows = itertools.dropwhile(lambda row: row[0] <= skipped, _csv_rows(handle, name, delimiter))
     columns: list[str] | None = None
     for line, cells in rows:
         where = f"{name}:{line}"
         if columns is None:
             columns = _csv_header(cells, where, delimiter)
+        elif columns == _GRADIO_HEADER and len(cells) == len(_GRADIO_ROW):
+            yield where, _named(_GRADIO_ROW, cells)
         elif len(cells) != len(columns):
             raise FeedbackError(
                 f"{where}: {len(cells)} cells under a header of {len(columns)}. The file is truncated, or a"
                 " cell with a delimiter or a line break is not in quotes."
             )
         else:
-            named = zip(columns, cells, strict=True)
-            yield where, {column: _cell(cell, column, where) for column, cell in named if column != ""}
+            yield where, _named(columns, cells)
+
+
+def _named(columns: Iterable[str], cells: list[str]) -> Record:
+    """Return the cells by column, empty ones as None."""
+    return {column: cell or None for column, cell in zip(columns, cells, strict=True) if column != ""}
+
+
+def _delimiter(handle: IO[bytes], name: str, usual: str) -> tuple[str, int]:
+    """Return (what separates the columns, number of lines before the header).
+
+    A header without the usual delimiter that has another one is separated by that: Excel writes semicolons in many
+    countries, tabs in its Unicode text, and may begin a file with "sep=;".
+    """
+    first = next(lines_of(handle, name), "").strip("\r\n")
+    handle.seek(0)
+    said = _EXCEL_SEPARATOR.fullmatch(first)
+    if said is not None:
+        return said[1], 1
+    others = [mark for mark in _DELIMITERS if mark in first]
+    return (others[0] if usual not in first and len(others) == 1 else usual), 0
 
 
 def _csv_rows(handle: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -109,20 +140,6 @@ def _refuse_twins(columns: Collection[str], where: str) -> None:
     column, count = Counter(columns).most_common(1)[0] if columns else ("", 0)
     if count > 1:
         raise FeedbackError(f"{where}: two columns have the name {quoted(column)}. Rename one of them.")
-
-
-def _cell(cell: str, column: str, where: str) -> object:
-    """Return None for an empty cell, and the parsed value for a JSON list in the columns of conversations."""
-    if cell == "":
-        return None
-    if column not in ("messages", "conversations") or not cell.lstrip().startswith("["):
-        return cell
-    try:
-        return json.loads(cell)
-    except (ValueError, RecursionError):
-        raise FeedbackError(
-            f"{where}: '{column}' is not valid JSON, got {quoted(cell)}. Write it with json.dumps, not str."
-        ) from None
 
 
 def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) -> Iterator[Located]:

@@ -2,10 +2,11 @@
 
 import codecs
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, Any, cast
 
 from offline_kto.kto_core.errors import FeedbackError, said_by
 
@@ -18,6 +19,8 @@ MOST_PACKED = 500
 # Consecutive blank lines: a compressed file may contain billions of them.
 _MOST_BLANK_LINES = 10**6
 _PIECE = 2**20
+_UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_UTF_32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 COPY_AGAIN = "Copy or download it again."
 TOO_LARGE = (
     f"A record may be at most {LARGEST_RECORD // 2**20} MiB: remove larger values, or store them in another column."
@@ -71,6 +74,57 @@ def check_form(handle: IO[bytes], name: str, expected: bytes | None = None) -> N
     for mark, (form, advice) in _FORMS.items():
         if mark != expected and start.startswith(mark):
             raise FeedbackError(f"{name}: the content is {form}. {advice}")
+
+
+def as_utf_8(handle: IO[bytes], name: str) -> IO[bytes]:
+    """Return a file of UTF-16 that begins with a byte order mark as UTF-8; any other file as it is.
+
+    Args:
+        handle: at its beginning, before and after.
+    """
+    start = handle.read(4)
+    handle.seek(0)
+    if not start.startswith(_UTF_16_MARKS) or start in _UTF_32_MARKS:
+        return handle
+    return cast(IO[bytes], io.BufferedReader(_Utf16File(handle, name)))
+
+
+class _Utf16File(io.RawIOBase):
+    """A file of UTF-16, read as UTF-8."""
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        self._file, self._name = file, name
+        self.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go back to the beginning. Going anywhere else is not supported."""
+        if (offset, whence) == (0, io.SEEK_SET):
+            self._file.seek(0)
+            self._decoder = codecs.getincrementaldecoder("utf-16")()
+            self._ready, self._position = b"", 0
+        elif (offset, whence) != (0, io.SEEK_CUR):
+            raise io.UnsupportedOperation("seek")
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            raw = self._file.read(_PIECE)
+            try:
+                self._ready = self._decoder.decode(raw, final=not raw).encode("utf-8")
+            except UnicodeDecodeError as error:
+                raise FeedbackError(f"{self._name}: not readable as UTF-16 ({error.reason}). {COPY_AGAIN}") from None
+            if not raw:
+                break
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        self._position += size
+        return size
 
 
 def decode(raw: bytes, name: str, line: int) -> str:

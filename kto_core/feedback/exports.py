@@ -1,0 +1,325 @@
+"""Find what was asked and answered in the records of tools that log calls, and what was handed in by raters.
+
+These are functions of mappings (see `paths`): they do what JMESPath cannot say. All of them read JSON text, as tables
+store it, like what it says.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+# Keys of a call's inputs and outputs that hold the text, by the name that programmers give them.
+_ASKED: Final = (
+    *("prompt", "input", "inputs", "question", "query", "instruction", "user_input", "user_query", "user_message"),
+    *("user_prompt", "message", "text", "prompts"),
+)
+_ANSWERED: Final = (
+    *(
+        "output",
+        "outputs",
+        "answer",
+        "response",
+        "completion",
+        "result",
+        "generation",
+        "output_text",
+        "text",
+        "message",
+    ),
+    *("content", "reply"),
+)
+_MESSAGES: Final = ("messages", "chat", "conversation")
+_OPTIONS: Final = ("choices", "generations")
+_HISTORY: Final = ("chat_history", "history")
+_SYSTEM: Final = ("system", "system_prompt", "system_message", "instructions")
+# Keys whose value may be an object that has the text in turn; elsewhere an object holds settings.
+_OBJECTS: Final = ("input", "inputs", "output", "outputs", "response", "result", "message", "completion", "generation")
+_SEGMENT = re.compile(r"\[[^\]]*\]|[^.]+")
+_JSON_START = re.compile(r"\s*[\[{]")
+_PYTHON_START = re.compile(r"\s*(?:\[\s*)?[\[{]\s*'|\s*array\(")
+# Gradio puts an apostrophe before cells that a spreadsheet may take for a formula.
+_ESCAPED = re.compile(r"'(?=[=+\-@\t\n]|.*,[=+\-@\t\n])", re.DOTALL)
+
+
+def opened(value: Any) -> Any:
+    """Return the list or object in a JSON text; any other value as it is."""
+    if not isinstance(value, str) or _JSON_START.match(value) is None:
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def entered(value: Any) -> Any:
+    """Return like `opened`, for a value in which something is looked for.
+
+    Raises:
+        ValueError: a list or an object as Python prints it.
+    """
+    found = opened(value)
+    if is_printed(found):
+        raise ValueError(
+            f"a value as Python prints it, {found[:60]!r}; write the column with json.dumps, or save the data as JSON Lines"
+        )
+    return found
+
+
+def is_printed(value: object) -> bool:
+    """Return whether a text is a list or an object as Python prints it."""
+    return isinstance(value, str) and _PYTHON_START.match(value) is not None
+
+
+def only(value: object) -> object:
+    """Return the only value of an object, whatever its key; any other value, or the usual keys, as they are."""
+    found = opened(value)
+    there = (
+        {key: item for key, item in found.items() if item not in (None, "", [], {})} if isinstance(found, dict) else {}
+    )
+    usual = {*_ASKED, *_ANSWERED, *_MESSAGES, *_OPTIONS}
+    return opened(next(iter(there.values()))) if len(there) == 1 and not usual & set(there) else found
+
+
+def has(value: object, keys: list[str]) -> bool:
+    """Return whether a value is an object with all of these keys; their values may be null."""
+    found = opened(value)
+    return isinstance(found, dict) and all(key in found for key in keys)
+
+
+def without(value: object, keys: list[str]) -> object:
+    """Return an object without some of its keys; any other value as it is."""
+    found = opened(value)
+    return {key: item for key, item in found.items() if key not in keys} if isinstance(found, dict) else value
+
+
+def under(value: object, prefix: str) -> dict[str, object]:
+    """Return the keys of an object that begin with a prefix, without it, where they have a value."""
+    found = value if isinstance(value, dict) else {}
+    return {key[len(prefix) :]: item for key, item in found.items() if key.startswith(prefix) and item is not None}
+
+
+def nested(value: object) -> object:
+    """Return an object whose keys are paths ("output.choices.0.message") as nested objects and lists.
+
+    Null values are left out. What stands in brackets is one key: "feedback.[wandb.reaction.1].payload".
+    """
+    tree: dict[str, Any] = {}
+    for key, item in value.items() if isinstance(value, dict) else ():
+        *parents, last = _SEGMENT.findall(key) or [key]
+        at = tree
+        for one in parents:
+            inner = at.setdefault(one, {})
+            if not isinstance(inner, dict):
+                break
+            at = inner
+        else:
+            if item is not None:
+                at[last] = opened(item)
+    return _with_lists(tree)
+
+
+def _with_lists(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    found = {key: _with_lists(item) for key, item in value.items()}
+    numbers = [str(number) for number in range(len(found))]
+    return [found[number] for number in numbers] if found and set(found) == set(numbers) else found
+
+
+def matching(values: object, key: str, value: object) -> list[object]:
+    """Return the objects of a list in which a key has a value, compared as text."""
+    found = values if isinstance(values, list) else []
+    return [one for one in found if isinstance(one, dict) and str(one.get(key)) == str(value)]
+
+
+def unescaped(value: object) -> object:
+    """Return a cell without the apostrophe that Gradio put before it."""
+    return _ESCAPED.sub("", value, count=1) if isinstance(value, str) and _ESCAPED.match(value) else value
+
+
+def pairs(value: object) -> list[dict[str, object]]:
+    """Return pairs of question and answer as turns, each with its `id`: "1,0" is the question of the second pair.
+
+    A side that is null, as before a greeting, is no turn. A side that is a list is the path of a file.
+    """
+    found = entered(value)
+    turns: list[dict[str, object]] = []
+    for number, pair in enumerate(found if isinstance(found, list) else []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"not a pair of question and answer: {pair!r:.60}")
+        for side, text in enumerate(pair):
+            content = [{"type": "file", "file": text}] if isinstance(text, list) else text
+            if text is not None:
+                turns.append({"id": f"{number},{side}", "role": ("user", "assistant")[side], "content": content})
+    return turns
+
+
+def asked(value: object) -> object:
+    """Return what a call was asked: text, or messages with the system text and the history that stand beside it.
+
+    Raises:
+        ValueError: an object in which nothing says what the question is.
+    """
+    found = _known(value, (*_ASKED, *_MESSAGES, "args", "kwargs"))
+    if not isinstance(found, Mapping) or "role" in found:
+        return _as_text(found)
+    call = _arguments(found)
+    if call is not found:
+        return asked(call)
+    text = _messages_at(found) or _text_at(found, _ASKED, "asked")
+    if isinstance(text, Mapping):
+        text = asked(text)
+    if isinstance(text, list) and len(text) == 1 and isinstance(text[0], str):  # a batch of one
+        text = text[0]
+    return _with_context(found, _as_text(text))
+
+
+def _messages_at(found: Mapping[str, Any]) -> list[object] | None:
+    for name in _MESSAGES:
+        messages = opened(found.get(name))
+        if isinstance(messages, list) and messages:
+            return messages
+    return None
+
+
+def _as_text(value: object) -> object:
+    """Return a number as the text that it was: tools parse a text such as "5" as JSON."""
+    return json.dumps(value) if isinstance(value, bool | int | float) else value
+
+
+def _with_context(found: Mapping[str, Any], text: object) -> object:
+    """Return a question, preceded by the system text and the earlier turns that stand beside it."""
+    turns = text if isinstance(text, list) else None
+    before: list[object] = []
+    for name in _HISTORY:
+        earlier = opened(found.get(name))
+        if not earlier:
+            continue
+        if not isinstance(earlier, list) or not all(isinstance(one, Mapping) for one in earlier):
+            raise ValueError(f"'{name}' stands beside the question and is no list of messages")
+        before += earlier
+    system = next((found[name] for name in _SYSTEM if isinstance(found.get(name), str) and found[name].strip()), None)
+    if system is not None:
+        before.insert(0, {"role": "system", "content": system})
+    if not before or text is None:
+        return text
+    return [*before, *(turns if turns is not None else [{"role": "user", "content": text}])]
+
+
+def _arguments(call: Mapping[str, Any]) -> Any:
+    """Return the only argument of a function that was called with `args` and `kwargs`; other objects as they are."""
+    if not call or not set(call) <= {"args", "kwargs"}:
+        return call
+    args, kwargs = opened(call.get("args")) or [], opened(call.get("kwargs")) or {}
+    if isinstance(args, list) and isinstance(kwargs, dict) and len(args) + bool(kwargs) == 1:
+        return args[0] if args else kwargs
+    raise ValueError("several arguments, and nothing says which of them is the question")
+
+
+def answered(value: object) -> object:
+    """Return what a call answered: text or messages; None if there is nothing.
+
+    Raises:
+        ValueError: an object in which nothing says what the answer is.
+    """
+    found = _known(value, (*_ANSWERED, *_MESSAGES, *_OPTIONS))
+    if isinstance(found, list):
+        # The Responses API lists the reasoning, which is encrypted or a summary, before the message.
+        kept = [one for one in found if not (isinstance(one, Mapping) and one.get("type") == "reasoning")]
+        return kept or None
+    if not isinstance(found, Mapping) or "role" in found or _is_langchain(found):
+        return _as_text(found)
+    for name in _OPTIONS:
+        options = opened(found.get(name))
+        while isinstance(options, list) and len(options) == 1 and isinstance(options[0], list):
+            options = options[0]  # a batch of one
+        if isinstance(options, list) and options:
+            if len(options) > 1:
+                raise ValueError(f"several {name}, and nothing says which of them was judged")
+            return _chosen(options[0])
+    text = _messages_at(found) or _text_at(found, _ANSWERED, "answered")
+    return answered(text) if isinstance(text, Mapping | list) else _as_text(text)
+
+
+def _chosen(option: object) -> object:
+    if not isinstance(option, Mapping):
+        return option
+    message = opened(option.get("message")) or option.get("text")
+    # A table may have the message's content alone.
+    return message.get("content") if isinstance(message, Mapping) and set(message) == {"content"} else message
+
+
+def _is_langchain(value: Mapping[str, object]) -> bool:
+    return isinstance(value.get("kwargs", value.get("data")), Mapping) or isinstance(value.get("type"), str)
+
+
+def _known(value: object, keys: tuple[str, ...]) -> object:
+    """Return the object in a JSON text if it has one of these keys: other JSON text may be what somebody wrote."""
+    found = opened(value)
+    if isinstance(value, str) and isinstance(found, dict) and not any(key in found for key in keys):
+        return value
+    if isinstance(value, str) and isinstance(found, list) and not all(isinstance(one, dict) for one in found):
+        return value
+    return found
+
+
+def _text_at(found: Mapping[str, Any], names: tuple[str, ...], what: str) -> object:
+    """Return the value of the only key that is one of these."""
+    there = {key: item for key, item in found.items() if item not in (None, "", [], {})}
+    known = [name for name in names if name in there and (name in _OBJECTS or not isinstance(there[name], dict))]
+    if len(known) == 1:
+        return opened(there[known[0]]) if known[0] in _OBJECTS else there[known[0]]
+    if not there:
+        return None
+    shown = ", ".join(repr(name) for name in [*(known or there)][:8])
+    raise ValueError(
+        f"nothing says which of the keys {shown} holds what was {what}; say it with --map FILE, or with --prompt-field, "
+        "--completion-field and --label-field"
+    )
+
+
+def submitted(record: object) -> dict[str, list[object]]:
+    """Return the answers to each question of an Argilla record that were handed in, by the question's name.
+
+    Drafts and discarded answers do not count. Where an answer has no status of its own, the record's status does.
+    """
+    if not isinstance(record, dict):
+        return {}
+    whole = record.get("status") not in ("pending", "draft", "discarded")
+    found: dict[str, list[object]] = {}
+    for name, values, statuses in _questions(record):
+        kept = [
+            value
+            for value, status in zip(values, statuses, strict=True)
+            if value is not None and (status == "submitted" or (status is None and whole))
+        ]
+        if kept:
+            found[name] = kept
+    return found
+
+
+def _questions(record: dict[str, Any]) -> Any:
+    """Yield (name, values, statuses) of each question, in the nested, the flat and the older form of the records."""
+    inner = entered(record.get("responses"))
+    for name, answers in inner.items() if isinstance(inner, dict) else ():
+        yield name, *_answers(answers)
+    for key in record:
+        if key.endswith(".responses"):
+            values = entered(record[key])
+            values = values if isinstance(values, list) else []
+            statuses = entered(record.get(f"{key}.status"))
+            fits = isinstance(statuses, list) and len(statuses) == len(values)
+            yield key.removesuffix(".responses"), values, statuses if fits else [None] * len(values)
+        elif f"{key}-suggestion" in record:
+            yield key, *_answers(record[key])
+
+
+def _answers(value: object) -> tuple[list[object], list[object]]:
+    found = entered(value)
+    if isinstance(found, dict):  # a list of objects, as `datasets` stores it
+        columns = {key: item for key, item in found.items() if isinstance(item, list)}
+        values = columns.get("value", [])
+        return values, columns.get("status", [None] * len(values))
+    items = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return [one.get("value") for one in items], [one.get("status") for one in items]

@@ -1,0 +1,58 @@
+"""Find the columns that look like feedback, for the message about data without labels."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from offline_kto.kto_core.feedback.labels import Scale, has_no_value, number_in, usual_label
+from offline_kto.kto_core.feedback.paths import key_path
+from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.precompute.records.text_files import Located
+
+# Names of columns that hold feedback in what tools export.
+_NAMES = re.compile(
+    "label|score|rating|rated|feedback|thumb|reward|vote|like|helpful|quality|verdict|accept|approv|correct|good|bad|"
+    "pass|fail|reaction|emoji|sentiment|flag|grade|prefer|satisf|useful|safe|stars|eval|judg",
+    re.IGNORECASE,
+)
+_MOST_RECORDS = 10_000
+_MOST_COLUMNS = 8
+# A text column with more different values is no scale of words.
+_MOST_WORDS = 12
+_DEPTH = 3
+
+
+def feedback_columns(records: Iterable[Located]) -> list[str]:
+    """Return a line for each column that looks like feedback: its path, its values with their counts, what to pass."""
+    counts: dict[str, Counter[str]] = {}
+    usual: dict[str, bool] = {}
+    for number, (_, record) in enumerate(records):
+        if number == _MOST_RECORDS:
+            break
+        for path, value in _values(record):
+            counts.setdefault(path, Counter())[quoted(value, 30)] += 1
+            usual[path] = usual.get(path, True) and usual_label(value) is not None
+    lines = []
+    for path, values in counts.items():
+        numbers = sum(number_in(value.strip('"')) is not None for value in values)
+        if len(values) > _MOST_WORDS and numbers < len(values):
+            continue
+        scale = Scale(values)
+        proposal = "" if usual[path] else scale.proposal() or "--up ... --down ..."
+        shown = path if path.isidentifier() else f"'{path}'"
+        lines.append(f"{path}: {scale.in_words()}; pass --label-field {shown}{f' {proposal}' if proposal else ''}")
+    return lines[:_MOST_COLUMNS]
+
+
+def _values(record: Mapping[str, Any], prefix: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, object]]:
+    """Yield (path, value) of what may be feedback."""
+    for key, value in record.items():
+        path = prefix + key_path(key)
+        if isinstance(value, Mapping) and depth > 1:
+            inside = _values(value, f"{path}.", depth - 1)
+            yield from ((name, one) for name, one in inside)
+        elif has_no_value(value) or isinstance(value, list | Mapping):
+            continue
+        elif isinstance(value, bool) or _NAMES.search(path):
+            yield path, value

@@ -1,0 +1,97 @@
+"""Find the records in a JSON file that is one object: a list under one of its keys, or a table of pandas.
+
+{"traces": [{...}, {...}], "total": 2}                          the only list of objects
+{"data": {"items": [{...}]}}                                    also one level deeper
+{"prompt": {"0": "...", "1": "..."}, "label": {"0": ...}}       DataFrame.to_json()
+{"columns": [...], "index": [...], "data": [[...], ...]}        DataFrame.to_json(orient="split")
+{"0": {"prompt": "..."}, "1": {...}}                            DataFrame.to_json(orient="index")
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.precompute.records.text_files import Record
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records in a document.
+
+    Attributes:
+        place: what holds them, for the plan: "under 'traces'".
+    """
+
+    place: str
+    records: list[Record]
+
+
+def records_in(document: Record, where: str) -> Records | None:
+    """Return the records in an object; None if it holds none.
+
+    Raises:
+        FeedbackError: several lists, of which nothing says which one counts; a table whose rows have other lengths.
+    """
+    return _split_table(document, where) or _table(document) or _list(document, where)
+
+
+def table_in(document: Record, where: str) -> Records | None:
+    """Return the records of a table of pandas only; its columns may have the names of a record's."""
+    return _split_table(document, where) or _table(document)
+
+
+def _split_table(document: Record, where: str) -> Records | None:
+    columns, rows = document.get("columns"), document.get("data")
+    if not isinstance(columns, list) or not isinstance(rows, list) or not all(isinstance(one, str) for one in columns):
+        return None
+    if not all(isinstance(row, list) for row in rows):
+        return None
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(columns):
+            raise FeedbackError(f"{where} (record {number}): {len(row)} values under {len(columns)} columns.")
+    return Records("as a table of pandas (split)", [dict(zip(columns, row, strict=True)) for row in rows])
+
+
+def _table(document: Record) -> Records | None:
+    inner = list(document.values())
+    if not inner or not all(isinstance(one, Mapping) and one for one in inner):
+        return None
+    columns = {name: dict(value) for name, value in document.items() if isinstance(value, Mapping)}
+    if all(name.isdecimal() for name in columns):
+        return Records("as a table of pandas (index)", list(columns.values()))
+    index = list(next(iter(columns.values())))
+    if all(name.isdecimal() for name in index) and all(list(column) == index for column in columns.values()):
+        rows = [{name: column[row] for name, column in columns.items()} for row in index]
+        return Records("as a table of pandas (columns)", rows)
+    return None
+
+
+def _list(document: Record, where: str) -> Records | None:
+    found = {key: value for key, value in document.items() if _is_list(value)}
+    if not found:
+        deeper = {f"{outer}.{key}": value for outer, key, value in _inner(document) if _is_list(value)}
+        found = deeper
+    if len(found) > 1:
+        sizes = ", ".join(f"{quoted(key)} ({len(value):,})" for key, value in found.items() if isinstance(value, list))
+        raise FeedbackError(
+            f"{where}: one object with several lists: {sizes}. Say which one holds the records: a mapping (--map FILE) with "
+            f"`records: {next(iter(found))}`, or save that list alone."
+        )
+    for key, value in found.items():
+        assert isinstance(value, list)
+        return Records(f"under {quoted(key)}", value)
+    return None
+
+
+def _inner(document: Record) -> list[tuple[str, str, object]]:
+    return [
+        (outer, key, item)
+        for outer, value in document.items()
+        if isinstance(value, Mapping)
+        for key, item in value.items()
+    ]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(one, dict) for one in value)
