@@ -157,8 +157,8 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
     dropped: Counter[str] = Counter()
     examples: dict[bool, list[tuple[str, PlannedRow]]] = {True: [], False: []}
     read = 0
-    for chunk in _chunks(feedback.rows()):
-        for row, tokens in zip(chunk, tokenizing.tokenize(chunk), strict=True):
+    for chunk, tokenized in tokenizing.tokenize_chunks(_chunks(feedback.rows())):
+        for row, tokens in zip(chunk, tokenized, strict=True):
             if isinstance(tokens, TokenizationError):
                 feedback.reject(row.where, tokens)
                 continue

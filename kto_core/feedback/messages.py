@@ -40,6 +40,7 @@ _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "text")
 REASONING: Final = ("reasoning_content", "reasoning", "thinking", "thought")
 
+_USUAL = ("user", "assistant", "system")
 _TEXT_PARTS = {"text", "output_text", "input_text"}
 _REASONING_PARTS = {"thinking", "think", "reasoning", "redacted_thinking"}
 _LANGCHAIN_TYPES = {
@@ -190,6 +191,11 @@ def _without_prefixes(value: object, *prefixes: str) -> object:
 
 def _message(value: object, where: str, what: str) -> Iterator[Message]:
     """Yield the message; those of tools, whose results may stand in a user's message, come before it."""
+    if type(value) is dict and len(value) == 2:  # the usual form, of which there are many
+        usual, text = value.get("role"), value.get("content")
+        if usual in _USUAL and type(text) is str:
+            yield {"role": usual, "content": text}
+            return
     if not isinstance(value, Mapping):
         raise FeedbackError(
             f'{where}: {what} must look like {{"role": "user", "content": "..."}}, got {quoted(value)}.'

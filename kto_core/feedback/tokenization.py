@@ -1,8 +1,10 @@
 """Tokenize feedback rows into prompt and completion ids, and check the boundary between them."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -10,11 +12,13 @@ from offline_kto.kto_core.errors import TokenizationError, said_by
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.chat_templates import ChatRenderer
 from offline_kto.kto_core.feedback.decoding import Decoder
+from offline_kto.kto_core.feedback.encoding import Encoder
 from offline_kto.kto_core.feedback.findings import Findings
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.library_types import Tokenizer
 
 ResultT = TypeVar("ResultT")
+_Sides: TypeAlias = tuple[list[list[int]], list[list[int]]]
 
 # Last tokens that are searched for a turn's end: templates may write a line break or two after it.
 _END_TOKENS = 4
@@ -58,6 +62,7 @@ class Tokenizing:
         self._findings = Findings()
         self._renderer = ChatRenderer(tokenizer, now=now, findings=self._findings)
         self._decoder = Decoder(tokenizer)
+        self._encoder = Encoder(tokenizer)
         self._around: tuple[list[int], list[int]] | None = None
         self._unknown = _unknown_token(tokenizer)
         self._rows = self._ids = 0
@@ -87,16 +92,37 @@ class Tokenizing:
             TokenizationError: no chat template for a conversation, no EOS for plain text, ids that do not decode to the
                 text, or a tokenizer that fails.
         """
-        found: list[_Rendered | TokenizationError] = [self._render(row) for row in rows]
-        right = [(row, item) for row, item in zip(rows, found, strict=True) if isinstance(item, _Rendered)]
-        if not right:
-            return [item for item in found if isinstance(item, TokenizationError)]
-        kept, rendered = [row for row, _ in right], [item for _, item in right]
-        # One call for all texts: the tokenizer is parallel inside. Templates write BOS themselves.
-        prompts = self._encode_rows(kept, [item.prompt for item in rendered])
-        fulls = self._encode_rows(kept, [item.text for item in rendered])
-        tokens = (self._tokens(*parts) for parts in zip(kept, rendered, prompts, fulls, strict=True))
-        return [next(tokens) if isinstance(item, _Rendered) else item for item in found]
+        return next(iter(self.tokenize_chunks([rows])))[1]
+
+    def tokenize_chunks(
+        self, chunks: Iterable[Sequence[FeedbackRow]]
+    ) -> Iterator[tuple[Sequence[FeedbackRow], list[Tokens | TokenizationError]]]:
+        """Yield rows with what `tokenize` returns for them; the next chunk is rendered while one is encoded."""
+        waiting: deque[tuple[Sequence[FeedbackRow], list[_Rendered | TokenizationError], Future[_Sides]]] = deque()
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            try:
+                for rows in chunks:
+                    found = [self._render(row) for row in rows]
+                    waiting.append((rows, found, pool.submit(self._encode_sides, rows, found)))
+                    if len(waiting) > 1:
+                        yield self._finished(*waiting.popleft())
+                while waiting:
+                    yield self._finished(*waiting.popleft())
+            finally:
+                for *_, sides in waiting:
+                    sides.cancel()
+
+    def _finished(
+        self,
+        rows: Sequence[FeedbackRow],
+        found: list["_Rendered | TokenizationError"],
+        sides: "Future[_Sides]",
+    ) -> tuple[Sequence[FeedbackRow], list[Tokens | TokenizationError]]:
+        encoded = zip(*sides.result(), strict=True)
+        return rows, [
+            self._tokens(row, item, *next(encoded)) if isinstance(item, _Rendered) else item
+            for row, item in zip(rows, found, strict=True)
+        ]
 
     def check(self) -> None:
         """Check all rows together. Raises: TokenizationError: most completions have only unknown or special tokens."""
@@ -193,20 +219,22 @@ class Tokenizing:
             self._around = before, [] if after == [self._tokenizer.eos_token_id] else after
         return self._around
 
-    def _encode_rows(self, rows: Sequence[FeedbackRow], texts: list[str]) -> list[list[int]]:
+    def _encode_sides(self, rows: Sequence[FeedbackRow], found: Sequence["_Rendered | TokenizationError"]) -> "_Sides":
+        """Return the ids of the prompts, and of the whole texts, of the rows that could be rendered."""
+        rendered = [item for item in found if isinstance(item, _Rendered)]
+        if not rendered:
+            return [], []
+        sides = [item.prompt for item in rendered], [item.completion for item in rendered]
         try:
-            return self._encode(rows[0].where, texts)
+            return self._guarded(rows[0].where, lambda: self._encoder.encode_sides(*sides))
         except TokenizationError:
-            for row, text in zip(rows, texts, strict=True):  # find the row that fails
-                self._encode(row.where, [text])
+            for row, item in zip(rows, found, strict=True):  # find the row that fails
+                if isinstance(item, _Rendered):
+                    self._encode(row.where, [item.prompt, item.text])
             raise
 
     def _encode(self, where: str, texts: list[str], *, special: bool = False) -> list[list[int]]:
-        def encode() -> list[list[int]]:
-            encoded = self._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-            return [list(ids) for ids in encoded]
-
-        return self._guarded(where, encode)
+        return self._guarded(where, lambda: self._encoder.encode(texts, special=special))
 
     def _encode_apart(self, where: str, completion: str) -> list[int]:
         """Return ids of a completion that continues a prompt.
