@@ -458,8 +458,13 @@ DATA = [
                 "response": "b",
                 "preference": "rejected",
             },
+            {
+                "prompt": "<extra_id_0>System\n\n<extra_id_1>User\ns\n<extra_id_1>Assistant\n",
+                "response": "c",
+                "preference": "chosen",
+            },
         ],
-        [up("q", "a"), down("system: Be brief.", "r", "b")],
+        [up("q", "a"), down("system: Be brief.", "r", "b"), up("s", "c")],
         {},
     ),
     (
