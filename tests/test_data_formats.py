@@ -512,6 +512,12 @@ DATA = [
         {EMPTY: 1},
     ),
     (
+        "ms-swift rejected_messages",
+        [{"messages": turns("q", "a"), "rejected_messages": turns("q", "b")}],
+        pair("q", "a", "b"),
+        {},
+    ),
+    (
         "ms-swift query, response and rejected_response",
         [
             {"system": "s", "query": "q", "response": "a", "rejected_response": "b", "history": [["p", "o"]]},
@@ -640,6 +646,18 @@ def test_an_option_that_a_format_has_no_place_for(tmp_path):
     assert read(path, label_field="good")[0] == [up("How?", "c")]
     assert read(path, completion_field="response_1", label_field="good")[0] == [up("How?", "No idea.")]
     assert "--label-field" in refusal(path, ConfigError, map="pku_saferlhf", label_field="good")
+
+
+def test_the_judged_turn_of_a_longer_conversation(tmp_path):
+    """MT-bench judges the first turn and the second one apart, in conversations that hold both."""
+    whole = {"conversation_a": turns("q", "a", "r", "b"), "conversation_b": turns("q", "c", "r", "d")}
+    path = as_jsonl(tmp_path, [{**ARENA, **whole, "winner": "model_a", "turn": turn} for turn in (1, 2)])
+    assert read(path)[0] == [*pair("q", "a", "c"), up("q", "a", "r", "b"), down("q", "c", "r", "d")]
+
+
+def test_a_verdict_that_is_missing_is_no_tie(tmp_path):
+    path = as_jsonl(tmp_path, [{**PKU, "better_response_id": 1}, {**PKU, "better_response_id": None}])
+    assert read(path)[1] == {UNRATED: 1}
 
 
 def test_a_verdict_that_is_neither_side_nor_a_tie_is_refused(tmp_path):
@@ -804,7 +822,7 @@ def test_a_split_column_is_followed(tmp_path, container):
     if path.is_file():
         assert len(read(path, split="test")[0]) == 2
         message = refusal(path, split="dev")
-        assert '"test" 2 times' in message
+        assert '"test" (2 times)' in message
         assert "--split train" in message
 
 
@@ -817,7 +835,7 @@ def test_one_list_of_records_in_an_object(tmp_path, key):
     path.write_text(json.dumps({"page": 1, "tags": ["x"], key: ROWS}), encoding="utf-8")
     rows, _, feedback = read(path)
     assert rows == [up("q", "a"), down("r", "b")]
-    assert any("2 records" in note and key in note for note in feedback.found.notes)
+    assert feedback.notes() == [f'f.json:1: one object; its records are read under "{key}": 2.']
     (path).write_text(json.dumps({"status": "ok", "result": {key: ROWS}}), encoding="utf-8")
     assert read(path)[0] == rows
     assert read(path, limit=1)[0] == rows[:1]
@@ -849,6 +867,11 @@ def test_an_object_that_is_a_record_is_not_opened(tmp_path):
 
 COLUMNS = {name: {str(number): row[name] for number, row in enumerate(ROWS)} for name in ROWS[0]}
 TABLES = {
+    "viewer": {
+        "features": [{"name": "prompt"}],
+        "rows": [{"row_idx": 0, "row": row} for row in ROWS],
+        "partial": False,
+    },
     "columns": COLUMNS,
     "index": {str(number): row for number, row in enumerate(ROWS)},
     "split": {"columns": list(ROWS[0]), "index": [0, 1], "data": [list(row.values()) for row in ROWS]},
@@ -883,8 +906,8 @@ def test_a_table_of_rows_of_other_lengths_is_refused(tmp_path):
 @pytest.mark.parametrize("container", [as_csv, as_jsonl, as_parquet], ids=name_of)
 def test_names_of_missing_values_are_counted(tmp_path, container, word):
     _, _, feedback = read(container(tmp_path, [*ROWS, {"prompt": "s", "completion": word, "label": True}][1:]))
-    (note,) = feedback.found.notes
-    assert "1 rows" in note
+    (note,) = feedback.notes()
+    assert "in 1 rows" in note
     assert "f." in note
 
 

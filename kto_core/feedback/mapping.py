@@ -180,7 +180,7 @@ class PairPaths:
         try:
             return self.rule.verdict(value, where, better.text)
         except LeftOut as left:
-            raise LeftOut(TIE, left.detail) from None
+            raise LeftOut(left.reason if has_no_value(value) else TIE, left.detail) from None
         except UnknownLabelError:
             if is_tie(value):
                 raise LeftOut(TIE, quoted(value)) from None
