@@ -29,8 +29,8 @@ from offline_kto.kto_core.feedback.records import (
     resolve_threshold,
 )
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.feedback_columns import feedback_columns
 from offline_kto.precompute.records.documents import Records, records_in, table_in
+from offline_kto.precompute.records.feedback_columns import feedback_columns
 from offline_kto.precompute.records.sources import format_of, read_records
 from offline_kto.precompute.records.text_files import Located
 

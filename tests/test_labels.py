@@ -29,7 +29,7 @@ def verdict(rule, value):
     ("up", "down", "expected"),
     [
         ((">=4",), ("<=2",), {5: True, 4: True, "4.0": True, 3: DEAD_ZONE, 2: False, "1": False, "five": None}),
-        (("1",), ("-1",), {1: True, -1: False, "-1": False, 1.0: True, 0: None, "": UNRATED}),
+        (("1",), ("-1",), {1: True, -1: False, "-1": False, "1.0": True, 0: None, "": UNRATED}),
         (("like",), ("dislike",), {"Like": True, "DISLIKE": False, "love": None, True: None}),
         ((True,), (False,), {True: True, False: False, "true": True, 7: None}),
         (("4", "5"), ("<3",), {5: True, 3: DEAD_ZONE, 2.5: False}),

@@ -3,6 +3,7 @@
 Invalid input raises FeedbackError with the location, the value that was found and what to write instead.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 
@@ -234,10 +235,8 @@ def history(record: Mapping[str, object], where: str) -> tuple[Message, ...]:
     """
     value = record.get("history")
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):  # refused below
             value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError):
-            pass  # refused below
     if value is None or value == []:
         return ()
     turns: list[Message] = []
