@@ -190,6 +190,9 @@ def _without_prefixes(value: object, *prefixes: str) -> object:
 
 def _message(value: object, where: str, what: str) -> Iterator[Message]:
     """Yield the message; those of tools, whose results may stand in a user's message, come before it."""
+    if type(value) is dict and len(value) == 2 and _is_plain(value.get("role"), value.get("content")):
+        yield dict(value)
+        return
     if not isinstance(value, Mapping):
         raise FeedbackError(
             f'{where}: {what} must look like {{"role": "user", "content": "..."}}, got {quoted(value)}.'
@@ -224,6 +227,11 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
     elif content is None and not calls:
         raise FeedbackError(f"{where}: {what} has no 'content'. Give it a string.")
     yield {"role": role, "content": text, **copy.deepcopy(given), **({"tool_calls": calls} if calls else {})}
+
+
+def _is_plain(role: object, content: object) -> bool:
+    """Return whether a message of these two keys needs no conversion, as nearly all do."""
+    return isinstance(content, str) and role in ("user", "assistant", "system", "tool")
 
 
 def _has_calls_inside(content: object) -> bool:
