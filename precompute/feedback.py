@@ -12,7 +12,6 @@ from typing import Any
 
 from offline_kto.kto_core.durable_files import write_text
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
-from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import DEFECTIVE, OTHER_SPLIT, UNRATED, LeftOut, LeftOutRows
 from offline_kto.kto_core.feedback.llama_factory import DatasetInfo, entry_for
@@ -306,7 +305,7 @@ class Feedback:
         if self.mapping is None or self.mapping.records is None:
             yield where, record
             return
-        inner = opened(self.mapping.records.find(record, where))
+        inner = self.mapping.records.open(record, where)
         if not isinstance(inner, list):
             raise FeedbackError(f"{where}: {self.mapping.records.source}: no list of records there.")
         for number, one in enumerate(inner, 1):

@@ -12,16 +12,32 @@ from typing import Any, Final
 # Keys of a call's inputs and outputs that hold the text, by the name that programmers give them.
 _ASKED: Final = (
     *("prompt", "input", "inputs", "question", "query", "instruction", "user_input", "user_query", "user_message"),
-    *("user_prompt", "message", "text"),
+    *("user_prompt", "message", "text", "prompts"),
 )
 _ANSWERED: Final = (
-    *("output", "outputs", "answer", "response", "completion", "result", "generation", "output_text", "text", "message"),
+    *(
+        "output",
+        "outputs",
+        "answer",
+        "response",
+        "completion",
+        "result",
+        "generation",
+        "output_text",
+        "text",
+        "message",
+    ),
     *("content", "reply"),
 )
+_MESSAGES: Final = ("messages", "chat", "conversation")
+_OPTIONS: Final = ("choices", "generations")
 _HISTORY: Final = ("chat_history", "history")
-_SYSTEM: Final = ("system", "system_prompt", "system_message")
+_SYSTEM: Final = ("system", "system_prompt", "system_message", "instructions")
+# Keys whose value may be an object that has the text in turn; elsewhere an object holds settings.
+_OBJECTS: Final = ("input", "inputs", "output", "outputs", "response", "result", "message", "completion", "generation")
 _SEGMENT = re.compile(r"\[[^\]]*\]|[^.]+")
 _JSON_START = re.compile(r"\s*[\[{]")
+_PYTHON_START = re.compile(r"\s*(?:\[\s*)?[\[{]\s*'|\s*array\(")
 # Gradio puts an apostrophe before cells that a spreadsheet may take for a formula.
 _ESCAPED = re.compile(r"'(?=[=+\-@\t\n]|.*,[=+\-@\t\n])", re.DOTALL)
 
@@ -36,10 +52,45 @@ def opened(value: Any) -> Any:
         return value
 
 
+def entered(value: Any) -> Any:
+    """Return like `opened`, for a value in which something is looked for.
+
+    Raises:
+        ValueError: a list or an object as Python prints it.
+    """
+    found = opened(value)
+    if is_printed(found):
+        raise ValueError(
+            f"a value as Python prints it, {found[:60]!r}; write the column with json.dumps, or save the data as JSON Lines"
+        )
+    return found
+
+
+def is_printed(value: object) -> bool:
+    """Return whether a text is a list or an object as Python prints it."""
+    return isinstance(value, str) and _PYTHON_START.match(value) is not None
+
+
+def only(value: object) -> object:
+    """Return the only value of an object, whatever its key; any other value, or the usual keys, as they are."""
+    found = opened(value)
+    there = (
+        {key: item for key, item in found.items() if item not in (None, "", [], {})} if isinstance(found, dict) else {}
+    )
+    usual = {*_ASKED, *_ANSWERED, *_MESSAGES, *_OPTIONS}
+    return opened(next(iter(there.values()))) if len(there) == 1 and not usual & set(there) else found
+
+
 def has(value: object, keys: list[str]) -> bool:
     """Return whether a value is an object with all of these keys; their values may be null."""
     found = opened(value)
     return isinstance(found, dict) and all(key in found for key in keys)
+
+
+def without(value: object, keys: list[str]) -> object:
+    """Return an object without some of its keys; any other value as it is."""
+    found = opened(value)
+    return {key: item for key, item in found.items() if key not in keys} if isinstance(found, dict) else value
 
 
 def under(value: object, prefix: str) -> dict[str, object]:
@@ -87,23 +138,54 @@ def unescaped(value: object) -> object:
     return _ESCAPED.sub("", value, count=1) if isinstance(value, str) and _ESCAPED.match(value) else value
 
 
+def pairs(value: object) -> list[dict[str, object]]:
+    """Return pairs of question and answer as turns, each with its `id`: "1,0" is the question of the second pair.
+
+    A side that is null, as before a greeting, is no turn. A side that is a list is the path of a file.
+    """
+    found = entered(value)
+    turns: list[dict[str, object]] = []
+    for number, pair in enumerate(found if isinstance(found, list) else []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"not a pair of question and answer: {pair!r:.60}")
+        for side, text in enumerate(pair):
+            content = [{"type": "file", "file": text}] if isinstance(text, list) else text
+            if text is not None:
+                turns.append({"id": f"{number},{side}", "role": ("user", "assistant")[side], "content": content})
+    return turns
+
+
 def asked(value: object) -> object:
     """Return what a call was asked: text, or messages with the system text and the history that stand beside it.
 
     Raises:
         ValueError: an object in which nothing says what the question is.
     """
-    found = _known(value, (*_ASKED, "messages", "args", "kwargs"))
+    found = _known(value, (*_ASKED, *_MESSAGES, "args", "kwargs"))
     if not isinstance(found, Mapping) or "role" in found:
-        return found
+        return _as_text(found)
     call = _arguments(found)
     if call is not found:
         return asked(call)
-    messages = opened(found.get("messages"))
-    text = messages if isinstance(messages, list) and messages else _text_at(found, _ASKED, "asked")
+    text = _messages_at(found) or _text_at(found, _ASKED, "asked")
     if isinstance(text, Mapping):
-        return asked(text)
-    return _with_context(found, text)
+        text = asked(text)
+    if isinstance(text, list) and len(text) == 1 and isinstance(text[0], str):  # a batch of one
+        text = text[0]
+    return _with_context(found, _as_text(text))
+
+
+def _messages_at(found: Mapping[str, Any]) -> list[object] | None:
+    for name in _MESSAGES:
+        messages = opened(found.get(name))
+        if isinstance(messages, list) and messages:
+            return messages
+    return None
+
+
+def _as_text(value: object) -> object:
+    """Return a number as the text that it was: tools parse a text such as "5" as JSON."""
+    return json.dumps(value) if isinstance(value, bool | int | float) else value
 
 
 def _with_context(found: Mapping[str, Any], text: object) -> object:
@@ -141,14 +223,14 @@ def answered(value: object) -> object:
     Raises:
         ValueError: an object in which nothing says what the answer is.
     """
-    found = _known(value, (*_ANSWERED, "choices", "generations", "messages"))
+    found = _known(value, (*_ANSWERED, *_MESSAGES, *_OPTIONS))
     if isinstance(found, list):
         # The Responses API lists the reasoning, which is encrypted or a summary, before the message.
         kept = [one for one in found if not (isinstance(one, Mapping) and one.get("type") == "reasoning")]
         return kept or None
     if not isinstance(found, Mapping) or "role" in found or _is_langchain(found):
-        return found
-    for name in ("choices", "generations"):
+        return _as_text(found)
+    for name in _OPTIONS:
         options = opened(found.get(name))
         while isinstance(options, list) and len(options) == 1 and isinstance(options[0], list):
             options = options[0]  # a batch of one
@@ -156,11 +238,8 @@ def answered(value: object) -> object:
             if len(options) > 1:
                 raise ValueError(f"several {name}, and nothing says which of them was judged")
             return _chosen(options[0])
-    messages = opened(found.get("messages"))
-    if isinstance(messages, list) and messages:
-        return messages
-    text = _text_at(found, _ANSWERED, "answered")
-    return answered(text) if isinstance(text, Mapping | list) else text
+    text = _messages_at(found) or _text_at(found, _ANSWERED, "answered")
+    return answered(text) if isinstance(text, Mapping | list) else _as_text(text)
 
 
 def _chosen(option: object) -> object:
@@ -186,17 +265,18 @@ def _known(value: object, keys: tuple[str, ...]) -> object:
 
 
 def _text_at(found: Mapping[str, Any], names: tuple[str, ...], what: str) -> object:
-    """Return the value of the only key that is one of these, or of the only key at all."""
+    """Return the value of the only key that is one of these."""
     there = {key: item for key, item in found.items() if item not in (None, "", [], {})}
-    beside = {*_HISTORY, *_SYSTEM}
-    known = [name for name in names if name in there]
-    if not known:
-        known = [key for key in there if key not in beside]
-    if not known:
+    known = [name for name in names if name in there and (name in _OBJECTS or not isinstance(there[name], dict))]
+    if len(known) == 1:
+        return opened(there[known[0]]) if known[0] in _OBJECTS else there[known[0]]
+    if not there:
         return None
-    if len(known) > 1:
-        raise ValueError(f"nothing says which of the keys {', '.join(known[:6])} holds what was {what}")
-    return opened(there[known[0]])
+    shown = ", ".join(repr(name) for name in [*(known or there)][:8])
+    raise ValueError(
+        f"nothing says which of the keys {shown} holds what was {what}; say it with --map FILE, or with --prompt-field, "
+        "--completion-field and --label-field"
+    )
 
 
 def submitted(record: object) -> dict[str, list[object]]:
@@ -221,14 +301,14 @@ def submitted(record: object) -> dict[str, list[object]]:
 
 def _questions(record: dict[str, Any]) -> Any:
     """Yield (name, values, statuses) of each question, in the nested, the flat and the older form of the records."""
-    inner = opened(record.get("responses"))
+    inner = entered(record.get("responses"))
     for name, answers in inner.items() if isinstance(inner, dict) else ():
         yield name, *_answers(answers)
     for key in record:
         if key.endswith(".responses"):
-            values = opened(record[key])
+            values = entered(record[key])
             values = values if isinstance(values, list) else []
-            statuses = opened(record.get(f"{key}.status"))
+            statuses = entered(record.get(f"{key}.status"))
             fits = isinstance(statuses, list) and len(statuses) == len(values)
             yield key.removesuffix(".responses"), values, statuses if fits else [None] * len(values)
         elif f"{key}-suggestion" in record:
@@ -236,7 +316,7 @@ def _questions(record: dict[str, Any]) -> Any:
 
 
 def _answers(value: object) -> tuple[list[object], list[object]]:
-    found = opened(value)
+    found = entered(value)
     if isinstance(found, dict):  # a list of objects, as `datasets` stores it
         columns = {key: item for key, item in found.items() if isinstance(item, list)}
         values = columns.get("value", [])

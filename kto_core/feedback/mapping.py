@@ -45,7 +45,7 @@ from typing import Any
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.conversations import part_early
 from offline_kto.kto_core.feedback.exports import opened
-from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, UnknownLabelError, has_no_value, is_tie
+from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, Scale, UnknownLabelError, has_no_value, is_tie
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, NOT_CHOSEN, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
 from offline_kto.kto_core.feedback.paths import Path, compiled, key_path
@@ -81,7 +81,7 @@ class LabelPaths:
         """Return whether the row is desirable. Raises: see `LabelRule.verdict`."""
         if self.scores is None:
             assert self.path is not None
-            return self.rule.verdict(opened(self.path.find(data, where)), where, self.path.text)
+            return self.rule.verdict(self.path.open(data, where), where, self.path.text)
         scores = self.named_scores(data, where)
         for name, value in scores.items():
             self.seen.setdefault(name, Counter()).update(quoted(one, 30) for one in _each(value))
@@ -89,7 +89,7 @@ class LabelPaths:
             raise SeveralScoresError(f"{where}: several scores: {', '.join(scores)}. {_NAME_IT}")
         name = self.name if self.name is not None else next(iter(scores), "score")
         if name not in scores and self.path is not None:
-            return self.rule.verdict(opened(self.path.find(data, where)), where, name)
+            return self.rule.verdict(self.path.open(data, where), where, name)
         return self.rule.verdict(scores.get(name), where, name)
 
     def named_scores(self, data: Record, where: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class LabelPaths:
         A score that several raters gave has the list of their values.
         """
         assert self.scores is not None
-        found = opened(self.scores.find(data, where))
+        found = self.scores.open(data, where)
         pairs: list[tuple[object, object]] = []
         if isinstance(found, dict):
             pairs = list(found.items())
@@ -123,7 +123,7 @@ class LabelPaths:
         """
         if self.scores is None or not self.seen:
             return None
-        shown = "".join(f"\n  {name}: {_counted(values)}" for name, values in self.seen.items())
+        shown = "".join(f"\n  {name}: {Scale(values).in_words()}" for name, values in self.seen.items())
         if self.name is None and len(self.seen) > 1:
             return SeveralScoresError(f"{where}: several scores, and nothing says which one counts:{shown}\n{_NAME_IT}")
         if self.name is not None and self.path is None and self.name not in self.seen:
@@ -138,11 +138,6 @@ _NAME_IT = "Name the one that counts with --label-field NAME."
 
 def _each(value: object) -> list[object]:
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _counted(values: Counter[str]) -> str:
-    shown = ", ".join(f"{value} {count:,} times" for value, count in values.most_common(6))
-    return shown + (f", and {len(values) - 6:,} more values" if len(values) > 6 else "")
 
 
 class SeveralScoresError(FeedbackError):
@@ -287,11 +282,15 @@ class Mapping:
     def _items(self, record: Record, where: str) -> Iterator[Record]:
         """Yield the record, or a record for each of its items, with `item` and `index` added."""
         if self.each is not None:
-            items = opened(self.each.find(record, where))
-            for index, item in enumerate(items if isinstance(items, list) else []):
+            items = self.each.open(record, where)
+            if not isinstance(items, list) and items is not None:
+                raise FeedbackError(f"{where}: {self.each.source}: no list, got {quoted(items)}.")
+            if not items:
+                raise LeftOut(EMPTY, f"{self.each.source}: nothing at {quoted(self.each.text)}")
+            for index, item in enumerate(items):
                 yield {**record, "item": item, "index": index}
         elif self.zip:
-            columns = {name: opened(path.find(record, where)) for name, path in self.zip.items()}
+            columns = {name: path.open(record, where) for name, path in self.zip.items()}
             lists = {name: value for name, value in columns.items() if isinstance(value, list)}
             sizes = {name: len(value) for name, value in lists.items()}
             for name in columns.keys() - lists.keys():  # nobody rated, say
@@ -335,7 +334,7 @@ class Mapping:
         """Return what goes with every row of a record: `system` and `tools`."""
         found = {"system": self.system, "tools": self.tools}
         values = {name: path.find(data, where) for name, path in found.items() if path is not None}
-        return {name: value for name, value in values.items() if value not in (None, "", [])}
+        return {name: value for name, value in values.items() if value}
 
     def _asked(self, path: Path, data: Record, where: str) -> Any:
         """Return what a path leads to. Raises: LeftOut: nothing."""

@@ -49,7 +49,10 @@ _LANGCHAIN_TYPES = {
 _MEDIA_PARTS = re.compile("image|audio|video|file|document|media")
 
 # How Python and NumPy print a list of messages.
-_PYTHON_REPR = re.compile(r"\s*(?:array\(|\()?\[?\s*\{\s*'(?:role|from|content|value|type|tool_calls|name|messages|choices|message|message\.role)'\s*:")
+_PYTHON_REPR = re.compile(
+    r"\s*(?:array\(|\()?\[?\s*\{\s*"
+    r"'(?:role|from|content|value|type|tool_calls|name|messages|choices|message|message\.role)'\s*:"
+)
 _MESSAGE_TEXT = re.compile(r"\s*[\[{]")
 
 
@@ -150,8 +153,9 @@ def _langchain(value: Mapping[str, object]) -> dict[str, object] | None:
     if not isinstance(inner, Mapping) or "content" not in inner:
         return None
     kind = inner.get("type", value.get("type"))
-    if kind in (None, "constructor") and isinstance(value.get("id"), list) and value["id"]:
-        kind = str(value["id"][-1]).removesuffix("Chunk").removesuffix("Message").lower()
+    names = value.get("id")
+    if kind in (None, "constructor") and isinstance(names, list) and names:
+        kind = str(names[-1])
     if not isinstance(kind, str):
         return None
     kind = kind.removesuffix("Chunk").removesuffix("Message").lower()
@@ -186,6 +190,9 @@ def _without_prefixes(value: object, *prefixes: str) -> object:
 
 def _message(value: object, where: str, what: str) -> Iterator[Message]:
     """Yield the message; those of tools, whose results may stand in a user's message, come before it."""
+    if type(value) is dict and len(value) == 2 and _is_plain(value.get("role"), value.get("content")):
+        yield dict(value)
+        return
     if not isinstance(value, Mapping):
         raise FeedbackError(
             f'{where}: {what} must look like {{"role": "user", "content": "..."}}, got {quoted(value)}.'
@@ -220,6 +227,11 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
     elif content is None and not calls:
         raise FeedbackError(f"{where}: {what} has no 'content'. Give it a string.")
     yield {"role": role, "content": text, **copy.deepcopy(given), **({"tool_calls": calls} if calls else {})}
+
+
+def _is_plain(role: object, content: object) -> bool:
+    """Return whether a message of these two keys needs no conversion, as nearly all do."""
+    return isinstance(content, str) and role in ("user", "assistant", "system", "tool")
 
 
 def _has_calls_inside(content: object) -> bool:
@@ -289,7 +301,9 @@ def _call(call: object) -> object:
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return copy.deepcopy(dict(call))
-    arguments = next((function[key] for key in ("arguments", "args", "parameters", "input") if key in function), {})
+    arguments: object = next(
+        (function[key] for key in ("arguments", "args", "parameters", "input") if key in function), {}
+    )
     if isinstance(arguments, str):
         try:
             read = json.loads(arguments) if arguments.strip() else {}
@@ -323,7 +337,9 @@ class _Parts:
         kind = str(given.get("type", "text" if "text" in given else ""))
         if isinstance(given.get("text"), Mapping):  # the Assistants API, and LibreChat after it
             given["text"] = given["text"].get("value")
-        text = next((given[key] for key in ("text", kind, "refusal", "content") if isinstance(given.get(key), str)), None)
+        text = next(
+            (given[key] for key in ("text", kind, "refusal", "content") if isinstance(given.get(key), str)), None
+        )
         if kind in _TEXT_PARTS | {"refusal"} and isinstance(text, str):
             self.texts.append(text)
         elif kind in _REASONING_PARTS:

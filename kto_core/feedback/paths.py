@@ -11,10 +11,12 @@ Functions beside JMESPath's own:
     without(object, keys)       the object without some of its keys
     under(object, prefix)       the keys that begin with a prefix, without it
     nested(object)              keys such as "output.choices.0" as nested objects and lists
+    only(object)                its only value; the object if it has several
     matching(list, key, value)  the objects in which a key has a value
     split(text, mark)           the parts of a text between marks
     asked(value)                what a call was asked, answered(value): what it answered
     submitted(record)           the answers to the questions of an Argilla record
+    pairs(list)                 pairs of question and answer as turns
     unescaped(text)             a cell without the apostrophe that Gradio puts before it
     dialogue(asked, said)       messages of the user and the assistant in turn, from two lists of texts
     rounds(messages, n)         the messages up to the assistant's n-th; all of them where n is null
@@ -48,8 +50,16 @@ class _Functions(functions.Functions):
             return value
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
-    def _func_opened(self, value: Any) -> Any:
-        return exports.opened(value)
+    def _func_entered(self, value: Any) -> Any:
+        return exports.entered(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_pairs(self, value: Any) -> Any:
+        return exports.pairs(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_only(self, value: Any) -> Any:
+        return exports.only(value)
 
     @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[untyped-decorator]
     def _func_has(self, value: Any, keys: list[str]) -> bool:
@@ -83,9 +93,9 @@ class _Functions(functions.Functions):
     def _func_unescaped(self, value: Any) -> Any:
         return exports.unescaped(value)
 
-    @functions.signature({"types": ["object"]}, {"types": ["array"]})  # type: ignore[untyped-decorator]
-    def _func_without(self, value: dict[str, Any], keys: list[str]) -> dict[str, Any]:
-        return {key: item for key, item in value.items() if key not in keys}
+    @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[untyped-decorator]
+    def _func_without(self, value: Any, keys: list[str]) -> Any:
+        return exports.without(value, keys)
 
     @functions.signature({"types": ["string"]}, {"types": ["string"]})  # type: ignore[untyped-decorator]
     def _func_split(self, value: str, mark: str) -> list[str]:
@@ -151,6 +161,14 @@ class Path:
                 f"{where}: {self.source}: {quoted(self.text)} cannot be applied to this record: {_first_line(error)}"
             ) from None
 
+    def open(self, record: Mapping[str, object], where: str) -> Any:
+        """Return like `find`, with JSON text opened. Raises: FeedbackError: also a value as Python prints it."""
+        value = self.find(record, where)
+        try:
+            return exports.entered(value)
+        except ValueError as error:
+            raise FeedbackError(f"{where}: {self.source}: {quoted(self.text)} is {error}.") from None
+
     def __repr__(self) -> str:
         return f"Path({self.text!r})"
 
@@ -187,7 +205,7 @@ def _opening(node: Any) -> Any:
 
 
 def _open(node: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "function_expression", "value": "opened", "children": [node]}
+    return {"type": "function_expression", "value": "entered", "children": [node]}
 
 
 def _first_line(error: Exception) -> str:

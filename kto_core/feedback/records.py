@@ -34,6 +34,7 @@ from offline_kto.kto_core.feedback.conversations import (
     system_text,
     with_system,
 )
+from offline_kto.kto_core.feedback.exports import is_printed
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, has_no_value, number_in
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, SAME_ANSWERS, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_conversation, as_turns, said
@@ -410,6 +411,12 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
     if fields.completion is not None or fields.prompt is not None:
         name = "completion" if fields.completion is None else fields.completion.text
         return FeedbackError(f"{where}: there is no '{name}'; {_columns(present)}. Check --completion-field.")
+    printed = [name for name, value in present.items() if is_printed(value)]
+    if printed:
+        return FeedbackError(
+            f"{where}: none of the known formats; {quoted(printed, 200)} hold values as Python prints them. Write these "
+            "columns with json.dumps, or save the data as JSON Lines or Parquet."
+        )
     return FeedbackError(
         f"{where}: none of the known formats; {_columns(present)}. Give it prompt, completion and label (or"
         " name them: --prompt-field, --completion-field, --label-field), messages and label, or chosen and"

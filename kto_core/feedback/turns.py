@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import number_in
 from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
@@ -90,7 +89,7 @@ class _Conversation:
 
     def __init__(self, mapping: Mapping, turns: JudgedTurns, record: Record, where: str) -> None:
         self._mapping, self._spec, self._where = mapping, turns, where
-        found = opened(turns.messages.find(record, where))
+        found = turns.messages.open(record, where)
         if found is None:
             raise LeftOut(MISSING_TURNS, f"{turns.messages.source}: nothing at {quoted(turns.messages.text)}")
         found = list(found.values()) if isinstance(found, dict) else found
@@ -113,7 +112,7 @@ class _Conversation:
             number = len(self.turns)
             self.turns.append(turn)
             self._before.append(parent)
-            below = opened(children.find(turn, self._where)) or []
+            below = children.open(turn, self._where) or []
             if not isinstance(below, list) or not all(isinstance(one, dict) for one in below):
                 raise FeedbackError(f"{self._where}: {children.source}: no list of turns, got {quoted(below)}.")
             open_turns += [(one, number) for one in reversed(below)]
@@ -136,6 +135,10 @@ class _Conversation:
     def role(self, turn: Record) -> str:
         """Return a turn's role in the usual words."""
         value = self._spec.role.find(turn, self._where)
+        if value is None:
+            raise FeedbackError(
+                f"{self._where}: {self._spec.role.source}: a turn has no {quoted(self._spec.role.text)}."
+            )
         name = str(value).strip().lower()
         return self._spec.roles.get(name) or ROLES.get(name) or str(value)
 
@@ -159,7 +162,8 @@ class _Conversation:
                 raise LeftOut(reason, path.text)
         kept = {name: turn[name] for name in ("tool_calls", "function_call", "refusal") if turn.get(name) is not None}
         if self._spec.text is not None:
-            kept["content"] = self._spec.text.find(turn, self._where)
+            text = self._spec.text.find(turn, self._where)
+            kept["content"] = "" if text is None else text  # null is how tables store an empty text
         else:
             kept |= {name: turn[name] for name in ("content", "value", "text") if turn.get(name) is not None}
         turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._spec.messages.text)

@@ -1,0 +1,263 @@
+"""Exports of applications become the rows that app_exports.py says, in any container."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from app_exports import (
+    CASES,
+    DIFY,
+    DIFY_JSON,
+    GRADIO_CHAT,
+    HELLO,
+    LANGFUSE,
+    LANGFUSE_TWO,
+    NATIVE,
+    OPENAI_PREFERENCE,
+    REFUSED,
+    TOOLS,
+    Case,
+    message,
+    openwebui,
+    row,
+    trace,
+)
+
+from offline_kto.kto_core.errors import KTOError
+from offline_kto.kto_core.feedback.presets import presets
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.feedback import Feedback
+from offline_kto.precompute.records.sources import read_records
+
+
+def in_short(turns: Any) -> str:
+    if isinstance(turns, str):
+        return turns
+    return " | ".join(
+        f"{one['role']}: {one['content']}"
+        + "".join(f" CALL {c['function']['name']}" for c in one.get("tool_calls", ()))
+        for one in turns
+    )
+
+
+def read(path: Path, **options: Any) -> tuple[list[tuple[str, str, bool]], dict[str, int], str, Feedback]:
+    config = PrecomputeConfig(model="m", data=str(path), one_class=True, **options)
+    feedback = Feedback(config, has_template=True)
+    rows = [(in_short(one.prompt), in_short(one.completion), one.label) for one in feedback.rows()]
+    feedback.finish()
+    return rows, dict(feedback.found.left_out.counts), feedback.mapping.name if feedback.mapping else "", feedback
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(KTOError) as caught:
+        read(path, **options)
+    return str(caught.value)
+
+
+def write(path: Path, records: Any) -> Path:
+    """Write records as their file's name says; in CSV, lists and objects are JSON text."""
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+        return path
+    if kind == "csv":
+        keys = list(dict.fromkeys(key for one in records for key in one))
+        with path.open("w", newline="", encoding="utf-8") as handle:
+            writer = csv.writer(handle)
+            writer.writerow(keys)
+            writer.writerows([[_cell(one.get(key)) for key in keys] for one in records])
+        return path
+    text = json.dumps(records, indent=1) if kind == "json" else "".join(json.dumps(one) + "\n" for one in records)
+    path.write_bytes(gzip.compress(text.encode()) if path.name.endswith(".gz") else text.encode())
+    return path
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "json", "csv", "strings.jsonl", "strings.parquet"])
+def test_a_file_becomes_its_rows_in_any_container(tmp_path: Path, name: str, form: str) -> None:
+    case = CASES[name]
+    records = [case.records] if case.document and form != "json" else case.records
+    if form.startswith("strings"):  # lists and objects are JSON text
+        keys = dict.fromkeys(key for one in records for key in one)
+        records = [{key: None if one.get(key) is None else _cell(one[key]) for key in keys} for one in records]
+    path = write(tmp_path / f"file.{form}", records)
+    rows, left_out, name_of_format, _ = read(path, **case.options)
+    assert rows == case.rows
+    assert left_out == case.left_out
+    assert name_of_format == presets()[case.preset].name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ARGILLA_FLAT",
+        "ARGILLA_OLD",
+        "KTO_MIX",
+        "PHOENIX",
+        "LANGSMITH_TABLE",
+        "DIFY",
+        "STREAMLIT",
+        "BEDROCK",
+        "STORED",
+        "EVALS",
+        "OPENAI_PREFERENCE",
+    ],
+)
+def test_nested_columns_of_parquet(tmp_path: Path, name: str) -> None:
+    rows, left_out, _, _ = read(write(tmp_path / "file.parquet", CASES[name].records), **CASES[name].options)
+    assert (rows, left_out) == (CASES[name].rows, CASES[name].left_out)
+
+
+@pytest.mark.parametrize("name", [*CASES, *REFUSED, *NATIVE])
+def test_each_file_is_recognised_as_one_format(tmp_path: Path, name: str) -> None:
+    """Also among the formats that are tried later: the order must not matter."""
+    if name in CASES:
+        records, expected = CASES[name].records, {CASES[name].preset}
+    elif name in REFUSED:
+        records, expected = REFUSED[name][0], {name}
+    else:
+        records, expected = [NATIVE[name]], set()
+    path = write(tmp_path / "file.json", records)
+    found = set()
+    for where, record in read_records(str(path)):
+        for preset, mapping in presets().items():
+            try:
+                fits = mapping.recognise is not None and mapping.recognise.find(record, where) is True
+            except KTOError:
+                fits = False
+            found |= {preset} if fits else set()
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_used_is_refused_with_a_lead(tmp_path: Path, name: str) -> None:
+    records, words = REFUSED[name]
+    message = refusal(write(tmp_path / "file.json", records))
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_files_need_no_mapping(tmp_path: Path, name: str) -> None:
+    feedback = Feedback(
+        PrecomputeConfig(model="m", data=str(write(tmp_path / "f.json", [NATIVE[name]]))), has_template=True
+    )
+    assert feedback.mapping is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "LANGFUSE_TWO",
+            {"thumb": ["1 (1 time)", "0 (1 time)"], "judge": ["0.8 (1 time)", "0.9 (1 time)", "0.1 (1 time)"]},
+        ),
+        ("LABEL_STUDIO_MIN", {"thumb": ['"Thumbs up" (1 time)'], "rating": ["5 (1 time)", "1 (1 time)"]}),
+    ],
+)
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_all_scores_of_the_file_are_listed(
+    tmp_path: Path, name: str, expected: dict[str, list[str]], form: str
+) -> None:
+    path = write(tmp_path / f"f.{form}", CASES[name].records)
+    lines = refusal(path).splitlines()
+    for score, values in expected.items():
+        (line,) = [line for line in lines if line.startswith(f"  {score}: ")]
+        assert [value for value in values if value not in line] == []
+    assert "--label-field" in lines[-1]
+
+
+def test_scores_of_different_records_are_listed_too(tmp_path: Path) -> None:
+    """One score in each record is no reason to mix them."""
+    path = write(tmp_path / "f.jsonl", [trace("1", "a", "b", thumb=[1]), trace("2", "c", "d", judge=[0])])
+    message = refusal(path, on_bad_row="skip")
+    assert "thumb: 1 (1 time)" in message
+    assert "judge: 0 (1 time)" in message
+
+
+def test_a_score_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "f.jsonl", LANGFUSE.records), label_field="thumbs")
+    assert '"thumbs"' in message
+    assert "thumb: 1 " in message
+
+
+def test_up_and_down_count_in_a_recognised_format(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", LANGFUSE_TWO.records)
+    rows, left_out, _, _ = read(path, label_field="judge", up=">=0.9", down="<0.5")
+    assert rows == [row("c?", "d", True), row("e?", "f", False)]
+    assert left_out == {"between up and down": 1}
+    path = write(tmp_path / "g.jsonl", OPENAI_PREFERENCE.records)
+    assert "--map" in refusal(path, up="1")  # pairs have no label that it could change
+
+
+def test_runs_do_not_share_counts(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", LANGFUSE.records)
+    read(path)
+    other = write(tmp_path / "g.jsonl", [trace("1", "a", "b", judge=[1])])
+    assert read(other)[0] == [row("a", "b", True)]
+
+
+def test_gradio_names_one_column_more_than_it_writes(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    with path.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["conversation", "index", "value", "flag", "timestamp"])
+        writer.writerows([list(one.values()) for one in GRADIO_CHAT.records])
+    rows, left_out, _, _ = read(path)
+    assert (rows, left_out) == (GRADIO_CHAT.rows, GRADIO_CHAT.left_out)
+
+
+@pytest.mark.parametrize("case", [DIFY, DIFY_JSON])
+def test_dify_s_cut_answers_are_pointed_out(tmp_path: Path, case: Case) -> None:
+    (note,) = read(write(tmp_path / "f.json", case.records))[3].notes()
+    assert note.startswith("1 answers have exactly 500 characters")
+
+
+def test_joined_rows_keep_the_order_of_the_file(tmp_path: Path) -> None:
+    records = [
+        {"chat": chat, "who": who, "text": f"{who}{chat}{i}", "ok": ok}
+        for i, (chat, who, ok) in enumerate([(1, "user", None), (2, "user", None), (1, "bot", "yes"), (2, "bot", "no")])
+    ]
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("join: chat\nturns: {messages: rows, role: who, label: ok}\n")
+    path = write(tmp_path / "f.csv", records)
+    rows, left_out, _, feedback = read(path, map=str(mapping))
+    assert rows == [row("user10", "bot12", True), row("user21", "bot23", False)]
+    assert (left_out, feedback.found.records) == ({}, 4)
+    path = write(tmp_path / "g.jsonl", [*records, {"who": "user", "text": "x"}])
+    assert "g.jsonl:5" in refusal(path, map=str(mapping))
+
+
+def test_a_turn_that_is_its_own_ancestor_is_refused(tmp_path: Path) -> None:
+    looped = openwebui(1, "a", message("q", "a", "user", "x"), message("a", "q", "assistant", "y"))
+    assert "its own ancestor" in refusal(write(tmp_path / "f.json", [looped]))
+
+
+def test_printed_python_is_not_taken_for_an_unrated_row(tmp_path: Path) -> None:
+    for name in ("LANGSMITH", "MLFLOW", "ARGILLA_FLAT", "LABEL_STUDIO", "EVALS", "BEDROCK", "OPEN_WEBUI"):
+        records = [{key: str(value) for key, value in one.items() if value is not None} for one in CASES[name].records]
+        assert "Python prints" in refusal(write(tmp_path / "f.csv", records)), name
+
+
+def test_an_answer_among_unknown_keys_is_not_guessed(tmp_path: Path) -> None:
+    for output in ({"city": "Rome", "people": 3}, {"city": "Rome"}, {"answer": "a", "text": "b"}):
+        message = refusal(write(tmp_path / "f.jsonl", [trace("1", "Where?", output, thumb=[1])]))
+        assert "nothing says which of the keys" in message
+        assert "--map" in message
+    message = refusal(write(tmp_path / "f.jsonl", [trace("1", {"choices": 1, "a": 2}, "b", thumb=[1])]))
+    assert "what was asked" in message
+
+
+def test_tools_come_along(tmp_path: Path) -> None:
+    records = [trace("1", {"messages": HELLO, "tools": TOOLS}, {"role": "assistant", "content": "Hi"}, thumb=[1])]
+    feedback = Feedback(PrecomputeConfig(model="m", data=str(write(tmp_path / "f.jsonl", records))), has_template=True)
+    (found,) = feedback.rows()
+    assert found.tools == tuple(TOOLS)
