@@ -12,9 +12,7 @@ _MARKERS = (
 )
 
 
-def as_chat(
-    prompt: str, completions: tuple[Turns, ...], special: Collection[str]
-) -> tuple[Turns, tuple[Turns, ...]]:
+def as_chat(prompt: str, completions: tuple[Turns, ...], special: Collection[str]) -> tuple[Turns, tuple[Turns, ...]]:
     """Return a prompt of text and its completions as messages.
 
     Text that holds a special token of the tokenizer was rendered with a chat template before, and stays as it is.
