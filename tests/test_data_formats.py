@@ -826,6 +826,16 @@ def test_a_split_column_is_followed(tmp_path, container):
         assert "--split train" in message
 
 
+def test_the_median_is_that_of_the_split(tmp_path):
+    ratings = [("train", 1), ("train", 2), ("train", 3), ("test", 9), ("test", 9), ("test", 9)]
+    records = [{"prompt": "q", "completion": "a", "rating": rating, "split": split} for split, rating in ratings]
+    rows, _, _ = read(as_jsonl(tmp_path, records), rating_threshold="median")
+    assert [label for _, label, _ in rows] == [False, True, True]
+    records = next(records for name, records, _, _ in DATA if name == "HelpSteer")
+    rows, _, _ = read(as_jsonl(tmp_path, records), rating_threshold="median", label_field="correctness")
+    assert [label for _, label, _ in rows] == [True, False, True, True]
+
+
 # Documents of records
 
 
