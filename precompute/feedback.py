@@ -29,8 +29,8 @@ from offline_kto.kto_core.feedback.records import (
     resolve_threshold,
 )
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.feedback_columns import feedback_columns
 from offline_kto.precompute.records.documents import Records, records_in, table_in
+from offline_kto.precompute.records.feedback_columns import feedback_columns
 from offline_kto.precompute.records.sources import format_of, read_records
 from offline_kto.precompute.records.text_files import Located
 
@@ -125,6 +125,7 @@ class Feedback:
         self._mistakes: list[KTOError] = []
         self._document: tuple[str, Records] | None = None
         self._info: DatasetInfo | None = None
+        self.mapping: Mapping | None = None
         self.mapping, self.why = self._choose_mapping()
         self.rule = self._rule()
         chat = config.chat if self.mapping is None or self.mapping.chat is None else self.mapping.chat
@@ -207,12 +208,12 @@ class Feedback:
             )
         if not self.found.forms:
             raise self._no_rows()
-        if len(self.found.labels) == 1 and not self._config.one_class:
+        if len(self.found.labels) == 1 < self.found.labels.total() and not self._config.one_class:
             raise self._one_class()
         if self.found.missing:
             self.found.notes.append(
-                f"{len(self.found.missing):,} rows have a prompt or an answer that reads NaN, None or null, as programs write "
-                f"a missing value, the first at {self.found.missing[0]}. They are scored as text: remove them if they are none."
+                f"a prompt or an answer reads NaN, None or null, as programs write a missing value, in {len(self.found.missing):,}"
+                f" rows; the first is {self.found.missing[0]}. They are scored as text: remove them if they are none."
             )
 
     def _no_rows(self) -> FeedbackError:
@@ -220,10 +221,10 @@ class Feedback:
         data, left_out = self._config.data, self.found.left_out
         reasons = ", ".join(left_out.in_words()) or "none was found"
         if left_out.counts[OTHER_SPLIT]:
-            splits = ", ".join(f"{quoted(split)} {count:,} times" for split, count in self.found.splits.most_common(10))
+            splits = Scale(Counter({quoted(split): count for split, count in self.found.splits.items()}))
             return FeedbackError(
                 f"{data}: no row of the split {quoted(self._config.split)} can be used ({reasons}); the column 'split' has "
-                f"{splits}. Name the one to read: --split {next(iter(self.found.splits))}, or all."
+                f"{splits.in_words()}. Name the one to read: --split {next(iter(self.found.splits))}, or all."
             )
         if not left_out.counts[UNRATED]:
             where, reason, detail = left_out.rows[0] if left_out.rows else (data, "not there", "")
@@ -274,20 +275,18 @@ class Feedback:
         for where, record in read_records(self._config.data, columns=columns, split=self._config.split):
             yield where, record if self._info is None else self._info.record(record)
 
-    def _is_of_another_split(self, record: AnyMapping[str, object], where: str) -> bool:
-        """Note a record whose column `split` names another than `--split`, and return whether it does."""
+    def _split_of(self, record: AnyMapping[str, object]) -> str | None:
+        """Return the split that a record says it is of; None if it says none, or if its column `split` does not count."""
         split, wanted = record.get("split"), self._config.split.lower()
         if not isinstance(split, str) or not split.strip() or wanted == "all":
-            return False
+            return None
         if self.mapping is not None and self.mapping.where is not None and "split" in self.mapping.where.text:
-            return False
-        if wanted != "train" and not FilePath(self._config.data).is_file():  # it named a split of the folder
-            return False
-        self.found.splits[split] += 1
-        if split.strip().lower() == wanted:
-            return False
-        self.found.left_out.add(where, OTHER_SPLIT, split)
-        return True
+            return None
+        # Of a folder or a data set, the option names one of its splits.
+        return split if wanted == "train" or FilePath(self._config.data).is_file() else None
+
+    def _is_wanted(self, split: str | None) -> bool:
+        return split is None or split.strip().lower() == self._config.split.lower()
 
     def notes(self) -> list[str]:
         """Return what the plan should say about the rows."""
@@ -308,8 +307,13 @@ class Feedback:
         for where, record in records:
             self.found.records += 1
             self.found.columns.update(key for key, value in record.items() if value is not None)
-            if not self._is_of_another_split(record, where):
+            split = self._split_of(record)
+            if split is not None:
+                self.found.splits[split] += 1
+            if self._is_wanted(split):
                 yield where, record
+            else:
+                self.found.left_out.add(where, OTHER_SPLIT, split or "")
 
     def _joined(self, records: Iterable[Located], join: JMESPath) -> Iterator[Located]:
         """Yield a record for all that have the same value: `rows` lists them in the order of the file.
@@ -420,7 +424,7 @@ class Feedback:
         if found is None:
             return
         self._document = where, found
-        self.found.notes.append(f"{where}: one object, read as its {len(found.records):,} records {found.place}.")
+        self.found.notes.append(f"{where}: one object; its records are read {found.place}: {len(found.records):,}.")
 
     def _dataset_info(self) -> DatasetInfo | None:
         """Return what LLaMA-Factory's dataset_info.json beside the file says about it."""
@@ -464,7 +468,8 @@ class Feedback:
                 raise ConfigError("--rating-threshold and --up or --down say the same; leave one of them out.")
             label = _path(config.label_field, "--label-field")
             try:
-                records = itertools.islice(self._source(None), config.limit)
+                read = itertools.islice(self._source(None), config.limit)
+                records = (one for one in read if self._is_wanted(self._split_of(one[1])))
                 return LabelRule.at_least(resolve_threshold(config.rating_threshold, records, label))
             except ConfigError as error:
                 raise ConfigError(f"{config.data}: {error}") from error
@@ -477,7 +482,8 @@ class Feedback:
             return first
         scale = Scale.of(self.label_rule)
         proposal = scale.proposal()
-        name = "" if self.mapping or first.field in ("label", "kto_tag") else f"--label-field {first.field} "
+        usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
+        name = "" if self.mapping or usual or self._config.label_field else f"--label-field {first.field} "
         advice = (
             f"If these are the marks, pass {name}{proposal}."
             if proposal

@@ -14,7 +14,8 @@ from offline_kto.kto_core.feedback.records import FeedbackFields, FeedbackRow, p
 from offline_kto.kto_core.feedback.tokenization import Tokenizing
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.pipeline import make_cache
-from offline_kto.precompute.plan import describe, make_plan
+from offline_kto.precompute.plan import make_plan
+from offline_kto.precompute.plan_page import describe
 
 
 def row_of(prompt: str, completion: str, rendered: RenderedText | None = None) -> FeedbackRow:
@@ -132,10 +133,10 @@ def test_the_option_decides_where_there_is_a_template(tmp_path: Path, chat: str,
     tokenizer = tiny_tokenizer() if template else tiny_tokenizer(chat_template=None)
     config = config_of(tmp_path, text_rows(8), chat=chat)
     plan = make_plan(config, tokenizer)
-    assert (plan.chat, plan.found.from_text) == (becomes, 8 * becomes)
+    assert (plan.feedback.chat, plan.feedback.found.from_text) == (becomes, 8 * becomes)
     assert all(tokenizer.decode(row.prompt_ids).startswith("<|im_start|>user\n") == becomes for row in plan.rows)
-    lines = describe(plan, plan.counts(), config)
-    assert any("8 rows of plain text become conversations" in line for line in lines) == becomes
+    shown = " ".join(describe(plan, plan.counts(), config, tokenizer)).replace("  ", "")
+    assert ("8 of the chat rows were text (--chat never keeps it)" in " ".join(shown.split())) == becomes
 
 
 def test_always_needs_a_template(tmp_path: Path) -> None:
@@ -148,8 +149,10 @@ def test_results_of_tools_that_become_context_are_counted(tmp_path: Path) -> Non
     answer = rows[0]["completion"]
     rows[0]["completion"] = [{"role": "assistant", "content": "Let me see."}, {"role": "tool", "content": "4"}, *answer]
     config = config_of(tmp_path, rows)
-    plan = make_plan(config, tiny_tokenizer())
-    assert any("1 completions hold results of tools" in line for line in describe(plan, plan.counts(), config))
+    tokenizer = tiny_tokenizer()
+    plan = make_plan(config, tokenizer)
+    shown = " ".join(" ".join(describe(plan, plan.counts(), config, tokenizer)).split())
+    assert "in 1 the results of tools became part of the prompt" in shown
 
 
 def test_a_cache_of_text_is_refused_where_it_would_become_chat(tmp_path: Path) -> None:

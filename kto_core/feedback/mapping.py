@@ -46,7 +46,7 @@ from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.conversations import part_early
 from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, Scale, UnknownLabelError, has_no_value, is_tie
-from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, NOT_CHOSEN, TIE, LeftOut
+from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, EMPTY, MEDIA, NO_PROMPT, NOT_CHOSEN, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
 from offline_kto.kto_core.feedback.paths import Path, compiled, key_path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -175,7 +175,7 @@ class PairPaths:
         try:
             return self.rule.verdict(value, where, better.text)
         except LeftOut as left:
-            raise LeftOut(TIE, left.detail) from None
+            raise LeftOut(TIE if left.reason == DEAD_ZONE else left.reason, left.detail) from None
         except UnknownLabelError:
             if is_tie(value):
                 raise LeftOut(TIE, quoted(value)) from None

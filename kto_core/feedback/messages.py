@@ -40,7 +40,6 @@ _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "text")
 REASONING: Final = ("reasoning_content", "reasoning", "thinking", "thought")
 
-_USUAL = ("user", "assistant", "system")
 _TEXT_PARTS = {"text", "output_text", "input_text"}
 _REASONING_PARTS = {"thinking", "think", "reasoning", "redacted_thinking"}
 _LANGCHAIN_TYPES = {
@@ -191,11 +190,9 @@ def _without_prefixes(value: object, *prefixes: str) -> object:
 
 def _message(value: object, where: str, what: str) -> Iterator[Message]:
     """Yield the message; those of tools, whose results may stand in a user's message, come before it."""
-    if type(value) is dict and len(value) == 2:  # the usual form, of which there are many
-        usual, text = value.get("role"), value.get("content")
-        if usual in _USUAL and type(text) is str:
-            yield {"role": usual, "content": text}
-            return
+    if type(value) is dict and len(value) == 2 and _is_plain(value.get("role"), value.get("content")):
+        yield dict(value)
+        return
     if not isinstance(value, Mapping):
         raise FeedbackError(
             f'{where}: {what} must look like {{"role": "user", "content": "..."}}, got {quoted(value)}.'
@@ -230,6 +227,11 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
     elif content is None and not calls:
         raise FeedbackError(f"{where}: {what} has no 'content'. Give it a string.")
     yield {"role": role, "content": text, **copy.deepcopy(given), **({"tool_calls": calls} if calls else {})}
+
+
+def _is_plain(role: object, content: object) -> bool:
+    """Return whether a message of these two keys needs no conversion, as nearly all do."""
+    return isinstance(content, str) and role in ("user", "assistant", "system", "tool")
 
 
 def _has_calls_inside(content: object) -> bool:
