@@ -43,7 +43,7 @@ _OWN_KEYS = (
 )
 
 # Records whose keys are looked at to recognise a format: those of the first may be missing where nobody rated.
-_LOOKED_AT = 50
+_LOOKED_AT = 2000
 # Mistakes shown with their place; the others are counted.
 _SHOWN = 20
 
@@ -365,7 +365,11 @@ class Feedback:
         if self._info is not None:
             return None, f"dataset_info.json: {self._info.name}"
         looked_at = _LOOKED_AT if config.limit is None else min(config.limit, _LOOKED_AT)
+        seen: set[object] = set()  # most records have the same keys
         for where, record in itertools.islice(self._source(None), looked_at):
+            if (shape := _shape(record)) in seen:
+                continue
+            seen.add(shape)
             found = recognised(record, where)
             if found is not None and (found.has_label or not self._label_options):
                 return self._with_label(found), "recognised by its keys"
@@ -465,6 +469,13 @@ class Feedback:
             for where, reason, detail in self.found.left_out.rows
         ]
         write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _shape(record: AnyMapping[str, object]) -> object:
+    """Return the keys of a record that have a value, with the keys of the objects among them."""
+    return frozenset(
+        (key, tuple(value) if isinstance(value, dict) else None) for key, value in record.items() if value is not None
+    )
 
 
 def _path(name: str | None, option: str) -> Any:

@@ -20,11 +20,15 @@ from app_exports import (
     NATIVE,
     OPENAI_PREFERENCE,
     REFUSED,
+    STORED,
+    STREAMLIT,
     TOOLS,
+    UNRATED,
     Case,
     message,
     openwebui,
     row,
+    span,
     trace,
 )
 
@@ -218,7 +222,7 @@ def test_gradio_names_one_column_more_than_it_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", [DIFY, DIFY_JSON])
 def test_dify_s_cut_answers_are_pointed_out(tmp_path: Path, case: Case) -> None:
     (note,) = read(write(tmp_path / "f.json", case.records))[3].notes()
-    assert note.startswith("1 answers have exactly 500 characters")
+    assert note.startswith("1 of the answers end in")
 
 
 def test_joined_rows_keep_the_order_of_the_file(tmp_path: Path) -> None:
@@ -261,3 +265,59 @@ def test_tools_come_along(tmp_path: Path) -> None:
     feedback = Feedback(PrecomputeConfig(model="m", data=str(write(tmp_path / "f.jsonl", records))), has_template=True)
     (found,) = feedback.rows()
     assert found.tools == tuple(TOOLS)
+
+
+def test_a_format_is_recognised_where_the_first_thousand_are_unrated(tmp_path: Path) -> None:
+    unrated, rated = STREAMLIT.records[0], STREAMLIT.records[1:]
+    rows, left_out, _, _ = read(write(tmp_path / "f.jsonl", [unrated] * 1500 + rated))
+    assert (rows, left_out) == (STREAMLIT.rows, {UNRATED: 1500})
+
+
+def test_flattened_feedback_of_langsmith(tmp_path: Path) -> None:
+    records = [
+        {
+            "id": "1",
+            "inputs.question": "A?",
+            "outputs.answer": "a",
+            "feedback_stats.user.n": 1,
+            "feedback_stats.user.avg": 1.0,
+        },
+        {
+            "id": "2",
+            "inputs.question": "B?",
+            "outputs.answer": "b",
+            "feedback_stats.user.n": 1,
+            "feedback_stats.user.avg": 0.0,
+        },
+        {
+            "id": "3",
+            "inputs.question": "C?",
+            "outputs.answer": "c",
+            "feedback_stats.user.n": None,
+            "feedback_stats.user.avg": None,
+        },
+    ]
+    rows, left_out, _, _ = read(write(tmp_path / "f.csv", records))
+    assert (rows, left_out) == ([row("A?", "a", True), row("B?", "b", False)], {UNRATED: 1})
+
+
+def test_a_tool_call_of_phoenix_survives(tmp_path: Path) -> None:
+    call = {
+        "tool_call.id": "1",
+        "tool_call.function.name": "weather",
+        "tool_call.function.arguments": '{"city": "Rome"}',
+    }
+    answer = [{"message.role": "assistant", "message.tool_calls": [call]}]
+    record = {**span([{"message.role": "user", "message.content": "Rain?"}], "raw", "thumbs-up", 1.0)}
+    rows, _, _, _ = read(write(tmp_path / "f.parquet", [{**record, "attributes.llm.output_messages": answer}]))
+    assert rows == [("user: Rain?", "assistant:  CALL weather", True)]
+
+
+def test_an_open_webui_message_of_the_user_cannot_be_judged(tmp_path: Path) -> None:
+    judged = openwebui(1, "q", message("q", None, "user", "x"), message("a", "q", "assistant", "y"))
+    assert "not the assistant's" in refusal(write(tmp_path / "f.json", [judged]))
+
+
+def test_a_named_path_counts_where_no_score_has_the_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", [{**STORED.records[0], "metadata": {"helpful": "yes", "rating": "down"}}])
+    assert read(path, label_field="metadata.helpful")[0] == [row("Tea?", "Hello", True)]
