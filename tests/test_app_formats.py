@@ -24,7 +24,9 @@ from app_exports import (
     STREAMLIT,
     TOOLS,
     UNRATED,
+    ZERO,
     Case,
+    libre,
     message,
     openwebui,
     row,
@@ -252,7 +254,7 @@ def test_printed_python_is_not_taken_for_an_unrated_row(tmp_path: Path) -> None:
 
 
 def test_an_answer_among_unknown_keys_is_not_guessed(tmp_path: Path) -> None:
-    for output in ({"city": "Rome", "people": 3}, {"city": "Rome"}, {"answer": "a", "text": "b"}):
+    for output in ({"city": "Rome", "people": 3}, {"city": "Rome"}, {"answer": "a", "result": "b"}):
         message = refusal(write(tmp_path / "f.jsonl", [trace("1", "Where?", output, thumb=[1])]))
         assert "nothing says which of the keys" in message
         assert "--map" in message
@@ -321,3 +323,18 @@ def test_an_open_webui_message_of_the_user_cannot_be_judged(tmp_path: Path) -> N
 def test_a_named_path_counts_where_no_score_has_the_name(tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", [{**STORED.records[0], "metadata": {"helpful": "yes", "rating": "down"}}])
     assert read(path, label_field="metadata.helpful")[0] == [row("Tea?", "Hello", True)]
+
+
+def test_what_either_side_may_be_called_is_the_other_side_s(tmp_path: Path) -> None:
+    feedback = {"type": "thumbs", "score": "\U0001f44d", "text": None}
+    for asked, answered in (("message", "response"), ("text", "answer"), ("question", "text"), ("prompt", "content")):
+        path = write(tmp_path / f"{asked}.jsonl", [{asked: "Q?", answered: "A.", "feedback": feedback}])
+        assert read(path)[0] == [row("Q?", "A.", True)]
+
+
+def test_librechat_s_messages_as_mongoexport_writes_csv(tmp_path: Path) -> None:
+    records = [
+        {**libre("m1", ZERO, True, "Rome?"), "feedback.rating": None},
+        {**libre("m2", "m1", False, "The Forum."), "feedback.rating": "thumbsUp"},
+    ]
+    assert read(write(tmp_path / "f.csv", records))[0] == [row("Rome?", "The Forum.", True)]
