@@ -19,6 +19,7 @@ from app_exports import (
     LANGFUSE_TWO,
     NATIVE,
     OPENAI_PREFERENCE,
+    PHOENIX,
     REFUSED,
     STORED,
     STREAMLIT,
@@ -338,3 +339,9 @@ def test_librechat_s_messages_as_mongoexport_writes_csv(tmp_path: Path) -> None:
         {**libre("m2", "m1", False, "The Forum."), "feedback.rating": "thumbsUp"},
     ]
     assert read(write(tmp_path / "f.csv", records))[0] == [row("Rome?", "The Forum.", True)]
+
+
+def test_a_column_with_a_dot_in_its_name_is_named_as_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", [one for one in PHOENIX.records if one["result.label"] is not None])
+    rows = read(path, label_field="result.score")[0]
+    assert rows == [one for one in PHOENIX.rows if one[1] != "assistant: only"]
