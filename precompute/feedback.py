@@ -28,8 +28,8 @@ from offline_kto.kto_core.feedback.records import (
     resolve_threshold,
 )
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.feedback_columns import feedback_columns
 from offline_kto.precompute.records.documents import Records, records_in, table_in
+from offline_kto.precompute.records.feedback_columns import feedback_columns
 from offline_kto.precompute.records.sources import format_of, read_records
 from offline_kto.precompute.records.text_files import Located
 
@@ -185,8 +185,8 @@ class Feedback:
             raise self._one_class()
         if self.found.missing:
             self.found.notes.append(
-                f"{len(self.found.missing):,} rows have a prompt or an answer that reads NaN, None or null, as programs write "
-                f"a missing value, the first at {self.found.missing[0]}. They are scored as text: remove them if they are none."
+                f"a prompt or an answer reads NaN, None or null, as programs write a missing value, in {len(self.found.missing):,}"
+                f" rows; the first is {self.found.missing[0]}. They are scored as text: remove them if they are none."
             )
 
     def _no_rows(self) -> FeedbackError:
@@ -194,10 +194,10 @@ class Feedback:
         data, left_out = self._config.data, self.found.left_out
         reasons = ", ".join(left_out.in_words()) or "none was found"
         if left_out.counts[OTHER_SPLIT]:
-            splits = ", ".join(f"{quoted(split)} {count:,} times" for split, count in self.found.splits.most_common(10))
+            splits = Scale(Counter({quoted(split): count for split, count in self.found.splits.items()}))
             return FeedbackError(
                 f"{data}: no row of the split {quoted(self._config.split)} can be used ({reasons}); the column 'split' has "
-                f"{splits}. Name the one to read: --split {next(iter(self.found.splits))}, or all."
+                f"{splits.in_words()}. Name the one to read: --split {next(iter(self.found.splits))}, or all."
             )
         if not left_out.counts[UNRATED]:
             where, reason, detail = left_out.rows[0] if left_out.rows else (data, "not there", "")
@@ -398,7 +398,7 @@ class Feedback:
         if found is None:
             return
         self._document = where, found
-        self.found.notes.append(f"{where}: one object, read as its {len(found.records):,} records {found.place}.")
+        self.found.notes.append(f"{where}: one object; its records are read {found.place}: {len(found.records):,}.")
 
     def _dataset_info(self) -> DatasetInfo | None:
         """Return what LLaMA-Factory's dataset_info.json beside the file says about it."""
@@ -455,7 +455,8 @@ class Feedback:
             return first
         scale = Scale.of(self.label_rule)
         proposal = scale.proposal()
-        name = "" if self.mapping or first.field in ("label", "kto_tag") else f"--label-field {first.field} "
+        usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
+        name = "" if self.mapping or usual or self._config.label_field else f"--label-field {first.field} "
         advice = (
             f"If these are the marks, pass {name}{proposal}."
             if proposal

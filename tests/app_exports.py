@@ -776,7 +776,7 @@ LABEL_STUDIO_PAIRS = Case(
         },
     ],
     [row("Tea?", "Black", True), row("Tea?", "Green", False)],
-    {"tie": 1},
+    {"unrated": 1},
 )
 
 

@@ -27,6 +27,7 @@ kto_core.models
 precompute.config train.config train.run_records
 precompute.records precompute.parts train.run_files
 precompute.engines precompute.out_folder train.data train.model train.diagnostics
+precompute.feedback
 precompute.plan precompute.store train.trainer train.report
 precompute.scoring train.run
 precompute.pipeline precompute.inspect_cache train.sweep

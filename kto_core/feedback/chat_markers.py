@@ -12,9 +12,7 @@ _MARKERS = (
 )
 
 
-def as_chat(
-    prompt: str, completions: tuple[Turns, ...], special: Collection[str]
-) -> tuple[Turns, tuple[Turns, ...]]:
+def as_chat(prompt: str, completions: tuple[Turns, ...], special: Collection[str]) -> tuple[Turns, tuple[Turns, ...]]:
     """Return a prompt of text and its completions as messages.
 
     Text that holds a special token of the tokenizer was rendered with a chat template before, and stays as it is.
@@ -44,8 +42,9 @@ def turns_in(text: str) -> tuple[Message, ...] | None:
         for number, one in enumerate(found):
             end = found[number + 1].start() if number + 1 < len(found) else len(text)
             content = text[one.end() : end].strip()
-            turns.append({"role": ROLES.get(one[1].lower(), "user"), "content": content})
-        if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
+            if content or one[1] != "System":  # NeMo writes an empty system turn
+                turns.append({"role": ROLES.get(one[1].lower(), "user"), "content": content})
+        if turns and turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
             turns.pop()  # the turn that the completion goes on with
         if turns and turns[-1]["role"] == "user" and all(turn["content"] for turn in turns):
             return tuple(turns)

@@ -3,6 +3,8 @@
 Invalid input raises FeedbackError with the location, the value that was found and what to write instead.
 """
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 
 from offline_kto.kto_core.errors import FeedbackError
@@ -212,7 +214,7 @@ def alpaca_prompt(record: Mapping[str, object], where: str, *, conversation: boo
     turns: list[Message] = []
     if (system := system_text(record, where)) != "":
         turns.extend(said("system", system))
-    turns.extend(_history(record.get("history"), where))
+    turns.extend(history(record, where))
     if conversation:
         return (*turns, *said("user", "\n".join(question)))
     return "\n\n".join([turn["content"] for turn in turns if turn["content"] != ""] + question)
@@ -225,8 +227,16 @@ def _text(record: Mapping[str, object], field: str, where: str) -> str:
     return value
 
 
-def _history(value: object, where: str) -> tuple[Message, ...]:
-    """Return the earlier turns: pairs of question and answer, or messages."""
+def history(record: Mapping[str, object], where: str) -> tuple[Message, ...]:
+    """Return the earlier turns of a record: pairs of question and answer, or messages, also as JSON text.
+
+    Raises:
+        FeedbackError: `history` holds something else.
+    """
+    value = record.get("history")
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):  # refused below
+            value = json.loads(value) if value.strip() else None
     if value is None or value == []:
         return ()
     turns: list[Message] = []

@@ -235,7 +235,9 @@ class Scale:
 
     def in_words(self) -> str:
         """Return the most frequent values with their counts."""
-        shown = [f"{value} ({count:,} {'time' if count == 1 else 'times'})" for value, count in self.counts.most_common(8)]
+        shown = [
+            f"{value} ({count:,} {'time' if count == 1 else 'times'})" for value, count in self.counts.most_common(8)
+        ]
         more = len(self.counts) - len(shown)
         return ", ".join(shown) + (f", and {more:,} more" if more > 0 else "")
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.records import COLUMNS
 
 # LLaMA-Factory's names of columns, and those of a record here, in its two forms.
 _SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios")}
@@ -51,8 +52,7 @@ class DatasetInfo:
 
     def record(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return a record with the usual names. Columns that have no usual name are kept."""
-        usual = set(_ALPACA.values()) | set(_SHAREGPT.values()) | {"prompt", "query", "response", "messages"}
-        kept = {key: value for key, value in given.items() if key not in usual or key in _LABELS}
+        kept = {key: value for key, value in given.items() if key not in COLUMNS or key in _LABELS}
         mapped = {name: given[column] for name, column in self.columns.items() if column in given}
         if self.roles is not None:
             for name in ("conversations", "chosen", "rejected"):

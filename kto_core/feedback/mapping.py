@@ -55,7 +55,7 @@ from offline_kto.kto_core.feedback.labels import (
     has_no_value,
     is_tie,
 )
-from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, NOT_CHOSEN, TIE, LeftOut
+from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, EMPTY, MEDIA, NO_PROMPT, NOT_CHOSEN, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
 from offline_kto.kto_core.feedback.paths import Path, compiled, key_path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -188,7 +188,7 @@ class PairPaths:
         try:
             return self.rule.verdict(value, where, better.text)
         except LeftOut as left:
-            raise LeftOut(TIE, left.detail) from None
+            raise LeftOut(TIE if left.reason == DEAD_ZONE else left.reason, left.detail) from None
         except UnknownLabelError:
             if is_tie(value):
                 raise LeftOut(TIE, quoted(value)) from None

@@ -26,6 +26,7 @@ from offline_kto.kto_core.feedback.conversations import (
     SYSTEM_COLUMNS,
     alpaca_prompt,
     check_completion,
+    history,
     join_sides,
     shared_beginning,
     split_at_results,
@@ -266,7 +267,7 @@ def _prompt_with_system(prompt: Turns, present: Mapping[str, object], where: str
     """Return a prompt of text as messages if a system text or earlier turns stand beside it."""
     if _is_alpaca(present, fields):
         return prompt
-    if present.get("history"):
+    if history(present, where):
         return _after_history(prompt, present, where, fields)
     if isinstance(prompt, str) and fields.chat and system_text(present, where):
         return said("user", prompt)

@@ -1,10 +1,13 @@
 """Find the records in a JSON file that is one object: a list under one of its keys, or a table of pandas.
 
-{"traces": [{...}, {...}], "total": 2}                          the only list of objects
-{"data": {"items": [{...}]}}                                    also one level deeper
-{"prompt": {"0": "...", "1": "..."}, "label": {"0": ...}}       DataFrame.to_json()
-{"columns": [...], "index": [...], "data": [[...], ...]}        DataFrame.to_json(orient="split")
-{"0": {"prompt": "..."}, "1": {...}}                            DataFrame.to_json(orient="index")
+    {"traces": [{...}, {...}], "total": 2}                          the only list of objects
+    {"data": {"items": [{...}]}}                                    also one level deeper
+    {"prompt": {"0": "...", "1": "..."}, "label": {"0": ...}}       DataFrame.to_json()
+    {"columns": [...], "index": [...], "data": [[...], ...]}        DataFrame.to_json(orient="split")
+    {"0": {"prompt": "..."}, "1": {...}}                            DataFrame.to_json(orient="index")
+    {"features": [...], "rows": [{"row_idx": 0, "row": {...}}]}     the hub's viewer of data sets
+
+Whether an object is a record itself is for the caller to decide.
 """
 
 from collections.abc import Mapping
@@ -33,7 +36,7 @@ def records_in(document: Record, where: str) -> Records | None:
     Raises:
         FeedbackError: several lists, of which nothing says which one counts; a table whose rows have other lengths.
     """
-    return _split_table(document, where) or _table(document) or _list(document, where)
+    return _split_table(document, where) or _table(document) or _viewer(document) or _list(document, where)
 
 
 def table_in(document: Record, where: str) -> Records | None:
@@ -65,6 +68,15 @@ def _table(document: Record) -> Records | None:
         rows = [{name: column[row] for name, column in columns.items()} for row in index]
         return Records("as a table of pandas (columns)", rows)
     return None
+
+
+def _viewer(document: Record) -> Records | None:
+    rows = document.get("rows")
+    if not isinstance(rows, list) or not rows:
+        return None
+    inner = [one.get("row") if isinstance(one, dict) else None for one in rows]
+    records = [one for one in inner if isinstance(one, dict)]
+    return Records('under "rows"', records) if len(records) == len(rows) else None
 
 
 def _list(document: Record, where: str) -> Records | None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # What separates the columns of tables, and how Excel says it on a line of its own.
 _DELIMITERS = (",", ";", "\t")
+_QUOTED = re.compile(r'"[^"]*"')
 _EXCEL_SEPARATOR = re.compile(r'"?sep=([,;\t|])"?', re.IGNORECASE)
 
 _BATCH_ROWS = 256
@@ -80,8 +81,9 @@ def _delimiter(handle: IO[bytes], name: str, usual: str) -> tuple[str, int]:
     said = _EXCEL_SEPARATOR.fullmatch(first)
     if said is not None:
         return said[1], 1
-    others = [mark for mark in _DELIMITERS if mark in first]
-    return (others[0] if usual not in first and len(others) == 1 else usual), 0
+    bare = _QUOTED.sub("", first)
+    others = [mark for mark in _DELIMITERS if mark in bare]
+    return (others[0] if usual not in bare and len(others) == 1 else usual), 0
 
 
 def _csv_rows(handle: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:

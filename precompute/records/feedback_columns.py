@@ -54,5 +54,9 @@ def _values(record: Mapping[str, Any], prefix: str = "", depth: int = _DEPTH) ->
             yield from ((name, one) for name, one in inside)
         elif has_no_value(value) or isinstance(value, list | Mapping):
             continue
-        elif isinstance(value, bool) or _NAMES.search(path):
+        elif isinstance(value, bool) or _NAMES.search(key) or (_NAMES.search(path) and _is_mark(value)):
             yield path, value
+
+
+def _is_mark(value: object) -> bool:
+    return usual_label(value) is not None or number_in(value) is not None

@@ -1,0 +1,938 @@
+"""Data sets and files of trainers as they are: what each becomes was written by hand, from what their authors document."""
+
+import csv
+import gzip
+import io
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.left_out import EMPTY, NOT_CHOSEN, OTHER_SPLIT, SAME_ANSWERS, TIE, UNRATED
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.feedback import Feedback
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def turns(*texts):
+    """The user's and the assistant's texts in turn."""
+    return [(user, assistant)[number % 2](text) for number, text in enumerate(texts)]
+
+
+def read(path, *, one_class=True, **options):
+    """Return ([(turns of the prompt, answer, label, whether it is one of a pair)], left out by reason, feedback)."""
+    config = PrecomputeConfig(model="m", data=str(path), one_class=one_class, **options)
+    feedback = Feedback(config, has_template=True)
+    found = list(feedback.rows())
+    feedback.finish()
+    rows = []
+    for row in found:
+        (answer,) = row.completion
+        assert answer["role"] == "assistant"
+        prompt = [(one["role"], one["content"]) for one in row.prompt]
+        roles = [role for role, _ in prompt if role != "system"]
+        assert roles == [("user", "assistant")[number % 2] for number in range(len(roles))]
+        texts = [f"system: {text}" if role == "system" else text for role, text in prompt]
+        rows.append(([*texts, answer["content"]], row.label, row.pair_id is not None))
+    return rows, dict(feedback.found.left_out.counts), feedback
+
+
+def refusal(path, error=FeedbackError, **options):
+    with pytest.raises(error) as caught:
+        read(path, **options)
+    return str(caught.value)
+
+
+# Containers
+
+
+def as_jsonl(folder, records):
+    path = folder / "f.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    return path
+
+
+def as_packed(folder, records):
+    path = folder / "f.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(json.dumps(one) for one in records).encode()))
+    return path
+
+
+def as_json(folder, records):
+    path = folder / "f.json"
+    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return path
+
+
+def as_document(folder, records):
+    path = folder / "f.json"
+    path.write_text(json.dumps({"version": 3, "results": records}), encoding="utf-8")
+    return path
+
+
+def as_csv(folder, records):
+    """Cells as a careful program writes them: text as it is, all else as JSON, nothing for null."""
+    columns = list(dict.fromkeys(name for one in records for name in one))
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    for one in records:
+        cells = (one.get(name) for name in columns)
+        writer.writerow("" if cell is None else cell if isinstance(cell, str) else json.dumps(cell) for cell in cells)
+    path = folder / "f.csv"
+    path.write_text(text.getvalue(), encoding="utf-8", newline="")
+    return path
+
+
+def as_parquet(folder, records):
+    path = folder / "f.parquet"
+    columns = list(dict.fromkeys(name for one in records for name in one))
+    pq.write_table(pa.table({name: [one.get(name) for one in records] for name in columns}), path)
+    return path
+
+
+def as_saved(folder, records):
+    path = folder / "saved"
+    columns = list(dict.fromkeys(name for one in records for name in one))
+    datasets.Dataset.from_dict({name: [one.get(name) for one in records] for name in columns}).save_to_disk(path)
+    return path
+
+
+CONTAINERS = [as_jsonl, as_packed, as_json, as_document, as_csv, as_parquet, as_saved]
+
+
+def up(*texts):
+    return list(texts), True, False
+
+
+def down(*texts):
+    return list(texts), False, False
+
+
+def pair(prompt, chosen, rejected):
+    """The two rows of a pair; prompt: a text, or a list of them."""
+    begin = [prompt] if isinstance(prompt, str) else prompt
+    return [([*begin, chosen], True, True), ([*begin, rejected], False, True)]
+
+
+ARENA = {"question_id": "7", "model_a": "m", "model_b": "n", "language": "English"}
+ARENA_55K = {"id": 1, "model_a": "m", "model_b": "n"}
+WINNERS = ("winner_model_a", "winner_model_b", "winner_tie")
+SHP = {"post_id": "p", "domain": "d", "score_A": 8, "score_B": 2}
+PKU = {"prompt": "How?", "response_0": "Like so.", "response_1": "No idea."}
+STEER = {"complexity": 1, "verbosity": 2}
+OASST = {"message_tree_id": "t", "lang": "en"}
+
+# (format, records, rows, left out by reason)
+DATA = [
+    (
+        "UltraFeedback",
+        [
+            {
+                "source": "s",
+                "instruction": "Name a river.",
+                "models": ["a", "b", "c", "d"],
+                "completions": [
+                    {"response": "The Rhine.", "overall_score": 8.5, "annotations": {"honesty": {"Rating": "N/A"}}},
+                    {"response": "Rivers.", "overall_score": 3.0, "annotations": {"honesty": {"Rating": "2"}}},
+                    {"response": "A lake.", "overall_score": 5.0, "annotations": {"honesty": {"Rating": "3"}}},
+                    {"response": "  ", "overall_score": 1.0, "annotations": {"honesty": {"Rating": "1"}}},
+                ],
+                "correct_answers": ["x"],
+            }
+        ],
+        [up("Name a river.", "The Rhine."), down("Name a river.", "Rivers.")],
+        {"between up and down": 1, EMPTY: 1},
+    ),
+    (
+        "distilabel ratings",
+        [
+            {"instruction": "q", "generations": ["a", "b", "c"], "ratings": [5, 2, 3], "rationales": ["", "", ""]},
+            {"instruction": "r", "generations": ["d", "e"], "ratings": None, "rationales": None},
+            {"instruction": "s", "generations": ["f"], "ratings": [4], "rationales": ["x"]},
+        ],
+        [up("q", "a"), down("q", "b"), up("s", "f")],
+        {"between up and down": 1, UNRATED: 2},
+    ),
+    (
+        "Chatbot Arena",
+        [
+            {**ARENA, "winner": "model_a", "conversation_a": turns("q", "a"), "conversation_b": turns("q", "b")},
+            {**ARENA, "winner": "model_b", "conversation_a": turns("r", "c"), "conversation_b": turns("r", "d")},
+            {**ARENA, "winner": "tie", "conversation_a": turns("s", "e"), "conversation_b": turns("s", "f")},
+            {**ARENA, "winner": "tie (bothbad)", "conversation_a": turns("s", "e"), "conversation_b": turns("s", "g")},
+            {
+                **ARENA,
+                "winner": "model_b",
+                "conversation_a": turns("t", "h", "u", "i"),
+                "conversation_b": turns("t", "j", "u", "k"),
+            },
+        ],
+        [*pair("q", "a", "b"), *pair("r", "d", "c"), up("t", "j", "u", "k"), down("t", "h", "u", "i")],
+        {TIE: 2},
+    ),
+    (
+        "Chatbot Arena 55k",
+        [
+            {
+                **ARENA_55K,
+                "prompt": '["q", "r"]',
+                "response_a": '["a", "b"]',
+                "response_b": '["c", "d"]',
+                **dict(zip(WINNERS, (0, 1, 0), strict=True)),
+            },
+            {
+                **ARENA_55K,
+                "prompt": '["s"]',
+                "response_a": '["e"]',
+                "response_b": '["f"]',
+                **dict(zip(WINNERS, (1, 0, 0), strict=True)),
+            },
+            {
+                **ARENA_55K,
+                "prompt": '["t"]',
+                "response_a": '["g"]',
+                "response_b": '["h"]',
+                **dict(zip(WINNERS, (0, 0, 1), strict=True)),
+            },
+            {
+                **ARENA_55K,
+                "prompt": '["t"]',
+                "response_a": "[null]",
+                "response_b": '["h"]',
+                **dict(zip(WINNERS, (0, 1, 0), strict=True)),
+            },
+        ],
+        [up("q", "c", "r", "d"), down("q", "a", "r", "b"), *pair("s", "e", "f")],
+        {TIE: 1, EMPTY: 1},
+    ),
+    (
+        "Chatbot Arena",
+        [
+            {
+                "id": "1",
+                "winner": "both_bad",
+                "conversation_a": [{"role": "user", "content": [{"type": "text", "text": "q", "image": None}]}],
+                "conversation_b": [{"role": "user", "content": [{"type": "text", "text": "q", "image": None}]}],
+            },
+            {
+                "id": "2",
+                "winner": "model_a",
+                "conversation_a": [
+                    {"role": side, "content": [{"type": "text", "text": text, "image": None}]}
+                    for side, text in (("user", "r"), ("assistant", "a"))
+                ],
+                "conversation_b": [
+                    {"role": side, "content": [{"type": "text", "text": text, "image": None}]}
+                    for side, text in (("user", "r"), ("assistant", "b"))
+                ],
+            },
+        ],
+        pair("r", "a", "b"),
+        {TIE: 1},
+    ),
+    (
+        "Stanford Human Preferences",
+        [
+            {**SHP, "history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": 4.0},
+            {**SHP, "history": "i", "human_ref_A": "c", "human_ref_B": "d", "labels": 0, "score_ratio": 2.0},
+            {**SHP, "history": "j", "human_ref_A": "e", "human_ref_B": "f", "labels": 0, "score_ratio": 1.5},
+        ],
+        [*pair("h", "a", "b"), *pair("i", "d", "c")],
+        {NOT_CHOSEN: 1},
+    ),
+    (
+        "PKU-SafeRLHF, the better response",
+        [
+            {**PKU, "is_response_0_safe": True, "is_response_1_safe": False, "better_response_id": 0},
+            {**PKU, "is_response_0_safe": True, "is_response_1_safe": True, "better_response_id": 1},
+        ],
+        [*pair("How?", "Like so.", "No idea."), *pair("How?", "No idea.", "Like so.")],
+        {},
+    ),
+    (
+        "HelpSteer",
+        [
+            {"prompt": "q", "response": "a", "helpfulness": 4, "correctness": 4, "coherence": 4, **STEER},
+            {"prompt": "q", "response": "b", "helpfulness": 0, "correctness": 0, "coherence": 4, **STEER},
+            {"prompt": "q", "response": "c", "helpfulness": 2, "correctness": 3, "coherence": 4, **STEER},
+            {
+                "prompt": "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nr",
+                "response": "d",
+                "helpfulness": 3,
+                "correctness": 3,
+                "coherence": 4,
+                **STEER,
+            },
+        ],
+        [up("q", "a"), down("q", "b"), up("q", "a", "r", "d")],
+        {"between up and down": 1},
+    ),
+    (
+        "HelpSteer2 preferences",
+        [
+            {"split": "train", "prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": -3},
+            {"split": "train", "prompt": "r", "response_1": "c", "response_2": "d", "preference_strength": 1},
+            {"split": "train", "prompt": "s", "response_1": "e", "response_2": "f", "preference_strength": 0},
+            {"split": "validation", "prompt": "t", "response_1": "g", "response_2": "h", "preference_strength": 2},
+        ],
+        [*pair("q", "a", "b"), *pair("r", "d", "c")],
+        {TIE: 1, OTHER_SPLIT: 1},
+    ),
+    (
+        "HelpSteer3 preferences",
+        [
+            {"context": turns("q"), "response1": "a", "response2": "b", "overall_preference": 2},
+            {"context": turns("q", "c", "r"), "response1": "d", "response2": "e", "overall_preference": -1},
+            {"context": turns("s"), "response1": "f", "response2": "g", "overall_preference": 0},
+        ],
+        [*pair("q", "b", "a"), *pair(["q", "c", "r"], "d", "e")],
+        {TIE: 1},
+    ),
+    (
+        "WebGPT comparisons",
+        [
+            {"question": {"full_text": "Why?"}, "answer_0": "a", "answer_1": "b", "score_0": 0.5, "score_1": -0.5},
+            {"question": {"full_text": "How?"}, "answer_0": "c", "answer_1": "d", "score_0": -1.0, "score_1": 1.0},
+            {"question": {"full_text": "Who?"}, "answer_0": "e", "answer_1": "f", "score_0": 0.0, "score_1": 0.0},
+        ],
+        [*pair("Why?", "a", "b"), *pair("How?", "d", "c")],
+        {TIE: 1},
+    ),
+    (
+        "summarize_from_feedback",
+        [
+            {
+                "info": {"id": "1", "post": "A long post.", "article": None},
+                "summaries": [{"text": "a"}, {"text": "b"}],
+                "choice": 1,
+                "split": "train",
+            },
+            {
+                "info": {"id": "2", "post": None, "article": "An article."},
+                "summaries": [{"text": "c"}, {"text": "d"}],
+                "choice": 0,
+                "split": "train",
+            },
+            {
+                "info": {"id": "3", "post": "Held out.", "article": None},
+                "summaries": [{"text": "e"}, {"text": "f"}],
+                "choice": 0,
+                "split": "valid1",
+            },
+        ],
+        [*pair("A long post.", "b", "a"), *pair("An article.", "c", "d")],
+        {OTHER_SPLIT: 1},
+    ),
+    (
+        "OpenAssistant messages",
+        [
+            # An answer may stand before its question.
+            {
+                **OASST,
+                "message_id": "2",
+                "parent_id": "1",
+                "text": "a",
+                "role": "assistant",
+                "rank": 1,
+                "deleted": False,
+            },
+            {
+                **OASST,
+                "message_id": "1",
+                "parent_id": None,
+                "text": "q",
+                "role": "prompter",
+                "rank": None,
+                "deleted": False,
+            },
+            {
+                **OASST,
+                "message_id": "3",
+                "parent_id": "1",
+                "text": "b",
+                "role": "assistant",
+                "rank": 0,
+                "deleted": False,
+            },
+            {
+                **OASST,
+                "message_id": "4",
+                "parent_id": "1",
+                "text": "c",
+                "role": "assistant",
+                "rank": 2,
+                "deleted": True,
+            },
+            {
+                **OASST,
+                "message_id": "5",
+                "parent_id": "3",
+                "text": "r",
+                "role": "prompter",
+                "rank": None,
+                "deleted": False,
+            },
+            {
+                **OASST,
+                "message_id": "6",
+                "parent_id": "5",
+                "text": "d",
+                "role": "assistant",
+                "rank": 0,
+                "deleted": False,
+            },
+            {
+                **OASST,
+                "message_id": "7",
+                "parent_id": "5",
+                "text": "e",
+                "role": "assistant",
+                "rank": 1,
+                "deleted": False,
+            },
+        ],
+        [*pair("q", "b", "a"), *pair(["q", "b", "r"], "d", "e")],
+        {"deleted": 1},
+    ),
+    (
+        "HALOs binary feedback",
+        [
+            {
+                "prompt_id": "1",
+                "prompt": turns("q"),
+                "output": [assistant(answer)],
+                "label": label,
+                "reward": 0.3,
+                "type": "binary_feedback",
+                "split": split,
+            }
+            for answer, label, split in (("a", 1, "train"), ("b", 0, "train"), ("c", 1, "test"))
+        ],
+        [up("q", "a"), down("q", "b")],
+        {OTHER_SPLIT: 1},
+    ),
+    (
+        "HALOs pairwise feedback",
+        [
+            {
+                "prompt": turns("q"),
+                "output_A": [assistant("a")],
+                "output_B": [assistant("b")],
+                "label": label,
+                "reward_A": 0.1,
+                "reward_B": 0.2,
+                "type": "pairwise_feedback",
+            }
+            for label in (0, 1)
+        ],
+        [*pair("q", "b", "a"), *pair("q", "a", "b")],
+        {},
+    ),
+    (
+        "OpenRLHF KTO",
+        [{"instruction": "q", "response": "a", "score": 1}, {"instruction": "q", "response": "b", "score": 0}],
+        [up("q", "a"), down("q", "b")],
+        {},
+    ),
+    (
+        "NeMo-Aligner KTO",
+        [
+            {"prompt": "q", "response": "a", "preference": "chosen"},
+            {
+                "prompt": "<extra_id_0>System\nBe brief.\n<extra_id_1>User\nr\n<extra_id_1>Assistant\n",
+                "response": "b",
+                "preference": "rejected",
+            },
+            {
+                "prompt": "<extra_id_0>System\n\n<extra_id_1>User\ns\n<extra_id_1>Assistant\n",
+                "response": "c",
+                "preference": "chosen",
+            },
+        ],
+        [up("q", "a"), down("system: Be brief.", "r", "b"), up("s", "c")],
+        {},
+    ),
+    (
+        "NeMo-RL preferences",
+        [
+            {
+                "context": turns("q"),
+                "completions": [
+                    {"rank": 1, "completion": [assistant("a")]},
+                    {"rank": 0, "completion": [assistant("b")]},
+                ],
+            }
+        ],
+        pair("q", "b", "a"),
+        {},
+    ),
+    (
+        "chosen_response + rejected_response",
+        [
+            {
+                "prompt": "q",
+                "chosen_response": "a",
+                "rejected_response": "b",
+                "chosen_reward": 4.0,
+                "rejected_reward": 1.0,
+            }
+        ],
+        pair("q", "a", "b"),
+        {},
+    ),
+    (
+        "GPT-NeoX KTO",
+        [{"messages": turns("q", "a"), "reward": 1.0}, {"messages": turns("r", "b"), "reward": -1.0}],
+        [up("q", "a"), down("r", "b")],
+        {},
+    ),
+    (
+        "ms-swift rejected_response",
+        [
+            {"messages": [system("s"), *turns("q", "a")], "rejected_response": "b"},
+            {"messages": turns("q", "c", "r", "d"), "rejected_response": "e"},
+            {"messages": turns("q", "a"), "rejected_response": None},
+        ],
+        [*pair(["system: s", "q"], "a", "b"), *pair(["q", "c", "r"], "d", "e")],
+        {EMPTY: 1},
+    ),
+    (
+        "ms-swift rejected_messages",
+        [{"messages": turns("q", "a"), "rejected_messages": turns("q", "b")}],
+        pair("q", "a", "b"),
+        {},
+    ),
+    (
+        "ms-swift query, response and rejected_response",
+        [
+            {"system": "s", "query": "q", "response": "a", "rejected_response": "b", "history": [["p", "o"]]},
+            {"system": None, "query": "r", "response": "c", "rejected_response": "d", "history": []},
+        ],
+        [*pair(["system: s", "p", "o", "q"], "a", "b"), *pair("r", "c", "d")],
+        {},
+    ),
+    (
+        "verl scored responses",
+        [
+            {"data_source": "d", "prompt": turns("q"), "ability": "m", "response": "a", "score": 1.0},
+            {"data_source": "d", "prompt": turns("q"), "ability": "m", "response": "b", "score": 0.0},
+        ],
+        [up("q", "a"), down("q", "b")],
+        {},
+    ),
+    (
+        "BeaverTails",
+        [
+            {"prompt": "q", "response": "a", "category": {"x": False}, "is_safe": True},
+            {"prompt": "q", "response": "b", "category": {"x": True}, "is_safe": False},
+        ],
+        [up("q", "a"), down("q", "b")],
+        {},
+    ),
+    (
+        "Nectar",
+        [
+            {
+                "prompt": "\n\nHuman: q\n\nAssistant: ",
+                "answers": [{"answer": "a", "rank": 2.0}, {"answer": "b", "rank": 1.0}, {"answer": "c", "rank": 3.0}],
+            }
+        ],
+        [*pair("q", "b", "a"), *pair("q", "b", "c")],
+        {},
+    ),
+    (
+        "AlpacaFarm preferences",
+        [
+            {"instruction": "Add.", "input": "1 2", "output_1": "4", "output_2": "3", "preference": 2},
+            {"instruction": "Greet.", "input": "", "output_1": "Hi", "output_2": "No", "preference": 1},
+        ],
+        [*pair("Add.\n1 2", "3", "4"), *pair("Greet.", "Hi", "No")],
+        {},
+    ),
+    (
+        "StackExchange pairs",
+        [{"qid": 1, "question": "q", "response_j": "a", "response_k": "b"}],
+        pair("q", "a", "b"),
+        {},
+    ),
+]
+
+
+def name_of(value):
+    return value if isinstance(value, str) else getattr(value, "__name__", "")
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+@pytest.mark.parametrize(("name", "records", "rows", "left_out"), DATA, ids=name_of)
+def test_data_sets_are_recognised_in_every_container(tmp_path, container, name, records, rows, left_out):
+    found, counts, feedback = read(container(tmp_path, records))
+    assert feedback.mapping is not None
+    assert feedback.mapping.name == name
+    assert found == rows
+    assert counts == left_out
+
+
+# Formats that need no mapping: the keys say it
+NATIVE = [
+    ("axolotl: system and instruction", {"system": "s", "instruction": "q", "completion": "a", "label": True}),
+    ("axolotl: system and question", {"system": "s", "question": "q", "completion": "a", "label": True}),
+    ("ms-swift: query and response", {"system": "s", "query": "q", "response": "a", "history": [], "label": True}),
+    ("ms-swift: messages", {"messages": [system("s"), *turns("q", "a")], "label": True}),
+    ("LLaMA-Factory: alpaca", {"system": "s", "instruction": "q", "input": "", "output": "a", "kto_tag": True}),
+    ("TRL: unpaired", {"prompt": [system("s"), user("q")], "completion": [assistant("a")], "label": True}),
+    ("OpenRLHF: label", {"system_prompt": "s", "prompt": "q", "response": "a", "label": 1}),
+]
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+@pytest.mark.parametrize(("name", "record"), NATIVE, ids=name_of)
+def test_formats_of_trainers(tmp_path, container, name, record):
+    rows, left_out, feedback = read(container(tmp_path, [record, {**record, "label": None, "kto_tag": None}]))
+    assert name
+    assert feedback.mapping is None
+    assert rows == [up("system: s", "q", "a")]
+    assert left_out == {UNRATED: 1}
+
+
+def test_orca_pairs(tmp_path):
+    records = [
+        {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
+        {"system": "", "question": "r", "chosen": "c", "rejected": "c"},
+    ]
+    rows, left_out, _ = read(as_jsonl(tmp_path, records))
+    assert rows == pair(["system: s", "q"], "a", "b")
+    assert left_out == {SAME_ANSWERS: 1}
+
+
+# Options count more than a format's keys
+
+
+def test_another_label_of_a_format(tmp_path):
+    records = next(records for name, records, _, _ in DATA if name == "HelpSteer")
+    rows, _, _ = read(as_jsonl(tmp_path, records), label_field="coherence", up=">=4", down="<4")
+    assert [label for _, label, _ in rows] == [True] * 4
+
+
+def test_a_named_preset_replaces_the_recognised_one(tmp_path):
+    records = next(records for name, records, _, _ in DATA if name.startswith("PKU"))
+    rows, _, _ = read(as_jsonl(tmp_path, records), map="pku_saferlhf_safe")
+    assert rows == [
+        up("How?", "Like so."),
+        down("How?", "No idea."),
+        up("How?", "Like so."),
+        up("How?", "No idea."),
+    ]
+
+
+def test_an_option_that_a_format_has_no_place_for(tmp_path):
+    record = {**PKU, "better_response_id": 0, "completion": "c", "good": True}
+    path = as_jsonl(tmp_path, [record])
+    assert read(path)[0] == pair("How?", "Like so.", "No idea.")
+    assert read(path, label_field="good")[0] == [up("How?", "c")]
+    assert read(path, completion_field="response_1", label_field="good")[0] == [up("How?", "No idea.")]
+    assert "--label-field" in refusal(path, ConfigError, map="pku_saferlhf", label_field="good")
+
+
+def test_the_judged_turn_of_a_longer_conversation(tmp_path):
+    """MT-bench judges the first turn and the second one apart, in conversations that hold both."""
+    whole = {"conversation_a": turns("q", "a", "r", "b"), "conversation_b": turns("q", "c", "r", "d")}
+    path = as_jsonl(tmp_path, [{**ARENA, **whole, "winner": "model_a", "turn": turn} for turn in (1, 2)])
+    assert read(path)[0] == [*pair("q", "a", "c"), up("q", "a", "r", "b"), down("q", "c", "r", "d")]
+
+
+def test_a_verdict_that_is_missing_is_no_tie(tmp_path):
+    path = as_jsonl(tmp_path, [{**PKU, "better_response_id": 1}, {**PKU, "better_response_id": None}])
+    assert read(path)[1] == {UNRATED: 1}
+
+
+def test_a_verdict_that_is_neither_side_nor_a_tie_is_refused(tmp_path):
+    record = {**ARENA, "winner": "left", "conversation_a": turns("q", "a"), "conversation_b": turns("q", "b")}
+    assert '"left"' in refusal(as_jsonl(tmp_path, [record]))
+
+
+# dataset_info.json of LLaMA-Factory
+
+
+def beside(path, entry):
+    text = json.dumps({"other": {"file_name": "other.json"}, "mine": {"file_name": path.name, **entry}})
+    (path.parent / "dataset_info.json").write_text(text, encoding="utf-8")
+    return path
+
+
+def test_columns_of_dataset_info(tmp_path):
+    path = as_jsonl(
+        tmp_path,
+        [
+            {"question": "q", "context": "c", "answer": "a", "is_good": True, "input": "not read"},
+            {"question": "r", "context": "", "answer": "b", "is_good": False, "input": "not read"},
+        ],
+    )
+    columns = {"prompt": "question", "query": "context", "response": "answer", "kto_tag": "is_good"}
+    rows, _, feedback = read(beside(path, {"columns": columns}))
+    assert rows == [up("q\nc", "a"), down("r", "b")]
+    assert "dataset_info.json" in feedback.why
+    # Options count more.
+    assert read(path, prompt_field="context", completion_field="answer", label_field="is_good")[0][0] == up("c", "a")
+
+
+def test_tags_of_dataset_info(tmp_path):
+    records = [
+        {"talk": [{"who": "me", "says": "q"}, {"who": "it", "says": answer}], "rule": "s", "good": good}
+        for answer, good in (("a", 1), ("b", 0))
+    ]
+    tags = {"role_tag": "who", "content_tag": "says", "user_tag": "me", "assistant_tag": "it"}
+    entry = {
+        "formatting": "sharegpt",
+        "columns": {"messages": "talk", "system": "rule", "kto_tag": "good"},
+        "tags": tags,
+    }
+    for container in (as_jsonl, as_json, as_parquet, as_csv):
+        rows, _, _ = read(beside(container(tmp_path, records), entry))
+        assert rows == [up("system: s", "q", "a"), down("system: s", "q", "b")]
+
+
+def test_ranking_of_dataset_info(tmp_path):
+    record = {
+        "conversations": [{"from": "human", "value": "q"}],
+        "good": {"from": "gpt", "value": "a"},
+        "bad": {"from": "gpt", "value": "b"},
+    }
+    entry = {"formatting": "sharegpt", "ranking": True, "columns": {"chosen": "good", "rejected": "bad"}}
+    assert read(beside(as_json(tmp_path, [record, record]), entry))[0] == pair("q", "a", "b") * 2
+
+
+def test_mistakes_in_dataset_info_name_it(tmp_path):
+    path = as_jsonl(tmp_path, [{"prompt": "q", "completion": "a", "label": True}])
+    assert "columns" in refusal(beside(path, {"columns": {"promt": "prompt"}}), ConfigError)
+    assert "formatting" in refusal(beside(path, {"formatting": "x"}), ConfigError)
+    (tmp_path / "dataset_info.json").write_text("{", encoding="utf-8")
+    assert read(path)[0] == [up("q", "a")]
+
+
+# Splits
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+ROWS = [{"prompt": "q", "completion": "a", "label": True}, {"prompt": "r", "completion": "b", "label": False}]
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("folder", ["data", "."])
+@pytest.mark.parametrize("readme", [True, False])
+@pytest.mark.parametrize("kind", [as_parquet, as_jsonl], ids=name_of)
+def test_splits_of_a_folder_are_asked_for(tmp_path, folder, readme, kind):
+    root = tmp_path / "set"
+    (root / folder).mkdir(parents=True)
+    for split in ("train_prefs", "train_sft", "test_prefs", "train_gen"):
+        path = kind(tmp_path, [{**row, "prompt": f"{split} {row['prompt']}"} for row in ROWS])
+        path.rename(root / folder / f"{split}-00000-of-00001{path.suffix}")
+    if readme:
+        lines = [f"  - split: {one}\n    path: {folder}/{one}-*" for one in ("train_prefs", "train_sft", "test_prefs")]
+        text = "\n".join(["---", "configs:", "- config_name: default", "  data_files:", *lines, "---", ""])
+        (root / "README.md").write_text(text, encoding="utf-8")
+    message = refusal(root)
+    assert "--split train_prefs" in message
+    assert "train_sft" in message
+    for split in ("train_prefs", "train_sft", "test_prefs"):
+        assert read(root, split=split)[0] == [up(f"{split} q", "a"), down(f"{split} r", "b")]
+    assert "train_prefs" in refusal(root, split="validation")
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize(
+    ("names", "read_names"),
+    [
+        (["train.jsonl", "test.jsonl"], ["train"]),
+        (["train-1.jsonl", "train-2.jsonl"], ["train-1", "train-2"]),
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"], ["train-00000", "train-00001"]),
+        (["2026-01-01.jsonl", "2026-01-02.jsonl"], ["2026-01-01", "2026-01-02"]),
+        (["train_prefs.jsonl", "test_prefs.jsonl"], ["train_prefs"]),
+        (["train-00000-of-00001.jsonl", "train_sft-00000-of-00001.jsonl"], ["train-00000"]),
+    ],
+)
+def test_files_of_one_split_are_read_together(tmp_path, names, read_names):
+    root = tmp_path / "set"
+    root.mkdir()
+    for name in names:
+        begin = name.removesuffix(".jsonl").split("-of")[0]
+        as_jsonl(tmp_path, [{**row, "prompt": begin} for row in ROWS]).rename(root / name)
+    assert [texts[0] for texts, _, _ in read(root)[0][::2]] == read_names
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("names", [["train_a.csv", "train_b.csv"], ["train_prefs/0.csv", "train_sft/0.csv"]])
+def test_names_that_differ_after_train_are_asked_about(tmp_path, names):
+    root = tmp_path / "set"
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        as_csv(tmp_path, ROWS).rename(root / name)
+    assert "--split train_" in refusal(root)
+
+
+def test_splits_of_saved_data(tmp_path):
+    one = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(train_prefs=one, train_sft=one.select([0])).save_to_disk(tmp_path / "saved")
+    assert "--split train_prefs" in refusal(tmp_path / "saved")
+    assert len(read(tmp_path / "saved", split="train_sft")[0]) == 1
+
+
+def test_splits_of_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    splits = {"train_sft": ROWS[:1], "train_prefs": ROWS}
+
+    def load_dataset(name, *, split):
+        assert name == "owner/name"
+        if split not in splits:
+            raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
+        return datasets.Dataset.from_list(splits[split])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _name: list(splits))
+    assert "--split train_prefs" in refusal("owner/name")
+    assert len(read("owner/name", split="train_prefs")[0]) == 2
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+def test_a_split_column_is_followed(tmp_path, container):
+    records = [{**row, "split": split} for row in ROWS for split in ("train", "test", "Train")]
+    path = container(tmp_path, records)
+    rows, left_out, _ = read(path)
+    assert rows == [up("q", "a")] * 2 + [down("r", "b")] * 2
+    assert left_out == {OTHER_SPLIT: 2}
+    assert len(read(path, split="all")[0]) == 6
+    if path.is_file():
+        assert len(read(path, split="test")[0]) == 2
+        message = refusal(path, split="dev")
+        assert '"test" (2 times)' in message
+        assert "--split train" in message
+
+
+# Documents of records
+
+
+@pytest.mark.parametrize("key", ["data", "results", "traces", "items"])
+def test_one_list_of_records_in_an_object(tmp_path, key):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps({"page": 1, "tags": ["x"], key: ROWS}), encoding="utf-8")
+    rows, _, feedback = read(path)
+    assert rows == [up("q", "a"), down("r", "b")]
+    assert feedback.notes() == [f'f.json:1: one object; its records are read under "{key}": 2.']
+    (path).write_text(json.dumps({"status": "ok", "result": {key: ROWS}}), encoding="utf-8")
+    assert read(path)[0] == rows
+    assert read(path, limit=1)[0] == rows[:1]
+
+
+def test_records_of_a_document_are_named(tmp_path):
+    path = tmp_path / "f.json"
+    path.write_text(
+        json.dumps({"data": [*ROWS, {"prompt": "s", "completion": "c", "label": "so so"}]}), encoding="utf-8"
+    )
+    assert "f.json:1 (record 3)" in refusal(path)
+
+
+def test_two_lists_of_records_are_ambiguous(tmp_path):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps({"good": ROWS, "bad": ROWS}), encoding="utf-8")
+    message = refusal(path)
+    assert '"good" (2)' in message
+    assert '"bad" (2)' in message
+
+
+def test_an_object_that_is_a_record_is_not_opened(tmp_path):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps({"messages": turns("q", "a"), "label": True}, indent=1), encoding="utf-8")
+    rows, _, feedback = read(path)
+    assert rows == [up("q", "a")]
+    assert feedback.found.notes == []
+
+
+COLUMNS = {name: {str(number): row[name] for number, row in enumerate(ROWS)} for name in ROWS[0]}
+TABLES = {
+    "viewer": {
+        "features": [{"name": "prompt"}],
+        "rows": [{"row_idx": 0, "row": row} for row in ROWS],
+        "partial": False,
+    },
+    "columns": COLUMNS,
+    "index": {str(number): row for number, row in enumerate(ROWS)},
+    "split": {"columns": list(ROWS[0]), "index": [0, 1], "data": [list(row.values()) for row in ROWS]},
+    "table": {"schema": {"fields": [{"name": "index"}]}, "data": [{"index": 0, **row} for row in ROWS]},
+}
+
+
+@pytest.mark.parametrize("orient", TABLES)
+def test_tables_as_pandas_writes_them(tmp_path, orient):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps(TABLES[orient]), encoding="utf-8")
+    assert read(path)[0] == [up("q", "a"), down("r", "b")]
+
+
+def test_tables_of_conversations(tmp_path):
+    table = {"prompt": {"0": turns("q")}, "completion": {"0": [assistant("a")]}, "label": {"0": True}}
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps(table), encoding="utf-8")
+    assert read(path)[0] == [up("q", "a")]
+
+
+def test_a_table_of_rows_of_other_lengths_is_refused(tmp_path):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps({"columns": ["prompt", "label"], "data": [["q", True], ["r"]]}), encoding="utf-8")
+    assert "record 2" in refusal(path)
+
+
+# Cells of tables
+
+
+@pytest.mark.parametrize("word", ["NaN", "nan", "None", "null", "<NA>"])
+@pytest.mark.parametrize("container", [as_csv, as_jsonl, as_parquet], ids=name_of)
+def test_names_of_missing_values_are_counted(tmp_path, container, word):
+    _, _, feedback = read(container(tmp_path, [*ROWS, {"prompt": "s", "completion": word, "label": True}][1:]))
+    (note,) = feedback.notes()
+    assert "in 1 rows" in note
+    assert "f." in note
+
+
+@pytest.mark.parametrize("container", [as_csv, as_jsonl, as_parquet], ids=name_of)
+@pytest.mark.parametrize("column", ["prompt", "completion", "messages", "conversations", "chosen"])
+def test_messages_as_python_prints_them_are_refused(tmp_path, container, column):
+    record = {"prompt": "q", "completion": "a", "label": True}
+    if column in ("messages", "conversations"):
+        record = {"label": True}
+    if column == "chosen":
+        record = {"prompt": "q", "rejected": "b"}
+    record[column] = str(turns("q", "a"))
+    message = refusal(container(tmp_path, [record]))
+    assert "json.dumps" in message
+    assert column in message
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_a_folder_of_files_with_different_keys(tmp_path):
+    root = tmp_path / "set"
+    root.mkdir()
+    as_jsonl(tmp_path, ROWS).rename(root / "a.jsonl")
+    as_jsonl(
+        tmp_path, [{"messages": turns("s", "c"), "label": None}, {"messages": turns("t", "d"), "label": 0}]
+    ).rename(root / "b.jsonl")
+    rows, left_out, _ = read(root)
+    assert rows == [up("q", "a"), down("r", "b"), down("t", "d")]
+    assert left_out == {UNRATED: 1}

@@ -1,0 +1,248 @@
+"""Labels: which values mean what, what is left out, and what a message proposes for the values found."""
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.labels import DOWN, LEAVE_OUT, UP, LabelRule, Scale, is_tie
+from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, RATERS_DISAGREE, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.feedback import Feedback
+
+
+def verdict(rule, value):
+    """True, False, or the reason for which it is left out; None if it is refused."""
+    try:
+        return rule.verdict(value, "f:1", "thumb")
+    except LeftOut as left:
+        return left.reason
+    except FeedbackError:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "expected"),
+    [
+        ((">=4",), ("<=2",), {5: True, 4: True, "4.0": True, 3: DEAD_ZONE, 2: False, "1": False, "five": None}),
+        (("1",), ("-1",), {1: True, -1: False, "-1": False, "1.0": True, 0: None, "": UNRATED}),
+        (("like",), ("dislike",), {"Like": True, "DISLIKE": False, "love": None, True: None}),
+        ((True,), (False,), {True: True, False: False, "true": True, 7: None}),
+        (("4", "5"), ("<3",), {5: True, 3: DEAD_ZONE, 2.5: False}),
+        ((">0",), ("<0",), {0.1: True, -3: False, 0: DEAD_ZONE, "n/a": UNRATED}),
+        (("+1",), ("-1",), {"+1": True, "-1": False}),
+        (("great, really",), ("no",), {"Great, really": True, "no": False}),
+    ],
+)
+def test_values_up_and_down(up, down, expected):
+    rule = LabelRule(up, down)
+    assert {value: verdict(rule, value) for value in expected} == expected
+
+
+@pytest.mark.parametrize(("otherwise", "expected"), [(UP, True), (DOWN, False), (LEAVE_OUT, DEAD_ZONE)])
+def test_what_happens_to_all_others(otherwise, expected):
+    rule = LabelRule(("good",), ("bad",), otherwise)
+    assert [verdict(rule, value) for value in ("good", "bad", "meh", 7, None)] == [
+        True,
+        False,
+        expected,
+        expected,
+        UNRATED,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "otherwise", "part"),
+    [
+        (("a",), ("a",), "refuse", "both"),
+        ((1,), ("1.0",), "refuse", "both"),
+        (("",), (), "refuse", "up"),
+        (([1],), (), "refuse", "up"),
+        ((), (), "skip", "else"),
+    ],
+)
+def test_rules_that_make_no_sense(up, down, otherwise, part):
+    with pytest.raises(ConfigError, match=part):
+        LabelRule(up, down, otherwise)
+
+
+def test_several_raters():
+    rule = LabelRule()
+    values = [[True, True], [True, None], [True, False], [None, ""], ["up", 1]]
+    assert [verdict(rule, value) for value in values] == [True, True, RATERS_DISAGREE, UNRATED, True]
+
+
+def test_values_are_counted_with_their_destination():
+    rule = LabelRule((">=4",), ("<=2",))
+    for value in (5, 5, 3, 1, None, "x"):
+        verdict(rule, value)
+    assert rule.seen == {
+        ("5", "up"): 2,
+        ("3", "left out"): 1,
+        ("1", "down"): 1,
+        ("(none)", "left out"): 1,
+        ('"x"', "unknown"): 1,
+    }
+
+
+@given(st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False))
+def test_a_threshold_is_the_lowest_desirable_rating(rating):
+    rule = LabelRule.at_least(3.5)
+    for value in (rating, repr(rating)):
+        assert verdict(rule, value) is (rating >= 3.5)
+
+
+@pytest.mark.parametrize(
+    ("value", "tie"),
+    [
+        *((word, True) for word in ("tie", "Tie", "tie (bothbad)", "both_bad", "equal", "neither", "draw", 0.5, "0.5")),
+        *((word, False) for word in ("model_a", "left", "", None, 1, 0, 2, "timeout", True)),
+    ],
+)
+def test_words_for_a_tie(value, tie):
+    assert is_tie(value) is tie
+
+
+PROPOSALS = [
+    ([1, -1, -1], "--up 1 --down -1"),
+    ([1, 0, -1, 0], "--up 1 --down -1 (0 is then left out)"),
+    ([0, 1], "--up 1 --down 0"),
+    ([True, "maybe"], "--up true --down maybe"),
+    (["thumbsUp", "thumbsDown"], "--up thumbsUp --down thumbsDown"),
+    (["hot", "cold"], "--up hot --down cold (or the other way round)"),
+    (["really good", "not so"], "--up 'really good' --down 'not so' (or the other way round)"),
+    (["good", "bad", "meh"], "--up good --down bad, with meh added to one of them"),
+    (["a", "b", "c"], ""),
+    ([1, 2, 3, 4, 5], "--up '>=4' --down '<=2'"),
+    (["5", "2"], "--up '>=4' --down '<=2'"),
+    ([1, 2, 3], "--up '>=3' --down '<=1'"),
+    ([0, 1, 2, 3, 4], "--up '>=3' --down '<=1'"),
+    ([1, 10, 7], "--up '>=7' --down '<=4'"),
+    ([0.1, 0.93], "--up '>=0.5' --down '<0.5'"),
+    ([-0.4, 0.3], "--up '>0' --down '<0'"),
+    ([0, 55, 100], "--up '>=70' --down '<=40'"),
+    ([5, 5], ""),
+    ([5, "great"], ""),
+]
+
+
+@pytest.mark.parametrize(("values", "proposal"), PROPOSALS)
+def test_the_proposed_cut_fits_the_values(values, proposal):
+    said = Scale(Counter(map(quoted, values))).proposal()
+    assert said.startswith(proposal)
+    assert bool(said) == bool(proposal)
+
+
+def test_values_are_listed_with_their_counts():
+    values = [*[5] * 1200, *[4] * 7, *range(10, 20)]
+    words = Scale(Counter(map(quoted, values))).in_words()
+    assert words.startswith("5 (1,200 times), 4 (7 times), 10 (1 time)")
+    assert words.endswith("and 4 more")
+
+
+# In a file
+
+
+def feedback(path, records, **options):
+    path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    found = Feedback(PrecomputeConfig(model="m", data=str(path), **options), has_template=False)
+    labels = [row.label for row in found.rows()]
+    found.finish()
+    return labels, found
+
+
+def refusal(path, records, **options):
+    with pytest.raises(FeedbackError) as caught:
+        feedback(path, records, **options)
+    return str(caught.value)
+
+
+def rows(column, values):
+    return [{"prompt": f"p{number}", "completion": "c", column: value} for number, value in enumerate(values)]
+
+
+def options_in(message):
+    """The options that a message proposes, as PrecomputeConfig takes them."""
+    words = message.split("pass ", 1)[1].split(" (")[0].rstrip(".\n").split()
+    words = words[: next((i for i, word in enumerate(words) if word == "Pass"), len(words))]
+    pairs = zip(words[::2], words[1::2], strict=False)
+    return {name[2:].replace("-", "_"): value.strip("'.") for name, value in pairs if name.startswith("--")}
+
+
+@pytest.mark.parametrize("column", ["rating", "label", "score"])
+@pytest.mark.parametrize(
+    ("values", "counts", "expected"),
+    [
+        ([1, -1, 1], "1 (2 times), -1 (1 time)", [True, False, True]),
+        ([5, 1, 3, 4], "5 (1 time), 1 (1 time)", [True, False, True]),
+        ([0.9, 0.2], "0.9 (1 time), 0.2 (1 time)", [True, False]),
+        ([90, 10, 50], "90 (1 time), 10 (1 time)", [True, False]),
+        (["hot", "cold", "hot"], '"hot" (2 times), "cold" (1 time)', [True, False, True]),
+    ],
+)
+def test_what_a_message_proposes_works(tmp_path, column, values, counts, expected):
+    message = refusal(tmp_path / "f.jsonl", rows(column, values))
+    assert counts in message
+    assert "median" not in message
+    assert feedback(tmp_path / "f.jsonl", rows(column, values), **options_in(message))[0] == expected
+
+
+def test_no_label_lists_the_columns_that_look_like_feedback(tmp_path):
+    records = [
+        {
+            "prompt": f"p{number}",
+            "completion": "c",
+            "id": number,
+            "stars": stars,
+            "helpful_votes": None,
+            "accepted": stars > 3,
+            "meta": {"thumb": "up" if stars > 3 else "down", "model": "m", "feedback": {"comment": "text", "value": 1}},
+        }
+        for number, stars in enumerate((5, 2, 4))
+    ]
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert "no record has a label (3 unrated)" in message
+    lines = [line.strip() for line in message.splitlines()[1:-1]]
+    assert lines == [
+        "stars: 5 (1 time), 2 (1 time), 4 (1 time); pass --label-field stars --up '>=4' --down '<=2'"
+        " (what lies between is left out)",
+        "accepted: true (2 times), false (1 time); pass --label-field accepted",
+        'meta.thumb: "up" (2 times), "down" (1 time); pass --label-field \'meta.thumb\'',
+        "meta.feedback.value: 1 (3 times); pass --label-field 'meta.feedback.value'",
+    ]
+    for path in ("accepted", "meta.thumb"):
+        assert feedback(tmp_path / "f.jsonl", records, label_field=path)[0] == [True, False, True]
+
+
+def test_no_label_and_nothing_that_looks_like_one(tmp_path):
+    message = refusal(tmp_path / "f.jsonl", [{"prompt": "p", "completion": "c", "id": 1}])
+    assert '["prompt", "completion", "id"]' in message
+    assert "--label-field" in message
+
+
+@pytest.mark.parametrize(("label", "name"), [(True, "desirable"), (False, "undesirable")])
+def test_one_class_is_refused_unless_it_is_meant(tmp_path, label, name):
+    records = rows("label", [label, label, None])
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert f"every row is {name}" in message
+    assert f"{json.dumps(label)} (2 times)" in message
+    assert "1 unrated" in message
+    assert "--one-class" in message
+    assert feedback(tmp_path / "f.jsonl", records, one_class=True)[0] == [label, label]
+
+
+def test_a_threshold_that_leaves_one_class_names_the_cut_that_fits(tmp_path):
+    message = refusal(tmp_path / "f.jsonl", rows("rating", [1, -1, 1]), rating_threshold="4")
+    assert "every row is undesirable" in message
+    assert "--up 1 --down -1" in message
+
+
+def test_unrated_rows_and_the_dead_zone_are_left_out(tmp_path):
+    values = [5, None, "", "N/A", 3, 1]
+    labels, found = feedback(tmp_path / "f.jsonl", rows("rating", values), up=">=4", down="<=2")
+    assert labels == [True, False]
+    assert found.found.left_out.counts == {UNRATED: 3, DEAD_ZONE: 1}
