@@ -205,6 +205,15 @@ class Feedback:
             return FeedbackError(
                 f"{data}: no row can be used: {reasons}; the first, {first}. --left-out FILE lists them."
             )
+        label = self._label_paths()
+        if label is not None and self._config.map is None and self._config.label_field is None:
+            path = label.path or label.scores  # a recognised format says where the feedback is: nobody gave any
+            assert self.mapping is not None
+            assert path is not None
+            return FeedbackError(
+                f"{data}: no record has a label ({reasons}). {self.mapping.name}: the feedback is read from "
+                f"{quoted(path.text, 200)}. Check that the export holds it, or name another with --label-field."
+            )
         lines = feedback_columns(one for where, record in self._source(None) for one in self._inner(where, record))
         if lines:
             shown = "\n".join(f"  {line}" for line in lines)

@@ -345,3 +345,11 @@ def test_a_column_with_a_dot_in_its_name_is_named_as_it_is(tmp_path: Path) -> No
     path = write(tmp_path / "f.jsonl", [one for one in PHOENIX.records if one["result.label"] is not None])
     rows = read(path, label_field="result.score")[0]
     assert rows == [one for one in PHOENIX.rows if one[1] != "assistant: only"]
+
+
+def test_an_export_that_nobody_rated_says_where_the_feedback_would_be(tmp_path: Path) -> None:
+    records = [libre("m1", ZERO, True, "Rome?"), libre("m2", "m1", False, "The Forum.")]
+    message = refusal(write(tmp_path / "f.jsonl", records))
+    assert "1 unrated" in message
+    assert "feedback.rating" in message
+    assert "isCreatedByUser" not in message
