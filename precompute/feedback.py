@@ -27,6 +27,7 @@ from offline_kto.kto_core.feedback.records import (
     parse_record,
     resolve_threshold,
 )
+from offline_kto.kto_core.feedback.turns import mapped_rows
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.records.documents import Records, records_in, table_in
 from offline_kto.precompute.records.feedback_columns import feedback_columns
@@ -332,7 +333,7 @@ class Feedback:
             if self.mapping is None:
                 yield from parse_record(record, where, self._fields)
                 return
-            for native in self.mapping.rows(record, where):
+            for native in mapped_rows(self.mapping, record, where):
                 yield from self._native_rows(native, where)
             if self.mapping.warn is not None and self.mapping.warn[0].find(record, where):
                 self.found.warned += 1

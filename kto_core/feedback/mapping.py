@@ -55,7 +55,7 @@ from offline_kto.kto_core.feedback.labels import (
     has_no_value,
     is_tie,
 )
-from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, EMPTY, MEDIA, NO_PROMPT, NOT_CHOSEN, TIE, LeftOut
+from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, EMPTY, MEDIA, NO_PROMPT, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
 from offline_kto.kto_core.feedback.paths import Path, compiled, key_path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -275,17 +275,11 @@ class Mapping:
     def rows(self, record: Record, where: str) -> Iterator[Native | LeftOut]:
         """Yield the rows of a record in a format that `parse_record` reads, with true or false as label.
 
+        Of a mapping with `turns`, `turns.mapped_rows` yields them.
+
         Raises:
             FeedbackError: the mapping does not fit the record; the message names file, key and record.
         """
-        if self.where is not None and not self.where.find(record, where):
-            yield LeftOut(NOT_CHOSEN)
-            return
-        if self.turns is not None:
-            from offline_kto.kto_core.feedback.turns import judged_rows
-
-            yield from judged_rows(self, self.turns, record, where)
-            return
         for data in self._items(record, where):
             try:
                 yield from self._rows(data, where)
