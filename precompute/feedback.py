@@ -28,6 +28,7 @@ from offline_kto.kto_core.feedback.records import (
     parse_record,
     resolve_threshold,
 )
+from offline_kto.kto_core.feedback.turns import mapped_rows
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.records.documents import Records, records_in, table_in
 from offline_kto.precompute.records.feedback_columns import feedback_columns
@@ -44,7 +45,7 @@ _OWN_KEYS = (
 )
 
 # Records whose keys are looked at to recognise a format: those of the first may be missing where nobody rated.
-_LOOKED_AT = 50
+_LOOKED_AT = 2000
 # Mistakes shown with their place; the others are counted.
 _SHOWN = 20
 
@@ -232,6 +233,15 @@ class Feedback:
             return FeedbackError(
                 f"{data}: no row can be used: {reasons}; the first, {first}. --left-out FILE lists them."
             )
+        label = self._label_paths()
+        if label is not None and self._config.map is None and self._config.label_field is None:
+            path = label.path or label.scores  # a recognised format says where the feedback is: nobody gave any
+            assert self.mapping is not None
+            assert path is not None
+            return FeedbackError(
+                f"{data}: no record has a label ({reasons}). {self.mapping.name}: the feedback is read from "
+                f"{quoted(path.text, 200)}. Check that the export holds it, or name another with --label-field."
+            )
         lines = feedback_columns(one for where, record in self._source(None) for one in self._inner(where, record))
         if lines:
             shown = "\n".join(f"  {line}" for line in lines)
@@ -353,7 +363,7 @@ class Feedback:
             if self.mapping is None:
                 yield from parse_record(record, where, self._fields)
                 return
-            for native in self.mapping.rows(record, where):
+            for native in mapped_rows(self.mapping, record, where):
                 yield from self._native_rows(native, where)
             if self.mapping.warn is not None and self.mapping.warn[0].find(record, where):
                 self.found.warned += 1
@@ -395,7 +405,11 @@ class Feedback:
         if self._info is not None:
             return None, f"dataset_info.json: {self._info.name}"
         looked_at = _LOOKED_AT if config.limit is None else min(config.limit, _LOOKED_AT)
+        seen: set[object] = set()  # most records have the same keys
         for where, record in itertools.islice(self._source(None), looked_at):
+            if (shape := _shape(record)) in seen:
+                continue
+            seen.add(shape)
             found = recognised(record, where)
             if found is not None and (found.has_label or not self._label_options):
                 return self._with_label(found), "recognised by its keys"
@@ -497,6 +511,13 @@ class Feedback:
             for where, reason, detail in self.found.left_out.rows
         ]
         write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _shape(record: AnyMapping[str, object]) -> object:
+    """Return the keys of a record that have a value, with the keys of the objects among them."""
+    return frozenset(
+        (key, tuple(value) if isinstance(value, dict) else None) for key, value in record.items() if value is not None
+    )
 
 
 def _path(name: str | None, option: str) -> Any:

@@ -19,12 +19,19 @@ from app_exports import (
     LANGFUSE_TWO,
     NATIVE,
     OPENAI_PREFERENCE,
+    PHOENIX,
     REFUSED,
+    STORED,
+    STREAMLIT,
     TOOLS,
+    UNRATED,
+    ZERO,
     Case,
+    libre,
     message,
     openwebui,
     row,
+    span,
     trace,
 )
 
@@ -218,7 +225,7 @@ def test_gradio_names_one_column_more_than_it_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", [DIFY, DIFY_JSON])
 def test_dify_s_cut_answers_are_pointed_out(tmp_path: Path, case: Case) -> None:
     (note,) = read(write(tmp_path / "f.json", case.records))[3].notes()
-    assert note.startswith("1 answers have exactly 500 characters")
+    assert note.startswith("1 of the answers end in")
 
 
 def test_joined_rows_keep_the_order_of_the_file(tmp_path: Path) -> None:
@@ -248,7 +255,7 @@ def test_printed_python_is_not_taken_for_an_unrated_row(tmp_path: Path) -> None:
 
 
 def test_an_answer_among_unknown_keys_is_not_guessed(tmp_path: Path) -> None:
-    for output in ({"city": "Rome", "people": 3}, {"city": "Rome"}, {"answer": "a", "text": "b"}):
+    for output in ({"city": "Rome", "people": 3}, {"city": "Rome"}, {"answer": "a", "result": "b"}):
         message = refusal(write(tmp_path / "f.jsonl", [trace("1", "Where?", output, thumb=[1])]))
         assert "nothing says which of the keys" in message
         assert "--map" in message
@@ -261,3 +268,88 @@ def test_tools_come_along(tmp_path: Path) -> None:
     feedback = Feedback(PrecomputeConfig(model="m", data=str(write(tmp_path / "f.jsonl", records))), has_template=True)
     (found,) = feedback.rows()
     assert found.tools == tuple(TOOLS)
+
+
+def test_a_format_is_recognised_where_the_first_thousand_are_unrated(tmp_path: Path) -> None:
+    unrated, rated = STREAMLIT.records[0], STREAMLIT.records[1:]
+    rows, left_out, _, _ = read(write(tmp_path / "f.jsonl", [unrated] * 1500 + rated))
+    assert (rows, left_out) == (STREAMLIT.rows, {UNRATED: 1500})
+
+
+def test_flattened_feedback_of_langsmith(tmp_path: Path) -> None:
+    records = [
+        {
+            "id": "1",
+            "inputs.question": "A?",
+            "outputs.answer": "a",
+            "feedback_stats.user.n": 1,
+            "feedback_stats.user.avg": 1.0,
+        },
+        {
+            "id": "2",
+            "inputs.question": "B?",
+            "outputs.answer": "b",
+            "feedback_stats.user.n": 1,
+            "feedback_stats.user.avg": 0.0,
+        },
+        {
+            "id": "3",
+            "inputs.question": "C?",
+            "outputs.answer": "c",
+            "feedback_stats.user.n": None,
+            "feedback_stats.user.avg": None,
+        },
+    ]
+    rows, left_out, _, _ = read(write(tmp_path / "f.csv", records))
+    assert (rows, left_out) == ([row("A?", "a", True), row("B?", "b", False)], {UNRATED: 1})
+
+
+def test_a_tool_call_of_phoenix_survives(tmp_path: Path) -> None:
+    call = {
+        "tool_call.id": "1",
+        "tool_call.function.name": "weather",
+        "tool_call.function.arguments": '{"city": "Rome"}',
+    }
+    answer = [{"message.role": "assistant", "message.tool_calls": [call]}]
+    record = {**span([{"message.role": "user", "message.content": "Rain?"}], "raw", "thumbs-up", 1.0)}
+    rows, _, _, _ = read(write(tmp_path / "f.parquet", [{**record, "attributes.llm.output_messages": answer}]))
+    assert rows == [("user: Rain?", "assistant:  CALL weather", True)]
+
+
+def test_an_open_webui_message_of_the_user_cannot_be_judged(tmp_path: Path) -> None:
+    judged = openwebui(1, "q", message("q", None, "user", "x"), message("a", "q", "assistant", "y"))
+    assert "not the assistant's" in refusal(write(tmp_path / "f.json", [judged]))
+
+
+def test_a_named_path_counts_where_no_score_has_the_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", [{**STORED.records[0], "metadata": {"helpful": "yes", "rating": "down"}}])
+    assert read(path, label_field="metadata.helpful")[0] == [row("Tea?", "Hello", True)]
+
+
+def test_what_either_side_may_be_called_is_the_other_side_s(tmp_path: Path) -> None:
+    feedback = {"type": "thumbs", "score": "\U0001f44d", "text": None}
+    for asked, answered in (("message", "response"), ("text", "answer"), ("question", "text"), ("prompt", "content")):
+        path = write(tmp_path / f"{asked}.jsonl", [{asked: "Q?", answered: "A.", "feedback": feedback}])
+        assert read(path)[0] == [row("Q?", "A.", True)]
+
+
+def test_librechat_s_messages_as_mongoexport_writes_csv(tmp_path: Path) -> None:
+    records = [
+        {**libre("m1", ZERO, True, "Rome?"), "feedback.rating": None},
+        {**libre("m2", "m1", False, "The Forum."), "feedback.rating": "thumbsUp"},
+    ]
+    assert read(write(tmp_path / "f.csv", records))[0] == [row("Rome?", "The Forum.", True)]
+
+
+def test_a_column_with_a_dot_in_its_name_is_named_as_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", [one for one in PHOENIX.records if one["result.label"] is not None])
+    rows = read(path, label_field="result.score")[0]
+    assert rows == [one for one in PHOENIX.rows if one[1] != "assistant: only"]
+
+
+def test_an_export_that_nobody_rated_says_where_the_feedback_would_be(tmp_path: Path) -> None:
+    records = [libre("m1", ZERO, True, "Rome?"), libre("m2", "m1", False, "The Forum.")]
+    message = refusal(write(tmp_path / "f.jsonl", records))
+    assert "1 unrated" in message
+    assert "feedback.rating" in message
+    assert "isCreatedByUser" not in message

@@ -29,6 +29,8 @@ _ANSWERED: Final = (
     ),
     *("content", "reply"),
 )
+# Names that either side may have: they count where none of the others is there.
+_EITHER: Final = ("message", "text", "content")
 _MESSAGES: Final = ("messages", "chat", "conversation")
 _OPTIONS: Final = ("choices", "generations")
 _HISTORY: Final = ("chat_history", "history")
@@ -226,6 +228,8 @@ def answered(value: object) -> object:
     found = _known(value, (*_ANSWERED, *_MESSAGES, *_OPTIONS))
     if isinstance(found, list):
         # The Responses API lists the reasoning, which is encrypted or a summary, before the message.
+        if len(found) == 1 and isinstance(found[0], str):  # a batch of one
+            return found[0]
         kept = [one for one in found if not (isinstance(one, Mapping) and one.get("type") == "reasoning")]
         return kept or None
     if not isinstance(found, Mapping) or "role" in found or _is_langchain(found):
@@ -268,6 +272,7 @@ def _text_at(found: Mapping[str, Any], names: tuple[str, ...], what: str) -> obj
     """Return the value of the only key that is one of these."""
     there = {key: item for key, item in found.items() if item not in (None, "", [], {})}
     known = [name for name in names if name in there and (name in _OBJECTS or not isinstance(there[name], dict))]
+    known = [name for name in known if name not in _EITHER] or known
     if len(known) == 1:
         return opened(there[known[0]]) if known[0] in _OBJECTS else there[known[0]]
     if not there:

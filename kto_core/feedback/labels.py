@@ -43,7 +43,7 @@ _COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {
 _TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
 
 # Different values that are counted; a column of free text has as many as rows.
-_MOST_VALUES = 1000
+MOST_VALUES = 1000
 
 # What happens to a value that is neither up nor down.
 REFUSE, LEAVE_OUT, UP, DOWN = "refuse", "leave-out", "up", "down"
@@ -133,7 +133,7 @@ class LabelRule:
         raise UnknownLabelError(f"{where}: '{field}' is {quoted(value)}, which is neither up nor down.", field, value)
 
     def _count(self, value: str, destination: str) -> None:
-        if len(self.seen) < _MOST_VALUES or (value, destination) in self.seen:
+        if len(self.seen) < MOST_VALUES or (value, destination) in self.seen:
             self.seen[value, destination] += 1
 
     def _known(self, value: object) -> bool | None:

@@ -45,8 +45,17 @@ from typing import Any
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.conversations import part_early
 from offline_kto.kto_core.feedback.exports import opened
-from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, Scale, UnknownLabelError, has_no_value, is_tie
-from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, EMPTY, MEDIA, NO_PROMPT, NOT_CHOSEN, TIE, LeftOut
+from offline_kto.kto_core.feedback.labels import (
+    ELSE,
+    MOST_VALUES,
+    REFUSE,
+    LabelRule,
+    Scale,
+    UnknownLabelError,
+    has_no_value,
+    is_tie,
+)
+from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, EMPTY, MEDIA, NO_PROMPT, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
 from offline_kto.kto_core.feedback.paths import Path, compiled, key_path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -84,12 +93,15 @@ class LabelPaths:
             return self.rule.verdict(self.path.open(data, where), where, self.path.text)
         scores = self.named_scores(data, where)
         for name, value in scores.items():
-            self.seen.setdefault(name, Counter()).update(quoted(one, 30) for one in _each(value))
+            counts = self.seen.setdefault(name, Counter())
+            shown = (quoted(one, 30) for one in _each(value))
+            counts.update(one for one in shown if len(counts) < MOST_VALUES or one in counts)
         if self.name is None and len(scores) > 1:
             raise SeveralScoresError(f"{where}: several scores: {', '.join(scores)}. {_NAME_IT}")
         name = self.name if self.name is not None else next(iter(scores), "score")
-        if name not in scores and self.path is not None:
-            return self.rule.verdict(self.path.open(data, where), where, name)
+        if name not in scores and (name in data or self.path is not None):
+            found = data[name] if self.path is None or name in data else self.path.find(data, where)
+            return self.rule.verdict(opened(found), where, name)
         return self.rule.verdict(scores.get(name), where, name)
 
     def named_scores(self, data: Record, where: str) -> dict[str, Any]:
@@ -126,7 +138,8 @@ class LabelPaths:
         shown = "".join(f"\n  {name}: {Scale(values).in_words()}" for name, values in self.seen.items())
         if self.name is None and len(self.seen) > 1:
             return SeveralScoresError(f"{where}: several scores, and nothing says which one counts:{shown}\n{_NAME_IT}")
-        if self.name is not None and self.path is None and self.name not in self.seen:
+        valued = any(destination != "left out" for _, destination in self.rule.seen)  # a column of that name
+        if self.name is not None and self.path is None and self.name not in self.seen and not valued:
             return SeveralScoresError(
                 f"{where}: no record has a score {quoted(self.name)}; there are:{shown}\n{_NAME_IT}"
             )
@@ -262,17 +275,11 @@ class Mapping:
     def rows(self, record: Record, where: str) -> Iterator[Native | LeftOut]:
         """Yield the rows of a record in a format that `parse_record` reads, with true or false as label.
 
+        Of a mapping with `turns`, `turns.mapped_rows` yields them.
+
         Raises:
             FeedbackError: the mapping does not fit the record; the message names file, key and record.
         """
-        if self.where is not None and not self.where.find(record, where):
-            yield LeftOut(NOT_CHOSEN)
-            return
-        if self.turns is not None:
-            from offline_kto.kto_core.feedback.turns import judged_rows
-
-            yield from judged_rows(self, self.turns, record, where)
-            return
         for data in self._items(record, where):
             try:
                 yield from self._rows(data, where)

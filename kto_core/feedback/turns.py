@@ -5,11 +5,25 @@ from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.labels import number_in
-from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, TIE, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
 from offline_kto.kto_core.feedback.messages import ROLES, Message, as_turns
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
+
+
+def mapped_rows(mapping: Mapping, record: Record, where: str) -> Iterator[Native | LeftOut]:
+    """Yield the rows of a record in a format that `parse_record` reads, with true or false as label.
+
+    Raises:
+        FeedbackError: the mapping does not fit the record; the message names file, key and record.
+    """
+    if mapping.where is not None and not mapping.where.find(record, where):
+        yield LeftOut(NOT_CHOSEN)
+    elif mapping.turns is not None:
+        yield from judged_rows(mapping, mapping.turns, record, where)
+    else:
+        yield from mapping.rows(record, where)
 
 
 def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str) -> Iterator[Native | LeftOut]:
