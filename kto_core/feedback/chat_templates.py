@@ -383,7 +383,7 @@ class _Format(NamedTuple):
 
     def of(self, messages: Sequence[Message]) -> list[Message]:
         """Return messages in this format."""
-        shaped = [_with_arguments(message, as_text=self.arguments_as_text) for message in messages]
+        shaped = [_with_text(message) if self.arguments_as_text else message for message in messages]
         if not self.parts:
             return shaped
         return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in shaped]
@@ -397,30 +397,21 @@ def _formats(messages: Sequence[Message]) -> Iterator[_Format]:
     yield _Format(parts=True)
 
 
-def _with_arguments(message: Message, *, as_text: bool) -> Message:
+def _with_text(message: Message) -> Message:
+    """Return a message with the arguments of its calls as JSON text."""
     calls = message.get("tool_calls")
-    if not isinstance(calls, list | tuple):
-        return message
-    return {**message, "tool_calls": [_call_with_arguments(call, as_text) for call in calls]}
+    return {**message, "tool_calls": [_call_with_text(call) for call in calls]} if calls else message
 
 
-def _call_with_arguments(call: object, as_text: bool) -> object:
+def _call_with_text(call: object) -> object:
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _call_with_arguments(call["function"], as_text)}
+        return {**call, "function": _call_with_text(call["function"])}
     if "arguments" not in call:
         return call
     arguments = call["arguments"]
-    if isinstance(arguments, str) and not as_text:
-        try:
-            read = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            return call
-        return {**call, "arguments": read} if isinstance(read, dict) else call
-    if as_text and not isinstance(arguments, str):
-        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-    return call
+    return call if isinstance(arguments, str) else {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
 def _continued(begun: Message, answer: Message, where: str) -> Message:

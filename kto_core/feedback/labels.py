@@ -234,7 +234,9 @@ class Scale:
         words = [v for v in self.counts if v != "(none)" and number_in(v.strip('"')) is None]
         if words or len(numbers) < 2:
             names = [v.strip('"') for v in words]
-            return f"--up {names[0]} --down {names[1]} (or the other way round)" if len(names) == 2 and not numbers else ""
+            return (
+                f"--up {names[0]} --down {names[1]} (or the other way round)" if len(names) == 2 and not numbers else ""
+            )
         least, most = numbers[0], numbers[-1]
         if set(numbers) <= {-1.0, 0.0, 1.0}:
             zero = " (0 is then left out)" if 0.0 in numbers and -1.0 in numbers else ""

@@ -294,9 +294,7 @@ _PATHS = ("recognise", "records", "where", "system", "tools", "prompt", "complet
 
 
 def _check_whole(mapping: Mapping, source: str) -> None:
-    answers = {
-        name: getattr(mapping, name) is not None for name in ("completion", "conversation", "pair", "turns")
-    }
+    answers = {name: getattr(mapping, name) is not None for name in ("completion", "conversation", "pair", "turns")}
     given = [name for name, there in answers.items() if there]
     if len(given) != 1:
         found = f"got {' and '.join(given)}" if given else "got none of them"
