@@ -199,7 +199,7 @@ def test_a_call_without_its_arguments_is_refused(template: str, arguments: Any) 
 def test_arguments_that_are_encoded_twice_are_refused(written: str) -> None:
     """An object becomes JSON text inside JSON text, or the text of Python's dict."""
     template = CALLS.replace("WRITTEN", f"({written})")
-    with pytest.raises(TokenizationError, match="encodes the arguments of tool calls twice|as Python does"):
+    with pytest.raises(TokenizationError, match=r"encodes the arguments of tool calls twice|as Python does"):
         texts(template, messages=[ASK, call({"city": "Paris"})])
 
 

@@ -212,7 +212,7 @@ def rendered(template: str, messages: list[Message], tools: list[Any]) -> tuple[
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @given(conversation=conversations(), as_text=st.booleans())
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_conversation_is_written_whole_or_refused(
     template: str, conversation: tuple[list[Message], Message, list[Any]], as_text: bool
 ) -> None:

@@ -219,7 +219,9 @@ def _call(call: object) -> object:
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return copy.deepcopy(dict(call))
-    arguments = next((function[key] for key in ("arguments", "args", "parameters", "input") if key in function), {})
+    arguments: object = next(
+        (function[key] for key in ("arguments", "args", "parameters", "input") if key in function), {}
+    )
     if isinstance(arguments, str):
         read = _read_object(arguments)
         arguments = arguments if read is None else read

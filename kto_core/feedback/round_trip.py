@@ -7,6 +7,7 @@ where a text as short as "a" also occurs in the template's own words. The rows o
 rendered marks, or, if the template changes texts, searched piece by piece in that order.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,9 @@ TOOL: Final = "tool"
 
 # A shorter text may occur in the template's own words, and proves nothing there.
 _LONG = 16
+
+# A text that JSON and Python do not escape.
+_WRITTEN_ALIKE = re.compile(r"[ !#-&(-\[\]-~]*")
 
 # Tags that enclose reasoning inside the content.
 _TAG = re.compile(r"</?\w*think\w*>|\[/?THINK\]|<\|channel\|?>|</?\w*reason\w*>|</?thought>")
@@ -343,7 +347,10 @@ class _Search:
     def _at(self, piece: Piece, place: int) -> tuple[int, int] | None:
         """Find a piece at the place where the template writes it."""
         for text in piece.texts:
-            for way in (text, text.strip(), *_escaped(text), *_escaped(text.strip())):
+            if self._text.startswith(text, place):
+                return place, place + len(text)
+            words = text.strip()
+            for way in itertools.chain((words,), _escaped(text), _escaped(words)):
                 if self._text.startswith(way, place):
                     return place, place + len(way)
         if piece.kind != CONTENT or piece.role != "assistant":
@@ -415,7 +422,9 @@ def _span(text: str, part: str, start: int) -> tuple[int, int] | None:
 
 
 def _escaped(part: str) -> Iterator[str]:
-    """Yield a text as JSON and Python write it inside of strings."""
+    """Yield a text as JSON and Python write it inside of strings, if they write it in another way."""
+    if _WRITTEN_ALIKE.fullmatch(part):
+        return
     yield json.dumps(part, ensure_ascii=False)[1:-1]
     yield json.dumps(part)[1:-1]
     yield repr(part)[1:-1]
