@@ -294,3 +294,14 @@ def test_arguments_are_never_text_inside_of_json(arguments: Any) -> None:
     answer = {"role": "assistant", "content": None, "tool_calls": [call_of("find", arguments)]}
     _, completion = rendered("qwen", [{"role": "user", "content": "Where?"}, answer], [])
     assert '"arguments": {"city": "Paris"}}' in completion
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [({"n": 1}, {"n": True}), ({"n": 1}, {"n": 1.0}), ('{"n": 1}', '{"n": 2}')]
+)
+def test_a_pair_of_calls_that_differ_only_in_arguments_is_no_pair_of_the_same(first: Any, second: Any) -> None:
+    sides = ([{"role": "assistant", "content": None, "tool_calls": [call_of("find", one)]}] for one in (first, second))
+    record = dict(zip(("chosen", "rejected"), sides, strict=True)) | {"prompt": [{"role": "user", "content": "Where?"}]}
+    chosen, rejected = (RENDERERS["qwen"].render(row) for row in parse_record(record, "f.jsonl:7", FeedbackFields()))
+    assert chosen[0] == rejected[0]
+    assert chosen[1] != rejected[1]

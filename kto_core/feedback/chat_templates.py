@@ -124,7 +124,9 @@ class ChatRenderer:
             except _RewrittenError:
                 raise
             except TokenizationError as error:
-                first = first or error
+                # Of two formats in which something is lost, the one that loses less says what the template cannot do.
+                fewer = isinstance(error, _LossError) and isinstance(first, _LossError) and error.count < first.count
+                first = error if first is None or fewer else first
                 continue
             for kind in tried.counts:
                 found.add(kind, row.where)
@@ -439,15 +441,24 @@ def _rewritten(where: str, prompt: str, full: str) -> str:
     )
 
 
-def _refused(row: FeedbackRow, missing: Missing, sides: tuple[str, str]) -> TokenizationError:
+class _LossError(TokenizationError):
+    """The rendered text lacks pieces of the row; `count` is their number."""
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+
+
+def _refused(row: FeedbackRow, missing: Missing, sides: tuple[str, str]) -> _LossError:
     """Return the error for pieces that the template leaves out."""
     piece = next((one for one in missing.lost if one.message >= len(row.prompt)), missing.lost[0])
     shown = printable(piece.texts[0].strip(), 60)
     of_completion = piece.message >= len(row.prompt)
     if of_completion and not missing.answered:
-        return TokenizationError(
+        return _LossError(
             f"{row.where}: the chat template leaves the completion out: {shown!r} is not in what it writes, "
-            f"{printable(sides[1], 60)!r}."
+            f"{printable(sides[1], 60)!r}.",
+            len(missing.lost),
         )
     side = "completion" if of_completion else "prompt"
     what = {
@@ -457,8 +468,9 @@ def _refused(row: FeedbackRow, missing: Missing, sides: tuple[str, str]) -> Toke
         TOOL: "one of the 'tools'",
     }.get(piece.kind, f"the {piece.kind} in the {side}")
     more = f" (and {len(missing.lost) - 1} more)" if len(missing.lost) > 1 else ""
-    return TokenizationError(
-        f"{row.where}: the chat template leaves out {what}: {shown!r} is not in what it writes{more}."
+    return _LossError(
+        f"{row.where}: the chat template leaves out {what}: {shown!r} is not in what it writes{more}.",
+        len(missing.lost),
     )
 
 
