@@ -143,8 +143,9 @@ def _langchain(value: Mapping[str, object]) -> dict[str, object] | None:
     if not isinstance(inner, Mapping) or "content" not in inner:
         return None
     kind = inner.get("type", value.get("type"))
-    if kind in (None, "constructor") and isinstance(value.get("id"), list) and value["id"]:
-        kind = str(value["id"][-1]).removesuffix("Chunk").removesuffix("Message").lower()
+    names = value.get("id")
+    if kind in (None, "constructor") and isinstance(names, list) and names:
+        kind = str(names[-1]).removesuffix("Chunk").removesuffix("Message").lower()
     kept = {key: item for key, item in inner.items() if key in ("content", "tool_calls", "name", "tool_call_id")}
     return {"role": kind, **kept} if isinstance(kind, str) else None
 

@@ -155,12 +155,26 @@ def form_of(messages: Sequence[Message], size: int, tools: Sequence[Mapping[str,
         size: number of messages in the prompt.
     """
     forms = [m["role"] if len(m) == 2 and m["content"] and not m["content"].isspace() else _form(m) for m in messages]
-    return size, tuple(forms), tuple(isinstance(tool.get("function"), Mapping) for tool in tools or ())
+    return size, tuple(forms), tuple(map(_function_form, tools or ()))
 
 
 def _form(message: Message) -> tuple[object, ...]:
-    filled = [key for key, value in message.items() if value and not (isinstance(value, str) and value.isspace())]
-    return message["role"], *sorted(filled), _shape([call_arguments(call) for call in calls_of(message)])
+    filled = [
+        (key, type(value).__name__)
+        for key, value in message.items()
+        if value and not (isinstance(value, str) and value.isspace())
+    ]
+    calls = [(_function_form(call), _shape(call_arguments(call))) for call in calls_of(message)]
+    return message["role"], *sorted(filled), *calls
+
+
+def _function_form(value: object) -> tuple[bool, bool]:
+    """Return whether a tool or a call holds a `function`, and whether that has a name."""
+    if not isinstance(value, Mapping):
+        return False, False
+    function = value.get("function", value)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return "function" in value, isinstance(name, str) and name.strip() != ""
 
 
 def call_arguments(call: object) -> object:
