@@ -53,7 +53,7 @@ def model(tmp_path: Path) -> Path:
 def config(tmp_path: Path, model: Path) -> PrecomputeConfig:
     """Options for a small cache of conversations and plain text."""
     data = write_rows(tmp_path / "feedback.jsonl", [*chat_rows(6), *apart(4)])
-    return PrecomputeConfig(model=str(model), data=str(data), out=tmp_path / "refs", max_length=256)
+    return PrecomputeConfig(model=str(model), data=str(data), out=tmp_path / "refs", max_length=256, chat="never")
 
 
 def change_weights(folder: Path, name: str = "model.safetensors") -> None:
@@ -121,6 +121,7 @@ def assert_refused_then_replaced(config: PrecomputeConfig, names: set[str]) -> N
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
     "length": ({}, {"max_length": 80}, {"tokenization.max_length"}),
     "precision": ({}, {"dtype": "bfloat16"}, {"reference.dtype"}),
+    "plain text": ({}, {"chat": "auto"}, {"tokenization.chat"}),
     "seed of the pairing": ({}, {"seed": 3}, {"pairing.seed"}),
     "way of pairing": ({}, {"pairing": "rotate"}, {"pairing.method", "pairing.seed", "pairing.block"}),
     "block of the pairing": (

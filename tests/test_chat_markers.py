@@ -1,5 +1,6 @@
 """Plain text as conversations: by markers, as one question, or left as it is."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from feedback_files import chat_rows, write_rows
 from models import CHAT_TEMPLATE, save_tiny, tiny_tokenizer
 
 from offline_kto.kto_core.cache.manifest import read_manifest
-from offline_kto.kto_core.errors import CacheError, ConfigError
+from offline_kto.kto_core.errors import CacheError, ConfigError, FeedbackError, TrainingError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText, turns_in
 from offline_kto.kto_core.feedback.records import FeedbackFields, FeedbackRow, parse_record
 from offline_kto.kto_core.feedback.tokenization import Tokenizing
@@ -16,6 +17,8 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.pipeline import make_cache
 from offline_kto.precompute.plan import make_plan
 from offline_kto.precompute.plan_page import describe
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.training_data import TrainingData, open_cache
 
 
 def row_of(prompt: str, completion: str, rendered: RenderedText | None = None) -> FeedbackRow:
@@ -178,3 +181,28 @@ def test_a_cache_with_chat_takes_further_rows_of_text(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "refs").rows == 16
     with pytest.raises(CacheError, match=r"--chat auto\) in the cache, .*--chat never\) now"):
         make_cache(config_of(tmp_path, chat_rows(8), chat="never"))
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_rows_that_the_template_leaves_out_are_reported_together_or_skipped(tmp_path: Path, on_bad_row: str) -> None:
+    rows = chat_rows(8)
+    for number in (2, 5):
+        rows[number]["prompt"] = [{"role": "narrator", "content": "a"}, *rows[number]["prompt"]]
+    known = "{% for message in messages if message['role'] != 'narrator' %}"
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("{% for message in messages %}", known))
+    config = config_of(tmp_path, rows, on_bad_row=on_bad_row, left_out=tmp_path / "left.jsonl")
+    if on_bad_row == "skip":
+        plan = make_plan(config, tokenizer)
+        assert (len(plan.rows), plan.found.left_out.counts) == (6, {"defective": 2})
+        assert "the role 'narrator'" in (tmp_path / "left.jsonl").read_text(encoding="utf-8")
+        return
+    with pytest.raises(FeedbackError, match=r"2 rows cannot be used:\n  f\.jsonl:3: .*'narrator'.*\n  f\.jsonl:6: "):
+        make_plan(config, tokenizer)
+
+
+def test_a_run_on_text_is_not_evaluated_on_conversations(tmp_path: Path) -> None:
+    make_cache(config_of(tmp_path, text_rows(8), chat="never"))
+    make_cache(replace(config_of(tmp_path, text_rows(12)), out=tmp_path / "held"))
+    config = TrainConfig(cache=tmp_path / "refs", eval_cache=tmp_path / "held", out=tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"another reference .*\n  tokenization\.chat: .*--chat never\) now"):
+        TrainingData.open(config, open_cache)

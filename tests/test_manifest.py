@@ -262,6 +262,17 @@ def test_differences_name_both_sides():
     assert differences(identity_of(wanted), identity_of(wanted)) == []
 
 
+def test_text_that_became_conversations_is_named_with_the_option():
+    old, new = sections(1), sections(1)
+    new["tokenization"]["chat"] = True
+    assert "tokenization.chat" not in identity_of(old)
+    assert fingerprint(identity_of(old), {}, "r") != fingerprint(identity_of(new), {}, "r")
+    as_it_is, turned = "plain text as it is (--chat never)", "plain text as conversations (--chat auto)"
+    for one, other, sides in ((old, new, (as_it_is, turned)), (new, old, (turned, as_it_is))):
+        (line,) = differences(identity_of(one), identity_of(other))
+        assert line == "tokenization.chat: {} in the cache, {} now".format(*sides)
+
+
 @pytest.mark.parametrize(
     "entry",
     [

@@ -458,3 +458,33 @@ def test_a_stop_from_outside_is_no_failure():
     tokenizer.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         tokenize(text_row("bad", "x"), tokenizer)
+
+
+def test_each_row_that_cannot_be_used_is_returned_with_its_reason():
+    template = "{% for m in messages if m['role'] == 'odd' %}{{ raise_exception('no') }}{% endfor %}" + CHAT_TEMPLATE
+    odd = FeedbackRow("f.jsonl:2", ({"role": "odd", "content": "x"},), chat_row("a", "b").completion, label=True)
+    empty = FeedbackRow("f.jsonl:4", "", "hello", label=True)
+    rows = [text_row("hello", " world"), odd, chat_row("hello", "hi"), empty, odd]
+    tokenizer = tiny_tokenizer(chat_template=template)
+    found = Tokenizing(tokenizer).tokenize(rows)
+    assert [isinstance(one, TokenizationError) for one in found] == [False, True, False, True, True]
+    assert [str(one).split(": ")[0] for one in found if isinstance(one, TokenizationError)] == [
+        "f.jsonl:2",
+        "f.jsonl:4",
+        "f.jsonl:2",
+    ]
+    assert found[0].prompt_ids.tolist() == tokenize(rows[0], tokenizer).prompt_ids.tolist()
+    assert found[2].completion_ids.tolist() == tokenize(rows[2], tokenizer).completion_ids.tolist()
+    assert len(Tokenizing(tokenizer).tokenize([odd, odd])) == 2
+    with pytest.raises(TokenizationError, match=r"^f\.jsonl:2: "):
+        tokenize_rows(rows, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "tokenizer"),
+    [(chat_row("hello", "hi"), {"chat_template": None}), (text_row("hello", " world"), {"eos": False})],
+    ids=["no template", "no EOS"],
+)
+def test_what_is_wrong_with_the_tokenizer_is_raised_at_once(row, tokenizer):
+    with pytest.raises(TokenizationError):
+        Tokenizing(tiny_tokenizer(**tokenizer)).tokenize([row])

@@ -124,7 +124,9 @@ class ChatRenderer:
             except _RewrittenError:
                 raise
             except TokenizationError as error:
-                first = first or error
+                # Of two formats in which something is lost, the one that loses less says what the template cannot do.
+                fewer = isinstance(error, _LossError) and isinstance(first, _LossError) and error.count < first.count
+                first = error if first is None or fewer else first
                 continue
             for kind in tried.counts:
                 found.add(kind, row.where)
@@ -383,7 +385,7 @@ class _Format(NamedTuple):
 
     def of(self, messages: Sequence[Message]) -> list[Message]:
         """Return messages in this format."""
-        shaped = [_with_arguments(message, as_text=self.arguments_as_text) for message in messages]
+        shaped = [_with_text(message) if self.arguments_as_text else message for message in messages]
         if not self.parts:
             return shaped
         return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in shaped]
@@ -397,30 +399,21 @@ def _formats(messages: Sequence[Message]) -> Iterator[_Format]:
     yield _Format(parts=True)
 
 
-def _with_arguments(message: Message, *, as_text: bool) -> Message:
+def _with_text(message: Message) -> Message:
+    """Return a message with the arguments of its calls as JSON text."""
     calls = message.get("tool_calls")
-    if not isinstance(calls, list | tuple):
-        return message
-    return {**message, "tool_calls": [_call_with_arguments(call, as_text) for call in calls]}
+    return {**message, "tool_calls": [_call_with_text(call) for call in calls]} if calls else message
 
 
-def _call_with_arguments(call: object, as_text: bool) -> object:
+def _call_with_text(call: object) -> object:
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _call_with_arguments(call["function"], as_text)}
+        return {**call, "function": _call_with_text(call["function"])}
     if "arguments" not in call:
         return call
     arguments = call["arguments"]
-    if isinstance(arguments, str) and not as_text:
-        try:
-            read = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            return call
-        return {**call, "arguments": read} if isinstance(read, dict) else call
-    if as_text and not isinstance(arguments, str):
-        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-    return call
+    return call if isinstance(arguments, str) else {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
 def _continued(begun: Message, answer: Message, where: str) -> Message:
@@ -448,15 +441,24 @@ def _rewritten(where: str, prompt: str, full: str) -> str:
     )
 
 
-def _refused(row: FeedbackRow, missing: Missing, sides: tuple[str, str]) -> TokenizationError:
+class _LossError(TokenizationError):
+    """The rendered text lacks pieces of the row; `count` is their number."""
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+
+
+def _refused(row: FeedbackRow, missing: Missing, sides: tuple[str, str]) -> _LossError:
     """Return the error for pieces that the template leaves out."""
     piece = next((one for one in missing.lost if one.message >= len(row.prompt)), missing.lost[0])
     shown = printable(piece.texts[0].strip(), 60)
     of_completion = piece.message >= len(row.prompt)
     if of_completion and not missing.answered:
-        return TokenizationError(
+        return _LossError(
             f"{row.where}: the chat template leaves the completion out: {shown!r} is not in what it writes, "
-            f"{printable(sides[1], 60)!r}."
+            f"{printable(sides[1], 60)!r}.",
+            len(missing.lost),
         )
     side = "completion" if of_completion else "prompt"
     what = {
@@ -466,8 +468,9 @@ def _refused(row: FeedbackRow, missing: Missing, sides: tuple[str, str]) -> Toke
         TOOL: "one of the 'tools'",
     }.get(piece.kind, f"the {piece.kind} in the {side}")
     more = f" (and {len(missing.lost) - 1} more)" if len(missing.lost) > 1 else ""
-    return TokenizationError(
-        f"{row.where}: the chat template leaves out {what}: {shown!r} is not in what it writes{more}."
+    return _LossError(
+        f"{row.where}: the chat template leaves out {what}: {shown!r} is not in what it writes{more}.",
+        len(missing.lost),
     )
 
 

@@ -305,17 +305,33 @@ def _call(call: object) -> object:
         (function[key] for key in ("arguments", "args", "parameters", "input") if key in function), {}
     )
     if isinstance(arguments, str):
-        try:
-            read = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            read = None
-        arguments = read if isinstance(read, dict) else arguments
+        read = _read_object(arguments)
+        arguments = arguments if read is None else read
     kept = {key: call[key] for key in ("id", "index") if call.get(key) is not None}
     return {
         **kept,
         "type": "function",
         "function": {"name": function["name"], "arguments": copy.deepcopy({} if arguments is None else arguments)},
     }
+
+
+def _read_object(text: str) -> dict[str, object] | None:
+    """Return the object that a text of arguments holds as JSON, also if it was encoded twice; None for other text.
+
+    An object that names a key twice would lose a value.
+    """
+    try:
+        read = json.loads(text, object_pairs_hook=_only_once) if text.strip() else {}
+        read = json.loads(read, object_pairs_hook=_only_once) if isinstance(read, str) else read
+    except (ValueError, RecursionError):
+        return None
+    return read if isinstance(read, dict) else None
+
+
+def _only_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
 
 
 class _Parts:

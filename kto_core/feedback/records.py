@@ -201,7 +201,7 @@ def _pair(present: Mapping[str, object], where: str, fields: FeedbackFields) -> 
             )
     chosen = as_turns(present["chosen"], where, "chosen")
     rejected = as_turns(present["rejected"], where, "rejected")
-    if chosen == rejected:
+    if _canonical(chosen, where) == _canonical(rejected, where):  # as JSON: to Python, 1 and true are the same
         raise LeftOut(SAME_ANSWERS)
     _check_ratings(present, where)
     prompt = _pair_prompt(present, where, fields)
@@ -211,7 +211,9 @@ def _pair(present: Mapping[str, object], where: str, fields: FeedbackFields) -> 
     else:
         prompt = _prompt_with_system(prompt, present, where, fields)
         prompt, answers = join_sides(prompt, [("chosen", chosen), ("rejected", rejected)], where)
-    if answers[0] == answers[1]:  # visible only now if one side repeats the prompt
+    if _canonical(answers[0], where) == _canonical(
+        answers[1], where
+    ):  # visible only now if one side repeats the prompt
         raise LeftOut(SAME_ANSWERS)
     check_completion(answers[0], where, "chosen")
     check_completion(answers[1], where, "rejected")

@@ -7,6 +7,7 @@ where a text as short as "a" also occurs in the template's own words. The rows o
 rendered marks, or, if the template changes texts, searched piece by piece in that order.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,9 @@ TOOL: Final = "tool"
 
 # A shorter text may occur in the template's own words, and proves nothing there.
 _LONG = 16
+
+# A text that JSON and Python do not escape.
+_WRITTEN_ALIKE = re.compile(r"[ !#-&(-\[\]-~]*")
 
 # Tags that enclose reasoning inside the content.
 _TAG = re.compile(r"</?\w*think\w*>|\[/?THINK\]|<\|channel\|?>|</?\w*reason\w*>|</?thought>")
@@ -151,12 +155,26 @@ def form_of(messages: Sequence[Message], size: int, tools: Sequence[Mapping[str,
         size: number of messages in the prompt.
     """
     forms = [m["role"] if len(m) == 2 and m["content"] and not m["content"].isspace() else _form(m) for m in messages]
-    return size, tuple(forms), tuple(isinstance(tool.get("function"), Mapping) for tool in tools or ())
+    return size, tuple(forms), tuple(map(_function_form, tools or ()))
 
 
 def _form(message: Message) -> tuple[object, ...]:
-    filled = [key for key, value in message.items() if value and not (isinstance(value, str) and value.isspace())]
-    return message["role"], *sorted(filled), _shape([call_arguments(call) for call in calls_of(message)])
+    filled = [
+        (key, type(value).__name__)
+        for key, value in message.items()
+        if value and not (isinstance(value, str) and value.isspace())
+    ]
+    calls = [(_function_form(call), _shape(call_arguments(call))) for call in calls_of(message)]
+    return message["role"], *sorted(filled), *calls
+
+
+def _function_form(value: object) -> tuple[bool, bool]:
+    """Return whether a tool or a call holds a `function`, and whether that has a name."""
+    if not isinstance(value, Mapping):
+        return False, False
+    function = value.get("function", value)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return "function" in value, isinstance(name, str) and name.strip() != ""
 
 
 def call_arguments(call: object) -> object:
@@ -166,11 +184,12 @@ def call_arguments(call: object) -> object:
 
 
 def _shape(value: object) -> object:
+    """Return the structure of a JSON value, with blank texts, which are no pieces, apart from others."""
     if isinstance(value, Mapping):
-        return "{}", *(_shape(item) for item in value.values())
+        return "{}", *((_shape(str(key)), _shape(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
         return "[]", *map(_shape, value)
-    return type(value).__name__
+    return "" if isinstance(value, str) and not value.strip() else type(value).__name__
 
 
 # Renders messages and tools to (prompt, completion); None if the template refuses them.
@@ -186,6 +205,8 @@ class Probe:
 
     Attributes:
         order: numbers of the pieces that are written, in the order of the text; None if marks cannot be rendered.
+        leads: for each number the template's own words between the piece before and this one.
+        words: the rendered marks, and the template's own words.
         distortion: how the arguments of tool calls are distorted; None if they are not.
     """
 
@@ -200,19 +221,28 @@ class Probe:
         marked = pieces.marked(messages)
         rendered = render(marked, pieces.marked_tools(tools))
         self.order: list[int] | None = None
+        self.leads: dict[int, str] = {}
+        self.words = ""
         self._size = size
         self._patterns: tuple[str, str] | None = None
         self.distortion: str | None = None
         if rendered is None:
             return
-        self.distortion = _distortion(marked, "\0".join(rendered))
-        places = {}
+        self.words = "\0".join(rendered)
+        self.distortion = _distortion(marked, self.words)
+        spans = {}
         for number, piece in enumerate(pieces.found):
             side = int(piece.message >= size)
-            fits = [at for mark in _marks(number) if (at := rendered[side].find(mark)) >= 0]
+            fits = [(at, at + len(mark)) for mark in _marks(number) if (at := rendered[side].find(mark)) >= 0]
             if fits:
-                places[number] = side, fits[0]
-        self.order = sorted(places, key=places.__getitem__)
+                spans[number] = side, *fits[0]
+        self.order = sorted(spans, key=spans.__getitem__)
+        ends = [0, 0]
+        for number in self.order:
+            side, start, end = spans[number]
+            if pieces.found[number].kind != TOOL:
+                self.leads[number] = rendered[side][ends[side] : start]
+                ends[side] = end
         plain = all(piece.kind == CONTENT for piece in pieces.found)
         if plain and self.order == [*range(len(messages))]:
             asked, answered = _pattern(rendered[0], range(size)), _pattern(rendered[1], range(size, len(messages)))
@@ -269,7 +299,7 @@ def missing(
         piece = pieces.found[number]
         search = searches[piece.message >= size]
         anywhere = number >= own or (probe.order is None and piece.role in ("system", "developer"))
-        found = search.find(piece, anywhere=anywhere)
+        found = search.find(piece, lead=probe.leads.get(number), anywhere=anywhere)
         answered = piece.message >= size
         if found or (found == 0 and not answered):
             unseen.discard(number)
@@ -279,7 +309,7 @@ def missing(
     for number in sorted(unseen):
         piece = pieces.found[number]
         answered = piece.message >= size
-        if searches[answered].remains(piece):
+        if searches[answered].remains(piece) and _span(probe.words, piece.texts[0], 0) is None:
             result.answered |= answered
         elif piece.kind != THOUGHT:
             result.lost.append(piece)
@@ -304,22 +334,46 @@ class _Search:
         self._spans: list[tuple[int, int]] = []
         self.thought = False
 
-    def find(self, piece: Piece, *, anywhere: bool) -> int | None:
+    def find(self, piece: Piece, *, lead: str | None, anywhere: bool) -> int | None:
         """Find a piece behind those before it, or `anywhere`, and go on behind it.
+
+        Args:
+            lead: what the template writes between the piece before and this one.
 
         Returns:
             number of characters found; 0 for a content of nothing but reasoning that is left out; None if it is not there.
         """
-        start = 0 if anywhere else self._position
-        span = next((span for text in piece.texts if (span := _span(self._text, text, start))), None)
-        if span is None and piece.kind == CONTENT and piece.role == "assistant":
-            span = self._said(piece.texts[0], start)
+        span = None
+        if lead is not None and self._text.startswith(lead, self._position):
+            span = self._at(piece, self._position + len(lead))
+        if span is None:
+            start = 0 if anywhere else self._position
+            span = next((span for text in piece.texts if (span := _span(self._text, text, start))), None)
+            if span is None and piece.kind == CONTENT and piece.role == "assistant":
+                span = self._said(piece.texts[0], start)
         if span is None:
             return None
         self._spans.append(span)
         if not anywhere:
             self._position = span[1]
         return span[1] - span[0]
+
+    def _at(self, piece: Piece, place: int) -> tuple[int, int] | None:
+        """Find a piece at the place where the template writes it."""
+        for text in piece.texts:
+            if self._text.startswith(text, place):
+                return place, place + len(text)
+            words = text.strip()
+            for way in itertools.chain((words,), _escaped(text), _escaped(words)):
+                if self._text.startswith(way, place):
+                    return place, place + len(way)
+        if piece.kind != CONTENT or piece.role != "assistant":
+            return None
+        before, words = _words(piece.texts[0])
+        if before.strip() or not words.strip() or not self._text.startswith(words.strip(), place):
+            return None
+        self.thought = True
+        return place, place + len(words.strip())
 
     def remains(self, piece: Piece) -> bool:
         """Return whether a long text is in what is left of the rendered text once all found pieces are cut out."""
@@ -333,35 +387,46 @@ class _Search:
 
     def _said(self, content: str, start: int) -> tuple[int, int] | None:
         """Find what a content says outside of its reasoning, which the template may leave out or move."""
-        tag = _TAG.search(content)
-        if tag is None:
+        if _TAG.search(content) is None:
             return None
-        parts = _TAG.split(content)
-        needed = {len(parts) - 1, *([] if "/" in tag[0] else [0])}
-        first, position, dropped = None, start, False
-        for number, part in enumerate(parts):
-            if not part.strip():
-                continue
+        parts = [part for part in _TAG.split(content) if part.strip()]
+        words = [part for part in _words(content) if part.strip()]
+        for sought in (parts, words):
+            if (span := self._one_by_one(sought, start)) is not None:
+                self.thought |= sought != parts
+                return span
+        return None
+
+    def _one_by_one(self, parts: Sequence[str], start: int) -> tuple[int, int] | None:
+        first, position = None, start
+        for part in parts:
             span = _span(self._text, part, position)
-            if span is not None:
-                first, position = span[0] if first is None else first, span[1]
-            elif number in needed:
+            if span is None:
                 return None
-            else:
-                dropped = True
-        self.thought |= dropped
+            first, position = span[0] if first is None else first, span[1]
         return start if first is None else first, position
+
+
+def _words(content: str) -> tuple[str, str]:
+    """Return what a content says before and behind its reasoning, which need not begin with a tag."""
+    tag = _TAG.search(content)
+    if tag is None:
+        return "", content
+    parts = _TAG.split(content)
+    return "" if "/" in tag[0] else parts[0], parts[-1]
 
 
 def _span(text: str, part: str, start: int) -> tuple[int, int] | None:
     """Return where `part` is in a text from `start` on: as it is, escaped, or with other white space."""
     part = part.strip()
-    if (at := text.find(part, start)) >= 0:
-        return at, at + len(part)
     ways = list(dict.fromkeys((part, *_escaped(part))))
-    for way in ways[1:]:
-        if (at := text.find(way, start)) >= 0:
-            return at, at + len(way)
+    found = None
+    for way in ways:  # the first place counts: the same words may follow in another message
+        at = text.find(way, start, found[1] if found else None)
+        if at >= 0:
+            found = at, at + len(way)
+    if found is not None:
+        return found
     squeezed = "".join(text[start:].split())
     for way in map(_squeezed, ways):
         if (at := squeezed.find(way)) >= 0:
@@ -371,7 +436,9 @@ def _span(text: str, part: str, start: int) -> tuple[int, int] | None:
 
 
 def _escaped(part: str) -> Iterator[str]:
-    """Yield a text as JSON and Python write it inside of strings."""
+    """Yield a text as JSON and Python write it inside of strings, if they write it in another way."""
+    if _WRITTEN_ALIKE.fullmatch(part):
+        return
     yield json.dumps(part, ensure_ascii=False)[1:-1]
     yield json.dumps(part)[1:-1]
     yield repr(part)[1:-1]
