@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from offline_kto.kto_core.errors import ConfigError, shown
-from offline_kto.kto_core.feedback.chat_templates import NOT_FOR_DATA
+from offline_kto.kto_core.feedback.template_settings import NOT_FOR_DATA
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.options import AUTO, check_options, option, parse_settings
 

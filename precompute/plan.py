@@ -20,7 +20,7 @@ from offline_kto.kto_core.feedback.tokenization import Tokenizing
 from offline_kto.kto_core.hashing import ids_id, json_hash, sequence_id
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.feedback import Feedback
+from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.records.sources import SourceFile, describe_source, warnings_about
 
 # Rows tokenized in one call of the tokenizer.

@@ -11,7 +11,7 @@ from offline_kto.kto_core.feedback.labels import rare_class
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.feedback import Feedback
+from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.plan import Plan, PlanCounts
 from offline_kto.precompute.preview import block, visible, width
 

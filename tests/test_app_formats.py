@@ -38,7 +38,7 @@ from app_exports import (
 from offline_kto.kto_core.errors import KTOError
 from offline_kto.kto_core.feedback.presets import presets
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.feedback import Feedback
+from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.records.sources import read_records
 
 

@@ -28,10 +28,10 @@ kto_core.models
 train.loss_traits
 precompute.config train.config train.run_records
 precompute.records precompute.parts train.run_files
-precompute.engines precompute.out_folder train.data train.model train.diagnostics
+precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
 precompute.feedback
 precompute.plan precompute.store train.trainer train.report
-precompute.scoring train.run
+precompute.scoring precompute.plan_page train.run
 precompute.pipeline precompute.inspect_cache train.sweep
 precompute.run
 precompute.cli train.cli

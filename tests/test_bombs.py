@@ -26,7 +26,7 @@ READ = f"""
 import resource, sys
 import pyarrow.parquet, datasets
 from offline_kto.kto_core.errors import KTOError
-from offline_kto.kto_core.feedback.records import COLUMNS
+from offline_kto.kto_core.feedback.columns import COLUMNS
 from offline_kto.precompute.records.sources import describe_source, read_records
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + {ROOM}, taken + {ROOM}))

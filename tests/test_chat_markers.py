@@ -11,7 +11,8 @@ from models import CHAT_TEMPLATE, save_tiny, tiny_tokenizer
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import CacheError, ConfigError, FeedbackError, TrainingError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText, turns_in
-from offline_kto.kto_core.feedback.records import FeedbackFields, FeedbackRow, parse_record
+from offline_kto.kto_core.feedback.columns import FeedbackFields
+from offline_kto.kto_core.feedback.records import FeedbackRow, parse_record
 from offline_kto.kto_core.feedback.tokenization import Tokenizing
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.pipeline import make_cache

@@ -8,8 +8,9 @@ import pytest
 from models import BOS, CHAT_TEMPLATE, tiny_tokenizer
 
 from offline_kto.kto_core.errors import TokenizationError
-from offline_kto.kto_core.feedback.chat_templates import with_settings
-from offline_kto.kto_core.feedback.records import FeedbackFields, FeedbackRow, parse_record
+from offline_kto.kto_core.feedback.columns import FeedbackFields
+from offline_kto.kto_core.feedback.records import FeedbackRow, parse_record
+from offline_kto.kto_core.feedback.template_settings import with_settings
 from offline_kto.kto_core.feedback.tokenization import Tokenizing
 
 ASK = {"role": "user", "content": "Where?"}

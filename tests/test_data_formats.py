@@ -13,7 +13,7 @@ import pytest
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.left_out import EMPTY, NOT_CHOSEN, OTHER_SPLIT, SAME_ANSWERS, TIE, UNRATED
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.feedback import Feedback
+from offline_kto.precompute.feedback.rows import Feedback
 
 
 def user(text):

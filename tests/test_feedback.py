@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.columns import FeedbackFields
 from offline_kto.kto_core.feedback.labels import LABEL_WORDS, LabelRule, has_no_value
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, SAME_ANSWERS, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
-from offline_kto.kto_core.feedback.records import FeedbackFields, FeedbackRow, parse_record, resolve_threshold
+from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
+from offline_kto.kto_core.feedback.records import FeedbackRow, parse_record
 
 WHERE = "feedback.jsonl:17"
 THUMB_UP, THUMB_DOWN = "\U0001f44d", "\U0001f44e"

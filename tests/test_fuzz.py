@@ -39,7 +39,9 @@ from offline_kto.kto_core.cache.manifest import MANIFEST, checksum, differences,
 from offline_kto.kto_core.cache.shards import check_table, open_shard, read_metadata, shard_name
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError, ConfigError, FeedbackError, KTOError, ModelError, TokenizationError
-from offline_kto.kto_core.feedback.records import FeedbackFields, parse_record, resolve_threshold
+from offline_kto.kto_core.feedback.columns import FeedbackFields
+from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
+from offline_kto.kto_core.feedback.records import parse_record
 from offline_kto.kto_core.feedback.tokenization import tokenize_rows
 from offline_kto.kto_core.hashing import weights_hash
 from offline_kto.kto_core.options import resolve

@@ -12,7 +12,7 @@ from offline_kto.kto_core.feedback.labels import DOWN, LEAVE_OUT, UP, LabelRule,
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, RATERS_DISAGREE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.feedback import Feedback
+from offline_kto.precompute.feedback.rows import Feedback
 
 
 def verdict(rule, value):

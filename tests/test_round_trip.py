@@ -14,8 +14,9 @@ from models import CHAT_TEMPLATE, tiny_tokenizer
 
 from offline_kto.kto_core.errors import TokenizationError
 from offline_kto.kto_core.feedback.chat_templates import ChatRenderer
+from offline_kto.kto_core.feedback.columns import FeedbackFields
 from offline_kto.kto_core.feedback.findings import Findings
-from offline_kto.kto_core.feedback.records import FeedbackFields, parse_record
+from offline_kto.kto_core.feedback.records import parse_record
 
 Message = dict[str, Any]
 

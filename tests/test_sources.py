@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.records import FeedbackFields, parse_record
+from offline_kto.kto_core.feedback.columns import FeedbackFields
+from offline_kto.kto_core.feedback.records import parse_record
 from offline_kto.precompute.records.sources import SourceFile, describe_source, read_records, warnings_about
 
 ROWS = [

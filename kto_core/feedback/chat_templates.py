@@ -2,38 +2,20 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import NamedTuple, cast
+from typing import cast
 
 from offline_kto.kto_core.errors import TokenizationError, printable, said_by
 from offline_kto.kto_core.feedback.findings import Findings
+from offline_kto.kto_core.feedback.message_formats import MessageFormat, message_formats
 from offline_kto.kto_core.feedback.messages import REASONING, Message
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.round_trip import CONTENT, TOOL, Missing, Probe, form_of, missing
+from offline_kto.kto_core.feedback.template_settings import NOT_FOR_DATA, switches
+from offline_kto.kto_core.feedback.turn_headers import TurnHeaders
 from offline_kto.kto_core.library_types import Tokenizer
-
-# Parameters of `apply_chat_template` that a record must not set: it could bring its own template, which no fingerprint
-# covers, or change what is rendered.
-NOT_FOR_DATA = {
-    "conversation",
-    "messages",
-    "tools",
-    "chat_template",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "padding",
-    "truncation",
-    "max_length",
-    "return_tensors",
-    "return_dict",
-    "return_assistant_tokens_mask",
-    "tokenizer_kwargs",
-    "processor_kwargs",
-    "strftime_now",
-}
 
 # Kinds of conversations that are remembered, and advice for those that are refused.
 _MOST_PROBES = 4096
@@ -58,7 +40,7 @@ class ChatRenderer:
         self._now = now or datetime.now()
         template = getattr(tokenizer, "chat_template", None) or ""
         self._source = template if isinstance(template, str) else "\n".join(map(str, template.values()))
-        self._headers: dict[str, list[str]] = {}
+        self._headers = TurnHeaders(tokenizer, self._apply)
         self._probes: dict[object, Probe] = {}
         self._remedies: dict[object, str] = {}
         self._knows_developer: bool | None = None
@@ -114,7 +96,7 @@ class ChatRenderer:
         """Render the row in the first message format for which the template keeps what it says."""
         first: TokenizationError | None = None
         size, messages = len(row.prompt), cast("list[Message]", [*row.prompt, *row.completion])
-        for form in _formats(messages):
+        for form in message_formats(messages):
             shaped = form.of(messages)
             tried = Findings()
             options = self._options(row.tools, settings)
@@ -138,7 +120,7 @@ class ChatRenderer:
         self,
         row: FeedbackRow,
         messages: list[Message],
-        form: "_Format",
+        form: MessageFormat,
         sides: tuple[str, str],
         settings: Mapping[str, object],
         found: Findings,
@@ -151,7 +133,7 @@ class ChatRenderer:
         if probe.distortion is not None:
             raise TokenizationError(f"{row.where}: the chat template {probe.distortion}.")
         # Reasoning may already begin in the header.
-        headers = self._next_headers(self._options(row.tools, settings))
+        headers = self._headers.of(self._options(row.tools, settings))
         begun = next((one for one in headers if sides[0].endswith(one)), "")
         result = missing(messages, size, row.tools, (sides[0], begun + sides[1]), probe)
         if result.lost:
@@ -160,7 +142,7 @@ class ChatRenderer:
             found.add("reasoning", row.where)
 
     def _probe(
-        self, row: FeedbackRow, messages: list[Message], form: "_Format", settings: Mapping[str, object]
+        self, row: FeedbackRow, messages: list[Message], form: MessageFormat, settings: Mapping[str, object]
     ) -> Probe:
         """Return what the template makes of conversations of this kind."""
         size = len(row.prompt)
@@ -210,7 +192,7 @@ class ChatRenderer:
         if not full.startswith(prompt):
             raise _RewrittenError(_rewritten(where, prompt, full))
         completion = full[len(prompt) :]
-        for header in map(str.strip, self._next_headers(options)):
+        for header in map(str.strip, self._headers.of(options)):
             if completion.rstrip().endswith(header):
                 found.add("reopened", where)
                 completion = completion[: completion.rindex(header)]
@@ -229,43 +211,6 @@ class ChatRenderer:
     def _strftime(self, form: str) -> str:
         self.dated = True
         return self._now.strftime(form)
-
-    def _next_headers(self, options: Mapping[str, object]) -> list[str]:
-        """Return headers that open a turn and may follow the last answer; empty if they cannot be determined."""
-        settings = {name: bool(value) if name == "tools" else str(value) for name, value in options.items()}
-        key = json.dumps(settings) if len(settings) > 1 else str(settings["tools"])
-        if key not in self._headers:
-            try:
-                headers = [self._asked_header(options), self._unasked_header(options)]
-            except Exception:  # noqa: BLE001 - a template that refuses an ordinary conversation has no known header
-                headers = []
-            self._headers[key] = [header for header in headers if header.strip()]
-        return self._headers[key]
-
-    def _asked_header(self, options: Mapping[str, object]) -> str:
-        """Return the text that `add_generation_prompt` adds."""
-        ask = [{"role": "user", "content": "ktoquestion"}]
-        opened, closed = (self._apply(ask, add_generation_prompt=wanted, **options) for wanted in (True, False))
-        return opened.removeprefix(closed) if opened.startswith(closed) else ""
-
-    def _unasked_header(self, options: Mapping[str, object]) -> str:
-        """Return the turn header that the template writes after the last answer although no generation prompt was requested."""
-        words = ("ktoquestion", "ktoanswer", "ktoanother")
-        roles = ("user", "assistant", "user")
-        ask, answer, again = ({"role": role, "content": word} for role, word in zip(roles, words, strict=True))
-        whole, longer = self._apply([ask, answer], **options), self._apply([ask, answer, again], **options)
-        start, asked = whole.split(words[0])[:2]
-        end = whole.rpartition(words[1])[2]
-        middle = longer.partition(words[1])[2].partition(words[2])[0]
-        if end == middle:  # of the user's next turn, perhaps
-            marks = {self._tokenizer.bos_token, self._tokenizer.eos_token}
-            fits = (h for h in _headers(end) if start.rstrip().endswith(h) and h not in marks)
-        elif middle.startswith(end):
-            return ""
-        else:
-            before = asked.partition(words[1])[0].rstrip()
-            fits = (h for h in _headers(end) if before.endswith(h) and middle.startswith(end.rstrip().removesuffix(h)))
-        return next(fits, "")
 
     def _with_known_roles(self, row: FeedbackRow) -> FeedbackRow:
         """Return the row with `system` in place of `developer` if the template does not write the latter.
@@ -309,7 +254,7 @@ class ChatRenderer:
 
     def _setting_that_renders(self, row: FeedbackRow) -> str:
         """Return advice: settings under which the row is rendered, or other ways."""
-        for settings in self._switches():
+        for settings in switches(self._source):
             try:
                 self._render(row, {**row.template_kwargs, **settings}, Findings())
             except TokenizationError:
@@ -318,52 +263,6 @@ class ChatRenderer:
             return f" It can be rendered with --chat-template-kwargs {words} (or 'chat_template_kwargs' in the record)."
         return _OTHER_WAYS
 
-    def _switches(self) -> Iterator[dict[str, bool]]:
-        """Yield settings to try: variables that the template's conditions read, false and true, singly and in pairs."""
-        names = [name for name in _KNOWN_SWITCHES if name in self._source]
-        found = dict.fromkeys(_CONDITION.findall(self._source))
-        names += [name for name in found if name not in (*names, *_NO_SWITCHES) and f"set {name}" not in self._source]
-        single = [{name: value} for name in names[:_MOST_SWITCHES] for value in (False, True)]
-        yield from single
-        for i, one in enumerate(single[:8]):
-            for other in single[i + 1 : 8]:
-                if one.keys() != other.keys():
-                    yield {**one, **other}
-
-
-def _headers(end: str) -> Iterator[str]:
-    """Yield possible turn headers at the end of a text, the shortest first."""
-    end = end.rstrip()
-    for starts in (_TURN_START, _WORD_START):
-        for start in sorted((found.start() for found in starts.finditer(end)), reverse=True):
-            yield end[start:]
-
-
-# Where a turn may begin: at a line or a marker, or else at a word after a space or a marker.
-_TURN_START = re.compile(r"(?<=\n)[^\n]|(?<![<\[{])[<\[{]")
-_WORD_START = re.compile(r"(?:^|(?<=[ >\]}]))[^\s<\[{]")
-_KNOWN_SWITCHES = ("enable_thinking", "thinking", "truncate_history_thinking", "clear_thinking", "preserve_thinking")
-_CONDITION = re.compile(r"\b(?:if|elif|and|or|not)\s+\(?(?:not\s+)?([a-z_]+)\b(?!\s*[.(\[])")
-_NO_SWITCHES = {
-    *NOT_FOR_DATA,
-    *(
-        "not",
-        "is",
-        "in",
-        "and",
-        "or",
-        "message",
-        "loop",
-        "documents",
-        "true",
-        "false",
-        "none",
-        "bos_token",
-        "eos_token",
-    ),
-}
-_MOST_SWITCHES = 20
-
 
 # A content part printed as Python or JSON, by a template that supports only text.
 _PRINTED_PART = re.compile(r"""['"]type['"]: ['"]text['"]""")
@@ -371,49 +270,6 @@ _PRINTED_PART = re.compile(r"""['"]type['"]: ['"]text['"]""")
 
 class _RewrittenError(TokenizationError):
     """The rendered conversation does not begin with the rendered prompt."""
-
-
-class _Format(NamedTuple):
-    """A message format that templates expect.
-
-    Most templates expect the arguments of tool calls as objects, a few as text; OpenAI's format has text. Templates of
-    vision models expect content as a list of parts.
-    """
-
-    arguments_as_text: bool = False
-    parts: bool = False
-
-    def of(self, messages: Sequence[Message]) -> list[Message]:
-        """Return messages in this format."""
-        shaped = [_with_text(message) if self.arguments_as_text else message for message in messages]
-        if not self.parts:
-            return shaped
-        return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in shaped]
-
-
-def _formats(messages: Sequence[Message]) -> Iterator[_Format]:
-    """Yield the formats to try, the usual one first."""
-    yield _Format()
-    if any(message.get("tool_calls") for message in messages):
-        yield _Format(arguments_as_text=True)
-    yield _Format(parts=True)
-
-
-def _with_text(message: Message) -> Message:
-    """Return a message with the arguments of its calls as JSON text."""
-    calls = message.get("tool_calls")
-    return {**message, "tool_calls": [_call_with_text(call) for call in calls]} if calls else message
-
-
-def _call_with_text(call: object) -> object:
-    if not isinstance(call, Mapping):
-        return call
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _call_with_text(call["function"])}
-    if "arguments" not in call:
-        return call
-    arguments = call["arguments"]
-    return call if isinstance(arguments, str) else {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
 def _continued(begun: Message, answer: Message, where: str) -> Message:
@@ -472,44 +328,3 @@ def _refused(row: FeedbackRow, missing: Missing, sides: tuple[str, str]) -> _Los
         f"{row.where}: the chat template leaves out {what}: {shown!r} is not in what it writes{more}.",
         len(missing.lost),
     )
-
-
-def with_settings(template: str | Mapping[str, str], settings: Mapping[str, object]) -> str | dict[str, str]:
-    """Return a chat template that begins by setting defaults for some of its variables.
-
-    Every program that renders with it, such as `generate` and servers, uses these defaults unless the caller sets
-    the variables.
-
-    Args:
-        template: Jinja, or several templates by name.
-        settings: JSON values.
-    """
-    if isinstance(template, Mapping):
-        return {name: _with_settings(one, settings) for name, one in template.items()}
-    return _with_settings(template, settings)
-
-
-def _with_settings(template: str, settings: Mapping[str, object]) -> str:
-    lines = [
-        # `trim_blocks` removes one line break after each block.
-        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
-        for name, value in sorted(settings.items())
-    ]
-    return "".join(lines) + template
-
-
-def _literal(value: object) -> str:
-    """Return a JSON value as a Jinja literal."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_literal(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    return json.dumps(value)
-
-
-def unread(template: str | Mapping[str, str] | None, names: Sequence[str]) -> list[str]:
-    """Return the names that do not occur in the template."""
-    source = template if isinstance(template, str) else "\n".join(map(str, (template or {}).values()))
-    return [name for name in names if name not in source]

@@ -120,7 +120,7 @@ def _cut_prompt(
             " prompt's messages, or hold the assistant's answer alone."
         )
     if size == len(answered):
-        raise FeedbackError(f"{where}: '{field}' repeats the prompt and answers nothing. Remove the row.")
+        raise FeedbackError(f"{where}: '{field}' repeats the prompt and has no answer. Remove the row.")
     return answered[:size], answered[size:]
 
 

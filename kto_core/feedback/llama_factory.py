@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from offline_kto.kto_core.errors import ConfigError
+from offline_kto.kto_core.feedback.columns import COLUMNS
 from offline_kto.kto_core.feedback.quoting import quoted
-from offline_kto.kto_core.feedback.records import COLUMNS
 
 # LLaMA-Factory's names of columns, and those of a record here, in its two forms.
 _SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios")}

@@ -223,3 +223,11 @@ def _open(node: dict[str, Any]) -> dict[str, Any]:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def option_path(text: str, option: str) -> Path:
+    """Return the path of an option such as --prompt-field: JMESPath, or a key whose name is no expression."""
+    try:
+        return compiled(text, option)
+    except ConfigError:
+        return compiled(key_path(text), option)

@@ -5,7 +5,8 @@ from collections.abc import Mapping as AnyMapping
 from pathlib import Path
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, nearest
-from offline_kto.kto_core.feedback.mapping import Mapping, mapping_from
+from offline_kto.kto_core.feedback.mapping import Mapping
+from offline_kto.kto_core.feedback.mapping_file import mapping_from
 from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.yaml_files import read_yaml
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from offline_kto.kto_core.errors import ConfigError, ModelError, in_one_line, printable, said_by
-from offline_kto.kto_core.feedback.chat_templates import unread, with_settings
+from offline_kto.kto_core.feedback.template_settings import unread, with_settings
 from offline_kto.kto_core.library_types import Model, Tokenizer, TokenizerBackend, Transformers
 
 _FILE = "tokenizer.json"

@@ -1,0 +1,103 @@
+"""Name the columns of the native formats, and find a record's prompt in them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.chat_markers import RenderedText
+from offline_kto.kto_core.feedback.conversations import SYSTEM_COLUMNS, alpaca_prompt, history, system_text
+from offline_kto.kto_core.feedback.labels import LabelRule
+from offline_kto.kto_core.feedback.messages import Turns, said
+from offline_kto.kto_core.feedback.paths import Path
+from offline_kto.kto_core.feedback.quoting import quoted
+
+MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio", "image_url", "image_urls")
+PROMPTS = ("prompt", "question", "query")
+COMPLETIONS = ("completion", "response", "answer")
+LABELS = ("label", "kto_tag")
+# Names under which the two ratings of a pair stand.
+PAIR_RATINGS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+    ("rating_chosen", "rating_rejected"),
+)
+
+# Every key of a record that is read, besides those that options name.
+COLUMNS: Final = frozenset(
+    {
+        *(*PROMPTS, *COMPLETIONS, *LABELS, *SYSTEM_COLUMNS, *MEDIA_COLUMNS),
+        *("labels", "rating", "chosen", "rejected", "messages", "conversations"),
+        *("instruction", "input", "output", "history", "tools", "chat_template_kwargs"),
+        *(name for pair in PAIR_RATINGS for name in pair),
+    }
+)
+
+
+@dataclass(frozen=True)
+class FeedbackFields:
+    """The columns to read, and how. None means the default names of the formats.
+
+    Attributes:
+        rule: which labels are desirable.
+        chat: whether text becomes messages. False without a chat template.
+        rendered: how text looks that was rendered before, which stays text.
+    """
+
+    prompt: Path | None = None
+    completion: Path | None = None
+    label: Path | None = None
+    rule: LabelRule = field(default_factory=LabelRule)
+    chat: bool = False
+    chat_template: bool = True
+    rendered: RenderedText = field(default_factory=RenderedText)
+
+
+def prompt_value(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[str, object] | None:
+    """Return (column, value) of the prompt; None if there is no such column."""
+    return one_of(present, where, fields.prompt, PROMPTS, "--prompt-field")
+
+
+def one_of(
+    present: Mapping[str, object], where: str, path: Path | None, names: tuple[str, ...], option: str
+) -> tuple[str, object] | None:
+    if path is not None:
+        value = path.find(present, where)
+        return None if value is None else (path.text, value)
+    if names[0] in present:  # the usual name
+        return names[0], present[names[0]]
+    found = [name for name in names if name in present]
+    if len(found) > 1:
+        raise FeedbackError(f"{where}: {' and '.join(map(repr, found))}: say which one counts with {option}.")
+    return (found[0], present[found[0]]) if found else None
+
+
+def prompt_with_system(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:
+    """Return a prompt of text as messages if a system text or earlier turns stand beside it."""
+    if is_alpaca(present, fields):
+        return prompt
+    if history(present, where):
+        return _after_history(prompt, present, where, fields)
+    if isinstance(prompt, str) and fields.chat and system_text(present, where):
+        return said("user", prompt)
+    return prompt
+
+
+def _after_history(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:
+    """Return a prompt of text after the turns of `history`, as ms-swift writes them."""
+    if not isinstance(prompt, str):
+        raise FeedbackError(f"{where}: 'history' beside a prompt of messages. Put its turns into the prompt.")
+    turns = {"history": present["history"], "instruction": prompt}
+    return alpaca_prompt(turns, where, conversation=fields.chat_template)
+
+
+def is_alpaca(present: Mapping[str, object], fields: FeedbackFields) -> bool:
+    """Return whether a record without a conversation has its prompt, system text included, in Alpaca's columns."""
+    return "instruction" in present and fields.prompt is None and not any(name in present for name in PROMPTS)
+
+
+def columns_in_words(record: Mapping[str, object]) -> str:
+    names = [name for name, value in record.items() if value is not None]
+    return f"found {quoted(names, 200)}" if names else "found no columns with a value"

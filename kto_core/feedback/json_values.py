@@ -1,0 +1,42 @@
+"""Read what a record has as JSON: tools and template variables; and check that its messages are JSON."""
+
+import json
+
+from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.quoting import quoted
+
+
+def tools_in(value: object, where: str) -> tuple[dict[str, object], ...] | None:
+    tools = _from_json([] if value is None or value == "" else value, where, "tools")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise FeedbackError(f"{where}: 'tools' must be a list of objects, got {quoted(value)}.")
+    return tuple(tools) if len(tools) > 0 else None
+
+
+def template_kwargs_in(value: object, where: str) -> dict[str, object]:
+    name = "chat_template_kwargs"
+    kwargs = _from_json({} if value is None or value == "" else value, where, name)
+    if not isinstance(kwargs, dict):
+        raise FeedbackError(f"{where}: '{name}' must be an object, got {quoted(value)}.")
+    return {key: item for key, item in kwargs.items() if item is not None}
+
+
+def _from_json(value: object, where: str, name: str) -> object:
+    """Return a copy of `value`, parsed if it is JSON text, as tables store it."""
+    try:
+        return json.loads(value if isinstance(value, str) else json.dumps(value))
+    except (TypeError, ValueError):
+        raise FeedbackError(f"{where}: '{name}' is not valid JSON, got {quoted(value)}.") from None
+
+
+def canonical_json(value: object, where: str) -> bytes:
+    """Return canonical JSON in UTF-8. Refuse values that tokenizers or Parquet cannot represent."""
+    try:
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        found = quoted(error.object[max(0, error.start - 20) : error.end])
+        raise FeedbackError(
+            f"{where}: text ending in {found} holds half a character (a lone surrogate). Repair or remove it."
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise FeedbackError(f"{where}: a message holds what JSON cannot ({error}). Write it as text.") from None

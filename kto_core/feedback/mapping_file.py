@@ -1,0 +1,242 @@
+"""Say in a few lines of YAML where a file has its prompts, completions and labels.
+
+    records: feedback_data          the list of records, in a document that is one object
+    where: "type == 'rating'"       records that count
+    system: params.system           text put before the prompt
+    prompt: input.messages          text or messages
+    completion: output              text or messages; or
+    conversation: messages          all messages, of which the last is judged; or
+    pair:                           two completions
+      chosen: preferred             and rejected; or
+      a: response_a                 and b, of which `better` names one:
+      better: winner
+      a_when: [model_a]
+      b_when: [model_b]
+    turns: ...                      a conversation with judged turns; see `JudgedTurns`
+    label:                          a path, or
+      path: rating
+      up: [">=4"]
+      down: ["<=2"]
+      else: refuse                  leave-out, up or down
+    label:                          several scores, of which --label-field names the one that counts:
+      scores: feedback_stats        an object from names to values, or a list of objects with `name` and `value`
+      value: avg                    where a score that is an object has its value
+    each: completions               a list; `item` is then one of its items, and `index` its number from 0
+    zip: {text: texts, score: scores}   parallel lists; `item` has one value of each
+    strip: ['<details.*?</details>']    patterns removed from what the assistant wrote
+    join: conversationId            records with the same value become one, in which `rows` lists them
+    chat: never                     auto, always: text becomes a user's message and an assistant's
+    warn:                           the plan counts the records for which `when` is true
+      when: "length(output) == `500`"
+      say: answers are cut
+    refuse: it holds no verdicts    a recognised format that cannot be used, and why
+
+Every path is JMESPath (see `paths`). Keys that are not needed are left out.
+"""
+
+import re
+
+from offline_kto.kto_core.errors import ConfigError, nearest
+from offline_kto.kto_core.feedback.label_paths import LabelPaths
+from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule
+from offline_kto.kto_core.feedback.left_out import MEDIA
+from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, PairPaths
+from offline_kto.kto_core.feedback.paths import Path, compiled
+from offline_kto.kto_core.feedback.quoting import quoted
+
+CHAT = ("auto", "always", "never")
+
+
+def mapping_from(table: object, source: str) -> Mapping:
+    """Check a mapping as read from YAML.
+
+    Args:
+        source: its file, for errors.
+
+    Raises:
+        ConfigError: an unknown key, a path that is none, keys that do not go together.
+    """
+    keys = _Keys(table, source)
+    mapping = Mapping(
+        name=keys.text("name") or source,
+        warn=_warn(keys.take("warn"), f"{source}: warn"),
+        refuse=keys.text("refuse"),
+        **{name: keys.path(name) for name in _PATHS},
+        zip={name: compiled(text, f"{source}: zip: {name}") for name, text in keys.texts("zip").items()},
+        label=_label(keys.take("label"), f"{source}: label"),
+        pair=_pair(keys.take("pair"), f"{source}: pair"),
+        turns=_turns(keys.take("turns"), f"{source}: turns"),
+        strip=_patterns(keys.take("strip"), f"{source}: strip"),
+        chat=keys.choice("chat", CHAT),
+    )
+    keys.finish()
+    if mapping.refuse is None:
+        _check_whole(mapping, source)
+    return mapping
+
+
+_PATHS = ("recognise", "records", "where", "system", "tools", "prompt", "completion", "conversation", "each", "join")
+
+
+def _check_whole(mapping: Mapping, source: str) -> None:
+    answers = {name: getattr(mapping, name) is not None for name in ("completion", "conversation", "pair", "turns")}
+    given = [name for name, there in answers.items() if there]
+    if len(given) != 1:
+        found = f"got {' and '.join(given)}" if given else "got none of them"
+        raise ConfigError(f"{source}: give one of completion, conversation, pair and turns; {found}.")
+    if mapping.completion is not None and mapping.prompt is None:
+        raise ConfigError(f"{source}: completion needs a prompt beside it.")
+    if mapping.label is None and mapping.pair is None and mapping.turns is None:
+        raise ConfigError(f"{source}: label is missing: the path of the rating or the thumb.")
+    if mapping.label is not None and (mapping.pair is not None or mapping.turns is not None):
+        raise ConfigError(f"{source}: label stands beside {given[0]}, which has its own verdict. Remove it.")
+    if mapping.each is not None and mapping.zip:
+        raise ConfigError(f"{source}: each and zip exclude each other.")
+
+
+def _label(value: object, source: str) -> LabelPaths | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return LabelPaths(compiled(value, source), None, None, None, LabelRule())
+    keys = _Keys(value, source)
+    path, scores, inner, name = keys.path("path"), keys.path("scores"), keys.path("value"), keys.text("name")
+    rule = _rule(keys.values("up"), keys.values("down"), keys.choice("else", ELSE) or REFUSE, source)
+    keys.finish()
+    if (path is None) == (scores is None):
+        raise ConfigError(f"{source}: give either path or scores.")
+    return LabelPaths(path, scores, inner, name, rule)
+
+
+def _rule(up: tuple[object, ...], down: tuple[object, ...], otherwise: str, source: str) -> LabelRule:
+    try:
+        return LabelRule(up, down, otherwise)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _pair(value: object, source: str) -> PairPaths | None:
+    if value is None:
+        return None
+    keys = _Keys(value, source)
+    paths = {name: keys.path(name) for name in ("chosen", "rejected", "a", "b", "better")}
+    rule = _rule(keys.values("a_when"), keys.values("b_when"), REFUSE, source)
+    keys.finish()
+    chosen, rejected, a, b, better = paths.values()
+    if chosen is not None and rejected is not None and (a, b, better) == (None, None, None):
+        return PairPaths(chosen, rejected, None, rule)
+    if a is not None and b is not None and better is not None and (chosen, rejected) == (None, None) and rule.up:
+        return PairPaths(a, b, better, rule)
+    raise ConfigError(f"{source}: give chosen and rejected, or a, b, better, a_when and b_when.")
+
+
+def _turns(value: object, source: str) -> JudgedTurns | None:
+    if value is None:
+        return None
+    keys = _Keys(value, source)
+    messages, label = keys.path("messages"), _label(keys.take("label"), f"{source}: label")
+    rank = keys.path("rank")
+    if messages is None or (label is None) == (rank is None):
+        raise ConfigError(f"{source}: give at least messages, and either label or rank.")
+    turns = JudgedTurns(
+        messages=messages,
+        id=keys.path("id"),
+        parent=keys.path("parent"),
+        rated=keys.path("rated"),
+        role=keys.path("role") or compiled("role", source),
+        roles={name.lower(): role for name, role in keys.texts("roles").items()},
+        text=keys.path("text"),
+        label=label,
+        children=keys.path("children"),
+        leave_out=_reasons(keys.take("leave-out"), f"{source}: leave-out"),
+        rank=rank,
+    )
+    keys.finish()
+    if turns.parent is not None and turns.children is not None:
+        raise ConfigError(f"{source}: give parent or children, not both.")
+    if turns.parent is not None and turns.id is None:
+        raise ConfigError(f"{source}: parent needs an id beside it.")
+    if rank is not None and turns.parent is None:
+        raise ConfigError(f"{source}: rank needs a parent beside it.")
+    return turns
+
+
+def _warn(value: object, source: str) -> tuple[Path, str] | None:
+    if value is None:
+        return None
+    keys = _Keys(value, source)
+    when, say = keys.path("when"), keys.text("say")
+    keys.finish()
+    if when is None or say is None:
+        raise ConfigError(f"{source}: give when and say.")
+    return when, say
+
+
+def _reasons(value: object, source: str) -> tuple[tuple[str, Path], ...]:
+    """Return (reason, path) of what is left out; a path alone is that of images and other media."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return ((MEDIA, compiled(value, source)),)
+    if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+        raise ConfigError(f"{source}: a path, or reasons and paths, got {quoted(value)}.")
+    return tuple((str(reason), compiled(text, f"{source}: {reason}")) for reason, text in value.items())
+
+
+def _patterns(value: object, source: str) -> tuple[re.Pattern[str], ...]:
+    found: list[re.Pattern[str]] = []
+    for text in value if isinstance(value, list) else [] if value is None else [value]:
+        if not isinstance(text, str):
+            raise ConfigError(f"{source}: must be a regular expression, got {quoted(text)}.")
+        try:
+            found.append(re.compile(text, re.DOTALL))
+        except re.error as error:
+            raise ConfigError(f"{source}: {quoted(text)} is not a regular expression: {error}") from None
+    return tuple(found)
+
+
+class _Keys:
+    """The keys of one table of a mapping; what is taken is removed, and the rest is unknown."""
+
+    def __init__(self, table: object, source: str) -> None:
+        if not isinstance(table, dict):
+            raise ConfigError(f"{source}: must hold keys like `prompt: input.messages`, got {quoted(table)}.")
+        self._left, self._source = dict(table), source
+        self._known: list[str] = []
+
+    def take(self, name: str) -> object:
+        self._known.append(name)
+        return self._left.pop(name, None)
+
+    def text(self, name: str) -> str | None:
+        value = self.take(name)
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{self._source}: {name}: must be text, got {quoted(value)}.")
+        return value
+
+    def path(self, name: str) -> Path | None:
+        text = self.text(name)
+        return None if text is None else compiled(text, f"{self._source}: {name}")
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str | None:
+        text = self.text(name)
+        if text is not None and text not in choices:
+            raise ConfigError(f"{self._source}: {name}: one of {', '.join(choices)}, got {quoted(text)}.")
+        return text
+
+    def values(self, name: str) -> tuple[object, ...]:
+        value = self.take(name)
+        return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+
+    def texts(self, name: str) -> dict[str, str]:
+        value = self.take(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+            raise ConfigError(f"{self._source}: {name}: must hold names and texts, got {quoted(value)}.")
+        return {str(key).lower() if isinstance(key, bool) else str(key): one for key, one in value.items()}
+
+    def finish(self) -> None:
+        """Refuse what was not taken."""
+        for name in self._left:
+            raise ConfigError(f"{self._source}: unknown key {quoted(name)}.{nearest(str(name), self._known)}")

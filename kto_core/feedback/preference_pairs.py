@@ -1,0 +1,87 @@
+"""Read a preference pair: two answers to one prompt, of which the chosen one is better."""
+
+from collections.abc import Mapping
+
+from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.columns import (
+    LABELS,
+    PAIR_RATINGS,
+    FeedbackFields,
+    is_alpaca,
+    prompt_value,
+    prompt_with_system,
+)
+from offline_kto.kto_core.feedback.conversations import (
+    alpaca_prompt,
+    check_completion,
+    join_sides,
+    shared_beginning,
+    with_system,
+)
+from offline_kto.kto_core.feedback.json_values import canonical_json
+from offline_kto.kto_core.feedback.labels import number_in
+from offline_kto.kto_core.feedback.left_out import SAME_ANSWERS, TIE, LeftOut
+from offline_kto.kto_core.feedback.messages import Turns, as_conversation, as_turns
+
+
+def is_pair(record: Mapping[str, object], fields: FeedbackFields) -> bool:
+    if fields.completion is not None and fields.completion.find(record, "") is not None:
+        return False
+    return record.get("chosen") is not None and record.get("rejected") is not None
+
+
+def pair_in(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[Turns, tuple[Turns, ...]]:
+    for name in ("completion", *LABELS):
+        if name in present:
+            raise FeedbackError(
+                f"{where}: the record has '{name}' as well as 'chosen' and 'rejected'. Remove one or the other, or pass"
+                f" --completion-field {'completion' if name == 'completion' else 'chosen (or rejected)'}."
+            )
+    chosen = as_turns(present["chosen"], where, "chosen")
+    rejected = as_turns(present["rejected"], where, "rejected")
+    if canonical_json(chosen, where) == canonical_json(rejected, where):  # as JSON: to Python, 1 and true are the same
+        raise LeftOut(SAME_ANSWERS)
+    _check_ratings(present, where)
+    prompt = _pair_prompt(present, where, fields)
+    answers: tuple[Turns, ...]
+    if prompt is None:
+        prompt, answers = shared_beginning(chosen, rejected, where)
+    else:
+        prompt = prompt_with_system(prompt, present, where, fields)
+        prompt, answers = join_sides(prompt, [("chosen", chosen), ("rejected", rejected)], where)
+    if canonical_json(answers[0], where) == canonical_json(
+        answers[1], where
+    ):  # visible only now if one side repeats the prompt
+        raise LeftOut(SAME_ANSWERS)
+    check_completion(answers[0], where, "chosen")
+    check_completion(answers[1], where, "rejected")
+    return prompt if is_alpaca(present, fields) else with_system(prompt, present, where), answers
+
+
+def _check_ratings(present: Mapping[str, object], where: str) -> None:
+    """Compare the ratings of a pair, if it has any. Raises: LeftOut: a tie; FeedbackError: the rejected one is better."""
+    for names in PAIR_RATINGS:
+        chosen, rejected = (number_in(present.get(name)) for name in names)
+        if chosen is None or rejected is None:
+            continue
+        if chosen == rejected:
+            raise LeftOut(TIE, f"both are rated {chosen:g}")
+        if chosen < rejected:
+            raise FeedbackError(
+                f"{where}: 'rejected' is rated above 'chosen' ({names[1]} {rejected:g}, {names[0]} {chosen:g}). Swap them, "
+                "or remove the ratings if they do not count."
+            )
+
+
+def _pair_prompt(present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns | None:
+    found = prompt_value(present, where, fields)
+    if found is not None:
+        return as_turns(found[1], where, found[0])
+    if is_alpaca(present, fields):
+        return alpaca_prompt(present, where, conversation=fields.chat_template)
+    for name in ("conversations", "messages"):
+        if name in present:
+            messages = as_conversation(present[name], where, name)
+            # A conversation that ends in an answer is not the prompt: some datasets repeat the chosen side there.
+            return messages if messages[-1]["role"] != "assistant" else None
+    return None

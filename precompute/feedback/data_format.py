@@ -1,0 +1,240 @@
+"""Choose the format of `--data`, and open its records: by options, by dataset_info.json, or by the keys of its records."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from collections.abc import Mapping as AnyMapping
+from pathlib import Path as FilePath
+from typing import Any
+
+from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.label_paths import LabelPaths
+from offline_kto.kto_core.feedback.labels import LabelRule
+from offline_kto.kto_core.feedback.llama_factory import DatasetInfo, entry_for
+from offline_kto.kto_core.feedback.mapping import Mapping, with_label
+from offline_kto.kto_core.feedback.paths import option_path
+from offline_kto.kto_core.feedback.presets import named_mapping, recognised
+from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.records.documents import Records, records_in, table_in
+from offline_kto.precompute.records.sources import format_of, read_records
+from offline_kto.precompute.records.text_files import Located
+
+# Keys of the native formats: an object that has one is a record, not a document of records.
+_OWN_KEYS = (
+    *("prompt", "completion", "response", "answer", "chosen", "rejected", "question", "query"),
+    *("messages", "conversations", "instruction"),
+)
+
+# Records whose keys are looked at to recognise a format: those of the first may be missing where nobody rated.
+_LOOKED_AT = 2000
+
+
+class DataFormat:
+    """The format of `--data`.
+
+    Args:
+        config: options of `kto-precompute`.
+
+    Attributes:
+        mapping: the mapping of `--map`, or of the recognised format; None where each record's keys decide.
+        why: why it was chosen, for the plan.
+        rule: which labels are desirable, by the options.
+        notes: sentences on how the records were found.
+
+    Raises:
+        KTOError: an option that cannot be used, or a file that cannot be read.
+    """
+
+    def __init__(self, config: PrecomputeConfig) -> None:
+        self._config = config
+        self._document: tuple[str, Records] | None = None
+        self._info: DatasetInfo | None = None
+        self.notes: list[str] = []
+        self.mapping: Mapping | None = None
+        self.mapping, self.why = self._choose_mapping()
+        self.rule = self._rule()
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the native formats are read, whose columns are known."""
+        return self.mapping is None and self._info is None
+
+    @property
+    def label_paths(self) -> LabelPaths | None:
+        """Where the mapping has the label; None without a mapping, and for pairs."""
+        if self.mapping is None:
+            return None
+        return self.mapping.turns.label if self.mapping.turns is not None else self.mapping.label
+
+    @property
+    def label_rule(self) -> LabelRule:
+        """The rule that the labels are judged by; it counts their values."""
+        if self.mapping is None:
+            return self.rule
+        if self.mapping.pair is not None:
+            return self.mapping.pair.rule
+        return LabelRule() if self.label_paths is None else self.label_paths.rule
+
+    def records(self, columns: set[str] | None) -> Iterator[Located]:
+        """Yield the records of the data, also those inside a document.
+
+        Args:
+            columns: the columns of tables to read; None for all.
+        """
+        for where, record in self._source(columns):
+            yield from self._inner(where, record)
+
+    def split_of(self, record: AnyMapping[str, object]) -> str | None:
+        """Return the split that a record says it is of; None if it says none, or if its column `split` does not count."""
+        split, wanted = record.get("split"), self._config.split.lower()
+        if not isinstance(split, str) or not split.strip() or wanted == "all":
+            return None
+        if self.mapping is not None and self.mapping.where is not None and "split" in self.mapping.where.text:
+            return None
+        # Of a folder or a data set, the option names one of its splits.
+        return split if wanted == "train" or FilePath(self._config.data).is_file() else None
+
+    def is_wanted(self, split: str | None) -> bool:
+        """Return whether records of a split are read."""
+        return split is None or split.strip().lower() == self._config.split.lower()
+
+    def _source(self, columns: set[str] | None) -> Iterator[Located]:
+        """Yield the records of the file, or of the document that it is."""
+        if self._document is not None:
+            where, found = self._document
+            yield from ((f"{where} (record {number})", one) for number, one in enumerate(found.records, 1))
+            return
+        for where, record in read_records(self._config.data, columns=columns, split=self._config.split):
+            yield where, record if self._info is None else self._info.record(record)
+
+    def _inner(self, where: str, record: dict[str, Any]) -> Iterator[Located]:
+        """Yield the records in a document, where the mapping says that it has them."""
+        if self.mapping is None or self.mapping.records is None:
+            yield where, record
+            return
+        inner = self.mapping.records.open(record, where)
+        if not isinstance(inner, list):
+            raise FeedbackError(f"{where}: {self.mapping.records.source}: no list of records there.")
+        for number, one in enumerate(inner, 1):
+            if not isinstance(one, dict):
+                raise FeedbackError(f"{where} (record {number}): a record must be an object, got {quoted(one)}.")
+            yield f"{where} (record {number})", one
+
+    def _choose_mapping(self) -> tuple[Mapping | None, str]:
+        """Return the mapping, and why it was chosen."""
+        config = self._config
+        options = {"--prompt-field": config.prompt_field, "--completion-field": config.completion_field}
+        given = [name for name, value in options.items() if value is not None]
+        if config.map is not None:
+            if given:
+                raise ConfigError(f"--map {config.map}: says itself where the prompt is; leave {given[0]} out.")
+            mapping = named_mapping(config.map)
+            self._open(mapping, given=[])
+            if self._label_options and not mapping.has_label:
+                raise ConfigError(
+                    f"--map {config.map}: has no label that {' and '.join(self._label_options)} could change. Leave it out."
+                )
+            return self._with_label(mapping), f"--map {config.map}"
+        self._open(None, given=[path for path in options.values() if path])
+        if given:
+            return None, f"by {' and '.join(given)}"
+        self._info = self._dataset_info()
+        if self._info is not None:
+            return None, f"dataset_info.json: {self._info.name}"
+        looked_at = _LOOKED_AT if config.limit is None else min(config.limit, _LOOKED_AT)
+        seen: set[object] = set()  # most records have the same keys
+        for where, record in itertools.islice(self._source(None), looked_at):
+            if (shape := _shape(record)) in seen:
+                continue
+            seen.add(shape)
+            found = recognised(record, where)
+            if found is not None and (found.has_label or not self._label_options):
+                return self._with_label(found), "recognised by its keys"
+        return None, ""  # also where a label is named, and the format has none: an option counts more than its keys
+
+    def _open(self, mapping: Mapping | None, given: list[str]) -> None:
+        """Note whether the file is one object that holds the records.
+
+        Args:
+            given: the paths of --prompt-field and --completion-field.
+        """
+        config = self._config
+        begin = list(itertools.islice(read_records(config.data, columns=None, split=config.split), 2))
+        if len(begin) != 1 or format_of(config.data) not in (".json", ".jsonl", ".ndjson"):
+            return
+        (where, document), *_ = begin
+        if mapping is not None and (mapping.records is not None or mapping.fits(document, where)):
+            return
+        if mapping is None and not given and recognised(document, where) is not None:
+            return
+        paths = [option_path(text, "--prompt-field or --completion-field") for text in given]
+        is_record = any(path.find(document, where) is not None for path in paths) or (
+            not given and mapping is None and any(document.get(key) is not None for key in _OWN_KEYS)
+        )
+        found = table_in(document, where) if is_record else records_in(document, where)
+        if found is None:
+            return
+        self._document = where, found
+        self.notes.append(f"{where}: one object; its records are read {found.place}: {len(found.records):,}.")
+
+    def _dataset_info(self) -> DatasetInfo | None:
+        """Return what LLaMA-Factory's dataset_info.json beside the file says about it."""
+        path = FilePath(self._config.data)
+        beside = path.parent / "dataset_info.json"
+        if not path.is_file() or not beside.is_file() or beside == path:
+            return None
+        try:
+            table = json.loads(beside.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError):
+            return None  # it is not what was asked for, and may be of another program
+        return entry_for(path.name, table, str(beside))
+
+    def _with_label(self, mapping: Mapping) -> Mapping:
+        if mapping.refuse is not None:
+            raise FeedbackError(f"{self._config.data}: {mapping.name}: {mapping.refuse}")
+        rule = self._rule() if self._names_labels else None
+        return with_label(mapping, self._config.label_field, rule)
+
+    @property
+    def _label_options(self) -> list[str]:
+        """The options about labels that are given."""
+        config = self._config
+        options = {
+            "--label-field": config.label_field,
+            "--up": config.up,
+            "--down": config.down,
+            "--rating-threshold": config.rating_threshold,
+        }
+        return [name for name, value in options.items() if value is not None]
+
+    @property
+    def _names_labels(self) -> bool:
+        config = self._config
+        return any(value is not None for value in (config.up, config.down, config.rating_threshold))
+
+    def _rule(self) -> LabelRule:
+        config = self._config
+        if config.rating_threshold is not None:
+            if config.up is not None or config.down is not None:
+                raise ConfigError("--rating-threshold and --up or --down say the same; leave one of them out.")
+            label = None if config.label_field is None else option_path(config.label_field, "--label-field")
+            try:
+                read = itertools.islice(self._source(None), config.limit)
+                records = (one for one in read if self.is_wanted(self.split_of(one[1])))
+                return LabelRule.at_least(resolve_threshold(config.rating_threshold, records, label))
+            except ConfigError as error:
+                raise ConfigError(f"{config.data}: {error}") from error
+        return LabelRule(_words(config.up), _words(config.down))
+
+
+def _shape(record: AnyMapping[str, object]) -> object:
+    """Return the keys of a record that have a value, with the keys of the objects among them."""
+    return frozenset(
+        (key, tuple(value) if isinstance(value, dict) else None) for key, value in record.items() if value is not None
+    )
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return () if text is None else tuple(word.strip() for word in text.split(",") if word.strip())

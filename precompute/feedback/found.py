@@ -1,0 +1,70 @@
+"""Count what was found in the feedback, for the plan."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from offline_kto.kto_core.feedback.left_out import LeftOutRows
+from offline_kto.kto_core.feedback.messages import Turns
+from offline_kto.kto_core.feedback.records import FeedbackRow
+
+# How programs write a missing value into a table; as a text it would be trained on.
+_MISSING = {"NaN", "nan", "None", "null", "NULL", "<NA>"}
+
+
+@dataclass
+class Found:
+    """What was found in the feedback, for the plan.
+
+    Attributes:
+        records: number of records read.
+        forms: rows by the format that they were read in.
+        left_out: rows that cannot be used.
+        columns: columns with a value, by the number of records that have one.
+        chat, plain: rows of messages, and of text.
+        system: rows with a system message.
+        from_text: rows whose text became messages.
+        rendered: rows of text that a chat template had written before; they stay text.
+        moved_results: rows in which results of tools were moved to the prompt.
+        labels: rows by label.
+        splits: records by the value of their column `split`.
+        missing: rows that hold the name of a missing value in place of a text, and where the first is.
+        notes: sentences on how the records were found.
+        warned: records for which the mapping has a warning.
+    """
+
+    records: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
+    left_out: LeftOutRows = field(default_factory=LeftOutRows)
+    columns: Counter[str] = field(default_factory=Counter)
+    chat: int = 0
+    plain: int = 0
+    system: int = 0
+    from_text: int = 0
+    rendered: int = 0
+    moved_results: int = 0
+    labels: Counter[bool] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    warned: int = 0
+
+    def add(self, row: FeedbackRow) -> None:
+        """Count a row."""
+        self.forms[row.form] += 1
+        if isinstance(row.prompt, str):
+            self.plain += 1
+        else:
+            self.chat += 1
+            self.system += any(message["role"] in ("system", "developer") for message in row.prompt)
+        self.from_text += row.from_text
+        self.rendered += row.rendered
+        self.moved_results += row.moved_results
+        self.labels[row.label] += 1
+        if _names_no_value(row.completion) or _names_no_value(row.prompt):
+            self.missing.append(row.where)
+
+
+def _names_no_value(side: Turns) -> bool:
+    """Return whether a text, or the last message, is how programs write that there is no value."""
+    text = side if isinstance(side, str) else side[-1]["content"] if side else ""
+    return isinstance(text, str) and text.strip() in _MISSING

@@ -1,0 +1,103 @@
+"""Report feedback that cannot be used: mistakes in rows, unknown labels, no usable row, one class only."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from offline_kto.kto_core.errors import FeedbackError, KTOError
+from offline_kto.kto_core.feedback.labels import Scale, UnknownLabelError
+from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, UNRATED
+from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.feedback.data_format import DataFormat
+from offline_kto.precompute.feedback.found import Found
+from offline_kto.precompute.records.feedback_columns import feedback_columns
+
+# Mistakes shown with their place; the others are counted.
+_SHOWN = 20
+
+
+def mistakes_in_rows(mistakes: Sequence[KTOError], config: PrecomputeConfig, data_format: DataFormat) -> KTOError:
+    """Return one error about all mistakes: the first of them with their places; unknown labels together."""
+    unknown = [one for one in mistakes if isinstance(one, UnknownLabelError)]
+    others = [one for one in mistakes if not isinstance(one, UnknownLabelError)]
+    if unknown:
+        others.insert(0, _unknown_labels(unknown, config, data_format))
+    if len(others) == 1:
+        return others[0]
+    shown = "\n".join(f"  {one}" for one in others[:_SHOWN])
+    more = f"\n  and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
+    return FeedbackError(
+        f"{config.data}: {len(others):,} rows cannot be used:\n{shown}{more}\n"
+        "Mend them, or leave them out with --on-bad-row skip (they are listed in --left-out FILE)."
+    )
+
+
+def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> FeedbackError:
+    """Return the error about data without a row that can be trained on."""
+    data, left_out = config.data, found.left_out
+    reasons = ", ".join(left_out.in_words()) or "none was found"
+    if left_out.counts[OTHER_SPLIT]:
+        splits = Scale(Counter({quoted(split): count for split, count in found.splits.items()}))
+        return FeedbackError(
+            f"{data}: no row of the split {quoted(config.split)} can be used ({reasons}); the column 'split' has "
+            f"{splits.in_words()}. Name the one to read: --split {next(iter(found.splits))}, or all."
+        )
+    if not left_out.counts[UNRATED]:
+        where, reason, detail = left_out.rows[0] if left_out.rows else (data, "not there", "")
+        first = f"{where}, is {reason}{f' ({detail})' if detail else ''}"
+        return FeedbackError(f"{data}: no row can be used: {reasons}; the first, {first}. --left-out FILE lists them.")
+    label = data_format.label_paths
+    if label is not None and config.map is None and config.label_field is None:
+        path = label.path or label.scores  # a recognised format says where the feedback is: nobody gave any
+        assert data_format.mapping is not None
+        assert path is not None
+        return FeedbackError(
+            f"{data}: no record has a label ({reasons}). {data_format.mapping.name}: the feedback is read from "
+            f"{quoted(path.text, 200)}. Check that the export holds it, or name another with --label-field."
+        )
+    lines = feedback_columns(data_format.records(None))
+    if lines:
+        shown = "\n".join(f"  {line}" for line in lines)
+        return FeedbackError(
+            f"{data}: no record has a label ({reasons}). These columns look like feedback:\n{shown}\n"
+            "Pass the option of the one that counts, or say what is where: --map FILE."
+        )
+    names = quoted([name for name, _ in found.columns.most_common()], 200)
+    return FeedbackError(
+        f"{data}: no record has a label ({reasons}); found {names}. Name the column with --label-field, or say what is "
+        "where: --map FILE."
+    )
+
+
+def one_class(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> FeedbackError:
+    """Return the error about rows that are all desirable, or all undesirable."""
+    name = "desirable" if found.labels[True] else "undesirable"
+    scale = Scale.of(data_format.label_rule)
+    values = f" (the values: {scale.in_words()})" if scale.counts else ""
+    left_out = ", ".join(found.left_out.in_words())
+    more = f" Left out: {left_out}." if left_out else ""
+    proposal = scale.proposal()
+    advice = f"pass {proposal} if these are the marks" if proposal else "--up and --down say which values mean what"
+    return FeedbackError(
+        f"{config.data}: every row is {name}{values}: KTO needs both classes.{more} Check the labels: {advice}. "
+        "Pass --one-class if this is meant."
+    )
+
+
+def _unknown_labels(
+    unknown: Sequence[UnknownLabelError], config: PrecomputeConfig, data_format: DataFormat
+) -> KTOError:
+    """Return one error about all values that are neither up nor down, with options that fit them."""
+    first = unknown[0]
+    if len({one.field for one in unknown}) > 1:
+        return first
+    scale = Scale.of(data_format.label_rule)
+    proposal = scale.proposal()
+    usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
+    name = "" if data_format.mapping or usual or config.label_field else f"--label-field {first.field} "
+    advice = (
+        f"If these are the marks, pass {name}{proposal}."
+        if proposal
+        else "Say which are up and which are down with --up and --down."
+    )
+    return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}")

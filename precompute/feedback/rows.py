@@ -1,0 +1,206 @@
+"""Read the rows of `--data`: leave out what cannot be used, and report every mistake at once."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from collections.abc import Mapping as AnyMapping
+from pathlib import Path as FilePath
+from typing import Any
+
+from offline_kto.kto_core.durable_files import write_text
+from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
+from offline_kto.kto_core.feedback.chat_markers import RenderedText
+from offline_kto.kto_core.feedback.columns import COLUMNS, FeedbackFields
+from offline_kto.kto_core.feedback.label_paths import SeveralScoresError
+from offline_kto.kto_core.feedback.labels import LabelRule
+from offline_kto.kto_core.feedback.left_out import DEFECTIVE, OTHER_SPLIT, LeftOut
+from offline_kto.kto_core.feedback.paths import Path as JMESPath
+from offline_kto.kto_core.feedback.paths import option_path
+from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.records import FeedbackRow, parse_record
+from offline_kto.kto_core.feedback.turns import mapped_rows
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.feedback.data_format import DataFormat
+from offline_kto.precompute.feedback.found import Found
+from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class
+from offline_kto.precompute.records.text_files import Located
+
+
+class Feedback:
+    """The rows of `--data`, read as the options say or as the file's keys do.
+
+    Args:
+        config: options of `kto-precompute`.
+        has_template: whether the tokenizer has a chat template.
+        rendered: how text looks that its chat template has written.
+
+    Attributes:
+        mapping: the mapping of `--map`, or of the recognised format; None where each record's keys decide.
+        why: why it was chosen.
+        found: what was found, once the rows are read.
+
+    Raises:
+        KTOError: an option that cannot be used, or a file that cannot be read.
+    """
+
+    def __init__(self, config: PrecomputeConfig, *, has_template: bool, rendered: RenderedText | None = None) -> None:
+        self._config = config
+        self._mistakes: list[KTOError] = []
+        self._format = DataFormat(config)
+        self.mapping, self.why = self._format.mapping, self._format.why
+        self.found = Found(notes=self._format.notes)
+        chat = config.chat if self.mapping is None or self.mapping.chat is None else self.mapping.chat
+        if config.chat == "always" and not has_template:
+            raise ConfigError("--chat always: this tokenizer has no chat template. Pass one with --chat-template FILE.")
+        self._fields = FeedbackFields(
+            prompt=None if self.mapping else _path(config.prompt_field, "--prompt-field"),
+            completion=None if self.mapping else _path(config.completion_field, "--completion-field"),
+            label=None if self.mapping else _path(config.label_field, "--label-field"),
+            rule=LabelRule() if self.mapping else self._format.rule,
+            chat=has_template and chat != "never",
+            chat_template=has_template,
+            rendered=rendered or RenderedText(),
+        )
+
+    def rows(self) -> Iterator[FeedbackRow]:
+        """Yield the rows; after the first mistake none, but all mistakes are found.
+
+        Raises:
+            FeedbackError: the file cannot be read any further; `finish` raises the others.
+        """
+        for where, record in self._records():
+            for row in self._rows_of(record, where):
+                if not self._mistakes or self._config.on_bad_row == "skip":
+                    self.found.add(row)
+                    yield row
+
+    @property
+    def chat(self) -> bool:
+        """Whether text becomes messages."""
+        return self._fields.chat
+
+    @property
+    def label_rule(self) -> LabelRule:
+        """The rule that the labels were judged by; it has counted their values."""
+        return self._format.label_rule
+
+    @property
+    def used_columns(self) -> frozenset[str]:
+        """The columns that the rows come from."""
+        if self.mapping is not None:
+            return frozenset(self.mapping.keys())
+        paths = (self._fields.prompt, self._fields.completion, self._fields.label)
+        return COLUMNS.union(*(path.keys() for path in paths if path is not None))
+
+    def reject(self, where: str, error: KTOError) -> None:
+        """Note that a row is defective: it is left out, or reported by `finish`."""
+        if self._config.on_bad_row == "skip":
+            self.found.left_out.add(where, DEFECTIVE, str(error))
+        else:
+            self._mistakes.append(error)
+
+    def finish(self) -> None:
+        """Write `--left-out`, and report the mistakes.
+
+        Raises:
+            FeedbackError: all mistakes, the first of them with their places; no row; one class only.
+        """
+        config, found = self._config, self.found
+        if config.left_out is not None:
+            self._write_left_out(config.left_out)
+        label = self._format.label_paths
+        if label is not None and (several := label.several(config.data)) is not None:
+            raise several
+        if self._mistakes:
+            raise mistakes_in_rows(self._mistakes, config, self._format)
+        if not found.forms:
+            raise no_rows(config, self._format, found)
+        if len(found.labels) == 1 < found.labels.total() and not config.one_class:
+            raise one_class(config, self._format, found)
+        if found.missing:
+            found.notes.append(
+                f"a prompt or an answer reads NaN, None or null, as programs write a missing value, in {len(found.missing):,}"
+                f" rows; the first is {found.missing[0]}. They are scored as text: remove them if they are none."
+            )
+
+    def notes(self) -> list[str]:
+        """Return what the plan should say about the rows."""
+        warn = None if self.mapping is None else self.mapping.warn
+        warned = [f"{self.found.warned:,} {warn[1]}"] if warn is not None and self.found.warned else []
+        return [*self.found.notes, *warned]
+
+    def _records(self) -> Iterator[Located]:
+        records = self._format.records(self._columns() if self._format.is_native else None)
+        counted = self._counted(itertools.islice(records, self._config.limit))
+        return (
+            counted if self.mapping is None or self.mapping.join is None else self._joined(counted, self.mapping.join)
+        )
+
+    def _counted(self, records: Iterable[Located]) -> Iterator[Located]:
+        for where, record in records:
+            self.found.records += 1
+            self.found.columns.update(key for key, value in record.items() if value is not None)
+            split = self._format.split_of(record)
+            if split is not None:
+                self.found.splits[split] += 1
+            if self._format.is_wanted(split):
+                yield where, record
+            else:
+                self.found.left_out.add(where, OTHER_SPLIT, split or "")
+
+    def _joined(self, records: Iterable[Located], join: JMESPath) -> Iterator[Located]:
+        """Yield a record for all that have the same value: `rows` lists them in the order of the file.
+
+        They may stand anywhere in the file, so all of it is held in memory.
+        """
+        joined: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+        for where, record in records:
+            key = join.find(record, where)
+            if key is None:
+                self.reject(where, FeedbackError(f"{where}: {join.source}: nothing at {quoted(join.text)}."))
+                continue
+            joined.setdefault(json.dumps(key, sort_keys=True, default=str), (where, []))[1].append(record)
+        for where, rows in joined.values():
+            yield where, {"rows": rows}
+
+    def _columns(self) -> set[str]:
+        named = (self._config.prompt_field, self._config.completion_field, self._config.label_field)
+        roots = (re.split(r"[.\[|]", name, maxsplit=1)[0].strip('" ') for name in named if name)
+        return {*COLUMNS, "split", *roots, *(name for name in named if name)}
+
+    def _rows_of(self, record: AnyMapping[str, object], where: str) -> Iterator[FeedbackRow]:
+        try:
+            if self.mapping is None:
+                yield from parse_record(record, where, self._fields)
+                return
+            for native in mapped_rows(self.mapping, record, where):
+                yield from self._native_rows(native, where)
+            if self.mapping.warn is not None and self.mapping.warn[0].find(record, where):
+                self.found.warned += 1
+        except LeftOut as left:
+            self.found.left_out.add(where, left.reason, left.detail)
+        except SeveralScoresError:
+            pass  # `finish` lists the scores of the whole file
+        except FeedbackError as error:
+            self.reject(where, error)
+
+    def _native_rows(self, native: dict[str, Any] | LeftOut, where: str) -> Iterator[FeedbackRow]:
+        if isinstance(native, LeftOut):
+            self.found.left_out.add(where, native.reason, native.detail)
+            return
+        try:
+            yield from parse_record(native, where, self._fields)
+        except LeftOut as left:
+            self.found.left_out.add(where, left.reason, left.detail)
+
+    def _write_left_out(self, path: FilePath) -> None:
+        lines = [
+            json.dumps({"where": where, "reason": reason, **({"detail": detail} if detail else {})}, ensure_ascii=False)
+            for where, reason, detail in self.found.left_out.rows
+        ]
+        write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _path(name: str | None, option: str) -> JMESPath | None:
+    return None if name is None else option_path(name, option)
