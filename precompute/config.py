@@ -50,18 +50,18 @@ class PrecomputeConfig:
     prompt_field: str | None = option(None, "Field that holds the prompt, or a JMESPath: input.messages.")
     completion_field: str | None = option(None, "Field that holds the completion.")
     label_field: str | None = option(None, "Field that holds the label (or the rating), or the name of a score.")
-    up: str | None = option(
-        None, "Values that mean desirable, as like or '>=4'; several with commas.", metavar="VALUE,..."
-    )
-    down: str | None = option(None, "Values that mean undesirable, as dislike or '<=2'.", metavar="VALUE,...")
+    up: str | None = option(None, "Desirable values, such as like or '>=4', separated by commas.", metavar="VALUE,...")
+    down: str | None = option(None, "Undesirable values, such as dislike or '<=2'.", metavar="VALUE,...")
     map: str | None = option(
-        None, "Where the file has what a row needs: a YAML file, or a format's name.", metavar="FILE|NAME"
+        None, "How to read the file: a mapping (YAML), or the name of a format.", metavar="FILE|NAME"
     )
-    split: str = option("train", "Split to read, where the data name several.")
-    on_bad_row: str = option("error", "A defective row ends the run, or is left out.", choices=("error", "skip"))
+    split: str = option("train", "Split to read, if the data have several.")
+    on_bad_row: str = option("error", "Stop at defective rows, or leave them out.", choices=("error", "skip"))
     left_out: Path | None = option(None, "File for the rows that are left out, with their reasons.", metavar="FILE")
-    one_class: bool = option(False, "Take feedback that is all desirable, or all undesirable.")
-    chat: str = option("auto", "Plain text as a conversation: where there is a chat template.", choices=CHAT)
+    one_class: bool = option(False, "Accept feedback that is all desirable, or all undesirable.")
+    chat: str = option(
+        "auto", "Convert plain text to chat messages; auto: if the tokenizer has a chat template.", choices=CHAT
+    )
     chat_template: Path | None = option(
         None,
         "Chat template (Jinja) in place of the tokenizer's own; the trained model is saved with it.",

@@ -25,7 +25,7 @@ from offline_kto.precompute.engines.ranks import RankedScorer, joined, on_own_de
 from offline_kto.precompute.engines.reference import Reference, ReferenceFiles
 from offline_kto.precompute.out_folder import keeps_text, opened_out, rendered_on
 from offline_kto.precompute.plan import Plan, PlanCounts, make_plan
-from offline_kto.precompute.plan_page import describe
+from offline_kto.precompute.plan_page import describe, wrapped
 from offline_kto.precompute.scoring import MERGED, Scoring
 from offline_kto.precompute.store import Store
 
@@ -63,7 +63,7 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
         plan = make_plan(config, reference.tokenizer, config.template_day or rendered_on(config.out))
         counts = plan.counts()
         for line in [
-            *(f"warning     {one}" for one in reference.warnings),
+            *(line for one in reference.warnings for line in wrapped("warning", one)),
             *describe(plan, counts, config, reference.tokenizer),
         ]:
             tell(line)

@@ -1,4 +1,4 @@
-"""Describe a plan to the user: how the file was read, what its labels became, what is left out, what the model sees."""
+"""Describe a plan to the user: the format, the labels, the rows that are left out, lengths, and example rows."""
 
 import re
 import textwrap
@@ -17,7 +17,7 @@ from offline_kto.precompute.preview import block, visible, width
 
 _WIDTH = 100
 _INDENT = 12
-# Columns whose names say that they change what a row means.
+# Columns whose names suggest that they change the meaning of a row.
 _MATTERS = re.compile(r"split|system|score|rating|reward|feedback|thumb|vote|image|img|audio|video", re.IGNORECASE)
 # Lines of each text of an example.
 _EXAMPLE_LINES = 4
@@ -25,12 +25,13 @@ _EXAMPLE_LINES = 4
 
 def describe(plan: Plan, counts: PlanCounts, config: PrecomputeConfig, tokenizer: Tokenizer) -> list[str]:
     """Return a description of the plan, lines of at most 100 columns unless a single word is longer."""
-    lines = [line for name, text in _entries(plan, counts, config) for line in _wrapped(name, text)]
-    lines += [line for text in warnings(plan, counts) for line in _wrapped("warning", text)]
+    lines = [line for name, text in _entries(plan, counts, config) for line in wrapped(name, text)]
+    lines += [line for text in warnings(plan, counts) for line in wrapped("warning", text)]
     return [*lines, *_examples(plan, tokenizer)]
 
 
-def _wrapped(name: str, text: str) -> list[str]:
+def wrapped(name: str, text: str) -> list[str]:
+    """Return a text as lines beside its name."""
     return textwrap.wrap(
         text,
         _WIDTH,
@@ -55,7 +56,7 @@ def _entries(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> Iterat
     yield "labels", f"{counts.desirable:,} desirable, {counts.undesirable:,} undesirable{_values(plan.feedback)}"
     yield "prompts", f"{counts.prompts:,} distinct; {_kinds(plan.feedback)}"
     if unused := _unused(plan.feedback):
-        yield "not read", f"columns {quoted(unused, 300)[1:-1]}"
+        yield "unused", f"columns {quoted(unused, 300)[1:-1]}"
     yield "tokens", _lengths(plan)
     yield (
         "truncated",
@@ -75,7 +76,7 @@ def _format(feedback: Feedback) -> str:
 
 
 def _values(feedback: Feedback) -> str:
-    """Return what each value of the labels became."""
+    """Return the label values by their meaning: up, down or left out."""
     by_destination: dict[str, list[str]] = defaultdict(list)
     for (value, destination), count in feedback.label_rule.seen.most_common():
         by_destination[destination].append(f"{value} ({count:,})")
@@ -91,16 +92,15 @@ def _few(words: Sequence[str], most: int = 5) -> str:
 
 def _kinds(feedback: Feedback) -> str:
     found = feedback.found
-    parts = [f"{found.chat:,} rows of chat", f"{found.plain:,} of plain text"]
-    if found.from_text:
-        parts.append(f"{found.from_text:,} of the chat rows were text (--chat never keeps it)")
-    if found.system:
-        parts.append(f"{found.system:,} with a system message")
-    if found.rendered:
-        parts.append(f"{found.rendered:,} rows of text stay text: a chat template has rendered them already")
-    if found.moved_results:
-        parts.append(f"in {found.moved_results:,} the results of tools became part of the prompt")
-    return ", ".join(parts)
+    parts = {
+        "chat rows": found.chat,
+        "plain-text rows": found.plain,
+        "converted from text (--chat never keeps text)": found.from_text,
+        "with a system message": found.system,
+        "already rendered by a chat template, kept as text": found.rendered,
+        "with tool results moved to the prompt": found.moved_results,
+    }
+    return ", ".join(f"{count:,} {name}" for name, count in parts.items() if count)
 
 
 def _unused(feedback: Feedback) -> list[str]:
@@ -115,16 +115,14 @@ def _lengths(plan: Plan) -> str:
     parts = []
     for name, sizes in sides.items():
         half, most, all_but_few = np.percentile(sizes, [50, 90, 99])
-        parts.append(
-            f"{name} {half:,.0f} in the middle, 90 % up to {most:,.0f}, 99 % up to {all_but_few:,.0f}, longest {sizes.max():,}"
-        )
+        parts.append(f"{name}: median {half:,.0f}, p90 {most:,.0f}, p99 {all_but_few:,.0f}, longest {sizes.max():,}")
     cut = sum(len(row.full_completion_ids) - len(row.completion_ids) for row in plan.rows)
     total = int(sides["completions"].sum())
-    return "; ".join(parts) + f"; {cut / total:.1%} of the completions' tokens are cut"
+    return "; ".join(parts) + f"; {cut / total:.1%} of completion tokens cut"
 
 
 def _examples(plan: Plan, tokenizer: Tokenizer) -> list[str]:
-    """Return the first rows of each class as the model will see them."""
+    """Return the first rows of each class as the model sees them."""
     lines: list[str] = []
     columns = width(_WIDTH)
     for where, row in plan.examples:
@@ -135,18 +133,18 @@ def _examples(plan: Plan, tokenizer: Tokenizer) -> list[str]:
 
 
 def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
-    """Return what the user should know before scoring starts."""
+    """Return warnings for the user, before scoring starts."""
     found = [*plan.notes]
     matters = [name for name in _unused(plan.feedback) if _MATTERS.search(name)]
     if matters:
         found.append(
-            f"not read, though the names sound as if they mattered: {', '.join(matters[:10])}. --map or the --...-field options "
-            "use a column."
+            f"unused columns whose names suggest that they matter: {', '.join(matters[:10])}. Use a column with --map or one "
+            "of the --...-field options."
         )
     if plan.rendered_on:
         found.append(
-            f"the chat template writes the date: all rows are rendered for {plan.rendered_on[:10]}, and later runs into this "
-            "--out too. For a cache elsewhere that is to be compared with it, pass --template-date "
+            f"the chat template writes the date: all rows are rendered for {plan.rendered_on[:10]}, also in later runs into "
+            "this --out. For a comparable cache in another folder, pass --template-date "
             f"{plan.rendered_on[:10]}."
         )
     if not counts.desirable or not counts.undesirable:
@@ -155,18 +153,18 @@ def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     if rare := rare_class(counts.desirable, counts.undesirable):
         found.append(rare)
     if counts.contradictions:
-        found.append(f"{counts.contradictions:,} completions carry both labels; their effects cancel out.")
+        found.append(f"{counts.contradictions:,} completions have both labels; their effects cancel out.")
     elif counts.duplicates:
         found.append(f"{counts.duplicates:,} rows repeat another row.")
     if plan.pairing.same_prompt:
         found.append(f"{plan.pairing.same_prompt:,} mismatched completions answer the same prompt (--pairing rotate).")
     if plan.pairing.same_completion:
-        found.append(f"{plan.pairing.same_completion:,} mismatched completions read like the row's own.")
+        found.append(f"{plan.pairing.same_completion:,} mismatched completions are identical to the row's own.")
     fair = len(plan.pairing.partners[0])
     if plan.pairing.most_served > 2 * fair + 2:
         found.append(
-            f"one prompt holds most rows, so a completion serves up to {plan.pairing.most_served:,} times as a mismatch; "
-            "z0 rests on few completions."
+            f"most rows have the same prompt, so one completion is used up to {plan.pairing.most_served:,} times as a "
+            "mismatched completion; z0 depends on few completions."
         )
     if counts.truncated > counts.kept // 4:
         found.append(

@@ -6,8 +6,8 @@ from typing import Any
 
 UNRATED = "unrated"
 EMPTY = "empty answer"
-NO_PROMPT = "without a prompt"
-MISSING = "of a conversation with missing messages"
+NO_PROMPT = "no prompt"
+MISSING = "missing messages"
 MEDIA = "images, audio or other media"
 ZERO = "00000000-0000-0000-0000-000000000000"
 
@@ -200,7 +200,7 @@ LIBRE_ROWS = [
         True,
     ),
 ]
-LIBRE_LEFT = {UNRATED: 1, "of a call that failed": 1, MISSING: 1, EMPTY: 1}
+LIBRE_LEFT = {UNRATED: 1, "failed call": 1, MISSING: 1, EMPTY: 1}
 HEAD = {"conversationId": "k", "endpoint": "openAI", "title": "t", "exportAt": "12:00", "branches": True}
 LIBRE_LIST = Case(
     "librechat_list", {**HEAD, "recursive": False, "messages": LIBRE}, LIBRE_ROWS, LIBRE_LEFT, document=True
@@ -992,7 +992,7 @@ OPENAI_PREFERENCE = Case(
         },
     ],
     [row("Tea?", "Green", True), row("Tea?", "Mud", False)],
-    {"both answers are the same": 1},
+    {"identical answers": 1},
 )
 STORED = Case(
     "openai_stored",
@@ -1061,7 +1061,7 @@ EVALS = Case(
         evaluated(False, {"input": [], "output": [], "finish_reason": "stop"}, "error"),
     ],
     [row("Tea?", "Green", True), row("Tea?", "Green", False)],
-    {"left out by `where`": 1},
+    {"excluded by `where`": 1},
 )
 
 

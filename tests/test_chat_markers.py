@@ -140,7 +140,7 @@ def test_the_option_decides_where_there_is_a_template(tmp_path: Path, chat: str,
     assert (plan.feedback.chat, plan.feedback.found.from_text) == (becomes, 8 * becomes)
     assert all(tokenizer.decode(row.prompt_ids).startswith("<|im_start|>user\n") == becomes for row in plan.rows)
     shown = " ".join(describe(plan, plan.counts(), config, tokenizer)).replace("  ", "")
-    assert ("8 of the chat rows were text (--chat never keeps it)" in " ".join(shown.split())) == becomes
+    assert ("8 converted from text (--chat never keeps text)" in " ".join(shown.split())) == becomes
 
 
 def test_always_needs_a_template(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_results_of_tools_that_become_context_are_counted(tmp_path: Path) -> Non
     tokenizer = tiny_tokenizer()
     plan = make_plan(config, tokenizer)
     shown = " ".join(" ".join(describe(plan, plan.counts(), config, tokenizer)).split())
-    assert "in 1 the results of tools became part of the prompt" in shown
+    assert "1 with tool results moved to the prompt" in shown
 
 
 def test_a_cache_of_text_is_refused_where_it_would_become_chat(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_rows_that_the_template_leaves_out_are_reported_together_or_skipped(tmp_
     config = config_of(tmp_path, rows, on_bad_row=on_bad_row, left_out=tmp_path / "left.jsonl")
     if on_bad_row == "skip":
         plan = make_plan(config, tokenizer)
-        assert (len(plan.rows), plan.found.left_out.counts) == (6, {"defective": 2})
+        assert (len(plan.rows), plan.feedback.found.left_out.counts) == (6, {"defective": 2})
         assert "the role 'narrator'" in (tmp_path / "left.jsonl").read_text(encoding="utf-8")
         return
     with pytest.raises(FeedbackError, match=r"2 rows cannot be used:\n  f\.jsonl:3: .*'narrator'.*\n  f\.jsonl:6: "):

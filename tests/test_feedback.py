@@ -229,25 +229,27 @@ def test_pair_with_an_empty_side_is_left_out(side, value):
 
 
 @pytest.mark.parametrize(
-    ("record", "column"),
+    "record",
     [
-        ({"prompt": "q", "completion": None, "label": True}, "completion"),
-        ({"prompt": None, "completion": "a", "label": True}, "prompt"),
-        ({"prompt": "q", "completion": None, "chosen": "a", "rejected": None}, "rejected"),
-        ({"instruction": "q", "output": None, "label": True}, "output"),
-        ({"messages": None, "label": True}, "messages"),
+        {"prompt": "q", "completion": None, "label": True},
+        {"prompt": "q", "completion": None, "chosen": "a", "rejected": None},
+        {"instruction": "q", "output": None, "label": True},
+        {"messages": None, "label": True},
     ],
 )
-def test_an_empty_cell_of_a_table_is_named(record, column):
+def test_an_empty_cell_of_an_answer_is_left_out(record):
     """Readers of CSV and Parquet return None for it."""
-    message = refusal(record)
-    assert f"'{column}' is empty." in message
+    assert left_out(record) == EMPTY
+
+
+def test_an_empty_cell_of_a_prompt_is_named():
+    message = refusal({"prompt": None, "completion": "a", "label": True})
+    assert "'prompt' is empty." in message
     assert "remove the row" in message
 
 
-def test_an_empty_cell_under_a_name_of_the_users_is_named():
-    message = refusal({"question": "q", "answer": None, "label": True}, prompt="question", completion="answer")
-    assert "'answer' is empty." in message
+def test_an_empty_cell_under_a_name_of_the_users_is_left_out():
+    assert left_out({"question": "q", "answer": None, "label": True}, prompt="question", completion="answer") == EMPTY
 
 
 def test_empty_completion_with_tool_calls_is_fine():
@@ -402,9 +404,11 @@ def test_missing_label_is_left_out():
     assert left_out({"prompt": "q", "completion": "a", "label": None, "liked": True}) == UNRATED
 
 
-def test_an_empty_label_is_named():
-    assert "no 'label': it is empty;" in refusal({"prompt": "q", "completion": "a", "label": None})
-    assert "no 'liked': it is empty;" in refusal({"prompt": "q", "completion": "a", "liked": None}, label="liked")
+def test_an_empty_label_is_left_out_and_named():
+    with pytest.raises(LeftOut, match="'label' is empty;") as caught:
+        parse({"prompt": "q", "completion": "a", "label": None})
+    assert caught.value.reason == UNRATED
+    assert left_out({"prompt": "q", "completion": "a", "liked": None}, label="liked") == UNRATED
 
 
 def test_label_field_replaces_the_usual_names():
@@ -663,8 +667,8 @@ def test_pair_of_text_turns():
     [
         ("The sky is blue.", "The sky is green.", "Add a prompt"),
         (HH + " a", "\n\nHuman: other\n\nAssistant: b", "Add a prompt"),
-        (HH + " a\n\nHuman: x\n\nAssistant: b", HH + " c", "'chosen' goes on"),
-        (HH + " a", HH + " c\n\nHuman: x\n\nAssistant: b", "'rejected' goes on"),
+        (HH + " a\n\nHuman: x\n\nAssistant: b", HH + " c", "'chosen' continues"),
+        (HH + " a", HH + " c\n\nHuman: x\n\nAssistant: b", "'rejected' continues"),
     ],
 )
 def test_text_pairs_without_a_usable_beginning(chosen, rejected, part):

@@ -58,8 +58,8 @@ def test_what_happens_to_all_others(otherwise, expected):
 @pytest.mark.parametrize(
     ("up", "down", "otherwise", "part"),
     [
-        (("a",), ("a",), "refuse", "both"),
-        ((1,), ("1.0",), "refuse", "both"),
+        (("a",), ("a",), "refuse", "in up and in down"),
+        ((1,), ("1.0",), "refuse", "in up and in down"),
         (("",), (), "refuse", "up"),
         (([1],), (), "refuse", "up"),
         ((), (), "skip", "else"),
@@ -205,11 +205,11 @@ def test_no_label_lists_the_columns_that_look_like_feedback(tmp_path):
         for number, stars in enumerate((5, 2, 4))
     ]
     message = refusal(tmp_path / "f.jsonl", records)
-    assert "no record has a label (3 unrated)" in message
+    assert "no record has a label (unrated: 3)" in message
     lines = [line.strip() for line in message.splitlines()[1:-1]]
     assert lines == [
         "stars: 5 (1 time), 2 (1 time), 4 (1 time); pass --label-field stars --up '>=4' --down '<=2'"
-        " (what lies between is left out)",
+        " (values between them are left out)",
         "accepted: true (2 times), false (1 time); pass --label-field accepted",
         'meta.thumb: "up" (2 times), "down" (1 time); pass --label-field \'meta.thumb\'',
         "meta.feedback.value: 1 (3 times); pass --label-field 'meta.feedback.value'",
@@ -230,7 +230,7 @@ def test_one_class_is_refused_unless_it_is_meant(tmp_path, label, name):
     message = refusal(tmp_path / "f.jsonl", records)
     assert f"every row is {name}" in message
     assert f"{json.dumps(label)} (2 times)" in message
-    assert "1 unrated" in message
+    assert "unrated: 1" in message
     assert "--one-class" in message
     assert feedback(tmp_path / "f.jsonl", records, one_class=True)[0] == [label, label]
 

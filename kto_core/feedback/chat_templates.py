@@ -223,7 +223,7 @@ class ChatRenderer:
             return row
         if "system" in roles:
             raise TokenizationError(
-                f"{row.where}: the chat template knows no role 'developer', and the system message takes its place already. "
+                f"{row.where}: the chat template knows no role 'developer', and there is a system message already. "
                 "Join the two to one system message."
             )
         prompt = cast("Sequence[Message]", row.prompt)

@@ -70,7 +70,7 @@ def one_of(
         return names[0], present[names[0]]
     found = [name for name in names if name in present]
     if len(found) > 1:
-        raise FeedbackError(f"{where}: {' and '.join(map(repr, found))}: say which one counts with {option}.")
+        raise FeedbackError(f"{where}: {' and '.join(map(repr, found))}: choose one with {option}.")
     return (found[0], present[found[0]]) if found else None
 
 
@@ -88,7 +88,9 @@ def prompt_with_system(prompt: Turns, present: Mapping[str, object], where: str,
 def _after_history(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:
     """Return a prompt of text after the turns of `history`, as ms-swift writes them."""
     if not isinstance(prompt, str):
-        raise FeedbackError(f"{where}: 'history' beside a prompt of messages. Put its turns into the prompt.")
+        raise FeedbackError(
+            f"{where}: 'history' cannot be combined with a prompt of messages. Move its turns to the prompt."
+        )
     turns = {"history": present["history"], "instruction": prompt}
     return alpaca_prompt(turns, where, conversation=fields.chat_template)
 

@@ -37,7 +37,7 @@ def check_completion(completion: Turns, where: str, field: str) -> None:
         outer = index in (0, len(completion) - 1)
         if role in ("user", "system", "developer") or (outer and role != "assistant"):
             raise FeedbackError(
-                f"{where}: '{field}' must hold what the assistant said, but message {index + 1} has the role"
+                f"{where}: '{field}' must contain only messages of the assistant, but message {index + 1} has the role"
                 f" {quoted(role)}. Move it to the prompt, or remove the row."
             )
         if role == "assistant" and not _says_something(message):
@@ -69,11 +69,11 @@ def split_conversation(
     """
     if messages[-1]["role"] != "assistant":
         raise FeedbackError(
-            f"{where}: the last message of '{field}' is what the label judges and must have the role"
-            f' "assistant", got {quoted(messages[-1]["role"])}. Cut what follows it, or remove the row.'
+            f"{where}: the label is that of the last message of '{field}', which must have the role"
+            f' "assistant", got {quoted(messages[-1]["role"])}. Remove the messages after the answer, or remove the row.'
         )
     if len(messages) == 1:
-        raise FeedbackError(f"{where}: '{field}' holds only an answer. Put what it answers before it.")
+        raise FeedbackError(f"{where}: '{field}' contains only an answer. Add the messages before it.")
     return messages[:-1], messages[-1:]
 
 
@@ -117,7 +117,7 @@ def _cut_prompt(
     if not repeats:
         raise FeedbackError(
             f"{where}: '{field}' is a conversation that does not repeat the prompt. Let it begin with the"
-            " prompt's messages, or hold the assistant's answer alone."
+            " prompt's messages, or contain only the assistant's answer."
         )
     if size == len(answered):
         raise FeedbackError(f"{where}: '{field}' repeats the prompt and has no answer. Remove the row.")
@@ -165,14 +165,14 @@ def _shared_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...],
         size += 1
     if size == 0:
         raise FeedbackError(
-            f"{where}: 'chosen' and 'rejected' share no beginning, and there is no 'prompt'. Add a prompt, or"
+            f"{where}: 'chosen' and 'rejected' have no common beginning, and there is no 'prompt'. Add a prompt, or"
             " begin both with the messages they answer."
         )
     for field, side in (("chosen", chosen), ("rejected", rejected)):
         rest = [message["role"] for message in side[size:]]
         if rest != ["assistant"]:
             raise FeedbackError(
-                f"{where}: after the {size} messages that 'chosen' and 'rejected' share, '{field}' must hold"
+                f"{where}: after the {size} messages that 'chosen' and 'rejected' share, '{field}' must contain"
                 f" one message of the assistant, got the roles {quoted(rest)}. Cut both after that answer."
             )
     return size
@@ -187,13 +187,13 @@ def _shared_text(chosen: str, rejected: str, where: str) -> int:
         size = end
     if size == 0:
         raise FeedbackError(
-            f"{where}: 'chosen' and 'rejected' share no turn that begins with an empty line and 'Assistant:',"
+            f"{where}: 'chosen' and 'rejected' have no common turn that begins with an empty line and 'Assistant:',"
             " and there is no 'prompt'. Add a prompt."
         )
     for field, side in (("chosen", chosen), ("rejected", rejected)):
         if HUMAN_TURN in side[size:]:
             raise FeedbackError(
-                f"{where}: 'chosen' and 'rejected' part before their last answer: '{field}' goes on with"
+                f"{where}: 'chosen' and 'rejected' differ before their last answer: '{field}' continues with"
                 " another 'Human:' turn. Cut both after the first answer that differs, or remove the row."
             )
     return size
@@ -262,7 +262,7 @@ def system_text(record: Mapping[str, object], where: str) -> str:
     """
     found = {name: text for name in SYSTEM_COLUMNS if (text := _text(record, name, where)).strip()}
     if len(set(found.values())) > 1:
-        raise FeedbackError(f"{where}: {' and '.join(map(repr, found))} hold different texts. Keep one of them.")
+        raise FeedbackError(f"{where}: {' and '.join(map(repr, found))} differ. Keep one of them.")
     return next(iter(found.values()), "")
 
 
@@ -277,8 +277,8 @@ def with_system(prompt: Turns, record: Mapping[str, object], where: str) -> Turn
         return prompt
     if isinstance(prompt, str):
         raise FeedbackError(
-            f"{where}: a system text stands beside a prompt of plain text, and without a chat template nothing says how to"
-            " join them. Write the prompt as messages, use a tokenizer with a chat template, or remove the column."
+            f"{where}: the record has a system text and a prompt of plain text, which cannot be joined without a chat"
+            " template. Write the prompt as messages, use a tokenizer with a chat template, or remove the column."
         )
     own = [message["content"] for message in prompt if message["role"] in ("system", "developer")]
     if len(own) > 0 and own[0].strip() != system.strip():

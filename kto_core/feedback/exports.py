@@ -169,7 +169,7 @@ def asked(value: object) -> object:
     call = _arguments(found)
     if call is not found:
         return asked(call)
-    text = _messages_at(found) or _text_at(found, _ASKED, "asked")
+    text = _messages_at(found) or _text_at(found, _ASKED, "question")
     if isinstance(text, Mapping):
         text = asked(text)
     if isinstance(text, list) and len(text) == 1 and isinstance(text[0], str):  # a batch of one
@@ -199,7 +199,7 @@ def _with_context(found: Mapping[str, Any], text: object) -> object:
         if not earlier:
             continue
         if not isinstance(earlier, list) or not all(isinstance(one, Mapping) for one in earlier):
-            raise ValueError(f"'{name}' stands beside the question and is no list of messages")
+            raise ValueError(f"'{name}' is not a list of messages")
         before += earlier
     system = next((found[name] for name in _SYSTEM if isinstance(found.get(name), str) and found[name].strip()), None)
     if system is not None:
@@ -216,7 +216,7 @@ def _arguments(call: Mapping[str, Any]) -> Any:
     args, kwargs = opened(call.get("args")) or [], opened(call.get("kwargs")) or {}
     if isinstance(args, list) and isinstance(kwargs, dict) and len(args) + bool(kwargs) == 1:
         return args[0] if args else kwargs
-    raise ValueError("several arguments, and nothing says which of them is the question")
+    raise ValueError("several arguments, and it is not clear which of them is the question")
 
 
 def answered(value: object) -> object:
@@ -240,9 +240,9 @@ def answered(value: object) -> object:
             options = options[0]  # a batch of one
         if isinstance(options, list) and options:
             if len(options) > 1:
-                raise ValueError(f"several {name}, and nothing says which of them was judged")
+                raise ValueError(f"several {name}, and it is not clear which of them was judged")
             return _chosen(options[0])
-    text = _messages_at(found) or _text_at(found, _ANSWERED, "answered")
+    text = _messages_at(found) or _text_at(found, _ANSWERED, "answer")
     return answered(text) if isinstance(text, Mapping | list) else _as_text(text)
 
 
@@ -279,8 +279,8 @@ def _text_at(found: Mapping[str, Any], names: tuple[str, ...], what: str) -> obj
         return None
     shown = ", ".join(repr(name) for name in [*(known or there)][:8])
     raise ValueError(
-        f"nothing says which of the keys {shown} holds what was {what}; say it with --map FILE, or with --prompt-field, "
-        "--completion-field and --label-field"
+        f"it is not clear which of the keys {shown} has the {what}; describe the file with --map FILE, or pass "
+        "--prompt-field, --completion-field and --label-field"
     )
 
 

@@ -36,7 +36,9 @@ def canonical_json(value: object, where: str) -> bytes:
     except UnicodeEncodeError as error:
         found = quoted(error.object[max(0, error.start - 20) : error.end])
         raise FeedbackError(
-            f"{where}: text ending in {found} holds half a character (a lone surrogate). Repair or remove it."
+            f"{where}: text ending in {found} contains half a character (a lone surrogate). Repair or remove it."
         ) from None
     except (TypeError, ValueError) as error:
-        raise FeedbackError(f"{where}: a message holds what JSON cannot ({error}). Write it as text.") from None
+        raise FeedbackError(
+            f"{where}: a message contains a value that JSON cannot represent ({error}). Write it as text."
+        ) from None

@@ -24,8 +24,8 @@ def judged_messages(
     if keys:
         if outer or len(keys) > 1:
             raise FeedbackError(
-                f"{where}: {', '.join(map(repr, [*outer, *(f'{key} of messages' for key in keys)]))}: nothing says which "
-                "of them counts. Keep one, or describe the file with --map."
+                f"{where}: {', '.join(map(repr, [*outer, *(f'{key} of messages' for key in keys)]))}: only one of "
+                "them can be the label. Keep one, or describe the file with --map."
             )
         verdicts = [one.get(keys[0]) if isinstance(one, Mapping) else None for one in turns]
     elif isinstance(present.get("labels"), list) and not outer and fields.label is None:
@@ -48,7 +48,9 @@ def judged_messages(
         judged = as_conversation([_without(turns[number], keys)], where, name)
         prompt = with_system(tuple(_without(one, keys) for one in before), present, where)
         if not prompt or judged[-1]["role"] != "assistant":
-            raise FeedbackError(f"{where}: message {number + 1} of '{name}' is judged, and is no answer to anything.")
+            raise FeedbackError(
+                f"{where}: message {number + 1} of '{name}' has a label, but is not an answer of the assistant to a message."
+            )
         check_completion(judged, where, name)
         assert not isinstance(prompt, str)
         rows.append((prompt, judged, fields.rule.verdict(value, where, keys[0] if keys else "labels")))

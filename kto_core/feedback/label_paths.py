@@ -73,7 +73,7 @@ class LabelPaths:
         return self.value.find(item, where) if self.value is not None and isinstance(item, dict) else item
 
     def several(self, where: str) -> "SeveralScoresError | None":
-        """Return the error of a file with several scores of which none is named, or without the one that is.
+        """Return the error of a file with several scores if none is chosen, or without the chosen one; None if there is none.
 
         Args:
             where: the file.
@@ -82,16 +82,16 @@ class LabelPaths:
             return None
         shown = "".join(f"\n  {name}: {Scale(values).in_words()}" for name, values in self.seen.items())
         if self.name is None and len(self.seen) > 1:
-            return SeveralScoresError(f"{where}: several scores, and nothing says which one counts:{shown}\n{_NAME_IT}")
+            return SeveralScoresError(f"{where}: several scores, of which one must be chosen:{shown}\n{_NAME_IT}")
         valued = any(destination != "left out" for _, destination in self.rule.seen)  # a column of that name
         if self.name is not None and self.path is None and self.name not in self.seen and not valued:
             return SeveralScoresError(
-                f"{where}: no record has a score {quoted(self.name)}; there are:{shown}\n{_NAME_IT}"
+                f"{where}: no record has a score {quoted(self.name)}. Scores found:{shown}\n{_NAME_IT}"
             )
         return None
 
 
-_NAME_IT = "Name the one that counts with --label-field NAME."
+_NAME_IT = "Choose one with --label-field NAME."
 
 
 def _each(value: object) -> list[object]:
@@ -99,4 +99,4 @@ def _each(value: object) -> list[object]:
 
 
 class SeveralScoresError(FeedbackError):
-    """A record has several scores, and nothing says which one counts."""
+    """A record has several scores, and none has been chosen."""

@@ -85,7 +85,7 @@ class LabelRule:
                     raise ConfigError(f"{name}: a word, a number or a comparison such as >=4, got {quoted(value)}.")
         both = [value for value in self.up if not _is_comparison(value) and _matches(value, self.down)]
         if both:
-            raise ConfigError(f"up and down both hold {quoted(both[0])}. Leave it in one of them.")
+            raise ConfigError(f"{quoted(both[0])} is in up and in down. Remove it from one of them.")
         if self.otherwise not in ELSE:
             raise ConfigError(f"else: one of {', '.join(ELSE)}, got {quoted(self.otherwise)}.")
 
@@ -268,7 +268,7 @@ def _proposed_cut(numbers: Sequence[float]) -> str:
     # Scales: 1 to 3, 0 to 4, 1 to 5, 1 to 10, 0 to 100. The middle says neither.
     for end, up, down in ((3, 3, 1), (4, 3, 1) if least == 0 else (5, 4, 2), (5, 4, 2), (10, 7, 4), (100, 70, 40)):
         if most <= end:
-            return f"--up '>={up}' --down '<={down}' (what lies between is left out)"
+            return f"--up '>={up}' --down '<={down}' (values between them are left out)"
     middle = numbers[len(numbers) // 2]
     return f"--up '>={middle:g}' --down '<{middle:g}'"
 

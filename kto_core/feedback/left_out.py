@@ -1,4 +1,4 @@
-"""Rows that are right as they are, but say nothing that can be trained on."""
+"""Leave out rows that are valid but contain nothing to train on, and count them by reason."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,18 +9,18 @@ UNRATED = "unrated"
 TIE = "tie"
 EMPTY = "empty answer"
 MEDIA = "images, audio or other media"
-SAME_ANSWERS = "both answers are the same"
+SAME_ANSWERS = "identical answers"
 RATERS_DISAGREE = "raters disagree"
 DEAD_ZONE = "between up and down"
-NOT_CHOSEN = "left out by `where`"
-NO_PROMPT = "without a prompt"
-MISSING_TURNS = "of a conversation with missing messages"
-OTHER_SPLIT = "of another split"
+NOT_CHOSEN = "excluded by `where`"
+NO_PROMPT = "no prompt"
+MISSING_TURNS = "missing messages"
+OTHER_SPLIT = "another split"
 DEFECTIVE = "defective"
 
 
-class LeftOut(Exception):  # noqa: N818 - it is no error: the file is right
-    """A row that no rule is broken by, and that nothing can be learned from.
+class LeftOut(Exception):  # noqa: N818 - not an error: the file is valid
+    """A row is valid but contains nothing to train on.
 
     Attributes:
         reason: one of the constants above; rows are counted by it.
@@ -49,6 +49,6 @@ class LeftOutRows:
         self.counts[reason] += 1
 
     def in_words(self) -> Iterator[str]:
-        """Yield "12 unrated" for each reason, the most frequent first."""
+        """Yield "unrated: 12" for each reason, the most frequent first."""
         for reason, count in self.counts.most_common():
-            yield f"{count:,} {reason}"
+            yield f"{reason}: {count:,}"

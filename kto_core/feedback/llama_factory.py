@@ -102,7 +102,7 @@ def entry_for(file_name: str, table: object, source: str) -> DatasetInfo | None:
     }
     if len(named) > 1:
         raise ConfigError(
-            f"{source}: {' and '.join(map(quoted, named))} are about {file_name}. Keep one of them, or name the columns with "
+            f"{source}: {' and '.join(map(quoted, named))} describe {file_name}. Keep one of them, or name the columns with "
             "options such as --prompt-field."
         )
     for name, entry in named.items():
@@ -137,5 +137,5 @@ def _entry(name: str, entry: Mapping[str, Any], source: str) -> DatasetInfo:
 def _texts(entry: Mapping[str, Any], key: str, source: str) -> dict[str, str]:
     value = entry.get(key) or {}
     if not isinstance(value, Mapping) or not all(isinstance(one, str) for one in value.values()):
-        raise ConfigError(f"{source}: {key}: must hold names and texts, got {quoted(value)}.")
+        raise ConfigError(f"{source}: {key}: must map names to texts, got {quoted(value)}.")
     return {str(name): str(one) for name, one in value.items()}

@@ -159,7 +159,7 @@ class Mapping:
         if self.each is not None:
             items = self.each.open(record, where)
             if not isinstance(items, list) and items is not None:
-                raise FeedbackError(f"{where}: {self.each.source}: no list, got {quoted(items)}.")
+                raise FeedbackError(f"{where}: {self.each.source}: must be a list, got {quoted(items)}.")
             if not items:
                 raise LeftOut(EMPTY, f"{self.each.source}: nothing at {quoted(self.each.text)}")
             for index, item in enumerate(items):
@@ -171,7 +171,7 @@ class Mapping:
             for name in columns.keys() - lists.keys():  # nobody rated, say
                 lists[name] = [None] * max(sizes.values(), default=0)
             if len(set(sizes.values())) > 1:
-                raise FeedbackError(f"{where}: {self.name}: zip: lists of different lengths, {quoted(sizes)}.")
+                raise FeedbackError(f"{where}: {self.name}: zip: the lists have different lengths: {quoted(sizes)}.")
             for index in range(next(iter(sizes.values()), 0)):
                 yield {**record, "item": {name: value[index] for name, value in lists.items()}, "index": index}
         else:
@@ -268,8 +268,8 @@ def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None) -> Ma
     if mapping.pair is not None:
         if name is not None or rule is not None:
             raise ConfigError(
-                f"{mapping.name}: holds pairs, whose label is which of the two is better. Leave --label-field, --up, --down "
-                "and --rating-threshold out, or describe the file with --map FILE."
+                f"{mapping.name}: preference pairs have no label. Remove --label-field, --up, --down and --rating-threshold, "
+                "or describe the file with --map FILE."
             )
         return dataclasses.replace(mapping, pair=dataclasses.replace(mapping.pair, rule=_unused(mapping.pair.rule)))
     holder = mapping.turns.label if mapping.turns is not None else mapping.label

@@ -85,11 +85,11 @@ def _check_whole(mapping: Mapping, source: str) -> None:
         found = f"got {' and '.join(given)}" if given else "got none of them"
         raise ConfigError(f"{source}: give one of completion, conversation, pair and turns; {found}.")
     if mapping.completion is not None and mapping.prompt is None:
-        raise ConfigError(f"{source}: completion needs a prompt beside it.")
+        raise ConfigError(f"{source}: completion needs prompt.")
     if mapping.label is None and mapping.pair is None and mapping.turns is None:
         raise ConfigError(f"{source}: label is missing: the path of the rating or the thumb.")
     if mapping.label is not None and (mapping.pair is not None or mapping.turns is not None):
-        raise ConfigError(f"{source}: label stands beside {given[0]}, which has its own verdict. Remove it.")
+        raise ConfigError(f"{source}: label and {given[0]} exclude each other. Remove one of them.")
     if mapping.each is not None and mapping.zip:
         raise ConfigError(f"{source}: each and zip exclude each other.")
 
@@ -155,9 +155,9 @@ def _turns(value: object, source: str) -> JudgedTurns | None:
     if turns.parent is not None and turns.children is not None:
         raise ConfigError(f"{source}: give parent or children, not both.")
     if turns.parent is not None and turns.id is None:
-        raise ConfigError(f"{source}: parent needs an id beside it.")
+        raise ConfigError(f"{source}: parent needs id.")
     if rank is not None and turns.parent is None:
-        raise ConfigError(f"{source}: rank needs a parent beside it.")
+        raise ConfigError(f"{source}: rank needs parent.")
     return turns
 
 
@@ -200,7 +200,7 @@ class _Keys:
 
     def __init__(self, table: object, source: str) -> None:
         if not isinstance(table, dict):
-            raise ConfigError(f"{source}: must hold keys like `prompt: input.messages`, got {quoted(table)}.")
+            raise ConfigError(f"{source}: must have keys such as `prompt: input.messages`, got {quoted(table)}.")
         self._left, self._source = dict(table), source
         self._known: list[str] = []
 
@@ -233,7 +233,7 @@ class _Keys:
         if value is None:
             return {}
         if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
-            raise ConfigError(f"{self._source}: {name}: must hold names and texts, got {quoted(value)}.")
+            raise ConfigError(f"{self._source}: {name}: must map names to texts, got {quoted(value)}.")
         return {str(key).lower() if isinstance(key, bool) else str(key): one for key, one in value.items()}
 
     def finish(self) -> None:

@@ -106,7 +106,7 @@ def _read_text(text: str, where: str, field: str) -> object | None:
         return None
     if _PYTHON_REPR.match(text):
         raise FeedbackError(
-            f"{where}: '{field}' holds messages as Python prints them, {quoted(text)}, which would be scored as text. "
+            f"{where}: '{field}' contains messages as Python prints them, {quoted(text)}, which would be scored as text. "
             "Write the column with json.dumps, or save the data as JSON Lines or Parquet."
         )
     try:
@@ -278,7 +278,7 @@ def _called(content: object, where: str, what: str) -> tuple[list[object], str]:
     calls = list(_calls(content))
     if not calls or not all(isinstance(one, Mapping) and "function" in one for one in calls):
         raise FeedbackError(
-            f'{where}: {what} has the role "function_call" and must hold JSON like {{"name": "...", "arguments": {{}}}}, '
+            f'{where}: {what} has the role "function_call" and must contain JSON like {{"name": "...", "arguments": {{}}}}, '
             f"got {quoted(content)}."
         )
     return calls, ""
@@ -367,8 +367,8 @@ class _Parts:
             inner = inner if isinstance(inner, str) else "".join(_Parts(inner, where, what).texts)
             self.results.append({"role": "tool", "content": inner, "tool_call_id": given.get("tool_use_id")})
         elif _MEDIA_PARTS.search(kind):
-            raise LeftOut(MEDIA, f"{what} holds {quoted(part)}")
+            raise LeftOut(MEDIA, f"{what} contains {quoted(part)}")
         else:
             raise FeedbackError(
-                f'{where}: {what} holds {quoted(part)}; give text, or parts like {{"type": "text", "text": "..."}}.'
+                f'{where}: {what} contains {quoted(part)}; give text, or parts like {{"type": "text", "text": "..."}}.'
             )

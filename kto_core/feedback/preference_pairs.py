@@ -69,7 +69,7 @@ def _check_ratings(present: Mapping[str, object], where: str) -> None:
         if chosen < rejected:
             raise FeedbackError(
                 f"{where}: 'rejected' is rated above 'chosen' ({names[1]} {rejected:g}, {names[0]} {chosen:g}). Swap them, "
-                "or remove the ratings if they do not count."
+                "or remove the ratings if they do not apply."
             )
 
 

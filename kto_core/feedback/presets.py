@@ -31,7 +31,7 @@ def named_mapping(name: str) -> Mapping:
     if name in presets():
         return presets()[name]
     raise ConfigError(
-        f"--map {name}: no such file, and none of the formats that come with the package: {', '.join(presets())}."
+        f"--map {name}: neither a file nor the name of a format. Formats: {', '.join(presets())}."
         f"{nearest(name, list(presets()))}"
     )
 

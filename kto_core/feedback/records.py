@@ -1,4 +1,4 @@
-"""Convert a record of a feedback file to its labelled rows: one, the two of a preference pair, or one a judged turn.
+"""Convert a record of a feedback file to its labelled rows: one, the two of a preference pair, or one per judged turn.
 
 The format is detected for each record, so a file may mix formats. They are tried in this order:
 
@@ -9,7 +9,7 @@ The format is detected for each record, so a file may mix formats. They are trie
     messages, conversations (ShareGPT)    the last message is the completion; or the turns that are judged
     instruction + output (Alpaca)         with input, system and history
 
-A key that holds None counts as absent: that is how tables store what only other rows have.
+A key with the value None counts as absent, because tables have all columns in all rows.
 """
 
 import contextlib
@@ -81,18 +81,20 @@ def parse_record(record: Mapping[str, object], where: str, fields: FeedbackField
 
     Raises:
         FeedbackError: the record matches none of the formats exactly; the message begins with `where`.
-        LeftOut: it is no mistake, but nothing can be learned from it.
+        LeftOut: the record is valid but contains nothing to train on.
     """
     present = {key: value for key, value in record.items() if value is not None and value == value}  # NaN is no value
     if _lacks_answer(record, present, fields):
         raise LeftOut(EMPTY, "no value")
     try:
-        return _rows(present, where, fields)
+        return _rows(record, present, where, fields)
     except RecursionError:
         raise FeedbackError(f"{where}: the record is nested too deeply. Remove the row.") from None
 
 
-def _rows(present: Mapping[str, object], where: str, fields: FeedbackFields) -> list[FeedbackRow]:
+def _rows(
+    record: Mapping[str, object], present: Mapping[str, object], where: str, fields: FeedbackFields
+) -> list[FeedbackRow]:
     for name in MEDIA_COLUMNS:
         if present.get(name):
             raise LeftOut(MEDIA, f"'{name}'")
@@ -109,8 +111,8 @@ def _rows(present: Mapping[str, object], where: str, fields: FeedbackFields) -> 
             for prompt, completion, label in judged
             for row in _finished(prompt, (completion,), [label], "judged turns", where, tools, kwargs, fields)
         ]
-    form, prompt, completion = _single(present, where, fields)
-    label = _label(present, where, fields)
+    form, prompt, completion = _single(record, present, where, fields)
+    label = _label(record, present, where, fields)
     return _finished(prompt, (completion,), [label], form, where, tools, kwargs, fields)
 
 
@@ -124,7 +126,7 @@ def _finished(
     kwargs: Mapping[str, object],
     fields: FeedbackFields,
 ) -> list[FeedbackRow]:
-    """Return the rows of one prompt, with what all formats share: text as chat, results of tools, ids of pairs."""
+    """Return the rows of one prompt, after the steps of all formats: text to chat, tool results, ids of pairs."""
     from_text = rendered = False
     if isinstance(prompt, str) and fields.chat:
         prompt, completions = as_chat(prompt, completions, fields.rendered)
@@ -141,8 +143,8 @@ def _finished(
             moved = bool(context)
             if moved and pair_id is not None:
                 raise FeedbackError(
-                    f"{where}: a side of the pair holds the results of tools, which are no words of the model's. Move what "
-                    "both sides share to the prompt, and leave one answer on each side."
+                    f"{where}: a side of the pair contains tool results, which the model did not write. Move the messages "
+                    "that both sides share to the prompt, and leave one answer on each side."
                 )
             asked, answered = (*prompt, *context), rest
         rows.append(
@@ -151,7 +153,9 @@ def _finished(
     return rows
 
 
-def _single(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[str, Turns, Turns]:
+def _single(
+    record: Mapping[str, object], present: Mapping[str, object], where: str, fields: FeedbackFields
+) -> tuple[str, Turns, Turns]:
     """Return (format, prompt, completion)."""
     found = one_of(present, where, fields.completion, COMPLETIONS, "--completion-field")
     prompt: Turns
@@ -166,6 +170,8 @@ def _single(present: Mapping[str, object], where: str, fields: FeedbackFields) -
             prompt, form = alpaca_prompt(present, where, conversation=fields.chat_template), f"instruction + {name}"
         else:
             missing = "prompt" if fields.prompt is None else fields.prompt.text
+            if missing in record:
+                raise FeedbackError(f"{where}: '{missing}' is empty. Write the prompt, or remove the row.")
             raise FeedbackError(
                 f"{where}: there is a '{name}' but no '{missing}'; {columns_in_words(present)}."
                 " Name the prompt's column with --prompt-field."
@@ -189,12 +195,12 @@ def _single(present: Mapping[str, object], where: str, fields: FeedbackFields) -
 
 
 def _check_prompt_beside(present: Mapping[str, object], messages: tuple[Message, ...], where: str, name: str) -> None:
-    """Refuse a prompt beside messages that do not hold it: one of them would be ignored."""
+    """Refuse a prompt that is not in the messages: one of the two would be ignored."""
     prompt = present.get("prompt")
     if isinstance(prompt, str) and not any(prompt.strip() == one["content"].strip() for one in messages):
         raise FeedbackError(
-            f"{where}: 'prompt' stands beside '{name}', which do not hold it: {quoted(prompt)}. Remove one of them, or put "
-            "the prompt into the messages."
+            f"{where}: '{name}' do not contain the 'prompt' of the record, {quoted(prompt)}. Remove one of them, or add "
+            "the prompt to the messages."
         )
 
 
@@ -208,8 +214,8 @@ def _lacks_answer(record: Mapping[str, object], present: Mapping[str, object], f
     if sides:
         return len(sides) == 1 and "chosen" in record and "rejected" in record
     asked = "instruction" in present or any(name in present for name in PROMPTS)
-    answers = (*COMPLETIONS, "output")
-    return asked and any(name in record for name in answers) and "output" not in present
+    columns = (*COMPLETIONS, "output") if asked else ("messages", "conversations")
+    return any(name in record for name in columns) and "output" not in present
 
 
 def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackFields) -> FeedbackError:
@@ -222,17 +228,17 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
     printed = [name for name, value in present.items() if is_printed(value)]
     if printed:
         return FeedbackError(
-            f"{where}: none of the known formats; {quoted(printed, 200)} hold values as Python prints them. Write these "
+            f"{where}: none of the known formats; {quoted(printed, 200)} contain values as Python prints them. Write these "
             "columns with json.dumps, or save the data as JSON Lines or Parquet."
         )
     return FeedbackError(
         f"{where}: none of the known formats; {columns_in_words(present)}. Give it prompt, completion and label (or"
         " name them: --prompt-field, --completion-field, --label-field), messages and label, or chosen and"
-        " rejected; or say in a few lines what is where: --map FILE."
+        " rejected; or describe the file with --map FILE."
     )
 
 
-def _label(present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
+def _label(record: Mapping[str, object], present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
     if fields.label is not None:
         return fields.rule.verdict(fields.label.find(present, where), where, fields.label.text)
     names = ("rating",) if fields.rule.has_comparison else LABELS
@@ -246,4 +252,5 @@ def _label(present: Mapping[str, object], where: str, fields: FeedbackFields) ->
             fields.rule.verdict(present["rating"], where, "rating")  # counts its values
         value = present["rating"]
         raise UnknownLabelError(f"{where}: there is a rating, {quoted(value)}, but no label.", "rating", value)
-    raise LeftOut(UNRATED, f"there is no '{names[0]}'; {columns_in_words(present)}")
+    what = f"'{names[0]}' is empty" if names[0] in record else f"there is no '{names[0]}'"
+    raise LeftOut(UNRATED, f"{what}; {columns_in_words(present)}")

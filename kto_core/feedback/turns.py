@@ -30,7 +30,7 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
     """Yield a row for each judged turn of the assistant's: the turns before it, the turn, and its label.
 
     Raises:
-        FeedbackError: no list of turns, a turn that is its own ancestor, the judged turn is not the assistant's.
+        FeedbackError: the value is not a list of turns, a turn is its own ancestor, or the judged turn is not the assistant's.
         LeftOut: the turns are not there, or the judged one is not among them.
     """
     conversation = _Conversation(mapping, turns, record, where)
@@ -60,7 +60,7 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
             **mapping.beside(record, where),
         }
     if turns.rated is not None and not there:
-        raise LeftOut(MISSING_TURNS, f"{turns.rated.source}: no turn is {quoted(rated)}, which was judged")
+        raise LeftOut(MISSING_TURNS, f"{turns.rated.source}: the judged turn, {quoted(rated)}, is missing")
     if turns.rated is not None and not found:
         raise FeedbackError(f"{where}: {turns.rated.source}: the judged turn, {quoted(rated)}, is not the assistant's.")
 
@@ -108,7 +108,7 @@ class _Conversation:
             raise LeftOut(MISSING_TURNS, f"{turns.messages.source}: nothing at {quoted(turns.messages.text)}")
         found = list(found.values()) if isinstance(found, dict) else found
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-            raise FeedbackError(f"{where}: {turns.messages.source}: no list of turns, got {quoted(found)}.")
+            raise FeedbackError(f"{where}: {turns.messages.source}: must be a list of turns, got {quoted(found)}.")
         self.turns: list[dict[str, Any]] = []
         # Position of the turn that comes before each: None at the beginning, _MISSING if it is not in the record.
         self._before: list[int | None] = []
@@ -128,7 +128,7 @@ class _Conversation:
             self._before.append(parent)
             below = children.open(turn, self._where) or []
             if not isinstance(below, list) or not all(isinstance(one, dict) for one in below):
-                raise FeedbackError(f"{self._where}: {children.source}: no list of turns, got {quoted(below)}.")
+                raise FeedbackError(f"{self._where}: {children.source}: must be a list of turns, got {quoted(below)}.")
             open_turns += [(one, number) for one in reversed(below)]
 
     def _parents(self) -> Iterator[int | None]:

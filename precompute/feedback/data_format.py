@@ -21,13 +21,13 @@ from offline_kto.precompute.records.documents import Records, records_in, table_
 from offline_kto.precompute.records.sources import format_of, read_records
 from offline_kto.precompute.records.text_files import Located
 
-# Keys of the native formats: an object that has one is a record, not a document of records.
+# Keys of the native formats: an object with one of them is a record, not a document of records.
 _OWN_KEYS = (
     *("prompt", "completion", "response", "answer", "chosen", "rejected", "question", "query"),
     *("messages", "conversations", "instruction"),
 )
 
-# Records whose keys are looked at to recognise a format: those of the first may be missing where nobody rated.
+# Records that are tried to recognise a format: keys may be missing in the first records if nobody rated them.
 _LOOKED_AT = 2000
 
 
@@ -38,8 +38,8 @@ class DataFormat:
         config: options of `kto-precompute`.
 
     Attributes:
-        mapping: the mapping of `--map`, or of the recognised format; None where each record's keys decide.
-        why: why it was chosen, for the plan.
+        mapping: the mapping of `--map`, or of the recognised format; None for the native formats.
+        why: the reason for this choice, for the plan.
         rule: which labels are desirable, by the options.
         notes: sentences on how the records were found.
 
@@ -87,13 +87,13 @@ class DataFormat:
             yield from self._inner(where, record)
 
     def split_of(self, record: AnyMapping[str, object]) -> str | None:
-        """Return the split that a record says it is of; None if it says none, or if its column `split` does not count."""
+        """Return the split in a record's column `split`; None without one, or if the column is not used."""
         split, wanted = record.get("split"), self._config.split.lower()
         if not isinstance(split, str) or not split.strip() or wanted == "all":
             return None
         if self.mapping is not None and self.mapping.where is not None and "split" in self.mapping.where.text:
             return None
-        # Of a folder or a data set, the option names one of its splits.
+        # For a folder or a data set, --split chooses one of its splits.
         return split if wanted == "train" or FilePath(self._config.data).is_file() else None
 
     def is_wanted(self, split: str | None) -> bool:
@@ -101,7 +101,7 @@ class DataFormat:
         return split is None or split.strip().lower() == self._config.split.lower()
 
     def _source(self, columns: set[str] | None) -> Iterator[Located]:
-        """Yield the records of the file, or of the document that it is."""
+        """Yield the records of the file, or those in its only JSON object."""
         if self._document is not None:
             where, found = self._document
             yield from ((f"{where} (record {number})", one) for number, one in enumerate(found.records, 1))
@@ -110,13 +110,13 @@ class DataFormat:
             yield where, record if self._info is None else self._info.record(record)
 
     def _inner(self, where: str, record: dict[str, Any]) -> Iterator[Located]:
-        """Yield the records in a document, where the mapping says that it has them."""
+        """Yield the records inside a document, at the path that the mapping names."""
         if self.mapping is None or self.mapping.records is None:
             yield where, record
             return
         inner = self.mapping.records.open(record, where)
         if not isinstance(inner, list):
-            raise FeedbackError(f"{where}: {self.mapping.records.source}: no list of records there.")
+            raise FeedbackError(f"{where}: {self.mapping.records.source}: not a list of records: {quoted(inner)}.")
         for number, one in enumerate(inner, 1):
             if not isinstance(one, dict):
                 raise FeedbackError(f"{where} (record {number}): a record must be an object, got {quoted(one)}.")
@@ -129,12 +129,12 @@ class DataFormat:
         given = [name for name, value in options.items() if value is not None]
         if config.map is not None:
             if given:
-                raise ConfigError(f"--map {config.map}: says itself where the prompt is; leave {given[0]} out.")
+                raise ConfigError(f"--map {config.map}: the mapping defines where the prompt is. Remove {given[0]}.")
             mapping = named_mapping(config.map)
             self._open(mapping, given=[])
             if self._label_options and not mapping.has_label:
                 raise ConfigError(
-                    f"--map {config.map}: has no label that {' and '.join(self._label_options)} could change. Leave it out."
+                    f"--map {config.map}: the mapping has no label, so remove {' and '.join(self._label_options)}."
                 )
             return self._with_label(mapping), f"--map {config.map}"
         self._open(None, given=[path for path in options.values() if path])
@@ -152,10 +152,10 @@ class DataFormat:
             found = recognised(record, where)
             if found is not None and (found.has_label or not self._label_options):
                 return self._with_label(found), "recognised by its keys"
-        return None, ""  # also where a label is named, and the format has none: an option counts more than its keys
+        return None, ""  # also if a label is named and the format has none: options take precedence over recognition
 
     def _open(self, mapping: Mapping | None, given: list[str]) -> None:
-        """Note whether the file is one object that holds the records.
+        """Check whether the file is one JSON object that contains the records.
 
         Args:
             given: the paths of --prompt-field and --completion-field.
@@ -177,10 +177,10 @@ class DataFormat:
         if found is None:
             return
         self._document = where, found
-        self.notes.append(f"{where}: one object; its records are read {found.place}: {len(found.records):,}.")
+        self.notes.append(f"{where} is one JSON object; its {len(found.records):,} records were read {found.place}.")
 
     def _dataset_info(self) -> DatasetInfo | None:
-        """Return what LLaMA-Factory's dataset_info.json beside the file says about it."""
+        """Return the file's entry in a dataset_info.json of LLaMA-Factory in the same folder."""
         path = FilePath(self._config.data)
         beside = path.parent / "dataset_info.json"
         if not path.is_file() or not beside.is_file() or beside == path:
@@ -188,7 +188,7 @@ class DataFormat:
         try:
             table = json.loads(beside.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, RecursionError):
-            return None  # it is not what was asked for, and may be of another program
+            return None  # it may belong to another program
         return entry_for(path.name, table, str(beside))
 
     def _with_label(self, mapping: Mapping) -> Mapping:
@@ -218,7 +218,7 @@ class DataFormat:
         config = self._config
         if config.rating_threshold is not None:
             if config.up is not None or config.down is not None:
-                raise ConfigError("--rating-threshold and --up or --down say the same; leave one of them out.")
+                raise ConfigError("--rating-threshold excludes --up and --down. Remove one of them.")
             label = None if config.label_field is None else option_path(config.label_field, "--label-field")
             try:
                 read = itertools.islice(self._source(None), config.limit)

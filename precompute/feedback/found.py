@@ -16,20 +16,20 @@ class Found:
     """What was found in the feedback, for the plan.
 
     Attributes:
-        records: number of records read.
+        records: records read.
         forms: rows by the format that they were read in.
         left_out: rows that cannot be used.
         columns: columns with a value, by the number of records that have one.
         chat, plain: rows of messages, and of text.
         system: rows with a system message.
         from_text: rows whose text became messages.
-        rendered: rows of text that a chat template had written before; they stay text.
+        rendered: rows of text that a chat template has rendered already; they remain text.
         moved_results: rows in which results of tools were moved to the prompt.
         labels: rows by label.
         splits: records by the value of their column `split`.
-        missing: rows that hold the name of a missing value in place of a text, and where the first is.
+        missing: places of rows whose text is the name of a missing value.
         notes: sentences on how the records were found.
-        warned: records for which the mapping has a warning.
+        warned: records to which the mapping's warning applies.
     """
 
     records: int = 0

@@ -28,7 +28,7 @@ def mistakes_in_rows(mistakes: Sequence[KTOError], config: PrecomputeConfig, dat
     more = f"\n  and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
     return FeedbackError(
         f"{config.data}: {len(others):,} rows cannot be used:\n{shown}{more}\n"
-        "Mend them, or leave them out with --on-bad-row skip (they are listed in --left-out FILE)."
+        "Correct them, or leave them out with --on-bad-row skip (--left-out FILE lists them)."
     )
 
 
@@ -40,12 +40,14 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         splits = Scale(Counter({quoted(split): count for split, count in found.splits.items()}))
         return FeedbackError(
             f"{data}: no row of the split {quoted(config.split)} can be used ({reasons}); the column 'split' has "
-            f"{splits.in_words()}. Name the one to read: --split {next(iter(found.splits))}, or all."
+            f"{splits.in_words()}. Pass --split {next(iter(found.splits))}, or --split all."
         )
     if not left_out.counts[UNRATED]:
-        where, reason, detail = left_out.rows[0] if left_out.rows else (data, "not there", "")
-        first = f"{where}, is {reason}{f' ({detail})' if detail else ''}"
-        return FeedbackError(f"{data}: no row can be used: {reasons}; the first, {first}. --left-out FILE lists them.")
+        where, reason, detail = left_out.rows[0] if left_out.rows else (data, "no record", "")
+        first = f"{where}: {reason}{f' ({detail})' if detail else ''}"
+        return FeedbackError(
+            f"{data}: no row can be used ({reasons}). The first is {first}. --left-out FILE lists them."
+        )
     label = data_format.label_paths
     if label is not None and config.map is None and config.label_field is None:
         path = label.path or label.scores  # a recognised format says where the feedback is: nobody gave any
@@ -53,14 +55,14 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         assert path is not None
         return FeedbackError(
             f"{data}: no record has a label ({reasons}). {data_format.mapping.name}: the feedback is read from "
-            f"{quoted(path.text, 200)}. Check that the export holds it, or name another with --label-field."
+            f"{quoted(path.text, 200)}. Check that the export contains it, or name another field with --label-field."
         )
     lines = feedback_columns(data_format.records(None))
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)
         return FeedbackError(
             f"{data}: no record has a label ({reasons}). These columns look like feedback:\n{shown}\n"
-            "Pass the option of the one that counts, or say what is where: --map FILE."
+            "Pass the options of one of them, or describe the file with --map FILE."
         )
     names = quoted([name for name, _ in found.columns.most_common()], 200)
     return FeedbackError(
@@ -77,10 +79,14 @@ def one_class(config: PrecomputeConfig, data_format: DataFormat, found: Found) -
     left_out = ", ".join(found.left_out.in_words())
     more = f" Left out: {left_out}." if left_out else ""
     proposal = scale.proposal()
-    advice = f"pass {proposal} if these are the marks" if proposal else "--up and --down say which values mean what"
+    advice = (
+        f"pass {proposal} if that is the scale"
+        if proposal
+        else "--up and --down define which values are desirable and undesirable"
+    )
     return FeedbackError(
         f"{config.data}: every row is {name}{values}: KTO needs both classes.{more} Check the labels: {advice}. "
-        "Pass --one-class if this is meant."
+        "If this is intended, pass --one-class."
     )
 
 
@@ -96,8 +102,8 @@ def _unknown_labels(
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
     name = "" if data_format.mapping or usual or config.label_field else f"--label-field {first.field} "
     advice = (
-        f"If these are the marks, pass {name}{proposal}."
+        f"If that is the scale, pass {name}{proposal}."
         if proposal
-        else "Say which are up and which are down with --up and --down."
+        else "Name the desirable values with --up and the undesirable ones with --down."
     )
     return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}")

@@ -1,4 +1,4 @@
-"""Read the rows of `--data`: leave out what cannot be used, and report every mistake at once."""
+"""Read the rows of `--data`, leave out those that cannot be used, and report all mistakes together."""
 
 import itertools
 import json
@@ -28,16 +28,16 @@ from offline_kto.precompute.records.text_files import Located
 
 
 class Feedback:
-    """The rows of `--data`, read as the options say or as the file's keys do.
+    """The rows of `--data`, read by the options or by the keys of the records.
 
     Args:
         config: options of `kto-precompute`.
         has_template: whether the tokenizer has a chat template.
-        rendered: how text looks that its chat template has written.
+        rendered: recognises text that its chat template has rendered.
 
     Attributes:
-        mapping: the mapping of `--map`, or of the recognised format; None where each record's keys decide.
-        why: why it was chosen.
+        mapping: the mapping of `--map`, or of the recognised format; None for the native formats.
+        why: the reason for this choice, for the plan.
         found: what was found, once the rows are read.
 
     Raises:
@@ -120,12 +120,12 @@ class Feedback:
             raise one_class(config, self._format, found)
         if found.missing:
             found.notes.append(
-                f"a prompt or an answer reads NaN, None or null, as programs write a missing value, in {len(found.missing):,}"
-                f" rows; the first is {found.missing[0]}. They are scored as text: remove them if they are none."
+                f"{len(found.missing):,} rows have NaN, None or null as a prompt or an answer, as programs write missing values "
+                f"(first: {found.missing[0]}). They are scored as text; remove these rows if the values are missing."
             )
 
     def notes(self) -> list[str]:
-        """Return what the plan should say about the rows."""
+        """Return sentences about the rows, for the plan."""
         warn = None if self.mapping is None else self.mapping.warn
         warned = [f"{self.found.warned:,} {warn[1]}"] if warn is not None and self.found.warned else []
         return [*self.found.notes, *warned]
@@ -150,9 +150,9 @@ class Feedback:
                 self.found.left_out.add(where, OTHER_SPLIT, split or "")
 
     def _joined(self, records: Iterable[Located], join: JMESPath) -> Iterator[Located]:
-        """Yield a record for all that have the same value: `rows` lists them in the order of the file.
+        """Yield one record for all records with the same value; `rows` lists them in the order of the file.
 
-        They may stand anywhere in the file, so all of it is held in memory.
+        They may be anywhere in the file, so all records are kept in memory.
         """
         joined: dict[str, tuple[str, list[dict[str, Any]]]] = {}
         for where, record in records:

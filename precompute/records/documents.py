@@ -87,8 +87,8 @@ def _list(document: Record, where: str) -> Records | None:
     if len(found) > 1:
         sizes = ", ".join(f"{quoted(key)} ({len(value):,})" for key, value in found.items() if isinstance(value, list))
         raise FeedbackError(
-            f"{where}: one object with several lists: {sizes}. Say which one holds the records: a mapping (--map FILE) with "
-            f"`records: {next(iter(found))}`, or save that list alone."
+            f"{where}: one object with several lists: {sizes}. Choose one with "
+            f"`records: {next(iter(found))}` in a mapping (--map FILE), or save that list alone."
         )
     for key, value in found.items():
         assert isinstance(value, list)

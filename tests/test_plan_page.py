@@ -1,0 +1,73 @@
+"""The printed plan: its lines fit into 100 columns whatever the data are."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from feedback_files import chat_rows, write_rows
+from models import tiny_tokenizer
+
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.plan import make_plan
+from offline_kto.precompute.plan_page import describe
+
+USER, ASSISTANT, TOOL = ({"role": role, "content": f"said by {role}"} for role in ("user", "assistant", "tool"))
+LONG = "A long answer with \\ and \n and \t and \x1b. " * 40
+COLUMNS = {f"score of rater {number} in the second round": number for number in range(30)}
+
+
+def texts(count: int, **more: Any) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"question {i // 2}", "completion": f"answer {i}", "label": i % 2 == 0, **more} for i in range(count)
+    ]
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}" if i else "good 0"} for i in range(count)]
+
+
+def dify(count: int) -> list[dict[str, Any]]:
+    cut = "x" * 500 + "..."
+    ratings = ["like", "dislike", "", None]
+    return [{"user_query": f"q{i}", "ai_response": cut, "feedback_rating": ratings[i % 4]} for i in range(count)]
+
+
+RATED = [{**one, "rating": i % 5 + i / 1000} for i, one in enumerate(texts(40))]
+TOOLS = [{**one, "completion": [ASSISTANT, TOOL, ASSISTANT]} for one in chat_rows(8)]
+SYSTEM = [{**one, "system": "Be kind."} for one in texts(8)]
+RENDERED = [{**one, "prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"} for one in texts(4)]
+RENDERED += [{**one, "prompt": f"<|im_start|>user\n{i}<|im_end|>"} for i, one in enumerate(texts(4))]
+
+KINDS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "conversations": (chat_rows(8), {}),
+    "text as chat": (texts(8), {}),
+    "text": (texts(8), {"chat": "never"}),
+    "rendered text": (RENDERED, {}),
+    "pairs": (pairs(8), {}),
+    "a recognised format": (dify(40), {}),
+    "ratings": (RATED, {"label_field": "rating", "up": ">=3", "down": "<=2"}),
+    "tool results": (TOOLS, {}),
+    "a system column": (SYSTEM, {}),
+    "unused columns": (texts(8, **COLUMNS), {}),
+    "long answers": (texts(8, completion=LONG), {"max_length": 64}),
+    "several forms": ([*texts(4), *pairs(4), *chat_rows(4)], {}),
+    "one class": ([{**one, "label": True} for one in texts(8)], {"one_class": True}),
+    "one prompt for most rows": (texts(2) + [{**one, "prompt": "the same"} for one in texts(30)], {}),
+    "left out": (texts(8) + texts(9, label=None) + texts(3, completion=""), {"on_bad_row": "skip"}),
+    "a single row that is rare": (texts(2) + [{**one, "label": True} for one in texts(60)], {"pairing": "rotate"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_line_of_a_plan_exceeds_100_columns(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.chdir(tmp_path)
+    rows, options = KINDS[kind]
+    write_rows(tmp_path / "feedback.jsonl", rows)
+    config = PrecomputeConfig(model="m", data="feedback.jsonl", **options)
+    tokenizer = tiny_tokenizer()
+    plan = make_plan(config, tokenizer)
+    lines = describe(plan, plan.counts(), config, tokenizer)
+    assert [line for line in lines if len(line) > 100] == []
+    assert all(line.isprintable() for line in lines)
+    assert lines[0].startswith("format      ")
