@@ -1,4 +1,4 @@
-"""Render what docs/options.md and configs/ say from the config dataclasses. `python tests/docs_tables.py` rewrites them."""
+"""Render the tables of docs/options.md and docs/feedback.md, and configs/kto.yaml. `python tests/docs_tables.py` rewrites them."""
 
 import dataclasses
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from format_tables import formats_table
 
 from offline_kto.kto_core.options import as_plain, flag
 from offline_kto.precompute.config import PrecomputeConfig
@@ -15,6 +16,7 @@ from offline_kto.train.sweep.config import SweepConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS_PAGE = ROOT / "docs/options.md"
+FEEDBACK_PAGE = ROOT / "docs/feedback.md"
 TABLES: dict[str, type] = {"kto-precompute": PrecomputeConfig, "kto-train": TrainConfig, "kto-sweep": SweepConfig}
 
 TABLE_FIELDS = ("training", "space", "train")  # in YAML alone
@@ -82,16 +84,21 @@ def kto_yaml() -> str:
 def with_tables(page: str) -> str:
     """Return the text of docs/options.md with its tables replaced by current ones."""
     for command, config in TABLES.items():
-        start, end = f"<!-- options of {command} -->", f"<!-- end of options of {command} -->"
-        page = re.sub(
-            re.escape(start) + ".*?" + re.escape(end),
-            lambda _, s=start, e=end, c=config: f"{s}\n{options_table(c)}\n{e}",
-            page,
-            flags=re.S,
-        )
+        page = _with_table(page, f"options of {command}", options_table(config))
     return page
+
+
+def with_formats(page: str) -> str:
+    """Return the text of docs/feedback.md with its table of formats replaced by the current one."""
+    return _with_table(page, "recognised formats", formats_table())
+
+
+def _with_table(page: str, name: str, table: str) -> str:
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    return re.sub(re.escape(start) + ".*?" + re.escape(end), lambda _: f"{start}\n{table}\n{end}", page, flags=re.S)
 
 
 if __name__ == "__main__":
     OPTIONS_PAGE.write_text(with_tables(OPTIONS_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    FEEDBACK_PAGE.write_text(with_formats(FEEDBACK_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     (ROOT / "configs/kto.yaml").write_text(kto_yaml(), encoding="utf-8")

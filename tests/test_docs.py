@@ -15,7 +15,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from click.testing import CliRunner
 from doc_pages import PAGES
-from docs_tables import OPTIONS_PAGE, ROOT, TABLE_FIELDS, TABLES, kto_yaml, with_tables
+from docs_tables import FEEDBACK_PAGE, OPTIONS_PAGE, ROOT, TABLE_FIELDS, TABLES, kto_yaml, with_formats, with_tables
 
 from offline_kto.kto_core.cache.shards import SCHEMA
 from offline_kto.kto_core.feedback.labels import LABEL_WORDS
@@ -37,6 +37,12 @@ def test_option_tables_are_current() -> None:
     page = OPTIONS_PAGE.read_text(encoding="utf-8")
     assert all(f"| `{flag(field.name)}`" in page for c in TABLES.values() for field in table_fields(c))
     assert with_tables(page) == page, "run: python tests/docs_tables.py"
+
+
+def test_the_table_of_formats_is_current() -> None:
+    page = FEEDBACK_PAGE.read_text(encoding="utf-8")
+    assert all(f"| `{path.stem}`" in page for path in (ROOT / "configs/formats").glob("*.yaml"))
+    assert with_formats(page) == page, "run: python tests/docs_tables.py"
 
 
 def table_fields(config: type) -> list["dataclasses.Field[Any]"]:
