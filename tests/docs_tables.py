@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from format_tables import formats_table
+from format_tables import formats_table, functions_table
 
 from offline_kto.kto_core.options import as_plain, flag
 from offline_kto.precompute.config import PrecomputeConfig
@@ -89,7 +89,8 @@ def with_tables(page: str) -> str:
 
 
 def with_formats(page: str) -> str:
-    """Return the text of docs/feedback.md with its table of formats replaced by the current one."""
+    """Return the text of docs/feedback.md with its tables of formats and functions replaced by current ones."""
+    page = _with_table(page, "functions of paths", functions_table())
     return _with_table(page, "recognised formats", formats_table())
 
 

@@ -1,4 +1,4 @@
-"""Describe the mappings in configs/formats in words, for the table in docs/feedback.md."""
+"""Describe the mappings in configs/formats in words, for the tables in docs/feedback.md."""
 
 import re
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from typing import Any
 
 import jmespath
 
+from offline_kto.kto_core.feedback import paths
 from offline_kto.kto_core.feedback.mapping import Mapping
 from offline_kto.kto_core.feedback.presets import presets
 
@@ -20,6 +21,14 @@ def formats_table() -> str:
         cells = (f"`{name}`", _note(name), _recognised_by(mapping), _label(mapping))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def functions_table() -> str:
+    """Return a Markdown table of the functions that paths may call."""
+    functions = re.findall(r"^    (\w+\([^)]*\)) {2,}(.*)$", str(paths.__doc__), re.M)
+    return "\n".join(
+        ["| function | value |", "| --- | --- |", *(f"| `{name}` | {value} |" for name, value in functions)]
+    )
 
 
 def _note(name: str) -> str:

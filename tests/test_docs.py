@@ -18,6 +18,7 @@ from doc_pages import PAGES
 from docs_tables import FEEDBACK_PAGE, OPTIONS_PAGE, ROOT, TABLE_FIELDS, TABLES, kto_yaml, with_formats, with_tables
 
 from offline_kto.kto_core.cache.shards import SCHEMA
+from offline_kto.kto_core.feedback import paths
 from offline_kto.kto_core.feedback.labels import LABEL_WORDS
 from offline_kto.kto_core.options import as_plain, flag, resolve
 from offline_kto.precompute.cli import cache as kto_cache
@@ -39,8 +40,10 @@ def test_option_tables_are_current() -> None:
     assert with_tables(page) == page, "run: python tests/docs_tables.py"
 
 
-def test_the_table_of_formats_is_current() -> None:
+def test_the_tables_of_formats_and_functions_are_current() -> None:
     page = FEEDBACK_PAGE.read_text(encoding="utf-8")
+    functions = [name.removeprefix("_func_") for name in vars(paths._Functions) if name.startswith("_func_")]
+    assert [name for name in functions if f"| `{name}(" not in page] == []
     assert all(f"| `{path.stem}`" in page for path in (ROOT / "configs/formats").glob("*.yaml"))
     assert with_formats(page) == page, "run: python tests/docs_tables.py"
 

@@ -1,4 +1,4 @@
-"""Turn text into the messages of a conversation: by the markers of its turns, or as one message of the user's."""
+"""Convert text to messages: by the markers of its turns, or as one message of the user."""
 
 import re
 from collections.abc import Collection
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from offline_kto.kto_core.feedback.messages import ROLES, Message, Turns, said
 
-# How raw text marks its turns: Anthropic's (hh-rlhf), and NVIDIA's (HelpSteer, NeMo).
+# Turn markers in raw text: Anthropic's (hh-rlhf) and NVIDIA's (HelpSteer, NeMo).
 _MARKERS = (
     re.compile(r"(?:\A|\n\n)(Human|Assistant|System):(?=\s|\Z)"),
     re.compile(r"(?:\A|\n)<extra_id_[01]>(User|Assistant|System)(?:\n|\Z)"),
@@ -17,11 +17,11 @@ _OPENED = ("Assistant:", "<extra_id_1>Assistant")
 
 @dataclass(frozen=True)
 class RenderedText:
-    """How text looks that a tokenizer's chat template has written.
+    """Recognises text that a chat template has rendered already.
 
     Attributes:
         special: the tokenizer's special tokens.
-        before, after: what the template writes before and after a question; empty if that is not known.
+        before, after: the text that the template writes before and after a question; empty if unknown.
     """
 
     special: Collection[str] = ()
@@ -29,7 +29,7 @@ class RenderedText:
     after: str = ""
 
     def fits(self, prompt: str, completions: tuple[Turns, ...]) -> bool:
-        """Return whether a prompt or one of its completions was rendered before."""
+        """Return whether a prompt or one of its completions has been rendered."""
         texts = [prompt, *(one for one in completions if isinstance(one, str))]
         if any(token in text for token in self.special for text in texts):
             return True
@@ -39,7 +39,7 @@ class RenderedText:
 
 
 def as_chat(prompt: str, completions: tuple[Turns, ...], rendered: RenderedText) -> tuple[Turns, tuple[Turns, ...]]:
-    """Return a prompt of text and its completions as messages; text that was rendered before stays as it is.
+    """Return a prompt of text and its completions as messages; rendered text is returned unchanged.
 
     Args:
         prompt: with or without markers of turns.
@@ -49,7 +49,7 @@ def as_chat(prompt: str, completions: tuple[Turns, ...], rendered: RenderedText)
     turns = turns_in(prompt)
     if turns is None:
         return said("user", prompt), tuple(said("assistant", one) for one in completions)
-    if turns[-1]["role"] == "assistant":  # the completion goes on with these words
+    if turns[-1]["role"] == "assistant":  # the completion continues this message
         return turns, tuple(said("assistant", one) for one in completions)
     opened = prompt.rstrip().endswith(_OPENED)
     return turns, tuple(
@@ -58,9 +58,9 @@ def as_chat(prompt: str, completions: tuple[Turns, ...], rendered: RenderedText)
 
 
 def turns_in(text: str) -> tuple[Message, ...] | None:
-    """Return the turns of a text with markers, without an assistant's turn that it only opens; None for any other text.
+    """Return the turns of a text with markers; None for other text. An empty last turn of the assistant is removed.
 
-    A text that only begins with "Human:", or mentions markers behind other words, is no conversation.
+    Text that only begins with "Human:", or has markers only after other words, is not a conversation.
     """
     for marker in _MARKERS:
         found = list(marker.finditer(text))
@@ -79,14 +79,14 @@ def turns_in(text: str) -> tuple[Message, ...] | None:
                 is_begun = end == len(text) and one[1] == "Assistant"
                 turns.append({"role": ROLES[one[1].lower()], "content": content if is_begun else content.rstrip()})
         if turns and turns[-1] == {"role": "assistant", "content": ""}:
-            turns.pop()  # the turn that the completion goes on with
+            turns.pop()  # the turn that the completion fills
         if turns and turns[-1]["role"] != "system":
             return tuple(turns)
     return None
 
 
 def _answer(text: str, *, opened: bool) -> str:
-    """Return an answer without white space around it, and without its marker if the prompt has not `opened` the turn."""
+    """Return an answer stripped of white space, and of its marker if the prompt does not end with that marker (`opened`)."""
     text = text.strip()
     marks = [] if opened else [mark for mark in _OPENED if text.startswith(mark)]
     return text.removeprefix(marks[0]).strip() if marks else text

@@ -53,7 +53,7 @@ class ChatRenderer:
         dated = self.dated
         try:
             text = self._apply([{"role": "user", "content": "ktoquestion"}], add_generation_prompt=True)
-        except Exception:  # noqa: BLE001 - whatever a template refuses with
+        except Exception:  # noqa: BLE001 - templates raise exceptions of any type
             text = ""
         self.dated = dated
         before, found, after = text.partition("ktoquestion")
@@ -72,7 +72,7 @@ class ChatRenderer:
         """Return the text of prompt and completion.
 
         Raises:
-            TokenizationError: the template refuses, rewrites or leaves out what the row holds.
+            TokenizationError: the template refuses the row, renders its prompt differently, or leaves out a part.
         """
         taken = [name for name in row.template_kwargs if name in NOT_FOR_DATA]
         if taken:
@@ -93,7 +93,7 @@ class ChatRenderer:
         return prompt, completion
 
     def _render(self, row: FeedbackRow, settings: Mapping[str, object], found: Findings) -> tuple[str, str]:
-        """Render the row in the first message format for which the template keeps what it says."""
+        """Render the row in the first message format in which the template leaves out nothing."""
         first: TokenizationError | None = None
         size, messages = len(row.prompt), cast("list[Message]", [*row.prompt, *row.completion])
         for form in message_formats(messages):
@@ -106,7 +106,7 @@ class ChatRenderer:
             except _RewrittenError:
                 raise
             except TokenizationError as error:
-                # Of two formats in which something is lost, the one that loses less says what the template cannot do.
+                # Report the format that loses less: its message names what the template cannot render.
                 fewer = isinstance(error, _LossError) and isinstance(first, _LossError) and error.count < first.count
                 first = error if first is None or fewer else first
                 continue
@@ -125,7 +125,7 @@ class ChatRenderer:
         settings: Mapping[str, object],
         found: Findings,
     ) -> None:
-        """Check that the rendered sides hold what the row says. Raises: TokenizationError: something is lost."""
+        """Check that the rendered sides contain the whole row. Raises: TokenizationError: something is missing."""
         size = len(row.prompt)
         probe = self._probe(row, messages, form, settings)
         if probe.is_kept([message["content"] for message in messages], *sides):
@@ -144,7 +144,7 @@ class ChatRenderer:
     def _probe(
         self, row: FeedbackRow, messages: list[Message], form: MessageFormat, settings: Mapping[str, object]
     ) -> Probe:
-        """Return what the template makes of conversations of this kind."""
+        """Return how the template renders conversations of this kind."""
         size = len(row.prompt)
         key = (form, str(settings) if settings else "", form_of(messages, size, row.tools))
         probe = self._probes.get(key)
@@ -232,12 +232,12 @@ class ChatRenderer:
         )
 
     def _writes_developer(self, row: FeedbackRow) -> bool:
-        """Return whether the template writes what a developer says."""
+        """Return whether the template renders messages of the role `developer`."""
         if self._knows_developer is None:
             said = [{"role": "developer", "content": "ktodeveloper"}, {"role": "user", "content": "ktoquestion"}]
             try:
                 text = self._apply(said, add_generation_prompt=True, **self._options(None, row.template_kwargs))
-            except Exception:  # noqa: BLE001 - whatever a template refuses with
+            except Exception:  # noqa: BLE001 - templates raise exceptions of any type
                 text = ""
             self._knows_developer = "ktodeveloper" in text
         return self._knows_developer

@@ -16,7 +16,7 @@ MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio", "image
 PROMPTS = ("prompt", "question", "query")
 COMPLETIONS = ("completion", "response", "answer")
 LABELS = ("label", "kto_tag")
-# Names under which the two ratings of a pair stand.
+# Names of the two ratings of a pair.
 PAIR_RATINGS = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -38,12 +38,12 @@ COLUMNS: Final = frozenset(
 
 @dataclass(frozen=True)
 class FeedbackFields:
-    """The columns to read, and how. None means the default names of the formats.
+    """The columns to read, and how to read them. None means the default names of the native formats.
 
     Attributes:
         rule: which labels are desirable.
         chat: whether text becomes messages. False without a chat template.
-        rendered: how text looks that was rendered before, which stays text.
+        rendered: recognises rendered text, which is not converted.
     """
 
     prompt: Path | None = None
@@ -75,7 +75,7 @@ def one_of(
 
 
 def prompt_with_system(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:
-    """Return a prompt of text as messages if a system text or earlier turns stand beside it."""
+    """Return a prompt of text as messages if the record has a system text or earlier turns."""
     if is_alpaca(present, fields):
         return prompt
     if history(present, where):

@@ -1,4 +1,4 @@
-"""Find prompt and completions in conversations, pairs and columns, and join them to one prompt and its completions.
+"""Find the prompt and the completions in conversations, pairs and columns.
 
 Invalid input raises FeedbackError with the location, the value that was found and what to write instead.
 """
@@ -15,7 +15,7 @@ from offline_kto.kto_core.feedback.quoting import quoted
 HUMAN_TURN = "\n\nHuman:"
 ASSISTANT_TURN = "\n\nAssistant:"
 
-# Columns of a text put before the prompt; the first that has one counts, and two that differ are refused.
+# Columns of the system text; two that differ are refused.
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 
 
@@ -50,9 +50,9 @@ def _says_something(message: Message) -> bool:
 
 
 def split_at_results(completion: tuple[Message, ...]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """Return (what comes up to the last result of a tool, the rest).
+    """Return (the messages up to the last tool result, the rest).
 
-    A tool's result is not the model's words, and must not be trained on: what leads to it is context.
+    The model did not write tool results, so they must not be trained on: they are context.
     """
     results = [index for index, message in enumerate(completion) if message["role"] == "tool"]
     size = results[-1] + 1 if results else 0
@@ -146,9 +146,9 @@ def shared_beginning(chosen: Turns, rejected: Turns, where: str) -> tuple[Turns,
 
 
 def part_early(chosen: Turns | None, rejected: Turns | None) -> bool:
-    """Return whether two conversations begin alike and part before their last answers, so that these answer different prompts.
+    """Return whether two conversations have a common beginning and differ before their last answers.
 
-    Both must end in an answer of the assistant's.
+    These answers have different prompts. Both conversations must end with the assistant.
     """
     if not isinstance(chosen, tuple) or not isinstance(rejected, tuple):
         return False
@@ -231,7 +231,7 @@ def history(record: Mapping[str, object], where: str) -> tuple[Message, ...]:
     """Return the earlier turns of a record: pairs of question and answer, or messages, also as JSON text.
 
     Raises:
-        FeedbackError: `history` holds something else.
+        FeedbackError: `history` has another form.
     """
     value = record.get("history")
     if isinstance(value, str):

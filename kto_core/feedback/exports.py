@@ -1,7 +1,6 @@
-"""Find what was asked and answered in the records of tools that log calls, and what was handed in by raters.
+"""Find prompts and answers in logged calls, and the labels of raters: functions that mappings use beside JMESPath's.
 
-These are functions of mappings (see `paths`): they do what JMESPath cannot say. All of them read JSON text, as tables
-store it, like what it says.
+All of them parse JSON text, because tables store lists and objects so.
 """
 
 import json
@@ -9,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-# Keys of a call's inputs and outputs that hold the text, by the name that programmers give them.
+# Usual keys of the prompt and the answer in a call's inputs and outputs.
 _ASKED: Final = (
     *("prompt", "input", "inputs", "question", "query", "instruction", "user_input", "user_query", "user_message"),
     *("user_prompt", "message", "text", "prompts"),
@@ -29,18 +28,18 @@ _ANSWERED: Final = (
     ),
     *("content", "reply"),
 )
-# Names that either side may have: they count where none of the others is there.
+# Names of either side; used only if none of the others is present.
 _EITHER: Final = ("message", "text", "content")
 _MESSAGES: Final = ("messages", "chat", "conversation")
 _OPTIONS: Final = ("choices", "generations")
 _HISTORY: Final = ("chat_history", "history")
 _SYSTEM: Final = ("system", "system_prompt", "system_message", "instructions")
-# Keys whose value may be an object that has the text in turn; elsewhere an object holds settings.
+# Keys whose value may be an object with the text inside; objects under other keys are settings.
 _OBJECTS: Final = ("input", "inputs", "output", "outputs", "response", "result", "message", "completion", "generation")
 _SEGMENT = re.compile(r"\[[^\]]*\]|[^.]+")
 _JSON_START = re.compile(r"\s*[\[{]")
 _PYTHON_START = re.compile(r"\s*(?:\[\s*)?[\[{]\s*'|\s*array\(")
-# Gradio puts an apostrophe before cells that a spreadsheet may take for a formula.
+# Gradio puts an apostrophe before cells that a spreadsheet could interpret as a formula.
 _ESCAPED = re.compile(r"'(?=[=+\-@\t\n]|.*,[=+\-@\t\n])", re.DOTALL)
 
 
@@ -55,7 +54,7 @@ def opened(value: Any) -> Any:
 
 
 def entered(value: Any) -> Any:
-    """Return like `opened`, for a value in which something is looked for.
+    """Return like `opened`, for a value whose content is needed.
 
     Raises:
         ValueError: a list or an object as Python prints it.
@@ -74,7 +73,7 @@ def is_printed(value: object) -> bool:
 
 
 def only(value: object) -> object:
-    """Return the only value of an object, whatever its key; any other value, or the usual keys, as they are."""
+    """Return the only value of an object with one unusual key; any other value unchanged."""
     found = opened(value)
     there = (
         {key: item for key, item in found.items() if item not in (None, "", [], {})} if isinstance(found, dict) else {}
@@ -104,7 +103,7 @@ def under(value: object, prefix: str) -> dict[str, object]:
 def nested(value: object) -> object:
     """Return an object whose keys are paths ("output.choices.0.message") as nested objects and lists.
 
-    Null values are left out. What stands in brackets is one key: "feedback.[wandb.reaction.1].payload".
+    Null values are left out. Text in brackets is one key: "feedback.[wandb.reaction.1].payload".
     """
     tree: dict[str, Any] = {}
     for key, item in value.items() if isinstance(value, dict) else ():
@@ -143,7 +142,7 @@ def unescaped(value: object) -> object:
 def pairs(value: object) -> list[dict[str, object]]:
     """Return pairs of question and answer as turns, each with its `id`: "1,0" is the question of the second pair.
 
-    A side that is null, as before a greeting, is no turn. A side that is a list is the path of a file.
+    A side that is null, as before a greeting, is skipped. A side that is a list is the path of a file.
     """
     found = entered(value)
     turns: list[dict[str, object]] = []
@@ -158,10 +157,10 @@ def pairs(value: object) -> list[dict[str, object]]:
 
 
 def asked(value: object) -> object:
-    """Return what a call was asked: text, or messages with the system text and the history that stand beside it.
+    """Return the prompt of a call: text, or messages that include the call's system text and history.
 
     Raises:
-        ValueError: an object in which nothing says what the question is.
+        ValueError: an object whose prompt is not clear.
     """
     found = _known(value, (*_ASKED, *_MESSAGES, "args", "kwargs"))
     if not isinstance(found, Mapping) or "role" in found:
@@ -186,12 +185,12 @@ def _messages_at(found: Mapping[str, Any]) -> list[object] | None:
 
 
 def _as_text(value: object) -> object:
-    """Return a number as the text that it was: tools parse a text such as "5" as JSON."""
+    """Return a number as text: tools parse text such as "5" as JSON."""
     return json.dumps(value) if isinstance(value, bool | int | float) else value
 
 
 def _with_context(found: Mapping[str, Any], text: object) -> object:
-    """Return a question, preceded by the system text and the earlier turns that stand beside it."""
+    """Return a question, preceded by the system text and the earlier turns of the same object."""
     turns = text if isinstance(text, list) else None
     before: list[object] = []
     for name in _HISTORY:
@@ -220,10 +219,10 @@ def _arguments(call: Mapping[str, Any]) -> Any:
 
 
 def answered(value: object) -> object:
-    """Return what a call answered: text or messages; None if there is nothing.
+    """Return the answer of a call: text or messages; None if it is empty.
 
     Raises:
-        ValueError: an object in which nothing says what the answer is.
+        ValueError: an object whose answer is not clear.
     """
     found = _known(value, (*_ANSWERED, *_MESSAGES, *_OPTIONS))
     if isinstance(found, list):
@@ -259,7 +258,7 @@ def _is_langchain(value: Mapping[str, object]) -> bool:
 
 
 def _known(value: object, keys: tuple[str, ...]) -> object:
-    """Return the object in a JSON text if it has one of these keys: other JSON text may be what somebody wrote."""
+    """Return the object in a JSON text if it has one of these keys; other JSON text may be a user's own words."""
     found = opened(value)
     if isinstance(value, str) and isinstance(found, dict) and not any(key in found for key in keys):
         return value
@@ -285,7 +284,7 @@ def _text_at(found: Mapping[str, Any], names: tuple[str, ...], what: str) -> obj
 
 
 def submitted(record: object) -> dict[str, list[object]]:
-    """Return the answers to each question of an Argilla record that were handed in, by the question's name.
+    """Return the submitted answers to each question of an Argilla record, by the question's name.
 
     Drafts and discarded answers do not count. Where an answer has no status of its own, the record's status does.
     """

@@ -26,7 +26,7 @@ _DOWN = (
 # The words that are labels, as `_word` writes them.
 LABEL_WORDS: Final[Mapping[str, bool]] = {**dict.fromkeys(_UP, True), **dict.fromkeys(_DOWN, False)}
 
-# How programs write that there is no value.
+# Texts with which programs write a missing value.
 _NO_VALUE = {"", "nan", "none", "null", "n/a", "na", "<na>", "unrated", "norating"}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _COMPARISON = re.compile(r"(>=|<=|>|<|==|=)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.ASCII)
@@ -39,10 +39,10 @@ _COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {
     "=": operator.eq,
 }
 
-# How a verdict on two answers begins that prefers neither.
+# Beginnings of verdicts on two answers that prefer neither.
 _TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
 
-# Different values that are counted; a column of free text has as many as rows.
+# Limit on the number of different values that are counted: a column of free text has one per row.
 MOST_VALUES = 1000
 
 # What happens to a value that is neither up nor down.
@@ -157,7 +157,7 @@ def usual_label(value: object) -> bool | None:
 
 
 def has_no_value(value: object) -> bool:
-    """Return whether a value says that nobody rated: None, NaN, an empty text, "N/A" and its like, an empty list."""
+    """Return whether a value means unrated: None, NaN, an empty text, "N/A" and similar texts, an empty list."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     if isinstance(value, str):
@@ -166,7 +166,7 @@ def has_no_value(value: object) -> bool:
 
 
 def is_tie(value: object) -> bool:
-    """Return whether a verdict on two answers says that neither is better: "tie (bothbad)", "equal", a number in between."""
+    """Return whether a verdict on two answers prefers neither: "tie (bothbad)", "equal", a number in between."""
     number = number_in(value)
     if number is not None:
         return 0 < number < 1
@@ -187,7 +187,7 @@ def number_in(value: object) -> float | None:
 
 
 def _word(text: str) -> str:
-    """Return a word in its plainest form: "Thumbs Up", ":thumbs_up:" and "thumbsUp" are one, and so are skin tones."""
+    """Return a word in normal form: "Thumbs Up", ":thumbs_up:" and "thumbsUp" are the same; skin tones are removed."""
     text = text.strip().lower()
     if _NUMBER.fullmatch(text):  # a sign is part of a number
         return text
@@ -221,7 +221,7 @@ def _is_one(value: object, wanted: object) -> bool:
 
 @dataclass(frozen=True)
 class Scale:
-    """The values of a column that holds the feedback, with their counts."""
+    """The values of a label field, with their counts."""
 
     counts: Counter[str]
 
@@ -242,7 +242,7 @@ class Scale:
         return ", ".join(shown) + (f", and {more:,} more" if more > 0 else "")
 
     def proposal(self) -> str:
-        """Return options that fit the values; empty if none is plain."""
+        """Return options that fit the values; empty if that is not clear."""
         values = [value.strip('"') for value in self.counts if value != "(none)"]
         numbers = sorted({n for value in values if (n := number_in(value)) is not None})
         words = [value for value in values if number_in(value) is None]
@@ -265,7 +265,7 @@ def _proposed_cut(numbers: Sequence[float]) -> str:
         return "--up '>=0.5' --down '<0.5'"
     if list(numbers) == [1, 2]:
         return "--up 2 --down 1 (or the other way round)"
-    # Scales: 1 to 3, 0 to 4, 1 to 5, 1 to 10, 0 to 100. The middle says neither.
+    # Scales: 1 to 3, 0 to 4, 1 to 5, 1 to 10, 0 to 100. Values in the middle are left out.
     for end, up, down in ((3, 3, 1), (4, 3, 1) if least == 0 else (5, 4, 2), (5, 4, 2), (10, 7, 4), (100, 70, 40)):
         if most <= end:
             return f"--up '>={up}' --down '<={down}' (values between them are left out)"
@@ -274,7 +274,7 @@ def _proposed_cut(numbers: Sequence[float]) -> str:
 
 
 def _proposed_words(words: Sequence[str]) -> str:
-    """Return options for words; empty if nothing says which are good, or a word holds the comma between words."""
+    """Return options for words; empty if their meaning is not clear, or if a word contains a comma."""
     if any("," in word for word in words):
         return ""
     known = {word: usual_label(word) for word in words}

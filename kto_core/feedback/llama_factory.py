@@ -1,10 +1,10 @@
-"""Read the columns of a file as `dataset_info.json` beside it says, the registry of LLaMA-Factory.
+"""Read a file by the column names in `dataset_info.json`, LLaMA-Factory's registry, in the same folder.
 
     {"thumbs": {"file_name": "thumbs.json", "formatting": "sharegpt", "ranking": false,
                 "columns": {"messages": "turns", "kto_tag": "good"},
                 "tags": {"role_tag": "who", "content_tag": "text", "user_tag": "me", "assistant_tag": "it"}}}
 
-Where `columns` are given, only these are read, as LLaMA-Factory does; a label has its usual names all the same.
+If `columns` are given, only these are read, as in LLaMA-Factory; labels keep their usual names.
 """
 
 import json
@@ -22,7 +22,7 @@ _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "his
 _SHAREGPT = {"messages": "conversations", **_SHARED}
 # Columns that are read under these names even where `columns` does not list them.
 _NEEDED = ("prompt", "response", "messages")
-# Columns of a record that stay, if they are not mapped.
+# Columns of a record that are kept even if they are not mapped.
 _LABELS = ("label", "kto_tag", "rating")
 _ROLES: Final = {
     "user_tag": ("human", "user"),
@@ -63,7 +63,7 @@ class DatasetInfo:
         return {**kept, **mapped}
 
     def _messages(self, value: Any) -> Any:
-        """Return messages with the usual keys and roles; what is none is left for whoever reads the record."""
+        """Return messages with the usual keys and roles; other values are returned unchanged and refused later."""
         if isinstance(value, str):
             try:
                 value = json.loads(value)

@@ -31,7 +31,7 @@ class PairPaths:
 
     Attributes:
         first, second: chosen and rejected, or a and b.
-        better: to the value that says which of a and b is better; None for chosen and rejected.
+        better: to the value that names the better one; None for chosen and rejected.
         rule: up for a, down for b.
     """
 
@@ -45,7 +45,7 @@ class PairPaths:
 
         Raises:
             LeftOut: neither is better.
-            UnknownLabelError: `better` is neither a nor b, and no word for a tie.
+            UnknownLabelError: `better` is neither a nor b, nor a tie.
         """
         a_is_better = True if self.better is None else self._a_is_better(self.better, data, where)
         first, second = self.first.find(data, where), self.second.find(data, where)
@@ -69,13 +69,13 @@ class JudgedTurns:
 
     Attributes:
         messages: to the list of turns, or to an object of them.
-        id, parent: of a turn, if the turns are a tree; otherwise each follows the one before.
+        id, parent: of a turn, if the turns are a tree; without them they are a list.
         rated: to the id (or the number, from 0) of the only judged turn, in the record.
         role, text: of a turn.
-        roles: the assistant's and others' values of `role`, if they are no usual names.
+        roles: roles by the file's own values of `role`.
         children: of a turn, to the turns that follow it, if the tree is written as one.
         leave_out: (reason, path to a value that a turn must not have, such as attached files).
-        rank: of the assistant's answers to one turn, in place of a label: the least makes a pair with each of the others.
+        rank: of the assistant's answers to one turn, in place of a label: the lowest makes a pair with each of the others.
     """
 
     messages: Path
@@ -93,7 +93,7 @@ class JudgedTurns:
 
 @dataclass(frozen=True)
 class Mapping:
-    """Where a file has what a row needs.
+    """Paths to the prompt, the completion and the label in the records of a file.
 
     Attributes:
         name: of the format, as the plan shows it.
@@ -122,11 +122,11 @@ class Mapping:
 
     @property
     def has_label(self) -> bool:
-        """Whether a label of a record or a turn is judged, which options may change; a pair has its own verdict."""
+        """Whether the mapping has a label, which options may change; pairs have none."""
         return (self.turns.label if self.turns is not None else self.label) is not None
 
     def fits(self, record: Record, where: str) -> bool:
-        """Return whether a record has anything where the mapping looks for prompts and answers."""
+        """Return whether a record has a value at any path of a prompt or an answer."""
         firsts = (
             self.prompt,
             self.conversation,
@@ -137,13 +137,13 @@ class Mapping:
         )
         try:
             return any(path is not None and path.find(record, where) not in (None, []) for path in firsts)
-        except FeedbackError:  # a function that was given nothing
+        except FeedbackError:  # a function with an argument of another type
             return False
 
     def rows(self, record: Record, where: str) -> Iterator[Native | LeftOut]:
         """Yield the rows of a record in a format that `parse_record` reads, with true or false as label.
 
-        Of a mapping with `turns`, `turns.mapped_rows` yields them.
+        For a mapping with `turns`, call `turns.mapped_rows`.
 
         Raises:
             FeedbackError: the mapping does not fit the record; the message names file, key and record.
@@ -168,7 +168,7 @@ class Mapping:
             columns = {name: path.open(record, where) for name, path in self.zip.items()}
             lists = {name: value for name, value in columns.items() if isinstance(value, list)}
             sizes = {name: len(value) for name, value in lists.items()}
-            for name in columns.keys() - lists.keys():  # nobody rated, say
+            for name in columns.keys() - lists.keys():  # for example an unrated record
                 lists[name] = [None] * max(sizes.values(), default=0)
             if len(set(sizes.values())) > 1:
                 raise FeedbackError(f"{where}: {self.name}: zip: the lists have different lengths: {quoted(sizes)}.")
@@ -178,7 +178,7 @@ class Mapping:
             yield record
 
     def _rows(self, data: Record, where: str) -> Iterator[Native]:
-        """Yield a row; two of them if the sides of a pair are conversations that part before their last answers."""
+        """Yield a row; two if the sides of a pair are conversations that differ before their last answers."""
         row = self._row(data, where)
         chosen, rejected = row.get("chosen"), row.get("rejected")
         if self.pair is None or self.prompt is not None or not part_early(chosen, rejected):
@@ -206,7 +206,7 @@ class Mapping:
         return {**row, **self.beside(data, where)}
 
     def beside(self, data: Record, where: str) -> Native:
-        """Return what goes with every row of a record: `system` and `tools`."""
+        """Return `system` and `tools`, which all rows of a record share."""
         found = {"system": self.system, "tools": self.tools}
         values = {name: path.find(data, where) for name, path in found.items() if path is not None}
         return {name: value for name, value in values.items() if value}
@@ -216,20 +216,20 @@ class Mapping:
         return set().union(*(path.keys() for path in _paths_in(self)))
 
     def _asked(self, path: Path, data: Record, where: str) -> Any:
-        """Return what a path leads to. Raises: LeftOut: nothing."""
+        """Return the value at a path. Raises: LeftOut: there is none."""
         value = path.find(data, where)
         if value in (None, "", [], {}):
             raise LeftOut(NO_PROMPT, f"{path.source}: nothing at {quoted(path.text)}")
         return value
 
     def answer(self, value: object, where: str, path: Path) -> Turns:
-        """Return what an assistant wrote, with what `strip` matches removed from it. Raises: LeftOut: nothing."""
+        """Return an answer without the text that `strip` matches. Raises: LeftOut: there is no value."""
         if value in (None, [], {}):
             raise LeftOut(EMPTY, f"{path.source}: nothing at {quoted(path.text)}")
         return self.stripped(as_turns(value, where, path.text))
 
     def stripped(self, turns: Turns) -> Turns:
-        """Return turns without what `strip` matches in the assistant's words."""
+        """Return turns without the text of the assistant that `strip` matches."""
         if not self.strip:
             return turns
         if isinstance(turns, str):
@@ -263,7 +263,7 @@ def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None) -> Ma
     """Return a mapping with another label, as `--label-field`, `--up` and `--down` give it.
 
     Args:
-        name: of a score, if the mapping has several; otherwise a path.
+        name: of a score, if the mapping has scores, or a path.
     """
     if mapping.pair is not None:
         if name is not None or rule is not None:
@@ -285,5 +285,5 @@ def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None) -> Ma
 
 
 def _unused(rule: LabelRule) -> LabelRule:
-    """Return a rule that has counted nothing yet: the package's mappings are shared."""
+    """Return a copy of a rule without counts: the package's mappings are shared."""
     return dataclasses.replace(rule, seen=Counter())

@@ -1,14 +1,14 @@
-"""Say in a few lines of YAML where a file has its prompts, completions and labels.
+"""Check a mapping in YAML: where a file has its prompts, completions and labels.
 
     records: feedback_data          the list of records, in a document that is one object
-    where: "type == 'rating'"       records that count
+    where: "type == 'rating'"       a condition; other records are left out
     system: params.system           text put before the prompt
     prompt: input.messages          text or messages
     completion: output              text or messages; or
     conversation: messages          all messages, of which the last is judged; or
     pair:                           two completions
       chosen: preferred             and rejected; or
-      a: response_a                 and b, of which `better` names one:
+      a: response_a                 and b, and the better one of them:
       better: winner
       a_when: [model_a]
       b_when: [model_b]
@@ -18,20 +18,20 @@
       up: [">=4"]
       down: ["<=2"]
       else: refuse                  leave-out, up or down
-    label:                          several scores, of which --label-field names the one that counts:
+    label:                          several scores, of which --label-field chooses one:
       scores: feedback_stats        an object from names to values, or a list of objects with `name` and `value`
       value: avg                    where a score that is an object has its value
     each: completions               a list; `item` is then one of its items, and `index` its number from 0
     zip: {text: texts, score: scores}   parallel lists; `item` has one value of each
-    strip: ['<details.*?</details>']    patterns removed from what the assistant wrote
+    strip: ['<details.*?</details>']    patterns removed from the assistant's text
     join: conversationId            records with the same value become one, in which `rows` lists them
     chat: never                     auto, always: text becomes a user's message and an assistant's
-    warn:                           the plan counts the records for which `when` is true
+    warn:                           a warning with the number of records for which `when` is true
       when: "length(output) == `500`"
       say: answers are cut
-    refuse: it holds no verdicts    a recognised format that cannot be used, and why
+    refuse: it has no labels        why a recognised format cannot be used
 
-Every path is JMESPath (see `paths`). Keys that are not needed are left out.
+Every path is JMESPath (see `paths`). Leave out keys that are not needed.
 """
 
 import re
@@ -54,7 +54,7 @@ def mapping_from(table: object, source: str) -> Mapping:
         source: its file, for errors.
 
     Raises:
-        ConfigError: an unknown key, a path that is none, keys that do not go together.
+        ConfigError: an unknown key, an invalid path, or keys that exclude each other.
     """
     keys = _Keys(table, source)
     mapping = Mapping(
@@ -173,7 +173,7 @@ def _warn(value: object, source: str) -> tuple[Path, str] | None:
 
 
 def _reasons(value: object, source: str) -> tuple[tuple[str, Path], ...]:
-    """Return (reason, path) of what is left out; a path alone is that of images and other media."""
+    """Return (reason, path) of turns that are left out; a path without a reason is that of images and other media."""
     if value is None:
         return ()
     if isinstance(value, str):
@@ -196,7 +196,7 @@ def _patterns(value: object, source: str) -> tuple[re.Pattern[str], ...]:
 
 
 class _Keys:
-    """The keys of one table of a mapping; what is taken is removed, and the rest is unknown."""
+    """The keys of one table of a mapping. Keys are removed when they are read; the rest is unknown."""
 
     def __init__(self, table: object, source: str) -> None:
         if not isinstance(table, dict):
@@ -237,6 +237,6 @@ class _Keys:
         return {str(key).lower() if isinstance(key, bool) else str(key): one for key, one in value.items()}
 
     def finish(self) -> None:
-        """Refuse what was not taken."""
+        """Refuse the keys that were not read."""
         for name in self._left:
             raise ConfigError(f"{self._source}: unknown key {quoted(name)}.{nearest(str(name), self._known)}")

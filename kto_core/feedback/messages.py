@@ -1,15 +1,15 @@
-"""Convert every form in which tools write messages to one.
+"""Convert messages of any known form to one form.
 
     "text"                                          text
     {"role": "user", "content": "..."}              a message
     [{"from": "human", "value": "..."}]             ShareGPT
-    {"messages": [...]}, {"choices": [{"message"}]} what a model was asked, what it answered
-    [{"type": "human", "data": {...}}]              LangChain; also with the content beside the type
+    {"messages": [...]}, {"choices": [{"message"}]} requests and responses of an API
+    [{"type": "human", "data": {...}}]              LangChain; `data` may be left out
     [{"message.role": "user", ...}]                 OpenInference (Phoenix)
     '[{"role": "user", ...}]'                       any of these as JSON text, as tables store them
 
-A message has a `role` and a `content`, which are strings; other keys, which its chat template may read, are kept. Tool
-calls have OpenAI's form, with their arguments as an object. Nothing that is given is changed.
+A message has a `role` and a `content`, which are strings; other keys are kept for the chat template. Tool
+calls have OpenAI's form, with their arguments as an object. The given values are not modified.
 """
 
 import copy
@@ -25,7 +25,7 @@ from offline_kto.kto_core.feedback.quoting import quoted
 Message: TypeAlias = dict[str, Any]
 Turns: TypeAlias = str | tuple[Message, ...]
 
-# The roles that tools write, in lower case. Any other is kept: the chat template decides which it knows.
+# Roles by the names that tools use, in lower case. Other names are kept: the chat template decides which it supports.
 ROLES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("user", "human", "prompter", "input_user"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "ai", "bot", "chatbot"), "assistant"),
@@ -35,7 +35,7 @@ ROLES: Final[Mapping[str, str]] = {
     "function_call": "function_call",
 }
 
-# Keys of a message's role, content and reasoning; the first that has a value counts.
+# Keys of a message's role, content and reasoning; the first with a value is used.
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "text")
 REASONING: Final = ("reasoning_content", "reasoning", "thinking", "thought")
@@ -101,7 +101,7 @@ def has_tool_calls(message: Mapping[str, object]) -> bool:
 
 
 def _read_text(text: str, where: str, field: str) -> object | None:
-    """Return the messages in a JSON text; None for a text that is none."""
+    """Return the messages in a JSON text; None for any other text."""
     if _MESSAGE_TEXT.match(text) is None:
         return None
     if _PYTHON_REPR.match(text):
@@ -162,7 +162,7 @@ def _langchain(value: Mapping[str, object]) -> dict[str, object] | None:
     kept = {key: item for key, item in inner.items() if key in ("content", "tool_calls", "name", "tool_call_id")}
     extra = inner.get("additional_kwargs")
     if not kept.get("tool_calls") and isinstance(extra, Mapping) and extra.get("tool_calls"):
-        kept["tool_calls"] = extra["tool_calls"]  # where older versions keep them
+        kept["tool_calls"] = extra["tool_calls"]  # where older versions of LangChain keep them
     return {"role": kind, **kept}
 
 
@@ -189,7 +189,7 @@ def _without_prefixes(value: object, *prefixes: str) -> object:
 
 
 def _message(value: object, where: str, what: str) -> Iterator[Message]:
-    """Yield the message; those of tools, whose results may stand in a user's message, come before it."""
+    """Yield the message, preceded by messages of tools if it contains tool results."""
     if type(value) is dict and len(value) == 2 and _is_plain(value.get("role"), value.get("content")):
         yield dict(value)
         return
@@ -244,7 +244,7 @@ def _call_inside(part: object) -> object:
 
 
 def _steps(given: dict[str, object], where: str, what: str) -> Iterator[Message]:
-    """Yield the messages of an answer that calls tools on its way: what leads to the calls, the results, and so on."""
+    """Yield the messages of an answer that contains tool calls with their results, in order."""
     content = given["content"]
     assert isinstance(content, list | tuple)
     parts: list[object] = []
@@ -266,7 +266,7 @@ def _steps(given: dict[str, object], where: str, what: str) -> Iterator[Message]
 
 
 def _take(given: dict[str, object], names: tuple[str, ...]) -> object:
-    """Remove the first of these keys that is there, and return its value."""
+    """Remove the first of these keys that is present, and return its value."""
     for name in names:
         if name in given:
             return given.pop(name)
@@ -274,7 +274,7 @@ def _take(given: dict[str, object], names: tuple[str, ...]) -> object:
 
 
 def _called(content: object, where: str, what: str) -> tuple[list[object], str]:
-    """Return the tool calls that a ShareGPT turn `function_call` holds as JSON text, and the text beside them: none."""
+    """Return the tool calls in the JSON text of a ShareGPT turn `function_call`, and an empty text."""
     calls = list(_calls(content))
     if not calls or not all(isinstance(one, Mapping) and "function" in one for one in calls):
         raise FeedbackError(
@@ -316,9 +316,9 @@ def _call(call: object) -> object:
 
 
 def _read_object(text: str) -> dict[str, object] | None:
-    """Return the object that a text of arguments holds as JSON, also if it was encoded twice; None for other text.
+    """Return the object in a JSON text of arguments, also if it is encoded twice; None for other text.
 
-    An object that names a key twice would lose a value.
+    An object with a repeated key is not parsed, because a value would be lost.
     """
     try:
         read = json.loads(text, object_pairs_hook=_only_once) if text.strip() else {}
@@ -330,7 +330,7 @@ def _read_object(text: str) -> dict[str, object] | None:
 
 def _only_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a repeated key")
     return dict(pairs)
 
 
@@ -351,7 +351,7 @@ class _Parts:
             return
         given = {key: item for key, item in part.items() if item is not None} if isinstance(part, Mapping) else {}
         kind = str(given.get("type", "text" if "text" in given else ""))
-        if isinstance(given.get("text"), Mapping):  # the Assistants API, and LibreChat after it
+        if isinstance(given.get("text"), Mapping):  # the Assistants API, and LibreChat
             given["text"] = given["text"].get("value")
         text = next(
             (given[key] for key in ("text", kind, "refusal", "content") if isinstance(given.get(key), str)), None

@@ -1,25 +1,27 @@
-"""Find values in records with JMESPath: no code is run, and a path that leads nowhere gives None.
+"""Find values in records with JMESPath. No code is run, and a path without a value gives None.
 
     input.messages                         a nested key
     "inputs.input"                         a key with a dot in its name
     scores[?name=='thumbs'] | [-1].value   the last score of that name
 
-Functions beside JMESPath's own:
+Functions in addition to JMESPath's own:
 
     json(text)                  the value of a JSON text; any other value as it is
-    has(value, keys)            whether it is an object with these keys, null or not
+    entered(value)              like json; refuses lists and objects as Python prints them
+    has(value, keys)            whether a value is an object with these keys
     without(object, keys)       the object without some of its keys
     under(object, prefix)       the keys that begin with a prefix, without it
     nested(object)              keys such as "output.choices.0" as nested objects and lists
     only(object)                its only value; the object if it has several
     matching(list, key, value)  the objects in which a key has a value
     split(text, mark)           the parts of a text between marks
-    asked(value)                what a call was asked, answered(value): what it answered
-    submitted(record)           the answers to the questions of an Argilla record
-    pairs(list)                 pairs of question and answer as turns
-    unescaped(text)             a cell without the apostrophe that Gradio puts before it
-    dialogue(asked, said)       messages of the user and the assistant in turn, from two lists of texts
-    rounds(messages, n)         the messages up to the assistant's n-th; all of them where n is null
+    asked(value)                the prompt in the inputs of a call
+    answered(value)             the answer in the outputs of a call
+    submitted(record)           the submitted answers of an Argilla record, by question
+    pairs(list)                 messages from pairs of question and answer
+    unescaped(text)             a cell without the apostrophe that Gradio adds
+    dialogue(asked, said)       messages of user and assistant in alternation, from two lists of texts
+    rounds(messages, n)         the messages up to the n-th of the assistant; all if n is null
 
 A path continues inside JSON text, as tables store lists and objects.
 """
@@ -196,7 +198,7 @@ def key_path(name: str) -> str:
     return name if name.isidentifier() else json.dumps(name)
 
 
-# Where a path goes on from the value of its first part.
+# Nodes that continue a path from the value of their first child.
 _STEPS = {"subexpression", "index_expression", "pipe"}
 _OF_LISTS = {"projection", "filter_projection", "value_projection", "flatten"}
 
@@ -226,7 +228,7 @@ def _first_line(error: Exception) -> str:
 
 
 def option_path(text: str, option: str) -> Path:
-    """Return the path of an option such as --prompt-field: JMESPath, or a key whose name is no expression."""
+    """Return the path of an option such as --prompt-field: JMESPath, or a key whose name is not a valid expression."""
     try:
         return compiled(text, option)
     except ConfigError:

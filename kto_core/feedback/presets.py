@@ -1,4 +1,4 @@
-"""Mappings that come with the package, one for each format, and those of the user's."""
+"""Read the mappings of recognised formats in configs/formats, and the user's own."""
 
 import functools
 from collections.abc import Mapping as AnyMapping
@@ -37,7 +37,7 @@ def named_mapping(name: str) -> Mapping:
 
 
 def recognised(record: AnyMapping[str, object], where: str) -> Mapping | None:
-    """Return the format whose keys a record has; None if it is none of the package's."""
+    """Return the format of a record; None if it is not recognised."""
     for mapping in presets().values():
         if mapping.recognise is not None and _fits(mapping.recognise, record, where):
             return mapping
@@ -47,7 +47,7 @@ def recognised(record: AnyMapping[str, object], where: str) -> Mapping | None:
 def _fits(keys: JMESPath, record: AnyMapping[str, object], where: str) -> bool:
     try:
         return keys.find(record, where) is True
-    except FeedbackError:  # a value of another type: it is another format
+    except FeedbackError:  # a value of another type, so another format
         return False
 
 

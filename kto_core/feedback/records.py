@@ -205,7 +205,7 @@ def _check_prompt_beside(present: Mapping[str, object], messages: tuple[Message,
 
 
 def _lacks_answer(record: Mapping[str, object], present: Mapping[str, object], fields: FeedbackFields) -> bool:
-    """Return whether a record has a column for the answer, but no value in it."""
+    """Return whether a record has a column for the answer without a value."""
     if fields.completion is not None:
         return fields.completion.text in record and fields.completion.text not in present
     if any(name in present for name in (*COMPLETIONS, "messages", "conversations")):

@@ -1,9 +1,9 @@
-"""Check that the rendered text of a conversation holds everything that its messages say.
+"""Check that the rendered text of a conversation contains all of its messages.
 
 The pieces of a row are its texts: contents, reasoning, names and arguments of tool calls, names of tools. A chat
-template leaves pieces out by their role or key, and rarely by their words. So each kind of conversation is rendered
-once with a mark in place of each piece (`Probe`). That tells which pieces the template writes, and in which order, even
-where a text as short as "a" also occurs in the template's own words. The rows of that kind are then compared with the
+template leaves out pieces by their role or key, and rarely by their text. So each kind of conversation is rendered
+once with a mark in place of each piece (`Probe`). This shows which pieces the template writes and in which order, even
+if a text as short as "a" also occurs in the template itself. The rows of that kind are then compared with the
 rendered marks, or, if the template changes texts, searched piece by piece in that order.
 """
 
@@ -22,7 +22,7 @@ NAME: Final = "name of a tool call"
 ARGUMENTS: Final = "arguments of a tool call"
 TOOL: Final = "tool"
 
-# A shorter text may occur in the template's own words, and proves nothing there.
+# A shorter text may also occur in the template itself.
 _LONG = 16
 
 # A text that JSON and Python do not escape.
@@ -62,7 +62,7 @@ class Missing:
 
 
 class _Pieces:
-    """Collects the pieces of messages and tools, and makes copies of them that hold marks instead."""
+    """Collects the pieces of messages and tools, and makes copies of them with marks in their place."""
 
     def __init__(self) -> None:
         self.found: list[Piece] = []
@@ -149,7 +149,7 @@ def calls_of(message: Mapping[str, object]) -> list[object]:
 
 
 def form_of(messages: Sequence[Message], size: int, tools: Sequence[Mapping[str, object]] | None) -> tuple[object, ...]:
-    """Return what a template may branch on, besides the words: rows of the same form share a `Probe`.
+    """Return the features of a row that a template may branch on: rows with the same features share a `Probe`.
 
     Args:
         size: number of messages in the prompt.
@@ -169,7 +169,7 @@ def _form(message: Message) -> tuple[object, ...]:
 
 
 def _function_form(value: object) -> tuple[bool, bool]:
-    """Return whether a tool or a call holds a `function`, and whether that has a name."""
+    """Return whether a tool or a call has a `function`, and whether that has a name."""
     if not isinstance(value, Mapping):
         return False, False
     function = value.get("function", value)
@@ -197,7 +197,7 @@ Rendering: TypeAlias = Callable[[list[Message], list[dict[str, object]]], tuple[
 
 
 class Probe:
-    """What a template makes of one kind of conversation, found out by rendering marks.
+    """How a template renders one kind of conversation, determined by rendering marks.
 
     Args:
         messages, size, tools: a row of that kind; `size` is the number of messages in the prompt.
@@ -280,7 +280,7 @@ def missing(
     sides: tuple[str, str],
     probe: Probe,
 ) -> Missing:
-    """Return what the rendered prompt and completion lack.
+    """Return the pieces that the rendered prompt and completion lack.
 
     Args:
         size: number of messages in the prompt.
@@ -322,7 +322,7 @@ def missing(
 
 
 class _Search:
-    """Searches a rendered text for pieces, one behind another.
+    """Searches a rendered text for pieces, each after the one before.
 
     Attributes:
         thought: whether reasoning that was enclosed in tags inside of a content was not there.
@@ -335,13 +335,13 @@ class _Search:
         self.thought = False
 
     def find(self, piece: Piece, *, lead: str | None, anywhere: bool) -> int | None:
-        """Find a piece behind those before it, or `anywhere`, and go on behind it.
+        """Find a piece after those found before, or `anywhere`.
 
         Args:
-            lead: what the template writes between the piece before and this one.
+            lead: the template's text between the piece before and this one.
 
         Returns:
-            number of characters found; 0 for a content of nothing but reasoning that is left out; None if it is not there.
+            number of characters found; 0 for a content that is only reasoning and left out; None if it is missing.
         """
         span = None
         if lead is not None and self._text.startswith(lead, self._position):
@@ -376,7 +376,7 @@ class _Search:
         return place, place + len(words.strip())
 
     def remains(self, piece: Piece) -> bool:
-        """Return whether a long text is in what is left of the rendered text once all found pieces are cut out."""
+        """Return whether a long text is in the rest of the rendered text, without the pieces that were found."""
         if len(piece.texts[0].strip()) < _LONG:
             return False
         end, rest = 0, []
@@ -386,7 +386,7 @@ class _Search:
         return _span("\0".join([*rest, self._text[end:]]), piece.texts[0], 0) is not None
 
     def _said(self, content: str, start: int) -> tuple[int, int] | None:
-        """Find what a content says outside of its reasoning, which the template may leave out or move."""
+        """Find the text of a content outside of its reasoning, which the template may leave out or move."""
         if _TAG.search(content) is None:
             return None
         parts = [part for part in _TAG.split(content) if part.strip()]
@@ -408,7 +408,7 @@ class _Search:
 
 
 def _words(content: str) -> tuple[str, str]:
-    """Return what a content says before and behind its reasoning, which need not begin with a tag."""
+    """Return the text of a content before and after its reasoning, which need not begin with a tag."""
     tag = _TAG.search(content)
     if tag is None:
         return "", content
@@ -449,7 +449,7 @@ def _squeezed(text: str) -> str:
 
 
 def _behind(text: str, start: int, count: int) -> int:
-    """Return the place behind the next `count` characters that are no white space."""
+    """Return the place after the next `count` characters that are not white space."""
     if count == 0:
         return start
     for word in re.finditer(r"\S+", text[start:]):

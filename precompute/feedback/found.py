@@ -65,6 +65,6 @@ class Found:
 
 
 def _names_no_value(side: Turns) -> bool:
-    """Return whether a text, or the last message, is how programs write that there is no value."""
+    """Return whether a text, or the last message, is the name of a missing value."""
     text = side if isinstance(side, str) else side[-1]["content"] if side else ""
     return isinstance(text, str) and text.strip() in _MISSING

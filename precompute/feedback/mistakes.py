@@ -50,7 +50,7 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         )
     label = data_format.label_paths
     if label is not None and config.map is None and config.label_field is None:
-        path = label.path or label.scores  # a recognised format says where the feedback is: nobody gave any
+        path = label.path or label.scores  # the format defines where the label is, so the records are unrated
         assert data_format.mapping is not None
         assert path is not None
         return FeedbackError(
@@ -66,8 +66,8 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         )
     names = quoted([name for name, _ in found.columns.most_common()], 200)
     return FeedbackError(
-        f"{data}: no record has a label ({reasons}); found {names}. Name the column with --label-field, or say what is "
-        "where: --map FILE."
+        f"{data}: no record has a label ({reasons}); found {names}. Name the column with --label-field, or "
+        "describe the file with --map FILE."
     )
 
 

@@ -33,10 +33,10 @@ _SPLIT_NAME = re.compile(
     re.IGNORECASE,
 )
 _HUB_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
-# Splits that hold preferences, among those for fine-tuning and generation.
+# Splits with preferences, among those for fine-tuning and generation.
 _PREFERENCES = re.compile("pref|kto|dpo|pair|feedback")
 
-# JSON files of the datasets library that hold no rows.
+# JSON files of the datasets library without rows.
 _DATASET_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 
@@ -136,7 +136,7 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
 
 
 def _named_splits(path: Path, found: dict[str, list[Path]]) -> dict[str, list[Path]]:
-    """Return the files of each split in whose names more than `train` or `test` stands: train_prefs, test_sft."""
+    """Return the files of each split with longer names than `train` or `test`: train_prefs, test_sft."""
     names: dict[str, list[Path]] = {}
     for file in (file for files in found.values() for file in files if file.name not in _DATASET_NOTES):
         inside = file.relative_to(path.resolve()).parts if file.is_relative_to(path.resolve()) else (file.name,)
@@ -145,7 +145,7 @@ def _named_splits(path: Path, found: dict[str, list[Path]]) -> dict[str, list[Pa
             if named is not None:
                 names.setdefault(named[1], []).append(file)
                 break
-    # Where one is just "train", datasets' rule holds, unless the names are those of the hub's Parquet files.
+    # If one is just "train", datasets' rule applies, unless the names are those of the hub's Parquet files.
     plain = {name for name in names if name in found}
     sharded = all(_HUB_SHARD.search(file.name) for files in names.values() for file in files)
     return {} if plain and not sharded else names

@@ -23,7 +23,7 @@ class Records:
     """The records in a document.
 
     Attributes:
-        place: what holds them, for the plan: "under 'traces'".
+        place: where they were found, for the plan: "under 'traces'".
     """
 
     place: str
@@ -31,10 +31,10 @@ class Records:
 
 
 def records_in(document: Record, where: str) -> Records | None:
-    """Return the records in an object; None if it holds none.
+    """Return the records in an object; None if there are none.
 
     Raises:
-        FeedbackError: several lists, of which nothing says which one counts; a table whose rows have other lengths.
+        FeedbackError: several lists; a table whose rows have different lengths.
     """
     return _split_table(document, where) or _table(document) or _viewer(document) or _list(document, where)
 

@@ -10,7 +10,7 @@ from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.records.text_files import Located
 
-# Names of columns that hold feedback in what tools export.
+# Names of columns with feedback in the exports of tools.
 _NAMES = re.compile(
     "label|score|rating|rated|feedback|thumb|reward|vote|like|helpful|quality|verdict|accept|approv|correct|good|bad|"
     "pass|fail|reaction|emoji|sentiment|flag|grade|prefer|satisf|useful|safe|stars|eval|judg",
@@ -18,7 +18,7 @@ _NAMES = re.compile(
 )
 _MOST_RECORDS = 10_000
 _MOST_COLUMNS = 8
-# A text column with more different values is no scale of words.
+# A text column with more different values is not a scale.
 _MOST_WORDS = 12
 _DEPTH = 3
 
