@@ -845,7 +845,7 @@ def test_one_list_of_records_in_an_object(tmp_path, key):
     path.write_text(json.dumps({"page": 1, "tags": ["x"], key: ROWS}), encoding="utf-8")
     rows, _, feedback = read(path)
     assert rows == [up("q", "a"), down("r", "b")]
-    assert feedback.notes() == [f'f.json:1: one object; its records are read under "{key}": 2.']
+    assert feedback.notes() == [f'f.json:1 is one JSON object; its 2 records were read under "{key}".']
     (path).write_text(json.dumps({"status": "ok", "result": {key: ROWS}}), encoding="utf-8")
     assert read(path)[0] == rows
     assert read(path, limit=1)[0] == rows[:1]
@@ -917,7 +917,7 @@ def test_a_table_of_rows_of_other_lengths_is_refused(tmp_path):
 def test_names_of_missing_values_are_counted(tmp_path, container, word):
     _, _, feedback = read(container(tmp_path, [*ROWS, {"prompt": "s", "completion": word, "label": True}][1:]))
     (note,) = feedback.notes()
-    assert "in 1 rows" in note
+    assert ": 1 (first: " in note
     assert "f." in note
 
 

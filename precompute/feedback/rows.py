@@ -120,8 +120,9 @@ class Feedback:
             raise one_class(config, self._format, found)
         if found.missing:
             found.notes.append(
-                f"{len(found.missing):,} rows have NaN, None or null as a prompt or an answer, as programs write missing values "
-                f"(first: {found.missing[0]}). They are scored as text; remove these rows if the values are missing."
+                "rows with NaN, None or null as a prompt or an answer, as programs write missing values: "
+                f"{len(found.missing):,} (first: {found.missing[0]}). They are scored as text; remove these rows if the values "
+                "are missing."
             )
 
     def notes(self) -> list[str]:
