@@ -494,7 +494,7 @@ class Feedback:
         first = unknown[0]
         if len({one.field for one in unknown}) > 1:
             return first
-        scale = Scale.of(self.label_rule)
+        scale = Scale.of(first.rule)
         proposal = scale.proposal()
         usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
         name = "" if self.mapping or usual or self._config.label_field else f"--label-field {first.field} "

@@ -98,6 +98,7 @@ class FeedbackFields:
 
     Attributes:
         rule: which labels are desirable.
+        ratings: counts the ratings without a label, for the message that says so.
         chat: whether text becomes messages. False without a chat template.
         rendered: how text looks that was rendered before, which stays text.
     """
@@ -106,6 +107,7 @@ class FeedbackFields:
     completion: Path | None = None
     label: Path | None = None
     rule: LabelRule = field(default_factory=LabelRule)
+    ratings: LabelRule = field(default_factory=LabelRule)
     chat: bool = False
     chat_template: bool = True
     rendered: RenderedText = field(default_factory=RenderedText)
@@ -440,9 +442,9 @@ def _label(present: Mapping[str, object], where: str, fields: FeedbackFields) ->
         return next(iter(labels.values()))
     if "rating" in present and not has_no_value(present["rating"]):
         with contextlib.suppress(UnknownLabelError):
-            fields.rule.verdict(present["rating"], where, "rating")  # counts its values
-        value = present["rating"]
-        raise UnknownLabelError(f"{where}: there is a rating, {quoted(value)}, but no label.", "rating", value)
+            fields.ratings.verdict(present["rating"], where, "rating")
+        message = f"{where}: there is a rating, {quoted(present['rating'])}, but no label."
+        raise UnknownLabelError(message, "rating", fields.ratings)
     raise LeftOut(UNRATED, f"there is no '{names[0]}'; {_columns(present)}")
 
 
