@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
-from offline_kto.kto_core.durable_files import write_text
+from offline_kto.kto_core.durable_files import write_text, written_to
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError
@@ -53,6 +53,8 @@ _SHOWN = 20
 @dataclass
 class Found:
     """What was found in the feedback, for the plan.
+
+    The rows are those that could be rendered, also where their prompts are too long.
 
     Attributes:
         records: number of records read.
@@ -123,13 +125,16 @@ class Feedback:
     def __init__(self, config: PrecomputeConfig, *, has_template: bool, rendered: RenderedText | None = None) -> None:
         self._config = config
         self.found = Found()
-        self._mistakes: list[KTOError] = []
+        self._mistakes: list[tuple[str, KTOError]] = []
         self._document: tuple[str, Records] | None = None
         self._info: DatasetInfo | None = None
         self.mapping: Mapping | None = None
         self.mapping, self.why = self._choose_mapping()
         self.rule = self._rule()
         chat = config.chat if self.mapping is None or self.mapping.chat is None else self.mapping.chat
+        if config.left_out is not None and (config.left_out.is_dir() or not config.left_out.parent.is_dir()):
+            what = "is a folder" if config.left_out.is_dir() else "there is no such folder"
+            raise ConfigError(f"--left-out {config.left_out}: {what}. Name a file.")
         if config.chat == "always" and not has_template:
             raise ConfigError("--chat always: this tokenizer has no chat template. Pass one with --chat-template FILE.")
         self._fields = FeedbackFields(
@@ -143,16 +148,13 @@ class Feedback:
         )
 
     def rows(self) -> Iterator[FeedbackRow]:
-        """Yield the rows; after the first mistake none, but all mistakes are found.
+        """Yield the rows; each is given to `keep` or `reject` before `finish`.
 
         Raises:
-            FeedbackError: the file cannot be read any further; `finish` raises the others.
+            FeedbackError: the file cannot be read any further; `finish` raises the other mistakes.
         """
         for where, record in self._records():
-            for row in self._rows_of(record, where):
-                if not self._mistakes or self._config.on_bad_row == "skip":
-                    self.found.add(row)
-                    yield row
+            yield from self._rows_of(record, where)
 
     @property
     def chat(self) -> bool:
@@ -177,25 +179,39 @@ class Feedback:
         paths = (self._fields.prompt, self._fields.completion, self._fields.label)
         return COLUMNS.union(*(path.keys() for path in paths if path is not None))
 
+    def keep(self, row: FeedbackRow) -> None:
+        """Count a row that can be rendered."""
+        self.found.add(row)
+
     def reject(self, where: str, error: KTOError) -> None:
-        """Note that a row is defective: it is left out, or reported by `finish`."""
+        """Note that a row, or a pair, is defective: it is left out, or reported by `finish`."""
         if self._config.on_bad_row == "skip":
             self.found.left_out.add(where, DEFECTIVE, str(error))
         else:
-            self._mistakes.append(error)
+            self._mistakes.append((where, error))
+
+    def write_left_out(self) -> None:
+        """Write the file of `--left-out`, in the order of the data; rows are rejected later than their neighbours are read."""
+        if self._config.left_out is None:
+            return
+        lines = [
+            json.dumps({"where": where, "reason": reason, **({"detail": detail} if detail else {})}, ensure_ascii=False)
+            for where, reason, detail in sorted(self.found.left_out.rows, key=lambda one: _place(one[0]))
+        ]
+        with written_to(self._config.left_out.parent, ConfigError, "Name another file with --left-out."):
+            write_text(self._config.left_out, "".join(f"{line}\n" for line in lines))
 
     def finish(self) -> None:
-        """Write `--left-out`, and report the mistakes.
+        """Report the mistakes.
 
         Raises:
             FeedbackError: all mistakes, the first of them with their places; no row; one class only.
         """
-        if self._config.left_out is not None:
-            self._write_left_out(self._config.left_out)
         if self.mapping is not None and (several := self._several_scores()) is not None:
             raise several
-        unknown = [one for one in self._mistakes if isinstance(one, UnknownLabelError)]
-        others = [one for one in self._mistakes if not isinstance(one, UnknownLabelError)]
+        mistakes = [error for _, error in sorted(self._mistakes, key=lambda one: _place(one[0]))]
+        unknown = [one for one in mistakes if isinstance(one, UnknownLabelError)]
+        others = [one for one in mistakes if not isinstance(one, UnknownLabelError)]
         if unknown:
             others.insert(0, self._unknown_labels(unknown))
         if len(others) == 1:
@@ -501,16 +517,9 @@ class Feedback:
         advice = (
             f"If these are the marks, pass {name}{proposal}."
             if proposal
-            else "Say which are up and which are down with --up and --down."
+            else f"Say which are up and which are down with --up and --down{', or with --rating-threshold' * scale.is_numbers}."
         )
         return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}")
-
-    def _write_left_out(self, path: FilePath) -> None:
-        lines = [
-            json.dumps({"where": where, "reason": reason, **({"detail": detail} if detail else {})}, ensure_ascii=False)
-            for where, reason, detail in self.found.left_out.rows
-        ]
-        write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _shape(record: AnyMapping[str, object]) -> object:
@@ -518,6 +527,11 @@ def _shape(record: AnyMapping[str, object]) -> object:
     return frozenset(
         (key, tuple(value) if isinstance(value, dict) else None) for key, value in record.items() if value is not None
     )
+
+
+def _place(where: str) -> list[int | str]:
+    """Return a key that sorts places as they follow each other in the data: line 9 comes before line 10."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"([0-9]+)", where))]
 
 
 def _path(name: str | None, option: str) -> Any:
