@@ -193,7 +193,7 @@ def test_rows_that_the_template_leaves_out_are_reported_together_or_skipped(tmp_
     config = config_of(tmp_path, rows, on_bad_row=on_bad_row, left_out=tmp_path / "left.jsonl")
     if on_bad_row == "skip":
         plan = make_plan(config, tokenizer)
-        assert (len(plan.rows), plan.found.left_out.counts) == (6, {"defective": 2})
+        assert (len(plan.rows), plan.feedback.found.left_out.counts) == (6, {"defective": 2})
         assert "the role 'narrator'" in (tmp_path / "left.jsonl").read_text(encoding="utf-8")
         return
     with pytest.raises(FeedbackError, match=r"2 rows cannot be used:\n  f\.jsonl:3: .*'narrator'.*\n  f\.jsonl:6: "):
