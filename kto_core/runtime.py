@@ -48,9 +48,11 @@ def leave_out(package: str) -> None:
     """Make an optional package count as not installed in this process, so that no library imports it needlessly.
 
     transformers imports peft wherever it is installed, and peft imports bitsandbytes and torch's compiler: 1.5 CPU
-    seconds. No effect on a package that is imported already. Only for a process that is ours alone.
+    seconds. No effect once either is imported: transformers looks for the package only once. Only for a process that is
+    ours alone.
     """
-    sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # None is Python's sign for it
+    if "transformers" not in sys.modules:
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # None is Python's sign for it
 
 
 def quiet_loggers() -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.errors import FeedbackError, PairingError, TokenizationError
 from offline_kto.kto_core.feedback.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
 from offline_kto.kto_core.feedback.records import FeedbackRow
-from offline_kto.kto_core.feedback.tokenization import Tokenizing
+from offline_kto.kto_core.feedback.tokenization import Tokenizing, Tokens
 from offline_kto.kto_core.hashing import ids_id, json_hash, sequence_id
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
@@ -157,11 +158,8 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
     dropped: Counter[str] = Counter()
     examples: dict[bool, list[tuple[str, PlannedRow]]] = {True: [], False: []}
     read = 0
-    for chunk, tokenized in tokenizing.tokenize_chunks(_chunks(feedback.rows())):
-        for row, tokens in zip(chunk, tokenized, strict=True):
-            if isinstance(tokens, TokenizationError):
-                feedback.reject(row.where, tokens)
-                continue
+    try:
+        for row, tokens in _usable(feedback, tokenizing):
             room = config.max_length - len(tokens.prompt_ids)
             if room < 1:
                 dropped[PROMPT_TOO_LONG] += 1
@@ -170,6 +168,8 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
                 if len(examples[row.label]) < _EXAMPLES:
                     examples[row.label].append((row.where, rows[-1]))
             read += 1
+    finally:
+        feedback.write_left_out()  # also if the run ends here, where it is needed most
     feedback.finish()
     tokenizing.check()
     if not rows:
@@ -180,18 +180,41 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
     return ReadRows(rows, read, dict(dropped), [*examples[True], *examples[False]])
 
 
+def _usable(feedback: Feedback, tokenizing: Tokenizing) -> Iterator[tuple[FeedbackRow, Tokens]]:
+    """Yield the rows that can be rendered with their tokens; of a pair both sides or none, as the losses of pairs need."""
+    for chunk, tokenized in tokenizing.tokenize_chunks(_chunks(feedback.rows())):
+        for (where, pair_id), group in groupby(zip(chunk, tokenized, strict=True), key=lambda one: _record_of(one[0])):
+            found = list(group)
+            errors = [tokens for _, tokens in found if isinstance(tokens, TokenizationError)]
+            if pair_id is not None and errors:
+                feedback.reject(where, errors[0])
+                continue
+            for error in errors:
+                feedback.reject(where, error)
+            for row, tokens in found:
+                if not isinstance(tokens, TokenizationError):
+                    feedback.keep(row)
+                    yield row, tokens
+
+
 def _chunks(rows: Iterator[FeedbackRow]) -> Iterator[list[FeedbackRow]]:
-    """Yield rows for one call of the tokenizer, with limits on their number and their text."""
+    """Yield rows for one call of the tokenizer, with limits on their number and their text; a pair stays together."""
     chunk: list[FeedbackRow] = []
     size = 0
     for row in rows:
-        chunk.append(row)
-        size += row.characters
-        if len(chunk) == _TOKENIZE_ROWS or size > _TOKENIZE_CHARACTERS:
+        is_full = len(chunk) >= _TOKENIZE_ROWS or size > _TOKENIZE_CHARACTERS
+        if is_full and (row.pair_id is None or _record_of(row) != _record_of(chunk[-1])):
             yield chunk
             chunk, size = [], 0
+        chunk.append(row)
+        size += row.characters
     if chunk:
         yield chunk
+
+
+def _record_of(row: FeedbackRow) -> tuple[str, str | None]:
+    """Return what the two rows of a pair share; equal pairs of other records have the same `pair_id`."""
+    return row.where, row.pair_id
 
 
 def _planned(
@@ -236,6 +259,11 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
     except PairingError as error:
         # An error below may be caused by dropped rows, or by prompts with the same ids.
         before = [one[0].upper() + one[1:] for one in tokenizing.warnings()]
+        if left_out := list(feedback.found.left_out.in_words()):
+            first = feedback.found.left_out.rows[0][0]
+            before.append(
+                f"Rows were left out ({', '.join(left_out)}); the first is {first}. --left-out FILE lists them."
+            )
         if dropped:
             before.append(
                 f"Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "

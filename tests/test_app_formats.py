@@ -55,7 +55,10 @@ def in_short(turns: Any) -> str:
 def read(path: Path, **options: Any) -> tuple[list[tuple[str, str, bool]], dict[str, int], str, Feedback]:
     config = PrecomputeConfig(model="m", data=str(path), one_class=True, **options)
     feedback = Feedback(config, has_template=True)
-    rows = [(in_short(one.prompt), in_short(one.completion), one.label) for one in feedback.rows()]
+    rows = []
+    for one in feedback.rows():
+        feedback.keep(one)
+        rows.append((in_short(one.prompt), in_short(one.completion), one.label))
     feedback.finish()
     return rows, dict(feedback.found.left_out.counts), feedback.mapping.name if feedback.mapping else "", feedback
 

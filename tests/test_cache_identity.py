@@ -484,7 +484,7 @@ def test_another_process_with_another_hash_seed_makes_the_same_cache(config: Pre
         "--model",
         config.model,
     ]
-    command += ["--data", config.data, "--max-length", "256"]
+    command += ["--data", config.data, "--max-length", "256", "--chat", config.chat]
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "other")],

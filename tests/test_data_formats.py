@@ -38,6 +38,8 @@ def read(path, *, one_class=True, **options):
     config = PrecomputeConfig(model="m", data=str(path), one_class=one_class, **options)
     feedback = Feedback(config, has_template=True)
     found = list(feedback.rows())
+    for row in found:
+        feedback.keep(row)
     feedback.finish()
     rows = []
     for row in found:

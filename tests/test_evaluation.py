@@ -281,11 +281,8 @@ class TestBest:
 
     def test_margins_of_one_class(self, base: Path, tmp_path: Path, config: TrainConfig) -> None:
         rows = [{"prompt": f"p {i}", "completion": f"c {i}", "label": True} for i in range(6)]
-        precompute(
-            PrecomputeConfig(
-                model=str(base), data=str(write_rows(tmp_path / "good.jsonl", rows)), out=tmp_path / "good"
-            )
-        )
+        data = write_rows(tmp_path / "good.jsonl", rows)
+        precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "good", one_class=True))
         with pytest.raises(TrainingError, match="--metric eval/rewards/margins needs held-out rows of both classes"):
             train(replace(config, eval_fraction=0.0, eval_cache=tmp_path / "good", metric="eval/rewards/margins"))
 

@@ -150,7 +150,10 @@ def test_values_are_listed_with_their_counts():
 def feedback(path, records, **options):
     path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
     found = Feedback(PrecomputeConfig(model="m", data=str(path), **options), has_template=False)
-    labels = [row.label for row in found.rows()]
+    labels = []
+    for row in found.rows():
+        found.keep(row)
+        labels.append(row.label)
     found.finish()
     return labels, found
 

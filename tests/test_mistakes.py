@@ -50,14 +50,14 @@ GOOD = json.dumps(chat_rows(1)[0])
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"prompt": "a", "completion": "b", "label": null}', ["f.jsonl:2"]),
+        ('{"prompt": "a", "completion": "b", "label": null}', ["f.jsonl:2", "unrated: 1"]),
         ('{"prompt": "a", "completion": "b", "label": 2}', ["f.jsonl:2", "2"]),
         ('{"prompt": "a", "completion": "b", "label": "maybe"}', ["f.jsonl:2", "maybe"]),
-        ('{"prompt": "a", "completion": "b", "label": [true]}', ["f.jsonl:2"]),
-        ('{"prompt": "a", "completion": "b"}', ["f.jsonl:2", "label"]),
+        ('{"prompt": "a", "completion": "b", "label": {"is": true}}', ["f.jsonl:2"]),
+        ('{"prompt": "a", "completion": "b"}', ["f.jsonl:2", "unrated: 1"]),
         ('{"prompt": "a", "label": true}', ["f.jsonl:2", "completion"]),
         ('{"completion": "a", "label": true}', ["f.jsonl:2", "prompt"]),
-        ('{"prompt": "a", "completion": "", "label": true}', ["f.jsonl:2", "completion", "empty"]),
+        ('{"prompt": "a", "completion": "", "label": true}', ["f.jsonl:2", "empty answer: 1"]),
         ('{"prompt": "a", "completion": "b", "rating": 4}', ["f.jsonl:2", "--rating-threshold"]),
         ('{"prompt": "a", "completion": "b", "la', ["f.jsonl:2"]),
         ("[1, 2]", ["f.jsonl:2"]),
@@ -94,7 +94,8 @@ def test_too_little_feedback(tmp_path: Path, precompute: Callable[..., Result]) 
     one = write_rows(tmp_path / "one.jsonl", chat_rows(1))
     assert_refused(precompute(one), "two rows")
     same = write_rows(tmp_path / "same.jsonl", [{"prompt": "x", "completion": str(i), "label": True} for i in range(3)])
-    assert_refused(precompute(same), "one prompt")
+    assert_refused(precompute(same), "every row is desirable", "--one-class")
+    assert_refused(precompute(same, "--one-class"), "one prompt")
     assert_refused(precompute(one, "--max-length", 4), "--max-length")
 
 

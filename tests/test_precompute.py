@@ -434,7 +434,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, base: Path, feedback: Path, caps
     out = tmp_path / "refs"
     precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=out, dry_run=True))
     printed = capsys.readouterr().out
-    assert "20 read, 20 kept" in printed
+    assert "rows        20 records -> 20 rows, 20 kept, dropped: none\n" in printed
     assert re.search(r"to score    \d+ sequences, [\d,]+ tokens", printed)
     assert not out.exists()
 

@@ -277,7 +277,7 @@ def test_another_template_is_another_cache(base: Path, rows: Path, tmp_path: Pat
 def test_without_the_options_the_manifest_is_as_it_was(cache: Path) -> None:
     manifest = read_manifest(cache)
     assert set(manifest.tokenizer) == {"files_hash", "chat_template_hash"}
-    assert set(manifest.tokenization) == {"max_length", "rule"}
+    assert set(manifest.tokenization) == {"max_length", "rule", "chat"}
 
 
 @pytest.mark.parametrize("content", [None, "", "\xff"])

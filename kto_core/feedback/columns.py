@@ -42,6 +42,7 @@ class FeedbackFields:
 
     Attributes:
         rule: which labels are desirable.
+        ratings: counts the ratings of records without a label, for the message about them.
         chat: whether text becomes messages. False without a chat template.
         rendered: recognises rendered text, which is not converted.
     """
@@ -50,6 +51,7 @@ class FeedbackFields:
     completion: Path | None = None
     label: Path | None = None
     rule: LabelRule = field(default_factory=LabelRule)
+    ratings: LabelRule = field(default_factory=LabelRule)
     chat: bool = False
     chat_template: bool = True
     rendered: RenderedText = field(default_factory=RenderedText)

@@ -55,12 +55,12 @@ class UnknownLabelError(FeedbackError):
 
     Attributes:
         field: the column or path.
-        value: the value.
+        rule: the rule that has counted the field's values.
     """
 
-    def __init__(self, message: str, field: str, value: object) -> None:
+    def __init__(self, message: str, field: str, rule: "LabelRule") -> None:
         super().__init__(message)
-        self.field, self.value = field, value
+        self.field, self.rule = field, rule
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class LabelRule:
             self._count(quoted(value, 30), "left out")
             raise LeftOut(DEAD_ZONE, quoted(value))
         self._count(quoted(value, 30), "unknown")
-        raise UnknownLabelError(f"{where}: '{field}' is {quoted(value)}, which is neither up nor down.", field, value)
+        raise UnknownLabelError(f"{where}: '{field}' is {quoted(value)}, which is neither up nor down.", field, self)
 
     def _count(self, value: str, destination: str) -> None:
         if len(self.seen) < MOST_VALUES or (value, destination) in self.seen:
@@ -240,6 +240,11 @@ class Scale:
         ]
         more = len(self.counts) - len(shown)
         return ", ".join(shown) + (f", and {more:,} more" if more > 0 else "")
+
+    @property
+    def is_numbers(self) -> bool:
+        """Whether all values are numbers, or say that there is none."""
+        return all(value == "(none)" or number_in(value.strip('"')) is not None for value in self.counts)
 
     def proposal(self) -> str:
         """Return options that fit the values; empty if that is not clear."""

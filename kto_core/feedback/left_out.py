@@ -37,7 +37,7 @@ class LeftOutRows:
     """The rows that were left out, counted by reason.
 
     Attributes:
-        rows: (where, reason, detail) of each, in the order of the file.
+        rows: (where, reason, detail) of each, in the order in which they were found.
     """
 
     rows: list[tuple[str, str, str]] = field(default_factory=list)

@@ -249,8 +249,8 @@ def _label(record: Mapping[str, object], present: Mapping[str, object], where: s
         return next(iter(labels.values()))
     if "rating" in present and not has_no_value(present["rating"]):
         with contextlib.suppress(UnknownLabelError):
-            fields.rule.verdict(present["rating"], where, "rating")  # counts its values
-        value = present["rating"]
-        raise UnknownLabelError(f"{where}: there is a rating, {quoted(value)}, but no label.", "rating", value)
+            fields.ratings.verdict(present["rating"], where, "rating")
+        message = f"{where}: there is a rating, {quoted(present['rating'])}, but no label."
+        raise UnknownLabelError(message, "rating", fields.ratings)
     what = f"'{names[0]}' is empty" if names[0] in record else f"there is no '{names[0]}'"
     raise LeftOut(UNRATED, f"{what}; {columns_in_words(present)}")

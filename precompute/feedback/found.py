@@ -15,6 +15,8 @@ _MISSING = {"NaN", "nan", "None", "null", "NULL", "<NA>"}
 class Found:
     """What was found in the feedback, for the plan.
 
+    The rows are those that could be rendered, also if their prompts are too long.
+
     Attributes:
         records: records read.
         forms: rows by the format that they were read in.

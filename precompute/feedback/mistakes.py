@@ -44,6 +44,7 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         )
     if not left_out.counts[UNRATED]:
         where, reason, detail = left_out.rows[0] if left_out.rows else (data, "no record", "")
+        detail = detail.removeprefix(f"{where}: ")
         first = f"{where}: {reason}{f' ({detail})' if detail else ''}"
         return FeedbackError(
             f"{data}: no row can be used ({reasons}). The first is {first}. --left-out FILE lists them."
@@ -97,13 +98,14 @@ def _unknown_labels(
     first = unknown[0]
     if len({one.field for one in unknown}) > 1:
         return first
-    scale = Scale.of(data_format.label_rule)
+    scale = Scale.of(first.rule)
     proposal = scale.proposal()
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
     name = "" if data_format.mapping or usual or config.label_field else f"--label-field {first.field} "
     advice = (
         f"If that is the scale, pass {name}{proposal}."
         if proposal
-        else "Name the desirable values with --up and the undesirable ones with --down."
+        else "Name the desirable values with --up and the undesirable ones with --down"
+        f"{', or pass --rating-threshold' * scale.is_numbers}."
     )
     return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}")

@@ -5,10 +5,9 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from collections.abc import Mapping as AnyMapping
-from pathlib import Path as FilePath
 from typing import Any
 
-from offline_kto.kto_core.durable_files import write_text
+from offline_kto.kto_core.durable_files import write_text, written_to
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.columns import COLUMNS, FeedbackFields
@@ -46,11 +45,14 @@ class Feedback:
 
     def __init__(self, config: PrecomputeConfig, *, has_template: bool, rendered: RenderedText | None = None) -> None:
         self._config = config
-        self._mistakes: list[KTOError] = []
+        self._mistakes: list[tuple[str, KTOError]] = []
         self._format = DataFormat(config)
         self.mapping, self.why = self._format.mapping, self._format.why
         self.found = Found(notes=self._format.notes)
         chat = config.chat if self.mapping is None or self.mapping.chat is None else self.mapping.chat
+        if config.left_out is not None and (config.left_out.is_dir() or not config.left_out.parent.is_dir()):
+            what = "is a folder" if config.left_out.is_dir() else "there is no such folder"
+            raise ConfigError(f"--left-out {config.left_out}: {what}. Name a file.")
         if config.chat == "always" and not has_template:
             raise ConfigError("--chat always: this tokenizer has no chat template. Pass one with --chat-template FILE.")
         self._fields = FeedbackFields(
@@ -64,16 +66,13 @@ class Feedback:
         )
 
     def rows(self) -> Iterator[FeedbackRow]:
-        """Yield the rows; after the first mistake none, but all mistakes are found.
+        """Yield the rows. Call `keep` or `reject` for each of them, then `finish`.
 
         Raises:
-            FeedbackError: the file cannot be read any further; `finish` raises the others.
+            FeedbackError: the file cannot be read any further; `finish` raises the other mistakes.
         """
         for where, record in self._records():
-            for row in self._rows_of(record, where):
-                if not self._mistakes or self._config.on_bad_row == "skip":
-                    self.found.add(row)
-                    yield row
+            yield from self._rows_of(record, where)
 
     @property
     def chat(self) -> bool:
@@ -93,27 +92,41 @@ class Feedback:
         paths = (self._fields.prompt, self._fields.completion, self._fields.label)
         return COLUMNS.union(*(path.keys() for path in paths if path is not None))
 
+    def keep(self, row: FeedbackRow) -> None:
+        """Count a row that can be rendered."""
+        self.found.add(row)
+
     def reject(self, where: str, error: KTOError) -> None:
-        """Note that a row is defective: it is left out, or reported by `finish`."""
+        """Note that a row, or a pair, is defective: it is left out, or reported by `finish`."""
         if self._config.on_bad_row == "skip":
             self.found.left_out.add(where, DEFECTIVE, str(error))
         else:
-            self._mistakes.append(error)
+            self._mistakes.append((where, error))
+
+    def write_left_out(self) -> None:
+        """Write the file of `--left-out`, in the order of the data: rows are not rejected in that order."""
+        if self._config.left_out is None:
+            return
+        lines = [
+            json.dumps({"where": where, "reason": reason, **({"detail": detail} if detail else {})}, ensure_ascii=False)
+            for where, reason, detail in sorted(self.found.left_out.rows, key=lambda one: _place(one[0]))
+        ]
+        with written_to(self._config.left_out.parent, ConfigError, "Name another file with --left-out."):
+            write_text(self._config.left_out, "".join(f"{line}\n" for line in lines))
 
     def finish(self) -> None:
-        """Write `--left-out`, and report the mistakes.
+        """Report the mistakes.
 
         Raises:
             FeedbackError: all mistakes, the first of them with their places; no row; one class only.
         """
         config, found = self._config, self.found
-        if config.left_out is not None:
-            self._write_left_out(config.left_out)
         label = self._format.label_paths
         if label is not None and (several := label.several(config.data)) is not None:
             raise several
         if self._mistakes:
-            raise mistakes_in_rows(self._mistakes, config, self._format)
+            mistakes = [error for _, error in sorted(self._mistakes, key=lambda one: _place(one[0]))]
+            raise mistakes_in_rows(mistakes, config, self._format)
         if not found.forms:
             raise no_rows(config, self._format, found)
         if len(found.labels) == 1 < found.labels.total() and not config.one_class:
@@ -195,12 +208,10 @@ class Feedback:
         except LeftOut as left:
             self.found.left_out.add(where, left.reason, left.detail)
 
-    def _write_left_out(self, path: FilePath) -> None:
-        lines = [
-            json.dumps({"where": where, "reason": reason, **({"detail": detail} if detail else {})}, ensure_ascii=False)
-            for where, reason, detail in self.found.left_out.rows
-        ]
-        write_text(path, "".join(f"{line}\n" for line in lines))
+
+def _place(where: str) -> list[int | str]:
+    """Return a key that sorts places in the order of the data: line 9 comes before line 10."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"([0-9]+)", where))]
 
 
 def _path(name: str | None, option: str) -> JMESPath | None:
