@@ -53,7 +53,7 @@ def test_a_row_that_is_skipped_counts_for_nothing(tmp_path: Path, tokenizer: Tok
     shown = page(plan, config, tokenizer)
     assert "rows 10 records -> 9 rows, 9 kept" in shown
     assert "left out defective: 1" in shown
-    assert "9 rows of chat, 0 of plain text, 1 of the chat rows were text" in shown
+    assert "9 chat rows, 1 converted from text" in shown
     assert left_out(tmp_path) == [("f.jsonl:9", "defective")]
 
 
