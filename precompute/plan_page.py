@@ -153,7 +153,7 @@ def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     if rare := rare_class(counts.desirable, counts.undesirable):
         found.append(rare)
     if counts.contradictions:
-        found.append(f"{counts.contradictions:,} completions have both labels; their effects cancel out.")
+        found.append(f"{counts.contradictions:,} completions carry both labels; their effects cancel out.")
     elif counts.duplicates:
         found.append(f"{counts.duplicates:,} rows repeat another row.")
     if plan.pairing.same_prompt:

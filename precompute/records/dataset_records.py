@@ -119,7 +119,7 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
     split; these are two, as their names say.
 
     Raises:
-        FeedbackError: no such split, several of which nothing says which one counts, several formats (of which datasets
+        FeedbackError: no such split, several splits that fit, several formats (of which datasets
             would silently read one), or a reference cache.
     """
     found = _splits(path)
