@@ -2,15 +2,16 @@
 
     python benchmarks/planning.py [--rows 100000] [--data FILE] [--check]
 
-Without --data, rows are conversations of one to six turns, of 10 to 120 words each. The tokenizer is a BPE of 4,000
-tokens with a chat template. The plan runs in a process of its own; its memory is what it adds to the imports.
+Without --data, rows are conversations of one to three exchanges (see workload.py). The tokenizer is a BPE of 16,000
+tokens, trained on some of the rows, with a chat template. The plan runs in a process of its own; its memory is what it
+adds to the imports.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import random
 import resource
 import subprocess
 import sys
@@ -20,24 +21,17 @@ from pathlib import Path
 
 from environments import offline_env
 from text_table import text_table
-from workload import SMALL, make_workload
+from workload import SMALL, Row, make_workload, synthetic_rows
 
 # What the project promises on two cores.
 LEAST_ROWS_A_SECOND = 4000
 
 
-def write_rows(path: Path, rows: int, seed: int = 0) -> None:
-    """Write conversations with a label, one on each line."""
-    rng = random.Random(seed)
-    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(2000)]
-
-    def text() -> str:
-        return " ".join(rng.choices(words, k=rng.randint(10, 120)))
-
+def write_rows(path: Path, rows: list[Row]) -> Path:
+    """Write rows of chat with a label, one on each line."""
     with path.open("w", encoding="utf-8") as file:
-        for number in range(rows):
-            turns = [{"role": ("user", "assistant")[i % 2], "content": text()} for i in range(2 * rng.randint(1, 3))]
-            file.write(json.dumps({"messages": turns, "label": number % 2 == 0}) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
 
 
 def plan(model: str, data: str) -> None:
@@ -69,11 +63,9 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        model = make_workload(work / "workload", data=None, num_rows=16, shape=SMALL, seed=0).model
-        data = given.data
-        if data is None:
-            data = work / "rows.jsonl"
-            write_rows(data, given.rows)
+        data = given.data or write_rows(work / "rows.jsonl", synthetic_rows(given.rows, seed=0))
+        shape = dataclasses.replace(SMALL, vocabulary=16_000)
+        model = make_workload(work / "workload", data=data, num_rows=2000, shape=shape, seed=0).model
         words = [sys.executable, __file__, "--plan", str(model), str(data)]
         done = subprocess.run(words, env=offline_env(work), capture_output=True, text=True, check=False)
     if done.returncode:

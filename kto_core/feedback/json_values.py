@@ -1,13 +1,17 @@
 """Read what a record has as JSON: tools and template variables; and check that its messages are JSON."""
 
 import json
+from collections.abc import Sequence
 
 from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.messages import Turns
 from offline_kto.kto_core.feedback.quoting import quoted
 
 
 def tools_in(value: object, where: str) -> tuple[dict[str, object], ...] | None:
-    tools = _from_json([] if value is None or value == "" else value, where, "tools")
+    if value is None or value == "":
+        return None
+    tools = _from_json(value, where, "tools")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise FeedbackError(f"{where}: 'tools' must be a list of objects, got {quoted(value)}.")
     return tuple(tools) if len(tools) > 0 else None
@@ -15,7 +19,9 @@ def tools_in(value: object, where: str) -> tuple[dict[str, object], ...] | None:
 
 def template_kwargs_in(value: object, where: str) -> dict[str, object]:
     name = "chat_template_kwargs"
-    kwargs = _from_json({} if value is None or value == "" else value, where, name)
+    if value is None or value == "":
+        return {}
+    kwargs = _from_json(value, where, name)
     if not isinstance(kwargs, dict):
         raise FeedbackError(f"{where}: '{name}' must be an object, got {quoted(value)}.")
     return {key: item for key, item in kwargs.items() if item is not None}
@@ -27,6 +33,24 @@ def _from_json(value: object, where: str, name: str) -> object:
         return json.loads(value if isinstance(value, str) else json.dumps(value))
     except (TypeError, ValueError):
         raise FeedbackError(f"{where}: '{name}' is not valid JSON, got {quoted(value)}.") from None
+
+
+def check_text(sides: Sequence[Turns], where: str) -> None:
+    """Refuse what `canonical_json` refuses; faster for messages that are only text, which most are."""
+    texts: list[str] = []
+    for side in sides:
+        if isinstance(side, str):
+            texts.append(side)
+            continue
+        for message in side:
+            if len(message) > 2:
+                canonical_json(sides, where)
+                return
+            texts += message["role"], message["content"]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        canonical_json(sides, where)  # raises the same error, with the text
 
 
 def canonical_json(value: object, where: str) -> bytes:

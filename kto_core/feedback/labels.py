@@ -1,5 +1,6 @@
 """Decide from the values of feedback (words, thumbs, ratings) whether a completion is desirable."""
 
+import functools
 import math
 import operator
 import re
@@ -43,6 +44,7 @@ _COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {
 _TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
 
 # Limit on the number of different values that are counted: a column of free text has one per row.
+_SHORT = 30  # characters of a value that are shown
 MOST_VALUES = 1000
 
 # What happens to a value that is neither up nor down.
@@ -118,23 +120,29 @@ class LabelRule:
                 return found.pop()
             raise LeftOut(UNRATED)
         if has_no_value(value):
-            self._count("(none)", "left out")
+            self._count(None, "left out")
             raise LeftOut(UNRATED)
         known = self._known(value)
         if known is None and self.otherwise in (UP, DOWN):
             known = self.otherwise == UP
         if known is not None:
-            self._count(quoted(value, 30), "up" if known else "down")
+            self._count(value, "up" if known else "down")
             return known
         if self.otherwise == LEAVE_OUT or (self.has_comparison and number_in(value) is not None):
-            self._count(quoted(value, 30), "left out")
+            self._count(value, "left out")
             raise LeftOut(DEAD_ZONE, quoted(value))
-        self._count(quoted(value, 30), "unknown")
+        self._count(value, "unknown")
         raise UnknownLabelError(f"{where}: '{field}' is {quoted(value)}, which is neither up nor down.", field, self)
 
-    def _count(self, value: str, destination: str) -> None:
-        if len(self.seen) < MOST_VALUES or (value, destination) in self.seen:
-            self.seen[value, destination] += 1
+    def _count(self, value: object, destination: str) -> None:
+        if value is None:
+            shown = "(none)"
+        elif isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) < _SHORT):
+            shown = _shown(type(value).__name__, value)
+        else:
+            shown = quoted(value, _SHORT)
+        if len(self.seen) < MOST_VALUES or (shown, destination) in self.seen:
+            self.seen[shown, destination] += 1
 
     def _known(self, value: object) -> bool | None:
         if not self.up and not self.down:
@@ -142,6 +150,12 @@ class LabelRule:
         if _matches(value, self.up):
             return True
         return False if _matches(value, self.down) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _shown(kind: str, value: bool | int | float | str) -> str:
+    """Return a value as the plan shows it; `kind` tells 1 from true."""
+    return quoted(value, _SHORT)
 
 
 def usual_label(value: object) -> bool | None:

@@ -40,7 +40,7 @@ from offline_kto.kto_core.feedback.conversations import (
     with_system,
 )
 from offline_kto.kto_core.feedback.exports import is_printed
-from offline_kto.kto_core.feedback.json_values import canonical_json, template_kwargs_in, tools_in
+from offline_kto.kto_core.feedback.json_values import canonical_json, check_text, template_kwargs_in, tools_in
 from offline_kto.kto_core.feedback.judged_messages import judged_messages
 from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, UNRATED, LeftOut
@@ -100,7 +100,8 @@ def _rows(
             raise LeftOut(MEDIA, f"'{name}'")
     tools = tools_in(present.get("tools"), where)
     kwargs = template_kwargs_in(present.get("chat_template_kwargs"), where)
-    canonical_json([tools, kwargs], where)
+    if tools or kwargs:
+        canonical_json([tools, kwargs], where)
     if is_pair(present, fields):
         prompt, completions = pair_in(present, where, fields)
         return _finished(prompt, completions, [True, False], "chosen + rejected", where, tools, kwargs, fields)
@@ -133,8 +134,11 @@ def _finished(
         rendered, from_text = isinstance(prompt, str), not isinstance(prompt, str)
     if tools is not None and isinstance(prompt, str):
         raise FeedbackError(f"{where}: 'tools' with a plain text prompt. Write the prompt as messages.")
-    content = canonical_json([prompt, *completions], where)
-    pair_id = hashlib.sha256(content).hexdigest()[:32] if len(completions) == 2 else None
+    pair_id = None
+    if len(completions) == 2:
+        pair_id = hashlib.sha256(canonical_json([prompt, *completions], where)).hexdigest()[:32]
+    else:
+        check_text([prompt, *completions], where)
     rows = []
     for completion, label in zip(completions, labels, strict=True):
         asked, answered, moved = prompt, completion, False

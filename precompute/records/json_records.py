@@ -36,7 +36,7 @@ def read_jsonl(handle: IO[bytes], name: str) -> Iterator[Located]:
             continue
         where = f"{name}:{number}"
         try:
-            value = json.loads(line, object_pairs_hook=_unambiguous)
+            value = _DECODER.decode(line)
         except (ValueError, RecursionError) as error:
             cut = not line.endswith("\n") and _is_cut(error, line, _skip(line, 0), "}")
             raise _bad_json(error, where, getattr(error, "colno", 1), cut=cut) from None
