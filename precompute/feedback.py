@@ -238,10 +238,11 @@ class Feedback:
         data, left_out = self._config.data, self.found.left_out
         reasons = ", ".join(left_out.in_words()) or "none was found"
         if left_out.counts[OTHER_SPLIT]:
+            named = next((split for split in self.found.splits if re.fullmatch(r"[\w.-]{1,60}", split)), "NAME")
             splits = Scale(Counter({quoted(split): count for split, count in self.found.splits.items()}))
             return FeedbackError(
                 f"{data}: no row of the split {quoted(self._config.split)} can be used ({reasons}); the column 'split' has "
-                f"{splits.in_words()}. Name the one to read: --split {next(iter(self.found.splits))}, or all."
+                f"{splits.in_words()}. Name the one to read: --split {named}, or all."
             )
         if not left_out.counts[UNRATED]:
             where, reason, detail = left_out.rows[0] if left_out.rows else (data, "not there", "")
@@ -339,7 +340,7 @@ class Feedback:
             if self._is_wanted(split):
                 yield where, record
             else:
-                self.found.left_out.add(where, OTHER_SPLIT, split or "")
+                self.found.left_out.add(where, OTHER_SPLIT, quoted(split))
 
     def _joined(self, records: Iterable[Located], join: JMESPath) -> Iterator[Located]:
         """Yield a record for all that have the same value: `rows` lists them in the order of the file.
