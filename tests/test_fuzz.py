@@ -311,7 +311,18 @@ def changed(content, edits):
 KEYS = [
     *("prompt", "completion", "label", "messages", "conversations", "chosen", "rejected", "rating", "instruction"),
     *("input", "output", "history", "system", "kto_tag", "role", "content", "from", "value", "tools", "tool_calls"),
-    *("split", "system_prompt", "score", "metadata", "chat_template_kwargs", "images", "text", "type", "data", DRIVES_TERMINALS),
+    *(
+        "split",
+        "system_prompt",
+        "score",
+        "metadata",
+        "chat_template_kwargs",
+        "images",
+        "text",
+        "type",
+        "data",
+        DRIVES_TERMINALS,
+    ),
 ]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}
@@ -335,6 +346,23 @@ VALID = [
         "tools": [{"type": "function", "function": {"name": "f"}}],
         "chat_template_kwargs": {"mood": "glad"},
         "label": "\U0001f44d",
+    },
+    {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}]},
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "4"}]}],
+            },
+            ANSWER,
+        ],
+        "label": True,
+    },
+    {
+        "prompt": [{"type": "human", "data": {"content": "hello", "additional_kwargs": {"tool_calls": []}}}],
+        "completion": [{"message.role": "assistant", "message.contents": [{"message_content.text": "world"}]}],
+        "label": False,
     },
 ]
 EXPORTS = {name: case for name, case in app_exports.CASES.items() if not isinstance(case.records, str)}
@@ -370,8 +398,7 @@ def says_something(turns):
     if isinstance(turns, str):
         return turns.strip() != ""
     return len(turns) > 0 and all(
-        isinstance(turn["content"], str)
-        and (turn["role"] == "tool" or "tool_calls" in turn or said_in(turn))
+        isinstance(turn["content"], str) and (turn["role"] == "tool" or "tool_calls" in turn or said_in(turn))
         for turn in turns
     )
 
