@@ -349,6 +349,23 @@ VALID = [
         "chat_template_kwargs": {"mood": "glad"},
         "label": "\U0001f44d",
     },
+    {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}]},
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "4"}]}],
+            },
+            ANSWER,
+        ],
+        "label": True,
+    },
+    {
+        "prompt": [{"type": "human", "data": {"content": "hello", "additional_kwargs": {"tool_calls": []}}}],
+        "completion": [{"message.role": "assistant", "message.contents": [{"message_content.text": "world"}]}],
+        "label": False,
+    },
 ]
 EXPORTS = {name: case for name, case in app_exports.CASES.items() if not isinstance(case.records, str)}
 FRAGMENTS = [
