@@ -32,6 +32,7 @@ def targets() -> dict[str, Callable[[bytes], object]]:
         "feedback": feedback,
         "feedback-damaged": fuzz.test_a_damaged_feedback_file_ends_in_rows_or_in_our_own_error.hypothesis.fuzz_one_input,
         "feedback-records": fuzz.test_any_records_as_feedback_end_in_rows_or_in_our_own_error.hypothesis.fuzz_one_input,
+        "exports": fuzz.test_a_changed_export_ends_in_rows_or_in_our_own_error.hypothesis.fuzz_one_input,
         "manifest": fuzz.manifest_from_bytes,
         "manifest-changed": fuzz.test_a_changed_manifest_is_taken_or_refused_by_our_own_error.hypothesis.fuzz_one_input,
         "config": fuzz.config_from_text,

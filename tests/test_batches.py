@@ -79,7 +79,12 @@ def make_cache(base: Path, folder: Path, labels: list[bool], *, twice: int = 0) 
     rows += [{**row, "label": not row["label"]} for row in rows[:twice]]
     folder.mkdir()
     precompute(
-        PrecomputeConfig(model=str(base), data=str(write_rows(folder / "rows.jsonl", rows)), out=folder / "refs")
+        PrecomputeConfig(
+            model=str(base),
+            data=str(write_rows(folder / "rows.jsonl", rows)),
+            out=folder / "refs",
+            one_class=all(labels),
+        )
     )
     return folder / "refs"
 

@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
+import app_exports
 import forks
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,6 +41,10 @@ from offline_kto.kto_core.cache.shards import check_table, open_shard, read_meta
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError, ConfigError, FeedbackError, KTOError, ModelError, TokenizationError
 from offline_kto.kto_core.feedback.columns import FeedbackFields
+from offline_kto.kto_core.feedback.labels import LabelRule
+from offline_kto.kto_core.feedback.left_out import LeftOut
+from offline_kto.kto_core.feedback.messages import REASONING
+from offline_kto.kto_core.feedback.presets import recognised
 from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
 from offline_kto.kto_core.feedback.records import parse_record
 from offline_kto.kto_core.feedback.tokenization import tokenize_rows
@@ -47,6 +52,7 @@ from offline_kto.kto_core.hashing import weights_hash
 from offline_kto.kto_core.options import resolve
 from offline_kto.precompute import inspect_cache
 from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.records.sources import describe_source, read_records
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows, RowKey
@@ -307,7 +313,18 @@ def changed(content, edits):
 KEYS = [
     *("prompt", "completion", "label", "messages", "conversations", "chosen", "rejected", "rating", "instruction"),
     *("input", "output", "history", "system", "kto_tag", "role", "content", "from", "value", "tools", "tool_calls"),
-    *("chat_template_kwargs", "images", "text", "type", "data", DRIVES_TERMINALS),
+    *(
+        "split",
+        "system_prompt",
+        "score",
+        "metadata",
+        "chat_template_kwargs",
+        "images",
+        "text",
+        "type",
+        "data",
+        DRIVES_TERMINALS,
+    ),
 ]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}
@@ -332,7 +349,25 @@ VALID = [
         "chat_template_kwargs": {"mood": "glad"},
         "label": "\U0001f44d",
     },
+    {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}]},
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "4"}]}],
+            },
+            ANSWER,
+        ],
+        "label": True,
+    },
+    {
+        "prompt": [{"type": "human", "data": {"content": "hello", "additional_kwargs": {"tool_calls": []}}}],
+        "completion": [{"message.role": "assistant", "message.contents": [{"message_content.text": "world"}]}],
+        "label": False,
+    },
 ]
+EXPORTS = {name: case for name, case in app_exports.CASES.items() if not isinstance(case.records, str)}
 FRAGMENTS = [
     *b'{ } [ ] , : " \\ "prompt": "completion": "label": "messages": "hello" true null NaN -Infinity 1e999'.split(),
     *b'{"data":[ "\\ud800" prompt,completion,label a,b,true PAR1 @deep@ @digits@ @long@'.split(),
@@ -357,12 +392,15 @@ def tokenizers():
     ]
 
 
+def said_in(turn):
+    return "".join(turn[name] for name in ("content", *REASONING) if isinstance(turn.get(name), str)).strip()
+
+
 def says_something(turns):
     if isinstance(turns, str):
         return turns.strip() != ""
     return len(turns) > 0 and all(
-        isinstance(turn["content"], str)
-        and (turn["content"].strip() != "" or turn["role"] == "tool" or "tool_calls" in turn)
+        isinstance(turn["content"], str) and (turn["role"] == "tool" or "tool_calls" in turn or said_in(turn))
         for turn in turns
     )
 
@@ -372,6 +410,8 @@ def read_feedback(path, most=30):
     good, records = attempt(lambda: read_records(str(path), limit=most), FeedbackError, room(), path.name)
     attempt(lambda: describe_source(str(path)), FeedbackError, room(), path.name)
     attempt(lambda: resolve_threshold("median", read_records(str(path), limit=most)), KTOError, room())
+    for on_bad_row in ("skip", "error"):
+        read_as_a_whole(path, on_bad_row=on_bad_row, limit=most)
     while good:
         good, item = attempt(lambda: next(records, None), FeedbackError, room(), path.name)
         if item is None:
@@ -383,13 +423,54 @@ def read_feedback(path, most=30):
         use_record(record, path)
 
 
+def rows_of(record, where, fields):
+    try:
+        return parse_record(record, where, fields)
+    except LeftOut as left:
+        assert_printable(str(left))
+        return []
+
+
+def assert_row(row):
+    assert isinstance(row.label, bool)
+    assert says_something(row.completion)
+
+
+def read_as_a_whole(path, **options):
+    """What `kto-precompute` reads of a file: in one of all formats, with what is left out in a file of its own."""
+    left = room() / "left.jsonl"
+    left.unlink(missing_ok=True)
+    config = PrecomputeConfig(model="m", data=str(path), left_out=left, one_class=True, **options)
+    recognised({}, "")  # reads the formats, which stand outside of the room
+    with bounded(), nothing_but(room()):
+        try:
+            feedback = Feedback(config, has_template=True)
+            try:
+                for row in feedback.rows():
+                    assert_row(row)
+                    feedback.keep(row)
+            finally:
+                feedback.write_left_out()
+            feedback.finish()
+        except KTOError as error:
+            message = str(error)
+            assert_printable(message)
+            assert path.name in message
+            assert all(len(line) < LONGEST_MESSAGE + len(str(room())) for line in message.splitlines())
+            assert len(message.splitlines()) < 30
+        else:
+            assert_printable("".join(feedback.notes()))
+    for line in left.read_text(encoding="utf-8").splitlines() if left.exists() else ():
+        assert_printable(line)
+        assert json.loads(line)["where"].startswith(path.name)
+
+
 def use_record(record, path):
     where = f"{path.name}:17"
-    for fields in (FeedbackFields(), FeedbackFields(chat_template=False), FeedbackFields(rating_threshold=4.0)):
-        parsed, rows = attempt(functools.partial(parse_record, record, where, fields), FeedbackError, room(), path.name)
+    for fields in (FeedbackFields(chat=True), FeedbackFields(), FeedbackFields(rule=LabelRule.at_least(4.0))):
+        parsed, rows = attempt(functools.partial(rows_of, record, where, fields), FeedbackError, room(), path.name)
         for row in rows if parsed else ():
-            assert isinstance(row.label, bool)
-            assert says_something(row.completion)
+            assert_row(row)
             for tokenizer in tokenizers():
                 fits, tokens = attempt(
                     functools.partial(tokenize_rows, [row], tokenizer), TokenizationError, room(), path.name
@@ -417,6 +498,12 @@ def feedback_from_bytes(content, suffix, packed=True):
 def feedback_from_records(records, depth=900, digits=4299):
     lines = "".join(as_json(record, depth, digits) + "\n" for record in records)
     read_feedback(feedback_file(lines.encode(), ".jsonl"))
+
+
+def export_from_edits(name, edits, depth=900, digits=4299):
+    content = as_json(changed(EXPORTS[name].records, edits), depth, digits)
+    for on_bad_row in ("skip", "error"):
+        read_as_a_whole(feedback_file(content.encode(), ".json"), on_bad_row=on_bad_row, **EXPORTS[name].options)
 
 
 @functools.cache
@@ -480,6 +567,7 @@ likely_records = st.fixed_dictionaries(
         **dict.fromkeys(("instruction", "input", "output", "system"), texts),
         "label": st.booleans() | scalars,
         "rating": scalars,
+        "split": st.just("train") | texts,
         "tools": st.none() | json_values(),
         "chat_template_kwargs": st.none() | st.dictionaries(st.sampled_from(["mood", "tools", "x"]), json_values()),
     },
@@ -503,6 +591,19 @@ likely_records = st.fixed_dictionaries(
 )
 def test_any_records_as_feedback_end_in_rows_or_in_our_own_error(records, depth, digits):
     feedback_from_records(records, depth, digits)
+
+
+@examples(150)
+@given(st.sampled_from(sorted(EXPORTS)), value_edits, depths, digit_counts)
+def test_a_changed_export_ends_in_rows_or_in_our_own_error(name, edits, depth, digits):
+    export_from_edits(name, edits, depth, digits)
+
+
+@pytest.mark.parametrize("name", sorted(EXPORTS))
+def test_the_exports_that_are_changed_here_are_good_ones(name):
+    path = feedback_file(json.dumps(EXPORTS[name].records).encode(), ".json")
+    feedback = Feedback(PrecomputeConfig(model="m", data=str(path), **EXPORTS[name].options), has_template=True)
+    assert list(feedback.rows())
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

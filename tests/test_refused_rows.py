@@ -149,3 +149,20 @@ def test_the_limit_counts_records(tmp_path: Path, tokenizer: Tokenizer) -> None:
     plan = make_plan(config, tokenizer)
     assert (len(plan.rows), plan.feedback.found.records) == (4, 3)
     assert "rows 3 records -> 4 rows, 4 kept, dropped: none left out unrated: 1" in page(plan, config, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": ["human"], "content": "a"},
+        {"role": "user", "content": [{"type": "tool_result", "content": 4}]},
+        {"role": "user", "content": [{"type": "tool_result", "content": {"text": "a"}}]},
+    ],
+    ids=["no name of a type", "a number as the result of a tool", "an object as one"],
+)
+def test_a_message_of_no_known_form_is_refused_with_its_place(
+    tmp_path: Path, tokenizer: Tokenizer, message: dict[str, Any]
+) -> None:
+    row = {"prompt": [message], "completion": "b", "label": True}
+    with pytest.raises(FeedbackError, match=r"^f\.jsonl:5: "):
+        make_plan(config_of(tmp_path, [*chat_rows(4), row]), tokenizer)

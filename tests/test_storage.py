@@ -460,5 +460,5 @@ def test_one_prompt_only_is_refused_before_anything_is_written(
 ) -> None:
     rows = [{"prompt": "the same", "completion": f"answer {i}", "label": True} for i in range(4)]
     with pytest.raises(PairingError):
-        precompute(replace(config, data=str(write_rows(tmp_path / "f.jsonl", rows))))
+        precompute(replace(config, data=str(write_rows(tmp_path / "f.jsonl", rows)), one_class=True))
     assert names(memory) == set()

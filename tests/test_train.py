@@ -657,7 +657,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 def test_one_class_only_warns(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{**row, "label": True} for row in chat_rows(10)]
     data = write_rows(tmp_path / "f.jsonl", rows)
-    precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "refs"))
+    precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "refs", one_class=True))
     run = train(TrainConfig(cache=tmp_path / "refs", out=tmp_path / "run", max_steps=1, save_steps=0, device="cpu"))
     assert "every training row is desirable" in capsys.readouterr().out
     assert "rewards/rejected" not in metrics(run)[0]

@@ -148,11 +148,12 @@ def _is_message(value: object) -> bool:
 def _langchain(value: Mapping[str, object]) -> dict[str, object] | None:
     """Return a message of LangChain's as role and content; None if it is of another kind."""
     inner = value.get("kwargs", value.get("data"))
-    if inner is None and "role" not in value and value.get("type") in _LANGCHAIN_TYPES:
+    kind = value.get("type")
+    if inner is None and "role" not in value and isinstance(kind, str) and kind in _LANGCHAIN_TYPES:
         inner = value
     if not isinstance(inner, Mapping) or "content" not in inner:
         return None
-    kind = inner.get("type", value.get("type"))
+    kind = inner.get("type", kind)
     names = value.get("id")
     if kind in (None, "constructor") and isinstance(names, list) and names:
         kind = str(names[-1])
@@ -364,6 +365,10 @@ class _Parts:
             self.calls.append(_call(given))
         elif kind == "tool_result":
             inner = given.get("content", "")
+            if not isinstance(inner, str | list | tuple):
+                raise FeedbackError(
+                    f"{where}: {what} contains {quoted(part)}; the 'content' of a tool result must be text or parts."
+                )
             inner = inner if isinstance(inner, str) else "".join(_Parts(inner, where, what).texts)
             self.results.append({"role": "tool", "content": inner, "tool_call_id": given.get("tool_use_id")})
         elif _MEDIA_PARTS.search(kind):

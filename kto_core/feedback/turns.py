@@ -1,4 +1,4 @@
-"""Find the judged turns of a conversation, and the turns that lead to each: along a list, or up a tree."""
+"""Find the judged turns of a conversation, and the turns before each of them, in a list or a tree."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +27,7 @@ def mapped_rows(mapping: Mapping, record: Record, where: str) -> Iterator[Native
 
 
 def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str) -> Iterator[Native | LeftOut]:
-    """Yield a row for each judged turn of the assistant's: the turns before it, the turn, and its label.
+    """Yield a row for each judged turn of the assistant: the turns before it, the turn, and its label.
 
     Raises:
         FeedbackError: the value is not a list of turns, a turn is its own ancestor, or the judged turn is not the assistant's.

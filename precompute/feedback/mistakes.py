@@ -1,5 +1,6 @@
 """Report feedback that cannot be used: mistakes in rows, unknown labels, no usable row, one class only."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -37,10 +38,11 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
     data, left_out = config.data, found.left_out
     reasons = ", ".join(left_out.in_words()) or "none was found"
     if left_out.counts[OTHER_SPLIT]:
+        named = next((split for split in found.splits if re.fullmatch(r"[\w.-]{1,60}", split)), "NAME")
         splits = Scale(Counter({quoted(split): count for split, count in found.splits.items()}))
         return FeedbackError(
             f"{data}: no row of the split {quoted(config.split)} can be used ({reasons}); the column 'split' has "
-            f"{splits.in_words()}. Pass --split {next(iter(found.splits))}, or --split all."
+            f"{splits.in_words()}. Pass --split {named}, or --split all."
         )
     if not left_out.counts[UNRATED]:
         where, reason, detail = left_out.rows[0] if left_out.rows else (data, "no record", "")

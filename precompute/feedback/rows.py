@@ -161,7 +161,7 @@ class Feedback:
             if self._format.is_wanted(split):
                 yield where, record
             else:
-                self.found.left_out.add(where, OTHER_SPLIT, split or "")
+                self.found.left_out.add(where, OTHER_SPLIT, quoted(split))
 
     def _joined(self, records: Iterable[Located], join: JMESPath) -> Iterator[Located]:
         """Yield one record for all records with the same value; `rows` lists them in the order of the file.
