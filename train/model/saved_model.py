@@ -21,6 +21,7 @@ from offline_kto.kto_core.errors import TrainingError, said_by
 from offline_kto.kto_core.hashing import chat_template_hash, stored_type, tokenizer_hash
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.weight_files import stored_tensors
+from offline_kto.kto_core.scoring.attention import kernel_keywords
 from offline_kto.kto_core.scoring.head import whole_shape
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -174,6 +175,8 @@ class ModelWriter:
             own[key] = tied
         if getattr(model.config, "quantization_config", None) is None:
             own.pop("quantization_config", None)
+        if kernel_keywords(own) and model.config._attn_implementation != "sdpa":
+            del own["attn_implementation"]  # recent versions of transformers would refuse to load the model
         write_json(folder / _CONFIG, own)
 
     def check_loads(self, folder: Path, layout: Layout) -> None:
