@@ -249,6 +249,8 @@ class KTOTrainer(transformers.Trainer):
             self._saving_as = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:  # recent versions of transformers call this on every rank
+            return
         model, folder = self.accelerator.unwrap_model(self.model, keep_torch_compile=False), Path(output_dir or "")
         folder.mkdir(parents=True, exist_ok=True)
         state_dict = state_dict and tie_again(state_dict, model)
