@@ -41,7 +41,8 @@ TRAINING_LOGGED = _names(
     "use_liger_kernel"
 )
 TRAINING_FREE = _names(
-    "batch_eval_metrics dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers "
+    "activation_checkpointing_kwargs batch_eval_metrics dataloader_drop_last dataloader_in_order "
+    "dataloader_multiprocessing_context dataloader_num_workers "
     "dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers "
     "ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug disable_tqdm do_eval do_predict "
     "do_train enable_jit_checkpoint eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
