@@ -48,7 +48,7 @@ TRAINING_FREE = _names(
     "do_train enable_jit_checkpoint eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
     "gradient_checkpointing_kwargs hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token "
     "include_for_metrics include_num_input_tokens_seen label_names length_column_name local_rank log_level "
-    "log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_strategy prediction_loss_only "
+    "log_level_replica log_on_each_node logging_dir logging_first_step logging_nan_inf_filter logging_strategy prediction_loss_only "
     "project push_to_hub remove_unused_columns run_name save_on_each_node save_only_model save_total_limit "
     "skip_memory_metrics torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id "
     "use_cache"
