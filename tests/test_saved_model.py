@@ -256,7 +256,7 @@ class TestCheck:
             raise UnloadableModelError("the saved model is not the one that was trained: 1 missing keys")
 
         monkeypatch.setattr(ModelWriter, "check_loads", refuse)
-        with pytest.raises(TrainingError, match=r"_unloadable: .*1 missing keys. Its weights are kept there"):
+        with pytest.raises(TrainingError, match=r"_unloadable: .*1 missing keys. Its weights are kept in that folder"):
             train(replace(config, save_steps=0))
         out = config.out or Path()
         assert load_file(out / "_unloadable/model.safetensors")
