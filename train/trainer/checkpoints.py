@@ -155,7 +155,7 @@ def check_optimizer_loaded(optimizer: torch.optim.Optimizer, checkpoint: Path) -
     Raises:
         TrainingError: the state was not loaded.
     """
-    from torch.distributed.checkpoint import FileSystemReader  # slow to import
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # slow to import
 
     for shards in checkpoint.glob("optimizer_*/"):
         stored = FileSystemReader(shards).read_metadata().state_dict_metadata
