@@ -29,7 +29,9 @@ NOT_FOR_DATA = {
     "return_assistant_tokens_mask",
     "tokenizer_kwargs",
     "processor_kwargs",
+    "sanitize_control_tokens",
     "strftime_now",
+    "kto_dates",
 }
 
 # Fields of a message that contain the assistant's reasoning.
@@ -43,9 +45,6 @@ class ChatRenderer:
         tokenizer: a `transformers` tokenizer; it is never changed.
         now: the date that templates with a date write; None for today.
         findings: counts of rows that the user should know about.
-
-    Attributes:
-        dated: whether a template wrote the date.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, now: datetime | None, findings: Findings) -> None:
@@ -54,7 +53,7 @@ class ChatRenderer:
         template = getattr(tokenizer, "chat_template", None) or ""
         self._source = template if isinstance(template, str) else "\n".join(map(str, template.values()))
         self._headers: dict[str, list[str]] = {}
-        self.dated = False
+        self._dates: dict[str, str] = {}
 
     def render(self, row: FeedbackRow) -> tuple[str, str]:
         """Return the text of prompt and completion.
@@ -151,14 +150,25 @@ class ChatRenderer:
     def _options(self, row: FeedbackRow, settings: Mapping[str, object]) -> dict[str, object]:
         return {**settings, "tools": list(row.tools) if row.tools else None}
 
-    def _apply(self, messages: list[Message], **options: object) -> str:
-        if "strftime_now" in self._source:
-            options["strftime_now"] = self._strftime
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    @property
+    def dated(self) -> bool:
+        """Return whether a template has asked for the date."""
+        return bool(self._dates)
 
-    def _strftime(self, form: str) -> str:
-        self.dated = True
-        return self._now.strftime(form)
+    def _apply(self, messages: list[Message], **options: object) -> str:
+        if "strftime_now" not in self._source:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        options["chat_template"] = _FROZEN_DATE + self._tokenizer.get_chat_template(None, options["tools"])
+        while True:
+            try:
+                return str(
+                    self._tokenizer.apply_chat_template(messages, tokenize=False, kto_dates=self._dates, **options)
+                )
+            except Exception as error:
+                form = str(error).partition(_UNKNOWN_FORM)[2]
+                if not form or form in self._dates:
+                    raise
+                self._dates[form] = self._now.strftime(form)
 
     def _next_headers(self, options: Mapping[str, object]) -> list[str]:
         """Return headers that open a turn and may follow the last answer; empty if they cannot be determined."""
@@ -219,6 +229,16 @@ class ChatRenderer:
             for other in single[i + 1 : 8]:
                 if one.keys() != other.keys():
                     yield {**one, **other}
+
+
+# Text before a template that defines its `strftime_now` as a table of dates. Recent versions of `transformers` pass no
+# functions to a template, and their own function uses today's date. The table's keys are known only once the template
+# asks for them. `trim_blocks` removes one line break after each block.
+_UNKNOWN_FORM = "kto: unknown date format: "
+_FROZEN_DATE = (
+    "{% macro strftime_now(format) %}{{ kto_dates[format] if format in kto_dates "
+    f"else raise_exception({json.dumps(_UNKNOWN_FORM)} ~ format) }}}}{{% endmacro %}}\n"
+)
 
 
 def _headers(end: str) -> Iterator[str]:

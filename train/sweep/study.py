@@ -307,7 +307,8 @@ class Study:
         states = self._optuna.trial.TrialState
         found = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state]
         # Another sweeper took the trial over and has ended it.
-        taken_over = (ValueError, self._optuna.exceptions.UpdateFinishedTrialError)
+        finished = getattr(self._optuna.exceptions, "UpdateFinishedTrialError", RuntimeError)  # optuna 4.0 has no class
+        taken_over = (ValueError, finished)
         with _of_storage(self._url), contextlib.suppress(*taken_over), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "This step is already reported"
             for step, one in trial.evaluations.items():
