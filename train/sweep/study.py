@@ -355,7 +355,8 @@ class Study:
         importance = self._optuna.importance
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # "The number of trials is too small"
+                # "The number of trials is too small". Of another kind: in optuna 4.0 this evaluator is experimental.
+                warnings.simplefilter("error", UserWarning)
                 found = importance.get_param_importances(
                     self._study, evaluator=importance.PedAnovaImportanceEvaluator(), normalize=True
                 )
