@@ -1,16 +1,18 @@
 """Conversations under templates of every kind: what was judged is what is scored."""
 
+import inspect
 import json
 from datetime import datetime
 from typing import Any
 
 import pytest
+import transformers
 from models import BOS, CHAT_TEMPLATE, tiny_tokenizer
 
 from offline_kto.kto_core.errors import TokenizationError
 from offline_kto.kto_core.feedback.columns import FeedbackFields
 from offline_kto.kto_core.feedback.records import FeedbackRow, parse_record
-from offline_kto.kto_core.feedback.template_settings import with_settings
+from offline_kto.kto_core.feedback.template_settings import NOT_FOR_DATA, with_settings
 from offline_kto.kto_core.feedback.tokenization import Tokenizing
 
 ASK = {"role": "user", "content": "Where?"}
@@ -373,11 +375,56 @@ def test_settings_of_every_json_kind_reach_the_template() -> None:
 
 
 DATED = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
+DAY = datetime(2024, 7, 26)
 
 
 def test_a_template_with_the_date_is_rendered_for_the_day_that_is_given() -> None:
     prompt, _, _ = texts(DATED, messages=[ASK, ANSWER], day=datetime(2024, 7, 26))
     assert prompt.startswith("26 Jul 2024<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            "{% if strftime_now is defined %}{{ strftime_now(format='%Y-%m-%d') }}{% else %}none{% endif %}",
+            "2024-07-06",
+        ),
+        ("{{ strftime_now('%d') | int + 1 }} {{ strftime_now('%B')[:3] }}, {{ strftime_now('%-d%%') }}", "7 Jul, 6%"),
+        ("{% set form = '%' ~ 'Y' %}{% macro today() %}{{ strftime_now(form) }}{% endmacro %}{{ today() }}", "2024"),
+        ("{% for f in ['%d', '%m'] %}{{ strftime_now(f) }}.{% endfor %}{{ strftime_now('%d') }}", "06.07.06"),
+        ("\n{{ strftime_now('%y') }}", "\n24"),
+        ("  {% if true %}{{ strftime_now('%y') }}{% endif %}", "24"),
+    ],
+)
+def test_a_template_may_work_with_the_date(template: str, expected: str) -> None:
+    """The definition of `strftime_now` before the template leaves its line breaks and spaces alone."""
+    prompt, _, _ = texts(template + CHAT_TEMPLATE, messages=[ASK, ANSWER], day=datetime(2024, 7, 6))
+    assert prompt.startswith(f"{expected}<|im_start|>")
+    own = tiny_tokenizer(chat_template=template + CHAT_TEMPLATE)
+    today, _, _ = texts(template + CHAT_TEMPLATE, messages=[ASK, ANSWER])
+    assert today == own.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
+
+
+def test_the_template_for_tools_is_rendered_for_the_day_too() -> None:
+    tokenizer = tiny_tokenizer(chat_template={"default": CHAT_TEMPLATE, "tool_use": DATED})
+    tokenizing = Tokenizing(tokenizer, now=datetime(2024, 7, 26))
+    tokenizing.tokenize(rows_of(messages=[ASK, ANSWER]))
+    assert not tokenizing.dated
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+    ((prompt, _),) = tokenizing.tokenize(rows_of(messages=[ASK, ANSWER], tools=[tool]))
+    assert tokenizer.decode(prompt).startswith("26 Jul 2024<|im_start|>tools")
+
+
+def test_a_template_s_own_refusal_is_shown_beside_the_date() -> None:
+    with pytest.raises(TokenizationError, match="refuses this conversation: not on 26"):
+        texts(DATED + "{{ raise_exception('not on ' ~ strftime_now('%d')) }}", messages=[ASK, ANSWER], day=DAY)
+
+
+def test_a_record_sets_no_parameter_of_the_library() -> None:
+    """A parameter that a newer version of transformers adds would change what is rendered, or how."""
+    parameters = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters
+    assert {*parameters} - {"self", "kwargs", "documents"} <= NOT_FOR_DATA
 
 
 @pytest.mark.parametrize(("template", "dated"), [(DATED, True), (CHAT_TEMPLATE, False)])

@@ -493,8 +493,16 @@ def test_memory_that_runs_out_is_not_the_model_s_fault(monkeypatch):
         check_scoring(model, random_rows(3), tolerance=1e-3)
 
 
+@pytest.fixture
+def sdpa_ignores_caps(monkeypatch):
+    """The kernel as it was before transformers 5.24, which refuses to compute a capped model with it."""
+    kernels = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    kernel = kernels["sdpa"]
+    monkeypatch.setitem(kernels, "sdpa", lambda *args, softcap=None, **kwargs: kernel(*args, **kwargs))
+
+
 def capped(family="gemma2", **fields):
-    """Gemma 2 at a cap that binds, with the kernel `transformers` picks; and its definition, eager, in float64."""
+    """Gemma 2 at a cap that binds, under sdpa, which ignores the cap; and its definition, eager, in float64."""
     fields = {"attn_logit_softcapping": 1.0, **fields}
     if family == "gemma2":
         model = tiny_model(family, **fields)
@@ -510,9 +518,13 @@ def capped(family="gemma2", **fields):
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
     definition = copy.deepcopy(model).double()
     definition.set_attn_implementation("eager")
+    model._supports_sdpa = True  # transformers 5.24 would not choose it
+    model.set_attn_implementation("sdpa")
+    assert model.config._attn_implementation == "sdpa"
     return model, definition
 
 
+@pytest.mark.usefixtures("sdpa_ignores_caps")
 @pytest.mark.parametrize("family", ["gemma2", "vaultgemma"])
 def test_capped_attention_is_computed_with_its_cap(family):
     model, definition = capped(family)
@@ -545,6 +557,7 @@ def test_a_cap_is_known_by_its_configuration(field):
     assert not caps_attention(transformers.Gemma2Config(attn_logit_softcapping=None, final_logit_softcapping=30.0))
 
 
+@pytest.mark.usefixtures("sdpa_ignores_caps")
 def test_the_self_check_refuses_a_kernel_that_leaves_something_out(monkeypatch):
     """As a family might whose cap has a name that nobody foresaw."""
     monkeypatch.setattr(offline_kto.kto_core.scoring.attention, "caps_attention", lambda config: False)

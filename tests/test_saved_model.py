@@ -150,6 +150,16 @@ class TestConfiguration:
         assert all(torch.equal(expected[name], one) for name, one in load_file(run / "model.safetensors").items())
         assert outputs.items() <= read(run / "config.json").items()
 
+    def test_a_kernel_that_ignores_a_cap_is_not_asked_for_again(
+        self, tmp_path: Path, feedback: Path, config: TrainConfig
+    ) -> None:
+        """transformers 5.24 refuses to load such a configuration, and earlier versions score without the cap."""
+        base = save_tiny(tmp_path / "base", "gemma2", attn_logit_softcapping=1.0)
+        edited(base, "config.json", attn_implementation="sdpa")
+        run = train(scored(base, feedback, config))
+        assert "attn_implementation" not in read(run / "config.json")
+        assert transformers.AutoModelForCausalLM.from_pretrained(run).config.attn_logit_softcapping == 1.0
+
     def test_a_head_of_its_own_is_saved_though_the_configuration_says_tied(
         self, tmp_path: Path, feedback: Path, config: TrainConfig
     ) -> None:

@@ -115,6 +115,10 @@ def test_a_checkpoint_of_shards_goes_on(uneven: TrainConfig, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     shutil.rmtree(two / "checkpoint-4")
     (two / "model.safetensors").unlink()
+    forgets = "import transformers.trainer\ntransformers.trainer.load_fsdp_optimizer = lambda *args, **kwargs: None"
+    done = launch(uneven, two, "--save-steps", "2", "--resume", environment=shards, before=forgets)
+    assert done.returncode == 1
+    assert "checkpoint-2: accelerate did not load the optimizer's state" in done.stderr
     done = launch(uneven, two, "--save-steps", "2", "--resume", environment=shards)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checkpoint-2" in done.stdout

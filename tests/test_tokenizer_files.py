@@ -73,7 +73,9 @@ def test_a_byte_level_file_under_another_class_is_read_as_it_is(
     set_class(folder, name)
     refs = tmp_path / "refs"
     score(config_of(folder, rows))
-    assert "tokenizes differently from tokenizer.json" in capsys.readouterr().out
+    own = AutoTokenizer.from_pretrained(folder)  # transformers 5.24 ignores the class, so that nothing is different
+    is_changed = own.decode(own("two words")["input_ids"]) != "two words"
+    assert ("tokenizes differently from tokenizer.json" in capsys.readouterr().out) == is_changed
     score(config_of(expected, rows, out=tmp_path / "expected"))
     assert ids_of(refs) == ids_of(tmp_path / "expected")
     first = json.loads(rows.read_text().splitlines()[0])

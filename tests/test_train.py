@@ -677,6 +677,7 @@ class TestTrainingTable:
         [
             ({"adam_beta": 0.5}, "Did you mean 'adam_beta[12]'"),
             ({"learning_rate": 1.0}, "set by --learning-rate"),
+            ({"activation_checkpointing": True}, "set by --gradient-checkpointing"),
             ({"gradient_accumulation_steps": 4}, "set by --batch-size"),
             ({"optim": "galore_adamw_layerwise"}, "inside the backward pass"),
             ({"optim": "lomo"}, "inside the backward pass"),

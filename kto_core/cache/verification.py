@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from offline_kto.kto_core.cache.manifest import AGAIN, MANIFEST, Manifest, check_places, differences, readable
-from offline_kto.kto_core.cache.shards import check_packing, check_table, open_shard, read_groups, read_metadata
+from offline_kto.kto_core.cache.shards import (
+    check_packing,
+    check_table,
+    numbers,
+    open_shard,
+    read_groups,
+    read_metadata,
+)
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import file_hash
 
@@ -107,5 +114,5 @@ def _check_shard(folder: Path, manifest: Manifest, number: int, *, whole: bool) 
         if whole:
             rules = {"vocabulary": manifest.vocabulary, "partners": manifest.partners}
             largest = max(largest, check_table(table, str(path), **rules))
-        labels.append(table.column("label").to_numpy())
+        labels.append(numbers(table.column("label")))
     return Verified(np.concatenate(labels), largest)

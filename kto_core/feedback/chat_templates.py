@@ -30,9 +30,6 @@ class ChatRenderer:
         tokenizer: a `transformers` tokenizer; it is never changed.
         now: the date that templates with a date write; None for today.
         findings: counts of rows that the user should know about.
-
-    Attributes:
-        dated: whether a template wrote the date.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, now: datetime | None, findings: Findings) -> None:
@@ -44,18 +41,18 @@ class ChatRenderer:
         self._probes: dict[object, Probe] = {}
         self._remedies: dict[object, str] = {}
         self._knows_developer: bool | None = None
-        self.dated = False
+        self._dates: dict[str, str] = {}
 
     def around_question(self) -> tuple[str, str]:
         """Return what the template writes before and after a question; empty texts if that cannot be determined."""
         if not self._source:
             return "", ""
-        dated = self.dated
+        dates = dict(self._dates)
         try:
             text = self._apply([{"role": "user", "content": "ktoquestion"}], add_generation_prompt=True)
         except Exception:  # noqa: BLE001 - templates raise exceptions of any type
             text = ""
-        self.dated = dated
+        self._dates = dates
         before, found, after = text.partition("ktoquestion")
         bos = str(self._tokenizer.bos_token or "")
         return (before.removeprefix(bos), after) if found else ("", "")
@@ -203,14 +200,25 @@ class ChatRenderer:
     def _options(self, tools: Sequence[dict[str, object]] | None, settings: Mapping[str, object]) -> dict[str, object]:
         return {**settings, "tools": list(tools) if tools else None}
 
-    def _apply(self, messages: list[Message], **options: object) -> str:
-        if "strftime_now" in self._source:
-            options["strftime_now"] = self._strftime
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    @property
+    def dated(self) -> bool:
+        """Return whether a template has asked for the date."""
+        return bool(self._dates)
 
-    def _strftime(self, form: str) -> str:
-        self.dated = True
-        return self._now.strftime(form)
+    def _apply(self, messages: list[Message], **options: object) -> str:
+        if "strftime_now" not in self._source:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        options["chat_template"] = _FROZEN_DATE + self._tokenizer.get_chat_template(None, options.get("tools"))
+        while True:
+            try:
+                return str(
+                    self._tokenizer.apply_chat_template(messages, tokenize=False, kto_dates=self._dates, **options)
+                )
+            except Exception as error:
+                form = str(error).partition(_UNKNOWN_FORM)[2]
+                if not form or form in self._dates:
+                    raise
+                self._dates[form] = self._now.strftime(form)
 
     def _with_known_roles(self, row: FeedbackRow) -> FeedbackRow:
         """Return the row with `system` in place of `developer` if the template does not write the latter.
@@ -262,6 +270,16 @@ class ChatRenderer:
             words = ",".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
             return f" It can be rendered with --chat-template-kwargs {words} (or 'chat_template_kwargs' in the record)."
         return _OTHER_WAYS
+
+
+# Text before a template that defines its `strftime_now` as a table of dates. Recent versions of `transformers` pass no
+# functions to a template, and their own function uses today's date. The table's keys are known only once the template
+# asks for them. `trim_blocks` removes one line break after each block.
+_UNKNOWN_FORM = "kto: unknown date format: "
+_FROZEN_DATE = (
+    "{% macro strftime_now(format) %}{{ kto_dates[format] if format in kto_dates "
+    f"else raise_exception({json.dumps(_UNKNOWN_FORM)} ~ format) }}}}{{% endmacro %}}\n"
+)
 
 
 # A content part printed as Python or JSON, by a template that supports only text.

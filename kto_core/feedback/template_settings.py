@@ -22,7 +22,9 @@ NOT_FOR_DATA = {
     "return_assistant_tokens_mask",
     "tokenizer_kwargs",
     "processor_kwargs",
+    "sanitize_control_tokens",
     "strftime_now",
+    "kto_dates",
 }
 
 _KNOWN_SWITCHES = ("enable_thinking", "thinking", "truncate_history_thinking", "clear_thinking", "preserve_thinking")

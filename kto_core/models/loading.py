@@ -23,6 +23,7 @@ from offline_kto.kto_core.models.precision import Precision, store_matrices_in
 from offline_kto.kto_core.models.quantization import USE_ANOTHER, check_quantization, declared_quantization
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer as load_tokenizer
 from offline_kto.kto_core.models.weight_files import stored_tensors
+from offline_kto.kto_core.scoring.attention import kernel_keywords
 from offline_kto.kto_core.scoring.logps import add_scoring_forward
 from offline_kto.kto_core.scoring.model_code import family_of, model_code
 
@@ -130,6 +131,7 @@ def _read(auto_model: Transformers, folder: Path, dtype: torch.dtype | str, trus
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused by `_check_loaded`, which names them
+            **kernel_keywords(read_json_object(folder / "config.json")),
         )
     skipped = skipped_quantization(messages)
     if skipped is not None:

@@ -31,7 +31,7 @@ from offline_kto.kto_core.models.weight_files import (
     some,
     stored_tensors,
 )
-from offline_kto.kto_core.scoring.attention import apply_softcaps
+from offline_kto.kto_core.scoring.attention import apply_softcaps, kernel_keywords
 
 # Name of a weight, its shape in the files, its shape in the model.
 Mismatch: TypeAlias = tuple[str, Sequence[int], Sequence[int]]
@@ -99,7 +99,8 @@ def _build(library: Transformers, folder: Path, *, trust_remote_code: bool) -> M
     if kind is not None:
         raise ModelError(f"{folder}: {kind}")
     try:
-        settings = library.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        keywords = {"trust_remote_code": trust_remote_code, **kernel_keywords(config)}
+        settings = library.AutoConfig.from_pretrained(str(folder), **keywords)
         with torch.device("meta"):
             model = library.AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
         apply_softcaps(model)

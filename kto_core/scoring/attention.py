@@ -1,12 +1,12 @@
 """Choose an attention kernel that computes the model exactly as its family defines it.
 
-PyTorch's fused attention (sdpa, the default of `transformers`) does not support soft-caps on attention scores. It
-silently ignores the soft-cap of Gemma 2 and related models.
+PyTorch's fused attention (sdpa, the default of `transformers`) does not support soft-caps on attention scores. Where
+`transformers` chooses it nevertheless (Gemma 2 in version 5.19), it silently ignores the soft-cap.
 """
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import Model, ModelConfig
@@ -36,6 +36,18 @@ def _text_configs(config: ModelConfig) -> Iterator[ModelConfig]:
         part = getattr(config, name, None)
         if part is not None and not any(word in name for word in _NO_TEXT):
             yield from _text_configs(part)
+
+
+def kernel_keywords(config: Mapping[str, object]) -> dict[str, None]:
+    """Return keywords for `from_pretrained` that turn a request for sdpa into the library's own choice.
+
+    The library's own choice is sdpa wherever the model supports it. Recent versions of `transformers` refuse the
+    request for models whose soft-cap sdpa ignores.
+
+    Args:
+        config: the content of config.json.
+    """
+    return {"attn_implementation": None} if config.get("attn_implementation") == "sdpa" else {}
 
 
 def apply_softcaps(model: Model) -> None:

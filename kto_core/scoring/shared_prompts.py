@@ -12,6 +12,7 @@ because sliding windows and some position tables count slots, not positions. No 
 Whether prompts are shared is decided in `passes.py`.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -181,19 +182,30 @@ def hidden_states(body: ModelBody, batch: SharedPrompts, *, takes_positions: boo
 
     out = body(input_ids=batch.input_ids, use_cache=True, return_dict=True, **positions(batch))
     states = [out.last_hidden_state.flatten(0, 1)]
-    layers = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+    name = _cache_name(body)
+    cache = getattr(out, name)
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
     for branch in batch.branches:
         copies = [tuple(_lined_up(kept, branch) for kept in layer) for layer in layers]
         done = body(
             input_ids=branch.input_ids,
             attention_mask=branch.attention_mask,
-            past_key_values=type(out.past_key_values)(copies),
             use_cache=True,
             return_dict=True,
+            **{name: type(cache)(copies)},
             **positions(branch),
         )
         states.append(done.last_hidden_state.flatten(0, 1))
     return torch.cat(states)
+
+
+def _cache_name(body: ModelBody) -> str:
+    """Return the name of keys and values in the model's arguments and outputs: `cache` in recent `transformers`.
+
+    A forward that accepts any keyword may silently ignore the other name.
+    """
+    forward = getattr(body, "forward", body)
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def _lined_up(kept: Tensor, branch: Branches) -> Tensor:

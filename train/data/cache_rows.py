@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
-from offline_kto.kto_core.cache.shards import Rows, open_shard, read_groups
+from offline_kto.kto_core.cache.shards import Rows, numbers, open_shard, read_groups
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.launch import read_launch
@@ -128,11 +128,11 @@ class CacheRows(Dataset[TrainingRow]):
         self.cut, self.kl_cut = np.zeros(len(found.labels), dtype=bool), 0
         if self.max_length < cached:
             prompts, completions = (
-                self.column(column, pc.list_value_length).to_numpy() for column in ("prompt_ids", "completion_ids")
+                numbers(self.column(column, pc.list_value_length)) for column in ("prompt_ids", "completion_ids")
             )
             self._fitting = np.flatnonzero(prompts < self.max_length)
             self.cut = (prompts + completions)[self._fitting] > self.max_length
-            partners = self.column("kl_completion_ids", lambda lists: pc.list_value_length(lists.flatten())).to_numpy()
+            partners = numbers(self.column("kl_completion_ids", lambda lists: pc.list_value_length(lists.flatten())))
             whole = prompts[:, None] + partners.reshape(len(prompts), self.partners)
             self.kl_cut = int((whole[self._fitting] > self.max_length).sum())
         self.dropped, self.labels = len(found.labels) - len(self._fitting), found.labels[self._fitting]
@@ -192,8 +192,8 @@ class CacheRows(Dataset[TrainingRow]):
         for number, position in (self._groups[group] for group in chosen):
             path, file = self._paths[number], self._files[number]
             (table,) = read_groups(path, file, groups=[position], columns=["prompt_ids", "completion_ids", "label"])
-            lists = [pc.list_value_length(table.column(name)).to_numpy() for name in ("prompt_ids", "completion_ids")]
-            of_rows.append(np.stack([*lists, table.column("label").to_numpy().astype(np.int64)]))
+            lists = [numbers(pc.list_value_length(table.column(name))) for name in ("prompt_ids", "completion_ids")]
+            of_rows.append(np.stack([*lists, numbers(table.column("label")).astype(np.int64)]))
         prompts, completions, labels = np.concatenate(of_rows, axis=1)
         kept = prompts < self.max_length
         prompts, completions, labels = prompts[kept], completions[kept], labels[kept].astype(bool)

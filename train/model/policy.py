@@ -130,7 +130,9 @@ class PolicyFiles:
         )
         _repair_generation(model)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Renamed in transformers 5.24.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         return model
 
     def prepare(self, model: Model, config: TrainConfig) -> Model:

@@ -5,9 +5,10 @@ A folder gets   the weights, in float32 or in the type of --save-dtype
                 its tokenizer files, if they still tokenize as the run's tokenizer does
 """
 
+import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from offline_kto.kto_core.errors import TrainingError, said_by
 from offline_kto.kto_core.hashing import chat_template_hash, stored_type, tokenizer_hash
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.weight_files import stored_tensors
+from offline_kto.kto_core.scoring.attention import kernel_keywords
 from offline_kto.kto_core.scoring.head import whole_shape
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -174,6 +176,8 @@ class ModelWriter:
             own[key] = tied
         if getattr(model.config, "quantization_config", None) is None:
             own.pop("quantization_config", None)
+        if kernel_keywords(own) and model.config._attn_implementation != "sdpa":
+            del own["attn_implementation"]  # recent versions of transformers would refuse to load the model
         write_json(folder / _CONFIG, own)
 
     def check_loads(self, folder: Path, layout: Layout) -> None:
@@ -186,14 +190,7 @@ class ModelWriter:
             UnloadableModelError: it cannot be loaded, or loads as another model.
         """
         try:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                dtype="auto",
-                device_map="meta",
-                use_safetensors=True,
-                trust_remote_code=self.trust_remote_code,
-                output_loading_info=True,
-            )
+            model, info = self._load(folder)
         except Exception as error:
             if self.trust_remote_code:
                 return  # custom model code may not support the meta device
@@ -202,6 +199,21 @@ class ModelWriter:
         found = ", ".join(wrong) or layout.difference(Layout.of(model))
         if found:
             raise UnloadableModelError(f"the saved model is not the one that was trained: {found}")
+
+    def _load(self, folder: Path) -> tuple[Model, dict[str, Collection[object]]]:
+        load = functools.partial(
+            transformers.AutoModelForCausalLM.from_pretrained,
+            str(folder),
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=self.trust_remote_code,
+            output_loading_info=True,
+        )
+        try:
+            model, info = load(device_map="meta")
+        except NotImplementedError:  # transformers 5.10 compares the values of two weights that may be tied
+            model, info = load()
+        return model, info
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write the model's own tokenizer files, or serialize a tokenizer that the run changed."""

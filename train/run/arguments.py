@@ -36,6 +36,7 @@ _OURS = {
     "fp16": "--dtype",
     "use_cpu": "--device",
     "gradient_checkpointing": "--gradient-checkpointing",
+    "activation_checkpointing": "--gradient-checkpointing",  # its name since transformers 5.24
     "eval_steps": "--eval-steps",
     "save_steps": "--save-steps",
     "logging_steps": "--logging-steps",

@@ -41,13 +41,14 @@ TRAINING_LOGGED = _names(
     "use_liger_kernel"
 )
 TRAINING_FREE = _names(
-    "batch_eval_metrics dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers "
+    "activation_checkpointing_kwargs batch_eval_metrics dataloader_drop_last dataloader_in_order "
+    "dataloader_multiprocessing_context dataloader_num_workers "
     "dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers "
     "ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug disable_tqdm do_eval do_predict "
     "do_train enable_jit_checkpoint eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
     "gradient_checkpointing_kwargs hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token "
     "include_for_metrics include_num_input_tokens_seen label_names length_column_name local_rank log_level "
-    "log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_strategy prediction_loss_only "
+    "log_level_replica log_on_each_node logging_dir logging_first_step logging_nan_inf_filter logging_strategy prediction_loss_only "
     "project push_to_hub remove_unused_columns run_name save_on_each_node save_only_model save_total_limit "
     "skip_memory_metrics torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id "
     "use_cache"

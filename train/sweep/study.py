@@ -307,7 +307,8 @@ class Study:
         states = self._optuna.trial.TrialState
         found = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state]
         # Another sweeper took the trial over and has ended it.
-        taken_over = (ValueError, self._optuna.exceptions.UpdateFinishedTrialError)
+        finished = getattr(self._optuna.exceptions, "UpdateFinishedTrialError", RuntimeError)  # optuna 4.0 has no class
+        taken_over = (ValueError, finished)
         with _of_storage(self._url), contextlib.suppress(*taken_over), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "This step is already reported"
             for step, one in trial.evaluations.items():
@@ -354,7 +355,8 @@ class Study:
         importance = self._optuna.importance
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # "The number of trials is too small"
+                # "The number of trials is too small". Of another kind: in optuna 4.0 this evaluator is experimental.
+                warnings.simplefilter("error", UserWarning)
                 found = importance.get_param_importances(
                     self._study, evaluator=importance.PedAnovaImportanceEvaluator(), normalize=True
                 )

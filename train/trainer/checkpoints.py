@@ -147,6 +147,25 @@ def reading(checkpoint: Path, *files: str) -> Iterator[None]:
         ) from error
 
 
+def check_optimizer_loaded(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Refuse an optimizer that begins anew although the shards of a checkpoint contain its state.
+
+    accelerate before 1.13 reads nothing from the shards of FSDP 2.
+
+    Raises:
+        TrainingError: the state was not loaded.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # slow to import
+
+    for shards in checkpoint.glob("optimizer_*/"):
+        stored = FileSystemReader(shards).read_metadata().state_dict_metadata
+        if any(".state." in name for name in stored) and not optimizer.state_dict()["state"]:
+            raise TrainingError(
+                f"{checkpoint}: accelerate did not load the optimizer's state from {shards.name}, so a resumed run would not "
+                "match an uninterrupted run. Install accelerate 1.13 or newer, and resume again."
+            )
+
+
 @contextlib.contextmanager
 def loading_model(checkpoint: Path, model: Model) -> Iterator[None]:
     """Load a checkpoint's weights in the block, after checking that its adapters, if any, fit the model.

@@ -22,7 +22,12 @@ from offline_kto.train.data.cache_rows import CacheRows, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.model.saved_model import ModelWriter
 from offline_kto.train.trainer.accumulators import RowLogratios, Window
-from offline_kto.train.trainer.checkpoints import load_renamed_weights, loading_model, reading
+from offline_kto.train.trainer.checkpoints import (
+    check_optimizer_loaded,
+    load_renamed_weights,
+    loading_model,
+    reading,
+)
 from offline_kto.train.trainer.evaluation import Scores, held_out_metrics
 from offline_kto.train.trainer.finite_checks import FiniteChecks
 from offline_kto.train.trainer.gradient_passes import GradientPasses
@@ -249,6 +254,8 @@ class KTOTrainer(transformers.Trainer):
             self._saving_as = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:  # recent versions of transformers call this on every rank
+            return
         model, folder = self.accelerator.unwrap_model(self.model, keep_torch_compile=False), Path(output_dir or "")
         folder.mkdir(parents=True, exist_ok=True)
         state_dict = state_dict and tie_again(state_dict, model)
@@ -303,6 +310,8 @@ class KTOTrainer(transformers.Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading(Path(checkpoint or ""), "optimizer.pt", "scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint:
+            check_optimizer_loaded(self.optimizer, Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(Path(checkpoint or ""), "rng_state.pth"):
