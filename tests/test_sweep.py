@@ -434,7 +434,7 @@ class TestTrialsThatFail:
     ) -> None:
         rows = [{"prompt": f"p {i}", "completion": f"c {i}", "label": True} for i in range(20)]
         data = write_rows(tmp_path / "good.jsonl", rows)
-        precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "good"))
+        precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "good", one_class=True))
         capsys.readouterr()
         out = sweep(replace(config, cache=tmp_path / "good", space={"loss": ["kto", "dpo"]}))
         said = capsys.readouterr().out
