@@ -157,7 +157,7 @@ class Commands:
     def environment(self) -> dict[str, str]:
         """What the shell needs to find the commands."""
         path = os.pathsep.join([str(self.folder), str(Path(sys.executable).parent), os.environ["PATH"]])
-        return {**os.environ, "PATH": path, "FORKED_COMMANDS": str(self._listener.address)}
+        return {**os.environ, "PATH": path, "COLUMNS": "100", "FORKED_COMMANDS": str(self._listener.address)}
 
     def _serve(self) -> None:
         while True:

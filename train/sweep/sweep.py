@@ -133,6 +133,12 @@ def _rows(manifest: Manifest, trials: Trials) -> dict[str, RowsIdentity]:
     return {name: one.rows_identity for name, one in manifests.items()}
 
 
+def _needless(manifest: Manifest, trials: Trials) -> tuple[str, ...]:
+    """Return the optional packages that no trial needs."""
+    needs_peft = "lora_rank" in trials.space or any(trials.base.get(one) for one in ("lora_rank", "trust_remote_code"))
+    return () if needs_peft or manifest.reference.get("adapter") else ("peft",)
+
+
 def _identity(config: SweepConfig, rows: dict[str, RowsIdentity]) -> dict[str, object]:
     """Return the settings that all trials of one study share; the numbers of trials and workers may change."""
     return {
@@ -148,7 +154,7 @@ def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
     rows = _rows(manifest, trials)
     if not (out / SWEEP).exists():
         _write_config(config, out)
-    with Workers(_worker_count(config, trials), trials, rows) as workers:
+    with Workers(_worker_count(config, trials), trials, rows, needless=_needless(manifest, trials)) as workers:
         # Workers import their libraries and verify the cache while the study is opened here.
         workers.ask(trials)
         url = config.storage or f"sqlite:///{_database(out)}"

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
@@ -16,7 +16,7 @@ from typing import Final
 from offline_kto.kto_core.cache.manifest_fields import RowsIdentity
 from offline_kto.kto_core.console import shown_lines
 from offline_kto.kto_core.errors import TrainingError
-from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries
+from offline_kto.kto_core.runtime import keep_freed_memory, leave_out, quiet_libraries
 from offline_kto.kto_core.streams import encode_all
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run_records import TrainedWith
@@ -47,11 +47,16 @@ class Worker:
     """One worker process and the pipe to it."""
 
     def __init__(
-        self, context: SpawnContext, rows: dict[str, RowsIdentity], device: str | None, threads: int | None
+        self,
+        context: SpawnContext,
+        rows: dict[str, RowsIdentity],
+        device: str | None,
+        threads: int | None,
+        needless: Sequence[str],
     ) -> None:
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_process, args=(theirs, rows, device, threads), daemon=True)
+        self.process = context.Process(target=_process, args=(theirs, rows, device, threads, needless), daemon=True)
         # Ctrl-C reaches all processes. The sweep ends its workers; a starting one would print an import's traceback.
         resource_tracker.ensure_running()  # otherwise the first start would run it, and unblock the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -88,8 +93,16 @@ class Worker:
         self.process.join()
 
 
-def _process(pipe: Connection, rows: dict[str, RowsIdentity], device: str | None, threads: int | None) -> None:
+def _process(
+    pipe: Connection,
+    rows: dict[str, RowsIdentity],
+    device: str | None,
+    threads: int | None,
+    needless: Sequence[str],
+) -> None:
     """Run a worker's process; settings of the libraries are made before they are imported."""
+    for package in needless:
+        leave_out(package)
     encode_all()
     keep_freed_memory()
     quiet_libraries()
@@ -108,9 +121,13 @@ class Workers:
         count: number of processes.
         trials: trials of the sweep.
         rows: the rows to train on, as from `offline_kto.train.data.training_data.TrainingData.identity`.
+        needless: packages that no trial needs; see `leave_out`.
     """
 
-    def __init__(self, count: int, trials: Trials, rows: dict[str, RowsIdentity]) -> None:
+    def __init__(
+        self, count: int, trials: Trials, rows: dict[str, RowsIdentity], *, needless: Sequence[str] = ()
+    ) -> None:
+        self._needless = needless
         self._context = multiprocessing.get_context(START)
         self._devices = self.gpus(trials) or [None]
         alone = count == 1 or "OMP_NUM_THREADS" in os.environ
@@ -135,7 +152,8 @@ class Workers:
         return [*visible.split(",")] if visible else [str(number) for number in range(torch.cuda.device_count())]
 
     def _new(self, number: int) -> Worker:
-        return Worker(self._context, self._rows, self._devices[number % len(self._devices)], self._threads)
+        device = self._devices[number % len(self._devices)]
+        return Worker(self._context, self._rows, device, self._threads, self._needless)
 
     def __enter__(self) -> "Workers":
         return self
