@@ -19,6 +19,8 @@ _WIDTH = 100
 _INDENT = 12
 # Columns whose names suggest that they change the meaning of a row.
 _MATTERS = re.compile(r"split|system|score|rating|reward|feedback|thumb|vote|image|img|audio|video", re.IGNORECASE)
+# The same of keys beside those that are read, as in "input.context".
+_MATTERS_BESIDE = re.compile(r"\.(system\w*|tools|functions|context|documents|\w*history|instructions)$", re.IGNORECASE)
 # Lines of each text of an example.
 _EXAMPLE_LINES = 4
 
@@ -55,7 +57,7 @@ def _entries(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> Iterat
         yield "left out", ", ".join(found.left_out.in_words()) + where
     yield "labels", f"{counts.desirable:,} desirable, {counts.undesirable:,} undesirable{_values(plan.feedback)}"
     yield "prompts", f"{counts.prompts:,} distinct; {_kinds(plan.feedback)}"
-    if unused := _unused(plan.feedback):
+    if unused := [*plan.feedback.unused_columns(), *plan.feedback.unused_beside()]:
         yield "unused", f"columns {quoted(unused, 300)[1:-1]}"
     yield "tokens", _lengths(plan)
     yield (
@@ -103,10 +105,6 @@ def _kinds(feedback: Feedback) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in parts.items() if count)
 
 
-def _unused(feedback: Feedback) -> list[str]:
-    return [name for name, _ in feedback.found.columns.most_common() if name not in feedback.used_columns]
-
-
 def _lengths(plan: Plan) -> str:
     sides = {
         "prompts": np.array([len(row.prompt_ids) for row in plan.rows]),
@@ -135,7 +133,8 @@ def _examples(plan: Plan, tokenizer: Tokenizer) -> list[str]:
 def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     """Return warnings for the user, before scoring starts."""
     found = [*plan.notes]
-    matters = [name for name in _unused(plan.feedback) if _MATTERS.search(name)]
+    matters = [name for name in plan.feedback.unused_columns() if _MATTERS.search(name)]
+    matters += [name for name in plan.feedback.unused_beside() if _MATTERS_BESIDE.search(name)]
     if matters:
         found.append(
             f"unused columns whose names suggest that they matter: {', '.join(matters[:10])}. Use a column with --map or one "

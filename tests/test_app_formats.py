@@ -356,3 +356,67 @@ def test_an_export_that_nobody_rated_says_where_the_feedback_would_be(tmp_path: 
     assert "unrated: 1" in message
     assert "feedback.rating" in message
     assert "isCreatedByUser" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "unused"),
+    [
+        ("LANGFUSE_TWO", {"judge"}),
+        ("LANGSMITH_TABLE", set()),
+        ("ARGILLA_FLAT", set()),
+        ("ARGILLA_NESTED", set()),
+        ("LABEL_STUDIO_MIN", {"rating"}),
+        ("LABEL_STUDIO_STARS", {"thumb"}),
+        ("GRADIO_FLAGS", set()),
+        ("PHOENIX", set()),
+    ],
+)
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_columns_that_a_function_chose_count_as_used(tmp_path: Path, name: str, unused: set[str], form: str) -> None:
+    case = CASES[name]
+    feedback = read(write(tmp_path / f"f.{form}", case.records), **case.options)[3]
+    found = set(feedback.unused_columns()) - _BESIDE_THE_FEEDBACK
+    assert found == unused
+
+
+# Columns of the exports with ids, times, models and costs.
+_BESIDE_THE_FEEDBACK = {
+    *("id", "timestamp", "name", "sessionId", "metadata", "tags", "latency", "totalCost", "comments", "environment"),
+    *("traceId", "type", "modelParameters", "error", "reference.text", "status", "_server_id", "source", "vectors"),
+    *("suggestions", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "username", "span_kind"),
+    *("context.span_id", "attributes.llm.model_name", "annotator_kind"),
+}
+
+
+def test_a_split_that_was_used_is_not_unused(tmp_path: Path) -> None:
+    records = [{"prompt": "q", "completion": "a", "label": 1, "split": one} for one in ("train", "test")]
+    feedback = read(write(tmp_path / "f.jsonl", records))[3]
+    assert feedback.unused_columns() == []
+    assert read(write(tmp_path / "f.jsonl", records), split="all")[3].unused_columns() == []
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_keys_beside_those_that_are_read_are_named(tmp_path: Path, form: str) -> None:
+    body = {"system": "Be kind.", "messages": HELLO}
+    records = [{"input": {"body": body, "tools": TOOLS}, "out": "a", "label": 1}]
+    options = {"prompt_field": "input.body.messages", "completion_field": "out"}
+    feedback = read(write(tmp_path / f"f.{form}", records), **options)[3]
+    assert feedback.unused_beside() == ["input.body.system"]
+    records = [trace("1", {"question": "q", "context": "c"}, "b", thumb=[1])]
+    assert read(write(tmp_path / f"g.{form}", records))[3].unused_beside() == ["input.context"]
+
+
+def test_a_native_format_uses_its_own_columns_only(tmp_path: Path) -> None:
+    records = [{"prompt": "q", "completion": "a", "label": 1, "rating": 5, "chosen": "x", "output": "y"}]
+    feedback = read(write(tmp_path / "f.jsonl", records))[3]
+    assert set(feedback.unused_columns()) == {"rating", "chosen", "output"}
+
+
+def test_a_path_of_a_mapping_without_a_value_in_any_record_is_named(tmp_path: Path) -> None:
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("prompt: q\ncompletion: a\nlabel: v\nsystem: System\n")
+    path = write(tmp_path / "f.jsonl", [{"q": "q", "a": "a", "v": "up", "sys": "S"}])
+    notes = read(path, map=str(mapping))[3].notes()
+    assert [note for note in notes if 'system: nothing at "System" in any record' in note]
+    path = write(tmp_path / "f.jsonl", [{"q": "q", "a": "a", "v": "up", "System": "S"}])
+    assert read(path, map=str(mapping))[3].notes() == []

@@ -893,3 +893,23 @@ def test_parse_record_returns_good_rows_or_raises_feedback_error(record, fields)
 def test_any_text_comes_through_unchanged(prompt, completion, label):
     row = one({"prompt": prompt, "completion": completion, "label": label})
     assert (row.prompt, row.completion, row.label) == (prompt, completion, label)
+
+
+@pytest.mark.parametrize(
+    ("record", "names", "option"),
+    [
+        ({"prompt": "q", "completion": "a", "response": "b"}, ["completion", "response"], "--completion-field"),
+        ({"prompt": "q", "question": "p", "completion": "a"}, ["prompt", "question"], "--prompt-field"),
+        ({"instruction": "q", "output": "a", "response": "b"}, ["response", "output"], "--completion-field"),
+        (
+            {"messages": [user("q"), assistant("a")], "conversations": [user("q"), assistant("b")]},
+            ["messages", "conversations"],
+            "Remove",
+        ),
+    ],
+)
+def test_two_answers_or_prompts_that_differ_are_refused(record, names, option):
+    message = refusal({**record, "label": 1})
+    assert [word for word in (*map(repr, names), option) if word not in message] == []
+    same = {name: record[names[0]] for name in names}
+    assert one({**record, **same, "label": 1}).label is True

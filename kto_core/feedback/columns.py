@@ -36,6 +36,34 @@ COLUMNS: Final = frozenset(
 )
 
 
+# Columns of the formats, besides those in their names.
+_BESIDE: Final = {
+    "chosen + rejected": (
+        *(*PROMPTS, "messages", "conversations", "instruction", "input", "history"),
+        *(name for pair in PAIR_RATINGS for name in pair),
+    ),
+    "judged turns": ("messages", "conversations", "labels"),
+    "messages": ("prompt",),
+}
+
+
+def read_in_form(form: str, fields: "FeedbackFields") -> set[str]:
+    """Return the columns that a native format reads, besides those that options name.
+
+    Args:
+        form: as `FeedbackRow.form` names it.
+    """
+    names = form.split(" + ")
+    found = {*names, *_BESIDE.get(form, ()), *SYSTEM_COLUMNS, *MEDIA_COLUMNS, "tools", "chat_template_kwargs"}
+    if len(names) == 2:
+        found |= {"history"}
+    if "instruction" in names:
+        found |= {"input"}
+    if fields.label is None:
+        found |= {*LABELS, *(("rating",) if fields.rule.has_comparison else ())}
+    return found
+
+
 @dataclass(frozen=True)
 class FeedbackFields:
     """The columns to read, and how to read them. None means the default names of the native formats.
@@ -68,10 +96,8 @@ def one_of(
     if path is not None:
         value = path.find(present, where)
         return None if value is None else (path.text, value)
-    if names[0] in present:  # the usual name
-        return names[0], present[names[0]]
     found = [name for name in names if name in present]
-    if len(found) > 1:
+    if len(found) > 1 and (found[0] != names[0] or any(present[name] != present[found[0]] for name in found)):
         raise FeedbackError(f"{where}: {' and '.join(map(repr, found))}: choose one with {option}.")
     return (found[0], present[found[0]]) if found else None
 

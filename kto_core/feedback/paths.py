@@ -28,7 +28,7 @@ A path continues inside JSON text, as tables store lists and objects.
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jmespath
@@ -39,6 +39,7 @@ from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback import exports
 from offline_kto.kto_core.feedback.left_out import EMPTY, LeftOut
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.reads import Route, routes
 
 
 class _Functions(functions.Functions):
@@ -163,9 +164,9 @@ class Path:
                 f"{where}: {self.source}: {quoted(self.text)} cannot be applied to this record: {_first_line(error)}"
             ) from None
 
-    def keys(self) -> set[str]:
-        """Return the keys that the expression names, at any depth."""
-        return set(_named(self._compiled.parsed))
+    def routes(self, record: Mapping[str, object]) -> set[Route]:
+        """Return the routes that the expression reads in a record."""
+        return {(self._key,)} if self._key is not None else routes(self._compiled.parsed, record)
 
     def open(self, record: Mapping[str, object], where: str) -> Any:
         """Return like `find`, with JSON text opened. Raises: FeedbackError: also a value as Python prints it."""
@@ -177,14 +178,6 @@ class Path:
 
     def __repr__(self) -> str:
         return f"Path({self.text!r})"
-
-
-def _named(node: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the keys in a node of a parsed expression."""
-    if node["type"] == "field":
-        yield node["value"]
-    for child in node.get("children", ()):
-        yield from _named(child) if isinstance(child, Mapping) else ()
 
 
 @functools.lru_cache(maxsize=256)
