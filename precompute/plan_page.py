@@ -55,7 +55,10 @@ def _entries(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> Iterat
     if found.left_out.counts:
         where = f" (see {config.left_out})" if config.left_out else " (--left-out FILE lists them)"
         yield "left out", ", ".join(found.left_out.in_words()) + where
-    yield "labels", f"{counts.desirable:,} desirable, {counts.undesirable:,} undesirable{_values(plan.feedback)}"
+    yield (
+        "labels",
+        f"{counts.desirable:,} desirable, {counts.undesirable:,} undesirable{_values(plan.feedback, counts.kept)}",
+    )
     yield "prompts", f"{counts.prompts:,} distinct; {_kinds(plan.feedback)}"
     if unused := [*plan.feedback.unused_columns(), *plan.feedback.unused_beside()]:
         yield "unused", f"columns {quoted(unused, 300)[1:-1]}"
@@ -77,14 +80,19 @@ def _format(feedback: Feedback) -> str:
     return ", ".join(named) + (f" ({feedback.why})" if feedback.why else "")
 
 
-def _values(feedback: Feedback) -> str:
-    """Return the label values by their meaning: up, down or left out."""
+def _values(feedback: Feedback, kept: int) -> str:
+    """Return the label values by their meaning: up, down or left out.
+
+    They are counted where they are read, also those of rows that are left out later.
+    """
     by_destination: dict[str, list[str]] = defaultdict(list)
     for (value, destination), count in feedback.label_rule.seen.most_common():
         by_destination[destination].append(f"{value} ({count:,})")
     order = [name for name in ("up", "down", "left out") if by_destination[name]]
     parts = [f"{name}: {_few(by_destination[name])}" for name in order]
-    return f" ({'; '.join(parts)})" if parts else ""
+    judged = sum(count for (_, destination), count in feedback.label_rule.seen.items() if destination != "left out")
+    as_read = "values as read: " if judged > kept else ""
+    return f" ({as_read}{'; '.join(parts)})" if parts else ""
 
 
 def _few(words: Sequence[str], most: int = 5) -> str:

@@ -24,12 +24,14 @@ PAIR_RATINGS = (
     ("chosen-rating", "rejected-rating"),
     ("rating_chosen", "rating_rejected"),
 )
+# Which side of a pair is better, and by how much.
+PAIR_WINNER, PAIR_MARGIN = "winner", "margin"
 
 # Every key of a record that is read, besides those that options name.
 COLUMNS: Final = frozenset(
     {
         *(*PROMPTS, *COMPLETIONS, *LABELS, *SYSTEM_COLUMNS, *MEDIA_COLUMNS),
-        *("labels", "rating", "chosen", "rejected", "messages", "conversations"),
+        *("labels", "rating", "chosen", "rejected", PAIR_WINNER, PAIR_MARGIN, "messages", "conversations"),
         *("instruction", "input", "output", "history", "tools", "chat_template_kwargs"),
         *(name for pair in PAIR_RATINGS for name in pair),
     }
@@ -39,7 +41,7 @@ COLUMNS: Final = frozenset(
 # Columns of the formats, besides those in their names.
 _BESIDE: Final = {
     "chosen + rejected": (
-        *(*PROMPTS, "messages", "conversations", "instruction", "input", "history"),
+        *(*PROMPTS, "messages", "conversations", "instruction", "input", "history", PAIR_WINNER, PAIR_MARGIN),
         *(name for pair in PAIR_RATINGS for name in pair),
     ),
     "judged turns": ("messages", "conversations", "labels"),

@@ -316,6 +316,16 @@ def _text_at(found: Mapping[str, Any], names: tuple[str, ...], what: str) -> obj
     )
 
 
+def gathered(values: object) -> dict[str, list[object]]:
+    """Return the values of the objects in a list by key, those of lists one by one."""
+    found: dict[str, list[object]] = {}
+    for one in values if isinstance(values, list) else []:
+        for key, value in one.items() if isinstance(one, dict) else ():
+            inner = opened(value)
+            found.setdefault(key, []).extend(inner if isinstance(inner, list) else [inner])
+    return found
+
+
 def submitted(record: object) -> dict[str, list[object]]:
     """Return the submitted answers to each question of an Argilla record, by the question's name.
 
@@ -341,6 +351,7 @@ def _questions(record: dict[str, Any]) -> Any:
     inner = entered(record.get("responses"))
     for name, answers in inner.items() if isinstance(inner, dict) else ():
         yield name, *_answers(answers)
+    yield from _by_question(inner) if isinstance(inner, list) else ()
     for key in record:
         if key.endswith(".responses"):
             values = entered(record[key])
@@ -350,6 +361,19 @@ def _questions(record: dict[str, Any]) -> Any:
             yield key.removesuffix(".responses"), values, statuses if fits else [None] * len(values)
         elif f"{key}-suggestion" in record:
             yield key, *_answers(record[key])
+
+
+def _by_question(responses: list[object]) -> Any:
+    """Yield (name, values, statuses) from the responses of Argilla 1.x, each of which has the values of all questions."""
+    found: dict[str, tuple[list[object], list[object]]] = {}
+    for one in responses:
+        values = one.get("values") if isinstance(one, dict) else None
+        for name, answer in values.items() if isinstance(values, dict) else ():
+            question = found.setdefault(name, ([], []))
+            question[0].append(answer.get("value") if isinstance(answer, dict) else answer)
+            question[1].append(one.get("status") if isinstance(one, dict) else None)
+    for name, (answers, statuses) in found.items():
+        yield name, answers, statuses
 
 
 def _answers(value: object) -> tuple[list[object], list[object]]:

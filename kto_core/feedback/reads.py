@@ -1,6 +1,6 @@
 """Find which keys of a record a JMESPath expression reads, as routes such as ("input", "messages").
 
-A route without further keys is read whole. Names inside of lists are not followed: a list is read whole.
+A route without further keys is read whole, and so is a list, except for `rows`: the records that were joined.
 """
 
 from collections.abc import Iterable, Mapping
@@ -71,6 +71,8 @@ def _alternatives(children: list[Any], at: set[Route], record: Mapping[str, Any]
 
 def _indexed(at: set[Route], number: int, record: Mapping[str, Any]) -> set[Route]:
     names = list(record)
+    if at == {("rows",)} and "rows" not in record:
+        return {()}
     if at == {(_VALUES,)}:
         return {(names[number],)} if -len(names) <= number < len(names) else set()
     return at

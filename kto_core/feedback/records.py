@@ -205,7 +205,7 @@ def _check_one_answer(
     """Refuse two answers, or two conversations, that differ: one of them would be ignored."""
     if fields.completion is not None:
         return
-    names = ("messages", "conversations")
+    names: tuple[str, ...] = ("messages", "conversations")
     if found is not None:
         names = (found[0], "output") if "instruction" in present else ()
     values = [present[name] for name in names if name in present]
