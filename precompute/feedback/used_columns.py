@@ -60,7 +60,8 @@ class UsedColumns:
             data: list[AnyMapping[str, Any]] = [record, *self._mapping.items(record, where)]
             if self._mapping.turns is not None:
                 turns = self._mapping.turns.messages.open(record, where)
-                data += turns.values() if isinstance(turns, dict) else turns if isinstance(turns, list) else []
+                found = turns.values() if isinstance(turns, dict) else turns if isinstance(turns, list) else []
+                data += [one for one in found if isinstance(one, dict)]
             self._unmatched = [path for path in self._unmatched if not _has_value(path, data, where)]
 
     def unmatched(self) -> list[Path]:
