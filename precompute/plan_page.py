@@ -12,6 +12,7 @@ from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
+from offline_kto.precompute.feedback.used_columns import MATTERS_BESIDE
 from offline_kto.precompute.plan import Plan, PlanCounts
 from offline_kto.precompute.preview import block, visible, width
 
@@ -19,8 +20,6 @@ _WIDTH = 100
 _INDENT = 12
 # Columns whose names suggest that they change the meaning of a row.
 _MATTERS = re.compile(r"split|system|score|rating|reward|feedback|thumb|vote|image|img|audio|video", re.IGNORECASE)
-# The same of keys beside those that are read, as in "input.context".
-_MATTERS_BESIDE = re.compile(r"\.(system\w*|tools|functions|context|documents|\w*history|instructions)$", re.IGNORECASE)
 # Lines of each text of an example.
 _EXAMPLE_LINES = 4
 
@@ -142,7 +141,7 @@ def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     """Return warnings for the user, before scoring starts."""
     found = [*plan.notes]
     matters = [name for name in plan.feedback.unused_columns() if _MATTERS.search(name)]
-    matters += [name for name in plan.feedback.unused_beside() if _MATTERS_BESIDE.search(name)]
+    matters += [name for name in plan.feedback.unused_beside() if MATTERS_BESIDE.search(name)]
     if matters:
         found.append(
             f"unused columns whose names suggest that they matter: {', '.join(matters[:10])}. Use a column with --map or one "

@@ -398,10 +398,10 @@ def test_a_split_that_was_used_is_not_unused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 def test_keys_beside_those_that_are_read_are_named(tmp_path: Path, form: str) -> None:
     body = {"system": "Be kind.", "messages": HELLO}
-    records = [{"input": {"body": body, "tools": TOOLS}, "out": "a", "label": 1}]
+    records = [{"input": {"body": body, "tools": TOOLS, "id": 7}, "out": "a", "label": 1}]
     options = {"prompt_field": "input.body.messages", "completion_field": "out"}
     feedback = read(write(tmp_path / f"f.{form}", records), **options)[3]
-    assert feedback.unused_beside() == ["input.body.system"]
+    assert sorted(feedback.unused_beside()) == ["input.body.system", "input.tools"]
     records = [trace("1", {"question": "q", "context": "c"}, "b", thumb=[1])]
     assert read(write(tmp_path / f"g.{form}", records))[3].unused_beside() == ["input.context"]
 

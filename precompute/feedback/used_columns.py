@@ -1,6 +1,7 @@
 """Find which columns of the data were read, and which keys beside them were not."""
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Mapping as AnyMapping
@@ -14,6 +15,9 @@ from offline_kto.kto_core.feedback.left_out import LeftOut
 from offline_kto.kto_core.feedback.mapping import Mapping
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.reads import Route
+
+# Keys beside those that are read that change the meaning of a row, as in "input.context".
+MATTERS_BESIDE = re.compile(r"\.(system\w*|tools|functions|context|documents|\w*history|instructions)$", re.IGNORECASE)
 
 # Records that are looked at even if their keys are those of an earlier one.
 _LOOKED_AT = 1000
@@ -130,17 +134,24 @@ def _is_score(column: str, name: str) -> bool:
 
 
 def _beside(record: AnyMapping[str, Any], found: set[Route]) -> set[str]:
-    """Return the keys with a value in the objects of which single keys are read."""
+    """Return the keys with a value beside those that are read; further up only those that matter."""
     whole = {route[:size] for route in found for size in range(1, len(route) + 1)}
+    last = {route[:-1] for route in found}
     names = set()
-    for parent in {route[:-1] for route in found if len(route) > 1}:
-        if any(parent[:size] in found for size in range(1, len(parent) + 1)):
+    for parent in whole - found:
+        if any(parent[:size] in found for size in range(1, len(parent))):
             continue
-        value: Any = record
-        for name in parent:
-            value = opened(value).get(name) if isinstance(opened(value), dict) else None
-        inner = opened(value)
-        for key, item in inner.items() if isinstance(inner, dict) else ():
-            if (*parent, key) not in whole and item not in (None, "", [], {}):
-                names.add(".".join((*parent, str(key))))
+        for key, item in _object_at(record, parent).items():
+            name = ".".join((*parent, str(key)))
+            matters = parent in last or MATTERS_BESIDE.search(name)
+            if matters and (*parent, key) not in whole and item not in (None, "", [], {}):
+                names.add(name)
     return names
+
+
+def _object_at(record: AnyMapping[str, Any], route: Route) -> dict[str, Any]:
+    value: Any = record
+    for name in route:
+        value = opened(value).get(name) if isinstance(opened(value), dict) else None
+    inner = opened(value)
+    return inner if isinstance(inner, dict) else {}
