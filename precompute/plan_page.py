@@ -12,6 +12,7 @@ from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
+from offline_kto.precompute.feedback.used_columns import MATTERS_BESIDE
 from offline_kto.precompute.plan import Plan, PlanCounts
 from offline_kto.precompute.preview import block, visible, width
 
@@ -53,9 +54,12 @@ def _entries(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> Iterat
     if found.left_out.counts:
         where = f" (see {config.left_out})" if config.left_out else " (--left-out FILE lists them)"
         yield "left out", ", ".join(found.left_out.in_words()) + where
-    yield "labels", f"{counts.desirable:,} desirable, {counts.undesirable:,} undesirable{_values(plan.feedback)}"
+    yield (
+        "labels",
+        f"{counts.desirable:,} desirable, {counts.undesirable:,} undesirable{_values(plan.feedback, counts.kept)}",
+    )
     yield "prompts", f"{counts.prompts:,} distinct; {_kinds(plan.feedback)}"
-    if unused := _unused(plan.feedback):
+    if unused := [*plan.feedback.unused_columns(), *plan.feedback.unused_beside()]:
         yield "unused", f"columns {quoted(unused, 300)[1:-1]}"
     yield "tokens", _lengths(plan)
     yield (
@@ -75,14 +79,19 @@ def _format(feedback: Feedback) -> str:
     return ", ".join(named) + (f" ({feedback.why})" if feedback.why else "")
 
 
-def _values(feedback: Feedback) -> str:
-    """Return the label values by their meaning: up, down or left out."""
+def _values(feedback: Feedback, kept: int) -> str:
+    """Return the label values by their meaning: up, down or left out.
+
+    They are counted where they are read, also those of rows that are left out later.
+    """
     by_destination: dict[str, list[str]] = defaultdict(list)
     for (value, destination), count in feedback.label_rule.seen.most_common():
         by_destination[destination].append(f"{value} ({count:,})")
     order = [name for name in ("up", "down", "left out") if by_destination[name]]
     parts = [f"{name}: {_few(by_destination[name])}" for name in order]
-    return f" ({'; '.join(parts)})" if parts else ""
+    judged = sum(count for (_, destination), count in feedback.label_rule.seen.items() if destination != "left out")
+    as_read = "values as read: " if judged > kept else ""
+    return f" ({as_read}{'; '.join(parts)})" if parts else ""
 
 
 def _few(words: Sequence[str], most: int = 5) -> str:
@@ -101,10 +110,6 @@ def _kinds(feedback: Feedback) -> str:
         "with tool results moved to the prompt": found.moved_results,
     }
     return ", ".join(f"{count:,} {name}" for name, count in parts.items() if count)
-
-
-def _unused(feedback: Feedback) -> list[str]:
-    return [name for name, _ in feedback.found.columns.most_common() if name not in feedback.used_columns]
 
 
 def _lengths(plan: Plan) -> str:
@@ -135,7 +140,8 @@ def _examples(plan: Plan, tokenizer: Tokenizer) -> list[str]:
 def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     """Return warnings for the user, before scoring starts."""
     found = [*plan.notes]
-    matters = [name for name in _unused(plan.feedback) if _MATTERS.search(name)]
+    matters = [name for name in plan.feedback.unused_columns() if _MATTERS.search(name)]
+    matters += [name for name in plan.feedback.unused_beside() if MATTERS_BESIDE.search(name)]
     if matters:
         found.append(
             f"unused columns whose names suggest that they matter: {', '.join(matters[:10])}. Use a column with --map or one "

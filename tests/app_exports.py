@@ -114,7 +114,7 @@ OPEN_WEBUI = Case(
         row("Best tea?", "Black.", False),
         row("system: Be short. | user: Best tea? | assistant: Green. | user: Sure?", "Yes.", True),
     ],
-    {UNRATED: 1, "between up and down": 1, MISSING: 4, MEDIA: 1, EMPTY: 1, "tool calls written as HTML": 1},
+    {UNRATED: 1, "between up and down": 1, MISSING: 4, MEDIA: 1, "failed call": 1, "tool calls written as HTML": 1},
 )
 
 OPEN_WEBUI_CHATS = Case(
@@ -1093,6 +1093,10 @@ BEDROCK = Case(
 
 CASES = {name: case for name, case in dict(globals()).items() if isinstance(case, Case)}
 REFUSED = {
+    "gradio_flags_several": (
+        [{"instruction": "Sum", "text": "2+3", "temp": 1, "output": "5", "flag": "Like", "timestamp": "2026"}],
+        ["Gradio", "--prompt-field", "--map", "flag"],
+    ),
     "flowise": (
         [
             {

@@ -100,7 +100,7 @@ def _nodes(node: Any) -> Iterator[dict[str, Any]]:
 def _label(mapping: Mapping) -> str:
     """Return where the label is, and which values are up and down."""
     if mapping.refuse is not None:
-        return "refused: the file has no labels"
+        return "refused; the message says what to do"
     if mapping.pair is not None:
         return "pairs" if mapping.pair.better is None else f"pairs; the better one: {_code(mapping.pair.better.text)}"
     if mapping.turns is not None and mapping.turns.label is None:

@@ -356,3 +356,142 @@ def test_an_export_that_nobody_rated_says_where_the_feedback_would_be(tmp_path: 
     assert "unrated: 1" in message
     assert "feedback.rating" in message
     assert "isCreatedByUser" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "unused"),
+    [
+        ("LANGFUSE_TWO", {"judge"}),
+        ("LANGSMITH_TABLE", set()),
+        ("ARGILLA_FLAT", set()),
+        ("ARGILLA_NESTED", set()),
+        ("LABEL_STUDIO_MIN", {"rating"}),
+        ("LABEL_STUDIO_STARS", {"thumb"}),
+        ("GRADIO_FLAGS", set()),
+        ("PHOENIX", set()),
+    ],
+)
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_columns_that_a_function_chose_count_as_used(tmp_path: Path, name: str, unused: set[str], form: str) -> None:
+    case = CASES[name]
+    feedback = read(write(tmp_path / f"f.{form}", case.records), **case.options)[3]
+    found = set(feedback.unused_columns()) - _BESIDE_THE_FEEDBACK
+    assert found == unused
+
+
+# Columns of the exports with ids, times, models and costs.
+_BESIDE_THE_FEEDBACK = {
+    *("id", "timestamp", "name", "sessionId", "metadata", "tags", "latency", "totalCost", "comments", "environment"),
+    *("traceId", "type", "modelParameters", "error", "reference.text", "status", "_server_id", "source", "vectors"),
+    *("suggestions", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "username", "span_kind"),
+    *("context.span_id", "attributes.llm.model_name", "annotator_kind"),
+}
+
+
+def test_a_split_that_was_used_is_not_unused(tmp_path: Path) -> None:
+    records = [{"prompt": "q", "completion": "a", "label": 1, "split": one} for one in ("train", "test")]
+    feedback = read(write(tmp_path / "f.jsonl", records))[3]
+    assert feedback.unused_columns() == []
+    assert read(write(tmp_path / "f.jsonl", records), split="all")[3].unused_columns() == []
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_keys_beside_those_that_are_read_are_named(tmp_path: Path, form: str) -> None:
+    body = {"system": "Be kind.", "messages": HELLO}
+    records = [{"input": {"body": body, "tools": TOOLS, "id": 7}, "out": "a", "label": 1}]
+    options = {"prompt_field": "input.body.messages", "completion_field": "out"}
+    feedback = read(write(tmp_path / f"f.{form}", records), **options)[3]
+    assert sorted(feedback.unused_beside()) == ["input.body.system", "input.tools"]
+    records = [trace("1", {"question": "q", "context": "c"}, "b", thumb=[1])]
+    assert read(write(tmp_path / f"g.{form}", records))[3].unused_beside() == ["input.context"]
+
+
+def test_a_native_format_uses_its_own_columns_only(tmp_path: Path) -> None:
+    records = [{"prompt": "q", "completion": "a", "label": 1, "rating": 5, "chosen": "x", "output": "y"}]
+    feedback = read(write(tmp_path / "f.jsonl", records))[3]
+    assert set(feedback.unused_columns()) == {"rating", "chosen", "output"}
+
+
+def test_a_path_of_a_mapping_without_a_value_in_any_record_is_named(tmp_path: Path) -> None:
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("prompt: q\ncompletion: a\nlabel: v\nsystem: System\n")
+    path = write(tmp_path / "f.jsonl", [{"q": "q", "a": "a", "v": "up", "sys": "S"}])
+    notes = read(path, map=str(mapping))[3].notes()
+    assert [note for note in notes if 'system: nothing at "System" in any record' in note]
+    path = write(tmp_path / "f.jsonl", [{"q": "q", "a": "a", "v": "up", "System": "S"}])
+    assert read(path, map=str(mapping))[3].notes() == []
+
+
+def test_values_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    contradictory = {**DIFY.records[1], "feedback_rating": "\U0001f44e"}
+    assert "contradict" in refusal(write(tmp_path / "f.jsonl", [contradictory]))
+    judged = span([{"message.role": "user", "message.content": "Hi"}], "Hello", "thumbs-down", 1.0)
+    assert "contradict" in refusal(write(tmp_path / "g.jsonl", [judged]))
+
+
+def test_an_arena_battle_with_two_winners_is_a_tie(tmp_path: Path) -> None:
+    battle = {"prompt": '["q"]', "response_a": '["a"]', "response_b": '["b"]', "winner_tie": 0}
+    records = [{**battle, "winner_model_a": a, "winner_model_b": b} for a, b in ((1, 1), (0, 1))]
+    rows, left_out, _, _ = read(write(tmp_path / "f.csv", records))
+    assert (rows, left_out) == ([row("q", "b", True), row("q", "a", False)], {"tie": 1})
+
+
+@pytest.mark.parametrize(
+    "reasoning",
+    [
+        '<details type="reasoning" done="true">\n<details>why</details> so\n</details>\n',
+        '<details type="reasoning" done="true">plain</details>\n',
+    ],
+)
+def test_reasoning_of_open_webui_is_stripped_with_what_is_inside(tmp_path: Path, reasoning: str) -> None:
+    shown = reasoning + "Green <details>kept</details>."
+    records = [openwebui(1, "a", message("q", None, "user", "Tea?"), message("a", "q", "assistant", shown))]
+    assert read(write(tmp_path / "f.json", records))[0] == [row("Tea?", "Green <details>kept</details>.", True)]
+
+
+def test_an_answer_of_open_webui_that_never_ended_is_left_out(tmp_path: Path) -> None:
+    thinking = message("a", "q", "assistant", '<details type="reasoning" done="false">\n<details>x</details> hm')
+    stopped = message("a", "q", "assistant", "Gre", done=False)
+    records = [openwebui(1, "a", message("q", None, "user", "Tea?"), one) for one in (thinking, stopped)]
+    done = message("a", "q", "assistant", "Green", done=True)
+    records.append(openwebui(1, "a", message("q", None, "user", "Tea?"), done))
+    rows, left_out, _, _ = read(write(tmp_path / "f.json", records))
+    assert (rows, left_out) == ([row("Tea?", "Green", True)], {"empty answer": 1, "failed call": 1})
+
+
+def test_mlflow_s_texts_are_json(tmp_path: Path) -> None:
+    record = {**CASES["MLFLOW"].records[1], "request": '"Tea?"', "response": '"\\"Green\\", she said"'}
+    assert read(write(tmp_path / "f.jsonl", [record]))[0] == [row("Tea?", '"Green", she said', True)]
+
+
+def test_annotators_of_label_studio_who_disagree_about_a_task_are_left_out(tmp_path: Path) -> None:
+    task = {"prompt": "Hi", "response": "Hello", "annotator": 1, "annotation_id": 9}
+    marks = [(1, "Thumbs up"), (2, "Thumbs up"), (1, "Thumbs down"), (2, "Thumbs up")]
+    records = [{**task, "id": number, "thumb": mark, "annotator": i} for i, (number, mark) in enumerate(marks)]
+    for form in ("json", "csv"):
+        rows, left_out, _, _ = read(write(tmp_path / f"f.{form}", records), label_field="thumb")
+        assert (rows, left_out) == ([row("Hi", "Hello", True)], {"raters disagree": 1})
+
+
+def test_responses_of_argilla_1(tmp_path: Path) -> None:
+    def rated(*values: tuple[str, str]) -> dict[str, Any]:
+        responses = [{"values": {"ok": {"value": one}}, "status": status} for one, status in values]
+        return {"fields": {"prompt": "Q?", "response": "a"}, "responses": responses}
+
+    records = [rated(("yes", "submitted")), rated(("no", "submitted"), ("yes", "draft")), rated(("no", "discarded"))]
+    rows, left_out, _, _ = read(write(tmp_path / "f.jsonl", records))
+    assert (rows, left_out) == ([row("Q?", "a", True), row("Q?", "a", False)], {UNRATED: 1})
+
+
+def test_a_judged_turn_of_another_role_is_not_lost(tmp_path: Path) -> None:
+    def log(role: str) -> Path:
+        turns = [{"by": "me", "said": "hi"}, {"by": role, "said": "x", "v": "up"}]
+        return write(tmp_path / f"{role}.jsonl", [{"log": [*turns, {"by": "bot", "said": "y", "v": "down"}]}])
+
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("turns: {messages: log, role: by, roles: {me: user}, text: said, label: v}\n")
+    message = refusal(log("bot-v2"), map=str(mapping))
+    assert "bot-v2" in message
+    assert "roles" in message
+    rows, left_out, _, _ = read(log("user"), map=str(mapping))
+    assert (len(rows), left_out) == (1, {"judged turn of another role": 1})

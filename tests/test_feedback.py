@@ -893,3 +893,41 @@ def test_parse_record_returns_good_rows_or_raises_feedback_error(record, fields)
 def test_any_text_comes_through_unchanged(prompt, completion, label):
     row = one({"prompt": prompt, "completion": completion, "label": label})
     assert (row.prompt, row.completion, row.label) == (prompt, completion, label)
+
+
+@pytest.mark.parametrize(
+    ("record", "names", "option"),
+    [
+        ({"prompt": "q", "completion": "a", "response": "b"}, ["completion", "response"], "--completion-field"),
+        ({"prompt": "q", "question": "p", "completion": "a"}, ["prompt", "question"], "--prompt-field"),
+        ({"instruction": "q", "output": "a", "response": "b"}, ["response", "output"], "--completion-field"),
+        (
+            {"messages": [user("q"), assistant("a")], "conversations": [user("q"), assistant("b")]},
+            ["messages", "conversations"],
+            "Remove",
+        ),
+    ],
+)
+def test_two_answers_or_prompts_that_differ_are_refused(record, names, option):
+    message = refusal({**record, "label": 1})
+    assert [word for word in (*map(repr, names), option) if word not in message] == []
+    same = dict.fromkeys(names, record[names[0]])
+    assert one({**record, **same, "label": 1}).label is True
+
+
+@pytest.mark.parametrize(
+    "beside", [{"winner": "rejected"}, {"winner": " Rejected"}, {"margin": -2}, {"margin": "-0.5"}]
+)
+def test_a_pair_whose_rejected_side_is_better_is_refused(beside):
+    (name,) = beside
+    assert f"'{name}'" in refusal({"prompt": "q", "chosen": "a", "rejected": "b", **beside})
+
+
+@pytest.mark.parametrize("beside", [{"winner": "chosen"}, {"winner": "model_a"}, {"margin": 2}, {"margin": 0}])
+def test_a_pair_whose_chosen_side_is_better_is_kept(beside):
+    assert pair({"prompt": "q", "chosen": "a", "rejected": "b", **beside}) == ("q", "a", "b")
+
+
+def test_a_conversation_in_place_of_the_answer_is_a_matter_of_columns():
+    message = refusal({"prompt": [user("q"), assistant("a")], "completion": [user("q"), assistant("a")], "label": 1})
+    assert "--completion-field" in message

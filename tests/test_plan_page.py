@@ -71,3 +71,15 @@ def test_no_line_of_a_plan_exceeds_100_columns(kind: str, tmp_path: Path, monkey
     assert [line for line in lines if len(line) > 100] == []
     assert all(line.isprintable() for line in lines)
     assert lines[0].startswith("format      ")
+
+
+def test_labels_of_rows_that_are_left_out_are_named_as_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = PrecomputeConfig(model="m", data="feedback.jsonl")
+    tokenizer = tiny_tokenizer()
+    shown = []
+    for rows in (texts(8), [*texts(8), *texts(2, prompt="long " * 500)]):
+        write_rows(tmp_path / "feedback.jsonl", rows)
+        plan = make_plan(config, tokenizer)
+        shown += [line for line in describe(plan, plan.counts(), config, tokenizer) if line.startswith("labels")]
+    assert ["values as read: " in line for line in shown] == [False, True]

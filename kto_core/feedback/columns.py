@@ -24,16 +24,46 @@ PAIR_RATINGS = (
     ("chosen-rating", "rejected-rating"),
     ("rating_chosen", "rating_rejected"),
 )
+# Which side of a pair is better, and by how much.
+PAIR_WINNER, PAIR_MARGIN = "winner", "margin"
 
 # Every key of a record that is read, besides those that options name.
 COLUMNS: Final = frozenset(
     {
         *(*PROMPTS, *COMPLETIONS, *LABELS, *SYSTEM_COLUMNS, *MEDIA_COLUMNS),
-        *("labels", "rating", "chosen", "rejected", "messages", "conversations"),
+        *("labels", "rating", "chosen", "rejected", PAIR_WINNER, PAIR_MARGIN, "messages", "conversations"),
         *("instruction", "input", "output", "history", "tools", "chat_template_kwargs"),
         *(name for pair in PAIR_RATINGS for name in pair),
     }
 )
+
+
+# Columns of the formats, besides those in their names.
+_BESIDE: Final = {
+    "chosen + rejected": (
+        *(*PROMPTS, "messages", "conversations", "instruction", "input", "history", PAIR_WINNER, PAIR_MARGIN),
+        *(name for pair in PAIR_RATINGS for name in pair),
+    ),
+    "judged turns": ("messages", "conversations", "labels"),
+    "messages": ("prompt",),
+}
+
+
+def read_in_form(form: str, fields: "FeedbackFields") -> set[str]:
+    """Return the columns that a native format reads, besides those that options name.
+
+    Args:
+        form: as `FeedbackRow.form` names it.
+    """
+    names = form.split(" + ")
+    found = {*names, *_BESIDE.get(form, ()), *SYSTEM_COLUMNS, *MEDIA_COLUMNS, "tools", "chat_template_kwargs"}
+    if len(names) == 2:
+        found |= {"history"}
+    if "instruction" in names:
+        found |= {"input"}
+    if fields.label is None:
+        found |= {*LABELS, *(("rating",) if fields.rule.has_comparison else ())}
+    return found
 
 
 @dataclass(frozen=True)
@@ -68,10 +98,8 @@ def one_of(
     if path is not None:
         value = path.find(present, where)
         return None if value is None else (path.text, value)
-    if names[0] in present:  # the usual name
-        return names[0], present[names[0]]
     found = [name for name in names if name in present]
-    if len(found) > 1:
+    if len(found) > 1 and (found[0] != names[0] or any(present[name] != present[found[0]] for name in found)):
         raise FeedbackError(f"{where}: {' and '.join(map(repr, found))}: choose one with {option}.")
     return (found[0], present[found[0]]) if found else None
 

@@ -119,6 +119,11 @@ def _cut_prompt(
             f"{where}: '{field}' is a conversation that does not repeat the prompt. Let it begin with the"
             " prompt's messages, or contain only the assistant's answer."
         )
+    if answered == asked:
+        raise FeedbackError(
+            f"{where}: '{field}' is the conversation of the prompt. Choose the columns of prompt and answer with "
+            "--prompt-field and --completion-field, or remove the row if it has no answer."
+        )
     if size == len(answered):
         raise FeedbackError(f"{where}: '{field}' repeats the prompt and has no answer. Remove the row.")
     return answered[:size], answered[size:]

@@ -75,11 +75,14 @@ def is_printed(value: object) -> bool:
 def only(value: object) -> object:
     """Return the only value of an object with one unusual key; any other value unchanged."""
     found = opened(value)
-    there = (
-        {key: item for key, item in found.items() if item not in (None, "", [], {})} if isinstance(found, dict) else {}
-    )
+    return next((opened(found[key]) for key in only_keys(found)), found)
+
+
+def only_keys(found: object) -> list[str]:
+    """Return the key that `only` chooses; empty if it returns the object."""
+    there = [key for key, item in found.items() if item not in (None, "", [], {})] if isinstance(found, dict) else []
     usual = {*_ASKED, *_ANSWERED, *_MESSAGES, *_OPTIONS}
-    return opened(next(iter(there.values()))) if len(there) == 1 and not usual & set(there) else found
+    return there if len(there) == 1 and not usual & set(there) else []
 
 
 def has(value: object, keys: list[str]) -> bool:
@@ -107,7 +110,7 @@ def nested(value: object) -> object:
     """
     tree: dict[str, Any] = {}
     for key, item in value.items() if isinstance(value, dict) else ():
-        *parents, last = _SEGMENT.findall(key) or [key]
+        *parents, last = segments(key)
         at = tree
         for one in parents:
             inner = at.setdefault(one, {})
@@ -118,6 +121,11 @@ def nested(value: object) -> object:
             if item is not None:
                 at[last] = opened(item)
     return _with_lists(tree)
+
+
+def segments(key: str) -> list[str]:
+    """Return the parts of a key that is a path; text in brackets is one part."""
+    return _SEGMENT.findall(key) or [key]
 
 
 def _with_lists(value: object) -> object:
@@ -174,6 +182,25 @@ def asked(value: object) -> object:
     if isinstance(text, list) and len(text) == 1 and isinstance(text[0], str):  # a batch of one
         text = text[0]
     return _with_context(found, _as_text(text))
+
+
+def asked_keys(found: object) -> list[str]:
+    """Return the keys of an object that `asked` reads; empty for other values."""
+    return _keys_read(found, _ASKED, (*_HISTORY, *_SYSTEM))
+
+
+def answered_keys(found: object) -> list[str]:
+    """Return the keys of an object that `answered` reads; empty for other values."""
+    options = [name for name in _OPTIONS if isinstance(found, Mapping) and opened(found.get(name))]
+    return options[:1] or _keys_read(found, _ANSWERED, ())
+
+
+def _keys_read(found: object, names: tuple[str, ...], beside: tuple[str, ...]) -> list[str]:
+    if not isinstance(found, Mapping) or "role" in found:
+        return []
+    there = [name for name in _MESSAGES if isinstance(opened(found.get(name)), list) and opened(found[name])]
+    read = there[:1] or _known_keys(found, names)
+    return [*read, *(name for name in beside if found.get(name))] if read else []
 
 
 def _messages_at(found: Mapping[str, Any]) -> list[object] | None:
@@ -267,11 +294,17 @@ def _known(value: object, keys: tuple[str, ...]) -> object:
     return found
 
 
+def _known_keys(found: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+    """Return those of some keys that have a value of text; names of either side only if there is no other."""
+    there = {key: item for key, item in found.items() if item not in (None, "", [], {})}
+    known = [name for name in names if name in there and (name in _OBJECTS or not isinstance(there[name], dict))]
+    return [name for name in known if name not in _EITHER] or known
+
+
 def _text_at(found: Mapping[str, Any], names: tuple[str, ...], what: str) -> object:
     """Return the value of the only key that is one of these."""
     there = {key: item for key, item in found.items() if item not in (None, "", [], {})}
-    known = [name for name in names if name in there and (name in _OBJECTS or not isinstance(there[name], dict))]
-    known = [name for name in known if name not in _EITHER] or known
+    known = _known_keys(found, names)
     if len(known) == 1:
         return opened(there[known[0]]) if known[0] in _OBJECTS else there[known[0]]
     if not there:
@@ -281,6 +314,16 @@ def _text_at(found: Mapping[str, Any], names: tuple[str, ...], what: str) -> obj
         f"it is not clear which of the keys {shown} has the {what}; describe the file with --map FILE, or pass "
         "--prompt-field, --completion-field and --label-field"
     )
+
+
+def gathered(values: object) -> dict[str, list[object]]:
+    """Return the values of the objects in a list by key, those of lists one by one."""
+    found: dict[str, list[object]] = {}
+    for one in values if isinstance(values, list) else []:
+        for key, value in one.items() if isinstance(one, dict) else ():
+            inner = opened(value)
+            found.setdefault(key, []).extend(inner if isinstance(inner, list) else [inner])
+    return found
 
 
 def submitted(record: object) -> dict[str, list[object]]:
@@ -308,6 +351,7 @@ def _questions(record: dict[str, Any]) -> Any:
     inner = entered(record.get("responses"))
     for name, answers in inner.items() if isinstance(inner, dict) else ():
         yield name, *_answers(answers)
+    yield from _by_question(inner) if isinstance(inner, list) else ()
     for key in record:
         if key.endswith(".responses"):
             values = entered(record[key])
@@ -317,6 +361,19 @@ def _questions(record: dict[str, Any]) -> Any:
             yield key.removesuffix(".responses"), values, statuses if fits else [None] * len(values)
         elif f"{key}-suggestion" in record:
             yield key, *_answers(record[key])
+
+
+def _by_question(responses: list[object]) -> Any:
+    """Yield (name, values, statuses) from the responses of Argilla 1.x, each of which has the values of all questions."""
+    found: dict[str, tuple[list[object], list[object]]] = {}
+    for one in responses:
+        values = one.get("values") if isinstance(one, dict) else None
+        for name, answer in values.items() if isinstance(values, dict) else ():
+            question = found.setdefault(name, ([], []))
+            question[0].append(answer.get("value") if isinstance(answer, dict) else answer)
+            question[1].append(one.get("status") if isinstance(one, dict) else None)
+    for name, (answers, statuses) in found.items():
+        yield name, answers, statuses
 
 
 def _answers(value: object) -> tuple[list[object], list[object]]:

@@ -49,6 +49,13 @@ class LabelPaths:
             return self.rule.verdict(opened(found), where, name)
         return self.rule.verdict(scores.get(name), where, name)
 
+    def has_value(self, data: Mapping[str, Any], where: str) -> bool:
+        """Return whether there is a label, whatever it means."""
+        if self.scores is not None:
+            return bool(self.named_scores(data, where))
+        assert self.path is not None
+        return not has_no_value(self.path.open(data, where))
+
     def named_scores(self, data: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Return the values of a record's scores by name, those without a value left out.
 

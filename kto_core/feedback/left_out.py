@@ -15,6 +15,7 @@ DEAD_ZONE = "between up and down"
 NOT_CHOSEN = "excluded by `where`"
 NO_PROMPT = "no prompt"
 MISSING_TURNS = "missing messages"
+NOT_ASSISTANT = "judged turn of another role"
 OTHER_SPLIT = "another split"
 DEFECTIVE = "defective"
 

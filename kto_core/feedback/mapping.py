@@ -148,13 +148,13 @@ class Mapping:
         Raises:
             FeedbackError: the mapping does not fit the record; the message names file, key and record.
         """
-        for data in self._items(record, where):
+        for data in self.items(record, where):
             try:
                 yield from self._rows(data, where)
             except LeftOut as left:
                 yield left
 
-    def _items(self, record: Record, where: str) -> Iterator[Record]:
+    def items(self, record: Record, where: str) -> Iterator[Record]:
         """Yield the record, or a record for each of its items, with `item` and `index` added."""
         if self.each is not None:
             items = self.each.open(record, where)
@@ -211,10 +211,6 @@ class Mapping:
         values = {name: path.find(data, where) for name, path in found.items() if path is not None}
         return {name: value for name, value in values.items() if value}
 
-    def keys(self) -> set[str]:
-        """Return all keys that the mapping's paths name."""
-        return set().union(*(path.keys() for path in _paths_in(self)))
-
     def _asked(self, path: Path, data: Record, where: str) -> Any:
         """Return the value at a path. Raises: LeftOut: there is none."""
         value = path.find(data, where)
@@ -245,18 +241,6 @@ class Mapping:
         for pattern in self.strip:
             text = pattern.sub("", text)
         return text
-
-
-def _paths_in(value: object) -> Iterator[Path]:
-    """Yield the paths in a mapping, those of its parts included."""
-    if isinstance(value, Path):
-        yield value
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _paths_in(one)
-    elif dataclasses.is_dataclass(value):
-        for one in dataclasses.fields(value):
-            yield from _paths_in(getattr(value, one.name))
 
 
 def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None) -> Mapping:

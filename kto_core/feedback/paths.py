@@ -17,10 +17,12 @@ Functions in addition to JMESPath's own:
     split(text, mark)           the parts of a text between marks
     asked(value)                the prompt in the inputs of a call
     answered(value)             the answer in the outputs of a call
+    gathered(list)              the values of objects by key: [{a: 1}, {a: 2}] becomes {a: [1, 2]}
     submitted(record)           the submitted answers of an Argilla record, by question
     pairs(list)                 messages from pairs of question and answer
     unescaped(text)             a cell without the apostrophe that Gradio adds
     dialogue(asked, said)       messages of user and assistant in alternation, from two lists of texts
+    agreed(list)                its first value; refuses values of which one is up and another down
     rounds(messages, n)         the messages up to the n-th of the assistant; all if n is null
 
 A path continues inside JSON text, as tables store lists and objects.
@@ -28,7 +30,7 @@ A path continues inside JSON text, as tables store lists and objects.
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jmespath
@@ -37,8 +39,10 @@ from jmespath.exceptions import JMESPathError
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback import exports
+from offline_kto.kto_core.feedback.labels import has_no_value, usual_label
 from offline_kto.kto_core.feedback.left_out import EMPTY, LeftOut
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.reads import Route, routes
 
 
 class _Functions(functions.Functions):
@@ -90,6 +94,17 @@ class _Functions(functions.Functions):
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_submitted(self, value: Any) -> Any:
         return exports.submitted(value)
+
+    @functions.signature({"types": ["array"]})  # type: ignore[untyped-decorator]
+    def _func_agreed(self, values: list[Any]) -> Any:
+        verdicts = {usual_label(value) for value in values} - {None}
+        if len(verdicts) > 1:
+            raise JMESPathError(f"the values {quoted(values)} contradict each other")
+        return next((value for value in values if not has_no_value(value)), None)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_gathered(self, value: Any) -> Any:
+        return exports.gathered(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_unescaped(self, value: Any) -> Any:
@@ -163,9 +178,9 @@ class Path:
                 f"{where}: {self.source}: {quoted(self.text)} cannot be applied to this record: {_first_line(error)}"
             ) from None
 
-    def keys(self) -> set[str]:
-        """Return the keys that the expression names, at any depth."""
-        return set(_named(self._compiled.parsed))
+    def routes(self, record: Mapping[str, object]) -> set[Route]:
+        """Return the routes that the expression reads in a record."""
+        return {(self._key,)} if self._key is not None else routes(self._compiled.parsed, record)
 
     def open(self, record: Mapping[str, object], where: str) -> Any:
         """Return like `find`, with JSON text opened. Raises: FeedbackError: also a value as Python prints it."""
@@ -177,14 +192,6 @@ class Path:
 
     def __repr__(self) -> str:
         return f"Path({self.text!r})"
-
-
-def _named(node: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the keys in a node of a parsed expression."""
-    if node["type"] == "field":
-        yield node["value"]
-    for child in node.get("children", ()):
-        yield from _named(child) if isinstance(child, Mapping) else ()
 
 
 @functools.lru_cache(maxsize=256)

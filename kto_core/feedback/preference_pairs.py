@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.columns import (
     LABELS,
+    PAIR_MARGIN,
     PAIR_RATINGS,
+    PAIR_WINNER,
     FeedbackFields,
     is_alpaca,
     prompt_value,
@@ -22,6 +24,7 @@ from offline_kto.kto_core.feedback.json_values import canonical_json
 from offline_kto.kto_core.feedback.labels import number_in
 from offline_kto.kto_core.feedback.left_out import SAME_ANSWERS, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Turns, as_conversation, as_turns
+from offline_kto.kto_core.feedback.quoting import quoted
 
 
 def is_pair(record: Mapping[str, object], fields: FeedbackFields) -> bool:
@@ -60,6 +63,13 @@ def pair_in(present: Mapping[str, object], where: str, fields: FeedbackFields) -
 
 def _check_ratings(present: Mapping[str, object], where: str) -> None:
     """Compare the ratings of a pair, if it has any. Raises: LeftOut: a tie; FeedbackError: the rejected one is better."""
+    winner, margin = present.get(PAIR_WINNER), number_in(present.get(PAIR_MARGIN))
+    if (isinstance(winner, str) and winner.strip().lower() == "rejected") or (margin is not None and margin < 0):
+        name = PAIR_MARGIN if margin is not None and margin < 0 else PAIR_WINNER
+        raise FeedbackError(
+            f"{where}: '{name}' is {quoted(present[name])}, so 'rejected' is better than 'chosen'. Swap them, or remove "
+            f"'{name}' if it does not apply."
+        )
     for names in PAIR_RATINGS:
         chosen, rejected = (number_in(present.get(name)) for name in names)
         if chosen is None or rejected is None:

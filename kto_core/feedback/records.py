@@ -162,6 +162,7 @@ def _single(
 ) -> tuple[str, Turns, Turns]:
     """Return (format, prompt, completion)."""
     found = one_of(present, where, fields.completion, COMPLETIONS, "--completion-field")
+    _check_one_answer(found, present, where, fields)
     prompt: Turns
     completion: Turns
     if found is not None:
@@ -196,6 +197,21 @@ def _single(
         raise _unknown_format(present, where, fields)
     check_completion(completion, where, name)
     return form, prompt, completion
+
+
+def _check_one_answer(
+    found: tuple[str, object] | None, present: Mapping[str, object], where: str, fields: FeedbackFields
+) -> None:
+    """Refuse two answers, or two conversations, that differ: one of them would be ignored."""
+    if fields.completion is not None:
+        return
+    names: tuple[str, ...] = ("messages", "conversations")
+    if found is not None:
+        names = (found[0], "output") if "instruction" in present else ()
+    values = [present[name] for name in names if name in present]
+    if len(values) == 2 and values[0] != values[1]:
+        advice = "Remove one of them." if found is None else "Choose one with --completion-field."
+        raise FeedbackError(f"{where}: {' and '.join(map(repr, names))} differ. {advice}")
 
 
 def _check_prompt_beside(present: Mapping[str, object], messages: tuple[Message, ...], where: str, name: str) -> None:

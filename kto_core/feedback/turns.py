@@ -5,7 +5,7 @@ from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.labels import number_in
-from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_CHOSEN, TIE, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
 from offline_kto.kto_core.feedback.messages import ROLES, Message, as_turns
 from offline_kto.kto_core.feedback.paths import Path
@@ -30,7 +30,7 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
     """Yield a row for each judged turn of the assistant: the turns before it, the turn, and its label.
 
     Raises:
-        FeedbackError: the value is not a list of turns, a turn is its own ancestor, or the judged turn is not the assistant's.
+        FeedbackError: the value is not a list of turns, a turn is its own ancestor, or a judged turn is not the assistant's.
         LeftOut: the turns are not there, or the judged one is not among them.
     """
     conversation = _Conversation(mapping, turns, record, where)
@@ -44,6 +44,8 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
             continue
         there = True
         if conversation.role(turn) != "assistant":
+            if turns.rated is None and turns.label.has_value(turn, where):
+                yield conversation.judged_other(turn)
             continue
         found = True
         try:
@@ -75,6 +77,8 @@ def _ranked_pairs(
     for number, turn in enumerate(conversation.turns):
         rank = number_in(turns.rank.find(turn, where))
         if conversation.role(turn) != "assistant":
+            if rank is not None:
+                yield conversation.judged_other(turn)
             continue
         if rank is None:
             yield LeftOut(UNRATED)
@@ -155,6 +159,20 @@ class _Conversation:
             )
         name = str(value).strip().lower()
         return self._spec.roles.get(name) or ROLES.get(name) or str(value)
+
+    def judged_other(self, turn: Record) -> LeftOut:
+        """Return why a judged turn is left out if it is not the assistant's.
+
+        Raises:
+            FeedbackError: its role is unknown, so it may be the assistant's.
+        """
+        role = self.role(turn)
+        if role not in ROLES.values():
+            raise FeedbackError(
+                f"{self._where}: {self._spec.messages.source}: a judged turn has the unknown role {quoted(role)}. Add it to "
+                f"`roles`, for example {quoted(role)}: assistant."
+            )
+        return LeftOut(NOT_ASSISTANT, role)
 
     def before(self, number: int) -> list[dict[str, Any]]:
         """Return the turns that lead to one, the first of the conversation first."""

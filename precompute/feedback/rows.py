@@ -16,6 +16,7 @@ from offline_kto.kto_core.feedback.labels import LabelRule
 from offline_kto.kto_core.feedback.left_out import DEFECTIVE, OTHER_SPLIT, LeftOut
 from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.feedback.paths import option_path
+from offline_kto.kto_core.feedback.presets import presets
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow, parse_record
 from offline_kto.kto_core.feedback.turns import mapped_rows
@@ -23,6 +24,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
 from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class
+from offline_kto.precompute.feedback.used_columns import UsedColumns
 from offline_kto.precompute.records.text_files import Located
 
 
@@ -65,6 +67,8 @@ class Feedback:
             rendered=rendered or RenderedText(),
         )
 
+        self._used = UsedColumns(self.mapping, self._fields)
+
     def rows(self) -> Iterator[FeedbackRow]:
         """Yield the rows. Call `keep` or `reject` for each of them, then `finish`.
 
@@ -84,13 +88,15 @@ class Feedback:
         """The rule that the labels were judged by; it has counted their values."""
         return self._format.label_rule
 
-    @property
-    def used_columns(self) -> frozenset[str]:
-        """The columns that the rows come from."""
-        if self.mapping is not None:
-            return frozenset(self.mapping.keys())
-        paths = (self._fields.prompt, self._fields.completion, self._fields.label)
-        return COLUMNS.union(*(path.keys() for path in paths if path is not None))
+    def unused_columns(self) -> list[str]:
+        """Return the columns that are not read."""
+        columns = self.found.columns
+        used = self._used.columns(self.found.forms, columns)
+        return [name for name, _ in columns.most_common() if name not in used]
+
+    def unused_beside(self) -> list[str]:
+        """Return the keys beside those that are read in objects, such as "input.system"."""
+        return [name for name, _ in self._used.beside.most_common()]
 
     def keep(self, row: FeedbackRow) -> None:
         """Count a row that can be rendered."""
@@ -142,7 +148,11 @@ class Feedback:
         """Return sentences about the rows, for the plan."""
         warn = None if self.mapping is None else self.mapping.warn
         warned = [f"{self.found.warned:,} {warn[1]}"] if warn is not None and self.found.warned else []
-        return [*self.found.notes, *warned]
+        own = self._config.map is not None and self._config.map not in presets()
+        unmatched = [
+            f"{path.source}: nothing at {quoted(path.text)} in any record." for path in self._used.unmatched() if own
+        ]
+        return [*self.found.notes, *warned, *unmatched]
 
     def _records(self) -> Iterator[Located]:
         records = self._format.records(self._columns() if self._format.is_native else None)
@@ -156,6 +166,9 @@ class Feedback:
             self.found.records += 1
             self.found.columns.update(key for key, value in record.items() if value is not None)
             split = self._format.split_of(record)
+            self._used.add(record)
+            if split is not None or self._config.split.lower() == "all":
+                self._used.read.add("split")
             if split is not None:
                 self.found.splits[split] += 1
             if self._format.is_wanted(split):
@@ -188,6 +201,7 @@ class Feedback:
             if self.mapping is None:
                 yield from parse_record(record, where, self._fields)
                 return
+            self._used.look_up(record, where)
             for native in mapped_rows(self.mapping, record, where):
                 yield from self._native_rows(native, where)
             if self.mapping.warn is not None and self.mapping.warn[0].find(record, where):

@@ -1,0 +1,157 @@
+"""Find which columns of the data were read, and which keys beside them were not."""
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Mapping as AnyMapping
+from typing import Any
+
+from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.columns import FeedbackFields, read_in_form
+from offline_kto.kto_core.feedback.exports import opened
+from offline_kto.kto_core.feedback.label_paths import LabelPaths
+from offline_kto.kto_core.feedback.left_out import LeftOut
+from offline_kto.kto_core.feedback.mapping import Mapping
+from offline_kto.kto_core.feedback.paths import Path
+from offline_kto.kto_core.feedback.reads import Route
+
+# Keys beside those that are read that change the meaning of a row, as in "input.context".
+MATTERS_BESIDE = re.compile(r"\.(system\w*|tools|functions|context|documents|\w*history|instructions)$", re.IGNORECASE)
+
+# Records that are looked at even if their keys are those of an earlier one.
+_LOOKED_AT = 1000
+
+
+class UsedColumns:
+    """Which keys of the records are read.
+
+    Args:
+        mapping: None for the native formats.
+        fields: the columns that options name.
+
+    Attributes:
+        read: columns that the paths read.
+        beside: keys beside those that are read in objects, as "input.system", by the number of records.
+    """
+
+    def __init__(self, mapping: Mapping | None, fields: FeedbackFields) -> None:
+        self._mapping, self._fields = mapping, fields
+        self._label = None if mapping is None else mapping.turns.label if mapping.turns is not None else mapping.label
+        self._paths = _paths_in(mapping) if mapping is not None else _paths_of(fields)
+        self._unmatched = [] if mapping is None else [*self._paths, *_paths_of_turns(mapping)]
+        self.read: set[str] = set()
+        self.beside: Counter[str] = Counter()
+        self._shapes: set[object] = set()
+        self._records = 0
+
+    def add(self, record: AnyMapping[str, Any]) -> None:
+        """Look at the keys of a record."""
+        self._records += 1
+        shape = frozenset(key for key, value in record.items() if value is not None)
+        if shape in self._shapes and self._records > _LOOKED_AT:
+            return
+        self._shapes.add(shape)
+        found: set[Route] = set().union(*(path.routes(record) for path in self._paths))
+        self.read.update(route[0] for route in found)
+        self.beside.update(_beside(record, found))
+
+    def look_up(self, record: AnyMapping[str, Any], where: str) -> None:
+        """Look for values at the mapping's paths, in a record that is complete if several are joined."""
+        if self._mapping is None or not self._unmatched:
+            return
+        with contextlib.suppress(FeedbackError, LeftOut):  # reported where the rows are read
+            data: list[AnyMapping[str, Any]] = [record, *self._mapping.items(record, where)]
+            if self._mapping.turns is not None:
+                turns = self._mapping.turns.messages.open(record, where)
+                found = turns.values() if isinstance(turns, dict) else turns if isinstance(turns, list) else []
+                data += [one for one in found if isinstance(one, dict)]
+            self._unmatched = [path for path in self._unmatched if not _has_value(path, data, where)]
+
+    def unmatched(self) -> list[Path]:
+        """Return the mapping's paths that have no value in any record."""
+        return self._unmatched
+
+    def columns(self, forms: Iterable[str], columns: Iterable[str]) -> set[str]:
+        """Return the columns that are used.
+
+        Args:
+            forms: the native formats of the rows.
+            columns: of the file.
+        """
+        if self._mapping is None:
+            return self.read.union(*(read_in_form(form, self._fields) for form in forms))
+        names = [] if self._label is None or self._label.scores is None else _chosen(self._label)
+        return self.read | {column for column in columns if any(_is_score(column, name) for name in names)}
+
+
+def _has_value(path: Path, data: list[AnyMapping[str, Any]], where: str) -> bool:
+    for one in data:
+        with contextlib.suppress(FeedbackError, LeftOut):
+            if path.find(one, where) is not None:
+                return True
+    return False
+
+
+def _paths_in(mapping: Mapping) -> list[Path]:
+    """Return the paths that read the record, but not those that only recognise it."""
+    turns, pair = mapping.turns, mapping.pair
+    found = [mapping.where, mapping.system, mapping.tools, mapping.prompt, mapping.completion, mapping.conversation]
+    found += [mapping.each, mapping.join, *mapping.zip.values()]
+    if pair is not None:
+        found += [pair.first, pair.second, pair.better]
+    label = mapping.label
+    if turns is not None:
+        found += [turns.messages, turns.rated]
+        found += _paths_of_turns(mapping) if mapping.join is not None else ()  # the turns are the records
+        label = turns.label if turns.rated is not None else None
+    if label is not None:
+        found += [label.path, label.scores]
+    return [path for path in found if path is not None]
+
+
+def _paths_of_turns(mapping: Mapping) -> list[Path]:
+    turns = mapping.turns
+    if turns is None:
+        return []
+    found = [turns.id, turns.parent, turns.role, turns.text, turns.children, turns.rank]
+    if turns.label is not None and turns.rated is None:
+        found += [turns.label.path, turns.label.scores]
+    return [path for path in (*found, *(path for _, path in turns.leave_out)) if path is not None]
+
+
+def _paths_of(fields: FeedbackFields) -> list[Path]:
+    return [path for path in (fields.prompt, fields.completion, fields.label) if path is not None]
+
+
+def _chosen(label: LabelPaths) -> list[str]:
+    return list(label.seen) if label.name is None else [label.name]
+
+
+def _is_score(column: str, name: str) -> bool:
+    """Return whether a column belongs to a score, also as "feedback.thumb", "stats.thumb.avg" or "thumb.responses"."""
+    return f".{name}." in f".{column}."
+
+
+def _beside(record: AnyMapping[str, Any], found: set[Route]) -> set[str]:
+    """Return the keys with a value beside those that are read; further up only those that matter."""
+    whole = {route[:size] for route in found for size in range(1, len(route) + 1)}
+    last = {route[:-1] for route in found}
+    names = set()
+    for parent in whole - found:
+        if any(parent[:size] in found for size in range(1, len(parent))):
+            continue
+        for key, item in _object_at(record, parent).items():
+            name = ".".join((*parent, str(key)))
+            matters = parent in last or MATTERS_BESIDE.search(name)
+            if matters and (*parent, key) not in whole and item not in (None, "", [], {}):
+                names.add(name)
+    return names
+
+
+def _object_at(record: AnyMapping[str, Any], route: Route) -> dict[str, Any]:
+    value: Any = record
+    for name in route:
+        value = opened(value).get(name) if isinstance(opened(value), dict) else None
+    inner = opened(value)
+    return inner if isinstance(inner, dict) else {}
