@@ -43,6 +43,19 @@ def test_values_up_and_down(up, down, expected):
     assert {value: verdict(rule, value) for value in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        *((up, True) for up in (":+1:", " :+1: ", ":+1::skin-tone-3:", ":thumbsup::skin-tone-2:")),
+        *((down, False) for down in (":-1:", ":-1::skin-tone-6:")),
+        *((value, None) for value in ("- 1", "_1", "-_1", ": 1", "1-", "\u22121", "-0", "_0")),
+    ],
+)
+def test_a_sign_before_a_digit_is_part_of_the_value(value, label):
+    assert verdict(LabelRule(), value) is label
+    assert verdict(LabelRule((":+1:",), (":-1:",)), value) in (label, None)
+
+
 @pytest.mark.parametrize(("otherwise", "expected"), [(UP, True), (DOWN, False), (LEAVE_OUT, DEAD_ZONE)])
 def test_what_happens_to_all_others(otherwise, expected):
     rule = LabelRule(("good",), ("bad",), otherwise)
@@ -249,3 +262,9 @@ def test_unrated_rows_and_the_dead_zone_are_left_out(tmp_path):
     labels, found = feedback(tmp_path / "f.jsonl", rows("rating", values), up=">=4", down="<=2")
     assert labels == [True, False]
     assert found.found.left_out.counts == {UNRATED: 3, DEAD_ZONE: 1}
+
+
+@pytest.mark.parametrize("column", ["label", "rating"])
+def test_unknown_labels_are_not_defective_rows(tmp_path, column):
+    message = refusal(tmp_path / "f.jsonl", rows(column, [1, 5, 4, 0]), on_bad_row="skip")
+    assert "5 (1 time), 4 (1 time)" in message

@@ -790,3 +790,33 @@ def test_help_does_not_pay_for_pyarrow_and_datasets():
     code = "import sys, offline_kto.precompute.records.sources; print({'pyarrow', 'datasets', 'torch', 'pandas'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+@pytest.mark.parametrize(
+    ("names", "expected"), [(["good", "bad"], ["bad", "good", None]), (["0", "1"], ["1", "0", None])]
+)
+def test_numbers_of_classes_become_their_names(tmp_path, form, names, expected):
+    label = datasets.ClassLabel(names=names)
+    features = datasets.Features(
+        {"label": label, "raters": datasets.Sequence(label), "meta": {"label": label}, "n": datasets.Value("int64")}
+    )
+    rows = [{"label": one, "raters": [one, one], "meta": {"label": one}, "n": one} for one in (1, 0, -1)]
+    data = datasets.Dataset.from_list(rows, features=features)
+    path = tmp_path / ("saved" if form == "saved" else "f.parquet")
+    if form == "saved":
+        data.save_to_disk(str(path))
+    else:
+        data.to_parquet(str(path))
+    records = [record for _, record in read(path)]
+    assert [one["label"] for one in records] == expected
+    assert [one["raters"] for one in records] == [[one, one] for one in expected]
+    assert [one["meta"]["label"] for one in records] == expected
+    assert [one["n"] for one in records] == [1, 0, -1]
+
+
+@pytest.mark.parametrize("metadata", [b"{", b"[]", b"{}", b'{"info": {"features": []}}', b'{"info": 3}'])
+def test_metadata_of_another_kind_names_no_classes(tmp_path, metadata):
+    table = pa.table({"label": [1, 0]}).replace_schema_metadata({"huggingface": metadata})
+    pq.write_table(table, tmp_path / "f.parquet")
+    assert [record["label"] for _, record in read(tmp_path / "f.parquet")] == [1, 0]

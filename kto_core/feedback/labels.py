@@ -17,12 +17,12 @@ from offline_kto.kto_core.feedback.quoting import quoted
 _UP = (
     *("true", "1", "1.0", "yes", "y", "good", "desirable", "chosen", "preferred", "up", "upvote", "upvoted"),
     *("thumbsup", "thumbup", "like", "liked", "love", "positive", "accepted", "accept", "pass", "passed"),
-    *("correct", "helpful", "wahr", "\U0001f44d"),
+    *("correct", "helpful", "wahr", "\U0001f44d", ":+1:"),
 )
 _DOWN = (
     *("false", "0", "0.0", "no", "n", "bad", "undesirable", "rejected", "reject", "down", "downvote", "downvoted"),
     *("thumbsdown", "thumbdown", "dislike", "disliked", "negative", "fail", "failed", "incorrect"),
-    *("unhelpful", "falsch", "\U0001f44e"),
+    *("unhelpful", "falsch", "\U0001f44e", ":-1:"),
 )
 # The words that are labels, as `_word` writes them.
 LABEL_WORDS: Final[Mapping[str, bool]] = {**dict.fromkeys(_UP, True), **dict.fromkeys(_DOWN, False)}
@@ -39,6 +39,9 @@ _COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {
     "==": operator.eq,
     "=": operator.eq,
 }
+
+# How Slack writes the skin tone of an emoji: ":+1::skin-tone-3:".
+_SKIN_TONE = re.compile(r":skin-tone-\d:")
 
 # Beginnings of verdicts on two answers that prefer neither.
 _TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
@@ -202,8 +205,8 @@ def number_in(value: object) -> float | None:
 
 def _word(text: str) -> str:
     """Return a word in normal form: "Thumbs Up", ":thumbs_up:" and "thumbsUp" are the same; skin tones are removed."""
-    text = text.strip().lower()
-    if _NUMBER.fullmatch(text):  # a sign is part of a number
+    text = _SKIN_TONE.sub("", text.strip().lower())
+    if any(c.isdigit() for c in text):  # a sign is part of a number: ":-1:" is not 1
         return text
     return "".join(c for c in text if c not in " _-:" and not _is_variant(c))
 

@@ -12,7 +12,7 @@ from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.columns import COLUMNS, FeedbackFields
 from offline_kto.kto_core.feedback.label_paths import SeveralScoresError
-from offline_kto.kto_core.feedback.labels import LabelRule
+from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import DEFECTIVE, OTHER_SPLIT, LeftOut
 from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.feedback.paths import option_path
@@ -97,8 +97,12 @@ class Feedback:
         self.found.add(row)
 
     def reject(self, where: str, error: KTOError) -> None:
-        """Note that a row, or a pair, is defective: it is left out, or reported by `finish`."""
-        if self._config.on_bad_row == "skip":
+        """Note that a row, or a pair, is defective: it is left out, or reported by `finish`.
+
+        An unknown label is always reported: it shows that the column is misread, and the rows that are left would
+        have the wrong labels.
+        """
+        if self._config.on_bad_row == "skip" and not isinstance(error, UnknownLabelError):
             self.found.left_out.add(where, DEFECTIVE, str(error))
         else:
             self._mistakes.append((where, error))
