@@ -948,3 +948,24 @@ def test_a_folder_of_files_with_different_keys(tmp_path):
     rows, left_out, _ = read(root)
     assert rows == [up("q", "a"), down("r", "b"), down("t", "d")]
     assert left_out == {UNRATED: 1}
+
+
+@pytest.mark.parametrize(
+    ("record", "part"),
+    [
+        ({"prompt": "<image>\nWhat?"}, "<image>, <video> or <audio>: 1 (first: f.jsonl:2)"),
+        (
+            {"completion": '[{"speaker": "me", "msg": "a"}]'},
+            "looks like messages but is scored as text: 1 (first: f.jsonl:2)",
+        ),
+        ({"prompt": [{"role": "critic", "content": "a"}]}, "unknown roles of messages: critic in 1 (first: f.jsonl:2)"),
+    ],
+)
+def test_rows_that_are_probably_misread_are_named(tmp_path, record, part):
+    good = {"prompt": "p", "completion": '{"a": 1}', "label": True}
+    config = PrecomputeConfig(model="m", data=str(as_jsonl(tmp_path, [good, {**good, **record}])))
+    feedback = Feedback(config, has_template=True)
+    for row in feedback.rows():
+        feedback.keep(row)
+    (note,) = feedback.notes()
+    assert part in note

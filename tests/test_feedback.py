@@ -893,3 +893,63 @@ def test_parse_record_returns_good_rows_or_raises_feedback_error(record, fields)
 def test_any_text_comes_through_unchanged(prompt, completion, label):
     row = one({"prompt": prompt, "completion": completion, "label": label})
     assert (row.prompt, row.completion, row.label) == (prompt, completion, label)
+
+
+# Text that was meant to be messages
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "({'role': 'user', 'content': 'a'},)",
+        "[HumanMessage(content='a'), AIMessage(content='b')]",
+        "ChatCompletionMessage(content='a', role='assistant')",
+        "OrderedDict([('role', 'user'), ('content', 'a')])",
+        "OrderedDict({'role': 'user'})",
+        """b'[{"role": "user", "content": "a"}]'""",
+        "content='a' additional_kwargs={} response_metadata={}",
+        "content='a' response_metadata={}",
+        '[{"role": "user", "content": "cut o',
+        '[{"from": "human", "value": "cut o',
+        '{"messages": [{"role": "user", "content": "cut o',
+        '[{"role": "user", "msg": "a"}]',
+        json.dumps(json.dumps([user("a")])),
+        "\ufeff" + json.dumps([user("a")]),
+        "'" + json.dumps([user("a")]),
+    ],
+)
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_text_that_was_meant_to_be_messages_is_refused(column, text):
+    record = {"prompt": "p", "completion": "c", "label": True, column: text}
+    assert f"'{column}'" in refusal(record)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"role": "engineer", "name": "Ada"}',
+        '[{"from": "Paris", "to": "Lon',
+        '"quoted" text',
+        "content='a'",
+        "Message(body) is a call",
+        '{"role": "user", "permissions": []}',
+        "b'bytes'",
+    ],
+)
+def test_other_text_stays_text(text):
+    assert one({"prompt": "p", "completion": text, "label": True}).completion == text
+
+
+@pytest.mark.parametrize("key", ["images", "image_url", "attachments", "experimental_attachments", "audio"])
+def test_a_message_with_media_beside_its_text_is_left_out(key):
+    messages = [{**user("what is this"), key: ["iVBOR"]}, assistant("a cat")]
+    assert left_out({"messages": messages, "label": True}) == MEDIA
+    messages[0][key] = []
+    assert one({"messages": messages, "label": True}).completion[0]["content"] == "a cat"
+
+
+@pytest.mark.parametrize("encode", [list, json.dumps])
+def test_parts_of_text_are_an_answer(encode):
+    parts = encode([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])
+    assert one({"prompt": "p", "completion": parts, "label": True}).completion == "ab"
+    assert one({"prompt": [user("p")], "completion": parts, "label": True}).completion == (assistant("ab"),)

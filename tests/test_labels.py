@@ -268,3 +268,15 @@ def test_unrated_rows_and_the_dead_zone_are_left_out(tmp_path):
 def test_unknown_labels_are_not_defective_rows(tmp_path, column):
     message = refusal(tmp_path / "f.jsonl", rows(column, [1, 5, 4, 0]), on_bad_row="skip")
     assert "5 (1 time), 4 (1 time)" in message
+
+
+def test_comparisons_apply_to_the_label_of_a_record_without_a_rating(tmp_path):
+    options = {"up": ">=4", "down": "<=2"}
+    assert feedback(tmp_path / "f.jsonl", rows("label", [5, 1, 3]), **options)[0] == [True, False]
+    mixed = [*rows("rating", [5, 1]), *rows("label", [1, 0])]
+    assert "some records have a label and others a rating" in refusal(tmp_path / "f.jsonl", mixed, **options)
+
+
+def test_a_value_that_is_up_and_down_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"'rating' is 3, which is up \(>=1\) and down \(<=5\)"):
+        feedback(tmp_path / "f.jsonl", rows("rating", [7, 3]), up=">=1", down="<=5")

@@ -8,11 +8,11 @@ from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.conversations import SYSTEM_COLUMNS, alpaca_prompt, history, system_text
 from offline_kto.kto_core.feedback.labels import LabelRule
-from offline_kto.kto_core.feedback.messages import Turns, said
+from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, Turns, said
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
 
-MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio", "image_url", "image_urls")
+MEDIA_COLUMNS = MEDIA_KEYS
 PROMPTS = ("prompt", "question", "query")
 COMPLETIONS = ("completion", "response", "answer")
 LABELS = ("label", "kto_tag")
@@ -43,6 +43,7 @@ class FeedbackFields:
     Attributes:
         rule: which labels are desirable.
         ratings: counts the ratings of records without a label, for the message about them.
+        compared: the columns whose values were compared with numbers, as `--up '>=4'` says.
         chat: whether text becomes messages. False without a chat template.
         rendered: recognises rendered text, which is not converted.
     """
@@ -52,6 +53,7 @@ class FeedbackFields:
     label: Path | None = None
     rule: LabelRule = field(default_factory=LabelRule)
     ratings: LabelRule = field(default_factory=LabelRule)
+    compared: set[str] = field(default_factory=set)
     chat: bool = False
     chat_template: bool = True
     rendered: RenderedText = field(default_factory=RenderedText)

@@ -114,6 +114,7 @@ class LabelRule:
         Raises:
             UnknownLabelError: a value that is neither up nor down, unless `otherwise` decides.
             LeftOut: no value, a number in the dead zone, raters who disagree.
+            ConfigError: a value that is up and down.
         """
         if isinstance(value, list | tuple):
             found = {self.verdict(one, where, field) for one in value if not has_no_value(one)}
@@ -125,7 +126,7 @@ class LabelRule:
         if has_no_value(value):
             self._count(None, "left out")
             raise LeftOut(UNRATED)
-        known = self._known(value)
+        known = self._known(value, where, field)
         if known is None and self.otherwise in (UP, DOWN):
             known = self.otherwise == UP
         if known is not None:
@@ -147,12 +148,20 @@ class LabelRule:
         if len(self.seen) < MOST_VALUES or (shown, destination) in self.seen:
             self.seen[shown, destination] += 1
 
-    def _known(self, value: object) -> bool | None:
+    def _known(self, value: object, where: str, field: str) -> bool | None:
         if not self.up and not self.down:
             return usual_label(value)
-        if _matches(value, self.up):
-            return True
-        return False if _matches(value, self.down) else None
+        up, down = _matches(value, self.up), _matches(value, self.down)
+        if up and down:
+            raise ConfigError(
+                f"{where}: '{field}' is {quoted(value)}, which is up ({_listed(self.up)}) and down ({_listed(self.down)}). "
+                "Change one of them so that no value is both."
+            )
+        return up if up or down else None
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -245,7 +245,10 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
 def _label(record: Mapping[str, object], present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
     if fields.label is not None:
         return fields.rule.verdict(fields.label.find(present, where), where, fields.label.text)
-    names = ("rating",) if fields.rule.has_comparison else LABELS
+    names = LABELS
+    if fields.rule.has_comparison:
+        names = ("rating",) if "rating" in record else LABELS
+        fields.compared.update(name for name in names if name in present)
     labels = {name: fields.rule.verdict(present[name], where, name) for name in names if name in present}
     if len(set(labels.values())) > 1:
         raise FeedbackError(f"{where}: 'label' and 'kto_tag' contradict each other. Remove one of them.")

@@ -23,6 +23,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
 from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class
+from offline_kto.precompute.feedback.suspicions import Suspicions
 from offline_kto.precompute.records.text_files import Located
 
 
@@ -46,6 +47,7 @@ class Feedback:
     def __init__(self, config: PrecomputeConfig, *, has_template: bool, rendered: RenderedText | None = None) -> None:
         self._config = config
         self._mistakes: list[tuple[str, KTOError]] = []
+        self._suspicions = Suspicions()
         self._format = DataFormat(config)
         self.mapping, self.why = self._format.mapping, self._format.why
         self.found = Found(notes=self._format.notes)
@@ -95,6 +97,7 @@ class Feedback:
     def keep(self, row: FeedbackRow) -> None:
         """Count a row that can be rendered."""
         self.found.add(row)
+        self._suspicions.add(row)
 
     def reject(self, where: str, error: KTOError) -> None:
         """Note that a row, or a pair, is defective: it is left out, or reported by `finish`.
@@ -131,6 +134,11 @@ class Feedback:
         if self._mistakes:
             mistakes = [error for _, error in sorted(self._mistakes, key=lambda one: _place(one[0]))]
             raise mistakes_in_rows(mistakes, config, self._format)
+        if len(self._fields.compared) > 1:
+            raise FeedbackError(
+                f"{config.data}: numbers are compared, but some records have a {' and others a '.join(sorted(self._fields.compared))}. "
+                "Name the column with --label-field."
+            )
         if not found.forms:
             raise no_rows(config, self._format, found)
         if len(found.labels) == 1 < found.labels.total() and not config.one_class:
@@ -146,7 +154,7 @@ class Feedback:
         """Return sentences about the rows, for the plan."""
         warn = None if self.mapping is None else self.mapping.warn
         warned = [f"{self.found.warned:,} {warn[1]}"] if warn is not None and self.found.warned else []
-        return [*self.found.notes, *warned]
+        return [*self.found.notes, *warned, *self._suspicions.in_words()]
 
     def _records(self) -> Iterator[Located]:
         records = self._format.records(self._columns() if self._format.is_native else None)
