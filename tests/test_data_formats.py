@@ -969,3 +969,22 @@ def test_rows_that_are_probably_misread_are_named(tmp_path, record, part):
         feedback.keep(row)
     (note,) = feedback.notes()
     assert part in note
+
+
+def test_two_messages_of_one_id_are_named(tmp_path):
+    turns = [
+        {"id": "q", "role": "user", "content": "a"},
+        {"id": "q", "role": "user", "content": "b", "parent": "q"},
+        {"id": "r", "role": "assistant", "content": "c", "parent": "q", "vote": 1},
+    ]
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("turns: {messages: turns, id: id, parent: parent, role: role, text: content, label: vote}\n")
+    message = refusal(as_jsonl(tmp_path, [{"turns": turns}]), map=str(mapping))
+    assert '2 messages have the id "q"' in message
+
+
+def test_a_mapping_that_is_not_there_lists_the_formats(tmp_path):
+    path = as_jsonl(tmp_path, [{"prompt": "p", "completion": "c", "label": True}])
+    message = refusal(path, ConfigError, map="nofile.yaml")
+    assert "langfuse" in message
+    assert "lora" not in message

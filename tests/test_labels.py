@@ -1,6 +1,7 @@
 """Labels: which values mean what, what is left out, and what a message proposes for the values found."""
 
 import json
+import shlex
 from collections import Counter
 
 import pytest
@@ -135,7 +136,15 @@ PROPOSALS = [
     ([1, 2, 3], "--up '>=3' --down '<=1'"),
     ([0, 1, 2, 3, 4], "--up '>=3' --down '<=1'"),
     ([1, 10, 7], "--up '>=7' --down '<=4'"),
-    ([0.1, 0.93], "--up '>=0.5' --down '<0.5'"),
+    ([0.1, 0.93], "--up '>0.5' --down '<0.5' (0.5 is left out)"),
+    ([1.0, 0.5, 0.0], "--up '>0.5' --down '<0.5' (0.5 is left out)"),
+    (["5/5", "4/5", "1/5"], "--up 4/5,5/5 --down 1/5"),
+    (["5/5", "3/5", "1/5"], "--up 5/5 --down 1/5, with 3/5 added to one of them"),
+    (["'up'", "'down'"], """--up ''"'"'up'"'"'' --down ''"'"'down'"'"''"""),
+    (["4,5", "1,5"], ""),
+    ([{"v": 1}, {"v": 0}], ""),
+    ([">=4", "good"], ""),
+    (["x" * 100, "good"], ""),
     ([-0.4, 0.3], "--up '>0' --down '<0'"),
     ([0, 55, 100], "--up '>=70' --down '<=40'"),
     ([5, 5], ""),
@@ -280,3 +289,30 @@ def test_comparisons_apply_to_the_label_of_a_record_without_a_rating(tmp_path):
 def test_a_value_that_is_up_and_down_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"'rating' is 3, which is up \(>=1\) and down \(<=5\)"):
         feedback(tmp_path / "f.jsonl", rows("rating", [7, 3]), up=">=1", down="<=5")
+
+
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs", "N"]), min_size=1, max_size=8),
+        min_size=2,
+        max_size=2,
+        unique_by=str.casefold,
+    )
+)
+def test_proposed_words_survive_a_shell(words):
+    proposal = Scale(Counter(map(quoted, words))).proposal()
+    if proposal.endswith("(or the other way round)"):
+        _, up, _, down, *_ = shlex.split(proposal)
+        assert (up, down) == tuple(words)
+
+
+@pytest.mark.parametrize("names", [("thumbs_up", "thumbs_down"), ("meta.likes", "meta.dislikes"), ("good", "bad")])
+def test_columns_of_opposite_votes_are_no_label_alone(tmp_path, names):
+    def record(*votes):
+        values = {name.split(".")[-1]: vote for name, vote in zip(names, votes, strict=True)}
+        return {"prompt": "p", "completion": "c", **({"meta": values} if "." in names[0] else values)}
+
+    message = refusal(tmp_path / "f.jsonl", [record(1, 0), record(0, 0), record(0, 1)])
+    assert f"'{names[1]}' counts the opposite" in message
+    assert "--map FILE" in message
+    assert "--label-field" not in message

@@ -1,4 +1,5 @@
 import csv
+import decimal
 import gzip
 import hashlib
 import io
@@ -278,12 +279,12 @@ def test_byte_order_mark_is_skipped(tmp_path, name):
 @pytest.mark.parametrize("name", ["f.jsonl", "f.json", "f.csv", "f.jsonl.gz"])
 def test_other_encodings_are_named_with_the_line(tmp_path, name):
     text = "a,b\n1,2\n\u00e9,3\n" if name == "f.csv" else '{"a": 1}\n{"a": 2}\n{"a": "\u00e9t\u00e9"}\n'
-    content = text.encode("latin1")
+    content = text.encode("cp1252")
     if name.endswith(".gz"):
         content = gzip.compress(content)
     message = refusal(save(tmp_path / name, content), f"{name}:3")
     assert "not UTF-8 (byte 0xe9)" in message
-    assert "iconv -f latin1 -t utf-8" in message
+    assert "iconv -f cp1252 -t utf-8" in message
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
@@ -820,3 +821,12 @@ def test_metadata_of_another_kind_names_no_classes(tmp_path, metadata):
     table = pa.table({"label": [1, 0]}).replace_schema_metadata({"huggingface": metadata})
     pq.write_table(table, tmp_path / "f.parquet")
     assert [record["label"] for _, record in read(tmp_path / "f.parquet")] == [1, 0]
+
+
+@pytest.mark.parametrize(("stored", "expected"), [("4", 4), ("4.5", 4.5), ("-1.00", -1)])
+def test_decimals_are_numbers(tmp_path, stored, expected):
+    column = pa.array([decimal.Decimal(stored)], pa.decimal128(5, 2))
+    pq.write_table(pa.table({"label": column, "in": pa.array([[decimal.Decimal(stored)]])}), tmp_path / "f.parquet")
+    ((_, record),) = read(tmp_path / "f.parquet")
+    assert record == {"label": expected, "in": [expected]}
+    assert type(record["label"]) is type(expected)

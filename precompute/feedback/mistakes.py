@@ -1,6 +1,7 @@
 """Report feedback that cannot be used: mistakes in rows, unknown labels, no usable row, one class only."""
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 
@@ -103,7 +104,7 @@ def _unknown_labels(
     scale = Scale.of(first.rule)
     proposal = scale.proposal()
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
-    name = "" if data_format.mapping or usual or config.label_field else f"--label-field {first.field} "
+    name = "" if data_format.mapping or usual or config.label_field else f"--label-field {shlex.quote(first.field)} "
     advice = (
         f"If that is the scale, pass {name}{proposal}."
         if proposal

@@ -46,7 +46,8 @@ def read_dataset(path: Path, kind: str, split: str = "train") -> Iterator[Locate
     number = 0
     dataset = _load_hub(path, split) if kind == "hub" else _load_saved(path, split)
     try:
-        named = ClassNames(dataset.features.to_dict())
+        features = getattr(dataset, "features", None)  # unknown for some that are streamed
+        named = ClassNames({} if features is None else features.to_dict())
         for row in dataset:
             number += 1
             yield f"{name}: row {number}", named.record(without_nulls(row))

@@ -5,6 +5,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -247,7 +248,10 @@ def _array_size(array: "pa.Array") -> int:
 
 
 def without_nulls(row: Record) -> Record:
-    """Return `row` without the nested keys that are only there because other rows of the column have them."""
+    """Return `row` without the nested keys that are only there because other rows of the column have them.
+
+    Decimal numbers become int or float, as in JSON.
+    """
     return {key: _pruned(value) for key, value in row.items()}
 
 
@@ -256,4 +260,6 @@ def _pruned(value: object) -> object:
         return {key: _pruned(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [_pruned(item) for item in value]
+    if isinstance(value, Decimal) and value.is_finite():
+        return int(value) if value == value.to_integral_value() else float(value)
     return value
