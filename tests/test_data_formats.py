@@ -988,3 +988,25 @@ def test_a_mapping_that_is_not_there_lists_the_formats(tmp_path):
     message = refusal(path, ConfigError, map="nofile.yaml")
     assert "langfuse" in message
     assert "lora" not in message
+
+
+@pytest.mark.parametrize(
+    ("record", "unused"),
+    [
+        ({"prompt": "p", "completion": "c", "label": True, "rating": 5}, {"rating"}),
+        ({"prompt": "p", "completion": "c", "label": True, "input": "x", "messages": []}, {"input", "messages"}),
+        ({"instruction": "p", "input": "x", "output": "c", "label": True, "history": []}, set()),
+        ({"messages": turns("p", "c"), "label": True, "output": "x", "system": "s"}, {"output"}),
+        ({"prompt": "p", "chosen": "c", "rejected": "d", "output": "x"}, {"output"}),
+    ],
+)
+def test_columns_of_other_formats_are_unused(tmp_path, record, unused):
+    _, _, feedback = read(as_jsonl(tmp_path, [record]))
+    assert record.keys() - feedback.used_columns == unused
+
+
+def test_a_rating_that_is_compared_is_used_in_place_of_the_label(tmp_path):
+    record = {"prompt": "p", "completion": "c", "label": False, "rating": 5}
+    rows, _, feedback = read(as_jsonl(tmp_path, [record]), up=">=4", down="<=2")
+    assert rows == [(["p", "c"], True, False)]
+    assert record.keys() - feedback.used_columns == {"label"}

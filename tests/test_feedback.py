@@ -953,3 +953,33 @@ def test_parts_of_text_are_an_answer(encode):
     parts = encode([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])
     assert one({"prompt": "p", "completion": parts, "label": True}).completion == "ab"
     assert one({"prompt": [user("p")], "completion": parts, "label": True}).completion == (assistant("ab"),)
+
+
+# Two answers or prompts in one record
+
+
+@pytest.mark.parametrize(
+    ("more", "option"),
+    [
+        ({"response": "x"}, "--completion-field"),
+        ({"answer": "x"}, "--completion-field"),
+        ({"question": "x"}, "--prompt-field"),
+        ({"chosen": "x"}, "--completion-field"),
+        ({"instruction": "p", "output": "x"}, "--completion-field"),
+    ],
+)
+def test_a_second_answer_or_prompt_is_refused(more, option):
+    record = {"prompt": "p", "completion": "c", "label": True}
+    message = refusal({**record, **more})
+    assert "differ" in message
+    assert option in message
+    other = list(more)[-1]
+    same = record["completion" if option == "--completion-field" else "prompt"]
+    assert one({**record, **more, other: f"{same} "}).completion == "c"
+    assert one({**record, **more}, completion="completion", prompt="prompt").completion == "c"
+
+
+def test_two_conversations_that_differ_are_refused():
+    talk = [user("p"), assistant("c")]
+    assert "differ" in refusal({"messages": talk, "conversations": [user("p"), assistant("x")], "label": True})
+    assert one({"messages": talk, "conversations": talk, "label": True}).completion == (assistant("c"),)

@@ -1,6 +1,6 @@
 """Name the columns of the native formats, and find a record's prompt in them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -25,7 +25,10 @@ PAIR_RATINGS = (
     ("rating_chosen", "rating_rejected"),
 )
 
-# Every key of a record that is read, besides those that options name.
+# Read in all formats.
+_ALWAYS = frozenset({*SYSTEM_COLUMNS, *MEDIA_COLUMNS, "tools", "chat_template_kwargs"})
+
+# Every key of a record that may be read, besides those that options name.
 COLUMNS: Final = frozenset(
     {
         *(*PROMPTS, *COMPLETIONS, *LABELS, *SYSTEM_COLUMNS, *MEDIA_COLUMNS),
@@ -70,12 +73,33 @@ def one_of(
     if path is not None:
         value = path.find(present, where)
         return None if value is None else (path.text, value)
-    if names[0] in present:  # the usual name
-        return names[0], present[names[0]]
     found = [name for name in names if name in present]
-    if len(found) > 1:
+    if not found:
+        return None
+    if names[0] not in found and len(found) > 1:
         raise FeedbackError(f"{where}: {' and '.join(map(repr, found))}: choose one with {option}.")
-    return (found[0], present[found[0]]) if found else None
+    for other in found[1:]:
+        refuse_another(present, found[0], other, where, option)
+    return found[0], present[found[0]]
+
+
+def refuse_another(present: Mapping[str, object], used: str, other: str, where: str, option: str) -> None:
+    """Refuse a record in which a column that is not read has another value than the one of the same meaning.
+
+    Args:
+        option: chooses one of them.
+    """
+    value = present.get(other)
+    if value in (None, "", [], {}) or _plain(value) == _plain(present[used]):
+        return
+    raise FeedbackError(
+        f"{where}: '{used}' and '{other}' differ, and only one of them can be read. Choose one with {option}, or remove the "
+        "other."
+    )
+
+
+def _plain(value: object) -> object:
+    return value.strip() if isinstance(value, str) else value
 
 
 def prompt_with_system(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:
@@ -107,3 +131,26 @@ def is_alpaca(present: Mapping[str, object], fields: FeedbackFields) -> bool:
 def columns_in_words(record: Mapping[str, object]) -> str:
     names = [name for name, value in record.items() if value is not None]
     return f"found {quoted(names, 200)}" if names else "found no columns with a value"
+
+
+def columns_of_forms(forms: Iterable[str]) -> frozenset[str]:
+    """Return the columns that the rows of these formats were read from, without those of labels.
+
+    Args:
+        forms: the formats as rows name them: "prompt + completion", "messages".
+    """
+    found = set(_ALWAYS)
+    for form in forms:
+        sides = form.split(" + ")
+        found.update(sides)
+        if sides[0] == "instruction":
+            found.update(("input", "history"))
+        elif form == "chosen + rejected":
+            found.update((*PROMPTS, "instruction", "input", "history", "messages", "conversations"))
+            found.update(name for pair in PAIR_RATINGS for name in pair)
+        elif len(sides) == 2:
+            found.add("history")
+        else:  # messages
+            found.update(("messages", "conversations", "labels", "prompt"))
+        found.update(*(names for names in (PROMPTS, COMPLETIONS) if any(side in names for side in sides)))
+    return frozenset(found)

@@ -70,7 +70,7 @@ def as_turns(value: object, where: str, field: str) -> Turns:
         if found is None:
             return value
         value = found
-    if _are_text_parts(value):
+    if isinstance(value, list | tuple) and _are_text_parts(value):
         return "".join(part["text"] for part in value)
     messages = _message_list(value)
     if messages is None:

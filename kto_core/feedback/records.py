@@ -30,6 +30,7 @@ from offline_kto.kto_core.feedback.columns import (
     one_of,
     prompt_value,
     prompt_with_system,
+    refuse_another,
 )
 from offline_kto.kto_core.feedback.conversations import (
     alpaca_prompt,
@@ -166,6 +167,7 @@ def _single(
     completion: Turns
     if found is not None:
         name, value = found
+        _check_other_answers(present, name, where, fields)
         asked = prompt_value(present, where, fields)
         if asked is not None:
             prompt = prompt_with_system(as_turns(asked[1], where, asked[0]), present, where, fields)
@@ -184,6 +186,8 @@ def _single(
         prompt = prompt if form.startswith("instruction") else with_system(prompt, present, where)
     elif "messages" in present or "conversations" in present:
         form = name = "messages" if "messages" in present else "conversations"
+        if name == "messages":
+            refuse_another(present, name, "conversations", where, "--completion-field")
         messages = as_conversation(present[name], where, name)
         _check_prompt_beside(present, messages, where, name)
         prompt, completion = split_conversation(messages, where, name)
@@ -196,6 +200,15 @@ def _single(
         raise _unknown_format(present, where, fields)
     check_completion(completion, where, name)
     return form, prompt, completion
+
+
+def _check_other_answers(present: Mapping[str, object], used: str, where: str, fields: FeedbackFields) -> None:
+    """Refuse a second answer, in a column of another format, that would be ignored."""
+    if fields.completion is not None:
+        return
+    others = ["chosen", *(["output"] if "instruction" in present else [])]
+    for other in others:
+        refuse_another(present, used, other, where, "--completion-field")
 
 
 def _check_prompt_beside(present: Mapping[str, object], messages: tuple[Message, ...], where: str, name: str) -> None:
@@ -245,7 +258,7 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
 def _label(record: Mapping[str, object], present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
     if fields.label is not None:
         return fields.rule.verdict(fields.label.find(present, where), where, fields.label.text)
-    names = LABELS
+    names: tuple[str, ...] = LABELS
     if fields.rule.has_comparison:
         names = ("rating",) if "rating" in record else LABELS
         fields.compared.update(name for name in names if name in present)

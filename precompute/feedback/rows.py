@@ -10,7 +10,7 @@ from typing import Any
 from offline_kto.kto_core.durable_files import write_text, written_to
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
-from offline_kto.kto_core.feedback.columns import COLUMNS, FeedbackFields
+from offline_kto.kto_core.feedback.columns import COLUMNS, LABELS, FeedbackFields, columns_of_forms
 from offline_kto.kto_core.feedback.label_paths import SeveralScoresError
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import DEFECTIVE, OTHER_SPLIT, LeftOut
@@ -91,8 +91,11 @@ class Feedback:
         """The columns that the rows come from."""
         if self.mapping is not None:
             return frozenset(self.mapping.keys())
-        paths = (self._fields.prompt, self._fields.completion, self._fields.label)
-        return COLUMNS.union(*(path.keys() for path in paths if path is not None))
+        fields = self._fields
+        labels = (fields.compared or {*LABELS, "labels"}) if fields.label is None else set()
+        paths = [path.keys() for path in (fields.prompt, fields.completion, fields.label) if path is not None]
+        splits = {"split"} if self.found.splits else set()
+        return columns_of_forms(self.found.forms).union(labels, splits, *paths)
 
     def keep(self, row: FeedbackRow) -> None:
         """Count a row that can be rendered."""
