@@ -940,6 +940,11 @@ def test_other_text_stays_text(text):
     assert one({"prompt": "p", "completion": text, "label": True}).completion == text
 
 
+def test_messages_in_a_text_may_have_space_around_them():
+    messages = [user("a"), assistant("b"), user("c")]
+    assert one({"prompt": f"\n  {json.dumps(messages)}\n", "completion": "c", "label": True}).prompt == tuple(messages)
+
+
 @pytest.mark.parametrize("key", ["images", "image_url", "attachments", "experimental_attachments", "audio"])
 def test_a_message_with_media_beside_its_text_is_left_out(key):
     messages = [{**user("what is this"), key: ["iVBOR"]}, assistant("a cat")]

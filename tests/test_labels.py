@@ -131,6 +131,7 @@ PROPOSALS = [
     (["really good", "not so"], "--up 'really good' --down 'not so' (or the other way round)"),
     (["good", "bad", "meh"], "--up good --down bad, with meh added to one of them"),
     (["a", "b", "c"], ""),
+    (["neutral", "negative"], ""),
     ([1, 2, 3, 4, 5], "--up '>=4' --down '<=2'"),
     (["5", "2"], "--up '>=4' --down '<=2'"),
     ([1, 2, 3], "--up '>=3' --down '<=1'"),
@@ -277,6 +278,7 @@ def test_unrated_rows_and_the_dead_zone_are_left_out(tmp_path):
 def test_unknown_labels_are_not_defective_rows(tmp_path, column):
     message = refusal(tmp_path / "f.jsonl", rows(column, [1, 5, 4, 0]), on_bad_row="skip")
     assert "5 (1 time), 4 (1 time)" in message
+    assert "`else: leave-out`" in message
 
 
 def test_comparisons_apply_to_the_label_of_a_record_without_a_rating(tmp_path):

@@ -346,7 +346,7 @@ def _proposed_words(words: Sequence[str]) -> str:
     others = [word for word, label in known.items() if label is None]
     if len(others) == 2 and not up and not down:
         return f"--up {_option(others[:1])} --down {_option(others[1:])} (or the other way round)"
-    if len(others) == 1 and len(up + down) == 1:
+    if len(others) == 1 and len(up + down) == 1 and not is_tie(others[0]):
         return f"--up {_option(up or others)} --down {_option(down or others)}"
     if not up or not down:
         return ""

@@ -26,7 +26,7 @@ _ROLE = (
 # The first message of a list, or of an object with the list.
 _BEGINNING = rf"(?:\{{\s*\\*\"messages\\*\"\s*:\s*)?\[\s*\{{\s*\\*\"{_ROLE}"
 _BEGINS = re.compile(rf"\s*{_BEGINNING}", re.IGNORECASE)
-_PREFIXED = re.compile(rf"\s*[\ufeff'\"\s]+{_BEGINNING}", re.IGNORECASE)
+_PREFIXED = re.compile(rf"\s*[\ufeff'\"][\ufeff'\"\s]*{_BEGINNING}", re.IGNORECASE)
 
 # Keys that say who speaks, and keys with what is said.
 _WHO = {"role", "author", "speaker", "from", "sender", "type"}

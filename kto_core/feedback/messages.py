@@ -121,7 +121,7 @@ def _read_text(text: str, where: str, field: str) -> object | None:
         return value
     if begins_with_roles(text):
         raise FeedbackError(
-            f"{where}: '{field}' begins like messages, {quoted(text)}, but is truncated or has messages without 'content'. "
+            f"{where}: '{field}' begins like messages, {quoted(text)}, but is not valid JSON, or has messages without 'content'. "
             "It would be scored as text. Repair the cell, or remove the row."
         )
     return None
@@ -135,7 +135,8 @@ def _are_text_parts(value: object) -> bool:
 def _is_text_part(part: object) -> bool:
     if not isinstance(part, Mapping) or any(key in part for key in _ROLE_KEYS):
         return False
-    return part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str)
+    kind = part.get("type")
+    return isinstance(kind, str) and kind in _TEXT_PARTS and isinstance(part.get("text"), str)
 
 
 def _message_list(value: object) -> list[object] | None:

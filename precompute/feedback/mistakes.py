@@ -111,4 +111,9 @@ def _unknown_labels(
         else "Name the desirable values with --up and the undesirable ones with --down"
         f"{', or pass --rating-threshold' * scale.is_numbers}."
     )
-    return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}")
+    skip = (
+        " --on-bad-row skip does not leave out unknown labels: a mapping (--map FILE) does, with `else: leave-out`."
+        if config.on_bad_row == "skip"
+        else ""
+    )
+    return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}{skip}")
