@@ -318,3 +318,7 @@ def test_columns_of_opposite_votes_are_no_label_alone(tmp_path, names):
     assert f"'{names[1]}' counts the opposite" in message
     assert "--map FILE" in message
     assert "--label-field" not in message
+
+
+def test_ratings_with_a_decimal_comma_are_named(tmp_path):
+    assert "with a point" in refusal(tmp_path / "f.jsonl", rows("rating", ["4,5", "1,5"]), up=">=4", down="<=2")

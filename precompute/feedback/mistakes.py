@@ -14,6 +14,7 @@ from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
 from offline_kto.precompute.records.feedback_columns import feedback_columns
 
+_DECIMAL_COMMA = re.compile(r'"[+-]?[0-9]+,[0-9]+"')
 # Mistakes shown with their place; the others are counted.
 _SHOWN = 20
 
@@ -108,6 +109,8 @@ def _unknown_labels(
     advice = (
         f"If that is the scale, pass {name}{proposal}."
         if proposal
+        else "Write decimal numbers with a point."
+        if any(_DECIMAL_COMMA.fullmatch(value) for value in scale.counts)
         else "Name the desirable values with --up and the undesirable ones with --down"
         f"{', or pass --rating-threshold' * scale.is_numbers}."
     )
