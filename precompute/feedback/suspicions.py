@@ -54,7 +54,7 @@ class Suspicions:
         if self.roles:
             shown = ", ".join(f"{role} in {_counted(places)}" for role, places in self.roles.items())
             found.append(
-                f"unknown roles of messages: {shown}. The chat template may write them as they are, which no model knows; "
+                f"unknown roles of messages: {shown}. The chat template may write them as they are, also if the model has never seen them; "
                 "rename them to user, assistant, system or tool."
             )
         return found
