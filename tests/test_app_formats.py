@@ -407,9 +407,9 @@ def test_keys_beside_those_that_are_read_are_named(tmp_path: Path, form: str) ->
 
 
 def test_a_native_format_uses_its_own_columns_only(tmp_path: Path) -> None:
-    records = [{"prompt": "q", "completion": "a", "label": 1, "rating": 5, "chosen": "x", "output": "y"}]
+    records = [{"prompt": "q", "completion": "a", "label": 1, "rating": 5, "messages": [], "output": "y"}]
     feedback = read(write(tmp_path / "f.jsonl", records))[3]
-    assert set(feedback.unused_columns()) == {"rating", "chosen", "output"}
+    assert set(feedback.unused_columns()) == {"rating", "messages", "output"}
 
 
 def test_a_path_of_a_mapping_without_a_value_in_any_record_is_named(tmp_path: Path) -> None:

@@ -948,3 +948,65 @@ def test_a_folder_of_files_with_different_keys(tmp_path):
     rows, left_out, _ = read(root)
     assert rows == [up("q", "a"), down("r", "b"), down("t", "d")]
     assert left_out == {UNRATED: 1}
+
+
+@pytest.mark.parametrize(
+    ("record", "part"),
+    [
+        ({"prompt": "<image>\nWhat?"}, "<image>, <video> or <audio>: 1 (first: f.jsonl:2)"),
+        (
+            {"completion": '[{"speaker": "me", "msg": "a"}]'},
+            "looks like messages but is scored as text: 1 (first: f.jsonl:2)",
+        ),
+        ({"prompt": [{"role": "critic", "content": "a"}]}, "unknown roles of messages: critic in 1 (first: f.jsonl:2)"),
+    ],
+)
+def test_rows_that_are_probably_misread_are_named(tmp_path, record, part):
+    good = {"prompt": "p", "completion": '{"a": 1}', "label": True}
+    config = PrecomputeConfig(model="m", data=str(as_jsonl(tmp_path, [good, {**good, **record}])))
+    feedback = Feedback(config, has_template=True)
+    for row in feedback.rows():
+        feedback.keep(row)
+    (note,) = feedback.notes()
+    assert part in note
+
+
+def test_two_messages_of_one_id_are_named(tmp_path):
+    turns = [
+        {"id": "q", "role": "user", "content": "a"},
+        {"id": "q", "role": "user", "content": "b", "parent": "q"},
+        {"id": "r", "role": "assistant", "content": "c", "parent": "q", "vote": 1},
+    ]
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("turns: {messages: turns, id: id, parent: parent, role: role, text: content, label: vote}\n")
+    message = refusal(as_jsonl(tmp_path, [{"turns": turns}]), map=str(mapping))
+    assert '2 messages have the id "q"' in message
+
+
+def test_a_mapping_that_is_not_there_lists_the_formats(tmp_path):
+    path = as_jsonl(tmp_path, [{"prompt": "p", "completion": "c", "label": True}])
+    message = refusal(path, ConfigError, map="nofile.yaml")
+    assert "langfuse" in message
+    assert "lora" not in message
+
+
+@pytest.mark.parametrize(
+    ("record", "unused"),
+    [
+        ({"prompt": "p", "completion": "c", "label": True, "rating": 5}, {"rating"}),
+        ({"prompt": "p", "completion": "c", "label": True, "input": "x", "messages": []}, {"input", "messages"}),
+        ({"instruction": "p", "input": "x", "output": "c", "label": True, "history": []}, set()),
+        ({"messages": turns("p", "c"), "label": True, "output": "x", "system": "s"}, {"output"}),
+        ({"prompt": "p", "chosen": "c", "rejected": "d", "output": "x"}, {"output"}),
+    ],
+)
+def test_columns_of_other_formats_are_unused(tmp_path, record, unused):
+    _, _, feedback = read(as_jsonl(tmp_path, [record]))
+    assert set(feedback.unused_columns()) == unused
+
+
+def test_a_rating_that_is_compared_is_used_in_place_of_the_label(tmp_path):
+    record = {"prompt": "p", "completion": "c", "label": False, "rating": 5}
+    rows, _, feedback = read(as_jsonl(tmp_path, [record]), up=">=4", down="<=2")
+    assert rows == [(["p", "c"], True, False)]
+    assert set(feedback.unused_columns()) == {"label"}

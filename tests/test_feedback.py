@@ -904,7 +904,7 @@ def test_any_text_comes_through_unchanged(prompt, completion, label):
         (
             {"messages": [user("q"), assistant("a")], "conversations": [user("q"), assistant("b")]},
             ["messages", "conversations"],
-            "Remove",
+            "remove",
         ),
     ],
 )
@@ -931,3 +931,98 @@ def test_a_pair_whose_chosen_side_is_better_is_kept(beside):
 def test_a_conversation_in_place_of_the_answer_is_a_matter_of_columns():
     message = refusal({"prompt": [user("q"), assistant("a")], "completion": [user("q"), assistant("a")], "label": 1})
     assert "--completion-field" in message
+
+
+# Text that was meant to be messages
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "({'role': 'user', 'content': 'a'},)",
+        "[HumanMessage(content='a'), AIMessage(content='b')]",
+        "ChatCompletionMessage(content='a', role='assistant')",
+        "OrderedDict([('role', 'user'), ('content', 'a')])",
+        "OrderedDict({'role': 'user'})",
+        """b'[{"role": "user", "content": "a"}]'""",
+        "content='a' additional_kwargs={} response_metadata={}",
+        "content='a' response_metadata={}",
+        '[{"role": "user", "content": "cut o',
+        '[{"from": "human", "value": "cut o',
+        '{"messages": [{"role": "user", "content": "cut o',
+        '[{"role": "user", "msg": "a"}]',
+        json.dumps(json.dumps([user("a")])),
+        "\ufeff" + json.dumps([user("a")]),
+        "'" + json.dumps([user("a")]),
+    ],
+)
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_text_that_was_meant_to_be_messages_is_refused(column, text):
+    record = {"prompt": "p", "completion": "c", "label": True, column: text}
+    assert f"'{column}'" in refusal(record)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"role": "engineer", "name": "Ada"}',
+        '[{"from": "Paris", "to": "Lon',
+        '"quoted" text',
+        "content='a'",
+        "Message(body) is a call",
+        '{"role": "user", "permissions": []}',
+        "b'bytes'",
+    ],
+)
+def test_other_text_stays_text(text):
+    assert one({"prompt": "p", "completion": text, "label": True}).completion == text
+
+
+def test_messages_in_a_text_may_have_space_around_them():
+    messages = [user("a"), assistant("b"), user("c")]
+    assert one({"prompt": f"\n  {json.dumps(messages)}\n", "completion": "c", "label": True}).prompt == tuple(messages)
+
+
+@pytest.mark.parametrize("key", ["images", "image_url", "attachments", "experimental_attachments", "audio"])
+def test_a_message_with_media_beside_its_text_is_left_out(key):
+    messages = [{**user("what is this"), key: ["iVBOR"]}, assistant("a cat")]
+    assert left_out({"messages": messages, "label": True}) == MEDIA
+    messages[0][key] = []
+    assert one({"messages": messages, "label": True}).completion[0]["content"] == "a cat"
+
+
+@pytest.mark.parametrize("encode", [list, json.dumps])
+def test_parts_of_text_are_an_answer(encode):
+    parts = encode([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])
+    assert one({"prompt": "p", "completion": parts, "label": True}).completion == "ab"
+    assert one({"prompt": [user("p")], "completion": parts, "label": True}).completion == (assistant("ab"),)
+
+
+# Two answers or prompts in one record
+
+
+@pytest.mark.parametrize(
+    ("more", "option"),
+    [
+        ({"response": "x"}, "--completion-field"),
+        ({"answer": "x"}, "--completion-field"),
+        ({"question": "x"}, "--prompt-field"),
+        ({"chosen": "x"}, "--completion-field"),
+        ({"instruction": "p", "output": "x"}, "--completion-field"),
+    ],
+)
+def test_a_second_answer_or_prompt_is_refused(more, option):
+    record = {"prompt": "p", "completion": "c", "label": True}
+    message = refusal({**record, **more})
+    assert "differ" in message
+    assert option in message
+    other = list(more)[-1]
+    same = record["completion" if option == "--completion-field" else "prompt"]
+    assert one({**record, **more, other: f"{same} "}).completion == "c"
+    assert one({**record, **more}, completion="completion", prompt="prompt").completion == "c"
+
+
+def test_two_conversations_that_differ_are_refused():
+    talk = [user("p"), assistant("c")]
+    assert "differ" in refusal({"messages": talk, "conversations": [user("p"), assistant("x")], "label": True})
+    assert one({"messages": talk, "conversations": talk, "label": True}).completion == (assistant("c"),)

@@ -1,6 +1,7 @@
 """Labels: which values mean what, what is left out, and what a message proposes for the values found."""
 
 import json
+import shlex
 from collections import Counter
 
 import pytest
@@ -41,6 +42,19 @@ def verdict(rule, value):
 def test_values_up_and_down(up, down, expected):
     rule = LabelRule(up, down)
     assert {value: verdict(rule, value) for value in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        *((up, True) for up in (":+1:", " :+1: ", ":+1::skin-tone-3:", ":thumbsup::skin-tone-2:")),
+        *((down, False) for down in (":-1:", ":-1::skin-tone-6:")),
+        *((value, None) for value in ("- 1", "_1", "-_1", ": 1", "1-", "\u22121", "-0", "_0")),
+    ],
+)
+def test_a_sign_before_a_digit_is_part_of_the_value(value, label):
+    assert verdict(LabelRule(), value) is label
+    assert verdict(LabelRule((":+1:",), (":-1:",)), value) in (label, None)
 
 
 @pytest.mark.parametrize(("otherwise", "expected"), [(UP, True), (DOWN, False), (LEAVE_OUT, DEAD_ZONE)])
@@ -117,12 +131,21 @@ PROPOSALS = [
     (["really good", "not so"], "--up 'really good' --down 'not so' (or the other way round)"),
     (["good", "bad", "meh"], "--up good --down bad, with meh added to one of them"),
     (["a", "b", "c"], ""),
+    (["neutral", "negative"], ""),
     ([1, 2, 3, 4, 5], "--up '>=4' --down '<=2'"),
     (["5", "2"], "--up '>=4' --down '<=2'"),
     ([1, 2, 3], "--up '>=3' --down '<=1'"),
     ([0, 1, 2, 3, 4], "--up '>=3' --down '<=1'"),
     ([1, 10, 7], "--up '>=7' --down '<=4'"),
-    ([0.1, 0.93], "--up '>=0.5' --down '<0.5'"),
+    ([0.1, 0.93], "--up '>0.5' --down '<0.5' (0.5 is left out)"),
+    ([1.0, 0.5, 0.0], "--up '>0.5' --down '<0.5' (0.5 is left out)"),
+    (["5/5", "4/5", "1/5"], "--up 4/5,5/5 --down 1/5"),
+    (["5/5", "3/5", "1/5"], "--up 5/5 --down 1/5, with 3/5 added to one of them"),
+    (["'up'", "'down'"], """--up ''"'"'up'"'"'' --down ''"'"'down'"'"''"""),
+    (["4,5", "1,5"], ""),
+    ([{"v": 1}, {"v": 0}], ""),
+    ([">=4", "good"], ""),
+    (["x" * 100, "good"], ""),
     ([-0.4, 0.3], "--up '>0' --down '<0'"),
     ([0, 55, 100], "--up '>=70' --down '<=40'"),
     ([5, 5], ""),
@@ -249,3 +272,53 @@ def test_unrated_rows_and_the_dead_zone_are_left_out(tmp_path):
     labels, found = feedback(tmp_path / "f.jsonl", rows("rating", values), up=">=4", down="<=2")
     assert labels == [True, False]
     assert found.found.left_out.counts == {UNRATED: 3, DEAD_ZONE: 1}
+
+
+@pytest.mark.parametrize("column", ["label", "rating"])
+def test_unknown_labels_are_not_defective_rows(tmp_path, column):
+    message = refusal(tmp_path / "f.jsonl", rows(column, [1, 5, 4, 0]), on_bad_row="skip")
+    assert "5 (1 time), 4 (1 time)" in message
+    assert "`else: leave-out`" in message
+
+
+def test_comparisons_apply_to_the_label_of_a_record_without_a_rating(tmp_path):
+    options = {"up": ">=4", "down": "<=2"}
+    assert feedback(tmp_path / "f.jsonl", rows("label", [5, 1, 3]), **options)[0] == [True, False]
+    mixed = [*rows("rating", [5, 1]), *rows("label", [1, 0])]
+    assert "some records have a label and others a rating" in refusal(tmp_path / "f.jsonl", mixed, **options)
+
+
+def test_a_value_that_is_up_and_down_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"'rating' is 3, which is up \(>=1\) and down \(<=5\)"):
+        feedback(tmp_path / "f.jsonl", rows("rating", [7, 3]), up=">=1", down="<=5")
+
+
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs", "N"]), min_size=1, max_size=8),
+        min_size=2,
+        max_size=2,
+        unique_by=str.casefold,
+    )
+)
+def test_proposed_words_survive_a_shell(words):
+    proposal = Scale(Counter(map(quoted, words))).proposal()
+    if proposal.endswith("(or the other way round)"):
+        _, up, _, down, *_ = shlex.split(proposal)
+        assert (up, down) == tuple(words)
+
+
+@pytest.mark.parametrize("names", [("thumbs_up", "thumbs_down"), ("meta.likes", "meta.dislikes"), ("good", "bad")])
+def test_columns_of_opposite_votes_are_no_label_alone(tmp_path, names):
+    def record(*votes):
+        values = {name.split(".")[-1]: vote for name, vote in zip(names, votes, strict=True)}
+        return {"prompt": "p", "completion": "c", **({"meta": values} if "." in names[0] else values)}
+
+    message = refusal(tmp_path / "f.jsonl", [record(1, 0), record(0, 0), record(0, 1)])
+    assert f"'{names[1]}' counts the opposite" in message
+    assert "--map FILE" in message
+    assert "--label-field" not in message
+
+
+def test_ratings_with_a_decimal_comma_are_named(tmp_path):
+    assert "with a point" in refusal(tmp_path / "f.jsonl", rows("rating", ["4,5", "1,5"]), up=">=4", down="<=2")

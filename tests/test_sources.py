@@ -1,4 +1,5 @@
 import csv
+import decimal
 import gzip
 import hashlib
 import io
@@ -278,12 +279,12 @@ def test_byte_order_mark_is_skipped(tmp_path, name):
 @pytest.mark.parametrize("name", ["f.jsonl", "f.json", "f.csv", "f.jsonl.gz"])
 def test_other_encodings_are_named_with_the_line(tmp_path, name):
     text = "a,b\n1,2\n\u00e9,3\n" if name == "f.csv" else '{"a": 1}\n{"a": 2}\n{"a": "\u00e9t\u00e9"}\n'
-    content = text.encode("latin1")
+    content = text.encode("cp1252")
     if name.endswith(".gz"):
         content = gzip.compress(content)
     message = refusal(save(tmp_path / name, content), f"{name}:3")
     assert "not UTF-8 (byte 0xe9)" in message
-    assert "iconv -f latin1 -t utf-8" in message
+    assert "iconv -f cp1252 -t utf-8" in message
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
@@ -790,3 +791,42 @@ def test_help_does_not_pay_for_pyarrow_and_datasets():
     code = "import sys, offline_kto.precompute.records.sources; print({'pyarrow', 'datasets', 'torch', 'pandas'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+@pytest.mark.parametrize(
+    ("names", "expected"), [(["good", "bad"], ["bad", "good", None]), (["0", "1"], ["1", "0", None])]
+)
+def test_numbers_of_classes_become_their_names(tmp_path, form, names, expected):
+    label = datasets.ClassLabel(names=names)
+    features = datasets.Features(
+        {"label": label, "raters": datasets.Sequence(label), "meta": {"label": label}, "n": datasets.Value("int64")}
+    )
+    rows = [{"label": one, "raters": [one, one], "meta": {"label": one}, "n": one} for one in (1, 0, -1)]
+    data = datasets.Dataset.from_list(rows, features=features)
+    path = tmp_path / ("saved" if form == "saved" else "f.parquet")
+    if form == "saved":
+        data.save_to_disk(str(path))
+    else:
+        data.to_parquet(str(path))
+    records = [record for _, record in read(path)]
+    assert [one["label"] for one in records] == expected
+    assert [one["raters"] for one in records] == [[one, one] for one in expected]
+    assert [one["meta"]["label"] for one in records] == expected
+    assert [one["n"] for one in records] == [1, 0, -1]
+
+
+@pytest.mark.parametrize("metadata", [b"{", b"[]", b"{}", b'{"info": {"features": []}}', b'{"info": 3}'])
+def test_metadata_of_another_kind_names_no_classes(tmp_path, metadata):
+    table = pa.table({"label": [1, 0]}).replace_schema_metadata({"huggingface": metadata})
+    pq.write_table(table, tmp_path / "f.parquet")
+    assert [record["label"] for _, record in read(tmp_path / "f.parquet")] == [1, 0]
+
+
+@pytest.mark.parametrize(("stored", "expected"), [("4", 4), ("4.5", 4.5), ("-1.00", -1)])
+def test_decimals_are_numbers(tmp_path, stored, expected):
+    column = pa.array([decimal.Decimal(stored)], pa.decimal128(5, 2))
+    pq.write_table(pa.table({"label": column, "in": pa.array([[decimal.Decimal(stored)]])}), tmp_path / "f.parquet")
+    ((_, record),) = read(tmp_path / "f.parquet")
+    assert record == {"label": expected, "in": [expected]}
+    assert type(record["label"]) is type(expected)

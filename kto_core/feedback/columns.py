@@ -8,11 +8,11 @@ from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.conversations import SYSTEM_COLUMNS, alpaca_prompt, history, system_text
 from offline_kto.kto_core.feedback.labels import LabelRule
-from offline_kto.kto_core.feedback.messages import Turns, said
+from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, Turns, said
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
 
-MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio", "image_url", "image_urls")
+MEDIA_COLUMNS = MEDIA_KEYS
 PROMPTS = ("prompt", "question", "query")
 COMPLETIONS = ("completion", "response", "answer")
 LABELS = ("label", "kto_tag")
@@ -27,7 +27,7 @@ PAIR_RATINGS = (
 # Which side of a pair is better, and by how much.
 PAIR_WINNER, PAIR_MARGIN = "winner", "margin"
 
-# Every key of a record that is read, besides those that options name.
+# Every key of a record that may be read, besides those that options name.
 COLUMNS: Final = frozenset(
     {
         *(*PROMPTS, *COMPLETIONS, *LABELS, *SYSTEM_COLUMNS, *MEDIA_COLUMNS),
@@ -62,7 +62,7 @@ def read_in_form(form: str, fields: "FeedbackFields") -> set[str]:
     if "instruction" in names:
         found |= {"input"}
     if fields.label is None:
-        found |= {*LABELS, *(("rating",) if fields.rule.has_comparison else ())}
+        found |= fields.compared or {*LABELS}
     return found
 
 
@@ -73,6 +73,7 @@ class FeedbackFields:
     Attributes:
         rule: which labels are desirable.
         ratings: counts the ratings of records without a label, for the message about them.
+        compared: the columns whose values were compared with numbers, as `--up '>=4'` says.
         chat: whether text becomes messages. False without a chat template.
         rendered: recognises rendered text, which is not converted.
     """
@@ -82,6 +83,7 @@ class FeedbackFields:
     label: Path | None = None
     rule: LabelRule = field(default_factory=LabelRule)
     ratings: LabelRule = field(default_factory=LabelRule)
+    compared: set[str] = field(default_factory=set)
     chat: bool = False
     chat_template: bool = True
     rendered: RenderedText = field(default_factory=RenderedText)
@@ -99,9 +101,32 @@ def one_of(
         value = path.find(present, where)
         return None if value is None else (path.text, value)
     found = [name for name in names if name in present]
-    if len(found) > 1 and (found[0] != names[0] or any(present[name] != present[found[0]] for name in found)):
+    if not found:
+        return None
+    if names[0] not in found and len(found) > 1:
         raise FeedbackError(f"{where}: {' and '.join(map(repr, found))}: choose one with {option}.")
-    return (found[0], present[found[0]]) if found else None
+    for other in found[1:]:
+        refuse_another(present, found[0], other, where, option)
+    return found[0], present[found[0]]
+
+
+def refuse_another(present: Mapping[str, object], used: str, other: str, where: str, option: str) -> None:
+    """Refuse a record in which a column that is not read has another value than the one of the same meaning.
+
+    Args:
+        option: chooses one of them.
+    """
+    value = present.get(other)
+    if value in (None, "", [], {}) or _plain(value) == _plain(present[used]):
+        return
+    raise FeedbackError(
+        f"{where}: '{used}' and '{other}' differ, and only one of them can be read. Choose one with {option}, or remove the "
+        "other."
+    )
+
+
+def _plain(value: object) -> object:
+    return value.strip() if isinstance(value, str) else value
 
 
 def prompt_with_system(prompt: Turns, present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns:

@@ -1,9 +1,11 @@
 """Decide from the values of feedback (words, thumbs, ratings) whether a completion is desirable."""
 
 import functools
+import json
 import math
 import operator
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +19,12 @@ from offline_kto.kto_core.feedback.quoting import quoted
 _UP = (
     *("true", "1", "1.0", "yes", "y", "good", "desirable", "chosen", "preferred", "up", "upvote", "upvoted"),
     *("thumbsup", "thumbup", "like", "liked", "love", "positive", "accepted", "accept", "pass", "passed"),
-    *("correct", "helpful", "wahr", "\U0001f44d"),
+    *("correct", "helpful", "wahr", "\U0001f44d", ":+1:"),
 )
 _DOWN = (
     *("false", "0", "0.0", "no", "n", "bad", "undesirable", "rejected", "reject", "down", "downvote", "downvoted"),
     *("thumbsdown", "thumbdown", "dislike", "disliked", "negative", "fail", "failed", "incorrect"),
-    *("unhelpful", "falsch", "\U0001f44e"),
+    *("unhelpful", "falsch", "\U0001f44e", ":-1:"),
 )
 # The words that are labels, as `_word` writes them.
 LABEL_WORDS: Final[Mapping[str, bool]] = {**dict.fromkeys(_UP, True), **dict.fromkeys(_DOWN, False)}
@@ -39,6 +41,11 @@ _COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {
     "==": operator.eq,
     "=": operator.eq,
 }
+
+# How Slack writes the skin tone of an emoji: ":+1::skin-tone-3:".
+_SKIN_TONE = re.compile(r":skin-tone-\d:")
+
+_FRACTION = re.compile(r"(\d{1,3})\s?/\s?([1-9]\d{0,2})", re.ASCII)
 
 # Beginnings of verdicts on two answers that prefer neither.
 _TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
@@ -111,6 +118,7 @@ class LabelRule:
         Raises:
             UnknownLabelError: a value that is neither up nor down, unless `otherwise` decides.
             LeftOut: no value, a number in the dead zone, raters who disagree.
+            ConfigError: a value that is up and down.
         """
         if isinstance(value, list | tuple):
             found = {self.verdict(one, where, field) for one in value if not has_no_value(one)}
@@ -122,7 +130,7 @@ class LabelRule:
         if has_no_value(value):
             self._count(None, "left out")
             raise LeftOut(UNRATED)
-        known = self._known(value)
+        known = self._known(value, where, field)
         if known is None and self.otherwise in (UP, DOWN):
             known = self.otherwise == UP
         if known is not None:
@@ -144,12 +152,20 @@ class LabelRule:
         if len(self.seen) < MOST_VALUES or (shown, destination) in self.seen:
             self.seen[shown, destination] += 1
 
-    def _known(self, value: object) -> bool | None:
+    def _known(self, value: object, where: str, field: str) -> bool | None:
         if not self.up and not self.down:
             return usual_label(value)
-        if _matches(value, self.up):
-            return True
-        return False if _matches(value, self.down) else None
+        up, down = _matches(value, self.up), _matches(value, self.down)
+        if up and down:
+            raise ConfigError(
+                f"{where}: '{field}' is {quoted(value)}, which is up ({_listed(self.up)}) and down ({_listed(self.down)}). "
+                "Change one of them so that no value is both."
+            )
+        return up if up or down else None
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -202,8 +218,8 @@ def number_in(value: object) -> float | None:
 
 def _word(text: str) -> str:
     """Return a word in normal form: "Thumbs Up", ":thumbs_up:" and "thumbsUp" are the same; skin tones are removed."""
-    text = text.strip().lower()
-    if _NUMBER.fullmatch(text):  # a sign is part of a number
+    text = _SKIN_TONE.sub("", text.strip().lower())
+    if any(c.isdigit() for c in text):  # a sign is part of a number: ":-1:" is not 1
         return text
     return "".join(c for c in text if c not in " _-:" and not _is_variant(c))
 
@@ -261,13 +277,27 @@ class Scale:
         return all(value == "(none)" or number_in(value.strip('"')) is not None for value in self.counts)
 
     def proposal(self) -> str:
-        """Return options that fit the values; empty if that is not clear."""
-        values = [value.strip('"') for value in self.counts if value != "(none)"]
+        """Return options that fit the values and can be pasted into a shell; empty if that is not clear."""
+        shown = [value for value in self.counts if value != "(none)"]
+        values = [text for value in shown if (text := _as_option(value)) is not None]
+        if len(values) < len(shown):
+            return ""
         numbers = sorted({n for value in values if (n := number_in(value)) is not None})
         words = [value for value in values if number_in(value) is None]
         if words and numbers:
             return ""
-        return _proposed_cut(numbers) if numbers else _proposed_words(words)
+        return _proposed_cut(numbers) if numbers else _proposed_fractions(words) or _proposed_words(words)
+
+
+def _as_option(shown: str) -> str | None:
+    """Return a value, given as JSON, as an option has it; None for one that no option can name."""
+    try:
+        value = json.loads(shown)
+    except ValueError:  # cut, because it is long
+        return None
+    if isinstance(value, str):
+        return None if _is_comparison(value) or "," in value else value
+    return shown if isinstance(value, bool | int | float) else None
 
 
 def _proposed_cut(numbers: Sequence[float]) -> str:
@@ -281,7 +311,7 @@ def _proposed_cut(numbers: Sequence[float]) -> str:
     if least < 0:
         return "--up '>0' --down '<0' (0 is left out)"
     if most <= 1:
-        return "--up '>=0.5' --down '<0.5'"
+        return "--up '>0.5' --down '<0.5' (0.5 is left out)"
     if list(numbers) == [1, 2]:
         return "--up 2 --down 1 (or the other way round)"
     # Scales: 1 to 3, 0 to 4, 1 to 5, 1 to 10, 0 to 100. Values in the middle are left out.
@@ -292,17 +322,31 @@ def _proposed_cut(numbers: Sequence[float]) -> str:
     return f"--up '>={middle:g}' --down '<{middle:g}'"
 
 
-def _proposed_words(words: Sequence[str]) -> str:
-    """Return options for words; empty if their meaning is not clear, or if a word contains a comma."""
-    if any("," in word for word in words):
+def _proposed_fractions(words: Sequence[str]) -> str:
+    """Return options for ratings such as "4/5"; empty for other words."""
+    found = [_FRACTION.fullmatch(word.strip()) for word in words]
+    shares = {word: int(one[1]) / int(one[2]) for word, one in zip(words, found, strict=True) if one is not None}
+    if len(shares) < len(words):
         return ""
+    up = sorted(word for word, share in shares.items() if share >= 0.7)
+    down = sorted(word for word, share in shares.items() if share <= 0.4)
+    between = sorted(shares.keys() - {*up, *down})
+    if not up or not down:
+        return ""
+    return f"--up {_option(up)} --down {_option(down)}" + (
+        f", with {', '.join(between)} added to one of them" * bool(between)
+    )
+
+
+def _proposed_words(words: Sequence[str]) -> str:
+    """Return options for words; empty if their meaning is not clear."""
     known = {word: usual_label(word) for word in words}
     up = [word for word, label in known.items() if label is True]
     down = [word for word, label in known.items() if label is False]
     others = [word for word, label in known.items() if label is None]
     if len(others) == 2 and not up and not down:
         return f"--up {_option(others[:1])} --down {_option(others[1:])} (or the other way round)"
-    if len(others) == 1 and len(up + down) == 1:
+    if len(others) == 1 and len(up + down) == 1 and not is_tie(others[0]):
         return f"--up {_option(up or others)} --down {_option(down or others)}"
     if not up or not down:
         return ""
@@ -313,7 +357,7 @@ def _proposed_words(words: Sequence[str]) -> str:
 def _option(words: Sequence[str]) -> str:
     """Return words as the value of an option on a command line."""
     text = ",".join(words)
-    return text if re.fullmatch(r"[\w,.+:-]+", text) else f"'{text}'"
+    return text if re.fullmatch(r"\w[\w,.+:/-]*|-1", text) else shlex.quote(text)
 
 
 # A class with a smaller share of the rows is nearly absent: 1 in 20 is far from the published 1:1 to 4:3.

@@ -20,6 +20,7 @@ from typing import Any, Final, TypeAlias
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.left_out import MEDIA, LeftOut
+from offline_kto.kto_core.feedback.message_text import begins_with_roles, misread_messages
 from offline_kto.kto_core.feedback.quoting import quoted
 
 Message: TypeAlias = dict[str, Any]
@@ -48,12 +49,13 @@ _LANGCHAIN_TYPES = {
 }
 _MEDIA_PARTS = re.compile("image|audio|video|file|document|media")
 
-# How Python and NumPy print a list of messages.
-_PYTHON_REPR = re.compile(
-    r"\s*(?:array\(|\()?\[?\s*\{\s*"
-    r"'(?:role|from|content|value|type|tool_calls|name|messages|choices|message|message\.role)'\s*:"
-)
 _MESSAGE_TEXT = re.compile(r"\s*[\[{]")
+
+# Keys of a message with media or attached files, which the text does not contain.
+MEDIA_KEYS: Final = (
+    *("images", "image", "videos", "video", "audios", "audio", "image_url", "image_urls"),
+    *("attachments", "experimental_attachments"),
+)
 
 
 def as_turns(value: object, where: str, field: str) -> Turns:
@@ -68,6 +70,8 @@ def as_turns(value: object, where: str, field: str) -> Turns:
         if found is None:
             return value
         value = found
+    if isinstance(value, list | tuple) and _are_text_parts(value):
+        return "".join(part["text"] for part in value)
     messages = _message_list(value)
     if messages is None:
         raise FeedbackError(f"{where}: '{field}' must be text or a list of messages, got {quoted(value)}.")
@@ -102,19 +106,37 @@ def has_tool_calls(message: Mapping[str, object]) -> bool:
 
 def _read_text(text: str, where: str, field: str) -> object | None:
     """Return the messages in a JSON text; None for any other text."""
+    if (mistake := misread_messages(text)) is not None:
+        raise FeedbackError(f"{where}: '{field}' contains messages {mistake}")
     if _MESSAGE_TEXT.match(text) is None:
         return None
-    if _PYTHON_REPR.match(text):
-        raise FeedbackError(
-            f"{where}: '{field}' contains messages as Python prints them, {quoted(text)}, which would be scored as text. "
-            "Write the column with json.dumps, or save the data as JSON Lines or Parquet."
-        )
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return None
+        value = None
+    if _are_text_parts(value):
+        return value
     messages = _message_list(value)
-    return value if messages and all(_is_message(one) for one in messages) else None
+    if messages and all(_is_message(one) for one in messages):
+        return value
+    if begins_with_roles(text):
+        raise FeedbackError(
+            f"{where}: '{field}' begins like messages, {quoted(text)}, but is not valid JSON, or has messages without 'content'. "
+            "It would be scored as text. Repair the cell, or remove the row."
+        )
+    return None
+
+
+def _are_text_parts(value: object) -> bool:
+    """Return whether a value is the content of one message as a list of parts that are text."""
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_text_part, value))
+
+
+def _is_text_part(part: object) -> bool:
+    if not isinstance(part, Mapping) or any(key in part for key in _ROLE_KEYS):
+        return False
+    kind = part.get("type")
+    return isinstance(kind, str) and kind in _TEXT_PARTS and isinstance(part.get("text"), str)
 
 
 def _message_list(value: object) -> list[object] | None:
@@ -203,6 +225,9 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
     if _has_calls_inside(given.get("content")):
         yield from _steps(given, where, what)
         return
+    for key in MEDIA_KEYS:
+        if given.get(key):
+            raise LeftOut(MEDIA, f"'{key}' of {what}")
     role = _take(given, _ROLE_KEYS)
     if not isinstance(role, str):
         raise FeedbackError(f"{where}: {what} needs a 'role' that is a string, got {quoted(role)}.")

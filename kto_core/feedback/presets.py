@@ -26,7 +26,7 @@ def named_mapping(name: str) -> Mapping:
         ConfigError: no such file and no such name, or a mistake in it.
     """
     path = Path(name)
-    if path.suffix or path.parent != Path():
+    if (path.suffix or path.parent != Path()) and path.is_file():
         return _read(path, name)
     if name in presets():
         return presets()[name]

@@ -30,6 +30,7 @@ from offline_kto.kto_core.feedback.columns import (
     one_of,
     prompt_value,
     prompt_with_system,
+    refuse_another,
 )
 from offline_kto.kto_core.feedback.conversations import (
     alpaca_prompt,
@@ -162,11 +163,11 @@ def _single(
 ) -> tuple[str, Turns, Turns]:
     """Return (format, prompt, completion)."""
     found = one_of(present, where, fields.completion, COMPLETIONS, "--completion-field")
-    _check_one_answer(found, present, where, fields)
     prompt: Turns
     completion: Turns
     if found is not None:
         name, value = found
+        _check_other_answers(present, name, where, fields)
         asked = prompt_value(present, where, fields)
         if asked is not None:
             prompt = prompt_with_system(as_turns(asked[1], where, asked[0]), present, where, fields)
@@ -185,6 +186,8 @@ def _single(
         prompt = prompt if form.startswith("instruction") else with_system(prompt, present, where)
     elif "messages" in present or "conversations" in present:
         form = name = "messages" if "messages" in present else "conversations"
+        if name == "messages":
+            refuse_another(present, name, "conversations", where, "--completion-field")
         messages = as_conversation(present[name], where, name)
         _check_prompt_beside(present, messages, where, name)
         prompt, completion = split_conversation(messages, where, name)
@@ -199,19 +202,13 @@ def _single(
     return form, prompt, completion
 
 
-def _check_one_answer(
-    found: tuple[str, object] | None, present: Mapping[str, object], where: str, fields: FeedbackFields
-) -> None:
-    """Refuse two answers, or two conversations, that differ: one of them would be ignored."""
+def _check_other_answers(present: Mapping[str, object], used: str, where: str, fields: FeedbackFields) -> None:
+    """Refuse a second answer, in a column of another format, that would be ignored."""
     if fields.completion is not None:
         return
-    names: tuple[str, ...] = ("messages", "conversations")
-    if found is not None:
-        names = (found[0], "output") if "instruction" in present else ()
-    values = [present[name] for name in names if name in present]
-    if len(values) == 2 and values[0] != values[1]:
-        advice = "Remove one of them." if found is None else "Choose one with --completion-field."
-        raise FeedbackError(f"{where}: {' and '.join(map(repr, names))} differ. {advice}")
+    others = ["chosen", *(["output"] if "instruction" in present else [])]
+    for other in others:
+        refuse_another(present, used, other, where, "--completion-field")
 
 
 def _check_prompt_beside(present: Mapping[str, object], messages: tuple[Message, ...], where: str, name: str) -> None:
@@ -261,7 +258,10 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
 def _label(record: Mapping[str, object], present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
     if fields.label is not None:
         return fields.rule.verdict(fields.label.find(present, where), where, fields.label.text)
-    names = ("rating",) if fields.rule.has_comparison else LABELS
+    names: tuple[str, ...] = LABELS
+    if fields.rule.has_comparison:
+        names = ("rating",) if "rating" in record else LABELS
+        fields.compared.update(name for name in names if name in present)
     labels = {name: fields.rule.verdict(present[name], where, name) for name in names if name in present}
     if len(set(labels.values())) > 1:
         raise FeedbackError(f"{where}: 'label' and 'kto_tag' contradict each other. Remove one of them.")

@@ -1,5 +1,6 @@
 """Find the judged turns of a conversation, and the turns before each of them, in a list or a tree."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,9 +141,16 @@ class _Conversation:
         if spec.parent is None or spec.id is None:
             yield from (number - 1 if number else None for number in range(len(self.turns)))
             return
-        by_id = {_key(spec.id.find(one, self._where)): number for number, one in enumerate(self.turns)}
+        ids = [_key(spec.id.find(one, self._where)) for one in self.turns]
+        by_id = {key: number for number, key in enumerate(ids)}
+        repeated = Counter(ids)
         for turn in self.turns:
             parent = spec.parent.find(turn, self._where)
+            if parent not in (None, "", False) and repeated[_key(parent)] > 1:
+                raise FeedbackError(
+                    f"{self._where}: {repeated[_key(parent)]} messages have the id {quoted(parent)}, to which another one "
+                    "belongs. Give each message an id of its own."
+                )
             yield by_id.get(_key(parent), _MISSING) if parent not in (None, "", False) else None
 
     def name(self, number: int) -> str:

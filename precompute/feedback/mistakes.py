@@ -1,6 +1,7 @@
 """Report feedback that cannot be used: mistakes in rows, unknown labels, no usable row, one class only."""
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
 from offline_kto.precompute.records.feedback_columns import feedback_columns
 
+_DECIMAL_COMMA = re.compile(r'"[+-]?[0-9]+,[0-9]+"')
 # Mistakes shown with their place; the others are counted.
 _SHOWN = 20
 
@@ -103,11 +105,18 @@ def _unknown_labels(
     scale = Scale.of(first.rule)
     proposal = scale.proposal()
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
-    name = "" if data_format.mapping or usual or config.label_field else f"--label-field {first.field} "
+    name = "" if data_format.mapping or usual or config.label_field else f"--label-field {shlex.quote(first.field)} "
     advice = (
         f"If that is the scale, pass {name}{proposal}."
         if proposal
+        else "Write decimal numbers with a point."
+        if any(_DECIMAL_COMMA.fullmatch(value) for value in scale.counts)
         else "Name the desirable values with --up and the undesirable ones with --down"
         f"{', or pass --rating-threshold' * scale.is_numbers}."
     )
-    return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}")
+    skip = (
+        " --on-bad-row skip does not leave out unknown labels: a mapping (--map FILE) does, with `else: leave-out`."
+        if config.on_bad_row == "skip"
+        else ""
+    )
+    return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}{skip}")

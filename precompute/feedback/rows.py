@@ -12,7 +12,7 @@ from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.columns import COLUMNS, FeedbackFields
 from offline_kto.kto_core.feedback.label_paths import SeveralScoresError
-from offline_kto.kto_core.feedback.labels import LabelRule
+from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import DEFECTIVE, OTHER_SPLIT, LeftOut
 from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.feedback.paths import option_path
@@ -24,6 +24,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
 from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class
+from offline_kto.precompute.feedback.suspicions import Suspicions
 from offline_kto.precompute.feedback.used_columns import UsedColumns
 from offline_kto.precompute.records.text_files import Located
 
@@ -48,6 +49,7 @@ class Feedback:
     def __init__(self, config: PrecomputeConfig, *, has_template: bool, rendered: RenderedText | None = None) -> None:
         self._config = config
         self._mistakes: list[tuple[str, KTOError]] = []
+        self._suspicions = Suspicions()
         self._format = DataFormat(config)
         self.mapping, self.why = self._format.mapping, self._format.why
         self.found = Found(notes=self._format.notes)
@@ -101,10 +103,15 @@ class Feedback:
     def keep(self, row: FeedbackRow) -> None:
         """Count a row that can be rendered."""
         self.found.add(row)
+        self._suspicions.add(row)
 
     def reject(self, where: str, error: KTOError) -> None:
-        """Note that a row, or a pair, is defective: it is left out, or reported by `finish`."""
-        if self._config.on_bad_row == "skip":
+        """Note that a row, or a pair, is defective: it is left out, or reported by `finish`.
+
+        An unknown label is always reported: it shows that the column is misread, and the rows that are left would
+        have the wrong labels.
+        """
+        if self._config.on_bad_row == "skip" and not isinstance(error, UnknownLabelError):
             self.found.left_out.add(where, DEFECTIVE, str(error))
         else:
             self._mistakes.append((where, error))
@@ -133,6 +140,11 @@ class Feedback:
         if self._mistakes:
             mistakes = [error for _, error in sorted(self._mistakes, key=lambda one: _place(one[0]))]
             raise mistakes_in_rows(mistakes, config, self._format)
+        if len(self._fields.compared) > 1:
+            raise FeedbackError(
+                f"{config.data}: numbers are compared, but some records have a {' and others a '.join(sorted(self._fields.compared))}. "
+                "Name the column with --label-field."
+            )
         if not found.forms:
             raise no_rows(config, self._format, found)
         if len(found.labels) == 1 < found.labels.total() and not config.one_class:
@@ -152,7 +164,7 @@ class Feedback:
         unmatched = [
             f"{path.source}: nothing at {quoted(path.text)} in any record." for path in self._used.unmatched() if own
         ]
-        return [*self.found.notes, *warned, *unmatched]
+        return [*self.found.notes, *warned, *unmatched, *self._suspicions.in_words()]
 
     def _records(self) -> Iterator[Located]:
         records = self._format.records(self._columns() if self._format.is_native else None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from offline_kto.kto_core.errors import FeedbackError, printable, said_by
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.precompute.records.class_names import ClassNames
 from offline_kto.precompute.records.table_records import without_nulls
 from offline_kto.precompute.records.text_files import Located, readable
 
@@ -45,9 +46,11 @@ def read_dataset(path: Path, kind: str, split: str = "train") -> Iterator[Locate
     number = 0
     dataset = _load_hub(path, split) if kind == "hub" else _load_saved(path, split)
     try:
+        features = getattr(dataset, "features", None)  # unknown for some that are streamed
+        named = ClassNames({} if features is None else features.to_dict())
         for row in dataset:
             number += 1
-            yield f"{name}: row {number}", without_nulls(row)
+            yield f"{name}: row {number}", named.record(without_nulls(row))
     except Exception as error:
         raise FeedbackError(f"{name}: not readable after row {number} ({said_by(error)}).") from error
 

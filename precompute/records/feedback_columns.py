@@ -1,8 +1,9 @@
 """Find the columns that look like feedback, for the message about data without labels."""
 
 import re
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from offline_kto.kto_core.feedback.labels import Scale, has_no_value, number_in, usual_label
@@ -15,6 +16,11 @@ _NAMES = re.compile(
     "label|score|rating|rated|feedback|thumb|reward|vote|like|helpful|quality|verdict|accept|approv|correct|good|bad|"
     "pass|fail|reaction|emoji|sentiment|flag|grade|prefer|satisf|useful|safe|stars|eval|judg",
     re.IGNORECASE,
+)
+# Words of two columns that count opposite votes.
+_OPPOSITES = (
+    *(("up", "down"), ("like", "dislike"), ("likes", "dislikes"), ("liked", "disliked"), ("upvote", "downvote")),
+    *(("upvotes", "downvotes"), ("positive", "negative"), ("good", "bad"), ("thumbsup", "thumbsdown")),
 )
 _MOST_RECORDS = 10_000
 _MOST_COLUMNS = 8
@@ -39,10 +45,26 @@ def feedback_columns(records: Iterable[Located]) -> list[str]:
         if len(values) > _MOST_WORDS and numbers < len(values):
             continue
         scale = Scale(values)
+        if (other := _counterpart(path, counts)) is not None:
+            lines.append(
+                f"{path}: {scale.in_words()}; '{other}' counts the opposite, so neither is the label alone: join them "
+                "in a mapping (--map FILE)"
+            )
+            continue
         proposal = "" if usual[path] else scale.proposal() or "--up ... --down ..."
-        shown = path if path.isidentifier() else f"'{path}'"
+        shown = path if path.isidentifier() else f"'{path}'" if "'" not in path else shlex.quote(path)
         lines.append(f"{path}: {scale.in_words()}; pass --label-field {shown}{f' {proposal}' if proposal else ''}")
     return lines[:_MOST_COLUMNS]
+
+
+def _counterpart(path: str, columns: Collection[str]) -> str | None:
+    """Return the column whose name is a path's with the opposite word: thumbs_down for thumbs_up; None without one."""
+    for words in _OPPOSITES:
+        for here, there in (words, words[::-1]):
+            other = re.sub(rf"(?<![a-z]){here}(?![a-z])", there, path)
+            if other != path and other in columns:
+                return other
+    return None
 
 
 def _values(record: Mapping[str, Any], prefix: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, object]]:

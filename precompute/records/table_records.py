@@ -5,11 +5,13 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from offline_kto.kto_core.errors import FeedbackError, said_by
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.precompute.records.class_names import ClassNames
 from offline_kto.precompute.records.text_files import (
     COPY_AGAIN,
     LARGEST_RECORD,
@@ -151,7 +153,8 @@ def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) 
     number = 0
     with readable(name), path.open("rb") as handle:
         try:
-            names = pq.ParquetFile(handle).schema_arrow.names
+            schema = pq.ParquetFile(handle).schema_arrow
+            names, named = schema.names, ClassNames.of_schema(schema.metadata)
             wanted = [column for column in names if columns is None or column in columns] or names
             _refuse_twins(wanted, name)
             unread = dict.fromkeys((column for column in names if column not in wanted), NOT_READ)
@@ -162,7 +165,7 @@ def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) 
                     raise FeedbackError(f"{name}: unpacks to more than {MOST_PACKED} times its size. {COPY_AGAIN}")
                 for row in _rows_of(batch, f"{name}: after row {number}"):
                     number += 1
-                    yield f"{name}: row {number}", {**without_nulls(row), **unread}
+                    yield f"{name}: row {number}", {**named.record(without_nulls(row)), **unread}
         except MemoryError:  # Arrow's is one too
             raise
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -245,7 +248,10 @@ def _array_size(array: "pa.Array") -> int:
 
 
 def without_nulls(row: Record) -> Record:
-    """Return `row` without the nested keys that are only there because other rows of the column have them."""
+    """Return `row` without the nested keys that are only there because other rows of the column have them.
+
+    Decimal numbers become int or float, as in JSON.
+    """
     return {key: _pruned(value) for key, value in row.items()}
 
 
@@ -254,4 +260,6 @@ def _pruned(value: object) -> object:
         return {key: _pruned(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [_pruned(item) for item in value]
+    if isinstance(value, Decimal) and value.is_finite():
+        return int(value) if value == value.to_integral_value() else float(value)
     return value

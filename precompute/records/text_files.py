@@ -135,7 +135,7 @@ def decode(raw: bytes, name: str, line: int) -> str:
         where = f"{name}:{line + error.object.count(10, 0, error.start)}"  # 10 is the line feed
         if error.reason == "unexpected end of data" and error.end == len(error.object):
             raise FeedbackError(f"{where}: the last line is truncated. {COPY_AGAIN}") from None
-        encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"
+        encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "cp1252"
         raise FeedbackError(
             f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}). Convert it, for instance with"
             f" iconv -f {encoding} -t utf-8."

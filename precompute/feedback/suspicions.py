@@ -1,0 +1,74 @@
+"""Count rows that are probably misread, for the warnings of the plan."""
+
+import re
+from dataclasses import dataclass, field
+
+from offline_kto.kto_core.feedback.message_text import resembles_messages
+from offline_kto.kto_core.feedback.messages import ROLES, Turns
+from offline_kto.kto_core.feedback.records import FeedbackRow
+
+# What tools write in place of an image, a video or a sound.
+_PLACEHOLDER = re.compile(r"<(?:image|video|audio)>")
+_MOST_ROLES = 10
+
+
+@dataclass
+class Suspicions:
+    """Rows that are probably misread.
+
+    Attributes:
+        media: places of rows whose prompt refers to media that the record does not have.
+        messages: places of rows with a text that resembles messages.
+        roles: places of rows by their unknown roles, of which a template writes whatever they are.
+    """
+
+    media: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+    roles: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, row: FeedbackRow) -> None:
+        """Examine a row."""
+        asked, answered = _texts(row.prompt), _texts(row.completion)
+        if any(_PLACEHOLDER.search(text) for text in asked):
+            self.media.append(row.where)
+        if any(map(resembles_messages, (*asked, *answered))):
+            self.messages.append(row.where)
+        sides = [side for side in (row.prompt, row.completion) if not isinstance(side, str)]
+        for role in dict.fromkeys(message["role"] for side in sides for message in side):
+            if role not in _KNOWN_ROLES and (role in self.roles or len(self.roles) < _MOST_ROLES):
+                self.roles.setdefault(role, []).append(row.where)
+
+    def in_words(self) -> list[str]:
+        """Return a sentence for each suspicion."""
+        found = []
+        if self.media:
+            found.append(
+                f"rows whose prompt contains <image>, <video> or <audio>: {_counted(self.media)}. They are scored as text; "
+                "remove these rows if the answers need the media."
+            )
+        if self.messages:
+            found.append(
+                f"rows with a text that looks like messages but is scored as text: {_counted(self.messages)}. Write messages "
+                'as [{"role": "user", "content": "..."}], or describe the file with --map FILE.'
+            )
+        if self.roles:
+            shown = ", ".join(f"{role} in {_counted(places)}" for role, places in self.roles.items())
+            found.append(
+                f"unknown roles of messages: {shown}. The chat template may write them as they are, also if the model has never seen them; "
+                "rename them to user, assistant, system or tool."
+            )
+        return found
+
+
+_KNOWN_ROLES = frozenset(ROLES.values())
+
+
+def _texts(side: Turns) -> list[str]:
+    """Return a text, or the texts of messages, without those of tools: their results may be JSON."""
+    if isinstance(side, str):
+        return [side]
+    return [message["content"] for message in side if message["role"] != "tool"]
+
+
+def _counted(places: list[str]) -> str:
+    return f"{len(places):,} (first: {places[0]})"
