@@ -84,10 +84,14 @@ class Encoder:
 def _last_special(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Return a pattern that finds the last special token of a text; None if the tokenizer has none to split at."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    texts = [str(token) for token in added]
     marks = [
         str(token)
         for token in added
-        if token.special and not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+        if token.special
+        and not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+        # A longer added token may begin before the mark and end behind it.
+        and not any(str(token) in text and str(token) != text for text in texts)
     ]
     if not marks or not type(tokenizer).__module__.startswith("transformers."):
         return None
