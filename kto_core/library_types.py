@@ -21,6 +21,9 @@ Tokenizer: TypeAlias = Any
 TokenizerBackend: TypeAlias = Any
 """A `tokenizers.Tokenizer`, or its equivalent in a slow tokenizer."""
 
+CompiledTemplate: TypeAlias = Any
+"""A `jinja2.Template`, compiled in the sandbox of `transformers`."""
+
 Transformers: TypeAlias = Any
 """The module `transformers` or one of its classes; kto_core takes it as an argument."""
 

@@ -4,11 +4,14 @@ By default the C library returns large blocks to the system as soon as they are 
 new pages: an eighth of the time of training on a CPU.
 """
 
+import contextlib
 import ctypes
+import gc
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 from offline_kto.kto_core.streams import is_terminal
 
@@ -29,6 +32,22 @@ def keep_freed_memory() -> None:
     mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
     for parameter, value in ((_M_MMAP_THRESHOLD, _KEPT), (_M_TRIM_THRESHOLD, _KEPT), (_M_TOP_PAD, _STEP)):
         mallopt(parameter, value)
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Pause the search for reference cycles, for work that makes many objects and no cycles.
+
+    Each search looks at every object that is alive, of which the imported libraries alone have a million: a sixth of
+    the time of planning.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def quiet_libraries() -> None:

@@ -20,6 +20,7 @@ from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.tokenization import Tokenizing, Tokens
 from offline_kto.kto_core.hashing import ids_id, json_hash, sequence_id
 from offline_kto.kto_core.library_types import Tokenizer
+from offline_kto.kto_core.runtime import no_garbage_collection
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.records.sources import SourceFile, describe_source, warnings_about
@@ -234,6 +235,7 @@ def _planned(
     )
 
 
+@no_garbage_collection()
 def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | None = None) -> Plan:
     """Read the feedback and choose every row's mismatched completions.
 

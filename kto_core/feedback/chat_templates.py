@@ -11,6 +11,7 @@ from offline_kto.kto_core.errors import TokenizationError, printable, said_by
 from offline_kto.kto_core.feedback.findings import Findings
 from offline_kto.kto_core.feedback.message_formats import MessageFormat, message_formats
 from offline_kto.kto_core.feedback.messages import REASONING, Message
+from offline_kto.kto_core.feedback.plain_rendering import PlainRendering
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.round_trip import CONTENT, TOOL, Missing, Probe, form_of, missing
 from offline_kto.kto_core.feedback.template_settings import NOT_FOR_DATA, switches
@@ -37,6 +38,7 @@ class ChatRenderer:
         self._now = now or datetime.now()
         template = getattr(tokenizer, "chat_template", None) or ""
         self._source = template if isinstance(template, str) else "\n".join(map(str, template.values()))
+        self._plain = PlainRendering(tokenizer, self._apply_usual)
         self._headers = TurnHeaders(tokenizer, self._apply)
         self._probes: dict[object, Probe] = {}
         self._remedies: dict[object, str] = {}
@@ -206,6 +208,13 @@ class ChatRenderer:
         return bool(self._dates)
 
     def _apply(self, messages: list[Message], **options: object) -> str:
+        """Return messages as the template writes them; raises what the template raises."""
+        asks = bool(options.pop("add_generation_prompt", False))
+        if self._plain.takes(messages, options):
+            return self._plain.render(messages, add_generation_prompt=asks)
+        return self._apply_usual(messages, add_generation_prompt=asks, **options)
+
+    def _apply_usual(self, messages: list[Message], **options: object) -> str:
         if "strftime_now" not in self._source:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
         options["chat_template"] = _FROZEN_DATE + self._tokenizer.get_chat_template(None, options.get("tools"))

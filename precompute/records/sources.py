@@ -188,14 +188,20 @@ def _read_file(path: Path, name: str, columns: Collection[str] | None) -> Iterat
     if suffix is None or suffix == ".parquet":
         yield from read_parquet(path, name, columns)
         return
-    most = LARGEST_RECORD + MOST_PACKED * path.stat().st_size
     with readable(name), _open(path) as file:
         check_form(file, name)
         handle = as_utf_8(file, name)
-        for item in _TEXT_FORMATS[suffix](handle, name):
-            if handle.tell() > most:
-                raise FeedbackError(f"{name}: unpacks to more than {MOST_PACKED} times its size. {COPY_AGAIN}")
-            yield item
+        records = _TEXT_FORMATS[suffix](handle, name)
+        yield from _unpacked(records, handle, path, name) if packed else records
+
+
+def _unpacked(records: Iterator[Located], handle: IO[bytes], path: Path, name: str) -> Iterator[Located]:
+    """Yield the records of a packed file. Raises: FeedbackError: it unpacks to far more than its size."""
+    most = LARGEST_RECORD + MOST_PACKED * path.stat().st_size
+    for item in records:
+        if handle.tell() > most:
+            raise FeedbackError(f"{name}: unpacks to more than {MOST_PACKED} times its size. {COPY_AGAIN}")
+        yield item
 
 
 def _open(path: Path) -> IO[bytes]:
