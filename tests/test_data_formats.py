@@ -138,6 +138,9 @@ SHP = {"post_id": "p", "domain": "d", "score_A": 8, "score_B": 2}
 PKU = {"prompt": "How?", "response_0": "Like so.", "response_1": "No idea."}
 STEER = {"complexity": 1, "verbosity": 2}
 OASST = {"message_tree_id": "t", "lang": "en"}
+PRISM = {"utterance_id": "u", "conversation_id": "c", "user_prompt": "q", "model_name": "m"}
+# Instruction and output are those of a judge.
+PROMETHEUS = {"instruction": "Judge this.", "output": "[RESULT] 5", "orig_instruction": "q"}
 
 # (format, records, rows, left out by reason)
 DATA = [
@@ -551,11 +554,16 @@ DATA = [
         [
             {
                 "prompt": "\n\nHuman: q\n\nAssistant: ",
-                "answers": [{"answer": "a", "rank": 2.0}, {"answer": "b", "rank": 1.0}, {"answer": "c", "rank": 3.0}],
+                "answers": [
+                    {"answer": "a", "rank": 2.0},
+                    {"answer": "b", "rank": 1.0},
+                    {"answer": "c", "rank": 3.0},
+                    {"answer": "d", "rank": 1.0},
+                ],
             }
         ],
         [*pair("q", "b", "a"), *pair("q", "b", "c")],
-        {},
+        {TIE: 1},
     ),
     (
         "AlpacaFarm preferences",
@@ -571,6 +579,154 @@ DATA = [
         [{"qid": 1, "question": "q", "response_j": "a", "response_k": "b"}],
         pair("q", "a", "b"),
         {},
+    ),
+    (
+        "StackExchange preferences",
+        [
+            {
+                "qid": 1,
+                "question": "q",
+                "answers": [
+                    {"answer_id": 1, "pm_score": 2, "selected": False, "text": "a"},
+                    {"answer_id": 2, "pm_score": 5, "selected": True, "text": "b"},
+                    {"answer_id": 3, "pm_score": 5, "selected": False, "text": "c"},
+                ],
+            }
+        ],
+        pair("q", "c", "a"),
+        {TIE: 1},
+    ),
+    (
+        "NeMo-RL preferences",
+        [
+            {
+                "context": turns("q", "a", "r"),
+                "completions": [
+                    {"rank": 1, "completion": [assistant("b")]},
+                    {"rank": 0, "completion": [assistant("c")]},
+                    {"rank": 0, "completion": [assistant("d")]},
+                ],
+            }
+        ],
+        pair(["q", "a", "r"], "c", "b"),
+        {TIE: 1},
+    ),
+    (
+        "torchtune preferences",
+        [
+            {"chosen_conversations": turns("q", "a"), "rejected_conversations": turns("q", "b")},
+            {"chosen_conversations": turns("r", "c"), "rejected_conversations": turns("r", "d")},
+        ],
+        [*pair("q", "a", "b"), *pair("r", "c", "d")],
+        {},
+    ),
+    (
+        "Chatbot Arena, one turn",
+        [
+            {"id": "1", "prompt": "q", "response_a": "a", "response_b": "b", "winner": "model_b", "model_a": "m"},
+            {"id": "2", "prompt": "q", "response_a": "a", "response_b": "b", "winner": "tie", "model_a": "m"},
+            {"id": "3", "prompt": "r", "response_a": "c", "response_b": "d", "winner": "model_a", "model_a": "m"},
+        ],
+        [*pair("q", "b", "a"), *pair("r", "c", "d")],
+        {TIE: 1},
+    ),
+    (
+        "pairs with an input",
+        [
+            # The ratings are on a scale of 1 to 10, and both sides would be above 4 of 5.
+            {
+                "system": "s",
+                "input": "q",
+                "chosen": "a",
+                "rejected": "b",
+                "generations": ["b", "a"],
+                "rating": [7.0, 9.0],
+                "status": "swapped",
+            },
+            {
+                "system": "",
+                "input": "q",
+                "chosen": "a",
+                "rejected": "b",
+                "generations": ["a", "b"],
+                "rating": [9.0, 9.0],
+                "status": "tie",
+            },
+        ],
+        pair(["system: s", "q"], "a", "b"),
+        {TIE: 1},
+    ),
+    (
+        "OpenAssistant trees",
+        [
+            {
+                "message_tree_id": "1",
+                "tree_state": "ready_for_export",
+                "prompt": {
+                    **{"message_id": "1", "text": "q", "role": "prompter"},
+                    "replies": [
+                        {
+                            **{"message_id": "2", "text": "a", "role": "assistant", "rank": 1},
+                            "replies": [
+                                {
+                                    **{"message_id": "3", "text": "r", "role": "prompter"},
+                                    "replies": [
+                                        {"message_id": "4", "text": "c", "role": "assistant", "rank": 0, "replies": []},
+                                        {"message_id": "5", "text": "d", "role": "assistant", "rank": 1, "replies": []},
+                                    ],
+                                }
+                            ],
+                        },
+                        {"message_id": "6", "text": "b", "role": "assistant", "rank": 0, "replies": []},
+                    ],
+                },
+            },
+            {
+                "message_tree_id": "2",
+                "tree_state": "ready_for_export",
+                "prompt": {"message_id": "7", "text": "s", "role": "prompter", "replies": []},
+            },
+        ],
+        [*pair("q", "b", "a"), *pair(["q", "a", "r"], "c", "d")],
+        {},
+    ),
+    (
+        "PRISM utterances",
+        [
+            {**PRISM, "turn": 0, "within_turn_id": 0, "model_response": "a", "score": 90, "if_chosen": True},
+            {**PRISM, "turn": 0, "within_turn_id": 1, "model_response": "b", "score": 11, "if_chosen": False},
+            {**PRISM, "turn": 0, "within_turn_id": 2, "model_response": "c", "score": 50, "if_chosen": False},
+            # The turns before it are in other records.
+            {**PRISM, "turn": 1, "within_turn_id": 0, "model_response": "d", "score": 99, "if_chosen": True},
+        ],
+        [up("q", "a"), down("q", "b")],
+        {"between up and down": 1, NOT_CHOSEN: 1},
+    ),
+    (
+        "Prometheus feedback",
+        [
+            {**PROMETHEUS, "orig_response": "a", "orig_score": "5"},
+            {**PROMETHEUS, "orig_response": "b", "orig_score": "1"},
+            {**PROMETHEUS, "orig_response": "c", "orig_score": "3"},
+        ],
+        [up("q", "a"), down("q", "b")],
+        {"between up and down": 1},
+    ),
+    (
+        "Prometheus preferences",
+        [{**PROMETHEUS, "orig_response_A": "a", "orig_response_B": "b", "orig_preference": "B"}],
+        pair("q", "b", "a"),
+        {},
+    ),
+    (
+        "summarize_from_feedback, ratings",
+        [
+            {"info": {"id": "1", "post": "p"}, "summary": {"text": "a", "axes": {"overall": 6}}, "split": "train"},
+            {"info": {"id": "2", "article": "q"}, "summary": {"text": "b", "axes": {"overall": 2}}, "split": "train"},
+            {"info": {"id": "3", "post": "r"}, "summary": {"text": "c", "axes": {"overall": 4}}, "split": "train"},
+        ],
+        [up("p", "a"), down("q", "b")],
+        {"between up and down": 1},
     ),
 ]
 
@@ -597,6 +753,8 @@ NATIVE = [
     ("ms-swift: messages", {"messages": [system("s"), *turns("q", "a")], "label": True}),
     ("LLaMA-Factory: alpaca", {"system": "s", "instruction": "q", "input": "", "output": "a", "kto_tag": True}),
     ("TRL: unpaired", {"prompt": [system("s"), user("q")], "completion": [assistant("a")], "label": True}),
+    ("ms-swift: conversation", {"system": "s", "conversation": [{"human": "q", "assistant": "a"}], "label": True}),
+    ("messages under another name", {"conversation": [system("s"), *turns("q", "a")], "label": True}),
     ("OpenRLHF: label", {"system_prompt": "s", "prompt": "q", "response": "a", "label": 1}),
 ]
 
@@ -1010,3 +1168,127 @@ def test_a_rating_that_is_compared_is_used_in_place_of_the_label(tmp_path):
     rows, _, feedback = read(as_jsonl(tmp_path, [record]), up=">=4", down="<=2")
     assert rows == [(["p", "c"], True, False)]
     assert set(feedback.unused_columns()) == {"label"}
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet])
+@pytest.mark.parametrize("names", [("chosen_avg_rating", "rejected_avg_rating"), ("chosen_reward", "rejected_reward")])
+def test_ratings_beside_named_sides_of_a_pair(tmp_path, container, names):
+    record = {"prompt": "q", "chosen_response": "a", "rejected_response": "b"}
+    rated = [{**record, **dict(zip(names, ratings, strict=True))} for ratings in ((4, 2), (3, 3), (1, 2))]
+    rows, left_out, feedback = read(container(tmp_path, rated[:2]))
+    assert rows == pair("q", "a", "b")
+    assert left_out == {TIE: 1}
+    assert feedback.unused_columns() == []
+    assert f"'rejected' is rated above 'chosen' ({names[1]} 2, {names[0]} 1)" in refusal(container(tmp_path, rated))
+
+
+def test_ratings_off_the_scale_of_a_format(tmp_path):
+    records = [
+        {"instruction": "q", "generations": ["a", "b"], "ratings": ratings} for ratings in ([5, 3], [9, 2], [7, 4])
+    ]
+    message = refusal(as_jsonl(tmp_path, records))
+    assert "9, which is not on the scale from 1 to 5" in message
+    assert "--up '>=7' --down '<=4'" in message
+    rows, left_out, _ = read(as_jsonl(tmp_path, records), up=">=7", down="<=4")
+    assert rows == [down("q", "b"), up("q", "a"), down("q", "b"), up("q", "a"), down("q", "b")]
+    assert left_out == {"between up and down": 1}
+
+
+def test_a_pair_of_distilabel_is_read_as_a_pair(tmp_path):
+    record = {
+        **{"instruction": "q", "generations": ["a", "b", "c"], "ratings": [5, 1, 4], "prompt": "q"},
+        **{"chosen": turns("q", "a"), "rejected": turns("q", "b"), "chosen_rating": 5, "rejected_rating": 1},
+    }
+    assert read(as_jsonl(tmp_path, [record]))[0] == pair("q", "a", "b")
+
+
+def test_the_turn_marks_of_nemo_aligner(tmp_path):
+    prompt = "<extra_id_0>System\ns\n<extra_id_1>User\nq\n<extra_id_1>Assistant\n"
+    record = {"prompt": prompt, "chosen_response": "a\n<extra_id_1>", "rejected_response": "b\n<extra_id_1>"}
+    assert read(as_jsonl(tmp_path, [record]))[0] == pair(["system: s", "q"], "a", "b")
+
+
+def test_the_conversations_of_prism_are_refused(tmp_path):
+    turn = {"turn": 0, "role": "model", "content": "a", "score": 90, "if_chosen": True, "within_turn_id": 0}
+    record = {"conversation_id": "c", "opening_prompt": "q", "conversation_history": [user("q"), turn]}
+    assert "utterances.jsonl" in refusal(
+        as_jsonl(tmp_path, [{**record, "conversation_history": [{**turn, "role": "user"}, turn]}])
+    )
+
+
+# Labels of single messages
+
+
+def judged(**labels):
+    """Two answers in one conversation; labels: of each answer, by key."""
+    said = turns("q", "a", "r", "b")
+    for key, values in labels.items():
+        said[1][key], said[3][key] = values
+    return {"id": 1, "messages": said}
+
+
+BOTH = [up("q", "a"), down("q", "a", "r", "b")]
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"label": (True, False)},
+        {"feedback": ("thumbs_up", "thumbs_down")},
+        {"feedback": ({"rating": "up", "comment": "x"}, {"rating": "down", "comment": None})},
+        {"thumbs": ("up", "down")},
+        {"vote": (1, 0)},
+        {"reaction": ("👍", "👎")},
+        {"score": (1, 0)},
+    ],
+    ids=str,
+)
+def test_labels_of_messages_in_every_container(tmp_path, container, labels):
+    records = [judged(**labels), {"id": 2, "messages": turns("q", "a")}]
+    rows, left_out, _ = read(container(tmp_path, records))
+    assert rows == BOTH
+    assert left_out == {UNRATED: 1}
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+def test_a_list_of_labels_in_every_container(tmp_path, container):
+    records = [{**judged(), "labels": [None, False]}, {"id": 2, "messages": turns("q", "a"), "labels": [True]}]
+    assert read(container(tmp_path, records))[0] == [BOTH[1], up("q", "a")]
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+def test_a_label_of_messages_that_is_found_is_proposed(tmp_path, container):
+    records = [judged(metadata=({"liked": "yes"}, {"liked": "no"})), {"id": 2, "messages": turns("q", "a")}]
+    message = refusal(container(tmp_path, records))
+    assert "pass --label-field 'metadata.liked'" in message
+    assert read(container(tmp_path, records), label_field="metadata.liked")[0] == BOTH
+
+
+def test_ratings_of_messages_are_counted_together(tmp_path):
+    path = as_jsonl(tmp_path, [judged(rating=(5, 1))])
+    assert "5 (1 time), 1 (1 time)" in refusal(path)
+    assert "--label-field rating --up '>=4' --down '<=2'" in refusal(path)
+    assert read(path, label_field="rating", up=">=4", down="<=2")[0] == BOTH
+
+
+def test_labels_of_a_record_and_of_its_messages(tmp_path):
+    path = as_jsonl(tmp_path, [{**judged(vote=("up", "down")), "label": True}])
+    assert "--label-field label or --label-field vote" in refusal(path)
+    assert read(path, label_field="label")[0] == [up("q", "a", "r", "b")]
+    assert read(path, label_field="vote")[0] == BOTH
+    # A score beside a label may be anything.
+    path = as_jsonl(tmp_path, [{**judged(score=(0.2, 0.7)), "label": True}])
+    assert read(path)[0] == [up("q", "a", "r", "b")]
+
+
+def test_two_labels_in_one_object_of_a_message(tmp_path):
+    path = as_jsonl(tmp_path, [judged(feedback=({"rating": "up", "score": 3}, None))])
+    assert "--label-field feedback.rating" in refusal(path)
+    assert read(path, label_field="feedback.rating")[0] == [up("q", "a")]
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet])
+def test_a_list_of_labels_may_be_that_of_raters(tmp_path, container):
+    path = container(tmp_path, [{**judged(), "label": [True, True]}, {**judged(), "label": [False, False]}])
+    assert "Call the column 'labels'" in refusal(path)

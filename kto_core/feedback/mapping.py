@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.columns import PAIR_RATINGS
 from offline_kto.kto_core.feedback.conversations import part_early
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, is_tie
@@ -39,6 +40,12 @@ class PairPaths:
     second: Path
     better: Path | None
     rule: LabelRule
+
+    @property
+    def ratings(self) -> tuple[str, ...]:
+        """Columns with the ratings of the sides, which must fit: those of the usual names, for sides of these names."""
+        named = self.better is None and "chosen" in self.first.text and "rejected" in self.second.text
+        return tuple(name for pair in PAIR_RATINGS for name in pair) if named else ()
 
     def sides(self, data: Record, where: str) -> tuple[object, object]:
         """Return (chosen, rejected).
@@ -193,6 +200,7 @@ class Mapping:
             chosen, rejected = self.pair.sides(data, where)
             row["chosen"] = self.answer(chosen, where, self.pair.first)
             row["rejected"] = self.answer(rejected, where, self.pair.second)
+            row |= {name: data[name] for name in self.pair.ratings if data.get(name) is not None}
         else:
             assert self.label is not None
             row["label"] = self.label.verdict(data, where)

@@ -6,7 +6,8 @@ The format is detected for each record, so a file may mix formats. They are trie
     chosen + rejected                     a pair; its prompt is in prompt, instruction, conversations or
                                           messages, or else is their common beginning
     completion (response, answer)         prompt (question, query), completion, label
-    messages, conversations (ShareGPT)    the last message is the completion; or the turns that are judged
+    messages, conversations (ShareGPT),
+    conversation (ms-swift)               the last message is the completion; or the turns that are judged
     instruction + output (Alpaca)         with input, system and history
 
 A key with the value None counts as absent, because tables have all columns in all rows.
@@ -21,6 +22,7 @@ from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.chat_markers import as_chat
 from offline_kto.kto_core.feedback.columns import (
     COMPLETIONS,
+    CONVERSATIONS,
     LABELS,
     MEDIA_COLUMNS,
     PROMPTS,
@@ -184,10 +186,11 @@ def _single(
             )
         prompt, (completion,) = join_sides(prompt, [(name, as_turns(value, where, name))], where)
         prompt = prompt if form.startswith("instruction") else with_system(prompt, present, where)
-    elif "messages" in present or "conversations" in present:
-        form = name = "messages" if "messages" in present else "conversations"
-        if name == "messages":
-            refuse_another(present, name, "conversations", where, "--completion-field")
+    elif any(name in present for name in CONVERSATIONS):
+        form, *others = (name for name in CONVERSATIONS if name in present)
+        name = form
+        for other in others:
+            refuse_another(present, name, other, where, "--completion-field")
         messages = as_conversation(present[name], where, name)
         _check_prompt_beside(present, messages, where, name)
         prompt, completion = split_conversation(messages, where, name)
@@ -225,13 +228,13 @@ def _lacks_answer(record: Mapping[str, object], present: Mapping[str, object], f
     """Return whether a record has a column for the answer without a value."""
     if fields.completion is not None:
         return fields.completion.text in record and fields.completion.text not in present
-    if any(name in present for name in (*COMPLETIONS, "messages", "conversations")):
+    if any(name in present for name in (*COMPLETIONS, *CONVERSATIONS)):
         return False
     sides = [name for name in ("chosen", "rejected") if name in present]
     if sides:
         return len(sides) == 1 and "chosen" in record and "rejected" in record
     asked = "instruction" in present or any(name in present for name in PROMPTS)
-    columns = (*COMPLETIONS, "output") if asked else ("messages", "conversations")
+    columns = (*COMPLETIONS, "output") if asked else CONVERSATIONS
     return any(name in record for name in columns) and "output" not in present
 
 

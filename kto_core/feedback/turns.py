@@ -73,7 +73,6 @@ def _ranked_pairs(
 ) -> Iterator[Native | LeftOut]:
     """Yield a pair of the best answer to a turn and each of the others."""
     assert turns.rank is not None
-    assert turns.parent is not None
     answers: dict[object, list[tuple[float, int]]] = {}
     for number, turn in enumerate(conversation.turns):
         rank = number_in(turns.rank.find(turn, where))
@@ -84,7 +83,7 @@ def _ranked_pairs(
         if rank is None:
             yield LeftOut(UNRATED)
         else:
-            answers.setdefault(_key(turns.parent.find(turn, where)), []).append((rank, number))
+            answers.setdefault(conversation.asked_by(number), []).append((rank, number))
     for ranked in answers.values():
         (least, best), *others = sorted(ranked)
         if not others:
@@ -152,6 +151,11 @@ class _Conversation:
                     "belongs. Give each message an id of its own."
                 )
             yield by_id.get(_key(parent), _MISSING) if parent not in (None, "", False) else None
+
+    def asked_by(self, number: int) -> object:
+        """Return what identifies the turn before one, also if it is not in the record."""
+        parent = self._spec.parent
+        return self._before[number] if parent is None else _key(parent.find(self.turns[number], self._where))
 
     def name(self, number: int) -> str:
         """Return what identifies a turn."""

@@ -8,6 +8,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.columns import CONVERSATIONS
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.labels import LabelRule
 from offline_kto.kto_core.feedback.llama_factory import DatasetInfo, entry_for
@@ -24,7 +25,7 @@ from offline_kto.precompute.records.text_files import Located
 # Keys of the native formats: an object with one of them is a record, not a document of records.
 _OWN_KEYS = (
     *("prompt", "completion", "response", "answer", "chosen", "rejected", "question", "query"),
-    *("messages", "conversations", "instruction"),
+    *(*CONVERSATIONS, "instruction"),
 )
 
 # Records that are tried to recognise a format: keys may be missing in the first records if nobody rated them.

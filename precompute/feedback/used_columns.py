@@ -81,8 +81,11 @@ class UsedColumns:
         """
         if self._mapping is None:
             return self.read.union(*(read_in_form(form, self._fields) for form in forms))
+        pair = self._mapping.pair
+        ratings = set() if pair is None else {name for name in pair.ratings if name in columns}
         names = [] if self._label is None or self._label.scores is None else _chosen(self._label)
-        return self.read | {column for column in columns if any(_is_score(column, name) for name in names)}
+        scores = {column for column in columns if any(_is_score(column, name) for name in names)}
+        return self.read | ratings | scores
 
 
 def _has_value(path: Path, data: list[AnyMapping[str, Any]], where: str) -> bool:
