@@ -641,6 +641,23 @@ ARGILLA_NESTED = Case(
     [row("A?", "a", True), row("C?", "c", False)],
     {UNRATED: 2},
 )
+ARGILLA_CHAT = Case(
+    "argilla",
+    [
+        {
+            "id": str(number),
+            "status": "completed",
+            "_server_id": "s",
+            "fields": {"chat": [{"role": role, "content": text} for role, text in turns]},
+            "responses": {"ok": [{"value": value, "user_id": "u"}]},
+        }
+        for number, value, turns in (
+            (1, "yes", [("user", "A?"), ("assistant", "a")]),
+            (2, "no", [("user", "A?"), ("assistant", "a"), ("user", "B?"), ("assistant", "b")]),
+        )
+    ],
+    [row("A?", "a", True), row("user: A? | assistant: a | user: B?", "b", False)],
+)
 ARGILLA_OLD = Case(
     "argilla",
     [
@@ -1112,6 +1129,27 @@ REFUSED = {
             }
         ],
         ["Flowise", "comment", "chat_message_feedback"],
+    ),
+    "prism_conversations": (
+        [
+            {
+                "conversation_id": "c",
+                "opening_prompt": "Hi",
+                "conversation_history": [
+                    {
+                        "turn": 0,
+                        "role": "user",
+                        "content": "Hi",
+                        "score": None,
+                        "if_chosen": None,
+                        "within_turn_id": None,
+                    },
+                    {"turn": 0, "role": "model", "content": "a", "score": 90, "if_chosen": True, "within_turn_id": 0},
+                    {"turn": 0, "role": "model", "content": "b", "score": 10, "if_chosen": False, "within_turn_id": 1},
+                ],
+            }
+        ],
+        ["PRISM", "several answers", "utterances.jsonl"],
     ),
     "weave_feedback": (
         [

@@ -621,7 +621,7 @@ DATA = [
         {},
     ),
     (
-        "Chatbot Arena, one turn",
+        "two responses and the better one",
         [
             {"id": "1", "prompt": "q", "response_a": "a", "response_b": "b", "winner": "model_b", "model_a": "m"},
             {"id": "2", "prompt": "q", "response_a": "a", "response_b": "b", "winner": "tie", "model_a": "m"},
@@ -629,6 +629,21 @@ DATA = [
         ],
         [*pair("q", "b", "a"), *pair("r", "c", "d")],
         {TIE: 1},
+    ),
+    (
+        "two responses and the better one",
+        [
+            {"system": "s", "question": "q", "response_a": "a", "response_b": "b", "preference": "B"},
+            {"system": "", "question": "q", "response_a": "a", "response_b": "b", "preference": "A"},
+        ],
+        [*pair(["system: s", "q"], "b", "a"), *pair("q", "a", "b")],
+        {},
+    ),
+    (
+        "ms-swift instruction, output and rejected_response",
+        [{"system": "s", "instruction": "q", "input": "x", "output": "a", "rejected_response": "b"}],
+        pair(["system: s", "q\nx"], "a", "b"),
+        {},
     ),
     (
         "pairs with an input",
@@ -1208,14 +1223,6 @@ def test_the_turn_marks_of_nemo_aligner(tmp_path):
     assert read(as_jsonl(tmp_path, [record]))[0] == pair(["system: s", "q"], "a", "b")
 
 
-def test_the_conversations_of_prism_are_refused(tmp_path):
-    turn = {"turn": 0, "role": "model", "content": "a", "score": 90, "if_chosen": True, "within_turn_id": 0}
-    record = {"conversation_id": "c", "opening_prompt": "q", "conversation_history": [user("q"), turn]}
-    assert "utterances.jsonl" in refusal(
-        as_jsonl(tmp_path, [{**record, "conversation_history": [{**turn, "role": "user"}, turn]}])
-    )
-
-
 # Labels of single messages
 
 
@@ -1292,3 +1299,41 @@ def test_two_labels_in_one_object_of_a_message(tmp_path):
 def test_a_list_of_labels_may_be_that_of_raters(tmp_path, container):
     path = container(tmp_path, [{**judged(), "label": [True, True]}, {**judged(), "label": [False, False]}])
     assert "Call the column 'labels'" in refusal(path)
+
+
+def test_sides_that_name_other_columns_are_refused(tmp_path):
+    records = [
+        {"prompt": "q", "answer_a": "a", "answer_b": "b", "chosen": "A", "rejected": "B"},
+        {"prompt": "r", "answer_a": "c", "answer_b": "d", "chosen": "B", "rejected": "A"},
+    ]
+    for container in (as_jsonl, as_csv, as_parquet):
+        message = refusal(container(tmp_path, records))
+        assert "seem to name the columns 'answer_a' and 'answer_b'" in message
+    line = message[message.index("`pair") :].split("`")[1]
+    (tmp_path / "m.yaml").write_text(f"prompt: prompt\n{line}\n", encoding="utf-8")
+    rows, _, _ = read(as_jsonl(tmp_path, records), map=str(tmp_path / "m.yaml"))
+    assert rows == [*pair("q", "a", "b"), *pair("r", "d", "c")]
+    # Short answers beside other columns are answers.
+    short = {"prompt": "q", "chosen": "A", "rejected": "B", "option_a": "x", "id": "b"}
+    assert read(as_jsonl(tmp_path, [short]))[0] == pair("q", "A", "B")
+
+
+def test_a_column_of_rejected_answers_without_a_known_partner(tmp_path):
+    records = [{"instruction": "q", "reply": "a", "rejected_reply": "b"}]
+    path = as_csv(tmp_path, [{"instruction": "q", "output": "a", "rejected_output": "b"}])
+    message = refusal(path)
+    lines = [part for part in message.split("`") if part.startswith(("prompt:", "pair:"))]
+    (tmp_path / "m.yaml").write_text("\n".join(lines), encoding="utf-8")
+    assert read(path, map=str(tmp_path / "m.yaml"))[0] == pair("q", "a", "b")
+    assert "--map FILE" in refusal(as_jsonl(tmp_path, records))
+
+
+def test_texts_of_joined_messages_are_used(tmp_path):
+    messages = [
+        {**OASST, "message_id": "1", "parent_id": None, "text": "q", "role": "prompter", "rank": None},
+        {**OASST, "message_id": "2", "parent_id": "1", "text": "a", "role": "assistant", "rank": 0},
+        {**OASST, "message_id": "3", "parent_id": "1", "text": "b", "role": "assistant", "rank": 1},
+    ]
+    rows, _, feedback = read(as_jsonl(tmp_path, messages))
+    assert rows == pair("q", "a", "b")
+    assert feedback.unused_columns() == ["lang"]

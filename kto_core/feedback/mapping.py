@@ -211,7 +211,21 @@ class Mapping:
             row["completion"] = self.answer(self.completion.find(data, where), where, self.completion)
         if self.prompt is not None:
             row["prompt"] = as_turns(self._asked(self.prompt, data, where), where, self.prompt.text)
+        if self._is_one_conversation(row):
+            row["messages"] = row.pop("prompt")
+            del row["completion"]
         return {**row, **self.beside(data, where)}
+
+    def _is_one_conversation(self, row: Native) -> bool:
+        """Return whether prompt and answer were looked for in one object, and are one conversation, such as a chat field."""
+        if self.prompt is None or self.completion is None:
+            return False
+        asked, answered = row["prompt"], row["completion"]
+        is_chat = isinstance(asked, tuple) and isinstance(answered, tuple) and len(answered) > 1
+        source = self.prompt.text.removeprefix("asked")
+        return (
+            is_chat and source == self.completion.text.removeprefix("answered") and asked[-len(answered) :] == answered
+        )
 
     def beside(self, data: Record, where: str) -> Native:
         """Return `system` and `tools`, which all rows of a record share."""

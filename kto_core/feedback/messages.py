@@ -39,7 +39,7 @@ ROLES: Final[Mapping[str, str]] = {
 
 # Keys of a message's role, content and reasoning; the first with a value is used.
 _ROLE_KEYS = ("role", "from")
-_CONTENT_KEYS = ("content", "value", "text")
+TEXT_KEYS: Final = ("content", "value", "text")
 REASONING: Final = ("reasoning_content", "reasoning", "thinking", "thought")
 
 _TEXT_PARTS = {"text", "output_text", "input_text"}
@@ -164,7 +164,7 @@ def _is_message(value: object) -> bool:
         return True
     roles = [value.get(key) for key in _ROLE_KEYS]
     return any(isinstance(role, str) for role in roles) and any(
-        key in value for key in (*_CONTENT_KEYS, "tool_calls", "function_call", "refusal", *REASONING)
+        key in value for key in (*TEXT_KEYS, "tool_calls", "function_call", "refusal", *REASONING)
     )
 
 
@@ -245,7 +245,7 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
     if not isinstance(role, str):
         raise FeedbackError(f"{where}: {what} needs a 'role' that is a string, got {quoted(role)}.")
     role = ROLES.get(role.strip().lower(), role)
-    content = _take(given, _CONTENT_KEYS)
+    content = _take(given, TEXT_KEYS)
     refusal = given.pop("refusal", None)
     calls = [*_calls(given.pop("tool_calls", None)), *_calls(given.pop("function_call", None))]
     if role == "function_call":

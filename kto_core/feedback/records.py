@@ -241,7 +241,13 @@ def _lacks_answer(record: Mapping[str, object], present: Mapping[str, object], f
 def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackFields) -> FeedbackError:
     for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
         if here in present and missing not in present:
-            return FeedbackError(f"{where}: there is '{here}' but no '{missing}'; {columns_in_words(present)}.")
+            option = (
+                "" if missing in ("chosen", "rejected") else "Name the answer's column with --completion-field, or d"
+            )
+            return FeedbackError(
+                f"{where}: there is '{here}' but no '{missing}'; {columns_in_words(present)}. {option or 'D'}escribe the file "
+                "with --map FILE."
+            )
     if fields.completion is not None or fields.prompt is not None:
         name = "completion" if fields.completion is None else fields.completion.text
         return FeedbackError(f"{where}: there is no '{name}'; {columns_in_words(present)}. Check --completion-field.")

@@ -8,7 +8,7 @@ from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.labels import number_in
 from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
-from offline_kto.kto_core.feedback.messages import ROLES, Message, as_turns
+from offline_kto.kto_core.feedback.messages import ROLES, TEXT_KEYS, Message, as_turns
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
 
@@ -209,7 +209,7 @@ class _Conversation:
             text = self._spec.text.find(turn, self._where)
             kept["content"] = "" if text is None else text  # null is how tables store an empty text
         else:
-            kept |= {name: turn[name] for name in ("content", "value", "text") if turn.get(name) is not None}
+            kept |= {name: turn[name] for name in TEXT_KEYS if turn.get(name) is not None}
         turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._spec.messages.text)
         assert not isinstance(turns, str)
         return turns

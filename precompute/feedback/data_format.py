@@ -14,6 +14,7 @@ from offline_kto.kto_core.feedback.labels import LabelRule
 from offline_kto.kto_core.feedback.llama_factory import DatasetInfo, entry_for
 from offline_kto.kto_core.feedback.mapping import Mapping, with_label
 from offline_kto.kto_core.feedback.paths import option_path
+from offline_kto.kto_core.feedback.preference_pairs import check_sides_are_answers
 from offline_kto.kto_core.feedback.presets import named_mapping, recognised
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
@@ -151,6 +152,8 @@ class DataFormat:
                 continue
             seen.add(shape)
             found = recognised(record, where)
+            if found is None:
+                check_sides_are_answers(record, where)
             if found is not None and (found.has_label or not self._label_options):
                 return self._with_label(found), "recognised by its keys"
         return None, ""  # also if a label is named and the format has none: options take precedence over recognition
