@@ -1337,3 +1337,31 @@ def test_texts_of_joined_messages_are_used(tmp_path):
     rows, _, feedback = read(as_jsonl(tmp_path, messages))
     assert rows == pair("q", "a", "b")
     assert feedback.unused_columns() == ["lang"]
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_columns_of_a_json_object(tmp_path, single):
+    """As `json.dump(dataset.to_dict(), handle)` writes them."""
+    asked, said = [[user("q")], [user("r")]], [[assistant("a")], [assistant("b")]]
+    table = {"prompt": ["q", "r"], "completion": ["a", "b"]} if single else {"prompt": asked, "completion": said}
+    (tmp_path / "f.json").write_text(json.dumps({**table, "label": [True, False]}), encoding="utf-8")
+    assert read(tmp_path / "f.json")[0] == [up("q", "a"), down("r", "b")]
+
+
+def test_lists_of_messages_are_no_columns(tmp_path):
+    record = {"chosen": turns("q", "a"), "rejected": turns("q", "b")}
+    (tmp_path / "f.json").write_text(json.dumps(record), encoding="utf-8")
+    assert read(tmp_path / "f.json")[0] == pair("q", "a", "b")
+
+
+@pytest.mark.parametrize("cell", ["['q']", "['it is' 'q']", "[\"it's\" 'q']", "['q', \"it's\"]"])
+def test_lists_of_texts_as_python_prints_them_are_refused(tmp_path, cell):
+    record = {**ARENA_55K, "prompt": cell, "response_a": cell, "response_b": "b", **dict.fromkeys(WINNERS, 0)}
+    assert "not JSON" in refusal(as_csv(tmp_path, [{**record, WINNERS[0]: 1}]))
+
+
+def test_columns_as_python_prints_them_are_named(tmp_path):
+    record = {"instruction": "q", "completions": "[{'response': 'a', 'overall_score': 8.5}]"}
+    assert 'the columns ["completions"] contain values as Python prints them' in refusal(as_csv(tmp_path, [record]))
+    record = {"conversation": "[{'human': 'q', 'assistant': 'a'}]", "label": 1}
+    assert "as Python prints them" in refusal(as_csv(tmp_path, [record]))

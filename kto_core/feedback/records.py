@@ -239,24 +239,23 @@ def _lacks_answer(record: Mapping[str, object], present: Mapping[str, object], f
 
 
 def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackFields) -> FeedbackError:
+    printed = [name for name, value in present.items() if is_printed(value)]
+    if printed:
+        return FeedbackError(
+            f"{where}: none of the known formats; the columns {quoted(printed, 200)} contain values as Python prints them. Write these "
+            "columns with json.dumps, or save the data as JSON Lines or Parquet."
+        )
     for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
         if here in present and missing not in present:
-            option = (
-                "" if missing in ("chosen", "rejected") else "Name the answer's column with --completion-field, or d"
+            todo = (
+                "Name the answer's column with --completion-field, or describe" if missing == "output" else "Describe"
             )
             return FeedbackError(
-                f"{where}: there is '{here}' but no '{missing}'; {columns_in_words(present)}. {option or 'D'}escribe the file "
-                "with --map FILE."
+                f"{where}: there is '{here}' but no '{missing}'; {columns_in_words(present)}. {todo} the file with --map FILE."
             )
     if fields.completion is not None or fields.prompt is not None:
         name = "completion" if fields.completion is None else fields.completion.text
         return FeedbackError(f"{where}: there is no '{name}'; {columns_in_words(present)}. Check --completion-field.")
-    printed = [name for name, value in present.items() if is_printed(value)]
-    if printed:
-        return FeedbackError(
-            f"{where}: none of the known formats; {quoted(printed, 200)} contain values as Python prints them. Write these "
-            "columns with json.dumps, or save the data as JSON Lines or Parquet."
-        )
     return FeedbackError(
         f"{where}: none of the known formats; {columns_in_words(present)}. Give it prompt, completion and label (or"
         " name them: --prompt-field, --completion-field, --label-field), messages and label, or chosen and"
