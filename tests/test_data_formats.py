@@ -1132,6 +1132,15 @@ def test_a_folder_of_files_with_different_keys(tmp_path):
             "looks like messages but is scored as text: 1 (first: f.jsonl:2)",
         ),
         ({"prompt": [{"role": "critic", "content": "a"}]}, "unknown roles of messages: critic in 1 (first: f.jsonl:2)"),
+        (
+            {"prompt": "[INST] q [/INST]"},
+            "turn marks of a chat template that is not the tokenizer's: 1 (first: f.jsonl:2)",
+        ),
+        ({"prompt": "User: q\nAssistant:"}, "turn marks of a chat template that is not the tokenizer's: 1"),
+        (
+            {"prompt": "What is the capital of Peru?", "completion": "What is the capital of Peru?\nLima"},
+            "begins with the whole prompt: 1 (first: f.jsonl:2)",
+        ),
     ],
 )
 def test_rows_that_are_probably_misread_are_named(tmp_path, record, part):
@@ -1365,3 +1374,26 @@ def test_columns_as_python_prints_them_are_named(tmp_path):
     assert 'the columns ["completions"] contain values as Python prints them' in refusal(as_csv(tmp_path, [record]))
     record = {"conversation": "[{'human': 'q', 'assistant': 'a'}]", "label": 1}
     assert "as Python prints them" in refusal(as_csv(tmp_path, [record]))
+
+
+@pytest.mark.parametrize(
+    "marks", [("\n\nHuman: q\n\nAssistant:", " a"), ("<extra_id_1>User\nq\n<extra_id_1>Assistant\n", "a")]
+)
+def test_answers_that_repeat_the_turns_of_the_prompt(tmp_path, marks):
+    prompt, answer = marks
+    records = [{"prompt": prompt, "completion": text, "label": True} for text in (prompt + answer, answer)]
+    assert read(as_jsonl(tmp_path, records))[0] == [up("q", "a"), up("q", "a")]
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+@pytest.mark.parametrize("begin", [turns("q"), turns("q", "a")], ids=["question", "answer too"])
+def test_an_answer_beside_its_conversation(tmp_path, container, begin):
+    records = [{"messages": begin, "response": "a", "label": value} for value in (True, False)]
+    rows, _, feedback = read(container(tmp_path, records))
+    assert rows == [up("q", "a"), down("q", "a")]
+    assert feedback.unused_columns() == []
+
+
+def test_an_answer_that_differs_from_that_of_its_conversation_is_refused(tmp_path):
+    record = {"messages": turns("q", "a"), "response": "b", "label": True}
+    assert "--prompt-field" in refusal(as_jsonl(tmp_path, [record]))

@@ -51,6 +51,7 @@ def as_chat(prompt: str, completions: tuple[Turns, ...], rendered: RenderedText)
     turns = turns_in(prompt)
     if turns is None:
         return said("user", prompt), tuple(said("assistant", one) for one in completions)
+    completions = tuple(_without_prompt(one, prompt.strip()) if isinstance(one, str) else one for one in completions)
     if turns[-1]["role"] == "assistant":  # the completion continues this message
         return turns, tuple(said("assistant", one) for one in completions)
     opened = prompt.rstrip().endswith(_OPENED)
@@ -86,6 +87,11 @@ def turns_in(text: str) -> tuple[Message, ...] | None:
         if turns and turns[-1]["role"] != "system":
             return tuple(turns)
     return None
+
+
+def _without_prompt(text: str, prompt: str) -> str:
+    """Return an answer without the turns of the prompt, which some data sets repeat."""
+    return text.strip().removeprefix(prompt) if text.lstrip().startswith(prompt) else text
 
 
 def _answer(text: str, *, opened: bool, end: str) -> str:

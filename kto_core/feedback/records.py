@@ -176,6 +176,8 @@ def _single(
             form = f"{asked[0]} + {name}"
         elif is_alpaca(present, fields):
             prompt, form = alpaca_prompt(present, where, conversation=fields.chat_template), f"instruction + {name}"
+        elif (before := _conversation_before(present, value, where)) is not None:
+            prompt, form = before[1], f"{before[0]} + {name}"
         else:
             missing = "prompt" if fields.prompt is None else fields.prompt.text
             if missing in record:
@@ -203,6 +205,23 @@ def _single(
         raise _unknown_format(present, where, fields)
     check_completion(completion, where, name)
     return form, prompt, completion
+
+
+def _conversation_before(
+    present: Mapping[str, object], answer: object, where: str
+) -> tuple[str, tuple[Message, ...]] | None:
+    """Return (column, messages) of a conversation to which a column has the answer; None without one.
+
+    The conversation may contain the answer as its last message. Another last answer is not the prompt.
+    """
+    name = next((one for one in CONVERSATIONS if one in present), None)
+    if name is None:
+        return None
+    messages = as_conversation(present[name], where, name)
+    if messages[-1]["role"] != "assistant":
+        return name, messages
+    repeated = isinstance(answer, str) and messages[-1]["content"].strip() == answer.strip()
+    return (name, messages[:-1]) if repeated and len(messages) > 1 else None
 
 
 def _check_other_answers(present: Mapping[str, object], used: str, where: str, fields: FeedbackFields) -> None:
