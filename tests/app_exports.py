@@ -658,6 +658,34 @@ ARGILLA_CHAT = Case(
     ],
     [row("A?", "a", True), row("user: A? | assistant: a | user: B?", "b", False)],
 )
+
+
+def preferred(number: int, value: Any, names: tuple[str, str] = ("response-1", "response-2")) -> dict[str, Any]:
+    return {
+        "id": str(number),
+        "status": "completed",
+        "_server_id": "s",
+        "fields": {"instruction": f"{number}?", names[0]: "a", names[1]: "b"},
+        "responses": {} if value is None else {"better": [{"value": value, "user_id": "u"}]},
+    }
+
+
+def ranked(first: int, second: int) -> list[dict[str, Any]]:
+    return [{"value": "response1", "rank": first}, {"value": "response2", "rank": second}]
+
+
+ARGILLA_PREFERENCES = Case(
+    "argilla_pairs",
+    [preferred(1, "response-1"), preferred(2, "response-2"), preferred(3, "tie"), preferred(4, None)],
+    [row("1?", "a", True), row("1?", "b", False), row("2?", "b", True), row("2?", "a", False)],
+    {"tie": 1, UNRATED: 1},
+)
+ARGILLA_RANKING = Case(
+    "argilla_pairs",
+    [preferred(number, ranks, ("response1", "response2")) for number, ranks in ((1, ranked(2, 1)), (2, ranked(1, 1)))],
+    [row("1?", "b", True), row("1?", "a", False)],
+    {"tie": 1},
+)
 ARGILLA_OLD = Case(
     "argilla",
     [

@@ -837,7 +837,10 @@ def test_a_verdict_that_is_missing_is_no_tie(tmp_path):
 
 def test_a_verdict_that_is_neither_side_nor_a_tie_is_refused(tmp_path):
     record = {**ARENA, "winner": "left", "conversation_a": turns("q", "a"), "conversation_b": turns("q", "b")}
-    assert '"left"' in refusal(as_jsonl(tmp_path, [record]))
+    message = refusal(as_jsonl(tmp_path, [record]))
+    assert '"left"' in message
+    assert "a_when" in message
+    assert "--up" not in message
 
 
 # dataset_info.json of LLaMA-Factory

@@ -22,6 +22,8 @@ from offline_kto.kto_core.feedback.paths import Path, option_path
 from offline_kto.kto_core.feedback.quoting import quoted
 
 Record = AnyMapping[str, Any]
+# Longer paths are not shown in errors.
+_LONG = 60
 # A row in one of the formats of `records`.
 Native = dict[str, Any]
 
@@ -61,11 +63,11 @@ class PairPaths:
     def _a_is_better(self, better: Path, data: Record, where: str) -> bool:
         value = better.find(data, where)
         try:
-            return self.rule.verdict(value, where, better.text)
+            return self.rule.verdict(value, where, better.text if len(better.text) < _LONG else "the preference")
         except LeftOut as left:
             raise LeftOut(TIE if left.reason == DEAD_ZONE else left.reason, left.detail) from None
         except UnknownLabelError:
-            if is_tie(value):
+            if all(map(is_tie, value)) if isinstance(value, list) else is_tie(value):
                 raise LeftOut(TIE, quoted(value)) from None
             raise
 

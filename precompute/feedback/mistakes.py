@@ -126,6 +126,12 @@ def _unknown_labels(
     if len({one.field for one in unknown}) > 1:
         return first
     scale = Scale.of(first.rule)
+    if data_format.mapping is not None and data_format.mapping.pair is not None:  # which has no --up and --down
+        up, down = (quoted(list(values), 100) for values in (first.rule.up, first.rule.down))
+        return FeedbackError(
+            f"{first} It has {scale.in_words()}. {data_format.mapping.name}: the first answer is better if it is one of {up}, the "
+            f"second if it is one of {down}. A mapping (--map FILE) names other values in a_when and b_when."
+        )
     proposal = scale.proposal()
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
     name = "" if data_format.mapping or usual or config.label_field else f"--label-field {shlex.quote(first.field)} "

@@ -14,8 +14,8 @@ _TEMPLATE = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant|system|end_of_turn)\|>|\[/INST\]"
     r"|<｜(?:User|Assistant)｜>|### (?:Response|Assistant):|\n(?:ASSISTANT|Assistant|AI|Bot):\s*\Z"
 )
-# Shorter prompts may begin an answer by chance.
-_LONG_PROMPT = 20
+# Shorter prompts may begin an answer by chance, and a few answers may repeat a question.
+_LONG_PROMPT, _MANY = 20, 0.1
 _MOST_ROLES = 10
 
 
@@ -28,6 +28,7 @@ class Suspicions:
         messages: places of rows with a text that resembles messages.
         marks: places of rows of text with the turn marks of a chat template that is not the tokenizer's.
         repeated: places of rows whose answer begins with its prompt.
+        rows: number of rows.
         roles: places of rows by their unknown roles, of which a template writes whatever they are.
     """
 
@@ -36,9 +37,11 @@ class Suspicions:
     marks: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
     roles: dict[str, list[str]] = field(default_factory=dict)
+    rows: int = 0
 
     def add(self, row: FeedbackRow) -> None:
         """Examine a row."""
+        self.rows += 1
         asked, answered = _texts(row.prompt), _texts(row.completion)
         if any(_PLACEHOLDER.search(text) for text in asked):
             self.media.append(row.where)
@@ -72,7 +75,7 @@ class Suspicions:
                 f"rows whose prompt contains the turn marks of a chat template that is not the tokenizer's: {_counted(self.marks)}. "
                 "They are scored as words of the user's message; write the turns as messages, or keep the text with --chat never."
             )
-        if self.repeated:
+        if self.repeated and len(self.repeated) >= _MANY * self.rows:
             found.append(
                 f"rows whose answer begins with the whole prompt: {_counted(self.repeated)}. It is scored as part of the answer; "
                 "remove it from the answers if the model did not write it."
