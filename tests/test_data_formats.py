@@ -1221,6 +1221,28 @@ def test_ratings_off_the_scale_of_a_format(tmp_path):
     assert left_out == {"between up and down": 1}
 
 
+def test_attributes_like_those_of_helpsteer_on_another_scale(tmp_path):
+    """3 of 5 is no good rating."""
+    ratings = {"response": ["a", "b", "c"], "helpfulness": [5, 3, 1]}
+    columns = zip(*ratings.values(), strict=True)
+    records = [
+        {"prompt": "q", **dict(zip(ratings, one, strict=True)), "correctness": 4, "coherence": 4} for one in columns
+    ]
+    message = refusal(as_csv(tmp_path, records))
+    assert "not on the scale from 0 to 4" in message
+    assert "--up '>=4' --down '<=2'" in message
+    rows, left_out, _ = read(as_csv(tmp_path, records), up=">=4", down="<=2")
+    assert rows == [up("q", "a"), down("q", "c")]
+    assert left_out == {"between up and down": 1}
+
+
+def test_conversations_beside_an_input_are_no_text(tmp_path):
+    record = {"input": "about", "chosen": turns("q", "a"), "rejected": turns("q", "b")}
+    rows, _, feedback = read(as_jsonl(tmp_path, [record]))
+    assert rows == pair("q", "a", "b")
+    assert feedback.mapping is None
+
+
 def test_a_pair_of_distilabel_is_read_as_a_pair(tmp_path):
     record = {
         **{"instruction": "q", "generations": ["a", "b", "c"], "ratings": [5, 1, 4], "prompt": "q"},
