@@ -1216,6 +1216,8 @@ def test_ratings_off_the_scale_of_a_format(tmp_path):
     message = refusal(as_jsonl(tmp_path, records))
     assert "9, which is not on the scale from 1 to 5" in message
     assert "--up '>=7' --down '<=4'" in message
+    # All ratings of a record are counted.
+    assert "9 (1 time), 2 (1 time). If that is" in refusal(as_jsonl(tmp_path, records[1:2]))
     rows, left_out, _ = read(as_jsonl(tmp_path, records), up=">=7", down="<=4")
     assert rows == [down("q", "b"), up("q", "a"), down("q", "b"), up("q", "a"), down("q", "b")]
     assert left_out == {"between up and down": 1}
@@ -1422,3 +1424,10 @@ def test_an_answer_beside_its_conversation(tmp_path, container, begin):
 def test_an_answer_that_differs_from_that_of_its_conversation_is_refused(tmp_path):
     record = {"messages": turns("q", "a"), "response": "b", "label": True}
     assert "--prompt-field" in refusal(as_jsonl(tmp_path, [record]))
+
+
+def test_a_conversation_beside_prompt_and_answer_is_not_read(tmp_path):
+    record = {"prompt": "q", "completion": "a", "label": True, "conversation": [{**user("x"), "rating": 3}]}
+    rows, _, feedback = read(as_jsonl(tmp_path, [record]))
+    assert rows == [up("q", "a")]
+    assert feedback.unused_columns() == ["conversation"]

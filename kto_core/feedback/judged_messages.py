@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.columns import CONVERSATIONS, LABELS, FeedbackFields
+from offline_kto.kto_core.feedback.columns import COMPLETIONS, CONVERSATIONS, LABELS, FeedbackFields
 from offline_kto.kto_core.feedback.conversations import check_completion, with_system
 from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
@@ -23,7 +23,9 @@ Judged = list[tuple[tuple[Message, ...], tuple[Message, ...], bool]]
 
 def judged_messages(present: Mapping[str, object], where: str, fields: FeedbackFields) -> Judged | None:
     """Return (prompt, completion, label) for each judged turn; None if no turn of the record is judged by itself."""
-    name = next((one for one in CONVERSATIONS if one in present), CONVERSATIONS[0])
+    has_answer = any(one in present for one in COMPLETIONS)
+    names = CONVERSATIONS[:2] if has_answer else CONVERSATIONS  # beside an answer, `conversation` is often its source
+    name = next((one for one in names if one in present), CONVERSATIONS[0])
     turns = opened(present.get(name))
     if fields.completion is not None or not isinstance(turns, list | tuple):
         return None

@@ -157,11 +157,16 @@ class Mapping:
         Raises:
             FeedbackError: the mapping does not fit the record; the message names file, key and record.
         """
+        unknown: list[UnknownLabelError] = []
         for data in self.items(record, where):
             try:
                 yield from self._rows(data, where)
             except LeftOut as left:
                 yield left
+            except UnknownLabelError as error:  # raised once the values of all items are counted
+                unknown.append(error)
+        if unknown:
+            raise unknown[0]
 
     def items(self, record: Record, where: str) -> Iterator[Record]:
         """Yield the record, or a record for each of its items, with `item` and `index` added."""
