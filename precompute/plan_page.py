@@ -19,7 +19,9 @@ from offline_kto.precompute.preview import block, visible, width
 _WIDTH = 100
 _INDENT = 12
 # Columns whose names suggest that they change the meaning of a row.
-_MATTERS = re.compile(r"split|system|score|rating|reward|feedback|thumb|vote|image|img|audio|video", re.IGNORECASE)
+_MATTERS = re.compile(
+    r"split|system|context|documents|score|rating|reward|feedback|thumb|vote|image|img|audio|video", re.IGNORECASE
+)
 # Lines of each text of an example.
 _EXAMPLE_LINES = 4
 

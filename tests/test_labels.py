@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.labels import DOWN, LEAVE_OUT, UP, LabelRule, Scale, is_tie
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, RATERS_DISAGREE, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.mapping_file import mapping_from
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
@@ -123,7 +124,7 @@ def test_words_for_a_tie(value, tie):
 
 PROPOSALS = [
     ([1, -1, -1], "--up 1 --down -1"),
-    ([1, 0, -1, 0], "--up 1 --down -1 (0 is then left out)"),
+    ([1, 0, -1, 0], "--up '>0' --down '<0' (0 is left out)"),
     ([0, 1], "--up 1 --down 0"),
     ([True, "maybe"], "--up true --down maybe"),
     (["thumbsUp", "thumbsDown"], "--up thumbsUp --down thumbsDown"),
@@ -137,6 +138,7 @@ PROPOSALS = [
     ([1, 2, 3], "--up '>=3' --down '<=1'"),
     ([0, 1, 2, 3, 4], "--up '>=3' --down '<=1'"),
     ([1, 10, 7], "--up '>=7' --down '<=4'"),
+    (["90%", "20%"], "--up '>=70' --down '<=40'"),
     ([0.1, 0.93], "--up '>0.5' --down '<0.5' (0.5 is left out)"),
     ([1.0, 0.5, 0.0], "--up '>0.5' --down '<0.5' (0.5 is left out)"),
     (["5/5", "4/5", "1/5"], "--up 4/5,5/5 --down 1/5"),
@@ -322,3 +324,24 @@ def test_columns_of_opposite_votes_are_no_label_alone(tmp_path, names):
 
 def test_ratings_with_a_decimal_comma_are_named(tmp_path):
     assert "with a point" in refusal(tmp_path / "f.jsonl", rows("rating", ["4,5", "1,5"]), up=">=4", down="<=2")
+
+
+def test_a_column_of_what_is_undesirable_is_reversed(tmp_path):
+    records = [{"prompt": f"p{n}", "completion": "c", "toxic": n == 1, "harm_score": n / 2} for n in range(3)]
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert "pass --label-field toxic --up false --down true" in message
+    assert "--label-field harm_score --up ... --down ..." in message
+    options = {"label_field": "toxic", "up": "false", "down": "true"}
+    assert feedback(tmp_path / "f.jsonl", records, **options)[0] == [True, False, True]
+
+
+def test_a_proposal_for_votes_with_zero_works(tmp_path):
+    records = rows("label", [1, 0, -1])
+    assert "--up '>0' --down '<0'" in refusal(tmp_path / "f.jsonl", records)
+    assert feedback(tmp_path / "f.jsonl", records, up=">0", down="<0")[0] == [True, False]
+
+
+@pytest.mark.parametrize("scale", [(5, 1), (1,), ("a", "b")])
+def test_a_scale_is_two_numbers_in_order(tmp_path, scale):
+    with pytest.raises(ConfigError, match="the lowest and the highest rating"):
+        mapping_from({"prompt": "p", "completion": "c", "label": {"path": "r", "scale": list(scale)}}, "m.yaml")

@@ -78,6 +78,7 @@ class LabelRule:
 
     Attributes:
         up, down: a word, a number, true or false, or a comparison such as ">=4". Both empty for the usual words.
+        scale: the lowest and the highest number of the scale; other numbers are unknown. Empty for any.
         otherwise: REFUSE, LEAVE_OUT, UP or DOWN; numbers between comparisons are left out unless it is UP or DOWN.
         seen: how often a value was seen, by (value, "up", "down", "left out" or "unknown"); for the plan.
     """
@@ -85,6 +86,7 @@ class LabelRule:
     up: tuple[object, ...] = ()
     down: tuple[object, ...] = ()
     otherwise: str = REFUSE
+    scale: tuple[float, ...] = ()
     seen: Counter[tuple[str, str]] = field(default_factory=Counter, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -130,13 +132,22 @@ class LabelRule:
         if has_no_value(value):
             self._count(None, "left out")
             raise LeftOut(UNRATED)
+        number = number_in(value)
+        if number is not None and self.scale and not self.scale[0] <= number <= self.scale[1]:
+            self._count(value, "unknown")
+            raise UnknownLabelError(
+                f"{where}: '{field}' is {quoted(value)}, which is not on the scale from {self.scale[0]:g} to "
+                f"{self.scale[1]:g}.",
+                field,
+                self,
+            )
         known = self._known(value, where, field)
         if known is None and self.otherwise in (UP, DOWN):
             known = self.otherwise == UP
         if known is not None:
             self._count(value, "up" if known else "down")
             return known
-        if self.otherwise == LEAVE_OUT or (self.has_comparison and number_in(value) is not None):
+        if self.otherwise == LEAVE_OUT or (self.has_comparison and number is not None):
             self._count(value, "left out")
             raise LeftOut(DEAD_ZONE, quoted(value))
         self._count(value, "unknown")
@@ -204,11 +215,16 @@ def is_tie(value: object) -> bool:
 
 
 def number_in(value: object) -> float | None:
-    """Return a finite float, or None. Text must be a decimal number: float() would also accept "nan" and "1_0"."""
+    """Return a finite float, or None. Text must be a decimal number: float() would also accept "nan" and "1_0".
+
+    A percentage is the number before the sign.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) is None:
-        return None
+    if isinstance(value, str):
+        value = value.strip().removesuffix("%")
+        if _NUMBER.fullmatch(value) is None:
+            return None
     try:
         number = float(value)
     except OverflowError:  # an integer of more than 300 digits
@@ -305,9 +321,8 @@ def _proposed_cut(numbers: Sequence[float]) -> str:
     if len(numbers) < 2:
         return ""
     least, most = numbers[0], numbers[-1]
-    if set(numbers) <= {-1.0, 0.0, 1.0}:
-        zero = " (0 is then left out)" if 0.0 in numbers and -1.0 in numbers else ""
-        return f"--up 1 --down {'-1' if -1.0 in numbers else '0'}{zero}"
+    if set(numbers) <= {-1.0, 0.0, 1.0} and (-1.0 not in numbers or 0.0 not in numbers):
+        return f"--up 1 --down {least:g}"
     if least < 0:
         return "--up '>0' --down '<0' (0 is left out)"
     if most <= 1:

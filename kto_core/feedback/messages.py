@@ -3,6 +3,7 @@
     "text"                                          text
     {"role": "user", "content": "..."}              a message
     [{"from": "human", "value": "..."}]             ShareGPT
+    [{"human": "...", "assistant": "..."}]          ms-swift: a question and its answer
     {"messages": [...]}, {"choices": [{"message"}]} requests and responses of an API
     [{"type": "human", "data": {...}}]              LangChain; `data` may be left out
     [{"message.role": "user", ...}]                 OpenInference (Phoenix)
@@ -33,12 +34,12 @@ ROLES: Final[Mapping[str, str]] = {
     "system": "system",
     "developer": "developer",
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response"), "tool"),
-    "function_call": "function_call",
+    **dict.fromkeys(("function_call", "tool_call"), "function_call"),  # LLaMA-Factory's name and ms-swift's
 }
 
 # Keys of a message's role, content and reasoning; the first with a value is used.
 _ROLE_KEYS = ("role", "from")
-_CONTENT_KEYS = ("content", "value", "text")
+TEXT_KEYS: Final = ("content", "value", "text")
 REASONING: Final = ("reasoning_content", "reasoning", "thinking", "thought")
 
 _TEXT_PARTS = {"text", "output_text", "input_text"}
@@ -117,7 +118,7 @@ def _read_text(text: str, where: str, field: str) -> object | None:
     if _are_text_parts(value):
         return value
     messages = _message_list(value)
-    if messages and all(_is_message(one) for one in messages):
+    if messages and (all(map(_is_message, messages)) or (isinstance(value, list) and all(map(_is_exchange, messages)))):
         return value
     if begins_with_roles(text):
         raise FeedbackError(
@@ -163,8 +164,15 @@ def _is_message(value: object) -> bool:
         return True
     roles = [value.get(key) for key in _ROLE_KEYS]
     return any(isinstance(role, str) for role in roles) and any(
-        key in value for key in (*_CONTENT_KEYS, "tool_calls", "function_call", "refusal", *REASONING)
+        key in value for key in (*TEXT_KEYS, "tool_calls", "function_call", "refusal", *REASONING)
     )
+
+
+def _is_exchange(value: object) -> bool:
+    """Return whether a value is a question and its answer in one object."""
+    if not isinstance(value, Mapping) or any(key in value for key in _ROLE_KEYS):
+        return False
+    return isinstance(value.get("assistant"), str) and ("human" in value) != ("user" in value)
 
 
 def _langchain(value: Mapping[str, object]) -> dict[str, object] | None:
@@ -220,6 +228,11 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
         raise FeedbackError(
             f'{where}: {what} must look like {{"role": "user", "content": "..."}}, got {quoted(value)}.'
         )
+    if _is_exchange(value):
+        for side in ("human", "user", "assistant"):
+            if value.get(side) is not None:
+                yield from _message({"role": side, "content": value[side]}, where, what)
+        return
     value = _langchain(value) or _openinference(value) or value
     given = {key: item for key, item in value.items() if item is not None}
     if _has_calls_inside(given.get("content")):
@@ -232,7 +245,7 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
     if not isinstance(role, str):
         raise FeedbackError(f"{where}: {what} needs a 'role' that is a string, got {quoted(role)}.")
     role = ROLES.get(role.strip().lower(), role)
-    content = _take(given, _CONTENT_KEYS)
+    content = _take(given, TEXT_KEYS)
     refusal = given.pop("refusal", None)
     calls = [*_calls(given.pop("tool_calls", None)), *_calls(given.pop("function_call", None))]
     if role == "function_call":
@@ -300,11 +313,11 @@ def _take(given: dict[str, object], names: tuple[str, ...]) -> object:
 
 
 def _called(content: object, where: str, what: str) -> tuple[list[object], str]:
-    """Return the tool calls in the JSON text of a ShareGPT turn `function_call`, and an empty text."""
+    """Return the tool calls in the JSON text of a turn `function_call` or `tool_call`, and an empty text."""
     calls = list(_calls(content))
     if not calls or not all(isinstance(one, Mapping) and "function" in one for one in calls):
         raise FeedbackError(
-            f'{where}: {what} has the role "function_call" and must contain JSON like {{"name": "...", "arguments": {{}}}}, '
+            f'{where}: {what} has the role "function_call" or "tool_call" and must contain JSON like {{"name": "...", "arguments": {{}}}}, '
             f"got {quoted(content)}."
         )
     return calls, ""

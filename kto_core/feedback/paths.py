@@ -30,6 +30,7 @@ A path continues inside JSON text, as tables store lists and objects.
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,8 +121,7 @@ class _Functions(functions.Functions):
 
     @functions.signature({"types": ["array", "string"]}, {"types": ["array", "string", "null"]})  # type: ignore[untyped-decorator]
     def _func_dialogue(self, asked: Any, answered: Any) -> list[dict[str, Any]]:
-        questions = asked if isinstance(asked, list) else [asked]
-        answers = answered if isinstance(answered, list) else [answered]
+        questions, answers = _texts(asked), _texts(answered)
         if len(questions) != len(answers):
             raise JMESPathError(f"{len(answers)} answers to {len(questions)} questions")
         if None in answers:
@@ -135,6 +135,15 @@ class _Functions(functions.Functions):
             return messages
         ends = [i + 1 for i, one in enumerate(messages) if isinstance(one, dict) and one.get("role") == "assistant"]
         return messages[: ends[count - 1]] if 0 < count <= len(ends) else messages
+
+
+def _texts(value: Any) -> list[Any]:
+    """Return the texts of a list, or of one text. Raises: JMESPathError: a list as Python or NumPy prints it."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\[\s*['\"].*['\"]\s*\]\s*", value, re.DOTALL):
+        raise JMESPathError(
+            f"a list that is not JSON, {quoted(value, 60)}; write the column with json.dumps, or save the data as JSON Lines"
+        )
+    return value if isinstance(value, list) else [value]
 
 
 def _message(role: str, content: object) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.labels import number_in
 from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
-from offline_kto.kto_core.feedback.messages import ROLES, Message, as_turns
+from offline_kto.kto_core.feedback.messages import ROLES, TEXT_KEYS, Message, as_turns
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
 
@@ -73,7 +73,6 @@ def _ranked_pairs(
 ) -> Iterator[Native | LeftOut]:
     """Yield a pair of the best answer to a turn and each of the others."""
     assert turns.rank is not None
-    assert turns.parent is not None
     answers: dict[object, list[tuple[float, int]]] = {}
     for number, turn in enumerate(conversation.turns):
         rank = number_in(turns.rank.find(turn, where))
@@ -84,7 +83,7 @@ def _ranked_pairs(
         if rank is None:
             yield LeftOut(UNRATED)
         else:
-            answers.setdefault(_key(turns.parent.find(turn, where)), []).append((rank, number))
+            answers.setdefault(conversation.asked_by(number), []).append((rank, number))
     for ranked in answers.values():
         (least, best), *others = sorted(ranked)
         if not others:
@@ -153,6 +152,11 @@ class _Conversation:
                 )
             yield by_id.get(_key(parent), _MISSING) if parent not in (None, "", False) else None
 
+    def asked_by(self, number: int) -> object:
+        """Return what identifies the turn before one, also if it is not in the record."""
+        parent = self._spec.parent
+        return self._before[number] if parent is None else _key(parent.find(self.turns[number], self._where))
+
     def name(self, number: int) -> str:
         """Return what identifies a turn."""
         key = None if self._spec.id is None else self._spec.id.find(self.turns[number], self._where)
@@ -205,7 +209,7 @@ class _Conversation:
             text = self._spec.text.find(turn, self._where)
             kept["content"] = "" if text is None else text  # null is how tables store an empty text
         else:
-            kept |= {name: turn[name] for name in ("content", "value", "text") if turn.get(name) is not None}
+            kept |= {name: turn[name] for name in TEXT_KEYS if turn.get(name) is not None}
         turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._spec.messages.text)
         assert not isinstance(turns, str)
         return turns

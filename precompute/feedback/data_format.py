@@ -8,11 +8,13 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.columns import CONVERSATIONS
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.labels import LabelRule
 from offline_kto.kto_core.feedback.llama_factory import DatasetInfo, entry_for
 from offline_kto.kto_core.feedback.mapping import Mapping, with_label
 from offline_kto.kto_core.feedback.paths import option_path
+from offline_kto.kto_core.feedback.preference_pairs import check_sides_are_answers
 from offline_kto.kto_core.feedback.presets import named_mapping, recognised
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
@@ -24,7 +26,7 @@ from offline_kto.precompute.records.text_files import Located
 # Keys of the native formats: an object with one of them is a record, not a document of records.
 _OWN_KEYS = (
     *("prompt", "completion", "response", "answer", "chosen", "rejected", "question", "query"),
-    *("messages", "conversations", "instruction"),
+    *(*CONVERSATIONS, "instruction"),
 )
 
 # Records that are tried to recognise a format: keys may be missing in the first records if nobody rated them.
@@ -150,6 +152,8 @@ class DataFormat:
                 continue
             seen.add(shape)
             found = recognised(record, where)
+            if found is None:
+                check_sides_are_answers(record, where)
             if found is not None and (found.has_label or not self._label_options):
                 return self._with_label(found), "recognised by its keys"
         return None, ""  # also if a label is named and the format has none: options take precedence over recognition

@@ -3,11 +3,13 @@
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from offline_kto.kto_core.errors import FeedbackError, KTOError
+from offline_kto.kto_core.feedback.columns import PROMPTS
 from offline_kto.kto_core.feedback.labels import Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, UNRATED
+from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
@@ -69,11 +71,32 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
             f"{data}: no record has a label ({reasons}). These columns look like feedback:\n{shown}\n"
             "Pass the options of one of them, or describe the file with --map FILE."
         )
+    if (sides := _sides_of_a_pair(found.columns)) is not None:
+        chosen, rejected = sides
+        return FeedbackError(
+            f"{data}: no record has a label ({reasons}), but {quoted(rejected)} looks like the rejected side of a pair. Describe the "
+            f"file with --map FILE: a line such as `prompt: {_prompt_in(found.columns)}`, and a line "
+            f"`pair: {{chosen: {chosen}, rejected: {rejected}}}`."
+        )
     names = quoted([name for name, _ in found.columns.most_common()], 200)
     return FeedbackError(
         f"{data}: no record has a label ({reasons}); found {names}. Name the column with --label-field, or "
         "describe the file with --map FILE."
     )
+
+
+def _sides_of_a_pair(columns: Collection[str]) -> tuple[str, str] | None:
+    """Return two columns of which one seems to have the rejected answers; None if none does."""
+    for name in columns:
+        for mark in ("rejected_", "_rejected", "rejected"):
+            other = name.replace(mark, mark.replace("rejected", "chosen")), name.replace(mark, "")
+            if mark in name and (chosen := next((one for one in other if one in columns), None)) is not None:
+                return key_path(chosen), key_path(name)
+    return None
+
+
+def _prompt_in(columns: Collection[str]) -> str:
+    return next((name for name in (*PROMPTS, "instruction", "input") if name in columns), "PROMPT")
 
 
 def one_class(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> FeedbackError:
@@ -103,6 +126,12 @@ def _unknown_labels(
     if len({one.field for one in unknown}) > 1:
         return first
     scale = Scale.of(first.rule)
+    if data_format.mapping is not None and data_format.mapping.pair is not None:  # which has no --up and --down
+        up, down = (quoted(list(values), 100) for values in (first.rule.up, first.rule.down))
+        return FeedbackError(
+            f"{first} It has {scale.in_words()}. {data_format.mapping.name}: the first answer is better if it is one of {up}, the "
+            f"second if it is one of {down}. A mapping (--map FILE) names other values in a_when and b_when."
+        )
     proposal = scale.proposal()
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
     name = "" if data_format.mapping or usual or config.label_field else f"--label-field {shlex.quote(first.field)} "

@@ -13,6 +13,7 @@ from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.left_out import LeftOut
 from offline_kto.kto_core.feedback.mapping import Mapping
+from offline_kto.kto_core.feedback.messages import TEXT_KEYS
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.reads import Route
 
@@ -81,8 +82,13 @@ class UsedColumns:
         """
         if self._mapping is None:
             return self.read.union(*(read_in_form(form, self._fields) for form in forms))
+        pair = self._mapping.pair
+        ratings = set() if pair is None else {name for name in pair.ratings if name in columns}
         names = [] if self._label is None or self._label.scores is None else _chosen(self._label)
-        return self.read | {column for column in columns if any(_is_score(column, name) for name in names)}
+        scores = {column for column in columns if any(_is_score(column, name) for name in names)}
+        turns = self._mapping.turns
+        texts = set(TEXT_KEYS) if turns is not None and turns.text is None and self._mapping.join is not None else set()
+        return self.read | ratings | scores | texts
 
 
 def _has_value(path: Path, data: list[AnyMapping[str, Any]], where: str) -> bool:

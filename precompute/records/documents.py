@@ -5,6 +5,7 @@
     {"prompt": {"0": "...", "1": "..."}, "label": {"0": ...}}       DataFrame.to_json()
     {"columns": [...], "index": [...], "data": [[...], ...]}        DataFrame.to_json(orient="split")
     {"0": {"prompt": "..."}, "1": {...}}                            DataFrame.to_json(orient="index")
+    {"prompt": ["...", "..."], "label": [true, false]}              Dataset.to_dict()
     {"features": [...], "rows": [{"row_idx": 0, "row": {...}}]}     the hub's viewer of data sets
 
 Whether an object is a record itself is for the caller to decide.
@@ -36,12 +37,12 @@ def records_in(document: Record, where: str) -> Records | None:
     Raises:
         FeedbackError: several lists; a table whose rows have different lengths.
     """
-    return _split_table(document, where) or _table(document) or _viewer(document) or _list(document, where)
+    return table_in(document, where) or _viewer(document) or _list(document, where)
 
 
 def table_in(document: Record, where: str) -> Records | None:
-    """Return the records of a table of pandas only; its columns may have the names of a record's."""
-    return _split_table(document, where) or _table(document)
+    """Return the records of a table only; its columns may have the names of a record's."""
+    return _split_table(document, where) or _table(document) or _columns(document)
 
 
 def _split_table(document: Record, where: str) -> Records | None:
@@ -68,6 +69,18 @@ def _table(document: Record) -> Records | None:
         rows = [{name: column[row] for name, column in columns.items()} for row in index]
         return Records("as a table of pandas (columns)", rows)
     return None
+
+
+def _columns(document: Record) -> Records | None:
+    """Return the records of columns that are lists. A list of objects may be one conversation, so it is no column."""
+    columns = {name: value for name, value in document.items() if isinstance(value, list)}
+    sizes = {len(value) for value in columns.values()}
+    if len(columns) < max(2, len(document)) or len(sizes) != 1 or sizes == {0}:
+        return None
+    if any(isinstance(one, Mapping) for value in columns.values() for one in value):
+        return None
+    rows = zip(*columns.values(), strict=True)
+    return Records("as a table of columns", [dict(zip(columns, row, strict=True)) for row in rows])
 
 
 def _viewer(document: Record) -> Records | None:
