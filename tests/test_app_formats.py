@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from app_exports import CASES as APP_CASES
 from app_exports import (
-    CASES,
     DIFY,
     DIFY_JSON,
     GRADIO_CHAT,
@@ -20,7 +20,6 @@ from app_exports import (
     NATIVE,
     OPENAI_PREFERENCE,
     PHOENIX,
-    REFUSED,
     STORED,
     STREAMLIT,
     TOOLS,
@@ -34,12 +33,17 @@ from app_exports import (
     span,
     trace,
 )
+from app_exports import REFUSED as APP_REFUSED
+from tool_exports import ASKED_HI, OBSERVATION, SAID_HELLO, TOOL_CASES, TOOL_REFUSED, blob_trace
 
 from offline_kto.kto_core.errors import KTOError
 from offline_kto.kto_core.feedback.presets import presets
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.records.sources import read_records
+
+CASES = {**APP_CASES, **TOOL_CASES}
+REFUSED = {**APP_REFUSED, **TOOL_REFUSED}
 
 
 def in_short(turns: Any) -> str:
@@ -495,3 +499,139 @@ def test_a_judged_turn_of_another_role_is_not_lost(tmp_path: Path) -> None:
     assert "roles" in message
     rows, left_out, _, _ = read(log("user"), map=str(mapping))
     assert (len(rows), left_out) == (1, {"judged turn of another role": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (":::thinking\nhm, tea\n:::\nGreen", "Green"),
+        ("Write\n:::thinking\nx\n:::", "Write\n:::thinking\nx\n:::"),  # only at the beginning
+    ],
+)
+def test_reasoning_in_the_text_of_librechat_is_stripped(tmp_path: Path, text: str, answer: str) -> None:
+    records = [libre("m1", ZERO, True, "Tea?"), libre("m2", "m1", False, text, feedback={"rating": "thumbsUp"})]
+    for form in ("jsonl", "csv"):
+        assert read(write(tmp_path / f"f.{form}", records))[0] == [row("Tea?", answer, True)]
+
+
+def test_an_answer_of_librechat_that_was_stopped_is_left_out(tmp_path: Path) -> None:
+    up = {"rating": "thumbsUp"}
+    records = [
+        libre("m1", ZERO, True, "Tea?", unfinished=False),
+        libre("m2", "m1", False, "Gre", feedback=up, unfinished=True),
+        libre("m3", "m1", False, "Green", feedback=up, unfinished=False),
+    ]
+    for form in ("jsonl", "csv"):
+        rows, left_out, _, _ = read(write(tmp_path / f"f.{form}", records))
+        assert (rows, left_out) == ([row("Tea?", "Green", True)], {"failed call": 1})
+
+
+def test_thoughts_that_gradio_shows_are_not_an_earlier_answer(tmp_path: Path) -> None:
+    thought = {"role": "assistant", "metadata": {"title": "Thinking"}, "content": "hm"}
+    chat = [{"role": "user", "metadata": None, "content": "Hi"}, thought, {"role": "assistant", "content": "Hello"}]
+    record = {"conversation": json.dumps(chat), "index": "2", "flag": "Like", "username": "", "timestamp": "2026"}
+    assert "thoughts or tools as messages" in refusal(write(tmp_path / "log.csv", [record]))
+
+
+def test_traces_without_scores_say_that_they_are_missing(tmp_path: Path) -> None:
+    for name, record in (("traces", blob_trace()), ("observations", OBSERVATION)):
+        for form in ("jsonl", "csv"):
+            message = refusal(write(tmp_path / f"{name}.{form}", [record]))
+            assert "no record has a score" in message
+            assert "join the file of the scores" in message
+            assert "project_id" not in message
+
+
+def test_several_scores_of_a_tracing_tool_are_listed(tmp_path: Path) -> None:
+    braintrust = {**TOOL_CASES["BRAINTRUST"].records[0], "scores": {"thumbs": 1, "Factuality": 0.6}}
+    opik = {**TOOL_CASES["OPIK_COLUMNS"].records[0], "feedback_scores.Factuality": 0.6}
+    for number, record in enumerate((braintrust, opik)):
+        message = refusal(write(tmp_path / f"{number}.jsonl", [record]))
+        assert "Factuality: 0.6 (1 time)" in message
+        assert "reason" not in message
+
+
+def test_an_open_webui_of_2023_has_the_rating_at_the_message(tmp_path: Path) -> None:
+    answers = {name: message(name, "q", "assistant", name, rating=rating) for name, rating in (("a", 1), ("b", -1))}
+    record = {"title": "t", "chat": {"history": {"messages": {"q": message("q", None, "user", "Tea?"), **answers}}}}
+    assert read(write(tmp_path / "f.json", [record]))[0] == [row("Tea?", "a", True), row("Tea?", "b", False)]
+
+
+def ai_sdk(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"id": "1", "role": "user", "parts": [{"type": "text", "text": "Hi"}]},
+            {"id": "2", "role": "assistant", "parts": [{"type": "step-start"}, *parts], **more},
+        ],
+        "label": True,
+    }
+
+
+HELLO_PART = {"type": "text", "text": "Hello"}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_messages_of_the_ai_sdk(tmp_path: Path, form: str) -> None:
+    reasoned = ai_sdk({"type": "reasoning", "text": "hm"}, HELLO_PART, {"type": "source-url", "url": "x"})
+    feedback = read(write(tmp_path / f"f.{form}", [reasoned]))[3]
+    assert feedback.found.records == 1
+    (found,) = Feedback(feedback._config, has_template=True).rows()
+    assert [(one["role"], one["content"]) for one in found.prompt if not isinstance(one, str)] == [("user", "Hi")]
+    (said,) = (one for one in found.completion if not isinstance(one, str))
+    assert (said["content"], said["reasoning_content"]) == ("Hello", "hm")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {
+            "type": "tool-rain",
+            "toolCallId": "t",
+            "state": "output-available",
+            "input": {"city": "Rome"},
+            "output": {"t": 2},
+        },
+        {"type": "dynamic-tool", "toolName": "rain", "toolCallId": "t", "input": {"city": "Rome"}, "output": {"t": 2}},
+        {
+            "type": "tool-invocation",
+            "toolInvocation": {"toolCallId": "t", "toolName": "rain", "args": {"city": "Rome"}, "result": {"t": 2}},
+        },
+    ],
+)
+def test_tools_of_the_ai_sdk_survive(tmp_path: Path, part: dict[str, Any]) -> None:
+    repeated = ai_sdk(part, HELLO_PART, content="Hello", toolInvocations=[{"toolName": "rain"}])
+    for number, record in enumerate((ai_sdk(part, HELLO_PART), repeated)):
+        rows, _, _, _ = read(write(tmp_path / f"{number}.jsonl", [record]))
+        assert rows == [('user: Hi | assistant:  CALL rain | tool: {"t": 2}', "assistant: Hello", True)]
+    unanswered = {key: item for key, item in part.items() if key != "output"}
+    if "toolInvocation" not in part:
+        rows, _, _, _ = read(write(tmp_path / "f.jsonl", [ai_sdk(unanswered)]))
+        assert rows == [("user: Hi", "assistant:  CALL rain", True)]
+
+
+def test_files_of_the_ai_sdk_are_media(tmp_path: Path) -> None:
+    image = {"type": "file", "mediaType": "image/png", "url": "x"}
+    rows, left_out, _, _ = read(write(tmp_path / "f.jsonl", [ai_sdk(image, HELLO_PART), ai_sdk(HELLO_PART)]))
+    assert (rows, left_out) == ([row("Hi", "Hello", True)], {"images, audio or other media": 1})
+
+
+def test_messages_beside_an_answer_are_its_prompt(tmp_path: Path) -> None:
+    """Where both an answer and the whole conversation are in the outputs, the answer counts."""
+    outputs = {"messages": [*ASKED_HI, SAID_HELLO], "answer": "Hello"}
+    assert read(write(tmp_path / "f.jsonl", [trace("1", {"messages": ASKED_HI}, outputs, thumb=[1])]))[0] == [
+        row("Hi", "Hello", True)
+    ]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_media_and_parts_of_mapped_turns_are_not_lost(tmp_path: Path, form: str) -> None:
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("join: chat\nturns: {messages: rows, label: ok}\n")
+    records = [
+        {"chat": 1, "role": "user", "content": "Which?", "images": ["cat.png"]},
+        {"chat": 1, "role": "assistant", "content": "A cat", "ok": "yes"},
+        {"chat": 2, "role": "user", "parts": [{"type": "text", "text": "Hi"}], "images": []},
+        {"chat": 2, "role": "assistant", "content": [{"type": "text", "text": "Hello"}], "ok": "no"},
+    ]
+    rows, left_out, _, _ = read(write(tmp_path / f"f.{form}", records), map=str(mapping))
+    assert (rows, left_out) == ([row("Hi", "Hello", False)], {"images, audio or other media": 1})

@@ -103,6 +103,13 @@ def under(value: object, prefix: str) -> dict[str, object]:
     return {key[len(prefix) :]: item for key, item in found.items() if key.startswith(prefix) and item is not None}
 
 
+def scored(value: object) -> dict[str, object]:
+    """Return the columns that are scores of Opik's, without their reasons and without "-", which is no score."""
+    found = value if isinstance(value, dict) else {}
+    reasons = {f"{name}_reason" for name in found}
+    return {name: item for name, item in found.items() if item != "-" and name not in reasons}
+
+
 def nested(value: object) -> object:
     """Return an object whose keys are paths ("output.choices.0.message") as nested objects and lists.
 
@@ -192,7 +199,13 @@ def asked_keys(found: object) -> list[str]:
 def answered_keys(found: object) -> list[str]:
     """Return the keys of an object that `answered` reads; empty for other values."""
     options = [name for name in _OPTIONS if isinstance(found, Mapping) and opened(found.get(name))]
-    return options[:1] or _keys_read(found, _ANSWERED, ())
+    answers = _answer_keys(found) if isinstance(found, Mapping) and "role" not in found else []
+    return options[:1] or answers or _keys_read(found, _ANSWERED, ())
+
+
+def _answer_keys(found: Mapping[str, Any]) -> list[str]:
+    """Return the keys with a value that can only be an answer."""
+    return [name for name in _known_keys(found, _ANSWERED) if name not in _EITHER]
 
 
 def _keys_read(found: object, names: tuple[str, ...], beside: tuple[str, ...]) -> list[str]:
@@ -268,7 +281,8 @@ def answered(value: object) -> object:
             if len(options) > 1:
                 raise ValueError(f"several {name}, and it is not clear which of them was judged")
             return _chosen(options[0])
-    text = _messages_at(found) or _text_at(found, _ANSWERED, "answer")
+    messages = None if _answer_keys(found) else _messages_at(found)  # messages beside an answer are its prompt
+    text = messages or _text_at(found, _ANSWERED, "answer")
     return answered(text) if isinstance(text, Mapping | list) else _as_text(text)
 
 

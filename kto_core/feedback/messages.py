@@ -6,6 +6,7 @@
     {"messages": [...]}, {"choices": [{"message"}]} requests and responses of an API
     [{"type": "human", "data": {...}}]              LangChain; `data` may be left out
     [{"message.role": "user", ...}]                 OpenInference (Phoenix)
+    [{"role": "user", "parts": [...]}]              the AI SDK, Gemini
     '[{"role": "user", ...}]'                       any of these as JSON text, as tables store them
 
 A message has a `role` and a `content`, which are strings; other keys are kept for the chat template. Tool
@@ -163,7 +164,7 @@ def _is_message(value: object) -> bool:
         return True
     roles = [value.get(key) for key in _ROLE_KEYS]
     return any(isinstance(role, str) for role in roles) and any(
-        key in value for key in (*_CONTENT_KEYS, "tool_calls", "function_call", "refusal", *REASONING)
+        key in value for key in (*_CONTENT_KEYS, "parts", "tool_calls", "function_call", "refusal", *REASONING)
     )
 
 
@@ -222,6 +223,11 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
         )
     value = _langchain(value) or _openinference(value) or value
     given = {key: item for key, item in value.items() if item is not None}
+    inside = given.get("parts")
+    if isinstance(inside, list | tuple) and not isinstance(given.get("content"), list | tuple):
+        del given["parts"]  # older versions of the AI SDK repeat the text of the parts in `content`
+        given["content"] = [one for part in inside for one in _ai_sdk_part(part)]
+        given.pop("toolInvocations", None)
     if _has_calls_inside(given.get("content")):
         yield from _steps(given, where, what)
         return
@@ -267,6 +273,32 @@ def _has_calls_inside(content: object) -> bool:
 
 def _call_inside(part: object) -> object:
     return part.get("tool_call") if isinstance(part, Mapping) and part.get("type") == "tool_call" else None
+
+
+def _ai_sdk_part(part: object) -> Iterator[object]:
+    """Yield a part of a message of the AI SDK's as other tools write it; parts that are not the model's words are skipped."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or not isinstance(kind, str):
+        yield part
+    elif kind == "reasoning":
+        yield {"type": kind, "text": part.get("text") or part.get("reasoning")}
+    elif kind == "dynamic-tool" or kind.startswith("tool-"):
+        inner = part.get("toolInvocation")
+        call = inner if isinstance(inner, Mapping) else part
+        name = call.get("toolName") or kind.removeprefix("tool-")
+        used: dict[str, object] = {
+            "id": call.get("toolCallId"),
+            "name": name,
+            "args": call.get("input", call.get("args", {})),
+        }
+        result = next((call[key] for key in ("output", "result", "errorText") if call.get(key) is not None), None)
+        if result is None:
+            yield {"type": "tool_use", **used}
+        else:
+            text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+            yield {"type": "tool_call", "tool_call": {**used, "output": text}}
+    elif kind != "step-start" and not kind.startswith("source"):
+        yield part
 
 
 def _steps(given: dict[str, object], where: str, what: str) -> Iterator[Message]:

@@ -11,6 +11,7 @@ Functions in addition to JMESPath's own:
     has(value, keys)            whether a value is an object with these keys
     without(object, keys)       the object without some of its keys
     under(object, prefix)       the keys that begin with a prefix, without it
+    scored(object)              Opik's columns of scores, without their reasons and "-"
     nested(object)              keys such as "output.choices.0" as nested objects and lists
     only(object)                its only value; the object if it has several
     matching(list, key, value)  the objects in which a key has a value
@@ -74,6 +75,10 @@ class _Functions(functions.Functions):
     @functions.signature({"types": []}, {"types": ["string"]})  # type: ignore[untyped-decorator]
     def _func_under(self, value: Any, prefix: str) -> Any:
         return exports.under(value, prefix)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_scored(self, value: Any) -> Any:
+        return exports.scored(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_nested(self, value: Any) -> Any:

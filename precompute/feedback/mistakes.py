@@ -55,9 +55,13 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         )
     label = data_format.label_paths
     if label is not None and config.map is None and config.label_field is None:
-        path = label.path or label.scores  # the format defines where the label is, so the records are unrated
         assert data_format.mapping is not None
-        assert path is not None
+        if label.path is None:
+            return FeedbackError(
+                f"{data}: no record has a score ({reasons}), as {data_format.mapping.name} would have them. Export the records "
+                "with their scores, or join the file of the scores; if another field has the labels, name it with --label-field."
+            )
+        path = label.path  # the format defines where the label is, so the records are unrated
         return FeedbackError(
             f"{data}: no record has a label ({reasons}). {data_format.mapping.name}: the feedback is read from "
             f"{quoted(path.text, 200)}. Check that the export contains it, or name another field with --label-field."
