@@ -635,3 +635,65 @@ def test_media_and_parts_of_mapped_turns_are_not_lost(tmp_path: Path, form: str)
     ]
     rows, left_out, _, _ = read(write(tmp_path / f"f.{form}", records), map=str(mapping))
     assert (rows, left_out) == ([row("Hi", "Hello", False)], {"images, audio or other media": 1})
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_turns_of_one_conversation_in_rows_of_their_own_are_pointed_out(tmp_path: Path, form: str) -> None:
+    """Their prompts lack the turns before, which nothing else would show."""
+    asked = [
+        {"query": q, "answer": "a", "label": 1, "conversation_id": c} for q, c in (("q", "x"), ("r", "x"), ("s", "y"))
+    ]
+    (note,) = read(write(tmp_path / f"f.{form}", asked))[3].notes()
+    assert note.startswith("2 records share a conversation_id")
+    alone = [one for one in asked if one["query"] != "r"]
+    assert read(write(tmp_path / f"g.{form}", alone))[3].notes() == []
+    history = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "r"},
+    ]
+    records = [{"prompt": history, "completion": "b", "label": 1, "conversation_id": "x"}] * 2
+    assert read(write(tmp_path / f"h.{form}", records))[3].notes() == []
+
+
+def test_messages_that_end_with_the_answer_are_prompt_and_answer(tmp_path: Path) -> None:
+    chat = [*ASKED_HI, SAID_HELLO]
+    judged = {"from_name": "thumb", "type": "choices", "value": {"choices": ["Good"]}}
+    response = {"value": "good", "user_id": "u", "status": "submitted"}
+    for record in (
+        {"id": "1", "fields": {"chat": chat}, "responses": {"quality": [response]}, "status": "completed"},
+        {"id": 1, "data": {"messages": chat}, "annotations": [{"was_cancelled": False, "result": [judged]}]},
+        {"messages": chat, "feedback": {"type": "thumbs", "score": "\U0001f44d", "text": None}},
+    ):
+        for form in ("jsonl", "csv"):
+            assert read(write(tmp_path / f"f.{form}", [record]))[0] == [row("Hi", "Hello", True)]
+
+
+RESPONSES = [
+    *ASKED_HI,
+    {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "x"},
+    {"type": "function_call", "id": "f", "call_id": "1", "name": "rain", "arguments": '{"city": "Rome"}'},
+    {"type": "function_call_output", "call_id": "1", "output": "wet"},
+]
+YES = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Yes", "annotations": []}]}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "strings.parquet"])
+def test_items_of_the_responses_api(tmp_path: Path, form: str) -> None:
+    expected = [("user: Hi | assistant:  CALL rain | tool: wet", "assistant: Yes", True)]
+    for number, record in enumerate(
+        (
+            {"messages": [*RESPONSES, YES], "label": True},
+            trace("1", {"input": RESPONSES}, {"output": [RESPONSES[1], YES]}, thumb=[1]),
+        )
+    ):
+        cells = {key: _cell(value) for key, value in record.items()} if form.startswith("strings") else record
+        assert read(write(tmp_path / f"{number}.{form}", [cells]))[0] == expected
+    message = refusal(write(tmp_path / "f.jsonl", [{"prompt": "q", "completion": [RESPONSES[1]], "label": True}]))
+    assert "only reasoning" in message
+
+
+def test_pairs_of_a_chatbot_are_not_an_answer_of_gradio(tmp_path: Path) -> None:
+    pairs = json.dumps([["Hi", "Hello"], ["Ho", "Nope"]])
+    record = {"message": "Hi", "chatbot": pairs, "flag": "Like", "username": "", "timestamp": "2026"}
+    assert "--map FILE" in refusal(write(tmp_path / "log.csv", [record]))

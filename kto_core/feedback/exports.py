@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from offline_kto.kto_core.feedback.messages import ROLES
+
 # Usual keys of the prompt and the answer in a call's inputs and outputs.
 _ASKED: Final = (
     *("prompt", "input", "inputs", "question", "query", "instruction", "user_input", "user_query", "user_message"),
@@ -189,6 +191,24 @@ def asked(value: object) -> object:
     if isinstance(text, list) and len(text) == 1 and isinstance(text[0], str):  # a batch of one
         text = text[0]
     return _with_context(found, _as_text(text))
+
+
+def asked_before(value: object) -> object:
+    """Return like `asked`, for an object that also contains the answer, which may be the last of its messages."""
+    found = _known(value, (*_ASKED, *_MESSAGES))
+    if isinstance(found, Mapping) and "role" not in found and not _answer_keys(found):
+        for name in _MESSAGES:
+            messages = opened(found.get(name))
+            if isinstance(messages, list) and len(messages) > 1 and _is_assistant(messages[-1]):
+                return asked({**found, name: messages[:-1]})
+    return asked(found)
+
+
+def _is_assistant(message: object) -> bool:
+    role = (
+        next((message[key] for key in ("role", "from") if key in message), None) if isinstance(message, dict) else None
+    )
+    return isinstance(role, str) and ROLES.get(role.strip().lower()) == "assistant"
 
 
 def asked_keys(found: object) -> list[str]:

@@ -7,6 +7,7 @@
     [{"type": "human", "data": {...}}]              LangChain; `data` may be left out
     [{"message.role": "user", ...}]                 OpenInference (Phoenix)
     [{"role": "user", "parts": [...]}]              the AI SDK, Gemini
+    [{"type": "function_call", "call_id": ...}]     items of OpenAI's Responses API, among messages
     '[{"role": "user", ...}]'                       any of these as JSON text, as tables store them
 
 A message has a `role` and a `content`, which are strings; other keys are kept for the chat template. Tool
@@ -79,11 +80,14 @@ def as_turns(value: object, where: str, field: str) -> Turns:
     if len(messages) == 0:
         raise FeedbackError(f"{where}: '{field}' is an empty list. Give it a message, or remove the row.")
     single = isinstance(value, Mapping) and len(messages) == 1
-    return tuple(
+    turns = tuple(
         one
         for number, item in enumerate(messages, 1)
         for one in _message(item, where, f"'{field}'" if single else f"message {number} of '{field}'")
     )
+    if not turns:
+        raise FeedbackError(f"{where}: '{field}' contains only reasoning. Give it a message, or remove the row.")
+    return turns
 
 
 def as_conversation(value: object, where: str, field: str) -> tuple[Message, ...]:
@@ -162,6 +166,8 @@ def _is_message(value: object) -> bool:
         return False
     if _langchain(value) is not None or isinstance(value.get("message.role"), str):
         return True
+    if _is_reasoning_item(value) or _responses_item(value) is not None:
+        return True
     roles = [value.get(key) for key in _ROLE_KEYS]
     return any(isinstance(role, str) for role in roles) and any(
         key in value for key in (*_CONTENT_KEYS, "parts", "tool_calls", "function_call", "refusal", *REASONING)
@@ -203,6 +209,28 @@ def _openinference(value: Mapping[str, object]) -> dict[str, object] | None:
     return found
 
 
+def _is_reasoning_item(value: Mapping[str, object]) -> bool:
+    """Return whether a value is reasoning of the Responses API, which is encrypted or a summary: not the model's own words."""
+    return (
+        value.get("type") == "reasoning"
+        and "role" not in value
+        and ("summary" in value or "encrypted_content" in value)
+    )
+
+
+def _responses_item(value: Mapping[str, object]) -> dict[str, object] | None:
+    """Return a call of a function, or its result, of the Responses API as a message; None if it is of another kind."""
+    kind, name = value.get("type"), value.get("call_id")
+    if "role" in value or not isinstance(name, str):
+        return None
+    if kind == "function_call":
+        call = {"id": name, "name": value.get("name"), "arguments": value.get("arguments")}
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
+    if kind == "function_call_output":
+        return {"role": "tool", "content": value.get("output"), "tool_call_id": name}
+    return None
+
+
 def _without_prefixes(value: object, *prefixes: str) -> object:
     if not isinstance(value, Mapping):
         return value
@@ -221,7 +249,9 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
         raise FeedbackError(
             f'{where}: {what} must look like {{"role": "user", "content": "..."}}, got {quoted(value)}.'
         )
-    value = _langchain(value) or _openinference(value) or value
+    if _is_reasoning_item(value):
+        return
+    value = _langchain(value) or _openinference(value) or _responses_item(value) or value
     given = {key: item for key, item in value.items() if item is not None}
     inside = given.get("parts")
     if isinstance(inside, list | tuple) and not isinstance(given.get("content"), list | tuple):

@@ -17,6 +17,7 @@ Functions in addition to JMESPath's own:
     matching(list, key, value)  the objects in which a key has a value
     split(text, mark)           the parts of a text between marks
     asked(value)                the prompt in the inputs of a call
+    asked_before(object)        the prompt in an object that also contains the answer
     answered(value)             the answer in the outputs of a call
     gathered(list)              the values of objects by key: [{a: 1}, {a: 2}] becomes {a: [1, 2]}
     submitted(record)           the submitted answers of an Argilla record, by question
@@ -91,6 +92,10 @@ class _Functions(functions.Functions):
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_asked(self, value: Any) -> Any:
         return exports.asked(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_asked_before(self, value: Any) -> Any:
+        return exports.asked_before(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_answered(self, value: Any) -> Any:

@@ -93,7 +93,12 @@ def _called(name: str, found: list[set[Route]], nodes: list[Any], record: Mappin
         return {(one,) for one in record if isinstance(prefix, str) and one.startswith(prefix)}
     if name == "submitted":
         return {("responses",), ("status",)}
-    chosen = {"asked": exports.asked_keys, "answered": exports.answered_keys, "only": exports.only_keys}.get(name)
+    chosen = {
+        "asked": exports.asked_keys,
+        "asked_before": exports.asked_keys,
+        "answered": exports.answered_keys,
+        "only": exports.only_keys,
+    }.get(name)
     if chosen is not None:
         return {(*route, *one) for route in first for one in _below(chosen(_value_at(record, route)))}
     return set().union(*found)
