@@ -697,3 +697,49 @@ def test_pairs_of_a_chatbot_are_not_an_answer_of_gradio(tmp_path: Path) -> None:
     pairs = json.dumps([["Hi", "Hello"], ["Ho", "Nope"]])
     record = {"message": "Hi", "chatbot": pairs, "flag": "Like", "username": "", "timestamp": "2026"}
     assert "--map FILE" in refusal(write(tmp_path / "log.csv", [record]))
+
+
+PER_TURN = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello", "vote": "up", "feedback": {"rating": "thumbsUp"}},
+    {"role": "user", "content": "Tea?"},
+    {"role": "assistant", "content": "Mud", "vote": "down", "feedback": {"rating": "thumbsDown"}},
+    {"role": "user", "content": "Really?"},
+    {"role": "assistant", "content": "Yes"},
+]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "strings.parquet"])
+@pytest.mark.parametrize("key", ["vote", "feedback.rating"])
+def test_a_key_of_messages_can_be_named_as_the_label(tmp_path: Path, form: str, key: str) -> None:
+    records: list[dict[str, Any]] = [{"id": 1, "messages": PER_TURN}, {"id": 2, "messages": PER_TURN[:1]}]
+    if form.startswith("strings"):
+        records = [{name: _cell(value) for name, value in one.items()} for one in records]
+    path = write(tmp_path / f"f.{form}", records)
+    message = refusal(path)
+    assert f"{key}: " in message
+    assert "pass --label-field" in message
+    rows, left_out, _, _ = read(path, label_field=key)
+    assert rows == [row("Hi", "Hello", True), row("user: Hi | assistant: Hello | user: Tea?", "Mud", False)]
+    assert left_out == {UNRATED: 1}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_a_named_column_of_the_record_counts_before_labels_of_messages(tmp_path: Path, form: str) -> None:
+    messages = [*ASKED_HI, {**SAID_HELLO, "rating": 1}]
+    path = write(tmp_path / f"f.{form}", [{"id": 1, "messages": messages, "outcome": "bad"}])
+    assert read(path, label_field="outcome")[0] == [row("Hi", "Hello", False)]
+    path = write(tmp_path / f"g.{form}", [{"id": 1, "messages": messages, "label": "bad"}])
+    assert "rating of messages" in refusal(path)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_an_unrated_record_with_a_defect_is_unrated(tmp_path: Path, form: str) -> None:
+    records = [
+        {"id": 1, "messages": ASKED_HI, "label": None},
+        {"id": 2, "messages": [*ASKED_HI, SAID_HELLO], "label": 1},
+    ]
+    rows, left_out, _, _ = read(write(tmp_path / f"f.{form}", records))
+    assert (rows, left_out) == ([row("Hi", "Hello", True)], {UNRATED: 1})
+    rated = [{**records[0], "label": 0}, records[1]]
+    assert "must have the role" in refusal(write(tmp_path / f"g.{form}", rated))

@@ -304,6 +304,28 @@ DIFY_MESSAGES = Case(
     {UNRATED: 1, "missing messages": 1},
 )
 
+ONYX = Case(
+    "onyx",
+    [
+        {
+            "chat_session_id": session,
+            "message_pair_num": number,
+            "user_message": asked,
+            "ai_response": answer,
+            "retrieved_documents": "",
+            "feedback_type": feedback,
+            "feedback_text": "",
+        }
+        for session, number, asked, answer, feedback in (
+            ("s", 1, "Hi", "Hello", "like"),
+            ("r", 1, "Rain?", "No", None),
+            ("s", 2, "Tea?", "Mud", "dislike"),
+        )
+    ],
+    [row("Hi", "Hello", True), row("user: Hi | assistant: Hello | user: Tea?", "Mud", False)],
+    {UNRATED: 1},
+)
+
 CHAT_UI = Case(
     "hf_chat_ui",
     [

@@ -1,10 +1,14 @@
-"""Read a conversation in which messages of the assistant are judged: by a key of the message, or by a list of labels."""
+"""Read a conversation in which messages of the assistant are judged: by a key of the message, or by a list of labels.
+
+--label-field may name the key; a value in the record itself counts first.
+"""
 
 from collections.abc import Mapping
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.columns import LABELS, FeedbackFields
 from offline_kto.kto_core.feedback.conversations import check_completion, with_system
+from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import has_no_value
 from offline_kto.kto_core.feedback.left_out import UNRATED, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, as_conversation
@@ -15,20 +19,28 @@ def judged_messages(
 ) -> list[tuple[tuple[Message, ...], tuple[Message, ...], bool]] | None:
     """Return (prompt, completion, label) for each judged turn; None if no turn of the record is judged by itself."""
     name = "messages" if "messages" in present else "conversations"
-    turns = present.get(name)
+    turns = opened(present.get(name))
     if fields.completion is not None or not isinstance(turns, list | tuple):
         return None
     keys = [key for key in ("label", "feedback", "rating", "kto_tag") if any(_has(one, key) for one in turns)]
     outer = [key for key in (*LABELS, "rating") if key in present]
     verdicts: list[object]
-    if keys:
+    named = fields.label
+    if named is not None:
+        if not has_no_value(named.find(present, where)):
+            return None
+        verdicts = [named.find(one, where) if isinstance(one, Mapping) else None for one in turns]
+        if all(map(has_no_value, verdicts)):
+            return None
+        keys = [named.text, *(route[0] for one in turns if isinstance(one, Mapping) for route in named.routes(one))]
+    elif keys:
         if outer or len(keys) > 1:
             raise FeedbackError(
                 f"{where}: {', '.join(map(repr, [*outer, *(f'{key} of messages' for key in keys)]))}: only one of "
                 "them can be the label. Keep one, or describe the file with --map."
             )
         verdicts = [one.get(keys[0]) if isinstance(one, Mapping) else None for one in turns]
-    elif isinstance(present.get("labels"), list) and not outer and fields.label is None:
+    elif isinstance(present.get("labels"), list) and not outer:
         labels = list(present["labels"])  # type: ignore[call-overload]
         answers = [i for i, one in enumerate(turns) if as_conversation([one], where, name)[-1]["role"] == "assistant"]
         if len(labels) != len(answers):

@@ -98,7 +98,7 @@ class Feedback:
 
     def unused_beside(self) -> list[str]:
         """Return the keys beside those that are read in objects, such as "input.system"."""
-        return [name for name, _ in self._used.beside.most_common()]
+        return [name for name, _ in sorted(self._used.beside.items(), key=lambda one: (-one[1], one[0]))]
 
     def keep(self, row: FeedbackRow) -> None:
         """Count a row that can be rendered."""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import Scale, has_no_value, number_in, usual_label
 from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -36,7 +37,7 @@ def feedback_columns(records: Iterable[Located]) -> list[str]:
     for number, (_, record) in enumerate(records):
         if number == _MOST_RECORDS:
             break
-        for path, value in _values(record):
+        for path, value in (*_values(record), *_values_of_messages(record)):
             counts.setdefault(path, Counter())[quoted(value, 30)] += 1
             usual[path] = usual.get(path, True) and usual_label(value) is not None
     lines = []
@@ -65,6 +66,15 @@ def _counterpart(path: str, columns: Collection[str]) -> str | None:
             if other != path and other in columns:
                 return other
     return None
+
+
+def _values_of_messages(record: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield (path, value) of what may be feedback on a message, which --label-field finds there too."""
+    for name in ("messages", "conversations"):
+        messages = opened(record.get(name))
+        for one in messages if isinstance(messages, list) else []:
+            if isinstance(one, Mapping):
+                yield from _values({key: value for key, value in one.items() if key not in ("role", "content")})
 
 
 def _values(record: Mapping[str, Any], prefix: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, object]]:
