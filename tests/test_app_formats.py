@@ -615,12 +615,21 @@ def test_files_of_the_ai_sdk_are_media(tmp_path: Path) -> None:
     assert (rows, left_out) == ([row("Hi", "Hello", True)], {"images, audio or other media": 1})
 
 
-def test_messages_beside_an_answer_are_its_prompt(tmp_path: Path) -> None:
-    """Where both an answer and the whole conversation are in the outputs, the answer counts."""
-    outputs = {"messages": [*ASKED_HI, SAID_HELLO], "answer": "Hello"}
-    assert read(write(tmp_path / "f.jsonl", [trace("1", {"messages": ASKED_HI}, outputs, thumb=[1])]))[0] == [
-        row("Hi", "Hello", True)
-    ]
+def test_messages_and_an_answer_of_one_object_must_agree(tmp_path: Path) -> None:
+    asked, chat = {"messages": ASKED_HI}, [*ASKED_HI, SAID_HELLO]
+    for number, outputs in enumerate(({"messages": chat, "answer": "Hello"}, {"messages": chat, "result": {"a": 1}})):
+        path = write(tmp_path / f"{number}.jsonl", [trace("1", asked, outputs, thumb=[1])])
+        assert read(path)[0] == [row("Hi", "Hello", True)]
+    path = write(tmp_path / "f.jsonl", [trace("1", asked, {"messages": chat, "answer": "Bye"}, thumb=[1])])
+    assert "'messages', 'answer'" in refusal(path)
+    response = {"value": "good", "user_id": "u", "status": "submitted"}
+    for fields, prompt in ((chat, None), ([*chat, *ASKED_HI], "user: Hi | assistant: Hello | user: Hi")):
+        record = {"fields": {"chat": fields, "response": "Hey"}, "responses": {"q": [response]}, "status": "completed"}
+        path = write(tmp_path / "g.jsonl", [record])
+        if prompt is None:
+            assert "'chat', 'response'" in refusal(path)
+        else:
+            assert read(path)[0] == [row(prompt, "Hey", True)]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
