@@ -752,3 +752,10 @@ def test_an_unrated_record_with_a_defect_is_unrated(tmp_path: Path, form: str) -
     assert (rows, left_out) == ([row("Hi", "Hello", True)], {UNRATED: 1})
     rated = [{**records[0], "label": 0}, records[1]]
     assert "must have the role" in refusal(write(tmp_path / f"g.{form}", rated))
+
+
+def test_a_list_inside_of_the_only_record_is_named_if_its_items_are_no_records(tmp_path: Path) -> None:
+    chat = {"id": "c", "dialog": "d", "turns": [{"speaker": "me", "said": "Hi"}, {"speaker": "bot", "said": "Hello"}]}
+    message = refusal(write(tmp_path / "f.json", chat))
+    assert 'read under "turns"' in message
+    assert "--map FILE" in message

@@ -25,13 +25,15 @@ def mistakes_in_rows(mistakes: Sequence[KTOError], config: PrecomputeConfig, dat
     others = [one for one in mistakes if not isinstance(one, UnknownLabelError)]
     if unknown:
         others.insert(0, _unknown_labels(unknown, config, data_format))
+    # Where the records were found: they may be a list inside of a record.
+    found = "".join(f"\n{note} If the object is itself a record, describe it with --map FILE." for note in data_format.notes)
     if len(others) == 1:
-        return others[0]
+        return FeedbackError(f"{others[0]}{found}") if found else others[0]
     shown = "\n".join(f"  {one}" for one in others[:_SHOWN])
     more = f"\n  and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
     return FeedbackError(
         f"{config.data}: {len(others):,} rows cannot be used:\n{shown}{more}\n"
-        "Correct them, or leave them out with --on-bad-row skip (--left-out FILE lists them)."
+        f"Correct them, or leave them out with --on-bad-row skip (--left-out FILE lists them).{found}"
     )
 
 
