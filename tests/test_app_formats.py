@@ -759,3 +759,54 @@ def test_a_list_inside_of_the_only_record_is_named_if_its_items_are_no_records(t
     message = refusal(write(tmp_path / "f.json", chat))
     assert 'read under "turns"' in message
     assert "--map FILE" in message
+
+
+CALLED = {"id": "1", "type": "function", "function": {"name": "rain", "arguments": '{"city": "Rome"}'}}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"role": "assistant", "content": "", "toolCalls": [CALLED]},
+        {"role": "assistant", "content": None, "functionCall": {"name": "rain", "arguments": "{}"}},
+        {
+            "role": "assistant",
+            "content": "",
+            "toolInvocations": [{"toolName": "rain", "state": "call", "args": {"x": 1}}],
+        },
+    ],
+)
+def test_calls_are_not_lost_where_keys_are_written_otherwise(tmp_path: Path, answer: dict[str, Any], form: str) -> None:
+    path = write(tmp_path / f"f.{form}", [{"id": 1, "messages": [*ASKED_HI, answer], "label": True}])
+    assert read(path)[0] == [("user: Hi", "assistant:  CALL rain", True)]
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("turns: {messages: messages, label: vote}\n")
+    judged = {**answer, "vote": "up", "reasoning_content": "hm"}
+    path = write(tmp_path / f"g.{form}", [{"id": 1, "messages": [*ASKED_HI, judged]}])
+    config = PrecomputeConfig(model="m", data=str(path), map=str(mapping), one_class=True)
+    (found,) = Feedback(config, has_template=True).rows()
+    assert in_short(found.completion) == "assistant:  CALL rain"
+    assert "hm" in [one.get("reasoning_content") for one in found.completion if not isinstance(one, str)]
+
+
+def test_results_of_an_assistant_s_function_in_librechat_are_kept(tmp_path: Path) -> None:
+    function = {"name": "rain", "arguments": "{}", "output": "wet"}
+    content = [
+        {"type": "tool_call", "tool_call": {"type": "function", "id": "1", "function": function}},
+        {"type": "text", "text": {"value": "Yes", "annotations": []}},
+    ]
+    up = {"rating": "thumbsUp"}
+    records = [libre("m1", ZERO, True, "Rain?"), libre("m2", "m1", False, "", content=content, feedback=up)]
+    assert read(write(tmp_path / "f.jsonl", records))[0] == [
+        ("user: Rain? | assistant:  CALL rain | tool: wet", "assistant: Yes", True)
+    ]
+
+
+def test_choices_as_the_whole_output(tmp_path: Path) -> None:
+    choice = {"index": 0, "finish_reason": "stop", "message": SAID_HELLO}
+    one = {**TOOL_CASES["BRAINTRUST"].records[0], "output": [choice]}
+    for form in ("jsonl", "csv"):
+        assert read(write(tmp_path / f"f.{form}", [one]))[0] == [row("Hi", "Hello", True)]
+    message = refusal(write(tmp_path / "g.jsonl", [{**one, "output": [choice, {**choice, "index": 1}]}]))
+    assert "several choices" in message

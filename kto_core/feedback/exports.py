@@ -311,6 +311,8 @@ def answered(value: object) -> object:
         # The Responses API lists the reasoning, which is encrypted or a summary, before the message.
         if len(found) == 1 and isinstance(found[0], str):  # a batch of one
             return found[0]
+        if found and all(isinstance(one, Mapping) and "message" in one and "role" not in one for one in found):
+            return answered({"choices": found})
         kept = [one for one in found if not (isinstance(one, Mapping) and one.get("type") == "reasoning")]
         return kept or None
     if not isinstance(found, Mapping) or "role" in found or _is_langchain(found):

@@ -43,6 +43,14 @@ _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "text")
 REASONING: Final = ("reasoning_content", "reasoning", "thinking", "thought")
 
+# Keys as programs in JavaScript write them.
+_SPELLINGS: Final[Mapping[str, str]] = {
+    "toolCalls": "tool_calls",
+    "functionCall": "function_call",
+    "toolCallId": "tool_call_id",
+    "reasoningContent": "reasoning_content",
+}
+
 _TEXT_PARTS = {"text", "output_text", "input_text"}
 _REASONING_PARTS = {"thinking", "think", "reasoning", "redacted_thinking"}
 _LANGCHAIN_TYPES = {
@@ -170,7 +178,8 @@ def _is_message(value: object) -> bool:
         return True
     roles = [value.get(key) for key in _ROLE_KEYS]
     return any(isinstance(role, str) for role in roles) and any(
-        key in value for key in (*_CONTENT_KEYS, "parts", "tool_calls", "function_call", "refusal", *REASONING)
+        key in value
+        for key in (*_CONTENT_KEYS, "parts", "tool_calls", "function_call", "refusal", *_SPELLINGS, *REASONING)
     )
 
 
@@ -253,11 +262,15 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
         return
     value = _langchain(value) or _openinference(value) or _responses_item(value) or value
     given = {key: item for key, item in value.items() if item is not None}
-    inside = given.get("parts")
+    given = {_SPELLINGS.get(key, key): item for key, item in given.items()}
+    inside, used = given.get("parts"), given.pop("toolInvocations", None)
+    if (
+        not isinstance(inside, list | tuple) and isinstance(used, list | tuple) and used
+    ):  # the first versions of the AI SDK
+        inside = [*({"type": "tool-invocation", "toolInvocation": one} for one in used), given.get("content") or ""]
     if isinstance(inside, list | tuple) and not isinstance(given.get("content"), list | tuple):
-        del given["parts"]  # older versions of the AI SDK repeat the text of the parts in `content`
-        given["content"] = [one for part in inside for one in _ai_sdk_part(part)]
-        given.pop("toolInvocations", None)
+        given.pop("parts", None)  # other versions repeat the text of the parts in `content`
+        given["content"] = [one for part in inside for one in _ai_sdk_part(part) if one != ""]
     if _has_calls_inside(given.get("content")):
         yield from _steps(given, where, what)
         return
@@ -345,12 +358,19 @@ def _steps(given: dict[str, object], where: str, what: str) -> Iterator[Message]
         if calls:
             yield from _message({**given, "content": parts, "tool_calls": calls}, where, what)
             for one in calls:
-                result = {"role": "tool", "content": str(one.get("output") or ""), "tool_call_id": one.get("id")}
+                result = {"role": "tool", "content": _result_inside(one), "tool_call_id": one.get("id")}
                 yield {key: item for key, item in result.items() if item is not None}
             parts, calls = [], []
         parts += [part]
     if parts[:-1]:
         yield from _message({**given, "content": parts[:-1]}, where, what)
+
+
+def _result_inside(call: Mapping[str, object]) -> str:
+    """Return the result in a call of LibreChat's; that of an assistant's function is beside its arguments."""
+    function = call.get("function")
+    found = call.get("output") or (function.get("output") if isinstance(function, Mapping) else None)
+    return found if isinstance(found, str) else "" if found is None else json.dumps(found, ensure_ascii=False)
 
 
 def _take(given: dict[str, object], names: tuple[str, ...]) -> object:

@@ -9,7 +9,7 @@ from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import has_no_value, number_in
 from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
-from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, ROLES, Message, as_turns
+from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, REASONING, ROLES, Message, as_turns
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
 
@@ -201,7 +201,8 @@ class _Conversation:
         for reason, path in self._spec.leave_out:
             if _holds(path.find(turn, self._where)):
                 raise LeftOut(reason, path.text)
-        kept = {name: turn[name] for name in ("tool_calls", "function_call", "refusal") if turn.get(name) is not None}
+        kept = {name: turn[name] for name in _KEPT if turn.get(name) is not None}
+        kept |= {name: turn[name] for name in REASONING if isinstance(turn.get(name), str)}
         if self._spec.text is not None:
             text = self._spec.text.find(turn, self._where)
             kept["content"] = "" if text is None else text  # null is how tables store an empty text
@@ -215,6 +216,11 @@ class _Conversation:
 
 
 _MISSING = -1
+# Keys of a turn beside its text that are a part of the message.
+_KEPT = (
+    *("tool_calls", "toolCalls", "function_call", "functionCall", "toolInvocations", "tool_call_id", "toolCallId"),
+    "refusal",
+)
 
 
 def _parts(value: object) -> object:

@@ -26,7 +26,9 @@ def mistakes_in_rows(mistakes: Sequence[KTOError], config: PrecomputeConfig, dat
     if unknown:
         others.insert(0, _unknown_labels(unknown, config, data_format))
     # Where the records were found: they may be a list inside of a record.
-    found = "".join(f"\n{note} If the object is itself a record, describe it with --map FILE." for note in data_format.notes)
+    found = "".join(
+        f"\n{note} If the object is itself a record, describe it with --map FILE." for note in data_format.notes
+    )
     if len(others) == 1:
         return FeedbackError(f"{others[0]}{found}") if found else others[0]
     shown = "\n".join(f"  {one}" for one in others[:_SHOWN])
