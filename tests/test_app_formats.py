@@ -373,6 +373,13 @@ def test_an_export_that_nobody_rated_says_where_the_feedback_would_be(tmp_path: 
         ("LABEL_STUDIO_STARS", {"thumb"}),
         ("GRADIO_FLAGS", set()),
         ("PHOENIX", set()),
+        ("ONYX", {"message_pair_num"}),
+        ("DIFY_MESSAGES", set()),
+        ("OPIK", set()),
+        ("OPIK_COLUMNS", set()),
+        ("HELICONE", {"response_id", "response_status", "request_id"}),
+        ("ANYTHINGLLM_DB", {"workspaceId", "include"}),
+        ("CHAT_UI", {"model", "rootMessageId"}),
     ],
 )
 @pytest.mark.parametrize("form", ["json", "csv"])
@@ -388,7 +395,7 @@ _BESIDE_THE_FEEDBACK = {
     *("id", "timestamp", "name", "sessionId", "metadata", "tags", "latency", "totalCost", "comments", "environment"),
     *("traceId", "type", "modelParameters", "error", "reference.text", "status", "_server_id", "source", "vectors"),
     *("suggestions", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "username", "span_kind"),
-    *("context.span_id", "attributes.llm.model_name", "annotator_kind"),
+    *("context.span_id", "attributes.llm.model_name", "annotator_kind", "start_time"),
 }
 
 

@@ -312,9 +312,9 @@ ONYX = Case(
             "message_pair_num": number,
             "user_message": asked,
             "ai_response": answer,
-            "retrieved_documents": "",
+            "retrieved_documents": None,
             "feedback_type": feedback,
-            "feedback_text": "",
+            "feedback_text": None,
         }
         for session, number, asked, answer, feedback in (
             ("s", 1, "Hi", "Hello", "like"),
