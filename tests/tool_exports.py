@@ -326,6 +326,45 @@ ONYX = Case(
     {UNRATED: 1},
 )
 
+
+def stored_part(chat: str, role: str, text: str, vote: bool | None = None, *more: dict[str, Any]) -> dict[str, Any]:
+    parts = [*more, {"type": "text", "text": text}]
+    return {"id": "m", "chatId": chat, "role": role, "parts": parts, "attachments": [], "isUpvoted": vote}
+
+
+AI_CHATBOT = Case(
+    "ai_chatbot",
+    [
+        stored_part("a", "user", "Hi"),
+        stored_part("b", "user", "Rain?"),
+        stored_part("a", "assistant", "Hello", True, {"type": "step-start"}),
+        stored_part("b", "assistant", "No"),
+        stored_part("a", "user", "Tea?"),
+        stored_part("a", "assistant", "Mud", False),
+        {**stored_part("c", "user", "What is it?"), "attachments": [{"url": "x", "contentType": "image/png"}]},
+        stored_part("c", "assistant", "A cat", True),
+    ],
+    [row("Hi", "Hello", True), row("user: Hi | assistant: Hello | user: Tea?", "Mud", False)],
+    {UNRATED: 1, MEDIA: 1},
+)
+
+FLOWISE_DB = Case(
+    "flowise_db",
+    [
+        {"chatflowid": "f", "chatId": "c", "sessionId": "s", "role": role, "content": content, "rating": rating}
+        for role, content, rating in (
+            ("userMessage", "Hi", None),
+            ("apiMessage", "Hello", "THUMBS_UP"),
+            ("userMessage", "Tea?", None),
+            ("apiMessage", "Mud", "THUMBS_DOWN"),
+            ("userMessage", "Really?", None),
+            ("apiMessage", "Yes", None),
+        )
+    ],
+    [row("Hi", "Hello", True), row("user: Hi | assistant: Hello | user: Tea?", "Mud", False)],
+    {UNRATED: 1},
+)
+
 CHAT_UI = Case(
     "hf_chat_ui",
     [
