@@ -373,7 +373,7 @@ def test_an_export_that_nobody_rated_says_where_the_feedback_would_be(tmp_path: 
         ("LABEL_STUDIO_STARS", {"thumb"}),
         ("GRADIO_FLAGS", set()),
         ("PHOENIX", set()),
-        ("ONYX", {"message_pair_num"}),
+        ("ONYX", set()),
         ("DIFY_MESSAGES", set()),
         ("OPIK", set()),
         ("OPIK_COLUMNS", set()),

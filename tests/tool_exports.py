@@ -317,9 +317,9 @@ ONYX = Case(
             "feedback_text": None,
         }
         for session, number, asked, answer, feedback in (
-            ("s", 1, "Hi", "Hello", "like"),
-            ("r", 1, "Rain?", "No", None),
             ("s", 2, "Tea?", "Mud", "dislike"),
+            ("r", 1, "Rain?", "No", None),
+            ("s", 1, "Hi", "Hello", "like"),
         )
     ],
     [row("Hi", "Hello", True), row("user: Hi | assistant: Hello | user: Tea?", "Mud", False)],
@@ -329,18 +329,27 @@ ONYX = Case(
 
 def stored_part(chat: str, role: str, text: str, vote: bool | None = None, *more: dict[str, Any]) -> dict[str, Any]:
     parts = [*more, {"type": "text", "text": text}]
-    return {"id": "m", "chatId": chat, "role": role, "parts": parts, "attachments": [], "isUpvoted": vote}
+    time = "2026-01-02" if text in ("Tea?", "Mud") else "2026-01-01"
+    return {
+        "id": "m",
+        "chatId": chat,
+        "createdAt": time,
+        "role": role,
+        "parts": parts,
+        "attachments": [],
+        "isUpvoted": vote,
+    }
 
 
 AI_CHATBOT = Case(
     "ai_chatbot",
     [
+        stored_part("a", "user", "Tea?"),
+        stored_part("a", "assistant", "Mud", False),
         stored_part("a", "user", "Hi"),
         stored_part("b", "user", "Rain?"),
         stored_part("a", "assistant", "Hello", True, {"type": "step-start"}),
         stored_part("b", "assistant", "No"),
-        stored_part("a", "user", "Tea?"),
-        stored_part("a", "assistant", "Mud", False),
         {**stored_part("c", "user", "What is it?"), "attachments": [{"url": "x", "contentType": "image/png"}]},
         stored_part("c", "assistant", "A cat", True),
     ],
@@ -351,17 +360,25 @@ AI_CHATBOT = Case(
 FLOWISE_DB = Case(
     "flowise_db",
     [
-        {"chatflowid": "f", "chatId": "c", "sessionId": "s", "role": role, "content": content, "rating": rating}
+        {
+            "chatflowid": "f",
+            "chatId": "c",
+            "sessionId": "s",
+            "createdDate": f"2026-01-0{len(content)}",
+            "role": role,
+            "content": content,
+            "rating": rating,
+        }
         for role, content, rating in (
-            ("userMessage", "Hi", None),
-            ("apiMessage", "Hello", "THUMBS_UP"),
-            ("userMessage", "Tea?", None),
-            ("apiMessage", "Mud", "THUMBS_DOWN"),
+            ("userMessage", "Tea??", None),  # of the fifth day
+            ("apiMessage", "Muddy", "THUMBS_DOWN"),
+            ("userMessage", "Hi", None),  # of the second
+            ("apiMessage", "Yo", "THUMBS_UP"),
             ("userMessage", "Really?", None),
-            ("apiMessage", "Yes", None),
+            ("apiMessage", "Yes sir", None),
         )
     ],
-    [row("Hi", "Hello", True), row("user: Hi | assistant: Hello | user: Tea?", "Mud", False)],
+    [row("Hi", "Yo", True), row("user: Hi | assistant: Yo | user: Tea??", "Muddy", False)],
     {UNRATED: 1},
 )
 

@@ -268,7 +268,7 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
         not isinstance(inside, list | tuple) and isinstance(used, list | tuple) and used
     ):  # the first versions of the AI SDK
         inside = [*({"type": "tool-invocation", "toolInvocation": one} for one in used), given.get("content") or ""]
-    if isinstance(inside, list | tuple) and not isinstance(given.get("content"), list | tuple):
+    if isinstance(inside, list | tuple) and inside and not isinstance(given.get("content"), list | tuple):
         given.pop("parts", None)  # other versions repeat the text of the parts in `content`
         given["content"] = [one for part in inside for one in _ai_sdk_part(part) if one != ""]
     if _has_calls_inside(given.get("content")):

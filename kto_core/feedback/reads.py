@@ -56,8 +56,8 @@ def _follow(node: Mapping[str, Any], at: set[Route], record: Mapping[str, Any]) 
         return _called(node["value"], [_follow(one, at, record) for one in children], children, record)
     if kind.endswith("projection") or kind == "flatten":
         at = _follow(children[0], at, record) if children else at
-        if at == {("rows",)} and "rows" not in record and kind.endswith("projection"):  # of each of the joined records
-            return _follow(children[1], {()}, record) or at
+        if ("rows",) in at and "rows" not in record and kind.endswith("projection"):  # of each of the joined records
+            return (_follow(children[1], {()}, record) - {()} or {("rows",)}) | at - {("rows",)}
         return at
     if kind == "or_expression":
         return _alternatives(children, at, record)
