@@ -899,7 +899,7 @@ def dify(query: str, answer: str, raw: str | None) -> dict[str, Any]:
     return {
         "feedback_id": "f",
         "app_name": "App",
-        "conversation_id": "c",
+        "conversation_id": f"of {query}",
         "message_id": "m",
         "user_query": query,
         "ai_response": answer,

@@ -1,6 +1,9 @@
-"""Read a conversation in which messages of the assistant are judged: by a key of the message, or by a list of labels."""
+"""Read a conversation in which messages of the assistant are judged: by a key of the message, or by a list of labels.
 
-from collections.abc import Mapping
+--label-field may name the key; a value in the record itself counts first.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
@@ -113,13 +116,14 @@ def _rows(
     fields: FeedbackFields,
 ) -> Judged:
     rows: Judged = []
+    keys = {field, *(route[0] for one in turns if isinstance(one, Mapping) for route in _routes(one, fields))}
     unknown: list[UnknownLabelError] = []
     for number, value in enumerate(verdicts):
         if has_no_value(value):
             continue
         before = as_conversation(turns[:number], where, name) if number else ()
-        judged = as_conversation([_without(turns[number], field)], where, name)
-        prompt = with_system(tuple(_without(one, field) for one in before), present, where)
+        judged = as_conversation([_without(turns[number], keys)], where, name)
+        prompt = with_system(tuple(_without(one, keys) for one in before), present, where)
         if not prompt or judged[-1]["role"] != "assistant":
             raise FeedbackError(
                 f"{where}: message {number + 1} of '{name}' has a label, but is not an answer of the assistant to a message."
@@ -137,6 +141,11 @@ def _rows(
     return rows
 
 
-def _without(message: object, field: str) -> Message:
+def _routes(message: Mapping[str, object], fields: FeedbackFields) -> Iterable[Sequence[str]]:
+    """Return the keys on the way to the value that --label-field names in a message."""
+    return () if fields.label is None else fields.label.routes(message)
+
+
+def _without(message: object, keys: Collection[str]) -> Message:
     assert isinstance(message, Mapping)
-    return {key: value for key, value in message.items() if key != field}
+    return {key: value for key, value in message.items() if key not in keys}

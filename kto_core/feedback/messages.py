@@ -7,6 +7,8 @@
     {"messages": [...]}, {"choices": [{"message"}]} requests and responses of an API
     [{"type": "human", "data": {...}}]              LangChain; `data` may be left out
     [{"message.role": "user", ...}]                 OpenInference (Phoenix)
+    [{"role": "user", "parts": [...]}]              the AI SDK, Gemini
+    [{"type": "function_call", "call_id": ...}]     items of OpenAI's Responses API, among messages
     '[{"role": "user", ...}]'                       any of these as JSON text, as tables store them
 
 A message has a `role` and a `content`, which are strings; other keys are kept for the chat template. Tool
@@ -41,6 +43,14 @@ ROLES: Final[Mapping[str, str]] = {
 _ROLE_KEYS = ("role", "from")
 TEXT_KEYS: Final = ("content", "value", "text")
 REASONING: Final = ("reasoning_content", "reasoning", "thinking", "thought")
+
+# Keys as programs in JavaScript write them.
+_SPELLINGS: Final[Mapping[str, str]] = {
+    "toolCalls": "tool_calls",
+    "functionCall": "function_call",
+    "toolCallId": "tool_call_id",
+    "reasoningContent": "reasoning_content",
+}
 
 _TEXT_PARTS = {"text", "output_text", "input_text"}
 _REASONING_PARTS = {"thinking", "think", "reasoning", "redacted_thinking"}
@@ -79,11 +89,14 @@ def as_turns(value: object, where: str, field: str) -> Turns:
     if len(messages) == 0:
         raise FeedbackError(f"{where}: '{field}' is an empty list. Give it a message, or remove the row.")
     single = isinstance(value, Mapping) and len(messages) == 1
-    return tuple(
+    turns = tuple(
         one
         for number, item in enumerate(messages, 1)
         for one in _message(item, where, f"'{field}'" if single else f"message {number} of '{field}'")
     )
+    if not turns:
+        raise FeedbackError(f"{where}: '{field}' contains only reasoning. Give it a message, or remove the row.")
+    return turns
 
 
 def as_conversation(value: object, where: str, field: str) -> tuple[Message, ...]:
@@ -162,9 +175,11 @@ def _is_message(value: object) -> bool:
         return False
     if _langchain(value) is not None or isinstance(value.get("message.role"), str):
         return True
+    if _is_reasoning_item(value) or _responses_item(value) is not None:
+        return True
     roles = [value.get(key) for key in _ROLE_KEYS]
     return any(isinstance(role, str) for role in roles) and any(
-        key in value for key in (*TEXT_KEYS, "tool_calls", "function_call", "refusal", *REASONING)
+        key in value for key in (*TEXT_KEYS, "parts", "tool_calls", "function_call", "refusal", *_SPELLINGS, *REASONING)
     )
 
 
@@ -210,6 +225,28 @@ def _openinference(value: Mapping[str, object]) -> dict[str, object] | None:
     return found
 
 
+def _is_reasoning_item(value: Mapping[str, object]) -> bool:
+    """Return whether a value is reasoning of the Responses API, which is encrypted or a summary: not the model's own words."""
+    return (
+        value.get("type") == "reasoning"
+        and "role" not in value
+        and ("summary" in value or "encrypted_content" in value)
+    )
+
+
+def _responses_item(value: Mapping[str, object]) -> dict[str, object] | None:
+    """Return a call of a function, or its result, of the Responses API as a message; None if it is of another kind."""
+    kind, name = value.get("type"), value.get("call_id")
+    if "role" in value or not isinstance(name, str):
+        return None
+    if kind == "function_call":
+        call = {"id": name, "name": value.get("name"), "arguments": value.get("arguments")}
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
+    if kind == "function_call_output":
+        return {"role": "tool", "content": value.get("output"), "tool_call_id": name}
+    return None
+
+
 def _without_prefixes(value: object, *prefixes: str) -> object:
     if not isinstance(value, Mapping):
         return value
@@ -233,8 +270,19 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
             if value.get(side) is not None:
                 yield from _message({"role": side, "content": value[side]}, where, what)
         return
-    value = _langchain(value) or _openinference(value) or value
+    if _is_reasoning_item(value):
+        return
+    value = _langchain(value) or _openinference(value) or _responses_item(value) or value
     given = {key: item for key, item in value.items() if item is not None}
+    given = {_SPELLINGS.get(key, key): item for key, item in given.items()}
+    inside, used = given.get("parts"), given.pop("toolInvocations", None)
+    if (
+        not isinstance(inside, list | tuple) and isinstance(used, list | tuple) and used
+    ):  # the first versions of the AI SDK
+        inside = [*({"type": "tool-invocation", "toolInvocation": one} for one in used), given.get("content") or ""]
+    if isinstance(inside, list | tuple) and inside and not isinstance(given.get("content"), list | tuple):
+        given.pop("parts", None)  # other versions repeat the text of the parts in `content`
+        given["content"] = [one for part in inside for one in _ai_sdk_part(part) if one != ""]
     if _has_calls_inside(given.get("content")):
         yield from _steps(given, where, what)
         return
@@ -282,6 +330,32 @@ def _call_inside(part: object) -> object:
     return part.get("tool_call") if isinstance(part, Mapping) and part.get("type") == "tool_call" else None
 
 
+def _ai_sdk_part(part: object) -> Iterator[object]:
+    """Yield a part of a message of the AI SDK's as other tools write it; parts that are not the model's words are skipped."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or not isinstance(kind, str):
+        yield part
+    elif kind == "reasoning":
+        yield {"type": kind, "text": part.get("text") or part.get("reasoning")}
+    elif kind == "dynamic-tool" or kind.startswith("tool-"):
+        inner = part.get("toolInvocation")
+        call = inner if isinstance(inner, Mapping) else part
+        name = call.get("toolName") or kind.removeprefix("tool-")
+        used: dict[str, object] = {
+            "id": call.get("toolCallId"),
+            "name": name,
+            "args": call.get("input", call.get("args", {})),
+        }
+        result = next((call[key] for key in ("output", "result", "errorText") if call.get(key) is not None), None)
+        if result is None:
+            yield {"type": "tool_use", **used}
+        else:
+            text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+            yield {"type": "tool_call", "tool_call": {**used, "output": text}}
+    elif kind != "step-start" and not kind.startswith("source"):
+        yield part
+
+
 def _steps(given: dict[str, object], where: str, what: str) -> Iterator[Message]:
     """Yield the messages of an answer that contains tool calls with their results, in order."""
     content = given["content"]
@@ -296,12 +370,19 @@ def _steps(given: dict[str, object], where: str, what: str) -> Iterator[Message]
         if calls:
             yield from _message({**given, "content": parts, "tool_calls": calls}, where, what)
             for one in calls:
-                result = {"role": "tool", "content": str(one.get("output") or ""), "tool_call_id": one.get("id")}
+                result = {"role": "tool", "content": _result_inside(one), "tool_call_id": one.get("id")}
                 yield {key: item for key, item in result.items() if item is not None}
             parts, calls = [], []
         parts += [part]
     if parts[:-1]:
         yield from _message({**given, "content": parts[:-1]}, where, what)
+
+
+def _result_inside(call: Mapping[str, object]) -> str:
+    """Return the result in a call of LibreChat's; that of an assistant's function is beside its arguments."""
+    function = call.get("function")
+    found = call.get("output") or (function.get("output") if isinstance(function, Mapping) else None)
+    return found if isinstance(found, str) else "" if found is None else json.dumps(found, ensure_ascii=False)
 
 
 def _take(given: dict[str, object], names: tuple[str, ...]) -> object:

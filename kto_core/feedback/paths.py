@@ -11,11 +11,13 @@ Functions in addition to JMESPath's own:
     has(value, keys)            whether a value is an object with these keys
     without(object, keys)       the object without some of its keys
     under(object, prefix)       the keys that begin with a prefix, without it
+    scored(object)              Opik's columns of scores, without their reasons and "-"
     nested(object)              keys such as "output.choices.0" as nested objects and lists
     only(object)                its only value; the object if it has several
     matching(list, key, value)  the objects in which a key has a value
     split(text, mark)           the parts of a text between marks
     asked(value)                the prompt in the inputs of a call
+    asked_before(object)        the prompt in an object that also contains the answer
     answered(value)             the answer in the outputs of a call
     gathered(list)              the values of objects by key: [{a: 1}, {a: 2}] becomes {a: [1, 2]}
     submitted(record)           the submitted answers of an Argilla record, by question
@@ -77,6 +79,10 @@ class _Functions(functions.Functions):
         return exports.under(value, prefix)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_scored(self, value: Any) -> Any:
+        return exports.scored(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_nested(self, value: Any) -> Any:
         return exports.nested(value)
 
@@ -87,6 +93,10 @@ class _Functions(functions.Functions):
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_asked(self, value: Any) -> Any:
         return exports.asked(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_asked_before(self, value: Any) -> Any:
+        return exports.asked_before(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_answered(self, value: Any) -> Any:

@@ -115,7 +115,14 @@ def _rows(
             for prompt, completion, label in judged
             for row in _finished(prompt, (completion,), [label], "judged turns", where, tools, kwargs, fields)
         ]
-    form, prompt, completion = _single(record, present, where, fields)
+    try:
+        form, prompt, completion = _single(record, present, where, fields)
+    except _UnknownFormatError:
+        raise
+    except FeedbackError:
+        if _is_unrated(present, where, fields):  # it could not be used if it had no defect
+            raise LeftOut(UNRATED, columns_in_words(present)) from None
+        raise
     label = _label(record, present, where, fields)
     return _finished(prompt, (completion,), [label], form, where, tools, kwargs, fields)
 
@@ -182,7 +189,7 @@ def _single(
             missing = "prompt" if fields.prompt is None else fields.prompt.text
             if missing in record:
                 raise FeedbackError(f"{where}: '{missing}' is empty. Write the prompt, or remove the row.")
-            raise FeedbackError(
+            raise _UnknownFormatError(
                 f"{where}: there is a '{name}' but no '{missing}'; {columns_in_words(present)}."
                 " Name the prompt's column with --prompt-field."
             )
@@ -257,10 +264,10 @@ def _lacks_answer(record: Mapping[str, object], present: Mapping[str, object], f
     return any(name in record for name in columns) and "output" not in present
 
 
-def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackFields) -> FeedbackError:
+def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackFields) -> "_UnknownFormatError":
     printed = [name for name, value in present.items() if is_printed(value)]
     if printed:
-        return FeedbackError(
+        return _UnknownFormatError(
             f"{where}: none of the known formats; the columns {quoted(printed, 200)} contain values as Python prints them. Write these "
             "columns with json.dumps, or save the data as JSON Lines or Parquet."
         )
@@ -269,17 +276,30 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
             todo = (
                 "Name the answer's column with --completion-field, or describe" if missing == "output" else "Describe"
             )
-            return FeedbackError(
+            return _UnknownFormatError(
                 f"{where}: there is '{here}' but no '{missing}'; {columns_in_words(present)}. {todo} the file with --map FILE."
             )
     if fields.completion is not None or fields.prompt is not None:
         name = "completion" if fields.completion is None else fields.completion.text
-        return FeedbackError(f"{where}: there is no '{name}'; {columns_in_words(present)}. Check --completion-field.")
-    return FeedbackError(
+        return _UnknownFormatError(
+            f"{where}: there is no '{name}'; {columns_in_words(present)}. Check --completion-field."
+        )
+    return _UnknownFormatError(
         f"{where}: none of the known formats; {columns_in_words(present)}. Give it prompt, completion and label (or"
         " name them: --prompt-field, --completion-field, --label-field), messages and label, or chosen and"
         " rejected; or describe the file with --map FILE."
     )
+
+
+class _UnknownFormatError(FeedbackError):
+    """A record that is in no known format, whether it is rated or not."""
+
+
+def _is_unrated(present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
+    """Return whether a record has no label in any column."""
+    if fields.label is not None:
+        return has_no_value(fields.label.find(present, where))
+    return all(has_no_value(present.get(name)) for name in (*LABELS, "rating"))
 
 
 def _label(record: Mapping[str, object], present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:

@@ -27,13 +27,17 @@ def mistakes_in_rows(mistakes: Sequence[KTOError], config: PrecomputeConfig, dat
     others = [one for one in mistakes if not isinstance(one, UnknownLabelError)]
     if unknown:
         others.insert(0, _unknown_labels(unknown, config, data_format))
+    # Where the records were found: they may be a list inside of a record.
+    found = "".join(
+        f"\n{note} If the object is itself a record, describe it with --map FILE." for note in data_format.notes
+    )
     if len(others) == 1:
-        return others[0]
+        return FeedbackError(f"{others[0]}{found}") if found else others[0]
     shown = "\n".join(f"  {one}" for one in others[:_SHOWN])
     more = f"\n  and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
     return FeedbackError(
         f"{config.data}: {len(others):,} rows cannot be used:\n{shown}{more}\n"
-        "Correct them, or leave them out with --on-bad-row skip (--left-out FILE lists them)."
+        f"Correct them, or leave them out with --on-bad-row skip (--left-out FILE lists them).{found}"
     )
 
 
@@ -57,9 +61,13 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         )
     label = data_format.label_paths
     if label is not None and config.map is None and config.label_field is None:
-        path = label.path or label.scores  # the format defines where the label is, so the records are unrated
         assert data_format.mapping is not None
-        assert path is not None
+        if label.path is None:
+            return FeedbackError(
+                f"{data}: no record has a score ({reasons}), as {data_format.mapping.name} would have them. Export the records "
+                "with their scores, or join the file of the scores; if another field has the labels, name it with --label-field."
+            )
+        path = label.path  # the format defines where the label is, so the records are unrated
         return FeedbackError(
             f"{data}: no record has a label ({reasons}). {data_format.mapping.name}: the feedback is read from "
             f"{quoted(path.text, 200)}. Check that the export contains it, or name another field with --label-field."

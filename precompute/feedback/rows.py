@@ -24,7 +24,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
 from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class
-from offline_kto.precompute.feedback.suspicions import Suspicions
+from offline_kto.precompute.feedback.suspicions import CONVERSATIONS, Suspicions
 from offline_kto.precompute.feedback.used_columns import UsedColumns
 from offline_kto.precompute.records.text_files import Located
 
@@ -98,7 +98,7 @@ class Feedback:
 
     def unused_beside(self) -> list[str]:
         """Return the keys beside those that are read in objects, such as "input.system"."""
-        return [name for name, _ in self._used.beside.most_common()]
+        return [name for name, _ in sorted(self._used.beside.items(), key=lambda one: (-one[1], one[0]))]
 
     def keep(self, row: FeedbackRow) -> None:
         """Count a row that can be rendered."""
@@ -164,7 +164,7 @@ class Feedback:
         unmatched = [
             f"{path.source}: nothing at {quoted(path.text)} in any record." for path in self._used.unmatched() if own
         ]
-        return [*self.found.notes, *warned, *unmatched, *self._suspicions.in_words()]
+        return [*self.found.notes, *warned, *unmatched, *self._suspicions.in_words(self.unused_columns())]
 
     def _records(self) -> Iterator[Located]:
         records = self._format.records(self._columns() if self._format.is_native else None)
@@ -179,6 +179,7 @@ class Feedback:
             self.found.columns.update(key for key, value in record.items() if value is not None)
             split = self._format.split_of(record)
             self._used.add(record)
+            self._suspicions.add_record(record)
             if split is not None or self._config.split.lower() == "all":
                 self._used.read.add("split")
             if split is not None:
@@ -206,7 +207,7 @@ class Feedback:
     def _columns(self) -> set[str]:
         named = (self._config.prompt_field, self._config.completion_field, self._config.label_field)
         roots = (re.split(r"[.\[|]", name, maxsplit=1)[0].strip('" ') for name in named if name)
-        return {*COLUMNS, "split", *roots, *(name for name in named if name)}
+        return {*COLUMNS, *CONVERSATIONS, "split", *roots, *(name for name in named if name)}
 
     def _rows_of(self, record: AnyMapping[str, object], where: str) -> Iterator[FeedbackRow]:
         try:

@@ -1,6 +1,8 @@
 """Count rows that are probably misread, for the warnings of the plan."""
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from offline_kto.kto_core.feedback.message_text import resembles_messages
@@ -17,6 +19,8 @@ _TEMPLATE = re.compile(
 # Shorter prompts may begin an answer by chance, and a few answers may repeat a question.
 _LONG_PROMPT, _MANY = 20, 0.1
 _MOST_ROLES = 10
+# Columns with the conversation of a record. A session may contain several conversations.
+CONVERSATIONS = ("conversation_id", "conversationId", "thread_id", "threadId", "chat_id", "chatId")
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Suspicions:
         repeated: places of rows whose answer begins with its prompt.
         rows: number of rows.
         roles: places of rows by their unknown roles, of which a template writes whatever they are.
+        conversations: number of records by the hash of their conversation, for each column that names it.
+        has_earlier_turns: whether a prompt contains an earlier answer.
     """
 
     media: list[str] = field(default_factory=list)
@@ -38,6 +44,15 @@ class Suspicions:
     repeated: list[str] = field(default_factory=list)
     roles: dict[str, list[str]] = field(default_factory=dict)
     rows: int = 0
+    conversations: dict[str, Counter[int]] = field(default_factory=dict)
+    has_earlier_turns: bool = False
+
+    def add_record(self, record: Mapping[str, object]) -> None:
+        """Count a record of a conversation."""
+        for name in CONVERSATIONS:
+            value = record.get(name)
+            if isinstance(value, str | int) and value != "" and not isinstance(value, bool):
+                self.conversations.setdefault(name, Counter())[hash(value)] += 1
 
     def add(self, row: FeedbackRow) -> None:
         """Examine a row."""
@@ -52,14 +67,27 @@ class Suspicions:
         question = asked[-1].strip() if asked else ""
         if len(question) >= _LONG_PROMPT and answered and answered[0].lstrip().startswith(question):
             self.repeated.append(row.where)
+        if not isinstance(row.prompt, str) and any(message["role"] == "assistant" for message in row.prompt):
+            self.has_earlier_turns = True
         sides = [side for side in (row.prompt, row.completion) if not isinstance(side, str)]
         for role in dict.fromkeys(message["role"] for side in sides for message in side):
             if role not in _KNOWN_ROLES and (role in self.roles or len(self.roles) < _MOST_ROLES):
                 self.roles.setdefault(role, []).append(row.where)
 
-    def in_words(self) -> list[str]:
-        """Return a sentence for each suspicion."""
+    def in_words(self, unused: Iterable[str]) -> list[str]:
+        """Return a sentence for each suspicion.
+
+        Args:
+            unused: the columns that are not read.
+        """
         found = []
+        for name in () if self.has_earlier_turns else unused:
+            shared = sum(count for count in self.conversations.get(name, Counter()).values() if count > 1)
+            if shared:
+                found.append(
+                    f"{shared:,} records share a {name} with another one, but no prompt contains an earlier answer. If they are "
+                    "turns of one conversation, join them with a mapping (--map FILE: join and turns)."
+                )
         if self.media:
             found.append(
                 f"rows whose prompt contains <image>, <video> or <audio>: {_counted(self.media)}. They are scored as text; "

@@ -90,7 +90,7 @@ def _values_of_turns(record: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         turns = opened(record.get(name))
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, Mapping):
-                yield from _values(turn)
+                yield from _values({key: value for key, value in turn.items() if key not in ("role", "content")})
 
 
 def _counterpart(path: str, columns: Collection[str]) -> str | None:
