@@ -163,6 +163,7 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
             room = config.max_length - len(tokens.prompt_ids)
             if room < 1:
                 dropped[PROMPT_TOO_LONG] += 1
+                feedback.drop(row, f"{len(tokens.prompt_ids):,} tokens, --max-length {config.max_length}")
             else:
                 rows.append(_planned(row, read, tokens.prompt_ids, tokens.completion_ids, room, config.max_length))
                 if len(examples[row.label]) < _EXAMPLES:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Mapping as AnyMapping
 from typing import Any
 
+from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.durable_files import write_text, written_to
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
@@ -49,6 +50,7 @@ class Feedback:
     def __init__(self, config: PrecomputeConfig, *, has_template: bool, rendered: RenderedText | None = None) -> None:
         self._config = config
         self._mistakes: list[tuple[str, KTOError]] = []
+        self._too_long: list[tuple[str, str, str]] = []
         self._suspicions = Suspicions()
         self._format = DataFormat(config)
         self.mapping, self.why = self._format.mapping, self._format.why
@@ -116,13 +118,19 @@ class Feedback:
         else:
             self._mistakes.append((where, error))
 
+    def drop(self, row: FeedbackRow, detail: str) -> None:
+        """Note that the prompt of a row is too long; the plan counts these rows apart from those that are left out."""
+        self._too_long.append((row.where, PROMPT_TOO_LONG.replace("_", " "), detail))
+
     def write_left_out(self) -> None:
         """Write the file of `--left-out`, in the order of the data: rows are not rejected in that order."""
         if self._config.left_out is None:
             return
         lines = [
             json.dumps({"where": where, "reason": reason, **({"detail": detail} if detail else {})}, ensure_ascii=False)
-            for where, reason, detail in sorted(self.found.left_out.rows, key=lambda one: _place(one[0]))
+            for where, reason, detail in sorted(
+                [*self.found.left_out.rows, *self._too_long], key=lambda one: _place(one[0])
+            )
         ]
         with written_to(self._config.left_out.parent, ConfigError, "Name another file with --left-out."):
             write_text(self._config.left_out, "".join(f"{line}\n" for line in lines))
@@ -167,11 +175,16 @@ class Feedback:
         return [*self.found.notes, *warned, *unmatched, *self._suspicions.in_words()]
 
     def _records(self) -> Iterator[Located]:
-        records = self._format.records(self._columns() if self._format.is_native else None)
+        records = self._format.records(self._columns() if self._format.is_native else None, self._reject_line)
         counted = self._counted(itertools.islice(records, self._config.limit))
         return (
             counted if self.mapping is None or self.mapping.join is None else self._joined(counted, self.mapping.join)
         )
+
+    def _reject_line(self, where: str, error: FeedbackError) -> None:
+        """Note that a line is no record."""
+        self.found.records += 1
+        self.reject(where, error)
 
     def _counted(self, records: Iterable[Located]) -> Iterator[Located]:
         for where, record in records:
