@@ -270,4 +270,4 @@ def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None) -> Ma
 
 def _unused(rule: LabelRule) -> LabelRule:
     """Return a copy of a rule without counts: the package's mappings are shared."""
-    return dataclasses.replace(rule, seen=Counter())
+    return dataclasses.replace(rule, seen=Counter(), numbers={})

@@ -95,6 +95,15 @@ def one_class(config: PrecomputeConfig, data_format: DataFormat, found: Found) -
     )
 
 
+def unclear_rating(config: PrecomputeConfig, name: str) -> FeedbackError:
+    """Return the error about a rating that is always 1, which is the best of some scales and the worst of others."""
+    field = "" if config.label_field is None else f"--label-field {shlex.quote(config.label_field)} "
+    return FeedbackError(
+        f"{config.data}: '{name}' is 1 wherever it has a value, so its scale is not known: 1 is the best of 0 and 1, and the "
+        f"worst of 1 to 5. Pass {field}--up 1 --down 0 if 1 is good, or {field}--up '>=4' --down '<=2' if it is bad."
+    )
+
+
 def _unknown_labels(
     unknown: Sequence[UnknownLabelError], config: PrecomputeConfig, data_format: DataFormat
 ) -> KTOError:

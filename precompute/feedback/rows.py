@@ -22,9 +22,10 @@ from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow, parse_record
 from offline_kto.kto_core.feedback.turns import mapped_rows
 from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.feedback.contradictions import VERDICTS, Contradictions
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
-from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class
+from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class, unclear_rating
 from offline_kto.precompute.feedback.suspicions import Suspicions
 from offline_kto.precompute.feedback.used_columns import UsedColumns
 from offline_kto.precompute.records.text_files import Located
@@ -52,6 +53,7 @@ class Feedback:
         self._mistakes: list[tuple[str, KTOError]] = []
         self._too_long: list[tuple[str, str, str]] = []
         self._suspicions = Suspicions()
+        self._contradictions = Contradictions()
         self._format = DataFormat(config)
         self.mapping, self.why = self._format.mapping, self._format.why
         self.found = Found(notes=self._format.notes)
@@ -153,6 +155,8 @@ class Feedback:
                 f"{config.data}: numbers are compared, but some records have a {' and others a '.join(sorted(self._fields.compared))}. "
                 "Name the column with --label-field."
             )
+        if self._is_own_label and (name := self.label_rule.unclear_rating()) is not None:
+            raise unclear_rating(config, name)
         if not found.forms:
             raise no_rows(config, self._format, found)
         if len(found.labels) == 1 < found.labels.total() and not config.one_class:
@@ -172,7 +176,15 @@ class Feedback:
         unmatched = [
             f"{path.source}: nothing at {quoted(path.text)} in any record." for path in self._used.unmatched() if own
         ]
-        return [*self.found.notes, *warned, *unmatched, *self._suspicions.in_words()]
+        contradictions = self._contradictions.in_words(self.unused_columns())
+        return [*self.found.notes, *warned, *unmatched, *contradictions, *self._suspicions.in_words()]
+
+    @property
+    def _is_own_label(self) -> bool:
+        """Whether no recognised format defines what the numbers of the label mean."""
+        label = self._format.label_paths
+        preset = self.mapping is not None and (self._config.map is None or self._config.map in presets())
+        return not preset or self._config.label_field is not None or (label is not None and label.scores is not None)
 
     def _records(self) -> Iterator[Located]:
         records = self._format.records(self._columns() if self._format.is_native else None, self._reject_line)
@@ -219,12 +231,15 @@ class Feedback:
     def _columns(self) -> set[str]:
         named = (self._config.prompt_field, self._config.completion_field, self._config.label_field)
         roots = (re.split(r"[.\[|]", name, maxsplit=1)[0].strip('" ') for name in named if name)
-        return {*COLUMNS, "split", *roots, *(name for name in named if name)}
+        return {*COLUMNS, *VERDICTS, "split", *roots, *(name for name in named if name)}
 
     def _rows_of(self, record: AnyMapping[str, object], where: str) -> Iterator[FeedbackRow]:
         try:
             if self.mapping is None:
-                yield from parse_record(record, where, self._fields)
+                rows = parse_record(record, where, self._fields)
+                if len(rows) == 1:
+                    self._contradictions.add(record, rows[0].label, where)
+                yield from rows
                 return
             self._used.look_up(record, where)
             for native in mapped_rows(self.mapping, record, where):
