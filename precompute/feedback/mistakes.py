@@ -12,6 +12,7 @@ from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
+from offline_kto.precompute.feedback.judged_keys import judged_key
 from offline_kto.precompute.records.feedback_columns import feedback_columns
 
 _DECIMAL_COMMA = re.compile(r'"[+-]?[0-9]+,[0-9]+"')
@@ -62,6 +63,8 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
             f"{data}: no record has a label ({reasons}). {data_format.mapping.name}: the feedback is read from "
             f"{quoted(path.text, 200)}. Check that the export contains it, or name another field with --label-field."
         )
+    if data_format.mapping is None and (key := judged_key(data_format.records(None))) is not None:
+        return FeedbackError(f"{data}: no record has a label ({reasons}). {key.in_words()}")
     lines = feedback_columns(data_format.records(None))
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)

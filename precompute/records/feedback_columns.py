@@ -12,7 +12,7 @@ from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.records.text_files import Located
 
 # Names of columns with feedback in the exports of tools.
-_NAMES = re.compile(
+FEEDBACK_NAMES = re.compile(
     "label|score|rating|rated|feedback|thumb|reward|vote|like|helpful|quality|verdict|accept|approv|correct|good|bad|"
     "pass|fail|reaction|emoji|sentiment|flag|grade|prefer|satisf|useful|safe|stars|eval|judg",
     re.IGNORECASE,
@@ -76,7 +76,7 @@ def _values(record: Mapping[str, Any], prefix: str = "", depth: int = _DEPTH) ->
             yield from ((name, one) for name, one in inside)
         elif has_no_value(value) or isinstance(value, list | Mapping):
             continue
-        elif isinstance(value, bool) or _NAMES.search(key) or (_NAMES.search(path) and _is_mark(value)):
+        elif isinstance(value, bool) or FEEDBACK_NAMES.search(key) or (FEEDBACK_NAMES.search(path) and _is_mark(value)):
             yield path, value
 
 
