@@ -30,6 +30,7 @@ from typing import IO, cast
 
 from offline_kto.kto_core.errors import FeedbackError, printable
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.precompute.records.class_names import ClassNames
 from offline_kto.precompute.records.dataset_records import (
     data_files,
     dataset_name,
@@ -192,6 +193,12 @@ def _read_files(
 
 
 def _read_file(path: Path, name: str, columns: Collection[str] | None, on_bad: OnBadLine | None) -> Iterator[Located]:
+    named = ClassNames.beside(path.resolve())
+    yield from ((where, named.record(record)) for where, record in _stored(path, name, columns, on_bad))
+
+
+def _stored(path: Path, name: str, columns: Collection[str] | None, on_bad: OnBadLine | None) -> Iterator[Located]:
+    """Yield the records of a file as they are stored."""
     suffix = format_of(path.name)
     packed = path.name.lower().endswith(".gz")
     with readable(name), path.open("rb") as raw:
