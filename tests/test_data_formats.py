@@ -1010,3 +1010,53 @@ def test_a_rating_that_is_compared_is_used_in_place_of_the_label(tmp_path):
     rows, _, feedback = read(as_jsonl(tmp_path, [record]), up=">=4", down="<=2")
     assert rows == [(["p", "c"], True, False)]
     assert set(feedback.unused_columns()) == {"label"}
+
+
+SPLITS = {"train": ROWS, "test": [{"prompt": "t", "completion": "c", "label": True}]}
+
+
+@pytest.mark.parametrize("outer", [None, "data"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_the_lists_of_splits_in_a_document(tmp_path, outer, indent):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps(SPLITS if outer is None else {"version": 1, outer: SPLITS}, indent=indent))
+    rows, _, feedback = read(path)
+    assert rows == [up("q", "a"), down("r", "b")]
+    (note,) = feedback.notes()
+    name = "train" if outer is None else "data.train"
+    assert f'its 2 records were read under "{name}", and those under "{name[:-5]}test" were not' in note
+    assert read(path, split="test")[0] == [up("t", "c")]
+    assert read(path, split="all")[0] == [up("q", "a"), down("r", "b"), up("t", "c")]
+    assert 'found ["train", "test"]' in refusal(path, split="validation")
+
+
+def test_a_document_of_finer_splits_asks_for_one(tmp_path):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps({"train_sft": ROWS, "train_prefs": ROWS}))
+    assert "Name the one to read: --split train_prefs." in refusal(path)
+    assert read(path, split="train_prefs")[0] == [up("q", "a"), down("r", "b")]
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ({"my_thumb": 1}, {"my_thumb": 0}),
+        ({"my_thumb": 1}, {"my_thumb": -1}),
+        ({"my_stars": 5}, {"my_stars": 1}),
+        ({"my rating": "hot"}, {"my rating": "cold"}),
+        ({"meta": {"vote": "up"}}, {"meta": {"vote": "down"}}),
+        ({"approved": True, "model": "m"}, {"approved": False}),
+    ],
+)
+@pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")])
+def test_feedback_under_an_unknown_key_of_messages_is_proposed_as_a_mapping(tmp_path, key, values, names):
+    column, role, text = names
+    users = [{role: "user", text: "q"}, {role: "user", text: "r"}]
+    answers = [{role: "assistant", text: "a", **key}, {role: "assistant", text: "b", **values}]
+    records = [{column: [users[0], answers[0], users[-1], answers[1]]}]
+    path = as_jsonl(tmp_path, records)
+    message = refusal(path)
+    assert "no record has a label" in message
+    mapping = tmp_path / "map.yaml"
+    mapping.write_text(message.split("--map map.yaml:\n")[1])
+    assert [row[1] for row in read(path, map=str(mapping))[0]] == [True, False]

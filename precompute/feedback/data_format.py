@@ -176,7 +176,7 @@ class DataFormat:
         is_record = any(path.find(document, where) is not None for path in paths) or (
             not given and mapping is None and any(document.get(key) is not None for key in _OWN_KEYS)
         )
-        found = table_in(document, where) if is_record else records_in(document, where)
+        found = table_in(document, where) if is_record else records_in(document, where, config.split)
         if found is None:
             return
         self._document = where, found
