@@ -396,3 +396,32 @@ def test_a_label_that_contradicts_the_rating_that_is_read_is_named(tmp_path):
     assert note.startswith(
         "'label' contradicts the label that was read in 1 of 3 rows (first: f.jsonl:3: desirable, but"
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        (["1", 1, "0", 0], {}),
+        ([True, "true", "false", False], {}),
+        ([1.0, "TRUE", "0.0", "no"], {}),
+        (["Up ", True, " down", 0], {}),
+        ([5, "5", "1", 1.0], {"up": ">=4", "down": "<=2"}),
+        ([True, "True", "False", False], {"up": "true", "down": "false"}),
+        (["5", 5.0, 1, "1.0"], {"up": "5", "down": "1"}),
+    ],
+)
+def test_a_column_may_mix_types(tmp_path, values, options):
+    labels, _ = feedback(tmp_path / "f.jsonl", rows("label", values), **options)
+    assert labels == [True, True, False, False]
+
+
+def test_usual_words_beside_those_of_the_options_are_named(tmp_path):
+    message = refusal(tmp_path / "f.jsonl", rows("label", [True, 1, 0, False]), up="1", down="0")
+    assert "f.jsonl:1: 'label' is true, which is neither up nor down" in message
+    assert "remove --up and --down" in message
+
+
+@pytest.mark.parametrize(("up", "down"), [("good,bad", "bad"), ("Good", "good"), ("1", "1.0")])
+def test_a_word_that_is_up_and_down_names_the_options(tmp_path, up, down):
+    with pytest.raises(ConfigError, match="^--up and --down: .* is in up and in down"):
+        feedback(tmp_path / "f.jsonl", rows("label", [1, 0]), up=up, down=down)

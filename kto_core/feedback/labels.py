@@ -284,16 +284,18 @@ class Scale:
         return ", ".join(shown) + (f", and {more:,} more" if more > 0 else "")
 
     @property
+    def is_usual(self) -> bool:
+        """Whether all values are true, false, 1, 0 or usual words, or say that there is none."""
+        return all(value == "(none)" or usual_label(_parsed(value)) is not None for value in self.counts)
+
+    @property
     def is_numbers(self) -> bool:
         """Whether all values are numbers, or say that there is none."""
         return all(value == "(none)" or number_in(value.strip('"')) is not None for value in self.counts)
 
     def verdict(self, shown: str) -> bool | None:
         """Return what a value, as `in_words` shows it, probably means on this scale; None if that is not clear."""
-        try:
-            value = json.loads(shown)
-        except ValueError:  # cut, because it is long
-            return None
+        value = _parsed(shown)
         if number_in(value) is None:
             return usual_label(value)
         cut = _cut(sorted({n for text in self.counts if (n := number_in(text.strip('"'))) is not None}))
@@ -315,12 +317,17 @@ class Scale:
         return _proposed_cut(numbers) if numbers else _proposed_fractions(words) or _proposed_words(words)
 
 
+def _parsed(shown: str) -> object:
+    """Return a value that is given as JSON; None for one that is cut, because it is long."""
+    try:
+        return json.loads(shown)
+    except ValueError:
+        return None
+
+
 def _as_option(shown: str) -> str | None:
     """Return a value, given as JSON, as an option has it; None for one that no option can name."""
-    try:
-        value = json.loads(shown)
-    except ValueError:  # cut, because it is long
-        return None
+    value = _parsed(shown)
     if isinstance(value, str):
         return None if _is_comparison(value) or "," in value else value
     return shown if isinstance(value, bool | int | float) else None

@@ -1,12 +1,11 @@
 """Compare the label with other columns that look like a verdict, as ratings and thumbs do, for the warnings of the plan."""
 
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from offline_kto.kto_core.feedback.labels import Scale, has_no_value, usual_label
+from offline_kto.kto_core.feedback.labels import Scale, has_no_value
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 
 # Columns that say the same as a label, if they are there.
@@ -54,8 +53,7 @@ class Contradictions:
         if not against:
             return ""
         (shown, label), _ = next(iter(against.items()))
-        usual = all(usual_label(json.loads(value)) is not None for value in scale.counts)
-        proposal = "" if usual else f" {scale.proposal()}"
+        proposal = "" if scale.is_usual else f" {scale.proposal()}"
         return (
             f"'{name}' contradicts the label that was read in {sum(against.values()):,} of {counted(counts.total(), 'row')} "
             f"(first: {self.first[name, shown, label]}: {'desirable' if label else 'undesirable'}, but '{name}' is {shown}). If "

@@ -229,7 +229,10 @@ class DataFormat:
                 return LabelRule.at_least(resolve_threshold(config.rating_threshold, records, label))
             except ConfigError as error:
                 raise ConfigError(f"{config.data}: {error}") from error
-        return LabelRule(_words(config.up), _words(config.down))
+        try:
+            return LabelRule(_words(config.up), _words(config.down))
+        except ConfigError as error:
+            raise ConfigError(f"--up and --down: {error}") from None
 
 
 def _pass_over(where: str, error: FeedbackError) -> None:

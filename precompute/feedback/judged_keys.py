@@ -42,7 +42,7 @@ class JudgedKey:
     @property
     def has_known_values(self) -> bool:
         """Whether the values are the usual words, or on a scale."""
-        return Scale(self.values).is_numbers or all(usual_label(json.loads(value)) is not None for value in self.values)
+        return Scale(self.values).is_numbers or Scale(self.values).is_usual
 
     def in_words(self) -> str:
         """Return a sentence with the lines of a mapping that reads the key."""
@@ -56,8 +56,7 @@ class JudgedKey:
 
     def _label(self) -> str:
         proposal = Scale(self.values).proposal()
-        usual = all(usual_label(json.loads(value)) is not None for value in self.values)
-        if usual or not proposal:
+        if Scale(self.values).is_usual or not proposal:
             return _yaml(self.path)
         _, up, _, down = shlex.split(proposal.split(" (")[0].split(", with")[0])[:4]
         return f"{{path: {_yaml(self.path)}, up: {json.dumps(up.split(','))}, down: {json.dumps(down.split(','))}}}"

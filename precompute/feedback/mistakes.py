@@ -121,6 +121,8 @@ def _unknown_labels(
     advice = (
         f"If that is the scale, pass {name}{proposal}."
         if proposal
+        else "These are usual words for labels: remove --up and --down."
+        if scale.is_usual and config.up is not None and config.down is not None
         else "Write decimal numbers with a point."
         if any(_DECIMAL_COMMA.fullmatch(value) for value in scale.counts)
         else "Name the desirable values with --up and the undesirable ones with --down"
