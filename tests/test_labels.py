@@ -423,5 +423,5 @@ def test_usual_words_beside_those_of_the_options_are_named(tmp_path):
 
 @pytest.mark.parametrize(("up", "down"), [("good,bad", "bad"), ("Good", "good"), ("1", "1.0")])
 def test_a_word_that_is_up_and_down_names_the_options(tmp_path, up, down):
-    with pytest.raises(ConfigError, match="^--up and --down: .* is in up and in down"):
+    with pytest.raises(ConfigError, match=r"^--up and --down: .* is in up and in down"):
         feedback(tmp_path / "f.jsonl", rows("label", [1, 0]), up=up, down=down)
