@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.left_out import EMPTY, NOT_CHOSEN, OTHER_SPLIT, SAME_ANSWERS, TIE, UNRATED
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
@@ -1060,3 +1060,78 @@ def test_feedback_under_an_unknown_key_of_messages_is_proposed_as_a_mapping(tmp_
     mapping = tmp_path / "map.yaml"
     mapping.write_text(message.split("--map map.yaml:\n")[1])
     assert [row[1] for row in read(path, map=str(mapping))[0]] == [True, False]
+
+
+NESTED = [{"ask": "q", "out": {"text": "a"}, "l": True}, {"ask": "r", "out": {"text": "b"}, "l": False}]
+FIELDS = {"prompt_field": "ask", "completion_field": "out.text", "label_field": "l"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"prompt_field": "ask["},
+            ['--prompt-field: nothing at "ask["; the record has ["ask", "out", "l"]', "it ends too early"],
+        ),
+        ({"prompt_field": "asked"}, ['--prompt-field: nothing at "asked"; the record has ["ask", "out", "l"]']),
+        ({"completion_field": "out.txt"}, ['--completion-field: nothing at "out.txt"; "out" has ["text"]']),
+        ({"completion_field": "out.text.x"}, ['"out.text" is "a"']),
+        ({"completion_field": "out"}, ["'out'", 'its keys are ["text"]']),
+        ({"completion_field": "lenght(out)"}, ["there is no function lenght()", "'length'"]),
+        ({"completion_field": "join(out)"}, ["join() needs 2 arguments, got 1"]),
+        ({"label_field": "length(l)"}, ["--label-field", "length() needs text or a list or an object, got true"]),
+        ({"label_field": "ll"}, ['f.jsonl:1: --label-field: nothing at "ll"; the record has', "pass --label-field l"]),
+    ],
+)
+def test_messages_about_paths_of_options(tmp_path, options, words):
+    message = refusal(as_jsonl(tmp_path, NESTED), **{**FIELDS, **options})
+    assert "f.jsonl:1: " in message
+    for word in words:
+        assert word in message
+    for raw in ("Invalid jmespath", "Parse error", "received", "token"):
+        assert raw not in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            "prompt: ask[\ncompletion: out.text\nlabel: l",
+            'm.yaml: prompt: "ask[" is not a JMESPath expression: it ends too early.',
+        ),
+        ("prompt: ask out\ncompletion: out.text\nlabel: l", '"out" is not expected at character 5.'),
+        ("prompt: ask\ncompletion: out#text\nlabel: l", 'it cannot be read from character 4, "#text".'),
+        (
+            "prompt: ask\ncompletion: nofunc(out)\nlabel: l",
+            'm.yaml: completion: "nofunc(out)": there is no function nofunc().',
+        ),
+        ("prompt: ask\ncompletion: out.txt\nlabel: l", 'm.yaml: completion: nothing at "out.txt"; "out" has ["text"]'),
+        (
+            "prompt: ask\ncompletion: out.text\nlabel: lx",
+            'm.yaml: label: nothing at "lx"; the record has ["ask", "out", "l"]',
+        ),
+        ("prompt: ask\ncompletion: 'join(`,`, out)'\nlabel: l", "join() needs "),
+        ("conversation: ask\nlabel: l", 'm.yaml: conversation: "ask" must be a list of messages, got "q"'),
+        ("turns: {messages: outs, label: l}", 'm.yaml: turns: messages: nothing at "outs"; the record has'),
+        ("join: id\nturns: {messages: rows, label: l}", 'm.yaml: join: nothing at "id"; the record has'),
+        ("each: outs\nprompt: ask\ncompletion: item\nlabel: l", 'm.yaml: each: nothing at "outs"; the record has'),
+        ("records: all\nprompt: ask\ncompletion: out\nlabel: l", 'm.yaml: records: nothing at "all"; the record has'),
+        ("zip: {a: ask}\nprompt: item.a\ncompletion: item.a\nlabel: l", 'zip: must be lists, got {"a": "q"}'),
+        ("prompt: ask\npair: {a: out.text, b: ask, better: l, a_when: [x], b_when: [y]}", "under a_when and b_when"),
+    ],
+)
+def test_messages_about_paths_of_a_mapping(tmp_path, lines, words):
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text(lines)
+    message = refusal(as_jsonl(tmp_path, NESTED), KTOError, map=str(mapping))
+    assert words in message
+    for raw in ("Invalid jmespath", "Parse error", "received", "token"):
+        assert raw not in message
+
+
+@pytest.mark.parametrize("name", ["rating (1-5)", "score(overall)", "What is [x]?", "a b"])
+def test_an_option_may_be_a_key_that_is_no_expression(tmp_path, name):
+    records = [{"prompt": "q", "completion": "a", name: 1}, {"prompt": "r", "completion": "b", name: 0}]
+    rows, _, feedback = read(as_jsonl(tmp_path, records), label_field=name)
+    assert rows == [up("q", "a"), down("r", "b")]
+    assert feedback.unused_columns() == []

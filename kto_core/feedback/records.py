@@ -175,6 +175,10 @@ def _single(
         elif is_alpaca(present, fields):
             prompt, form = alpaca_prompt(present, where, conversation=fields.chat_template), f"instruction + {name}"
         else:
+            if fields.prompt is not None and fields.prompt.text not in record:
+                raise FeedbackError(
+                    f"{where}: {fields.prompt.nothing(present)}. Name the prompt's column with --prompt-field."
+                )
             missing = "prompt" if fields.prompt is None else fields.prompt.text
             if missing in record:
                 raise FeedbackError(f"{where}: '{missing}' is empty. Write the prompt, or remove the row.")
@@ -239,9 +243,12 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
     for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
         if here in present and missing not in present:
             return FeedbackError(f"{where}: there is '{here}' but no '{missing}'; {columns_in_words(present)}.")
-    if fields.completion is not None or fields.prompt is not None:
-        name = "completion" if fields.completion is None else fields.completion.text
-        return FeedbackError(f"{where}: there is no '{name}'; {columns_in_words(present)}. Check --completion-field.")
+    if fields.completion is not None:
+        return FeedbackError(f"{where}: {fields.completion.nothing(present)}. Check --completion-field.")
+    if fields.prompt is not None:
+        return FeedbackError(
+            f"{where}: there is no 'completion'; {columns_in_words(present)}. Check --completion-field."
+        )
     printed = [name for name, value in present.items() if is_printed(value)]
     if printed:
         return FeedbackError(

@@ -117,6 +117,8 @@ class DataFormat:
             yield where, record
             return
         inner = self.mapping.records.open(record, where)
+        if inner is None:
+            raise FeedbackError(f"{where}: {self.mapping.records.nothing(record)}.")
         if not isinstance(inner, list):
             raise FeedbackError(f"{where}: {self.mapping.records.source}: not a list of records: {quoted(inner)}.")
         for number, one in enumerate(inner, 1):

@@ -1,5 +1,6 @@
 """Report feedback that cannot be used: mistakes in rows, unknown labels, no usable row, one class only."""
 
+import itertools
 import re
 import shlex
 from collections import Counter
@@ -8,16 +9,20 @@ from collections.abc import Sequence
 from offline_kto.kto_core.errors import FeedbackError, KTOError
 from offline_kto.kto_core.feedback.labels import Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, UNRATED
+from offline_kto.kto_core.feedback.paths import Path, option_path
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
 from offline_kto.precompute.feedback.judged_keys import judged_key
 from offline_kto.precompute.records.feedback_columns import feedback_columns
+from offline_kto.precompute.records.text_files import Record
 
 _DECIMAL_COMMA = re.compile(r'"[+-]?[0-9]+,[0-9]+"')
 # Mistakes shown with their place; the others are counted.
 _SHOWN = 20
+# Records in which the label is looked for.
+_LOOKED_AT = 10_000
 
 
 def mistakes_in_rows(mistakes: Sequence[KTOError], config: PrecomputeConfig, data_format: DataFormat) -> KTOError:
@@ -65,6 +70,8 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         )
     if data_format.mapping is None and (key := judged_key(data_format.records(None))) is not None:
         return FeedbackError(f"{data}: no record has a label ({reasons}). {key.in_words()}")
+    if (nothing := _nothing_at_label(config, data_format)) is not None:
+        reasons = f"{reasons}; {nothing}"
     lines = feedback_columns(data_format.records(None))
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)
@@ -77,6 +84,24 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         f"{data}: no record has a label ({reasons}); found {names}. Name the column with --label-field, or "
         "describe the file with --map FILE."
     )
+
+
+def _nothing_at_label(config: PrecomputeConfig, data_format: DataFormat) -> str | None:
+    """Return a sentence about the first record if no record has a value at the path of the label; None otherwise."""
+    path: Path | None = None
+    mapping, label = data_format.mapping, data_format.label_paths
+    if mapping is None and config.label_field is not None:
+        path = option_path(config.label_field, "--label-field")
+    elif (
+        mapping is not None and label is not None and mapping.turns is None and mapping.each is None and not mapping.zip
+    ):
+        path = label.path or label.scores
+    first: tuple[str, Record] | None = None
+    for where, record in itertools.islice(data_format.records(None), _LOOKED_AT):
+        if path is None or path.find(record, where) is not None:
+            return None
+        first = first or (where, record)
+    return None if path is None or first is None else f"{first[0]}: {path.nothing(first[1])}"
 
 
 def one_class(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> FeedbackError:
@@ -128,6 +153,8 @@ def _unknown_labels(
         else "Name the desirable values with --up and the undesirable ones with --down"
         f"{', or pass --rating-threshold' * scale.is_numbers}."
     )
+    if data_format.mapping is not None and data_format.mapping.pair is not None:
+        advice = "Name these values under a_when and b_when of the pair in a mapping (--map FILE)."
     skip = (
         " --on-bad-row skip does not leave out unknown labels: a mapping (--map FILE) does, with `else: leave-out`."
         if config.on_bad_row == "skip"

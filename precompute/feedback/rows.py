@@ -222,7 +222,7 @@ class Feedback:
         for where, record in records:
             key = join.find(record, where)
             if key is None:
-                self.reject(where, FeedbackError(f"{where}: {join.source}: nothing at {quoted(join.text)}."))
+                self.reject(where, FeedbackError(f"{where}: {join.nothing(record)}."))
                 continue
             joined.setdefault(json.dumps(key, sort_keys=True, default=str), (where, []))[1].append(record)
         for where, rows in joined.values():
