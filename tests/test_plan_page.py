@@ -1,5 +1,6 @@
 """The printed plan: its lines fit into 100 columns whatever the data are."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,20 @@ def test_labels_of_rows_that_are_left_out_are_named_as_values(tmp_path: Path, mo
         plan = make_plan(config, tokenizer)
         shown += [line for line in describe(plan, plan.counts(), config, tokenizer) if line.startswith("labels")]
     assert ["values as read: " in line for line in shown] == [False, True]
+
+
+def test_one_of_each_is_singular(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = {"prompt": "long " * 500, "completion": "x", "label": True}
+    rows = [*texts(1), {"prompt": "other", "completion": "word " * 200, "label": False}, long]
+    write_rows(tmp_path / "feedback.jsonl", rows)
+    config = PrecomputeConfig(model="m", data="feedback.jsonl", max_length=128)
+    tokenizer = tiny_tokenizer()
+    plan = make_plan(config, tokenizer)
+    shown = "\n".join(describe(plan, plan.counts(), config, tokenizer))
+    assert "3 records -> 3 rows, 2 kept, dropped: 1 prompt too long" in shown
+    assert "1 completion, 1 mismatched completion (--max-length 128)" in shown
+    assert (
+        re.search(r"\b1 (rows|records|completions|mismatched completions|sequences|tokens|more values)\b", shown)
+        is None
+    )

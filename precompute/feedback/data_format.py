@@ -14,7 +14,7 @@ from offline_kto.kto_core.feedback.llama_factory import DatasetInfo, entry_for
 from offline_kto.kto_core.feedback.mapping import Mapping, with_label
 from offline_kto.kto_core.feedback.paths import option_path
 from offline_kto.kto_core.feedback.presets import named_mapping, recognised
-from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.records.documents import Records, records_in, table_in
@@ -182,7 +182,9 @@ class DataFormat:
         if found is None:
             return
         self._document = where, found
-        self.notes.append(f"{where} is one JSON object; its {len(found.records):,} records were read {found.place}.")
+        count = len(found.records)
+        were = "was" if count == 1 else "were"
+        self.notes.append(f"{where} is one JSON object; its {counted(count, 'record')} {were} read {found.place}.")
 
     def _dataset_info(self) -> DatasetInfo | None:
         """Return the file's entry in a dataset_info.json of LLaMA-Factory in the same folder."""
