@@ -19,7 +19,14 @@ from offline_kto.precompute.preview import block, visible, width
 _WIDTH = 100
 _INDENT = 12
 # Columns whose names suggest that they change the meaning of a row.
-_MATTERS = re.compile(r"split|system|score|rating|reward|feedback|thumb|vote|image|img|audio|video", re.IGNORECASE)
+_MATTERS = re.compile(
+    r"split|system|score|rating|reward|feedback|thumb|vote|image|img|audio|video|subset|partition|contexts?(?![a-z.])|documents|"
+    r"passages|knowledge|functions|quality|history|instruction|(?<![a-z])(?:fold|tools|grade|stars)(?![a-z])|"
+    r"^(?:messages|conversations)$",
+    re.IGNORECASE,
+)
+# Columns that identify feedback or say when it was given.
+_IDENTIFIES = re.compile(r"[_.](?:id|ids|date|at|time|timestamp)$", re.IGNORECASE)
 # Lines of each text of an example.
 _EXAMPLE_LINES = 4
 
@@ -141,7 +148,9 @@ def _examples(plan: Plan, tokenizer: Tokenizer) -> list[str]:
 def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     """Return warnings for the user, before scoring starts."""
     found = [*plan.notes]
-    matters = [name for name in plan.feedback.unused_columns() if _MATTERS.search(name)]
+    matters = [
+        name for name in plan.feedback.unused_columns() if _MATTERS.search(name) and not _IDENTIFIES.search(name)
+    ]
     matters += [name for name in plan.feedback.unused_beside() if MATTERS_BESIDE.search(name)]
     if matters:
         found.append(
