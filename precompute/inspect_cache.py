@@ -148,5 +148,5 @@ def _shown(row: CacheRow, tokenizer: Tokenizer) -> Iterator[str]:
 
 def _lines(title: str, text: str, width: int, most: int = 12) -> list[str]:
     lines = textwrap.wrap(text, width) or [""]
-    cut = [f"... {len(lines) - most} more lines"] if len(lines) > most else []
+    cut = [f"... {counted(len(lines) - most, 'more line')}"] if len(lines) > most else []
     return [title, *lines[:most], *cut]
