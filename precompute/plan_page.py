@@ -151,6 +151,7 @@ def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     matters = [
         name for name in plan.feedback.unused_columns() if _MATTERS.search(name) and not _IDENTIFIES.search(name)
     ]
+    matters = [name for name in matters if not any(note.startswith(f"'{name}' contradicts") for note in plan.notes)]
     matters += [name for name in plan.feedback.unused_beside() if MATTERS_BESIDE.search(name)]
     if matters:
         found.append(

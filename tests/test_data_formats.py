@@ -1024,7 +1024,7 @@ def test_the_lists_of_splits_in_a_document(tmp_path, outer, indent):
     assert rows == [up("q", "a"), down("r", "b")]
     (note,) = feedback.notes()
     name = "train" if outer is None else "data.train"
-    assert f'its 2 records were read under "{name}", and those under "{name[:-5]}test" were not' in note
+    assert f'its 2 records were read under "{name}"; --split chooses among train, test.' in note
     assert read(path, split="test")[0] == [up("t", "c")]
     assert read(path, split="all")[0] == [up("q", "a"), down("r", "b"), up("t", "c")]
     assert 'found ["train", "test"]' in refusal(path, split="validation")

@@ -425,3 +425,15 @@ def test_usual_words_beside_those_of_the_options_are_named(tmp_path):
 def test_a_word_that_is_up_and_down_names_the_options(tmp_path, up, down):
     with pytest.raises(ConfigError, match=r"^--up and --down: .* is in up and in down"):
         feedback(tmp_path / "f.jsonl", rows("label", [1, 0]), up=up, down=down)
+
+
+def test_a_rating_beside_an_empty_label_says_how_to_leave_it_out(tmp_path):
+    records = [{**one, "rating": 4} for one in rows("label", [True, None, False])]
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert (
+        "f.jsonl:2: there is a rating, 4, but no label. To leave out records without a label, pass --label-field label"
+        in message
+    )
+    labels, found = feedback(tmp_path / "f.jsonl", records, label_field="label")
+    assert labels == [True, False]
+    assert found.found.left_out.counts == {UNRATED: 1}

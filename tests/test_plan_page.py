@@ -165,3 +165,13 @@ def test_messages_with_documents_are_warned_of(tmp_path: Path, monkeypatch: pyte
         row["prompt"][0] |= {"documents": ["A page."], "name": "me"}
     write_rows(tmp_path / "feedback.jsonl", rows)
     assert warned(PrecomputeConfig(model="m", data="feedback.jsonl")) == ["prompt[].documents"]
+
+
+def test_a_column_that_contradicts_the_label_has_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "feedback.jsonl", [{**one, "rating": 1 + 4 * (i % 3 == 0)} for i, one in enumerate(texts(8))])
+    config = PrecomputeConfig(model="m", data="feedback.jsonl")
+    tokenizer = tiny_tokenizer()
+    plan = make_plan(config, tokenizer)
+    (warning,) = [line for line in describe(plan, plan.counts(), config, tokenizer) if line.startswith("warning")]
+    assert "'rating' contradicts the label that was read in 4 of 8 rows" in warning

@@ -278,6 +278,8 @@ def _label(record: Mapping[str, object], present: Mapping[str, object], where: s
         with contextlib.suppress(UnknownLabelError):
             fields.ratings.verdict(present["rating"], where, "rating")
         message = f"{where}: there is a rating, {quoted(present['rating'])}, but no label."
+        if names[0] in record:
+            message += f" To leave out records without a label, pass --label-field {names[0]}."
         raise UnknownLabelError(message, "rating", fields.ratings)
     what = f"'{names[0]}' is empty" if names[0] in record else f"there is no '{names[0]}'"
     raise LeftOut(UNRATED, f"{what}; {columns_in_words(present)}")

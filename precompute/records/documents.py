@@ -113,8 +113,7 @@ def _of_split(lists: Mapping[str, object], where: str, split: str) -> Records:
         raise no_split(where, split, by_name)
     key, value = by_name[split.lower()]
     assert isinstance(value, list)
-    others = ", ".join(quoted(name) for name in lists if name != key)
-    return Records(f"under {quoted(key)}, and those under {others} were not (--split)", value)
+    return Records(f"under {quoted(key)}; --split chooses among {', '.join(by_name)}", value)
 
 
 def _inner(document: Record) -> list[tuple[str, str, object]]:
