@@ -818,7 +818,7 @@ def test_choices_as_the_whole_output(tmp_path: Path) -> None:
 
 
 def test_files_that_resemble_an_application_s_are_read_as_what_they_are(tmp_path: Path) -> None:
-    plain = [{"prompt": "Hi", "response": "Hello", "feedbackScore": 1}]
+    plain = [{"prompt": "Hi", "response": "Hello", "feedbackScore": "up"}]
     assert read(write(tmp_path / "a.jsonl", plain), label_field="feedbackScore")[0] == [row("Hi", "Hello", True)]
     turns = [{"id": "1", "from": "user", "content": "Hi", "createdAt": "x"}, {"from": "assistant", "content": "Hello"}]
     assert read(write(tmp_path / "b.jsonl", [{"messages": turns, "label": True}]))[0] == [row("Hi", "Hello", True)]

@@ -4,13 +4,14 @@ import csv
 import gzip
 import io
 import json
+import shlex
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.left_out import EMPTY, NOT_CHOSEN, OTHER_SPLIT, SAME_ANSWERS, TIE, UNRATED
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
@@ -1431,3 +1432,133 @@ def test_a_conversation_beside_prompt_and_answer_is_not_read(tmp_path):
     rows, _, feedback = read(as_jsonl(tmp_path, [record]))
     assert rows == [up("q", "a")]
     assert feedback.unused_columns() == ["conversation"]
+
+
+SPLITS = {"train": ROWS, "test": [{"prompt": "t", "completion": "c", "label": True}]}
+
+
+@pytest.mark.parametrize("outer", [None, "data"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_the_lists_of_splits_in_a_document(tmp_path, outer, indent):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps(SPLITS if outer is None else {"version": 1, outer: SPLITS}, indent=indent))
+    rows, _, feedback = read(path)
+    assert rows == [up("q", "a"), down("r", "b")]
+    (note,) = feedback.notes()
+    name = "train" if outer is None else "data.train"
+    assert f'its 2 records were read under "{name}"; --split chooses among train, test.' in note
+    assert read(path, split="test")[0] == [up("t", "c")]
+    assert read(path, split="all")[0] == [up("q", "a"), down("r", "b"), up("t", "c")]
+    assert 'found ["train", "test"]' in refusal(path, split="validation")
+
+
+def test_a_document_of_finer_splits_asks_for_one(tmp_path):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps({"train_sft": ROWS, "train_prefs": ROWS}))
+    assert "Name the one to read: --split train_prefs." in refusal(path)
+    assert read(path, split="train_prefs")[0] == [up("q", "a"), down("r", "b")]
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ({"my_thumb": 1}, {"my_thumb": 0}),
+        ({"my_thumb": 1}, {"my_thumb": -1}),
+        ({"my_stars": 5}, {"my_stars": 1}),
+        ({"my rating": "hot"}, {"my rating": "cold"}),
+        ({"meta": {"vote": "up"}}, {"meta": {"vote": "down"}}),
+        ({"approved": True, "model": "m"}, {"approved": False}),
+    ],
+)
+@pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")])
+def test_feedback_under_an_unknown_key_of_messages_is_proposed(tmp_path, key, values, names):
+    column, role, text = names
+    users = [{role: "user", text: "q"}, {role: "user", text: "r"}]
+    answers = [{role: "assistant", text: "a", **key}, {role: "assistant", text: "b", **values}]
+    records = [{column: [users[0], answers[0], users[-1], answers[1]]}]
+    path = as_jsonl(tmp_path, records)
+    message = refusal(path)
+    assert "no record has a label" in message
+    (line,) = [one for one in message.splitlines() if "pass --label-field" in one]
+    assert "(of messages)" in line
+    words = shlex.split(line.split("pass ")[1].split(" (")[0].split(", ")[0])
+    options = {name[2:].replace("-", "_"): value for name, value in zip(words[::2], words[1::2], strict=False)}
+    assert [row[1] for row in read(path, **options)[0]] == [True, False]
+
+
+NESTED = [{"ask": "q", "out": {"text": "a"}, "l": True}, {"ask": "r", "out": {"text": "b"}, "l": False}]
+FIELDS = {"prompt_field": "ask", "completion_field": "out.text", "label_field": "l"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"prompt_field": "ask["},
+            ['--prompt-field: nothing at "ask["; the record has ["ask", "out", "l"]', "it ends too early"],
+        ),
+        ({"prompt_field": "asked"}, ['--prompt-field: nothing at "asked"; the record has ["ask", "out", "l"]']),
+        ({"completion_field": "out.txt"}, ['--completion-field: nothing at "out.txt"; "out" has ["text"]']),
+        ({"completion_field": "out.text.x"}, ['"out.text" is "a"']),
+        ({"completion_field": "out"}, ["'out'", 'its keys are ["text"]']),
+        ({"completion_field": "lenght(out)"}, ["there is no function lenght()", "'length'"]),
+        ({"completion_field": "join(out)"}, ["join() needs 2 arguments, got 1"]),
+        ({"label_field": "length(l)"}, ["--label-field", "length() needs text or a list or an object, got true"]),
+        ({"label_field": "ll"}, ['f.jsonl:1: --label-field: nothing at "ll"; the record has', "pass --label-field l"]),
+    ],
+)
+def test_messages_about_paths_of_options(tmp_path, options, words):
+    message = refusal(as_jsonl(tmp_path, NESTED), **{**FIELDS, **options})
+    assert "f.jsonl:1: " in message
+    for word in words:
+        assert word in message
+    for raw in ("Invalid jmespath", "Parse error", "received", "token"):
+        assert raw not in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            "prompt: ask[\ncompletion: out.text\nlabel: l",
+            'm.yaml: prompt: "ask[" is not a JMESPath expression: it ends too early.',
+        ),
+        ("prompt: ask out\ncompletion: out.text\nlabel: l", '"out" is not expected at character 5.'),
+        ("prompt: ask\ncompletion: out#text\nlabel: l", 'it cannot be read from character 4, "#text".'),
+        (
+            "prompt: ask\ncompletion: nofunc(out)\nlabel: l",
+            'm.yaml: completion: "nofunc(out)": there is no function nofunc().',
+        ),
+        ("prompt: ask\ncompletion: out.txt\nlabel: l", 'm.yaml: completion: nothing at "out.txt"; "out" has ["text"]'),
+        (
+            "prompt: ask\ncompletion: out.text\nlabel: lx",
+            'm.yaml: label: nothing at "lx"; the record has ["ask", "out", "l"]',
+        ),
+        ("prompt: ask\ncompletion: 'join(`,`, out)'\nlabel: l", "join() needs "),
+        ("conversation: ask\nlabel: l", 'm.yaml: conversation: "ask" must be a list of messages, got "q"'),
+        ("turns: {messages: outs, label: l}", 'm.yaml: turns: messages: nothing at "outs"; the record has'),
+        ("join: id\nturns: {messages: rows, label: l}", 'm.yaml: join: nothing at "id"; the record has'),
+        ("each: outs\nprompt: ask\ncompletion: item\nlabel: l", 'm.yaml: each: nothing at "outs"; the record has'),
+        ("records: all\nprompt: ask\ncompletion: out\nlabel: l", 'm.yaml: records: nothing at "all"; the record has'),
+        ("zip: {a: ask}\nprompt: item.a\ncompletion: item.a\nlabel: l", 'zip: must be lists, got {"a": "q"}'),
+        (
+            "prompt: ask\npair: {a: out.text, b: ask, better: l, a_when: [x], b_when: [y]}",
+            "names other values in a_when and b_when",
+        ),
+    ],
+)
+def test_messages_about_paths_of_a_mapping(tmp_path, lines, words):
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text(lines)
+    message = refusal(as_jsonl(tmp_path, NESTED), KTOError, map=str(mapping))
+    assert words in message
+    for raw in ("Invalid jmespath", "Parse error", "received", "token"):
+        assert raw not in message
+
+
+@pytest.mark.parametrize("name", ["rating (1-5)", "score(overall)", "What is [x]?", "a b"])
+def test_an_option_may_be_a_key_that_is_no_expression(tmp_path, name):
+    records = [{"prompt": "q", "completion": "a", name: 1}, {"prompt": "r", "completion": "b", name: 0}]
+    rows, _, feedback = read(as_jsonl(tmp_path, records), label_field=name)
+    assert rows == [up("q", "a"), down("r", "b")]
+    assert feedback.unused_columns() == []

@@ -175,12 +175,15 @@ class Mapping:
             if not isinstance(items, list) and items is not None:
                 raise FeedbackError(f"{where}: {self.each.source}: must be a list, got {quoted(items)}.")
             if not items:
-                raise LeftOut(EMPTY, f"{self.each.source}: nothing at {quoted(self.each.text)}")
+                raise LeftOut(EMPTY, self.each.nothing(record))
             for index, item in enumerate(items):
                 yield {**record, "item": item, "index": index}
         elif self.zip:
             columns = {name: path.open(record, where) for name, path in self.zip.items()}
             lists = {name: value for name, value in columns.items() if isinstance(value, list)}
+            values = [value for value in columns.values() if value is not None]
+            if values and not lists:
+                raise FeedbackError(f"{where}: {self.name}: zip: must be lists, got {quoted(columns)}.")
             sizes = {name: len(value) for name, value in lists.items()}
             for name in columns.keys() - lists.keys():  # for example an unrated record
                 lists[name] = [None] * max(sizes.values(), default=0)
@@ -205,17 +208,17 @@ class Mapping:
         row: Native = {}
         if self.pair is not None:
             chosen, rejected = self.pair.sides(data, where)
-            row["chosen"] = self.answer(chosen, where, self.pair.first)
-            row["rejected"] = self.answer(rejected, where, self.pair.second)
+            row["chosen"] = self.answer(chosen, self.pair.first, data, where)
+            row["rejected"] = self.answer(rejected, self.pair.second, data, where)
             row |= {name: data[name] for name in self.pair.ratings if data.get(name) is not None}
         else:
             assert self.label is not None
             row["label"] = self.label.verdict(data, where)
         if self.conversation is not None:
             value = self._asked(self.conversation, data, where)
-            row["messages"] = self.answer(value, where, self.conversation)
+            row["messages"] = self._messages(value, where, self.conversation)
         if self.completion is not None:
-            row["completion"] = self.answer(self.completion.find(data, where), where, self.completion)
+            row["completion"] = self.answer(self.completion.find(data, where), self.completion, data, where)
         if self.prompt is not None:
             row["prompt"] = as_turns(self._asked(self.prompt, data, where), where, self.prompt.text)
         if self._is_one_conversation(row):
@@ -244,13 +247,22 @@ class Mapping:
         """Return the value at a path. Raises: LeftOut: there is none."""
         value = path.find(data, where)
         if value in (None, "", [], {}):
-            raise LeftOut(NO_PROMPT, f"{path.source}: nothing at {quoted(path.text)}")
+            raise LeftOut(NO_PROMPT, path.nothing(data))
         return value
 
-    def answer(self, value: object, where: str, path: Path) -> Turns:
+    def _messages(self, value: object, where: str, path: Path) -> Turns:
+        """Return a conversation without the text that `strip` matches. Raises: FeedbackError: it is text."""
+        turns = as_turns(value, where, path.text)
+        if isinstance(turns, str):
+            raise FeedbackError(
+                f"{where}: {path.source}: {quoted(path.text)} must be a list of messages, got {quoted(turns)}."
+            )
+        return self.stripped(turns)
+
+    def answer(self, value: object, path: Path, data: Record, where: str) -> Turns:
         """Return an answer without the text that `strip` matches. Raises: LeftOut: there is no value."""
         if value in (None, [], {}):
-            raise LeftOut(EMPTY, f"{path.source}: nothing at {quoted(path.text)}")
+            raise LeftOut(EMPTY, path.nothing(data))
         return self.stripped(as_turns(value, where, path.text))
 
     def stripped(self, turns: Turns) -> Turns:
@@ -299,4 +311,4 @@ def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None) -> Ma
 
 def _unused(rule: LabelRule) -> LabelRule:
     """Return a copy of a rule without counts: the package's mappings are shared."""
-    return dataclasses.replace(rule, seen=Counter())
+    return dataclasses.replace(rule, seen=Counter(), numbers={})

@@ -291,7 +291,12 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
             raise LeftOut(MEDIA, f"'{key}' of {what}")
     role = _take(given, _ROLE_KEYS)
     if not isinstance(role, str):
-        raise FeedbackError(f"{where}: {what} needs a 'role' that is a string, got {quoted(role)}.")
+        keys = (
+            f"; its keys are {quoted(list(given), 200)}. If one of them has the text, name that key"
+            if role is None
+            else ""
+        )
+        raise FeedbackError(f"{where}: {what} needs a 'role' that is a string, got {quoted(role)}{keys}.")
     role = ROLES.get(role.strip().lower(), role)
     content = _take(given, TEXT_KEYS)
     refusal = given.pop("refusal", None)

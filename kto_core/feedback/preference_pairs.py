@@ -24,12 +24,12 @@ from offline_kto.kto_core.feedback.json_values import canonical_json
 from offline_kto.kto_core.feedback.labels import number_in
 from offline_kto.kto_core.feedback.left_out import SAME_ANSWERS, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Turns, as_conversation, as_turns
-from offline_kto.kto_core.feedback.paths import key_path
+from offline_kto.kto_core.feedback.paths import Path, key_path
 from offline_kto.kto_core.feedback.quoting import quoted
 
 
 def is_pair(record: Mapping[str, object], fields: FeedbackFields) -> bool:
-    if fields.completion is not None and fields.completion.find(record, "") is not None:
+    if fields.completion is not None and _has_value(fields.completion, record):
         return False
     return record.get("chosen") is not None and record.get("rejected") is not None
 
@@ -61,6 +61,13 @@ def check_sides_are_answers(record: Mapping[str, object], where: str) -> None:
             f"{key_path(named[1])}, better: chosen, a_when: [{quoted(chosen)}], b_when: [{quoted(rejected)}]}}` and the path of the "
             "prompt."
         )
+
+
+def _has_value(path: Path, record: Mapping[str, object]) -> bool:
+    try:
+        return path.find(record, "") is not None
+    except FeedbackError:  # reported with its place where the completion is read
+        return True
 
 
 def pair_in(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[Turns, tuple[Turns, ...]]:

@@ -186,6 +186,10 @@ def _single(
         elif (before := _conversation_before(present, value, where)) is not None:
             prompt, form = before[1], f"{before[0]} + {name}"
         else:
+            if fields.prompt is not None and fields.prompt.text not in record:
+                raise FeedbackError(
+                    f"{where}: {fields.prompt.nothing(present)}. Name the prompt's column with --prompt-field."
+                )
             missing = "prompt" if fields.prompt is None else fields.prompt.text
             if missing in record:
                 raise FeedbackError(f"{where}: '{missing}' is empty. Write the prompt, or remove the row.")
@@ -279,10 +283,11 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
             return _UnknownFormatError(
                 f"{where}: there is '{here}' but no '{missing}'; {columns_in_words(present)}. {todo} the file with --map FILE."
             )
-    if fields.completion is not None or fields.prompt is not None:
-        name = "completion" if fields.completion is None else fields.completion.text
+    if fields.completion is not None:
+        return _UnknownFormatError(f"{where}: {fields.completion.nothing(present)}. Check --completion-field.")
+    if fields.prompt is not None:
         return _UnknownFormatError(
-            f"{where}: there is no '{name}'; {columns_in_words(present)}. Check --completion-field."
+            f"{where}: there is no 'completion'; {columns_in_words(present)}. Check --completion-field."
         )
     return _UnknownFormatError(
         f"{where}: none of the known formats; {columns_in_words(present)}. Give it prompt, completion and label (or"
@@ -318,6 +323,8 @@ def _label(record: Mapping[str, object], present: Mapping[str, object], where: s
         with contextlib.suppress(UnknownLabelError):
             fields.ratings.verdict(present["rating"], where, "rating")
         message = f"{where}: there is a rating, {quoted(present['rating'])}, but no label."
+        if names[0] in record:
+            message += f" To leave out records without a label, pass --label-field {names[0]}."
         raise UnknownLabelError(message, "rating", fields.ratings)
     what = f"'{names[0]}' is empty" if names[0] in record else f"there is no '{names[0]}'"
     raise LeftOut(UNRATED, f"{what}; {columns_in_words(present)}")

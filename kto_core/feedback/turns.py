@@ -110,7 +110,7 @@ class _Conversation:
         self._mapping, self._spec, self._where = mapping, turns, where
         found = turns.messages.open(record, where)
         if found is None:
-            raise LeftOut(MISSING_TURNS, f"{turns.messages.source}: nothing at {quoted(turns.messages.text)}")
+            raise LeftOut(MISSING_TURNS, turns.messages.nothing(record))
         found = list(found.values()) if isinstance(found, dict) else found
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise FeedbackError(f"{where}: {turns.messages.source}: must be a list of turns, got {quoted(found)}.")

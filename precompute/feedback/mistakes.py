@@ -1,5 +1,6 @@
 """Report feedback that cannot be used: mistakes in rows, unknown labels, no usable row, one class only."""
 
+import itertools
 import re
 import shlex
 from collections import Counter
@@ -9,16 +10,19 @@ from offline_kto.kto_core.errors import FeedbackError, KTOError
 from offline_kto.kto_core.feedback.columns import PROMPTS
 from offline_kto.kto_core.feedback.labels import Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, UNRATED
-from offline_kto.kto_core.feedback.paths import key_path
+from offline_kto.kto_core.feedback.paths import Path, key_path, option_path
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
 from offline_kto.precompute.records.feedback_columns import feedback_columns
+from offline_kto.precompute.records.text_files import Record
 
 _DECIMAL_COMMA = re.compile(r'"[+-]?[0-9]+,[0-9]+"')
 # Mistakes shown with their place; the others are counted.
 _SHOWN = 20
+# Records in which the label is looked for.
+_LOOKED_AT = 10_000
 
 
 def mistakes_in_rows(mistakes: Sequence[KTOError], config: PrecomputeConfig, data_format: DataFormat) -> KTOError:
@@ -72,6 +76,8 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
             f"{data}: no record has a label ({reasons}). {data_format.mapping.name}: the feedback is read from "
             f"{quoted(path.text, 200)}. Check that the export contains it, or name another field with --label-field."
         )
+    if (nothing := _nothing_at_label(config, data_format)) is not None:
+        reasons = f"{reasons}; {nothing}"
     lines = feedback_columns(data_format.records(None))
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)
@@ -107,6 +113,24 @@ def _prompt_in(columns: Collection[str]) -> str:
     return next((name for name in (*PROMPTS, "instruction", "input") if name in columns), "PROMPT")
 
 
+def _nothing_at_label(config: PrecomputeConfig, data_format: DataFormat) -> str | None:
+    """Return a sentence about the first record if no record has a value at the path of the label; None otherwise."""
+    path: Path | None = None
+    mapping, label = data_format.mapping, data_format.label_paths
+    if mapping is None and config.label_field is not None:
+        path = option_path(config.label_field, "--label-field")
+    elif (
+        mapping is not None and label is not None and mapping.turns is None and mapping.each is None and not mapping.zip
+    ):
+        path = label.path or label.scores
+    first: tuple[str, Record] | None = None
+    for where, record in itertools.islice(data_format.records(None), _LOOKED_AT):
+        if path is None or path.find(record, where) is not None:
+            return None
+        first = first or (where, record)
+    return None if path is None or first is None else f"{first[0]}: {path.nothing(first[1])}"
+
+
 def one_class(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> FeedbackError:
     """Return the error about rows that are all desirable, or all undesirable."""
     name = "desirable" if found.labels[True] else "undesirable"
@@ -123,6 +147,15 @@ def one_class(config: PrecomputeConfig, data_format: DataFormat, found: Found) -
     return FeedbackError(
         f"{config.data}: every row is {name}{values}: KTO needs both classes.{more} Check the labels: {advice}. "
         "If this is intended, pass --one-class."
+    )
+
+
+def unclear_rating(config: PrecomputeConfig, name: str) -> FeedbackError:
+    """Return the error about a rating that is always 1, which is the best of some scales and the worst of others."""
+    field = "" if config.label_field is None else f"--label-field {shlex.quote(config.label_field)} "
+    return FeedbackError(
+        f"{config.data}: '{name}' is 1 wherever it has a value, so its scale is not known: 1 is the best of 0 and 1, and the "
+        f"worst of 1 to 5. Pass {field}--up 1 --down 0 if 1 is good, or {field}--up '>=4' --down '<=2' if it is bad."
     )
 
 
@@ -146,11 +179,15 @@ def _unknown_labels(
     advice = (
         f"If that is the scale, pass {name}{proposal}."
         if proposal
+        else "These are usual words for labels: remove --up and --down."
+        if scale.is_usual and config.up is not None and config.down is not None
         else "Write decimal numbers with a point."
         if any(_DECIMAL_COMMA.fullmatch(value) for value in scale.counts)
         else "Name the desirable values with --up and the undesirable ones with --down"
         f"{', or pass --rating-threshold' * scale.is_numbers}."
     )
+    if data_format.mapping is not None and data_format.mapping.pair is not None:
+        advice = "Name these values under a_when and b_when of the pair in a mapping (--map FILE)."
     skip = (
         " --on-bad-row skip does not leave out unknown labels: a mapping (--map FILE) does, with `else: leave-out`."
         if config.on_bad_row == "skip"
