@@ -43,6 +43,7 @@ ONLY_IN = {
     "vllm": {"precompute/engines/vllm_scorer.py"},
     "peft": {"train/model/lora.py"},
     "optuna": {"train/sweep/study.py"},
+    "triton": {"kto_core/scoring/head_tiles_triton.py"},
     "plotly": {"train/report/figures.py", "train/report/sweep_figures.py"},
 }
 NOT_IN = {
