@@ -19,20 +19,21 @@ TYPES = {
     "products": "*fp32",
     "targets": "*i64",
     "bias": "*bf16",
-    **dict.fromkeys(("stride", "out_stride", "first", "columns"), "i32"),
+    **dict.fromkeys(("stride", "out_stride", "first", "columns", "padded"), "i32"),
     **dict.fromkeys(("largest", "total", "chosen", "logsumexp", "grad"), "*fp32"),
     "out": "*bf16",
 }
 
 
 def compiled(function: triton.JITFunction, capability: int, softcap: float | None) -> str:
-    """Return the PTX of a kernel for tiles of a vocabulary that is a multiple of 16; it was assembled, too."""
+    """Return the PTX of a kernel, as compiled when rows are aligned; it was assembled, too."""
     names = function.arg_names
+    aligned = [i for i, name in enumerate(names) if name in TYPES and name not in ("first", "columns")]
     source = ASTSource(
         function,
         {name: TYPES.get(name, "constexpr") for name in names},
         constexprs={"scale": 0.5, "softcap": softcap, "block": head_tiles_triton.BLOCK},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in TYPES and name != "first"},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=head_tiles_triton.LAUNCH)
     assert result.asm["cubin"]

@@ -19,7 +19,7 @@ from models import random_rows, tiny_model
 from offline_kto.kto_core.scoring import cuda_head
 from offline_kto.kto_core.scoring.cuda_head import tiled_logps
 from offline_kto.kto_core.scoring.head import Head, add_gradients_in_place, selected_logps
-from offline_kto.kto_core.scoring.head_tiles import PLAIN, TileOperations
+from offline_kto.kto_core.scoring.head_tiles import PLAIN, Normalizer, Tile, TileOperations
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
 from offline_kto.kto_core.scoring.sequences import pad_sequences
 
@@ -196,9 +196,10 @@ def test_a_second_backward_pass_gives_the_same_gradients(dtype):
 
 
 @only_once
-def test_without_gradients_the_values_are_the_same():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_values_are_the_same(mode):
     head, hidden, targets = case("all", 9)
-    with torch.no_grad():
+    with mode():
         values = tiled(hidden, targets, head)
     assert not values.requires_grad
     assert torch.equal(values, tiled(hidden, targets, head))
@@ -217,6 +218,24 @@ def test_a_target_outside_the_vocabulary_has_no_score():
     head, hidden, targets = case("plain", 4)
     targets[2], targets[3] = -1, VOCABULARY
     assert tiled(hidden, targets, head).isnan().tolist() == [False, False, True, True]
+
+
+def test_memory_between_the_rows_of_a_tile_has_no_influence():
+    """Triton reads it, so that rows are read 16 bytes at a time."""
+    torch.manual_seed(0)
+    logits, targets, grad = torch.randn(TOKENS, 43), torch.tensor([0, 42, 50, 7]), torch.randn(TOKENS)
+    targets = targets + 100
+    inside = torch.tensor([True, True, False, True])
+    results = []
+    for operations, width in ((PLAIN, 43), (OPERATIONS, 48)):
+        products, out = torch.full((2, TOKENS, width), torch.nan)[..., :43]
+        normalizer = Normalizer.start(TOKENS, products, torch.float32)
+        operations.logsumexp_and_target(Tile(products.copy_(logits), targets, 100, None, 0.5, 2.0), normalizer)
+        tile = Tile(products.copy_(logits), targets, 100, None, 0.5, 2.0)
+        operations.logits_to_gradient(tile, normalizer.logsumexp(), grad, out)
+        results.append([normalizer.logps()[inside], normalizer.logsumexp(), out])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
 
 
 def test_weights_that_are_no_numbers_give_no_score():

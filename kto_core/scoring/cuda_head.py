@@ -155,7 +155,7 @@ class _Tiles:
         self._flow: Tensor | None = None
 
     def _empty(self, dtype: torch.dtype) -> Tensor:
-        # The rows of a narrower tile keep this distance, because products are slow on rows that are not aligned.
+        # Rows keep this distance in narrower tiles too: reading and writing rows that are not aligned is slow.
         width = -(-self._width // 16) * 16
         return torch.empty(self._height, width, dtype=dtype, device=self.hidden.device)
 
@@ -221,17 +221,21 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @functools.cache
 def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether products of 16-bit numbers can be added to float32: since torch 2.10, on CUDA and newer ROCm."""
+    """Return whether products of 16-bit numbers can be added to float32.
+
+    They can since torch 2.10, which allows `addmm` a sum of another dtype, on CUDA and newer versions of ROCm.
+    """
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     total = torch.zeros(16, 16, device=device)
     try:
-        _product(ones, ones, out=total)
-        _add_product(total, ones, ones)
+        with torch.autocast(device.type, enabled=False):
+            _product(ones, ones, out=total)
+            _add_product(total, ones, ones)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError):
         return False
-    return True
+    return bool((total == 32).all())
 
 
 @functools.cache
@@ -251,8 +255,7 @@ def _best_operations(device: torch.device) -> TileOperations:
         TRITON.logsumexp_and_target(tile, Normalizer.start(16, tile.products, torch.float32))
     except torch.OutOfMemoryError:
         raise
-    # Triton is missing on Windows, needs a C compiler, and supports recent GPUs only; each fails in its own way.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - Windows has no Triton; without a C compiler it fails in its own ways
         warn(f"The output layer runs in plain torch, which is slower, because Triton fails: {error}")
         return PLAIN
     return TRITON

@@ -17,7 +17,8 @@ class Tile(NamedTuple):
     The logits are `softcap * tanh((products + bias) * scale / softcap)`, as in `head.Head`.
 
     Attributes:
-        products: float32 or float64, shape (tokens, columns), rows contiguous. The operations may overwrite it.
+        products: float32 or float64, shape (tokens, columns). Columns are contiguous; if rows are farther apart than
+            they are long, what is between them may be overwritten, as may the products.
         targets: int64, shape (tokens,); token ids in the whole vocabulary.
         first: token id of the first column.
         bias: shape (columns,), or None.
@@ -70,7 +71,8 @@ class TileOperations(NamedTuple):
     Attributes:
         logsumexp_and_target: (tile, normalizer) adds the tile's columns to the statistics of its tokens.
         logits_to_gradient: (tile, logsumexp, grad, out) writes the gradient by `products` of
-            `sum(grad * (logits[targets] - logsumexp))` to `out`, in its dtype; `out` may be `products`.
+            `sum(grad * (logits[targets] - logsumexp))` to `out`, in its dtype; `out` is laid out like `products`, and
+            may be it.
             `logsumexp` and `grad` are contiguous, have the dtype of `products` and shape (tokens,).
     """
 

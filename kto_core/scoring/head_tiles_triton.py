@@ -28,8 +28,9 @@ def _to_logits(products, scale: tl.constexpr, softcap: tl.constexpr):
     return logits
 
 
-# The token id of a tile's first column differs between tiles, which are no reason to compile again.
-@triton.jit(do_not_specialize=["first"])
+# `first` and `columns` differ between tiles, which is no reason to compile again. `padded` is mostly a multiple of 16: the
+# compiler then knows that 16 bytes at a time may be read, whatever the size of the vocabulary.
+@triton.jit(do_not_specialize=["first", "columns"])
 def logsumexp_and_target(
     products,
     stride,
@@ -40,6 +41,7 @@ def logsumexp_and_target(
     chosen,
     first,
     columns,
+    padded,
     scale: tl.constexpr,
     softcap: tl.constexpr,
     block: tl.constexpr,
@@ -52,7 +54,7 @@ def logsumexp_and_target(
     for start in range(0, columns, block):
         offsets = start + tl.arange(0, block)
         inside = offsets < columns
-        values = tl.load(products + offsets, mask=inside, other=0.0)
+        values = tl.load(products + offsets, mask=offsets < padded, other=0.0)
         if bias is not None:
             values += tl.load(bias + offsets, mask=inside, other=0.0).to(values.dtype)
         logits = tl.where(inside, _to_logits(values, scale, softcap), -float("inf"))
@@ -69,7 +71,7 @@ def logsumexp_and_target(
         tl.store(chosen + row, _to_logits(value, scale, softcap))
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "columns"])
 def logits_to_gradient(
     products,
     stride,
@@ -81,6 +83,7 @@ def logits_to_gradient(
     grad,
     first,
     columns,
+    padded,
     scale: tl.constexpr,
     softcap: tl.constexpr,
     block: tl.constexpr,
@@ -88,10 +91,9 @@ def logits_to_gradient(
     """Write the gradient by one block of one row of products. `out` may be `products`: each is read before written."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * block + tl.arange(0, block)
-    inside = offsets < columns
-    values = tl.load(products + row * stride + offsets, mask=inside, other=0.0)
+    values = tl.load(products + row * stride + offsets, mask=offsets < padded, other=0.0)
     if bias is not None:
-        values += tl.load(bias + offsets, mask=inside, other=0.0).to(values.dtype)
+        values += tl.load(bias + offsets, mask=offsets < columns, other=0.0).to(values.dtype)
     logits = _to_logits(values, scale, softcap)
     # d logp / d logits = onehot(target) - softmax(logits)
     probabilities = tl.exp(logits - tl.load(logsumexp + row))
@@ -100,7 +102,12 @@ def logits_to_gradient(
     if softcap is not None:
         slope = logits / softcap
         flow *= 1.0 - slope * slope
-    tl.store(out + row * out_stride + offsets, (flow * scale).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + offsets, (flow * scale).to(out.dtype.element_ty), mask=offsets < padded)
+
+
+def _padded(columns: int, *tiles: Tensor) -> int:
+    """Return the columns rounded up to a multiple of 16, as far as the rows of these tiles are in memory."""
+    return min(-(-columns // 16) * 16, *(tile.stride(0) for tile in tiles))
 
 
 def _logsumexp_and_target(tile: Tile, normalizer: Normalizer) -> None:
@@ -114,6 +121,7 @@ def _logsumexp_and_target(tile: Tile, normalizer: Normalizer) -> None:
             *normalizer,
             tile.first,
             columns,
+            _padded(columns, tile.products),
             scale=tile.scale,
             softcap=tile.softcap,
             block=BLOCK,
@@ -135,6 +143,7 @@ def _logits_to_gradient(tile: Tile, logsumexp: Tensor, grad: Tensor, out: Tensor
             grad,
             tile.first,
             columns,
+            _padded(columns, tile.products, out),
             scale=tile.scale,
             softcap=tile.softcap,
             block=BLOCK,
