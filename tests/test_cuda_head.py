@@ -23,6 +23,8 @@ from offline_kto.kto_core.scoring.head_tiles import PLAIN, Normalizer, Tile, Til
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
 from offline_kto.kto_core.scoring.sequences import pad_sequences
 
+# In the interpreter, numpy warns of what is computed from uninitialised memory between rows, and then left out.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS, COLUMNS, VOCABULARY = 4, 16, 43  # the last tile has 11 columns: one block and three columns of another
@@ -83,7 +85,7 @@ def test_all_of_this_in_triton_s_interpreter(tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r"2\d passed", run.stdout)
+    assert re.search(r"[23]\d passed", run.stdout)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,9 @@ def test_a_target_outside_the_vocabulary_has_no_score():
     assert tiled(hidden, targets, head).isnan().tolist() == [False, False, True, True]
 
 
-def test_memory_between_the_rows_of_a_tile_has_no_influence():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("there", [torch.nan, torch.inf, 3e38])
+def test_memory_between_the_rows_of_a_tile_has_no_influence(there, softcap):
     """Triton reads it, so that rows are read 16 bytes at a time."""
     torch.manual_seed(0)
     logits, targets, grad = torch.randn(TOKENS, 43), torch.tensor([0, 42, 50, 7]), torch.randn(TOKENS)
@@ -228,10 +232,10 @@ def test_memory_between_the_rows_of_a_tile_has_no_influence():
     inside = torch.tensor([True, True, False, True])
     results = []
     for operations, width in ((PLAIN, 43), (OPERATIONS, 48)):
-        products, out = torch.full((2, TOKENS, width), torch.nan)[..., :43]
+        products, out = torch.full((2, TOKENS, width), there)[..., :43]
         normalizer = Normalizer.start(TOKENS, products, torch.float32)
-        operations.logsumexp_and_target(Tile(products.copy_(logits), targets, 100, None, 0.5, 2.0), normalizer)
-        tile = Tile(products.copy_(logits), targets, 100, None, 0.5, 2.0)
+        operations.logsumexp_and_target(Tile(products.copy_(logits), targets, 100, None, 0.5, softcap), normalizer)
+        tile = Tile(products.copy_(logits), targets, 100, None, 0.5, softcap)
         operations.logits_to_gradient(tile, normalizer.logsumexp(), grad, out)
         results.append([normalizer.logps()[inside], normalizer.logsumexp(), out])
     for one, other in zip(*results, strict=True):
