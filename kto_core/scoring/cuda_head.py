@@ -8,10 +8,10 @@ whole rows and a fused softmax.
 
 Products of 16-bit numbers are summed and stored in float32:
 
-- Logits, because bfloat16 has steps of 0.06 between 16 and 32. Log-ratios of a policy that has not moved would not be 0
-  but noise of that size, and so would differences from the cached reference. The price is 4 more bytes of memory
-  traffic for a logit each time a tile is written and read. The tile is half as wide as a 16-bit one would be, and takes
-  256 MiB, too. Its gradient, the operand of two more products, is written in the compute type.
+- Logits. bfloat16 rounds those between 16 and 32 by up to 0.06 nats, so that two computations of the same log-probability,
+  the reference's and the policy's, differ by more than all that comes before. The price is 4 bytes of memory traffic
+  more for each logit and pass. A tile is half as wide as one of 16 bits would be, and takes 256 MiB, too. Its gradient,
+  the operand of two more products, is written in the compute type.
 - Gradients of weight and hidden states, which are sums over many tiles. In bfloat16, a sum stops growing at 256 times
   the size of its terms. A 16-bit weight gets its gradient rounded once.
 
