@@ -87,8 +87,12 @@ class Sequences(NamedTuple):
         return self.rows > len(self.input_ids)
 
     def to(self, device: torch.device | str) -> "Sequences":
-        moved = (tensor.to(device, non_blocking=True) for tensor in self[:7])
-        return Sequences(*moved, rows=self.rows, tokens=self.tokens, widest=self.widest)
+        ids, positions, real, predicts, targets, row_of_token, boundaries = (
+            tensor.to(device, non_blocking=True) for tensor in self[:7]
+        )
+        return Sequences(
+            ids, positions, real, predicts, targets, row_of_token, boundaries, self.rows, self.tokens, self.widest
+        )
 
 
 def pad_sequences(rows: Sequence[TokenIds], widths: Widths = Widths()) -> Sequences:  # noqa: B008 (immutable)

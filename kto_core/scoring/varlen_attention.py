@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from offline_kto.kto_core.errors import ModelError
@@ -95,9 +96,9 @@ def _attention(sdpa: Attend) -> Attend:
             what = unknown[0] if unknown else "attention to later tokens"
             raise ModelError(f"--attention {VARLEN}: {type(module).__name__} needs {what}. Use --attention sdpa.")
         window = (sliding_window - 1 if sliding_window is not None else -1, 0)
-        flat = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))  # (tokens, heads, size)
+        q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))  # (tokens, heads, size)
         attend = _with_kernel if query.is_cuda else _one_by_one
-        found = attend(*flat, cu_seq_lens_q, max_length_q, window, scaling)
+        found = attend(q, k, v, cu_seq_lens_q, max_length_q, window, scaling)
         return found.unflatten(0, (query.shape[0], query.shape[2])), None
 
     return attention
@@ -122,9 +123,10 @@ def _with_kernel(
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
     query, key, value = (one.to(dtype) for one in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
-    found: Tensor = varlen_attn(
+    found = varlen_attn(
         query, key, value, boundaries, boundaries, widest, widest, scale=scale, window_size=window, enable_gqa=gqa
     )
+    assert isinstance(found, Tensor)
     return found
 
 
@@ -139,16 +141,16 @@ def _one_by_one(
 ) -> Tensor:
     lengths = boundaries.diff().tolist()
     parts = []
-    for one in zip(*(whole.split(lengths) for whole in (query, key, value)), strict=True):
-        heads_first = [part.transpose(0, 1)[None] for part in one]  # (1, heads, length, size)
-        length = len(one[0])
-        far = window[0] >= 0 and length > window[0] + 1
-        steps = torch.arange(length, device=query.device)
-        ago = steps[:, None] - steps
-        mask = (ago >= 0) & (ago <= window[0]) if far else None
-        gqa = query.shape[1] != key.shape[1]
-        found = torch.nn.functional.scaled_dot_product_attention(
-            *heads_first, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        mask = None
+        if 0 <= window[0] < len(q) - 1:
+            steps = torch.arange(len(q), device=q.device)
+            ago = steps[:, None] - steps
+            mask = (ago >= 0) & (ago <= window[0])
+        q, k, v = (one.transpose(0, 1)[None] for one in (q, k, v))  # (1, heads, length, size)
+        gqa = q.shape[1] != k.shape[1]
+        found = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
         )
         parts.append(found[0].transpose(0, 1))
     return torch.cat(parts)

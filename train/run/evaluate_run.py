@@ -87,6 +87,7 @@ def evaluate_run(config: TrainConfig) -> Path:
     if main:
         tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
         tell(f"policy      {run} ({precision.name} on {device})")
+        tell(f"attention   {files.attention.in_words}")
         tell(f"scored      {scored_in_words(manifest)}")
         shortened = shortened_in_words(held_out.cache.shortened, held_out.cache.max_length)
         tell(f"rows        {len(held_out.indices):,}: {rows.what}{shortened}")

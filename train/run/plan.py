@@ -42,6 +42,7 @@ def print_plan(
     )
     adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
     tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
+    tell(f"attention   {files.attention.in_words}")
     loss = "" if config.loss == "kto" else f"loss {config.loss}, "
     tell(
         f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
