@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from models import FAMILIES, random_rows, save_tiny, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.scoring.attention import can_pack, is_flash, packs_on, takes_boundaries
 from offline_kto.kto_core.scoring.known_boundaries import current_batch, known_boundaries, row_of_slot
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, check_scoring, token_logps
@@ -22,9 +24,11 @@ from offline_kto.kto_core.scoring.sequences import Widths, pack_sequences, pad_s
 from offline_kto.kto_core.scoring.shared_prompts import share_prompts
 from offline_kto.kto_core.scoring.varlen_attention import VARLEN, register_varlen
 from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.engines.transformers_scorer import TransformersScorer
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.train_run import train
+from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 
 CPU = torch.device("cpu")
 SYNCS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal", "aten.item")
@@ -144,6 +148,33 @@ def test_experts_may_move_as_much_as_in_separate_rows():
 def test_scores_that_differ_from_those_of_padded_rows_are_found_out():
     assert "differ by 0.1" in str(Packing(moved=0.0, moved_apart=0.0, differs=0.1).why_not(0.05))
     assert Packing(moved=float("nan"), moved_apart=0.0, differs=0.0).why_not(0.05) is not None
+
+
+@pytest.mark.parametrize(("attention", "packs"), [("leaky", False), (VARLEN, True)])
+def test_both_stages_pack_only_after_the_check(attention, packs, monkeypatch, capsys):
+    for place in ("precompute.engines.transformers_scorer", "train.trainer.prepared_policy"):
+        monkeypatch.setattr(f"offline_kto.{place}.can_pack", lambda model, device: True)
+    model, rows, said = model_of(attention=attention), random_rows(12), []
+    scorer = TransformersScorer(model, Precision(torch.float32), say=said.append)
+    assert not scorer.packs
+    scorer.self_check(rows)
+    ranks = SimpleNamespace(least=lambda value: value, rank=0)
+    policy = PreparedPolicy(model, CPU, ranks=ranks, max_tokens=100, rounding=1.0)
+    policy.check_packing(rows[:2])
+    assert (scorer.packs, policy.packs) == (packs, packs)
+    said += capsys.readouterr().out.splitlines()
+    assert len(said) == (0 if packs else 2)
+    assert all("rows are padded, not concatenated: scores of a sequence would move by" in line for line in said)
+
+
+def test_rows_are_padded_where_there_are_too_few_to_check():
+    model = model_of(attention=VARLEN)
+    policy = PreparedPolicy(model, CPU, ranks=SimpleNamespace(least=int, rank=0), max_tokens=100, rounding=1.0)
+    policy.check_packing(random_rows(1))
+    assert not policy.packs
+    scorer = TransformersScorer(model, Precision(torch.float32))
+    scorer.self_check(random_rows(1))
+    assert not scorer.packs
 
 
 # --- varlen ----------------------------------------------------------------------------------------
@@ -300,9 +331,14 @@ def test_calls_outside_of_a_scoring_pass_are_searched_as_before():
 
 def test_an_error_in_a_pass_leaves_no_batch_behind():
     batch = pad_sequences(random_rows(2))
-    with pytest.raises(RuntimeError), known_boundaries(batch):
-        assert current_batch() is batch
-        raise RuntimeError
+
+    def fail():
+        with known_boundaries(batch):
+            assert current_batch() is batch
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert current_batch() is None
 
 

@@ -121,8 +121,7 @@ class ScorerFields(TypedDict, total=False):
     Attributes:
         backend: str; transformers or vllm.
         versions: object, library -> version.
-        attention: str; the attention implementation that scored, absent if vLLM did. It changes scores by rounding
-            only, as the device does, and is no part of the identity.
+        attention: str; the one that scored, absent if vLLM did; not in the identity, as it changes only rounding.
         difference: `ScoreDifference`, absent if Transformers scored.
     """
 

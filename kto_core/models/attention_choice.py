@@ -179,6 +179,8 @@ def _why_not(
         why = why_not_varlen(shape.config, device)
         if why is not None:
             return why
+    if not getattr(shape, "_can_set_attn_implementation", lambda: True)():
+        return f"the code of {type(shape).__name__} does not support choosing its attention"
     try:
         with attention_set_to(shape, kernel):
             used = str(shape.config._attn_implementation)
@@ -186,5 +188,5 @@ def _why_not(
         return f"{type(shape).__name__} cannot use it: {printable(in_one_line(error), 300)}"
     # Where the package of a flash attention is missing, the library may use a kernel from the hub in its place.
     if used != kernel and not (is_flash(used) and is_flash(kernel)):
-        return f"the code of {type(shape).__name__} does not support choosing its attention"
+        return f"transformers uses {used} in its place for {type(shape).__name__}"
     return None

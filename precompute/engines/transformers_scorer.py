@@ -49,16 +49,22 @@ class TransformersScorer:
             say=say,
         )
 
+    @property
+    def packs(self) -> bool:
+        """Whether sequences are concatenated; `self_check` decides."""
+        return self._passes.pack
+
     def self_check(self, sequences: Sequence[TokenIds]) -> None:
         """Compare scores with the model's own logits on a few short sequences, batched and padded.
 
         Raises:
             ModelError: they disagree.
         """
-        sample = sorted(sequences, key=lambda s: len(s[0]) + len(s[1]))[: 2 * 8 : 8] or list(sequences[:1])
+        shortest = sorted(sequences, key=_length)[: 2 * 8]
+        sample = shortest[::8]
         with torch.inference_mode(), self.precision.autocast(self.device):
             check_scoring(self.model, sample, tolerance=_SELF_CHECK[self.precision.dtype])
-            self._decide_packing(sample)
+            self._decide_packing(shortest[:2])
 
     def _decide_packing(self, sample: Sequence[TokenIds]) -> None:
         """Concatenate rows if the attention computes each of them apart from the others, and faster than padded ones."""

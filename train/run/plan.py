@@ -45,7 +45,9 @@ def print_plan(
     tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
     tell(f"attention   {files.attention.in_words}")
     if tf32_suffices(config, precision, device, data.rows.manifest):
-        tell("products    TF32: finer than bfloat16, in which the cache was scored (training: {tf32: false} for float32)")
+        tell(
+            "products    TF32: finer than bfloat16, in which the cache was scored (training: {tf32: false} for float32)"
+        )
     loss = "" if config.loss == "kto" else f"loss {config.loss}, "
     tell(
         f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
