@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from offline_kto.kto_core.library_types import Model
+from offline_kto.kto_core.scoring.head import whole_shape
 from offline_kto.kto_core.scoring.logps import other_ids, token_logps
 from offline_kto.kto_core.scoring.sequences import Sequences, TokenIds, pack_sequences, pad_sequences
 
@@ -64,7 +65,7 @@ def measure_packing(model: Model, device: torch.device, rows: Sequence[TokenIds]
         earlier, _ = scores(layout, [rows[0], changed[1]])
         return max(_largest(second - untouched), _largest(first - earlier))
 
-    changed = [_changed(row, rows, len(model.get_input_embeddings().weight)) for row in rows]
+    changed = [_changed(row, rows, whole_shape(model.get_input_embeddings().weight)[0]) for row in rows]
     packed, apart = (scores(layout, rows) for layout in (pack_sequences, pad_sequences))
     return Packing(
         moved=moved(pack_sequences, *packed),
