@@ -20,11 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.models.attention_choice import choose_attention
 from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.runtime import deprioritize_cudnn_attention
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
 from offline_kto.kto_core.scoring.packing_check import measure_packing
 from offline_kto.kto_core.scoring.sequences import pack_sequences, pad_sequences, padded_widths
 from offline_kto.kto_core.scoring.shared_prompts import longest_shared, share_prompts
 from offline_kto.train.trainer.tensor_float import tf32_products
+
+# As both stages do. PyTorch reads the variable at the first attention of the process, which may be another file's test.
+deprioritize_cudnn_attention()
 
 DEVICE = torch.device("cuda")
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,12 +43,6 @@ pytestmark = [
 
 # Heads of 64, as in real models; fused kernels need a multiple of 8.
 REAL_HEADS = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fused_kernels():
-    """As both stages do before their first attention: the variable is read once in each process."""
-    os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 
 def model_of(family="llama", *, attention=None, **overrides):

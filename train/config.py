@@ -15,10 +15,7 @@ SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "war
 
 # Options that an evaluation (`evaluate_only`) accepts; all others come from the run.
 OF_EVALUATION = frozenset(
-    {
-        *("cache", "evaluate_only", "device", "dtype", "max_tokens", "attention", "allow_different_policy"),
-        "trust_remote_code",
-    }
+    "allow_different_policy attention cache device dtype evaluate_only max_tokens trust_remote_code".split()
 )
 
 _UPDATES = 2**31 - 1  # more than any run makes

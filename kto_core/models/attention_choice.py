@@ -21,6 +21,7 @@ from offline_kto.kto_core.options import AUTO
 from offline_kto.kto_core.runtime import deprioritize_cudnn_attention
 from offline_kto.kto_core.scoring.attention import (
     FLEX,
+    SDPA,
     applies_softcaps,
     attention_set_to,
     caps_attention,
@@ -120,7 +121,7 @@ def _automatic(
 ) -> tuple[str, str]:
     """Return an implementation, and why it was chosen."""
     set_there = settings.get("attn_implementation")
-    if set_there not in (None, "sdpa"):
+    if set_there not in (None, SDPA):
         return own, "config.json sets it"
     if device.type != "cuda":
         return own, f"no flash attention on {device.type}"

@@ -77,7 +77,7 @@ def kernel_keywords(config: Mapping[str, object]) -> dict[str, None]:
     Args:
         config: the content of config.json.
     """
-    return {"attn_implementation": None} if config.get("attn_implementation") == "sdpa" else {}
+    return {"attn_implementation": None} if config.get("attn_implementation") == SDPA else {}
 
 
 def apply_softcaps(model: Model) -> None:
