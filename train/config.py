@@ -15,7 +15,16 @@ SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "war
 
 # Options that an evaluation (`evaluate_only`) accepts; all others come from the run.
 OF_EVALUATION = frozenset(
-    "allow_different_policy attention cache device dtype evaluate_only max_tokens trust_remote_code".split()
+    [
+        "allow_different_policy",
+        "attention",
+        "cache",
+        "device",
+        "dtype",
+        "evaluate_only",
+        "max_tokens",
+        "trust_remote_code",
+    ]
 )
 
 _UPDATES = 2**31 - 1  # more than any run makes
