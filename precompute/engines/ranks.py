@@ -8,32 +8,20 @@ of ranks can resume.
 import contextlib
 import datetime
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from offline_kto.kto_core.errors import ModelError
-from offline_kto.kto_core.launch import read_launch, unreachable, world_size
+from offline_kto.kto_core.launch import unreachable, world_size
 from offline_kto.kto_core.scoring.batching import deal
 from offline_kto.kto_core.scoring.sequences import TokenIds
-from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.protocol import OnScores, RemoteScorer, Scorer, serve
 from offline_kto.precompute.parts import Pace
 
 # A rank may score for hours before it answers. If one dies, its connection closes, which is noticed at once.
 _PATIENCE = datetime.timedelta(days=30)
-
-
-def on_own_device(config: PrecomputeConfig) -> PrecomputeConfig:
-    """Return the config with this rank's own GPU, by its local rank, unless the user named a device."""
-    if world_size() == 1 or config.device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return config
-    number = read_launch().local_rank
-    if number >= torch.cuda.device_count():
-        raise ModelError(f"{number + 1} processes on this machine, but {torch.cuda.device_count()} GPUs: start fewer.")
-    return replace(config, device=f"cuda:{number}")
 
 
 @contextlib.contextmanager
