@@ -124,7 +124,8 @@ def load_transformers(
     model = reference.load()
     say = tell if read_launch().is_first else _say_as_rank
     scorer = TransformersScorer(model, reference.precision, max_tokens=reference.config.max_tokens, say=say)
-    scorer.self_check(sequences)
+    with reference.reporting_memory("its scores were checked on two rows"):
+        scorer.self_check(sequences)
     if save_to is not None:
         model.save_pretrained(save_to)
     return scorer

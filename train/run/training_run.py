@@ -194,7 +194,8 @@ class TrainingRun:
             The content of evaluation.json; None without held-out rows.
         """
         trainer = self.trainer
-        scores = trainer.final_scores()
+        with self.files.reporting_memory(self.config, self.precision, trainer.args.device, "held-out rows were scored"):
+            scores = trainer.final_scores()
         steps, logratios = trainer.row_logratios.over_ranks(trainer.policy.ranks)
         if not self.is_main:
             return None
