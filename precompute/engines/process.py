@@ -58,7 +58,7 @@ def engine_process(settings: EngineSettings, *, name: str) -> Iterator[RemoteSco
         yield scorer
         scorer.dismiss()
     except ModelError as error:
-        raise ModelError(f"{error}{_ending(process)} Its log: {log}") from error
+        raise type(error)(f"{error}{_ending(process)} Its log: {log}") from error
     except BaseException:
         log.unlink()
         raise
