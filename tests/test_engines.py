@@ -5,7 +5,7 @@ import importlib.util
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -85,7 +85,8 @@ class TestChoice:
     def test_vllm_under_a_launcher(self, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         machine(gpu=True, vllm="0.32.0")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert choose_backend(PrecomputeConfig()) == Backend("transformers", "vLLM must run in one process")
+        why = "vLLM must run in one process; without torchrun it would use all GPUs"
+        assert choose_backend(PrecomputeConfig()) == Backend("transformers", why)
         machine(gpu=False, vllm=None)
         assert choose_backend(PrecomputeConfig()) == Backend("transformers", "no GPU")
         machine(gpu=True, vllm="0.32.0")
@@ -105,7 +106,7 @@ def test_heads_that_cannot_be_shared_out_are_refused_before_anything_starts(base
     config = PrecomputeConfig(model=str(base), data=str(feedback), backend="vllm", tensor_parallel=3)
     with (
         pytest.raises(ModelError, match="--tensor-parallel 3: does not divide the model's 2 attention heads"),
-        vllm_engine(Reference.find(config), random_rows(2), Path("unused")),
+        vllm_engine(Reference.find(config), random_rows(2), Path("unused"), tokens=1),
     ):
         pass
 
@@ -151,7 +152,7 @@ class TestChild:
     def test_scores_that_disagree_stay_known_as_such(self, settings: dict[str, Any]) -> None:
         """Their shard is thrown away, so whoever keeps scores has to recognise the error."""
         with (
-            pytest.raises(DisagreementError, match="too far apart. Its log: ") as caught,
+            pytest.raises(DisagreementError, match=r"too far apart\. Its log: ") as caught,
             engine_process(settings, name="the engine"),
         ):
             raise DisagreementError("too far apart.")
@@ -197,7 +198,7 @@ class TestComparison:
         assert len(ids & {(x.tobytes(), y.tobytes()) for x, y in choose_sample(self.ROWS[::-1])}) >= 22
 
     # Where a constant offset is refused: by its size in float32, by its direction in 16 bits.
-    LEAST = {dtype: limits.bias or limits.noise for dtype, limits in LIMITS.items()}
+    LEAST: ClassVar = {dtype: limits.bias or limits.noise for dtype, limits in LIMITS.items()}
 
     @pytest.mark.parametrize("dtype", LIMITS)
     def test_rounding_passes_and_is_recorded(self, dtype: str) -> None:
@@ -258,7 +259,7 @@ class TestComparison:
             return ComparedScorer(engine, sample, expected, dtype="bfloat16")
 
         scores_of(compared(8.0), self.ROWS)
-        with pytest.raises(DisagreementError, match="rounding explains 0.05"):
+        with pytest.raises(DisagreementError, match=r"rounding explains 0\.05"):
             scores_of(compared(3.0), self.ROWS)
 
     @pytest.mark.parametrize(

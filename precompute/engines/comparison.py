@@ -83,9 +83,18 @@ class ComparedScorer:
         self._expected = {_key(sequence): scores for sequence, scores in zip(sample, expected, strict=True)}
         self._found: dict[bytes, np.ndarray] = {}
 
-    def probe(self) -> None:
-        """Score a few rows of the sample, so that an error shows before hours of work. Raises: ModelError: the scores disagree."""
-        self.score(self.sample[:_PROBE], on_scores=lambda done, scores: None, on_tokens=lambda tokens: None)
+    def probe(self, *, at_least: int = 1) -> None:
+        """Score a few rows of the sample, so that an error shows before hours of work.
+
+        Args:
+            at_least: minimum number of rows, so that each of several engines starts.
+
+        Raises:
+            ModelError: the scores disagree.
+        """
+        self.score(
+            self.sample[: max(_PROBE, at_least)], on_scores=lambda done, scores: None, on_tokens=lambda tokens: None
+        )
         self._found.clear()  # the cached values are compared again, in the batches in which they are scored
 
     def score(
