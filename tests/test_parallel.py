@@ -1,5 +1,7 @@
 """Several engines that score at the same time, and how vLLM is asked for that: without vLLM and without GPUs."""
 
+import contextlib
+import copy
 import os
 import signal
 from contextlib import ExitStack
@@ -15,7 +17,7 @@ from models import random_rows
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.options import as_plain
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.engines.backend import Backend, choose_backend, gpu_groups, load_transformers
+from offline_kto.precompute.engines.backend import Backend, choose_backend, gpu_groups, load_transformers, vllm_engine
 from offline_kto.precompute.engines.parallel import ParallelScorer
 from offline_kto.precompute.engines.process import engine_process
 from offline_kto.precompute.engines.protocol import scores_of
@@ -135,6 +137,37 @@ class TestGroups:
         assert choose_backend(PrecomputeConfig(device="all")) == Backend("transformers", "--device all")
         with pytest.raises(ModelError, match=r"--device all is for Transformers.*--tensor-parallel N"):
             choose_backend(PrecomputeConfig(device="all", backend="vllm"))
+
+
+class StartedError(Exception):
+    """Ends where the first process would start."""
+
+
+@pytest.mark.parametrize(("kind", "device", "count"), [("cuda", "all", 24), ("cpu", "cpu", 8)])
+def test_the_sample_of_a_model_larger_than_one_gpu_is_scored_on_all(
+    base: Path, monkeypatch: pytest.MonkeyPatch, kind: str, device: str, count: int
+) -> None:
+    """On the CPU it took hours for the models that need it."""
+    asked: list[Any] = []
+
+    class Engine:
+        def score(self, sequences: Any, **options: Any) -> None:
+            asked.append(len(sequences))
+            raise StartedError
+
+    @contextlib.contextmanager
+    def engine_process(settings: Any, name: str) -> Any:
+        asked.append(settings["options"]["device"])
+        yield Engine()
+
+    config = PrecomputeConfig(model=str(base), data="unused", device="cpu", backend="vllm", tensor_parallel=2)
+    reference = copy.copy(Reference.find(config))
+    object.__setattr__(reference, "device", torch.device(kind))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("offline_kto.precompute.engines.backend.engine_process", engine_process)
+    with pytest.raises(StartedError), vllm_engine(reference, ROWS[:24], Path("unused"), tokens=1):
+        pass
+    assert asked == [device, count]
 
 
 class TestVllm:

@@ -72,8 +72,9 @@ class VllmScorer:
         _set_environment(tensor_parallel, gpus)
         try:
             import vllm
+            from vllm.platforms import current_platform
 
-            on_gpu = not vllm.platforms.current_platform.is_cpu()
+            on_gpu = not current_platform.is_cpu()
             self._tokens = max_tokens or _default_tokens(max_length, on_gpu=on_gpu)
             self._llm = vllm.LLM(
                 model=model,
