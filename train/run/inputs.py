@@ -53,15 +53,16 @@ class _WeightFiles:
             path: safe_open(path, framework="pt") for path in {stored.file for stored in self._places.values()}
         }
 
-    def get(self, name: str) -> Tensor | None:
-        """Return the tensor of that name, or None."""
-        stored = self._places.get(name)
-        return None if stored is None else self._open[stored.file].get_tensor(name)
+    def get(self, name: str) -> Tensor:
+        """Return the tensor of that name. Raises: KeyError: there is none."""
+        tensor: Tensor = self._open[self._places[name].file].get_tensor(name)
+        return tensor
 
     def holds(self, name: str, tensor: Tensor) -> bool:
         """Return whether the tensor of that name, converted to a tensor's type, has its values."""
-        stored = self.get(name)
-        return stored is not None and stored.shape == tensor.shape and torch.equal(stored.to(tensor), tensor)
+        if name not in self._places or self._places[name].shape != tuple(tensor.shape):
+            return False
+        return torch.equal(self.get(name).to(tensor), tensor)
 
 
 @dataclass
