@@ -106,6 +106,7 @@ class ScoreDifference(TypedDict, total=False):
         mean: float, nats per token; mean absolute difference.
         p95: float, nats per token; its 95th percentile.
         max: float, nats per token; the largest one.
+        bias: float, nats per token; mean of the signed difference, the backend's score minus that of Transformers.
     """
 
     rows: int
@@ -113,6 +114,7 @@ class ScoreDifference(TypedDict, total=False):
     mean: float
     p95: float
     max: float
+    bias: float
 
 
 class ScorerFields(TypedDict, total=False):

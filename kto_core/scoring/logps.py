@@ -87,7 +87,8 @@ def _add_head_forward(model: Model) -> None:
         if targets is None:
             return original(hidden, *args, **kwargs)
         head = Head.of(model)
-        return selected_logps(hidden.to(head.weight.device), targets.to(head.weight.device), head)
+        found = selected_logps(hidden.to(head.weight.device), targets.to(head.weight.device), head)
+        return found.to(targets.device)  # a model over several GPUs has its head on another one than its inputs
 
     layer.forward = forward
 

@@ -223,7 +223,8 @@ def _cache_name(body: ModelBody) -> str:
 
 def _lined_up(kept: Tensor, branch: Branches) -> Tensor:
     """Return keys or values of prompts, (prompts, heads, prompt length, size), selected for each row of a branch."""
-    return kept[branch.prompts, :, branch.keys].transpose(1, 2)  # (rows, heads, longest prompt, size)
+    prompts, keys = branch.prompts.to(kept.device), branch.keys.to(kept.device)  # layers may be on several GPUs
+    return kept[prompts, :, keys].transpose(1, 2)  # (rows, heads, longest prompt, size)
 
 
 def longest_shared(model: Model) -> int:

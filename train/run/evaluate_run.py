@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,8 @@ def evaluate_run(config: TrainConfig) -> Path:
     files, adapters = _find(config, run, manifest, record)
     objective = Objective.of(config, _weights(run, record))
     args = training_arguments(config, run, precision, held_out=True)
-    model = files.load(config, precision, args.device if device.type == "cuda" else torch.device("cpu"))
+    place = args.device if device.type == "cuda" else torch.device("cpu")
+    model = files.load(config, precision, place, trains=False)
     if adapters is not None:
         from offline_kto.train.model.lora import load_adapters
 
@@ -75,14 +77,16 @@ def evaluate_run(config: TrainConfig) -> Path:
     data = TrainingData(held_out.cache, units, held_out)
     trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks=[])
     tf32 = tf32_suffices(config, precision, args.device, manifest)
-    trainer.prepare_to_score()
+    memory = partial(files.reporting_memory, config, precision, place)
+    with memory("it was prepared to score"):
+        trainer.prepare_to_score()
     if trainer.shift is not None:
         trainer.shift.begin_at(float(final.get("shift", 0.0)), 1)
     # The base model is read from its folder again. On quantised weights the adapters include the reference's adapter.
     if adapters is not None and manifest.reference.get("adapter") is None:
         from offline_kto.train.model.lora import without_adapters
 
-        with without_adapters(trainer.model), tf32_products(tf32):
+        with without_adapters(trainer.model), tf32_products(tf32), memory("policy and cache were compared"):
             allow = config.allow_different_policy
             check_start(trainer.scores, held_out.cache, precision, policy=files.name, allow=allow)
     main = trainer.is_world_process_zero()
@@ -95,7 +99,7 @@ def evaluate_run(config: TrainConfig) -> Path:
         tell(f"rows        {len(held_out.indices):,}: {rows.what}{shortened}")
         for line in [*files.warnings, *filter(None, [rows.warning])]:
             warn(line)
-    with tf32_products(tf32):
+    with tf32_products(tf32), memory("held-out rows were scored"):
         scores = trainer.final_scores()
     assert scores is not None
     labels = str(manifest.data.get("labels_hash"))[:4]

@@ -200,7 +200,10 @@ class TrainingRun:
             The content of evaluation.json; None without held-out rows.
         """
         trainer = self.trainer
-        with tf32_products(self._tf32):
+        with (
+            tf32_products(self._tf32),
+            self.files.reporting_memory(self.config, self.precision, trainer.args.device, "held-out rows were scored"),
+        ):
             scores = trainer.final_scores()
         steps, logratios = trainer.row_logratios.over_ranks(trainer.policy.ranks)
         if not self.is_main:
