@@ -48,7 +48,13 @@ _OURS = {
 }
 
 # Settings that would silently have no effect here.
-_NO_EFFECT = {"label_smoothing_factor": "the losses have no smoothed form"}
+_NO_DDP = "gradients are summed once for each update, without DistributedDataParallel"
+_NO_EFFECT = {
+    "label_smoothing_factor": "the losses have no smoothed form",
+    "ddp_find_unused_parameters": _NO_DDP,
+    "ddp_broadcast_buffers": _NO_DDP,
+    "ddp_static_graph": _NO_DDP,
+}
 
 # More updates than any run makes.
 _NEVER = 2**31
@@ -126,8 +132,6 @@ def training_arguments(
         "restore_callback_states_from_checkpoint": True,  # early stopping's patience, BCO's running mean
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
-        "ddp_broadcast_buffers": False,  # ranks run different numbers of forward passes
         "average_tokens_across_devices": False,
     }
     settings.update(_table(config))

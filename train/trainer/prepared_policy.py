@@ -45,7 +45,6 @@ class PreparedPolicy:
             wrapped: the same model inside its distributed wrapper.
         """
         self.model = model
-        # DDP's wrapper would add up gradients in every backward pass, see `Ranks.sum_gradients`.
         self.scoring_model = wrapped if self.ranks.sharded else model
 
     def check_precision(self, promised: torch.dtype) -> None:
