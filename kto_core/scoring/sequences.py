@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offline_kto.kto_core.scoring.transfer import to_device
+
 TokenIds = tuple[np.ndarray, np.ndarray]  # prompt ids, completion ids
 
 # A dummy sequence for ranks that must run a forward pass but have no rows left.
@@ -45,10 +47,7 @@ class Sequences(NamedTuple):
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> "Sequences":
-        ids, positions, real, predicts, targets, row_of_token = (
-            tensor.to(device, non_blocking=True) for tensor in self[:6]
-        )
-        return Sequences(ids, positions, real, predicts, targets, row_of_token, self.rows, self.tokens)
+        return to_device(self, device)
 
 
 def pad_sequences(rows: Sequence[TokenIds]) -> Sequences:

@@ -34,6 +34,7 @@ from offline_kto.train.trainer.gradient_passes import GradientPasses
 from offline_kto.train.trainer.gradient_sums import Sending
 from offline_kto.train.trainer.memory import Meter, peak_memory_mb
 from offline_kto.train.trainer.objective import Objective
+from offline_kto.train.trainer.packing_search import no_packing_search
 from offline_kto.train.trainer.policy_scores import PolicyScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 from offline_kto.train.trainer.ranks import Ranks
@@ -173,8 +174,10 @@ class KTOTrainer(transformers.Trainer):
         """Compute reference point, losses and gradients of one batch."""
         self.finite_checks.last_rows = inputs
         step, ranks = self.state.global_step, self.policy.ranks
-        reference = reference_point(self.scores, inputs, self.shift)
-        rows, outcome, aux_loss = self.gradients.run(inputs, reference, step=step + 1)
+        with no_packing_search(packs=self.policy.packs):
+            reference = reference_point(self.scores, inputs, self.shift)
+            rows, outcome, aux_loss = self.gradients.run(inputs, reference, step=step + 1)
+        self.finite_checks.add_losses(rows, outcome, step=step + 1)
         self.row_logratios.add([row.index for row in rows], outcome.logratios, step)
         ranks.sum_gradients(self.model)
         self._window.add(outcome, reference, aux_loss)
@@ -182,8 +185,7 @@ class KTOTrainer(transformers.Trainer):
 
     def _get_grad_norm(self, model: Model, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        self.finite_checks.check_grad_norm(norm, step=self.state.global_step + 1)
-        return norm
+        return self.finite_checks.check_update(norm, step=self.state.global_step + 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's values together with the metrics of all updates since the last log."""

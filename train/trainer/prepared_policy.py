@@ -92,12 +92,12 @@ class PreparedPolicy:
         tell(f"out of memory: continuing with --max-tokens {self.max_tokens}")
 
     def lay_out(self, sequences: Sequence[TokenIds]) -> Sequences:
-        """Return one micro-batch on the device, packed or padded."""
-        return (pack_sequences if self.packs else pad_sequences)(sequences).to(self.device)
+        """Return one micro-batch on the host, packed or padded."""
+        return (pack_sequences if self.packs else pad_sequences)(sequences)
 
-    def tensor(self, values: Any) -> Tensor:
-        """Return numbers as a float64 tensor on the device."""
-        return torch.as_tensor(values, dtype=torch.float64, device=self.device)
+    def zero(self) -> Tensor:
+        """Return 0 on the device; float64, scalar."""
+        return torch.zeros((), dtype=torch.float64, device=self.device)
 
 
 def can_pack(model: Model, device: torch.device) -> bool:

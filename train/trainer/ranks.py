@@ -2,8 +2,8 @@
 
 Every rank reads the whole batch (it is small) and computes all shares from lengths alone, so no communication is
 needed to agree. In an unsharded run (one process, or data parallel) each rank has the whole model: passes are
-independent, and gradients are summed once, after the last pass (`gradient_sums.py`). In a sharded run (FSDP2, DeepSpeed) every pass gathers weights, so all
-ranks must run the same number of passes.
+independent, and gradients are summed once, after the last pass (`gradient_sums.py`). In a sharded run (FSDP2, DeepSpeed)
+every pass gathers weights, so all ranks must run the same number of passes.
 """
 
 from collections.abc import Callable, Sequence
