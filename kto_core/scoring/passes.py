@@ -11,6 +11,7 @@ from torch import Tensor
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import Model
+from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.batching import SCORING_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.logps import Batch, sees_whole_passes, token_logps
 from offline_kto.kto_core.scoring.model_code import model_code
@@ -111,7 +112,8 @@ class ScoringPasses:
                 if done.issuperset(indices):
                     continue
                 try:
-                    finished = self._forward(indices, build(), [values[i] for i in indices] if values else [])
+                    with one_memory_error():
+                        finished = self._forward(indices, build(), [values[i] for i in indices] if values else [])
                 except torch.OutOfMemoryError:
                     if not self.alone or len(indices) == 1:
                         raise
@@ -223,10 +225,11 @@ class ScoringPasses:
         self._checked_length, quarter = len(ids), max(1, len(ids) // 4)
         head, tail = ids[:quarter], ids[-quarter:]
         try:
-            whole = self._forward([], pad_sequences([(head, ids[quarter:])])).token_logps
-            plain = [whole, whole[:quarter], whole[-quarter:]]
-            groups_of_it = [[(head, ids[quarter:]), (head, ids[quarter : 2 * quarter])], [(ids[:-quarter], tail)]]
-            why = self._against_sharing(groups_of_it, plain)
+            with one_memory_error():
+                whole = self._forward([], pad_sequences([(head, ids[quarter:])])).token_logps
+                plain = [whole, whole[:quarter], whole[-quarter:]]
+                groups_of_it = [[(head, ids[quarter:]), (head, ids[quarter : 2 * quarter])], [(ids[:-quarter], tail)]]
+                why = self._against_sharing(groups_of_it, plain)
         except torch.OutOfMemoryError:
             why = "not enough memory to compare both ways"
         if why is not None:

@@ -17,6 +17,7 @@ from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision
 from offline_kto.kto_core.options import AUTO
+from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.head import whole_shape
 from offline_kto.kto_core.scoring.logps import sees_whole_passes
 from offline_kto.train.config import TrainConfig
@@ -161,7 +162,8 @@ class TrainingRun:
             with reading(Path(self.checkpoint)):
                 trainer.row_logratios.load(Path(self.checkpoint))
         try:
-            trainer.train(resume_from_checkpoint=self.checkpoint)
+            with one_memory_error():
+                trainer.train(resume_from_checkpoint=self.checkpoint)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"Out of memory with --max-tokens {trainer.policy.max_tokens}, rows of at most {self.data.rows.max_length} tokens: "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from offline_kto.kto_core.losses.metrics import BatchOutcome, Tokens
 from offline_kto.kto_core.losses.router_losses import count_routed_tokens, router_balance_loss
+from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.head import add_gradients_in_place
 from offline_kto.kto_core.scoring.logps import token_logps
@@ -75,7 +76,8 @@ class GradientPasses:
         least = self.objective.rows_in_unit * max(len(row.matched) for row in rows)  # a unit cannot be split
         while True:
             try:
-                return self._run(rows, reference, step)
+                with one_memory_error():
+                    return self._run(rows, reference, step)
             except torch.OutOfMemoryError:
                 # Gradients are summed over ranks only afterwards, so an unsharded rank can retry alone. The ranks of a
                 # sharded model wait for each other within every pass.
@@ -101,10 +103,11 @@ class GradientPasses:
     def try_rows(self, rows: int, length: int) -> None:
         """Run a forward and backward pass over rows of one length; every token but one belongs to the completion."""
         row = FILLER[0], np.zeros(length - 1, dtype=np.int32)
-        batch = self.policy.lay_out([row] * rows).to(self.policy.device)
-        self._train()
-        self._begin_gradients()
-        self.backward(token_logps(self.policy.scoring_model, batch).token_logps.sum() * 0.0, last=True)
+        with one_memory_error():
+            batch = self.policy.lay_out([row] * rows).to(self.policy.device)
+            self._train()
+            self._begin_gradients()
+            self.backward(token_logps(self.policy.scoring_model, batch).token_logps.sum() * 0.0, last=True)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add a loss's gradients to the existing ones.
