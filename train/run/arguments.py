@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import transformers
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.utils import is_liger_kernel_available
 
 from offline_kto.kto_core.errors import ConfigError, in_one_line, nearest, shown
 from offline_kto.kto_core.launch import START_OR_UNSET, unreachable, world_size
@@ -16,6 +15,7 @@ from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.options import check_table, value_types
 from offline_kto.kto_core.redaction import is_secret_name, without_secrets
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.trainer.liger_layers import liger_settings
 
 # Set from our own options: two places for one setting could contradict each other.
 _OURS = {
@@ -146,8 +146,8 @@ def training_arguments(
             f"The launcher started {world} processes, but accelerate connects {args.world_size} on {args.device}: each would train "
             f"by itself. {START_OR_UNSET}"
         )
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ConfigError("training: use_liger_kernel: the package liger-kernel is not installed.")
+    if args.use_liger_kernel:
+        args.liger_kernel_config = liger_settings(args.liger_kernel_config, args.device)
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer.endswith(_STEPS_INSIDE):
         raise ConfigError(

@@ -42,6 +42,7 @@ from offline_kto.train.trainer.checkpoints import reading
 from offline_kto.train.trainer.evaluation import summary
 from offline_kto.train.trainer.gradient_sums import BUCKET_BYTES, Sending
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
+from offline_kto.train.trainer.liger_layers import check_liger_supports
 from offline_kto.train.trainer.memory import Meter, meter_of
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.saving import publish_model, remove_leftovers, unfinished
@@ -396,6 +397,8 @@ def make_trainer(
     callbacks: list[transformers.TrainerCallback],
 ) -> KTOTrainer:
     """Return the Trainer for a loaded policy."""
+    if args.use_liger_kernel:
+        check_liger_supports(model)
     reduce_dtype: torch.dtype = getattr(torch, config.reduce_dtype)
     bucket_mb = args.ddp_bucket_cap_mb
     with accepted_by_trainer(config):
