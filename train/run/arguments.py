@@ -15,6 +15,7 @@ from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.options import check_table, value_types
 from offline_kto.kto_core.redaction import is_secret_name, without_secrets
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.trainer.compiled_layers import BACKEND, MODE, TORCH_COMPILE, Compiling
 from offline_kto.train.trainer.liger_layers import liger_settings
 
 # Set from our own options: two places for one setting could contradict each other.
@@ -180,7 +181,8 @@ def _table(config: TrainConfig) -> dict[str, object]:
             raise ConfigError(f"training: {name} has no effect: {_NO_EFFECT[name]}. Remove it from the table.")
     check_table(config.training, "training:")
     _check_kinds(config.training)
-    return dict(config.training)
+    Compiling.of(config.training)  # layers are compiled by `compile_layers`; the Trainer would wrap the model
+    return {name: value for name, value in config.training.items() if name not in (TORCH_COMPILE, BACKEND, MODE)}
 
 
 def _check_kinds(table: dict[str, object]) -> None:

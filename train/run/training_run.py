@@ -39,6 +39,7 @@ from offline_kto.train.run.start_check import check_start, tolerance_for
 from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
 from offline_kto.train.run_records import ComputedWith, EvaluationRecord, FinalUpdate, RunRecord
 from offline_kto.train.trainer.checkpoints import reading
+from offline_kto.train.trainer.compiled_layers import Compiling, compile_layers
 from offline_kto.train.trainer.evaluation import summary
 from offline_kto.train.trainer.gradient_sums import BUCKET_BYTES, Sending
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
@@ -399,6 +400,8 @@ def make_trainer(
     """Return the Trainer for a loaded policy."""
     if args.use_liger_kernel:
         check_liger_supports(model)
+    if (compiling := Compiling.of(config.training)) is not None:
+        compile_layers(model, compiling)
     reduce_dtype: torch.dtype = getattr(torch, config.reduce_dtype)
     bucket_mb = args.ddp_bucket_cap_mb
     with accepted_by_trainer(config):
