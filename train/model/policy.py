@@ -19,6 +19,7 @@ from offline_kto.kto_core.models.outline import find_outline
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.experts import cast_experts
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class PolicyFiles:
             adapter=self.adapter,
             trust_remote_code=config.trust_remote_code,
         )
+        if not config.lora_rank:
+            cast_experts(model)
         _repair_generation(model)
         if config.gradient_checkpointing:
             # Renamed in transformers 5.24.
