@@ -54,6 +54,7 @@ def load_causal_lm(
     frozen: bool,
     adapter: Path | None = None,
     trust_remote_code: bool = False,
+    reads: bool = True,
 ) -> Model:
     """Load a model, merge its adapter, set its precision, switch dropout off, add the scoring forward.
 
@@ -65,15 +66,18 @@ def load_causal_lm(
         device: where the model is placed.
         frozen: True if no weight of this model will be trained (a reference, the base model of LoRA).
         adapter: a PEFT folder to merge into the weights, in float32; next to quantised weights it is not merged.
+        reads: False if another process reads the weights and sends them when the model is sharded; this one then has their
+            shapes only.
 
     Raises:
         ModelError: not loadable, or weights missing from the files.
     """
     check_model_folder(folder)
     wide = precision.is_full or not frozen or adapter is not None
-    model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code)
+    on = {} if reads or adapter is not None or is_quantized_folder(folder) else {"device_map": "meta"}
+    model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code, **on)
     if not wide and (_has_rounded_constants(model) or not _restore_wide(model, folder, info["unexpected_keys"])):
-        model, info = _read(auto_model, folder, torch.float32, trust_remote_code)
+        model, info = _read(auto_model, folder, torch.float32, trust_remote_code, **on)
     if not trust_remote_code:
         check_model_code(folder, *classes_used(model, folder))
     _check_loaded(model, folder, info)
@@ -92,7 +96,28 @@ def load_causal_lm(
     _set_outputs(model.config)
     with model_code(str(folder), f"this model family ({family_of(model)}) cannot be scored"):
         add_scoring_forward(model)
-    return model if _is_quantized(model) else model.to(device)
+    if on:
+        _reserve_weights(model)
+    return model if _is_quantized(model) or on else model.to(device)
+
+
+def _reserve_weights(model: nn.Module) -> None:
+    """Give weights that have only shapes an address in host memory, which is not used until somebody writes there.
+
+    accelerate tells the weights of an optimizer apart by their addresses when it shards a model.
+    """
+    reserved: dict[int, nn.Parameter] = {}  # tied weights stay one
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                continue
+            if id(parameter) not in reserved:
+                empty = torch.empty_like(parameter, device="cpu")
+                reserved[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(module, name, reserved[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
 
 
 def _check_loaded(model: Model, folder: Path, info: LoadingInfo) -> None:
@@ -122,7 +147,9 @@ def _stored_type(folder: Path) -> torch.dtype | str:
     return _TYPES[stored] if stored else "auto"
 
 
-def _read(auto_model: Transformers, folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Model:
+def _read(
+    auto_model: Transformers, folder: Path, dtype: torch.dtype | str, trust_remote_code: bool, **on: str
+) -> Model:
     with collected_warnings() as messages, model_code(str(folder), f"the model{_family_in(folder)} cannot be loaded"):
         read = auto_model.from_pretrained(
             str(folder),
@@ -131,6 +158,7 @@ def _read(auto_model: Transformers, folder: Path, dtype: torch.dtype | str, trus
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused by `_check_loaded`, which names them
+            **on,
             **kernel_keywords(read_json_object(folder / "config.json")),
         )
     skipped = skipped_quantization(messages)
@@ -171,7 +199,7 @@ def _restore_wide(model: nn.Module, folder: Path, unexpected: Collection[str]) -
         return False
     for name, path in stored.items():
         with safe_open(path, framework="pt") as file:
-            parameters[name].data = file.get_tensor(name)
+            parameters[name].data = file.get_tensor(name).to(parameters[name].device)
     return True
 
 

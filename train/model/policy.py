@@ -11,6 +11,7 @@ from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import warn
 from offline_kto.kto_core.errors import KTOError, ModelError, TrainingError
 from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
+from offline_kto.kto_core.launch import reads_weights
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
 from offline_kto.kto_core.models.folders import find_folder, find_reference
@@ -128,6 +129,7 @@ class PolicyFiles:
             frozen=config.lora_rank > 0,
             adapter=self.adapter,
             trust_remote_code=config.trust_remote_code,
+            reads=reads_weights(),
         )
         if not config.lora_rank:
             cast_experts(model)
