@@ -39,7 +39,6 @@ from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.trainer.accumulators import Window
 from offline_kto.train.trainer.gradient_passes import GradientPasses
 from offline_kto.train.trainer.objective import Objective
-from offline_kto.train.trainer.packing_search import no_packing_search
 from offline_kto.train.trainer.policy_scores import PolicyScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 from offline_kto.train.trainer.reference_point import RunningShift, reference_point
@@ -90,7 +89,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
     objective = Objective(loss, 0.1, limits=(-1.0, 1.5) if LOSS_TRAITS[loss].limits_tokens else None)
     scores, gradients = PolicyScores(policy, objective), GradientPasses(policy, objective, accelerator)
     shift = RunningShift() if LOSS_TRAITS[loss].needs_shift else None
-    with no_packing_search(packs=False), Copies() as copies:
+    with Copies() as copies:
         reference = reference_point(scores, batch, shift)
         _, outcome, aux_loss = gradients.run(batch, reference, step=1)
         Window().add(outcome, reference, aux_loss)

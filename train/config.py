@@ -16,7 +16,16 @@ SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "war
 
 # Options that an evaluation (`evaluate_only`) accepts; all others come from the run.
 OF_EVALUATION = frozenset(
-    {"cache", "evaluate_only", "device", "dtype", "max_tokens", "allow_different_policy", "trust_remote_code"}
+    [
+        "allow_different_policy",
+        "attention",
+        "cache",
+        "device",
+        "dtype",
+        "evaluate_only",
+        "max_tokens",
+        "trust_remote_code",
+    ]
 )
 
 _UPDATES = 2**31 - 1  # more than any run makes
@@ -70,6 +79,12 @@ class TrainConfig:
         "float32",
         "Type in which gradients are added over several GPUs; bfloat16 halves the traffic and rounds each addition.",
         choices=REDUCE_DTYPES,
+    )
+    attention: str = option(
+        AUTO,
+        "Attention: auto, sdpa, flash, flex, varlen, or a name in transformers or on the hub; changes results only by "
+        "rounding. auto is flash attention on a GPU where it is installed, otherwise the model's own.",
+        metavar="auto|sdpa|flash|NAME",
     )
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass.", off="--no-gradient-checkpointing"

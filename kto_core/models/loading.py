@@ -53,6 +53,7 @@ def load_causal_lm(
     device: torch.device,
     frozen: bool,
     adapter: Path | None = None,
+    attention: str | None = None,
     trust_remote_code: bool = False,
     reads: bool = True,
 ) -> Model:
@@ -66,6 +67,7 @@ def load_causal_lm(
         device: where the model is placed.
         frozen: True if no weight of this model will be trained (a reference, the base model of LoRA).
         adapter: a PEFT folder to merge into the weights, in float32; next to quantised weights it is not merged.
+        attention: implementation to use (`choose_attention`); None for the model's own.
         reads: False if another process reads the weights and sends them when the model is sharded; this one then has their
             shapes only.
 
@@ -95,6 +97,8 @@ def load_causal_lm(
     disable_dropout(model)
     _set_outputs(model.config)
     with model_code(str(folder), f"this model family ({family_of(model)}) cannot be scored"):
+        if attention is not None:
+            model.set_attn_implementation(attention)
         add_scoring_forward(model)
     if on:
         _reserve_weights(model)

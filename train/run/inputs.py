@@ -16,7 +16,7 @@ from offline_kto.train.data.training_data import TrainingData, open_cache
 from offline_kto.train.model.policy import PolicyFiles
 
 # Options that require loading another model. Other options are applied to, or removed from, the model in memory.
-_OF_MODEL = ("model", "dtype", "gradient_checkpointing", "trust_remote_code")
+_OF_MODEL = ("model", "dtype", "attention", "gradient_checkpointing", "trust_remote_code")
 
 
 class Materials:
@@ -94,7 +94,8 @@ class KeptMaterials(Materials):
         return self._caches[key]
 
     def files(self, config: TrainConfig, manifest: Manifest) -> PolicyFiles:
-        key = (config.model, config.trust_remote_code, manifest.fingerprint)
+        of_attention = (config.attention, config.device, config.dtype)
+        key = (config.model, config.trust_remote_code, manifest.fingerprint, *of_attention)
         if key not in self._files:
             self._files[key] = PolicyFiles.find(config, manifest)
         return self._files[key]

@@ -93,8 +93,9 @@ class GradientPasses:
         """
         ranks, model = self.policy.ranks, self.policy.model
         reserve = optimizer_bytes(model, sharded_over=ranks.world if ranks.sharded else 1)
+        row = longest if self.policy.packs else self.policy.widths.of(longest)
         tokens = tokens_that_fit(
-            meter, lambda rows: self.try_rows(rows, longest), row=longest, reserve=reserve, alone=not ranks.sharded
+            meter, lambda rows: self.try_rows(rows, longest), row=row, reserve=reserve, alone=not ranks.sharded
         )
         model.zero_grad()
         torch.cuda.empty_cache()
@@ -185,7 +186,8 @@ class GradientPasses:
             parts = packed_batches([sum(unit) for unit in lengths], max_tokens)
         else:
             budget = max(1, max_tokens // size)
-            parts = micro_batches([max(unit) for unit in lengths], budget, pass_cost=GRADIENT_PASS_COST)
+            widths = [self.policy.widths.of(max(unit)) for unit in lengths]
+            parts = micro_batches(widths, budget, pass_cost=GRADIENT_PASS_COST)
         return [[unit * size + k for unit in part for k in range(size)] for part in parts]
 
     def _losses(self, facts: RowFacts, logratios: Tensor, point: Tensor) -> Tensor:

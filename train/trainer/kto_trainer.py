@@ -34,7 +34,6 @@ from offline_kto.train.trainer.gradient_passes import GradientPasses
 from offline_kto.train.trainer.gradient_sums import Sending
 from offline_kto.train.trainer.memory import Meter, peak_memory_mb
 from offline_kto.train.trainer.objective import Objective
-from offline_kto.train.trainer.packing_search import no_packing_search
 from offline_kto.train.trainer.policy_scores import PolicyScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 from offline_kto.train.trainer.ranks import Ranks
@@ -144,7 +143,6 @@ class KTOTrainer(transformers.Trainer):
         self._take_over_model()
         self.policy.ranks.start_equal(self.model)
         longest = self.rows.max_length
-        self.policy.check_packing([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
         if self.meter is None:
             return
         if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
@@ -155,6 +153,7 @@ class KTOTrainer(transformers.Trainer):
     def _take_over_model(self) -> None:
         self.policy.replace_model(self.model, wrapped=self.model_wrapped)
         self.policy.check_precision(torch.bfloat16 if self.args.bf16 else torch.float32)
+        self.policy.check_packing([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
 
     def get_train_dataloader(self) -> BatchLoader:
         return BatchLoader(self.rows, self.batches)
@@ -174,9 +173,8 @@ class KTOTrainer(transformers.Trainer):
         """Compute reference point, losses and gradients of one batch."""
         self.finite_checks.last_rows = inputs
         step, ranks = self.state.global_step, self.policy.ranks
-        with no_packing_search(packs=self.policy.packs):
-            reference = reference_point(self.scores, inputs, self.shift)
-            rows, outcome, aux_loss = self.gradients.run(inputs, reference, step=step + 1)
+        reference = reference_point(self.scores, inputs, self.shift)
+        rows, outcome, aux_loss = self.gradients.run(inputs, reference, step=step + 1)
         self.finite_checks.add_losses(rows, outcome, step=step + 1)
         self.row_logratios.add([row.index for row in rows], outcome.logratios, step)
         ranks.sum_gradients(self.model)
