@@ -56,6 +56,7 @@ def load_causal_lm(
     attention: str | None = None,
     trust_remote_code: bool = False,
     spread: Mapping[int, int] | None = None,
+    reads: bool = True,
 ) -> Model:
     """Load a model, merge its adapter, set its precision, switch dropout off, add the scoring forward.
 
@@ -69,6 +70,8 @@ def load_causal_lm(
         adapter: a PEFT folder to merge into the weights, in float32; next to quantised weights it is not merged.
         attention: implementation to use (`choose_attention`); None for the model's own.
         spread: GPUs that share the model, and the bytes that its weights may take of each; None for `device` alone.
+        reads: False if another process reads the weights and sends them when the model is sharded; this one then has their
+            shapes only.
 
     Raises:
         ModelError: not loadable, or weights missing from the files.
@@ -77,11 +80,12 @@ def load_causal_lm(
     device = use_device(device)
     merges = adapter is not None and not is_quantized_folder(folder)
     wide = precision.is_full or not frozen or adapter is not None
-    places = _places(device, spread, merges=merges)
+    reads = reads or adapter is not None or is_quantized_folder(folder)
+    places = _places(device, spread, merges=merges, reads=reads)
     model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code, places)
     if not wide and (_has_rounded_constants(model) or not _restore_wide(model, folder, info["unexpected_keys"])):
         del model  # a GPU may not hold it twice, nor in float32
-        places = _places(device, spread, merges=True)
+        places = _places(device, spread, merges=True, reads=reads)
         model, info = _read(auto_model, folder, torch.float32, trust_remote_code, places)
     if not trust_remote_code:
         check_model_code(folder, *classes_used(model, folder))
@@ -103,13 +107,15 @@ def load_causal_lm(
         if attention is not None:
             model.set_attn_implementation(attention)
         add_scoring_forward(model)
-    if _is_quantized(model) or spread is not None:
+    if not reads:
+        _reserve_weights(model)
+    if _is_quantized(model) or spread is not None or not reads:
         return model
     vars(model).pop("hf_device_map", None)  # a sign for libraries that the model is not theirs to place
     return model.to(device)
 
 
-def _places(device: torch.device, spread: Mapping[int, int] | None, *, merges: bool) -> dict[str, object]:
+def _places(device: torch.device, spread: Mapping[int, int] | None, *, merges: bool, reads: bool) -> dict[str, object]:
     """Return keywords for `from_pretrained` that read the weights straight onto GPUs.
 
     Without them the whole model, as it is read, has to fit into the host's memory once for each process.
@@ -117,12 +123,34 @@ def _places(device: torch.device, spread: Mapping[int, int] | None, *, merges: b
     Args:
         merges: whether the model is changed in float32 before it is stored in its final types; then it is read into the
             host's memory, because a GPU may not have room for float32.
+        reads: whether this process reads the weights.
     """
+    if not reads:
+        return {"device_map": "meta"}
     if spread is not None:
         return {"device_map": "auto", "max_memory": dict(spread)}
     if device.type != "cuda" or merges:
         return {}
     return {"device_map": {"": device}}
+
+
+def _reserve_weights(model: nn.Module) -> None:
+    """Give weights that have only shapes an address in host memory, which is not used until somebody writes there.
+
+    accelerate tells the weights of an optimizer apart by their addresses when it shards a model.
+    """
+    reserved: dict[int, nn.Parameter] = {}  # tied weights stay one
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                continue
+            if id(parameter) not in reserved:
+                empty = torch.empty_like(parameter, device="cpu")
+                reserved[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(module, name, reserved[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
 
 
 def _check_loaded(model: Model, folder: Path, info: LoadingInfo) -> None:

@@ -1,6 +1,7 @@
 """Define the precision of a model: the types in which weights are stored and computed."""
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -151,6 +152,10 @@ def _casts_its_weight(module: nn.Module, dtype: torch.dtype) -> bool:
     Some model families have their own linear layers (GPT-2's are transposed). Some of these normalise or scale the
     weight first, or use it outside of autocast.
     """
+    if cast("torch.Tensor", module.weight).is_meta:  # its values are in another process, and do not matter here
+        module = copy.deepcopy(module).to_empty(device="cpu")
+        for parameter in module.parameters():
+            parameter.data = torch.linspace(-1, 1, parameter.numel(), dtype=torch.float32).view(parameter.shape)
     weight = cast("torch.Tensor", module.weight)
     stored = weight.data
     for size in stored.shape[::-1]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import Model
+from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.batching import SCORING_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.logps import Batch, sees_whole_passes, token_logps
 from offline_kto.kto_core.scoring.model_code import model_code
@@ -24,6 +25,7 @@ from offline_kto.kto_core.scoring.sequences import (
     padded_widths,
 )
 from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, longest_shared, share_prompts
+from offline_kto.kto_core.scoring.transfer import to_device
 
 # The share of all tokens that sharing prompts must save. Below it, smaller passes and explicit masks cost more than
 # they save: benchmarks/shared_prompts.py shows the break-even point.
@@ -39,11 +41,15 @@ class Pass(NamedTuple):
         indices: positions of the sequences that it scored.
         batch: the model's input; its rows are `indices`, in this order.
         token_logps: float32 nats, shape (completion tokens,), row after row.
+        where: `indices` as a tensor on the device, int64, shape (rows,).
+        values: those given for these sequences, one after the other, float64 on the device.
     """
 
     indices: list[int]
     batch: Batch
     token_logps: Tensor
+    where: Tensor
+    values: Tensor
 
 
 class ScoringPasses:
@@ -88,7 +94,12 @@ class ScoringPasses:
 
     @torch.no_grad()
     def run(
-        self, sequences: Sequence[TokenIds], *, known: frozenset[int] = frozenset(), at_least: int = 0
+        self,
+        sequences: Sequence[TokenIds],
+        *,
+        known: frozenset[int] = frozenset(),
+        at_least: int = 0,
+        values: Sequence[np.ndarray] | None = None,
     ) -> Iterator[Pass]:
         """Score all sequences, each once; the order of passes is the plan's.
 
@@ -97,6 +108,7 @@ class ScoringPasses:
             known: positions that are already scored. A resumed run makes the remaining passes of the same plan, so
                 that its scores are bit-identical to those of an uninterrupted run.
             at_least: minimum number of passes, for ranks that must make equally many: empty ones are added.
+            values: numbers that belong to each sequence; they are copied to the device together with its tokens.
 
         Raises:
             torch.OutOfMemoryError: on a single sequence, or if the process is not alone.
@@ -111,7 +123,8 @@ class ScoringPasses:
                 if done.issuperset(indices):
                     continue
                 try:
-                    finished = self._forward(indices, build())
+                    with one_memory_error():
+                        finished = self._forward(indices, build(), [values[i] for i in indices] if values else [])
                 except torch.OutOfMemoryError:
                     if not self.alone or len(indices) == 1:
                         raise
@@ -139,11 +152,13 @@ class ScoringPasses:
     def _lay_out(self, rows: Sequence[TokenIds]) -> Sequences:
         return pack_sequences(rows) if self.pack else pad_sequences(rows, self.widths)
 
-    def _forward(self, indices: list[int], batch: Batch) -> Pass:
+    def _forward(self, indices: list[int], batch: Batch, values: Sequence[np.ndarray] = ()) -> Pass:
         # The trainer may have switched to train mode since the last pass.
-        self.model.eval()
-        batch = batch.to(self.device)
-        return Pass(indices, batch, token_logps(self.model, batch).token_logps)
+        if self.model.training:
+            self.model.eval()
+        numbers = torch.from_numpy(np.concatenate([np.empty(0), *values]))
+        batch, where, numbers = to_device((batch, torch.tensor(indices, dtype=torch.int64), numbers), self.device)
+        return Pass(indices, batch, token_logps(self.model, batch).token_logps, where, numbers)
 
     def _make_room(self, longest: int) -> None:
         """Lower the budget, or stop sharing prompts, after a pass with rows of up to `longest` tokens did not fit."""
@@ -229,10 +244,11 @@ class ScoringPasses:
         self._checked_length, quarter = len(ids), max(1, len(ids) // 4)
         head, tail = ids[:quarter], ids[-quarter:]
         try:
-            whole = self._forward([], pad_sequences([(head, ids[quarter:])], self.widths)).token_logps
-            plain = [whole, whole[:quarter], whole[-quarter:]]
-            groups_of_it = [[(head, ids[quarter:]), (head, ids[quarter : 2 * quarter])], [(ids[:-quarter], tail)]]
-            why = self._against_sharing(groups_of_it, plain)
+            with one_memory_error():
+                whole = self._forward([], pad_sequences([(head, ids[quarter:])], self.widths)).token_logps
+                plain = [whole, whole[:quarter], whole[-quarter:]]
+                groups_of_it = [[(head, ids[quarter:]), (head, ids[quarter : 2 * quarter])], [(ids[:-quarter], tail)]]
+                why = self._against_sharing(groups_of_it, plain)
         except torch.OutOfMemoryError:
             why = "not enough memory to compare both ways"
         if why is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from offline_kto.kto_core.library_types import ModelConfig
+from offline_kto.kto_core.scoring.transfer import to_device
 
 TokenIds = tuple[np.ndarray, np.ndarray]  # prompt ids, completion ids
 
@@ -87,12 +88,7 @@ class Sequences(NamedTuple):
         return self.rows > len(self.input_ids)
 
     def to(self, device: torch.device | str) -> "Sequences":
-        ids, positions, real, predicts, targets, row_of_token, boundaries = (
-            tensor.to(device, non_blocking=True) for tensor in self[:7]
-        )
-        return Sequences(
-            ids, positions, real, predicts, targets, row_of_token, boundaries, self.rows, self.tokens, self.widest
-        )
+        return to_device(self, device)
 
 
 def pad_sequences(rows: Sequence[TokenIds], widths: Widths = Widths()) -> Sequences:  # noqa: B008 (immutable)

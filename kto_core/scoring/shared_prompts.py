@@ -23,6 +23,7 @@ from torch import Tensor
 from offline_kto.kto_core.library_types import Model, ModelBody
 from offline_kto.kto_core.scoring.batching import micro_batches
 from offline_kto.kto_core.scoring.sequences import POSITION_LIMITS, TokenIds, Widths
+from offline_kto.kto_core.scoring.transfer import to_device
 
 # Settings of configurations that limit attention windows and positions.
 _LIMITS = ("sliding_window", "attention_chunk_size", "window_size", "keep_window_size", *POSITION_LIMITS)
@@ -68,19 +69,7 @@ class SharedPrompts(NamedTuple):
     tokens: int
 
     def to(self, device: torch.device | str) -> "SharedPrompts":
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return SharedPrompts(
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            branches=tuple(Branches(*map(move, branch)) for branch in self.branches),
-            predicts=move(self.predicts),
-            targets=move(self.targets),
-            row_of_token=move(self.row_of_token),
-            rows=self.rows,
-            tokens=self.tokens,
-        )
+        return to_device(self, device)
 
     @property
     def padded_tokens(self) -> int:

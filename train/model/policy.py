@@ -12,7 +12,7 @@ from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import warn
 from offline_kto.kto_core.errors import KTOError, ModelError, TrainingError
 from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
-from offline_kto.kto_core.launch import sharding_asked_for
+from offline_kto.kto_core.launch import reads_weights, sharding_asked_for
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.attention_choice import Attention, choose_attention
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
@@ -24,6 +24,7 @@ from offline_kto.kto_core.models.outline import find_outline
 from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.experts import cast_experts
 from offline_kto.train.model.training_need import check_training_fits
 
 
@@ -154,7 +155,10 @@ class PolicyFiles:
                 adapter=self.adapter,
                 attention=self.attention.to_set,
                 trust_remote_code=config.trust_remote_code,
+                reads=reads_weights(),
             )
+        if not config.lora_rank:
+            cast_experts(model)
         _repair_generation(model)
         if config.gradient_checkpointing:
             # Renamed in transformers 5.24.

@@ -52,7 +52,6 @@ class PreparedPolicy:
             wrapped: the same model inside its distributed wrapper.
         """
         self.model = model
-        # DDP's wrapper would add up gradients in every backward pass, see `Ranks.sum_gradients`.
         self.scoring_model = wrapped if self.ranks.sharded else model
 
     def check_precision(self, promised: torch.dtype) -> None:
@@ -110,10 +109,9 @@ class PreparedPolicy:
         tell(f"out of memory: continuing with --max-tokens {self.max_tokens}")
 
     def lay_out(self, sequences: Sequence[TokenIds]) -> Sequences:
-        """Return one micro-batch on the device, packed or padded."""
-        batch = pack_sequences(sequences) if self.packs else pad_sequences(sequences, self.widths)
-        return batch.to(self.device)
+        """Return one micro-batch on the host, packed or padded."""
+        return pack_sequences(sequences) if self.packs else pad_sequences(sequences, self.widths)
 
-    def tensor(self, values: Any) -> Tensor:
-        """Return numbers as a float64 tensor on the device."""
-        return torch.as_tensor(values, dtype=torch.float64, device=self.device)
+    def zero(self) -> Tensor:
+        """Return 0 on the device; float64, scalar."""
+        return torch.zeros((), dtype=torch.float64, device=self.device)
