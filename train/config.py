@@ -10,6 +10,7 @@ from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 
 METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
 DTYPES = (AUTO, "float32", "bfloat16")
+MEMORIES = ("full", "lean")
 SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
 SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
 
@@ -65,6 +66,12 @@ class TrainConfig:
     )
     dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
     device: str = option(AUTO, "Device.", choices=(AUTO, "cpu", "cuda"))
+    memory: str = option(
+        "full",
+        "What training keeps of each weight: full has float32 weights, gradients and AdamW moments (16 bytes, 18 under "
+        "bfloat16); lean has bfloat16 weights, rounded up or down at random, and 8-bit moments (6 bytes).",
+        choices=MEMORIES,
+    )
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass.", off="--no-gradient-checkpointing"
     )
@@ -83,7 +90,7 @@ class TrainConfig:
     )
     save_dtype: str = option(
         AUTO,
-        "Type of the saved weights; auto keeps what was trained (float32). In bfloat16 and float16 the model has half the "
+        "Type of the saved weights; auto keeps what was trained (float32, or bfloat16 with --memory lean). In bfloat16 and float16 the model has half the "
         "size, and a weight that training moved by less than about 0.2 % (0.02 %) falls back to its old value.",
         choices=SAVE_DTYPES,
     )
@@ -122,6 +129,8 @@ class TrainConfig:
                 raise ConfigError(f"{flag(name)} must be a number or auto, got {value!r}.")
             if not isinstance(value, str) and not 0 <= value < float("inf"):
                 raise ConfigError(f"{flag(name)} must not be negative, got {value}.")
+        if self.memory != "full":
+            self._check_memory()
         if not self.humanline_low <= 0 <= self.humanline_high or self.humanline_low == self.humanline_high:
             raise ConfigError(
                 f"--humanline-low {self.humanline_low:g} and --humanline-high {self.humanline_high:g} must have 0 between "
@@ -149,6 +158,23 @@ class TrainConfig:
             raise ConfigError(
                 f"--loss {self.loss} compares the two rows of a pair: class weights have no meaning there. Leave "
                 "--desirable-weight and --undesirable-weight at 1."
+            )
+
+    def _check_memory(self) -> None:
+        if self.dtype == "float32":
+            raise ConfigError(
+                f"--memory {self.memory} keeps weights in bfloat16 and computes in it: leave out --dtype float32, or use "
+                "--memory full."
+            )
+        if self.lora_rank:
+            raise ConfigError(
+                f"--memory {self.memory} is for training all weights. With --lora-rank the model is frozen in 16 bits "
+                "already, and its adapters are small: leave --memory out."
+            )
+        if "optim" in self.training or "optim_args" in self.training:
+            raise ConfigError(
+                f"--memory {self.memory} has its own optimizer, AdamW for 16-bit weights: remove optim and optim_args from "
+                "training:. (Other optimizers round to the nearest, and KTO's small updates would be lost.)"
             )
 
     def _at_least(self, **least: float) -> None:

@@ -19,6 +19,7 @@ from offline_kto.kto_core.models.outline import find_outline
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.recipe import keeps_narrow_weights
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class PolicyFiles:
         warn(message)
 
     def load(self, config: TrainConfig, precision: Precision, device: torch.device) -> Model:
-        """Load the model as it is on disk: all weights in float32, or frozen when adapters are trained.
+        """Load the model as it is on disk: all weights trainable, or frozen when adapters are trained.
 
         Raises:
             ModelError: it cannot be loaded.
@@ -125,6 +126,7 @@ class PolicyFiles:
             precision=precision,
             device=device,
             frozen=config.lora_rank > 0,
+            narrow=keeps_narrow_weights(config),
             adapter=self.adapter,
             trust_remote_code=config.trust_remote_code,
         )

@@ -16,7 +16,7 @@ from offline_kto.train.data.training_data import TrainingData, open_cache
 from offline_kto.train.model.policy import PolicyFiles
 
 # Options that require loading another model. Other options are applied to, or removed from, the model in memory.
-_OF_MODEL = ("model", "dtype", "gradient_checkpointing", "trust_remote_code")
+_OF_MODEL = ("model", "dtype", "memory", "gradient_checkpointing", "trust_remote_code")
 
 
 class Materials:

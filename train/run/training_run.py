@@ -15,8 +15,7 @@ from offline_kto.kto_core.durable_files import write_json
 from offline_kto.kto_core.errors import TrainingError, in_one_line
 from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.library_types import Model
-from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision
-from offline_kto.kto_core.options import AUTO
+from offline_kto.kto_core.models.precision import Precision, resolve_device
 from offline_kto.kto_core.scoring.head import whole_shape
 from offline_kto.kto_core.scoring.logps import sees_whole_passes
 from offline_kto.train.config import TrainConfig
@@ -25,12 +24,14 @@ from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.diagnostics.settings import class_weight_values, warnings_for
 from offline_kto.train.diagnostics.training import Settings, Watch
 from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.model.recipe import keeps_narrow_weights, run_precision, saved_type
 from offline_kto.train.model.saved_model import Layout, ModelWriter
 from offline_kto.train.run.arguments import accepted_by_trainer, training_arguments
 from offline_kto.train.run.callbacks import Console, MetricsFile
 from offline_kto.train.run.folder import last_checkpoint, write_start
 from offline_kto.train.run.inputs import Materials
 from offline_kto.train.run.model_card import CARD, command_of, write_card
+from offline_kto.train.run.optimizer import own_optimizer
 from offline_kto.train.run.plan import print_plan
 from offline_kto.train.run.rewards_file import write_rewards
 from offline_kto.train.run.start_check import check_start, tolerance_for
@@ -91,7 +92,7 @@ class TrainingRun:
             KTOError: the user's input cannot be used.
         """
         device = resolve_device(config.device)
-        precision = resolve_precision(config.dtype, device)
+        precision = run_precision(config, device)
         files = materials.files(config, data.rows.manifest)
         objective = Objective.of(config, class_weight_values(config, *data.class_counts))
         warnings: list[str] = []
@@ -179,8 +180,7 @@ class TrainingRun:
     @property
     def _saved_type(self) -> torch.dtype | None:
         """Type of the saved weights; None for the type they were trained in."""
-        name = self.config.save_dtype
-        return None if name in (AUTO, "float32") else getattr(torch, name)
+        return saved_type(self.config)
 
     @property
     def _merges(self) -> bool:
@@ -384,11 +384,17 @@ def make_trainer(
             max_tokens=_max_tokens(config, model, args.device),
             rounding=tolerance_for(data.rows.manifest, precision),
             held_out=data.held_out,
+            optimizer_cls_and_kwargs=own_optimizer(config, args),
             writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
             callbacks=callbacks,
         )
     trainer.remove_callback(transformers.PrinterCallback)
-    prepare_sharding(trainer.accelerator, precision.dtype, merges=bool(config.lora_rank and files.adapter))
+    prepare_sharding(
+        trainer.accelerator,
+        precision.dtype,
+        merges=bool(config.lora_rank and files.adapter),
+        narrow=keeps_narrow_weights(config),
+    )
     return trainer
 
 

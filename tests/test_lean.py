@@ -1,0 +1,103 @@
+"""Training with `--memory lean`: 16-bit weights, rounded at random, and 8-bit moments."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import random_rows, tiny_model
+from safetensors.torch import load_file
+
+from offline_kto.kto_core.errors import ConfigError
+from offline_kto.kto_core.models.loading import load_causal_lm
+from offline_kto.kto_core.models.narrow_embedding import NarrowEmbedding
+from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.scoring.logps import token_logps
+from offline_kto.kto_core.scoring.sequences import pad_sequences
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.train_run import train
+
+
+@pytest.fixture
+def config(cache: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        cache=cache,
+        out=tmp_path / "run",
+        memory="lean",
+        batch_size=8,
+        max_steps=3,
+        learning_rate=1e-3,
+        save_steps=0,
+        device="cpu",
+        eval_fraction=0.2,
+    )
+
+
+def test_a_run_trains_and_saves_bfloat16(config: TrainConfig, base: Path) -> None:
+    run = train(config)
+    assert json.loads((run / "run.json").read_text())["precision"] == "bfloat16"
+    assert json.loads((run / "config.json").read_text())["dtype"] == "bfloat16"
+    before, after = load_file(base / "model.safetensors"), load_file(run / "model.safetensors")
+    assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
+    moved = [name for name in after if not torch.equal(before[name].bfloat16(), after[name])]
+    assert len(moved) > len(after) / 2
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(config: TrainConfig, tmp_path: Path) -> None:
+    whole = train(replace(config, max_steps=6, save_steps=3))
+    part = tmp_path / "part"
+    train(replace(config, out=part, save_steps=3))
+    train(replace(config, out=part, max_steps=6, save_steps=3, resume=True))
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, part))
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma2", "mixtral"])
+def test_what_is_stored_in_16_bits_changes_no_score(family: str, tmp_path: Path) -> None:
+    """Policy and reference are the same function at the start, experts included."""
+    tiny_model(family, **({} if family == "gpt2" else {"hidden_size": 32})).bfloat16().save_pretrained(tmp_path)
+    half, device, batch = Precision(torch.bfloat16), torch.device("cpu"), pad_sequences(random_rows(6))
+    kinds = {"frozen": True}, {"frozen": False, "narrow": True}
+    scores = []
+    for options in kinds:
+        model = load_causal_lm(
+            transformers.AutoModelForCausalLM, tmp_path, precision=half, device=device, **options
+        ).eval()
+        with torch.no_grad(), half.autocast(device):
+            scores.append(token_logps(model, batch).token_logps)
+    assert torch.equal(*scores)
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    narrow = [weight for weight in matrices if weight.dtype == torch.bfloat16]
+    assert len(narrow) >= len(matrices) - 2 and all(weight.requires_grad for weight in model.parameters())
+
+
+def test_gradients_of_frequent_tokens_are_summed_in_float32() -> None:
+    """A thousand small terms in one row: in bfloat16 the sum would stop growing at 256 of them."""
+    table = torch.nn.Embedding(5, 4).bfloat16()
+    table.__class__ = NarrowEmbedding
+    ids = torch.tensor([1] * 1000 + [3] + [0])
+    for sparse in (False, True):
+        table.sparse, table.weight.grad = sparse, None
+        output = table(ids)
+        assert output.dtype == torch.float32
+        output.sum().backward()
+        grad = table.weight.grad.to_dense()
+        assert grad.dtype == torch.bfloat16
+        assert grad[:, 0].tolist() == [1.0, 1000.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float32"}, "leave out --dtype float32"),
+        ({"lora_rank": 4}, "leave --memory out"),
+        ({"training": {"optim": "adafactor"}}, "remove optim and optim_args"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(memory="lean", **options)
