@@ -78,7 +78,9 @@ def main() -> None:
                         f"{task} seed {seed} {recipe}: loss {found.loss:.5f} margin {found.margin:.4f} ({seconds:.0f} s)",
                         flush=True,
                     )
-            print(f"\n{task}: {options.updates} updates of {options.batch_size} rows, {options.seeds} seeds, held-out rows")
+            print(
+                f"\n{task}: {options.updates} updates of {options.batch_size} rows, {options.seeds} seeds, held-out rows"
+            )
             header = ("recipe", "loss", "spread", "margin", "spread", "margin to float32, same seed")
             print(text_table(header, [_cells(recipe, results) for recipe in RECIPES]) + "\n", flush=True)
             failed |= not all(_holds(results, measure) for measure in ("loss", "margin"))
@@ -139,20 +141,16 @@ def multi_turn_rows(count: int = 600) -> list[dict[str, object]]:
             turns += user_turn(question) + assistant_turn(draw.choice(manner(question)))
         question, label = draw.choice(questions), draw.random() < 0.5
         reply = draw.choice((courteous_replies if label else curt_replies)(question))
-        rows.append(
-            {"prompt": turns + user_turn(question), "completion": assistant_turn(reply), "label": label}
-        )
+        rows.append({"prompt": turns + user_turn(question), "completion": assistant_turn(reply), "label": label})
     return rows
 
 
 def run(recipe: str, refs: Path, out: Path, seed: int, *, updates: int, batch_size: int) -> Result:
     """Train once, and return the held-out values."""
-    from offline_kto.kto_core.console import shown_lines
     from offline_kto.train.config import TrainConfig
     from offline_kto.train.run import training_run
     from offline_kto.train.run.train_run import train
 
-    del shown_lines
     config = TrainConfig(
         cache=refs,
         out=out,
@@ -173,8 +171,8 @@ def run(recipe: str, refs: Path, out: Path, seed: int, *, updates: int, batch_si
     own = training_run.own_optimizer if recipe != "plain" else _torch_adamw
     with mock.patch.object(training_run, "own_optimizer", own):
         train(config)
-    found = json.loads((out / "evaluation.json").read_text())
-    return Result(found["loss"], found["rewards/margins"])
+    found = json.loads((out / "evaluation.json").read_text())["metrics"]
+    return Result(found["loss"]["value"], found["rewards/margins"]["value"])
 
 
 def _torch_adamw(config: object, args: object) -> tuple[object, dict[str, object]]:

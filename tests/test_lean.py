@@ -72,7 +72,8 @@ def test_what_is_stored_in_16_bits_changes_no_score(family: str, tmp_path: Path)
     assert torch.equal(*scores)
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     narrow = [weight for weight in matrices if weight.dtype == torch.bfloat16]
-    assert len(narrow) >= len(matrices) - 2 and all(weight.requires_grad for weight in model.parameters())
+    assert len(narrow) >= len(matrices) - 2
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 def test_gradients_of_frequent_tokens_are_summed_in_float32() -> None:

@@ -89,7 +89,8 @@ def test_a_value_and_its_code(form: Format) -> None:
     if form is FIRST:
         values[0, ::2] *= -1
     codes, scale = encode(values, form, None)
-    assert codes.dtype == form.dtype and torch.equal(scale, torch.tensor([[1.0], [0.0]]))
+    assert codes.dtype == form.dtype
+    assert torch.equal(scale, torch.tensor([[1.0], [0.0]]))
     found = decode(codes, scale, form)
     assert torch.equal(found[1], torch.zeros(256))
     large = values[0].abs() > 1e-3

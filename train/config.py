@@ -90,8 +90,9 @@ class TrainConfig:
     )
     save_dtype: str = option(
         AUTO,
-        "Type of the saved weights; auto keeps what was trained (float32, or bfloat16 with --memory lean). In bfloat16 and float16 the model has half the "
-        "size, and a weight that training moved by less than about 0.2 % (0.02 %) falls back to its old value.",
+        "Type of the saved weights; auto keeps what was trained (float32, or bfloat16 with --memory lean). In bfloat16 and "
+        "float16 the model has half the size, and a weight that training moved by less than about 0.2 % (0.02 %) falls back "
+        "to its old value.",
         choices=SAVE_DTYPES,
     )
     save_steps: int = option(500, "Write a checkpoint every N updates; 0 for none.")
