@@ -14,6 +14,7 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.training_data import TrainingData, open_cache
 from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.trainer.lean_layers import restore_layers
 
 # Options that require loading another model. Other options are applied to, or removed from, the model in memory.
 _OF_MODEL = ("model", "dtype", "memory", "gradient_checkpointing", "trust_remote_code")
@@ -64,6 +65,7 @@ class _Initial:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.trained[name])
             parameter.grad = None
+        restore_layers(self.model)
         # accelerate wrapped `forward` in autocast, and would not do so again if it found its attribute.
         self.model.forward = self.forward
         self.model.__dict__.pop("_is_accelerate_prepared", None)

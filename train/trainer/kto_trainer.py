@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.library_types import Model
+from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.train.data.batches import BatchLoader, EpochBatches
 from offline_kto.train.data.cache_rows import CacheRows, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
@@ -31,6 +33,7 @@ from offline_kto.train.trainer.checkpoints import (
 from offline_kto.train.trainer.evaluation import Scores, held_out_metrics
 from offline_kto.train.trainer.finite_checks import FiniteChecks
 from offline_kto.train.trainer.gradient_passes import GradientPasses
+from offline_kto.train.trainer.lean_layers import can_halve_activations, halve_activations
 from offline_kto.train.trainer.memory import Meter, peak_memory_mb
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.policy_scores import PolicyScores
@@ -129,13 +132,26 @@ class KTOTrainer(transformers.Trainer):
         """Decide whether rows can be packed and how many tokens fit, once the Trainer has prepared the model."""
         self._take_over_model()
         longest = self.rows.max_length
-        self.policy.check_packing([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
+        sample = [self.rows[i].matched.ids for i in range(min(2, len(self.rows)))]
+        self.policy.check_packing(sample)
+        self._halve_activations(sample)
         if self.meter is None:
             return
         if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
             self.policy.max_tokens = max(_DEEPSPEED_TOKENS, longest)
         else:
             self.policy.max_tokens = self.gradients.measure_max_tokens(self.meter, longest=longest)
+
+    def _halve_activations(self, sample: Sequence[TokenIds]) -> None:
+        policy, args = self.policy, self.args
+        checkpoints = getattr(policy.model, "is_gradient_checkpointing", False)
+        if not can_halve_activations(policy, checkpoints=checkpoints, compiles=args.torch_compile):
+            return
+        replaced = halve_activations(policy.model, policy.scoring_model, policy.lay_out(sample))
+        if replaced and self.is_world_process_zero():
+            tell(
+                f"activations {replaced} norms and SwiGLU layers keep their inputs only; scores are the same bit for bit"
+            )
 
     def _take_over_model(self) -> None:
         self.policy.replace_model(self.model, wrapped=self.model_wrapped)
