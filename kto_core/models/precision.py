@@ -87,6 +87,11 @@ def store_trained_in(model: nn.Module, dtype: torch.dtype) -> None:
     _store(model, dtype, _matrices(model, dtype, tables=tables))
 
 
+def store_all_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store every weight in `dtype`: FSDP2 shards weights of one type only."""
+    _store(model, dtype, {id(parameter) for parameter in model.parameters()})
+
+
 def _store(model: nn.Module, dtype: torch.dtype, narrow: set[int]) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():

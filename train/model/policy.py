@@ -11,12 +11,13 @@ from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import warn
 from offline_kto.kto_core.errors import KTOError, ModelError, TrainingError
 from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
+from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
 from offline_kto.kto_core.models.folders import find_folder, find_reference
 from offline_kto.kto_core.models.loading import check_model_folder, is_quantized_folder, load_causal_lm
 from offline_kto.kto_core.models.outline import find_outline
-from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.models.precision import Precision, store_all_in
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.model.recipe import keeps_narrow_weights
@@ -130,6 +131,8 @@ class PolicyFiles:
             adapter=self.adapter,
             trust_remote_code=config.trust_remote_code,
         )
+        if keeps_narrow_weights(config) and sharding_asked_for():
+            store_all_in(model, precision.dtype)
         _repair_generation(model)
         if config.gradient_checkpointing:
             # Renamed in transformers 5.24.
