@@ -1,6 +1,7 @@
 """Training with `--memory lean`: 16-bit weights, rounded at random, and 8-bit moments."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 from models import random_rows, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.models.loading import load_causal_lm
@@ -17,8 +18,12 @@ from offline_kto.kto_core.models.narrow_embedding import NarrowEmbedding
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.scoring.logps import token_logps
 from offline_kto.kto_core.scoring.sequences import pad_sequences
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.inputs import KeptMaterials, Materials
 from offline_kto.train.run.train_run import train
+from offline_kto.train.run.training_run import TrainingRun
 
 
 @pytest.fixture
@@ -36,8 +41,9 @@ def config(cache: Path, tmp_path: Path) -> TrainConfig:
     )
 
 
-def test_a_run_trains_and_saves_bfloat16(config: TrainConfig, base: Path) -> None:
-    run = train(config)
+@pytest.mark.parametrize("memory", ["lean", "host"])
+def test_a_run_trains_and_saves_bfloat16(config: TrainConfig, memory: str, base: Path) -> None:
+    run = train(replace(config, memory=memory))
     assert json.loads((run / "run.json").read_text())["precision"] == "bfloat16"
     assert json.loads((run / "config.json").read_text())["dtype"] == "bfloat16"
     before, after = load_file(base / "model.safetensors"), load_file(run / "model.safetensors")
@@ -46,14 +52,58 @@ def test_a_run_trains_and_saves_bfloat16(config: TrainConfig, base: Path) -> Non
     assert len(moved) > len(after) / 2
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(config: TrainConfig, tmp_path: Path) -> None:
-    whole = train(replace(config, max_steps=6, save_steps=3))
+@pytest.mark.parametrize("memory", ["lean", "host"])
+def test_a_resumed_run_is_the_uninterrupted_one(config: TrainConfig, memory: str, tmp_path: Path) -> None:
+    config = replace(config, memory=memory, save_steps=3, max_steps=6)
+    whole = train(config)
     part = tmp_path / "part"
-    train(replace(config, out=part, save_steps=3))
-    train(replace(config, out=part, max_steps=6, save_steps=3, resume=True))
+    train(replace(config, out=part, max_steps=3))
+    train(replace(config, out=part, resume=True))
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, part))
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name
+
+
+def test_weights_on_the_host_train_as_float32_weights_do(
+    config: TrainConfig, base: Path, feedback: Path, tmp_path: Path
+) -> None:
+    """The same up to the rounding of gradients: the float32 weights on the host lose no update."""
+    model = shutil.copytree(base, tmp_path / "base")
+    weights = {name: weight.bfloat16() for name, weight in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    refs = tmp_path / "refs"
+    precompute(PrecomputeConfig(model=str(model), data=str(feedback), out=refs, dtype="bfloat16"))
+    config = replace(config, cache=refs, learning_rate=1e-5, max_steps=10, dtype="bfloat16")
+    full, host = (train(replace(config, out=tmp_path / memory, memory=memory)) for memory in ("full", "host"))
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+        for run in (full, host)
+    ]
+    assert losses[1][0] == losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-3)
+
+
+def test_trials_of_a_sweep_train_as_kto_train_does(config: TrainConfig, tmp_path: Path) -> None:
+    kept, found = KeptMaterials(), []
+    for number, materials in enumerate((Materials(), kept, kept)):
+        out = tmp_path / f"{number}"
+        out.mkdir()
+        TrainingRun.set_up(config, out, materials.data(config), materials).train()
+        materials.take_back()
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found.append([record["loss"] for record in records if "loss" in record])
+    assert found[0] == found[1] == found[2]
+
+
+def test_an_evaluation_computes_as_the_run_did(config: TrainConfig) -> None:
+    run = train(config)
+    expected = json.loads((run / "evaluation.json").read_text())["metrics"]
+    train(replace(config, evaluate_only=run, out=None))
+    found = json.loads((run / "evaluation.json").read_text())["metrics"]
+    assert found["loss"]["value"] == pytest.approx(expected["loss"]["value"], abs=1e-6)
+    train(replace(config, evaluate_only=run, out=None, dtype="float32"))
+    found = json.loads((run / "evaluation.json").read_text())["metrics"]
+    assert found["loss"]["value"] == pytest.approx(expected["loss"]["value"], abs=5e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma2", "mixtral"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from offline_kto.train.trainer.eight_bit_moments import FIRST, SECOND, Format, decode, encode
+from offline_kto.train.trainer.host_adam import HostAdamW
 from offline_kto.train.trainer.lean_adam import LeanAdamW, round_stochastically
 
 SHAPE = (16, 256)
@@ -129,3 +130,17 @@ def test_two_bytes_a_weight() -> None:
     optimizer.step()
     held = sum(one.numel() * one.element_size() for one in optimizer.state[weight].values())
     assert 2.0 < held / weight.numel() < 2.05
+
+
+def test_on_the_host_nothing_is_lost() -> None:
+    """The 16-bit weight is the rounded float32 weight of AdamW, which would not have moved alone."""
+    start, flow = (0.02 * torch.randn(SHAPE)).bfloat16(), [one.bfloat16() for one in gradients(50)]
+    wide, narrow = nn.Parameter(start.float()), nn.Parameter(start.clone())
+    optimizers = torch.optim.AdamW([wide], lr=1e-6, weight_decay=0.1), HostAdamW([narrow], lr=1e-6, weight_decay=0.1)
+    for one in flow:
+        for weight, optimizer in zip((wide, narrow), optimizers, strict=True):
+            weight.grad = one.to(weight.dtype)
+            optimizer.step()
+    torch.testing.assert_close(optimizers[1].state[narrow]["weight"], wide.detach(), rtol=1e-6, atol=1e-9)
+    assert torch.equal(narrow, optimizers[1].state[narrow]["weight"].bfloat16())
+    assert not torch.equal(wide.detach(), start.float())

@@ -10,7 +10,7 @@ from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 
 METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
 DTYPES = (AUTO, "float32", "bfloat16")
-MEMORIES = ("full", "lean")
+MEMORIES = ("full", "lean", "host")
 SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
 SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
 
@@ -69,11 +69,14 @@ class TrainConfig:
     memory: str = option(
         "full",
         "What training keeps of each weight: full has float32 weights, gradients and AdamW moments (16 bytes, 18 under "
-        "bfloat16); lean has bfloat16 weights, rounded up or down at random, and 8-bit moments (6 bytes).",
+        "bfloat16); lean has bfloat16 weights, rounded up or down at random, and 8-bit moments (6 bytes); host has bfloat16 weights and "
+        "gradients on the device (4 bytes), float32 weights and moments on the host (12 bytes).",
         choices=MEMORIES,
     )
-    gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass.", off="--no-gradient-checkpointing"
+    gradient_checkpointing: bool | None = option(
+        None,
+        "Recompute activations in the backward pass.  [default: if --max-tokens auto finds room for fewer than 4,096 tokens]",
+        off="--no-gradient-checkpointing",
     )
     lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all weights.", most=2**14)
     lora_alpha: float | None = option(None, "Scale of LoRA adapters.  [default: twice the rank]")
@@ -90,7 +93,7 @@ class TrainConfig:
     )
     save_dtype: str = option(
         AUTO,
-        "Type of the saved weights; auto keeps what was trained (float32, or bfloat16 with --memory lean). In bfloat16 and "
+        "Type of the saved weights; auto keeps what was trained (float32, or bfloat16 with --memory lean or host). In bfloat16 and "
         "float16 the model has half the size, and a weight that training moved by less than about 0.2 % (0.02 %) falls back "
         "to its old value.",
         choices=SAVE_DTYPES,
@@ -130,7 +133,7 @@ class TrainConfig:
                 raise ConfigError(f"{flag(name)} must be a number or auto, got {value!r}.")
             if not isinstance(value, str) and not 0 <= value < float("inf"):
                 raise ConfigError(f"{flag(name)} must not be negative, got {value}.")
-        if self.memory != "full":
+        if self.memory != "full" and self.evaluate_only is None:
             self._check_memory()
         if not self.humanline_low <= 0 <= self.humanline_high or self.humanline_low == self.humanline_high:
             raise ConfigError(

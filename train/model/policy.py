@@ -20,6 +20,7 @@ from offline_kto.kto_core.models.outline import find_outline
 from offline_kto.kto_core.models.precision import Precision, store_all_in
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.checkpointing import enable_checkpointing
 from offline_kto.train.model.recipe import keeps_narrow_weights
 
 
@@ -135,9 +136,7 @@ class PolicyFiles:
             store_all_in(model, precision.dtype)
         _repair_generation(model)
         if config.gradient_checkpointing:
-            # Renamed in transformers 5.24.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            enable_checkpointing(model)
         return model
 
     def prepare(self, model: Model, config: TrainConfig) -> Model:

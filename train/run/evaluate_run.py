@@ -53,6 +53,8 @@ def evaluate_run(config: TrainConfig) -> Path:
     run = config.evaluate_only
     assert run is not None
     config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
+    if config.dtype == "float32":
+        config = dataclasses.replace(config, memory="full")  # a model trained in 16 bits can be evaluated in more
     check_is_run(run, "--evaluate-only")
     record = read_run_record(run)
     refuse_pipes(run, "--evaluate-only")

@@ -13,6 +13,7 @@ from offline_kto.kto_core.models.precision import Precision
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.training_data import TrainingData, open_cache
+from offline_kto.train.model.checkpointing import disable_checkpointing, is_checkpointing
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.trainer.lean_layers import restore_layers
 
@@ -48,6 +49,7 @@ class _Initial:
     weights: dict[str, Tensor]
     trained: dict[str, bool]
     forward: Callable[..., object] | None
+    checkpoints: bool
 
     @classmethod
     def of(cls, key: tuple[object, ...], model: Model, *, frozen: bool) -> "_Initial":
@@ -55,7 +57,7 @@ class _Initial:
         tensors = {} if frozen else {**dict(model.named_parameters()), **dict(model.named_buffers())}
         weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        return cls(key, model, weights, trained, vars(model).get("forward"))
+        return cls(key, model, weights, trained, vars(model).get("forward"), is_checkpointing(model))
 
     @torch.no_grad()
     def restore(self) -> Model:
@@ -66,6 +68,8 @@ class _Initial:
             parameter.requires_grad_(self.trained[name])
             parameter.grad = None
         restore_layers(self.model)
+        if is_checkpointing(self.model) and not self.checkpoints:  # the last run's own choice
+            disable_checkpointing(self.model)
         # accelerate wrapped `forward` in autocast, and would not do so again if it found its attribute.
         self.model.forward = self.forward
         self.model.__dict__.pop("_is_accelerate_prepared", None)

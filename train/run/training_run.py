@@ -384,6 +384,7 @@ def make_trainer(
             max_tokens=_max_tokens(config, model, args.device),
             rounding=tolerance_for(data.rows.manifest, precision),
             held_out=data.held_out,
+            may_checkpoint=config.gradient_checkpointing is None,
             optimizer_cls_and_kwargs=own_optimizer(config, args),
             writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
             callbacks=callbacks,

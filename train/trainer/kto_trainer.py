@@ -22,6 +22,7 @@ from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.train.data.batches import BatchLoader, EpochBatches
 from offline_kto.train.data.cache_rows import CacheRows, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
+from offline_kto.train.model.checkpointing import can_checkpoint, enable_checkpointing, is_checkpointing
 from offline_kto.train.model.saved_model import ModelWriter
 from offline_kto.train.trainer.accumulators import RowLogratios, Window
 from offline_kto.train.trainer.checkpoints import (
@@ -33,8 +34,8 @@ from offline_kto.train.trainer.checkpoints import (
 from offline_kto.train.trainer.evaluation import Scores, held_out_metrics
 from offline_kto.train.trainer.finite_checks import FiniteChecks
 from offline_kto.train.trainer.gradient_passes import GradientPasses
-from offline_kto.train.trainer.lean_layers import can_halve_activations, halve_activations
-from offline_kto.train.trainer.memory import Meter, peak_memory_mb
+from offline_kto.train.trainer.lean_layers import can_halve_activations, halve_activations, restore_layers
+from offline_kto.train.trainer.memory import MOST_TOKENS, Meter, peak_memory_mb, peak_reserved_mb, state_bytes
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.policy_scores import PolicyScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
@@ -52,6 +53,9 @@ from offline_kto.train.trainer.sharding import tie_again
 # Token budget where memory is not measured.
 _DEEPSPEED_TOKENS = 8192
 
+# A pass of fewer tokens leaves a GPU idle for part of its time.
+FEW_TOKENS = 4096
+
 
 class KTOTrainer(transformers.Trainer):
     """Trainer for KTO from cached reference scores.
@@ -66,6 +70,7 @@ class KTOTrainer(transformers.Trainer):
         max_tokens: padded tokens in one forward and backward pass, or a meter that measures how many fit.
         rounding: nats per token by which two ways to compute the same score may differ.
         writer: writes the models of checkpoints and of the run.
+        may_checkpoint: whether gradient checkpointing may be switched on if few tokens fit.
 
     Attributes:
         policy: the model with its token budget.
@@ -86,6 +91,7 @@ class KTOTrainer(transformers.Trainer):
         rounding: float,
         writer: ModelWriter,
         held_out: HeldOutRows | None = None,
+        may_checkpoint: bool = False,
         **options: Any,
     ) -> None:
         use_cache = getattr(model.config, "use_cache", None)
@@ -96,6 +102,7 @@ class KTOTrainer(transformers.Trainer):
             model.config.use_cache = use_cache
         self.rows, self.batches, self.held_out = rows, batches, held_out
         self.objective, self.writer = objective, writer
+        self.may_checkpoint = may_checkpoint
         self.meter = None if isinstance(max_tokens, int) else max_tokens
         budget = max_tokens if isinstance(max_tokens, int) else rows.max_length
         ranks = Ranks(self.accelerator, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -140,11 +147,32 @@ class KTOTrainer(transformers.Trainer):
         if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
             self.policy.max_tokens = max(_DEEPSPEED_TOKENS, longest)
         else:
-            self.policy.max_tokens = self.gradients.measure_max_tokens(self.meter, longest=longest)
+            self._measure_budget(self.meter, longest)
+
+    def _measure_budget(self, meter: Meter, longest: int) -> None:
+        """Measure how many tokens fit; with few, measure again with gradient checkpointing unless that was decided."""
+        policy, measure = self.policy, self.gradients.measure_max_tokens
+        found = measure(meter, longest=longest, of_matrix=self._state_bytes)
+        if found.tokens < FEW_TOKENS and self.may_checkpoint and can_checkpoint(policy.model):
+            restore_layers(policy.model)
+            enable_checkpointing(policy.model)
+            again = measure(meter, longest=longest, of_matrix=self._state_bytes)
+            if self.is_world_process_zero():
+                tell(
+                    f"memory      {found.tokens:,} tokens would fit into a pass: with gradient checkpointing {again.tokens:,} do, "
+                    "for about a third more time (--no-gradient-checkpointing leaves it off)"
+                )
+            found = again
+        policy.max_tokens = found.tokens
+        self.scores.most_tokens = min(MOST_TOKENS, found.scoring_tokens)
+
+    def _state_bytes(self, dtype: torch.dtype) -> float:
+        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        return state_bytes(kind, options, self.args.device, dtype)
 
     def _halve_activations(self, sample: Sequence[TokenIds]) -> None:
         policy, args = self.policy, self.args
-        checkpoints = getattr(policy.model, "is_gradient_checkpointing", False)
+        checkpoints = is_checkpointing(policy.model)
         if not can_halve_activations(policy, checkpoints=checkpoints, compiles=args.torch_compile):
             return
         replaced = halve_activations(policy.model, policy.scoring_model, policy.lay_out(sample))
@@ -192,6 +220,8 @@ class KTOTrainer(transformers.Trainer):
         if "loss" in logs and self._window.updates:
             logs.update(self._window.metrics(self.policy.ranks, beta=self.objective.beta))
             logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
+            reserved = peak_reserved_mb(self.args.device)
+            logs.update({} if reserved is None else {"peak_reserved_mb": reserved})
             self.row_logratios.settle()
             self._window = Window()
         super().log(logs, start_time)

@@ -5,13 +5,14 @@ would lose it. Here the update is computed in float32 and rounded up or down at 
 keeps the mean: after many updates the weight is where float32 would have brought it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from offline_kto.train.trainer.eight_bit_moments import FIRST, SECOND, block_of, decode, encode
+from offline_kto.train.trainer.narrow_optimizer import NarrowOptimizer
 from offline_kto.train.trainer.sharding import like_weight, local_part
 
 # Values whose update is computed at a time: bounds the float32 temporaries.
@@ -21,7 +22,7 @@ _CHUNK_ACCELERATOR = 2**24
 _MASK = 2**63 - 1
 
 
-class LeanAdamW(torch.optim.Optimizer):
+class LeanAdamW(NarrowOptimizer):
     """AdamW with 8-bit moments and stochastically rounded 16-bit weights; float32 weights are updated as usual.
 
     Matrices get 8-bit moments; vectors (norms, biases), which are few, get float32 ones. The random numbers depend on
@@ -53,35 +54,7 @@ class LeanAdamW(torch.optim.Optimizer):
         self._seed, self._rank = seed, rank
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all weights that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        number = 0
-        for group in self.param_groups:
-            for weight in group["params"]:
-                number += 1
-                if weight.grad is not None:
-                    self._update(weight, group, number)
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the moments as they were saved; the inherited method would convert them to the weights' type."""
-        super().load_state_dict({**state_dict, "state": {}})
-        ids = [one for group in state_dict["param_groups"] for one in group["params"]]
-        weights = [weight for group in self.param_groups for weight in group["params"]]
-        for one, weight in zip(ids, weights, strict=True):
-            if one in state_dict["state"]:
-                saved = state_dict["state"][one]
-                self.state[weight] = {
-                    name: value.clone() if name == "step" else value.to(weight.device, copy=True)
-                    for name, value in saved.items()
-                }
-
-    def _update(self, weight: Tensor, group: dict[str, Any], number: int) -> None:
+    def update(self, weight: Tensor, group: dict[str, Any], number: int) -> None:
         state = self.state[weight]
         if not state:
             state.update(_new_state(weight))
@@ -106,6 +79,9 @@ class LeanAdamW(torch.optim.Optimizer):
                 float(state["step"]),
                 random,
             )
+
+    def device_of_states(self, weight: Tensor) -> torch.device:
+        return weight.device
 
     def _generator(self, device: torch.device, step: int, number: int) -> torch.Generator:
         if device not in self._generators:

@@ -41,7 +41,7 @@ def prepare_sharding(
         _keep_float32(fsdp, dtype)
     if deepspeed is not None and narrow:
         raise TrainingError(
-            "--memory lean does not work with DeepSpeed, which keeps weights and moments its own way. Use FSDP2 "
+            "--memory lean or host does not work with DeepSpeed, which keeps weights and moments its own way. Use FSDP2 "
             "(configs/accelerate_fsdp2.yaml), or --memory full --dtype float32."
         )
     if deepspeed is not None and dtype != torch.float32:
