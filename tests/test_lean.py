@@ -21,6 +21,7 @@ from offline_kto.kto_core.scoring.sequences import pad_sequences
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.run import training_run
 from offline_kto.train.run.inputs import KeptMaterials, Materials
 from offline_kto.train.run.train_run import train
 from offline_kto.train.run.training_run import TrainingRun
@@ -42,8 +43,11 @@ def config(cache: Path, tmp_path: Path) -> TrainConfig:
 
 
 @pytest.mark.parametrize("memory", ["lean", "host"])
-def test_a_run_trains_and_saves_bfloat16(config: TrainConfig, memory: str, base: Path) -> None:
+def test_a_run_trains_and_saves_bfloat16(
+    config: TrainConfig, memory: str, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = train(replace(config, memory=memory))
+    assert f"memory      --memory {memory}: " in capsys.readouterr().out
     assert json.loads((run / "run.json").read_text())["precision"] == "bfloat16"
     assert json.loads((run / "config.json").read_text())["dtype"] == "bfloat16"
     before, after = load_file(base / "model.safetensors"), load_file(run / "model.safetensors")
@@ -81,6 +85,31 @@ def test_weights_on_the_host_train_as_float32_weights_do(
     ]
     assert losses[1][0] == losses[0][0]
     assert losses[1] == pytest.approx(losses[0], abs=2e-3)
+
+
+def test_small_steps_add_up_as_in_float32_and_are_lost_in_plain_bfloat16(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is a twentieth of half a unit in the last place. benchmarks/lean_recipe.py is the long version."""
+    options = {"learning_rate": 5e-5, "max_steps": 100, "epochs": 100.0, "logging_steps": 100}
+    config = replace(config, eval_fraction=0.0, allow_different_policy=True, **options)
+
+    def margin(run: Path) -> float:
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        first, last = records[0], records[-2]
+        return last["rewards/margins"] - first["rewards/margins"]
+
+    full, lean = (
+        margin(train(replace(config, out=tmp_path / memory, memory=memory, dtype="bfloat16")))
+        for memory in ("full", "lean")
+    )
+    monkeypatch.setattr(
+        training_run, "own_optimizer", lambda *_: (torch.optim.AdamW, {"lr": 5e-5, "weight_decay": 0.0})
+    )
+    plain = margin(train(replace(config, out=tmp_path / "plain")))
+    print(full, lean, plain)
+    assert lean == pytest.approx(full, rel=0.2)
+    assert plain < 0.3 * full
 
 
 def test_trials_of_a_sweep_train_as_kto_train_does(config: TrainConfig, tmp_path: Path) -> None:

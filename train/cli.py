@@ -95,6 +95,12 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     \b
     kto-train --cache refs/ --out runs/first
     """
+    if values["plan_memory"] is not None:
+        quiet_libraries()
+        from offline_kto.train.run.memory_table import print_memory
+
+        print_memory(values["plan_memory"], trust_remote_code=values["trust_remote_code"])
+        return
     if values["evaluate_only"] is not None:
         # Use the options of the run (its beta, its hold-out) unless the command line overrides them.
         if config is not None:

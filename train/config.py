@@ -108,6 +108,12 @@ class TrainConfig:
         metavar="RUN",
         yaml=False,
     )
+    plan_memory: str | None = option(
+        None,
+        "Do not train: print the memory that training a model takes, by recipe, from its config.json alone.",
+        metavar="MODEL",
+        yaml=False,
+    )
     allow_different_policy: bool = option(False, "Train a policy that is not the cached reference.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     training: dict[str, object] = option(dict, "YAML only: passed to transformers.TrainingArguments.")

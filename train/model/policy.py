@@ -21,6 +21,7 @@ from offline_kto.kto_core.models.precision import Precision, store_all_in
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.model.checkpointing import enable_checkpointing
+from offline_kto.train.model.memory_needs import ModelSize, known_size
 from offline_kto.train.model.recipe import keeps_narrow_weights
 
 
@@ -33,6 +34,7 @@ class PolicyFiles:
         adapter: the reference's adapter; merged into the weights before training, or loaded next to quantised weights.
         warnings: about the folder, for the plan.
         is_local: whether the model is a folder of the user's, and not one of the hub's.
+        size: what the memory of training depends on; None if its shapes are not known before it is loaded.
     """
 
     name: str
@@ -41,6 +43,7 @@ class PolicyFiles:
     tokenizer: Tokenizer
     warnings: tuple[str, ...] = ()
     is_local: bool = True
+    size: ModelSize | None = None
 
     @property
     def how_adapted(self) -> str:
@@ -80,10 +83,12 @@ class PolicyFiles:
         )
         if template := manifest.tokenizer.get("chat_template"):
             tokenizer.chat_template = template  # the tokenizer of the rows; `compare_tokenizer` compares its hash
-        warnings = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code).warnings
+        outline = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code)
+        warnings = outline.warnings
         if not config.trust_remote_code:
             warnings += check_tokenizer_code(folder, type(tokenizer).__name__)
-        files = cls(name, folder, adapter, tokenizer, tuple(warnings), is_local=commit is None)
+        size = known_size(outline.model)
+        files = cls(name, folder, adapter, tokenizer, tuple(warnings), is_local=commit is None, size=size)
         files.compare_tokenizer(manifest, allow=config.allow_different_policy)
         return files
 
