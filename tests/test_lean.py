@@ -107,7 +107,6 @@ def test_small_steps_add_up_as_in_float32_and_are_lost_in_plain_bfloat16(
         training_run, "own_optimizer", lambda *_: (torch.optim.AdamW, {"lr": 5e-5, "weight_decay": 0.0})
     )
     plain = margin(train(replace(config, out=tmp_path / "plain")))
-    print(full, lean, plain)
     assert lean == pytest.approx(full, rel=0.2)
     assert plain < 0.3 * full
 
