@@ -90,8 +90,8 @@ def test_weights_on_the_host_train_as_float32_weights_do(
 def test_small_steps_add_up_as_in_float32_and_are_lost_in_plain_bfloat16(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step is a twentieth of half a unit in the last place. benchmarks/lean_recipe.py is the long version."""
-    options = {"learning_rate": 5e-5, "max_steps": 100, "epochs": 100.0, "logging_steps": 100}
+    """A step is a tenth of half a unit in the last place. benchmarks/lean_recipe.py is the long version."""
+    options = {"learning_rate": 1e-4, "max_steps": 40, "epochs": 100.0, "logging_steps": 40}
     config = replace(config, eval_fraction=0.0, allow_different_policy=True, **options)
 
     def margin(run: Path) -> float:
@@ -104,7 +104,7 @@ def test_small_steps_add_up_as_in_float32_and_are_lost_in_plain_bfloat16(
         for memory in ("full", "lean")
     )
     monkeypatch.setattr(
-        training_run, "own_optimizer", lambda *_: (torch.optim.AdamW, {"lr": 5e-5, "weight_decay": 0.0})
+        training_run, "own_optimizer", lambda *_: (torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 0.0})
     )
     plain = margin(train(replace(config, out=tmp_path / "plain")))
     assert lean == pytest.approx(full, rel=0.2)

@@ -1,12 +1,15 @@
 """AdamW for 16-bit weights, compared with float32 AdamW over many updates."""
 
 import copy
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from offline_kto.kto_core.errors import TrainingError
+from offline_kto.train.trainer import lean_adam
 from offline_kto.train.trainer.eight_bit_moments import FIRST, SECOND, Format, decode, encode
 from offline_kto.train.trainer.host_adam import HostAdamW
 from offline_kto.train.trainer.lean_adam import LeanAdamW, round_stochastically
@@ -144,3 +147,33 @@ def test_on_the_host_nothing_is_lost() -> None:
     torch.testing.assert_close(optimizers[1].state[narrow]["weight"], wide.detach(), rtol=1e-6, atol=1e-9)
     assert torch.equal(narrow, optimizers[1].state[narrow]["weight"].bfloat16())
     assert not torch.equal(wide.detach(), start.float())
+
+
+@pytest.mark.slow
+def test_the_kernel_of_a_gpu_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile builds it here for the CPU. Products may be fused, so that a code or two round the other way."""
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    flow, weights = gradients(5), [nn.Parameter((0.02 * torch.randn(SHAPE)).bfloat16())]
+    weights.append(nn.Parameter(weights[0].detach().clone()))
+    for weight, update in zip(weights, (lean_adam.update_blocks, lean_adam._compiled()), strict=True):
+        monkeypatch.setattr(lean_adam, "compiled_update", lambda device, update=update: update)
+        optimizer = LeanAdamW([weight], lr=1e-4)
+        for one in flow:
+            weight.grad = one.bfloat16()
+            optimizer.step()
+    assert float((weights[0] != weights[1]).float().mean()) < 0.01
+
+
+def test_a_kernel_that_cannot_be_built_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        def call(*_: Any) -> None:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+        return call
+
+    lean_adam._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(TrainingError, match=r"Install gcc, or set TORCH_COMPILE_DISABLE=1"):
+        lean_adam.compiled_update(torch.device("cuda"))()
+    lean_adam._compiled.cache_clear()

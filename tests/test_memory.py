@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from offline_kto.kto_core.out_of_memory import one_kind_of_out_of_memory
 from offline_kto.kto_core.runtime import use_expandable_segments
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.model.checkpointing import is_checkpointing
@@ -254,3 +255,26 @@ def test_segments_grow_unless_the_user_decided(monkeypatch, name):
     monkeypatch.setenv(name, "backend:cudaMallocAsync")
     use_expandable_segments()
     assert [one for one in os.environ if one.endswith("ALLOC_CONF")] == [name]
+
+
+@pytest.mark.parametrize("said", ["CUDA error: out of memory\nmore", "CUBLAS_STATUS_ALLOC_FAILED when calling"])
+def test_every_out_of_memory_halves_the_budget(cache, tmp_path, monkeypatch, capsys, said):
+    """cuBLAS and the driver allocate beside torch, and have errors of their own."""
+    real, failed = GradientPasses._run, []
+
+    def run(self, *arguments):
+        if not failed:
+            failed.append(True)
+            raise RuntimeError(said)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(GradientPasses, "_run", run)
+    config = TrainConfig(cache=cache, out=tmp_path / "a", batch_size=8, max_steps=1, learning_rate=3e-3, save_steps=0)
+    train(config)
+    assert "out of memory: continuing with --max-tokens 512" in capsys.readouterr().out
+
+
+def test_other_errors_are_not_out_of_memory():
+    with pytest.raises(RuntimeError, match="device-side assert") as caught, one_kind_of_out_of_memory():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    assert not isinstance(caught.value, torch.OutOfMemoryError)

@@ -11,6 +11,7 @@ from torch import Tensor
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import Model
+from offline_kto.kto_core.out_of_memory import one_kind_of_out_of_memory
 from offline_kto.kto_core.scoring.batching import SCORING_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.logps import Batch, sees_whole_passes, token_logps
 from offline_kto.kto_core.scoring.model_code import model_code
@@ -100,7 +101,8 @@ class ScoringPasses:
                 if done.issuperset(indices):
                     continue
                 try:
-                    finished = self._forward(indices, build())
+                    with one_kind_of_out_of_memory():
+                        finished = self._forward(indices, build())
                 except torch.OutOfMemoryError:
                     if not self.alone or len(indices) == 1:
                         raise

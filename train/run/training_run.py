@@ -160,8 +160,8 @@ class TrainingRun:
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"Out of memory with --max-tokens {trainer.policy.max_tokens}, rows of at most {self.data.rows.max_length} tokens: "
-                f"{in_one_line(error)} Use a smaller --max-tokens or --max-length, --gradient-checkpointing, --lora-rank 16 "
-                "or an 8-bit optimizer (training: optim: adamw_bnb_8bit). --resume continues from the last checkpoint."
+                f"{in_one_line(error)} Use a smaller --max-tokens or --max-length, --gradient-checkpointing, --memory lean "
+                "or --lora-rank 16. --resume continues from the last checkpoint."
             ) from error
         finally:
             if self.console is not None:

@@ -49,7 +49,7 @@ def decode(codes: Tensor, scale: Tensor, form: Format) -> Tensor:
         codes: shape (blocks, block).
         scale: float32, shape (blocks, 1).
     """
-    return _magnitude(codes.float(), form).mul_(scale)
+    return _shares(codes.float(), form) * scale
 
 
 def encode(values: Tensor, form: Format, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -65,24 +65,24 @@ def encode(values: Tensor, form: Format, noise: Tensor | None) -> tuple[Tensor, 
     shares = values / scale.clamp(min=torch.finfo(torch.float32).tiny)
     places = shares.abs()
     for _ in range(form.halvings):
-        places = places.sqrt_()
-    places = places.mul_(form.levels)
+        places = places.sqrt()
+    places = places * form.levels
     if noise is None:
-        codes = places.round_()
+        codes = places.round()
     else:
         # Between the values of two codes, not between the codes: the mean of a power is not the power of a mean.
-        low = places.floor_().clamp_(max=form.levels - 1)
-        below, above = _magnitude(low.clone(), form), _magnitude(low + 1, form)
-        codes = low.add_((shares.abs().sub_(below) > noise * above.sub_(below)).float())
+        low = places.floor().clamp(max=form.levels - 1)
+        below, above = _shares(low, form), _shares(low + 1, form)
+        codes = low + (shares.abs() - below > noise * (above - below))
     if form.dtype == torch.int8:
-        codes = codes.copysign_(shares)
+        codes = codes.copysign(shares)
     return codes.to(form.dtype), scale
 
 
-def _magnitude(codes: Tensor, form: Format) -> Tensor:
-    """Return the shares of the scale that codes stand for, with their sign, in place."""
-    shares = codes.div_(form.levels)
+def _shares(codes: Tensor, form: Format) -> Tensor:
+    """Return the shares of the scale that codes stand for, with their sign."""
+    shares = codes / form.levels
     powers = shares.square()
     for _ in range(form.halvings - 1):
-        powers = powers.square_()
-    return powers.copysign_(shares)
+        powers = powers.square()
+    return powers.copysign(shares)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from offline_kto.kto_core.losses.metrics import BatchOutcome, Tokens
 from offline_kto.kto_core.losses.router_losses import count_routed_tokens, router_balance_loss
+from offline_kto.kto_core.out_of_memory import one_kind_of_out_of_memory
 from offline_kto.kto_core.scoring.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.head import add_gradients_in_place
 from offline_kto.kto_core.scoring.logps import token_logps
@@ -72,7 +73,8 @@ class GradientPasses:
         least = self.objective.rows_in_unit * max(len(row.matched) for row in rows)  # a unit cannot be split
         while True:
             try:
-                return self._run(rows, reference, step)
+                with one_kind_of_out_of_memory():
+                    return self._run(rows, reference, step)
             except torch.OutOfMemoryError:
                 # Gradients are summed over ranks only afterwards, so an unsharded rank can retry alone. The ranks of a
                 # sharded model wait for each other within every pass.

@@ -5,12 +5,14 @@ would lose it. Here the update is computed in float32 and rounded up or down at 
 keeps the mean: after many updates the weight is where float32 would have brought it.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from offline_kto.kto_core.errors import TrainingError, in_one_line
 from offline_kto.train.trainer.eight_bit_moments import FIRST, SECOND, block_of, decode, encode
 from offline_kto.train.trainer.narrow_optimizer import NarrowOptimizer
 from offline_kto.train.trainer.sharding import like_weight, local_part
@@ -53,35 +55,51 @@ class LeanAdamW(NarrowOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._seed, self._rank = seed, rank
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._last: tuple[Any, Tensor] = (None, torch.empty(0))
 
     def update(self, weight: Tensor, group: dict[str, Any], number: int) -> None:
         state = self.state[weight]
         if not state:
             state.update(_new_state(weight))
         state["step"] += 1
-        moments = {name: local_part(value) for name, value in state.items() if name != "step"}
+        step = int(state["step"])
+        states = {name: local_part(value) for name, value in state.items() if name != "step"}
         part, gradient = local_part(weight.detach()), local_part(weight.grad)  # type: ignore[arg-type]
         if not part.numel():
             return
+        numbers = self._numbers(group, step, part.device)
+        random = self._generator(part.device, step, number)
         block = block_of(part.shape)
-        width = block or part.shape[-1] if part.ndim else 1
-        views = {name: value.view(-1, 1 if name.endswith("scale") else width) for name, value in moments.items()}
-        target, gradient = part.view(-1, width), gradient.reshape(-1, width)
-        random = self._generator(part.device, int(state["step"]), number)
-        rows = max(1, _CHUNK.get(part.device.type, _CHUNK_ACCELERATOR) // width)
-        for start in range(0, len(target), rows):
-            chunk = slice(start, start + rows)
-            _update_chunk(
-                target[chunk],
-                gradient[chunk],
-                {name: view[chunk] for name, view in views.items()},
-                group,
-                float(state["step"]),
-                random,
-            )
+        if block is None:
+            _update_vector(part, gradient, states["exp_avg"], states["exp_avg_sq"], numbers, random)
+            return
+        names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+        views = [states[name].view(-1, 1 if name.endswith("scale") else block) for name in names]
+        views = [part.view(-1, block), gradient.reshape(-1, block), *views]
+        blocks = max(1, _CHUNK.get(part.device.type, _CHUNK_ACCELERATOR) // block)
+        update = compiled_update(part.device)
+        for start in range(0, len(views[0]), blocks):
+            chunk = [view[start : start + blocks] for view in views]
+            update(*chunk, _random_bits(chunk[0], random), numbers)
 
     def device_of_states(self, weight: Tensor) -> torch.device:
         return weight.device
+
+    def _numbers(self, group: dict[str, Any], step: int, device: torch.device) -> Tensor:
+        """Return an update's numbers on the device: as Python numbers they would be compiled into the code."""
+        (beta1, beta2), rate = group["betas"], float(group["lr"])
+        numbers = (
+            1 - rate * group["weight_decay"],
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            rate / (1 - beta1**step),
+            (1 - beta2**step) ** 0.5,
+            group["eps"],
+        )
+        if self._last[0] != (numbers, device):
+            self._last = (numbers, device), torch.tensor(numbers, dtype=torch.float32, device=device)
+        return self._last[1]
 
     def _generator(self, device: torch.device, step: int, number: int) -> torch.Generator:
         if device not in self._generators:
@@ -105,44 +123,85 @@ def _new_state(weight: Tensor) -> dict[str, Tensor]:
     return state
 
 
-def _update_chunk(
+def _random_bits(like: Tensor, random: torch.Generator) -> Tensor:
+    bits = torch.empty(like.shape, dtype=torch.int32, device=like.device)
+    return bits.random_(-(2**31), None, generator=random)
+
+
+def _moved(weight: Tensor, first: Tensor, second: Tensor, numbers: Tensor) -> Tensor:
+    """Return updated weights in float32."""
+    decay, _, _, _, size, correction, eps = numbers.unbind()
+    return weight.float() * decay - size * first / (second.sqrt() / correction + eps)
+
+
+def _update_vector(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, numbers: Tensor, random: torch.Generator
+) -> None:
+    """Update a weight with float32 moments, in place."""
+    _, gain1, beta2, gain2, *_ = numbers.unbind()
+    gradient = gradient.float()
+    first.add_((gradient - first) * gain1)
+    second.mul_(beta2).add_(gradient.square() * gain2)
+    value = _moved(weight, first, second, numbers)
+    rounds = weight.dtype == torch.bfloat16
+    weight.copy_(round_stochastically(value, _random_bits(weight, random)) if rounds else value)
+
+
+def update_blocks(
     weight: Tensor,
     gradient: Tensor,
-    moments: dict[str, Tensor],
-    group: dict[str, Any],
-    step: float,
-    random: torch.Generator,
+    first_codes: Tensor,
+    first_scale: Tensor,
+    second_codes: Tensor,
+    second_scale: Tensor,
+    bits: Tensor,
+    numbers: Tensor,
 ) -> None:
-    """Update some rows of a weight and of its moments, in place."""
-    (beta1, beta2), rounds = group["betas"], weight.dtype == torch.bfloat16
-    narrow = "exp_avg_scale" in moments
+    """Update some blocks of a weight and their 8-bit moments, in place.
+
+    Args:
+        weight, gradient, first_codes, second_codes: shape (blocks, block).
+        first_scale, second_scale: float32, shape (blocks, 1).
+        bits: random, int32, shape (blocks, block): 16 round the weight, the other 16 its second moment.
+        numbers: float32, from `LeanAdamW`.
+    """
+    _, gain1, beta2, gain2, *_ = numbers.unbind()
     gradient = gradient.float()
-    if narrow:
-        first = decode(moments["exp_avg"], moments["exp_avg_scale"], FIRST)
-        second = decode(moments["exp_avg_sq"], moments["exp_avg_sq_scale"], SECOND)
-    else:
-        first, second = moments["exp_avg"], moments["exp_avg_sq"]
-    first.lerp_(gradient, 1 - beta1)
-    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    size = float(group["lr"]) / (1 - beta1**step)
-    denominator = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    value = weight.float() if rounds else weight
-    value.mul_(1 - float(group["lr"]) * group["weight_decay"])
-    value.addcdiv_(first, denominator, value=-size)
-    if not (rounds or narrow):
-        return
-    # 16 bits round the weight, the other 16 its second moment.
-    bits = torch.empty(weight.shape, dtype=torch.int32, device=weight.device).random_(-(2**31), None, generator=random)
-    if rounds:
-        weight.copy_(round_stochastically(value, bits))
-    if narrow:
-        for name, form, values, noise in (
-            ("exp_avg", FIRST, first, None),
-            ("exp_avg_sq", SECOND, second, (bits >> 16).add_(2**15).float().div_(2**16)),
-        ):
-            codes, scale = encode(values, form, noise)
-            moments[name].copy_(codes)
-            moments[f"{name}_scale"].copy_(scale)
+    first = decode(first_codes, first_scale, FIRST)
+    first = first + (gradient - first) * gain1
+    second = decode(second_codes, second_scale, SECOND) * beta2 + gradient.square() * gain2
+    value = _moved(weight, first, second, numbers)
+    weight.copy_(round_stochastically(value, bits) if weight.dtype == torch.bfloat16 else value)
+    noise = ((bits >> 16) + 2**15).float() / 2**16
+    for codes, scale, found in (
+        (first_codes, first_scale, encode(first, FIRST, None)),
+        (second_codes, second_scale, encode(second, SECOND, noise)),
+    ):
+        codes.copy_(found[0])
+        scale.copy_(found[1])
+
+
+@functools.cache
+def _compiled() -> Callable[..., None]:
+    update: Callable[..., None] = torch.compile(update_blocks, dynamic=True, fullgraph=True)
+
+    def explained(*arguments: Tensor) -> None:
+        try:
+            update(*arguments)
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise TrainingError(
+                "--memory lean: torch.compile cannot build the optimizer's kernel, for which it needs Triton and a C compiler "
+                f"({in_one_line(error)}). Install gcc, or set TORCH_COMPILE_DISABLE=1: updates then take longer."
+            ) from error
+
+    return explained
+
+
+def compiled_update(device: torch.device) -> Callable[..., None]:
+    """Return `update_blocks` as one kernel on a GPU: there, its forty operations would each go through memory."""
+    return _compiled() if device.type == "cuda" else update_blocks
 
 
 def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from offline_kto.kto_core.out_of_memory import one_kind_of_out_of_memory
+
 # The rest stays free for fragmentation, other libraries' workspaces, and the spread of row lengths.
 _USED = 0.85
 
@@ -98,8 +100,9 @@ def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, res
     before = meter.used()
     room = _USED * (before + meter.available()) - reserve
     try:
-        trial(1)  # kernels' workspaces and the gradients come with the first pass
-        one, two = (meter.peak_of(lambda rows=rows: trial(rows)) for rows in (1, 2))  # type: ignore[misc]
+        with one_kind_of_out_of_memory():
+            trial(1)  # kernels' workspaces and the gradients come with the first pass
+            one, two = (meter.peak_of(lambda rows=rows: trial(rows)) for rows in (1, 2))  # type: ignore[misc]
     except torch.OutOfMemoryError:
         if not alone:
             raise
