@@ -57,6 +57,19 @@ def test_what_can_be_replaced_is(family: str, layers: int) -> None:
     assert all(torch.equal(gradient, again[1][name]) for name, gradient in before[1].items())
 
 
+def test_a_layer_with_another_forward_method_keeps_it() -> None:
+    """Liger and hub kernels put theirs on the module."""
+    model = scorable("llama")
+    mlp, norm = model.model.layers[0].mlp, model.model.layers[1].input_layernorm
+    for module in (mlp, norm):
+        module.forward = module.forward
+    with AUTOCAST:
+        assert halve_activations(model, model, BATCH) == 4
+    restore_layers(model)
+    assert "forward" in vars(mlp)
+    assert "forward" in vars(norm)
+
+
 def bytes_kept(layers: int, *, lean: bool) -> int:
     """Bytes that the backward pass of a model holds, without its weights and their copies."""
     torch.manual_seed(0)
