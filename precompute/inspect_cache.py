@@ -12,6 +12,7 @@ from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
 from offline_kto.kto_core.cache.shards import CacheRow, Rows, check_packing, check_table, open_shard, read_groups
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import ConfigError, printable
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.progress import Progress
@@ -58,7 +59,7 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
             f"{manifest.rows:,} ({_number(data.get('desirable'))} desirable, {_number(data.get('undesirable'))} undesirable)",
         ),
         ("read", f"{_number(data.get('read'))}, dropped: {dropped}, truncated: {data.get('truncated')}"),
-        ("files", f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB"),
+        ("files", f"{counted(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB"),
         (
             "scoring",
             f"{_number(run.get('scored_sequences'))} sequences scored, {_number(run.get('reused_sequences'))} reused, "
@@ -84,10 +85,10 @@ def verify(location: Location) -> str:
     manifest = read_manifest(folder)
     with speaking_of(location, folder), Progress("verifying", manifest.rows, "rows") as progress:
         verify_cache(folder, manifest, on_rows=progress.add)
-    shards = f"{len(manifest.shards)} shard{'' if len(manifest.shards) == 1 else 's'}"
+    shards = counted(len(manifest.shards), "shard")
     seconds = time.monotonic() - started
     return printable(
-        hidden(f"{location}: {manifest.rows:,} rows in {shards}, all match the manifest ({seconds:.1f} s).")
+        hidden(f"{location}: {counted(manifest.rows, 'row')} in {shards}, all match the manifest ({seconds:.1f} s).")
     )
 
 
@@ -134,7 +135,7 @@ def _shown(row: CacheRow, tokenizer: Tokenizer) -> Iterator[str]:
     column = (columns - 3) // 2
     thumb = "desirable" if row["label"] else "undesirable"
     tokens, row_id = len(row["completion_ids"]), printable(row["row_id"], 32)
-    yield f"row {row['source']}  {thumb}  {row_id}  ref_logps {row['ref_logps']:.3f} over {tokens} tokens"
+    yield f"row {row['source']}  {thumb}  {row_id}  ref_logps {row['ref_logps']:.3f} over {counted(tokens, 'token')}"
     yield from block("x  ", visible(tokenizer, row["prompt_ids"]), columns)
     left = _lines(f"y   ({row['ref_logps']:.2f})", visible(tokenizer, row["completion_ids"]), column)
     for ids, total in zip(row["kl_completion_ids"], row["ref_kl_logps"], strict=True):
@@ -147,5 +148,5 @@ def _shown(row: CacheRow, tokenizer: Tokenizer) -> Iterator[str]:
 
 def _lines(title: str, text: str, width: int, most: int = 12) -> list[str]:
     lines = textwrap.wrap(text, width) or [""]
-    cut = [f"... {len(lines) - most} more lines"] if len(lines) > most else []
+    cut = [f"... {counted(len(lines) - most, 'more line')}"] if len(lines) > most else []
     return [title, *lines[:most], *cut]

@@ -14,6 +14,7 @@ from offline_kto.kto_core.cache.manifest_fields import (
 )
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError, printable
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.hashing import json_hash
 from offline_kto.kto_core.launch import read_launch, world_size
 from offline_kto.kto_core.models.loading import longest_alike
@@ -188,8 +189,9 @@ def _data(plan: Plan, counts: PlanCounts, labels_hash: str) -> DataFields:
 
 def _report(config: PrecomputeConfig, run: RunFields, shards: int, mark: str) -> None:
     tell(
-        f"scored      {run['scored_sequences']:,} sequences ({run['reused_sequences']:,} reused), {run['tokens']:,} tokens "
+        f"scored      {counted(run['scored_sequences'], 'sequence')} ({run['reused_sequences']:,} reused), "
+        f"{counted(run['tokens'], 'token')} "
         f"in {run['seconds']:,.1f} s"
     )
-    tell(f"wrote       {config.out} ({shards} shard{'s' if shards > 1 else ''}, fingerprint {mark[:12]})")
+    tell(f"wrote       {config.out} ({counted(shards, 'shard')}, fingerprint {mark[:12]})")
     tell(f"next        kto-train --cache {shlex.quote(str(config.out))}")

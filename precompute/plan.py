@@ -16,6 +16,7 @@ import numpy as np
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.errors import FeedbackError, PairingError, TokenizationError
 from offline_kto.kto_core.feedback.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.tokenization import Tokenizing, Tokens
 from offline_kto.kto_core.hashing import ids_id, json_hash, sequence_id
@@ -164,6 +165,9 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
             room = config.max_length - len(tokens.prompt_ids)
             if room < 1:
                 dropped[PROMPT_TOO_LONG] += 1
+                feedback.drop(
+                    row, f"a prompt of {counted(len(tokens.prompt_ids), 'token')}, --max-length {config.max_length}"
+                )
             else:
                 rows.append(_planned(row, read, tokens.prompt_ids, tokens.completion_ids, room, config.max_length))
                 if len(examples[row.label]) < _EXAMPLES:
@@ -175,7 +179,7 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
     tokenizing.check()
     if not rows:
         raise FeedbackError(
-            f"{config.data}: no row is left of {read}: every prompt has {config.max_length} tokens or more. "
+            f"{config.data}: no row is left of {read:,}: every prompt has {config.max_length} tokens or more. "
             "Raise --max-length."
         )
     return ReadRows(rows, read, dict(dropped), [*examples[True], *examples[False]])
@@ -266,10 +270,10 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
             before.append(
                 f"Rows were left out ({', '.join(left_out)}); the first is {first}. --left-out FILE lists them."
             )
-        if dropped:
+        if lost := sum(dropped.values()):
             before.append(
-                f"Of {read} rows read, {sum(dropped.values())} were dropped before: their prompts leave no room under "
-                f"--max-length {config.max_length}."
+                f"Of {counted(read, 'row')} read, {lost:,} {'was' if lost == 1 else 'were'} dropped before: their prompts leave no room "
+                f"under --max-length {config.max_length}."
             )
         raise PairingError(" ".join([f"{config.data}: {error}", *(f"({one})" for one in before)])) from error
     rendered_on = day.isoformat() if tokenizing.dated else None

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from offline_kto.kto_core.feedback.labels import rare_class
-from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
@@ -19,7 +19,14 @@ from offline_kto.precompute.preview import block, visible, width
 _WIDTH = 100
 _INDENT = 12
 # Columns whose names suggest that they change the meaning of a row.
-_MATTERS = re.compile(r"split|system|score|rating|reward|feedback|thumb|vote|image|img|audio|video", re.IGNORECASE)
+_MATTERS = re.compile(
+    r"split|system|score|rating|reward|feedback|thumb|vote|image|img|audio|video|subset|partition|contexts?(?![a-z.])|documents|"
+    r"passages|knowledge|functions|quality|history|instruction|(?<![a-z])(?:fold|tools|grade|stars)(?![a-z])|"
+    r"^(?:messages|conversations)$",
+    re.IGNORECASE,
+)
+# Columns that identify feedback or say when it was given.
+_IDENTIFIES = re.compile(r"[_.](?:id|ids|date|at|time|timestamp)$", re.IGNORECASE)
 # Lines of each text of an example.
 _EXAMPLE_LINES = 4
 
@@ -49,7 +56,8 @@ def _entries(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> Iterat
     dropped = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts.dropped.items()]
     yield (
         "rows",
-        f"{found.records:,} records -> {counts.read:,} rows, {counts.kept:,} kept, dropped: {', '.join(dropped) or 'none'}",
+        f"{counted(found.records, 'record')} -> {counted(counts.read, 'row')}, {counts.kept:,} kept, "
+        f"dropped: {', '.join(dropped) or 'none'}",
     )
     if found.left_out.counts:
         where = f" (see {config.left_out})" if config.left_out else " (--left-out FILE lists them)"
@@ -64,11 +72,11 @@ def _entries(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> Iterat
     yield "tokens", _lengths(plan)
     yield (
         "truncated",
-        f"{counts.truncated:,} completions, {counts.kl_truncated:,} mismatched completions (--max-length {config.max_length})",
+        f"{counted(counts.truncated, 'completion')}, {counted(counts.kl_truncated, 'mismatched completion')} "
+        f"(--max-length {config.max_length})",
     )
-    partners = "completion" if config.kl_partners == 1 else "completions"
-    yield "pairing", f"{config.pairing}, {config.kl_partners} mismatched {partners} for each row"
-    yield "to score", f"{counts.sequences:,} sequences, {counts.tokens:,} tokens"
+    yield "pairing", f"{config.pairing}, {counted(config.kl_partners, 'mismatched completion')} for each row"
+    yield "to score", f"{counted(counts.sequences, 'sequence')}, {counted(counts.tokens, 'token')}"
 
 
 def _format(feedback: Feedback) -> str:
@@ -96,20 +104,20 @@ def _values(feedback: Feedback, kept: int) -> str:
 
 def _few(words: Sequence[str], most: int = 5) -> str:
     more = len(words) - most
-    return ", ".join(words[:most]) + (f" and {more:,} more values" if more > 0 else "")
+    return ", ".join(words[:most]) + (f" and {counted(more, 'more value')}" if more > 0 else "")
 
 
 def _kinds(feedback: Feedback) -> str:
     found = feedback.found
+    rows = [(found.chat, "chat row"), (found.plain, "plain-text row")]
     parts = {
-        "chat rows": found.chat,
-        "plain-text rows": found.plain,
         "converted from text (--chat never keeps text)": found.from_text,
         "with a system message": found.system,
         "already rendered by a chat template, kept as text": found.rendered,
         "with tool results moved to the prompt": found.moved_results,
     }
-    return ", ".join(f"{count:,} {name}" for name, count in parts.items() if count)
+    shown = [counted(count, name) for count, name in rows if count]
+    return ", ".join([*shown, *(f"{count:,} {name}" for name, count in parts.items() if count)])
 
 
 def _lengths(plan: Plan) -> str:
@@ -140,7 +148,10 @@ def _examples(plan: Plan, tokenizer: Tokenizer) -> list[str]:
 def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     """Return warnings for the user, before scoring starts."""
     found = [*plan.notes]
-    matters = [name for name in plan.feedback.unused_columns() if _MATTERS.search(name)]
+    matters = [
+        name for name in plan.feedback.unused_columns() if _MATTERS.search(name) and not _IDENTIFIES.search(name)
+    ]
+    matters = [name for name in matters if not any(note.startswith(f"'{name}' contradicts") for note in plan.notes)]
     matters += [name for name in plan.feedback.unused_beside() if MATTERS_BESIDE.search(name)]
     if matters:
         found.append(
@@ -159,13 +170,16 @@ def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     if rare := rare_class(counts.desirable, counts.undesirable):
         found.append(rare)
     if counts.contradictions:
-        found.append(f"{counts.contradictions:,} completions carry both labels; their effects cancel out.")
+        carry = "carries" if counts.contradictions == 1 else "carry"
+        found.append(f"{counted(counts.contradictions, 'completion')} {carry} both labels; the effects cancel out.")
     elif counts.duplicates:
-        found.append(f"{counts.duplicates:,} rows repeat another row.")
+        found.append(f"rows that repeat another row: {counts.duplicates:,}.")
     if plan.pairing.same_prompt:
-        found.append(f"{plan.pairing.same_prompt:,} mismatched completions answer the same prompt (--pairing rotate).")
+        found.append(
+            f"mismatched completions that answer the row's own prompt (--pairing rotate): {plan.pairing.same_prompt:,}."
+        )
     if plan.pairing.same_completion:
-        found.append(f"{plan.pairing.same_completion:,} mismatched completions are identical to the row's own.")
+        found.append(f"mismatched completions that are identical to the row's own: {plan.pairing.same_completion:,}.")
     fair = len(plan.pairing.partners[0])
     if plan.pairing.most_served > 2 * fair + 2:
         found.append(

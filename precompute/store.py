@@ -40,6 +40,7 @@ from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import flush, remove_temporary, replacing
 from offline_kto.kto_core.errors import CacheError, NewerFormatError
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.hashing import file_hash, json_hash, sequence_id
 from offline_kto.precompute.out_folder import KEPT, NEXT, PARTS, made, shards_in
 
@@ -100,7 +101,9 @@ class Store:
             self.target = self.out / NEXT
             gone = self._row_ids(old) - row_ids if old.identity == self.identity else set()
             if gone:
-                tell(f"drops       {len(gone):,} scored rows that are no longer in the data")
+                tell(
+                    f"drops       {counted(len(gone), 'scored row')} that {'is' if len(gone) == 1 else 'are'} no longer in the data"
+                )
         (self.target / "train").mkdir(parents=True, exist_ok=True)
         return True
 

@@ -641,6 +641,51 @@ ARGILLA_NESTED = Case(
     [row("A?", "a", True), row("C?", "c", False)],
     {UNRATED: 2},
 )
+ARGILLA_CHAT = Case(
+    "argilla",
+    [
+        {
+            "id": str(number),
+            "status": "completed",
+            "_server_id": "s",
+            "fields": {"chat": [{"role": role, "content": text} for role, text in turns]},
+            "responses": {"ok": [{"value": value, "user_id": "u"}]},
+        }
+        for number, value, turns in (
+            (1, "yes", [("user", "A?"), ("assistant", "a")]),
+            (2, "no", [("user", "A?"), ("assistant", "a"), ("user", "B?"), ("assistant", "b")]),
+        )
+    ],
+    [row("A?", "a", True), row("user: A? | assistant: a | user: B?", "b", False)],
+)
+
+
+def preferred(number: int, value: Any, names: tuple[str, str] = ("response-1", "response-2")) -> dict[str, Any]:
+    return {
+        "id": str(number),
+        "status": "completed",
+        "_server_id": "s",
+        "fields": {"instruction": f"{number}?", names[0]: "a", names[1]: "b"},
+        "responses": {} if value is None else {"better": [{"value": value, "user_id": "u"}]},
+    }
+
+
+def ranked(first: int, second: int) -> list[dict[str, Any]]:
+    return [{"value": "response1", "rank": first}, {"value": "response2", "rank": second}]
+
+
+ARGILLA_PREFERENCES = Case(
+    "argilla_pairs",
+    [preferred(1, "response-1"), preferred(2, "response-2"), preferred(3, "tie"), preferred(4, None)],
+    [row("1?", "a", True), row("1?", "b", False), row("2?", "b", True), row("2?", "a", False)],
+    {"tie": 1, UNRATED: 1},
+)
+ARGILLA_RANKING = Case(
+    "argilla_pairs",
+    [preferred(number, ranks, ("response1", "response2")) for number, ranks in ((1, ranked(2, 1)), (2, ranked(1, 1)))],
+    [row("1?", "b", True), row("1?", "a", False)],
+    {"tie": 1},
+)
 ARGILLA_OLD = Case(
     "argilla",
     [
@@ -854,7 +899,7 @@ def dify(query: str, answer: str, raw: str | None) -> dict[str, Any]:
     return {
         "feedback_id": "f",
         "app_name": "App",
-        "conversation_id": "c",
+        "conversation_id": f"of {query}",
         "message_id": "m",
         "user_query": query,
         "ai_response": answer,
@@ -1112,6 +1157,27 @@ REFUSED = {
             }
         ],
         ["Flowise", "comment", "chat_message_feedback"],
+    ),
+    "prism_conversations": (
+        [
+            {
+                "conversation_id": "c",
+                "opening_prompt": "Hi",
+                "conversation_history": [
+                    {
+                        "turn": 0,
+                        "role": "user",
+                        "content": "Hi",
+                        "score": None,
+                        "if_chosen": None,
+                        "within_turn_id": None,
+                    },
+                    {"turn": 0, "role": "model", "content": "a", "score": 90, "if_chosen": True, "within_turn_id": 0},
+                    {"turn": 0, "role": "model", "content": "b", "score": 10, "if_chosen": False, "within_turn_id": 1},
+                ],
+            }
+        ],
+        ["PRISM", "several answers", "utterances.jsonl"],
     ),
     "weave_feedback": (
         [

@@ -117,4 +117,8 @@ def _label(mapping: Mapping) -> str:
 def _code(path: str) -> str:
     """Return a path as Markdown, in whose tables a bar ends a cell."""
     path = re.sub(r"^unescaped\((.*)\)$", r"\1", path)
-    return " or ".join(f"`{one}`" for one in path.split(" || ")) if len(path) < 60 else "computed from several keys"
+    return (
+        " or ".join(f"`{one}`" for one in path.split(" || "))
+        if len(path) < 60 and "&&" not in path
+        else "computed from several keys"
+    )

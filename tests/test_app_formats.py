@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from app_exports import CASES as APP_CASES
 from app_exports import (
-    CASES,
     DIFY,
     DIFY_JSON,
     GRADIO_CHAT,
@@ -20,7 +20,6 @@ from app_exports import (
     NATIVE,
     OPENAI_PREFERENCE,
     PHOENIX,
-    REFUSED,
     STORED,
     STREAMLIT,
     TOOLS,
@@ -34,12 +33,17 @@ from app_exports import (
     span,
     trace,
 )
+from app_exports import REFUSED as APP_REFUSED
+from tool_exports import ASKED_HI, OBSERVATION, SAID_HELLO, TOOL_CASES, TOOL_REFUSED, blob_trace
 
 from offline_kto.kto_core.errors import KTOError
 from offline_kto.kto_core.feedback.presets import presets
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.records.sources import read_records
+
+CASES = {**APP_CASES, **TOOL_CASES}
+REFUSED = {**APP_REFUSED, **TOOL_REFUSED}
 
 
 def in_short(turns: Any) -> str:
@@ -369,6 +373,13 @@ def test_an_export_that_nobody_rated_says_where_the_feedback_would_be(tmp_path: 
         ("LABEL_STUDIO_STARS", {"thumb"}),
         ("GRADIO_FLAGS", set()),
         ("PHOENIX", set()),
+        ("ONYX", set()),
+        ("DIFY_MESSAGES", set()),
+        ("OPIK", set()),
+        ("OPIK_COLUMNS", set()),
+        ("HELICONE", {"response_id", "response_status", "request_id"}),
+        ("ANYTHINGLLM_DB", {"workspaceId", "include"}),
+        ("CHAT_UI", {"model", "rootMessageId"}),
     ],
 )
 @pytest.mark.parametrize("form", ["json", "csv"])
@@ -384,7 +395,7 @@ _BESIDE_THE_FEEDBACK = {
     *("id", "timestamp", "name", "sessionId", "metadata", "tags", "latency", "totalCost", "comments", "environment"),
     *("traceId", "type", "modelParameters", "error", "reference.text", "status", "_server_id", "source", "vectors"),
     *("suggestions", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "username", "span_kind"),
-    *("context.span_id", "attributes.llm.model_name", "annotator_kind"),
+    *("context.span_id", "attributes.llm.model_name", "annotator_kind", "start_time"),
 }
 
 
@@ -495,3 +506,321 @@ def test_a_judged_turn_of_another_role_is_not_lost(tmp_path: Path) -> None:
     assert "roles" in message
     rows, left_out, _, _ = read(log("user"), map=str(mapping))
     assert (len(rows), left_out) == (1, {"judged turn of another role": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (":::thinking\nhm, tea\n:::\nGreen", "Green"),
+        ("Write\n:::thinking\nx\n:::", "Write\n:::thinking\nx\n:::"),  # only at the beginning
+    ],
+)
+def test_reasoning_in_the_text_of_librechat_is_stripped(tmp_path: Path, text: str, answer: str) -> None:
+    records = [libre("m1", ZERO, True, "Tea?"), libre("m2", "m1", False, text, feedback={"rating": "thumbsUp"})]
+    for form in ("jsonl", "csv"):
+        assert read(write(tmp_path / f"f.{form}", records))[0] == [row("Tea?", answer, True)]
+
+
+def test_an_answer_of_librechat_that_was_stopped_is_left_out(tmp_path: Path) -> None:
+    up = {"rating": "thumbsUp"}
+    records = [
+        libre("m1", ZERO, True, "Tea?", unfinished=False),
+        libre("m2", "m1", False, "Gre", feedback=up, unfinished=True),
+        libre("m3", "m1", False, "Green", feedback=up, unfinished=False),
+    ]
+    for form in ("jsonl", "csv"):
+        rows, left_out, _, _ = read(write(tmp_path / f"f.{form}", records))
+        assert (rows, left_out) == ([row("Tea?", "Green", True)], {"failed call": 1})
+
+
+def test_thoughts_that_gradio_shows_are_not_an_earlier_answer(tmp_path: Path) -> None:
+    thought = {"role": "assistant", "metadata": {"title": "Thinking"}, "content": "hm"}
+    chat = [{"role": "user", "metadata": None, "content": "Hi"}, thought, {"role": "assistant", "content": "Hello"}]
+    record = {"conversation": json.dumps(chat), "index": "2", "flag": "Like", "username": "", "timestamp": "2026"}
+    assert "thoughts or tools as messages" in refusal(write(tmp_path / "log.csv", [record]))
+
+
+def test_traces_without_scores_say_that_they_are_missing(tmp_path: Path) -> None:
+    for name, record in (("traces", blob_trace()), ("observations", OBSERVATION)):
+        for form in ("jsonl", "csv"):
+            message = refusal(write(tmp_path / f"{name}.{form}", [record]))
+            assert "no record has a score" in message
+            assert "join the file of the scores" in message
+            assert "project_id" not in message
+
+
+def test_several_scores_of_a_tracing_tool_are_listed(tmp_path: Path) -> None:
+    braintrust = {**TOOL_CASES["BRAINTRUST"].records[0], "scores": {"thumbs": 1, "Factuality": 0.6}}
+    opik = {**TOOL_CASES["OPIK_COLUMNS"].records[0], "feedback_scores.Factuality": 0.6}
+    for number, record in enumerate((braintrust, opik)):
+        message = refusal(write(tmp_path / f"{number}.jsonl", [record]))
+        assert "Factuality: 0.6 (1 time)" in message
+        assert "reason" not in message
+
+
+def test_an_open_webui_of_2023_has_the_rating_at_the_message(tmp_path: Path) -> None:
+    answers = {name: message(name, "q", "assistant", name, rating=rating) for name, rating in (("a", 1), ("b", -1))}
+    record = {"title": "t", "chat": {"history": {"messages": {"q": message("q", None, "user", "Tea?"), **answers}}}}
+    assert read(write(tmp_path / "f.json", [record]))[0] == [row("Tea?", "a", True), row("Tea?", "b", False)]
+
+
+def ai_sdk(*parts: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"id": "1", "role": "user", "parts": [{"type": "text", "text": "Hi"}]},
+            {"id": "2", "role": "assistant", "parts": [{"type": "step-start"}, *parts], **more},
+        ],
+        "label": True,
+    }
+
+
+HELLO_PART = {"type": "text", "text": "Hello"}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_messages_of_the_ai_sdk(tmp_path: Path, form: str) -> None:
+    reasoned = ai_sdk({"type": "reasoning", "text": "hm"}, HELLO_PART, {"type": "source-url", "url": "x"})
+    feedback = read(write(tmp_path / f"f.{form}", [reasoned]))[3]
+    assert feedback.found.records == 1
+    (found,) = Feedback(feedback._config, has_template=True).rows()
+    assert [(one["role"], one["content"]) for one in found.prompt if not isinstance(one, str)] == [("user", "Hi")]
+    (said,) = (one for one in found.completion if not isinstance(one, str))
+    assert (said["content"], said["reasoning_content"]) == ("Hello", "hm")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {
+            "type": "tool-rain",
+            "toolCallId": "t",
+            "state": "output-available",
+            "input": {"city": "Rome"},
+            "output": {"t": 2},
+        },
+        {"type": "dynamic-tool", "toolName": "rain", "toolCallId": "t", "input": {"city": "Rome"}, "output": {"t": 2}},
+        {
+            "type": "tool-invocation",
+            "toolInvocation": {"toolCallId": "t", "toolName": "rain", "args": {"city": "Rome"}, "result": {"t": 2}},
+        },
+    ],
+)
+def test_tools_of_the_ai_sdk_survive(tmp_path: Path, part: dict[str, Any]) -> None:
+    repeated = ai_sdk(part, HELLO_PART, content="Hello", toolInvocations=[{"toolName": "rain"}])
+    for number, record in enumerate((ai_sdk(part, HELLO_PART), repeated)):
+        rows, _, _, _ = read(write(tmp_path / f"{number}.jsonl", [record]))
+        assert rows == [('user: Hi | assistant:  CALL rain | tool: {"t": 2}', "assistant: Hello", True)]
+    unanswered = {key: item for key, item in part.items() if key != "output"}
+    if "toolInvocation" not in part:
+        rows, _, _, _ = read(write(tmp_path / "f.jsonl", [ai_sdk(unanswered)]))
+        assert rows == [("user: Hi", "assistant:  CALL rain", True)]
+
+
+def test_files_of_the_ai_sdk_are_media(tmp_path: Path) -> None:
+    image = {"type": "file", "mediaType": "image/png", "url": "x"}
+    rows, left_out, _, _ = read(write(tmp_path / "f.jsonl", [ai_sdk(image, HELLO_PART), ai_sdk(HELLO_PART)]))
+    assert (rows, left_out) == ([row("Hi", "Hello", True)], {"images, audio or other media": 1})
+
+
+def test_messages_and_an_answer_of_one_object_must_agree(tmp_path: Path) -> None:
+    asked, chat = {"messages": ASKED_HI}, [*ASKED_HI, SAID_HELLO]
+    for number, outputs in enumerate(({"messages": chat, "answer": "Hello"}, {"messages": chat, "result": {"a": 1}})):
+        path = write(tmp_path / f"{number}.jsonl", [trace("1", asked, outputs, thumb=[1])])
+        assert read(path)[0] == [row("Hi", "Hello", True)]
+    path = write(tmp_path / "f.jsonl", [trace("1", asked, {"messages": chat, "answer": "Bye"}, thumb=[1])])
+    assert "'messages', 'answer'" in refusal(path)
+    response = {"value": "good", "user_id": "u", "status": "submitted"}
+    for fields, prompt in ((chat, None), ([*chat, *ASKED_HI], "user: Hi | assistant: Hello | user: Hi")):
+        record = {"fields": {"chat": fields, "response": "Hey"}, "responses": {"q": [response]}, "status": "completed"}
+        path = write(tmp_path / "g.jsonl", [record])
+        if prompt is None:
+            assert "'chat', 'response'" in refusal(path)
+        else:
+            assert read(path)[0] == [row(prompt, "Hey", True)]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_media_and_parts_of_mapped_turns_are_not_lost(tmp_path: Path, form: str) -> None:
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("join: chat\nturns: {messages: rows, label: ok}\n")
+    records = [
+        {"chat": 1, "role": "user", "content": "Which?", "images": ["cat.png"]},
+        {"chat": 1, "role": "assistant", "content": "A cat", "ok": "yes"},
+        {"chat": 2, "role": "user", "parts": [{"type": "text", "text": "Hi"}], "images": []},
+        {"chat": 2, "role": "assistant", "content": [{"type": "text", "text": "Hello"}], "ok": "no"},
+    ]
+    rows, left_out, _, _ = read(write(tmp_path / f"f.{form}", records), map=str(mapping))
+    assert (rows, left_out) == ([row("Hi", "Hello", False)], {"images, audio or other media": 1})
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_turns_of_one_conversation_in_rows_of_their_own_are_pointed_out(tmp_path: Path, form: str) -> None:
+    """Their prompts lack the turns before, which nothing else would show."""
+    asked = [
+        {"query": q, "answer": "a", "label": 1, "conversation_id": c} for q, c in (("q", "x"), ("r", "x"), ("s", "y"))
+    ]
+    (note,) = read(write(tmp_path / f"f.{form}", asked))[3].notes()
+    assert note.startswith("2 records share a conversation_id")
+    alone = [one for one in asked if one["query"] != "r"]
+    assert read(write(tmp_path / f"g.{form}", alone))[3].notes() == []
+    history = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "r"},
+    ]
+    records = [{"prompt": history, "completion": "b", "label": 1, "conversation_id": "x"}] * 2
+    assert read(write(tmp_path / f"h.{form}", records))[3].notes() == []
+
+
+def test_messages_that_end_with_the_answer_are_prompt_and_answer(tmp_path: Path) -> None:
+    chat = [*ASKED_HI, SAID_HELLO]
+    judged = {"from_name": "thumb", "type": "choices", "value": {"choices": ["Good"]}}
+    response = {"value": "good", "user_id": "u", "status": "submitted"}
+    for record in (
+        {"id": "1", "fields": {"chat": chat}, "responses": {"quality": [response]}, "status": "completed"},
+        {"id": 1, "data": {"messages": chat}, "annotations": [{"was_cancelled": False, "result": [judged]}]},
+        {"messages": chat, "feedback": {"type": "thumbs", "score": "\U0001f44d", "text": None}},
+    ):
+        for form in ("jsonl", "csv"):
+            assert read(write(tmp_path / f"f.{form}", [record]))[0] == [row("Hi", "Hello", True)]
+
+
+RESPONSES = [
+    *ASKED_HI,
+    {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "x"},
+    {"type": "function_call", "id": "f", "call_id": "1", "name": "rain", "arguments": '{"city": "Rome"}'},
+    {"type": "function_call_output", "call_id": "1", "output": "wet"},
+]
+YES = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Yes", "annotations": []}]}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "strings.parquet"])
+def test_items_of_the_responses_api(tmp_path: Path, form: str) -> None:
+    expected = [("user: Hi | assistant:  CALL rain | tool: wet", "assistant: Yes", True)]
+    for number, record in enumerate(
+        (
+            {"messages": [*RESPONSES, YES], "label": True},
+            trace("1", {"input": RESPONSES}, {"output": [RESPONSES[1], YES]}, thumb=[1]),
+        )
+    ):
+        cells = {key: _cell(value) for key, value in record.items()} if form.startswith("strings") else record
+        assert read(write(tmp_path / f"{number}.{form}", [cells]))[0] == expected
+    message = refusal(write(tmp_path / "f.jsonl", [{"prompt": "q", "completion": [RESPONSES[1]], "label": True}]))
+    assert "only reasoning" in message
+
+
+def test_pairs_of_a_chatbot_are_not_an_answer_of_gradio(tmp_path: Path) -> None:
+    pairs = json.dumps([["Hi", "Hello"], ["Ho", "Nope"]])
+    record = {"message": "Hi", "chatbot": pairs, "flag": "Like", "username": "", "timestamp": "2026"}
+    assert "--map FILE" in refusal(write(tmp_path / "log.csv", [record]))
+
+
+PER_TURN = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello", "vote": "up", "feedback": {"rating": "thumbsUp"}},
+    {"role": "user", "content": "Tea?"},
+    {"role": "assistant", "content": "Mud", "vote": "down", "feedback": {"rating": "thumbsDown"}},
+    {"role": "user", "content": "Really?"},
+    {"role": "assistant", "content": "Yes"},
+]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "strings.parquet"])
+@pytest.mark.parametrize("key", ["vote", "feedback.rating"])
+def test_a_key_of_messages_can_be_named_as_the_label(tmp_path: Path, form: str, key: str) -> None:
+    records: list[dict[str, Any]] = [{"id": 1, "messages": PER_TURN}, {"id": 2, "messages": PER_TURN[:1]}]
+    if form.startswith("strings"):
+        records = [{name: _cell(value) for name, value in one.items()} for one in records]
+    path = write(tmp_path / f"f.{form}", records)
+    assert f"--label-field {key.partition('.')[0]}" in refusal(path)
+    rows, left_out, _, _ = read(path, label_field=key)
+    assert rows == [row("Hi", "Hello", True), row("user: Hi | assistant: Hello | user: Tea?", "Mud", False)]
+    assert left_out == {UNRATED: 1}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_a_named_column_of_the_record_counts_before_labels_of_messages(tmp_path: Path, form: str) -> None:
+    messages = [*ASKED_HI, {**SAID_HELLO, "rating": 1}]
+    path = write(tmp_path / f"f.{form}", [{"id": 1, "messages": messages, "outcome": "bad"}])
+    assert read(path, label_field="outcome")[0] == [row("Hi", "Hello", False)]
+    path = write(tmp_path / f"g.{form}", [{"id": 1, "messages": messages, "label": "bad"}])
+    assert "rating of messages" in refusal(path)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_an_unrated_record_with_a_defect_is_unrated(tmp_path: Path, form: str) -> None:
+    records = [
+        {"id": 1, "messages": ASKED_HI, "label": None},
+        {"id": 2, "messages": [*ASKED_HI, SAID_HELLO], "label": 1},
+    ]
+    rows, left_out, _, _ = read(write(tmp_path / f"f.{form}", records))
+    assert (rows, left_out) == ([row("Hi", "Hello", True)], {UNRATED: 1})
+    rated = [{**records[0], "label": 0}, records[1]]
+    assert "must have the role" in refusal(write(tmp_path / f"g.{form}", rated))
+
+
+def test_a_list_inside_of_the_only_record_is_named_if_its_items_are_no_records(tmp_path: Path) -> None:
+    chat = {"id": "c", "dialog": "d", "turns": [{"speaker": "me", "said": "Hi"}, {"speaker": "bot", "said": "Hello"}]}
+    message = refusal(write(tmp_path / "f.json", chat))
+    assert 'read under "turns"' in message
+    assert "--map FILE" in message
+
+
+CALLED = {"id": "1", "type": "function", "function": {"name": "rain", "arguments": '{"city": "Rome"}'}}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"role": "assistant", "content": "", "toolCalls": [CALLED]},
+        {"role": "assistant", "content": None, "functionCall": {"name": "rain", "arguments": "{}"}},
+        {
+            "role": "assistant",
+            "content": "",
+            "toolInvocations": [{"toolName": "rain", "state": "call", "args": {"x": 1}}],
+        },
+    ],
+)
+def test_calls_are_not_lost_where_keys_are_written_otherwise(tmp_path: Path, answer: dict[str, Any], form: str) -> None:
+    path = write(tmp_path / f"f.{form}", [{"id": 1, "messages": [*ASKED_HI, answer], "label": True}])
+    assert read(path)[0] == [("user: Hi", "assistant:  CALL rain", True)]
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("turns: {messages: messages, label: vote}\n")
+    judged = {**answer, "vote": "up", "reasoning_content": "hm"}
+    path = write(tmp_path / f"g.{form}", [{"id": 1, "messages": [*ASKED_HI, judged]}])
+    config = PrecomputeConfig(model="m", data=str(path), map=str(mapping), one_class=True)
+    (found,) = Feedback(config, has_template=True).rows()
+    assert in_short(found.completion) == "assistant:  CALL rain"
+    assert "hm" in [one.get("reasoning_content") for one in found.completion if not isinstance(one, str)]
+
+
+def test_results_of_an_assistant_s_function_in_librechat_are_kept(tmp_path: Path) -> None:
+    function = {"name": "rain", "arguments": "{}", "output": "wet"}
+    content = [
+        {"type": "tool_call", "tool_call": {"type": "function", "id": "1", "function": function}},
+        {"type": "text", "text": {"value": "Yes", "annotations": []}},
+    ]
+    up = {"rating": "thumbsUp"}
+    records = [libre("m1", ZERO, True, "Rain?"), libre("m2", "m1", False, "", content=content, feedback=up)]
+    assert read(write(tmp_path / "f.jsonl", records))[0] == [
+        ("user: Rain? | assistant:  CALL rain | tool: wet", "assistant: Yes", True)
+    ]
+
+
+def test_choices_as_the_whole_output(tmp_path: Path) -> None:
+    choice = {"index": 0, "finish_reason": "stop", "message": SAID_HELLO}
+    one = {**TOOL_CASES["BRAINTRUST"].records[0], "output": [choice]}
+    for form in ("jsonl", "csv"):
+        assert read(write(tmp_path / f"f.{form}", [one]))[0] == [row("Hi", "Hello", True)]
+    message = refusal(write(tmp_path / "g.jsonl", [{**one, "output": [choice, {**choice, "index": 1}]}]))
+    assert "several choices" in message
+
+
+def test_files_that_resemble_an_application_s_are_read_as_what_they_are(tmp_path: Path) -> None:
+    plain = [{"prompt": "Hi", "response": "Hello", "feedbackScore": "up"}]
+    assert read(write(tmp_path / "a.jsonl", plain), label_field="feedbackScore")[0] == [row("Hi", "Hello", True)]
+    turns = [{"id": "1", "from": "user", "content": "Hi", "createdAt": "x"}, {"from": "assistant", "content": "Hello"}]
+    assert read(write(tmp_path / "b.jsonl", [{"messages": turns, "label": True}]))[0] == [row("Hi", "Hello", True)]
+    steps = [{"prompt": "Hi", "completion": "Hello", "label": 1, "steps": [{"type": "thought", "output": "hm"}]}]
+    assert read(write(tmp_path / "c.jsonl", steps))[0] == [row("Hi", "Hello", True)]

@@ -94,12 +94,12 @@ def test_contradictions_and_rare_classes_are_pointed_out(
 ) -> None:
     cache = make_cache(base, tmp_path / "rare", [True] * 98 + [False], twice=1)
     told = capsys.readouterr().out
-    assert "1 completions carry both labels" in told
+    assert "1 completion carries both labels" in told
     assert "only 2 of 100 rows are undesirable (2.0%)" in told
     train(TrainConfig(cache=cache, out=tmp_path / "run", batch_size=10, save_steps=0, device="cpu"))
     told = capsys.readouterr().out
     assert "labels      98 desirable (weight 1), 2 undesirable (weight 1)" in told
-    assert "1 completions carry both labels" in told
+    assert "1 completion carries both labels" in told
     assert (
         "only 2 of 100 rows are undesirable (2.0%). At least 8 of 10 batches contain none of them; --batch-size 50"
         in told

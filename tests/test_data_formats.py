@@ -4,13 +4,14 @@ import csv
 import gzip
 import io
 import json
+import shlex
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.left_out import EMPTY, NOT_CHOSEN, OTHER_SPLIT, SAME_ANSWERS, TIE, UNRATED
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
@@ -138,6 +139,9 @@ SHP = {"post_id": "p", "domain": "d", "score_A": 8, "score_B": 2}
 PKU = {"prompt": "How?", "response_0": "Like so.", "response_1": "No idea."}
 STEER = {"complexity": 1, "verbosity": 2}
 OASST = {"message_tree_id": "t", "lang": "en"}
+PRISM = {"utterance_id": "u", "conversation_id": "c", "user_prompt": "q", "model_name": "m"}
+# Instruction and output are those of a judge.
+PROMETHEUS = {"instruction": "Judge this.", "output": "[RESULT] 5", "orig_instruction": "q"}
 
 # (format, records, rows, left out by reason)
 DATA = [
@@ -551,11 +555,16 @@ DATA = [
         [
             {
                 "prompt": "\n\nHuman: q\n\nAssistant: ",
-                "answers": [{"answer": "a", "rank": 2.0}, {"answer": "b", "rank": 1.0}, {"answer": "c", "rank": 3.0}],
+                "answers": [
+                    {"answer": "a", "rank": 2.0},
+                    {"answer": "b", "rank": 1.0},
+                    {"answer": "c", "rank": 3.0},
+                    {"answer": "d", "rank": 1.0},
+                ],
             }
         ],
         [*pair("q", "b", "a"), *pair("q", "b", "c")],
-        {},
+        {TIE: 1},
     ),
     (
         "AlpacaFarm preferences",
@@ -571,6 +580,169 @@ DATA = [
         [{"qid": 1, "question": "q", "response_j": "a", "response_k": "b"}],
         pair("q", "a", "b"),
         {},
+    ),
+    (
+        "StackExchange preferences",
+        [
+            {
+                "qid": 1,
+                "question": "q",
+                "answers": [
+                    {"answer_id": 1, "pm_score": 2, "selected": False, "text": "a"},
+                    {"answer_id": 2, "pm_score": 5, "selected": True, "text": "b"},
+                    {"answer_id": 3, "pm_score": 5, "selected": False, "text": "c"},
+                ],
+            }
+        ],
+        pair("q", "c", "a"),
+        {TIE: 1},
+    ),
+    (
+        "NeMo-RL preferences",
+        [
+            {
+                "context": turns("q", "a", "r"),
+                "completions": [
+                    {"rank": 1, "completion": [assistant("b")]},
+                    {"rank": 0, "completion": [assistant("c")]},
+                    {"rank": 0, "completion": [assistant("d")]},
+                ],
+            }
+        ],
+        pair(["q", "a", "r"], "c", "b"),
+        {TIE: 1},
+    ),
+    (
+        "torchtune preferences",
+        [
+            {"chosen_conversations": turns("q", "a"), "rejected_conversations": turns("q", "b")},
+            {"chosen_conversations": turns("r", "c"), "rejected_conversations": turns("r", "d")},
+        ],
+        [*pair("q", "a", "b"), *pair("r", "c", "d")],
+        {},
+    ),
+    (
+        "two responses and the better one",
+        [
+            {"id": "1", "prompt": "q", "response_a": "a", "response_b": "b", "winner": "model_b", "model_a": "m"},
+            {"id": "2", "prompt": "q", "response_a": "a", "response_b": "b", "winner": "tie", "model_a": "m"},
+            {"id": "3", "prompt": "r", "response_a": "c", "response_b": "d", "winner": "model_a", "model_a": "m"},
+        ],
+        [*pair("q", "b", "a"), *pair("r", "c", "d")],
+        {TIE: 1},
+    ),
+    (
+        "two responses and the better one",
+        [
+            {"system": "s", "question": "q", "response_a": "a", "response_b": "b", "preference": "B"},
+            {"system": "", "question": "q", "response_a": "a", "response_b": "b", "preference": "A"},
+        ],
+        [*pair(["system: s", "q"], "b", "a"), *pair("q", "a", "b")],
+        {},
+    ),
+    (
+        "ms-swift instruction, output and rejected_response",
+        [{"system": "s", "instruction": "q", "input": "x", "output": "a", "rejected_response": "b"}],
+        pair(["system: s", "q\nx"], "a", "b"),
+        {},
+    ),
+    (
+        "pairs with an input",
+        [
+            # The ratings are on a scale of 1 to 10, and both sides would be above 4 of 5.
+            {
+                "system": "s",
+                "input": "q",
+                "chosen": "a",
+                "rejected": "b",
+                "generations": ["b", "a"],
+                "rating": [7.0, 9.0],
+                "status": "swapped",
+            },
+            {
+                "system": "",
+                "input": "q",
+                "chosen": "a",
+                "rejected": "b",
+                "generations": ["a", "b"],
+                "rating": [9.0, 9.0],
+                "status": "tie",
+            },
+        ],
+        pair(["system: s", "q"], "a", "b"),
+        {TIE: 1},
+    ),
+    (
+        "OpenAssistant trees",
+        [
+            {
+                "message_tree_id": "1",
+                "tree_state": "ready_for_export",
+                "prompt": {
+                    **{"message_id": "1", "text": "q", "role": "prompter"},
+                    "replies": [
+                        {
+                            **{"message_id": "2", "text": "a", "role": "assistant", "rank": 1},
+                            "replies": [
+                                {
+                                    **{"message_id": "3", "text": "r", "role": "prompter"},
+                                    "replies": [
+                                        {"message_id": "4", "text": "c", "role": "assistant", "rank": 0, "replies": []},
+                                        {"message_id": "5", "text": "d", "role": "assistant", "rank": 1, "replies": []},
+                                    ],
+                                }
+                            ],
+                        },
+                        {"message_id": "6", "text": "b", "role": "assistant", "rank": 0, "replies": []},
+                    ],
+                },
+            },
+            {
+                "message_tree_id": "2",
+                "tree_state": "ready_for_export",
+                "prompt": {"message_id": "7", "text": "s", "role": "prompter", "replies": []},
+            },
+        ],
+        [*pair("q", "b", "a"), *pair(["q", "a", "r"], "c", "d")],
+        {},
+    ),
+    (
+        "PRISM utterances",
+        [
+            {**PRISM, "turn": 0, "within_turn_id": 0, "model_response": "a", "score": 90, "if_chosen": True},
+            {**PRISM, "turn": 0, "within_turn_id": 1, "model_response": "b", "score": 11, "if_chosen": False},
+            {**PRISM, "turn": 0, "within_turn_id": 2, "model_response": "c", "score": 50, "if_chosen": False},
+            # The turns before it are in other records.
+            {**PRISM, "turn": 1, "within_turn_id": 0, "model_response": "d", "score": 99, "if_chosen": True},
+        ],
+        [up("q", "a"), down("q", "b")],
+        {"between up and down": 1, NOT_CHOSEN: 1},
+    ),
+    (
+        "Prometheus feedback",
+        [
+            {**PROMETHEUS, "orig_response": "a", "orig_score": "5"},
+            {**PROMETHEUS, "orig_response": "b", "orig_score": "1"},
+            {**PROMETHEUS, "orig_response": "c", "orig_score": "3"},
+        ],
+        [up("q", "a"), down("q", "b")],
+        {"between up and down": 1},
+    ),
+    (
+        "Prometheus preferences",
+        [{**PROMETHEUS, "orig_response_A": "a", "orig_response_B": "b", "orig_preference": "B"}],
+        pair("q", "b", "a"),
+        {},
+    ),
+    (
+        "summarize_from_feedback, ratings",
+        [
+            {"info": {"id": "1", "post": "p"}, "summary": {"text": "a", "axes": {"overall": 6}}, "split": "train"},
+            {"info": {"id": "2", "article": "q"}, "summary": {"text": "b", "axes": {"overall": 2}}, "split": "train"},
+            {"info": {"id": "3", "post": "r"}, "summary": {"text": "c", "axes": {"overall": 4}}, "split": "train"},
+        ],
+        [up("p", "a"), down("q", "b")],
+        {"between up and down": 1},
     ),
 ]
 
@@ -597,6 +769,8 @@ NATIVE = [
     ("ms-swift: messages", {"messages": [system("s"), *turns("q", "a")], "label": True}),
     ("LLaMA-Factory: alpaca", {"system": "s", "instruction": "q", "input": "", "output": "a", "kto_tag": True}),
     ("TRL: unpaired", {"prompt": [system("s"), user("q")], "completion": [assistant("a")], "label": True}),
+    ("ms-swift: conversation", {"system": "s", "conversation": [{"human": "q", "assistant": "a"}], "label": True}),
+    ("messages under another name", {"conversation": [system("s"), *turns("q", "a")], "label": True}),
     ("OpenRLHF: label", {"system_prompt": "s", "prompt": "q", "response": "a", "label": 1}),
 ]
 
@@ -664,7 +838,10 @@ def test_a_verdict_that_is_missing_is_no_tie(tmp_path):
 
 def test_a_verdict_that_is_neither_side_nor_a_tie_is_refused(tmp_path):
     record = {**ARENA, "winner": "left", "conversation_a": turns("q", "a"), "conversation_b": turns("q", "b")}
-    assert '"left"' in refusal(as_jsonl(tmp_path, [record]))
+    message = refusal(as_jsonl(tmp_path, [record]))
+    assert '"left"' in message
+    assert "a_when" in message
+    assert "--up" not in message
 
 
 # dataset_info.json of LLaMA-Factory
@@ -959,6 +1136,15 @@ def test_a_folder_of_files_with_different_keys(tmp_path):
             "looks like messages but is scored as text: 1 (first: f.jsonl:2)",
         ),
         ({"prompt": [{"role": "critic", "content": "a"}]}, "unknown roles of messages: critic in 1 (first: f.jsonl:2)"),
+        (
+            {"prompt": "[INST] q [/INST]"},
+            "turn marks of a chat template that is not the tokenizer's: 1 (first: f.jsonl:2)",
+        ),
+        ({"prompt": "User: q\nAssistant:"}, "turn marks of a chat template that is not the tokenizer's: 1"),
+        (
+            {"prompt": "What is the capital of Peru?", "completion": "What is the capital of Peru?\nLima"},
+            "begins with the whole prompt: 1 (first: f.jsonl:2)",
+        ),
     ],
 )
 def test_rows_that_are_probably_misread_are_named(tmp_path, record, part):
@@ -1010,3 +1196,369 @@ def test_a_rating_that_is_compared_is_used_in_place_of_the_label(tmp_path):
     rows, _, feedback = read(as_jsonl(tmp_path, [record]), up=">=4", down="<=2")
     assert rows == [(["p", "c"], True, False)]
     assert set(feedback.unused_columns()) == {"label"}
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet])
+@pytest.mark.parametrize("names", [("chosen_avg_rating", "rejected_avg_rating"), ("chosen_reward", "rejected_reward")])
+def test_ratings_beside_named_sides_of_a_pair(tmp_path, container, names):
+    record = {"prompt": "q", "chosen_response": "a", "rejected_response": "b"}
+    rated = [{**record, **dict(zip(names, ratings, strict=True))} for ratings in ((4, 2), (3, 3), (1, 2))]
+    rows, left_out, feedback = read(container(tmp_path, rated[:2]))
+    assert rows == pair("q", "a", "b")
+    assert left_out == {TIE: 1}
+    assert feedback.unused_columns() == []
+    assert f"'rejected' is rated above 'chosen' ({names[1]} 2, {names[0]} 1)" in refusal(container(tmp_path, rated))
+
+
+def test_ratings_off_the_scale_of_a_format(tmp_path):
+    records = [
+        {"instruction": "q", "generations": ["a", "b"], "ratings": ratings} for ratings in ([5, 3], [9, 2], [7, 4])
+    ]
+    message = refusal(as_jsonl(tmp_path, records))
+    assert "9, which is not on the scale from 1 to 5" in message
+    assert "--up '>=7' --down '<=4'" in message
+    # All ratings of a record are counted.
+    assert "9 (1 time), 2 (1 time). If that is" in refusal(as_jsonl(tmp_path, records[1:2]))
+    rows, left_out, _ = read(as_jsonl(tmp_path, records), up=">=7", down="<=4")
+    assert rows == [down("q", "b"), up("q", "a"), down("q", "b"), up("q", "a"), down("q", "b")]
+    assert left_out == {"between up and down": 1}
+
+
+def test_attributes_like_those_of_helpsteer_on_another_scale(tmp_path):
+    """3 of 5 is no good rating."""
+    ratings = {"response": ["a", "b", "c"], "helpfulness": [5, 3, 1]}
+    columns = zip(*ratings.values(), strict=True)
+    records = [
+        {"prompt": "q", **dict(zip(ratings, one, strict=True)), "correctness": 4, "coherence": 4} for one in columns
+    ]
+    message = refusal(as_csv(tmp_path, records))
+    assert "not on the scale from 0 to 4" in message
+    assert "--up '>=4' --down '<=2'" in message
+    rows, left_out, _ = read(as_csv(tmp_path, records), up=">=4", down="<=2")
+    assert rows == [up("q", "a"), down("q", "c")]
+    assert left_out == {"between up and down": 1}
+
+
+def test_conversations_beside_an_input_are_no_text(tmp_path):
+    record = {"input": "about", "chosen": turns("q", "a"), "rejected": turns("q", "b")}
+    rows, _, feedback = read(as_jsonl(tmp_path, [record]))
+    assert rows == pair("q", "a", "b")
+    assert feedback.mapping is None
+
+
+def test_a_pair_of_distilabel_is_read_as_a_pair(tmp_path):
+    record = {
+        **{"instruction": "q", "generations": ["a", "b", "c"], "ratings": [5, 1, 4], "prompt": "q"},
+        **{"chosen": turns("q", "a"), "rejected": turns("q", "b"), "chosen_rating": 5, "rejected_rating": 1},
+    }
+    assert read(as_jsonl(tmp_path, [record]))[0] == pair("q", "a", "b")
+
+
+def test_the_turn_marks_of_nemo_aligner(tmp_path):
+    prompt = "<extra_id_0>System\ns\n<extra_id_1>User\nq\n<extra_id_1>Assistant\n"
+    record = {"prompt": prompt, "chosen_response": "a\n<extra_id_1>", "rejected_response": "b\n<extra_id_1>"}
+    assert read(as_jsonl(tmp_path, [record]))[0] == pair(["system: s", "q"], "a", "b")
+
+
+# Labels of single messages
+
+
+def judged(**labels):
+    """Two answers in one conversation; labels: of each answer, by key."""
+    said = turns("q", "a", "r", "b")
+    for key, values in labels.items():
+        said[1][key], said[3][key] = values
+    return {"id": 1, "messages": said}
+
+
+BOTH = [up("q", "a"), down("q", "a", "r", "b")]
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"label": (True, False)},
+        {"feedback": ("thumbs_up", "thumbs_down")},
+        {"feedback": ({"rating": "up", "comment": "x"}, {"rating": "down", "comment": None})},
+        {"thumbs": ("up", "down")},
+        {"vote": (1, 0)},
+        {"reaction": ("👍", "👎")},
+        {"score": (1, 0)},
+    ],
+    ids=str,
+)
+def test_labels_of_messages_in_every_container(tmp_path, container, labels):
+    records = [judged(**labels), {"id": 2, "messages": turns("q", "a")}]
+    rows, left_out, _ = read(container(tmp_path, records))
+    assert rows == BOTH
+    assert left_out == {UNRATED: 1}
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+def test_a_list_of_labels_in_every_container(tmp_path, container):
+    records = [{**judged(), "labels": [None, False]}, {"id": 2, "messages": turns("q", "a"), "labels": [True]}]
+    assert read(container(tmp_path, records))[0] == [BOTH[1], up("q", "a")]
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+def test_a_label_of_messages_that_is_found_is_proposed(tmp_path, container):
+    records = [judged(metadata=({"liked": "yes"}, {"liked": "no"})), {"id": 2, "messages": turns("q", "a")}]
+    message = refusal(container(tmp_path, records))
+    assert "pass --label-field 'metadata.liked'" in message
+    assert read(container(tmp_path, records), label_field="metadata.liked")[0] == BOTH
+
+
+def test_ratings_of_messages_are_counted_together(tmp_path):
+    path = as_jsonl(tmp_path, [judged(rating=(5, 1))])
+    assert "5 (1 time), 1 (1 time)" in refusal(path)
+    assert "--label-field rating --up '>=4' --down '<=2'" in refusal(path)
+    assert read(path, label_field="rating", up=">=4", down="<=2")[0] == BOTH
+
+
+def test_labels_of_a_record_and_of_its_messages(tmp_path):
+    path = as_jsonl(tmp_path, [{**judged(vote=("up", "down")), "label": True}])
+    assert "--label-field label or --label-field vote" in refusal(path)
+    assert read(path, label_field="label")[0] == [up("q", "a", "r", "b")]
+    assert read(path, label_field="vote")[0] == BOTH
+    # A score beside a label may be anything.
+    path = as_jsonl(tmp_path, [{**judged(score=(0.2, 0.7)), "label": True}])
+    assert read(path)[0] == [up("q", "a", "r", "b")]
+
+
+def test_two_labels_in_one_object_of_a_message(tmp_path):
+    path = as_jsonl(tmp_path, [judged(feedback=({"rating": "up", "score": 3}, None))])
+    assert "--label-field feedback.rating" in refusal(path)
+    assert read(path, label_field="feedback.rating")[0] == [up("q", "a")]
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet])
+def test_a_list_of_labels_may_be_that_of_raters(tmp_path, container):
+    path = container(tmp_path, [{**judged(), "label": [True, True]}, {**judged(), "label": [False, False]}])
+    assert "Call the column 'labels'" in refusal(path)
+
+
+def test_sides_that_name_other_columns_are_refused(tmp_path):
+    records = [
+        {"prompt": "q", "answer_a": "a", "answer_b": "b", "chosen": "A", "rejected": "B"},
+        {"prompt": "r", "answer_a": "c", "answer_b": "d", "chosen": "B", "rejected": "A"},
+    ]
+    for container in (as_jsonl, as_csv, as_parquet):
+        message = refusal(container(tmp_path, records))
+        assert "seem to name the columns 'answer_a' and 'answer_b'" in message
+    line = message[message.index("`pair") :].split("`")[1]
+    (tmp_path / "m.yaml").write_text(f"prompt: prompt\n{line}\n", encoding="utf-8")
+    rows, _, _ = read(as_jsonl(tmp_path, records), map=str(tmp_path / "m.yaml"))
+    assert rows == [*pair("q", "a", "b"), *pair("r", "d", "c")]
+    # Short answers beside other columns are answers.
+    short = {"prompt": "q", "chosen": "A", "rejected": "B", "option_a": "x", "id": "b"}
+    assert read(as_jsonl(tmp_path, [short]))[0] == pair("q", "A", "B")
+
+
+def test_a_column_of_rejected_answers_without_a_known_partner(tmp_path):
+    records = [{"instruction": "q", "reply": "a", "rejected_reply": "b"}]
+    path = as_csv(tmp_path, [{"instruction": "q", "output": "a", "rejected_output": "b"}])
+    message = refusal(path)
+    lines = [part for part in message.split("`") if part.startswith(("prompt:", "pair:"))]
+    (tmp_path / "m.yaml").write_text("\n".join(lines), encoding="utf-8")
+    assert read(path, map=str(tmp_path / "m.yaml"))[0] == pair("q", "a", "b")
+    assert "--map FILE" in refusal(as_jsonl(tmp_path, records))
+
+
+def test_texts_of_joined_messages_are_used(tmp_path):
+    messages = [
+        {**OASST, "message_id": "1", "parent_id": None, "text": "q", "role": "prompter", "rank": None},
+        {**OASST, "message_id": "2", "parent_id": "1", "text": "a", "role": "assistant", "rank": 0},
+        {**OASST, "message_id": "3", "parent_id": "1", "text": "b", "role": "assistant", "rank": 1},
+    ]
+    rows, _, feedback = read(as_jsonl(tmp_path, messages))
+    assert rows == pair("q", "a", "b")
+    assert feedback.unused_columns() == ["lang"]
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_columns_of_a_json_object(tmp_path, single):
+    """As `json.dump(dataset.to_dict(), handle)` writes them."""
+    asked, said = [[user("q")], [user("r")]], [[assistant("a")], [assistant("b")]]
+    table = {"prompt": ["q", "r"], "completion": ["a", "b"]} if single else {"prompt": asked, "completion": said}
+    (tmp_path / "f.json").write_text(json.dumps({**table, "label": [True, False]}), encoding="utf-8")
+    assert read(tmp_path / "f.json")[0] == [up("q", "a"), down("r", "b")]
+
+
+def test_lists_of_messages_are_no_columns(tmp_path):
+    record = {"chosen": turns("q", "a"), "rejected": turns("q", "b")}
+    (tmp_path / "f.json").write_text(json.dumps(record), encoding="utf-8")
+    assert read(tmp_path / "f.json")[0] == pair("q", "a", "b")
+
+
+@pytest.mark.parametrize("cell", ["['q']", "['it is' 'q']", "[\"it's\" 'q']", "['q', \"it's\"]"])
+def test_lists_of_texts_as_python_prints_them_are_refused(tmp_path, cell):
+    record = {**ARENA_55K, "prompt": cell, "response_a": cell, "response_b": "b", **dict.fromkeys(WINNERS, 0)}
+    assert "not JSON" in refusal(as_csv(tmp_path, [{**record, WINNERS[0]: 1}]))
+
+
+def test_columns_as_python_prints_them_are_named(tmp_path):
+    record = {"instruction": "q", "completions": "[{'response': 'a', 'overall_score': 8.5}]"}
+    assert 'the columns ["completions"] contain values as Python prints them' in refusal(as_csv(tmp_path, [record]))
+    record = {"conversation": "[{'human': 'q', 'assistant': 'a'}]", "label": 1}
+    assert "as Python prints them" in refusal(as_csv(tmp_path, [record]))
+
+
+@pytest.mark.parametrize(
+    "marks", [("\n\nHuman: q\n\nAssistant:", " a"), ("<extra_id_1>User\nq\n<extra_id_1>Assistant\n", "a")]
+)
+def test_answers_that_repeat_the_turns_of_the_prompt(tmp_path, marks):
+    prompt, answer = marks
+    records = [{"prompt": prompt, "completion": text, "label": True} for text in (prompt + answer, answer)]
+    assert read(as_jsonl(tmp_path, records))[0] == [up("q", "a"), up("q", "a")]
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+@pytest.mark.parametrize("begin", [turns("q"), turns("q", "a")], ids=["question", "answer too"])
+def test_an_answer_beside_its_conversation(tmp_path, container, begin):
+    records = [{"messages": begin, "response": "a", "label": value} for value in (True, False)]
+    rows, _, feedback = read(container(tmp_path, records))
+    assert rows == [up("q", "a"), down("q", "a")]
+    assert feedback.unused_columns() == []
+
+
+def test_an_answer_that_differs_from_that_of_its_conversation_is_refused(tmp_path):
+    record = {"messages": turns("q", "a"), "response": "b", "label": True}
+    assert "--prompt-field" in refusal(as_jsonl(tmp_path, [record]))
+
+
+def test_a_conversation_beside_prompt_and_answer_is_not_read(tmp_path):
+    record = {"prompt": "q", "completion": "a", "label": True, "conversation": [{**user("x"), "rating": 3}]}
+    rows, _, feedback = read(as_jsonl(tmp_path, [record]))
+    assert rows == [up("q", "a")]
+    assert feedback.unused_columns() == ["conversation"]
+
+
+SPLITS = {"train": ROWS, "test": [{"prompt": "t", "completion": "c", "label": True}]}
+
+
+@pytest.mark.parametrize("outer", [None, "data"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_the_lists_of_splits_in_a_document(tmp_path, outer, indent):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps(SPLITS if outer is None else {"version": 1, outer: SPLITS}, indent=indent))
+    rows, _, feedback = read(path)
+    assert rows == [up("q", "a"), down("r", "b")]
+    (note,) = feedback.notes()
+    name = "train" if outer is None else "data.train"
+    assert f'its 2 records were read under "{name}"; --split chooses among train, test.' in note
+    assert read(path, split="test")[0] == [up("t", "c")]
+    assert read(path, split="all")[0] == [up("q", "a"), down("r", "b"), up("t", "c")]
+    assert 'found ["train", "test"]' in refusal(path, split="validation")
+
+
+def test_a_document_of_finer_splits_asks_for_one(tmp_path):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps({"train_sft": ROWS, "train_prefs": ROWS}))
+    assert "Name the one to read: --split train_prefs." in refusal(path)
+    assert read(path, split="train_prefs")[0] == [up("q", "a"), down("r", "b")]
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ({"my_thumb": 1}, {"my_thumb": 0}),
+        ({"my_thumb": 1}, {"my_thumb": -1}),
+        ({"my_stars": 5}, {"my_stars": 1}),
+        ({"my rating": "hot"}, {"my rating": "cold"}),
+        ({"meta": {"vote": "up"}}, {"meta": {"vote": "down"}}),
+        ({"approved": True, "model": "m"}, {"approved": False}),
+    ],
+)
+@pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")])
+def test_feedback_under_an_unknown_key_of_messages_is_proposed(tmp_path, key, values, names):
+    column, role, text = names
+    users = [{role: "user", text: "q"}, {role: "user", text: "r"}]
+    answers = [{role: "assistant", text: "a", **key}, {role: "assistant", text: "b", **values}]
+    records = [{column: [users[0], answers[0], users[-1], answers[1]]}]
+    path = as_jsonl(tmp_path, records)
+    message = refusal(path)
+    assert "no record has a label" in message
+    (line,) = [one for one in message.splitlines() if "pass --label-field" in one]
+    assert "(of messages)" in line
+    words = shlex.split(line.split("pass ")[1].split(" (")[0].split(", ")[0])
+    options = {name[2:].replace("-", "_"): value for name, value in zip(words[::2], words[1::2], strict=False)}
+    assert [row[1] for row in read(path, **options)[0]] == [True, False]
+
+
+NESTED = [{"ask": "q", "out": {"text": "a"}, "l": True}, {"ask": "r", "out": {"text": "b"}, "l": False}]
+FIELDS = {"prompt_field": "ask", "completion_field": "out.text", "label_field": "l"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"prompt_field": "ask["},
+            ['--prompt-field: nothing at "ask["; the record has ["ask", "out", "l"]', "it ends too early"],
+        ),
+        ({"prompt_field": "asked"}, ['--prompt-field: nothing at "asked"; the record has ["ask", "out", "l"]']),
+        ({"completion_field": "out.txt"}, ['--completion-field: nothing at "out.txt"; "out" has ["text"]']),
+        ({"completion_field": "out.text.x"}, ['"out.text" is "a"']),
+        ({"completion_field": "out"}, ["'out'", 'its keys are ["text"]']),
+        ({"completion_field": "lenght(out)"}, ["there is no function lenght()", "'length'"]),
+        ({"completion_field": "join(out)"}, ["join() needs 2 arguments, got 1"]),
+        ({"label_field": "length(l)"}, ["--label-field", "length() needs text or a list or an object, got true"]),
+        ({"label_field": "ll"}, ['f.jsonl:1: --label-field: nothing at "ll"; the record has', "pass --label-field l"]),
+    ],
+)
+def test_messages_about_paths_of_options(tmp_path, options, words):
+    message = refusal(as_jsonl(tmp_path, NESTED), **{**FIELDS, **options})
+    assert "f.jsonl:1: " in message
+    for word in words:
+        assert word in message
+    for raw in ("Invalid jmespath", "Parse error", "received", "token"):
+        assert raw not in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            "prompt: ask[\ncompletion: out.text\nlabel: l",
+            'm.yaml: prompt: "ask[" is not a JMESPath expression: it ends too early.',
+        ),
+        ("prompt: ask out\ncompletion: out.text\nlabel: l", '"out" is not expected at character 5.'),
+        ("prompt: ask\ncompletion: out#text\nlabel: l", 'it cannot be read from character 4, "#text".'),
+        (
+            "prompt: ask\ncompletion: nofunc(out)\nlabel: l",
+            'm.yaml: completion: "nofunc(out)": there is no function nofunc().',
+        ),
+        ("prompt: ask\ncompletion: out.txt\nlabel: l", 'm.yaml: completion: nothing at "out.txt"; "out" has ["text"]'),
+        (
+            "prompt: ask\ncompletion: out.text\nlabel: lx",
+            'm.yaml: label: nothing at "lx"; the record has ["ask", "out", "l"]',
+        ),
+        ("prompt: ask\ncompletion: 'join(`,`, out)'\nlabel: l", "join() needs "),
+        ("conversation: ask\nlabel: l", 'm.yaml: conversation: "ask" must be a list of messages, got "q"'),
+        ("turns: {messages: outs, label: l}", 'm.yaml: turns: messages: nothing at "outs"; the record has'),
+        ("join: id\nturns: {messages: rows, label: l}", 'm.yaml: join: nothing at "id"; the record has'),
+        ("each: outs\nprompt: ask\ncompletion: item\nlabel: l", 'm.yaml: each: nothing at "outs"; the record has'),
+        ("records: all\nprompt: ask\ncompletion: out\nlabel: l", 'm.yaml: records: nothing at "all"; the record has'),
+        ("zip: {a: ask}\nprompt: item.a\ncompletion: item.a\nlabel: l", 'zip: must be lists, got {"a": "q"}'),
+        (
+            "prompt: ask\npair: {a: out.text, b: ask, better: l, a_when: [x], b_when: [y]}",
+            "names other values in a_when and b_when",
+        ),
+    ],
+)
+def test_messages_about_paths_of_a_mapping(tmp_path, lines, words):
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text(lines)
+    message = refusal(as_jsonl(tmp_path, NESTED), KTOError, map=str(mapping))
+    assert words in message
+    for raw in ("Invalid jmespath", "Parse error", "received", "token"):
+        assert raw not in message
+
+
+@pytest.mark.parametrize("name", ["rating (1-5)", "score(overall)", "What is [x]?", "a b"])
+def test_an_option_may_be_a_key_that_is_no_expression(tmp_path, name):
+    records = [{"prompt": "q", "completion": "a", name: 1}, {"prompt": "r", "completion": "b", name: 0}]
+    rows, _, feedback = read(as_jsonl(tmp_path, records), label_field=name)
+    assert rows == [up("q", "a"), down("r", "b")]
+    assert feedback.unused_columns() == []

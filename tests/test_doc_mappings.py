@@ -46,6 +46,6 @@ def keys_of(value: Any) -> set[str]:
 def test_every_key_of_a_mapping_is_in_an_example() -> None:
     there = set().union(*(keys_of(yaml.safe_load(block.text)) for block in EXAMPLES))
     fields = {field.name.replace("_", "-") for kind in (Mapping, JudgedTurns) for field in dataclasses.fields(kind)}
-    label = {"path", "scores", "value", "name", "up", "down", "else"}
+    label = {"path", "scores", "value", "name", "up", "down", "else", "scale"}
     pair = {"chosen", "rejected", "a", "b", "better", "a_when", "b_when"}
     assert (fields | label | pair | {"when", "say"}) - there == {"recognise", "refuse"}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.labels import DOWN, LEAVE_OUT, UP, LabelRule, Scale, is_tie
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, RATERS_DISAGREE, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.mapping_file import mapping_from
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
@@ -123,7 +124,7 @@ def test_words_for_a_tie(value, tie):
 
 PROPOSALS = [
     ([1, -1, -1], "--up 1 --down -1"),
-    ([1, 0, -1, 0], "--up 1 --down -1 (0 is then left out)"),
+    ([1, 0, -1, 0], "--up '>0' --down '<0' (0 is left out)"),
     ([0, 1], "--up 1 --down 0"),
     ([True, "maybe"], "--up true --down maybe"),
     (["thumbsUp", "thumbsDown"], "--up thumbsUp --down thumbsDown"),
@@ -137,6 +138,7 @@ PROPOSALS = [
     ([1, 2, 3], "--up '>=3' --down '<=1'"),
     ([0, 1, 2, 3, 4], "--up '>=3' --down '<=1'"),
     ([1, 10, 7], "--up '>=7' --down '<=4'"),
+    (["90%", "20%"], "--up '>=70' --down '<=40'"),
     ([0.1, 0.93], "--up '>0.5' --down '<0.5' (0.5 is left out)"),
     ([1.0, 0.5, 0.0], "--up '>0.5' --down '<0.5' (0.5 is left out)"),
     (["5/5", "4/5", "1/5"], "--up 4/5,5/5 --down 1/5"),
@@ -322,3 +324,139 @@ def test_columns_of_opposite_votes_are_no_label_alone(tmp_path, names):
 
 def test_ratings_with_a_decimal_comma_are_named(tmp_path):
     assert "with a point" in refusal(tmp_path / "f.jsonl", rows("rating", ["4,5", "1,5"]), up=">=4", down="<=2")
+
+
+def test_a_column_of_what_is_undesirable_is_reversed(tmp_path):
+    records = [{"prompt": f"p{n}", "completion": "c", "toxic": n == 1, "harm_score": n / 2} for n in range(3)]
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert "pass --label-field toxic --up false --down true" in message
+    assert "--label-field harm_score --up ... --down ..." in message
+    options = {"label_field": "toxic", "up": "false", "down": "true"}
+    assert feedback(tmp_path / "f.jsonl", records, **options)[0] == [True, False, True]
+
+
+def test_a_proposal_for_votes_with_zero_works(tmp_path):
+    records = rows("label", [1, 0, -1])
+    assert "--up '>0' --down '<0'" in refusal(tmp_path / "f.jsonl", records)
+    assert feedback(tmp_path / "f.jsonl", records, up=">0", down="<0")[0] == [True, False]
+
+
+@pytest.mark.parametrize("scale", [(5, 1), (1,), ("a", "b")])
+def test_a_scale_is_two_numbers_in_order(tmp_path, scale):
+    with pytest.raises(ConfigError, match="the lowest and the highest rating"):
+        mapping_from({"prompt": "p", "completion": "c", "label": {"path": "r", "scale": list(scale)}}, "m.yaml")
+
+
+@pytest.mark.parametrize("column", ["rating", "stars", "meta_score"])
+@pytest.mark.parametrize("value", [1, 1.0, "1"])
+@pytest.mark.parametrize("one_class", [False, True])
+def test_a_rating_that_is_always_one_has_no_known_scale(tmp_path, column, value, one_class):
+    records = rows(column, [value, value, None])
+    message = refusal(tmp_path / "f.jsonl", records, label_field=column, one_class=one_class)
+    assert f"'{column}' is 1 wherever it has a value" in message
+    proposed = [shlex.split(words)[:6] for words in message.split("--label-field ")[1:]]
+    assert len(proposed) == 2
+    for (name, _, up, _, down, *_), label in zip(proposed, (True, False), strict=True):
+        options = {"label_field": name, "up": up, "down": down, "one_class": True}
+        assert feedback(tmp_path / "f.jsonl", records, **options)[0] == [label, label]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "labels"),
+    [
+        ("rating", [1, 0, 1], [True, False, True]),
+        ("rating", [True, 1, 1], [True, True, True]),
+        ("label", [1, 1], [True, True]),
+        ("thumb", ["1", "1"], [True, True]),
+        ("rating", [0, 0], [False, False]),
+        ("score", ["up", "up"], [True, True]),
+    ],
+)
+def test_other_columns_of_ones_are_read_as_before(tmp_path, column, values, labels):
+    assert feedback(tmp_path / "f.jsonl", rows(column, values), label_field=column, one_class=True)[0] == labels
+
+
+def test_a_rating_of_messages_that_is_always_one_has_no_known_scale(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "rating": 1}]
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert "'rating' is 1 wherever" in refusal(tmp_path / "f.jsonl", [{"messages": turns}, pair])
+
+
+def test_a_format_defines_the_scale_of_its_score(tmp_path):
+    records = [{"instruction": "q", "response": "a", "score": 1} for _ in range(2)]
+    assert feedback(tmp_path / "f.jsonl", records, one_class=True)[0] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "against", "proposal"),
+    [
+        ("rating", [5, 1, 4, 2], 2, "--label-field rating --up '>=4' --down '<=2' (values between them are left out)"),
+        ("rating", [1, 5, 3, 3], 0, ""),
+        ("thumbs", [1, 1, -1, -1], 2, "--label-field thumbs --up 1 --down -1"),
+        ("stars", ["1", "5", "5", "5"], 1, "--label-field stars --up '>=4' --down '<=2'"),
+        ("feedback", ["up", "down", "", None], 2, "--label-field feedback"),
+        ("score", [0.9, 0.1, 0.9, 0.1], 2, "--label-field score --up '>0.5' --down '<0.5'"),
+        ("reward", [number / 100 for number in range(-40, 40)], 0, ""),
+        ("comment", ["up", "down", "up", "down"], 0, ""),
+    ],
+)
+def test_a_column_that_contradicts_the_label_is_named(tmp_path, column, values, against, proposal):
+    records = [{**one, "label": number % 4 in (1, 2)} for number, one in enumerate(rows(column, values))]
+    labels, found = feedback(tmp_path / "f.jsonl", records)
+    assert labels == [number % 4 in (1, 2) for number in range(len(values))]
+    notes = [note for note in found.notes() if "contradicts" in note]
+    assert len(notes) == bool(against)
+    for note in notes:
+        assert f"in {against} of {sum(value not in ('', None) for value in values)} rows (first: f.jsonl:" in note
+        assert proposal in note
+
+
+def test_a_label_that_contradicts_the_rating_that_is_read_is_named(tmp_path):
+    records = [{**one, "label": number == 0} for number, one in enumerate(rows("rating", [5, 1, 5]))]
+    labels, found = feedback(tmp_path / "f.jsonl", records, up=">=4", down="<=2")
+    assert labels == [True, False, True]
+    (note,) = found.notes()
+    assert note.startswith(
+        "'label' contradicts the label that was read in 1 of 3 rows (first: f.jsonl:3: desirable, but"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        (["1", 1, "0", 0], {}),
+        ([True, "true", "false", False], {}),
+        ([1.0, "TRUE", "0.0", "no"], {}),
+        (["Up ", True, " down", 0], {}),
+        ([5, "5", "1", 1.0], {"up": ">=4", "down": "<=2"}),
+        ([True, "True", "False", False], {"up": "true", "down": "false"}),
+        (["5", 5.0, 1, "1.0"], {"up": "5", "down": "1"}),
+    ],
+)
+def test_a_column_may_mix_types(tmp_path, values, options):
+    labels, _ = feedback(tmp_path / "f.jsonl", rows("label", values), **options)
+    assert labels == [True, True, False, False]
+
+
+def test_usual_words_beside_those_of_the_options_are_named(tmp_path):
+    message = refusal(tmp_path / "f.jsonl", rows("label", [True, 1, 0, False]), up="1", down="0")
+    assert "f.jsonl:1: 'label' is true, which is neither up nor down" in message
+    assert "remove --up and --down" in message
+
+
+@pytest.mark.parametrize(("up", "down"), [("good,bad", "bad"), ("Good", "good"), ("1", "1.0")])
+def test_a_word_that_is_up_and_down_names_the_options(tmp_path, up, down):
+    with pytest.raises(ConfigError, match=r"^--up and --down: .* is in up and in down"):
+        feedback(tmp_path / "f.jsonl", rows("label", [1, 0]), up=up, down=down)
+
+
+def test_a_rating_beside_an_empty_label_says_how_to_leave_it_out(tmp_path):
+    records = [{**one, "rating": 4} for one in rows("label", [True, None, False])]
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert (
+        "f.jsonl:2: there is a rating, 4, but no label. To leave out records without a label, pass --label-field label"
+        in message
+    )
+    labels, found = feedback(tmp_path / "f.jsonl", records, label_field="label")
+    assert labels == [True, False]
+    assert found.found.left_out.counts == {UNRATED: 1}

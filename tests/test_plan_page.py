@@ -1,5 +1,6 @@
 """The printed plan: its lines fit into 100 columns whatever the data are."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,94 @@ def test_labels_of_rows_that_are_left_out_are_named_as_values(tmp_path: Path, mo
         plan = make_plan(config, tokenizer)
         shown += [line for line in describe(plan, plan.counts(), config, tokenizer) if line.startswith("labels")]
     assert ["values as read: " in line for line in shown] == [False, True]
+
+
+def test_one_of_each_is_singular(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = {"prompt": "long " * 500, "completion": "x", "label": True}
+    rows = [*texts(1), {"prompt": "other", "completion": "word " * 200, "label": False}, long]
+    write_rows(tmp_path / "feedback.jsonl", rows)
+    config = PrecomputeConfig(model="m", data="feedback.jsonl", max_length=128)
+    tokenizer = tiny_tokenizer()
+    plan = make_plan(config, tokenizer)
+    shown = "\n".join(describe(plan, plan.counts(), config, tokenizer))
+    assert "3 records -> 3 rows, 2 kept, dropped: 1 prompt too long" in shown
+    assert "1 completion, 1 mismatched completion (--max-length 128)" in shown
+    assert (
+        re.search(r"\b1 (rows|records|completions|mismatched completions|sequences|tokens|more values)\b", shown)
+        is None
+    )
+
+
+MATTER = (
+    "subset",
+    "fold",
+    "Partition",
+    "retrieved_context",
+    "documents",
+    "passages",
+    "knowledge",
+    "functions",
+    "quality",
+)
+HARMLESS = (
+    "id",
+    "model",
+    "name",
+    "unfolded",
+    "upgrade",
+    "source",
+    "conversation_id",
+    "feedback_id",
+    "feedback_date",
+    "context.span_id",
+)
+
+
+def warned(config: PrecomputeConfig) -> list[str]:
+    """The columns that the plan warns of."""
+    tokenizer = tiny_tokenizer()
+    plan = make_plan(config, tokenizer)
+    lines = " ".join(" ".join(describe(plan, plan.counts(), config, tokenizer)).split())
+    found = re.search(r"unused columns whose names suggest that they matter: (.*?)\. Use a column", lines)
+    return [] if found is None else found[1].split(", ")
+
+
+@pytest.mark.parametrize("name", [*MATTER, "grade", "Tools used", "images_url"])
+def test_unused_columns_that_matter_are_warned_of(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "feedback.jsonl", texts(8, **{name: "x"}, **dict.fromkeys(HARMLESS, "x")))
+    assert warned(PrecomputeConfig(model="m", data="feedback.jsonl")) == [name]
+
+
+def test_keys_inside_lists_that_matter_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    inputs = [{"text": "Why?", "name": "me", "context": "From a page.", "knowledge": ""}]
+    rows = [{"inputs": inputs, "output": f"answer {i}", "n": i, "ok": i % 2} for i in range(4)]
+    rows = [{**row, "inputs": [{**inputs[0], "text": f"Why {row['n']}?"}]} for row in rows]
+    write_rows(tmp_path / "feedback.jsonl", rows)
+    mapping = tmp_path / "m.yaml"
+    config = PrecomputeConfig(model="m", data="feedback.jsonl", map="m.yaml")
+    mapping.write_text("prompt: inputs[0].text\ncompletion: output\nlabel: ok\n")
+    assert warned(config) == ["inputs[].context"]
+    mapping.write_text("system: inputs[0].context\nprompt: inputs[0].text\ncompletion: output\nlabel: ok\n")
+    assert warned(config) == []
+
+
+def test_messages_with_documents_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = chat_rows(8)
+    for row in rows:
+        row["prompt"][0] |= {"documents": ["A page."], "name": "me"}
+    write_rows(tmp_path / "feedback.jsonl", rows)
+    assert warned(PrecomputeConfig(model="m", data="feedback.jsonl")) == ["prompt[].documents"]
+
+
+def test_a_column_that_contradicts_the_label_has_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "feedback.jsonl", [{**one, "rating": 1 + 4 * (i % 3 == 0)} for i, one in enumerate(texts(8))])
+    config = PrecomputeConfig(model="m", data="feedback.jsonl")
+    tokenizer = tiny_tokenizer()
+    plan = make_plan(config, tokenizer)
+    (warning,) = [line for line in describe(plan, plan.counts(), config, tokenizer) if line.startswith("warning")]
+    assert "'rating' contradicts the label that was read in 3 of 8 rows" in warning

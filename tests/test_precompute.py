@@ -587,3 +587,43 @@ def test_prompts_that_are_alike_as_unknown_tokens_are_explained(tmp_path: Path) 
     config = PrecomputeConfig(model="m", data=str(write_rows(tmp_path / "f.jsonl", rows)))
     with pytest.raises(PairingError, match=r"share one prompt.*tokens, in 4 of 4 rows, are unknown to the tokenizer"):
         make_plan(config, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "options", [{"chat": "never"}, {"chat": "always"}, {"chat": "never", "map": False}, {"map": False}]
+)
+def test_head_shows_the_rows_of_the_plan(
+    options: dict[str, Any],
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    (tmp_path / "m.yaml").write_text(
+        "prompt: ask.text\ncompletion: reply\nlabel: {path: n, up: ['>2'], down: ['<2']}\n"
+    )
+    mapped = [{"ask": {"text": f"q {n}"}, "reply": f"a\t{n}\\", "n": n} for n in (1, 3, 5, 2)]
+    native = [{"prompt": row["ask"]["text"], "completion": row["reply"], "label": row["n"] > 2} for row in mapped[:3]]  # type: ignore[index,operator]
+    data = write_rows(tmp_path / "f.jsonl", mapped if options.pop("map", True) else native)
+    if "prompt" not in data.read_text():
+        options["map"] = str(tmp_path / "m.yaml")
+    precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "refs", **options))
+    lines = capsys.readouterr().out.splitlines()
+    begins = [number for number, line in enumerate(lines) if line.startswith("example")]
+    planned = sorted(
+        (
+            lines[n].split()[1].rstrip(","),
+            lines[n + 1].split("prompt", 1)[1].strip(),
+            lines[n + 2].split("completion", 1)[1].strip(),
+        )
+        for n in begins
+    )
+    shown = [line for line in head(tmp_path / "refs", rows=9, model=None) if line]
+    found = sorted(
+        (row.split()[2], x.removeprefix("x").strip(), y.split(" | ")[0].strip())
+        for row, x, y in zip(shown[::4], shown[1::4], shown[3::4], strict=True)
+    )
+    assert len(planned) == 3
+    assert found == planned
+    assert ("<|im_start|>" in planned[0][1]) == (options.get("chat") != "never")

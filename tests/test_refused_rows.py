@@ -166,3 +166,65 @@ def test_a_message_of_no_known_form_is_refused_with_its_place(
     row = {"prompt": [message], "completion": "b", "label": True}
     with pytest.raises(FeedbackError, match=r"^f\.jsonl:5: "):
         make_plan(config_of(tmp_path, [*chat_rows(4), row]), tokenizer)
+
+
+def jsonl(tmp_path: Path, lines: list[str], **more: Any) -> PrecomputeConfig:
+    config = config_of(tmp_path, [], **more)
+    Path(config.data).write_text("\n".join(lines), encoding="utf-8")
+    return config
+
+
+GOOD = [json.dumps(row) for row in chat_rows(4)]
+BAD = {
+    "truncated inside": '{"prompt": "a", "completion": "b", "la',
+    "no object": "[1, 2]",
+    "a key twice": '{"prompt": "a", "prompt": "b"}',
+    "words": "Exported by me",
+}
+
+
+# A file that begins with "[" is an array.
+@pytest.mark.parametrize(
+    ("kind", "number"), [(kind, n) for kind in BAD for n in (1, 3, 5) if (kind, n) != ("no object", 1)]
+)
+def test_a_line_that_is_no_record_is_a_defective_row(
+    kind: str, number: int, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    lines = [*GOOD[: number - 1], BAD[kind], *GOOD[number - 1 :]]
+    config = jsonl(tmp_path, lines, on_bad_row="skip")
+    plan = make_plan(config, tokenizer)
+    assert "rows 5 records -> 4 rows, 4 kept" in page(plan, config, tokenizer)
+    assert left_out(tmp_path) == [(f"f.jsonl:{number}", "defective")]
+    with pytest.raises(FeedbackError, match=rf"f.jsonl:{number}: "):
+        make_plan(jsonl(tmp_path, lines), tokenizer)
+
+
+def test_all_bad_lines_are_reported_with_the_other_defects(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lines = [GOOD[0], "words", json.dumps(lost(chat_rows(1)[0])), *GOOD[1:], GOOD[0][:-9]]
+    with pytest.raises(FeedbackError) as caught:
+        make_plan(jsonl(tmp_path, lines), tokenizer)
+    first, *shown = str(caught.value).splitlines()
+    assert first.endswith("f.jsonl: 3 rows cannot be used:")
+    assert [line.strip().split(": ")[0] for line in shown[:3]] == ["f.jsonl:2", "f.jsonl:3", "f.jsonl:7"]
+    assert "the file is cut off" in shown[2]
+
+
+def test_a_file_without_any_record_is_of_another_format(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(FeedbackError, match=r"^f\.jsonl:1: not valid JSON"):
+        make_plan(jsonl(tmp_path, ["some", "words"], on_bad_row="skip"), tokenizer)
+
+
+def test_prompts_that_are_too_long_are_listed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    long = {**chat_rows(1)[0], "prompt": [{"role": "user", "content": "river " * 200}]}
+    unrated = {**chat_rows(1)[0], "label": None}
+    pair = {"prompt": "stone " * 200, "chosen": "a", "rejected": "b"}
+    config = config_of(tmp_path, [unrated, long, *chat_rows(4), pair], max_length=128)
+    plan = make_plan(config, tokenizer)
+    assert plan.dropped == {"prompt_too_long": 3}
+    places = [("f.jsonl:1", "unrated"), ("f.jsonl:2", "prompt too long")]
+    assert left_out(tmp_path) == [*places, *[("f.jsonl:7", "prompt too long")] * 2]
+    detail = json.loads((tmp_path / "left.jsonl").read_text().splitlines()[1])["detail"]
+    assert detail.endswith("tokens, --max-length 128")
+    shown = page(plan, config, tokenizer)
+    assert "left out unrated: 1 (see" in shown
+    assert "dropped: 3 prompt too long" in shown

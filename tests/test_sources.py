@@ -830,3 +830,41 @@ def test_decimals_are_numbers(tmp_path, stored, expected):
     ((_, record),) = read(tmp_path / "f.parquet")
     assert record == {"label": expected, "in": [expected]}
     assert type(record["label"]) is type(expected)
+
+
+@pytest.mark.parametrize("name", ["f.jsonl", "f.csv", "f.parquet", "data/f.jsonl"])
+def test_classes_that_dataset_infos_describes_have_their_names(tmp_path, name):
+    label = {"num_classes": 2, "names": ["good", "bad"], "id": None, "_type": "ClassLabel"}
+    other = {**label, "names": ["a", "b"]}
+    infos = {
+        "default": {"features": {"label": label, "kind": label}, "splits": {}},
+        "other": {"features": {"label": {**label, "id": 3}, "kind": other}},
+    }
+    (tmp_path / "dataset_infos.json").write_text(json.dumps(infos))
+    (tmp_path / "data").mkdir()
+    rows = [{"label": 1, "kind": 1, "n": 1}, {"label": 0, "kind": 0, "n": 0}]
+    path = tmp_path / name
+    if name.endswith("csv"):
+        path.write_text("label,kind,n\n1,1,1\n0,0,0\n")
+    elif name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = [record for _, record in read(path)]
+    assert [one["label"] for one in records] == ["bad", "good"]
+    assert [int(one["kind"]) for one in records] == [1, 0]
+    assert [int(one["n"]) for one in records] == [1, 0]
+
+
+def test_names_and_numbers_of_classes_may_be_mixed(tmp_path):
+    label = {"names": ["good", "bad"], "_type": "ClassLabel"}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"features": {"label": label}}))
+    (tmp_path / "f.jsonl").write_text('{"label": "bad"}\n{"label": -1}\n{"label": true}\n{"label": 7}\n')
+    assert [record["label"] for _, record in read(tmp_path / "f.jsonl")] == ["bad", None, True, 7]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"features": []}', '{"a": {"features": {"label": 1}}}', '{"a": 3}'])
+def test_infos_of_another_program_name_no_classes(tmp_path, text):
+    (tmp_path / "dataset_infos.json").write_text(text)
+    (tmp_path / "f.jsonl").write_text('{"label": 1}\n')
+    assert [record["label"] for _, record in read(tmp_path / "f.jsonl")] == [1]

@@ -13,6 +13,8 @@ _MARKERS = (
 )
 
 _OPENED = ("Assistant:", "<extra_id_1>Assistant")
+# The mark of the next turn, with which NeMo-Aligner ends every answer.
+_NEXT_TURN = "<extra_id_1>"
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ def as_chat(prompt: str, completions: tuple[Turns, ...], rendered: RenderedText)
     turns = turns_in(prompt)
     if turns is None:
         return said("user", prompt), tuple(said("assistant", one) for one in completions)
+    completions = tuple(_without_prompt(one, prompt.strip()) if isinstance(one, str) else one for one in completions)
     if turns[-1]["role"] == "assistant":  # the completion continues this message
         return turns, tuple(said("assistant", one) for one in completions)
     opened = prompt.rstrip().endswith(_OPENED)
+    end = _NEXT_TURN if _NEXT_TURN in prompt else ""
     return turns, tuple(
-        said("assistant", _answer(one, opened=opened) if isinstance(one, str) else one) for one in completions
+        said("assistant", _answer(one, opened=opened, end=end) if isinstance(one, str) else one) for one in completions
     )
 
 
@@ -85,8 +89,18 @@ def turns_in(text: str) -> tuple[Message, ...] | None:
     return None
 
 
-def _answer(text: str, *, opened: bool) -> str:
-    """Return an answer stripped of white space, and of its marker if the prompt does not end with that marker (`opened`)."""
-    text = text.strip()
+def _without_prompt(text: str, prompt: str) -> str:
+    """Return an answer without the turns of the prompt, which some data sets repeat."""
+    return text.strip().removeprefix(prompt) if text.lstrip().startswith(prompt) else text
+
+
+def _answer(text: str, *, opened: bool, end: str) -> str:
+    """Return an answer stripped of white space, of the mark of the next turn, and of its own if the prompt does not end with it.
+
+    Args:
+        opened: whether the prompt ends with the mark of the answer.
+        end: the mark of the next turn; empty if the format has none.
+    """
+    text = text.strip().removesuffix(end).rstrip()
     marks = [] if opened else [mark for mark in _OPENED if text.startswith(mark)]
     return text.removeprefix(marks[0]).strip() if marks else text

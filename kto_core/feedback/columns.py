@@ -16,6 +16,7 @@ MEDIA_COLUMNS = MEDIA_KEYS
 PROMPTS = ("prompt", "question", "query")
 COMPLETIONS = ("completion", "response", "answer")
 LABELS = ("label", "kto_tag")
+CONVERSATIONS = ("messages", "conversations", "conversation")
 # Names of the two ratings of a pair.
 PAIR_RATINGS = (
     ("score_chosen", "score_rejected"),
@@ -23,6 +24,9 @@ PAIR_RATINGS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
     ("rating_chosen", "rating_rejected"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("chosen_reward", "rejected_reward"),
+    ("reward_chosen", "reward_rejected"),
 )
 # Which side of a pair is better, and by how much.
 PAIR_WINNER, PAIR_MARGIN = "winner", "margin"
@@ -31,7 +35,7 @@ PAIR_WINNER, PAIR_MARGIN = "winner", "margin"
 COLUMNS: Final = frozenset(
     {
         *(*PROMPTS, *COMPLETIONS, *LABELS, *SYSTEM_COLUMNS, *MEDIA_COLUMNS),
-        *("labels", "rating", "chosen", "rejected", PAIR_WINNER, PAIR_MARGIN, "messages", "conversations"),
+        *("labels", "rating", "chosen", "rejected", PAIR_WINNER, PAIR_MARGIN, *CONVERSATIONS),
         *("instruction", "input", "output", "history", "tools", "chat_template_kwargs"),
         *(name for pair in PAIR_RATINGS for name in pair),
     }
@@ -44,7 +48,7 @@ _BESIDE: Final = {
         *(*PROMPTS, "messages", "conversations", "instruction", "input", "history", PAIR_WINNER, PAIR_MARGIN),
         *(name for pair in PAIR_RATINGS for name in pair),
     ),
-    "judged turns": ("messages", "conversations", "labels"),
+    "judged turns": (*CONVERSATIONS, "labels"),
     "messages": ("prompt",),
 }
 

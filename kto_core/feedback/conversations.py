@@ -144,7 +144,7 @@ def shared_beginning(chosen: Turns, rejected: Turns, where: str) -> tuple[Turns,
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise FeedbackError(
             f"{where}: one of 'chosen' and 'rejected' is text, the other messages, and there is no 'prompt'."
-            " Write both in the same form, or add a prompt."
+            " Write both in the same form, or name the prompt's column with --prompt-field."
         )
     size = _shared_messages(chosen, rejected, where)
     return chosen[:size], (chosen[size:], rejected[size:])
@@ -171,7 +171,7 @@ def _shared_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...],
     if size == 0:
         raise FeedbackError(
             f"{where}: 'chosen' and 'rejected' have no common beginning, and there is no 'prompt'. Add a prompt, or"
-            " begin both with the messages they answer."
+            " name its column with --prompt-field, or begin both with the messages they answer."
         )
     for field, side in (("chosen", chosen), ("rejected", rejected)):
         rest = [message["role"] for message in side[size:]]
@@ -193,7 +193,7 @@ def _shared_text(chosen: str, rejected: str, where: str) -> int:
     if size == 0:
         raise FeedbackError(
             f"{where}: 'chosen' and 'rejected' have no common turn that begins with an empty line and 'Assistant:',"
-            " and there is no 'prompt'. Add a prompt."
+            " and there is no 'prompt'. Add a prompt, or name its column with --prompt-field."
         )
     for field, side in (("chosen", chosen), ("rejected", rejected)):
         if HUMAN_TURN in side[size:]:

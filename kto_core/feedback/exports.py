@@ -3,10 +3,13 @@
 All of them parse JSON text, because tables store lists and objects so.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
 from typing import Any, Final
+
+from offline_kto.kto_core.feedback.messages import ROLES
 
 # Usual keys of the prompt and the answer in a call's inputs and outputs.
 _ASKED: Final = (
@@ -36,6 +39,7 @@ _HISTORY: Final = ("chat_history", "history")
 _SYSTEM: Final = ("system", "system_prompt", "system_message", "instructions")
 # Keys whose value may be an object with the text inside; objects under other keys are settings.
 _OBJECTS: Final = ("input", "inputs", "output", "outputs", "response", "result", "message", "completion", "generation")
+_DESCRIBE: Final = "describe the file with --map FILE, or pass --prompt-field, --completion-field and --label-field"
 _SEGMENT = re.compile(r"\[[^\]]*\]|[^.]+")
 _JSON_START = re.compile(r"\s*[\[{]")
 _PYTHON_START = re.compile(r"\s*(?:\[\s*)?[\[{]\s*'|\s*array\(")
@@ -101,6 +105,13 @@ def under(value: object, prefix: str) -> dict[str, object]:
     """Return the keys of an object that begin with a prefix, without it, where they have a value."""
     found = value if isinstance(value, dict) else {}
     return {key[len(prefix) :]: item for key, item in found.items() if key.startswith(prefix) and item is not None}
+
+
+def scored(value: object) -> dict[str, object]:
+    """Return the columns that are scores of Opik's, without their reasons and without "-", which is no score."""
+    found = value if isinstance(value, dict) else {}
+    reasons = {f"{name}_reason" for name in found}
+    return {name: item for name, item in found.items() if item != "-" and name not in reasons}
 
 
 def nested(value: object) -> object:
@@ -184,6 +195,40 @@ def asked(value: object) -> object:
     return _with_context(found, _as_text(text))
 
 
+def asked_before(value: object) -> object:
+    """Return like `asked`, for an object that also contains the answer, which may be the last of its messages."""
+    found = _known(value, (*_ASKED, *_MESSAGES))
+    if isinstance(found, Mapping) and "role" not in found and (name := _answered_messages(found)) is not None:
+        return asked({**found, name: opened(found[name])[:-1]})
+    return asked(found)
+
+
+def _answered_messages(found: Mapping[str, Any]) -> str | None:
+    """Return the key of messages that end with an answer; None if there are none.
+
+    Raises:
+        ValueError: another key has a different answer.
+    """
+    name = next((name for name in _MESSAGES if isinstance(opened(found.get(name)), list) and opened(found[name])), None)
+    messages = [] if name is None else opened(found[name])
+    if len(messages) < 2 or not _is_assistant(messages[-1]):
+        return None
+    said = messages[-1].get("content", messages[-1].get("value"))
+    for other in _answer_keys(found):
+        if isinstance(found[other], str) and isinstance(said, str) and found[other].strip() != said.strip():
+            raise ValueError(
+                f"it is not clear which of the keys '{name}', '{other}' has the answer, because they differ; {_DESCRIBE}"
+            )
+    return name
+
+
+def _is_assistant(message: object) -> bool:
+    if not isinstance(message, dict):
+        return False
+    role = next((message[key] for key in ("role", "from", "type") if isinstance(message.get(key), str)), "")
+    return ROLES.get(role.strip().lower()) == "assistant"
+
+
 def asked_keys(found: object) -> list[str]:
     """Return the keys of an object that `asked` reads; empty for other values."""
     return _keys_read(found, _ASKED, (*_HISTORY, *_SYSTEM))
@@ -192,7 +237,17 @@ def asked_keys(found: object) -> list[str]:
 def answered_keys(found: object) -> list[str]:
     """Return the keys of an object that `answered` reads; empty for other values."""
     options = [name for name in _OPTIONS if isinstance(found, Mapping) and opened(found.get(name))]
-    return options[:1] or _keys_read(found, _ANSWERED, ())
+    if options or not isinstance(found, Mapping) or "role" in found:
+        return options[:1]
+    with contextlib.suppress(ValueError):  # raised where the answer is read
+        if (name := _answered_messages(found)) is not None:
+            return [name]
+    return _answer_keys(found) or _keys_read(found, _ANSWERED, ())
+
+
+def _answer_keys(found: Mapping[str, Any]) -> list[str]:
+    """Return the keys with a value that can only be an answer."""
+    return [name for name in _known_keys(found, _ANSWERED) if name not in _EITHER]
 
 
 def _keys_read(found: object, names: tuple[str, ...], beside: tuple[str, ...]) -> list[str]:
@@ -256,6 +311,8 @@ def answered(value: object) -> object:
         # The Responses API lists the reasoning, which is encrypted or a summary, before the message.
         if len(found) == 1 and isinstance(found[0], str):  # a batch of one
             return found[0]
+        if found and all(isinstance(one, Mapping) and "message" in one and "role" not in one for one in found):
+            return answered({"choices": found})
         kept = [one for one in found if not (isinstance(one, Mapping) and one.get("type") == "reasoning")]
         return kept or None
     if not isinstance(found, Mapping) or "role" in found or _is_langchain(found):
@@ -268,7 +325,9 @@ def answered(value: object) -> object:
             if len(options) > 1:
                 raise ValueError(f"several {name}, and it is not clear which of them was judged")
             return _chosen(options[0])
-    text = _messages_at(found) or _text_at(found, _ANSWERED, "answer")
+    # Messages beside an answer are its prompt, unless they contain it.
+    messages = _messages_at(found) if _answered_messages(found) or not _answer_keys(found) else None
+    text = messages or _text_at(found, _ANSWERED, "answer")
     return answered(text) if isinstance(text, Mapping | list) else _as_text(text)
 
 
@@ -310,10 +369,7 @@ def _text_at(found: Mapping[str, Any], names: tuple[str, ...], what: str) -> obj
     if not there:
         return None
     shown = ", ".join(repr(name) for name in [*(known or there)][:8])
-    raise ValueError(
-        f"it is not clear which of the keys {shown} has the {what}; describe the file with --map FILE, or pass "
-        "--prompt-field, --completion-field and --label-field"
-    )
+    raise ValueError(f"it is not clear which of the keys {shown} has the {what}; {_DESCRIBE}")
 
 
 def gathered(values: object) -> dict[str, list[object]]:

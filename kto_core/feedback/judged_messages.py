@@ -1,46 +1,123 @@
-"""Read a conversation in which messages of the assistant are judged: by a key of the message, or by a list of labels."""
+"""Read a conversation in which messages of the assistant are judged: by a key of the message, or by a list of labels.
 
-from collections.abc import Mapping
+--label-field may name the key; a value in the record itself counts first.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.columns import LABELS, FeedbackFields
+from offline_kto.kto_core.feedback.columns import COMPLETIONS, CONVERSATIONS, LABELS, FeedbackFields
 from offline_kto.kto_core.feedback.conversations import check_completion, with_system
-from offline_kto.kto_core.feedback.labels import has_no_value
+from offline_kto.kto_core.feedback.exports import opened
+from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
 from offline_kto.kto_core.feedback.left_out import UNRATED, LeftOut
 from offline_kto.kto_core.feedback.messages import Message, as_conversation
+from offline_kto.kto_core.feedback.quoting import quoted
+
+# Keys of a message that are its label. A score beside a label of the record may be something else, such as a similarity.
+_KEYS = ("label", "feedback", "rating", "kto_tag", "thumbs", "thumb", "vote", "reaction")
+_KEYS_ALONE = ("score",)
+# Keys of a label that is an object, as in {"rating": "up", "comment": "..."}.
+_INNER = ("rating", "score", "value", "label", "thumbs", "thumb", "vote", "reaction")
+
+Judged = list[tuple[tuple[Message, ...], tuple[Message, ...], bool]]
 
 
-def judged_messages(
-    present: Mapping[str, object], where: str, fields: FeedbackFields
-) -> list[tuple[tuple[Message, ...], tuple[Message, ...], bool]] | None:
+def judged_messages(present: Mapping[str, object], where: str, fields: FeedbackFields) -> Judged | None:
     """Return (prompt, completion, label) for each judged turn; None if no turn of the record is judged by itself."""
-    name = "messages" if "messages" in present else "conversations"
-    turns = present.get(name)
+    has_answer = any(one in present for one in COMPLETIONS)
+    names = CONVERSATIONS[:2] if has_answer else CONVERSATIONS  # beside an answer, `conversation` is often its source
+    name = next((one for one in names if one in present), CONVERSATIONS[0])
+    turns = opened(present.get(name))
     if fields.completion is not None or not isinstance(turns, list | tuple):
         return None
-    keys = [key for key in ("label", "feedback", "rating", "kto_tag") if any(_has(one, key) for one in turns)]
-    outer = [key for key in (*LABELS, "rating") if key in present]
-    verdicts: list[object]
-    if keys:
-        if outer or len(keys) > 1:
-            raise FeedbackError(
-                f"{where}: {', '.join(map(repr, [*outer, *(f'{key} of messages' for key in keys)]))}: only one of "
-                "them can be the label. Keep one, or describe the file with --map."
-            )
-        verdicts = [one.get(keys[0]) if isinstance(one, Mapping) else None for one in turns]
-    elif isinstance(present.get("labels"), list) and not outer and fields.label is None:
-        labels = list(present["labels"])  # type: ignore[call-overload]
-        answers = [i for i, one in enumerate(turns) if as_conversation([one], where, name)[-1]["role"] == "assistant"]
-        if len(labels) != len(answers):
-            raise FeedbackError(
-                f"{where}: {len(labels)} 'labels' for {len(answers)} answers of the assistant. Give one for each; null "
-                "where nobody rated."
-            )
-        by_turn = dict(zip(answers, labels, strict=True))
-        verdicts = [by_turn.get(i) for i in range(len(turns))]
-    else:
+    found = _by_message(present, turns, where, fields) or _by_list(present, name, turns, where, fields)
+    if found is None:
         return None
-    rows = []
+    field, verdicts = found
+    return _rows(present, name, turns, field, verdicts, where, fields)
+
+
+def _by_message(
+    present: Mapping[str, object], turns: Any, where: str, fields: FeedbackFields
+) -> tuple[str, list[object]] | None:
+    """Return (key, the value of each message) if messages have labels of their own."""
+    if fields.label is not None:
+        if not has_no_value(fields.label.find(present, where)):
+            return None
+        values = [fields.label.find(one, where) if isinstance(one, Mapping) else None for one in turns]
+        return None if all(map(has_no_value, values)) else (fields.label.text, values)
+    there = {key for one in turns if isinstance(one, Mapping) for key in one}
+    if there.isdisjoint((*_KEYS, *_KEYS_ALONE)):
+        return None
+    outer = [key for key in (*LABELS, "rating") if key in present]
+    keys = [key for key in _KEYS if any(_label_of(one, key, where) is not None for one in turns)]
+    if not keys and not outer:
+        keys = [key for key in _KEYS_ALONE if any(_label_of(one, key, where) is not None for one in turns)]
+    if not keys:
+        return None
+    if outer or len(keys) > 1:
+        options = " or ".join(f"--label-field {name}" for name in dict.fromkeys((*outer, *keys)))
+        raise FeedbackError(
+            f"{where}: {', '.join(map(repr, [*outer, *(f'{key} of messages' for key in keys)]))}: only one of "
+            f"them can be the label. Pass {options}, or describe the file with --map FILE."
+        )
+    return keys[0], [_label_of(one, keys[0], where) for one in turns]
+
+
+def _label_of(message: object, key: str, where: str) -> object:
+    """Return the label of a message; None without one."""
+    value = message.get(key) if isinstance(message, Mapping) else None
+    if not isinstance(value, Mapping):
+        return None if has_no_value(value) else value
+    there = [name for name in _INNER if not has_no_value(value.get(name))]
+    if len(there) > 1:
+        raise FeedbackError(
+            f"{where}: the {key!r} of a message has {' and '.join(map(repr, there))}. Choose one with --label-field "
+            f"{key}.{there[0]}."
+        )
+    return value[there[0]] if there else None
+
+
+def _by_list(
+    present: Mapping[str, object], name: str, turns: Any, where: str, fields: FeedbackFields
+) -> tuple[str, list[object]] | None:
+    """Return ("labels", the value of each message) if the record lists the labels of its answers."""
+    column = next((key for key in LABELS if key in present), "labels") if fields.label is None else fields.label.text
+    labels = opened(present.get(column) if fields.label is None else fields.label.find(present, where))
+    if not isinstance(labels, list):
+        return None
+    answers = [i for i, one in enumerate(turns) if as_conversation([one], where, name)[-1]["role"] == "assistant"]
+    if column != "labels":
+        if len(labels) == len(answers) > 1:
+            raise FeedbackError(
+                f"{where}: {column!r} is a list of {len(labels)}, {quoted(labels)}, and the conversation has as many answers. "
+                "Call the column 'labels' if each value judges one answer; if several people judged the last answer, describe the "
+                "file with --map FILE."
+            )
+        return None
+    if len(labels) != len(answers):
+        raise FeedbackError(
+            f"{where}: {len(labels)} 'labels' for {len(answers)} answers of the assistant. Give one for each; null "
+            "where nobody rated."
+        )
+    by_turn = dict(zip(answers, labels, strict=True))
+    return "labels", [by_turn.get(i) for i in range(len(turns))]
+
+
+def _rows(
+    present: Mapping[str, object],
+    name: str,
+    turns: Any,
+    field: str,
+    verdicts: list[object],
+    where: str,
+    fields: FeedbackFields,
+) -> Judged:
+    rows: Judged = []
+    keys = {field, *(route[0] for one in turns if isinstance(one, Mapping) for route in _routes(one, fields))}
+    unknown: list[UnknownLabelError] = []
     for number, value in enumerate(verdicts):
         if has_no_value(value):
             continue
@@ -53,16 +130,22 @@ def judged_messages(
             )
         check_completion(judged, where, name)
         assert not isinstance(prompt, str)
-        rows.append((prompt, judged, fields.rule.verdict(value, where, keys[0] if keys else "labels")))
+        try:
+            rows.append((prompt, judged, fields.rule.verdict(value, where, field)))
+        except UnknownLabelError as error:  # raised once all values of the record are counted
+            unknown.append(error)
+    if unknown:
+        raise unknown[0]
     if not rows:
         raise LeftOut(UNRATED)
     return rows
 
 
-def _has(message: object, key: str) -> bool:
-    return isinstance(message, Mapping) and message.get(key) is not None and not isinstance(message[key], dict)
+def _routes(message: Mapping[str, object], fields: FeedbackFields) -> Iterable[Sequence[str]]:
+    """Return the keys on the way to the value that --label-field names in a message."""
+    return () if fields.label is None else fields.label.routes(message)
 
 
-def _without(message: object, keys: list[str]) -> Message:
+def _without(message: object, keys: Collection[str]) -> Message:
     assert isinstance(message, Mapping)
     return {key: value for key, value in message.items() if key not in keys}

@@ -10,7 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, RATERS_DISAGREE, UNRATED, LeftOut
@@ -30,7 +30,7 @@ _DOWN = (
 LABEL_WORDS: Final[Mapping[str, bool]] = {**dict.fromkeys(_UP, True), **dict.fromkeys(_DOWN, False)}
 
 # Texts with which programs write a missing value.
-_NO_VALUE = {"", "nan", "none", "null", "n/a", "na", "<na>", "unrated", "norating"}
+_NO_VALUE = {"", "nan", "none", "null", "n/a", "na", "<na>", "unrated", "norating", "--"}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _COMPARISON = re.compile(r"(>=|<=|>|<|==|=)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.ASCII)
 _COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {
@@ -49,6 +49,9 @@ _FRACTION = re.compile(r"(\d{1,3})\s?/\s?([1-9]\d{0,2})", re.ASCII)
 
 # Beginnings of verdicts on two answers that prefer neither.
 _TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
+
+# Names of columns whose numbers are usually on a scale from 1 to 5 or 10.
+_RATING = re.compile(r"rating|(?<![a-z])stars?(?![a-z])|score|grade|points|likert|quality", re.IGNORECASE)
 
 # Limit on the number of different values that are counted: a column of free text has one per row.
 _SHORT = 30  # characters of a value that are shown
@@ -78,14 +81,18 @@ class LabelRule:
 
     Attributes:
         up, down: a word, a number, true or false, or a comparison such as ">=4". Both empty for the usual words.
+        scale: the lowest and the highest number of the scale; other numbers are unknown. Empty for any.
         otherwise: REFUSE, LEAVE_OUT, UP or DOWN; numbers between comparisons are left out unless it is UP or DOWN.
         seen: how often a value was seen, by (value, "up", "down", "left out" or "unknown"); for the plan.
+        numbers: numbers that were read as the usual words for up and down, 1 and 0, by field; None for any other value.
     """
 
     up: tuple[object, ...] = ()
     down: tuple[object, ...] = ()
     otherwise: str = REFUSE
+    scale: tuple[float, ...] = ()
     seen: Counter[tuple[str, str]] = field(default_factory=Counter, compare=False, repr=False)
+    numbers: dict[str, set[float | None]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, values in (("up", self.up), ("down", self.down)):
@@ -130,17 +137,33 @@ class LabelRule:
         if has_no_value(value):
             self._count(None, "left out")
             raise LeftOut(UNRATED)
+        number = number_in(value)
+        if number is not None and self.scale and not self.scale[0] <= number <= self.scale[1]:
+            self._count(value, "unknown")
+            raise UnknownLabelError(
+                f"{where}: '{field}' is {quoted(value)}, which is not on the scale from {self.scale[0]:g} to "
+                f"{self.scale[1]:g}.",
+                field,
+                self,
+            )
         known = self._known(value, where, field)
         if known is None and self.otherwise in (UP, DOWN):
             known = self.otherwise == UP
         if known is not None:
             self._count(value, "up" if known else "down")
+            if not self.up and not self.down:
+                self.numbers.setdefault(field, set()).add(number_in(value))
             return known
-        if self.otherwise == LEAVE_OUT or (self.has_comparison and number_in(value) is not None):
+        if self.otherwise == LEAVE_OUT or (self.has_comparison and number is not None):
             self._count(value, "left out")
             raise LeftOut(DEAD_ZONE, quoted(value))
         self._count(value, "unknown")
         raise UnknownLabelError(f"{where}: '{field}' is {quoted(value)}, which is neither up nor down.", field, self)
+
+    def unclear_rating(self) -> str | None:
+        """Return a field that is named like a rating and has the value 1 only: the best of 0 and 1, or the worst of 1 to 5."""
+        fields = (name for name, numbers in self.numbers.items() if numbers == {1.0} and _RATING.search(name))
+        return next(fields, None)
 
     def _count(self, value: object, destination: str) -> None:
         if value is None:
@@ -204,11 +227,16 @@ def is_tie(value: object) -> bool:
 
 
 def number_in(value: object) -> float | None:
-    """Return a finite float, or None. Text must be a decimal number: float() would also accept "nan" and "1_0"."""
+    """Return a finite float, or None. Text must be a decimal number: float() would also accept "nan" and "1_0".
+
+    A percentage is the number before the sign.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) is None:
-        return None
+    if isinstance(value, str):
+        value = value.strip().removesuffix("%")
+        if _NUMBER.fullmatch(value) is None:
+            return None
     try:
         number = float(value)
     except OverflowError:  # an integer of more than 300 digits
@@ -272,9 +300,25 @@ class Scale:
         return ", ".join(shown) + (f", and {more:,} more" if more > 0 else "")
 
     @property
+    def is_usual(self) -> bool:
+        """Whether all values are true, false, 1, 0 or usual words, or say that there is none."""
+        return all(value == "(none)" or usual_label(_parsed(value)) is not None for value in self.counts)
+
+    @property
     def is_numbers(self) -> bool:
         """Whether all values are numbers, or say that there is none."""
         return all(value == "(none)" or number_in(value.strip('"')) is not None for value in self.counts)
+
+    def verdict(self, shown: str) -> bool | None:
+        """Return what a value, as `in_words` shows it, probably means on this scale; None if that is not clear."""
+        value = _parsed(shown)
+        if number_in(value) is None:
+            return usual_label(value)
+        cut = _cut(sorted({n for text in self.counts if (n := number_in(text.strip('"'))) is not None}))
+        if cut is None or cut.other_way:
+            return None
+        up, down = _matches(value, (cut.up,)), _matches(value, (cut.down,))
+        return up if up or down else None
 
     def proposal(self) -> str:
         """Return options that fit the values and can be pasted into a shell; empty if that is not clear."""
@@ -289,37 +333,58 @@ class Scale:
         return _proposed_cut(numbers) if numbers else _proposed_fractions(words) or _proposed_words(words)
 
 
+def _parsed(shown: str) -> object:
+    """Return a value that is given as JSON; None for one that is cut, because it is long."""
+    try:
+        return json.loads(shown)
+    except ValueError:
+        return None
+
+
 def _as_option(shown: str) -> str | None:
     """Return a value, given as JSON, as an option has it; None for one that no option can name."""
-    try:
-        value = json.loads(shown)
-    except ValueError:  # cut, because it is long
-        return None
+    value = _parsed(shown)
     if isinstance(value, str):
         return None if _is_comparison(value) or "," in value else value
     return shown if isinstance(value, bool | int | float) else None
 
 
+class _Cut(NamedTuple):
+    """The values of --up and --down for ratings, what happens to the others, and whether the order is a guess."""
+
+    up: str
+    down: str
+    note: str
+    other_way: bool = False
+
+
 def _proposed_cut(numbers: Sequence[float]) -> str:
     """Return options for ratings, given in order; empty for a single one."""
-    if len(numbers) < 2:
+    cut = _cut(numbers)
+    if cut is None:
         return ""
+    up, down = _option([cut.up]), _option([cut.down])
+    return f"--up {up} --down {down}" + (f" ({cut.note})" if cut.note else "")
+
+
+def _cut(numbers: Sequence[float]) -> _Cut | None:
+    if len(numbers) < 2:
+        return None
     least, most = numbers[0], numbers[-1]
-    if set(numbers) <= {-1.0, 0.0, 1.0}:
-        zero = " (0 is then left out)" if 0.0 in numbers and -1.0 in numbers else ""
-        return f"--up 1 --down {'-1' if -1.0 in numbers else '0'}{zero}"
+    if set(numbers) <= {-1.0, 0.0, 1.0} and (-1.0 not in numbers or 0.0 not in numbers):
+        return _Cut("1", f"{least:g}", "")
     if least < 0:
-        return "--up '>0' --down '<0' (0 is left out)"
+        return _Cut(">0", "<0", "0 is left out")
     if most <= 1:
-        return "--up '>0.5' --down '<0.5' (0.5 is left out)"
+        return _Cut(">0.5", "<0.5", "0.5 is left out")
     if list(numbers) == [1, 2]:
-        return "--up 2 --down 1 (or the other way round)"
+        return _Cut("2", "1", "or the other way round", other_way=True)
     # Scales: 1 to 3, 0 to 4, 1 to 5, 1 to 10, 0 to 100. Values in the middle are left out.
     for end, up, down in ((3, 3, 1), (4, 3, 1) if least == 0 else (5, 4, 2), (5, 4, 2), (10, 7, 4), (100, 70, 40)):
         if most <= end:
-            return f"--up '>={up}' --down '<={down}' (values between them are left out)"
+            return _Cut(f">={up}", f"<={down}", "values between them are left out")
     middle = numbers[len(numbers) // 2]
-    return f"--up '>={middle:g}' --down '<{middle:g}'"
+    return _Cut(f">={middle:g}", f"<{middle:g}", "")
 
 
 def _proposed_fractions(words: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.columns import PAIR_RATINGS
 from offline_kto.kto_core.feedback.conversations import part_early
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, is_tie
@@ -21,6 +22,8 @@ from offline_kto.kto_core.feedback.paths import Path, option_path
 from offline_kto.kto_core.feedback.quoting import quoted
 
 Record = AnyMapping[str, Any]
+# Longer paths are not shown in errors.
+_LONG = 60
 # A row in one of the formats of `records`.
 Native = dict[str, Any]
 
@@ -40,6 +43,12 @@ class PairPaths:
     better: Path | None
     rule: LabelRule
 
+    @property
+    def ratings(self) -> tuple[str, ...]:
+        """Columns with the ratings of the sides, which must fit: those of the usual names, for sides of these names."""
+        named = self.better is None and "chosen" in self.first.text and "rejected" in self.second.text
+        return tuple(name for pair in PAIR_RATINGS for name in pair) if named else ()
+
     def sides(self, data: Record, where: str) -> tuple[object, object]:
         """Return (chosen, rejected).
 
@@ -54,11 +63,11 @@ class PairPaths:
     def _a_is_better(self, better: Path, data: Record, where: str) -> bool:
         value = better.find(data, where)
         try:
-            return self.rule.verdict(value, where, better.text)
+            return self.rule.verdict(value, where, better.text if len(better.text) < _LONG else "the preference")
         except LeftOut as left:
             raise LeftOut(TIE if left.reason == DEAD_ZONE else left.reason, left.detail) from None
         except UnknownLabelError:
-            if is_tie(value):
+            if all(map(is_tie, value)) if isinstance(value, list) else is_tie(value):
                 raise LeftOut(TIE, quoted(value)) from None
             raise
 
@@ -148,11 +157,16 @@ class Mapping:
         Raises:
             FeedbackError: the mapping does not fit the record; the message names file, key and record.
         """
+        unknown: list[UnknownLabelError] = []
         for data in self.items(record, where):
             try:
                 yield from self._rows(data, where)
             except LeftOut as left:
                 yield left
+            except UnknownLabelError as error:  # raised once the values of all items are counted
+                unknown.append(error)
+        if unknown:
+            raise unknown[0]
 
     def items(self, record: Record, where: str) -> Iterator[Record]:
         """Yield the record, or a record for each of its items, with `item` and `index` added."""
@@ -161,12 +175,15 @@ class Mapping:
             if not isinstance(items, list) and items is not None:
                 raise FeedbackError(f"{where}: {self.each.source}: must be a list, got {quoted(items)}.")
             if not items:
-                raise LeftOut(EMPTY, f"{self.each.source}: nothing at {quoted(self.each.text)}")
+                raise LeftOut(EMPTY, self.each.nothing(record))
             for index, item in enumerate(items):
                 yield {**record, "item": item, "index": index}
         elif self.zip:
             columns = {name: path.open(record, where) for name, path in self.zip.items()}
             lists = {name: value for name, value in columns.items() if isinstance(value, list)}
+            values = [value for value in columns.values() if value is not None]
+            if values and not lists:
+                raise FeedbackError(f"{where}: {self.name}: zip: must be lists, got {quoted(columns)}.")
             sizes = {name: len(value) for name, value in lists.items()}
             for name in columns.keys() - lists.keys():  # for example an unrated record
                 lists[name] = [None] * max(sizes.values(), default=0)
@@ -191,19 +208,34 @@ class Mapping:
         row: Native = {}
         if self.pair is not None:
             chosen, rejected = self.pair.sides(data, where)
-            row["chosen"] = self.answer(chosen, where, self.pair.first)
-            row["rejected"] = self.answer(rejected, where, self.pair.second)
+            row["chosen"] = self.answer(chosen, self.pair.first, data, where)
+            row["rejected"] = self.answer(rejected, self.pair.second, data, where)
+            row |= {name: data[name] for name in self.pair.ratings if data.get(name) is not None}
         else:
             assert self.label is not None
             row["label"] = self.label.verdict(data, where)
         if self.conversation is not None:
             value = self._asked(self.conversation, data, where)
-            row["messages"] = self.answer(value, where, self.conversation)
+            row["messages"] = self._messages(value, where, self.conversation)
         if self.completion is not None:
-            row["completion"] = self.answer(self.completion.find(data, where), where, self.completion)
+            row["completion"] = self.answer(self.completion.find(data, where), self.completion, data, where)
         if self.prompt is not None:
             row["prompt"] = as_turns(self._asked(self.prompt, data, where), where, self.prompt.text)
+        if self._is_one_conversation(row):
+            row["messages"] = row.pop("prompt")
+            del row["completion"]
         return {**row, **self.beside(data, where)}
+
+    def _is_one_conversation(self, row: Native) -> bool:
+        """Return whether prompt and answer were looked for in one object, and are one conversation, such as a chat field."""
+        if self.prompt is None or self.completion is None:
+            return False
+        asked, answered = row["prompt"], row["completion"]
+        is_chat = isinstance(asked, tuple) and isinstance(answered, tuple) and len(answered) > 1
+        source = self.prompt.text.removeprefix("asked")
+        return (
+            is_chat and source == self.completion.text.removeprefix("answered") and asked[-len(answered) :] == answered
+        )
 
     def beside(self, data: Record, where: str) -> Native:
         """Return `system` and `tools`, which all rows of a record share."""
@@ -215,13 +247,22 @@ class Mapping:
         """Return the value at a path. Raises: LeftOut: there is none."""
         value = path.find(data, where)
         if value in (None, "", [], {}):
-            raise LeftOut(NO_PROMPT, f"{path.source}: nothing at {quoted(path.text)}")
+            raise LeftOut(NO_PROMPT, path.nothing(data))
         return value
 
-    def answer(self, value: object, where: str, path: Path) -> Turns:
+    def _messages(self, value: object, where: str, path: Path) -> Turns:
+        """Return a conversation without the text that `strip` matches. Raises: FeedbackError: it is text."""
+        turns = as_turns(value, where, path.text)
+        if isinstance(turns, str):
+            raise FeedbackError(
+                f"{where}: {path.source}: {quoted(path.text)} must be a list of messages, got {quoted(turns)}."
+            )
+        return self.stripped(turns)
+
+    def answer(self, value: object, path: Path, data: Record, where: str) -> Turns:
         """Return an answer without the text that `strip` matches. Raises: LeftOut: there is no value."""
         if value in (None, [], {}):
-            raise LeftOut(EMPTY, f"{path.source}: nothing at {quoted(path.text)}")
+            raise LeftOut(EMPTY, path.nothing(data))
         return self.stripped(as_turns(value, where, path.text))
 
     def stripped(self, turns: Turns) -> Turns:
@@ -270,4 +311,4 @@ def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None) -> Ma
 
 def _unused(rule: LabelRule) -> LabelRule:
     """Return a copy of a rule without counts: the package's mappings are shared."""
-    return dataclasses.replace(rule, seen=Counter())
+    return dataclasses.replace(rule, seen=Counter(), numbers={})

@@ -18,6 +18,7 @@
       up: [">=4"]
       down: ["<=2"]
       else: refuse                  leave-out, up or down
+      scale: [1, 5]                 other numbers are refused
     label:                          several scores, of which --label-field chooses one:
       scores: feedback_stats        an object from names to values, or a list of objects with `name` and `value`
       value: avg                    where a score that is an object has its value
@@ -34,11 +35,12 @@
 Every path is JMESPath (see `paths`). Leave out keys that are not needed.
 """
 
+import dataclasses
 import re
 
 from offline_kto.kto_core.errors import ConfigError, nearest
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
-from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule
+from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, number_in
 from offline_kto.kto_core.feedback.left_out import MEDIA
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, PairPaths
 from offline_kto.kto_core.feedback.paths import Path, compiled
@@ -102,10 +104,18 @@ def _label(value: object, source: str) -> LabelPaths | None:
     keys = _Keys(value, source)
     path, scores, inner, name = keys.path("path"), keys.path("scores"), keys.path("value"), keys.text("name")
     rule = _rule(keys.values("up"), keys.values("down"), keys.choice("else", ELSE) or REFUSE, source)
+    rule = dataclasses.replace(rule, scale=_scale(keys.values("scale"), f"{source}: scale"))
     keys.finish()
     if (path is None) == (scores is None):
         raise ConfigError(f"{source}: give either path or scores.")
     return LabelPaths(path, scores, inner, name, rule)
+
+
+def _scale(values: tuple[object, ...], source: str) -> tuple[float, ...]:
+    numbers = [number for value in values if (number := number_in(value)) is not None]
+    if len(numbers) != len(values) or len(numbers) not in (0, 2) or sorted(numbers) != numbers:
+        raise ConfigError(f"{source}: the lowest and the highest rating, as in [1, 5], got {quoted(list(values))}.")
+    return tuple(numbers)
 
 
 def _rule(up: tuple[object, ...], down: tuple[object, ...], otherwise: str, source: str) -> LabelRule:
@@ -156,8 +166,8 @@ def _turns(value: object, source: str) -> JudgedTurns | None:
         raise ConfigError(f"{source}: give parent or children, not both.")
     if turns.parent is not None and turns.id is None:
         raise ConfigError(f"{source}: parent needs id.")
-    if rank is not None and turns.parent is None:
-        raise ConfigError(f"{source}: rank needs parent.")
+    if rank is not None and turns.parent is None and turns.children is None:
+        raise ConfigError(f"{source}: rank needs parent or children.")
     return turns
 
 

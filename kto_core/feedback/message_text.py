@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from offline_kto.kto_core.feedback.quoting import quoted
 
-_PYTHON_KEY = r"'(?:role|from|content|value|type|tool_calls|name|messages|choices|message|message\.role)'"
+_PYTHON_KEY = r"'(?:role|from|human|content|value|type|tool_calls|name|messages|choices|message|message\.role)'"
 _CLASSES = (
     r"(?:(?:Human|AI|System|Tool|Function|Chat|User|Assistant)Message(?:Chunk)?"
     r"|ChatCompletion\w*|ChatMessage|TextBlock|Message)"

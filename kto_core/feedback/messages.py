@@ -3,9 +3,12 @@
     "text"                                          text
     {"role": "user", "content": "..."}              a message
     [{"from": "human", "value": "..."}]             ShareGPT
+    [{"human": "...", "assistant": "..."}]          ms-swift: a question and its answer
     {"messages": [...]}, {"choices": [{"message"}]} requests and responses of an API
     [{"type": "human", "data": {...}}]              LangChain; `data` may be left out
     [{"message.role": "user", ...}]                 OpenInference (Phoenix)
+    [{"role": "user", "parts": [...]}]              the AI SDK, Gemini
+    [{"type": "function_call", "call_id": ...}]     items of OpenAI's Responses API, among messages
     '[{"role": "user", ...}]'                       any of these as JSON text, as tables store them
 
 A message has a `role` and a `content`, which are strings; other keys are kept for the chat template. Tool
@@ -33,13 +36,21 @@ ROLES: Final[Mapping[str, str]] = {
     "system": "system",
     "developer": "developer",
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response"), "tool"),
-    "function_call": "function_call",
+    **dict.fromkeys(("function_call", "tool_call"), "function_call"),  # LLaMA-Factory's name and ms-swift's
 }
 
 # Keys of a message's role, content and reasoning; the first with a value is used.
 _ROLE_KEYS = ("role", "from")
-_CONTENT_KEYS = ("content", "value", "text")
+TEXT_KEYS: Final = ("content", "value", "text")
 REASONING: Final = ("reasoning_content", "reasoning", "thinking", "thought")
+
+# Keys as programs in JavaScript write them.
+_SPELLINGS: Final[Mapping[str, str]] = {
+    "toolCalls": "tool_calls",
+    "functionCall": "function_call",
+    "toolCallId": "tool_call_id",
+    "reasoningContent": "reasoning_content",
+}
 
 _TEXT_PARTS = {"text", "output_text", "input_text"}
 _REASONING_PARTS = {"thinking", "think", "reasoning", "redacted_thinking"}
@@ -78,11 +89,14 @@ def as_turns(value: object, where: str, field: str) -> Turns:
     if len(messages) == 0:
         raise FeedbackError(f"{where}: '{field}' is an empty list. Give it a message, or remove the row.")
     single = isinstance(value, Mapping) and len(messages) == 1
-    return tuple(
+    turns = tuple(
         one
         for number, item in enumerate(messages, 1)
         for one in _message(item, where, f"'{field}'" if single else f"message {number} of '{field}'")
     )
+    if not turns:
+        raise FeedbackError(f"{where}: '{field}' contains only reasoning. Give it a message, or remove the row.")
+    return turns
 
 
 def as_conversation(value: object, where: str, field: str) -> tuple[Message, ...]:
@@ -117,7 +131,7 @@ def _read_text(text: str, where: str, field: str) -> object | None:
     if _are_text_parts(value):
         return value
     messages = _message_list(value)
-    if messages and all(_is_message(one) for one in messages):
+    if messages and (all(map(_is_message, messages)) or (isinstance(value, list) and all(map(_is_exchange, messages)))):
         return value
     if begins_with_roles(text):
         raise FeedbackError(
@@ -161,10 +175,19 @@ def _is_message(value: object) -> bool:
         return False
     if _langchain(value) is not None or isinstance(value.get("message.role"), str):
         return True
+    if _is_reasoning_item(value) or _responses_item(value) is not None:
+        return True
     roles = [value.get(key) for key in _ROLE_KEYS]
     return any(isinstance(role, str) for role in roles) and any(
-        key in value for key in (*_CONTENT_KEYS, "tool_calls", "function_call", "refusal", *REASONING)
+        key in value for key in (*TEXT_KEYS, "parts", "tool_calls", "function_call", "refusal", *_SPELLINGS, *REASONING)
     )
+
+
+def _is_exchange(value: object) -> bool:
+    """Return whether a value is a question and its answer in one object."""
+    if not isinstance(value, Mapping) or any(key in value for key in _ROLE_KEYS):
+        return False
+    return isinstance(value.get("assistant"), str) and ("human" in value) != ("user" in value)
 
 
 def _langchain(value: Mapping[str, object]) -> dict[str, object] | None:
@@ -202,6 +225,28 @@ def _openinference(value: Mapping[str, object]) -> dict[str, object] | None:
     return found
 
 
+def _is_reasoning_item(value: Mapping[str, object]) -> bool:
+    """Return whether a value is reasoning of the Responses API, which is encrypted or a summary: not the model's own words."""
+    return (
+        value.get("type") == "reasoning"
+        and "role" not in value
+        and ("summary" in value or "encrypted_content" in value)
+    )
+
+
+def _responses_item(value: Mapping[str, object]) -> dict[str, object] | None:
+    """Return a call of a function, or its result, of the Responses API as a message; None if it is of another kind."""
+    kind, name = value.get("type"), value.get("call_id")
+    if "role" in value or not isinstance(name, str):
+        return None
+    if kind == "function_call":
+        call = {"id": name, "name": value.get("name"), "arguments": value.get("arguments")}
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
+    if kind == "function_call_output":
+        return {"role": "tool", "content": value.get("output"), "tool_call_id": name}
+    return None
+
+
 def _without_prefixes(value: object, *prefixes: str) -> object:
     if not isinstance(value, Mapping):
         return value
@@ -220,8 +265,24 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
         raise FeedbackError(
             f'{where}: {what} must look like {{"role": "user", "content": "..."}}, got {quoted(value)}.'
         )
-    value = _langchain(value) or _openinference(value) or value
+    if _is_exchange(value):
+        for side in ("human", "user", "assistant"):
+            if value.get(side) is not None:
+                yield from _message({"role": side, "content": value[side]}, where, what)
+        return
+    if _is_reasoning_item(value):
+        return
+    value = _langchain(value) or _openinference(value) or _responses_item(value) or value
     given = {key: item for key, item in value.items() if item is not None}
+    given = {_SPELLINGS.get(key, key): item for key, item in given.items()}
+    inside, used = given.get("parts"), given.pop("toolInvocations", None)
+    if (
+        not isinstance(inside, list | tuple) and isinstance(used, list | tuple) and used
+    ):  # the first versions of the AI SDK
+        inside = [*({"type": "tool-invocation", "toolInvocation": one} for one in used), given.get("content") or ""]
+    if isinstance(inside, list | tuple) and inside and not isinstance(given.get("content"), list | tuple):
+        given.pop("parts", None)  # other versions repeat the text of the parts in `content`
+        given["content"] = [one for part in inside for one in _ai_sdk_part(part) if one != ""]
     if _has_calls_inside(given.get("content")):
         yield from _steps(given, where, what)
         return
@@ -230,9 +291,14 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
             raise LeftOut(MEDIA, f"'{key}' of {what}")
     role = _take(given, _ROLE_KEYS)
     if not isinstance(role, str):
-        raise FeedbackError(f"{where}: {what} needs a 'role' that is a string, got {quoted(role)}.")
+        keys = (
+            f"; its keys are {quoted(list(given), 200)}. If one of them has the text, name that key"
+            if role is None
+            else ""
+        )
+        raise FeedbackError(f"{where}: {what} needs a 'role' that is a string, got {quoted(role)}{keys}.")
     role = ROLES.get(role.strip().lower(), role)
-    content = _take(given, _CONTENT_KEYS)
+    content = _take(given, TEXT_KEYS)
     refusal = given.pop("refusal", None)
     calls = [*_calls(given.pop("tool_calls", None)), *_calls(given.pop("function_call", None))]
     if role == "function_call":
@@ -269,6 +335,32 @@ def _call_inside(part: object) -> object:
     return part.get("tool_call") if isinstance(part, Mapping) and part.get("type") == "tool_call" else None
 
 
+def _ai_sdk_part(part: object) -> Iterator[object]:
+    """Yield a part of a message of the AI SDK's as other tools write it; parts that are not the model's words are skipped."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or not isinstance(kind, str):
+        yield part
+    elif kind == "reasoning":
+        yield {"type": kind, "text": part.get("text") or part.get("reasoning")}
+    elif kind == "dynamic-tool" or kind.startswith("tool-"):
+        inner = part.get("toolInvocation")
+        call = inner if isinstance(inner, Mapping) else part
+        name = call.get("toolName") or kind.removeprefix("tool-")
+        used: dict[str, object] = {
+            "id": call.get("toolCallId"),
+            "name": name,
+            "args": call.get("input", call.get("args", {})),
+        }
+        result = next((call[key] for key in ("output", "result", "errorText") if call.get(key) is not None), None)
+        if result is None:
+            yield {"type": "tool_use", **used}
+        else:
+            text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+            yield {"type": "tool_call", "tool_call": {**used, "output": text}}
+    elif kind != "step-start" and not kind.startswith("source"):
+        yield part
+
+
 def _steps(given: dict[str, object], where: str, what: str) -> Iterator[Message]:
     """Yield the messages of an answer that contains tool calls with their results, in order."""
     content = given["content"]
@@ -283,12 +375,19 @@ def _steps(given: dict[str, object], where: str, what: str) -> Iterator[Message]
         if calls:
             yield from _message({**given, "content": parts, "tool_calls": calls}, where, what)
             for one in calls:
-                result = {"role": "tool", "content": str(one.get("output") or ""), "tool_call_id": one.get("id")}
+                result = {"role": "tool", "content": _result_inside(one), "tool_call_id": one.get("id")}
                 yield {key: item for key, item in result.items() if item is not None}
             parts, calls = [], []
         parts += [part]
     if parts[:-1]:
         yield from _message({**given, "content": parts[:-1]}, where, what)
+
+
+def _result_inside(call: Mapping[str, object]) -> str:
+    """Return the result in a call of LibreChat's; that of an assistant's function is beside its arguments."""
+    function = call.get("function")
+    found = call.get("output") or (function.get("output") if isinstance(function, Mapping) else None)
+    return found if isinstance(found, str) else "" if found is None else json.dumps(found, ensure_ascii=False)
 
 
 def _take(given: dict[str, object], names: tuple[str, ...]) -> object:
@@ -300,11 +399,11 @@ def _take(given: dict[str, object], names: tuple[str, ...]) -> object:
 
 
 def _called(content: object, where: str, what: str) -> tuple[list[object], str]:
-    """Return the tool calls in the JSON text of a ShareGPT turn `function_call`, and an empty text."""
+    """Return the tool calls in the JSON text of a turn `function_call` or `tool_call`, and an empty text."""
     calls = list(_calls(content))
     if not calls or not all(isinstance(one, Mapping) and "function" in one for one in calls):
         raise FeedbackError(
-            f'{where}: {what} has the role "function_call" and must contain JSON like {{"name": "...", "arguments": {{}}}}, '
+            f'{where}: {what} has the role "function_call" or "tool_call" and must contain JSON like {{"name": "...", "arguments": {{}}}}, '
             f"got {quoted(content)}."
         )
     return calls, ""

@@ -11,11 +11,13 @@ Functions in addition to JMESPath's own:
     has(value, keys)            whether a value is an object with these keys
     without(object, keys)       the object without some of its keys
     under(object, prefix)       the keys that begin with a prefix, without it
+    scored(object)              Opik's columns of scores, without their reasons and "-"
     nested(object)              keys such as "output.choices.0" as nested objects and lists
     only(object)                its only value; the object if it has several
     matching(list, key, value)  the objects in which a key has a value
     split(text, mark)           the parts of a text between marks
     asked(value)                the prompt in the inputs of a call
+    asked_before(object)        the prompt in an object that also contains the answer
     answered(value)             the answer in the outputs of a call
     gathered(list)              the values of objects by key: [{a: 1}, {a: 2}] becomes {a: [1, 2]}
     submitted(record)           the submitted answers of an Argilla record, by question
@@ -30,18 +32,26 @@ A path continues inside JSON text, as tables store lists and objects.
 
 import functools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jmespath
 from jmespath import functions, parser
-from jmespath.exceptions import JMESPathError
+from jmespath.exceptions import (
+    EmptyExpressionError,
+    IncompleteExpressionError,
+    JMESPathError,
+    JMESPathTypeError,
+    LexerError,
+    ParseError,
+)
 
-from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.errors import ConfigError, FeedbackError, nearest
 from offline_kto.kto_core.feedback import exports
 from offline_kto.kto_core.feedback.labels import has_no_value, usual_label
 from offline_kto.kto_core.feedback.left_out import EMPTY, LeftOut
-from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.feedback.reads import Route, routes
 
 
@@ -76,6 +86,10 @@ class _Functions(functions.Functions):
         return exports.under(value, prefix)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_scored(self, value: Any) -> Any:
+        return exports.scored(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_nested(self, value: Any) -> Any:
         return exports.nested(value)
 
@@ -86,6 +100,10 @@ class _Functions(functions.Functions):
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_asked(self, value: Any) -> Any:
         return exports.asked(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_asked_before(self, value: Any) -> Any:
+        return exports.asked_before(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_answered(self, value: Any) -> Any:
@@ -120,8 +138,7 @@ class _Functions(functions.Functions):
 
     @functions.signature({"types": ["array", "string"]}, {"types": ["array", "string", "null"]})  # type: ignore[untyped-decorator]
     def _func_dialogue(self, asked: Any, answered: Any) -> list[dict[str, Any]]:
-        questions = asked if isinstance(asked, list) else [asked]
-        answers = answered if isinstance(answered, list) else [answered]
+        questions, answers = _texts(asked), _texts(answered)
         if len(questions) != len(answers):
             raise JMESPathError(f"{len(answers)} answers to {len(questions)} questions")
         if None in answers:
@@ -135,6 +152,15 @@ class _Functions(functions.Functions):
             return messages
         ends = [i + 1 for i, one in enumerate(messages) if isinstance(one, dict) and one.get("role") == "assistant"]
         return messages[: ends[count - 1]] if 0 < count <= len(ends) else messages
+
+
+def _texts(value: Any) -> list[Any]:
+    """Return the texts of a list, or of one text. Raises: JMESPathError: a list as Python or NumPy prints it."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\[\s*['\"].*['\"]\s*\]\s*", value, re.DOTALL):
+        raise JMESPathError(
+            f"a list that is not JSON, {quoted(value, 60)}; write the column with json.dumps, or save the data as JSON Lines"
+        )
+    return value if isinstance(value, list) else [value]
 
 
 def _message(role: str, content: object) -> dict[str, Any]:
@@ -151,16 +177,25 @@ class Path:
         text: the expression.
         source: where it is written, for errors: "maps/mine.yaml: prompt" or "--prompt-field".
 
+    Attributes:
+        problem: why an option is read as the name of a key; None if it is an expression.
+
     Raises:
         ConfigError: not an expression.
     """
 
     def __init__(self, text: str, source: str) -> None:
         self.text, self.source = text, source
+        self.problem: str | None = None
         try:
-            self._compiled = parser.ParsedResult(text, _opening(jmespath.compile(text).parsed))
+            parsed = jmespath.compile(text).parsed
         except JMESPathError as error:
-            raise ConfigError(f"{source}: {quoted(text)} is not a JMESPath expression: {_first_line(error)}") from None
+            raise ConfigError(
+                f"{source}: {quoted(text)} is not a JMESPath expression: {_mistake(error, text)}."
+            ) from None
+        if (unknown := _unknown_call(parsed)) is not None:
+            raise ConfigError(f"{source}: {quoted(text)}: {unknown}")
+        self._compiled = parser.ParsedResult(text, _opening(parsed))
         self._key = text if text.isidentifier() else None
 
     def find(self, record: Mapping[str, object], where: str) -> Any:
@@ -175,8 +210,22 @@ class Path:
             return self._compiled.search(record, _OPTIONS)
         except ValueError as error:  # JMESPath's own errors, and those of the functions above
             raise FeedbackError(
-                f"{where}: {self.source}: {quoted(self.text)} cannot be applied to this record: {_first_line(error)}"
+                f"{where}: {self.source}: {quoted(self.text)} cannot be applied to this record: {_failure(error)}."
             ) from None
+
+    def nothing(self, record: Mapping[str, object]) -> str:
+        """Return a sentence about a record without a value at this path: where it is written, and what there is instead."""
+        place, value = "the record", opened_at(record, [])
+        names = self.text.split(".")
+        if all(name.isidentifier() for name in names):
+            for number in range(1, len(names)):
+                found = opened_at(record, names[:number])
+                if found is None:
+                    break
+                place, value = quoted(".".join(names[:number])), found
+        keys = [name for name, one in value.items() if one is not None] if isinstance(value, Mapping) else []
+        inside = f"has {quoted(keys, 200)}" if isinstance(value, Mapping) else f"is {quoted(value)}"
+        return f"{self.source}: nothing at {quoted(self.text)}; {place} {inside}{f' ({self.problem})' if self.problem else ''}"
 
     def routes(self, record: Mapping[str, object]) -> set[Route]:
         """Return the routes that the expression reads in a record."""
@@ -229,14 +278,67 @@ def _open(node: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function_expression", "value": "entered", "children": [node]}
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def opened_at(record: Mapping[str, object], names: Sequence[str]) -> object:
+    """Return the value under nested keys, with JSON text opened; None if there is none."""
+    value: object = record
+    for name in names:
+        value = exports.opened(value)
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return exports.opened(value)
+
+
+def _mistake(error: JMESPathError, text: str) -> str:
+    """Return what is wrong with an expression."""
+    if isinstance(error, IncompleteExpressionError):
+        return "it ends too early"
+    if isinstance(error, LexerError):
+        return (
+            f"it cannot be read from character {error.lexer_position + 1}, {quoted(text[error.lexer_position :], 30)}"
+        )
+    if isinstance(error, ParseError) and error.lex_position >= len(text):
+        return "it ends too early"
+    if isinstance(error, ParseError):
+        return f"{quoted(text[error.lex_position :], 30)} is not expected at character {error.lex_position + 1}"
+    return "it is empty" if isinstance(error, EmptyExpressionError) else str(error).partition("\n")[0].rstrip(".:")
+
+
+_NAMES_OF_TYPES = {
+    **{"string": "text", "array": "a list", "object": "an object", "boolean": "true or false", "number": "a number"},
+    **{"null": "null", "array-string": "a list of texts", "array-number": "a list of numbers"},
+}
+
+
+def _failure(error: ValueError) -> str:
+    """Return why an expression cannot be applied to a record."""
+    if isinstance(error, JMESPathTypeError):
+        names = [_NAMES_OF_TYPES.get(one, one) for one in error.expected_types]
+        return f"{error.function_name}() needs {' or '.join(names)}, got {quoted(error.current_value)}"
+    return str(error).partition("\n")[0].rstrip(".:")
+
+
+def _unknown_call(node: Any) -> str | None:
+    """Return a sentence about a call of an unknown function, or with a wrong number of arguments; None without one."""
+    if not isinstance(node, dict):
+        return None
+    if node["type"] == "function_expression":
+        known = _Functions.FUNCTION_TABLE
+        name, given = node["value"], len(node["children"])
+        if name not in known:
+            return f"there is no function {name}().{nearest(name, list(known))}"
+        signature = known[name]["signature"]
+        needed, variadic = len(signature), bool(signature) and bool(signature[-1].get("variadic"))
+        if given < needed or (given > needed and not variadic):
+            least = "at least " if variadic else ""
+            return f"{name}() needs {least}{counted(needed, 'argument')}, got {given}."
+    return next(filter(None, map(_unknown_call, node.get("children", []))), None)
 
 
 def option_path(text: str, option: str) -> Path:
     """Return the path of an option such as --prompt-field: JMESPath, or a key whose name is not a valid expression."""
     try:
         return compiled(text, option)
-    except ConfigError:
-        return compiled(key_path(text), option)
+    except ConfigError as error:
+        path = Path(key_path(text), option)
+        path.problem = str(error).removeprefix(f"{option}: ").rstrip(".")
+        path.text = text
+        return path

@@ -24,13 +24,50 @@ from offline_kto.kto_core.feedback.json_values import canonical_json
 from offline_kto.kto_core.feedback.labels import number_in
 from offline_kto.kto_core.feedback.left_out import SAME_ANSWERS, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Turns, as_conversation, as_turns
+from offline_kto.kto_core.feedback.paths import Path, key_path
 from offline_kto.kto_core.feedback.quoting import quoted
 
 
 def is_pair(record: Mapping[str, object], fields: FeedbackFields) -> bool:
-    if fields.completion is not None and fields.completion.find(record, "") is not None:
+    if fields.completion is not None and _has_value(fields.completion, record):
         return False
     return record.get("chosen") is not None and record.get("rejected") is not None
+
+
+def check_sides_are_answers(record: Mapping[str, object], where: str) -> None:
+    """Refuse a pair whose sides are the names of other columns: "A" and "B" beside `answer_a` and `answer_b`.
+
+    Args:
+        record: with all its columns.
+    """
+    named: list[str] = []
+    for side in ("chosen", "rejected"):
+        value = record.get(side)
+        name = str(value).strip().lower() if isinstance(value, str | int) else ""
+        ends = tuple(f"{mark}{name}" for mark in "_- ")
+        found = [
+            key
+            for key in record
+            if key not in ("chosen", "rejected") and (key.lower() == name or key.lower().endswith(ends))
+        ]
+        if not name or len(found) != 1 or record[found[0]] in (None, ""):
+            return
+        named += found
+    chosen, rejected = record["chosen"], record["rejected"]
+    if named[0] != named[1]:
+        raise FeedbackError(
+            f"{where}: 'chosen' is {quoted(chosen)} and 'rejected' is {quoted(rejected)}, which seem to name the columns "
+            f"{named[0]!r} and {named[1]!r}. Describe the file with --map FILE: `pair: {{a: {key_path(named[0])}, b: "
+            f"{key_path(named[1])}, better: chosen, a_when: [{quoted(chosen)}], b_when: [{quoted(rejected)}]}}` and the path of the "
+            "prompt."
+        )
+
+
+def _has_value(path: Path, record: Mapping[str, object]) -> bool:
+    try:
+        return path.find(record, "") is not None
+    except FeedbackError:  # reported with its place where the completion is read
+        return True
 
 
 def pair_in(present: Mapping[str, object], where: str, fields: FeedbackFields) -> tuple[Turns, tuple[Turns, ...]]:

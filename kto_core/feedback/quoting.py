@@ -1,8 +1,13 @@
-"""Show values of feedback in messages."""
+"""Show values and counts of feedback in messages."""
 
 import json
 
 from offline_kto.kto_core.errors import printable
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: "1 row", "2,000 rows"."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def quoted(value: object, limit: int = 60) -> str:

@@ -55,7 +55,10 @@ def _follow(node: Mapping[str, Any], at: set[Route], record: Mapping[str, Any]) 
     if kind == "function_expression":
         return _called(node["value"], [_follow(one, at, record) for one in children], children, record)
     if kind.endswith("projection") or kind == "flatten":
-        return _follow(children[0], at, record) if children else at
+        at = _follow(children[0], at, record) if children else at
+        if ("rows",) in at and "rows" not in record and kind.endswith("projection"):  # of each of the joined records
+            return (_follow(children[1], {()}, record) - {()} or {("rows",)}) | at - {("rows",)}
+        return at
     if kind == "or_expression":
         return _alternatives(children, at, record)
     inner = [_follow(one, at, record) for one in children if isinstance(one, Mapping)]
@@ -93,7 +96,12 @@ def _called(name: str, found: list[set[Route]], nodes: list[Any], record: Mappin
         return {(one,) for one in record if isinstance(prefix, str) and one.startswith(prefix)}
     if name == "submitted":
         return {("responses",), ("status",)}
-    chosen = {"asked": exports.asked_keys, "answered": exports.answered_keys, "only": exports.only_keys}.get(name)
+    chosen = {
+        "asked": exports.asked_keys,
+        "asked_before": exports.asked_keys,
+        "answered": exports.answered_keys,
+        "only": exports.only_keys,
+    }.get(name)
     if chosen is not None:
         return {(*route, *one) for route in first for one in _below(chosen(_value_at(record, route)))}
     return set().union(*found)

@@ -6,7 +6,8 @@ The format is detected for each record, so a file may mix formats. They are trie
     chosen + rejected                     a pair; its prompt is in prompt, instruction, conversations or
                                           messages, or else is their common beginning
     completion (response, answer)         prompt (question, query), completion, label
-    messages, conversations (ShareGPT)    the last message is the completion; or the turns that are judged
+    messages, conversations (ShareGPT),
+    conversation (ms-swift)               the last message is the completion; or the turns that are judged
     instruction + output (Alpaca)         with input, system and history
 
 A key with the value None counts as absent, because tables have all columns in all rows.
@@ -21,6 +22,7 @@ from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.chat_markers import as_chat
 from offline_kto.kto_core.feedback.columns import (
     COMPLETIONS,
+    CONVERSATIONS,
     LABELS,
     MEDIA_COLUMNS,
     PROMPTS,
@@ -113,7 +115,14 @@ def _rows(
             for prompt, completion, label in judged
             for row in _finished(prompt, (completion,), [label], "judged turns", where, tools, kwargs, fields)
         ]
-    form, prompt, completion = _single(record, present, where, fields)
+    try:
+        form, prompt, completion = _single(record, present, where, fields)
+    except _UnknownFormatError:
+        raise
+    except FeedbackError:
+        if _is_unrated(present, where, fields):  # it could not be used if it had no defect
+            raise LeftOut(UNRATED, columns_in_words(present)) from None
+        raise
     label = _label(record, present, where, fields)
     return _finished(prompt, (completion,), [label], form, where, tools, kwargs, fields)
 
@@ -174,20 +183,27 @@ def _single(
             form = f"{asked[0]} + {name}"
         elif is_alpaca(present, fields):
             prompt, form = alpaca_prompt(present, where, conversation=fields.chat_template), f"instruction + {name}"
+        elif (before := _conversation_before(present, value, where)) is not None:
+            prompt, form = before[1], f"{before[0]} + {name}"
         else:
+            if fields.prompt is not None and fields.prompt.text not in record:
+                raise FeedbackError(
+                    f"{where}: {fields.prompt.nothing(present)}. Name the prompt's column with --prompt-field."
+                )
             missing = "prompt" if fields.prompt is None else fields.prompt.text
             if missing in record:
                 raise FeedbackError(f"{where}: '{missing}' is empty. Write the prompt, or remove the row.")
-            raise FeedbackError(
+            raise _UnknownFormatError(
                 f"{where}: there is a '{name}' but no '{missing}'; {columns_in_words(present)}."
                 " Name the prompt's column with --prompt-field."
             )
         prompt, (completion,) = join_sides(prompt, [(name, as_turns(value, where, name))], where)
         prompt = prompt if form.startswith("instruction") else with_system(prompt, present, where)
-    elif "messages" in present or "conversations" in present:
-        form = name = "messages" if "messages" in present else "conversations"
-        if name == "messages":
-            refuse_another(present, name, "conversations", where, "--completion-field")
+    elif any(name in present for name in CONVERSATIONS):
+        form, *others = (name for name in CONVERSATIONS if name in present)
+        name = form
+        for other in others:
+            refuse_another(present, name, other, where, "--completion-field")
         messages = as_conversation(present[name], where, name)
         _check_prompt_beside(present, messages, where, name)
         prompt, completion = split_conversation(messages, where, name)
@@ -200,6 +216,23 @@ def _single(
         raise _unknown_format(present, where, fields)
     check_completion(completion, where, name)
     return form, prompt, completion
+
+
+def _conversation_before(
+    present: Mapping[str, object], answer: object, where: str
+) -> tuple[str, tuple[Message, ...]] | None:
+    """Return (column, messages) of a conversation to which a column has the answer; None without one.
+
+    The conversation may contain the answer as its last message. Another last answer is not the prompt.
+    """
+    name = next((one for one in CONVERSATIONS if one in present), None)
+    if name is None:
+        return None
+    messages = as_conversation(present[name], where, name)
+    if messages[-1]["role"] != "assistant":
+        return name, messages
+    repeated = isinstance(answer, str) and messages[-1]["content"].strip() == answer.strip()
+    return (name, messages[:-1]) if repeated and len(messages) > 1 else None
 
 
 def _check_other_answers(present: Mapping[str, object], used: str, where: str, fields: FeedbackFields) -> None:
@@ -225,34 +258,53 @@ def _lacks_answer(record: Mapping[str, object], present: Mapping[str, object], f
     """Return whether a record has a column for the answer without a value."""
     if fields.completion is not None:
         return fields.completion.text in record and fields.completion.text not in present
-    if any(name in present for name in (*COMPLETIONS, "messages", "conversations")):
+    if any(name in present for name in (*COMPLETIONS, *CONVERSATIONS)):
         return False
     sides = [name for name in ("chosen", "rejected") if name in present]
     if sides:
         return len(sides) == 1 and "chosen" in record and "rejected" in record
     asked = "instruction" in present or any(name in present for name in PROMPTS)
-    columns = (*COMPLETIONS, "output") if asked else ("messages", "conversations")
+    columns = (*COMPLETIONS, "output") if asked else CONVERSATIONS
     return any(name in record for name in columns) and "output" not in present
 
 
-def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackFields) -> FeedbackError:
-    for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
-        if here in present and missing not in present:
-            return FeedbackError(f"{where}: there is '{here}' but no '{missing}'; {columns_in_words(present)}.")
-    if fields.completion is not None or fields.prompt is not None:
-        name = "completion" if fields.completion is None else fields.completion.text
-        return FeedbackError(f"{where}: there is no '{name}'; {columns_in_words(present)}. Check --completion-field.")
+def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackFields) -> "_UnknownFormatError":
     printed = [name for name, value in present.items() if is_printed(value)]
     if printed:
-        return FeedbackError(
-            f"{where}: none of the known formats; {quoted(printed, 200)} contain values as Python prints them. Write these "
+        return _UnknownFormatError(
+            f"{where}: none of the known formats; the columns {quoted(printed, 200)} contain values as Python prints them. Write these "
             "columns with json.dumps, or save the data as JSON Lines or Parquet."
         )
-    return FeedbackError(
+    for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
+        if here in present and missing not in present:
+            todo = (
+                "Name the answer's column with --completion-field, or describe" if missing == "output" else "Describe"
+            )
+            return _UnknownFormatError(
+                f"{where}: there is '{here}' but no '{missing}'; {columns_in_words(present)}. {todo} the file with --map FILE."
+            )
+    if fields.completion is not None:
+        return _UnknownFormatError(f"{where}: {fields.completion.nothing(present)}. Check --completion-field.")
+    if fields.prompt is not None:
+        return _UnknownFormatError(
+            f"{where}: there is no 'completion'; {columns_in_words(present)}. Check --completion-field."
+        )
+    return _UnknownFormatError(
         f"{where}: none of the known formats; {columns_in_words(present)}. Give it prompt, completion and label (or"
         " name them: --prompt-field, --completion-field, --label-field), messages and label, or chosen and"
         " rejected; or describe the file with --map FILE."
     )
+
+
+class _UnknownFormatError(FeedbackError):
+    """A record that is in no known format, whether it is rated or not."""
+
+
+def _is_unrated(present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
+    """Return whether a record has no label in any column."""
+    if fields.label is not None:
+        return has_no_value(fields.label.find(present, where))
+    return all(has_no_value(present.get(name)) for name in (*LABELS, "rating"))
 
 
 def _label(record: Mapping[str, object], present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
@@ -271,6 +323,8 @@ def _label(record: Mapping[str, object], present: Mapping[str, object], where: s
         with contextlib.suppress(UnknownLabelError):
             fields.ratings.verdict(present["rating"], where, "rating")
         message = f"{where}: there is a rating, {quoted(present['rating'])}, but no label."
+        if names[0] in record:
+            message += f" To leave out records without a label, pass --label-field {names[0]}."
         raise UnknownLabelError(message, "rating", fields.ratings)
     what = f"'{names[0]}' is empty" if names[0] in record else f"there is no '{names[0]}'"
     raise LeftOut(UNRATED, f"{what}; {columns_in_words(present)}")

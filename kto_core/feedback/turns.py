@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.labels import number_in
+from offline_kto.kto_core.feedback.exports import opened
+from offline_kto.kto_core.feedback.labels import has_no_value, number_in
 from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
-from offline_kto.kto_core.feedback.messages import ROLES, Message, as_turns
+from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, REASONING, ROLES, TEXT_KEYS, Message, as_turns
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
 
@@ -73,7 +74,6 @@ def _ranked_pairs(
 ) -> Iterator[Native | LeftOut]:
     """Yield a pair of the best answer to a turn and each of the others."""
     assert turns.rank is not None
-    assert turns.parent is not None
     answers: dict[object, list[tuple[float, int]]] = {}
     for number, turn in enumerate(conversation.turns):
         rank = number_in(turns.rank.find(turn, where))
@@ -84,7 +84,7 @@ def _ranked_pairs(
         if rank is None:
             yield LeftOut(UNRATED)
         else:
-            answers.setdefault(_key(turns.parent.find(turn, where)), []).append((rank, number))
+            answers.setdefault(conversation.asked_by(number), []).append((rank, number))
     for ranked in answers.values():
         (least, best), *others = sorted(ranked)
         if not others:
@@ -110,7 +110,7 @@ class _Conversation:
         self._mapping, self._spec, self._where = mapping, turns, where
         found = turns.messages.open(record, where)
         if found is None:
-            raise LeftOut(MISSING_TURNS, f"{turns.messages.source}: nothing at {quoted(turns.messages.text)}")
+            raise LeftOut(MISSING_TURNS, turns.messages.nothing(record))
         found = list(found.values()) if isinstance(found, dict) else found
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise FeedbackError(f"{where}: {turns.messages.source}: must be a list of turns, got {quoted(found)}.")
@@ -152,6 +152,11 @@ class _Conversation:
                     "belongs. Give each message an id of its own."
                 )
             yield by_id.get(_key(parent), _MISSING) if parent not in (None, "", False) else None
+
+    def asked_by(self, number: int) -> object:
+        """Return what identifies the turn before one, also if it is not in the record."""
+        parent = self._spec.parent
+        return self._before[number] if parent is None else _key(parent.find(self.turns[number], self._where))
 
     def name(self, number: int) -> str:
         """Return what identifies a turn."""
@@ -198,20 +203,43 @@ class _Conversation:
     def message(self, turn: Record) -> tuple[Message, ...]:
         """Return a turn as messages."""
         for reason, path in self._spec.leave_out:
-            if path.find(turn, self._where):
+            if _holds(path.find(turn, self._where)):
                 raise LeftOut(reason, path.text)
-        kept = {name: turn[name] for name in ("tool_calls", "function_call", "refusal") if turn.get(name) is not None}
+        kept = {name: turn[name] for name in _KEPT if turn.get(name) is not None}
+        kept |= {name: turn[name] for name in REASONING if isinstance(turn.get(name), str)}
         if self._spec.text is not None:
             text = self._spec.text.find(turn, self._where)
             kept["content"] = "" if text is None else text  # null is how tables store an empty text
         else:
-            kept |= {name: turn[name] for name in ("content", "value", "text") if turn.get(name) is not None}
+            names = (*TEXT_KEYS, "parts")
+            kept |= {name: _parts(turn[name]) for name in names if turn.get(name) is not None}
+            kept |= {name: turn[name] for name in MEDIA_KEYS if _holds(turn.get(name))}
         turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._spec.messages.text)
         assert not isinstance(turns, str)
         return turns
 
 
 _MISSING = -1
+# Keys of a turn beside its text that are a part of the message.
+_KEPT = (
+    *("tool_calls", "toolCalls", "function_call", "functionCall", "toolInvocations", "tool_call_id", "toolCallId"),
+    "refusal",
+)
+
+
+def _parts(value: object) -> object:
+    """Return the list of parts in a JSON text, as tables store the content of a message; any other value as it is."""
+    found = opened(value)
+    are_parts = isinstance(found, list) and bool(found) and all(isinstance(p, dict) and "type" in p for p in found)
+    return found if are_parts else value
+
+
+def _holds(value: object) -> bool:
+    """Return whether a condition is true, of a list whether any is; tables write false values as text: "[]", "false"."""
+    found = opened(value)
+    if isinstance(found, list):
+        return any(map(_holds, found))
+    return not has_no_value(found) and bool(found) and not (isinstance(found, str) and found.strip().lower() == "false")
 
 
 def _key(value: object) -> object:

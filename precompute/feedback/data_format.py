@@ -8,23 +8,25 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
+from offline_kto.kto_core.feedback.columns import CONVERSATIONS
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.labels import LabelRule
 from offline_kto.kto_core.feedback.llama_factory import DatasetInfo, entry_for
 from offline_kto.kto_core.feedback.mapping import Mapping, with_label
 from offline_kto.kto_core.feedback.paths import option_path
+from offline_kto.kto_core.feedback.preference_pairs import check_sides_are_answers
 from offline_kto.kto_core.feedback.presets import named_mapping, recognised
-from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.records.documents import Records, records_in, table_in
 from offline_kto.precompute.records.sources import format_of, read_records
-from offline_kto.precompute.records.text_files import Located
+from offline_kto.precompute.records.text_files import Located, OnBadLine
 
 # Keys of the native formats: an object with one of them is a record, not a document of records.
 _OWN_KEYS = (
     *("prompt", "completion", "response", "answer", "chosen", "rejected", "question", "query"),
-    *("messages", "conversations", "instruction"),
+    *(*CONVERSATIONS, "instruction"),
 )
 
 # Records that are tried to recognise a format: keys may be missing in the first records if nobody rated them.
@@ -77,13 +79,14 @@ class DataFormat:
             return self.mapping.pair.rule
         return LabelRule() if self.label_paths is None else self.label_paths.rule
 
-    def records(self, columns: set[str] | None) -> Iterator[Located]:
+    def records(self, columns: set[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
         """Yield the records of the data, also those inside a document.
 
         Args:
             columns: the columns of tables to read; None for all.
+            on_bad: called for lines that are no records; by default they are passed over.
         """
-        for where, record in self._source(columns):
+        for where, record in self._source(columns, on_bad):
             yield from self._inner(where, record)
 
     def split_of(self, record: AnyMapping[str, object]) -> str | None:
@@ -100,13 +103,14 @@ class DataFormat:
         """Return whether records of a split are read."""
         return split is None or split.strip().lower() == self._config.split.lower()
 
-    def _source(self, columns: set[str] | None) -> Iterator[Located]:
+    def _source(self, columns: set[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
         """Yield the records of the file, or those in its only JSON object."""
         if self._document is not None:
             where, found = self._document
             yield from ((f"{where} (record {number})", one) for number, one in enumerate(found.records, 1))
             return
-        for where, record in read_records(self._config.data, columns=columns, split=self._config.split):
+        read = read_records(self._config.data, columns=columns, split=self._config.split, on_bad=on_bad or _pass_over)
+        for where, record in read:
             yield where, record if self._info is None else self._info.record(record)
 
     def _inner(self, where: str, record: dict[str, Any]) -> Iterator[Located]:
@@ -115,6 +119,8 @@ class DataFormat:
             yield where, record
             return
         inner = self.mapping.records.open(record, where)
+        if inner is None:
+            raise FeedbackError(f"{where}: {self.mapping.records.nothing(record)}.")
         if not isinstance(inner, list):
             raise FeedbackError(f"{where}: {self.mapping.records.source}: not a list of records: {quoted(inner)}.")
         for number, one in enumerate(inner, 1):
@@ -150,6 +156,8 @@ class DataFormat:
                 continue
             seen.add(shape)
             found = recognised(record, where)
+            if found is None:
+                check_sides_are_answers(record, where)
             if found is not None and (found.has_label or not self._label_options):
                 return self._with_label(found), "recognised by its keys"
         return None, ""  # also if a label is named and the format has none: options take precedence over recognition
@@ -161,7 +169,8 @@ class DataFormat:
             given: the paths of --prompt-field and --completion-field.
         """
         config = self._config
-        begin = list(itertools.islice(read_records(config.data, columns=None, split=config.split), 2))
+        read = read_records(config.data, columns=None, split=config.split, on_bad=_pass_over)
+        begin = list(itertools.islice(read, 2))
         if len(begin) != 1 or format_of(config.data) not in (".json", ".jsonl", ".ndjson"):
             return
         (where, document), *_ = begin
@@ -173,11 +182,13 @@ class DataFormat:
         is_record = any(path.find(document, where) is not None for path in paths) or (
             not given and mapping is None and any(document.get(key) is not None for key in _OWN_KEYS)
         )
-        found = table_in(document, where) if is_record else records_in(document, where)
+        found = table_in(document, where) if is_record else records_in(document, where, config.split)
         if found is None:
             return
         self._document = where, found
-        self.notes.append(f"{where} is one JSON object; its {len(found.records):,} records were read {found.place}.")
+        count = len(found.records)
+        were = "was" if count == 1 else "were"
+        self.notes.append(f"{where} is one JSON object; its {counted(count, 'record')} {were} read {found.place}.")
 
     def _dataset_info(self) -> DatasetInfo | None:
         """Return the file's entry in a dataset_info.json of LLaMA-Factory in the same folder."""
@@ -226,7 +237,14 @@ class DataFormat:
                 return LabelRule.at_least(resolve_threshold(config.rating_threshold, records, label))
             except ConfigError as error:
                 raise ConfigError(f"{config.data}: {error}") from error
-        return LabelRule(_words(config.up), _words(config.down))
+        try:
+            return LabelRule(_words(config.up), _words(config.down))
+        except ConfigError as error:
+            raise ConfigError(f"--up and --down: {error}") from None
+
+
+def _pass_over(where: str, error: FeedbackError) -> None:
+    """Do nothing about a line that is no record: it is reported where the rows are read."""
 
 
 def _shape(record: AnyMapping[str, object]) -> object:

@@ -1,22 +1,28 @@
 """Report feedback that cannot be used: mistakes in rows, unknown labels, no usable row, one class only."""
 
+import itertools
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from offline_kto.kto_core.errors import FeedbackError, KTOError
+from offline_kto.kto_core.feedback.columns import PROMPTS
 from offline_kto.kto_core.feedback.labels import Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, UNRATED
+from offline_kto.kto_core.feedback.paths import Path, key_path, option_path
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
 from offline_kto.precompute.records.feedback_columns import feedback_columns
+from offline_kto.precompute.records.text_files import Record
 
 _DECIMAL_COMMA = re.compile(r'"[+-]?[0-9]+,[0-9]+"')
 # Mistakes shown with their place; the others are counted.
 _SHOWN = 20
+# Records in which the label is looked for.
+_LOOKED_AT = 10_000
 
 
 def mistakes_in_rows(mistakes: Sequence[KTOError], config: PrecomputeConfig, data_format: DataFormat) -> KTOError:
@@ -25,13 +31,17 @@ def mistakes_in_rows(mistakes: Sequence[KTOError], config: PrecomputeConfig, dat
     others = [one for one in mistakes if not isinstance(one, UnknownLabelError)]
     if unknown:
         others.insert(0, _unknown_labels(unknown, config, data_format))
+    # Where the records were found: they may be a list inside of a record.
+    found = "".join(
+        f"\n{note} If the object is itself a record, describe it with --map FILE." for note in data_format.notes
+    )
     if len(others) == 1:
-        return others[0]
+        return FeedbackError(f"{others[0]}{found}") if found else others[0]
     shown = "\n".join(f"  {one}" for one in others[:_SHOWN])
     more = f"\n  and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
     return FeedbackError(
         f"{config.data}: {len(others):,} rows cannot be used:\n{shown}{more}\n"
-        "Correct them, or leave them out with --on-bad-row skip (--left-out FILE lists them)."
+        f"Correct them, or leave them out with --on-bad-row skip (--left-out FILE lists them).{found}"
     )
 
 
@@ -55,13 +65,19 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         )
     label = data_format.label_paths
     if label is not None and config.map is None and config.label_field is None:
-        path = label.path or label.scores  # the format defines where the label is, so the records are unrated
         assert data_format.mapping is not None
-        assert path is not None
+        if label.path is None:
+            return FeedbackError(
+                f"{data}: no record has a score ({reasons}), as {data_format.mapping.name} would have them. Export the records "
+                "with their scores, or join the file of the scores; if another field has the labels, name it with --label-field."
+            )
+        path = label.path  # the format defines where the label is, so the records are unrated
         return FeedbackError(
             f"{data}: no record has a label ({reasons}). {data_format.mapping.name}: the feedback is read from "
             f"{quoted(path.text, 200)}. Check that the export contains it, or name another field with --label-field."
         )
+    if (nothing := _nothing_at_label(config, data_format)) is not None:
+        reasons = f"{reasons}; {nothing}"
     lines = feedback_columns(data_format.records(None))
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)
@@ -69,11 +85,50 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
             f"{data}: no record has a label ({reasons}). These columns look like feedback:\n{shown}\n"
             "Pass the options of one of them, or describe the file with --map FILE."
         )
+    if (sides := _sides_of_a_pair(found.columns)) is not None:
+        chosen, rejected = sides
+        return FeedbackError(
+            f"{data}: no record has a label ({reasons}), but {quoted(rejected)} looks like the rejected side of a pair. Describe the "
+            f"file with --map FILE: a line such as `prompt: {_prompt_in(found.columns)}`, and a line "
+            f"`pair: {{chosen: {chosen}, rejected: {rejected}}}`."
+        )
     names = quoted([name for name, _ in found.columns.most_common()], 200)
     return FeedbackError(
         f"{data}: no record has a label ({reasons}); found {names}. Name the column with --label-field, or "
         "describe the file with --map FILE."
     )
+
+
+def _sides_of_a_pair(columns: Collection[str]) -> tuple[str, str] | None:
+    """Return two columns of which one seems to have the rejected answers; None if none does."""
+    for name in columns:
+        for mark in ("rejected_", "_rejected", "rejected"):
+            other = name.replace(mark, mark.replace("rejected", "chosen")), name.replace(mark, "")
+            if mark in name and (chosen := next((one for one in other if one in columns), None)) is not None:
+                return key_path(chosen), key_path(name)
+    return None
+
+
+def _prompt_in(columns: Collection[str]) -> str:
+    return next((name for name in (*PROMPTS, "instruction", "input") if name in columns), "PROMPT")
+
+
+def _nothing_at_label(config: PrecomputeConfig, data_format: DataFormat) -> str | None:
+    """Return a sentence about the first record if no record has a value at the path of the label; None otherwise."""
+    path: Path | None = None
+    mapping, label = data_format.mapping, data_format.label_paths
+    if mapping is None and config.label_field is not None:
+        path = option_path(config.label_field, "--label-field")
+    elif (
+        mapping is not None and label is not None and mapping.turns is None and mapping.each is None and not mapping.zip
+    ):
+        path = label.path or label.scores
+    first: tuple[str, Record] | None = None
+    for where, record in itertools.islice(data_format.records(None), _LOOKED_AT):
+        if path is None or path.find(record, where) is not None:
+            return None
+        first = first or (where, record)
+    return None if path is None or first is None else f"{first[0]}: {path.nothing(first[1])}"
 
 
 def one_class(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> FeedbackError:
@@ -95,6 +150,15 @@ def one_class(config: PrecomputeConfig, data_format: DataFormat, found: Found) -
     )
 
 
+def unclear_rating(config: PrecomputeConfig, name: str) -> FeedbackError:
+    """Return the error about a rating that is always 1, which is the best of some scales and the worst of others."""
+    field = "" if config.label_field is None else f"--label-field {shlex.quote(config.label_field)} "
+    return FeedbackError(
+        f"{config.data}: '{name}' is 1 wherever it has a value, so its scale is not known: 1 is the best of 0 and 1, and the "
+        f"worst of 1 to 5. Pass {field}--up 1 --down 0 if 1 is good, or {field}--up '>=4' --down '<=2' if it is bad."
+    )
+
+
 def _unknown_labels(
     unknown: Sequence[UnknownLabelError], config: PrecomputeConfig, data_format: DataFormat
 ) -> KTOError:
@@ -103,17 +167,27 @@ def _unknown_labels(
     if len({one.field for one in unknown}) > 1:
         return first
     scale = Scale.of(first.rule)
+    if data_format.mapping is not None and data_format.mapping.pair is not None:  # which has no --up and --down
+        up, down = (quoted(list(values), 100) for values in (first.rule.up, first.rule.down))
+        return FeedbackError(
+            f"{first} It has {scale.in_words()}. {data_format.mapping.name}: the first answer is better if it is one of {up}, the "
+            f"second if it is one of {down}. A mapping (--map FILE) names other values in a_when and b_when."
+        )
     proposal = scale.proposal()
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
     name = "" if data_format.mapping or usual or config.label_field else f"--label-field {shlex.quote(first.field)} "
     advice = (
         f"If that is the scale, pass {name}{proposal}."
         if proposal
+        else "These are usual words for labels: remove --up and --down."
+        if scale.is_usual and config.up is not None and config.down is not None
         else "Write decimal numbers with a point."
         if any(_DECIMAL_COMMA.fullmatch(value) for value in scale.counts)
         else "Name the desirable values with --up and the undesirable ones with --down"
         f"{', or pass --rating-threshold' * scale.is_numbers}."
     )
+    if data_format.mapping is not None and data_format.mapping.pair is not None:
+        advice = "Name these values under a_when and b_when of the pair in a mapping (--map FILE)."
     skip = (
         " --on-bad-row skip does not leave out unknown labels: a mapping (--map FILE) does, with `else: leave-out`."
         if config.on_bad_row == "skip"

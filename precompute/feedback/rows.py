@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Mapping as AnyMapping
 from typing import Any
 
+from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.durable_files import write_text, written_to
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
@@ -21,10 +22,11 @@ from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow, parse_record
 from offline_kto.kto_core.feedback.turns import mapped_rows
 from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.feedback.contradictions import VERDICTS, Contradictions
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
-from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class
-from offline_kto.precompute.feedback.suspicions import Suspicions
+from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class, unclear_rating
+from offline_kto.precompute.feedback.suspicions import CONVERSATIONS, Suspicions
 from offline_kto.precompute.feedback.used_columns import UsedColumns
 from offline_kto.precompute.records.text_files import Located
 
@@ -49,7 +51,9 @@ class Feedback:
     def __init__(self, config: PrecomputeConfig, *, has_template: bool, rendered: RenderedText | None = None) -> None:
         self._config = config
         self._mistakes: list[tuple[str, KTOError]] = []
+        self._too_long: list[tuple[str, str, str]] = []
         self._suspicions = Suspicions()
+        self._contradictions = Contradictions()
         self._format = DataFormat(config)
         self.mapping, self.why = self._format.mapping, self._format.why
         self.found = Found(notes=self._format.notes)
@@ -98,7 +102,7 @@ class Feedback:
 
     def unused_beside(self) -> list[str]:
         """Return the keys beside those that are read in objects, such as "input.system"."""
-        return [name for name, _ in self._used.beside.most_common()]
+        return [name for name, _ in sorted(self._used.beside.items(), key=lambda one: (-one[1], one[0]))]
 
     def keep(self, row: FeedbackRow) -> None:
         """Count a row that can be rendered."""
@@ -116,13 +120,19 @@ class Feedback:
         else:
             self._mistakes.append((where, error))
 
+    def drop(self, row: FeedbackRow, detail: str) -> None:
+        """Note that the prompt of a row is too long; the plan counts these rows apart from those that are left out."""
+        self._too_long.append((row.where, PROMPT_TOO_LONG.replace("_", " "), detail))
+
     def write_left_out(self) -> None:
         """Write the file of `--left-out`, in the order of the data: rows are not rejected in that order."""
         if self._config.left_out is None:
             return
         lines = [
             json.dumps({"where": where, "reason": reason, **({"detail": detail} if detail else {})}, ensure_ascii=False)
-            for where, reason, detail in sorted(self.found.left_out.rows, key=lambda one: _place(one[0]))
+            for where, reason, detail in sorted(
+                [*self.found.left_out.rows, *self._too_long], key=lambda one: _place(one[0])
+            )
         ]
         with written_to(self._config.left_out.parent, ConfigError, "Name another file with --left-out."):
             write_text(self._config.left_out, "".join(f"{line}\n" for line in lines))
@@ -145,6 +155,8 @@ class Feedback:
                 f"{config.data}: numbers are compared, but some records have a {' and others a '.join(sorted(self._fields.compared))}. "
                 "Name the column with --label-field."
             )
+        if self._is_own_label and (name := self.label_rule.unclear_rating()) is not None:
+            raise unclear_rating(config, name)
         if not found.forms:
             raise no_rows(config, self._format, found)
         if len(found.labels) == 1 < found.labels.total() and not config.one_class:
@@ -164,14 +176,28 @@ class Feedback:
         unmatched = [
             f"{path.source}: nothing at {quoted(path.text)} in any record." for path in self._used.unmatched() if own
         ]
-        return [*self.found.notes, *warned, *unmatched, *self._suspicions.in_words()]
+        unused = self.unused_columns()
+        contradictions = self._contradictions.in_words(unused)
+        return [*self.found.notes, *warned, *unmatched, *contradictions, *self._suspicions.in_words(unused)]
+
+    @property
+    def _is_own_label(self) -> bool:
+        """Whether no recognised format defines what the numbers of the label mean."""
+        label = self._format.label_paths
+        preset = self.mapping is not None and (self._config.map is None or self._config.map in presets())
+        return not preset or self._config.label_field is not None or (label is not None and label.scores is not None)
 
     def _records(self) -> Iterator[Located]:
-        records = self._format.records(self._columns() if self._format.is_native else None)
+        records = self._format.records(self._columns() if self._format.is_native else None, self._reject_line)
         counted = self._counted(itertools.islice(records, self._config.limit))
         return (
             counted if self.mapping is None or self.mapping.join is None else self._joined(counted, self.mapping.join)
         )
+
+    def _reject_line(self, where: str, error: FeedbackError) -> None:
+        """Note that a line is no record."""
+        self.found.records += 1
+        self.reject(where, error)
 
     def _counted(self, records: Iterable[Located]) -> Iterator[Located]:
         for where, record in records:
@@ -179,6 +205,7 @@ class Feedback:
             self.found.columns.update(key for key, value in record.items() if value is not None)
             split = self._format.split_of(record)
             self._used.add(record)
+            self._suspicions.add_record(record)
             if split is not None or self._config.split.lower() == "all":
                 self._used.read.add("split")
             if split is not None:
@@ -197,7 +224,7 @@ class Feedback:
         for where, record in records:
             key = join.find(record, where)
             if key is None:
-                self.reject(where, FeedbackError(f"{where}: {join.source}: nothing at {quoted(join.text)}."))
+                self.reject(where, FeedbackError(f"{where}: {join.nothing(record)}."))
                 continue
             joined.setdefault(json.dumps(key, sort_keys=True, default=str), (where, []))[1].append(record)
         for where, rows in joined.values():
@@ -206,12 +233,15 @@ class Feedback:
     def _columns(self) -> set[str]:
         named = (self._config.prompt_field, self._config.completion_field, self._config.label_field)
         roots = (re.split(r"[.\[|]", name, maxsplit=1)[0].strip('" ') for name in named if name)
-        return {*COLUMNS, "split", *roots, *(name for name in named if name)}
+        return {*COLUMNS, *CONVERSATIONS, *VERDICTS, "split", *roots, *(name for name in named if name)}
 
     def _rows_of(self, record: AnyMapping[str, object], where: str) -> Iterator[FeedbackRow]:
         try:
             if self.mapping is None:
-                yield from parse_record(record, where, self._fields)
+                rows = parse_record(record, where, self._fields)
+                if len(rows) == 1:
+                    self._contradictions.add(record, rows[0].label, where)
+                yield from rows
                 return
             self._used.look_up(record, where)
             for native in mapped_rows(self.mapping, record, where):

@@ -1,6 +1,8 @@
 """Count rows that are probably misread, for the warnings of the plan."""
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from offline_kto.kto_core.feedback.message_text import resembles_messages
@@ -9,7 +11,16 @@ from offline_kto.kto_core.feedback.records import FeedbackRow
 
 # What tools write in place of an image, a video or a sound.
 _PLACEHOLDER = re.compile(r"<(?:image|video|audio)>")
+# Marks with which chat templates begin and end turns. Those of the tokenizer's own template are recognised before.
+_TEMPLATE = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant|system|end_of_turn)\|>|\[/INST\]"
+    r"|<｜(?:User|Assistant)｜>|### (?:Response|Assistant):|\n(?:ASSISTANT|Assistant|AI|Bot):\s*\Z"
+)
+# Shorter prompts may begin an answer by chance, and a few answers may repeat a question.
+_LONG_PROMPT, _MANY = 20, 0.1
 _MOST_ROLES = 10
+# Columns with the conversation of a record. A session may contain several conversations.
+CONVERSATIONS = ("conversation_id", "conversationId", "thread_id", "threadId", "chat_id", "chatId")
 
 
 @dataclass
@@ -19,28 +30,64 @@ class Suspicions:
     Attributes:
         media: places of rows whose prompt refers to media that the record does not have.
         messages: places of rows with a text that resembles messages.
+        marks: places of rows of text with the turn marks of a chat template that is not the tokenizer's.
+        repeated: places of rows whose answer begins with its prompt.
+        rows: number of rows.
         roles: places of rows by their unknown roles, of which a template writes whatever they are.
+        conversations: number of records by the hash of their conversation, for each column that names it.
+        has_earlier_turns: whether a prompt contains an earlier answer.
     """
 
     media: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
+    marks: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
     roles: dict[str, list[str]] = field(default_factory=dict)
+    rows: int = 0
+    conversations: dict[str, Counter[int]] = field(default_factory=dict)
+    has_earlier_turns: bool = False
+
+    def add_record(self, record: Mapping[str, object]) -> None:
+        """Count a record of a conversation."""
+        for name in CONVERSATIONS:
+            value = record.get(name)
+            if isinstance(value, str | int) and value != "" and not isinstance(value, bool):
+                self.conversations.setdefault(name, Counter())[hash(value)] += 1
 
     def add(self, row: FeedbackRow) -> None:
         """Examine a row."""
+        self.rows += 1
         asked, answered = _texts(row.prompt), _texts(row.completion)
         if any(_PLACEHOLDER.search(text) for text in asked):
             self.media.append(row.where)
         if any(map(resembles_messages, (*asked, *answered))):
             self.messages.append(row.where)
+        if row.from_text and any(map(_TEMPLATE.search, asked)):
+            self.marks.append(row.where)
+        question = asked[-1].strip() if asked else ""
+        if len(question) >= _LONG_PROMPT and answered and answered[0].lstrip().startswith(question):
+            self.repeated.append(row.where)
+        if not isinstance(row.prompt, str) and any(message["role"] == "assistant" for message in row.prompt):
+            self.has_earlier_turns = True
         sides = [side for side in (row.prompt, row.completion) if not isinstance(side, str)]
         for role in dict.fromkeys(message["role"] for side in sides for message in side):
             if role not in _KNOWN_ROLES and (role in self.roles or len(self.roles) < _MOST_ROLES):
                 self.roles.setdefault(role, []).append(row.where)
 
-    def in_words(self) -> list[str]:
-        """Return a sentence for each suspicion."""
+    def in_words(self, unused: Iterable[str]) -> list[str]:
+        """Return a sentence for each suspicion.
+
+        Args:
+            unused: the columns that are not read.
+        """
         found = []
+        for name in () if self.has_earlier_turns else unused:
+            shared = sum(count for count in self.conversations.get(name, Counter()).values() if count > 1)
+            if shared:
+                found.append(
+                    f"{shared:,} records share a {name} with another one, but no prompt contains an earlier answer. If they are "
+                    "turns of one conversation, join them with a mapping (--map FILE: join and turns)."
+                )
         if self.media:
             found.append(
                 f"rows whose prompt contains <image>, <video> or <audio>: {_counted(self.media)}. They are scored as text; "
@@ -50,6 +97,16 @@ class Suspicions:
             found.append(
                 f"rows with a text that looks like messages but is scored as text: {_counted(self.messages)}. Write messages "
                 'as [{"role": "user", "content": "..."}], or describe the file with --map FILE.'
+            )
+        if self.marks:
+            found.append(
+                f"rows whose prompt contains the turn marks of a chat template that is not the tokenizer's: {_counted(self.marks)}. "
+                "They are scored as words of the user's message; write the turns as messages, or keep the text with --chat never."
+            )
+        if self.repeated and len(self.repeated) >= _MANY * self.rows:
+            found.append(
+                f"rows whose answer begins with the whole prompt: {_counted(self.repeated)}. It is scored as part of the answer; "
+                "remove it from the answers if the model did not write it."
             )
         if self.roles:
             shown = ", ".join(f"{role} in {_counted(places)}" for role, places in self.roles.items())

@@ -9,15 +9,20 @@ from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.columns import FeedbackFields, read_in_form
-from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.left_out import LeftOut
 from offline_kto.kto_core.feedback.mapping import Mapping
-from offline_kto.kto_core.feedback.paths import Path
+from offline_kto.kto_core.feedback.messages import TEXT_KEYS
+from offline_kto.kto_core.feedback.paths import Path, opened_at
 from offline_kto.kto_core.feedback.reads import Route
 
 # Keys beside those that are read that change the meaning of a row, as in "input.context".
-MATTERS_BESIDE = re.compile(r"\.(system\w*|tools|functions|context|documents|\w*history|instructions)$", re.IGNORECASE)
+MATTERS_BESIDE = re.compile(
+    r"\.(system\w*|tools|functions|\w*context|\w*documents|passages|\w*knowledge|\w*history|instructions|images?)$",
+    re.IGNORECASE,
+)
+# Columns with lists of messages that the native formats read.
+_MESSAGES = ("messages", "conversations", "prompt", "chosen", "rejected")
 
 # Records that are looked at even if their keys are those of an earlier one.
 _LOOKED_AT = 1000
@@ -42,6 +47,7 @@ class UsedColumns:
         self._unmatched = [] if mapping is None else [*self._paths, *_paths_of_turns(mapping)]
         self.read: set[str] = set()
         self.beside: Counter[str] = Counter()
+        self._words = {word for path in [*self._paths, *self._unmatched] for word in re.findall(r"\w+", path.text)}
         self._shapes: set[object] = set()
         self._records = 0
 
@@ -54,7 +60,8 @@ class UsedColumns:
         self._shapes.add(shape)
         found: set[Route] = set().union(*(path.routes(record) for path in self._paths))
         self.read.update(route[0] for route in found)
-        self.beside.update(_beside(record, found))
+        lists = found if self._mapping is not None else {*found, *((name,) for name in _MESSAGES)}
+        self.beside.update({*_beside(record, found), *_in_lists(record, lists - {("rows",)}, self._words)})
 
     def look_up(self, record: AnyMapping[str, Any], where: str) -> None:
         """Look for values at the mapping's paths, in a record that is complete if several are joined."""
@@ -81,8 +88,13 @@ class UsedColumns:
         """
         if self._mapping is None:
             return self.read.union(*(read_in_form(form, self._fields) for form in forms))
+        pair = self._mapping.pair
+        ratings = set() if pair is None else {name for name in pair.ratings if name in columns}
         names = [] if self._label is None or self._label.scores is None else _chosen(self._label)
-        return self.read | {column for column in columns if any(_is_score(column, name) for name in names)}
+        scores = {column for column in columns if any(_is_score(column, name) for name in names)}
+        turns = self._mapping.turns
+        texts = set(TEXT_KEYS) if turns is not None and turns.text is None and self._mapping.join is not None else set()
+        return self.read | ratings | scores | texts
 
 
 def _has_value(path: Path, data: list[AnyMapping[str, Any]], where: str) -> bool:
@@ -149,9 +161,23 @@ def _beside(record: AnyMapping[str, Any], found: set[Route]) -> set[str]:
     return names
 
 
+def _in_lists(record: AnyMapping[str, Any], found: set[Route], words: set[str]) -> set[str]:
+    """Return the keys that matter in the objects of lists that are read, as "inputs[].context".
+
+    Args:
+        words: names in the paths; a key with one of them is read.
+    """
+    names = set()
+    for route in {one[:size] for one in found for size in range(1, len(one) + 1)}:
+        items = opened_at(record, route)
+        for item in items if isinstance(items, list) else []:
+            for key, value in item.items() if isinstance(item, dict) else ():
+                name = f"{'.'.join(route)}[].{key}"
+                if key not in words and value not in (None, "", [], {}) and MATTERS_BESIDE.search(name):
+                    names.add(name)
+    return names
+
+
 def _object_at(record: AnyMapping[str, Any], route: Route) -> dict[str, Any]:
-    value: Any = record
-    for name in route:
-        value = opened(value).get(name) if isinstance(opened(value), dict) else None
-    inner = opened(value)
+    inner = opened_at(record, route)
     return inner if isinstance(inner, dict) else {}

@@ -1,7 +1,8 @@
 """Replace the numbers of classes by their names: the datasets library stores a ClassLabel as an index into its names."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from offline_kto.precompute.records.text_files import Record
@@ -31,11 +32,44 @@ class ClassNames:
             return cls({})
         return cls(features if isinstance(features, dict) else {})
 
+    @classmethod
+    def beside(cls, path: Path) -> "ClassNames":
+        """Return the classes that a `dataset_infos.json` beside a file, or in the folder above, describes.
+
+        Columns that its configurations describe differently are left as they are.
+        """
+        found: dict[str, Any] = {}
+        differ: set[str] = set()
+        for name in ("dataset_infos.json", "dataset_info.json"):
+            for folder in (path.parent, path.parent.parent):
+                for column, feature in _features_in(folder / name):
+                    if _has_classes(feature) and _names_of(found.setdefault(column, feature)) != _names_of(feature):
+                        differ.add(column)
+        return cls({column: feature for column, feature in found.items() if column not in differ})
+
     def record(self, record: Record) -> Record:
         """Return a record with the names of its classes. A negative number means that there is no class."""
         if not self._features:
             return record
         return {name: _named(value, self._features.get(name)) for name, value in record.items()}
+
+
+def _features_in(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (column, feature) for each configuration in a file of the datasets library."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):  # there is none, or it belongs to another program
+        return
+    for info in [table, *table.values()] if isinstance(table, dict) else []:
+        features = info.get("features") if isinstance(info, dict) else None
+        yield from features.items() if isinstance(features, dict) else ()
+
+
+def _names_of(feature: object) -> object:
+    """Return a feature without keys that differ between versions of the library."""
+    if isinstance(feature, Mapping):
+        return {key: _names_of(one) for key, one in feature.items() if key not in ("id", "num_classes")}
+    return [_names_of(one) for one in feature] if isinstance(feature, list) else feature
 
 
 def _has_classes(feature: object) -> bool:
@@ -48,7 +82,11 @@ def _named(value: object, feature: object) -> object:
     """Return a value with the names of the classes in it."""
     if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel":
         names = feature.get("names")
-        if not isinstance(value, int) or not isinstance(names, Sequence) or value >= len(names):
+        if not isinstance(names, Sequence):
+            return value
+        if isinstance(value, str) and value.isdecimal() and value not in names:  # as CSV has it
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or value >= len(names):
             return value
         return names[value] if value >= 0 else None
     if isinstance(feature, Mapping) and "feature" in feature and "_type" in feature:

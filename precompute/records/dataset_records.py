@@ -92,6 +92,11 @@ def no_split(name: str, wanted: str, found: Iterable[str]) -> FeedbackError:
     return FeedbackError(f"{name}: no split {quoted(wanted)}; found {quoted(splits, 300)}. {advice}")
 
 
+def is_split_name(name: str) -> bool:
+    """Return whether a file, or a key of a document, has the name of a split: train, test_prefs."""
+    return _SPLIT_NAME.fullmatch(name) is not None
+
+
 def is_saved(path: Path) -> bool:
     """Return whether `path` is a folder written by save_to_disk."""
     info = (path / "dataset_info.json").is_file() and (path / "state.json").is_file()

@@ -5,7 +5,9 @@
     {"prompt": {"0": "...", "1": "..."}, "label": {"0": ...}}       DataFrame.to_json()
     {"columns": [...], "index": [...], "data": [[...], ...]}        DataFrame.to_json(orient="split")
     {"0": {"prompt": "..."}, "1": {...}}                            DataFrame.to_json(orient="index")
+    {"prompt": ["...", "..."], "label": [true, false]}              Dataset.to_dict()
     {"features": [...], "rows": [{"row_idx": 0, "row": {...}}]}     the hub's viewer of data sets
+    {"train": [{...}], "test": [{...}]}                             the lists of splits, of which one is read
 
 Whether an object is a record itself is for the caller to decide.
 """
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.precompute.records.dataset_records import is_split_name, no_split
 from offline_kto.precompute.records.text_files import Record
 
 
@@ -30,18 +33,21 @@ class Records:
     records: list[Record]
 
 
-def records_in(document: Record, where: str) -> Records | None:
+def records_in(document: Record, where: str, split: str) -> Records | None:
     """Return the records in an object; None if there are none.
 
+    Args:
+        split: which list is read if each is a split.
+
     Raises:
-        FeedbackError: several lists; a table whose rows have different lengths.
+        FeedbackError: several lists; no list of the split; a table whose rows have different lengths.
     """
-    return _split_table(document, where) or _table(document) or _viewer(document) or _list(document, where)
+    return table_in(document, where) or _viewer(document) or _list(document, where, split)
 
 
 def table_in(document: Record, where: str) -> Records | None:
-    """Return the records of a table of pandas only; its columns may have the names of a record's."""
-    return _split_table(document, where) or _table(document)
+    """Return the records of a table only; its columns may have the names of a record's."""
+    return _split_table(document, where) or _table(document) or _columns(document)
 
 
 def _split_table(document: Record, where: str) -> Records | None:
@@ -70,6 +76,18 @@ def _table(document: Record) -> Records | None:
     return None
 
 
+def _columns(document: Record) -> Records | None:
+    """Return the records of columns that are lists. A list of objects may be one conversation, so it is no column."""
+    columns = {name: value for name, value in document.items() if isinstance(value, list)}
+    sizes = {len(value) for value in columns.values()}
+    if len(columns) < max(2, len(document)) or len(sizes) != 1 or sizes == {0}:
+        return None
+    if any(isinstance(one, Mapping) for value in columns.values() for one in value):
+        return None
+    rows = zip(*columns.values(), strict=True)
+    return Records("as a table of columns", [dict(zip(columns, row, strict=True)) for row in rows])
+
+
 def _viewer(document: Record) -> Records | None:
     rows = document.get("rows")
     if not isinstance(rows, list) or not rows:
@@ -79,11 +97,13 @@ def _viewer(document: Record) -> Records | None:
     return Records('under "rows"', records) if len(records) == len(rows) else None
 
 
-def _list(document: Record, where: str) -> Records | None:
+def _list(document: Record, where: str, split: str) -> Records | None:
     found = {key: value for key, value in document.items() if _is_list(value)}
     if not found:
         deeper = {f"{outer}.{key}": value for outer, key, value in _inner(document) if _is_list(value)}
         found = deeper
+    if len(found) > 1 and all(is_split_name(key.rpartition(".")[2]) for key in found):
+        return _of_split(found, where, split)
     if len(found) > 1:
         sizes = ", ".join(f"{quoted(key)} ({len(value):,})" for key, value in found.items() if isinstance(value, list))
         raise FeedbackError(
@@ -94,6 +114,19 @@ def _list(document: Record, where: str) -> Records | None:
         assert isinstance(value, list)
         return Records(f"under {quoted(key)}", value)
     return None
+
+
+def _of_split(lists: Mapping[str, object], where: str, split: str) -> Records:
+    """Return the records of a split, or of all. Raises: FeedbackError: there is no such split."""
+    by_name = {key.rpartition(".")[2].lower(): (key, value) for key, value in lists.items()}
+    if split.lower() == "all":
+        records = [one for _, value in by_name.values() if isinstance(value, list) for one in value]
+        return Records(f"under {', '.join(map(quoted, lists))}", records)
+    if split.lower() not in by_name:
+        raise no_split(where, split, by_name)
+    key, value = by_name[split.lower()]
+    assert isinstance(value, list)
+    return Records(f"under {quoted(key)}; --split chooses among {', '.join(by_name)}", value)
 
 
 def _inner(document: Record) -> list[tuple[str, str, object]]:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from offline_kto.kto_core.feedback.columns import CONVERSATIONS
+from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import Scale, has_no_value, number_in, usual_label
 from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -15,6 +17,12 @@ from offline_kto.precompute.records.text_files import Located
 _NAMES = re.compile(
     "label|score|rating|rated|feedback|thumb|reward|vote|like|helpful|quality|verdict|accept|approv|correct|good|bad|"
     "pass|fail|reaction|emoji|sentiment|flag|grade|prefer|satisf|useful|safe|stars|eval|judg",
+    re.IGNORECASE,
+)
+# Names of what is undesirable: such a column is no label as it is, because true means desirable.
+_UNDESIRABLE = re.compile(
+    "toxic|harm(?!less)|unsafe|flag|redact|error|spam|halluc|refus|offens|violat|abus|incorrect|wrong|unhelpful|bad|fail|"
+    "reject|dislike|downvote|negative|thumbs?_?down",
     re.IGNORECASE,
 )
 # Words of two columns that count opposite votes.
@@ -33,12 +41,18 @@ def feedback_columns(records: Iterable[Located]) -> list[str]:
     """Return a line for each column that looks like feedback: its path, its values with their counts, what to pass."""
     counts: dict[str, Counter[str]] = {}
     usual: dict[str, bool] = {}
+    of_turns: set[str] = set()  # paths in the messages of a conversation
     for number, (_, record) in enumerate(records):
         if number == _MOST_RECORDS:
             break
         for path, value in _values(record):
             counts.setdefault(path, Counter())[quoted(value, 30)] += 1
             usual[path] = usual.get(path, True) and usual_label(value) is not None
+        for path, value in _values_of_turns(record):
+            if path not in record:
+                of_turns.add(path)
+                counts.setdefault(path, Counter())[quoted(value, 30)] += 1
+                usual[path] = usual.get(path, True) and usual_label(value) is not None
     lines = []
     for path, values in counts.items():
         numbers = sum(number_in(value.strip('"')) is not None for value in values)
@@ -52,9 +66,31 @@ def feedback_columns(records: Iterable[Located]) -> list[str]:
             )
             continue
         proposal = "" if usual[path] else scale.proposal() or "--up ... --down ..."
+        if _UNDESIRABLE.search(path):
+            proposal = _reversed(values) if usual[path] else "--up ... --down ..."
         shown = path if path.isidentifier() else f"'{path}'" if "'" not in path else shlex.quote(path)
-        lines.append(f"{path}: {scale.in_words()}; pass --label-field {shown}{f' {proposal}' if proposal else ''}")
+        of_messages = " (of messages)" if path in of_turns else ""
+        lines.append(
+            f"{path}{of_messages}: {scale.in_words()}; pass --label-field {shown}{f' {proposal}' if proposal else ''}"
+        )
     return lines[:_MOST_COLUMNS]
+
+
+def _reversed(values: Iterable[str]) -> str:
+    """Return options by which the usual words mean their opposite: a true in "toxic" is undesirable."""
+    words = [value.strip('"') for value in values]
+    up = [word for word in words if usual_label(word) is False]
+    down = [word for word in words if usual_label(word) is True]
+    return f"--up {shlex.quote(','.join(up) or 'false')} --down {shlex.quote(','.join(down) or 'true')}"
+
+
+def _values_of_turns(record: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield (path in the message, value) of what may be the feedback of single messages."""
+    for name in CONVERSATIONS:
+        turns = opened(record.get(name))
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, Mapping):
+                yield from _values({key: value for key, value in turn.items() if key not in ("role", "content")})
 
 
 def _counterpart(path: str, columns: Collection[str]) -> str | None:

@@ -13,6 +13,7 @@ from offline_kto.precompute.records.text_files import (
     LARGEST_RECORD,
     TOO_LARGE,
     Located,
+    OnBadLine,
     Record,
     lines_of,
     texts_of,
@@ -24,7 +25,12 @@ _LONGEST_WORD = 32
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def read_jsonl(handle: IO[bytes], name: str) -> Iterator[Located]:
+def read_jsonl(handle: IO[bytes], name: str, on_bad: OnBadLine | None = None) -> Iterator[Located]:
+    """Yield the record of each line; of a file that is a JSON document, its items.
+
+    Args:
+        on_bad: called for a line that is no record; without it, the first such line ends the reading.
+    """
     document = _is_document(handle)
     handle.seek(0)
     if document:
@@ -36,26 +42,47 @@ def read_jsonl(handle: IO[bytes], name: str) -> Iterator[Located]:
             continue
         where = f"{name}:{number}"
         try:
-            value = _DECODER.decode(line)
-        except (ValueError, RecursionError) as error:
-            cut = not line.endswith("\n") and _is_cut(error, line, _skip(line, 0), "}")
-            raise _bad_json(error, where, getattr(error, "colno", 1), cut=cut) from None
-        yield where, _object(value, where)
+            record = _record_of(line, where)
+        except FeedbackError as error:
+            if on_bad is None:
+                raise
+            on_bad(where, error)
+        else:
+            yield where, record
+
+
+def _record_of(line: str, where: str) -> Record:
+    try:
+        value = _DECODER.decode(line)
+    except (ValueError, RecursionError) as error:
+        cut = not line.endswith("\n") and _is_cut(error, line, _skip(line, 0), "}")
+        raise _bad_json(error, where, getattr(error, "colno", 1), cut=cut) from None
+    return _object(value, where)
 
 
 def _is_document(handle: IO[bytes]) -> bool:
     """Return whether the file is an array, or its first object continues on the next line; its name may not tell."""
-    lines = itertools.islice(iter(lambda: handle.readline(LARGEST_RECORD), b""), _BLANK_LINES_BEFORE)
-    first = next((line for line in lines if line.strip() or len(line) == LARGEST_RECORD), b"")
+    read = itertools.islice(iter(lambda: handle.readline(LARGEST_RECORD), b""), _BLANK_LINES_BEFORE)
+    lines = (line for line in read if line.strip() or len(line) == LARGEST_RECORD)
+    first = next(lines, b"")
     text = first.decode("utf-8-sig", errors="replace").strip()
     if text.startswith("{") and first.endswith(b"\n"):
         try:
             json.loads(text)
         except json.JSONDecodeError as error:
-            return error.pos >= len(text)
+            return error.pos >= len(text) and not _are_records(lines)
         except (ValueError, RecursionError):
             return False
     return text.startswith("[")
+
+
+def _are_records(lines: Iterator[bytes]) -> bool:
+    """Return whether the next two lines are objects: a first line that is cut off is then a defect of this line only."""
+    following = list(itertools.islice(lines, 2))
+    try:
+        return len(following) == 2 and all(isinstance(json.loads(line), dict) for line in following)
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_json(handle: IO[bytes], name: str) -> Iterator[Located]:
@@ -216,7 +243,7 @@ def _is_cut(error: Exception, text: str, position: int, closing: str) -> bool:
 
 def _bad_json(error: Exception, where: str, column: int, *, cut: bool) -> FeedbackError:
     if cut:
-        return FeedbackError(f"{where}: the last line is truncated. {COPY_AGAIN}")
+        return FeedbackError(f"{where}: the last line is truncated: the file is cut off. {COPY_AGAIN}")
     if isinstance(error, json.JSONDecodeError):
         return FeedbackError(f"{where}: not valid JSON: {error.msg} (column {column}). Repair the line.")
     return FeedbackError(f"{where}: not readable as JSON ({said_by(error)}). Repair or remove the record.")

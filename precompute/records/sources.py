@@ -30,6 +30,7 @@ from typing import IO, cast
 
 from offline_kto.kto_core.errors import FeedbackError, printable
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.precompute.records.class_names import ClassNames
 from offline_kto.precompute.records.dataset_records import (
     data_files,
     dataset_name,
@@ -47,6 +48,7 @@ from offline_kto.precompute.records.text_files import (
     MOST_PACKED,
     PARQUET,
     Located,
+    OnBadLine,
     as_utf_8,
     check_form,
     readable,
@@ -65,13 +67,21 @@ class SourceFile:
 
 
 def read_records(
-    data: str, *, limit: int | None = None, columns: Collection[str] | None = None, split: str = "train"
+    data: str,
+    *,
+    limit: int | None = None,
+    columns: Collection[str] | None = None,
+    split: str = "train",
+    on_bad: OnBadLine | None = None,
 ) -> Iterator[Located]:
     """Return (where, record) for each record of `data`, or for its first `limit`, in stored order.
 
     `columns` names those that are needed. In Parquet only these are read, and all others have the value `NOT_READ`. A
     record is a dict as stored. A column without a value holds None. Parquet and datasets give every nested object the
     keys of all others; there, nested keys without a value are left out. `split` is that of a folder or a dataset.
+
+    `on_bad` is called for each line of JSON Lines that is no record, and reading continues; without it, and in a file
+    without any record, such a line is an error.
 
     Raises:
         FeedbackError: `data` does not exist, is not readable, has no known format, or has no record. Errors in the path
@@ -80,9 +90,9 @@ def read_records(
     path, kind = _look(data)
     if kind == "file":
         _check_suffix(path.name)
-        name, records = path.name, _read_file(path, path.name, columns)
+        name, records = path.name, _read_file(path, path.name, columns, on_bad)
     elif kind == "folder" and not is_saved(path):
-        name, records = dataset_name(path, kind), _read_files(path, columns, split)
+        name, records = dataset_name(path, kind), _read_files(path, columns, split, on_bad)
     else:
         name, records = dataset_name(path, kind), read_dataset(path, kind, split)
     return itertools.islice(_not_empty(records, name), limit)
@@ -175,12 +185,20 @@ def _not_empty(records: Iterator[Located], name: str) -> Iterator[Located]:
         raise FeedbackError(f"{name}: empty, or without any record. Check that this is the right source.")
 
 
-def _read_files(folder: Path, columns: Collection[str] | None, split: str) -> Iterator[Located]:
+def _read_files(
+    folder: Path, columns: Collection[str] | None, split: str, on_bad: OnBadLine | None
+) -> Iterator[Located]:
     for file in data_files(folder, split):
-        yield from _read_file(file, os.path.relpath(file, folder.resolve()), columns)
+        yield from _read_file(file, os.path.relpath(file, folder.resolve()), columns, on_bad)
 
 
-def _read_file(path: Path, name: str, columns: Collection[str] | None) -> Iterator[Located]:
+def _read_file(path: Path, name: str, columns: Collection[str] | None, on_bad: OnBadLine | None) -> Iterator[Located]:
+    named = ClassNames.beside(path.resolve())
+    yield from ((where, named.record(record)) for where, record in _stored(path, name, columns, on_bad))
+
+
+def _stored(path: Path, name: str, columns: Collection[str] | None, on_bad: OnBadLine | None) -> Iterator[Located]:
+    """Yield the records of a file as they are stored."""
     suffix = format_of(path.name)
     packed = path.name.lower().endswith(".gz")
     with readable(name), path.open("rb") as raw:
@@ -191,7 +209,7 @@ def _read_file(path: Path, name: str, columns: Collection[str] | None) -> Iterat
     with readable(name), _open(path) as file:
         check_form(file, name)
         handle = as_utf_8(file, name)
-        records = _TEXT_FORMATS[suffix](handle, name)
+        records = _records_in(handle, name, suffix, on_bad)
         yield from _unpacked(records, handle, path, name) if packed else records
 
 
@@ -202,6 +220,25 @@ def _unpacked(records: Iterator[Located], handle: IO[bytes], path: Path, name: s
         if handle.tell() > most:
             raise FeedbackError(f"{name}: unpacks to more than {MOST_PACKED} times its size. {COPY_AGAIN}")
         yield item
+
+
+def _records_in(handle: IO[bytes], name: str, suffix: str, on_bad: OnBadLine | None) -> Iterator[Located]:
+    if on_bad is None or _TEXT_FORMATS[suffix] is not read_jsonl:
+        yield from _TEXT_FORMATS[suffix](handle, name)
+        return
+    errors: list[FeedbackError] = []
+    empty = True
+
+    def note(where: str, error: FeedbackError) -> None:
+        if empty and not errors:
+            errors.append(error)
+        on_bad(where, error)
+
+    for item in read_jsonl(handle, name, note):
+        empty = False
+        yield item
+    if empty and errors:
+        raise errors[0]  # no line is a record: the file has another format
 
 
 def _open(path: Path) -> IO[bytes]:

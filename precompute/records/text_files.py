@@ -4,7 +4,7 @@ import codecs
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
@@ -12,6 +12,8 @@ from offline_kto.kto_core.errors import FeedbackError, said_by
 
 Record = dict[str, object]
 Located = tuple[str, Record]
+# Takes the place and the error of a line that is no record, so that reading continues after it.
+OnBadLine = Callable[[str, FeedbackError], None]
 # Bytes of one record. A few compressed bytes may expand to one that fills the memory; a million tokens have about 5 MB.
 LARGEST_RECORD = 64 * 2**20
 # Largest compression ratio of a file; one with a higher ratio repeats the same text over and over.

@@ -10,6 +10,7 @@ from offline_kto.kto_core.cache.manifest_fields import Identity, RowsIdentity
 from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.feedback.labels import rare_class
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.train.config import TrainConfig
@@ -114,8 +115,9 @@ class TrainingData:
                 )
         contradictions = self.rows.contradictions
         if contradictions:
+            carry = "carries" if contradictions == 1 else "carry"
             lines.append(
-                f"{contradictions:,} completions carry both labels for the same prompt; their effects cancel "
+                f"{counted(contradictions, 'completion')} {carry} both labels for the same prompt; the effects cancel "
                 "out. Decide which label is right, or remove them."
             )
         return lines + self._rare_class(config)
