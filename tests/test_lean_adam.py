@@ -62,6 +62,13 @@ def test_moments_in_8_bits_follow_those_in_float32() -> None:
     assert float((found - wanted).norm() / wanted.norm()) < 0.1
 
 
+def test_steps_are_as_long_as_with_exact_moments() -> None:
+    """Noise in a second moment makes 1 / sqrt(v) larger on average, which is corrected."""
+    flow = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(update)) + 0.3 for update in range(800)]
+    wanted, found = train(torch.optim.AdamW, torch.float32, flow), train(LeanAdamW, torch.float32, flow)
+    assert along(found, wanted) == pytest.approx(1.0, abs=0.006)
+
+
 def test_vectors_are_updated_as_by_adamw() -> None:
     weights = [nn.Parameter(torch.ones(100)) for _ in range(2)]
     options = {"lr": 1e-3, "weight_decay": 0.1}
