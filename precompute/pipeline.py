@@ -60,6 +60,8 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
     files = ReferenceFiles.find(config)
     _print_reference(files, backend)  # opening it imports the libraries of models, which takes seconds
     reference = Reference.open(files)
+    if backend.name == "transformers":
+        tell(f"attention   {reference.attention.in_words}")
     with reference.hash_weights() as hashing:
         plan = make_plan(config, reference.tokenizer, config.template_day or rendered_on(config.out))
         counts = plan.counts()

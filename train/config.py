@@ -16,7 +16,16 @@ SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "war
 
 # Options that an evaluation (`evaluate_only`) accepts; all others come from the run.
 OF_EVALUATION = frozenset(
-    {"cache", "evaluate_only", "device", "dtype", "max_tokens", "allow_different_policy", "trust_remote_code"}
+    [
+        "allow_different_policy",
+        "attention",
+        "cache",
+        "device",
+        "dtype",
+        "evaluate_only",
+        "max_tokens",
+        "trust_remote_code",
+    ]
 )
 
 _UPDATES = 2**31 - 1  # more than any run makes
@@ -66,6 +75,12 @@ class TrainConfig:
     )
     dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
     device: str = option(AUTO, "Device.", choices=(AUTO, "cpu", "cuda"))
+    attention: str = option(
+        AUTO,
+        "Attention: auto, sdpa, flash, flex, varlen, or a name in transformers or on the hub; changes results only by "
+        "rounding. auto is flash attention on a GPU where it is installed, otherwise the model's own.",
+        metavar="auto|sdpa|flash|NAME",
+    )
     memory: str = option(
         "full",
         "What training keeps of each weight: full has float32 weights, gradients and AdamW moments (16 bytes, 18 under "

@@ -54,6 +54,7 @@ def load_causal_lm(
     frozen: bool,
     narrow: bool = False,
     adapter: Path | None = None,
+    attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> Model:
     """Load a model, merge its adapter, set its precision, switch dropout off, add the scoring forward.
@@ -67,6 +68,7 @@ def load_causal_lm(
         device: where the model is placed.
         frozen: True if no weight of this model will be trained (a reference, the base model of LoRA).
         adapter: a PEFT folder to merge into the weights, in float32; next to quantised weights it is not merged.
+        attention: implementation to use (`choose_attention`); None for the model's own.
 
     Raises:
         ModelError: not loadable, or weights missing from the files.
@@ -95,6 +97,8 @@ def load_causal_lm(
     disable_dropout(model)
     _set_outputs(model.config)
     with model_code(str(folder), f"this model family ({family_of(model)}) cannot be scored"):
+        if attention is not None:
+            model.set_attn_implementation(attention)
         add_scoring_forward(model)
     return model if _is_quantized(model) else model.to(device)
 

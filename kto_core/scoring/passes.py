@@ -15,7 +15,15 @@ from offline_kto.kto_core.out_of_memory import one_kind_of_out_of_memory
 from offline_kto.kto_core.scoring.batching import SCORING_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.logps import Batch, sees_whole_passes, token_logps
 from offline_kto.kto_core.scoring.model_code import model_code
-from offline_kto.kto_core.scoring.sequences import FILLER, TokenIds, pack_sequences, pad_sequences
+from offline_kto.kto_core.scoring.sequences import (
+    FILLER,
+    Sequences,
+    TokenIds,
+    Widths,
+    pack_sequences,
+    pad_sequences,
+    padded_widths,
+)
 from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, longest_shared, share_prompts
 
 # The share of all tokens that sharing prompts must save. Below it, smaller passes and explicit masks cost more than
@@ -50,6 +58,7 @@ class ScoringPasses:
             runs once, and when memory runs out the budget is halved. Sharing is checked first: if it changes the
             scores, or the model does not support it, it is switched off and a message is logged.
         pack: concatenate sequences, without padding.
+        widths: of padded passes; None for those of the model and the device.
         tolerance: largest mean difference with and without sharing that rounding can explain, nats per token.
         say: logs a line.
     """
@@ -62,12 +71,14 @@ class ScoringPasses:
         max_tokens: int,
         alone: bool = True,
         pack: bool = False,
+        widths: Widths | None = None,
         tolerance: float = 1e-4,
         say: Callable[[str], None] = tell,
     ) -> None:
         one_by_one = sees_whole_passes(model)
         self.model, self.device, self.max_tokens = model, device, 1 if one_by_one else max_tokens
         self.pack, self.tolerance, self.say = pack and not one_by_one, tolerance, say
+        self.widths = padded_widths(model.config, device.type) if widths is None else widths
         self.alone = alone
         self.longest_shared = longest_shared(model)
         self._shares, self._checked_length, self._told = not one_by_one, 0, False
@@ -120,7 +131,15 @@ class ScoringPasses:
 
     def passes_for(self, lengths: Sequence[int]) -> int:
         """Return the number of passes for sequences of these lengths, without sharing prompts."""
-        return len((packed_batches if self.pack else micro_batches)(lengths, self.max_tokens))
+        return len(self._cut(lengths))
+
+    def _cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        if self.pack:
+            return packed_batches(lengths, self.max_tokens)
+        return micro_batches([self.widths.of(length) for length in lengths], self.max_tokens)
+
+    def _lay_out(self, rows: Sequence[TokenIds]) -> Sequences:
+        return pack_sequences(rows) if self.pack else pad_sequences(rows, self.widths)
 
     def _forward(self, indices: list[int], batch: Batch) -> Pass:
         # The trainer may have switched to train mode since the last pass.
@@ -148,16 +167,16 @@ class ScoringPasses:
         """Yield the passes in order: their positions, and a function that builds the batch when it is needed."""
         groups = self._groups(pending, sequences)
         shared = {i for group in groups for i in group}
-        for part in micro_batches([len(sequences[group[0]][0]) for group in groups], self.max_tokens):
+        prompts = [self.widths.of(len(sequences[group[0]][0])) for group in groups]
+        for part in micro_batches(prompts, self.max_tokens):
             chosen = [groups[number] for number in part]
             indices = [i for group in chosen for i in group]
             rows = [[sequences[i] for i in group] for group in chosen]
             yield indices, lambda rows=rows: self._share(rows)  # type: ignore[misc]
         alone = [i for i in pending if i not in shared]
-        cut, lay_out = (packed_batches, pack_sequences) if self.pack else (micro_batches, pad_sequences)
-        for part in cut([sum(map(len, sequences[i])) for i in alone], self.max_tokens):
+        for part in self._cut([sum(map(len, sequences[i])) for i in alone]):
             indices = [alone[j] for j in part]
-            yield indices, lambda indices=indices: lay_out([sequences[i] for i in indices])  # type: ignore[misc]
+            yield indices, lambda indices=indices: self._lay_out([sequences[i] for i in indices])  # type: ignore[misc]
 
     def _groups(self, pending: list[int], sequences: Sequence[TokenIds]) -> list[list[int]]:
         """Return groups of sequences that share a prompt, if that saves more than it costs."""
@@ -194,7 +213,7 @@ class ScoringPasses:
         self._told = True
 
     def _share(self, groups: list[list[TokenIds]]) -> SharedPrompts:
-        return share_prompts(groups, self.max_tokens, self.longest_shared)
+        return share_prompts(groups, self.max_tokens, self.longest_shared, widths=self.widths)
 
     def _check_sharing(self, groups: list[list[int]], sequences: Sequence[TokenIds]) -> None:
         """Compare scores with and without shared prompts for each new greatest length; stop sharing if they differ.
@@ -212,7 +231,7 @@ class ScoringPasses:
         self._checked_length, quarter = len(ids), max(1, len(ids) // 4)
         head, tail = ids[:quarter], ids[-quarter:]
         try:
-            whole = self._forward([], pad_sequences([(head, ids[quarter:])])).token_logps
+            whole = self._forward([], pad_sequences([(head, ids[quarter:])], self.widths)).token_logps
             plain = [whole, whole[:quarter], whole[-quarter:]]
             groups_of_it = [[(head, ids[quarter:]), (head, ids[quarter : 2 * quarter])], [(ids[:-quarter], tail)]]
             why = self._against_sharing(groups_of_it, plain)
@@ -231,18 +250,3 @@ class ScoringPasses:
         differences = [(one - other).abs().mean() for one, other in zip(shared, plain, strict=True)]
         apart = float(torch.stack(differences).nan_to_num(nan=float("inf")).max())
         return None if apart <= self.tolerance else f"log-probabilities would differ by {apart:.2g} nats a token"
-
-
-@torch.no_grad()
-def packing_keeps_scores(model: Model, device: torch.device, rows: Sequence[TokenIds], *, tolerance: float) -> bool:
-    """Return whether concatenated sequences have the same scores as sequences in separate rows.
-
-    Args:
-        rows: at least two; the first must not be visible from the second.
-        tolerance: largest mean difference that rounding can explain, nats per token.
-    """
-    model.eval()
-    packed, padded = (
-        token_logps(model, lay_out(rows).to(device)).token_logps for lay_out in (pack_sequences, pad_sequences)
-    )
-    return bool((packed - padded).abs().mean() <= tolerance)

@@ -15,6 +15,7 @@ import transformers
 from offline_kto.kto_core.cache.manifest_fields import (
     LONGEST_NAME,
     ReferenceFields,
+    ScorerFields,
     ScoringSections,
     TokenizerFields,
 )
@@ -31,9 +32,11 @@ from offline_kto.kto_core.hashing import (
 )
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.adapters import check_adapter_folder
+from offline_kto.kto_core.models.attention_choice import Attention, choose_attention
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
 from offline_kto.kto_core.models.folders import find_folder, local_path
 from offline_kto.kto_core.models.loading import check_model_folder, load_causal_lm
+from offline_kto.kto_core.models.model_files import read_json_object
 from offline_kto.kto_core.models.outline import find_outline
 from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer, use_template
@@ -92,6 +95,7 @@ class Reference(ReferenceFiles):
 
     tokenizer: Tokenizer
     shape: Model  # the model without weights, on the meta device
+    attention: Attention  # that Transformers scores with
     unread: dict[str, int]  # number of weights in the files that are not read, by kind
     warnings: list[str]  # about the folder and its tokenizer, for the plan
     state: tuple[object, ...]  # sizes and times of its weight files, before they were hashed
@@ -126,10 +130,19 @@ class Reference(ReferenceFiles):
         longest = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and config.max_length > longest:
             raise ModelError(f"--max-length {config.max_length}: this model has positions for {longest} tokens.")
+        attention = choose_attention(
+            config.attention,
+            shape,
+            read_json_object(folder / "config.json"),
+            device=files.device,
+            precision=files.precision,
+            library=transformers,
+        )
         return cls(
             **vars(files),
             tokenizer=tokenizer,
             shape=shape,
+            attention=attention,
             unread=outline.unread,
             warnings=warnings,
             state=_state(folder, files.adapter),
@@ -143,14 +156,17 @@ class Reference(ReferenceFiles):
         self, hashes: tuple[str, str | None], *, backend: str, engine_versions: Mapping[str, str]
     ) -> ScoringSections:
         """Return the manifest's sections `reference`, `tokenizer`, `tokenization` and `scorer`."""
+        scorer: ScorerFields = {
+            "backend": backend,
+            "versions": {**{name: importlib.metadata.version(name) for name in _LIBRARIES}, **engine_versions},
+        }
+        if backend == "transformers":
+            scorer["attention"] = self.attention.kernel
         return {
             "reference": self._fields(*hashes),
             "tokenizer": self._tokenizer_fields(),
             "tokenization": {"max_length": self.config.max_length, "rule": TOKENIZATION_RULE},
-            "scorer": {
-                "backend": backend,
-                "versions": {**{name: importlib.metadata.version(name) for name in _LIBRARIES}, **engine_versions},
-            },
+            "scorer": scorer,
         }
 
     def _fields(self, weights: str, adapter: str | None) -> ReferenceFields:
@@ -199,6 +215,7 @@ class Reference(ReferenceFiles):
             device=self.device,
             frozen=True,
             adapter=self.adapter,
+            attention=self.attention.to_set,
             trust_remote_code=self.config.trust_remote_code,
         )
         return model.eval().requires_grad_(False)

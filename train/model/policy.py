@@ -13,16 +13,18 @@ from offline_kto.kto_core.errors import KTOError, ModelError, TrainingError
 from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
 from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.library_types import Model, Tokenizer
+from offline_kto.kto_core.models.attention_choice import Attention, choose_attention
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
 from offline_kto.kto_core.models.folders import find_folder, find_reference
 from offline_kto.kto_core.models.loading import check_model_folder, is_quantized_folder, load_causal_lm
+from offline_kto.kto_core.models.model_files import read_json_object
 from offline_kto.kto_core.models.outline import find_outline
-from offline_kto.kto_core.models.precision import Precision, store_all_in
+from offline_kto.kto_core.models.precision import Precision, resolve_device, store_all_in
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.model.checkpointing import enable_checkpointing
 from offline_kto.train.model.memory_needs import ModelSize, known_size
-from offline_kto.train.model.recipe import keeps_narrow_weights
+from offline_kto.train.model.recipe import keeps_narrow_weights, run_precision
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class PolicyFiles:
     Attributes:
         name: as the user or the manifest names it.
         adapter: the reference's adapter; merged into the weights before training, or loaded next to quantised weights.
+        attention: the implementation that the policy is trained with.
         warnings: about the folder, for the plan.
         is_local: whether the model is a folder of the user's, and not one of the hub's.
         size: what the memory of training depends on; None if its shapes are not known before it is loaded.
@@ -41,6 +44,7 @@ class PolicyFiles:
     folder: Path
     adapter: Path | None
     tokenizer: Tokenizer
+    attention: Attention
     warnings: tuple[str, ...] = ()
     is_local: bool = True
     size: ModelSize | None = None
@@ -84,11 +88,19 @@ class PolicyFiles:
         if template := manifest.tokenizer.get("chat_template"):
             tokenizer.chat_template = template  # the tokenizer of the rows; `compare_tokenizer` compares its hash
         outline = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code)
-        warnings = outline.warnings
+        device, warnings = resolve_device(config.device), outline.warnings
+        attention = choose_attention(
+            config.attention,
+            outline.model,
+            read_json_object(folder / "config.json"),
+            device=device,
+            precision=run_precision(config, device),
+            library=transformers,
+        )
         if not config.trust_remote_code:
             warnings += check_tokenizer_code(folder, type(tokenizer).__name__)
-        size = known_size(outline.model)
-        files = cls(name, folder, adapter, tokenizer, tuple(warnings), is_local=commit is None, size=size)
+        size, local = known_size(outline.model), commit is None
+        files = cls(name, folder, adapter, tokenizer, attention, tuple(warnings), is_local=local, size=size)
         files.compare_tokenizer(manifest, allow=config.allow_different_policy)
         return files
 
@@ -135,6 +147,7 @@ class PolicyFiles:
             frozen=config.lora_rank > 0,
             narrow=keeps_narrow_weights(config),
             adapter=self.adapter,
+            attention=self.attention.to_set,
             trust_remote_code=config.trust_remote_code,
         )
         if keeps_narrow_weights(config) and sharding_asked_for():

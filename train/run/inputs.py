@@ -18,7 +18,7 @@ from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.trainer.lean_layers import restore_layers
 
 # Options that require loading another model. Other options are applied to, or removed from, the model in memory.
-_OF_MODEL = ("model", "dtype", "memory", "gradient_checkpointing", "trust_remote_code")
+_OF_MODEL = ("model", "dtype", "attention", "memory", "gradient_checkpointing", "trust_remote_code")
 
 
 class Materials:
@@ -100,7 +100,8 @@ class KeptMaterials(Materials):
         return self._caches[key]
 
     def files(self, config: TrainConfig, manifest: Manifest) -> PolicyFiles:
-        key = (config.model, config.trust_remote_code, manifest.fingerprint)
+        of_attention = (config.attention, config.device, config.dtype)
+        key = (config.model, config.trust_remote_code, manifest.fingerprint, *of_attention)
         if key not in self._files:
             self._files[key] = PolicyFiles.find(config, manifest)
         return self._files[key]

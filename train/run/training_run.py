@@ -44,6 +44,7 @@ from offline_kto.train.trainer.memory import Meter, meter_of
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.saving import publish_model, remove_leftovers, unfinished
 from offline_kto.train.trainer.sharding import gather_when_saving, prepare_sharding
+from offline_kto.train.trainer.tensor_float import tf32_products, tf32_suffices
 
 _MAX_TOKENS_CPU = 1024
 
@@ -156,7 +157,8 @@ class TrainingRun:
             with reading(Path(self.checkpoint)):
                 trainer.row_logratios.load(Path(self.checkpoint))
         try:
-            trainer.train(resume_from_checkpoint=self.checkpoint)
+            with tf32_products(self._tf32):
+                trainer.train(resume_from_checkpoint=self.checkpoint)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"Out of memory with --max-tokens {trainer.policy.max_tokens}, rows of at most {self.data.rows.max_length} tokens: "
@@ -178,6 +180,10 @@ class TrainingRun:
             trainer.round_weights(self._saved_type)
 
     @property
+    def _tf32(self) -> bool:
+        return tf32_suffices(self.config, self.precision, self.trainer.args.device, self.data.rows.manifest)
+
+    @property
     def _saved_type(self) -> torch.dtype | None:
         """Type of the saved weights; None for the type they were trained in."""
         return saved_type(self.config)
@@ -194,7 +200,8 @@ class TrainingRun:
             The content of evaluation.json; None without held-out rows.
         """
         trainer = self.trainer
-        scores = trainer.final_scores()
+        with tf32_products(self._tf32):
+            scores = trainer.final_scores()
         steps, logratios = trainer.row_logratios.over_ranks(trainer.policy.ranks)
         if not self.is_main:
             return None

@@ -91,7 +91,8 @@ class GradientPasses:
         """
         ranks, model = self.policy.ranks, self.policy.model
         reserve = optimizer_bytes(model, sharded_over=ranks.world if ranks.sharded else 1, of_matrix=of_matrix)
-        fit = functools.partial(tokens_that_fit, meter, row=longest, reserve=reserve, alone=not ranks.sharded)
+        row = longest if self.policy.packs else self.policy.widths.of(longest)
+        fit = functools.partial(tokens_that_fit, meter, row=row, reserve=reserve, alone=not ranks.sharded)
         # Scoring runs while there are no gradients, but they may stay allocated.
         tokens, scoring = (
             fit(lambda rows: self.try_rows(rows, longest)),
@@ -186,7 +187,8 @@ class GradientPasses:
             parts = packed_batches([sum(unit) for unit in lengths], max_tokens)
         else:
             budget = max(1, max_tokens // size)
-            parts = micro_batches([max(unit) for unit in lengths], budget, pass_cost=GRADIENT_PASS_COST)
+            widths = [self.policy.widths.of(max(unit)) for unit in lengths]
+            parts = micro_batches(widths, budget, pass_cost=GRADIENT_PASS_COST)
         return [[unit * size + k for unit in part for k in range(size)] for part in parts]
 
     def _micro_batches(self, rows: Sequence[TrainingRow], at_least: int) -> Iterator[tuple[list[int], Sequences, bool]]:

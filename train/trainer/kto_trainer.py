@@ -139,9 +139,7 @@ class KTOTrainer(transformers.Trainer):
         """Decide whether rows can be packed and how many tokens fit, once the Trainer has prepared the model."""
         self._take_over_model()
         longest = self.rows.max_length
-        sample = [self.rows[i].matched.ids for i in range(min(2, len(self.rows)))]
-        self.policy.check_packing(sample)
-        self._halve_activations(sample)
+        self._halve_activations([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
         if self.meter is None:
             return
         if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
@@ -184,6 +182,7 @@ class KTOTrainer(transformers.Trainer):
     def _take_over_model(self) -> None:
         self.policy.replace_model(self.model, wrapped=self.model_wrapped)
         self.policy.check_precision(torch.bfloat16 if self.args.bf16 else torch.float32)
+        self.policy.check_packing([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
 
     def get_train_dataloader(self) -> BatchLoader:
         return BatchLoader(self.rows, self.batches)
