@@ -169,6 +169,25 @@ def test_bfloat16_rounds_passes_but_no_results(uneven: TrainConfig, tmp_path: Pa
     assert any(abs(value - round(value)) > 0.01 for value in scaled)
 
 
+def test_lean_weights_are_sharded_too(uneven: TrainConfig, tmp_path: Path) -> None:
+    """16-bit weights with 8-bit moments on two ranks: near one process, and a checkpoint of shards goes on bit for bit."""
+    options = ("--memory", "lean", "--allow-different-policy", "--save-steps", "2")
+    one = train(replace(uneven, out=tmp_path / "one", memory="lean", device="cpu"))
+    two, shards = tmp_path / "two", {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    done = launch(uneven, two, *options, environment=shards)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert {weight.dtype for weight in second.values()} == {torch.bfloat16}
+    for name, weight in first.items():
+        assert (second[name].float() - weight.float()).norm() < 0.05 * weight.float().norm(), name
+    shutil.rmtree(two / "checkpoint-4")
+    (two / "model.safetensors").unlink()
+    done = launch(uneven, two, *options, "--resume", environment=shards)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, weight in load_file(two / "model.safetensors").items():
+        assert torch.equal(weight, second[name]), name
+
+
 def test_out_of_memory_on_one_rank_is_one_message(uneven: TrainConfig, tmp_path: Path) -> None:
     before = """
 import os, torch

@@ -19,7 +19,7 @@ from offline_kto.kto_core.models.folder_code import check_model_code
 from offline_kto.kto_core.models.library_warnings import collected_warnings, skipped_quantization
 from offline_kto.kto_core.models.model_files import check_texts, read_json_object
 from offline_kto.kto_core.models.outline import LoadingInfo, check_shapes, check_unread, classes_used
-from offline_kto.kto_core.models.precision import Precision, store_matrices_in, use_device
+from offline_kto.kto_core.models.precision import Precision, store_matrices_in, store_trained_in, use_device
 from offline_kto.kto_core.models.quantization import USE_ANOTHER, check_quantization, declared_quantization
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer as load_tokenizer
 from offline_kto.kto_core.models.weight_files import stored_tensors
@@ -52,6 +52,7 @@ def load_causal_lm(
     precision: Precision,
     device: torch.device,
     frozen: bool,
+    narrow: bool = False,
     adapter: Path | None = None,
     attention: str | None = None,
     trust_remote_code: bool = False,
@@ -65,6 +66,7 @@ def load_causal_lm(
         folder: local folder with config.json and *.safetensors.
         precision: see `Precision`; trainable weights stay float32, because an update of 1e-6 on a
             weight of 1e-2 is below half a unit in the last place of bfloat16.
+        narrow: store trained weights in the precision's type too; their optimizer must not lose such updates.
         device: where the model is placed; becomes this process's current one.
         frozen: True if no weight of this model will be trained (a reference, the base model of LoRA).
         adapter: a PEFT folder to merge into the weights, in float32; next to quantised weights it is not merged.
@@ -79,7 +81,7 @@ def load_causal_lm(
     check_model_folder(folder)
     device = use_device(device)
     merges = adapter is not None and not is_quantized_folder(folder)
-    wide = precision.is_full or not frozen or adapter is not None
+    wide = precision.is_full or not (frozen or narrow) or adapter is not None
     reads = reads or adapter is not None or is_quantized_folder(folder)
     places = _places(device, spread, merges=merges, reads=reads)
     model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code, places)
@@ -97,6 +99,8 @@ def load_causal_lm(
         _widen(model)
     if frozen and not precision.is_full and not _is_quantized(model):
         store_matrices_in(model, precision.dtype)
+    elif narrow:
+        store_trained_in(model, precision.dtype)
     if _is_quantized(model):
         _compute_four_bits_in(model, precision.dtype)
         keep_gradients_of_four_bits(model)

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.launch import read_launch
+from offline_kto.kto_core.models.narrow_embedding import NarrowEmbedding, can_be_narrow
 from offline_kto.kto_core.options import AUTO
 
 # The device that stands for all GPUs of a process, which share one model.
@@ -120,21 +121,48 @@ def store_matrices_in(model: nn.Module, dtype: torch.dtype) -> None:
     would change scores. (Stacked experts are outside of autocast: a mixture of experts computes in their stored type. They are most
     of its weights.)
     """
-    narrow = _matrices(model, dtype)
+    _store(model, dtype, _matrices(model, dtype))
     for parameter in model.parameters():
-        if not parameter.is_floating_point():
-            continue
-        parameter.data = parameter.data.to(dtype if id(parameter) in narrow else torch.float32)
-        parameter.requires_grad_(False)
+        if parameter.is_floating_point():
+            parameter.requires_grad_(False)
 
 
-def _matrices(model: nn.Module, dtype: torch.dtype) -> set[int]:
-    """Return the ids of the parameters that may be stored in `dtype`."""
-    found, others = set(), set()
+def store_trained_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store trained matrices and embedding tables in `dtype`, and everything else in float32.
+
+    As in `store_matrices_in`, the storage changes no score: embedding tables return float32, see `NarrowEmbedding`.
+    (Tables that were stored in float32 are rounded.)
+    """
+    tables = [module for module in model.modules() if can_be_narrow(module)]
+    for table in tables:
+        table.__class__ = NarrowEmbedding
+    _store(model, dtype, _matrices(model, dtype, tables=tables))
+
+
+def store_all_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store every weight in `dtype`: FSDP2 shards weights of one type only."""
+    _store(model, dtype, {id(parameter) for parameter in model.parameters()})
+
+
+def _store(model: nn.Module, dtype: torch.dtype, narrow: set[int]) -> None:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype if id(parameter) in narrow else torch.float32)
+
+
+def _matrices(model: nn.Module, dtype: torch.dtype, *, tables: Sequence[nn.Module] = ()) -> set[int]:
+    """Return the ids of the parameters that may be stored in `dtype`.
+
+    Args:
+        tables: embedding tables that may.
+    """
+    found, others = {id(table.weight) for table in tables}, set()
     is_cast: dict[type[nn.Module], bool] = {nn.Linear: True}
     for module in model.modules():
         kind, weight = type(module), getattr(module, "weight", None)
         own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, NarrowEmbedding):
+            continue
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
             if kind not in is_cast:
                 is_cast[kind] = _casts_its_weight(module, dtype)

@@ -21,10 +21,13 @@ from offline_kto.kto_core.models.loading import check_model_folder, is_quantized
 from offline_kto.kto_core.models.memory_need import Sizes, reporting_memory
 from offline_kto.kto_core.models.model_files import read_json_object
 from offline_kto.kto_core.models.outline import find_outline
-from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision
+from offline_kto.kto_core.models.precision import Precision, resolve_device, store_all_in
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.checkpointing import enable_checkpointing
 from offline_kto.train.model.experts import cast_experts
+from offline_kto.train.model.memory_needs import ModelSize, known_size
+from offline_kto.train.model.recipe import keeps_narrow_weights, run_precision
 from offline_kto.train.model.training_need import check_training_fits
 
 
@@ -39,6 +42,7 @@ class PolicyFiles:
         warnings: about the folder, for the plan.
         is_local: whether the model is a folder of the user's, and not one of the hub's.
         sizes: of its weights.
+        size: what the memory of training depends on; None if its shapes are not known before it is loaded.
     """
 
     name: str
@@ -49,6 +53,7 @@ class PolicyFiles:
     warnings: tuple[str, ...] = ()
     is_local: bool = True
     sizes: Sizes = Sizes(0, 0)
+    size: ModelSize | None = None
 
     @property
     def how_adapted(self) -> str:
@@ -95,13 +100,22 @@ class PolicyFiles:
             outline.model,
             read_json_object(folder / "config.json"),
             device=device,
-            precision=resolve_precision(config.dtype, device),
+            precision=run_precision(config, device),
             library=transformers,
         )
         if not config.trust_remote_code:
             warnings += check_tokenizer_code(folder, type(tokenizer).__name__)
-        sizes = Sizes.of(outline.model, folder)
-        files = cls(name, folder, adapter, tokenizer, attention, tuple(warnings), is_local=commit is None, sizes=sizes)
+        files = cls(
+            name,
+            folder,
+            adapter,
+            tokenizer,
+            attention,
+            tuple(warnings),
+            is_local=commit is None,
+            sizes=Sizes.of(outline.model, folder),
+            size=known_size(outline.model),
+        )
         files.compare_tokenizer(manifest, allow=config.allow_different_policy)
         return files
 
@@ -129,7 +143,7 @@ class PolicyFiles:
         warn(message)
 
     def load(self, config: TrainConfig, precision: Precision, device: torch.device, *, trains: bool = True) -> Model:
-        """Load the model as it is on disk: all weights in float32, or frozen when adapters are trained.
+        """Load the model as it is on disk: all weights trainable, or frozen when adapters are trained.
 
         Args:
             trains: whether it will be trained on this device, with gradients and an optimizer.
@@ -152,18 +166,20 @@ class PolicyFiles:
                 precision=precision,
                 device=device,
                 frozen=config.lora_rank > 0,
+                narrow=keeps_narrow_weights(config),
                 adapter=self.adapter,
                 attention=self.attention.to_set,
                 trust_remote_code=config.trust_remote_code,
                 reads=reads_weights(),
             )
-        if not config.lora_rank:
+        if keeps_narrow_weights(config):
+            if sharding_asked_for():
+                store_all_in(model, precision.dtype)
+        elif not config.lora_rank:
             cast_experts(model)
         _repair_generation(model)
         if config.gradient_checkpointing:
-            # Renamed in transformers 5.24.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            enable_checkpointing(model)
         return model
 
     def reporting_memory(

@@ -17,6 +17,9 @@ _WEIGHT = _GRADIENT = 4  # float32
 # Moments of the optimizers that `training: optim:` may name; of others nothing is certain.
 _MOMENTS = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 0}
 
+# Bytes of each parameter by `--memory`: 16-bit weights and gradients, and 8-bit moments unless they are on the host.
+_NARROW = {"lean": 6, "host": 4}
+
 # The share of a GPU that sharded weights, gradients and moments may take when a number of GPUs is recommended.
 _OF_EACH_GPU = 0.8
 
@@ -45,6 +48,8 @@ def training_bytes(sizes: Sizes, config: TrainConfig, precision: Precision) -> i
     """Return the bytes of weights, gradients and optimizer states, which exist at the same time."""
     if config.lora_rank:
         return sizes.frozen(precision.dtype)  # adapters, with their gradients and moments, are small beside it
+    if config.memory in _NARROW:
+        return _NARROW[config.memory] * sizes.parameters
     return full_bytes(sizes, precision, optimizer=str(config.training.get("optim", "adamw_torch")))
 
 
@@ -58,7 +63,8 @@ def _instead(sizes: Sizes, config: TrainConfig, precision: Precision, need: int,
     """Return ways to train that need less memory on one GPU, the nearest to full fine-tuning first."""
     ways = []
     if not config.lora_rank:
-        # Recipes that train all weights in fewer bytes belong here.
+        if config.memory == "full" and not precision.is_full:
+            ways += [Way(f"--memory {name}", each * sizes.parameters) for name, each in _NARROW.items()]
         ways.append(Way("--lora-rank 16", sizes.frozen(precision.dtype)))
     if not sizes.packed:
         ways.append(Way("--lora-rank 16 on a version of the model quantised to 4 bits", sizes.four_bits()))

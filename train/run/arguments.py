@@ -10,11 +10,12 @@ import transformers
 from transformers.integrations import get_reporting_integration_callbacks
 
 from offline_kto.kto_core.errors import ConfigError, in_one_line, nearest, shown
-from offline_kto.kto_core.launch import START_OR_UNSET, unreachable, world_size
+from offline_kto.kto_core.launch import START_OR_UNSET, sharding_asked_for, unreachable, world_size
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.options import check_table, value_types
 from offline_kto.kto_core.redaction import is_secret_name, without_secrets
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.recipe import keeps_narrow_weights
 from offline_kto.train.trainer.compiled_layers import BACKEND, MODE, TORCH_COMPILE, Compiling
 from offline_kto.train.trainer.liger_layers import liger_settings
 
@@ -114,7 +115,9 @@ def training_arguments(
         "weight_decay": config.weight_decay,
         "max_grad_norm": 1.0,
         "seed": config.seed,
-        "bf16": precision.dtype == torch.bfloat16,
+        # Otherwise accelerate would convert trained weights to float32 before it shards them. FSDP2 computes in bfloat16
+        # by its own policy, see `prepare_sharding`.
+        "bf16": precision.dtype == torch.bfloat16 and not (keeps_narrow_weights(config) and sharding_asked_for()),
         "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
         "logging_steps": config.logging_steps,
         "logging_first_step": True,

@@ -14,11 +14,12 @@ from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.durable_files import write_json, written_to
 from offline_kto.kto_core.errors import ConfigError, WriteError
 from offline_kto.kto_core.models.folders import find_reference
-from offline_kto.kto_core.models.precision import resolve_device, resolve_precision
+from offline_kto.kto_core.models.precision import resolve_device
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import scored_in_words, shortened_in_words
 from offline_kto.train.data.training_data import TrainingData, rows_to_evaluate
 from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.model.recipe import run_precision
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.start_check import check_start
 from offline_kto.train.run.training_run import check_vocabulary, make_trainer
@@ -54,13 +55,15 @@ def evaluate_run(config: TrainConfig) -> Path:
     run = config.evaluate_only
     assert run is not None
     config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
+    if config.dtype == "float32":
+        config = dataclasses.replace(config, memory="full")  # a model trained in 16 bits can be evaluated in more
     check_is_run(run, "--evaluate-only")
     record = read_run_record(run)
     refuse_pipes(run, "--evaluate-only")
     found_final = record.get("final")
     final: FinalUpdate = found_final if isinstance(found_final, dict) else {}
     device = resolve_device(config.device)
-    precision = resolve_precision(config.dtype, device)
+    precision = run_precision(config, device)
     rows = rows_to_evaluate(config, record, _trained_prompts(run))
     held_out, manifest = rows.held_out, rows.held_out.cache.manifest
     files, adapters = _find(config, run, manifest, record)

@@ -16,10 +16,12 @@ from offline_kto.kto_core.models.weight_files import stored_tensors
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.training_data import TrainingData, open_cache
+from offline_kto.train.model.checkpointing import disable_checkpointing, is_checkpointing
 from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.trainer.lean_layers import restore_layers
 
 # Options that require loading another model. Other options are applied to, or removed from, the model in memory.
-_OF_MODEL = ("model", "dtype", "attention", "gradient_checkpointing", "trust_remote_code")
+_OF_MODEL = ("model", "dtype", "attention", "memory", "gradient_checkpointing", "trust_remote_code")
 
 
 class Materials:
@@ -82,6 +84,7 @@ class _Initial:
     others: dict[str, Tensor]
     trained: dict[str, bool]
     forward: Callable[..., object] | None
+    checkpoints: bool
 
     @classmethod
     @torch.no_grad()
@@ -92,7 +95,7 @@ class _Initial:
         in_files = [name for name, tensor in tensors.items() if files.holds(name, tensor)]
         others = {name: tensors[name].detach().to("cpu", copy=True) for name in tensors.keys() - set(in_files)}
         trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        return cls(key, model, files, in_files, others, trained, vars(model).get("forward"))
+        return cls(key, model, files, in_files, others, trained, vars(model).get("forward"), is_checkpointing(model))
 
     @torch.no_grad()
     def restore(self) -> Model:
@@ -104,6 +107,9 @@ class _Initial:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.trained[name])
             parameter.grad = None
+        restore_layers(self.model)
+        if is_checkpointing(self.model) and not self.checkpoints:  # the last run's own choice
+            disable_checkpointing(self.model)
         # accelerate wrapped `forward` in autocast, and would not do so again if it found its attribute.
         self.model.forward = self.forward
         self.model.__dict__.pop("_is_accelerate_prepared", None)

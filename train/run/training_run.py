@@ -15,8 +15,7 @@ from offline_kto.kto_core.durable_files import write_json
 from offline_kto.kto_core.errors import TrainingError, in_one_line
 from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.library_types import Model
-from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision
-from offline_kto.kto_core.options import AUTO
+from offline_kto.kto_core.models.precision import Precision, resolve_device
 from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.head import whole_shape
 from offline_kto.kto_core.scoring.logps import sees_whole_passes
@@ -27,12 +26,14 @@ from offline_kto.train.diagnostics.settings import class_weight_values, warnings
 from offline_kto.train.diagnostics.training import Settings, Watch
 from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.model.recipe import keeps_narrow_weights, run_precision, saved_type
 from offline_kto.train.model.saved_model import Layout, ModelWriter
 from offline_kto.train.run.arguments import accepted_by_trainer, training_arguments
 from offline_kto.train.run.callbacks import Console, MetricsFile
 from offline_kto.train.run.folder import last_checkpoint, write_start
 from offline_kto.train.run.inputs import Materials
 from offline_kto.train.run.model_card import CARD, command_of, write_card
+from offline_kto.train.run.optimizer import own_optimizer
 from offline_kto.train.run.plan import print_plan
 from offline_kto.train.run.rewards_file import write_rewards
 from offline_kto.train.run.start_check import check_start, tolerance_for
@@ -100,7 +101,7 @@ class TrainingRun:
             KTOError: the user's input cannot be used.
         """
         device = resolve_device(config.device)
-        precision = resolve_precision(config.dtype, device)
+        precision = run_precision(config, device)
         files = materials.files(config, data.rows.manifest)
         objective = Objective.of(config, class_weight_values(config, *data.class_counts))
         warnings: list[str] = []
@@ -170,8 +171,8 @@ class TrainingRun:
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"Out of memory with --max-tokens {trainer.policy.max_tokens}, rows of at most {self.data.rows.max_length} tokens: "
-                f"{in_one_line(error)} Use a smaller --max-tokens or --max-length, --gradient-checkpointing, --lora-rank 16 "
-                "or an 8-bit optimizer (training: optim: adamw_bnb_8bit). --resume continues from the last checkpoint."
+                f"{in_one_line(error)} Use a smaller --max-tokens or --max-length, --gradient-checkpointing, --memory lean "
+                "or --lora-rank 16. --resume continues from the last checkpoint."
             ) from error
         finally:
             if self.console is not None:
@@ -194,8 +195,7 @@ class TrainingRun:
     @property
     def _saved_type(self) -> torch.dtype | None:
         """Type of the saved weights; None for the type they were trained in."""
-        name = self.config.save_dtype
-        return None if name in (AUTO, "float32") else getattr(torch, name)
+        return saved_type(self.config)
 
     @property
     def _merges(self) -> bool:
@@ -423,13 +423,20 @@ def make_trainer(
             max_tokens=_max_tokens(config, model, args.device),
             rounding=tolerance_for(data.rows.manifest, precision),
             held_out=data.held_out,
+            may_checkpoint=config.gradient_checkpointing is None,
+            optimizer_cls_and_kwargs=own_optimizer(config, args),
             writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
             sending=Sending(reduce_dtype, bucket_mb * 2**20 if bucket_mb else BUCKET_BYTES),
             callbacks=callbacks,
         )
     trainer.remove_callback(transformers.PrinterCallback)
-    merges = bool(config.lora_rank and files.adapter)
-    prepare_sharding(trainer.accelerator, precision.dtype, reduce_dtype=reduce_dtype, merges=merges)
+    prepare_sharding(
+        trainer.accelerator,
+        precision.dtype,
+        merges=bool(config.lora_rank and files.adapter),
+        narrow=keeps_narrow_weights(config),
+        reduce_dtype=reduce_dtype,
+    )
     return trainer
 
 

@@ -4,7 +4,8 @@ unit         rows that share a loss: one row, or the two of a pair
 micro-batch  units that fit into --max-tokens: one forward and backward pass
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import accelerate
@@ -18,10 +19,10 @@ from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.head import add_gradients_in_place
 from offline_kto.kto_core.scoring.logps import token_logps
-from offline_kto.kto_core.scoring.sequences import FILLER
+from offline_kto.kto_core.scoring.sequences import FILLER, Sequences
 from offline_kto.train.data.cache_rows import TrainingRow
 from offline_kto.train.trainer.finite_checks import check_losses
-from offline_kto.train.trainer.memory import Meter, optimizer_bytes, tokens_that_fit
+from offline_kto.train.trainer.memory import Budget, Meter, optimizer_bytes, tokens_that_fit
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 from offline_kto.train.trainer.reference_point import ReferencePoint
@@ -85,30 +86,43 @@ class GradientPasses:
                     raise
             policy.halve_max_tokens(least)  # outside `except`, whose traceback keeps the tensors alive
 
-    def measure_max_tokens(self, meter: Meter, *, longest: int) -> int:
+    def measure_max_tokens(self, meter: Meter, *, longest: int, of_matrix: Callable[[torch.dtype], float]) -> Budget:
         """Return how many tokens of one pass fit into memory, agreed between sharded ranks; gradients are cleared.
 
         Args:
             longest: tokens in the longest row.
+            of_matrix: bytes that the optimizer keeps of a value, see `optimizer_bytes`.
         """
         ranks, model = self.policy.ranks, self.policy.model
-        reserve = optimizer_bytes(model, sharded_over=ranks.world if ranks.sharded else 1)
+        reserve = optimizer_bytes(model, sharded_over=ranks.world if ranks.sharded else 1, of_matrix=of_matrix)
         row = longest if self.policy.packs else self.policy.widths.of(longest)
-        tokens = tokens_that_fit(
-            meter, lambda rows: self.try_rows(rows, longest), row=row, reserve=reserve, alone=not ranks.sharded
+        fit = functools.partial(tokens_that_fit, meter, row=row, reserve=reserve, alone=not ranks.sharded)
+        # Scoring runs while there are no gradients, but they may stay allocated.
+        tokens, scoring = (
+            fit(lambda rows: self.try_rows(rows, longest)),
+            fit(lambda rows: self.score_rows(rows, longest)),
         )
         model.zero_grad()
         torch.cuda.empty_cache()
-        return ranks.least(tokens)
+        return Budget(ranks.least(tokens), ranks.least(scoring))
 
     def try_rows(self, rows: int, length: int) -> None:
         """Run a forward and backward pass over rows of one length; every token but one belongs to the completion."""
-        row = FILLER[0], np.zeros(length - 1, dtype=np.int32)
         with one_memory_error():
-            batch = self.policy.lay_out([row] * rows).to(self.policy.device)
+            batch = self._rows_of(rows, length)
             self._train()
             self._begin_gradients()
             self.backward(token_logps(self.policy.scoring_model, batch).token_logps.sum() * 0.0, last=True)
+
+    @torch.no_grad()
+    def score_rows(self, rows: int, length: int) -> None:
+        """Run a forward pass without gradients over such rows."""
+        batch = self._rows_of(rows, length)
+        self.policy.scoring_model.eval()
+        token_logps(self.policy.scoring_model, batch)
+
+    def _rows_of(self, rows: int, length: int) -> Sequences:
+        return self.policy.lay_out([(FILLER[0], np.zeros(length - 1, dtype=np.int32))] * rows).to(self.policy.device)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add a loss's gradients to the existing ones.

@@ -11,6 +11,7 @@ from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.train.data.cache_rows import RowKey, ScoredSequence, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.trainer.evaluation import Scores
+from offline_kto.train.trainer.memory import MOST_TOKENS
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 
@@ -22,10 +23,15 @@ _SCORING_TOKENS = 4
 
 
 class PolicyScores:
-    """Scores under the current policy, in eval mode; every method is called on every rank."""
+    """Scores under the current policy, in eval mode; every method is called on every rank.
+
+    Attributes:
+        most_tokens: padded tokens that a pass without gradients has at most.
+    """
 
     def __init__(self, policy: PreparedPolicy, objective: Objective) -> None:
         self.policy, self.objective = policy, objective
+        self.most_tokens = MOST_TOKENS
         self._passes: ScoringPasses | None = None
         self._passes_for = 0
 
@@ -108,7 +114,7 @@ class PolicyScores:
             self._passes = ScoringPasses(
                 policy.scoring_model,
                 policy.device,
-                max_tokens=_SCORING_TOKENS * policy.max_tokens,
+                max_tokens=max(policy.max_tokens, min(_SCORING_TOKENS * policy.max_tokens, self.most_tokens)),
                 alone=not policy.ranks.sharded,
                 pack=policy.packs,
                 tolerance=policy.rounding,
