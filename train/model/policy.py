@@ -186,7 +186,8 @@ class PolicyFiles:
         self, config: TrainConfig, precision: Precision, device: torch.device, doing: str
     ) -> AbstractContextManager[None]:
         """Return a block in which exhausted memory is an error with the bytes needed and free."""
-        need = self.sizes.frozen(precision.dtype) if config.lora_rank else 4 * self.sizes.parameters
+        each = 2 if keeps_narrow_weights(config) else 4
+        need = self.sizes.frozen(precision.dtype) if config.lora_rank else each * self.sizes.parameters
         return reporting_memory(self.name, device, need, doing=doing)
 
     def prepare(self, model: Model, config: TrainConfig) -> Model:
