@@ -21,7 +21,7 @@ _INDENT = 12
 # Columns whose names suggest that they change the meaning of a row.
 _MATTERS = re.compile(
     r"split|system|score|rating|reward|feedback|thumb|vote|image|img|audio|video|subset|partition|contexts?(?![a-z.])|documents|"
-    r"passages|knowledge|functions|quality|history|instruction|(?<![a-z])(?:fold|tools|grade|stars)(?![a-z])|"
+    r"passages|knowledge|functions|tool_?calls?|function_?calls?|^files$|quality|history|instruction|(?<![a-z])(?:fold|tools|grade|stars)(?![a-z])|"
     r"^(?:messages|conversations)$",
     re.IGNORECASE,
 )
@@ -148,9 +148,9 @@ def _examples(plan: Plan, tokenizer: Tokenizer) -> list[str]:
 def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     """Return warnings for the user, before scoring starts."""
     found = [*plan.notes]
-    matters = [
-        name for name in plan.feedback.unused_columns() if _MATTERS.search(name) and not _IDENTIFIES.search(name)
-    ]
+    unused = plan.feedback.unused_columns()
+    matters = [name for name in unused if _MATTERS.search(name) and not _IDENTIFIES.search(name)]
+    matters += [name for name in unused if name not in matters and name in plan.feedback.columns_of_messages()]
     matters = [name for name in matters if not any(note.startswith(f"'{name}' contradicts") for note in plan.notes)]
     matters += [name for name in plan.feedback.unused_beside() if MATTERS_BESIDE.search(name)]
     if matters:

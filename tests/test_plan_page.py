@@ -1,9 +1,13 @@
 """The printed plan: its lines fit into 100 columns whatever the data are."""
 
+import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from feedback_files import chat_rows, write_rows
 from models import tiny_tokenizer
@@ -165,6 +169,67 @@ def test_messages_with_documents_are_warned_of(tmp_path: Path, monkeypatch: pyte
         row["prompt"][0] |= {"documents": ["A page."], "name": "me"}
     write_rows(tmp_path / "feedback.jsonl", rows)
     assert warned(PrecomputeConfig(model="m", data="feedback.jsonl")) == ["prompt[].documents"]
+
+
+def test_keys_of_messages_that_nothing_reads_are_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = {"files": ["a.pdf"], "error": "cut", "deleted": True, "hidden": False, "edited_content": "x", "weight": 0}
+    rows: list[dict[str, Any]] = [
+        {
+            "messages": [
+                {**USER, "content": f"q{i}"},
+                {**ASSISTANT, "name": "me", "comment": "c", "label": i % 2, **more},
+            ]
+        }
+        for i in range(4)
+    ]
+    write_rows(tmp_path / "feedback.jsonl", rows)
+    config = PrecomputeConfig(model="m", data="feedback.jsonl")
+    unused = [*("comment", "deleted", "edited_content", "error", "files", "name", "weight")]
+    tokenizer = tiny_tokenizer()
+    feedback = make_plan(config, tokenizer).feedback
+    assert feedback.unused_beside() == [f"messages[].{name}" for name in unused]
+    assert warned(config) == [f"messages[].{name}" for name in unused if name not in ("name", "comment")]
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message.name|d('') + message.content"
+    )
+    feedback = make_plan(config, tokenizer).feedback
+    assert "messages[].name" not in feedback.unused_beside()
+    write_rows(
+        tmp_path / "feedback.jsonl", [{"messages": [one | {"weight": 1} for one in row["messages"]]} for row in rows]
+    )
+    assert "messages[].weight" not in warned(config)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("name", ["previous_messages", "thread"])
+def test_a_column_of_messages_is_warned_of_whatever_its_name(
+    name: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = texts(
+        8, **{name: before if form != "csv" else json.dumps(before)}, notes=[{"text": "x"}] if form != "csv" else "x"
+    )
+    if form == "jsonl":
+        write_rows(tmp_path / "f.jsonl", rows)
+    elif form == "csv":
+        with (tmp_path / "f.csv").open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "f.parquet")
+    assert warned(PrecomputeConfig(model="m", data=f"f.{form}")) == [name]
+
+
+@pytest.mark.parametrize("name", ["tool_calls", "function_call", "files"])
+def test_calls_and_files_that_nothing_reads_are_warned_of(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "f.jsonl", [{**one, name: ["x"]} for one in pairs(8)])
+    assert warned(PrecomputeConfig(model="m", data="f.jsonl")) == [name]
 
 
 def test_a_column_that_contradicts_the_label_has_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

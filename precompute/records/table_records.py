@@ -35,6 +35,7 @@ _EXCEL_SEPARATOR = re.compile(r'"?sep=([,;\t|])"?', re.IGNORECASE)
 _BATCH_ROWS = 256
 # The value of a column that was not requested.
 NOT_READ = "(not read)"
+_MESSAGES_NOT_READ = [{"role": NOT_READ}]
 
 # The log of Gradio's ChatInterface names five columns and writes four: its "value" is missing.
 _GRADIO_HEADER = ["conversation", "index", "value", "flag", "timestamp"]
@@ -157,7 +158,11 @@ def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) 
             names, named = schema.names, ClassNames.of_schema(schema.metadata)
             wanted = [column for column in names if columns is None or column in columns] or names
             _refuse_twins(wanted, name)
-            unread = dict.fromkeys((column for column in names if column not in wanted), NOT_READ)
+            unread = {
+                name: _MESSAGES_NOT_READ if _are_messages(schema.field(name).type) else NOT_READ
+                for name in names
+                if name not in wanted
+            }
             size, most = 0, LARGEST_RECORD + MOST_PACKED * path.stat().st_size
             for batch in _batches(handle, wanted, name):
                 size += _size(batch)
@@ -172,6 +177,15 @@ def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) 
             raise FeedbackError(
                 f"{name}: not readable as Parquet after row {number} ({said_by(error)}). {COPY_AGAIN}"
             ) from error
+
+
+def _are_messages(kind: "pa.DataType") -> bool:
+    """Return whether a column has lists of messages."""
+    import pyarrow as pa
+
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return False
+    return any(field.name in ("role", "from") for field in kind.value_type)
 
 
 def _batches(handle: IO[bytes], columns: list[str], name: str) -> Iterator["pa.RecordBatch"]:
