@@ -96,7 +96,7 @@ class ChatRenderer:
         if kept == text:
             return row
         if not kept.strip() and not has_tool_calls(last):
-            raise TokenizationError(f"{row.where}: the answer is only {printable(text.strip(), 60)!r}. Remove the row.")
+            raise TokenizationError(f"{row.where}: the answer is only '{printable(text.strip(), 60)}'. Remove the row.")
         found.add("closed", row.where)
         return replace(row, completion=(*cast("Sequence[Message]", row.completion)[:-1], {**last, "content": kept}))
 
@@ -401,19 +401,19 @@ def _refused(row: FeedbackRow, missing: Missing, sides: tuple[str, str]) -> _Los
     of_completion = piece.message >= len(row.prompt)
     if of_completion and not missing.answered:
         return _LossError(
-            f"{row.where}: the chat template leaves the completion out: {shown!r} is not in what it writes, "
-            f"{printable(sides[1], 60)!r}.",
+            f"{row.where}: the chat template leaves the completion out: '{shown}' is not in what it writes, "
+            f"'{printable(sides[1], 60)}'.",
             len(missing.lost),
         )
     side = "completion" if of_completion else "prompt"
     what = {
         CONTENT: "a part of the completion"
         if of_completion
-        else f"a message of the role {printable(piece.role, 30)!r}",
+        else f"a message of the role '{printable(piece.role, 30)}'",
         TOOL: "one of the 'tools'",
     }.get(piece.kind, f"the {piece.kind} in the {side}")
     more = f" (and {len(missing.lost) - 1} more)" if len(missing.lost) > 1 else ""
     return _LossError(
-        f"{row.where}: the chat template leaves out {what}: {shown!r} is not in what it writes{more}.",
+        f"{row.where}: the chat template leaves out {what}: '{shown}' is not in what it writes{more}.",
         len(missing.lost),
     )
