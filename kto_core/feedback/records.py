@@ -116,7 +116,7 @@ def _with_calls(
     """
     usual = next((name for name in (*COMPLETIONS, "output") if name in record), None)
     name = usual if fields.completion is None else fields.completion.text
-    if name not in record or is_pair(present, fields):
+    if name is None or name not in record or is_pair(present, fields):
         return present, None
     answer = "" if present.get(name) is None else as_turns(present[name], where, name)
     if isinstance(answer, str):
