@@ -9,9 +9,11 @@ import ctypes
 import gc
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 
 from offline_kto.kto_core.streams import is_terminal
 
@@ -32,6 +34,28 @@ def keep_freed_memory() -> None:
     mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
     for parameter, value in ((_M_MMAP_THRESHOLD, _KEPT), (_M_TRIM_THRESHOLD, _KEPT), (_M_TOP_PAD, _STEP)):
         mallopt(parameter, value)
+
+
+def use_expandable_segments() -> None:
+    """Let torch's GPU allocator grow its segments, unless the user set it. Call before torch is imported.
+
+    Every micro-batch has another shape. By default each would need blocks of its own size, and much of the memory would
+    lie between blocks. Not for processes that start vLLM, which inherits the environment and manages memory itself.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if not any(name in os.environ for name in names):
+        # Versions of torch from 2.9 warn of the other name.
+        recent = tuple(map(int, re.findall(r"\d+", version("torch"))[:2])) >= (2, 9)
+        os.environ["PYTORCH_ALLOC_CONF" if recent else "PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def deprioritize_cudnn_attention() -> None:
+    """Make PyTorch prefer flash to cuDNN for sdpa, unless the user set it. Call before the first attention on a GPU.
+
+    On recent GPUs PyTorch 2.11 and later try cuDNN first, which builds a plan for every new shape of a batch, in tenths
+    of a second. PyTorch reads the variable once, at the first attention.
+    """
+    os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 
 @contextlib.contextmanager

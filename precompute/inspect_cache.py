@@ -1,7 +1,6 @@
 """The commands of `kto-cache`: describe, verify and print a reference cache."""
 
 import json
-import textwrap
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -17,7 +16,7 @@ from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.progress import Progress
 from offline_kto.kto_core.redaction import hidden
-from offline_kto.precompute.preview import block, visible, width
+from offline_kto.precompute.preview import block, columns_of, folded, visible, width
 
 
 def info(location: Location) -> list[str]:
@@ -142,11 +141,11 @@ def _shown(row: CacheRow, tokenizer: Tokenizer) -> Iterator[str]:
         right = _lines(f"y'  ({total:.2f})", visible(tokenizer, ids), column)
         for i in range(max(len(left), len(right))):
             a, b = (side[i] if i < len(side) else "" for side in (left, right))
-            yield f"{a:<{column}} | {b}"
+            yield f"{a}{' ' * (column - columns_of(a))} | {b}"
     yield ""
 
 
 def _lines(title: str, text: str, width: int, most: int = 12) -> list[str]:
-    lines = textwrap.wrap(text, width) or [""]
+    lines = folded(text, width, at_marks=True)
     cut = [f"... {counted(len(lines) - most, 'more line')}"] if len(lines) > most else []
     return [title, *lines[:most], *cut]

@@ -277,7 +277,7 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
             )
         raise PairingError(" ".join([f"{config.data}: {error}", *(f"({one})" for one in before)])) from error
     rendered_on = day.isoformat() if tokenizing.dated else None
-    notes = [*warnings_about(config.data), *feedback.notes(), *tokenizing.warnings()]
+    notes = [*warnings_about(config.data, config.split), *feedback.notes(), *tokenizing.warnings()]
     return Plan(rows, pairing, config.max_length, read, dropped, files, feedback, examples, notes, rendered_on)
 
 

@@ -1,12 +1,12 @@
 """Describe a plan to the user: the format, the labels, the rows that are left out, lengths, and example rows."""
 
 import re
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from offline_kto.kto_core.errors import printable
 from offline_kto.kto_core.feedback.labels import rare_class
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.library_types import Tokenizer
@@ -14,14 +14,14 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.feedback.used_columns import MATTERS_BESIDE
 from offline_kto.precompute.plan import Plan, PlanCounts
-from offline_kto.precompute.preview import block, visible, width
+from offline_kto.precompute.preview import block, folded, visible, width
 
 _WIDTH = 100
 _INDENT = 12
 # Columns whose names suggest that they change the meaning of a row.
 _MATTERS = re.compile(
     r"split|system|score|rating|reward|feedback|thumb|vote|image|img|audio|video|subset|partition|contexts?(?![a-z.])|documents|"
-    r"passages|knowledge|functions|quality|history|instruction|(?<![a-z])(?:fold|tools|grade|stars)(?![a-z])|"
+    r"passages|knowledge|functions|tool_?calls?|function_?calls?|^files$|quality|history|instruction|(?<![a-z])(?:fold|tools|grade|stars)(?![a-z])|"
     r"^(?:messages|conversations)$",
     re.IGNORECASE,
 )
@@ -32,7 +32,7 @@ _EXAMPLE_LINES = 4
 
 
 def describe(plan: Plan, counts: PlanCounts, config: PrecomputeConfig, tokenizer: Tokenizer) -> list[str]:
-    """Return a description of the plan, lines of at most 100 columns unless a single word is longer."""
+    """Return a description of the plan, lines of at most 100 columns."""
     lines = [line for name, text in _entries(plan, counts, config) for line in wrapped(name, text)]
     lines += [line for text in warnings(plan, counts) for line in wrapped("warning", text)]
     return [*lines, *_examples(plan, tokenizer)]
@@ -40,14 +40,8 @@ def describe(plan: Plan, counts: PlanCounts, config: PrecomputeConfig, tokenizer
 
 def wrapped(name: str, text: str) -> list[str]:
     """Return a text as lines beside its name."""
-    return textwrap.wrap(
-        text,
-        _WIDTH,
-        initial_indent=f"{name:<{_INDENT}}",
-        subsequent_indent=" " * _INDENT,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    lines = folded(text, _WIDTH - _INDENT)
+    return [f"{name if number == 0 else '':<{_INDENT}}{line}" for number, line in enumerate(lines)]
 
 
 def _entries(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> Iterator[tuple[str, str]]:
@@ -96,7 +90,9 @@ def _values(feedback: Feedback, kept: int) -> str:
     for (value, destination), count in feedback.label_rule.seen.most_common():
         by_destination[destination].append(f"{value} ({count:,})")
     order = [name for name in ("up", "down", "left out") if by_destination[name]]
-    parts = [f"{name}: {_few(by_destination[name])}" for name in order]
+    is_pair = feedback.mapping is not None and feedback.mapping.pair is not None
+    shown = {"up": "the first is better", "down": "the second is better"} if is_pair else {}
+    parts = [f"{shown.get(name, name)}: {_few(by_destination[name])}" for name in order]
     judged = sum(count for (_, destination), count in feedback.label_rule.seen.items() if destination != "left out")
     as_read = "values as read: " if judged > kept else ""
     return f" ({as_read}{'; '.join(parts)})" if parts else ""
@@ -139,7 +135,7 @@ def _examples(plan: Plan, tokenizer: Tokenizer) -> list[str]:
     lines: list[str] = []
     columns = width(_WIDTH)
     for where, row in plan.examples:
-        lines.append(f"example     {'desirable' if row.label else 'undesirable'}, {where}")
+        lines += wrapped("example", f"{'desirable' if row.label else 'undesirable'}, {printable(where)}")
         lines += block("  prompt      ", visible(tokenizer, row.prompt_ids), columns, _EXAMPLE_LINES)
         lines += block("  completion  ", visible(tokenizer, row.completion_ids), columns, _EXAMPLE_LINES)
     return lines
@@ -148,9 +144,9 @@ def _examples(plan: Plan, tokenizer: Tokenizer) -> list[str]:
 def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     """Return warnings for the user, before scoring starts."""
     found = [*plan.notes]
-    matters = [
-        name for name in plan.feedback.unused_columns() if _MATTERS.search(name) and not _IDENTIFIES.search(name)
-    ]
+    unused = plan.feedback.unused_columns()
+    matters = [name for name in unused if _MATTERS.search(name) and not _IDENTIFIES.search(name)]
+    matters += [name for name in unused if name not in matters and name in plan.feedback.columns_of_messages()]
     matters = [name for name in matters if not any(note.startswith(f"'{name}' contradicts") for note in plan.notes)]
     matters += [name for name in plan.feedback.unused_beside() if MATTERS_BESIDE.search(name)]
     if matters:

@@ -1,4 +1,4 @@
-"""Render the tables of docs/options.md and docs/feedback.md, and configs/kto.yaml. `python tests/docs_tables.py` rewrites them."""
+"""Render the tables of docs/options.md, feedback.md and gpu.md, and configs/kto.yaml. `python tests/docs_tables.py` rewrites them."""
 
 import dataclasses
 import re
@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from format_tables import formats_table, functions_table
+from memory_tables import recipes_table
 
 from offline_kto.kto_core.options import as_plain, flag
 from offline_kto.precompute.config import PrecomputeConfig
@@ -17,6 +18,7 @@ from offline_kto.train.sweep.config import SweepConfig
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS_PAGE = ROOT / "docs/options.md"
 FEEDBACK_PAGE = ROOT / "docs/feedback.md"
+GPU_PAGE = ROOT / "docs/gpu.md"
 TABLES: dict[str, type] = {"kto-precompute": PrecomputeConfig, "kto-train": TrainConfig, "kto-sweep": SweepConfig}
 
 TABLE_FIELDS = ("training", "space", "train")  # in YAML alone
@@ -94,6 +96,11 @@ def with_formats(page: str) -> str:
     return _with_table(page, "recognised formats", formats_table())
 
 
+def with_recipes(page: str) -> str:
+    """Return the text of docs/gpu.md with its table of recipes replaced by a current one."""
+    return _with_table(page, "memory by recipe", recipes_table())
+
+
 def _with_table(page: str, name: str, table: str) -> str:
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     return re.sub(re.escape(start) + ".*?" + re.escape(end), lambda _: f"{start}\n{table}\n{end}", page, flags=re.S)
@@ -102,4 +109,5 @@ def _with_table(page: str, name: str, table: str) -> str:
 if __name__ == "__main__":
     OPTIONS_PAGE.write_text(with_tables(OPTIONS_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     FEEDBACK_PAGE.write_text(with_formats(FEEDBACK_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    GPU_PAGE.write_text(with_recipes(GPU_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     (ROOT / "configs/kto.yaml").write_text(kto_yaml(), encoding="utf-8")

@@ -653,6 +653,32 @@ def test_media_and_parts_of_mapped_turns_are_not_lost(tmp_path: Path, form: str)
     assert (rows, left_out) == ([row("Hi", "Hello", False)], {"images, audio or other media": 1})
 
 
+def test_parts_of_joined_messages_are_used(tmp_path: Path) -> None:
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("join: chat\nturns: {messages: rows, label: ok}\n")
+    said = [("user", "Hi"), ("assistant", "Hello")]
+    records = [{"chat": 2, "role": role, "parts": [{"type": "text", "text": text}], "ok": "no"} for role, text in said]
+    rows, _, _, feedback = read(write(tmp_path / "f.jsonl", records), map=str(mapping))
+    assert (rows, feedback.unused_columns()) == ([row("Hi", "Hello", False)], [])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"session_id": "x", "turn": 1},
+        {"sessionId": "x", "turn_index": 1},
+        {"dialogue_id": "x"},
+        {"dialogId": "x"},
+    ],
+)
+def test_turns_of_a_session_are_pointed_out_if_they_are_counted(tmp_path: Path, more: dict[str, Any]) -> None:
+    records = [{"query": q, "answer": "a", "label": 1, **more} for q in "qr"]
+    (note,) = read(write(tmp_path / "f.jsonl", records))[3].notes()
+    assert note.startswith(f"2 records share a {next(iter(more))}")
+    without = [{"query": q, "answer": "a", "label": 1, "session_id": "x"} for q in "qr"]
+    assert read(write(tmp_path / "g.jsonl", without))[3].notes() == []
+
+
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
 def test_turns_of_one_conversation_in_rows_of_their_own_are_pointed_out(tmp_path: Path, form: str) -> None:
     """Their prompts lack the turns before, which nothing else would show."""

@@ -259,7 +259,8 @@ def test_a_message_that_the_template_leaves_out_is_refused(role: str, content: s
     messages = [ASK, ANSWER, {"role": role, "content": content}, ASK, ANSWER]
     with pytest.raises(TokenizationError, match=rf"^f\.jsonl:7: .* leaves out a message of the role '{role}': "):
         texts(skips, messages=messages)
-    assert texts(CHAT_TEMPLATE, messages=messages)[2] == []
+    marked = ["messages of 1 row contain special tokens"] * (content == "<|im_start|>")
+    assert [warning[:40] for warning in texts(CHAT_TEMPLATE, messages=messages)[2]] == marked
 
 
 def test_tools_that_the_template_leaves_out_are_refused() -> None:

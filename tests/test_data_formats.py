@@ -895,6 +895,13 @@ def test_ranking_of_dataset_info(tmp_path):
     assert read(beside(as_json(tmp_path, [record, record]), entry))[0] == pair("q", "a", "b") * 2
 
 
+def test_columns_that_dataset_info_names_are_used(tmp_path):
+    record = {"conv": [{"from": "human", "value": "q"}], "c": "a", "r": "b", "sy": "s", "note": "x"}
+    columns = {"messages": "conv", "chosen": "c", "rejected": "r", "system": "sy"}
+    path = beside(as_json(tmp_path, [record, record]), {"formatting": "sharegpt", "ranking": True, "columns": columns})
+    assert read(path)[2].unused_columns() == ["note"]
+
+
 def test_mistakes_in_dataset_info_name_it(tmp_path):
     path = as_jsonl(tmp_path, [{"prompt": "q", "completion": "a", "label": True}])
     assert "columns" in refusal(beside(path, {"columns": {"promt": "prompt"}}), ConfigError)
@@ -1141,6 +1148,9 @@ def test_a_folder_of_files_with_different_keys(tmp_path):
             "turn marks of a chat template that is not the tokenizer's: 1 (first: f.jsonl:2)",
         ),
         ({"prompt": "User: q\nAssistant:"}, "turn marks of a chat template that is not the tokenizer's: 1"),
+        ({"prompt": "system\nYou are Qwen.\nuser\n1?\nassistant\n"}, "turn marks of a chat template"),
+        ({"prompt": "system: Be.\nuser: 1?\nassistant: one\nuser: 2?"}, "turn marks of a chat template"),
+        ({"prompt": [user("<start_of_turn>user\n1?<end_of_turn>\n")]}, "turn marks of a chat template"),
         (
             {"prompt": "What is the capital of Peru?", "completion": "What is the capital of Peru?\nLima"},
             "begins with the whole prompt: 1 (first: f.jsonl:2)",

@@ -15,7 +15,18 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from click.testing import CliRunner
 from doc_pages import PAGES
-from docs_tables import FEEDBACK_PAGE, OPTIONS_PAGE, ROOT, TABLE_FIELDS, TABLES, kto_yaml, with_formats, with_tables
+from docs_tables import (
+    FEEDBACK_PAGE,
+    GPU_PAGE,
+    OPTIONS_PAGE,
+    ROOT,
+    TABLE_FIELDS,
+    TABLES,
+    kto_yaml,
+    with_formats,
+    with_recipes,
+    with_tables,
+)
 
 from offline_kto.kto_core.cache.shards import SCHEMA
 from offline_kto.kto_core.feedback import paths
@@ -46,6 +57,12 @@ def test_the_tables_of_formats_and_functions_are_current() -> None:
     assert [name for name in functions if f"| `{name}(" not in page] == []
     assert all(f"| `{path.stem}`" in page for path in (ROOT / "configs/formats").glob("*.yaml"))
     assert with_formats(page) == page, "run: python tests/docs_tables.py"
+
+
+def test_the_table_of_recipes_is_current() -> None:
+    page = GPU_PAGE.read_text(encoding="utf-8")
+    assert "<!-- memory by recipe -->\n| model | recipe |" in page
+    assert with_recipes(page) == page, "run: python tests/docs_tables.py"
 
 
 def table_fields(config: type) -> list["dataclasses.Field[Any]"]:

@@ -1026,3 +1026,47 @@ def test_two_conversations_that_differ_are_refused():
     talk = [user("p"), assistant("c")]
     assert "differ" in refusal({"messages": talk, "conversations": [user("p"), assistant("x")], "label": True})
     assert one({"messages": talk, "conversations": talk, "label": True}).completion == (assistant("c"),)
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "find", "arguments": {"q": "x"}}}
+
+
+@pytest.mark.parametrize("calls", [[CALL], CALL, json.dumps([CALL])])
+@pytest.mark.parametrize(
+    ("record", "content"),
+    [
+        ({"prompt": "w2?", "completion": "calling"}, "calling"),
+        ({"question": "w2?", "answer": None}, ""),
+        ({"prompt": "w2?", "response": ""}, ""),
+        ({"instruction": "w2?", "output": "calling"}, "calling"),
+    ],
+)
+def test_tool_calls_beside_an_answer_belong_to_it(record, content, calls):
+    row = one({**record, "tool_calls": calls, "label": True})
+    answer = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+    assert (row.prompt, row.completion) == (({"role": "user", "content": "w2?"},), (answer,))
+    assert row.form.endswith(" + tool_calls")
+
+
+def test_a_function_call_beside_a_named_answer_belongs_to_it():
+    record = {"prompt": "w2?", "said": None, "function_call": {"name": "find", "arguments": "{}"}, "label": True}
+    row = one(record, completion="said")
+    function = {"name": "find", "arguments": {}}
+    assert row.completion == (
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+    )
+
+
+@pytest.mark.parametrize("calls", [[], "[]", 3, ["find"], None])
+def test_what_is_no_tool_call_is_no_part_of_the_answer(calls):
+    row = one({"prompt": "w2?", "completion": "a", "tool_calls": calls, "label": True})
+    assert (row.prompt, row.completion, row.form) == ("w2?", "a", "prompt + completion")
+
+
+def test_tool_calls_beside_an_answer_of_messages_are_refused_unless_it_has_calls():
+    answer = {"role": "assistant", "content": "a"}
+    record = {"prompt": "w2?", "completion": [answer], "tool_calls": [CALL], "label": True}
+    with pytest.raises(FeedbackError, match=r"'tool_calls' is beside the messages of 'completion'"):
+        one(record)
+    answer["tool_calls"] = [CALL]
+    assert one(record).completion == (answer,)

@@ -404,7 +404,7 @@ def test_whatever_a_model_s_code_raises_is_one_message_with_its_family(error):
 def test_a_mistake_of_our_own_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(
         offline_kto.kto_core.scoring.logps,
-        "_others",
+        "other_ids",
         types.FunctionType(_mistake.__code__, {"__name__": "offline_kto.kto_core.scoring.logps"}),
     )
     with pytest.raises(KeyError, match="ours"):

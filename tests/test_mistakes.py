@@ -268,7 +268,7 @@ def test_a_real_process_prints_one_message(tmp_path: Path, base: Path) -> None:
     program = "from offline_kto.precompute.cli import precompute; precompute()"
     done = forks.run(program, "--model", base, "--data", data, "--out", tmp_path / "refs")
     assert done.returncode == 1
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["starting", "reference"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["starting", "reference", "attention"]
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.startswith("Error: ")
     assert "f.jsonl:2" in done.stderr

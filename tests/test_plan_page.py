@@ -1,9 +1,13 @@
 """The printed plan: its lines fit into 100 columns whatever the data are."""
 
+import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from feedback_files import chat_rows, write_rows
 from models import tiny_tokenizer
@@ -11,6 +15,7 @@ from models import tiny_tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.plan import make_plan
 from offline_kto.precompute.plan_page import describe
+from offline_kto.precompute.preview import columns_of, folded
 
 USER, ASSISTANT, TOOL = ({"role": role, "content": f"said by {role}"} for role in ("user", "assistant", "tool"))
 LONG = "A long answer with \\ and \n and \t and \x1b. " * 40
@@ -39,6 +44,12 @@ SYSTEM = [{**one, "system": "Be kind."} for one in texts(8)]
 RENDERED = [{**one, "prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"} for one in texts(4)]
 RENDERED += [{**one, "prompt": f"<|im_start|>user\n{i}<|im_end|>"} for i, one in enumerate(texts(4))]
 
+CHINESE = "\u4f60\u597d\uff0c\u4e16\u754c\u3002" * 60
+EMOJI = "\U0001f44d\U0001f468\u200d\U0001f469\u2764\ufe0f " * 60
+WIDE = [
+    {**one, f"score {CHINESE[:9]}{i}": 1, "score_" + "x" * 150: 1} for i, one in enumerate(texts(8, completion=CHINESE))
+]
+
 KINDS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "conversations": (chat_rows(8), {}),
     "text as chat": (texts(8), {}),
@@ -51,6 +62,8 @@ KINDS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "a system column": (SYSTEM, {}),
     "unused columns": (texts(8, **COLUMNS), {}),
     "long answers": (texts(8, completion=LONG), {"max_length": 64}),
+    "wide characters": (WIDE, {}),
+    "emoji": (texts(8, system=EMOJI, completion="\U0001f44d" * 200), {"max_length": 4096}),
     "several forms": ([*texts(4), *pairs(4), *chat_rows(4)], {}),
     "one class": ([{**one, "label": True} for one in texts(8)], {"one_class": True}),
     "one prompt for most rows": (texts(2) + [{**one, "prompt": "the same"} for one in texts(30)], {}),
@@ -64,14 +77,62 @@ def test_no_line_of_a_plan_exceeds_100_columns(kind: str, tmp_path: Path, monkey
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.chdir(tmp_path)
     rows, options = KINDS[kind]
-    write_rows(tmp_path / "feedback.jsonl", rows)
-    config = PrecomputeConfig(model="m", data="feedback.jsonl", **options)
+    write_rows(tmp_path / f"{'a long name ' * 9}.jsonl", rows)
+    config = PrecomputeConfig(model="m", data=f"{'a long name ' * 9}.jsonl", **options)
     tokenizer = tiny_tokenizer()
     plan = make_plan(config, tokenizer)
     lines = describe(plan, plan.counts(), config, tokenizer)
-    assert [line for line in lines if len(line) > 100] == []
+    assert [line for line in lines if columns_of(line) > 100] == []
     assert all(line.isprintable() for line in lines)
     assert lines[0].startswith("format      ")
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("abc", 3),
+        ("\u4f60\u597d", 4),
+        ("\uff21", 2),
+        ("\U0001f44d\U0001f3fd", 4),
+        ("e\u0301", 1),
+        ("\u2764\ufe0f", 1),
+        ("", 0),
+    ],
+)
+def test_columns_of_a_terminal(text: str, columns: int) -> None:
+    assert columns_of(text) == columns
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "marks"),
+    [
+        ("one two three", ["one two", "three"], False),
+        ("one  two", ["one  two"], False),
+        ("abcdefghijkl m", ["abcdefghij", "kl m"], False),
+        ("\u4f60" * 7, ["\u4f60" * 5, "\u4f60" * 2], False),
+        ("<|end|>\\n<|go|>x", ["<|end|>\\n", "<|go|>x"], True),
+        ("abcdefg<|go|>", ["abcdefg", "<|go|>"], True),
+        ("abcdefghi\\tjk", ["abcdefghi", "\\tjk"], True),
+        ("abcd\\nefghij\\nk", ["abcd\\n", "efghij\\nk"], True),
+        ("<" + "a" * 12 + ">", ["<" + "a" * 9, "aaa>"], True),
+        ("", [""], True),
+    ],
+)
+def test_lines_end_between_words_and_tokens(text: str, lines: list[str], marks: bool) -> None:
+    assert folded(text, 10, at_marks=marks) == lines
+
+
+def test_labels_of_pairs_say_which_answer_is_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": f"q{i}", "response_a": f"a{i}", "response_b": f"b{i}", "preferred": "AB"[i % 2]} for i in range(4)
+    ]
+    write_rows(tmp_path / "f.jsonl", rows)
+    config = PrecomputeConfig(model="m", data="f.jsonl")
+    tokenizer = tiny_tokenizer()
+    plan = make_plan(config, tokenizer)
+    shown = " ".join(" ".join(describe(plan, plan.counts(), config, tokenizer)).split())
+    assert '(the first is better: "A" (2); the second is better: "B" (2))' in shown
 
 
 def test_labels_of_rows_that_are_left_out_are_named_as_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +226,67 @@ def test_messages_with_documents_are_warned_of(tmp_path: Path, monkeypatch: pyte
         row["prompt"][0] |= {"documents": ["A page."], "name": "me"}
     write_rows(tmp_path / "feedback.jsonl", rows)
     assert warned(PrecomputeConfig(model="m", data="feedback.jsonl")) == ["prompt[].documents"]
+
+
+def test_keys_of_messages_that_nothing_reads_are_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = {"files": ["a.pdf"], "error": "cut", "deleted": True, "hidden": False, "edited_content": "x", "weight": 0}
+    rows: list[dict[str, Any]] = [
+        {
+            "messages": [
+                {**USER, "content": f"q{i}"},
+                {**ASSISTANT, "name": "me", "comment": "c", "label": i % 2, **more},
+            ]
+        }
+        for i in range(4)
+    ]
+    write_rows(tmp_path / "feedback.jsonl", rows)
+    config = PrecomputeConfig(model="m", data="feedback.jsonl")
+    unused = [*("comment", "deleted", "edited_content", "error", "files", "name", "weight")]
+    tokenizer = tiny_tokenizer()
+    feedback = make_plan(config, tokenizer).feedback
+    assert feedback.unused_beside() == [f"messages[].{name}" for name in unused]
+    assert warned(config) == [f"messages[].{name}" for name in unused if name not in ("name", "comment")]
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message.name|d('') + message.content"
+    )
+    feedback = make_plan(config, tokenizer).feedback
+    assert "messages[].name" not in feedback.unused_beside()
+    write_rows(
+        tmp_path / "feedback.jsonl", [{"messages": [one | {"weight": 1} for one in row["messages"]]} for row in rows]
+    )
+    assert "messages[].weight" not in warned(config)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("name", ["previous_messages", "thread"])
+def test_a_column_of_messages_is_warned_of_whatever_its_name(
+    name: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = texts(
+        8, **{name: before if form != "csv" else json.dumps(before)}, notes=[{"text": "x"}] if form != "csv" else "x"
+    )
+    if form == "jsonl":
+        write_rows(tmp_path / "f.jsonl", rows)
+    elif form == "csv":
+        with (tmp_path / "f.csv").open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "f.parquet")
+    assert warned(PrecomputeConfig(model="m", data=f"f.{form}")) == [name]
+
+
+@pytest.mark.parametrize("name", ["tool_calls", "function_call", "files"])
+def test_calls_and_files_that_nothing_reads_are_warned_of(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "f.jsonl", [{**one, name: ["x"]} for one in pairs(8)])
+    assert warned(PrecomputeConfig(model="m", data="f.jsonl")) == [name]
 
 
 def test_a_column_that_contradicts_the_label_has_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_the_content_of_a_json_file_says_how_to_read_it(tmp_path, name, start, l
     pretty = "".join(json.dumps(row, indent=2) + "\n" for row in ROWS)
     first = 1 + start.count("\n")
     for text, lines in (
-        (json.dumps(ROWS), [first] * 3),
+        (json.dumps(ROWS), [first, f"{first} (record 2)", f"{first} (record 3)"]),
         (json.dumps(ROWS, indent=1), [first + 1, first + 6, first + 11]),
         (jsonl(ROWS), [first, first + 1, first + 2]),
         (pretty, [first, first + 5, first + 10]),
@@ -156,7 +156,7 @@ def test_deep_nesting_and_huge_numbers(tmp_path):
 @pytest.mark.parametrize("indent", [None, 2])
 def test_json_array_items_have_the_line_they_begin_on(tmp_path, indent):
     text = "\n" + json.dumps(ROWS, indent=indent) + "\n"
-    lines = [2, 2, 2] if indent is None else [3, 8, 13]
+    lines = [2, "2 (record 2)", "2 (record 3)"] if indent is None else [3, 8, 13]
     assert read(save(tmp_path / "f.json", text)) == [(f"f.json:{n}", row) for n, row in zip(lines, ROWS, strict=True)]
 
 
@@ -229,6 +229,32 @@ def test_csv_empty_cells_are_none_and_the_index_of_pandas_is_left_out(tmp_path):
         {"prompt": "q", "label": None, "chosen": None},
         {"prompt": "r", "label": "0", "chosen": " "},
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "records"),
+    [
+        ("a,b,\n1,x,NO wrong\n2,y,\n", [{"a": "1", "b": "x", "(column 3)": "NO wrong"}, {"a": "2", "b": "y"}]),
+        (",a,b\n0,1,x\nk,2,y\n", [{"a": "1", "b": "x"}, {"a": "2", "b": "y", "(column 1)": "k"}]),
+        ("a,,b,\n1,0,x, \n", [{"a": "1", "b": "x", "(column 2)": "0"}]),
+    ],
+)
+def test_csv_columns_without_a_name_are_numbered_if_they_have_a_value(tmp_path, text, records):
+    assert [record for _, record in read(save(tmp_path / "f.csv", text))] == records
+
+
+@pytest.mark.parametrize(
+    ("text", "record"),
+    [
+        ("p, r, l\nA?, b, 1\n", {"p": "A?", "r": "b", "l": "1"}),
+        ('"p", "r", "l"\n"A, B?", "b, c", "1"\n', {"p": "A, B?", "r": "b, c", "l": "1"}),
+        ("p; r\nA?;  b\n", {"p": "A?", "r": "b"}),
+        ("p,r,l\nA?, b,1\n", {"p": "A?", "r": " b", "l": "1"}),
+        ("p, r,l\nA?, b,1\n", {"p": "A?", "r": " b", "l": "1"}),
+    ],
+)
+def test_csv_spaces_after_separators_belong_to_no_cell_if_the_header_has_them(tmp_path, text, record):
+    assert [one for _, one in read(save(tmp_path / "f.csv", text))] == [record]
 
 
 def test_csv_cells_longer_than_the_default_limit(tmp_path):
@@ -484,6 +510,35 @@ def test_damaged_dataset(folder):
 
 
 @pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_split_that_is_read_and_the_others_are_named(tmp_path, saved):
+    folder = tmp_path / "set"
+    if saved:
+        dataset = datasets.Dataset.from_list([{"a": 1}])
+        datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        for name in ("train", "test"):
+            save(folder / f"{name}.jsonl", jsonl(ROWS))
+    assert warnings_about(str(folder)) == [f'{folder}: the split "train" is read; --split chooses another: "test".']
+    assert warnings_about(str(folder), "test") == [
+        f'{folder}: the split "test" is read; --split chooses another: "train".'
+    ]
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_folder_with_one_split_needs_no_word(tmp_path, saved):
+    folder = tmp_path / "set"
+    if saved:
+        datasets.Dataset.from_list([{"a": 1}]).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        save(folder / "a.jsonl", jsonl(ROWS))
+    assert warnings_about(str(folder)) == []
+
+
+@pytest.mark.usefixtures("datasets_cache")
 @pytest.mark.parametrize(
     ("names", "unread"),
     [
@@ -501,7 +556,7 @@ def test_files_of_a_folder_that_are_not_read_are_named(folder, names, unread):
         save(folder / name, jsonl(ROWS))
     left = [name for name in names if "test" not in name and json.dumps(name)[1:-1] not in unread]
     assert [row for _, row in read(folder)] == ROWS * len(left)
-    said = " ".join(warnings_about(str(folder)))
+    said = " ".join(one for one in warnings_about(str(folder)) if "not read" in one)
     assert bool(said) == bool(unread)
     assert all(f'"{name}"' in said for name in unread)
 

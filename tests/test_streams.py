@@ -193,7 +193,7 @@ def test_nothing_waits_in_a_buffer_that_the_user_switched_off() -> None:
 
 def test_a_worker_is_not_interrupted_before_it_can_say_so() -> None:
     """Ctrl-C reaches it while it imports, for seconds, and would end in its traceback."""
-    worker = Worker(multiprocessing.get_context(START), {}, None, None, ())
+    worker = Worker(multiprocessing.get_context(START), {}, None, None, (), 1)
     try:
         status = Path(f"/proc/{worker.process.pid}/status").read_text()
     finally:

@@ -424,7 +424,7 @@ def test_no_right_tokenizer_is_refused_or_accused(kind):
     pieces = [ODD, *ODD.split(), "hello world, this is a text"]
     tokenizing.tokenize([make(piece + " a", " " + piece) for piece in pieces for make in (text_row, chat_row)])
     tokenizing.check()
-    accused = [text for text in tokenizing.warnings() if "unknown" not in text]
+    accused = [text for text in tokenizing.warnings() if "unknown" not in text and not text.startswith("messages of")]
     # That of bytes spells the template's <|im_end|> in letters.
     assert ["writes no special token" in text for text in accused] == [True] * (kind == "bytes in Python")
 

@@ -13,7 +13,7 @@ from offline_kto.kto_core.console import shown_lines
 from offline_kto.kto_core.errors import KTOError, printable
 from offline_kto.kto_core.launch import settle_launch, world_size
 from offline_kto.kto_core.options import click_settings, flag, resolve
-from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries
+from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries, use_expandable_segments
 from offline_kto.kto_core.streams import own_streams
 from offline_kto.train.config import OF_EVALUATION, TrainConfig
 from offline_kto.train.run_files import check_is_run
@@ -71,6 +71,7 @@ def _ready(ctx: click.Context, config: type[_Config], values: dict[str, Any], ya
         raise click.UsageError("Missing option '--cache'.", ctx)
     settle_launch(shards=config is TrainConfig)
     keep_freed_memory()
+    use_expandable_segments()
     quiet_libraries()
     return resolved
 
@@ -94,6 +95,12 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     \b
     kto-train --cache refs/ --out runs/first
     """
+    if values["plan_memory"] is not None:
+        quiet_libraries()
+        from offline_kto.train.run.memory_table import print_memory
+
+        print_memory(values["plan_memory"], trust_remote_code=values["trust_remote_code"])
+        return
     if values["evaluate_only"] is not None:
         # Use the options of the run (its beta, its hold-out) unless the command line overrides them.
         if config is not None:

@@ -10,12 +10,23 @@ from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 
 METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
 DTYPES = (AUTO, "float32", "bfloat16")
+MEMORIES = ("full", "lean", "host")
 SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
+REDUCE_DTYPES = ("float32", "bfloat16")
 SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
 
 # Options that an evaluation (`evaluate_only`) accepts; all others come from the run.
 OF_EVALUATION = frozenset(
-    {"cache", "evaluate_only", "device", "dtype", "max_tokens", "allow_different_policy", "trust_remote_code"}
+    [
+        "allow_different_policy",
+        "attention",
+        "cache",
+        "device",
+        "dtype",
+        "evaluate_only",
+        "max_tokens",
+        "trust_remote_code",
+    ]
 )
 
 _UPDATES = 2**31 - 1  # more than any run makes
@@ -65,8 +76,28 @@ class TrainConfig:
     )
     dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
     device: str = option(AUTO, "Device.", choices=(AUTO, "cpu", "cuda"))
-    gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass.", off="--no-gradient-checkpointing"
+    reduce_dtype: str = option(
+        "float32",
+        "Type in which gradients are added over several GPUs; bfloat16 halves the traffic and rounds each addition.",
+        choices=REDUCE_DTYPES,
+    )
+    attention: str = option(
+        AUTO,
+        "Attention: auto, sdpa, flash, flex, varlen, or a name in transformers or on the hub; changes results only by "
+        "rounding. auto is flash attention on a GPU where it is installed, otherwise the model's own.",
+        metavar="auto|sdpa|flash|NAME",
+    )
+    memory: str = option(
+        "full",
+        "What training keeps of each weight: full has float32 weights, gradients and AdamW moments (16 bytes, 18 under "
+        "bfloat16); lean has bfloat16 weights, rounded up or down at random, and 8-bit moments (6 bytes); host has bfloat16 weights and "
+        "gradients on the device (4 bytes), float32 weights and moments on the host (12 bytes).",
+        choices=MEMORIES,
+    )
+    gradient_checkpointing: bool | None = option(
+        None,
+        "Recompute activations in the backward pass.  [default: if --max-tokens auto finds room for fewer than 4,096 tokens]",
+        off="--no-gradient-checkpointing",
     )
     lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all weights.", most=2**14)
     lora_alpha: float | None = option(None, "Scale of LoRA adapters.  [default: twice the rank]")
@@ -83,8 +114,9 @@ class TrainConfig:
     )
     save_dtype: str = option(
         AUTO,
-        "Type of the saved weights; auto keeps what was trained (float32). In bfloat16 and float16 the model has half the "
-        "size, and a weight that training moved by less than about 0.2 % (0.02 %) falls back to its old value.",
+        "Type of the saved weights; auto keeps what was trained (float32, or bfloat16 with --memory lean or host). In bfloat16 and "
+        "float16 the model has half the size, and a weight that training moved by less than about 0.2 % (0.02 %) falls back "
+        "to its old value.",
         choices=SAVE_DTYPES,
     )
     save_steps: int = option(500, "Write a checkpoint every N updates; 0 for none.")
@@ -95,6 +127,12 @@ class TrainConfig:
         None,
         "Do not train: evaluate a finished run on its held-out rows, or on the rows of another --cache that it was not trained on.",
         metavar="RUN",
+        yaml=False,
+    )
+    plan_memory: str | None = option(
+        None,
+        "Do not train: print the memory that training a model takes, by recipe, from its config.json alone.",
+        metavar="MODEL",
         yaml=False,
     )
     allow_different_policy: bool = option(False, "Train a policy that is not the cached reference.")
@@ -122,6 +160,8 @@ class TrainConfig:
                 raise ConfigError(f"{flag(name)} must be a number or auto, got {value!r}.")
             if not isinstance(value, str) and not 0 <= value < float("inf"):
                 raise ConfigError(f"{flag(name)} must not be negative, got {value}.")
+        if self.memory != "full" and self.evaluate_only is None:
+            self._check_memory()
         if not self.humanline_low <= 0 <= self.humanline_high or self.humanline_low == self.humanline_high:
             raise ConfigError(
                 f"--humanline-low {self.humanline_low:g} and --humanline-high {self.humanline_high:g} must have 0 between "
@@ -149,6 +189,23 @@ class TrainConfig:
             raise ConfigError(
                 f"--loss {self.loss} compares the two rows of a pair: class weights have no meaning there. Leave "
                 "--desirable-weight and --undesirable-weight at 1."
+            )
+
+    def _check_memory(self) -> None:
+        if self.dtype == "float32":
+            raise ConfigError(
+                f"--memory {self.memory} keeps weights in bfloat16 and computes in it: leave out --dtype float32, or use "
+                "--memory full."
+            )
+        if self.lora_rank:
+            raise ConfigError(
+                f"--memory {self.memory} is for training all weights. With --lora-rank the model is frozen in 16 bits "
+                "already, and its adapters are small: leave --memory out."
+            )
+        if "optim" in self.training or "optim_args" in self.training:
+            raise ConfigError(
+                f"--memory {self.memory} has its own optimizer, AdamW for 16-bit weights: remove optim and optim_args from "
+                "training:. (Other optimizers round to the nearest, and KTO's small updates would be lost.)"
             )
 
     def _at_least(self, **least: float) -> None:

@@ -12,8 +12,8 @@ MetricsRecord: TypeAlias = dict[str, float | None]
 """A line of metrics.jsonl: `step` (updates done), then metrics by name; null for a value that is not finite.
 
 A training record has `loss`, `kl`, `kl_raw`, `rewards/*`, `logps/*` (nats), `accuracy` (0 to 1), `learning_rate`,
-`grad_norm`, `epoch`, `tokens_per_second` and `peak_memory_mb`; an evaluation the same metrics as `eval/*`; the last
-record of a run `train_runtime` (seconds).
+`grad_norm`, `epoch`, `tokens_per_second` and `peak_memory_mb` (on a GPU also `peak_reserved_mb`); an evaluation the same
+metrics as `eval/*`; the last record of a run `train_runtime` (seconds).
 """
 
 

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 from offline_kto.kto_core.feedback.messages import ROLES, Message, Turns, said
+from offline_kto.kto_core.feedback.turn_headers import user_header
 
 # Turn markers in raw text: Anthropic's (hh-rlhf) and NVIDIA's (HelpSteer, NeMo).
 _MARKERS = (
@@ -24,20 +26,48 @@ class RenderedText:
     Attributes:
         special: the tokenizer's special tokens.
         before, after: the text that the template writes before and after a question; empty if unknown.
+        end: the special token with which it ends an answer; empty if there is none.
+        template: its source.
     """
 
     special: Collection[str] = ()
     before: str = ""
     after: str = ""
+    end: str = ""
+    template: str = ""
 
-    def fits(self, prompt: str, completions: tuple[Turns, ...]) -> bool:
-        """Return whether a prompt or one of its completions has been rendered."""
-        texts = [prompt, *(one for one in completions if isinstance(one, str))]
-        if any(token in text for token in self.special for text in texts):
+    def fits(self, prompt: str) -> bool:
+        """Return whether a prompt has been rendered: it has the whole header of a turn where the template writes one.
+
+        A question about a special token, or an answer that ends with one, has not been rendered.
+        """
+        text = prompt.strip()
+        if self._before and text.startswith(self._before):
             return True
-        before, after = self.before.strip(), self.after.strip()
-        begins = before != "" and prompt.lstrip().startswith(before)
-        return begins or (after != "" and prompt.rstrip().endswith(after))
+        if self._opening and text.endswith(self._opening):
+            return True
+        return self._header != "" and self._header in text and text.startswith(tuple(self.special))
+
+    def opens_answer(self, prompt: str, completion: str) -> bool:
+        """Return whether the turn of the assistant begins after the user's last turn in rendered text; True if unknown."""
+        if not self._opening:
+            return True
+        text = prompt + completion
+        return text.rfind(self._opening) > (prompt.rfind(self._header) if self._header else -1)
+
+    @cached_property
+    def _before(self) -> str:
+        return self.before.strip()
+
+    @cached_property
+    def _opening(self) -> str:
+        """The end of the user's turn with the header of the answer; empty if the template writes no header."""
+        after = self.after.strip()
+        return "" if after == self.end else after
+
+    @cached_property
+    def _header(self) -> str:
+        return user_header(self.before)
 
 
 def as_chat(prompt: str, completions: tuple[Turns, ...], rendered: RenderedText) -> tuple[Turns, tuple[Turns, ...]]:
@@ -46,7 +76,7 @@ def as_chat(prompt: str, completions: tuple[Turns, ...], rendered: RenderedText)
     Args:
         prompt: with or without markers of turns.
     """
-    if rendered.fits(prompt, completions):
+    if rendered.fits(prompt):
         return prompt, completions
     turns = turns_in(prompt)
     if turns is None:

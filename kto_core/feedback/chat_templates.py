@@ -5,12 +5,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import cached_property
 from typing import cast
 
 from offline_kto.kto_core.errors import TokenizationError, printable, said_by
+from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.findings import Findings
 from offline_kto.kto_core.feedback.message_formats import MessageFormat, message_formats
-from offline_kto.kto_core.feedback.messages import REASONING, Message
+from offline_kto.kto_core.feedback.messages import REASONING, Message, has_tool_calls
 from offline_kto.kto_core.feedback.plain_rendering import PlainRendering
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.round_trip import CONTENT, TOOL, Missing, Probe, form_of, missing
@@ -45,19 +47,65 @@ class ChatRenderer:
         self._knows_developer: bool | None = None
         self._dates: dict[str, str] = {}
 
-    def around_question(self) -> tuple[str, str]:
-        """Return what the template writes before and after a question; empty texts if that cannot be determined."""
+    @cached_property
+    def written(self) -> RenderedText:
+        """How text looks that the template has written; its parts are empty if they cannot be determined."""
+        special = sorted(one for one in _special_tokens(self._tokenizer) if len(one) > 2)
+        ask, answer = {"role": "user", "content": "ktoquestion"}, {"role": "assistant", "content": "ktoanswer"}
+        before, found, after = self._tried([ask], add_generation_prompt=True).partition("ktoquestion")
+        bos = str(self._tokenizer.bos_token or "")
+        before = before.removeprefix(bos) if found else ""
+        tail = self._tried([ask, answer]).rpartition("ktoanswer")[2].strip() if found else ""
+        end = max((one for one in special if tail.startswith(one)), key=len, default="")
+        return RenderedText(special, before, after, end, self._source)
+
+    def _tried(self, messages: list[Message], **options: object) -> str:
+        """Return messages as the template writes them; an empty text if it refuses them."""
         if not self._source:
-            return "", ""
+            return ""
         dates = dict(self._dates)
         try:
-            text = self._apply([{"role": "user", "content": "ktoquestion"}], add_generation_prompt=True)
+            return self._apply(messages, **{"tools": None, **options})
         except Exception:  # noqa: BLE001 - templates raise exceptions of any type
-            text = ""
-        self._dates = dates
-        before, found, after = text.partition("ktoquestion")
-        bos = str(self._tokenizer.bos_token or "")
-        return (before.removeprefix(bos), after) if found else ("", "")
+            return ""
+        finally:
+            self._dates = dates
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        """The tokens that end an answer, which the template writes itself."""
+        return tuple(one for one in (self.written.end, str(self._tokenizer.eos_token or "")) if len(one) > 2)
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """The special tokens that text should not contain: not those that are only reserved."""
+        named = getattr(self._tokenizer, "all_special_tokens", [])
+        watched = [one for one in self.written.special if one in self._source or one in named]
+        return re.compile("|".join(map(re.escape, watched)) or r"(?!)")
+
+    def _without_end(self, row: FeedbackRow, found: Findings) -> FeedbackRow:
+        """Return the row without the token that ends its answer.
+
+        Raises:
+            TokenizationError: the answer is nothing but this token.
+        """
+        last = cast(Message, row.completion[-1])
+        text = kept = str(last["content"])
+        while (stripped := kept.rstrip()).endswith(self._ends):
+            kept = next(stripped.removesuffix(one) for one in self._ends if stripped.endswith(one))
+        if kept == text:
+            return row
+        if not kept.strip() and not has_tool_calls(last):
+            raise TokenizationError(f"{row.where}: the answer is only '{printable(text.strip(), 60)}'. Remove the row.")
+        found.add("closed", row.where)
+        return replace(row, completion=(*cast("Sequence[Message]", row.completion)[:-1], {**last, "content": kept}))
+
+    def _look_for_marks(self, row: FeedbackRow, found: Findings) -> None:
+        """Count a row whose messages contain special tokens, or whose answer ends as another model's turns."""
+        if any(self._special.search(one["content"]) for one in cast("list[Message]", [*row.prompt, *row.completion])):
+            found.add("special", row.where)
+        elif _OTHER_END.search(cast(Message, row.completion[-1])["content"][-_LONGEST_END:]):
+            found.add("other_end", row.where)
 
     def check_template(self, row: FeedbackRow) -> None:
         """Check that there is a template. Raises: TokenizationError: there is none."""
@@ -80,7 +128,8 @@ class ChatRenderer:
                 "it; the template comes with the tokenizer, and tools belong in the record's 'tools'."
             )
         found = Findings()
-        row = self._with_known_roles(row)
+        row = self._without_end(self._with_known_roles(row), found)
+        self._look_for_marks(row, found)
         try:
             prompt, completion = self._render(row, row.template_kwargs, found)
         except TokenizationError as error:
@@ -295,8 +344,21 @@ _FROZEN_DATE = (
 _PRINTED_PART = re.compile(r"""['"]type['"]: ['"]text['"]""")
 
 
+# Marks with which models end their turns.
+_OTHER_END = re.compile(
+    r"(?:<\|(?:im_end|eot_id|eom_id|end|endoftext|end_of_text|end_of_turn)\|>|<end_of_turn>|</s>|<eos>)\s*\Z"
+)
+_LONGEST_END = 40
+
+
 class _RewrittenError(TokenizationError):
     """The rendered conversation does not begin with the rendered prompt."""
+
+
+def _special_tokens(tokenizer: Tokenizer) -> set[str]:
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    named = getattr(tokenizer, "all_special_tokens", [])
+    return {*named, *(str(token) for token in added if getattr(token, "special", False))}
 
 
 def _continued(begun: Message, answer: Message, where: str) -> Message:
@@ -339,19 +401,19 @@ def _refused(row: FeedbackRow, missing: Missing, sides: tuple[str, str]) -> _Los
     of_completion = piece.message >= len(row.prompt)
     if of_completion and not missing.answered:
         return _LossError(
-            f"{row.where}: the chat template leaves the completion out: {shown!r} is not in what it writes, "
-            f"{printable(sides[1], 60)!r}.",
+            f"{row.where}: the chat template leaves the completion out: '{shown}' is not in what it writes, "
+            f"'{printable(sides[1], 60)}'.",
             len(missing.lost),
         )
     side = "completion" if of_completion else "prompt"
     what = {
         CONTENT: "a part of the completion"
         if of_completion
-        else f"a message of the role {printable(piece.role, 30)!r}",
+        else f"a message of the role '{printable(piece.role, 30)}'",
         TOOL: "one of the 'tools'",
     }.get(piece.kind, f"the {piece.kind} in the {side}")
     more = f" (and {len(missing.lost) - 1} more)" if len(missing.lost) > 1 else ""
     return _LossError(
-        f"{row.where}: the chat template leaves out {what}: {shown!r} is not in what it writes{more}.",
+        f"{row.where}: the chat template leaves out {what}: '{shown}' is not in what it writes{more}.",
         len(missing.lost),
     )

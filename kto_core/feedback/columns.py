@@ -17,6 +17,8 @@ PROMPTS = ("prompt", "question", "query")
 COMPLETIONS = ("completion", "response", "answer")
 LABELS = ("label", "kto_tag")
 CONVERSATIONS = ("messages", "conversations", "conversation")
+# Columns of tool calls, which belong to the answer in another column.
+CALLS = ("tool_calls", "function_call")
 # Names of the two ratings of a pair.
 PAIR_RATINGS = (
     ("score_chosen", "score_rejected"),
@@ -36,7 +38,7 @@ COLUMNS: Final = frozenset(
     {
         *(*PROMPTS, *COMPLETIONS, *LABELS, *SYSTEM_COLUMNS, *MEDIA_COLUMNS),
         *("labels", "rating", "chosen", "rejected", PAIR_WINNER, PAIR_MARGIN, *CONVERSATIONS),
-        *("instruction", "input", "output", "history", "tools", "chat_template_kwargs"),
+        *("instruction", "input", "output", "history", "tools", "chat_template_kwargs", *CALLS),
         *(name for pair in PAIR_RATINGS for name in pair),
     }
 )
@@ -61,7 +63,7 @@ def read_in_form(form: str, fields: "FeedbackFields") -> set[str]:
     """
     names = form.split(" + ")
     found = {*names, *_BESIDE.get(form, ()), *SYSTEM_COLUMNS, *MEDIA_COLUMNS, "tools", "chat_template_kwargs"}
-    if len(names) == 2:
+    if len(names) >= 2:
         found |= {"history"}
     if "instruction" in names:
         found |= {"input"}

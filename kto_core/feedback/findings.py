@@ -18,6 +18,22 @@ _SENTENCES = {
         "the chat template writes no special token after {n:,} completion{s}: training on them does not teach the model "
         "to stop (first: {first}). Pass a template that ends turns (--chat-template)."
     ),
+    "closed": (
+        "{n:,} answer{s} end{v} with the token that ends a turn; it is removed, because the chat template writes it (first: {first})."
+    ),
+    "other_end": (
+        "{n:,} answer{s} end{v} with the mark that ends a turn of another model (first: {first}). It is scored as text; remove it "
+        "from the answers."
+    ),
+    "special": (
+        "messages of {n:,} row{s} contain special tokens of the tokenizer (first: {first}): the model reads them as begin or end of a "
+        "turn, not as words. Remove them; if a whole prompt has been rendered by the chat template, pass it as text in `prompt`, "
+        "without a system text or messages."
+    ),
+    "unopened": (
+        "{n:,} rendered prompt{s} end{v} within the user's turn, without the header of the answer (first: {first}). Add it as the chat "
+        "template writes it, or pass the conversation as messages."
+    ),
     "two_bos": "{n:,} row{s} begin{v} with two BOS tokens (first: {first}). Check the chat template, or the text.",
     "lost": (
         "the tokenizer loses characters of {n:,} row{s}: it has no token for them (first: {first}). Check that the "

@@ -18,6 +18,7 @@ from offline_kto.kto_core.feedback.quoting import quoted
 # Keys of a message that are its label. A score beside a label of the record may be something else, such as a similarity.
 _KEYS = ("label", "feedback", "rating", "kto_tag", "thumbs", "thumb", "vote", "reaction")
 _KEYS_ALONE = ("score",)
+JUDGED_KEYS = (*_KEYS, *_KEYS_ALONE)
 # Keys of a label that is an object, as in {"rating": "up", "comment": "..."}.
 _INNER = ("rating", "score", "value", "label", "thumbs", "thumb", "vote", "reaction")
 

@@ -68,6 +68,15 @@ MEDIA_KEYS: Final = (
     *("attachments", "experimental_attachments"),
 )
 
+# Keys of a message, in any form, that are read.
+MESSAGE_KEYS: Final = frozenset(
+    {
+        *(*_ROLE_KEYS, *TEXT_KEYS, *REASONING, *_SPELLINGS, *_SPELLINGS.values(), *MEDIA_KEYS),
+        *("type", "data", "kwargs", "additional_kwargs", "parts", "toolInvocations", "refusal", "tool_calls"),
+        *("call_id", "arguments", "output", "summary", "encrypted_content", "human", "user", "assistant"),
+    }
+)
+
 
 def as_turns(value: object, where: str, field: str) -> Turns:
     """Return text unchanged, and messages in any form as a tuple of messages.
@@ -116,6 +125,14 @@ def has_tool_calls(message: Mapping[str, object]) -> bool:
     """Return whether a message calls a tool."""
     calls = message.get("tool_calls")
     return isinstance(calls, list | tuple) and len(calls) > 0
+
+
+def are_tool_calls(value: object) -> bool:
+    """Return whether a value is a list of tool calls, or one of them, also as JSON text."""
+    if not value:
+        return False
+    calls = list(_calls(value))
+    return bool(calls) and all(isinstance(one, Mapping) and "function" in one for one in calls)
 
 
 def _read_text(text: str, where: str, field: str) -> object | None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.chat_markers import as_chat
 from offline_kto.kto_core.feedback.columns import (
+    CALLS,
     COMPLETIONS,
     CONVERSATIONS,
     LABELS,
@@ -47,7 +48,14 @@ from offline_kto.kto_core.feedback.json_values import canonical_json, check_text
 from offline_kto.kto_core.feedback.judged_messages import judged_messages
 from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, UNRATED, LeftOut
-from offline_kto.kto_core.feedback.messages import Message, Turns, as_conversation, as_turns
+from offline_kto.kto_core.feedback.messages import (
+    Message,
+    Turns,
+    are_tool_calls,
+    as_conversation,
+    as_turns,
+    has_tool_calls,
+)
 from offline_kto.kto_core.feedback.preference_pairs import is_pair, pair_in
 from offline_kto.kto_core.feedback.quoting import quoted
 
@@ -87,16 +95,42 @@ def parse_record(record: Mapping[str, object], where: str, fields: FeedbackField
         LeftOut: the record is valid but contains nothing to train on.
     """
     present = {key: value for key, value in record.items() if value is not None and value == value}  # NaN is no value
+    calls = next((name for name in CALLS if are_tool_calls(present.get(name))), None)
+    if calls is not None:
+        present, calls = _with_calls(record, present, calls, where, fields)
     if _lacks_answer(record, present, fields):
         raise LeftOut(EMPTY, "no value")
     try:
-        return _rows(record, present, where, fields)
+        return _rows(record, present, calls, where, fields)
     except RecursionError:
         raise FeedbackError(f"{where}: the record is nested too deeply. Remove the row.") from None
 
 
+def _with_calls(
+    record: Mapping[str, object], present: dict[str, object], calls: str, where: str, fields: FeedbackFields
+) -> tuple[dict[str, object], str | None]:
+    """Return the columns with a value, and that of the tool calls if the answer is a message with them.
+
+    Args:
+        calls: the column with tool calls.
+    """
+    usual = next((name for name in (*COMPLETIONS, "output") if name in record), None)
+    name = usual if fields.completion is None else fields.completion.text
+    if name is None or name not in record or is_pair(present, fields):
+        return present, None
+    answer = "" if present.get(name) is None else as_turns(present[name], where, name)
+    if isinstance(answer, str):
+        return {**present, name: {"role": "assistant", "content": answer, calls: present[calls]}}, calls
+    if any(map(has_tool_calls, answer)):
+        return present, calls  # repeated beside the messages
+    raise FeedbackError(
+        f"{where}: '{calls}' is beside the messages of '{name}', of which none calls a tool. Move it to the message that calls, or "
+        "remove it."
+    )
+
+
 def _rows(
-    record: Mapping[str, object], present: Mapping[str, object], where: str, fields: FeedbackFields
+    record: Mapping[str, object], present: Mapping[str, object], calls: str | None, where: str, fields: FeedbackFields
 ) -> list[FeedbackRow]:
     for name in MEDIA_COLUMNS:
         if present.get(name):
@@ -123,6 +157,7 @@ def _rows(
         if _is_unrated(present, where, fields):  # it could not be used if it had no defect
             raise LeftOut(UNRATED, columns_in_words(present)) from None
         raise
+    form = form if calls is None else f"{form} + {calls}"
     label = _label(record, present, where, fields)
     return _finished(prompt, (completion,), [label], form, where, tools, kwargs, fields)
 

@@ -74,12 +74,7 @@ class Tokenizing:
 
     def rendered_text(self) -> RenderedText:
         """Return how text looks that the chat template has written."""
-        added = getattr(self._tokenizer, "added_tokens_decoder", {}).values()
-        special = {
-            *getattr(self._tokenizer, "all_special_tokens", []),
-            *(str(token) for token in added if getattr(token, "special", False)),
-        }
-        return RenderedText(sorted(one for one in special if len(one) > 2), *self._renderer.around_question())
+        return self._renderer.written
 
     def tokenize(self, rows: Sequence[FeedbackRow]) -> list[Tokens | TokenizationError]:
         """Tokenize some rows of the feedback.
@@ -162,6 +157,8 @@ class Tokenizing:
                 f"{row.where}: plain text needs an end-of-sequence token after the completion, and this tokenizer has "
                 "none. Set eos_token in tokenizer_config.json."
             )
+        if row.rendered and not self._renderer.written.opens_answer(str(row.prompt), str(row.completion)):
+            self._findings.add("unopened", row.where)
         return _Rendered.of(str(row.prompt), str(row.completion), is_chat=False)
 
     def _tokens(
@@ -187,9 +184,12 @@ class Tokenizing:
         return Tokens(np.array(prompt, dtype=np.int32), np.array(completion, dtype=np.int32))
 
     def _is_closed(self, text: str, ids: list[int]) -> bool:
-        """Return whether a completion ends with EOS; a line break may follow if it is already rendered."""
-        eos = self._tokenizer.eos_token_id
-        return ids[-1:] == [eos] or (text.rstrip().endswith(str(self._tokenizer.eos_token)) and eos in ids)
+        """Return whether a completion ends with EOS or the template's end of a turn; a line break may follow either."""
+        eos, end = self._tokenizer.eos_token_id, self._renderer.written.end
+        text = text.rstrip()
+        if ids[-1:] == [eos] or (text.endswith(str(self._tokenizer.eos_token)) and eos in ids):
+            return True
+        return end != "" and text.endswith(end)
 
     def _compare(self, row: FeedbackRow, text: str, ids: list[int], completion: list[int]) -> None:
         """Compare ids with their text, and count unknown tokens and lost characters."""

@@ -61,6 +61,15 @@ class TurnHeaders:
         return next(fits, "")
 
 
+def user_header(before: str) -> str:
+    """Return the header of the user's turn at the end of the text before a question; all of it if no part names the user."""
+    text = before.strip()
+    starts = sorted((found.start() for found in _TURN_START.finditer(text)), reverse=True)
+    return next((text[start:] for start in starts if _USER.search(text[start:])), text)
+
+
+# Names of the user in the headers of templates.
+_USER = re.compile("user|human|inst", re.IGNORECASE)
 # Where a turn may begin: at a line or a marker, or else at a word after a space or a marker.
 _TURN_START = re.compile(r"(?<=\n)[^\n]|(?<![<\[{])[<\[{]")
 _WORD_START = re.compile(r"(?:^|(?<=[ >\]}]))[^\s<\[{]")

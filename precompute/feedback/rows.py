@@ -69,7 +69,7 @@ class Feedback:
             label=None if self.mapping else _path(config.label_field, "--label-field"),
             rule=LabelRule() if self.mapping else self._format.rule,
             chat=has_template and chat != "never",
-            chat_template=has_template,
+            chat_template=has_template and chat != "never",
             rendered=rendered or RenderedText(),
         )
 
@@ -97,12 +97,16 @@ class Feedback:
     def unused_columns(self) -> list[str]:
         """Return the columns that are not read."""
         columns = self.found.columns
-        used = self._used.columns(self.found.forms, columns)
+        used = self._used.columns(self.found.forms, columns) | self._format.renamed
         return [name for name, _ in columns.most_common() if name not in used]
 
     def unused_beside(self) -> list[str]:
         """Return the keys beside those that are read in objects, such as "input.system"."""
         return [name for name, _ in sorted(self._used.beside.items(), key=lambda one: (-one[1], one[0]))]
+
+    def columns_of_messages(self) -> set[str]:
+        """Return the columns with a list of messages."""
+        return self._used.with_messages
 
     def keep(self, row: FeedbackRow) -> None:
         """Count a row that can be rendered."""

@@ -14,13 +14,25 @@ _PLACEHOLDER = re.compile(r"<(?:image|video|audio)>")
 # Marks with which chat templates begin and end turns. Those of the tokenizer's own template are recognised before.
 _TEMPLATE = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant|system|end_of_turn)\|>|\[/INST\]"
-    r"|<｜(?:User|Assistant)｜>|### (?:Response|Assistant):|\n(?:ASSISTANT|Assistant|AI|Bot):\s*\Z"
+    r"|<｜(?:User|Assistant)｜>|### (?:Response|Assistant):"
+)
+_BEGIN_MARKS = ("<|", "<start_of_turn>", "[/INST]", "<｜", "### ")  # found faster than the pattern
+# Turns whose roles are words: with a colon, or as they remain without the special tokens around them.
+_ANSWER = re.compile(r"\n(?:ASSISTANT|Assistant|assistant|AI|Bot|bot|Model|model)(?::|\s*\Z)")
+_ROLES_IN_WORDS = re.compile(
+    r"\n(?:assistant|ai|bot):\s*\Z|\A(?:system|user)\n[\s\S]*\nassistant\s*\Z|(?:\A|\n)(?:user|human):[\s\S]*?\n(?:assistant|ai|bot|model):",
+    re.IGNORECASE,
 )
 # Shorter prompts may begin an answer by chance, and a few answers may repeat a question.
 _LONG_PROMPT, _MANY = 20, 0.1
 _MOST_ROLES = 10
-# Columns with the conversation of a record. A session may contain several conversations.
-CONVERSATIONS = ("conversation_id", "conversationId", "thread_id", "threadId", "chat_id", "chatId")
+# Columns with the conversation of a record. A session may contain several conversations, unless the turns are counted.
+_SESSIONS = ("session_id", "sessionId")
+_TURNS = ("turn", "turn_id", "turn_index", "turn_number", "turnIndex", "message_index", "message_pair_num")
+CONVERSATIONS = (
+    *("conversation_id", "conversationId", "thread_id", "threadId", "chat_id", "chatId"),
+    *("dialogue_id", "dialogueId", "dialog_id", "dialogId", *_SESSIONS),
+)
 
 
 @dataclass
@@ -30,7 +42,7 @@ class Suspicions:
     Attributes:
         media: places of rows whose prompt refers to media that the record does not have.
         messages: places of rows with a text that resembles messages.
-        marks: places of rows of text with the turn marks of a chat template that is not the tokenizer's.
+        marks: places of rows of messages with the turn marks of a chat template that is not the tokenizer's.
         repeated: places of rows whose answer begins with its prompt.
         rows: number of rows.
         roles: places of rows by their unknown roles, of which a template writes whatever they are.
@@ -51,6 +63,8 @@ class Suspicions:
         """Count a record of a conversation."""
         for name in CONVERSATIONS:
             value = record.get(name)
+            if name in _SESSIONS and value is not None and record.keys().isdisjoint(_TURNS):
+                continue
             if isinstance(value, str | int) and value != "" and not isinstance(value, bool):
                 self.conversations.setdefault(name, Counter())[hash(value)] += 1
 
@@ -62,7 +76,7 @@ class Suspicions:
             self.media.append(row.where)
         if any(map(resembles_messages, (*asked, *answered))):
             self.messages.append(row.where)
-        if row.from_text and any(map(_TEMPLATE.search, asked)):
+        if not isinstance(row.prompt, str) and any(map(_has_turn_marks, asked)):
             self.marks.append(row.where)
         question = asked[-1].strip() if asked else ""
         if len(question) >= _LONG_PROMPT and answered and answered[0].lstrip().startswith(question):
@@ -101,7 +115,7 @@ class Suspicions:
         if self.marks:
             found.append(
                 f"rows whose prompt contains the turn marks of a chat template that is not the tokenizer's: {_counted(self.marks)}. "
-                "They are scored as words of the user's message; write the turns as messages, or keep the text with --chat never."
+                "They are scored as words of a message; write the turns as messages, or keep text with --chat never."
             )
         if self.repeated and len(self.repeated) >= _MANY * self.rows:
             found.append(
@@ -118,6 +132,13 @@ class Suspicions:
 
 
 _KNOWN_ROLES = frozenset(ROLES.values())
+
+
+def _has_turn_marks(text: str) -> bool:
+    """Return whether a text contains turns of a conversation, as a chat template writes them."""
+    if any(mark in text for mark in _BEGIN_MARKS) and _TEMPLATE.search(text):
+        return True
+    return _ANSWER.search(text) is not None and _ROLES_IN_WORDS.search(text) is not None
 
 
 def _texts(side: Turns) -> list[str]:

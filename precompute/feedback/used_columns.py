@@ -3,26 +3,35 @@
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Mapping as AnyMapping
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.columns import FeedbackFields, read_in_form
+from offline_kto.kto_core.feedback.columns import (
+    COMPLETIONS,
+    CONVERSATIONS,
+    PROMPTS,
+    FeedbackFields,
+    read_in_form,
+)
+from offline_kto.kto_core.feedback.judged_messages import JUDGED_KEYS
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.left_out import LeftOut
 from offline_kto.kto_core.feedback.mapping import Mapping
-from offline_kto.kto_core.feedback.messages import TEXT_KEYS
+from offline_kto.kto_core.feedback.message_text import begins_with_roles
+from offline_kto.kto_core.feedback.messages import MESSAGE_KEYS, TEXT_KEYS
 from offline_kto.kto_core.feedback.paths import Path, opened_at
 from offline_kto.kto_core.feedback.reads import Route
 
-# Keys beside those that are read that change the meaning of a row, as in "input.context".
+# Columns with lists of messages that the native formats read.
+_MESSAGES = (*CONVERSATIONS, *PROMPTS, *COMPLETIONS, "chosen", "rejected", "history")
+# Keys beside those that are read that change the meaning of a row, as in "input.context" and "messages[].files".
 MATTERS_BESIDE = re.compile(
-    r"\.(system\w*|tools|functions|\w*context|\w*documents|passages|\w*knowledge|\w*history|instructions|images?)$",
+    r"\.(system\w*|tools|functions|\w*context|\w*documents|passages|\w*knowledge|\w*history|instructions|images?)$"
+    rf"|^(?:{'|'.join(_MESSAGES)})\[\]\.(?:files?|document|error|deleted|hidden|edited\w*|weight)$",
     re.IGNORECASE,
 )
-# Columns with lists of messages that the native formats read.
-_MESSAGES = ("messages", "conversations", "prompt", "chosen", "rejected")
 
 # Records that are looked at even if their keys are those of an earlier one.
 _LOOKED_AT = 1000
@@ -38,6 +47,7 @@ class UsedColumns:
     Attributes:
         read: columns that the paths read.
         beside: keys beside those that are read in objects, as "input.system", by the number of records.
+        with_messages: columns with a list of messages.
     """
 
     def __init__(self, mapping: Mapping | None, fields: FeedbackFields) -> None:
@@ -47,6 +57,7 @@ class UsedColumns:
         self._unmatched = [] if mapping is None else [*self._paths, *_paths_of_turns(mapping)]
         self.read: set[str] = set()
         self.beside: Counter[str] = Counter()
+        self.with_messages: set[str] = set()
         self._words = {word for path in [*self._paths, *self._unmatched] for word in re.findall(r"\w+", path.text)}
         self._shapes: set[object] = set()
         self._records = 0
@@ -60,8 +71,16 @@ class UsedColumns:
         self._shapes.add(shape)
         found: set[Route] = set().union(*(path.routes(record) for path in self._paths))
         self.read.update(route[0] for route in found)
-        lists = found if self._mapping is not None else {*found, *((name,) for name in _MESSAGES)}
-        self.beside.update({*_beside(record, found), *_in_lists(record, lists - {("rows",)}, self._words)})
+        self.with_messages.update(key for key, value in record.items() if _are_messages(value))
+        self.beside.update({*_beside(record, found), *_in_lists(record, found - {("rows",)}, self._words)})
+        if self._mapping is None:
+            self.beside.update(_in_lists(record, {(name,) for name in _MESSAGES}, self._words, self._is_unread))
+
+    def _is_unread(self, key: str) -> bool:
+        """Return whether a key of a message is read neither here nor by the chat template."""
+        if key in MESSAGE_KEYS or key in JUDGED_KEYS or key.startswith("message."):
+            return False
+        return re.search(rf"\b{re.escape(key)}\b", self._fields.rendered.template) is None
 
     def look_up(self, record: AnyMapping[str, Any], where: str) -> None:
         """Look for values at the mapping's paths, in a record that is complete if several are joined."""
@@ -93,7 +112,11 @@ class UsedColumns:
         names = [] if self._label is None or self._label.scores is None else _chosen(self._label)
         scores = {column for column in columns if any(_is_score(column, name) for name in names)}
         turns = self._mapping.turns
-        texts = set(TEXT_KEYS) if turns is not None and turns.text is None and self._mapping.join is not None else set()
+        texts = (
+            {*TEXT_KEYS, "parts"}
+            if turns is not None and turns.text is None and self._mapping.join is not None
+            else set()
+        )
         return self.read | ratings | scores | texts
 
 
@@ -161,8 +184,22 @@ def _beside(record: AnyMapping[str, Any], found: set[Route]) -> set[str]:
     return names
 
 
-def _in_lists(record: AnyMapping[str, Any], found: set[Route], words: set[str]) -> set[str]:
-    """Return the keys that matter in the objects of lists that are read, as "inputs[].context".
+def _are_messages(value: object) -> bool:
+    """Return whether a value is a list of messages, also as JSON text."""
+    if isinstance(value, str):
+        return begins_with_roles(value)
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return isinstance(value[0], dict) and ("role" in value[0] or "from" in value[0])
+
+
+def _in_lists(
+    record: AnyMapping[str, Any],
+    found: set[Route],
+    words: set[str],
+    is_unread: Callable[[str], bool] = lambda key: False,
+) -> set[str]:
+    """Return the keys in the objects of lists that are read, as "inputs[].context", that matter or are not read.
 
     Args:
         words: names in the paths; a key with one of them is read.
@@ -173,9 +210,16 @@ def _in_lists(record: AnyMapping[str, Any], found: set[Route], words: set[str]) 
         for item in items if isinstance(items, list) else []:
             for key, value in item.items() if isinstance(item, dict) else ():
                 name = f"{'.'.join(route)}[].{key}"
-                if key not in words and value not in (None, "", [], {}) and MATTERS_BESIDE.search(name):
+                if key in words or _says_nothing(key, value):
+                    continue
+                if MATTERS_BESIDE.search(name) or is_unread(str(key)):
                     names.add(name)
     return names
+
+
+def _says_nothing(key: object, value: object) -> bool:
+    """Return whether a key of a message says nothing: it is empty, a flag that is not set, or the usual weight."""
+    return value in (None, "", [], {}) or value is False or (key == "weight" and value == 1)
 
 
 def _object_at(record: AnyMapping[str, Any], route: Route) -> dict[str, Any]:

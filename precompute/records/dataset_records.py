@@ -1,6 +1,7 @@
 """Read records of saved datasets and hub datasets with the datasets library, and list a dataset folder's files."""
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -116,6 +117,18 @@ def _load_saved(path: Path, split: str) -> "datasets.Dataset":
     if split not in dataset:
         raise no_split(name, split, dataset)
     return dataset[split]
+
+
+def splits_of(path: Path) -> list[str]:
+    """Return the splits in a folder: of save_to_disk, or of data files; empty if it has only one without a name."""
+    if not is_saved(path):
+        found = _splits(path)
+        return list(_named_splits(path, found) or found)
+    names = path / "dataset_dict.json"
+    if not names.is_file():
+        return []
+    with readable(dataset_name(path, "folder")):
+        return [str(name) for name in json.loads(names.read_text(encoding="utf-8")).get("splits", [])]
 
 
 def data_files(path: Path, split: str = "train") -> list[Path]:

@@ -88,8 +88,11 @@ def _are_records(lines: Iterator[bytes]) -> bool:
 def read_json(handle: IO[bytes], name: str) -> Iterator[Located]:
     text = _Text(texts_of(handle, name), name)
     items = _array_items(text) if text.begins("[") else _object_items(text)
-    for line, item in items:
-        yield f"{name}:{line}", _object(item, f"{name}:{line}")
+    before = 0
+    for number, (line, item) in enumerate(items, 1):
+        where = f"{name}:{line}" if line != before else f"{name}:{line} (record {number})"
+        before = line
+        yield where, _object(item, where)
 
 
 def _array_items(text: "_Text") -> Iterator[tuple[int, object]]:

@@ -10,9 +10,9 @@
 
 The split is `train`, or that of `--split`. The three suffixes of JSON are interchangeable, and an object may span
 several lines. All files but Parquet may also end in .gz. Lines and rows count from 1; a record of several lines has the
-number of its first. Text is UTF-8, with or without a byte order mark, or UTF-16 with one. Files are read lazily, an
-item, a line or a batch of rows at a time. A record may have 64 MiB: a few compressed bytes may expand to more than the
-memory.
+number of its first; after another on the same line, it is counted: feedback.json:1 (record 3). Text is UTF-8, with or
+without a byte order mark, or UTF-16 with one. Files are read lazily, an item, a line or a batch of rows at a time. A
+record may have 64 MiB: a few compressed bytes may expand to more than the memory.
 """
 
 import gzip
@@ -36,6 +36,7 @@ from offline_kto.precompute.records.dataset_records import (
     dataset_name,
     is_saved,
     read_dataset,
+    splits_of,
     suggest,
     unread_files,
 )
@@ -123,17 +124,27 @@ def describe_source(data: str, split: str = "train") -> list[SourceFile]:
     return [SourceFile(dataset_name(path, kind), digest.hexdigest(), size)]
 
 
-def warnings_about(data: str) -> list[str]:
-    """Return warnings about files of a folder that are not read. Raises: FeedbackError: as read_records does."""
+def warnings_about(data: str, split: str = "train") -> list[str]:
+    """Return warnings about files and splits of a folder that are not read. Raises: FeedbackError: as read_records does."""
     path, kind = _look(data)
-    unread = unread_files(path) if kind == "folder" and not is_saved(path) else []
-    if not unread:
+    if kind != "folder":
         return []
+    others = [name for name in splits_of(path) if name != split]
+    found = (
+        [f"{data}: the split {quoted(split)} is read; --split chooses another: {quoted(others, 200)[1:-1]}."]
+        if others
+        else []
+    )
+    unread = [] if is_saved(path) else unread_files(path)
+    return [*found, *([_unread(data, unread)] if unread else [])]
+
+
+def _unread(data: str, unread: list[str]) -> str:
     files = "1 file is" if len(unread) == 1 else f"{len(unread):,} files are"
-    return [
+    return (
         f"{data}: {files} not read, because the folder's other names, or its README, do not assign them to a split: "
         f"{quoted(unread[:5], 200)}. Rename them, or pass one file."
-    ]
+    )
 
 
 def _hash_file(path: Path) -> SourceFile:

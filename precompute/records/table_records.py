@@ -35,6 +35,7 @@ _EXCEL_SEPARATOR = re.compile(r'"?sep=([,;\t|])"?', re.IGNORECASE)
 _BATCH_ROWS = 256
 # The value of a column that was not requested.
 NOT_READ = "(not read)"
+_MESSAGES_NOT_READ = [{"role": NOT_READ}]
 
 # The log of Gradio's ChatInterface names five columns and writes four: its "value" is missing.
 _GRADIO_HEADER = ["conversation", "index", "value", "flag", "timestamp"]
@@ -49,13 +50,15 @@ _OBJECT = 64
 def read_csv(handle: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Located]:
     # The default of 131,072 characters is less than a long answer. The limit is global, so it is only raised.
     csv.field_size_limit(max(csv.field_size_limit(), LARGEST_RECORD))
-    delimiter, skipped = _delimiter(handle, name, delimiter)
-    rows = itertools.dropwhile(lambda row: row[0] <= skipped, _csv_rows(handle, name, delimiter))
+    delimiter, skipped, spaced = _delimiter(handle, name, delimiter)
+    rows = itertools.dropwhile(lambda row: row[0] <= skipped, _csv_rows(handle, name, delimiter, spaced=spaced))
+    unnamed: list[int] = []
     columns: list[str] | None = None
     for line, cells in rows:
         where = f"{name}:{line}"
         if columns is None:
             columns = _csv_header(cells, where, delimiter)
+            unnamed = [number for number, column in enumerate(columns) if column == ""]
         elif columns == _GRADIO_HEADER and len(cells) == len(_GRADIO_ROW):
             yield where, _named(_GRADIO_ROW, cells)
         elif len(cells) != len(columns):
@@ -64,7 +67,13 @@ def read_csv(handle: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Loc
                 " cell with a delimiter or a line break is not in quotes."
             )
         else:
-            yield where, _named(columns, cells)
+            record = _named(columns, cells)
+            record.update(
+                (f"(column {number + 1})", cells[number])
+                for number in unnamed
+                if cells[number].strip() and not (number == 0 and cells[0].isdecimal())  # the index of pandas
+            )
+            yield where, record
 
 
 def _named(columns: Iterable[str], cells: list[str]) -> Record:
@@ -72,8 +81,8 @@ def _named(columns: Iterable[str], cells: list[str]) -> Record:
     return {column: cell or None for column, cell in zip(columns, cells, strict=True) if column != ""}
 
 
-def _delimiter(handle: IO[bytes], name: str, usual: str) -> tuple[str, int]:
-    """Return (what separates the columns, number of lines before the header).
+def _delimiter(handle: IO[bytes], name: str, usual: str) -> tuple[str, int, bool]:
+    """Return (what separates the columns, number of lines before the header, whether a space follows each separator).
 
     A header without the usual delimiter that has another one is separated by that: Excel writes semicolons in many
     countries, tabs in its Unicode text, and may begin a file with "sep=;".
@@ -82,13 +91,15 @@ def _delimiter(handle: IO[bytes], name: str, usual: str) -> tuple[str, int]:
     handle.seek(0)
     said = _EXCEL_SEPARATOR.fullmatch(first)
     if said is not None:
-        return said[1], 1
+        return said[1], 1, False
     bare = _QUOTED.sub("", first)
     others = [mark for mark in _DELIMITERS if mark in bare]
-    return (others[0] if usual not in bare and len(others) == 1 else usual), 0
+    mark = others[0] if usual not in bare and len(others) == 1 else usual
+    after = bare.split(mark)[1:]
+    return mark, 0, bool(after) and all(text.startswith(" ") for text in after)
 
 
-def _csv_rows(handle: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(handle: IO[bytes], name: str, delimiter: str, *, spaced: bool) -> Iterator[tuple[int, list[str]]]:
     """Yield (line on which it begins, cells) for each row that is not blank."""
     size = 0
 
@@ -100,7 +111,7 @@ def _csv_rows(handle: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[in
                 raise FeedbackError(f"{name}:{line}: a row of more than {LARGEST_RECORD // 2**20} MiB. {TOO_LARGE}")
             yield text
 
-    reader = csv.reader(counted(), delimiter=delimiter, strict=True)
+    reader = csv.reader(counted(), delimiter=delimiter, skipinitialspace=spaced, strict=True)
     while True:
         line, size = reader.line_num + 1, 0
         try:
@@ -157,7 +168,11 @@ def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) 
             names, named = schema.names, ClassNames.of_schema(schema.metadata)
             wanted = [column for column in names if columns is None or column in columns] or names
             _refuse_twins(wanted, name)
-            unread = dict.fromkeys((column for column in names if column not in wanted), NOT_READ)
+            unread = {
+                name: _MESSAGES_NOT_READ if _are_messages(schema.field(name).type) else NOT_READ
+                for name in names
+                if name not in wanted
+            }
             size, most = 0, LARGEST_RECORD + MOST_PACKED * path.stat().st_size
             for batch in _batches(handle, wanted, name):
                 size += _size(batch)
@@ -172,6 +187,15 @@ def read_parquet(path: Path, name: str, columns: Collection[str] | None = None) 
             raise FeedbackError(
                 f"{name}: not readable as Parquet after row {number} ({said_by(error)}). {COPY_AGAIN}"
             ) from error
+
+
+def _are_messages(kind: "pa.DataType") -> bool:
+    """Return whether a column has lists of messages."""
+    import pyarrow as pa
+
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return False
+    return any(field.name in ("role", "from") for field in kind.value_type)
 
 
 def _batches(handle: IO[bytes], columns: list[str], name: str) -> Iterator["pa.RecordBatch"]:

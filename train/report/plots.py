@@ -29,8 +29,13 @@ _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _TRIALS = 100
 _QUANTILES = 401
 _LONGEST = 10**9  # tokens of a row; larger neighbouring numbers could not be distinguished
-_AS_LOGGED = ("learning_rate", "peak_memory_mb")  # no noise to smooth
-_FROM_ZERO = ("learning_rate", "tokens_per_second", "peak_memory_mb")  # another origin would exaggerate changes
+_AS_LOGGED = ("learning_rate", "peak_memory_mb", "peak_reserved_mb")  # no noise to smooth
+_FROM_ZERO = (
+    "learning_rate",
+    "tokens_per_second",
+    "peak_memory_mb",
+    "peak_reserved_mb",
+)  # another origin would exaggerate changes
 
 # Title, metrics, caption.
 _RUN_CURVES = (
@@ -57,6 +62,11 @@ _RUN_CURVES = (
     ("Learning rate", ("learning_rate",), ""),
     ("Tokens per second", ("tokens_per_second",), ""),
     ("Peak memory, MB", ("peak_memory_mb",), ""),
+    (
+        "Peak memory held by the GPU's allocator, MB",
+        ("peak_reserved_mb",),
+        "Used or not; other processes cannot have it.",
+    ),
 )
 
 

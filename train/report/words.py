@@ -200,6 +200,8 @@ def tiles(run: Run) -> list[Tile]:
     speed, memory = run.last("tokens_per_second"), run.last("peak_memory_mb")
     if speed is not None:
         below = f"peak memory {shown(memory)} MB" if memory is not None else ""
+        reserved = run.last("peak_reserved_mb")
+        below += f", {shown(reserved)} MB reserved" if below and reserved is not None else ""
         found.append(Tile("tokens per second", shown(speed), below))
     return found
 

@@ -6,12 +6,15 @@ from pathlib import Path
 import torch
 
 from offline_kto.kto_core.console import tell, warn
+from offline_kto.kto_core.launch import sharding_asked_for, world_size
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.data.training_data import TrainingData
+from offline_kto.train.model.memory_needs import full_fine_tuning
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.trainer.objective import Objective
+from offline_kto.train.trainer.tensor_float import tf32_suffices
 
 
 def print_data(config: TrainConfig, data: TrainingData) -> None:
@@ -42,6 +45,13 @@ def print_plan(
     )
     adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
     tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
+    for line in _memory_lines(config, files, device):
+        tell(line)
+    tell(f"attention   {files.attention.in_words}")
+    if tf32_suffices(config, precision, device, data.rows.manifest):
+        tell(
+            "products    TF32: finer than bfloat16, in which the cache was scored (training: {tf32: false} for float32)"
+        )
     loss = "" if config.loss == "kto" else f"loss {config.loss}, "
     tell(
         f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
@@ -49,3 +59,13 @@ def print_plan(
     tell(f"run         {out}")
     for line in (*files.warnings, *warnings):
         warn(line)
+
+
+def _memory_lines(config: TrainConfig, files: PolicyFiles, device: torch.device) -> list[str]:
+    """Return what full fine-tuning keeps of each weight, where that is a question."""
+    if config.lora_rank or files.size is None or (device.type == "cpu" and config.memory == "full"):
+        return []
+    ranks = world_size() if sharding_asked_for() else 1
+    needed = full_fine_tuning(files.size, config.memory, sharded_over=ranks)
+    each = f"{needed * ranks / files.size.weights:.1f} bytes a weight" if ranks == 1 else f"on each of {ranks} devices"
+    return [f"memory      --memory {config.memory}: {needed / 1e9:.3g} GB for weights, gradients and moments ({each})"]

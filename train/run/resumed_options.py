@@ -22,15 +22,15 @@ def _names(words: str) -> frozenset[str]:
 
 FIXED = _names(
     "model trust_remote_code loss batch_size seed shuffle balance max_length eval_fraction eval_seed metric lora_rank "
-    "lora_alpha lora_targets learning_rate scheduler warmup weight_decay"
+    "lora_alpha lora_targets memory learning_rate scheduler warmup weight_decay"
 )
 LOGGED = _names(
     "beta desirable_weight undesirable_weight humanline_low humanline_high max_steps epochs early_stopping eval_cache "
-    "eval_steps device save_dtype"
+    "eval_steps device attention reduce_dtype save_dtype"
 )
 FREE = _names(
     # Compared elsewhere: the cache by content, the precision as resolved, and `training` key by key.
-    "cache out dtype training max_tokens gradient_checkpointing save_steps logging_steps report_to resume evaluate_only "
+    "cache out dtype training max_tokens gradient_checkpointing save_steps logging_steps report_to resume evaluate_only plan_memory "
     "allow_different_policy"
 )
 

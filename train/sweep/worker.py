@@ -30,9 +30,10 @@ from offline_kto.kto_core.cache.manifest_fields import RowsIdentity
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import OF_THE_DISK, remove_tree, written_to
 from offline_kto.kto_core.errors import KTOError, WriteError, in_one_line
-from offline_kto.kto_core.models.precision import resolve_device, resolve_precision
+from offline_kto.kto_core.models.precision import resolve_device
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.settings import class_warnings, class_weight_values
+from offline_kto.train.model.recipe import run_precision
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.inputs import KeptMaterials
 from offline_kto.train.run.plan import print_data
@@ -97,7 +98,7 @@ class Worker:
         try:
             data = self.materials.data(config)
             self.materials.files(config, data.rows.manifest)
-            precision = resolve_precision(config.dtype, resolve_device(config.device))
+            precision = run_precision(config, resolve_device(config.device))
             training_arguments(config, Path(), precision, held_out=data.held_out is not None)
         except KTOError as error:
             return "refused", str(error)

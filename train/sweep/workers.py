@@ -16,7 +16,7 @@ from typing import Final
 from offline_kto.kto_core.cache.manifest_fields import RowsIdentity
 from offline_kto.kto_core.console import shown_lines
 from offline_kto.kto_core.errors import TrainingError
-from offline_kto.kto_core.runtime import keep_freed_memory, leave_out, quiet_libraries
+from offline_kto.kto_core.runtime import keep_freed_memory, leave_out, quiet_libraries, use_expandable_segments
 from offline_kto.kto_core.streams import encode_all
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run_records import TrainedWith
@@ -53,10 +53,13 @@ class Worker:
         device: str | None,
         threads: int | None,
         needless: Sequence[str],
+        sharing: int,
     ) -> None:
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_process, args=(theirs, rows, device, threads, needless), daemon=True)
+        self.process = context.Process(
+            target=_process, args=(theirs, rows, device, threads, needless, sharing), daemon=True
+        )
         # Ctrl-C reaches all processes. The sweep ends its workers; a starting one would print an import's traceback.
         resource_tracker.ensure_running()  # otherwise the first start would run it, and unblock the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -99,8 +102,13 @@ def _process(
     device: str | None,
     threads: int | None,
     needless: Sequence[str],
+    sharing: int,
 ) -> None:
-    """Run a worker's process; settings of the libraries are made before they are imported."""
+    """Run a worker's process; settings of the libraries are made before they are imported.
+
+    Args:
+        sharing: number of workers on its device.
+    """
     for package in needless:
         leave_out(package)
     encode_all()
@@ -108,8 +116,12 @@ def _process(
     quiet_libraries()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+    use_expandable_segments()
     from offline_kto.train.sweep.worker import work
+    from offline_kto.train.trainer.memory import share_device
 
+    if device is not None:
+        share_device(sharing)
     with shown_lines():
         work(pipe, rows, threads)
 
@@ -133,7 +145,8 @@ class Workers:
         alone = count == 1 or "OMP_NUM_THREADS" in os.environ
         self._threads = None if alone else max(1, (os.cpu_count() or 1) // count)
         self._rows = rows
-        self._count, self._workers = count, [self._new(number) for number in range(count)]
+        self._count = count
+        self._workers = [self._new(number) for number in range(count)]
         self.trained_with: TrainedWith = {}
         self._asked = False
 
@@ -153,7 +166,8 @@ class Workers:
 
     def _new(self, number: int) -> Worker:
         device = self._devices[number % len(self._devices)]
-        return Worker(self._context, self._rows, device, self._threads, self._needless)
+        sharing = len(range(number % len(self._devices), self._count, len(self._devices)))
+        return Worker(self._context, self._rows, device, self._threads, self._needless, sharing)
 
     def __enter__(self) -> "Workers":
         return self

@@ -15,11 +15,14 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.library_types import Model
+from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.train.data.batches import BatchLoader, EpochBatches
 from offline_kto.train.data.cache_rows import CacheRows, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
+from offline_kto.train.model.checkpointing import can_checkpoint, enable_checkpointing, is_checkpointing
 from offline_kto.train.model.saved_model import ModelWriter
 from offline_kto.train.trainer.accumulators import RowLogratios, Window
 from offline_kto.train.trainer.checkpoints import (
@@ -31,7 +34,9 @@ from offline_kto.train.trainer.checkpoints import (
 from offline_kto.train.trainer.evaluation import Scores, held_out_metrics
 from offline_kto.train.trainer.finite_checks import FiniteChecks
 from offline_kto.train.trainer.gradient_passes import GradientPasses
-from offline_kto.train.trainer.memory import Meter, peak_memory_mb
+from offline_kto.train.trainer.gradient_sums import Sending
+from offline_kto.train.trainer.lean_layers import can_halve_activations, halve_activations, restore_layers
+from offline_kto.train.trainer.memory import MOST_TOKENS, Meter, peak_memory_mb, peak_reserved_mb, state_bytes
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.policy_scores import PolicyScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
@@ -49,6 +54,9 @@ from offline_kto.train.trainer.sharding import tie_again
 # Token budget where memory is not measured.
 _DEEPSPEED_TOKENS = 8192
 
+# A pass of fewer tokens leaves a GPU idle for part of its time.
+FEW_TOKENS = 4096
+
 
 class KTOTrainer(transformers.Trainer):
     """Trainer for KTO from cached reference scores.
@@ -63,6 +71,8 @@ class KTOTrainer(transformers.Trainer):
         max_tokens: padded tokens in one forward and backward pass, or a meter that measures how many fit.
         rounding: nats per token by which two ways to compute the same score may differ.
         writer: writes the models of checkpoints and of the run.
+        sending: how unsharded ranks send gradients.
+        may_checkpoint: whether gradient checkpointing may be switched on if few tokens fit.
 
     Attributes:
         policy: the model with its token budget.
@@ -83,6 +93,8 @@ class KTOTrainer(transformers.Trainer):
         rounding: float,
         writer: ModelWriter,
         held_out: HeldOutRows | None = None,
+        sending: Sending | None = None,
+        may_checkpoint: bool = False,
         **options: Any,
     ) -> None:
         use_cache = getattr(model.config, "use_cache", None)
@@ -93,9 +105,11 @@ class KTOTrainer(transformers.Trainer):
             model.config.use_cache = use_cache
         self.rows, self.batches, self.held_out = rows, batches, held_out
         self.objective, self.writer = objective, writer
+        self.may_checkpoint = may_checkpoint
         self.meter = None if isinstance(max_tokens, int) else max_tokens
         budget = max_tokens if isinstance(max_tokens, int) else rows.max_length
-        ranks = Ranks(self.accelerator, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        ranks = Ranks(self.accelerator, sharded=sharded, sending=sending)
         self.policy = PreparedPolicy(model, args.device, ranks=ranks, max_tokens=budget, rounding=rounding)
         self.scores = PolicyScores(self.policy, objective)
         self.gradients = GradientPasses(self.policy, objective, self.accelerator)
@@ -120,6 +134,15 @@ class KTOTrainer(transformers.Trainer):
         # Looked up each time: --resume replaces the object.
         return next((one for one in self.callback_handler.callbacks if isinstance(one, RunningShift)), None)
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train; an unsharded model is prepared here, so that the Trainer finds it prepared and does not wrap it.
+
+        In `DistributedDataParallel` it would cost buckets as large as all gradients, which nothing here would use.
+        """
+        if not self.policy.ranks.sharded:
+            self.model_wrapped = self.model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        return super().train(*args, **options)
+
     def prepare_to_score(self) -> None:
         """Prepare a model that will only be scored, as the Trainer does before training."""
         self.model_wrapped = self.model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
@@ -128,18 +151,52 @@ class KTOTrainer(transformers.Trainer):
     def prepare_to_train(self) -> None:
         """Decide whether rows can be packed and how many tokens fit, once the Trainer has prepared the model."""
         self._take_over_model()
+        self.policy.ranks.start_equal(self.model)
         longest = self.rows.max_length
-        self.policy.check_packing([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
+        self._halve_activations([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
         if self.meter is None:
             return
         if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
             self.policy.max_tokens = max(_DEEPSPEED_TOKENS, longest)
         else:
-            self.policy.max_tokens = self.gradients.measure_max_tokens(self.meter, longest=longest)
+            self._measure_budget(self.meter, longest)
+
+    def _measure_budget(self, meter: Meter, longest: int) -> None:
+        """Measure how many tokens fit; with few, measure again with gradient checkpointing unless that was decided."""
+        policy, measure = self.policy, self.gradients.measure_max_tokens
+        found = measure(meter, longest=longest, of_matrix=self._state_bytes)
+        if found.tokens < FEW_TOKENS and self.may_checkpoint and can_checkpoint(policy.model):
+            restore_layers(policy.model)
+            enable_checkpointing(policy.model)
+            again = measure(meter, longest=longest, of_matrix=self._state_bytes)
+            if self.is_world_process_zero():
+                tell(
+                    f"memory      {found.tokens:,} tokens would fit into a pass: with gradient checkpointing {again.tokens:,} do, "
+                    "for about a third more time (--no-gradient-checkpointing leaves it off)"
+                )
+            found = again
+        policy.max_tokens = found.tokens
+        self.scores.most_tokens = min(MOST_TOKENS, found.scoring_tokens)
+
+    def _state_bytes(self, dtype: torch.dtype) -> float:
+        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        return state_bytes(kind, options, self.args.device, dtype)
+
+    def _halve_activations(self, sample: Sequence[TokenIds]) -> None:
+        policy, args = self.policy, self.args
+        checkpoints = is_checkpointing(policy.model)
+        if not can_halve_activations(policy, checkpoints=checkpoints, compiles=args.torch_compile):
+            return
+        replaced = halve_activations(policy.model, policy.scoring_model, policy.lay_out(sample))
+        if replaced and self.is_world_process_zero():
+            tell(
+                f"activations {replaced} norms and SwiGLU layers keep their inputs only; scores are the same bit for bit"
+            )
 
     def _take_over_model(self) -> None:
         self.policy.replace_model(self.model, wrapped=self.model_wrapped)
         self.policy.check_precision(torch.bfloat16 if self.args.bf16 else torch.float32)
+        self.policy.check_packing([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
 
     def get_train_dataloader(self) -> BatchLoader:
         return BatchLoader(self.rows, self.batches)
@@ -161,6 +218,7 @@ class KTOTrainer(transformers.Trainer):
         step, ranks = self.state.global_step, self.policy.ranks
         reference = reference_point(self.scores, inputs, self.shift)
         rows, outcome, aux_loss = self.gradients.run(inputs, reference, step=step + 1)
+        self.finite_checks.add_losses(rows, outcome, step=step + 1)
         self.row_logratios.add([row.index for row in rows], outcome.logratios, step)
         ranks.sum_gradients(self.model)
         self._window.add(outcome, reference, aux_loss)
@@ -168,14 +226,15 @@ class KTOTrainer(transformers.Trainer):
 
     def _get_grad_norm(self, model: Model, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        self.finite_checks.check_grad_norm(norm, step=self.state.global_step + 1)
-        return norm
+        return self.finite_checks.check_update(norm, step=self.state.global_step + 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's values together with the metrics of all updates since the last log."""
         if "loss" in logs and self._window.updates:
             logs.update(self._window.metrics(self.policy.ranks, beta=self.objective.beta))
             logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
+            reserved = peak_reserved_mb(self.args.device)
+            logs.update({} if reserved is None else {"peak_reserved_mb": reserved})
             self.row_logratios.settle()
             self._window = Window()
         super().log(logs, start_time)

@@ -2,20 +2,26 @@
 
 import resource
 import sys
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from offline_kto.kto_core.out_of_memory import one_memory_error
 
 # The rest stays free for fragmentation, other libraries' workspaces, and the spread of row lengths.
 _USED = 0.85
 
 # More tokens than this in one pass make no GPU faster, and cost padding.
-_MOST = 65_536
+MOST_TOKENS = 65_536
 
-# Adam: two float32 moments for each trained weight, allocated at the first update.
-_OPTIMIZER_BYTES = 8
+# Two float32 moments.
+_VECTOR_BYTES = 8
+
+# Side of the matrix that an optimizer's states are measured on: bitsandbytes keeps those of small ones in float32.
+_PROBE = 256
 
 
 class Meter(Protocol):
@@ -23,7 +29,7 @@ class Meter(Protocol):
 
     def used(self) -> int: ...
     def available(self) -> int:
-        """Return the bytes that are free now, including the allocator's reserve."""
+        """Return the bytes that are free now, including the allocator's reserve, within this process's share."""
 
     def peak_of(self, work: Callable[[], None]) -> int:
         """Return the peak number of bytes in use while `work` ran."""
@@ -39,8 +45,11 @@ class CudaMeter:
         return torch.cuda.memory_allocated(self.device)
 
     def available(self) -> int:
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free + torch.cuda.memory_reserved(self.device) - self.used()
+        free, total = torch.cuda.mem_get_info(self.device)
+        reserved = torch.cuda.memory_reserved(self.device)
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)  # since torch 2.7
+        allowed = int(total * share(self.device)) - reserved
+        return max(0, min(free, allowed)) + reserved - self.used()
 
     def peak_of(self, work: Callable[[], None]) -> int:
         torch.cuda.synchronize(self.device)
@@ -55,6 +64,23 @@ def meter_of(device: torch.device) -> Meter | None:
     return CudaMeter(device) if device.type == "cuda" else None
 
 
+@dataclass(frozen=True)
+class Budget:
+    """The padded tokens of one pass that fit into memory: of training, and of scoring without gradients."""
+
+    tokens: int
+    scoring_tokens: int
+
+
+def share_device(processes: int) -> None:
+    """Limit this process to its share of the GPU that several processes of ours train on.
+
+    Each would measure the whole device as free if all began at the same time.
+    """
+    if processes > 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1 / processes)
+
+
 def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, reserve: int, alone: bool = True) -> int:
     """Return the padded tokens of one pass that keep memory within 85 % of the device.
 
@@ -63,7 +89,7 @@ def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, res
 
     Args:
         meter: of the device.
-        trial: runs a forward and backward pass over a number of rows of the longest length; it may leave gradients.
+        trial: runs a pass over a number of rows of the longest length; it may leave gradients.
         row: tokens in the longest row.
         reserve: bytes that training will need and that are not in use yet (optimizer states).
         alone: whether no other rank waits for this one within a trial.
@@ -74,20 +100,58 @@ def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, res
     before = meter.used()
     room = _USED * (before + meter.available()) - reserve
     try:
-        trial(1)  # kernels' workspaces and the gradients come with the first pass
-        one, two = (meter.peak_of(lambda rows=rows: trial(rows)) for rows in (1, 2))  # type: ignore[misc]
+        with one_memory_error():
+            trial(1)  # kernels' workspaces and the gradients come with the first pass
+            one, two = (meter.peak_of(lambda rows=rows: trial(rows)) for rows in (1, 2))  # type: ignore[misc]
     except torch.OutOfMemoryError:
         if not alone:
             raise
         return row
     each = max(1, two - one)
     rows = int((room - (one - each)) // each)
-    return row * max(1, min(rows, _MOST // row))
+    return row * max(1, min(rows, MOST_TOKENS // row))
 
 
-def optimizer_bytes(model: nn.Module, *, sharded_over: int) -> int:
-    """Return the bytes of Adam's moments on this device."""
-    return _OPTIMIZER_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad) // sharded_over
+def optimizer_bytes(model: nn.Module, *, sharded_over: int, of_matrix: Callable[[torch.dtype], float]) -> int:
+    """Return the bytes of an optimizer's states on this device.
+
+    Args:
+        of_matrix: bytes of a value of a matrix in some type; those of vectors are counted in float32.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    found = sum(weight.numel() * (of_matrix(weight.dtype) if weight.ndim > 1 else _VECTOR_BYTES) for weight in trained)
+    return int(found / sharded_over)
+
+
+def state_bytes(
+    optimizer: type[torch.optim.Optimizer], options: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> float:
+    """Return how many bytes an optimizer keeps for each value of a matrix, from an update of a small one.
+
+    States in paged memory (bitsandbytes) are moved to the host when the device is full, and are not counted.
+    """
+    weight = nn.Parameter(torch.zeros(_PROBE, _PROBE, dtype=dtype, device=device))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        probe = optimizer([weight], **options)
+        probe.step()
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
+        return _VECTOR_BYTES  # it needs more than a weight; most keep two moments
+    kept = [one for one in _tensors(probe.state[weight]) if one.device == weight.device]
+    return sum(one.numel() * one.element_size() for one in kept if not getattr(one, "is_paged", False)) / weight.numel()
+
+
+def _tensors(state: object) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for one in state.values():
+            yield from _tensors(one)
+
+
+def peak_reserved_mb(device: torch.device) -> float | None:
+    """Return the peak memory that the allocator took from the device, MB: what other processes cannot use."""
+    return torch.cuda.max_memory_reserved(device) / 1e6 if device.type == "cuda" else None
 
 
 def peak_memory_mb(device: torch.device) -> float:

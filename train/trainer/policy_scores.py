@@ -11,6 +11,7 @@ from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.train.data.cache_rows import RowKey, ScoredSequence, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.trainer.evaluation import Scores
+from offline_kto.train.trainer.memory import MOST_TOKENS
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 
@@ -22,10 +23,15 @@ _SCORING_TOKENS = 4
 
 
 class PolicyScores:
-    """Scores under the current policy, in eval mode; every method is called on every rank."""
+    """Scores under the current policy, in eval mode; every method is called on every rank.
+
+    Attributes:
+        most_tokens: padded tokens that a pass without gradients has at most.
+    """
 
     def __init__(self, policy: PreparedPolicy, objective: Objective) -> None:
         self.policy, self.objective = policy, objective
+        self.most_tokens = MOST_TOKENS
         self._passes: ScoringPasses | None = None
         self._passes_for = 0
 
@@ -91,9 +97,12 @@ class PolicyScores:
         device = self.policy.device
         logps, logratios = (torch.zeros(len(sequences), dtype=torch.float64, device=device) for _ in range(2))
         tokens = Tokens(0, 0, 0)
-        for done in self._scoring().run([sequence.ids for sequence in sequences], at_least=passes):
+        ids, values = [one.ids for one in sequences], [self.objective.reference_values(one) for one in sequences]
+        for done in self._scoring().run(ids, at_least=passes, values=values):
             part = [sequences[i] for i in done.indices]
-            logps[done.indices], logratios[done.indices] = self.objective.row_scores(part, done.token_logps, done.batch)
+            of_part = self.objective.row_scores(done.values, done.token_logps, done.batch)
+            for whole, scores in zip((logps, logratios), of_part, strict=True):
+                whole.index_copy_(0, done.where, scores)
             tokens += Tokens(sum(map(len, part)), done.batch.tokens, done.batch.padded_tokens)
         return logps, logratios, tokens
 
@@ -105,7 +114,7 @@ class PolicyScores:
             self._passes = ScoringPasses(
                 policy.scoring_model,
                 policy.device,
-                max_tokens=_SCORING_TOKENS * policy.max_tokens,
+                max_tokens=max(policy.max_tokens, min(_SCORING_TOKENS * policy.max_tokens, self.most_tokens)),
                 alone=not policy.ranks.sharded,
                 pack=policy.packs,
                 tolerance=policy.rounding,

@@ -8,13 +8,22 @@ from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.library_types import Model
 
 
-def prepare_sharding(accelerator: accelerate.Accelerator, dtype: torch.dtype, *, merges: bool) -> None:
+def prepare_sharding(
+    accelerator: accelerate.Accelerator,
+    dtype: torch.dtype,
+    *,
+    merges: bool,
+    reduce_dtype: torch.dtype = torch.float32,
+    narrow: bool = False,
+) -> None:
     """Check accelerate's settings before the model is sharded, and set those that the run needs.
 
     Args:
         accelerator: accelerate's, of the Trainer.
         dtype: the type that passes compute in.
         merges: whether the run ends by merging adapters into the weights.
+        reduce_dtype: the type that gradients are summed in.
+        narrow: whether weights are trained in 16 bits.
 
     Raises:
         TrainingError: the settings cannot train or save this run.
@@ -35,7 +44,12 @@ def prepare_sharding(accelerator: accelerate.Accelerator, dtype: torch.dtype, *,
     if fsdp is not None:
         if fsdp.fsdp_version != 2:
             raise TrainingError("FSDP 1 is not supported: set fsdp_version: 2, as in configs/accelerate_fsdp2.yaml.")
-        _keep_float32(fsdp, dtype)
+        _keep_float32(fsdp, dtype, reduce_dtype)
+    if deepspeed is not None and narrow:
+        raise TrainingError(
+            "--memory lean or host does not work with DeepSpeed, which keeps weights and moments its own way. Use FSDP2 "
+            "(configs/accelerate_fsdp2.yaml), or --memory full --dtype float32."
+        )
     if deepspeed is not None and dtype != torch.float32:
         raise TrainingError(
             "DeepSpeed in 16 bits would save the weights in 16 bits, in which KTO's small updates vanish: pass --dtype float32, "
@@ -49,8 +63,10 @@ def prepare_sharding(accelerator: accelerate.Accelerator, dtype: torch.dtype, *,
             )
 
 
-def _keep_float32(fsdp: accelerate.FullyShardedDataParallelPlugin, dtype: torch.dtype) -> None:
-    """Set a mixed-precision policy that rounds neither the model's output nor the gradients.
+def _keep_float32(
+    fsdp: accelerate.FullyShardedDataParallelPlugin, dtype: torch.dtype, reduce_dtype: torch.dtype
+) -> None:
+    """Set a mixed-precision policy that does not round the model's output, nor the gradients unless `reduce_dtype` does.
 
     Accelerate's own policy would also round the result of the forward pass (log-probs), and gradients before they are
     summed.
@@ -58,7 +74,7 @@ def _keep_float32(fsdp: accelerate.FullyShardedDataParallelPlugin, dtype: torch.
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     compute = None if dtype == torch.float32 else dtype
-    fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce_dtype)
 
 
 def gather_when_saving(accelerator: accelerate.Accelerator) -> None:
@@ -79,3 +95,19 @@ def local_part(weight: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a weight; the whole weight if it is not sharded."""
     part: torch.Tensor = getattr(weight, "ds_tensor", weight)  # ZeRO-3
     return part.to_local() if hasattr(part, "to_local") else part  # FSDP2
+
+
+def like_weight(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of an optimizer's state as a tensor that is sharded like its weight.
+
+    Args:
+        part: sized like this rank's part of the weight, in all but the last dimension.
+    """
+    if not hasattr(weight, "to_local"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(weight, DTensor)
+    shape = torch.Size((*weight.shape[:-1], part.shape[-1])) if part.ndim > 1 else weight.shape
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=strides)

@@ -1,0 +1,197 @@
+"""What docs/gpu.md and `kto-train --plan-memory` promise, compared with the bytes that small models really take."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from bitsandbytes.nn import Linear4bit
+from click.testing import CliRunner
+from models import random_rows
+from torch import Tensor
+
+from offline_kto.kto_core.models.precision import store_matrices_in, store_trained_in
+from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
+from offline_kto.kto_core.scoring.sequences import pad_sequences
+from offline_kto.train.cli import train as command
+from offline_kto.train.model.checkpointing import enable_checkpointing
+from offline_kto.train.model.memory_needs import _FOUR_BITS, ModelSize, needs_of, recommended, size_of
+from offline_kto.train.trainer.host_adam import HostAdamW
+from offline_kto.train.trainer.lean_adam import LeanAdamW
+from offline_kto.train.trainer.lean_layers import halve_activations
+
+ROWS, LENGTH = 3, 130
+SIZES = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 4, "num_key_value_heads": 1}
+AUTOCAST = torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def build(recipe: str, *, layers: int = 2) -> Any:
+    """A small model as a recipe stores it."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, num_hidden_layers=layers, vocab_size=997, pad_token_id=None)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    add_scoring_forward(model)
+    if recipe in ("lean", "host"):
+        store_trained_in(model, torch.bfloat16)
+    if recipe == "LoRA":
+        store_matrices_in(model, torch.bfloat16)
+        settings = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, settings)
+    if recipe == "sharded":
+        model = model.bfloat16()
+    return model.train()
+
+
+def bytes_of(tensors: Iterator[Tensor]) -> int:
+    """Bytes of distinct tensors."""
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+@contextmanager
+def kept_tensors(kept: list[Tensor]) -> Iterator[None]:
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "full": lambda weights: torch.optim.AdamW(weights, lr=1e-6),
+    "lean": lambda weights: LeanAdamW(weights, lr=1e-6),
+    "host": lambda weights: HostAdamW(weights, lr=1e-6),
+    "LoRA": lambda weights: torch.optim.AdamW(weights, lr=1e-6),
+}
+
+
+@pytest.mark.parametrize("recipe", OPTIMIZERS)
+def test_weights_gradients_and_states(recipe: str) -> None:
+    size = size_of(build("full"))
+    model, kept = build(recipe), []
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = OPTIMIZERS[recipe](trained)
+    with AUTOCAST, kept_tensors(kept):
+        loss = token_logps(model, pad_sequences(random_rows(3))).token_logps.sum()
+    loss.backward()
+    optimizer.step()
+    matrices = {module.weight.shape for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    head = model.get_output_embeddings().weight.shape
+    stored = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    copies = [
+        one
+        for one in kept
+        if one.ndim == 2
+        and (one.shape in matrices or one.T.shape in matrices)
+        and head not in (one.shape, one.T.shape)
+        and one.untyped_storage().data_ptr() not in stored
+    ]
+    states = [one for state in optimizer.state.values() for name, one in state.items() if name != "step"]
+    found = bytes_of(iter([*model.parameters(), *(weight.grad for weight in trained), *copies]))
+    on_host = bytes_of(iter(states)) if recipe == "host" else 0
+    found += 0 if recipe == "host" else bytes_of(iter(states))
+    need = next(one for one in needs_of(size) if one.recipe.startswith(recipe))
+    assert need.resident == pytest.approx(found, rel=0.05)
+    assert need.on_host == pytest.approx(on_host, rel=0.05)
+
+
+def test_four_bits() -> None:
+    layer = Linear4bit(1024, 1024, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
+    state = layer.weight.quant_state
+    parts = [layer.weight, state.absmax, state.state2.absmax]
+    found = sum(one.numel() * one.element_size() for one in parts) / 1024**2
+    assert pytest.approx(found, rel=0.05) == _FOUR_BITS
+
+
+def activations(recipe: str, layers: int, *, checkpoints: bool) -> int:
+    model, kept = build(recipe, layers=layers), []
+    if checkpoints:
+        enable_checkpointing(model)
+    elif recipe != "sharded":
+        with AUTOCAST:
+            assert halve_activations(model, model, pad_sequences(random_rows(3)))
+    body = model.get_base_model().model if recipe == "LoRA" else model.model
+    positions = torch.arange(LENGTH).expand(ROWS, -1)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe != "sharded"), kept_tensors(kept):
+        hidden = body.embed_tokens(positions % 97).requires_grad_()
+        body(inputs_embeds=hidden, position_ids=positions, use_cache=False)
+    return bytes_of(one for one in kept if LENGTH in one.shape or LENGTH * ROWS in one.shape)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("recipe", ["full", "lean", "LoRA", "sharded"])
+def test_activations_of_a_token(recipe: str, checkpoints: bool) -> None:
+    """Of two layers more: what a model keeps beside its layers cancels."""
+    found = activations(recipe, 3, checkpoints=checkpoints) - activations(recipe, 1, checkpoints=checkpoints)
+    size = size_of(build("full"))
+    name = "full, FSDP2" if recipe == "sharded" else recipe
+    need = next(one for one in needs_of(size) if one.recipe.startswith(name))
+    promised = need.checkpointed if checkpoints else need.token
+    assert promised * ROWS * LENGTH == pytest.approx(found, rel=0.05)
+
+
+def test_sharded_weights_are_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 of eight that nobody runs: what it holds between passes."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model = build("full")
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (8,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        weights = list(model.parameters())
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimizer = torch.optim.AdamW(weights, lr=0.0)
+        optimizer.step()
+        moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        held: list[Any] = [*weights, *(weight.grad for weight in weights), *moments]
+        found = sum(one.to_local().numel() * one.element_size() for one in held)
+    finally:
+        dist.destroy_process_group()
+    assert found == pytest.approx(16 * size_of(build("full")).weights / 8, rel=0.05)
+
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+}
+
+
+def size_8b() -> ModelSize:
+    with torch.device("meta"):
+        return size_of(transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**LLAMA_8B)))
+
+
+def test_the_most_exact_recipe_that_fits_is_recommended() -> None:
+    needs = needs_of(size_8b())
+    found = {card: recommended(needs, card * 1e9) for card in (8, 24, 80, 192)}
+    assert found[8] is None
+    names = {card: one and (one[0].recipe.split()[0], one[1]) for card, one in found.items()}
+    assert names == {8: None, 24: ("QLoRA", True), 80: ("lean", False), 192: ("full", False)}
+
+
+def test_the_command_reads_shapes_alone(tmp_path: Path) -> None:
+    transformers.LlamaConfig(**LLAMA_8B).save_pretrained(tmp_path)
+    found = CliRunner().invoke(command, ["--plan-memory", str(tmp_path)])
+    assert found.exit_code == 0, found.output
+    assert "8.03 billion weights, 32 layers of 4,096" in found.output
+    assert "fits        80 GB: lean (--memory lean)" in found.output
+
+
+def test_a_folder_without_a_model_is_one_message(tmp_path: Path) -> None:
+    found = CliRunner().invoke(command, ["--plan-memory", str(tmp_path)])
+    assert found.exit_code == 1
+    assert "not the configuration of a causal language model" in found.output

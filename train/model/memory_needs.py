@@ -1,0 +1,204 @@
+"""Compute how many bytes training a model takes, by recipe, from its shapes alone.
+
+resident   weights, gradients and optimizer states
+a token    what the layers keep for the backward pass: sums over h, q, k and f, the widths of hidden states, queries, keys and
+           intermediate states (tests/test_memory_needs.py compares them with real allocations)
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from offline_kto.kto_core.library_types import Model
+from offline_kto.kto_core.models.narrow_embedding import can_be_narrow
+
+# The output layer's logits, library workspaces and the CUDA context.
+_OVERHEAD = 2e9
+
+# What --max-tokens auto fills of a device.
+_USED = 0.85
+
+# Bytes that 8-bit moments and their scales take for a weight.
+_NARROW_MOMENTS = 2 + 8 / 256
+
+# bitsandbytes' NF4 with double quantisation: 4.127 bits.
+_FOUR_BITS = 4.127 / 8
+
+_LORA_RANK = 16
+FEW_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What memory depends on.
+
+    Attributes:
+        weights: all of them; tied ones count once.
+        matrices: those of linear layers inside of the decoder layers.
+        head: those of the output layer, if it is not also the embedding table.
+        tables: those of plain embedding tables.
+        adapters: those of LoRA adapters of rank 1 on all linear layers of the decoder.
+        layers: number of decoder layers.
+        hidden, queries, keys, intermediate: widths.
+    """
+
+    weights: int
+    matrices: int
+    head: int
+    tables: int
+    adapters: int
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    intermediate: int
+
+    @property
+    def narrow(self) -> int:
+        """Weights that may be stored in 16 bits."""
+        return self.matrices + self.head + self.tables
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one device.
+
+    Attributes:
+        recipe: its name, with the options that choose it.
+        resident: weights, gradients and optimizer states.
+        token: kept for each token of a pass; with gradient checkpointing `checkpointed`.
+        layer: kept while one checkpointed layer is computed again, for each token.
+        on_host: bytes of host memory.
+    """
+
+    recipe: str
+    resident: float
+    token: float
+    checkpointed: float
+    layer: float
+    on_host: float = 0.0
+
+    def tokens_in(self, device: float, *, checkpointing: bool) -> int:
+        """Return the tokens of one pass that fit into a device of some bytes; 0 if the weights do not."""
+        room = _USED * device - self.resident - _OVERHEAD
+        return max(0, int(room / (self.checkpointed + self.layer if checkpointing else self.token)))
+
+
+def size_of(model: Model) -> ModelSize:
+    """Return a model's size; it may be on the meta device."""
+    config = model.config.get_text_config()
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    hidden = int(config.hidden_size)
+    width = int(getattr(config, "head_dim", None) or hidden // heads)
+    keys = int(getattr(config, "num_key_value_heads", None) or heads)
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    stacks = [
+        weight
+        for module in model.modules()
+        if not isinstance(module, nn.Linear | nn.Embedding)
+        for weight in module.parameters(recurse=False)
+        if weight.ndim >= 3 or (weight.ndim == 2 and not isinstance(module, nn.Linear))
+    ]
+    widths = (getattr(config, name, None) for name in ("moe_intermediate_size", "intermediate_size", "n_inner"))
+    intermediate = int(next((width for width in widths if width), 4 * hidden))
+    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
+    return ModelSize(
+        weights=sum(weight.numel() for weight in model.parameters()),
+        matrices=sum(module.weight.numel() for module in linear) + sum(weight.numel() for weight in stacks),
+        head=0 if tied or head is None else head.weight.numel(),
+        tables=sum(module.weight.numel() for module in model.modules() if can_be_narrow(module)),
+        adapters=sum(module.in_features + module.out_features for module in linear),
+        layers=int(config.num_hidden_layers),
+        hidden=hidden,
+        queries=heads * width,
+        keys=keys * width,
+        intermediate=intermediate * experts,
+    )
+
+
+def known_size(model: Model) -> ModelSize | None:
+    """Return a model's size, or None for one with a configuration of another kind."""
+    try:
+        return size_of(model)
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def needs_of(size: ModelSize, *, ranks: int = 8) -> list[Need]:
+    """Return what every recipe takes, from the most exact to the smallest.
+
+    Args:
+        ranks: number of GPUs of the sharded ones.
+    """
+    wide = size.weights - size.narrow
+    adapters = _LORA_RANK * size.adapters
+    # Autocast keeps a 16-bit copy of the matrices of the layers until the end of the backward pass.
+    full = 16.0 * size.weights + 2 * size.matrices
+    lean = (4 + _NARROW_MOMENTS) * size.narrow + 16 * wide
+    gathered = _gathered(size)
+    trained = {
+        "token": _layers(size, 12, 4, 4, 4),
+        "checkpointed": _layers(size, 4),
+        "layer": _layer(size, 26, 4, 4, 8),
+    }
+    sharded = {
+        "token": _layers(size, 16, 4, 4, 8),
+        "checkpointed": _layers(size, 2),
+        "layer": _layer(size, 16, 4, 4, 8),
+    }
+    lora = {"token": _layers(size, 18, 6, 4, 4), "checkpointed": _layers(size, 4), "layer": _layer(size, 18, 6, 4, 8)}
+    on_base = 18.0 * adapters
+    return [
+        Need("full", full, **trained),
+        Need("lean (--memory lean)", lean, **trained),
+        Need("host (--memory host)", 4.0 * size.narrow + 8 * wide, **trained, on_host=12.0 * size.weights),
+        Need(
+            f"LoRA (--lora-rank {_LORA_RANK})",
+            2.0 * (size.matrices + size.head) + 4 * (wide + size.tables) + on_base,
+            **lora,
+        ),
+        Need(
+            f"QLoRA (a 4-bit base, --lora-rank {_LORA_RANK})",
+            _FOUR_BITS * size.matrices + 2.0 * (size.weights - size.matrices) + on_base,
+            **lora,
+        ),
+        Need(f"full, FSDP2 on {ranks} GPUs", 16.0 * size.weights / ranks + gathered, **sharded),
+        Need(f"lean, FSDP2 on {ranks} GPUs", (4 + _NARROW_MOMENTS) * size.weights / ranks + gathered, **sharded),
+    ]
+
+
+def _gathered(size: ModelSize) -> float:
+    """Return the bytes of whole weights and gradients that a rank holds for a moment under FSDP2.
+
+    Embedding table and head are one group, gathered with two layers; a layer's gradient is summed in float32.
+    """
+    layer = size.matrices / size.layers
+    return 2.0 * (size.tables + size.head) + 2 * 2 * layer + (2 + 4) * layer
+
+
+def _layer(size: ModelSize, hidden: int, queries: int = 0, keys: int = 0, intermediate: int = 0) -> float:
+    parts = (hidden * size.hidden, queries * size.queries, keys * size.keys, intermediate * size.intermediate)
+    return float(sum(parts))
+
+
+def _layers(size: ModelSize, *factors: int) -> float:
+    return size.layers * _layer(size, *factors)
+
+
+def full_fine_tuning(size: ModelSize, memory: str, *, sharded_over: int) -> float:
+    """Return the bytes on one device of weights, gradients and moments, by the value of `--memory`."""
+    name = f"{memory}, FSDP2" if sharded_over > 1 else memory
+    return next(need.resident for need in needs_of(size, ranks=sharded_over) if need.recipe.startswith(name))
+
+
+def recommended(needs: list[Need], device: float) -> tuple[Need, bool] | None:
+    """Return the first recipe for one device that leaves room for a pass, and whether it needs gradient checkpointing."""
+    for need in needs:
+        if "FSDP2" in need.recipe:
+            continue
+        for checkpointing in (False, True):
+            if need.tokens_in(device, checkpointing=checkpointing) >= FEW_TOKENS:
+                return need, checkpointing
+    return None
