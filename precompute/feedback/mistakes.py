@@ -8,14 +8,19 @@ from collections.abc import Collection, Sequence
 
 from offline_kto.kto_core.errors import FeedbackError, KTOError
 from offline_kto.kto_core.feedback.columns import PROMPTS
-from offline_kto.kto_core.feedback.labels import Scale, UnknownLabelError
+from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, UNRATED
 from offline_kto.kto_core.feedback.paths import Path, key_path, option_path
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
-from offline_kto.precompute.records.feedback_columns import feedback_columns
+from offline_kto.precompute.records.feedback_columns import (
+    feedback_columns,
+    is_turned_round,
+    is_undesirable,
+    reversed_options,
+)
 from offline_kto.precompute.records.text_files import Record
 
 _DECIMAL_COMMA = re.compile(r'"[+-]?[0-9]+,[0-9]+"')
@@ -159,6 +164,22 @@ def unclear_rating(config: PrecomputeConfig, name: str) -> FeedbackError:
     )
 
 
+def turned_round(config: PrecomputeConfig, rule: LabelRule) -> FeedbackError | None:
+    """Return the error about a label whose name says that true is undesirable, as "toxic" does; None without one."""
+    values = list(Scale.of(rule).counts)
+    name = next((one for one in rule.numbers if is_turned_round(one, values)), None)
+    if name is None:
+        return None
+    field = "" if config.label_field is None else f"--label-field {shlex.quote(config.label_field)} "
+    options = reversed_options(value for value in values if value != "(none)")
+    _, up, _, down = shlex.split(options)
+    return FeedbackError(
+        f"{config.data}: the label is '{name}', which seems to name what is undesirable, but true, 1 and yes are read as desirable "
+        f"({Scale.of(rule).in_words()}). Pass {field}{options}, or {field}--up {shlex.quote(down)} --down {shlex.quote(up)} if they "
+        "are desirable."
+    )
+
+
 def _unknown_labels(
     unknown: Sequence[UnknownLabelError], config: PrecomputeConfig, data_format: DataFormat
 ) -> KTOError:
@@ -173,7 +194,7 @@ def _unknown_labels(
             f"{first} It has {scale.in_words()}. {data_format.mapping.name}: the first answer is better if it is one of {up}, the "
             f"second if it is one of {down}. A mapping (--map FILE) names other values in a_when and b_when."
         )
-    proposal = scale.proposal()
+    proposal = "" if is_undesirable(first.field) else scale.proposal()
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
     name = "" if data_format.mapping or usual or config.label_field else f"--label-field {shlex.quote(first.field)} "
     advice = (

@@ -25,7 +25,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.contradictions import VERDICTS, Contradictions
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
-from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class, unclear_rating
+from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class, turned_round, unclear_rating
 from offline_kto.precompute.feedback.suspicions import CONVERSATIONS, Suspicions
 from offline_kto.precompute.feedback.used_columns import UsedColumns
 from offline_kto.precompute.records.text_files import Located
@@ -155,6 +155,8 @@ class Feedback:
                 f"{config.data}: numbers are compared, but some records have a {' and others a '.join(sorted(self._fields.compared))}. "
                 "Name the column with --label-field."
             )
+        if self._is_own_label and (error := turned_round(config, self.label_rule)) is not None:
+            raise error
         if self._is_own_label and (name := self.label_rule.unclear_rating()) is not None:
             raise unclear_rating(config, name)
         if not found.forms:
