@@ -1100,6 +1100,27 @@ def test_names_of_missing_values_are_counted(tmp_path, container, word):
     assert "f." in note
 
 
+@pytest.mark.parametrize("word", ["nan", "None", "N/A", "#NAME?"])
+@pytest.mark.parametrize("container", [as_csv, as_jsonl, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "s", "system": "W", "completion": "c", "label": True}, up("system: W", "s", "c")),
+        ({"prompt": "s", "system_prompt": "W", "completion": "c", "label": True}, up("system: W", "s", "c")),
+        ({"instruction": "s", "input": "W", "output": "c", "label": True}, up("s\nW", "c")),
+        ({"instruction": "s", "system": "W", "output": "c", "label": True}, up("system: W", "s", "c")),
+        ({"messages": turns("W", "b", "s", "c"), "label": True}, up("W", "b", "s", "c")),
+        ({"prompt": "s", "history": [["a", "W"]], "completion": "c", "label": True}, up("a", "W", "s", "c")),
+    ],
+)
+def test_names_of_missing_values_in_other_texts_are_counted(tmp_path, container, word, record, expected):
+    written = json.loads(json.dumps(record).replace('"W"', json.dumps(word)))
+    rows, _, feedback = read(container(tmp_path, [written]))
+    texts, label, paired = expected
+    assert rows == [([text.replace("W", word) for text in texts], label, paired)]
+    assert [note for note in feedback.notes() if "missing values: 1 (first: f." in note]
+
+
 @pytest.mark.parametrize("container", [as_csv, as_jsonl, as_parquet], ids=name_of)
 @pytest.mark.parametrize("column", ["prompt", "completion", "messages", "conversations", "chosen"])
 def test_messages_as_python_prints_them_are_refused(tmp_path, container, column):

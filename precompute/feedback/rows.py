@@ -24,7 +24,7 @@ from offline_kto.kto_core.feedback.turns import mapped_rows
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.contradictions import VERDICTS, Contradictions
 from offline_kto.precompute.feedback.data_format import DataFormat
-from offline_kto.precompute.feedback.found import Found
+from offline_kto.precompute.feedback.found import Found, names_no_value
 from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class, turned_round, unclear_rating
 from offline_kto.precompute.feedback.suspicions import CONVERSATIONS, Suspicions
 from offline_kto.precompute.feedback.used_columns import UsedColumns
@@ -165,7 +165,7 @@ class Feedback:
             raise one_class(config, self._format, found)
         if found.missing:
             found.notes.append(
-                "rows with NaN, None or null as a prompt or an answer, as programs write missing values: "
+                "rows with NaN, None, null or N/A as a prompt, an answer or another text, as programs write missing values: "
                 f"{len(found.missing):,} (first: {found.missing[0]}). They are scored as text; remove these rows if the values "
                 "are missing."
             )
@@ -243,6 +243,8 @@ class Feedback:
                 rows = parse_record(record, where, self._fields)
                 if len(rows) == 1:
                     self._contradictions.add(record, rows[0].label, where)
+                if "instruction" in record and names_no_value(record.get("input")):  # a part of the user's message
+                    self.found.missing.append(where)
                 yield from rows
                 return
             self._used.look_up(record, where)
