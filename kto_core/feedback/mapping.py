@@ -17,6 +17,7 @@ from offline_kto.kto_core.feedback.conversations import part_early
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, is_tie
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, EMPTY, NO_PROMPT, TIE, LeftOut
+from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
 from offline_kto.kto_core.feedback.paths import Path, option_path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -252,6 +253,8 @@ class Mapping:
 
     def _messages(self, value: object, where: str, path: Path) -> Turns:
         """Return a conversation without the text that `strip` matches. Raises: FeedbackError: it is text."""
+        label = None if self.label is None else self.label.path
+        check_is_list(value, where, path.text, label="PATH" if label is None else label.text)
         turns = as_turns(value, where, path.text)
         if isinstance(turns, str):
             raise FeedbackError(

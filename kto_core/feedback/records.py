@@ -47,6 +47,7 @@ from offline_kto.kto_core.feedback.json_values import canonical_json, check_text
 from offline_kto.kto_core.feedback.judged_messages import judged_messages
 from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_conversation, as_turns
 from offline_kto.kto_core.feedback.preference_pairs import is_pair, pair_in
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -183,7 +184,7 @@ def _single(
             form = f"{asked[0]} + {name}"
         elif is_alpaca(present, fields):
             prompt, form = alpaca_prompt(present, where, conversation=fields.chat_template), f"instruction + {name}"
-        elif (before := _conversation_before(present, value, where)) is not None:
+        elif (before := _conversation_before(present, value, where, fields)) is not None:
             prompt, form = before[1], f"{before[0]} + {name}"
         else:
             if fields.prompt is not None and fields.prompt.text not in record:
@@ -204,6 +205,7 @@ def _single(
         name = form
         for other in others:
             refuse_another(present, name, other, where, "--completion-field")
+        _check_is_list(present, name, where, fields)
         messages = as_conversation(present[name], where, name)
         _check_prompt_beside(present, messages, where, name)
         prompt, completion = split_conversation(messages, where, name)
@@ -219,7 +221,7 @@ def _single(
 
 
 def _conversation_before(
-    present: Mapping[str, object], answer: object, where: str
+    present: Mapping[str, object], answer: object, where: str, fields: FeedbackFields
 ) -> tuple[str, tuple[Message, ...]] | None:
     """Return (column, messages) of a conversation to which a column has the answer; None without one.
 
@@ -228,11 +230,17 @@ def _conversation_before(
     name = next((one for one in CONVERSATIONS if one in present), None)
     if name is None:
         return None
+    _check_is_list(present, name, where, fields)
     messages = as_conversation(present[name], where, name)
     if messages[-1]["role"] != "assistant":
         return name, messages
     repeated = isinstance(answer, str) and messages[-1]["content"].strip() == answer.strip()
     return (name, messages[:-1]) if repeated and len(messages) > 1 else None
+
+
+def _check_is_list(present: Mapping[str, object], name: str, where: str, fields: FeedbackFields) -> None:
+    labels = [one for one in (*LABELS, "rating") if one in present] or ["label"]
+    check_is_list(present[name], where, name, label=labels[0] if fields.label is None else fields.label.text)
 
 
 def _check_other_answers(present: Mapping[str, object], used: str, where: str, fields: FeedbackFields) -> None:
