@@ -824,6 +824,43 @@ def test_an_option_that_a_format_has_no_place_for(tmp_path):
     assert "--label-field" in refusal(path, ConfigError, map="pku_saferlhf", label_field="good")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"label_field": "quality"}, {"label_field": "nope"}, {"up": "B", "down": "A"}, {"rating_threshold": "4"}],
+)
+@pytest.mark.parametrize("prompt", ["prompt", "question", "instruction"])
+def test_options_of_labels_on_pairs_are_refused(tmp_path, options, prompt):
+    path = as_jsonl(tmp_path, [{prompt: "q", "chosen": "a", "rejected": "b", "quality": 0}] * 2)
+    message = refusal(path, **options)
+    assert "preference pairs, which have no label" in message
+    assert all(f"--{name.replace('_', '-')}" in message for name in options)
+    assert read(path)[0] == pair("q", "a", "b") * 2
+
+
+def test_options_of_labels_apply_to_the_rows_beside_pairs(tmp_path):
+    path = as_jsonl(tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "r", "answer": "c", "mark": 0}])
+    assert read(path, label_field="mark")[0] == [*pair("q", "a", "b"), down("r", "c")]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "response_a": "a", "response_b": "b", "preferred": "B"},
+        {"input": {"messages": turns("q")}, "preferred_output": turns("q", "a")[1:], "non_preferred_output": turns("q", "b")[1:]},
+        {"type": "pairwise_feedback", "prompt": "q", "output_A": "a", "output_B": "b", "label": 0},
+        {**PKU, "better_response_id": 1},
+    ],
+)
+@pytest.mark.parametrize("options", [{"up": "B", "down": "A"}, {"label_field": "preferred", "up": "B", "down": "A"}])
+def test_options_of_labels_are_named_where_a_recognised_format_has_pairs(tmp_path, record, options):
+    path = as_jsonl(tmp_path, [record])
+    message = refusal(path, **options)
+    assert "Remove --" in message
+    assert "--up and --down" in message
+    assert "none of the known formats" not in message
+    assert len(read(path)[0]) == 2
+
+
 def test_the_judged_turn_of_a_longer_conversation(tmp_path):
     """MT-bench judges the first turn and the second one apart, in conversations that hold both."""
     whole = {"conversation_a": turns("q", "a", "r", "b"), "conversation_b": turns("q", "c", "r", "d")}
@@ -1003,6 +1040,15 @@ def test_a_split_column_is_followed(tmp_path, container):
         message = refusal(path, split="dev")
         assert '"test" (2 times)' in message
         assert "--split train" in message
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_json, as_csv, as_parquet], ids=name_of)
+def test_a_split_of_a_file_without_splits_is_refused(tmp_path, container):
+    path = container(tmp_path, ROWS)
+    message = refusal(path, split="test")
+    assert 'no split "test"' in message
+    assert "Remove --split" in message
+    assert len(read(path)[0]) == len(read(path, split="all")[0]) == 2
 
 
 def test_the_median_is_that_of_the_split(tmp_path):

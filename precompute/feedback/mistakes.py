@@ -164,6 +164,31 @@ def unclear_rating(config: PrecomputeConfig, name: str) -> FeedbackError:
     )
 
 
+def options_of_pairs(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> FeedbackError | None:
+    """Return the error about options of labels if all data are preference pairs, which have none; None otherwise."""
+    given = " and ".join(data_format.label_options)
+    advice = f"Remove {given}, or describe the file with --map FILE if it has another label."
+    if given and data_format.mapping is None and set(found.forms) == {"chosen + rejected"}:
+        return FeedbackError(f"{config.data}: all rows are preference pairs, which have no label, so {given} has no effect. {advice}")
+    passed_over = data_format.passed_over
+    if passed_over is not None and passed_over.refuse is None and not found.forms:
+        return FeedbackError(
+            f"{config.data}: recognised by its keys as {passed_over.name}: preference pairs, which have no label, so it cannot be read "
+            f"with {given}. {advice}"
+        )
+    return None
+
+
+def missing_split(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> FeedbackError | None:
+    """Return the error about a split of a file that has no splits; None without one."""
+    if config.split.lower() in ("train", "all") or data_format.has_splits(found.splits):
+        return None
+    return FeedbackError(
+        f"{config.data}: no split {quoted(config.split)}: the file has no column 'split' and no lists of that name. Remove --split, "
+        "or pass the file of that split."
+    )
+
+
 def turned_round(config: PrecomputeConfig, rule: LabelRule) -> FeedbackError | None:
     """Return the error about a label whose name says that true is undesirable, as "toxic" does; None without one."""
     values = list(Scale.of(rule).counts)

@@ -25,7 +25,15 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.contradictions import VERDICTS, Contradictions
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found, names_no_value
-from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class, turned_round, unclear_rating
+from offline_kto.precompute.feedback.mistakes import (
+    missing_split,
+    mistakes_in_rows,
+    no_rows,
+    one_class,
+    options_of_pairs,
+    turned_round,
+    unclear_rating,
+)
 from offline_kto.precompute.feedback.suspicions import CONVERSATIONS, Suspicions
 from offline_kto.precompute.feedback.used_columns import UsedColumns
 from offline_kto.precompute.records.text_files import Located
@@ -144,6 +152,8 @@ class Feedback:
             FeedbackError: all mistakes, the first of them with their places; no row; one class only.
         """
         config, found = self._config, self.found
+        if (error := missing_split(config, self._format, found) or options_of_pairs(config, self._format, found)) is not None:
+            raise error
         label = self._format.label_paths
         if label is not None and (several := label.several(config.data)) is not None:
             raise several
