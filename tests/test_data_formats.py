@@ -1146,6 +1146,20 @@ def test_names_of_missing_values_are_counted(tmp_path, container, word):
     assert "f." in note
 
 
+@pytest.mark.parametrize("blank", [";;", ";", " ; ;\t", ";;;;;"])
+@pytest.mark.parametrize("header", ["prompt;completion;label", "user_query;ai_response;feedback_rating"])
+def test_empty_rows_of_a_spreadsheet_are_left_out(tmp_path, blank, header):
+    path = tmp_path / "f.csv"
+    path.write_text(f"{header}\nq;a;up\n{blank}\nr;b;down\n{blank}\n{blank}\n", encoding="utf-8")
+    assert read(path)[:2] == ([up("q", "a"), down("r", "b")], {"empty record": 3})
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_json, as_parquet], ids=name_of)
+def test_records_whose_values_are_all_null_are_left_out(tmp_path, container):
+    records = [*ROWS, dict.fromkeys(ROWS[0]), {**dict.fromkeys(ROWS[0], ""), "label": None}]
+    assert read(container(tmp_path, records))[:2] == ([up("q", "a"), down("r", "b")], {"empty record": 2})
+
+
 @pytest.mark.parametrize("word", ["nan", "None", "N/A", "#NAME?"])
 @pytest.mark.parametrize("container", [as_csv, as_jsonl, as_parquet], ids=name_of)
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.columns import COLUMNS, FeedbackFields
 from offline_kto.kto_core.feedback.label_paths import SeveralScoresError
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError
-from offline_kto.kto_core.feedback.left_out import DEFECTIVE, OTHER_SPLIT, LeftOut
+from offline_kto.kto_core.feedback.left_out import DEFECTIVE, EMPTY_RECORD, OTHER_SPLIT, LeftOut
 from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.feedback.paths import option_path
 from offline_kto.kto_core.feedback.presets import presets
@@ -214,6 +214,9 @@ class Feedback:
     def _counted(self, records: Iterable[Located]) -> Iterator[Located]:
         for where, record in records:
             self.found.records += 1
+            if record and all(map(_is_blank, record.values())):  # spreadsheets write rows without any value
+                self.found.left_out.add(where, EMPTY_RECORD)
+                continue
             self.found.columns.update(key for key, value in record.items() if value is not None)
             split = self._format.split_of(record)
             self._used.add(record)
@@ -277,6 +280,11 @@ class Feedback:
             yield from parse_record(native, where, self._fields)
         except LeftOut as left:
             self.found.left_out.add(where, left.reason, left.detail)
+
+
+def _is_blank(value: object) -> bool:
+    """Return whether a cell has no value: None, NaN, or a text without characters."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _place(where: str) -> list[int | str]:
