@@ -795,6 +795,33 @@ def test_orca_pairs(tmp_path):
     assert left_out == {SAME_ANSWERS: 1}
 
 
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("name", "word"), [("status", "tie"), ("winner", "Tie"), ("winner", "both_bad"), ("preference", "no preference")]
+)
+def test_a_pair_of_which_neither_is_better_is_left_out(tmp_path, container, name, word):
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b", name: value} for value in ("chosen", word)]
+    rows, left_out, feedback = read(container(tmp_path, pairs))
+    assert rows == pair("q", "a", "b")
+    assert left_out == {TIE: 1}
+    assert feedback.unused_columns() == []
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize("name", ["ratings", "scores", "rewards"])
+def test_ratings_of_both_sides_in_an_object_must_fit(tmp_path, container, name):
+    def record(chosen, rejected):
+        return {"prompt": "q", "chosen": "a", "rejected": "b", name: {"chosen": chosen, "rejected": rejected}}
+
+    rows, left_out, feedback = read(container(tmp_path, [record(5, 1), record(3, 3)]))
+    assert rows == pair("q", "a", "b")
+    assert left_out == {TIE: 1}
+    assert feedback.unused_columns() == []
+    assert f"'rejected' is rated above 'chosen' ({name}.rejected 5, {name}.chosen 1)" in refusal(
+        container(tmp_path, [record(1, 5)])
+    )
+
+
 # Options count more than a format's keys
 
 

@@ -4,6 +4,8 @@ import json
 import shlex
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -465,6 +467,32 @@ def test_a_column_that_contradicts_the_label_is_named(tmp_path, column, values, 
     for note in notes:
         assert f"in {against} of {sum(value not in ('', None) for value in values)} rows (first: f.jsonl:" in note
         assert proposal in note
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "column", ["verdict", "human_label", "gold_label", "final_label", "label2", "is_correct", "flagged", "harmful", "is_valid"]
+)
+@pytest.mark.parametrize("opposite", [0, 1, 2, 3, 4])
+def test_most_rows_must_contradict_a_column_of_a_similar_name(tmp_path, form, column, opposite):
+    labels = [True, False, True, False]
+    same = [value is (column not in ("flagged", "harmful")) for value in labels]
+    values = [value is (number >= opposite) for number, value in enumerate(same)]
+    records = [{**one, "label": label} for one, label in zip(rows(column, values), labels, strict=True)]
+    path = tmp_path / f"f.{form}"
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    found = Feedback(PrecomputeConfig(model="m", data=str(path)), has_template=False)
+    for row in found.rows():
+        found.keep(row)
+    found.finish()
+    notes = [note for note in found.notes() if "contradicts" in note]
+    assert len(notes) == (opposite > 2)
+    for note in notes:
+        assert f"'{column}' contradicts the label that was read in {opposite} of 4 rows" in note
+        assert ("--up false --down true" in note) == (column in ("flagged", "harmful"))
 
 
 def test_a_label_that_contradicts_the_rating_that_is_read_is_named(tmp_path):

@@ -28,11 +28,11 @@ def check_is_list(value: object, where: str, column: str, *, label: str = "label
     if isinstance(value, str) and not any(name in value for name in ("parent", "reply_to", "replyTo")):
         return
     found = opened(value)
-    if not isinstance(found, list | tuple):
+    if not isinstance(found, list | tuple) or not all(type(one) is dict for one in found):
+        return
+    if max(map(len, found), default=0) < len(("role", "content", "id", "parent")):  # most messages have no parents
         return
     messages = [one for one in found if isinstance(one, dict)]
-    if not any(len(one) > len(("role", "content", "id")) for one in messages):  # most messages have no parents
-        return
     parent = next((name for one in messages for name in _PARENTS if one.get(name)), None)
     key = None if parent is None else next((name for name in _IDS if name in messages[-1]), None)
     if parent is None or key is None:

@@ -81,7 +81,7 @@ class DataFormat:
             return self.mapping.pair.rule
         return LabelRule() if self.label_paths is None else self.label_paths.rule
 
-    def records(self, columns: set[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
+    def records(self, columns: Collection[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
         """Yield the records of the data, also those inside a document.
 
         Args:
@@ -115,7 +115,7 @@ class DataFormat:
         """Return whether records of a split are read."""
         return split is None or split.strip().lower() == self._config.split.lower()
 
-    def _source(self, columns: set[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
+    def _source(self, columns: Collection[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
         """Yield the records of the file, or those in its only JSON object."""
         if self._document is not None:
             where, found = self._document

@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Mapping as AnyMapping
 from typing import Any
 
@@ -11,7 +11,7 @@ from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.durable_files import write_text, written_to
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
-from offline_kto.kto_core.feedback.columns import COLUMNS, FeedbackFields
+from offline_kto.kto_core.feedback.columns import COLUMNS, PAIR_OBJECTS, PAIR_VERDICTS, FeedbackFields
 from offline_kto.kto_core.feedback.label_paths import SeveralScoresError
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import DEFECTIVE, EMPTY_RECORD, OTHER_SPLIT, LeftOut
@@ -22,7 +22,7 @@ from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow, parse_record
 from offline_kto.kto_core.feedback.turns import mapped_rows
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.feedback.contradictions import VERDICTS, Contradictions
+from offline_kto.precompute.feedback.contradictions import ColumnsToRead, Contradictions
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found, names_no_value
 from offline_kto.precompute.feedback.mistakes import (
@@ -245,10 +245,11 @@ class Feedback:
         for where, rows in joined.values():
             yield where, {"rows": rows}
 
-    def _columns(self) -> set[str]:
+    def _columns(self) -> Collection[str]:
         named = (self._config.prompt_field, self._config.completion_field, self._config.label_field)
         roots = (re.split(r"[.\[|]", name, maxsplit=1)[0].strip('" ') for name in named if name)
-        return {*COLUMNS, *CONVERSATIONS, *VERDICTS, "split", *roots, *(name for name in named if name)}
+        ours = {*COLUMNS, *PAIR_VERDICTS, *PAIR_OBJECTS, *CONVERSATIONS, "split"}
+        return ColumnsToRead({*ours, *roots, *(name for name in named if name)})
 
     def _rows_of(self, record: AnyMapping[str, object], where: str) -> Iterator[FeedbackRow]:
         try:

@@ -87,7 +87,7 @@ class UsedColumns:
             columns: of the file.
         """
         if self._mapping is None:
-            return self.read.union(*(read_in_form(form, self._fields) for form in forms))
+            return self.read.union(self._fields.read, *(read_in_form(form, self._fields) for form in forms))
         pair = self._mapping.pair
         ratings = set() if pair is None else {name for name in pair.ratings if name in columns}
         names = [] if self._label is None or self._label.scores is None else _chosen(self._label)
