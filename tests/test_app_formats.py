@@ -830,7 +830,9 @@ TREE_IDS = [("id", "parentId"), ("id", "parent_id"), ("message_id", "parent_mess
 
 
 def tree(key: str, parent: str, *nodes: tuple[str, str | None, str, str, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: name, parent: before, "role": role, "content": text, **more} for name, before, role, text, more in nodes]
+    return [
+        {key: name, parent: before, "role": role, "content": text, **more} for name, before, role, text, more in nodes
+    ]
 
 
 def proposed_mapping(message: str, folder: Path) -> str:
@@ -841,7 +843,9 @@ def proposed_mapping(message: str, folder: Path) -> str:
 @pytest.mark.parametrize(("key", "parent"), TREE_IDS)
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 @pytest.mark.parametrize("judged", ["message", "record", "siblings"])
-def test_a_tree_of_messages_is_not_read_as_a_list(tmp_path: Path, key: str, parent: str, form: str, judged: str) -> None:
+def test_a_tree_of_messages_is_not_read_as_a_list(
+    tmp_path: Path, key: str, parent: str, form: str, judged: str
+) -> None:
     up = {"feedback": "up"} if judged != "record" else {}
     nodes = [("1", None, "user", "draft", {}), ("2", "1", "assistant", "a1", {})]
     if judged == "siblings":
@@ -871,3 +875,13 @@ def test_a_tree_in_a_recognised_conversation_is_refused(tmp_path: Path) -> None:
     nodes = [("1", None, "user", "q", {}), ("2", "1", "assistant", "a", {}), ("3", "1", "assistant", "b", {})]
     path = write(tmp_path / "f.jsonl", [{"messages": tree("id", "parent_id", *nodes), "reward": 1}])
     assert "tree" in refusal(path)
+
+
+def test_the_parts_of_joined_messages_count_as_read(tmp_path: Path) -> None:
+    case = (
+        CASES["ai_chatbot"]
+        if "ai_chatbot" in CASES
+        else next(one for one in CASES.values() if one.preset == "ai_chatbot")
+    )
+    unused = read(write(tmp_path / "f.jsonl", case.records), **case.options)[3].unused_columns()
+    assert "parts" not in unused

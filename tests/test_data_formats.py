@@ -865,7 +865,9 @@ def test_options_of_labels_on_pairs_are_refused(tmp_path, options, prompt):
 
 
 def test_options_of_labels_apply_to_the_rows_beside_pairs(tmp_path):
-    path = as_jsonl(tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "r", "answer": "c", "mark": 0}])
+    path = as_jsonl(
+        tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "r", "answer": "c", "mark": 0}]
+    )
     assert read(path, label_field="mark")[0] == [*pair("q", "a", "b"), down("r", "c")]
 
 
@@ -873,7 +875,11 @@ def test_options_of_labels_apply_to_the_rows_beside_pairs(tmp_path):
     "record",
     [
         {"prompt": "q", "response_a": "a", "response_b": "b", "preferred": "B"},
-        {"input": {"messages": turns("q")}, "preferred_output": turns("q", "a")[1:], "non_preferred_output": turns("q", "b")[1:]},
+        {
+            "input": {"messages": turns("q")},
+            "preferred_output": turns("q", "a")[1:],
+            "non_preferred_output": turns("q", "b")[1:],
+        },
         {"type": "pairwise_feedback", "prompt": "q", "output_A": "a", "output_B": "b", "label": 0},
         {**PKU, "better_response_id": 1},
     ],
@@ -908,6 +914,21 @@ def test_a_verdict_that_is_neither_side_nor_a_tie_is_refused(tmp_path):
     assert "--up" not in message
 
 
+@pytest.mark.parametrize("name", ["winner", "preference", "choice", "preferred"])
+def test_a_verdict_that_is_unknown_is_named_by_its_column(tmp_path, name):
+    records = [{"prompt": "q", "response_a": "a", "response_b": "b", name: value} for value in (1, 2)]
+    message = refusal(as_jsonl(tmp_path, records))
+    assert f"f.jsonl:1: '{name}' is 1, which is neither up nor down." in message
+    assert "||" not in message
+
+
+def test_a_label_that_is_unknown_is_named_by_its_column(tmp_path):
+    (tmp_path / "m.yaml").write_text("prompt: q\ncompletion: a\nlabel: mark || grade\n", encoding="utf-8")
+    records = [{"q": "q", "a": "a", "grade": "fine"}, {"q": "q", "a": "b", "grade": "poor"}]
+    message = refusal(as_jsonl(tmp_path, records), map=str(tmp_path / "m.yaml"))
+    assert "f.jsonl:1: 'grade' is \"fine\"" in message
+
+
 # dataset_info.json of LLaMA-Factory
 
 
@@ -929,6 +950,7 @@ def test_columns_of_dataset_info(tmp_path):
     rows, _, feedback = read(beside(path, {"columns": columns}))
     assert rows == [up("q\nc", "a"), down("r", "b")]
     assert "dataset_info.json" in feedback.why
+    assert feedback.unused_columns() == []
     # Options count more.
     assert read(path, prompt_field="context", completion_field="answer", label_field="is_good")[0][0] == up("c", "a")
 

@@ -339,7 +339,18 @@ def test_a_column_of_what_is_undesirable_is_reversed(tmp_path):
 
 @pytest.mark.parametrize(
     "column",
-    ["toxic", "is_bad", "thumbs_down", "harmful", "flagged", "dislike", "incorrect", "has_error", "hallucination", "checks.unsafe"],
+    [
+        "toxic",
+        "is_bad",
+        "thumbs_down",
+        "harmful",
+        "flagged",
+        "dislike",
+        "incorrect",
+        "has_error",
+        "hallucination",
+        "checks.unsafe",
+    ],
 )
 @pytest.mark.parametrize(("yes", "no"), [(True, False), (1, 0), ("yes", "no"), ("1", "0")])
 def test_a_label_of_what_is_undesirable_is_refused_with_both_readings(tmp_path, column, yes, no):
@@ -384,7 +395,10 @@ def test_a_label_of_messages_or_a_mapping_that_is_undesirable_is_refused(tmp_pat
 )
 def test_names_and_words_that_say_which_side_is_good_are_read(tmp_path, column, values):
     records = [{**one, "toxic": toxic} for one, toxic in zip(rows(column, values), ("", "x"), strict=True)]
-    assert feedback(tmp_path / "f.jsonl", records, label_field=column if column[0] == "!" else f'"{column}"')[0] == [True, False]
+    assert feedback(tmp_path / "f.jsonl", records, label_field=column if column[0] == "!" else f'"{column}"')[0] == [
+        True,
+        False,
+    ]
 
 
 def test_a_scale_of_what_is_undesirable_is_not_proposed_as_it_is(tmp_path):
@@ -471,7 +485,8 @@ def test_a_column_that_contradicts_the_label_is_named(tmp_path, column, values, 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize(
-    "column", ["verdict", "human_label", "gold_label", "final_label", "label2", "is_correct", "flagged", "harmful", "is_valid"]
+    "column",
+    ["verdict", "human_label", "gold_label", "final_label", "label2", "is_correct", "flagged", "harmful", "is_valid"],
 )
 @pytest.mark.parametrize("opposite", [0, 1, 2, 3, 4])
 def test_most_rows_must_contradict_a_column_of_a_similar_name(tmp_path, form, column, opposite):

@@ -134,6 +134,13 @@ def refuse_another(present: Mapping[str, object], used: str, other: str, where: 
     )
 
 
+def refuse_other_prompt(present: Mapping[str, object], used: str, where: str, fields: FeedbackFields) -> None:
+    """Refuse an `instruction` beside a prompt that does not contain it."""
+    prompt, other = present[used] if fields.prompt is None else None, present.get("instruction")
+    if fields.prompt is None and isinstance(other, str) and not (isinstance(prompt, str) and other.strip() in prompt):
+        refuse_another(present, used, "instruction", where, "--prompt-field")
+
+
 def _plain(value: object) -> object:
     return value.strip() if isinstance(value, str) else value
 

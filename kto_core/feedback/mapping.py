@@ -67,10 +67,10 @@ class PairPaths:
             return self.rule.verdict(value, where, better.text if len(better.text) < _LONG else "the preference")
         except LeftOut as left:
             raise LeftOut(TIE if left.reason == DEAD_ZONE else left.reason, left.detail) from None
-        except UnknownLabelError:
+        except UnknownLabelError as error:
             if all(map(is_tie, value)) if isinstance(value, list) else is_tie(value):
                 raise LeftOut(TIE, quoted(value)) from None
-            raise
+            raise error.about(better.read_key(data)) from None
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class Mapping:
     Attributes:
         name: of the format, as the plan shows it.
         recognise: true for a record of this format; None for a mapping that is only used when it is named.
+        aside: columns that this format has and does not need, whatever their names suggest.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Mapping:
     chat: str | None = None
     warn: tuple[Path, str] | None = None
     refuse: str | None = None
+    aside: tuple[str, ...] = ()
 
     @property
     def has_label(self) -> bool:

@@ -7,13 +7,24 @@ from offline_kto.kto_core.feedback.exports import opened
 
 # Keys of a message with the id of the one before it, and with its own.
 _PARENTS: Final = (
-    *("parentId", "parent_id", "parentID", "parent", "parent_message_id", "parentMessageId", "parent_uuid", "parentUuid"),
+    *(
+        "parentId",
+        "parent_id",
+        "parentID",
+        "parent",
+        "parent_message_id",
+        "parentMessageId",
+        "parent_uuid",
+        "parentUuid",
+    ),
     *("reply_to", "replyTo", "in_reply_to", "inReplyTo"),
 )
 _IDS: Final = ("id", "_id", "message_id", "messageId", "uuid")
 
 
-def check_is_list(value: object, where: str, column: str, *, label: str = "label", own_label: str | None = None) -> None:
+def check_is_list(
+    value: object, where: str, column: str, *, label: str = "label", own_label: str | None = None
+) -> None:
     """Check that messages with ids and parents are in order: each belongs to the one before it.
 
     Args:

@@ -14,6 +14,7 @@ from offline_kto.kto_core.feedback.columns import (
     is_alpaca,
     prompt_value,
     prompt_with_system,
+    refuse_other_prompt,
 )
 from offline_kto.kto_core.feedback.conversations import (
     alpaca_prompt,
@@ -125,9 +126,7 @@ def _check_ratings(present: Mapping[str, object], where: str, fields: FeedbackFi
             )
 
 
-def _ratings(
-    present: Mapping[str, object], fields: FeedbackFields
-) -> Iterator[tuple[tuple[str, str], float, float]]:
+def _ratings(present: Mapping[str, object], fields: FeedbackFields) -> Iterator[tuple[tuple[str, str], float, float]]:
     """Yield (names, rating of chosen, rating of rejected) for each two ratings, in columns or in one object."""
     for names in PAIR_RATINGS:
         chosen, rejected = (number_in(present.get(name)) for name in names)
@@ -145,6 +144,7 @@ def _ratings(
 def _pair_prompt(present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns | None:
     found = prompt_value(present, where, fields)
     if found is not None:
+        refuse_other_prompt(present, found[0], where, fields)
         return as_turns(found[1], where, found[0])
     if is_alpaca(present, fields):
         return alpaca_prompt(present, where, conversation=fields.chat_template)

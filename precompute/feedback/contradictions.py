@@ -76,7 +76,10 @@ class Contradictions:
 
     def in_words(self, unused: Collection[str]) -> list[str]:
         """Return a sentence for each column that was not read and contradicts the label in some rows."""
-        there = sorted((name for name in self.seen if name in unused), key=lambda name: _NAMES.index(name) if name in VERDICTS else 99)
+        there = sorted(
+            (name for name in self.seen if name in unused),
+            key=lambda name: _NAMES.index(name) if name in VERDICTS else 99,
+        )
         return [text for name in there if (text := self._sentence(name, self.seen[name]))]
 
     def _sentence(self, name: str, counts: Counter[tuple[str, bool]]) -> str:
@@ -89,7 +92,9 @@ class Contradictions:
         verdicts = {one: scale.verdict(one[0]) for one in counts}
         judged = sum(counts[one] for one, verdict in verdicts.items() if verdict is not None)
         against = {
-            one: counts[one] for one, verdict in verdicts.items() if verdict is not None and (verdict is one[1]) is turned
+            one: counts[one]
+            for one, verdict in verdicts.items()
+            if verdict is not None and (verdict is one[1]) is turned
         }
         if not against or (name not in VERDICTS and 2 * sum(against.values()) <= judged):
             return ""

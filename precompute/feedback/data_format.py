@@ -66,6 +66,11 @@ class DataFormat:
         return self.mapping is None and self._info is None
 
     @property
+    def renamed(self) -> set[str]:
+        """The file's own names of columns that are read under others, by dataset_info.json."""
+        return set() if self._info is None else set(self._info.columns.values())
+
+    @property
     def label_paths(self) -> LabelPaths | None:
         """Where the mapping has the label; None without a mapping, and for pairs."""
         if self.mapping is None:

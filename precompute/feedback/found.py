@@ -8,7 +8,23 @@ from offline_kto.kto_core.feedback.messages import Turns
 from offline_kto.kto_core.feedback.records import FeedbackRow
 
 # How programs write a missing value into a table; as a text it would be trained on.
-_MISSING = {"NaN", "nan", "None", "null", "NULL", "<NA>", "N/A", "n/a", "#N/A", "#NAME?", "#VALUE!", "#REF!", "#DIV/0!", "#NULL!", "#NUM!"}
+_MISSING = {
+    "NaN",
+    "nan",
+    "None",
+    "null",
+    "NULL",
+    "<NA>",
+    "N/A",
+    "n/a",
+    "#N/A",
+    "#NAME?",
+    "#VALUE!",
+    "#REF!",
+    "#DIV/0!",
+    "#NULL!",
+    "#NUM!",
+}
 
 
 @dataclass

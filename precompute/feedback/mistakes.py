@@ -169,7 +169,9 @@ def options_of_pairs(config: PrecomputeConfig, data_format: DataFormat, found: F
     given = " and ".join(data_format.label_options)
     advice = f"Remove {given}, or describe the file with --map FILE if it has another label."
     if given and data_format.mapping is None and set(found.forms) == {"chosen + rejected"}:
-        return FeedbackError(f"{config.data}: all rows are preference pairs, which have no label, so {given} has no effect. {advice}")
+        return FeedbackError(
+            f"{config.data}: all rows are preference pairs, which have no label, so {given} has no effect. {advice}"
+        )
     passed_over = data_format.passed_over
     if passed_over is not None and passed_over.refuse is None and not found.forms:
         return FeedbackError(

@@ -105,7 +105,7 @@ class Feedback:
     def unused_columns(self) -> list[str]:
         """Return the columns that are not read."""
         columns = self.found.columns
-        used = self._used.columns(self.found.forms, columns)
+        used = self._used.columns(self.found.forms, columns) | self._format.renamed
         return [name for name, _ in columns.most_common() if name not in used]
 
     def unused_beside(self) -> list[str]:
@@ -152,7 +152,9 @@ class Feedback:
             FeedbackError: all mistakes, the first of them with their places; no row; one class only.
         """
         config, found = self._config, self.found
-        if (error := missing_split(config, self._format, found) or options_of_pairs(config, self._format, found)) is not None:
+        if (
+            error := missing_split(config, self._format, found) or options_of_pairs(config, self._format, found)
+        ) is not None:
             raise error
         label = self._format.label_paths
         if label is not None and (several := label.several(config.data)) is not None:

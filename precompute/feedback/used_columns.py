@@ -15,6 +15,7 @@ from offline_kto.kto_core.feedback.mapping import Mapping
 from offline_kto.kto_core.feedback.messages import TEXT_KEYS
 from offline_kto.kto_core.feedback.paths import Path, opened_at
 from offline_kto.kto_core.feedback.reads import Route
+from offline_kto.kto_core.feedback.turns import KEYS_OF_TURNS
 
 # Keys beside those that are read that change the meaning of a row, as in "input.context".
 MATTERS_BESIDE = re.compile(
@@ -93,7 +94,11 @@ class UsedColumns:
         names = [] if self._label is None or self._label.scores is None else _chosen(self._label)
         scores = {column for column in columns if any(_is_score(column, name) for name in names)}
         turns = self._mapping.turns
-        texts = set(TEXT_KEYS) if turns is not None and turns.text is None and self._mapping.join is not None else set()
+        texts = (
+            {*TEXT_KEYS, *KEYS_OF_TURNS}
+            if turns is not None and turns.text is None and self._mapping.join is not None
+            else set()
+        )
         return self.read | ratings | scores | texts
 
 

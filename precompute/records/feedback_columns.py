@@ -27,7 +27,9 @@ _UNDESIRABLE = re.compile(
     re.IGNORECASE,
 )
 # Names that deny what is undesirable: true is desirable, as in "not_toxic" and "error_free".
-_DENIED = re.compile(r"(?<![a-z])(?:not?|non|never|without|zero)(?![a-z])|(?<![a-z])non(?=toxic|harm)|[_-]?free(?![a-z])", re.IGNORECASE)
+_DENIED = re.compile(
+    r"(?<![a-z])(?:not?|non|never|without|zero)(?![a-z])|(?<![a-z])non(?=toxic|harm)|[_-]?free(?![a-z])", re.IGNORECASE
+)
 # Paths that only name a value; an expression may turn it round.
 _PLAIN_PATH = re.compile(r"[^!=<>|&(){}`?*,]+")
 # Values that mean that something is there or not, whether it is good or bad; other words say that themselves.
