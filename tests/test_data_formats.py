@@ -929,6 +929,27 @@ def test_a_label_that_is_unknown_is_named_by_its_column(tmp_path):
     assert "f.jsonl:1: 'grade' is \"fine\"" in message
 
 
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("column", "values", "failed"),
+    [
+        ("status", ["failed", "completed"], 1),
+        ("finish_reason", ["length", "stop"], 1),
+        ("error", ["timeout", None], 1),
+        ("deleted", [True, False], 1),
+        ("deleted", [False, False], 0),
+        ("error", ["", None], 0),
+    ],
+)
+def test_records_of_answers_that_failed_are_counted(tmp_path, container, column, values, failed):
+    path = container(tmp_path, [{**row, column: value} for row, value in zip(ROWS, values, strict=True)])
+    rows, _, feedback = read(path)
+    assert rows == [up("q", "a"), down("r", "b")]
+    notes = [note for note in feedback.notes() if f"'{column}' suggests that the answer failed" in note]
+    assert len(notes) == failed
+    assert all(": 1 (first: f." in note for note in notes)
+
+
 # dataset_info.json of LLaMA-Factory
 
 

@@ -34,7 +34,7 @@ from offline_kto.precompute.feedback.mistakes import (
     turned_round,
     unclear_rating,
 )
-from offline_kto.precompute.feedback.suspicions import CONVERSATIONS, Suspicions
+from offline_kto.precompute.feedback.suspicions import CONVERSATIONS, FAILURES, Suspicions
 from offline_kto.precompute.feedback.used_columns import UsedColumns
 from offline_kto.precompute.records.text_files import Located
 
@@ -222,7 +222,7 @@ class Feedback:
             self.found.columns.update(key for key, value in record.items() if value is not None)
             split = self._format.split_of(record)
             self._used.add(record)
-            self._suspicions.add_record(record)
+            self._suspicions.add_record(record, where)
             if split is not None or self._config.split.lower() == "all":
                 self._used.read.add("split")
             if split is not None:
@@ -250,7 +250,7 @@ class Feedback:
     def _columns(self) -> Collection[str]:
         named = (self._config.prompt_field, self._config.completion_field, self._config.label_field)
         roots = (re.split(r"[.\[|]", name, maxsplit=1)[0].strip('" ') for name in named if name)
-        ours = {*COLUMNS, *PAIR_VERDICTS, *PAIR_OBJECTS, *CONVERSATIONS, "split"}
+        ours = {*COLUMNS, *PAIR_VERDICTS, *PAIR_OBJECTS, *CONVERSATIONS, *FAILURES, "split"}
         return ColumnsToRead({*ours, *roots, *(name for name in named if name)})
 
     def _rows_of(self, record: AnyMapping[str, object], where: str) -> Iterator[FeedbackRow]:
