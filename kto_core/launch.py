@@ -179,6 +179,14 @@ def sharding_asked_for() -> list[str]:
     return [way for way, (name, _) in _SHARDING.items() if _flag(name)]
 
 
+def reads_weights() -> bool:
+    """Return whether this process reads a model's weights: with accelerate's `fsdp_cpu_ram_efficient_loading` one of each
+    machine does, and the others get their parts when the model is sharded.
+    """
+    efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").strip().lower() in _TRUE
+    return not (efficient and "FSDP" in sharding_asked_for()) or read_launch().local_rank == 0
+
+
 def _clear_launcher(launch: Launch, *, sharding: bool) -> list[str]:
     """Remove the launcher's variables unless this is a launch, and return warnings."""
     sizes = [name for name in _MPI_SIZES if re.fullmatch("[0-9]{1,6}", _shown(name)) and int(_shown(name)) > 1]

@@ -34,6 +34,15 @@ def keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
+def deprioritize_cudnn_attention() -> None:
+    """Make PyTorch prefer flash to cuDNN for sdpa, unless the user set it. Call before the first attention on a GPU.
+
+    On recent GPUs PyTorch 2.11 and later try cuDNN first, which builds a plan for every new shape of a batch, in tenths
+    of a second. PyTorch reads the variable once, at the first attention.
+    """
+    os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+
+
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Pause the search for reference cycles, for work that makes many objects and no cycles.

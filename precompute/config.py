@@ -31,7 +31,17 @@ class PrecomputeConfig:
     revision: str | None = option(None, "Commit, tag or branch of a hub model.")
     max_length: int = option(1024, "Tokens in prompt and completion together; longer completions are cut.")
     dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
-    device: str = option(AUTO, "auto, cpu, cuda or cuda:N.")
+    device: str = option(
+        AUTO,
+        "auto, cpu, cuda, cuda:N, or all: every GPU of one process shares one model. auto does that if the model does not "
+        "fit on one GPU.",
+    )
+    attention: str = option(
+        AUTO,
+        "Attention of Transformers: auto, sdpa, flash, flex, varlen, or a name in transformers or on the hub; changes "
+        "results only by rounding. auto is flash attention on a GPU where it is installed, otherwise the model's own.",
+        metavar="auto|sdpa|flash|NAME",
+    )
     max_tokens: int | None = option(
         None,
         "Tokens in one forward pass; limits memory, and changes results only by rounding.  [default: 32768 on a GPU, 4096 on a CPU]",

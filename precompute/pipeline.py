@@ -22,7 +22,7 @@ from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, choose_backend, load_transformers
 from offline_kto.precompute.engines.protocol import Scorer
-from offline_kto.precompute.engines.ranks import RankedScorer, joined, on_own_device, work
+from offline_kto.precompute.engines.ranks import RankedScorer, joined, work
 from offline_kto.precompute.engines.reference import Reference, ReferenceFiles
 from offline_kto.precompute.out_folder import keeps_text, opened_out, rendered_on
 from offline_kto.precompute.plan import Plan, PlanCounts, make_plan
@@ -41,7 +41,6 @@ def make_cache(config: PrecomputeConfig) -> None:
     if launch.world_size == 1:
         _precompute(config, None)
         return
-    config = on_own_device(config)
 
     def load(sequences: Sequence[TokenIds]) -> Scorer:
         return load_transformers(Reference.find(config), sequences)
@@ -60,6 +59,8 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
     files = ReferenceFiles.find(config)
     _print_reference(files, backend)  # opening it imports the libraries of models, which takes seconds
     reference = Reference.open(files)
+    if backend.name == "transformers":
+        tell(f"attention   {reference.attention.in_words}")
     with reference.hash_weights() as hashing:
         plan = make_plan(config, reference.tokenizer, config.template_day or rendered_on(config.out))
         counts = plan.counts()

@@ -147,7 +147,8 @@ class Scoring:
         else:
             merged = self.store.out / MERGED
             try:
-                with vllm_engine(self.reference, choose_sample(sequences), merged) as scorer:
+                tokens = sum(len(prompt) + len(completion) for prompt, completion in sequences)
+                with vllm_engine(self.reference, choose_sample(sequences), merged, tokens=tokens) as scorer:
                     yield scorer
                     self.difference = scorer.difference()
             finally:

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.options import as_plain
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, choose_backend, load_transformers, vllm_engine
-from offline_kto.precompute.engines.comparison import TOLERANCE, ComparedScorer, choose_sample
+from offline_kto.precompute.engines.comparison import LIMITS, ComparedScorer, DisagreementError, choose_sample
 from offline_kto.precompute.engines.process import engine_process
 from offline_kto.precompute.engines.protocol import decode, encode, scores_of
 from offline_kto.precompute.engines.reference import Reference
@@ -85,7 +85,8 @@ class TestChoice:
     def test_vllm_under_a_launcher(self, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         machine(gpu=True, vllm="0.32.0")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert choose_backend(PrecomputeConfig()) == Backend("transformers", "vLLM must run in one process")
+        why = "vLLM must run in one process; without torchrun it would use all GPUs"
+        assert choose_backend(PrecomputeConfig()) == Backend("transformers", why)
         machine(gpu=False, vllm=None)
         assert choose_backend(PrecomputeConfig()) == Backend("transformers", "no GPU")
         machine(gpu=True, vllm="0.32.0")
@@ -105,7 +106,7 @@ def test_heads_that_cannot_be_shared_out_are_refused_before_anything_starts(base
     config = PrecomputeConfig(model=str(base), data=str(feedback), backend="vllm", tensor_parallel=3)
     with (
         pytest.raises(ModelError, match="--tensor-parallel 3: does not divide the model's 2 attention heads"),
-        vllm_engine(Reference.find(config), random_rows(2), Path("unused")),
+        vllm_engine(Reference.find(config), random_rows(2), Path("unused"), tokens=1),
     ):
         pass
 
@@ -148,6 +149,15 @@ class TestChild:
         assert log.exists()
         log.unlink()
 
+    def test_scores_that_disagree_stay_known_as_such(self, settings: dict[str, Any]) -> None:
+        """Their shard is thrown away, so whoever keeps scores has to recognise the error."""
+        with (
+            pytest.raises(DisagreementError, match=r"too far apart\. Its log: ") as caught,
+            engine_process(settings, name="the engine"),
+        ):
+            raise DisagreementError("too far apart.")
+        Path(str(caught.value).split("Its log: ")[1]).unlink()
+
     def test_an_engine_that_is_killed(self, settings: dict[str, Any]) -> None:
         def score_with_an_accident() -> None:
             with engine_process(settings, name="the engine") as engine:
@@ -187,9 +197,13 @@ class TestComparison:
         ids = {(x.tobytes(), y.tobytes()) for x, y in sample[1:]}
         assert len(ids & {(x.tobytes(), y.tobytes()) for x, y in choose_sample(self.ROWS[::-1])}) >= 22
 
-    @pytest.mark.parametrize("dtype", TOLERANCE)
+    # Where a constant offset is refused: by its size in float32, by its direction in 16 bits.
+    LEAST: ClassVar = {dtype: limits.bias or limits.noise for dtype, limits in LIMITS.items()}
+
+    @pytest.mark.parametrize("dtype", LIMITS)
     def test_rounding_passes_and_is_recorded(self, dtype: str) -> None:
-        scorer = self.compared(self.Engine(off=0.9 * TOLERANCE[dtype]), dtype)
+        off = 0.9 * self.LEAST[dtype]
+        scorer = self.compared(self.Engine(off=off), dtype)
         scorer.probe()
         assert scorer.difference() == {}  # of what is kept alone
         scores_of(scorer, self.ROWS)
@@ -197,12 +211,56 @@ class TestComparison:
         assert found["rows"] == 24
         assert found["tokens"] == sum(len(y) for _, y in scorer.sample)
         for name in ("mean", "p95", "max"):
-            assert found[name] == pytest.approx(0.9 * TOLERANCE[dtype], rel=1e-2)
+            assert found[name] == pytest.approx(off, rel=1e-2)
+        assert found["bias"] == pytest.approx(-off, rel=1e-2)
 
-    @pytest.mark.parametrize("dtype", TOLERANCE)
+    @pytest.mark.parametrize("dtype", LIMITS)
     def test_more_than_rounding_stops_at_once(self, dtype: str) -> None:
-        with pytest.raises(ModelError, match="vLLM and Transformers disagree: log-probs differ by"):
-            self.compared(self.Engine(off=1.2 * TOLERANCE[dtype]), dtype).probe()
+        with pytest.raises(DisagreementError, match="vLLM and Transformers disagree: "):
+            self.compared(self.Engine(off=1.2 * self.LEAST[dtype]), dtype).probe()
+
+    @staticmethod
+    def noisy(scale: float, shift: float = 0.0) -> Any:
+        """Damage scores by noise of this standard deviation, and by a shift."""
+        random = np.random.default_rng(0)
+        return lambda scores: [(one + shift + random.normal(0, scale, len(one))).astype(np.float32) for one in scores]
+
+    def test_noise_of_either_sign_is_rounding_in_16_bits_alone(self) -> None:
+        """0.04 nats of standard deviation is what others measured in bfloat16; at 3 nats a token 0.05 of mean is the limit."""
+        scores_of(self.compared(self.Engine(answer=self.noisy(0.04)), "bfloat16"), self.ROWS)
+        with pytest.raises(
+            DisagreementError, match=r"differ by 0\.03\d* nats a token \(mean\), and rounding explains 0\.001 "
+        ):
+            scores_of(self.compared(self.Engine(answer=self.noisy(0.04)), "float32"), self.ROWS)
+
+    def test_too_much_noise_says_so(self) -> None:
+        with pytest.raises(
+            DisagreementError,
+            match=r"log-probs differ by 0\.07\d* nats a token \(mean\), and rounding explains 0\.05 \(24 rows",
+        ):
+            scores_of(self.compared(self.Engine(answer=self.noisy(0.1)), "bfloat16"), self.ROWS)
+
+    @pytest.mark.parametrize(("shift", "direction"), [(0.02, "higher"), (-0.02, "lower")])
+    def test_a_bias_within_the_noise_says_so(self, shift: float, direction: str) -> None:
+        with pytest.raises(
+            DisagreementError,
+            match=rf"log-probs are {direction} by 0\.0\d+ nats a token on average, .* in one direction is 0\.01; "
+            r"their mean difference of 0\.0\d+ alone could be rounding",
+        ):
+            scores_of(self.compared(self.Engine(answer=self.noisy(0.02, shift)), "bfloat16"), self.ROWS)
+
+    def test_improbable_tokens_may_differ_by_more(self) -> None:
+        """Rounding grows with the logits: 0.07 nats a token are too much at 3 nats, and rounding at 8."""
+        sample = choose_sample(self.ROWS)
+
+        def compared(at: float) -> ComparedScorer:
+            engine = self.Engine(off=at - 3.0, answer=self.noisy(0.09))
+            expected = [np.full(len(y), -at, dtype=np.float32) for _, y in sample]
+            return ComparedScorer(engine, sample, expected, dtype="bfloat16")
+
+        scores_of(compared(8.0), self.ROWS)
+        with pytest.raises(DisagreementError, match=r"rounding explains 0\.05"):
+            scores_of(compared(3.0), self.ROWS)
 
     @pytest.mark.parametrize(
         ("answer", "message"),

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from heads import HEADS, LargestTensor, as_dtype, make_head, make_inputs, naive_selected_logps, values_and_gradients
 from models import FAMILIES, VOCABULARY, random_rows, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import offline_kto.kto_core.scoring.attention
 import offline_kto.kto_core.scoring.head
@@ -52,51 +52,6 @@ def own_logps(model, row):
     ids = torch.from_numpy(np.concatenate([prompt, completion])).long()
     logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1]  # (completion tokens, vocabulary)
     return logits.float().log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
-
-
-def naive_selected_logps(hidden, targets, head):
-    logits = F.linear(hidden, head.weight, head.bias) * head.scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-
-HEADS = {
-    "plain": {"bias": False, "scale": 1.0, "softcap": None},
-    "bias": {"bias": True, "scale": 1.0, "softcap": None},
-    "scale": {"bias": False, "scale": 0.3, "softcap": None},
-    "softcap": {"bias": False, "scale": 1.0, "softcap": 2.0},
-    "all": {"bias": True, "scale": 1.7, "softcap": 2.0},
-}
-
-
-def make_head(kind, *, vocabulary=VOCABULARY, hidden_size=8, dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    options = HEADS[kind]
-    weight = torch.randn(vocabulary, hidden_size, dtype=dtype).requires_grad_()
-    bias = torch.randn(vocabulary, dtype=dtype).requires_grad_() if options["bias"] else None
-    return Head(weight, bias, options["scale"], options["softcap"])
-
-
-def make_inputs(tokens, *, vocabulary=VOCABULARY, hidden_size=8, dtype=torch.float64):
-    torch.manual_seed(1)
-    hidden = torch.randn(tokens, hidden_size, dtype=dtype).requires_grad_()
-    return hidden, torch.randint(vocabulary, (tokens,))
-
-
-def as_dtype(head, dtype):
-    weight = head.weight.detach().to(dtype).requires_grad_()
-    bias = None if head.bias is None else head.bias.detach().to(dtype).requires_grad_()
-    return Head(weight, bias, head.scale, head.softcap)
-
-
-def values_and_gradients(function, hidden, targets, head):
-    """Values, then gradients by hidden states, weight and bias, of a sum in which each token has its own weight."""
-    hidden = hidden.detach().requires_grad_()
-    values = function(hidden, targets, head)
-    inputs = [x for x in (hidden, head.weight, head.bias) if x is not None]
-    weights = torch.linspace(-1, 2, len(values), dtype=values.dtype)
-    return [values.detach(), *torch.autograd.grad((values * weights).sum(), inputs)]
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -316,28 +271,6 @@ def test_autocast_scores_are_close_to_float32(family):
     assert (rounded - exact).abs().max() < 0.5
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest dense tensor that any operation returns, in the backward pass as well.
-
-    Args:
-        besides: tensors whose memory, and views of it, do not count.
-    """
-
-    def __init__(self, besides=()):
-        super().__init__()
-        self.elements, self.known = 0, {tensor.untyped_storage().data_ptr() for tensor in besides}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_sparse and self._is_new(tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-    def _is_new(self, tensor):
-        return not self.known or tensor.untyped_storage().data_ptr() not in self.known
-
-
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gemma2", "mixtral"])
 def test_no_tensor_holds_the_logits_of_all_tokens(family, monkeypatch):
     vocabulary = 4001
@@ -471,7 +404,7 @@ def test_whatever_a_model_s_code_raises_is_one_message_with_its_family(error):
 def test_a_mistake_of_our_own_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(
         offline_kto.kto_core.scoring.logps,
-        "_others",
+        "other_ids",
         types.FunctionType(_mistake.__code__, {"__name__": "offline_kto.kto_core.scoring.logps"}),
     )
     with pytest.raises(KeyError, match="ours"):

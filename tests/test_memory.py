@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from offline_kto.kto_core.scoring.packing_check import Packing
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.train_run import train
 from offline_kto.train.trainer.gradient_passes import GradientPasses
@@ -144,7 +145,8 @@ def test_packing_changes_no_result(cache, tmp_path, monkeypatch, packs):
     monkeypatch.setattr("offline_kto.train.trainer.prepared_policy.can_pack", lambda model, device: True)
     monkeypatch.setattr(GradientPasses, "run", run)
     if not packs:
-        monkeypatch.setattr("offline_kto.train.trainer.prepared_policy.packing_keeps_scores", lambda *a, **k: False)
+        leaks = Packing(moved=0.1, moved_apart=0.0, differs=0.0)
+        monkeypatch.setattr("offline_kto.train.trainer.prepared_policy.measure_packing", lambda *a, **k: leaks)
     packed = train(replace(config, out=tmp_path / "b"))
     assert set(used) == {packs}
     for name, value in load_file(expected / "model.safetensors").items():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.engines.ranks import _shares
+from offline_kto.precompute.engines.shares import divide
 from offline_kto.precompute.inspect_cache import verify
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
@@ -161,9 +161,9 @@ def test_sequences_of_one_prompt_stay_together() -> None:
     prompts = [random.integers(0, 9, int(random.integers(1, 30))).astype(np.int32) for _ in range(20)]
     sequences = [(prompts[i % 20], np.arange(random.integers(1, 30), dtype=np.int32)) for i in range(60)]
     for ranks in (1, 3, 50):
-        shares = _shares(sequences, ranks)
+        shares = divide(sequences, ranks)
         assert sorted(i for share in shares for i in share) == list(range(60))
         for prompt in range(20):
             assert len({r for r, share in enumerate(shares) for i in share if i % 20 == prompt}) == 1
-    loads = [sum(len(sequences[i][1]) for i in share) for share in _shares(sequences, 3)]
+    loads = [sum(len(sequences[i][1]) for i in share) for share in divide(sequences, 3)]
     assert max(loads) < 1.6 * min(loads)

@@ -5,6 +5,7 @@ follows, from sharding to gathering and saving, is the real thing.
 """
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -80,7 +81,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return uneven_rows(tmp_path_factory.mktemp("untied"), tied=False)
 
 
-def uneven_rows(folder: Path, *, tied: bool) -> TrainConfig:
+def uneven_rows(folder: Path, *, tied: bool, **of_model: int) -> TrainConfig:
     """Rows of very different lengths: one rank gets two long ones while the other gets many short ones."""
     rows = []
     for number in range(18):
@@ -88,7 +89,7 @@ def uneven_rows(folder: Path, *, tied: bool) -> TrainConfig:
         prompt = [{"role": "user", "content": f"{number} " + "hello world " * (30 if long else 1)}]
         completion = [{"role": "assistant", "content": f"{number} " + "red stone " * (25 if long else 2)}]
         rows.append({"prompt": prompt, "completion": completion, "label": number % 2 == 0})
-    base = save_tiny(folder / "base", tie_word_embeddings=tied)
+    base = save_tiny(folder / "base", tie_word_embeddings=tied, **of_model)
     out = folder / "refs"
     precompute(PrecomputeConfig(model=str(base), data=str(write_rows(folder / "f.jsonl", rows)), out=out))
     return TrainConfig(
@@ -103,6 +104,37 @@ def test_two_sharded_ranks_equal_one_process(tied: bool, tmp_path: Path) -> None
     done = launch(uneven, tmp_path / "two", "--eval-fraction", "0.2", "--save-steps", "0")
     assert done.returncode == 0, done.stderr[-3000:]
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two") is not None
+    assert_same_weights(one, tmp_path / "two")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_one_rank_reads_the_weights_for_both(tied: bool, tmp_path: Path) -> None:
+    """With `fsdp_cpu_ram_efficient_loading`; the model takes 24 MB."""
+    large = uneven_rows(tmp_path, tied=tied, hidden_size=256, intermediate_size=2048, num_hidden_layers=4)
+    large = replace(large, max_steps=2, learning_rate=1e-4)
+    one = train(replace(large, out=tmp_path / "one"))
+    before = """
+import os, sys
+from offline_kto.train.model.policy import PolicyFiles
+whole_load = PolicyFiles.load
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
+def load(self, *given):
+    import transformers.models.llama.modeling_llama  # imported before memory is measured
+    start = resident()
+    model = whole_load(self, *given)
+    weights = sum(one.nbytes for one in model.parameters()) / 2**20
+    if os.environ["RANK"] == "0":
+        sum(float(one.detach().sum()) for one in model.parameters())  # the file is mapped, and read where it is used
+    print(f"rank {os.environ['RANK']}: {(resident() - start) / weights:.2f} of the weights", file=sys.stderr, flush=True)
+    return model
+PolicyFiles.load = load
+"""
+    efficient = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    done = launch(large, tmp_path / "two", "--save-steps", "0", environment=efficient, before=before)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shares = dict(re.findall(r"rank (\d): (-?[\d.]+) of the weights", done.stderr))
+    assert float(shares["1"]) < 0.4 < float(shares["0"])
     assert_same_weights(one, tmp_path / "two")
 
 

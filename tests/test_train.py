@@ -242,8 +242,8 @@ class TestWhatChangesNothing:
     ) -> None:
         real = ScoringPasses._forward
 
-        def small_device(self: ScoringPasses, indices: list[int], batch: Any) -> Any:
-            done = real(self, indices, batch)
+        def small_device(self: ScoringPasses, indices: list[int], batch: Any, *beside: Any) -> Any:
+            done = real(self, indices, batch, *beside)
             if self.max_tokens > 300 and len(indices) > 1:
                 raise torch.OutOfMemoryError("simulated")
             return done

@@ -79,7 +79,8 @@ class TestEngine:
     @pytest.fixture(scope="class")
     def engine(self, base: Path) -> Iterator[RemoteScorer]:
         options = {"model": str(base), "dtype": "float32", "max_length": MAX_LENGTH, "max_tokens": 64}
-        options |= {"tensor_parallel": 1, "gpu_memory_utilization": 0.8, "gpu": None, "trust_remote_code": False}
+        options |= {"tensor_parallel": 1, "gpu_memory_utilization": 0.8, "gpus": None, "trust_remote_code": False}
+        options |= {"tokens": 1, "weights": 10**6}
         with engine_process({"engine": "vllm", "options": options}, name="vLLM") as scorer:
             yield scorer
 
@@ -144,6 +145,20 @@ def test_a_cache_from_vllm_trains(bos: bool, tmp_path: Path, capfd: pytest.Captu
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"] == pytest.approx(0.5, abs=1e-3)
     printed = capfd.readouterr()
     assert "WARNING" not in printed.out + printed.err  # what vLLM prints is in its log
+
+
+def test_two_engines_score_what_one_does(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on two GPUs; on a CPU the second engine is just another process."""
+    data = write_feedback(tmp_path / "f.jsonl", 40, seed=5)
+    config = PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "a", rows_per_shard=15)
+    precompute(config)
+    monkeypatch.setattr("offline_kto.precompute.engines.backend.gpu_groups", lambda config, device: [[0], [1]])
+    precompute(replace(config, out=tmp_path / "b", backend="vllm"))
+    assert "engines     2 of vLLM: vLLM on GPU 0, vLLM on GPU 1" in capfd.readouterr().out
+    assert_agree(tmp_path / "a", tmp_path / "b")
+    verify(tmp_path / "b")
 
 
 def test_a_killed_run_goes_on_and_leaves_no_engine_behind(base: Path, tmp_path: Path) -> None:

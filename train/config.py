@@ -11,11 +11,21 @@ from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
 DTYPES = (AUTO, "float32", "bfloat16")
 SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
+REDUCE_DTYPES = ("float32", "bfloat16")
 SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
 
 # Options that an evaluation (`evaluate_only`) accepts; all others come from the run.
 OF_EVALUATION = frozenset(
-    {"cache", "evaluate_only", "device", "dtype", "max_tokens", "allow_different_policy", "trust_remote_code"}
+    [
+        "allow_different_policy",
+        "attention",
+        "cache",
+        "device",
+        "dtype",
+        "evaluate_only",
+        "max_tokens",
+        "trust_remote_code",
+    ]
 )
 
 _UPDATES = 2**31 - 1  # more than any run makes
@@ -65,6 +75,17 @@ class TrainConfig:
     )
     dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
     device: str = option(AUTO, "Device.", choices=(AUTO, "cpu", "cuda"))
+    reduce_dtype: str = option(
+        "float32",
+        "Type in which gradients are added over several GPUs; bfloat16 halves the traffic and rounds each addition.",
+        choices=REDUCE_DTYPES,
+    )
+    attention: str = option(
+        AUTO,
+        "Attention: auto, sdpa, flash, flex, varlen, or a name in transformers or on the hub; changes results only by "
+        "rounding. auto is flash attention on a GPU where it is installed, otherwise the model's own.",
+        metavar="auto|sdpa|flash|NAME",
+    )
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass.", off="--no-gradient-checkpointing"
     )

@@ -25,7 +25,7 @@ class ReferenceFields(TypedDict, total=False):
         adapter_hash: str | null; SHA-256 over the adapter's weights and settings.
         quantization: object | null; `quantization_config` of the model's config.
         dtype: str; precision of the forward passes: float32, bfloat16 or float16.
-        attention: str; attention implementation of Transformers.
+        attention: str; the model's own attention implementation in Transformers.
         vocabulary: int, tokens; size of the embedding table, which bounds the token ids.
         model_type: str; `model_type` of the model's config, only together with `unread`.
         unread: object, kind -> number of tensors in the files that are not part of the scored model.
@@ -106,6 +106,7 @@ class ScoreDifference(TypedDict, total=False):
         mean: float, nats per token; mean absolute difference.
         p95: float, nats per token; its 95th percentile.
         max: float, nats per token; the largest one.
+        bias: float, nats per token; mean of the signed difference, the backend's score minus that of Transformers.
     """
 
     rows: int
@@ -113,6 +114,7 @@ class ScoreDifference(TypedDict, total=False):
     mean: float
     p95: float
     max: float
+    bias: float
 
 
 class ScorerFields(TypedDict, total=False):
@@ -121,11 +123,13 @@ class ScorerFields(TypedDict, total=False):
     Attributes:
         backend: str; transformers or vllm.
         versions: object, library -> version.
+        attention: str; the one that scored, absent if vLLM did; not in the identity, as it changes only rounding.
         difference: `ScoreDifference`, absent if Transformers scored.
     """
 
     backend: str
     versions: dict[str, str]
+    attention: str
     difference: ScoreDifference
 
 
@@ -311,7 +315,7 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
     "tokenizer": {"chat_template": _or_absent(_is_template), "options": _or_absent(_are_switches)},
     "tokenization": {"max_length": _is_positive, "rendered_on": _or_absent(is_text), "chat": _or_absent(_is_true)},
     "pairing": {"partners": _is_positive, "method": _or_absent(is_text), "seed": _or_absent(is_count)},
-    "scorer": {"backend": _or_absent(is_text)},
+    "scorer": dict.fromkeys(("backend", "attention"), _or_absent(is_text)),
     "data": {
         "files": _or_absent(_are_files),
         "dropped": _or_absent(_are_counts),

@@ -61,6 +61,11 @@ class BatchOutcome:
     point: Tensor
     tokens: Tokens
 
+    @property
+    def finite(self) -> Tensor:
+        """Whether each row's loss, and what it was computed from, is finite; bool, shape (rows,)."""
+        return self.logratios.isfinite() & self.losses.isfinite() & self.point.isfinite()
+
     def sums(self) -> Tensor:
         """Return the vector of sums over this rank's rows, shape (12,), float64."""
         good, bad = self.labels.double(), (~self.labels).double()
@@ -77,8 +82,9 @@ class BatchOutcome:
             (bad * self.logps).sum(),
             right.sum(),
         ]
-        constant = torch.tensor(self.tokens, dtype=torch.float64, device=self.logps.device)
-        return torch.cat([torch.stack(counted), constant])
+        # `torch.tensor` would copy the numbers from the host, which waits for all work queued on a GPU.
+        constant = [torch.full_like(counted[0], float(number)) for number in self.tokens]
+        return torch.stack([*counted, *constant])
 
 
 def on_the_right_side(distances: Tensor) -> Tensor:

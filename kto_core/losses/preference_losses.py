@@ -127,8 +127,11 @@ def humanline_logratios(token_logratios: Tensor, low: float, high: float) -> Ten
 
 def class_weights(labels: Tensor, desirable: float, undesirable: float) -> Tensor:
     """Return lambda_D or lambda_U for each row, float64, shape (batch,)."""
-    pair = torch.tensor([undesirable, desirable], dtype=torch.float64, device=labels.device)
-    return pair[labels.long()]
+    # Filled on the device: a tensor of given numbers would be copied there, and the host would wait for it.
+    of_desirable, of_undesirable = (
+        torch.full_like(labels, weight, dtype=torch.float64) for weight in (desirable, undesirable)
+    )
+    return torch.where(labels, of_desirable, of_undesirable)
 
 
 def _signs(labels: Tensor, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Both stages pass in the `transformers` class. Folder, precision, adapter, dropou
 """
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from offline_kto.kto_core.models.folder_code import check_model_code
 from offline_kto.kto_core.models.library_warnings import collected_warnings, skipped_quantization
 from offline_kto.kto_core.models.model_files import check_texts, read_json_object
 from offline_kto.kto_core.models.outline import LoadingInfo, check_shapes, check_unread, classes_used
-from offline_kto.kto_core.models.precision import Precision, store_matrices_in
+from offline_kto.kto_core.models.precision import Precision, store_matrices_in, use_device
 from offline_kto.kto_core.models.quantization import USE_ANOTHER, check_quantization, declared_quantization
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer as load_tokenizer
 from offline_kto.kto_core.models.weight_files import stored_tensors
@@ -53,7 +53,10 @@ def load_causal_lm(
     device: torch.device,
     frozen: bool,
     adapter: Path | None = None,
+    attention: str | None = None,
     trust_remote_code: bool = False,
+    spread: Mapping[int, int] | None = None,
+    reads: bool = True,
 ) -> Model:
     """Load a model, merge its adapter, set its precision, switch dropout off, add the scoring forward.
 
@@ -62,18 +65,28 @@ def load_causal_lm(
         folder: local folder with config.json and *.safetensors.
         precision: see `Precision`; trainable weights stay float32, because an update of 1e-6 on a
             weight of 1e-2 is below half a unit in the last place of bfloat16.
-        device: where the model is placed.
+        device: where the model is placed; becomes this process's current one.
         frozen: True if no weight of this model will be trained (a reference, the base model of LoRA).
         adapter: a PEFT folder to merge into the weights, in float32; next to quantised weights it is not merged.
+        attention: implementation to use (`choose_attention`); None for the model's own.
+        spread: GPUs that share the model, and the bytes that its weights may take of each; None for `device` alone.
+        reads: False if another process reads the weights and sends them when the model is sharded; this one then has their
+            shapes only.
 
     Raises:
         ModelError: not loadable, or weights missing from the files.
     """
     check_model_folder(folder)
+    device = use_device(device)
+    merges = adapter is not None and not is_quantized_folder(folder)
     wide = precision.is_full or not frozen or adapter is not None
-    model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code)
+    reads = reads or adapter is not None or is_quantized_folder(folder)
+    places = _places(device, spread, merges=merges, reads=reads)
+    model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code, places)
     if not wide and (_has_rounded_constants(model) or not _restore_wide(model, folder, info["unexpected_keys"])):
-        model, info = _read(auto_model, folder, torch.float32, trust_remote_code)
+        del model  # a GPU may not hold it twice, nor in float32
+        places = _places(device, spread, merges=True, reads=reads)
+        model, info = _read(auto_model, folder, torch.float32, trust_remote_code, places)
     if not trust_remote_code:
         check_model_code(folder, *classes_used(model, folder))
     _check_loaded(model, folder, info)
@@ -91,8 +104,53 @@ def load_causal_lm(
     disable_dropout(model)
     _set_outputs(model.config)
     with model_code(str(folder), f"this model family ({family_of(model)}) cannot be scored"):
+        if attention is not None:
+            model.set_attn_implementation(attention)
         add_scoring_forward(model)
-    return model if _is_quantized(model) else model.to(device)
+    if not reads:
+        _reserve_weights(model)
+    if _is_quantized(model) or spread is not None or not reads:
+        return model
+    vars(model).pop("hf_device_map", None)  # a sign for libraries that the model is not theirs to place
+    return model.to(device)
+
+
+def _places(device: torch.device, spread: Mapping[int, int] | None, *, merges: bool, reads: bool) -> dict[str, object]:
+    """Return keywords for `from_pretrained` that read the weights straight onto GPUs.
+
+    Without them the whole model, as it is read, has to fit into the host's memory once for each process.
+
+    Args:
+        merges: whether the model is changed in float32 before it is stored in its final types; then it is read into the
+            host's memory, because a GPU may not have room for float32.
+        reads: whether this process reads the weights.
+    """
+    if not reads:
+        return {"device_map": "meta"}
+    if spread is not None:
+        return {"device_map": "auto", "max_memory": dict(spread)}
+    if device.type != "cuda" or merges:
+        return {}
+    return {"device_map": {"": device}}
+
+
+def _reserve_weights(model: nn.Module) -> None:
+    """Give weights that have only shapes an address in host memory, which is not used until somebody writes there.
+
+    accelerate tells the weights of an optimizer apart by their addresses when it shards a model.
+    """
+    reserved: dict[int, nn.Parameter] = {}  # tied weights stay one
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                continue
+            if id(parameter) not in reserved:
+                empty = torch.empty_like(parameter, device="cpu")
+                reserved[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(module, name, reserved[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
 
 
 def _check_loaded(model: Model, folder: Path, info: LoadingInfo) -> None:
@@ -122,7 +180,13 @@ def _stored_type(folder: Path) -> torch.dtype | str:
     return _TYPES[stored] if stored else "auto"
 
 
-def _read(auto_model: Transformers, folder: Path, dtype: torch.dtype | str, trust_remote_code: bool) -> Model:
+def _read(
+    auto_model: Transformers,
+    folder: Path,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool,
+    places: Mapping[str, object],
+) -> Model:
     with collected_warnings() as messages, model_code(str(folder), f"the model{_family_in(folder)} cannot be loaded"):
         read = auto_model.from_pretrained(
             str(folder),
@@ -132,6 +196,7 @@ def _read(auto_model: Transformers, folder: Path, dtype: torch.dtype | str, trus
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused by `_check_loaded`, which names them
             **kernel_keywords(read_json_object(folder / "config.json")),
+            **places,
         )
     skipped = skipped_quantization(messages)
     if skipped is not None:
@@ -171,7 +236,7 @@ def _restore_wide(model: nn.Module, folder: Path, unexpected: Collection[str]) -
         return False
     for name, path in stored.items():
         with safe_open(path, framework="pt") as file:
-            parameters[name].data = file.get_tensor(name)
+            parameters[name].data = file.get_tensor(name).to(parameters[name].device)
     return True
 
 

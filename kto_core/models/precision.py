@@ -1,6 +1,7 @@
 """Define the precision of a model: the types in which weights are stored and computed."""
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,11 @@ import torch
 from torch import nn
 
 from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.launch import read_launch
+from offline_kto.kto_core.options import AUTO
+
+# The device that stands for all GPUs of a process, which share one model.
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -38,24 +44,70 @@ class Precision:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is the GPU if there is one.
+    """Return the device of that name; `auto` is a GPU if there is one, and in a launch the GPU of this rank.
+
+    Nothing is allocated on a GPU, not even its context of some hundred MB, which a process that only plans would keep.
+
+    Args:
+        name: auto, all, or as in `torch.device`. `all` is the first of several GPUs that share the model.
 
     Raises:
         ModelError: the device does not exist here.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == AUTO and not here:
+        return torch.device("cpu")
+    if name in (AUTO, ALL, "cuda") and here:
+        return _own_gpu(name, here)
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.device("cuda" if name == ALL else name)
+        if device.type != "cuda" or not here:
+            torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"--device {name}: not available here ({str(error).splitlines()[0]}).") from error
+    if device.index is not None and device.type == "cuda" and device.index >= here:
+        raise ModelError(f"--device {name}: not available here ({here} GPU{'s' if here > 1 else ''}, counted from 0).")
     return device
+
+
+def _own_gpu(name: str, here: int) -> torch.device:
+    launch = read_launch()
+    if name == ALL:
+        if launch.world_size > 1:
+            raise ModelError(
+                "--device all: one process uses all GPUs. Start it without torchrun or accelerate, or leave --device out: each "
+                "process then uses its own GPU."
+            )
+        return torch.device("cuda", 0)
+    if launch.world_size == 1:
+        return torch.device("cuda")
+    if launch.local_rank >= here:
+        raise ModelError(f"{launch.local_rank + 1} processes on this machine, but {here} GPUs: start fewer.")
+    return torch.device("cuda", launch.local_rank)
+
+
+def use_device(device: torch.device) -> torch.device:
+    """Make a GPU the current one of this process, and return it with its number; call it before anything is loaded.
+
+    Quantisers load onto the current GPU, and Triton's kernels run on it, whatever device their tensors are on: in a
+    launch all ranks would use GPU 0.
+
+    Raises:
+        ModelError: the GPU cannot be used.
+    """
+    if device.type != "cuda":
+        return device
+    try:
+        number = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
+    except RuntimeError as error:
+        raise ModelError(f"--device {device}: cannot be used ({str(error).splitlines()[0]}).") from error
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
     """Return the precision of that name; `auto` is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
+    if name == AUTO:
         name = "bfloat16" if device.type == "cuda" else "float32"
     return Precision(getattr(torch, name))
 
@@ -100,6 +152,10 @@ def _casts_its_weight(module: nn.Module, dtype: torch.dtype) -> bool:
     Some model families have their own linear layers (GPT-2's are transposed). Some of these normalise or scale the
     weight first, or use it outside of autocast.
     """
+    if cast("torch.Tensor", module.weight).is_meta:  # its values are in another process, and do not matter here
+        module = copy.deepcopy(module).to_empty(device="cpu")
+        for parameter in module.parameters():
+            parameter.data = torch.linspace(-1, 1, parameter.numel(), dtype=torch.float32).view(parameter.shape)
     weight = cast("torch.Tensor", module.weight)
     stored = weight.data
     for size in stored.shape[::-1]:

@@ -37,6 +37,20 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     }
 
 
+def bytes_read(folder: Path) -> int:
+    """Return the bytes of the tensors that a text model reads from a folder: those of towers are left out.
+
+    Raises:
+        ModelError: no safetensors file, or one that is damaged.
+    """
+    return sum(
+        end - start
+        for path in weight_files(folder)
+        for name, (_, _, start, end) in safetensors_header(path).items()
+        if not is_of_tower(name)
+    )
+
+
 # Constants that older versions of transformers saved, and that each model computes itself.
 _CONSTANTS = re.compile(
     r"\.inv_freq$|(^|\.)(rope|rotary_emb|rotary_pos_emb)\.\w+$|(^|\.)freqs_cis$|(^|\.)position_ids$"

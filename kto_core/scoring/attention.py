@@ -8,17 +8,47 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 
+import torch
+
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import Model, ModelConfig
+from offline_kto.kto_core.scoring.varlen_attention import VARLEN
 
-# Kernels that apply a soft-cap; the first is every model's own definition.
-_CAPPING = ("eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+EAGER, SDPA, FLEX = "eager", "sdpa", "flex_attention"
+
+# The names of flash attention in `transformers`: of a package, or of a kernel on the hub (kernels-community/flash-attn3).
+_FLASH = re.compile(r"flash_attention_\d+|[^/:]+/[^/:]*flash[^/:]*(:.+)?")
 
 # `attn_logit_softcapping` and its other spellings.
 _SOFTCAP = re.compile(r"att(n|ention)\w*_(soft_?cap|logits?_cap)")
 
 # Parts of a model that do not process text.
 _NO_TEXT = ("vision", "audio", "image", "speech", "video")
+
+
+def is_flash(kernel: str | None) -> bool:
+    """Return whether an attention implementation of `transformers` is a flash attention."""
+    return kernel is not None and _FLASH.fullmatch(kernel) is not None
+
+
+def takes_boundaries(kernel: str | None) -> bool:
+    """Return whether an attention implementation takes the boundaries of concatenated sequences as arguments."""
+    return kernel == VARLEN or is_flash(kernel)
+
+
+def can_pack(model: Model, device: torch.device) -> bool:
+    """Return whether concatenated sequences cost the model's attention no more than the same sequences apart."""
+    return packs_on(getattr(model.config, "_attn_implementation", None), device)
+
+
+def packs_on(kernel: str | None, device: torch.device) -> bool:
+    """Return `can_pack` for an attention implementation. Flex attention skips masked blocks on a GPU only."""
+    return kernel == VARLEN or (device.type == "cuda" and (kernel == FLEX or is_flash(kernel)))
+
+
+def applies_softcaps(kernel: str | None) -> bool:
+    """Return whether an attention implementation applies a soft-cap on attention scores, or refuses it by itself."""
+    return kernel in (EAGER, FLEX) or is_flash(kernel)
 
 
 def caps_attention(config: ModelConfig) -> bool:
@@ -47,7 +77,7 @@ def kernel_keywords(config: Mapping[str, object]) -> dict[str, None]:
     Args:
         config: the content of config.json.
     """
-    return {"attn_implementation": None} if config.get("attn_implementation") == "sdpa" else {}
+    return {"attn_implementation": None} if config.get("attn_implementation") == SDPA else {}
 
 
 def apply_softcaps(model: Model) -> None:
@@ -56,11 +86,11 @@ def apply_softcaps(model: Model) -> None:
     Raises:
         ModelError: the model's code does not support choosing its kernel.
     """
-    if not caps_attention(model.config) or model.config._attn_implementation in _CAPPING:
-        return
     chosen = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    if model.config._attn_implementation != "eager":
+    if not caps_attention(model.config) or applies_softcaps(chosen):
+        return
+    model.set_attn_implementation(EAGER)
+    if model.config._attn_implementation != EAGER:
         raise ModelError(
             f"{model.config.model_type}: its attention scores have a soft-cap, which {chosen} attention ignores. Add "
             '"attn_implementation": "eager" to its config.json.'
@@ -68,15 +98,15 @@ def apply_softcaps(model: Model) -> None:
 
 
 @contextlib.contextmanager
-def eager_attention(model: Model) -> Iterator[None]:
-    """Use the eager attention of the family's own code while the block runs, then restore the chosen kernel."""
+def attention_set_to(model: Model, kernel: str) -> Iterator[None]:
+    """Use another attention implementation while the block runs, then restore the chosen one."""
     parts = getattr(model.config, "sub_configs", None) or ()
     chosen = {
         name: getattr(model.config, name)._attn_implementation for name in parts if getattr(model.config, name, None)
     }
     chosen[""] = model.config._attn_implementation
     try:
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation(kernel)
         yield
     finally:
         model.set_attn_implementation(chosen)

@@ -2,7 +2,7 @@
 
 With a vocabulary of 152,000, a (tokens, vocabulary) tensor would be larger than everything else in a training step.
 Here only one chunk of it exists at a time, in a buffer that is overwritten in place. The backward pass recomputes all
-chunks but the last.
+chunks but the last. On CUDA, `cuda_head.py` does the same with tiles.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import AutogradContext, Model, ModelConfig
+from offline_kto.kto_core.scoring import cuda_head
 
 # Elements of one chunk of float32 logits (64 MiB on a CPU, 256 MiB on a GPU): large enough for the matrix product to
 # run at full speed, and independent of the vocabulary.
@@ -105,6 +106,17 @@ def selected_logps(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     # Under autocast the matmuls of the model run in its dtype; so does this one.
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    if cuda_head.runs_on(hidden.device, dtype):
+        return cuda_head.tiled_logps(
+            hidden,
+            head.weight,
+            head.bias,
+            targets,
+            scale=head.scale,
+            softcap=head.softcap,
+            dtype=dtype,
+            gradient=head.gradient,
+        )
     logps: Tensor = _SelectedLogps.apply(
         hidden, head.weight, head.bias, targets, head.scale, head.softcap, dtype, head.gradient, torch.is_grad_enabled()
     )

@@ -11,7 +11,7 @@ bfloat16 a sum near -500 has a resolution of 2 to 4 nats.
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import Model
-from offline_kto.kto_core.scoring.attention import apply_softcaps, eager_attention
+from offline_kto.kto_core.scoring.attention import EAGER, apply_softcaps, attention_set_to, takes_boundaries
 from offline_kto.kto_core.scoring.head import Head, selected_logps
+from offline_kto.kto_core.scoring.known_boundaries import known_boundaries
 from offline_kto.kto_core.scoring.model_code import family_of, model_code
 from offline_kto.kto_core.scoring.sequences import Sequences, TokenIds, pad_sequences
 from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, hidden_states
@@ -30,6 +31,9 @@ from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, hidden_st
 POSITIVE_ROUNDING = 1e-4
 
 Batch = Sequences | SharedPrompts
+
+# Arguments of a model's body.
+_POSITIONS, _BOUNDARIES = "position_ids", "cu_seq_lens_q"
 
 
 class Scored(NamedTuple):
@@ -62,13 +66,13 @@ def add_scoring_forward(model: Model) -> None:
     Head.of(model)
     apply_softcaps(model)
     original: Callable[..., object] = model.forward
-    takes_positions = _takes(_body(model), "position_ids")
+    takes = frozenset(name for name in (_POSITIONS, _BOUNDARIES) if _takes(_body(model), name))
 
     @functools.wraps(original)
     def forward(*args: object, batch: Batch | None = None, router_logits: bool = False, **kwargs: object) -> object:
         if batch is None:
             return original(*args, **kwargs)
-        return _score(model, batch, router_logits, takes_positions)
+        return _score(model, batch, router_logits, takes)
 
     model.forward = forward
     _add_head_forward(model)
@@ -83,7 +87,8 @@ def _add_head_forward(model: Model) -> None:
         if targets is None:
             return original(hidden, *args, **kwargs)
         head = Head.of(model)
-        return selected_logps(hidden.to(head.weight.device), targets.to(head.weight.device), head)
+        found = selected_logps(hidden.to(head.weight.device), targets.to(head.weight.device), head)
+        return found.to(targets.device)  # a model over several GPUs has its head on another one than its inputs
 
     layer.forward = forward
 
@@ -99,17 +104,27 @@ def _takes(module: nn.Module, argument: str) -> bool:
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _score(model: Model, batch: Batch, router_logits: bool, takes_positions: bool) -> Scored:
+def _score(model: Model, batch: Batch, router_logits: bool, takes: Collection[str]) -> Scored:
+    """Score a batch.
+
+    Args:
+        takes: names among `_POSITIONS` and `_BOUNDARIES` that the model's body has as arguments.
+    """
     if isinstance(batch, SharedPrompts):
-        hidden = hidden_states(_body(model), batch, takes_positions=takes_positions)
+        hidden = hidden_states(_body(model), batch, takes_positions=_POSITIONS in takes)
         return Scored(_of_completions(model, hidden, batch), ())
     extra: dict[str, object] = {}
-    if takes_positions:
+    if _POSITIONS in takes:
         # Explicit, because models with absolute positions otherwise derive them from an attention mask.
-        extra["position_ids"] = batch.position_ids
+        extra[_POSITIONS] = batch.position_ids
+    if _BOUNDARIES in takes and takes_boundaries(getattr(model.config, "_attn_implementation", None)):
+        # Otherwise flash attention searches the positions in every layer, and waits for the device each time.
+        extra |= dict.fromkeys((_BOUNDARIES, "cu_seq_lens_k"), batch.boundaries)
+        extra |= dict.fromkeys(("max_length_q", "max_length_k"), batch.widest)
     if router_logits:
         extra["output_router_logits"] = True
-    out = _body(model)(input_ids=batch.input_ids, use_cache=False, return_dict=True, **extra)
+    with known_boundaries(batch):
+        out = _body(model)(input_ids=batch.input_ids, use_cache=False, return_dict=True, **extra)
     logps = _of_completions(model, out.last_hidden_state.flatten(0, 1), batch)
     return Scored(logps, tuple(getattr(out, "router_logits", None) or ()) if router_logits else ())
 
@@ -200,12 +215,12 @@ def _moved_by_later_tokens(model: Model, rows: Sequence[TokenIds]) -> float:
     ids = np.concatenate(max(rows, key=lambda row: len(row[0]) + len(row[1])))
     kept = (len(ids) + 1) // 2  # at least one token before, and one after
     changed, known = ids.copy(), np.concatenate([part for row in rows for part in row])
-    changed[kept:] = _others(ids[kept:], known, len(model.get_input_embeddings().weight))
+    changed[kept:] = other_ids(ids[kept:], known, len(model.get_input_embeddings().weight))
     before, after = (_own_logps(model, one, targets=ids[1 : kept + 1]) for one in (ids, changed))
     return float((before - after).abs().nan_to_num(nan=0.0).max())
 
 
-def _others(ids: np.ndarray, known: np.ndarray, vocabulary: int) -> np.ndarray:
+def other_ids(ids: np.ndarray, known: np.ndarray, vocabulary: int) -> np.ndarray:
     """Return another token for each of `ids`, taken from the data, because some ids (an image's) are not text."""
     pool = np.unique(known)
     pool = pool if len(pool) > 1 else np.unique([pool[0], (pool[0] + 1) % vocabulary])
@@ -214,12 +229,12 @@ def _others(ids: np.ndarray, known: np.ndarray, vocabulary: int) -> np.ndarray:
 
 def _moved_by_kernel(model: Model, rows: Sequence[TokenIds]) -> float:
     """Return the mean difference between the chosen and eager attention, nats per token; 0 if only one exists."""
-    if getattr(model.config, "_attn_implementation", None) in (None, "eager"):
+    if getattr(model.config, "_attn_implementation", None) in (None, EAGER):
         return 0.0
     ids = np.concatenate(max(rows, key=lambda row: len(row[0]) + len(row[1])))
     chosen = _own_logps(model, ids)
     try:
-        with model_code(type(model).__name__, "cannot compute eager attention"), eager_attention(model):
+        with model_code(type(model).__name__, "cannot compute eager attention"), attention_set_to(model, EAGER):
             eager = _own_logps(model, ids)
     except (ModelError, torch.OutOfMemoryError):  # not every model can compute it
         return 0.0

@@ -11,6 +11,7 @@ import torch
 
 from offline_kto.kto_core.errors import KTOError, ModelError, said_by
 from offline_kto.kto_core.library_types import Model
+from offline_kto.kto_core.out_of_memory import one_memory_error
 
 # An error of these types raised in this package comes from the model's output: a tuple instead of a tensor, another
 # shape. Any other one is a bug in this package.
@@ -36,7 +37,8 @@ def model_code(where: str, failed: str) -> Iterator[None]:
         ModelError: the model's code raised an exception.
     """
     try:
-        yield
+        with one_memory_error():
+            yield
     except _PASSED_ON:
         raise
     except Exception as error:

@@ -11,11 +11,21 @@ from torch import Tensor
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import Model
+from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.batching import SCORING_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.logps import Batch, sees_whole_passes, token_logps
 from offline_kto.kto_core.scoring.model_code import model_code
-from offline_kto.kto_core.scoring.sequences import FILLER, TokenIds, pack_sequences, pad_sequences
+from offline_kto.kto_core.scoring.sequences import (
+    FILLER,
+    Sequences,
+    TokenIds,
+    Widths,
+    pack_sequences,
+    pad_sequences,
+    padded_widths,
+)
 from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, longest_shared, share_prompts
+from offline_kto.kto_core.scoring.transfer import to_device
 
 # The share of all tokens that sharing prompts must save. Below it, smaller passes and explicit masks cost more than
 # they save: benchmarks/shared_prompts.py shows the break-even point.
@@ -31,11 +41,15 @@ class Pass(NamedTuple):
         indices: positions of the sequences that it scored.
         batch: the model's input; its rows are `indices`, in this order.
         token_logps: float32 nats, shape (completion tokens,), row after row.
+        where: `indices` as a tensor on the device, int64, shape (rows,).
+        values: those given for these sequences, one after the other, float64 on the device.
     """
 
     indices: list[int]
     batch: Batch
     token_logps: Tensor
+    where: Tensor
+    values: Tensor
 
 
 class ScoringPasses:
@@ -49,6 +63,7 @@ class ScoringPasses:
             runs once, and when memory runs out the budget is halved. Sharing is checked first: if it changes the
             scores, or the model does not support it, it is switched off and a message is logged.
         pack: concatenate sequences, without padding.
+        widths: of padded passes; None for those of the model and the device.
         tolerance: largest mean difference with and without sharing that rounding can explain, nats per token.
         say: logs a line.
     """
@@ -61,12 +76,14 @@ class ScoringPasses:
         max_tokens: int,
         alone: bool = True,
         pack: bool = False,
+        widths: Widths | None = None,
         tolerance: float = 1e-4,
         say: Callable[[str], None] = tell,
     ) -> None:
         one_by_one = sees_whole_passes(model)
         self.model, self.device, self.max_tokens = model, device, 1 if one_by_one else max_tokens
         self.pack, self.tolerance, self.say = pack and not one_by_one, tolerance, say
+        self.widths = padded_widths(model.config, device.type) if widths is None else widths
         self.alone = alone
         self.longest_shared = longest_shared(model)
         self._shares, self._checked_length, self._told = not one_by_one, 0, False
@@ -77,7 +94,12 @@ class ScoringPasses:
 
     @torch.no_grad()
     def run(
-        self, sequences: Sequence[TokenIds], *, known: frozenset[int] = frozenset(), at_least: int = 0
+        self,
+        sequences: Sequence[TokenIds],
+        *,
+        known: frozenset[int] = frozenset(),
+        at_least: int = 0,
+        values: Sequence[np.ndarray] | None = None,
     ) -> Iterator[Pass]:
         """Score all sequences, each once; the order of passes is the plan's.
 
@@ -86,6 +108,7 @@ class ScoringPasses:
             known: positions that are already scored. A resumed run makes the remaining passes of the same plan, so
                 that its scores are bit-identical to those of an uninterrupted run.
             at_least: minimum number of passes, for ranks that must make equally many: empty ones are added.
+            values: numbers that belong to each sequence; they are copied to the device together with its tokens.
 
         Raises:
             torch.OutOfMemoryError: on a single sequence, or if the process is not alone.
@@ -100,7 +123,8 @@ class ScoringPasses:
                 if done.issuperset(indices):
                     continue
                 try:
-                    finished = self._forward(indices, build())
+                    with one_memory_error():
+                        finished = self._forward(indices, build(), [values[i] for i in indices] if values else [])
                 except torch.OutOfMemoryError:
                     if not self.alone or len(indices) == 1:
                         raise
@@ -118,13 +142,23 @@ class ScoringPasses:
 
     def passes_for(self, lengths: Sequence[int]) -> int:
         """Return the number of passes for sequences of these lengths, without sharing prompts."""
-        return len((packed_batches if self.pack else micro_batches)(lengths, self.max_tokens))
+        return len(self._cut(lengths))
 
-    def _forward(self, indices: list[int], batch: Batch) -> Pass:
+    def _cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        if self.pack:
+            return packed_batches(lengths, self.max_tokens)
+        return micro_batches([self.widths.of(length) for length in lengths], self.max_tokens)
+
+    def _lay_out(self, rows: Sequence[TokenIds]) -> Sequences:
+        return pack_sequences(rows) if self.pack else pad_sequences(rows, self.widths)
+
+    def _forward(self, indices: list[int], batch: Batch, values: Sequence[np.ndarray] = ()) -> Pass:
         # The trainer may have switched to train mode since the last pass.
-        self.model.eval()
-        batch = batch.to(self.device)
-        return Pass(indices, batch, token_logps(self.model, batch).token_logps)
+        if self.model.training:
+            self.model.eval()
+        numbers = torch.from_numpy(np.concatenate([np.empty(0), *values]))
+        batch, where, numbers = to_device((batch, torch.tensor(indices, dtype=torch.int64), numbers), self.device)
+        return Pass(indices, batch, token_logps(self.model, batch).token_logps, where, numbers)
 
     def _make_room(self, longest: int) -> None:
         """Lower the budget, or stop sharing prompts, after a pass with rows of up to `longest` tokens did not fit."""
@@ -146,16 +180,16 @@ class ScoringPasses:
         """Yield the passes in order: their positions, and a function that builds the batch when it is needed."""
         groups = self._groups(pending, sequences)
         shared = {i for group in groups for i in group}
-        for part in micro_batches([len(sequences[group[0]][0]) for group in groups], self.max_tokens):
+        prompts = [self.widths.of(len(sequences[group[0]][0])) for group in groups]
+        for part in micro_batches(prompts, self.max_tokens):
             chosen = [groups[number] for number in part]
             indices = [i for group in chosen for i in group]
             rows = [[sequences[i] for i in group] for group in chosen]
             yield indices, lambda rows=rows: self._share(rows)  # type: ignore[misc]
         alone = [i for i in pending if i not in shared]
-        cut, lay_out = (packed_batches, pack_sequences) if self.pack else (micro_batches, pad_sequences)
-        for part in cut([sum(map(len, sequences[i])) for i in alone], self.max_tokens):
+        for part in self._cut([sum(map(len, sequences[i])) for i in alone]):
             indices = [alone[j] for j in part]
-            yield indices, lambda indices=indices: lay_out([sequences[i] for i in indices])  # type: ignore[misc]
+            yield indices, lambda indices=indices: self._lay_out([sequences[i] for i in indices])  # type: ignore[misc]
 
     def _groups(self, pending: list[int], sequences: Sequence[TokenIds]) -> list[list[int]]:
         """Return groups of sequences that share a prompt, if that saves more than it costs."""
@@ -192,7 +226,7 @@ class ScoringPasses:
         self._told = True
 
     def _share(self, groups: list[list[TokenIds]]) -> SharedPrompts:
-        return share_prompts(groups, self.max_tokens, self.longest_shared)
+        return share_prompts(groups, self.max_tokens, self.longest_shared, widths=self.widths)
 
     def _check_sharing(self, groups: list[list[int]], sequences: Sequence[TokenIds]) -> None:
         """Compare scores with and without shared prompts for each new greatest length; stop sharing if they differ.
@@ -210,10 +244,11 @@ class ScoringPasses:
         self._checked_length, quarter = len(ids), max(1, len(ids) // 4)
         head, tail = ids[:quarter], ids[-quarter:]
         try:
-            whole = self._forward([], pad_sequences([(head, ids[quarter:])])).token_logps
-            plain = [whole, whole[:quarter], whole[-quarter:]]
-            groups_of_it = [[(head, ids[quarter:]), (head, ids[quarter : 2 * quarter])], [(ids[:-quarter], tail)]]
-            why = self._against_sharing(groups_of_it, plain)
+            with one_memory_error():
+                whole = self._forward([], pad_sequences([(head, ids[quarter:])], self.widths)).token_logps
+                plain = [whole, whole[:quarter], whole[-quarter:]]
+                groups_of_it = [[(head, ids[quarter:]), (head, ids[quarter : 2 * quarter])], [(ids[:-quarter], tail)]]
+                why = self._against_sharing(groups_of_it, plain)
         except torch.OutOfMemoryError:
             why = "not enough memory to compare both ways"
         if why is not None:
@@ -229,18 +264,3 @@ class ScoringPasses:
         differences = [(one - other).abs().mean() for one, other in zip(shared, plain, strict=True)]
         apart = float(torch.stack(differences).nan_to_num(nan=float("inf")).max())
         return None if apart <= self.tolerance else f"log-probabilities would differ by {apart:.2g} nats a token"
-
-
-@torch.no_grad()
-def packing_keeps_scores(model: Model, device: torch.device, rows: Sequence[TokenIds], *, tolerance: float) -> bool:
-    """Return whether concatenated sequences have the same scores as sequences in separate rows.
-
-    Args:
-        rows: at least two; the first must not be visible from the second.
-        tolerance: largest mean difference that rounding can explain, nats per token.
-    """
-    model.eval()
-    packed, padded = (
-        token_logps(model, lay_out(rows).to(device)).token_logps for lay_out in (pack_sequences, pad_sequences)
-    )
-    return bool((packed - padded).abs().mean() <= tolerance)

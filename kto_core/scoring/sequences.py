@@ -2,6 +2,7 @@
 
 padded    p0 p1 c0 c1 c2     packed    p0 p1 c0 c1 c2 q0 d0 d1
           q0 d0 d1 .  .                 0  1  2  3  4  0  1  2    (positions)
+                                        0              5       8  (boundaries)
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offline_kto.kto_core.library_types import ModelConfig
+from offline_kto.kto_core.scoring.transfer import to_device
+
 TokenIds = tuple[np.ndarray, np.ndarray]  # prompt ids, completion ids
+
+# Padded widths on a GPU are multiples of this: fewer distinct shapes, for which kernels are chosen (cuDNN: built) anew,
+# and full tiles in matrix products. On a CPU it would only cost time.
+_MULTIPLE = {"cuda": 64}
+
+# Settings of configurations that limit positions.
+POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 # A dummy sequence for ranks that must run a forward pass but have no rows left.
 FILLER: TokenIds = (np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int32))
+
+
+class Widths(NamedTuple):
+    """The widths that rows are padded to.
+
+    Attributes:
+        multiple: tokens that a width is rounded up to a multiple of.
+        most: tokens that the model has positions for; a width is not rounded beyond.
+    """
+
+    multiple: int = 1
+    most: int = 2**31
+
+    def of(self, longest: int) -> int:
+        """Return the padded width of a batch whose longest row has `longest` tokens."""
+        return max(longest, min(-(-longest // self.multiple) * self.multiple, self.most))
+
+
+def padded_widths(config: ModelConfig, device_type: str) -> Widths:
+    """Return the widths that a model's rows are padded to on a type of device: `cpu` or `cuda`."""
+    text = config.get_text_config()
+    limits = [value for name in POSITION_LIMITS if isinstance(value := getattr(text, name, None), int) and value > 0]
+    return Widths(_MULTIPLE.get(device_type, 1), min(limits, default=2**31))
 
 
 class Sequences(NamedTuple):
@@ -27,8 +61,10 @@ class Sequences(NamedTuple):
         predicts: int64, shape (completion tokens,): index of the hidden state, of batch * length, that predicts each.
         targets: int64, shape (completion tokens,): their ids.
         row_of_token: int64, shape (completion tokens,): the row each belongs to.
+        boundaries: int32, shape (rows + 1,): the slot, of batch * length, at which each row begins; then batch * length.
         rows: number of sequences; equal to `batch` if padded, more if packed.
         tokens: number of tokens without padding.
+        widest: slots between two boundaries, at most.
     """
 
     input_ids: Tensor
@@ -37,57 +73,62 @@ class Sequences(NamedTuple):
     predicts: Tensor
     targets: Tensor
     row_of_token: Tensor
+    boundaries: Tensor
     rows: int
     tokens: int
+    widest: int
 
     @property
     def padded_tokens(self) -> int:
         return self.input_ids.numel()
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether sequences are concatenated."""
+        return self.rows > len(self.input_ids)
+
     def to(self, device: torch.device | str) -> "Sequences":
-        ids, positions, real, predicts, targets, row_of_token = (
-            tensor.to(device, non_blocking=True) for tensor in self[:6]
-        )
-        return Sequences(ids, positions, real, predicts, targets, row_of_token, self.rows, self.tokens)
+        return to_device(self, device)
 
 
-def pad_sequences(rows: Sequence[TokenIds]) -> Sequences:
+def pad_sequences(rows: Sequence[TokenIds], widths: Widths = Widths()) -> Sequences:  # noqa: B008 (immutable)
     """Right-pad (prompt ids, completion ids) pairs.
 
     Right padding needs no attention mask under causal attention: later tokens never affect earlier ones. Pad ids are 0
-    (any valid id would do); they are neither attended to nor scored.
+    (any valid id would do); they are neither attended to nor scored. Slots after the longest row repeat its last
+    position: a greater one may be beyond a model's table of positions, or switch it to other frequencies.
     """
-    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    lengths = np.array([len(prompt) + len(completion) for prompt, completion in rows])
+    width = widths.of(lengths.max())
     ids = np.zeros((len(rows), width), dtype=np.int64)
-    positions = np.broadcast_to(np.arange(width), ids.shape)
-    starts = np.arange(len(rows)) * width
+    slots = np.broadcast_to(np.arange(width), ids.shape)
     for i, (prompt, completion) in enumerate(rows):
         ids[i, : len(prompt)] = prompt
         ids[i, len(prompt) : len(prompt) + len(completion)] = completion
-    lengths = np.array([len(prompt) + len(completion) for prompt, completion in rows])
-    return _sequences(rows, ids, positions, positions < lengths[:, None], starts)
+    positions = np.minimum(slots, lengths.max() - 1)
+    return _sequences(rows, ids, positions, slots < lengths[:, None], np.arange(len(rows) + 1) * width)
 
 
 def pack_sequences(rows: Sequence[TokenIds]) -> Sequences:
     """Concatenate (prompt ids, completion ids) pairs into one row, without padding.
 
-    Positions begin at 0 in each of them: `transformers` distinguishes the sequences by this. Only attention
-    kernels that use these boundaries (flash, flex) run faster with it.
+    Positions begin at 0 in each of them. Only attention that reads the boundaries (see `attention.py`) runs faster with
+    it, and computes each sequence apart from the others.
     """
     lengths = np.array([len(prompt) + len(completion) for prompt, completion in rows])
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     ids = np.concatenate([part for row in rows for part in row]).astype(np.int64)[None]
     positions = np.concatenate([np.arange(length) for length in lengths])[None]
-    return _sequences(rows, ids, positions, np.ones(ids.shape, dtype=bool), starts)
+    boundaries = np.concatenate([[0], np.cumsum(lengths)])
+    return _sequences(rows, ids, positions, np.ones(ids.shape, dtype=bool), boundaries)
 
 
 def _sequences(
-    rows: Sequence[TokenIds], ids: np.ndarray, positions: np.ndarray, real: np.ndarray, starts: np.ndarray
+    rows: Sequence[TokenIds], ids: np.ndarray, positions: np.ndarray, real: np.ndarray, boundaries: np.ndarray
 ) -> Sequences:
     # The hidden state at t predicts token t + 1.
     predicts = [
         start + len(prompt) - 1 + np.arange(len(completion))
-        for start, (prompt, completion) in zip(starts, rows, strict=True)
+        for start, (prompt, completion) in zip(boundaries[:-1], rows, strict=True)
     ]
     return Sequences(
         input_ids=torch.from_numpy(ids),
@@ -96,8 +137,10 @@ def _sequences(
         predicts=torch.from_numpy(np.concatenate(predicts)),
         targets=torch.from_numpy(np.concatenate([completion for _, completion in rows]).astype(np.int64)),
         row_of_token=torch.from_numpy(np.repeat(np.arange(len(rows)), [len(completion) for _, completion in rows])),
+        boundaries=torch.from_numpy(boundaries.astype(np.int32)),
         rows=len(rows),
         tokens=int(real.sum()),
+        widest=int(np.diff(boundaries).max()),
     )
 
 

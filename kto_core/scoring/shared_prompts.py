@@ -22,13 +22,11 @@ from torch import Tensor
 
 from offline_kto.kto_core.library_types import Model, ModelBody
 from offline_kto.kto_core.scoring.batching import micro_batches
-from offline_kto.kto_core.scoring.sequences import TokenIds
+from offline_kto.kto_core.scoring.sequences import POSITION_LIMITS, TokenIds, Widths
+from offline_kto.kto_core.scoring.transfer import to_device
 
 # Settings of configurations that limit attention windows and positions.
-_LIMITS = (
-    *("sliding_window", "attention_chunk_size", "window_size", "keep_window_size"),
-    *("max_position_embeddings", "n_positions", "max_seq_len"),
-)
+_LIMITS = ("sliding_window", "attention_chunk_size", "window_size", "keep_window_size", *POSITION_LIMITS)
 
 
 class Branches(NamedTuple):
@@ -71,47 +69,45 @@ class SharedPrompts(NamedTuple):
     tokens: int
 
     def to(self, device: torch.device | str) -> "SharedPrompts":
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return SharedPrompts(
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            branches=tuple(Branches(*map(move, branch)) for branch in self.branches),
-            predicts=move(self.predicts),
-            targets=move(self.targets),
-            row_of_token=move(self.row_of_token),
-            rows=self.rows,
-            tokens=self.tokens,
-        )
+        return to_device(self, device)
 
     @property
     def padded_tokens(self) -> int:
         return self.input_ids.numel() + sum(branch.input_ids.numel() for branch in self.branches)
 
 
-def share_prompts(groups: Sequence[Sequence[TokenIds]], max_tokens: int, longest: int = 2**31) -> SharedPrompts:
+def share_prompts(
+    groups: Sequence[Sequence[TokenIds]],
+    max_tokens: int,
+    longest: int = 2**31,
+    *,
+    widths: Widths = Widths(),  # noqa: B008 (immutable)
+) -> SharedPrompts:
     """Build the micro-batch for groups of sequences; those in one group have the same prompt.
 
     Args:
         groups: (prompt ids, completion ids), group after group; the result counts rows in this order.
         max_tokens: keys of one branch, including the prompts' and padding.
         longest: slots in a row of keys, including padding (`longest_shared`); no sequence has more tokens.
+        widths: of prompts and of completions.
     """
     prompts = [group[0][0] for group in groups]
     rows = [(number, completion) for number, group in enumerate(groups) for _, completion in group]
-    width = max(map(len, prompts))
+    longest_prompt = max(map(len, prompts))
+    width = min(widths.of(longest_prompt), max(longest, longest_prompt))
     ids = _padded(prompts, width)
     # Indices of each row's hidden states: the prompt's last, then one for each completion token but the last.
     predicts = [np.array([number * width + len(prompts[number]) - 1]) for number, _ in rows]
     branches, offset = [], ids.size
     longer = [row for row, (_, completion) in enumerate(rows) if len(completion) > 1]
     lengths = [(len(prompts[rows[row][0]]), len(rows[row][1]) - 1) for row in longer]
-    for part in micro_batches([width + own for _, own in lengths], max_tokens):
+    for part in micro_batches([width + widths.of(own) for _, own in lengths], max_tokens):
         for fitting in _within(part, lengths, longest):
             chosen = [longer[i] for i in fitting]
             branch = _branch(
-                [(rows[row][0], lengths[i][0], rows[row][1][:-1]) for i, row in zip(fitting, chosen, strict=True)]
+                [(rows[row][0], lengths[i][0], rows[row][1][:-1]) for i, row in zip(fitting, chosen, strict=True)],
+                longest,
+                widths,
             )
             for i, row in enumerate(chosen):
                 start = offset + i * branch.input_ids.shape[1]
@@ -121,7 +117,7 @@ def share_prompts(groups: Sequence[Sequence[TokenIds]], max_tokens: int, longest
     completions = [completion for _, completion in rows]
     return SharedPrompts(
         input_ids=torch.from_numpy(ids),
-        position_ids=torch.arange(width).repeat(len(prompts), 1),
+        position_ids=torch.arange(width).clamp(max=longest_prompt - 1).repeat(len(prompts), 1),
         branches=tuple(branches),
         predicts=torch.from_numpy(np.concatenate(predicts)),
         targets=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
@@ -142,13 +138,19 @@ def _within(part: list[int], lengths: Sequence[tuple[int, int]], longest: int) -
     yield from _within(part[len(part) // 2 :], lengths, longest)
 
 
-def _branch(rows: Sequence[tuple[int, int, np.ndarray]]) -> Branches:
-    """Build the branch for rows of (index of the prompt, its length, completion without its last token)."""
+def _branch(rows: Sequence[tuple[int, int, np.ndarray]], longest: int, widths: Widths) -> Branches:
+    """Build the branch for rows of (index of the prompt, its length, completion without its last token).
+
+    Widths are not rounded where prompts and completions together would take more than `longest` slots.
+    """
     inputs = [fed for _, _, fed in rows]
     prompts, prompt_lengths, lengths = (
         np.array(column)[:, None] for column in zip(*((of, length, len(fed)) for of, length, fed in rows), strict=True)
     )
-    steps, slots = np.arange(lengths.max())[None], np.arange(prompt_lengths.max())[None]
+    own, prompt = int(lengths.max()), int(prompt_lengths.max())
+    own = max(own, min(widths.of(own), longest - prompt))
+    prompt = max(prompt, min(widths.of(prompt), longest - own))
+    steps, slots = np.arange(own)[None], np.arange(prompt)[None]
     keys = slots - (slots.size - prompt_lengths)  # (rows, longest prompt), below 0 before a shorter one
     # Padding keeps the position at which its row ends. After a long prompt it would otherwise reach positions that no
     # row has, beyond a table's end or the length at which frequencies change.
@@ -210,7 +212,8 @@ def _cache_name(body: ModelBody) -> str:
 
 def _lined_up(kept: Tensor, branch: Branches) -> Tensor:
     """Return keys or values of prompts, (prompts, heads, prompt length, size), selected for each row of a branch."""
-    return kept[branch.prompts, :, branch.keys].transpose(1, 2)  # (rows, heads, longest prompt, size)
+    prompts, keys = branch.prompts.to(kept.device), branch.keys.to(kept.device)  # layers may be on several GPUs
+    return kept[prompts, :, keys].transpose(1, 2)  # (rows, heads, longest prompt, size)
 
 
 def longest_shared(model: Model) -> int:

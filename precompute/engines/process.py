@@ -19,6 +19,7 @@ from offline_kto.kto_core.errors import ModelError
 from offline_kto.precompute.engines.protocol import EngineSettings, RemoteScorer
 
 _SECONDS_TO_END = 60
+_LOG = " Its log: "
 
 # Python would search the working directory first, where a user's modules may have any name.
 _CHILD = (
@@ -58,7 +59,10 @@ def engine_process(settings: EngineSettings, *, name: str) -> Iterator[RemoteSco
         yield scorer
         scorer.dismiss()
     except ModelError as error:
-        raise ModelError(f"{error}{_ending(process)} Its log: {log}") from error
+        if not _is_of(error, scorer):
+            log.unlink()
+            raise
+        raise type(error)(f"{error}{_ending(process)}{_LOG}{log}") from error
     except BaseException:
         log.unlink()
         raise
@@ -67,6 +71,11 @@ def engine_process(settings: EngineSettings, *, name: str) -> Iterator[RemoteSco
     finally:
         channel.close()  # the child ends then, if it has not yet
         _end(process)
+
+
+def _is_of(error: ModelError, scorer: RemoteScorer) -> bool:
+    """Return whether an engine's log explains an error: not another engine's, nor one that names a log already."""
+    return getattr(error, "engine", scorer) is scorer and _LOG not in str(error)
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:

@@ -93,6 +93,18 @@ def decode(message: bytes, dtype: type[np.generic]) -> list[np.ndarray]:
     return np.split(numbers, np.cumsum(lengths)[:-1]) if count else []
 
 
+class EngineError(ModelError):
+    """An engine in another process could not score, or has ended.
+
+    Args:
+        engine: the one that failed; None once the message says so.
+    """
+
+    def __init__(self, message: str, engine: "RemoteScorer | None" = None) -> None:
+        super().__init__(message)
+        self.engine = engine
+
+
 class RemoteScorer:
     """The requesting side: sends sequences, and waits for scores.
 
@@ -103,6 +115,7 @@ class RemoteScorer:
 
     def __init__(self, channel: Channel, name: str) -> None:
         self.channel, self.name = channel, name
+        self._dismissed = False
 
     def ask(self, sequences: Sequence[TokenIds], known: Iterable[int] = ()) -> None:
         """Send sequences to be scored. The caller must then call `hear` until no more scores come."""
@@ -116,19 +129,31 @@ class RemoteScorer:
             Whether more will come.
 
         Raises:
-            ModelError: the other process could not score, or has ended.
+            EngineError: the other process could not score, or has ended.
         """
-        while True:
-            message = self._guarded(self.channel.recv_bytes)
-            kind, content = message[:1], message[1:]
-            if kind == _TOKENS:
-                on_tokens(int.from_bytes(content, "little"))
-            elif kind == _ERROR:
-                raise ModelError(content.decode("utf-8"))
-            else:
-                done, *scores = decode(content, np.int32)
-                on_scores(done.tolist(), [one.view(np.float32) for one in scores])
-                return bool(kind == _SOME)
+        while (more := self.hear_one(on_scores=on_scores, on_tokens=on_tokens)) is None:
+            pass
+        return more
+
+    def hear_one(self, *, on_scores: OnScores, on_tokens: Callable[[int], None]) -> bool | None:
+        """Wait for one message.
+
+        Returns:
+            Whether more scores will come; None after a message without scores.
+
+        Raises:
+            EngineError: the other process could not score, or has ended.
+        """
+        message = self._guarded(self.channel.recv_bytes)
+        kind, content = message[:1], message[1:]
+        if kind == _TOKENS:
+            on_tokens(int.from_bytes(content, "little"))
+            return None
+        if kind == _ERROR:
+            raise EngineError(content.decode("utf-8"), self)
+        done, *scores = decode(content, np.int32)
+        on_scores(done.tolist(), [one.view(np.float32) for one in scores])
+        return bool(kind == _SOME)
 
     def score(
         self,
@@ -144,15 +169,19 @@ class RemoteScorer:
             pass
 
     def dismiss(self) -> None:
-        """Notify the other process that there is no more work."""
+        """Notify the other process that there is no more work; only the first call does."""
+        if self._dismissed:
+            return
+        self._dismissed = True
         self._guarded(lambda: self.channel.send_bytes(_NO_MORE))
 
     def _guarded(self, act):  # type: ignore[no-untyped-def]
         try:
             return act()
         except (ConnectionError, EOFError) as error:
-            raise ModelError(
-                f"{self.name} ended unexpectedly. Finished scores are kept: run the same command again to continue."
+            raise EngineError(
+                f"{self.name} ended unexpectedly. Finished scores are kept: run the same command again to continue.",
+                self,
             ) from error
 
 

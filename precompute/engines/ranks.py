@@ -8,32 +8,20 @@ of ranks can resume.
 import contextlib
 import datetime
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from offline_kto.kto_core.errors import ModelError
-from offline_kto.kto_core.launch import read_launch, unreachable, world_size
-from offline_kto.kto_core.scoring.batching import deal
+from offline_kto.kto_core.launch import unreachable, world_size
 from offline_kto.kto_core.scoring.sequences import TokenIds
-from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.protocol import OnScores, RemoteScorer, Scorer, serve
+from offline_kto.precompute.engines.shares import shares_of
 from offline_kto.precompute.parts import Pace
 
 # A rank may score for hours before it answers. If one dies, its connection closes, which is noticed at once.
 _PATIENCE = datetime.timedelta(days=30)
-
-
-def on_own_device(config: PrecomputeConfig) -> PrecomputeConfig:
-    """Return the config with this rank's own GPU, by its local rank, unless the user named a device."""
-    if world_size() == 1 or config.device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return config
-    number = read_launch().local_rank
-    if number >= torch.cuda.device_count():
-        raise ModelError(f"{number + 1} processes on this machine, but {torch.cuda.device_count()} GPUs: start fewer.")
-    return replace(config, device=f"cuda:{number}")
 
 
 @contextlib.contextmanager
@@ -104,7 +92,7 @@ class RankedScorer:
         on_tokens: Callable[[int], None],
     ) -> None:
         """Score sequences, as in `offline_kto.precompute.engines.protocol.Scorer`."""
-        shares = [_Share(part, sequences, known) for part in _shares(sequences, world_size())]
+        shares = shares_of(sequences, known, world_size())
         mine, *theirs = shares
         for other, share in zip(self._others, theirs, strict=True):
             other.ask(share.sequences, share.known)
@@ -150,36 +138,3 @@ def work(load: Callable[[Sequence[TokenIds]], Scorer]) -> None:
         serve(_RankChannel(0), load, tells_progress=False)
     except ConnectionError:
         raise SystemExit(1) from None  # rank 0 has reported why
-
-
-def _shares(sequences: Sequence[TokenIds], ranks: int) -> list[list[int]]:
-    """Return the positions for each rank. Sequences of one prompt stay together, to share its forward pass."""
-    groups: dict[bytes, list[int]] = {}
-    for i, (prompt, _) in enumerate(sequences):
-        groups.setdefault(prompt.tobytes(), []).append(i)
-    of_prompt = list(groups.values())
-    costs = [len(sequences[g[0]][0]) + sum(len(sequences[i][1]) for i in g) for g in of_prompt]
-    return [[i for number in share for i in of_prompt[number]] for share in deal(costs, ranks)]
-
-
-class _Share:
-    """The sequences that one rank scores.
-
-    Args:
-        places: their positions in all sequences.
-        known: positions, in all sequences, that are already scored.
-
-    Attributes:
-        known: those positions, in this share.
-        tokens: number of tokens to score.
-    """
-
-    def __init__(self, places: list[int], sequences: Sequence[TokenIds], known: frozenset[int]) -> None:
-        self._places = places
-        self.sequences = [sequences[i] for i in places]
-        self.known = frozenset(j for j, i in enumerate(places) if i in known)
-        self.tokens = sum(len(sequences[i][0]) + len(sequences[i][1]) for i in places if i not in known)
-
-    def renumbering(self, on_scores: OnScores) -> OnScores:
-        """Return a callback for this share's scores that passes them on with their positions in all sequences."""
-        return lambda done, scores: on_scores([self._places[j] for j in done], scores)

@@ -1,7 +1,9 @@
 """Find the reference model's files, hash the content that identifies it, and load it."""
 
+import contextlib
 import importlib.metadata
 import json
+import math
 import sys
 import threading
 from collections.abc import Mapping
@@ -15,9 +17,11 @@ import transformers
 from offline_kto.kto_core.cache.manifest_fields import (
     LONGEST_NAME,
     ReferenceFields,
+    ScorerFields,
     ScoringSections,
     TokenizerFields,
 )
+from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError, printable
 from offline_kto.kto_core.hashing import (
     chat_template_hash,
@@ -29,14 +33,28 @@ from offline_kto.kto_core.hashing import (
     weights_bytes,
     weights_hash,
 )
+from offline_kto.kto_core.launch import world_size
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.adapters import check_adapter_folder
+from offline_kto.kto_core.models.attention_choice import Attention, choose_attention
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
 from offline_kto.kto_core.models.folders import find_folder, local_path
 from offline_kto.kto_core.models.loading import check_model_folder, load_causal_lm
+from offline_kto.kto_core.models.memory_need import (
+    Sizes,
+    Way,
+    check_fits,
+    free_bytes,
+    gigabytes,
+    over_all_gpus,
+    reporting_memory,
+    too_large,
+)
+from offline_kto.kto_core.models.model_files import read_json_object
 from offline_kto.kto_core.models.outline import find_outline
-from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision
+from offline_kto.kto_core.models.precision import ALL, Precision, resolve_device, resolve_precision
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer, use_template
+from offline_kto.kto_core.options import AUTO
 from offline_kto.kto_core.progress import Progress
 from offline_kto.precompute.config import PrecomputeConfig
 
@@ -92,6 +110,7 @@ class Reference(ReferenceFiles):
 
     tokenizer: Tokenizer
     shape: Model  # the model without weights, on the meta device
+    attention: Attention  # that Transformers scores with
     unread: dict[str, int]  # number of weights in the files that are not read, by kind
     warnings: list[str]  # about the folder and its tokenizer, for the plan
     state: tuple[object, ...]  # sizes and times of its weight files, before they were hashed
@@ -126,10 +145,19 @@ class Reference(ReferenceFiles):
         longest = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and config.max_length > longest:
             raise ModelError(f"--max-length {config.max_length}: this model has positions for {longest} tokens.")
+        attention = choose_attention(
+            config.attention,
+            shape,
+            read_json_object(folder / "config.json"),
+            device=files.device,
+            precision=files.precision,
+            library=transformers,
+        )
         return cls(
             **vars(files),
             tokenizer=tokenizer,
             shape=shape,
+            attention=attention,
             unread=outline.unread,
             warnings=warnings,
             state=_state(folder, files.adapter),
@@ -143,14 +171,17 @@ class Reference(ReferenceFiles):
         self, hashes: tuple[str, str | None], *, backend: str, engine_versions: Mapping[str, str]
     ) -> ScoringSections:
         """Return the manifest's sections `reference`, `tokenizer`, `tokenization` and `scorer`."""
+        scorer: ScorerFields = {
+            "backend": backend,
+            "versions": {**{name: importlib.metadata.version(name) for name in _LIBRARIES}, **engine_versions},
+        }
+        if backend == "transformers":
+            scorer["attention"] = self.attention.kernel
         return {
             "reference": self._fields(*hashes),
             "tokenizer": self._tokenizer_fields(),
             "tokenization": {"max_length": self.config.max_length, "rule": TOKENIZATION_RULE},
-            "scorer": {
-                "backend": backend,
-                "versions": {**{name: importlib.metadata.version(name) for name in _LIBRARIES}, **engine_versions},
-            },
+            "scorer": scorer,
         }
 
     def _fields(self, weights: str, adapter: str | None) -> ReferenceFields:
@@ -191,17 +222,86 @@ class Reference(ReferenceFiles):
         return fields
 
     def load(self) -> Model:
-        """Return the model, frozen, in eval mode, on its device."""
-        model = load_causal_lm(
-            transformers.AutoModelForCausalLM,
-            self.folder,
-            precision=self.precision,
-            device=self.device,
-            frozen=True,
-            adapter=self.adapter,
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        """Return the model, frozen, in eval mode, on its device or spread over several.
+
+        Raises:
+            ModelError: it does not fit, or cannot be loaded.
+        """
+        spread = self._spread()
+        with self.reporting_memory("it was loaded"):
+            model = load_causal_lm(
+                transformers.AutoModelForCausalLM,
+                self.folder,
+                precision=self.precision,
+                device=self.device,
+                frozen=True,
+                adapter=self.adapter,
+                attention=self.attention.to_set,
+                trust_remote_code=self.config.trust_remote_code,
+                spread=spread,
+            )
         return model.eval().requires_grad_(False)
+
+    def reporting_memory(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which exhausted memory is an error with the bytes needed and free."""
+        return reporting_memory(self.config.model, self.device, self.weights_bytes, doing=doing)
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes.of(self.shape, self.folder)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the loaded weights."""
+        return self.sizes.frozen(self.precision.dtype)
+
+    def _spread(self) -> dict[int, int] | None:
+        """Return the GPUs that share the model, and the bytes that its weights may take of each; None for one device.
+
+        Raises:
+            ModelError: the model does not fit.
+        """
+        name, device, count = self.config.device, self.device, torch.cuda.device_count()
+        several = device.type == "cuda" and count > 1 and world_size() == 1
+        need = self.weights_bytes
+        free = free_bytes(device)
+        if several and (name == ALL or (name == AUTO and free is not None and need > free)):
+            # An adapter is merged in float32.
+            while_loading = 4 * self.sizes.parameters if self.adapter and not self.sizes.packed else need
+            room = over_all_gpus(self.sizes)
+            if while_loading <= sum(room.values()):
+                tell(f"memory      the weights need {gigabytes(need)}: {count} GPUs share them")
+                return room
+            what = f"scoring in {self.precision.name}"
+            raise ModelError(
+                too_large(
+                    self.config.model,
+                    what,
+                    while_loading,
+                    sum(room.values()),
+                    f"{count} GPUs for weights",
+                    self._instead(),
+                )
+            )
+        check_fits(self.config.model, device, need, what=f"scoring in {self.precision.name}", instead=self._instead())
+        return None
+
+    def _instead(self) -> list[Way]:
+        """Return ways to score that need less memory on one GPU."""
+        count, config = torch.cuda.device_count(), self.config
+        ways = []
+        if self.precision.is_full and not self.sizes.packed:
+            ways.append(Way("--dtype bfloat16", self.sizes.frozen(torch.bfloat16)))
+        if count > 1 and config.device != ALL:
+            ways.append(
+                Way(
+                    f"--device all without torchrun, or --backend vllm --tensor-parallel {count}, on each of {count} GPUs",
+                    math.ceil(self.weights_bytes / count),
+                )
+            )
+        if not self.sizes.packed:
+            ways.append(Way("a version of it quantised to 4 bits with bitsandbytes", self.sizes.four_bits()))
+        return ways
 
     def check_unchanged(self) -> None:
         """Check, once the weights are loaded, that the files are those that were hashed.

@@ -9,8 +9,10 @@ from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.precision import Precision
-from offline_kto.kto_core.scoring.logps import POSITIVE_ROUNDING, check_scoring
+from offline_kto.kto_core.scoring.attention import can_pack
+from offline_kto.kto_core.scoring.logps import POSITIVE_ROUNDING, check_scoring, sees_whole_passes
 from offline_kto.kto_core.scoring.model_code import family_of, model_code
+from offline_kto.kto_core.scoring.packing_check import measure_packing
 from offline_kto.kto_core.scoring.passes import Pass, ScoringPasses
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.engines.protocol import OnScores
@@ -19,9 +21,9 @@ _MAX_TOKENS = {"cuda": 32768}
 _MAX_TOKENS_CPU = 4096
 
 # Nats per token by which two correct computations may differ: the scoring forward and the model's own logits (largest),
-# shared and unshared prompts (mean).
+# shared and unshared prompts, concatenated and padded rows (mean).
 _SELF_CHECK = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-_SHARING = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+_LAYOUTS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 class TransformersScorer:
@@ -37,15 +39,20 @@ class TransformersScorer:
     def __init__(
         self, model: Model, precision: Precision, *, max_tokens: int | None = None, say: Callable[[str], None] = tell
     ) -> None:
-        self.model, self.precision = model, precision
+        self.model, self.precision, self._say = model, precision, say
         self.device = next(model.parameters()).device
         self._passes = ScoringPasses(
             model,
             self.device,
             max_tokens=max_tokens or _MAX_TOKENS.get(self.device.type, _MAX_TOKENS_CPU),
-            tolerance=_SHARING[precision.dtype],
+            tolerance=_LAYOUTS[precision.dtype],
             say=say,
         )
+
+    @property
+    def packs(self) -> bool:
+        """Whether sequences are concatenated; `self_check` decides."""
+        return self._passes.pack
 
     def self_check(self, sequences: Sequence[TokenIds]) -> None:
         """Compare scores with the model's own logits on a few short sequences, batched and padded.
@@ -53,9 +60,20 @@ class TransformersScorer:
         Raises:
             ModelError: they disagree.
         """
-        sample = sorted(sequences, key=lambda s: len(s[0]) + len(s[1]))[: 2 * 8 : 8] or list(sequences[:1])
+        shortest = sorted(sequences, key=_length)[: 2 * 8]
+        sample = shortest[::8]
         with torch.inference_mode(), self.precision.autocast(self.device):
             check_scoring(self.model, sample, tolerance=_SELF_CHECK[self.precision.dtype])
+            self._decide_packing(shortest[:2])
+
+    def _decide_packing(self, sample: Sequence[TokenIds]) -> None:
+        """Concatenate rows if the attention computes each of them apart from the others, and faster than padded ones."""
+        if not can_pack(self.model, self.device) or sees_whole_passes(self.model) or len(sample) < 2:
+            return
+        why = measure_packing(self.model, self.device, sample).why_not(_LAYOUTS[self.precision.dtype])
+        self._passes.pack = why is None
+        if why is not None:
+            self._say(f"rows are padded, not concatenated: {why}")
 
     def score(
         self,

@@ -14,17 +14,26 @@ import numpy as np
 from tqdm import tqdm
 
 from offline_kto.kto_core.errors import ModelError, in_one_line
+from offline_kto.kto_core.models.memory_need import gigabytes
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.engines.protocol import OnScores
 
 if TYPE_CHECKING:
     import vllm
 
-# Tokens in one step. For log-probabilities of the prompt, vLLM holds several copies of the logits of all of them.
-_MAX_TOKENS = 2048
+# Tokens in one step. For log-probabilities of the prompt, vLLM holds several copies of the logits of a row's part in it,
+# outside of the memory that it plans with.
+_MAX_TOKENS = {"cpu": 2048, "gpu": 8192}
+_LONGEST_ROW = 2048  # of which all logits may be held at once on a GPU
 _MAX_SEQUENCES = 256
 # Steps between two answers. Each answer wastes half a step on average.
 _STEPS = 32
+
+# Fewer tokens are scored before a GPU's kernels are compiled and its graphs, which only decoding uses, are captured.
+_WORTH_COMPILING = 100_000
+
+# Largest mean difference between two ways to get the same log-probabilities from vLLM, nats per token.
+_SAME = 0.1
 
 
 class VllmScorer:
@@ -35,9 +44,11 @@ class VllmScorer:
         dtype: vLLM's `dtype`.
         max_length: tokens in the longest sequence.
         max_tokens: tokens in one step; None for a default.
+        tokens: number of tokens that will be scored.
+        weights: bytes of the model's weights, for messages.
         tensor_parallel: GPUs that share the model.
         gpu_memory_utilization: share of each GPU's memory that vLLM uses.
-        gpu: index of the only GPU that vLLM may use; None for all.
+        gpus: numbers of the GPUs that vLLM may use; None for all.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -51,16 +62,20 @@ class VllmScorer:
         dtype: str,
         max_length: int,
         max_tokens: int | None,
+        tokens: int,
+        weights: int,
         tensor_parallel: int,
         gpu_memory_utilization: float,
-        gpu: int | None,
+        gpus: Sequence[int] | None,
         trust_remote_code: bool,
     ) -> None:
-        _set_environment(tensor_parallel, gpu)
-        self._tokens = tokens = max_tokens or _MAX_TOKENS
+        _set_environment(tensor_parallel, gpus)
         try:
             import vllm
+            from vllm.platforms import current_platform
 
+            on_gpu = not current_platform.is_cpu()
+            self._tokens = max_tokens or _default_tokens(max_length, on_gpu=on_gpu)
             self._llm = vllm.LLM(
                 model=model,
                 dtype=dtype,
@@ -68,8 +83,9 @@ class VllmScorer:
                 generation_config="vllm",  # not the model's: a temperature in it would scale the logits
                 logprobs_mode="raw_logprobs",
                 max_model_len=max_length + 1,  # room for the token that must be generated
-                max_num_batched_tokens=tokens,
-                max_num_seqs=min(_MAX_SEQUENCES, tokens),
+                max_num_batched_tokens=self._tokens,
+                max_num_seqs=min(_MAX_SEQUENCES, self._tokens),
+                enforce_eager=on_gpu and tokens < _WORTH_COMPILING,
                 enable_chunked_prefill=True,  # otherwise a step must hold the longest row, with its logits
                 tensor_parallel_size=tensor_parallel,
                 gpu_memory_utilization=gpu_memory_utilization,
@@ -82,10 +98,12 @@ class VllmScorer:
         except Exception as error:
             traceback.print_exc()  # for the log
             raise ModelError(
-                f"vLLM does not start: {in_one_line(error).rstrip('.')}. Fix that error, or use --backend transformers."
+                f"vLLM does not start: {in_one_line(error).rstrip('.')}. {_memory_advice(error, weights, tensor_parallel)}Fix "
+                "that error, or use --backend transformers."
             ) from error
         config = self._llm.llm_engine.vllm_config
-        self._given_ids = bool(getattr(config, "use_v2_model_runner", False)) and "prompt_logprob_start" in _fields()
+        may_give_ids = bool(getattr(config, "use_v2_model_runner", False)) and "prompt_logprob_start" in _fields()
+        self._given_ids: bool | None = None if may_give_ids else False  # None: not known yet
 
     def score(
         self,
@@ -106,22 +124,61 @@ class VllmScorer:
                 on_scores(part, self._score(chosen, on_tokens))
 
     def _score(self, sequences: Sequence[TokenIds], on_tokens: Callable[[int], None]) -> list[np.ndarray]:
-        requests = [{"prompt_token_ids": np.concatenate(sequence).tolist()} for sequence in sequences]
-        wanted = [_parameters(*sequence, given_ids=self._given_ids) for sequence in sequences]
-        lengths = [len(request["prompt_token_ids"]) for request in requests]
+        if self._given_ids is None:
+            self._given_ids = self._takes_given_ids(max(sequences, key=lambda sequence: len(sequence[1])))
         try:
-            answers = self._llm.generate(requests, wanted, use_tqdm=_telling(lengths, on_tokens))
+            return self._answers(sequences, given_ids=self._given_ids, on_tokens=on_tokens)
+        except ModelError:
+            raise
         except Exception as error:
             traceback.print_exc()
             raise ModelError(
                 f"vLLM stopped: {in_one_line(error).rstrip('.')}. Finished scores are kept; fix that error, or use "
                 "--backend transformers in another --out."
             ) from error
+
+    def _answers(
+        self, sequences: Sequence[TokenIds], *, given_ids: bool, on_tokens: Callable[[int], None]
+    ) -> list[np.ndarray]:
+        requests = [{"prompt_token_ids": np.concatenate(sequence).tolist()} for sequence in sequences]
+        wanted = [_parameters(*sequence, given_ids=given_ids) for sequence in sequences]
+        lengths = [len(request["prompt_token_ids"]) for request in requests]
+        answers = self._llm.generate(requests, wanted, use_tqdm=_telling(lengths, on_tokens))
         pairs = zip(answers, sequences, strict=True)
-        return [_scores(answer, *sequence, given_ids=self._given_ids) for answer, sequence in pairs]
+        return [_scores(answer, *sequence, given_ids=given_ids) for answer, sequence in pairs]
+
+    def _takes_given_ids(self, sequence: TokenIds) -> bool:
+        """Return whether the engine scores the ids that are given for each row: other versions mean something else by them.
+
+        Args:
+            sequence: one that will be scored, with many completion tokens.
+        """
+        try:
+            given, usual = (
+                self._answers([sequence], given_ids=way, on_tokens=lambda tokens: None)[0] for way in (True, False)
+            )
+        except Exception:  # noqa: BLE001 (a request that this version refuses; the usual way reports any other error)
+            traceback.print_exc()
+            return False
+        return given.shape == usual.shape and bool(np.abs(given - usual).mean() <= _SAME)
 
 
-def _set_environment(tensor_parallel: int, gpu: int | None) -> None:
+def _default_tokens(max_length: int, *, on_gpu: bool) -> int:
+    """Return the tokens of one step: on a GPU a small step takes less time than its scheduling."""
+    return _MAX_TOKENS["gpu" if on_gpu and max_length <= _LONGEST_ROW else "cpu"]
+
+
+def _memory_advice(error: Exception, weights: int, tensor_parallel: int) -> str:
+    """Return a sentence for an engine whose model does not fit; empty for other errors."""
+    if "memory" not in str(error).lower():
+        return ""
+    return (
+        f"The weights need {gigabytes(weights)}, and {tensor_parallel} GPU{'s' * (tensor_parallel > 1)} shared them: pass "
+        f"--tensor-parallel {2 * tensor_parallel}, or another --gpu-memory-utilization. "
+    )
+
+
+def _set_environment(tensor_parallel: int, gpus: Sequence[int] | None) -> None:
     defaults = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
@@ -133,9 +190,10 @@ def _set_environment(tensor_parallel: int, gpu: int | None) -> None:
         defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process is already the engine's own
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    if gpu is not None:
+    if gpus is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+        names = visible.split(",") if visible else None
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] if names else str(gpu) for gpu in gpus)
 
 
 def _fields() -> tuple[str, ...]:
@@ -192,7 +250,10 @@ def _scores(answer: "vllm.RequestOutput", prompt: np.ndarray, completion: np.nda
         scores = answer.prompt_token_id_logprobs
         if scores is None:
             raise ModelError("vLLM returned no log-probabilities for a row.")
-        return np.asarray(scores, dtype=np.float32)[:, 0]
+        found = np.asarray(scores, dtype=np.float32)
+        if found.shape != (len(completion), 1):
+            raise ModelError(f"vLLM returned log-probabilities of shape {found.shape} for {len(completion)} tokens.")
+        return found[:, 0]
     flat = answer.prompt_logprobs
     if flat is None or len(flat) != len(prompt) + len(completion):
         there = "none" if flat is None else f"{len(flat)}"

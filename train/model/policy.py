@@ -1,6 +1,7 @@
 """Find and load the policy, which starts as a trainable copy of the cached reference."""
 
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,20 @@ from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import warn
 from offline_kto.kto_core.errors import KTOError, ModelError, TrainingError
 from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
+from offline_kto.kto_core.launch import reads_weights, sharding_asked_for
 from offline_kto.kto_core.library_types import Model, Tokenizer
+from offline_kto.kto_core.models.attention_choice import Attention, choose_attention
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
 from offline_kto.kto_core.models.folders import find_folder, find_reference
 from offline_kto.kto_core.models.loading import check_model_folder, is_quantized_folder, load_causal_lm
+from offline_kto.kto_core.models.memory_need import Sizes, reporting_memory
+from offline_kto.kto_core.models.model_files import read_json_object
 from offline_kto.kto_core.models.outline import find_outline
-from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.experts import cast_experts
+from offline_kto.train.model.training_need import check_training_fits
 
 
 @dataclass(frozen=True)
@@ -28,16 +35,20 @@ class PolicyFiles:
     Attributes:
         name: as the user or the manifest names it.
         adapter: the reference's adapter; merged into the weights before training, or loaded next to quantised weights.
+        attention: the implementation that the policy is trained with.
         warnings: about the folder, for the plan.
         is_local: whether the model is a folder of the user's, and not one of the hub's.
+        sizes: of its weights.
     """
 
     name: str
     folder: Path
     adapter: Path | None
     tokenizer: Tokenizer
+    attention: Attention
     warnings: tuple[str, ...] = ()
     is_local: bool = True
+    sizes: Sizes = Sizes(0, 0)
 
     @property
     def how_adapted(self) -> str:
@@ -77,10 +88,20 @@ class PolicyFiles:
         )
         if template := manifest.tokenizer.get("chat_template"):
             tokenizer.chat_template = template  # the tokenizer of the rows; `compare_tokenizer` compares its hash
-        warnings = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code).warnings
+        outline = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code)
+        device, warnings = resolve_device(config.device), outline.warnings
+        attention = choose_attention(
+            config.attention,
+            outline.model,
+            read_json_object(folder / "config.json"),
+            device=device,
+            precision=resolve_precision(config.dtype, device),
+            library=transformers,
+        )
         if not config.trust_remote_code:
             warnings += check_tokenizer_code(folder, type(tokenizer).__name__)
-        files = cls(name, folder, adapter, tokenizer, tuple(warnings), is_local=commit is None)
+        sizes = Sizes.of(outline.model, folder)
+        files = cls(name, folder, adapter, tokenizer, attention, tuple(warnings), is_local=commit is None, sizes=sizes)
         files.compare_tokenizer(manifest, allow=config.allow_different_policy)
         return files
 
@@ -107,33 +128,50 @@ class PolicyFiles:
             )
         warn(message)
 
-    def load(self, config: TrainConfig, precision: Precision, device: torch.device) -> Model:
+    def load(self, config: TrainConfig, precision: Precision, device: torch.device, *, trains: bool = True) -> Model:
         """Load the model as it is on disk: all weights in float32, or frozen when adapters are trained.
+
+        Args:
+            trains: whether it will be trained on this device, with gradients and an optimizer.
 
         Raises:
             ModelError: it cannot be loaded.
-            TrainingError: its weights are quantised, and no adapters are asked for.
+            TrainingError: its weights are quantised, and no adapters are asked for; or training does not fit into memory.
         """
         if not config.lora_rank and is_quantized_folder(self.folder):
             raise TrainingError(
                 f"{self.name}: its weights are quantised and cannot be trained. Train adapters on them "
                 "(QLoRA) with --lora-rank 16."
             )
-        model = load_causal_lm(
-            transformers.AutoModelForCausalLM,
-            self.folder,
-            precision=precision,
-            device=device,
-            frozen=config.lora_rank > 0,
-            adapter=self.adapter,
-            trust_remote_code=config.trust_remote_code,
-        )
+        if trains and not sharding_asked_for():  # with sharding, this is the host's copy of the weights
+            check_training_fits(self.name, self.sizes, config, precision, device)
+        with self.reporting_memory(config, precision, device, "it was loaded"):
+            model = load_causal_lm(
+                transformers.AutoModelForCausalLM,
+                self.folder,
+                precision=precision,
+                device=device,
+                frozen=config.lora_rank > 0,
+                adapter=self.adapter,
+                attention=self.attention.to_set,
+                trust_remote_code=config.trust_remote_code,
+                reads=reads_weights(),
+            )
+        if not config.lora_rank:
+            cast_experts(model)
         _repair_generation(model)
         if config.gradient_checkpointing:
             # Renamed in transformers 5.24.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         return model
+
+    def reporting_memory(
+        self, config: TrainConfig, precision: Precision, device: torch.device, doing: str
+    ) -> AbstractContextManager[None]:
+        """Return a block in which exhausted memory is an error with the bytes needed and free."""
+        need = self.sizes.frozen(precision.dtype) if config.lora_rank else 4 * self.sizes.parameters
+        return reporting_memory(self.name, device, need, doing=doing)
 
     def prepare(self, model: Model, config: TrainConfig) -> Model:
         """Return a loaded model ready to train, with new LoRA adapters if the run trains adapters."""

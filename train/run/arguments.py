@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import transformers
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.utils import is_liger_kernel_available
 
 from offline_kto.kto_core.errors import ConfigError, in_one_line, nearest, shown
 from offline_kto.kto_core.launch import START_OR_UNSET, unreachable, world_size
@@ -16,6 +15,8 @@ from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.options import check_table, value_types
 from offline_kto.kto_core.redaction import is_secret_name, without_secrets
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.trainer.compiled_layers import BACKEND, MODE, TORCH_COMPILE, Compiling
+from offline_kto.train.trainer.liger_layers import liger_settings
 
 # Set from our own options: two places for one setting could contradict each other.
 _OURS = {
@@ -48,7 +49,13 @@ _OURS = {
 }
 
 # Settings that would silently have no effect here.
-_NO_EFFECT = {"label_smoothing_factor": "the losses have no smoothed form"}
+_NO_DDP = "gradients are summed once for each update, without DistributedDataParallel"
+_NO_EFFECT = {
+    "label_smoothing_factor": "the losses have no smoothed form",
+    "ddp_find_unused_parameters": _NO_DDP,
+    "ddp_broadcast_buffers": _NO_DDP,
+    "ddp_static_graph": _NO_DDP,
+}
 
 # More updates than any run makes.
 _NEVER = 2**31
@@ -126,8 +133,6 @@ def training_arguments(
         "restore_callback_states_from_checkpoint": True,  # early stopping's patience, BCO's running mean
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
-        "ddp_broadcast_buffers": False,  # ranks run different numbers of forward passes
         "average_tokens_across_devices": False,
     }
     settings.update(_table(config))
@@ -142,8 +147,8 @@ def training_arguments(
             f"The launcher started {world} processes, but accelerate connects {args.world_size} on {args.device}: each would train "
             f"by itself. {START_OR_UNSET}"
         )
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ConfigError("training: use_liger_kernel: the package liger-kernel is not installed.")
+    if args.use_liger_kernel:
+        args.liger_kernel_config = liger_settings(args.liger_kernel_config, args.device)
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer.endswith(_STEPS_INSIDE):
         raise ConfigError(
@@ -176,7 +181,8 @@ def _table(config: TrainConfig) -> dict[str, object]:
             raise ConfigError(f"training: {name} has no effect: {_NO_EFFECT[name]}. Remove it from the table.")
     check_table(config.training, "training:")
     _check_kinds(config.training)
-    return dict(config.training)
+    Compiling.of(config.training)  # layers are compiled by `compile_layers`; the Trainer would wrap the model
+    return {name: value for name, value in config.training.items() if name not in (TORCH_COMPILE, BACKEND, MODE)}
 
 
 def _check_kinds(table: dict[str, object]) -> None:

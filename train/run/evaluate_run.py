@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from offline_kto.train.run_files import (
 from offline_kto.train.run_records import FinalUpdate, RunRecord
 from offline_kto.train.trainer.evaluation import summary, summary_lines
 from offline_kto.train.trainer.objective import Objective
+from offline_kto.train.trainer.tensor_float import tf32_products, tf32_suffices
 
 
 def evaluate_run(config: TrainConfig) -> Path:
@@ -64,7 +66,8 @@ def evaluate_run(config: TrainConfig) -> Path:
     files, adapters = _find(config, run, manifest, record)
     objective = Objective.of(config, _weights(run, record))
     args = training_arguments(config, run, precision, held_out=True)
-    model = files.load(config, precision, args.device if device.type == "cuda" else torch.device("cpu"))
+    place = args.device if device.type == "cuda" else torch.device("cpu")
+    model = files.load(config, precision, place, trains=False)
     if adapters is not None:
         from offline_kto.train.model.lora import load_adapters
 
@@ -73,26 +76,31 @@ def evaluate_run(config: TrainConfig) -> Path:
     units = np.asarray(held_out.indices).reshape(-1, objective.rows_in_unit)
     data = TrainingData(held_out.cache, units, held_out)
     trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks=[])
-    trainer.prepare_to_score()
+    tf32 = tf32_suffices(config, precision, args.device, manifest)
+    memory = partial(files.reporting_memory, config, precision, place)
+    with memory("it was prepared to score"):
+        trainer.prepare_to_score()
     if trainer.shift is not None:
         trainer.shift.begin_at(float(final.get("shift", 0.0)), 1)
     # The base model is read from its folder again. On quantised weights the adapters include the reference's adapter.
     if adapters is not None and manifest.reference.get("adapter") is None:
         from offline_kto.train.model.lora import without_adapters
 
-        with without_adapters(trainer.model):
+        with without_adapters(trainer.model), tf32_products(tf32), memory("policy and cache were compared"):
             allow = config.allow_different_policy
             check_start(trainer.scores, held_out.cache, precision, policy=files.name, allow=allow)
     main = trainer.is_world_process_zero()
     if main:
         tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
         tell(f"policy      {run} ({precision.name} on {device})")
+        tell(f"attention   {files.attention.in_words}")
         tell(f"scored      {scored_in_words(manifest)}")
         shortened = shortened_in_words(held_out.cache.shortened, held_out.cache.max_length)
         tell(f"rows        {len(held_out.indices):,}: {rows.what}{shortened}")
         for line in [*files.warnings, *filter(None, [rows.warning])]:
             warn(line)
-    scores = trainer.final_scores()
+    with tf32_products(tf32), memory("held-out rows were scored"):
+        scores = trainer.final_scores()
     assert scores is not None
     labels = str(manifest.data.get("labels_hash"))[:4]
     path = run / (EVALUATION if rows.of_run else f"evaluation-{manifest.fingerprint[:12]}-{labels}.json")

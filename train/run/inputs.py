@@ -2,21 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.models.weight_files import stored_tensors
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.training_data import TrainingData, open_cache
 from offline_kto.train.model.policy import PolicyFiles
 
 # Options that require loading another model. Other options are applied to, or removed from, the model in memory.
-_OF_MODEL = ("model", "dtype", "gradient_checkpointing", "trust_remote_code")
+_OF_MODEL = ("model", "dtype", "attention", "gradient_checkpointing", "trust_remote_code")
 
 
 class Materials:
@@ -38,28 +41,65 @@ class Materials:
         """Release the policy after the run that used it has ended or failed to begin."""
 
 
+class _WeightFiles:
+    """The weights of a model folder, mapped into memory: the system's file cache holds them once for all processes.
+
+    The files stay open, so that a folder that is moved or replaced during a sweep changes nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._places = stored_tensors(folder)
+        self._open = {
+            path: safe_open(path, framework="pt") for path in {stored.file for stored in self._places.values()}
+        }
+
+    def get(self, name: str) -> Tensor:
+        """Return the tensor of that name. Raises: KeyError: there is none."""
+        tensor: Tensor = self._open[self._places[name].file].get_tensor(name)
+        return tensor
+
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Return whether the tensor of that name, converted to a tensor's type, has its values."""
+        if name not in self._places or self._places[name].shape != tuple(tensor.shape):
+            return False
+        return torch.equal(self.get(name).to(tensor), tensor)
+
+
 @dataclass
 class _Initial:
-    """A loaded model and its initial state before training."""
+    """A loaded model and its initial state before training.
+
+    Attributes:
+        files: where the initial weights are read from again.
+        in_files: names of the weights that have their initial values there.
+        others: initial values of all others: constants, and weights that were merged or are stored under another name.
+    """
 
     key: tuple[object, ...]
     model: Model
-    weights: dict[str, Tensor]
+    files: _WeightFiles
+    in_files: list[str]
+    others: dict[str, Tensor]
     trained: dict[str, bool]
     forward: Callable[..., object] | None
 
     @classmethod
-    def of(cls, key: tuple[object, ...], model: Model, *, frozen: bool) -> "_Initial":
-        # LoRA does not change the base model, so nothing is copied.
-        tensors = {} if frozen else {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    @torch.no_grad()
+    def of(cls, key: tuple[object, ...], model: Model, folder: Path, *, frozen: bool) -> "_Initial":
+        # LoRA does not change the base model, so nothing is restored.
+        tensors = {} if frozen else _tensors(model)
+        files = _WeightFiles(folder)
+        in_files = [name for name, tensor in tensors.items() if files.holds(name, tensor)]
+        others = {name: tensors[name].detach().to("cpu", copy=True) for name in tensors.keys() - set(in_files)}
         trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        return cls(key, model, weights, trained, vars(model).get("forward"))
+        return cls(key, model, files, in_files, others, trained, vars(model).get("forward"))
 
     @torch.no_grad()
     def restore(self) -> Model:
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for name, weight in self.weights.items():
+        tensors = _tensors(self.model)
+        for name in self.in_files:
+            tensors[name].copy_(self.files.get(name))
+        for name, weight in self.others.items():
             tensors[name].copy_(weight)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.trained[name])
@@ -70,9 +110,13 @@ class _Initial:
         return self.model.eval()
 
 
+def _tensors(model: Model) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 @dataclass
 class KeptMaterials(Materials):
-    """The inputs of several runs, opened once; the policy is restored to its initial state from memory.
+    """The inputs of several runs, opened once; the policy is restored to its initial state, not loaded again.
 
     Attributes:
         loads: how often a model was read from disk.
@@ -94,7 +138,8 @@ class KeptMaterials(Materials):
         return self._caches[key]
 
     def files(self, config: TrainConfig, manifest: Manifest) -> PolicyFiles:
-        key = (config.model, config.trust_remote_code, manifest.fingerprint)
+        of_attention = (config.attention, config.device, config.dtype)
+        key = (config.model, config.trust_remote_code, manifest.fingerprint, *of_attention)
         if key not in self._files:
             self._files[key] = PolicyFiles.find(config, manifest)
         return self._files[key]
@@ -105,7 +150,7 @@ class KeptMaterials(Materials):
         if self._initial is None or self._initial.key != key:
             self._initial = None  # freed before the next one is loaded: memory may not hold two models
             self.loads += 1
-            self._initial = _Initial.of(key, files.load(config, precision, device), frozen=frozen)
+            self._initial = _Initial.of(key, files.load(config, precision, device), files.folder, frozen=frozen)
         initial, self._initial = self._initial, None  # a model that could not be prepared is not reused
         self._given = files.prepare(initial.restore(), config)
         self._initial = initial

@@ -12,6 +12,7 @@ from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.trainer.objective import Objective
+from offline_kto.train.trainer.tensor_float import tf32_suffices
 
 
 def print_data(config: TrainConfig, data: TrainingData) -> None:
@@ -42,6 +43,11 @@ def print_plan(
     )
     adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
     tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
+    tell(f"attention   {files.attention.in_words}")
+    if tf32_suffices(config, precision, device, data.rows.manifest):
+        tell(
+            "products    TF32: finer than bfloat16, in which the cache was scored (training: {tf32: false} for float32)"
+        )
     loss = "" if config.loss == "kto" else f"loss {config.loss}, "
     tell(
         f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"

@@ -26,7 +26,7 @@ FIXED = _names(
 )
 LOGGED = _names(
     "beta desirable_weight undesirable_weight humanline_low humanline_high max_steps epochs early_stopping eval_cache "
-    "eval_steps device save_dtype"
+    "eval_steps device attention reduce_dtype save_dtype"
 )
 FREE = _names(
     # Compared elsewhere: the cache by content, the precision as resolved, and `training` key by key.

@@ -17,6 +17,7 @@ from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision
 from offline_kto.kto_core.options import AUTO
+from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.head import whole_shape
 from offline_kto.kto_core.scoring.logps import sees_whole_passes
 from offline_kto.train.config import TrainConfig
@@ -24,6 +25,7 @@ from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.diagnostics.settings import class_weight_values, warnings_for
 from offline_kto.train.diagnostics.training import Settings, Watch
+from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.saved_model import Layout, ModelWriter
 from offline_kto.train.run.arguments import accepted_by_trainer, training_arguments
@@ -37,14 +39,21 @@ from offline_kto.train.run.start_check import check_start, tolerance_for
 from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
 from offline_kto.train.run_records import ComputedWith, EvaluationRecord, FinalUpdate, RunRecord
 from offline_kto.train.trainer.checkpoints import reading
+from offline_kto.train.trainer.compiled_layers import Compiling, compile_layers
 from offline_kto.train.trainer.evaluation import summary
+from offline_kto.train.trainer.gradient_sums import BUCKET_BYTES, Sending
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
+from offline_kto.train.trainer.liger_layers import check_liger_supports
 from offline_kto.train.trainer.memory import Meter, meter_of
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.saving import publish_model, remove_leftovers, unfinished
 from offline_kto.train.trainer.sharding import gather_when_saving, prepare_sharding
+from offline_kto.train.trainer.tensor_float import tf32_products, tf32_suffices
 
 _MAX_TOKENS_CPU = 1024
+
+# Tokens of one rank and update below which launching kernels and summing gradients take about as long as computing.
+_FEW_TOKENS = 4096
 
 
 @dataclass
@@ -106,6 +115,7 @@ class TrainingRun:
         if main:
             remove_leftovers(out)
             warnings += data.warnings(config, precision)
+            warnings += _rank_warnings(config, data, ranks=args.world_size, device=device)
             warnings += _saving_warnings(config, merges=bool(config.lora_rank and files.adapter))
             if args.gpus_here > 1:
                 warnings.append(
@@ -155,7 +165,8 @@ class TrainingRun:
             with reading(Path(self.checkpoint)):
                 trainer.row_logratios.load(Path(self.checkpoint))
         try:
-            trainer.train(resume_from_checkpoint=self.checkpoint)
+            with one_memory_error(), tf32_products(self._tf32):
+                trainer.train(resume_from_checkpoint=self.checkpoint)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"Out of memory with --max-tokens {trainer.policy.max_tokens}, rows of at most {self.data.rows.max_length} tokens: "
@@ -177,6 +188,10 @@ class TrainingRun:
             trainer.round_weights(self._saved_type)
 
     @property
+    def _tf32(self) -> bool:
+        return tf32_suffices(self.config, self.precision, self.trainer.args.device, self.data.rows.manifest)
+
+    @property
     def _saved_type(self) -> torch.dtype | None:
         """Type of the saved weights; None for the type they were trained in."""
         name = self.config.save_dtype
@@ -194,7 +209,11 @@ class TrainingRun:
             The content of evaluation.json; None without held-out rows.
         """
         trainer = self.trainer
-        scores = trainer.final_scores()
+        with (
+            tf32_products(self._tf32),
+            self.files.reporting_memory(self.config, self.precision, trainer.args.device, "held-out rows were scored"),
+        ):
+            scores = trainer.final_scores()
         steps, logratios = trainer.row_logratios.over_ranks(trainer.policy.ranks)
         if not self.is_main:
             return None
@@ -314,6 +333,20 @@ def versions() -> dict[str, str]:
     }
 
 
+def _rank_warnings(config: TrainConfig, data: TrainingData, *, ranks: int, device: torch.device) -> list[str]:
+    """Return a line if the ranks get so few tokens that an update takes as long on one GPU."""
+    lengths = data.rows.lengths["lengths"]
+    completions = [*lengths["desirable"], *lengths["undesirable"]]
+    row = (sum(lengths["prompt"]) + sum(completions)) / max(1, len(completions))
+    tokens = row * config.batch_size * (1 + LOSS_TRAITS[config.loss].needs_mismatched) / ranks
+    if device.type != "cuda" or ranks == 1 or tokens >= _FEW_TOKENS:
+        return []
+    return [
+        f"each of the {ranks} processes has about {tokens:,.0f} tokens in an update: a GPU then waits for the host and for the "
+        "sum of the gradients most of the time. Use fewer processes, or a larger --batch-size."
+    ]
+
+
 def _saving_warnings(config: TrainConfig, *, merges: bool) -> list[str]:
     """Return a line for each part that the saved files will not contain.
 
@@ -374,6 +407,12 @@ def make_trainer(
     callbacks: list[transformers.TrainerCallback],
 ) -> KTOTrainer:
     """Return the Trainer for a loaded policy."""
+    if args.use_liger_kernel:
+        check_liger_supports(model)
+    if (compiling := Compiling.of(config.training)) is not None:
+        compile_layers(model, compiling)
+    reduce_dtype: torch.dtype = getattr(torch, config.reduce_dtype)
+    bucket_mb = args.ddp_bucket_cap_mb
     with accepted_by_trainer(config):
         trainer = KTOTrainer(
             model=model,
@@ -385,10 +424,12 @@ def make_trainer(
             rounding=tolerance_for(data.rows.manifest, precision),
             held_out=data.held_out,
             writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
+            sending=Sending(reduce_dtype, bucket_mb * 2**20 if bucket_mb else BUCKET_BYTES),
             callbacks=callbacks,
         )
     trainer.remove_callback(transformers.PrinterCallback)
-    prepare_sharding(trainer.accelerator, precision.dtype, merges=bool(config.lora_rank and files.adapter))
+    merges = bool(config.lora_rank and files.adapter)
+    prepare_sharding(trainer.accelerator, precision.dtype, reduce_dtype=reduce_dtype, merges=merges)
     return trainer
 
 

@@ -21,6 +21,7 @@ from offline_kto.kto_core.errors import ConfigError, KTOError, TrainingError, sa
 from offline_kto.kto_core.hashing import file_hashes
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.options import value_types
+from offline_kto.kto_core.out_of_memory import is_out_of_memory
 from offline_kto.train.model.saved_model import ADAPTER_CONFIG, check_adapters, load_weights
 
 _FILES = "sizes.json"
@@ -137,9 +138,11 @@ def reading(checkpoint: Path, *files: str) -> Iterator[None]:
         yield
     except KTOError as error:
         raise TrainingError(f"{checkpoint}: cannot be loaded: {error}. {_BEFORE}") from error
-    except (MemoryError, torch.OutOfMemoryError):
+    except MemoryError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         damaged = [name for name in files if _is_damaged(checkpoint / name)] or files
         said = "damaged, or not saved by torch" if _ADVICE.search(str(error)) else said_by(error)
         raise TrainingError(

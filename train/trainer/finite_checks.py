@@ -29,9 +29,11 @@ def check_losses(rows: Sequence[TrainingRow], outcome: BatchOutcome, *, step: in
     Raises:
         TrainingError: names the rows whose loss is not finite.
     """
-    finite = outcome.logratios.isfinite() & outcome.losses.isfinite() & outcome.point.isfinite()
-    if bool(finite.all()):
-        return
+    if not bool(outcome.finite.all()):
+        _refuse_losses(rows, outcome.finite, step)
+
+
+def _refuse_losses(rows: Sequence[TrainingRow], finite: Tensor, step: int) -> None:
     bad = [row.row_id for row, good in zip(rows, finite.tolist(), strict=True) if not good]
     raise TrainingError(
         f"Step {step}: the loss is not finite (row_id {_first(bad)}). The run stopped before the update. {_CAUSES}"
@@ -52,17 +54,47 @@ class FiniteChecks:
     def __init__(self, policy: PreparedPolicy, *, learning_rate: float) -> None:
         self.policy, self.learning_rate = policy, learning_rate
         self.last_rows: Sequence[TrainingRow] = ()
+        self._unread: tuple[Sequence[TrainingRow], Tensor] | None = None
 
-    def check_grad_norm(self, norm: Any, *, step: int) -> None:
-        """Check the gradient norm before an update; a norm that is not finite would corrupt all weights.
+    def add_losses(self, rows: Sequence[TrainingRow], outcome: BatchOutcome, *, step: int) -> None:
+        """Check a rank's losses: at once, or, if no other rank waits for this one, together with the gradient norm.
 
         Raises:
-            TrainingError: it is not finite.
+            TrainingError: names the rows whose loss is not finite.
         """
+        if self.policy.ranks.world > 1:
+            check_losses(rows, outcome, step=step)
+        else:
+            self._unread = rows, outcome.finite
+
+    def check_update(self, norm: Any, *, step: int) -> Any:
+        """Check losses and gradient norm before an update; a norm that is not finite would corrupt all weights.
+
+        Everything is read from the device at once: each read stops the host until the device has computed all that is
+        queued.
+
+        Args:
+            norm: a number, a scalar tensor, or None.
+
+        Returns:
+            The norm as a number.
+
+        Raises:
+            TrainingError: they are not finite.
+        """
+        unread, self._unread = self._unread, None
+        if unread is not None and isinstance(norm, Tensor):
+            rows, finite = unread
+            all_finite, norm = torch.stack([finite.all().double(), norm.double()]).tolist()
+            if not all_finite:
+                _refuse_losses(rows, finite, step)
+        elif norm is not None:
+            norm = float(norm)
         if norm is not None and not math.isfinite(norm):
             raise TrainingError(
                 f"Step {step}: the gradients are not finite. {self._where_it_broke()} Nothing of this update is saved."
             )
+        return norm
 
     def check_weights(self, optimizer: Any, held_out: Scores | None, *, what: str, step: int) -> None:
         """Check the state before it is saved: every trained weight, and the score of one row; called on every rank.

@@ -4,25 +4,28 @@ unit         rows that share a loss: one row, or the two of a pair
 micro-batch  units that fit into --max-tokens: one forward and backward pass
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import accelerate
 import numpy as np
 import torch
 from torch import Tensor
 
 from offline_kto.kto_core.losses.metrics import BatchOutcome, Tokens
 from offline_kto.kto_core.losses.router_losses import count_routed_tokens, router_balance_loss
+from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.head import add_gradients_in_place
 from offline_kto.kto_core.scoring.logps import token_logps
-from offline_kto.kto_core.scoring.sequences import FILLER, Sequences
+from offline_kto.kto_core.scoring.sequences import FILLER
 from offline_kto.train.data.cache_rows import TrainingRow
 from offline_kto.train.trainer.finite_checks import check_losses
 from offline_kto.train.trainer.memory import Meter, optimizer_bytes, tokens_that_fit
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 from offline_kto.train.trainer.reference_point import ReferencePoint
+from offline_kto.train.trainer.update_inputs import RowFacts, UpdateInputs
 
 
 class RankResult(NamedTuple):
@@ -50,6 +53,8 @@ class GradientPasses:
 
     def __init__(self, policy: PreparedPolicy, objective: Objective, accelerator: Any) -> None:
         self.policy, self.objective, self.accelerator = policy, objective, accelerator
+        # DeepSpeed updates the weights in the last backward pass.
+        self._updates_in_backward = accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
         self._in_place = [] if policy.ranks.sharded else add_gradients_in_place(policy.model)
         self._balances_experts = bool(getattr(policy.model.config.get_text_config(), "output_router_logits", False))
 
@@ -71,7 +76,8 @@ class GradientPasses:
         least = self.objective.rows_in_unit * max(len(row.matched) for row in rows)  # a unit cannot be split
         while True:
             try:
-                return self._run(rows, reference, step)
+                with one_memory_error():
+                    return self._run(rows, reference, step)
             except torch.OutOfMemoryError:
                 # Gradients are summed over ranks only afterwards, so an unsharded rank can retry alone. The ranks of a
                 # sharded model wait for each other within every pass.
@@ -87,8 +93,9 @@ class GradientPasses:
         """
         ranks, model = self.policy.ranks, self.policy.model
         reserve = optimizer_bytes(model, sharded_over=ranks.world if ranks.sharded else 1)
+        row = longest if self.policy.packs else self.policy.widths.of(longest)
         tokens = tokens_that_fit(
-            meter, lambda rows: self.try_rows(rows, longest), row=longest, reserve=reserve, alone=not ranks.sharded
+            meter, lambda rows: self.try_rows(rows, longest), row=row, reserve=reserve, alone=not ranks.sharded
         )
         model.zero_grad()
         torch.cuda.empty_cache()
@@ -97,10 +104,11 @@ class GradientPasses:
     def try_rows(self, rows: int, length: int) -> None:
         """Run a forward and backward pass over rows of one length; every token but one belongs to the completion."""
         row = FILLER[0], np.zeros(length - 1, dtype=np.int32)
-        batch = self.policy.lay_out([row] * rows)
-        self.policy.scoring_model.train()
-        self._begin_gradients()
-        self.backward(token_logps(self.policy.scoring_model, batch).token_logps.sum() * 0.0, last=True)
+        with one_memory_error():
+            batch = self.policy.lay_out([row] * rows).to(self.policy.device)
+            self._train()
+            self._begin_gradients()
+            self.backward(token_logps(self.policy.scoring_model, batch).token_logps.sum() * 0.0, last=True)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add a loss's gradients to the existing ones.
@@ -115,33 +123,41 @@ class GradientPasses:
     def _run(self, rows: Sequence[TrainingRow], reference: ReferencePoint, step: int) -> RankResult:
         policy, total = self.policy, len(rows)
         own, passes = self._share(rows)
-        policy.scoring_model.train()
+        self._train()
         self._begin_gradients()
-        balance = self._router_balance(own, passes) if self._balances_experts else None
+        parts = self._cut(own)
+        parts += [[]] * (passes - len(parts))  # other ranks run more
+        inputs = UpdateInputs(own, parts, policy=policy, objective=self.objective)
+        balance = self._router_balance(inputs) if self._balances_experts else None
         logps, logratios = (torch.empty(len(own), dtype=torch.float64, device=policy.device) for _ in range(2))
-        aux_loss, tokens = policy.tensor(0.0), reference.tokens
-        for part, batch, last in self._micro_batches(own, passes):
+        aux_loss, tokens = policy.zero(), reference.tokens
+        for micro_batch, last in inputs.micro_batches():
+            batch = micro_batch.batch
             scored = token_logps(policy.scoring_model, batch, router_logits=self._balances_experts)
-            if part:
-                part_rows = [own[j] for j in part]
-                part_logps, part_logratios = self.objective.row_scores(
-                    [row.matched for row in part_rows], scored.token_logps, batch
-                )
-                loss = self._losses(part_rows, part_logratios, reference.point).sum() / total
-                logps[part], logratios[part] = part_logps.detach(), part_logratios.detach()
+            if micro_batch.part:
+                part_logps, part_logratios = self.objective.row_scores(micro_batch.reference, scored.token_logps, batch)
+                loss = self._losses(micro_batch.facts, part_logratios, reference.point).sum() / total
+                logps.index_copy_(0, micro_batch.where, part_logps.detach())
+                logratios.index_copy_(0, micro_batch.where, part_logratios.detach())
                 tokens += Tokens(batch.tokens, batch.tokens, batch.padded_tokens)
             else:  # joins the collective operations of sharded ranks, with weight zero
                 loss = scored.token_logps.sum() * 0.0
-            if part and balance is not None:
+            if micro_batch.part and balance is not None:
                 share = balance.share(scored.router_logits, batch.real)
                 aux_loss, loss = aux_loss + share.detach(), loss + share
             if last:
-                outcome = self._outcome(own, logps, logratios, reference.point, tokens)
-                check_losses(own, outcome, step=step)  # before DeepSpeed's last backward pass, which updates
+                outcome = self._outcome(inputs.facts, logps, logratios, reference.point, tokens)
+                if self._updates_in_backward:
+                    check_losses(own, outcome, step=step)
             self.backward(loss * policy.ranks.mean_to_sum, last=last)
-        if not own and not passes:
-            outcome = self._outcome(own, logps, logratios, reference.point, tokens)
+        if not parts:
+            outcome = self._outcome(inputs.facts, logps, logratios, reference.point, tokens)
         return RankResult(own, outcome, aux_loss if balance is not None else None)
+
+    def _train(self) -> None:
+        # Setting the mode takes a walk through all modules.
+        if not self.policy.scoring_model.training:
+            self.policy.scoring_model.train()
 
     def _begin_gradients(self) -> None:
         for weight in self._in_place:
@@ -170,41 +186,31 @@ class GradientPasses:
             parts = packed_batches([sum(unit) for unit in lengths], max_tokens)
         else:
             budget = max(1, max_tokens // size)
-            parts = micro_batches([max(unit) for unit in lengths], budget, pass_cost=GRADIENT_PASS_COST)
+            widths = [self.policy.widths.of(max(unit)) for unit in lengths]
+            parts = micro_batches(widths, budget, pass_cost=GRADIENT_PASS_COST)
         return [[unit * size + k for unit in part for k in range(size)] for part in parts]
 
-    def _micro_batches(self, rows: Sequence[TrainingRow], at_least: int) -> Iterator[tuple[list[int], Sequences, bool]]:
-        """Yield positions into `rows`, their batch, and whether it is the last; filler if other ranks run more."""
-        parts = self._cut(rows)
-        parts += [[]] * (at_least - len(parts))
-        for number, part in enumerate(parts):
-            batch = self.policy.lay_out([rows[j].matched.ids for j in part] or [FILLER])
-            yield part, batch, number == len(parts) - 1
-
-    def _losses(self, rows: Sequence[TrainingRow], logratios: Tensor, point: Tensor) -> Tensor:
+    def _losses(self, facts: RowFacts, logratios: Tensor, point: Tensor) -> Tensor:
         """Return the loss of each row, shape (rows,)."""
-        tokens = self.policy.tensor([len(row.matched.completion_ids) for row in rows])
-        return self.objective.losses(logratios, self._labels(rows), tokens, point)
+        return self.objective.losses(logratios, facts.labels, facts.tokens, point)
 
     def _outcome(
-        self, rows: Sequence[TrainingRow], logps: Tensor, logratios: Tensor, point: Tensor, tokens: Tokens
+        self, facts: RowFacts, logps: Tensor, logratios: Tensor, point: Tensor, tokens: Tokens
     ) -> BatchOutcome:
-        losses, midpoints = self._losses(rows, logratios, point), self.objective.midpoints(logratios, point)
-        return BatchOutcome(losses, logratios, logps, self._labels(rows), midpoints, tokens)
-
-    def _labels(self, rows: Sequence[TrainingRow]) -> Tensor:
-        return torch.tensor([row.label for row in rows], dtype=torch.bool, device=self.policy.device)
+        losses, midpoints = self._losses(facts, logratios, point), self.objective.midpoints(logratios, point)
+        return BatchOutcome(losses, logratios, logps, facts.labels, midpoints, tokens)
 
     @torch.no_grad()
-    def _router_balance(self, rows: Sequence[TrainingRow], passes: int) -> "_RouterBalance":
+    def _router_balance(self, inputs: UpdateInputs) -> "_RouterBalance":
         """Count the slots of each expert over the whole batch, so that the losses of micro-batches add up."""
         policy = self.policy
         config = policy.model.config.get_text_config()
-        slots = policy.tensor(0.0)
+        slots = policy.zero()
         counts = slots.repeat(getattr(config, "num_local_experts", None) or config.num_experts)
-        for part, batch, _ in self._micro_batches(rows, passes):
+        for micro_batch, _ in inputs.micro_batches():
+            batch = micro_batch.batch
             router_logits = token_logps(policy.scoring_model, batch, router_logits=True).router_logits
-            if part:
+            if micro_batch.part:
                 counts = counts + count_routed_tokens(router_logits, batch.real, config.num_experts_per_tok)
                 slots = slots + batch.real.sum() * len(router_logits)
         ranks = policy.ranks

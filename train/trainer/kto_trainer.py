@@ -31,6 +31,7 @@ from offline_kto.train.trainer.checkpoints import (
 from offline_kto.train.trainer.evaluation import Scores, held_out_metrics
 from offline_kto.train.trainer.finite_checks import FiniteChecks
 from offline_kto.train.trainer.gradient_passes import GradientPasses
+from offline_kto.train.trainer.gradient_sums import Sending
 from offline_kto.train.trainer.memory import Meter, peak_memory_mb
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.policy_scores import PolicyScores
@@ -63,6 +64,7 @@ class KTOTrainer(transformers.Trainer):
         max_tokens: padded tokens in one forward and backward pass, or a meter that measures how many fit.
         rounding: nats per token by which two ways to compute the same score may differ.
         writer: writes the models of checkpoints and of the run.
+        sending: how unsharded ranks send gradients.
 
     Attributes:
         policy: the model with its token budget.
@@ -83,6 +85,7 @@ class KTOTrainer(transformers.Trainer):
         rounding: float,
         writer: ModelWriter,
         held_out: HeldOutRows | None = None,
+        sending: Sending | None = None,
         **options: Any,
     ) -> None:
         use_cache = getattr(model.config, "use_cache", None)
@@ -95,7 +98,8 @@ class KTOTrainer(transformers.Trainer):
         self.objective, self.writer = objective, writer
         self.meter = None if isinstance(max_tokens, int) else max_tokens
         budget = max_tokens if isinstance(max_tokens, int) else rows.max_length
-        ranks = Ranks(self.accelerator, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        ranks = Ranks(self.accelerator, sharded=sharded, sending=sending)
         self.policy = PreparedPolicy(model, args.device, ranks=ranks, max_tokens=budget, rounding=rounding)
         self.scores = PolicyScores(self.policy, objective)
         self.gradients = GradientPasses(self.policy, objective, self.accelerator)
@@ -120,6 +124,15 @@ class KTOTrainer(transformers.Trainer):
         # Looked up each time: --resume replaces the object.
         return next((one for one in self.callback_handler.callbacks if isinstance(one, RunningShift)), None)
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train; an unsharded model is prepared here, so that the Trainer finds it prepared and does not wrap it.
+
+        In `DistributedDataParallel` it would cost buckets as large as all gradients, which nothing here would use.
+        """
+        if not self.policy.ranks.sharded:
+            self.model_wrapped = self.model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        return super().train(*args, **options)
+
     def prepare_to_score(self) -> None:
         """Prepare a model that will only be scored, as the Trainer does before training."""
         self.model_wrapped = self.model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
@@ -128,8 +141,8 @@ class KTOTrainer(transformers.Trainer):
     def prepare_to_train(self) -> None:
         """Decide whether rows can be packed and how many tokens fit, once the Trainer has prepared the model."""
         self._take_over_model()
+        self.policy.ranks.start_equal(self.model)
         longest = self.rows.max_length
-        self.policy.check_packing([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
         if self.meter is None:
             return
         if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
@@ -140,6 +153,7 @@ class KTOTrainer(transformers.Trainer):
     def _take_over_model(self) -> None:
         self.policy.replace_model(self.model, wrapped=self.model_wrapped)
         self.policy.check_precision(torch.bfloat16 if self.args.bf16 else torch.float32)
+        self.policy.check_packing([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
 
     def get_train_dataloader(self) -> BatchLoader:
         return BatchLoader(self.rows, self.batches)
@@ -161,6 +175,7 @@ class KTOTrainer(transformers.Trainer):
         step, ranks = self.state.global_step, self.policy.ranks
         reference = reference_point(self.scores, inputs, self.shift)
         rows, outcome, aux_loss = self.gradients.run(inputs, reference, step=step + 1)
+        self.finite_checks.add_losses(rows, outcome, step=step + 1)
         self.row_logratios.add([row.index for row in rows], outcome.logratios, step)
         ranks.sum_gradients(self.model)
         self._window.add(outcome, reference, aux_loss)
@@ -168,8 +183,7 @@ class KTOTrainer(transformers.Trainer):
 
     def _get_grad_norm(self, model: Model, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        self.finite_checks.check_grad_norm(norm, step=self.state.global_step + 1)
-        return norm
+        return self.finite_checks.check_update(norm, step=self.state.global_step + 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's values together with the metrics of all updates since the last log."""

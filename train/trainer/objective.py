@@ -4,12 +4,9 @@
 `reference_point.py` computes the point that they measure rows from.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from offline_kto.kto_core.losses.preference_losses import (
@@ -70,25 +67,23 @@ class Objective:
         assert self.limits is not None
         return humanline_logratios(token_logratios, *self.limits)
 
-    def row_scores(
-        self, sequences: Sequence[ScoredSequence], policy_token_logps: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
+    def reference_values(self, sequence: ScoredSequence) -> np.ndarray:
+        """Return the reference scores of a sequence that `row_scores` needs: one, or one for each token; float64 nats."""
+        values = sequence.ref_token_logps if self.limits_tokens else [sequence.ref_logps]
+        return np.asarray(values, dtype=np.float64)
+
+    def row_scores(self, reference: Tensor, policy_token_logps: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return `logps` and log-ratios of a micro-batch's rows, nats, float64, shape (rows,).
 
         Args:
-            sequences: the rows, with their reference scores.
+            reference: `reference_values` of the rows, one after the other.
             policy_token_logps: of their completions, nats, shape (completion tokens,), row after row.
             batch: the model's input.
         """
-
-        def reference(values: Any) -> Tensor:
-            return torch.as_tensor(values, dtype=torch.float64, device=policy_token_logps.device)
-
         logps = sum_rows(policy_token_logps, batch.row_of_token, batch.rows)
         if not self.limits_tokens:
-            return logps, logps - reference([sequence.ref_logps for sequence in sequences])
-        ref_token_logps = reference(np.concatenate([sequence.ref_token_logps for sequence in sequences]))
-        token_logratios = self.limited(policy_token_logps.double() - ref_token_logps)
+            return logps, logps - reference
+        token_logratios = self.limited(policy_token_logps.double() - reference)
         return logps, sum_rows(token_logratios, batch.row_of_token, batch.rows)
 
     def losses(self, logratios: Tensor, labels: Tensor, tokens: Tensor, point: Tensor) -> Tensor:

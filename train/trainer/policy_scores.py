@@ -91,9 +91,12 @@ class PolicyScores:
         device = self.policy.device
         logps, logratios = (torch.zeros(len(sequences), dtype=torch.float64, device=device) for _ in range(2))
         tokens = Tokens(0, 0, 0)
-        for done in self._scoring().run([sequence.ids for sequence in sequences], at_least=passes):
+        ids, values = [one.ids for one in sequences], [self.objective.reference_values(one) for one in sequences]
+        for done in self._scoring().run(ids, at_least=passes, values=values):
             part = [sequences[i] for i in done.indices]
-            logps[done.indices], logratios[done.indices] = self.objective.row_scores(part, done.token_logps, done.batch)
+            of_part = self.objective.row_scores(done.values, done.token_logps, done.batch)
+            for whole, scores in zip((logps, logratios), of_part, strict=True):
+                whole.index_copy_(0, done.where, scores)
             tokens += Tokens(sum(map(len, part)), done.batch.tokens, done.batch.padded_tokens)
         return logps, logratios, tokens
 

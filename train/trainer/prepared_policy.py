@@ -9,13 +9,18 @@ from torch import Tensor
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.library_types import Model
+from offline_kto.kto_core.scoring.attention import can_pack
 from offline_kto.kto_core.scoring.logps import token_logps
-from offline_kto.kto_core.scoring.passes import packing_keeps_scores
-from offline_kto.kto_core.scoring.sequences import FILLER, Sequences, TokenIds, pack_sequences, pad_sequences
+from offline_kto.kto_core.scoring.packing_check import measure_packing
+from offline_kto.kto_core.scoring.sequences import (
+    FILLER,
+    Sequences,
+    TokenIds,
+    pack_sequences,
+    pad_sequences,
+    padded_widths,
+)
 from offline_kto.train.trainer.ranks import Ranks
-
-# Attention that reads the boundaries of concatenated sequences at no cost.
-_PACKING_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
 class PreparedPolicy:
@@ -31,12 +36,14 @@ class PreparedPolicy:
     Attributes:
         scoring_model: the module that passes call.
         packs: whether rows are concatenated instead of padded.
+        widths: the widths of padded rows.
     """
 
     def __init__(self, model: Model, device: torch.device, *, ranks: Ranks, max_tokens: int, rounding: float) -> None:
         self.model, self.scoring_model = model, model
         self.device, self.ranks, self.max_tokens, self.rounding = device, ranks, max_tokens, rounding
         self.packs = can_pack(model, device)
+        self.widths = padded_widths(model.config, device.type)
 
     def replace_model(self, model: Model, *, wrapped: Any) -> None:
         """Replace the model with the one that the Trainer prepared.
@@ -45,7 +52,6 @@ class PreparedPolicy:
             wrapped: the same model inside its distributed wrapper.
         """
         self.model = model
-        # DDP's wrapper would add up gradients in every backward pass, see `Ranks.sum_gradients`.
         self.scoring_model = wrapped if self.ranks.sharded else model
 
     def check_precision(self, promised: torch.dtype) -> None:
@@ -76,10 +82,20 @@ class PreparedPolicy:
             )
 
     def check_packing(self, sample: Sequence[TokenIds]) -> None:
-        """Disable packing if concatenation changes the scores of the sample, on this rank or on a rank that must agree with it."""
-        if self.packs:
-            alike = packing_keeps_scores(self.scoring_model, self.device, sample, tolerance=self.rounding)
-            self.packs = bool(self.ranks.least(alike))
+        """Disable packing if concatenation changes scores, on this rank or on a rank that must agree with it.
+
+        Args:
+            sample: two sequences; with fewer, rows are padded.
+        """
+        if not self.packs:
+            return
+        if len(sample) < 2:
+            self.packs = False
+            return
+        why = measure_packing(self.scoring_model, self.device, sample).why_not(self.rounding)
+        self.packs = bool(self.ranks.least(why is None))
+        if not self.packs and self.ranks.rank == 0:
+            tell(f"rows are padded, not concatenated: {why or 'another process found other scores'}")
 
     def halve_max_tokens(self, least: int) -> None:
         """Halve the token budget after a pass ran out of memory, and drop its gradients.
@@ -93,15 +109,9 @@ class PreparedPolicy:
         tell(f"out of memory: continuing with --max-tokens {self.max_tokens}")
 
     def lay_out(self, sequences: Sequence[TokenIds]) -> Sequences:
-        """Return one micro-batch on the device, packed or padded."""
-        return (pack_sequences if self.packs else pad_sequences)(sequences).to(self.device)
+        """Return one micro-batch on the host, packed or padded."""
+        return pack_sequences(sequences) if self.packs else pad_sequences(sequences, self.widths)
 
-    def tensor(self, values: Any) -> Tensor:
-        """Return numbers as a float64 tensor on the device."""
-        return torch.as_tensor(values, dtype=torch.float64, device=self.device)
-
-
-def can_pack(model: Model, device: torch.device) -> bool:
-    """Return whether the model's attention reads the boundaries of concatenated sequences."""
-    attention = getattr(model.config, "_attn_implementation", None)
-    return device.type == "cuda" and attention in _PACKING_ATTENTION
+    def zero(self) -> Tensor:
+        """Return 0 on the device; float64, scalar."""
+        return torch.zeros((), dtype=torch.float64, device=self.device)

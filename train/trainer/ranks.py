@@ -1,20 +1,20 @@
 """Share rows between the processes of one run, and reduce their results.
 
 Every rank reads the whole batch (it is small) and computes all shares from lengths alone, so no communication is
-needed to agree. In an unsharded run (one process, DDP) each rank has the whole model: passes are independent, and
-gradients are summed once, after the last pass. In a sharded run (FSDP2, DeepSpeed) every pass gathers weights, so all
-ranks must run the same number of passes.
+needed to agree. In an unsharded run (one process, or data parallel) each rank has the whole model: passes are
+independent, and gradients are summed once, after the last pass (`gradient_sums.py`). In a sharded run (FSDP2, DeepSpeed)
+every pass gathers weights, so all ranks must run the same number of passes.
 """
 
 from collections.abc import Callable, Sequence
 
 import accelerate
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.scoring.batching import deal
+from offline_kto.train.trainer.gradient_sums import Sending, copy_from_first, sum_gradients
 
 
 class Ranks:
@@ -23,10 +23,11 @@ class Ranks:
     Args:
         accelerator: accelerate's.
         sharded: whether the weights are sharded over the ranks.
+        sending: how unsharded ranks send gradients.
     """
 
-    def __init__(self, accelerator: accelerate.Accelerator, *, sharded: bool) -> None:
-        self.accelerator, self.sharded = accelerator, sharded
+    def __init__(self, accelerator: accelerate.Accelerator, *, sharded: bool, sending: Sending | None = None) -> None:
+        self.accelerator, self.sharded, self.sending = accelerator, sharded, sending or Sending()
         self.rank, self.world = int(accelerator.process_index), int(accelerator.num_processes)
 
     @property
@@ -68,19 +69,16 @@ class Ranks:
             return number
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).min())
 
+    def start_equal(self, model: Model) -> None:
+        """Copy the weights of rank 0 to all ranks of an unsharded run."""
+        if not self.sharded and self.world > 1:
+            copy_from_first(model)
+
     def sum_gradients(self, model: Model) -> None:
         """Sum gradients over the ranks, once for each update.
 
         DDP would do so inside the last backward pass; a rank that ran out of memory there could not retry. A rank
         without rows has no gradients, and adds zeros.
         """
-        if self.sharded or self.world == 1:
-            return
-        waiting = []
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                waiting.append(dist.all_reduce(parameter.grad, async_op=True))
-        for work in waiting:
-            work.wait()
+        if not self.sharded and self.world > 1:
+            sum_gradients([one for one in model.parameters() if one.requires_grad], self.sending)

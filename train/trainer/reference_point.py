@@ -86,4 +86,4 @@ def reference_point(scores: PolicyScores, rows: Sequence[TrainingRow], shift: Ru
         logratio_sum, tokens = scores.logratio_sum([row.matched for row in rows])
         point = shift.after(logratio_sum / len(rows))
         return ReferencePoint(point, {"reward_shift": objective.beta * point}, tokens)
-    return ReferencePoint(scores.policy.tensor(0.0), {}, Tokens(0, 0, 0))
+    return ReferencePoint(scores.policy.zero(), {}, Tokens(0, 0, 0))

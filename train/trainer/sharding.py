@@ -8,13 +8,20 @@ from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.library_types import Model
 
 
-def prepare_sharding(accelerator: accelerate.Accelerator, dtype: torch.dtype, *, merges: bool) -> None:
+def prepare_sharding(
+    accelerator: accelerate.Accelerator,
+    dtype: torch.dtype,
+    *,
+    merges: bool,
+    reduce_dtype: torch.dtype = torch.float32,
+) -> None:
     """Check accelerate's settings before the model is sharded, and set those that the run needs.
 
     Args:
         accelerator: accelerate's, of the Trainer.
         dtype: the type that passes compute in.
         merges: whether the run ends by merging adapters into the weights.
+        reduce_dtype: the type that gradients are summed in.
 
     Raises:
         TrainingError: the settings cannot train or save this run.
@@ -35,7 +42,7 @@ def prepare_sharding(accelerator: accelerate.Accelerator, dtype: torch.dtype, *,
     if fsdp is not None:
         if fsdp.fsdp_version != 2:
             raise TrainingError("FSDP 1 is not supported: set fsdp_version: 2, as in configs/accelerate_fsdp2.yaml.")
-        _keep_float32(fsdp, dtype)
+        _keep_float32(fsdp, dtype, reduce_dtype)
     if deepspeed is not None and dtype != torch.float32:
         raise TrainingError(
             "DeepSpeed in 16 bits would save the weights in 16 bits, in which KTO's small updates vanish: pass --dtype float32, "
@@ -49,8 +56,10 @@ def prepare_sharding(accelerator: accelerate.Accelerator, dtype: torch.dtype, *,
             )
 
 
-def _keep_float32(fsdp: accelerate.FullyShardedDataParallelPlugin, dtype: torch.dtype) -> None:
-    """Set a mixed-precision policy that rounds neither the model's output nor the gradients.
+def _keep_float32(
+    fsdp: accelerate.FullyShardedDataParallelPlugin, dtype: torch.dtype, reduce_dtype: torch.dtype
+) -> None:
+    """Set a mixed-precision policy that does not round the model's output, nor the gradients unless `reduce_dtype` does.
 
     Accelerate's own policy would also round the result of the forward pass (log-probs), and gradients before they are
     summed.
@@ -58,7 +67,7 @@ def _keep_float32(fsdp: accelerate.FullyShardedDataParallelPlugin, dtype: torch.
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     compute = None if dtype == torch.float32 else dtype
-    fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce_dtype)
 
 
 def gather_when_saving(accelerator: accelerate.Accelerator) -> None:

@@ -1,0 +1,111 @@
+"""Lay out one rank's labelled rows of an update in micro-batches, and copy them to the device in one transfer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_kto.kto_core.scoring.sequences import FILLER, Sequences
+from offline_kto.kto_core.scoring.transfer import to_device
+from offline_kto.train.data.cache_rows import TrainingRow
+from offline_kto.train.trainer.objective import Objective
+from offline_kto.train.trainer.prepared_policy import PreparedPolicy
+
+# Tokens of one transfer (about 40 MB). An update of more takes several, so that its size does not limit the device.
+_TOKENS = 2**20
+
+
+class RowFacts(NamedTuple):
+    """What a loss needs to know of rows beside their scores.
+
+    Attributes:
+        labels: bool, shape (rows,).
+        tokens: of each completion, float64, shape (rows,).
+    """
+
+    labels: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[TrainingRow]) -> "RowFacts":
+        tokens = torch.tensor([len(row.matched.completion_ids) for row in rows], dtype=torch.float64)
+        return cls(torch.tensor([row.label for row in rows], dtype=torch.bool), tokens)
+
+
+class MicroBatch(NamedTuple):
+    """The rows of one forward and backward pass.
+
+    Attributes:
+        part: their positions among the rank's rows; empty for a pass that only other ranks need.
+        batch: the model's input.
+        where: `part` as a tensor, int64, shape (rows,).
+        reference: `Objective.reference_values` of the rows, one after the other.
+        facts: of the rows.
+    """
+
+    part: tuple[int, ...]
+    batch: Sequences
+    where: Tensor
+    reference: Tensor
+    facts: RowFacts
+
+
+class UpdateInputs:
+    """One rank's rows of an update.
+
+    Args:
+        rows: of this rank.
+        parts: positions into `rows` for each micro-batch; an empty part is a pass without rows.
+
+    Attributes:
+        facts: of all rows, on the device.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[TrainingRow],
+        parts: Sequence[Sequence[int]],
+        *,
+        policy: PreparedPolicy,
+        objective: Objective,
+    ) -> None:
+        self._rows, self._policy, self._objective = rows, policy, objective
+        first, *self._later = _grouped(parts, lambda part: sum(len(rows[j].matched) for j in part))
+        self.facts, self._first = to_device((RowFacts.of(rows), self._laid_out(first)), policy.device)
+
+    def micro_batches(self) -> Iterator[tuple[MicroBatch, bool]]:
+        """Yield the micro-batches, on the device, and whether each is the last."""
+        groups, device = len(self._later), self._policy.device
+        for number, group in enumerate([None, *self._later]):
+            on_device = self._first if group is None else to_device(self._laid_out(group), device)
+            for micro_batch in on_device:
+                yield micro_batch, number == groups and micro_batch is on_device[-1]
+
+    def _laid_out(self, parts: Sequence[Sequence[int]]) -> list[MicroBatch]:
+        return [self._micro_batch([self._rows[j] for j in part], part) for part in parts]
+
+    def _micro_batch(self, rows: Sequence[TrainingRow], part: Sequence[int]) -> MicroBatch:
+        reference = [self._objective.reference_values(row.matched) for row in rows]
+        return MicroBatch(
+            part=tuple(part),
+            batch=self._policy.lay_out([row.matched.ids for row in rows] or [FILLER]),
+            where=torch.tensor(part, dtype=torch.int64),
+            reference=torch.from_numpy(np.concatenate([np.empty(0), *reference])),
+            facts=RowFacts.of(rows),
+        )
+
+
+def _grouped(parts: Sequence[Sequence[int]], tokens_of: Callable[[Sequence[int]], int]) -> list[list[Sequence[int]]]:
+    """Return consecutive micro-batches in groups for one transfer each; one group, which may be empty, at least."""
+    groups: list[list[Sequence[int]]] = [[]]
+    room = _TOKENS
+    for part in parts:
+        tokens = tokens_of(part)
+        if groups[-1] and tokens > room:
+            groups.append([])
+            room = _TOKENS
+        groups[-1].append(part)
+        room -= tokens
+    return groups
