@@ -278,6 +278,8 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
         raise PairingError(" ".join([f"{config.data}: {error}", *(f"({one})" for one in before)])) from error
     rendered_on = day.isoformat() if tokenizing.dated else None
     notes = [*warnings_about(config.data, config.split), *feedback.notes(), *tokenizing.warnings()]
+    if config.template_date is not None and rendered_on is None:
+        notes.append("--template-date has no effect: the chat template writes no date.")
     return Plan(rows, pairing, config.max_length, read, dropped, files, feedback, examples, notes, rendered_on)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from offline_kto.kto_core.errors import printable
 from offline_kto.kto_core.feedback.labels import rare_class
+from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
@@ -22,11 +23,11 @@ _INDENT = 12
 _MATTERS = re.compile(
     r"split|system|score|rating|reward|feedback|thumb|vote|image|img|audio|video|subset|partition|contexts?(?![a-z.])|documents|"
     r"passages|knowledge|functions|tool_?calls?|function_?calls?|^files$|quality|history|instruction|(?<![a-z])(?:fold|tools|grade|stars)(?![a-z])|"
-    r"^(?:messages|conversations)$",
+    r"^(?:messages|conversations|set|is_test|sys|preamble|persona|developer)$",
     re.IGNORECASE,
 )
 # Columns that identify feedback or say when it was given.
-_IDENTIFIES = re.compile(r"[_.](?:id|ids|date|at|time|timestamp)$", re.IGNORECASE)
+_IDENTIFIES = re.compile(r"[_.](?:id|ids|date|at|time|timestamp|fingerprint)$", re.IGNORECASE)
 # Lines of each text of an example.
 _EXAMPLE_LINES = 4
 
@@ -144,15 +145,18 @@ def _examples(plan: Plan, tokenizer: Tokenizer) -> list[str]:
 def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     """Return warnings for the user, before scoring starts."""
     found = [*plan.notes]
-    unused = plan.feedback.unused_columns()
+    aside = () if plan.feedback.mapping is None else plan.feedback.mapping.aside
+    unused = [name for name in plan.feedback.unused_columns() if name not in aside]
     matters = [name for name in unused if _MATTERS.search(name) and not _IDENTIFIES.search(name)]
     matters += [name for name in unused if name not in matters and name in plan.feedback.columns_of_messages()]
     matters = [name for name in matters if not any(note.startswith(f"'{name}' contradicts") for note in plan.notes)]
     matters += [name for name in plan.feedback.unused_beside() if MATTERS_BESIDE.search(name)]
     if matters:
+        system = next((key_path(name) for name in matters if "system" in name.lower()), "COLUMN")
         found.append(
-            f"unused columns whose names suggest that they matter: {', '.join(matters[:10])}. Use a column with --map or one "
-            "of the --...-field options."
+            f"unused columns whose names suggest that they matter: {', '.join(matters[:10])}. Use a column as the prompt, answer "
+            "or label with --prompt-field, --completion-field or --label-field, and as the system text or tools with --map FILE "
+            f"(`system: {system}`)."
         )
     if plan.rendered_on:
         found.append(

@@ -850,3 +850,64 @@ def test_files_that_resemble_an_application_s_are_read_as_what_they_are(tmp_path
     assert read(write(tmp_path / "b.jsonl", [{"messages": turns, "label": True}]))[0] == [row("Hi", "Hello", True)]
     steps = [{"prompt": "Hi", "completion": "Hello", "label": 1, "steps": [{"type": "thought", "output": "hm"}]}]
     assert read(write(tmp_path / "c.jsonl", steps))[0] == [row("Hi", "Hello", True)]
+
+
+TREE_IDS = [("id", "parentId"), ("id", "parent_id"), ("message_id", "parent_message_id"), ("uuid", "parent")]
+
+
+def tree(key: str, parent: str, *nodes: tuple[str, str | None, str, str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {key: name, parent: before, "role": role, "content": text, **more} for name, before, role, text, more in nodes
+    ]
+
+
+def proposed_mapping(message: str, folder: Path) -> str:
+    (folder / "m.yaml").write_text(message.split("`")[1], encoding="utf-8")
+    return str(folder / "m.yaml")
+
+
+@pytest.mark.parametrize(("key", "parent"), TREE_IDS)
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+@pytest.mark.parametrize("judged", ["message", "record", "siblings"])
+def test_a_tree_of_messages_is_not_read_as_a_list(
+    tmp_path: Path, key: str, parent: str, form: str, judged: str
+) -> None:
+    up = {"feedback": "up"} if judged != "record" else {}
+    nodes = [("1", None, "user", "draft", {}), ("2", "1", "assistant", "a1", {})]
+    if judged == "siblings":
+        nodes += [("3", "1", "assistant", "a2", up)]
+        expected = [("user: draft", "assistant: a2", True)]
+    else:
+        nodes += [("3", None, "user", "edited", {}), ("4", "3", "assistant", "a2", up)]
+        expected = [("user: edited", "assistant: a2", True)]
+    record = {"n": 1, "messages": tree(key, parent, *nodes), **({"label": True} if judged == "record" else {})}
+    path = write(tmp_path / f"f.{form}", [record])
+    message = refusal(path)
+    assert f"message 3 of 'messages' does not belong to the message before it: by '{parent}'" in message
+    assert read(path, map=proposed_mapping(message, tmp_path))[0] == expected
+
+
+@pytest.mark.parametrize(("key", "parent"), TREE_IDS)
+def test_a_chain_of_messages_with_parents_is_read(tmp_path: Path, key: str, parent: str) -> None:
+    nodes = [("1", "root", "user", "q", {}), ("2", "1", "assistant", "a", {}), ("3", "2", "user", "r", {})]
+    nodes = [("0", None, "system", "s", {}), *nodes, ("4", "3", "assistant", "b", {"feedback": "up"})]
+    expected = [("system: s | user: q | assistant: a | user: r", "assistant: b", True)]
+    assert read(write(tmp_path / "f.jsonl", [{"messages": tree(key, parent, *nodes)}]))[0] == expected
+    unset = [(name, None, role, text, more) for name, _, role, text, more in nodes]
+    assert read(write(tmp_path / "f.jsonl", [{"messages": tree(key, parent, *unset)}]))[0] == expected
+
+
+def test_a_tree_in_a_recognised_conversation_is_refused(tmp_path: Path) -> None:
+    nodes = [("1", None, "user", "q", {}), ("2", "1", "assistant", "a", {}), ("3", "1", "assistant", "b", {})]
+    path = write(tmp_path / "f.jsonl", [{"messages": tree("id", "parent_id", *nodes), "reward": 1}])
+    assert "tree" in refusal(path)
+
+
+def test_the_parts_of_joined_messages_count_as_read(tmp_path: Path) -> None:
+    case = (
+        CASES["ai_chatbot"]
+        if "ai_chatbot" in CASES
+        else next(one for one in CASES.values() if one.preset == "ai_chatbot")
+    )
+    unused = read(write(tmp_path / "f.jsonl", case.records), **case.options)[3].unused_columns()
+    assert "parts" not in unused

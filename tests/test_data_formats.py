@@ -795,6 +795,33 @@ def test_orca_pairs(tmp_path):
     assert left_out == {SAME_ANSWERS: 1}
 
 
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("name", "word"), [("status", "tie"), ("winner", "Tie"), ("winner", "both_bad"), ("preference", "no preference")]
+)
+def test_a_pair_of_which_neither_is_better_is_left_out(tmp_path, container, name, word):
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b", name: value} for value in ("chosen", word)]
+    rows, left_out, feedback = read(container(tmp_path, pairs))
+    assert rows == pair("q", "a", "b")
+    assert left_out == {TIE: 1}
+    assert feedback.unused_columns() == []
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize("name", ["ratings", "scores", "rewards"])
+def test_ratings_of_both_sides_in_an_object_must_fit(tmp_path, container, name):
+    def record(chosen, rejected):
+        return {"prompt": "q", "chosen": "a", "rejected": "b", name: {"chosen": chosen, "rejected": rejected}}
+
+    rows, left_out, feedback = read(container(tmp_path, [record(5, 1), record(3, 3)]))
+    assert rows == pair("q", "a", "b")
+    assert left_out == {TIE: 1}
+    assert feedback.unused_columns() == []
+    assert f"'rejected' is rated above 'chosen' ({name}.rejected 5, {name}.chosen 1)" in refusal(
+        container(tmp_path, [record(1, 5)])
+    )
+
+
 # Options count more than a format's keys
 
 
@@ -824,6 +851,49 @@ def test_an_option_that_a_format_has_no_place_for(tmp_path):
     assert "--label-field" in refusal(path, ConfigError, map="pku_saferlhf", label_field="good")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"label_field": "quality"}, {"label_field": "nope"}, {"up": "B", "down": "A"}, {"rating_threshold": "4"}],
+)
+@pytest.mark.parametrize("prompt", ["prompt", "question", "instruction"])
+def test_options_of_labels_on_pairs_are_refused(tmp_path, options, prompt):
+    path = as_jsonl(tmp_path, [{prompt: "q", "chosen": "a", "rejected": "b", "quality": 0}] * 2)
+    message = refusal(path, **options)
+    assert "preference pairs, which have no label" in message
+    assert all(f"--{name.replace('_', '-')}" in message for name in options)
+    assert read(path)[0] == pair("q", "a", "b") * 2
+
+
+def test_options_of_labels_apply_to_the_rows_beside_pairs(tmp_path):
+    path = as_jsonl(
+        tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "r", "answer": "c", "mark": 0}]
+    )
+    assert read(path, label_field="mark")[0] == [*pair("q", "a", "b"), down("r", "c")]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "response_a": "a", "response_b": "b", "preferred": "B"},
+        {
+            "input": {"messages": turns("q")},
+            "preferred_output": turns("q", "a")[1:],
+            "non_preferred_output": turns("q", "b")[1:],
+        },
+        {"type": "pairwise_feedback", "prompt": "q", "output_A": "a", "output_B": "b", "label": 0},
+        {**PKU, "better_response_id": 1},
+    ],
+)
+@pytest.mark.parametrize("options", [{"up": "B", "down": "A"}, {"label_field": "preferred", "up": "B", "down": "A"}])
+def test_options_of_labels_are_named_where_a_recognised_format_has_pairs(tmp_path, record, options):
+    path = as_jsonl(tmp_path, [record])
+    message = refusal(path, **options)
+    assert "Remove --" in message
+    assert "--up and --down" in message
+    assert "none of the known formats" not in message
+    assert len(read(path)[0]) == 2
+
+
 def test_the_judged_turn_of_a_longer_conversation(tmp_path):
     """MT-bench judges the first turn and the second one apart, in conversations that hold both."""
     whole = {"conversation_a": turns("q", "a", "r", "b"), "conversation_b": turns("q", "c", "r", "d")}
@@ -842,6 +912,42 @@ def test_a_verdict_that_is_neither_side_nor_a_tie_is_refused(tmp_path):
     assert '"left"' in message
     assert "a_when" in message
     assert "--up" not in message
+
+
+@pytest.mark.parametrize("name", ["winner", "preference", "choice", "preferred"])
+def test_a_verdict_that_is_unknown_is_named_by_its_column(tmp_path, name):
+    records = [{"prompt": "q", "response_a": "a", "response_b": "b", name: value} for value in (1, 2)]
+    message = refusal(as_jsonl(tmp_path, records))
+    assert f"f.jsonl:1: '{name}' is 1, which is neither up nor down." in message
+    assert "||" not in message
+
+
+def test_a_label_that_is_unknown_is_named_by_its_column(tmp_path):
+    (tmp_path / "m.yaml").write_text("prompt: q\ncompletion: a\nlabel: mark || grade\n", encoding="utf-8")
+    records = [{"q": "q", "a": "a", "grade": "fine"}, {"q": "q", "a": "b", "grade": "poor"}]
+    message = refusal(as_jsonl(tmp_path, records), map=str(tmp_path / "m.yaml"))
+    assert "f.jsonl:1: 'grade' is \"fine\"" in message
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("column", "values", "failed"),
+    [
+        ("status", ["failed", "completed"], 1),
+        ("finish_reason", ["length", "stop"], 1),
+        ("error", ["timeout", None], 1),
+        ("deleted", [True, False], 1),
+        ("deleted", [False, False], 0),
+        ("error", ["", None], 0),
+    ],
+)
+def test_records_of_answers_that_failed_are_counted(tmp_path, container, column, values, failed):
+    path = container(tmp_path, [{**row, column: value} for row, value in zip(ROWS, values, strict=True)])
+    rows, _, feedback = read(path)
+    assert rows == [up("q", "a"), down("r", "b")]
+    notes = [note for note in feedback.notes() if f"'{column}' suggests that the answer failed" in note]
+    assert len(notes) == failed
+    assert all(": 1 (first: f." in note for note in notes)
 
 
 # dataset_info.json of LLaMA-Factory
@@ -865,6 +971,7 @@ def test_columns_of_dataset_info(tmp_path):
     rows, _, feedback = read(beside(path, {"columns": columns}))
     assert rows == [up("q\nc", "a"), down("r", "b")]
     assert "dataset_info.json" in feedback.why
+    assert feedback.unused_columns() == []
     # Options count more.
     assert read(path, prompt_field="context", completion_field="answer", label_field="is_good")[0][0] == up("c", "a")
 
@@ -1012,6 +1119,15 @@ def test_a_split_column_is_followed(tmp_path, container):
         assert "--split train" in message
 
 
+@pytest.mark.parametrize("container", [as_jsonl, as_json, as_csv, as_parquet], ids=name_of)
+def test_a_split_of_a_file_without_splits_is_refused(tmp_path, container):
+    path = container(tmp_path, ROWS)
+    message = refusal(path, split="test")
+    assert 'no split "test"' in message
+    assert "Remove --split" in message
+    assert len(read(path)[0]) == len(read(path, split="all")[0]) == 2
+
+
 def test_the_median_is_that_of_the_split(tmp_path):
     ratings = [("train", 1), ("train", 2), ("train", 3), ("test", 9), ("test", 9), ("test", 9)]
     records = [{"prompt": "q", "completion": "a", "rating": rating, "split": split} for split, rating in ratings]
@@ -1105,6 +1221,41 @@ def test_names_of_missing_values_are_counted(tmp_path, container, word):
     (note,) = feedback.notes()
     assert ": 1 (first: " in note
     assert "f." in note
+
+
+@pytest.mark.parametrize("blank", [";;", ";", " ; ;\t", ";;;;;"])
+@pytest.mark.parametrize("header", ["prompt;completion;label", "user_query;ai_response;feedback_rating"])
+def test_empty_rows_of_a_spreadsheet_are_left_out(tmp_path, blank, header):
+    path = tmp_path / "f.csv"
+    path.write_text(f"{header}\nq;a;up\n{blank}\nr;b;down\n{blank}\n{blank}\n", encoding="utf-8")
+    assert read(path)[:2] == ([up("q", "a"), down("r", "b")], {"empty record": 3})
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_json, as_parquet], ids=name_of)
+def test_records_whose_values_are_all_null_are_left_out(tmp_path, container):
+    records = [*ROWS, dict.fromkeys(ROWS[0]), {**dict.fromkeys(ROWS[0], ""), "label": None}]
+    assert read(container(tmp_path, records))[:2] == ([up("q", "a"), down("r", "b")], {"empty record": 2})
+
+
+@pytest.mark.parametrize("word", ["nan", "None", "N/A", "#NAME?"])
+@pytest.mark.parametrize("container", [as_csv, as_jsonl, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "s", "system": "W", "completion": "c", "label": True}, up("system: W", "s", "c")),
+        ({"prompt": "s", "system_prompt": "W", "completion": "c", "label": True}, up("system: W", "s", "c")),
+        ({"instruction": "s", "input": "W", "output": "c", "label": True}, up("s\nW", "c")),
+        ({"instruction": "s", "system": "W", "output": "c", "label": True}, up("system: W", "s", "c")),
+        ({"messages": turns("W", "b", "s", "c"), "label": True}, up("W", "b", "s", "c")),
+        ({"prompt": "s", "history": [["a", "W"]], "completion": "c", "label": True}, up("a", "W", "s", "c")),
+    ],
+)
+def test_names_of_missing_values_in_other_texts_are_counted(tmp_path, container, word, record, expected):
+    written = json.loads(json.dumps(record).replace('"W"', json.dumps(word)))
+    rows, _, feedback = read(container(tmp_path, [written]))
+    texts, label, paired = expected
+    assert rows == [([text.replace("W", word) for text in texts], label, paired)]
+    assert [note for note in feedback.notes() if "missing values: 1 (first: f." in note]
 
 
 @pytest.mark.parametrize("container", [as_csv, as_jsonl, as_parquet], ids=name_of)

@@ -48,4 +48,4 @@ def test_every_key_of_a_mapping_is_in_an_example() -> None:
     fields = {field.name.replace("_", "-") for kind in (Mapping, JudgedTurns) for field in dataclasses.fields(kind)}
     label = {"path", "scores", "value", "name", "up", "down", "else", "scale"}
     pair = {"chosen", "rejected", "a", "b", "better", "a_when", "b_when"}
-    assert (fields | label | pair | {"when", "say"}) - there == {"recognise", "refuse"}
+    assert (fields | label | pair | {"when", "say"}) - there == {"aside", "recognise", "refuse"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.columns import FeedbackFields
 from offline_kto.kto_core.feedback.labels import LABEL_WORDS, LabelRule, has_no_value
-from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, SAME_ANSWERS, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, SAME_ANSWERS, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
@@ -162,8 +162,68 @@ def test_plain_text_is_kept_as_it_is():
     assert (row.pair_id, row.tools, row.template_kwargs) == (None, None, {})
 
 
-def test_empty_prompt_text_is_let_through():
-    assert one({"prompt": "", "completion": "x", "label": 0}).prompt == ""
+@pytest.mark.parametrize(
+    "record",
+    [
+        *({"prompt": text, "completion": "x", "label": 0} for text in ("", " ", "\n", None)),
+        {"prompt": [user("")], "completion": "x", "label": 0},
+        {"prompt": [system("s"), user(" ")], "completion": "x", "label": 0},
+        {"messages": [user("q"), assistant("a"), user(""), assistant("x")], "label": 0},
+        {"messages": [user(""), {**assistant("x"), "label": 0}]},
+        {"instruction": "", "input": "", "output": "x", "label": 0},
+        {"prompt": "", "chosen": "a", "rejected": "b"},
+    ],
+)
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_empty_prompt_is_left_out(record, chat):
+    assert left_out(record, chat=chat) == NO_PROMPT
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("q"), {"role": "assistant", "content": None}],
+        [user("q"), {"role": "assistant", "content": None, "tool_calls": []}],
+        [{"from": "human", "value": "q"}, {"from": "gpt", "value": None}],
+        [user("q"), {"role": "assistant", "content": None, "id": "2"}],
+    ],
+)
+def test_an_answer_of_messages_that_is_null_is_left_out(messages):
+    assert left_out({"messages": messages, "label": True}) == EMPTY
+
+
+@pytest.mark.parametrize(
+    ("record", "option"),
+    [
+        ({"messages": [user("1?"), assistant("m")], "prompt": "1?", "completion": "one"}, "--completion-field"),
+        ({"messages": [user("1?"), assistant("m")], "question": "1?", "answer": "one"}, "--completion-field"),
+        ({"messages": [user("2?"), assistant("one")], "prompt": "1?", "completion": "one"}, "--prompt-field"),
+        ({"messages": [user("2?")], "prompt": "1?", "completion": "one"}, "--prompt-field"),
+        ({"conversations": [{"from": "human", "value": "2?"}], "prompt": "1?", "completion": "one"}, "--prompt-field"),
+        ({"instruction": "2?", "prompt": "1?", "completion": "one"}, "--prompt-field"),
+        ({"instruction": "2?", "prompt": "1?", "chosen": "one", "rejected": "two"}, "--prompt-field"),
+    ],
+)
+def test_a_second_prompt_or_answer_is_refused(record, option):
+    message = refusal(record if "chosen" in record else {**record, "label": True})
+    assert "only one of them can be read" in message
+    assert option in message
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"messages": [user("1?"), assistant("one")]},
+        {"messages": [user("1?")]},
+        {"messages": [system("s"), user("1?"), assistant("one ")]},
+        {"instruction": "1?"},
+        {"instruction": ""},
+        {"messages": []},
+    ],
+)
+def test_a_prompt_or_an_answer_that_is_repeated_is_read(more):
+    row = one({"prompt": "1?", "completion": "one", "label": True, **more})
+    assert (row.prompt, row.completion) == ("1?", "one")
 
 
 def test_conversation_sides():
@@ -240,12 +300,6 @@ def test_pair_with_an_empty_side_is_left_out(side, value):
 def test_an_empty_cell_of_an_answer_is_left_out(record):
     """Readers of CSV and Parquet return None for it."""
     assert left_out(record) == EMPTY
-
-
-def test_an_empty_cell_of_a_prompt_is_named():
-    message = refusal({"prompt": None, "completion": "a", "label": True})
-    assert "'prompt' is empty." in message
-    assert "remove the row" in message
 
 
 def test_an_empty_cell_under_a_name_of_the_users_is_left_out():
@@ -421,7 +475,7 @@ def test_field_options():
     record = {"question": "q", "answer": "a", "good": 1, "messages": [user("x"), assistant("y")]}
     row = one(record, prompt="question", completion="answer", label="good")
     assert (row.prompt, row.completion, row.label) == ("q", "a", True)
-    assert one(record, label="good").completion == "a"
+    assert "--completion-field" in refusal(record, label="good")
     del record["question"], record["answer"]
     assert one(record, label="good").completion == (assistant("y"),)
     assert "--completion-field" in refusal({"question": "q", "good": 1}, prompt="question", completion="answer")
@@ -889,7 +943,7 @@ def test_parse_record_returns_good_rows_or_raises_feedback_error(record, fields)
     assert [row.label for row in rows if row.pair_id] in ([], [True, False])
 
 
-@given(st.text(), st.text().filter(lambda text: text.strip()), st.booleans())
+@given(*[st.text().filter(lambda text: text.strip())] * 2, st.booleans())
 def test_any_text_comes_through_unchanged(prompt, completion, label):
     row = one({"prompt": prompt, "completion": completion, "label": label})
     assert (row.prompt, row.completion, row.label) == (prompt, completion, label)

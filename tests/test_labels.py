@@ -4,6 +4,8 @@ import json
 import shlex
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -335,6 +337,76 @@ def test_a_column_of_what_is_undesirable_is_reversed(tmp_path):
     assert feedback(tmp_path / "f.jsonl", records, **options)[0] == [True, False, True]
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        "toxic",
+        "is_bad",
+        "thumbs_down",
+        "harmful",
+        "flagged",
+        "dislike",
+        "incorrect",
+        "has_error",
+        "hallucination",
+        "checks.unsafe",
+    ],
+)
+@pytest.mark.parametrize(("yes", "no"), [(True, False), (1, 0), ("yes", "no"), ("1", "0")])
+def test_a_label_of_what_is_undesirable_is_refused_with_both_readings(tmp_path, column, yes, no):
+    def record(value):
+        outer, _, inner = column.rpartition(".")
+        return {"prompt": "p", "completion": "c", **({outer: {inner: value}} if outer else {inner: value})}
+
+    records = [record(value) for value in (yes, no, no, None)]
+    message = refusal(tmp_path / "f.jsonl", records, label_field=column)
+    proposed = [shlex.split(words)[:5] for words in message.split("--label-field ")[1:]]
+    found = []
+    for name, _, up, _, down in proposed:
+        options = {"label_field": name, "up": up, "down": down.rstrip(",")}
+        found.append(feedback(tmp_path / "f.jsonl", records, **options)[0])
+    assert found == [[False, True, True], [True, False, False]]
+
+
+def test_a_label_of_messages_or_a_mapping_that_is_undesirable_is_refused(tmp_path):
+    def turns(value):
+        return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "thumbs_down": value}]
+
+    records = [{"messages": turns(value)} for value in (True, False)]
+    assert "--up false --down true" in refusal(tmp_path / "f.jsonl", records, label_field="thumbs_down")
+    records = [{"q": "p", "a": "c", "spam": value} for value in (True, False)]
+    (tmp_path / "m.yaml").write_text("prompt: q\ncompletion: a\nlabel: spam\n", encoding="utf-8")
+    assert "--up false --down true" in refusal(tmp_path / "f.jsonl", records, map=str(tmp_path / "m.yaml"))
+    (tmp_path / "m.yaml").write_text("prompt: q\ncompletion: a\nlabel: {path: spam, up: [false], down: [true]}\n")
+    assert feedback(tmp_path / "f.jsonl", records, map=str(tmp_path / "m.yaml"))[0] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("not_toxic", [True, False]),
+        ("error_free", [1, 0]),
+        ("non_toxic", ["yes", "no"]),
+        ("harmless", [True, False]),
+        ("good_or_bad", ["good", "bad"]),
+        ("thumbs_up_or_thumbs_down", ["up", "down"]),
+        ("!toxic", [None, None]),
+    ],
+)
+def test_names_and_words_that_say_which_side_is_good_are_read(tmp_path, column, values):
+    records = [{**one, "toxic": toxic} for one, toxic in zip(rows(column, values), ("", "x"), strict=True)]
+    assert feedback(tmp_path / "f.jsonl", records, label_field=column if column[0] == "!" else f'"{column}"')[0] == [
+        True,
+        False,
+    ]
+
+
+def test_a_scale_of_what_is_undesirable_is_not_proposed_as_it_is(tmp_path):
+    message = refusal(tmp_path / "f.jsonl", rows("toxicity", [0.9, 0.1, 0.5]), label_field="toxicity")
+    assert "Name the desirable values with --up" in message
+    assert "'>0.5'" not in message
+
+
 def test_a_proposal_for_votes_with_zero_works(tmp_path):
     records = rows("label", [1, 0, -1])
     assert "--up '>0' --down '<0'" in refusal(tmp_path / "f.jsonl", records)
@@ -409,6 +481,33 @@ def test_a_column_that_contradicts_the_label_is_named(tmp_path, column, values, 
     for note in notes:
         assert f"in {against} of {sum(value not in ('', None) for value in values)} rows (first: f.jsonl:" in note
         assert proposal in note
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "column",
+    ["verdict", "human_label", "gold_label", "final_label", "label2", "is_correct", "flagged", "harmful", "is_valid"],
+)
+@pytest.mark.parametrize("opposite", [0, 1, 2, 3, 4])
+def test_most_rows_must_contradict_a_column_of_a_similar_name(tmp_path, form, column, opposite):
+    labels = [True, False, True, False]
+    same = [value is (column not in ("flagged", "harmful")) for value in labels]
+    values = [value is (number >= opposite) for number, value in enumerate(same)]
+    records = [{**one, "label": label} for one, label in zip(rows(column, values), labels, strict=True)]
+    path = tmp_path / f"f.{form}"
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    found = Feedback(PrecomputeConfig(model="m", data=str(path)), has_template=False)
+    for row in found.rows():
+        found.keep(row)
+    found.finish()
+    notes = [note for note in found.notes() if "contradicts" in note]
+    assert len(notes) == (opposite > 2)
+    for note in notes:
+        assert f"'{column}' contradicts the label that was read in {opposite} of 4 rows" in note
+        assert ("--up false --down true" in note) == (column in ("flagged", "harmful"))
 
 
 def test_a_label_that_contradicts_the_rating_that_is_read_is_named(tmp_path):

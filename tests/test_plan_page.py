@@ -14,7 +14,7 @@ from models import tiny_tokenizer
 
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.plan import make_plan
-from offline_kto.precompute.plan_page import describe
+from offline_kto.precompute.plan_page import describe, warnings
 from offline_kto.precompute.preview import columns_of, folded
 
 USER, ASSISTANT, TOOL = ({"role": role, "content": f"said by {role}"} for role in ("user", "assistant", "tool"))
@@ -174,6 +174,10 @@ MATTER = (
     "knowledge",
     "functions",
     "quality",
+    "systemPrompt",
+    "preamble",
+    "persona",
+    "is_test",
 )
 HARMLESS = (
     "id",
@@ -186,6 +190,7 @@ HARMLESS = (
     "feedback_id",
     "feedback_date",
     "context.span_id",
+    "system_fingerprint",
 )
 
 
@@ -297,3 +302,53 @@ def test_a_column_that_contradicts_the_label_has_one_warning(tmp_path: Path, mon
     plan = make_plan(config, tokenizer)
     (warning,) = [line for line in describe(plan, plan.counts(), config, tokenizer) if line.startswith("warning")]
     assert "'rating' contradicts the label that was read in 3 of 8 rows" in warning
+
+
+def test_a_column_with_the_system_text_is_named_with_the_line_of_a_mapping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "feedback.jsonl", texts(8, systemPrompt="Be brief."))
+    config = PrecomputeConfig(model="m", data="feedback.jsonl")
+    plan = make_plan(config, tiny_tokenizer())
+    (said,) = (one for one in warnings(plan, plan.counts()) if "systemPrompt" in one)
+    assert said.endswith("and as the system text or tools with --map FILE (`system: systemPrompt`).")
+
+
+SHP = {
+    "history": "q",
+    "human_ref_A": "a",
+    "human_ref_B": "b",
+    "labels": 1,
+    "score_A": 9,
+    "score_B": 3,
+    "score_ratio": 3.0,
+}
+WEBGPT = {"question": "q", "answer_0": "a", "answer_1": "b", "score_0": 1.0, "score_1": -1.0}
+PROMETHEUS = {
+    "orig_instruction": "q",
+    "orig_response": "a",
+    "orig_score": 5,
+    "instruction": "Judge.",
+    "output": "Good.",
+}
+
+
+@pytest.mark.parametrize(("record", "key"), [(SHP, "history"), (WEBGPT, "question"), (PROMETHEUS, "orig_instruction")])
+def test_columns_that_a_format_does_not_need_are_not_warned_of(
+    record: dict[str, object], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "feedback.jsonl", [{**record, key: f"q{number}"} for number in range(8)])
+    config = PrecomputeConfig(model="m", data="feedback.jsonl", one_class=True)
+    assert warned(config) == []
+    write_rows(tmp_path / "feedback.jsonl", [{**record, key: f"q{number}", "quality": 1} for number in range(8)])
+    assert warned(config) == ["quality"]
+
+
+def test_a_date_for_a_template_that_writes_none_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "feedback.jsonl", texts(8))
+    config = PrecomputeConfig(model="m", data="feedback.jsonl", template_date="2024-07-26")
+    plan = make_plan(config, tiny_tokenizer(), config.template_day)
+    assert "--template-date has no effect: the chat template writes no date." in warnings(plan, plan.counts())

@@ -451,6 +451,13 @@ def test_unknown_kinds_of_files(tmp_path, name):
         describe_source(str(path))
 
 
+@pytest.mark.parametrize("name", ["f.xlsx", "f.XLS", "f.ods"])
+def test_a_spreadsheet_says_how_to_save_it(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(FeedbackError, match=r"Save the sheet as CSV"):
+        list(read_records(str(tmp_path / name)))
+
+
 def test_special_files(tmp_path):
     os.mkfifo(tmp_path / "f.jsonl")
     assert "neither a file nor a folder" in refusal(tmp_path / "f.jsonl", tmp_path / "f.jsonl")

@@ -32,6 +32,9 @@ PAIR_RATINGS = (
 )
 # Which side of a pair is better, and by how much.
 PAIR_WINNER, PAIR_MARGIN = "winner", "margin"
+# Columns of a pair that may say that neither side is better, and objects with the rating of each side.
+PAIR_VERDICTS = (PAIR_WINNER, "status", "preference", "preferred", "choice", "verdict")
+PAIR_OBJECTS = ("ratings", "scores", "rewards", "rating", "score", "reward")
 
 # Every key of a record that may be read, besides those that options name.
 COLUMNS: Final = frozenset(
@@ -79,6 +82,7 @@ class FeedbackFields:
     Attributes:
         rule: which labels are desirable.
         ratings: counts the ratings of records without a label, for the message about them.
+        read: other columns that rows depended on.
         compared: the columns whose values were compared with numbers, as `--up '>=4'` says.
         chat: whether text becomes messages. False without a chat template.
         rendered: recognises rendered text, which is not converted.
@@ -89,6 +93,7 @@ class FeedbackFields:
     label: Path | None = None
     rule: LabelRule = field(default_factory=LabelRule)
     ratings: LabelRule = field(default_factory=LabelRule)
+    read: set[str] = field(default_factory=set)
     compared: set[str] = field(default_factory=set)
     chat: bool = False
     chat_template: bool = True
@@ -129,6 +134,13 @@ def refuse_another(present: Mapping[str, object], used: str, other: str, where: 
         f"{where}: '{used}' and '{other}' differ, and only one of them can be read. Choose one with {option}, or remove the "
         "other."
     )
+
+
+def refuse_other_prompt(present: Mapping[str, object], used: str, where: str, fields: FeedbackFields) -> None:
+    """Refuse an `instruction` beside a prompt that does not contain it."""
+    prompt, other = present[used] if fields.prompt is None else None, present.get("instruction")
+    if fields.prompt is None and isinstance(other, str) and not (isinstance(prompt, str) and other.strip() in prompt):
+        refuse_another(present, used, "instruction", where, "--prompt-field")
 
 
 def _plain(value: object) -> object:

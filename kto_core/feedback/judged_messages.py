@@ -12,6 +12,7 @@ from offline_kto.kto_core.feedback.conversations import check_completion, with_s
 from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
 from offline_kto.kto_core.feedback.left_out import UNRATED, LeftOut
+from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import Message, as_conversation
 from offline_kto.kto_core.feedback.quoting import quoted
 
@@ -37,6 +38,7 @@ def judged_messages(present: Mapping[str, object], where: str, fields: FeedbackF
     if found is None:
         return None
     field, verdicts = found
+    check_is_list(turns, where, name, own_label=field)
     return _rows(present, name, turns, field, verdicts, where, fields)
 
 

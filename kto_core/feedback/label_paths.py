@@ -7,7 +7,7 @@ from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.exports import opened
-from offline_kto.kto_core.feedback.labels import MOST_VALUES, LabelRule, Scale, has_no_value
+from offline_kto.kto_core.feedback.labels import MOST_VALUES, LabelRule, Scale, UnknownLabelError, has_no_value
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
 
@@ -35,7 +35,10 @@ class LabelPaths:
         """Return whether the row is desirable. Raises: see `LabelRule.verdict`."""
         if self.scores is None:
             assert self.path is not None
-            return self.rule.verdict(self.path.open(data, where), where, self.path.text)
+            try:
+                return self.rule.verdict(self.path.open(data, where), where, self.path.text)
+            except UnknownLabelError as error:
+                raise error.about(self.path.read_key(data)) from None
         scores = self.named_scores(data, where)
         for name, value in scores.items():
             counts = self.seen.setdefault(name, Counter())

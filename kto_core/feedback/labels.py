@@ -74,6 +74,12 @@ class UnknownLabelError(FeedbackError):
         super().__init__(message)
         self.field, self.rule = field, rule
 
+    def about(self, field: str | None) -> "UnknownLabelError":
+        """Return the error with another name of the field; the same error if there is none."""
+        if field is None or field == self.field:
+            return self
+        return UnknownLabelError(str(self).replace(f"'{self.field}'", f"'{field}'", 1), field, self.rule)
+
 
 @dataclass(frozen=True)
 class LabelRule:

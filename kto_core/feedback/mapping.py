@@ -17,6 +17,7 @@ from offline_kto.kto_core.feedback.conversations import part_early
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, is_tie
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, EMPTY, NO_PROMPT, TIE, LeftOut
+from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
 from offline_kto.kto_core.feedback.paths import Path, option_path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -66,10 +67,10 @@ class PairPaths:
             return self.rule.verdict(value, where, better.text if len(better.text) < _LONG else "the preference")
         except LeftOut as left:
             raise LeftOut(TIE if left.reason == DEAD_ZONE else left.reason, left.detail) from None
-        except UnknownLabelError:
+        except UnknownLabelError as error:
             if all(map(is_tie, value)) if isinstance(value, list) else is_tie(value):
                 raise LeftOut(TIE, quoted(value)) from None
-            raise
+            raise error.about(better.read_key(data)) from None
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Mapping:
     Attributes:
         name: of the format, as the plan shows it.
         recognise: true for a record of this format; None for a mapping that is only used when it is named.
+        aside: columns that this format has and does not need, whatever their names suggest.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Mapping:
     chat: str | None = None
     warn: tuple[Path, str] | None = None
     refuse: str | None = None
+    aside: tuple[str, ...] = ()
 
     @property
     def has_label(self) -> bool:
@@ -252,6 +255,8 @@ class Mapping:
 
     def _messages(self, value: object, where: str, path: Path) -> Turns:
         """Return a conversation without the text that `strip` matches. Raises: FeedbackError: it is text."""
+        label = None if self.label is None else self.label.path
+        check_is_list(value, where, path.text, label="PATH" if label is None else label.text)
         turns = as_turns(value, where, path.text)
         if isinstance(turns, str):
             raise FeedbackError(

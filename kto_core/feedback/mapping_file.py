@@ -30,6 +30,7 @@
     warn:                           a warning with the number of records for which `when` is true
       when: "length(output) == `500`"
       say: answers are cut
+    aside: [score_A]                columns of the format that are not needed: no warning that they are not read
     refuse: it has no labels        why a recognised format cannot be used
 
 Every path is JMESPath (see `paths`). Leave out keys that are not needed.
@@ -63,6 +64,7 @@ def mapping_from(table: object, source: str) -> Mapping:
         name=keys.text("name") or source,
         warn=_warn(keys.take("warn"), f"{source}: warn"),
         refuse=keys.text("refuse"),
+        aside=tuple(map(str, keys.values("aside"))),
         **{name: keys.path(name) for name in _PATHS},
         zip={name: compiled(text, f"{source}: zip: {name}") for name, text in keys.texts("zip").items()},
         label=_label(keys.take("label"), f"{source}: label"),

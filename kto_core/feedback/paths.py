@@ -231,6 +231,13 @@ class Path:
         """Return the routes that the expression reads in a record."""
         return {(self._key,)} if self._key is not None else routes(self._compiled.parsed, record)
 
+    def read_key(self, record: Mapping[str, object]) -> str | None:
+        """Return the key of which an expression with alternatives takes the value; None if it is not clear."""
+        if "||" not in self.text:
+            return None
+        found = [".".join(route) for route in self.routes(record) if opened_at(record, route) is not None]
+        return found[0] if len(found) == 1 else None
+
     def open(self, record: Mapping[str, object], where: str) -> Any:
         """Return like `find`, with JSON text opened. Raises: FeedbackError: also a value as Python prints it."""
         value = self.find(record, where)

@@ -1,17 +1,20 @@
 """Read a preference pair: two answers to one prompt, of which the chosen one is better."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.columns import (
     LABELS,
     PAIR_MARGIN,
+    PAIR_OBJECTS,
     PAIR_RATINGS,
+    PAIR_VERDICTS,
     PAIR_WINNER,
     FeedbackFields,
     is_alpaca,
     prompt_value,
     prompt_with_system,
+    refuse_other_prompt,
 )
 from offline_kto.kto_core.feedback.conversations import (
     alpaca_prompt,
@@ -20,8 +23,9 @@ from offline_kto.kto_core.feedback.conversations import (
     shared_beginning,
     with_system,
 )
+from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.json_values import canonical_json
-from offline_kto.kto_core.feedback.labels import number_in
+from offline_kto.kto_core.feedback.labels import is_tie, number_in
 from offline_kto.kto_core.feedback.left_out import SAME_ANSWERS, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Turns, as_conversation, as_turns
 from offline_kto.kto_core.feedback.paths import Path, key_path
@@ -81,7 +85,7 @@ def pair_in(present: Mapping[str, object], where: str, fields: FeedbackFields) -
     rejected = as_turns(present["rejected"], where, "rejected")
     if canonical_json(chosen, where) == canonical_json(rejected, where):  # as JSON: to Python, 1 and true are the same
         raise LeftOut(SAME_ANSWERS)
-    _check_ratings(present, where)
+    _check_ratings(present, where, fields)
     prompt = _pair_prompt(present, where, fields)
     answers: tuple[Turns, ...]
     if prompt is None:
@@ -98,7 +102,7 @@ def pair_in(present: Mapping[str, object], where: str, fields: FeedbackFields) -
     return prompt if is_alpaca(present, fields) else with_system(prompt, present, where), answers
 
 
-def _check_ratings(present: Mapping[str, object], where: str) -> None:
+def _check_ratings(present: Mapping[str, object], where: str, fields: FeedbackFields) -> None:
     """Compare the ratings of a pair, if it has any. Raises: LeftOut: a tie; FeedbackError: the rejected one is better."""
     winner, margin = present.get(PAIR_WINNER), number_in(present.get(PAIR_MARGIN))
     if (isinstance(winner, str) and winner.strip().lower() == "rejected") or (margin is not None and margin < 0):
@@ -107,10 +111,12 @@ def _check_ratings(present: Mapping[str, object], where: str) -> None:
             f"{where}: '{name}' is {quoted(present[name])}, so 'rejected' is better than 'chosen'. Swap them, or remove "
             f"'{name}' if it does not apply."
         )
-    for names in PAIR_RATINGS:
-        chosen, rejected = (number_in(present.get(name)) for name in names)
-        if chosen is None or rejected is None:
-            continue
+    for name in PAIR_VERDICTS:
+        verdict = present.get(name)
+        if isinstance(verdict, str) and is_tie(verdict):
+            fields.read.add(name)
+            raise LeftOut(TIE, f"'{name}' is {quoted(verdict)}")
+    for names, chosen, rejected in _ratings(present, fields):
         if chosen == rejected:
             raise LeftOut(TIE, f"both are rated {chosen:g}")
         if chosen < rejected:
@@ -120,9 +126,25 @@ def _check_ratings(present: Mapping[str, object], where: str) -> None:
             )
 
 
+def _ratings(present: Mapping[str, object], fields: FeedbackFields) -> Iterator[tuple[tuple[str, str], float, float]]:
+    """Yield (names, rating of chosen, rating of rejected) for each two ratings, in columns or in one object."""
+    for names in PAIR_RATINGS:
+        chosen, rejected = (number_in(present.get(name)) for name in names)
+        if chosen is not None and rejected is not None:
+            yield names, chosen, rejected
+    for name in PAIR_OBJECTS:
+        ratings = opened(present[name]) if name in present else None
+        if isinstance(ratings, Mapping):
+            chosen, rejected = number_in(ratings.get("chosen")), number_in(ratings.get("rejected"))
+            if chosen is not None and rejected is not None:
+                fields.read.add(name)
+                yield (f"{name}.chosen", f"{name}.rejected"), chosen, rejected
+
+
 def _pair_prompt(present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns | None:
     found = prompt_value(present, where, fields)
     if found is not None:
+        refuse_other_prompt(present, found[0], where, fields)
         return as_turns(found[1], where, found[0])
     if is_alpaca(present, fields):
         return alpaca_prompt(present, where, conversation=fields.chat_template)

@@ -34,6 +34,7 @@ from offline_kto.kto_core.feedback.columns import (
     prompt_value,
     prompt_with_system,
     refuse_another,
+    refuse_other_prompt,
 )
 from offline_kto.kto_core.feedback.conversations import (
     alpaca_prompt,
@@ -43,12 +44,14 @@ from offline_kto.kto_core.feedback.conversations import (
     split_conversation,
     with_system,
 )
-from offline_kto.kto_core.feedback.exports import is_printed
+from offline_kto.kto_core.feedback.exports import is_printed, opened
 from offline_kto.kto_core.feedback.json_values import canonical_json, check_text, template_kwargs_in, tools_in
 from offline_kto.kto_core.feedback.judged_messages import judged_messages
 from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
-from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import (
+    ROLES,
     Message,
     Turns,
     are_tool_calls,
@@ -58,6 +61,9 @@ from offline_kto.kto_core.feedback.messages import (
 )
 from offline_kto.kto_core.feedback.preference_pairs import is_pair, pair_in
 from offline_kto.kto_core.feedback.quoting import quoted
+
+# Keys that say something about a message and are no part of it.
+_ABOUT = ("id", "label", "feedback", "rating", "score", "model", "created_at", "timestamp")
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,8 @@ def _finished(
     fields: FeedbackFields,
 ) -> list[FeedbackRow]:
     """Return the rows of one prompt, after the steps of all formats: text to chat, tool results, ids of pairs."""
+    if _asks_nothing(prompt):
+        raise LeftOut(NO_PROMPT, "it is empty")
     from_text = rendered = False
     if isinstance(prompt, str) and fields.chat:
         prompt, completions = as_chat(prompt, completions, fields.rendered)
@@ -202,6 +210,13 @@ def _finished(
     return rows
 
 
+def _asks_nothing(prompt: Turns) -> bool:
+    """Return whether a prompt is an empty text, or ends with an empty message of the user."""
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    return bool(prompt) and prompt[-1]["role"] == "user" and not prompt[-1]["content"].strip()
+
+
 def _single(
     record: Mapping[str, object], present: Mapping[str, object], where: str, fields: FeedbackFields
 ) -> tuple[str, Turns, Turns]:
@@ -214,11 +229,12 @@ def _single(
         _check_other_answers(present, name, where, fields)
         asked = prompt_value(present, where, fields)
         if asked is not None:
+            _check_other_prompts(present, asked[0], name, where, fields)
             prompt = prompt_with_system(as_turns(asked[1], where, asked[0]), present, where, fields)
             form = f"{asked[0]} + {name}"
         elif is_alpaca(present, fields):
             prompt, form = alpaca_prompt(present, where, conversation=fields.chat_template), f"instruction + {name}"
-        elif (before := _conversation_before(present, value, where)) is not None:
+        elif (before := _conversation_before(present, value, where, fields)) is not None:
             prompt, form = before[1], f"{before[0]} + {name}"
         else:
             if fields.prompt is not None and fields.prompt.text not in record:
@@ -227,7 +243,7 @@ def _single(
                 )
             missing = "prompt" if fields.prompt is None else fields.prompt.text
             if missing in record:
-                raise FeedbackError(f"{where}: '{missing}' is empty. Write the prompt, or remove the row.")
+                raise LeftOut(NO_PROMPT, f"'{missing}'")
             raise _UnknownFormatError(
                 f"{where}: there is a '{name}' but no '{missing}'; {columns_in_words(present)}."
                 " Name the prompt's column with --prompt-field."
@@ -239,6 +255,9 @@ def _single(
         name = form
         for other in others:
             refuse_another(present, name, other, where, "--completion-field")
+        _check_is_list(present, name, where, fields)
+        if _ends_with_nothing(present[name]):
+            raise LeftOut(EMPTY, f"the last message of '{name}'")
         messages = as_conversation(present[name], where, name)
         _check_prompt_beside(present, messages, where, name)
         prompt, completion = split_conversation(messages, where, name)
@@ -254,7 +273,7 @@ def _single(
 
 
 def _conversation_before(
-    present: Mapping[str, object], answer: object, where: str
+    present: Mapping[str, object], answer: object, where: str, fields: FeedbackFields
 ) -> tuple[str, tuple[Message, ...]] | None:
     """Return (column, messages) of a conversation to which a column has the answer; None without one.
 
@@ -263,11 +282,32 @@ def _conversation_before(
     name = next((one for one in CONVERSATIONS if one in present), None)
     if name is None:
         return None
+    _check_is_list(present, name, where, fields)
     messages = as_conversation(present[name], where, name)
     if messages[-1]["role"] != "assistant":
         return name, messages
     repeated = isinstance(answer, str) and messages[-1]["content"].strip() == answer.strip()
     return (name, messages[:-1]) if repeated and len(messages) > 1 else None
+
+
+def _ends_with_nothing(value: object) -> bool:
+    """Return whether the last of several messages is one of the assistant whose only other keys have no value."""
+    messages = opened(value)
+    last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
+    if not isinstance(last, Mapping) or len(last) < 2:
+        return False
+    role = last.get("role", last.get("from"))
+    others = (item for key, item in last.items() if key not in ("role", "from", *_ABOUT))
+    return (
+        isinstance(role, str)
+        and ROLES.get(role.lower()) == "assistant"
+        and all(item in (None, "", [], {}) for item in others)
+    )
+
+
+def _check_is_list(present: Mapping[str, object], name: str, where: str, fields: FeedbackFields) -> None:
+    labels = [one for one in (*LABELS, "rating") if one in present] or ["label"]
+    check_is_list(present[name], where, name, label=labels[0] if fields.label is None else fields.label.text)
 
 
 def _check_other_answers(present: Mapping[str, object], used: str, where: str, fields: FeedbackFields) -> None:
@@ -277,6 +317,36 @@ def _check_other_answers(present: Mapping[str, object], used: str, where: str, f
     others = ["chosen", *(["output"] if "instruction" in present else [])]
     for other in others:
         refuse_another(present, used, other, where, "--completion-field")
+
+
+def _check_other_prompts(
+    present: Mapping[str, object], used: str, answer: str, where: str, fields: FeedbackFields
+) -> None:
+    """Refuse a second prompt, or messages with another answer, beside the columns of prompt and answer."""
+    if fields.prompt is not None or fields.completion is not None:
+        return
+    refuse_other_prompt(present, used, where, fields)
+    prompt = present[used]
+    name = next((one for one in CONVERSATIONS[:2] if one in present), None)
+    if name is None or not isinstance(opened(present[name]), list) or not opened(present[name]):
+        return
+    messages = as_conversation(present[name], where, name)
+    said = present[answer]
+    if (
+        messages[-1]["role"] == "assistant"
+        and isinstance(said, str)
+        and messages[-1]["content"].strip() != said.strip()
+    ):
+        raise FeedbackError(
+            f"{where}: '{answer}' and the last message of '{name}' differ, and only one of them can be read. Choose the answer with "
+            "--completion-field, or remove the other."
+        )
+    asked = [one["content"].strip() for one in messages if one["role"] == "user"]
+    if isinstance(prompt, str) and asked and asked[-1] not in prompt and prompt.strip() not in asked:
+        raise FeedbackError(
+            f"{where}: '{used}' is not among the messages of '{name}', and only one of them can be read. Choose the prompt with "
+            "--prompt-field, or remove the other."
+        )
 
 
 def _check_prompt_beside(present: Mapping[str, object], messages: tuple[Message, ...], where: str, name: str) -> None:

@@ -225,6 +225,8 @@ _KEPT = (
     *("tool_calls", "toolCalls", "function_call", "functionCall", "toolInvocations", "tool_call_id", "toolCallId"),
     "refusal",
 )
+# All keys of a turn beside its text that are read.
+KEYS_OF_TURNS = (*_KEPT, *REASONING, "parts")
 
 
 def _parts(value: object) -> object:

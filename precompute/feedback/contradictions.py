@@ -1,6 +1,7 @@
 """Compare the label with other columns that look like a verdict, as ratings and thumbs do, for the warnings of the plan."""
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Final
 
 from offline_kto.kto_core.feedback.labels import Scale, has_no_value
 from offline_kto.kto_core.feedback.quoting import counted, quoted
+from offline_kto.precompute.records.feedback_columns import is_turned_round, is_undesirable, reversed_options
 
 # Columns that say the same as a label, if they are there.
 _NAMES: Final = (
@@ -15,10 +17,37 @@ _NAMES: Final = (
     *("user_rating", "user_feedback"),
 )
 VERDICTS: Final = frozenset(_NAMES)
+# Other names of a verdict. Such a column may judge something else, so it counts only if most rows contradict.
+_SIMILAR: Final = re.compile(
+    r"(?<![a-z])(?:label\d*|verdict|ratings?|thumbs?_?up|votes?|gold|judge?ment|(?:is|was)_?(?:correct|valid|good|ok|helpful|accepted|"
+    r"approved|safe|useful)|correct|valid|helpful|accepted|approved|passed|preferred)(?![a-z])",
+    re.IGNORECASE,
+)
+_IDENTIFIES: Final = re.compile(r"[_.-](?:ids?|date|at|time|timestamp|by|counts?|reason|type|source)$", re.IGNORECASE)
 # Numbers with more different values are no scale on which a middle is known.
 _MOST_VALUES = 12
 
 _shown = functools.lru_cache(maxsize=4096, typed=True)(quoted)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_verdict(name: str) -> bool:
+    """Return whether a column's name is that of a verdict, also of one on what is undesirable."""
+    if name in VERDICTS:
+        return True
+    return (_SIMILAR.search(name) is not None or is_undesirable(name)) and _IDENTIFIES.search(name) is None
+
+
+@functools.lru_cache(maxsize=1024)
+def _verdicts_among(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(filter(is_verdict, names))
+
+
+class ColumnsToRead(frozenset[str]):
+    """The names of columns to read; names of verdicts are among them."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and is_verdict(name))
 
 
 @dataclass
@@ -35,7 +64,7 @@ class Contradictions:
 
     def add(self, record: Mapping[str, object], label: bool, where: str) -> None:
         """Note the values of a record that became one row."""
-        for name in record.keys() & VERDICTS:
+        for name in _verdicts_among(tuple(record)):
             value = record[name]
             if has_no_value(value) or not isinstance(value, bool | int | float | str):
                 continue
@@ -47,18 +76,31 @@ class Contradictions:
 
     def in_words(self, unused: Collection[str]) -> list[str]:
         """Return a sentence for each column that was not read and contradicts the label in some rows."""
-        there = [name for name in _NAMES if name in unused and name in self.seen]
+        there = sorted(
+            (name for name in self.seen if name in unused),
+            key=lambda name: _NAMES.index(name) if name in VERDICTS else 99,
+        )
         return [text for name in there if (text := self._sentence(name, self.seen[name]))]
 
     def _sentence(self, name: str, counts: Counter[tuple[str, bool]]) -> str:
         scale = Scale(Counter({shown: 1 for shown, _ in counts}))
         if len(scale.counts) > _MOST_VALUES:
             return ""
-        against = {(shown, label): n for (shown, label), n in counts.items() if scale.verdict(shown) is (not label)}
-        if not against:
+        turned = is_turned_round(name, scale.counts)
+        if is_undesirable(name) and not turned:  # a scale of unknown direction, or words
+            return ""
+        verdicts = {one: scale.verdict(one[0]) for one in counts}
+        judged = sum(counts[one] for one, verdict in verdicts.items() if verdict is not None)
+        against = {
+            one: counts[one]
+            for one, verdict in verdicts.items()
+            if verdict is not None and (verdict is one[1]) is turned
+        }
+        if not against or (name not in VERDICTS and 2 * sum(against.values()) <= judged):
             return ""
         (shown, label), _ = next(iter(against.items()))
-        proposal = "" if scale.is_usual else f" {scale.proposal()}"
+        proposal = reversed_options(scale.counts) if turned else "" if scale.is_usual else scale.proposal()
+        proposal = proposal and f" {proposal}"
         return (
             f"'{name}' contradicts the label that was read in {sum(against.values()):,} of {counted(counts.total(), 'row')} "
             f"(first: {self.first[name, shown, label]}: {'desirable' if label else 'undesirable'}, but '{name}' is {shown}). If "

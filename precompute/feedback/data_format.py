@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Mapping as AnyMapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -44,6 +44,7 @@ class DataFormat:
         why: the reason for this choice, for the plan.
         rule: which labels are desirable, by the options.
         notes: sentences on how the records were found.
+        passed_over: a recognised format that is not used because it has no label, and options name one.
 
     Raises:
         KTOError: an option that cannot be used, or a file that cannot be read.
@@ -55,6 +56,7 @@ class DataFormat:
         self._info: DatasetInfo | None = None
         self.notes: list[str] = []
         self.mapping: Mapping | None = None
+        self.passed_over: Mapping | None = None
         self.mapping, self.why = self._choose_mapping()
         self.rule = self._rule()
 
@@ -65,7 +67,7 @@ class DataFormat:
 
     @property
     def renamed(self) -> set[str]:
-        """The file's columns that have another name in the records."""
+        """The file's own names of columns that are read under others, by dataset_info.json."""
         return set() if self._info is None else set(self._info.columns.values())
 
     @property
@@ -84,7 +86,7 @@ class DataFormat:
             return self.mapping.pair.rule
         return LabelRule() if self.label_paths is None else self.label_paths.rule
 
-    def records(self, columns: set[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
+    def records(self, columns: Collection[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
         """Yield the records of the data, also those inside a document.
 
         Args:
@@ -104,11 +106,21 @@ class DataFormat:
         # For a folder or a data set, --split chooses one of its splits.
         return split if wanted == "train" or FilePath(self._config.data).is_file() else None
 
+    def has_splits(self, found: Collection[str]) -> bool:
+        """Return whether `--split` chooses among splits of the data.
+
+        Args:
+            found: the values of the records' column `split`.
+        """
+        in_document = self._document is not None and self._document[1].of_split
+        in_mapping = self.mapping is not None and self.mapping.where is not None and "split" in self.mapping.where.text
+        return bool(found) or in_document or in_mapping or not FilePath(self._config.data).is_file()
+
     def is_wanted(self, split: str | None) -> bool:
         """Return whether records of a split are read."""
         return split is None or split.strip().lower() == self._config.split.lower()
 
-    def _source(self, columns: set[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
+    def _source(self, columns: Collection[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
         """Yield the records of the file, or those in its only JSON object."""
         if self._document is not None:
             where, found = self._document
@@ -143,9 +155,9 @@ class DataFormat:
                 raise ConfigError(f"--map {config.map}: the mapping defines where the prompt is. Remove {given[0]}.")
             mapping = named_mapping(config.map)
             self._open(mapping, given=[])
-            if self._label_options and not mapping.has_label:
+            if self.label_options and not mapping.has_label:
                 raise ConfigError(
-                    f"--map {config.map}: the mapping has no label, so remove {' and '.join(self._label_options)}."
+                    f"--map {config.map}: the mapping has no label, so remove {' and '.join(self.label_options)}."
                 )
             return self._with_label(mapping), f"--map {config.map}"
         self._open(None, given=[path for path in options.values() if path])
@@ -163,8 +175,9 @@ class DataFormat:
             found = recognised(record, where)
             if found is None:
                 check_sides_are_answers(record, where)
-            if found is not None and (found.has_label or not self._label_options):
+            if found is not None and (found.has_label or not self.label_options):
                 return self._with_label(found), "recognised by its keys"
+            self.passed_over = self.passed_over or found
         return None, ""  # also if a label is named and the format has none: options take precedence over recognition
 
     def _open(self, mapping: Mapping | None, given: list[str]) -> None:
@@ -214,7 +227,7 @@ class DataFormat:
         return with_label(mapping, self._config.label_field, rule)
 
     @property
-    def _label_options(self) -> list[str]:
+    def label_options(self) -> list[str]:
         """The options about labels that are given."""
         config = self._config
         options = {

@@ -8,7 +8,23 @@ from offline_kto.kto_core.feedback.messages import Turns
 from offline_kto.kto_core.feedback.records import FeedbackRow
 
 # How programs write a missing value into a table; as a text it would be trained on.
-_MISSING = {"NaN", "nan", "None", "null", "NULL", "<NA>"}
+_MISSING = {
+    "NaN",
+    "nan",
+    "None",
+    "null",
+    "NULL",
+    "<NA>",
+    "N/A",
+    "n/a",
+    "#N/A",
+    "#NAME?",
+    "#VALUE!",
+    "#REF!",
+    "#DIV/0!",
+    "#NULL!",
+    "#NUM!",
+}
 
 
 @dataclass
@@ -62,11 +78,16 @@ class Found:
         self.rendered += row.rendered
         self.moved_results += row.moved_results
         self.labels[row.label] += 1
-        if _names_no_value(row.completion) or _names_no_value(row.prompt):
+        if _has_missing(row.completion) or _has_missing(row.prompt):
             self.missing.append(row.where)
 
 
-def _names_no_value(side: Turns) -> bool:
-    """Return whether a text, or the last message, is the name of a missing value."""
-    text = side if isinstance(side, str) else side[-1]["content"] if side else ""
+def _has_missing(side: Turns) -> bool:
+    """Return whether a text, or one of the messages, is the name of a missing value."""
+    texts = (side,) if isinstance(side, str) else (message["content"] for message in side if message["role"] != "tool")
+    return any(map(names_no_value, texts))
+
+
+def names_no_value(text: object) -> bool:
+    """Return whether a text is the name of a missing value."""
     return isinstance(text, str) and text.strip() in _MISSING

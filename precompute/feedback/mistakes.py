@@ -8,14 +8,19 @@ from collections.abc import Collection, Sequence
 
 from offline_kto.kto_core.errors import FeedbackError, KTOError
 from offline_kto.kto_core.feedback.columns import PROMPTS
-from offline_kto.kto_core.feedback.labels import Scale, UnknownLabelError
+from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, UNRATED
 from offline_kto.kto_core.feedback.paths import Path, key_path, option_path
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
-from offline_kto.precompute.records.feedback_columns import feedback_columns
+from offline_kto.precompute.records.feedback_columns import (
+    feedback_columns,
+    is_turned_round,
+    is_undesirable,
+    reversed_options,
+)
 from offline_kto.precompute.records.text_files import Record
 
 _DECIMAL_COMMA = re.compile(r'"[+-]?[0-9]+,[0-9]+"')
@@ -159,6 +164,49 @@ def unclear_rating(config: PrecomputeConfig, name: str) -> FeedbackError:
     )
 
 
+def options_of_pairs(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> FeedbackError | None:
+    """Return the error about options of labels if all data are preference pairs, which have none; None otherwise."""
+    given = " and ".join(data_format.label_options)
+    advice = f"Remove {given}, or describe the file with --map FILE if it has another label."
+    if given and data_format.mapping is None and set(found.forms) == {"chosen + rejected"}:
+        return FeedbackError(
+            f"{config.data}: all rows are preference pairs, which have no label, so {given} has no effect. {advice}"
+        )
+    passed_over = data_format.passed_over
+    if passed_over is not None and passed_over.refuse is None and not found.forms:
+        return FeedbackError(
+            f"{config.data}: recognised by its keys as {passed_over.name}: preference pairs, which have no label, so it cannot be read "
+            f"with {given}. {advice}"
+        )
+    return None
+
+
+def missing_split(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> FeedbackError | None:
+    """Return the error about a split of a file that has no splits; None without one."""
+    if config.split.lower() in ("train", "all") or data_format.has_splits(found.splits):
+        return None
+    return FeedbackError(
+        f"{config.data}: no split {quoted(config.split)}: the file has no column 'split' and no lists of that name. Remove --split, "
+        "or pass the file of that split."
+    )
+
+
+def turned_round(config: PrecomputeConfig, rule: LabelRule) -> FeedbackError | None:
+    """Return the error about a label whose name says that true is undesirable, as "toxic" does; None without one."""
+    values = list(Scale.of(rule).counts)
+    name = next((one for one in rule.numbers if is_turned_round(one, values)), None)
+    if name is None:
+        return None
+    field = "" if config.label_field is None else f"--label-field {shlex.quote(config.label_field)} "
+    options = reversed_options(value for value in values if value != "(none)")
+    _, up, _, down = shlex.split(options)
+    return FeedbackError(
+        f"{config.data}: the label is '{name}', which seems to name what is undesirable, but true, 1 and yes are read as desirable "
+        f"({Scale.of(rule).in_words()}). Pass {field}{options}, or {field}--up {shlex.quote(down)} --down {shlex.quote(up)} if they "
+        "are desirable."
+    )
+
+
 def _unknown_labels(
     unknown: Sequence[UnknownLabelError], config: PrecomputeConfig, data_format: DataFormat
 ) -> KTOError:
@@ -173,7 +221,7 @@ def _unknown_labels(
             f"{first} It has {scale.in_words()}. {data_format.mapping.name}: the first answer is better if it is one of {up}, the "
             f"second if it is one of {down}. A mapping (--map FILE) names other values in a_when and b_when."
         )
-    proposal = scale.proposal()
+    proposal = "" if is_undesirable(first.field) else scale.proposal()
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
     name = "" if data_format.mapping or usual or config.label_field else f"--label-field {shlex.quote(first.field)} "
     advice = (

@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Mapping as AnyMapping
 from typing import Any
 
@@ -11,10 +11,10 @@ from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.durable_files import write_text, written_to
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
-from offline_kto.kto_core.feedback.columns import COLUMNS, FeedbackFields
+from offline_kto.kto_core.feedback.columns import COLUMNS, PAIR_OBJECTS, PAIR_VERDICTS, FeedbackFields
 from offline_kto.kto_core.feedback.label_paths import SeveralScoresError
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError
-from offline_kto.kto_core.feedback.left_out import DEFECTIVE, OTHER_SPLIT, LeftOut
+from offline_kto.kto_core.feedback.left_out import DEFECTIVE, EMPTY_RECORD, OTHER_SPLIT, LeftOut
 from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.feedback.paths import option_path
 from offline_kto.kto_core.feedback.presets import presets
@@ -22,11 +22,19 @@ from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow, parse_record
 from offline_kto.kto_core.feedback.turns import mapped_rows
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.feedback.contradictions import VERDICTS, Contradictions
+from offline_kto.precompute.feedback.contradictions import ColumnsToRead, Contradictions
 from offline_kto.precompute.feedback.data_format import DataFormat
-from offline_kto.precompute.feedback.found import Found
-from offline_kto.precompute.feedback.mistakes import mistakes_in_rows, no_rows, one_class, unclear_rating
-from offline_kto.precompute.feedback.suspicions import CONVERSATIONS, Suspicions
+from offline_kto.precompute.feedback.found import Found, names_no_value
+from offline_kto.precompute.feedback.mistakes import (
+    missing_split,
+    mistakes_in_rows,
+    no_rows,
+    one_class,
+    options_of_pairs,
+    turned_round,
+    unclear_rating,
+)
+from offline_kto.precompute.feedback.suspicions import CONVERSATIONS, FAILURES, Suspicions
 from offline_kto.precompute.feedback.used_columns import UsedColumns
 from offline_kto.precompute.records.text_files import Located
 
@@ -148,6 +156,10 @@ class Feedback:
             FeedbackError: all mistakes, the first of them with their places; no row; one class only.
         """
         config, found = self._config, self.found
+        if (
+            error := missing_split(config, self._format, found) or options_of_pairs(config, self._format, found)
+        ) is not None:
+            raise error
         label = self._format.label_paths
         if label is not None and (several := label.several(config.data)) is not None:
             raise several
@@ -159,6 +171,8 @@ class Feedback:
                 f"{config.data}: numbers are compared, but some records have a {' and others a '.join(sorted(self._fields.compared))}. "
                 "Name the column with --label-field."
             )
+        if self._is_own_label and (error := turned_round(config, self.label_rule)) is not None:
+            raise error
         if self._is_own_label and (name := self.label_rule.unclear_rating()) is not None:
             raise unclear_rating(config, name)
         if not found.forms:
@@ -167,7 +181,7 @@ class Feedback:
             raise one_class(config, self._format, found)
         if found.missing:
             found.notes.append(
-                "rows with NaN, None or null as a prompt or an answer, as programs write missing values: "
+                "rows with NaN, None, null or N/A as a prompt, an answer or another text, as programs write missing values: "
                 f"{len(found.missing):,} (first: {found.missing[0]}). They are scored as text; remove these rows if the values "
                 "are missing."
             )
@@ -206,10 +220,13 @@ class Feedback:
     def _counted(self, records: Iterable[Located]) -> Iterator[Located]:
         for where, record in records:
             self.found.records += 1
+            if record and all(map(_is_blank, record.values())):  # spreadsheets write rows without any value
+                self.found.left_out.add(where, EMPTY_RECORD)
+                continue
             self.found.columns.update(key for key, value in record.items() if value is not None)
             split = self._format.split_of(record)
             self._used.add(record)
-            self._suspicions.add_record(record)
+            self._suspicions.add_record(record, where)
             if split is not None or self._config.split.lower() == "all":
                 self._used.read.add("split")
             if split is not None:
@@ -234,10 +251,11 @@ class Feedback:
         for where, rows in joined.values():
             yield where, {"rows": rows}
 
-    def _columns(self) -> set[str]:
+    def _columns(self) -> Collection[str]:
         named = (self._config.prompt_field, self._config.completion_field, self._config.label_field)
         roots = (re.split(r"[.\[|]", name, maxsplit=1)[0].strip('" ') for name in named if name)
-        return {*COLUMNS, *CONVERSATIONS, *VERDICTS, "split", *roots, *(name for name in named if name)}
+        ours = {*COLUMNS, *PAIR_VERDICTS, *PAIR_OBJECTS, *CONVERSATIONS, *FAILURES, "split"}
+        return ColumnsToRead({*ours, *roots, *(name for name in named if name)})
 
     def _rows_of(self, record: AnyMapping[str, object], where: str) -> Iterator[FeedbackRow]:
         try:
@@ -245,6 +263,8 @@ class Feedback:
                 rows = parse_record(record, where, self._fields)
                 if len(rows) == 1:
                     self._contradictions.add(record, rows[0].label, where)
+                if "instruction" in record and names_no_value(record.get("input")):  # a part of the user's message
+                    self.found.missing.append(where)
                 yield from rows
                 return
             self._used.look_up(record, where)
@@ -267,6 +287,11 @@ class Feedback:
             yield from parse_record(native, where, self._fields)
         except LeftOut as left:
             self.found.left_out.add(where, left.reason, left.detail)
+
+
+def _is_blank(value: object) -> bool:
+    """Return whether a cell has no value: None, NaN, or a text without characters."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _place(where: str) -> list[int | str]:

@@ -2,9 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
+from offline_kto.kto_core.feedback.labels import has_no_value, usual_label
 from offline_kto.kto_core.feedback.message_text import resembles_messages
 from offline_kto.kto_core.feedback.messages import ROLES, Turns
 from offline_kto.kto_core.feedback.records import FeedbackRow
@@ -33,6 +35,13 @@ CONVERSATIONS = (
     *("conversation_id", "conversationId", "thread_id", "threadId", "chat_id", "chatId"),
     *("dialogue_id", "dialogueId", "dialog_id", "dialogId", *_SESSIONS),
 )
+# Columns that say that an answer failed, was cut or was deleted, with the words for it; empty for any value but false.
+FAILURES: Final = {
+    "status": frozenset(("failed", "error", "incomplete", "cancelled", "canceled")),
+    "finish_reason": frozenset(("length", "content_filter", "error")),
+    "stop_reason": frozenset(("length", "max_tokens", "content_filter", "error")),
+    **dict.fromkeys(("error", "deleted", "is_deleted"), frozenset[str]()),
+}
 
 
 @dataclass
@@ -46,6 +55,7 @@ class Suspicions:
         repeated: places of rows whose answer begins with its prompt.
         rows: number of rows.
         roles: places of rows by their unknown roles, of which a template writes whatever they are.
+        failed: places of records by the column that says that their answer failed.
         conversations: number of records by the hash of their conversation, for each column that names it.
         has_earlier_turns: whether a prompt contains an earlier answer.
     """
@@ -56,11 +66,15 @@ class Suspicions:
     repeated: list[str] = field(default_factory=list)
     roles: dict[str, list[str]] = field(default_factory=dict)
     rows: int = 0
+    failed: dict[str, list[str]] = field(default_factory=dict)
     conversations: dict[str, Counter[int]] = field(default_factory=dict)
     has_earlier_turns: bool = False
 
-    def add_record(self, record: Mapping[str, object]) -> None:
-        """Count a record of a conversation."""
+    def add_record(self, record: Mapping[str, object], where: str) -> None:
+        """Count a record of a conversation, or of an answer that failed."""
+        for name in record.keys() & FAILURES.keys():
+            if _failed(record[name], FAILURES[name]):
+                self.failed.setdefault(name, []).append(where)
         for name in CONVERSATIONS:
             value = record.get(name)
             if name in _SESSIONS and value is not None and record.keys().isdisjoint(_TURNS):
@@ -88,7 +102,7 @@ class Suspicions:
             if role not in _KNOWN_ROLES and (role in self.roles or len(self.roles) < _MOST_ROLES):
                 self.roles.setdefault(role, []).append(row.where)
 
-    def in_words(self, unused: Iterable[str]) -> list[str]:
+    def in_words(self, unused: Collection[str]) -> list[str]:
         """Return a sentence for each suspicion.
 
         Args:
@@ -101,6 +115,12 @@ class Suspicions:
                 found.append(
                     f"{shared:,} records share a {name} with another one, but no prompt contains an earlier answer. If they are "
                     "turns of one conversation, join them with a mapping (--map FILE: join and turns)."
+                )
+        for name, places in sorted(self.failed.items()):
+            if name in unused:
+                found.append(
+                    f"records whose '{name}' suggests that the answer failed, was cut or was deleted: {_counted(places)}. Remove them, or "
+                    "leave them out with `where` in a mapping (--map FILE), if their answers were not judged as they are."
                 )
         if self.media:
             found.append(
@@ -129,6 +149,12 @@ class Suspicions:
                 "rename them to user, assistant, system or tool."
             )
         return found
+
+
+def _failed(value: object, words: Collection[str]) -> bool:
+    if words:
+        return isinstance(value, str) and value.strip().lower() in words
+    return not has_no_value(value) and usual_label(value) is not False
 
 
 _KNOWN_ROLES = frozenset(ROLES.values())

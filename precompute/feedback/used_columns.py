@@ -23,6 +23,7 @@ from offline_kto.kto_core.feedback.message_text import begins_with_roles
 from offline_kto.kto_core.feedback.messages import MESSAGE_KEYS, TEXT_KEYS
 from offline_kto.kto_core.feedback.paths import Path, opened_at
 from offline_kto.kto_core.feedback.reads import Route
+from offline_kto.kto_core.feedback.turns import KEYS_OF_TURNS
 
 # Columns with lists of messages that the native formats read.
 _MESSAGES = (*CONVERSATIONS, *PROMPTS, *COMPLETIONS, "chosen", "rejected", "history")
@@ -106,14 +107,14 @@ class UsedColumns:
             columns: of the file.
         """
         if self._mapping is None:
-            return self.read.union(*(read_in_form(form, self._fields) for form in forms))
+            return self.read.union(self._fields.read, *(read_in_form(form, self._fields) for form in forms))
         pair = self._mapping.pair
         ratings = set() if pair is None else {name for name in pair.ratings if name in columns}
         names = [] if self._label is None or self._label.scores is None else _chosen(self._label)
         scores = {column for column in columns if any(_is_score(column, name) for name in names)}
         turns = self._mapping.turns
         texts = (
-            {*TEXT_KEYS, "parts"}
+            {*TEXT_KEYS, *KEYS_OF_TURNS, "parts"}
             if turns is not None and turns.text is None and self._mapping.join is not None
             else set()
         )

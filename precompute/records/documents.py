@@ -27,10 +27,12 @@ class Records:
 
     Attributes:
         place: where they were found, for the plan: "under 'traces'".
+        of_split: whether they are those of one split of several.
     """
 
     place: str
     records: list[Record]
+    of_split: bool = False
 
 
 def records_in(document: Record, where: str, split: str) -> Records | None:
@@ -126,7 +128,7 @@ def _of_split(lists: Mapping[str, object], where: str, split: str) -> Records:
         raise no_split(where, split, by_name)
     key, value = by_name[split.lower()]
     assert isinstance(value, list)
-    return Records(f"under {quoted(key)}; --split chooses among {', '.join(by_name)}", value)
+    return Records(f"under {quoted(key)}; --split chooses among {', '.join(by_name)}", value, of_split=True)
 
 
 def _inner(document: Record) -> list[tuple[str, str, object]]:

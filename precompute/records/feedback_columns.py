@@ -21,10 +21,19 @@ _NAMES = re.compile(
 )
 # Names of what is undesirable: such a column is no label as it is, because true means desirable.
 _UNDESIRABLE = re.compile(
-    "toxic|harm(?!less)|unsafe|flag|redact|error|spam|halluc|refus|offens|violat|abus|incorrect|wrong|unhelpful|bad|fail|"
-    "reject|dislike|downvote|negative|thumbs?_?down",
+    "toxic|harm(?!less)|unsafe|flag|redact|error|spam|halluc|refus|offens|violat|violen|abus|incorrect|wrong|unhelpful|bad(?!ge)|"
+    "fail|reject|dislike|down_?vote|negative|thumbs?_?down|inappropriate|nsfw|(?<!w)hate|insult|profan|inaccura|invalid|"
+    "unaccept|useless|irrelevant|mislead|complain",
     re.IGNORECASE,
 )
+# Names that deny what is undesirable: true is desirable, as in "not_toxic" and "error_free".
+_DENIED = re.compile(
+    r"(?<![a-z])(?:not?|non|never|without|zero)(?![a-z])|(?<![a-z])non(?=toxic|harm)|[_-]?free(?![a-z])", re.IGNORECASE
+)
+# Paths that only name a value; an expression may turn it round.
+_PLAIN_PATH = re.compile(r"[^!=<>|&(){}`?*,]+")
+# Values that mean that something is there or not, whether it is good or bad; other words say that themselves.
+_YES_AND_NO = frozenset(("true", "false", "1", "0", "1.0", "0.0", "yes", "no", "y", "n", "positive", "negative"))
 # Words of two columns that count opposite votes.
 _OPPOSITES = (
     *(("up", "down"), ("like", "dislike"), ("likes", "dislikes"), ("liked", "disliked"), ("upvote", "downvote")),
@@ -66,8 +75,8 @@ def feedback_columns(records: Iterable[Located]) -> list[str]:
             )
             continue
         proposal = "" if usual[path] else scale.proposal() or "--up ... --down ..."
-        if _UNDESIRABLE.search(path):
-            proposal = _reversed(values) if usual[path] else "--up ... --down ..."
+        if is_undesirable(path):
+            proposal = reversed_options(values) if usual[path] else "--up ... --down ..."
         shown = path if path.isidentifier() else f"'{path}'" if "'" not in path else shlex.quote(path)
         of_messages = " (of messages)" if path in of_turns else ""
         lines.append(
@@ -76,7 +85,22 @@ def feedback_columns(records: Iterable[Located]) -> list[str]:
     return lines[:_MOST_COLUMNS]
 
 
-def _reversed(values: Iterable[str]) -> str:
+def is_undesirable(path: str) -> bool:
+    """Return whether a name is that of what is undesirable, so that true, 1 and yes mean a bad answer."""
+    return _UNDESIRABLE.search(path) is not None and _DENIED.search(path) is None
+
+
+def is_turned_round(path: str, values: Iterable[str]) -> bool:
+    """Return whether the usual meaning of a column's values would make what is undesirable desirable.
+
+    Args:
+        values: as `Scale` shows them.
+    """
+    plain = _PLAIN_PATH.fullmatch(path) is not None
+    return plain and is_undesirable(path) and any(value.strip('"').strip().lower() in _YES_AND_NO for value in values)
+
+
+def reversed_options(values: Iterable[str]) -> str:
     """Return options by which the usual words mean their opposite: a true in "toxic" is undesirable."""
     words = [value.strip('"') for value in values]
     up = [word for word in words if usual_label(word) is False]

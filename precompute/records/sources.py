@@ -55,6 +55,7 @@ from offline_kto.precompute.records.text_files import (
     readable,
 )
 
+_SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -182,8 +183,9 @@ def _look(data: str) -> tuple[Path, str]:
 def _check_suffix(name: str) -> None:
     if format_of(name) is None:
         known = " ".join([*_TEXT_FORMATS, ".parquet"])
+        advice = " Save the sheet as CSV (UTF-8)." if Path(name.lower()).suffix in _SPREADSHEETS else ""
         raise FeedbackError(
-            f"{printable(name, 200)}: unknown kind of file. Known: {known} (all but .parquet also with .gz)."
+            f"{printable(name, 200)}: unknown kind of file. Known: {known} (all but .parquet also with .gz).{advice}"
         )
 
 

@@ -61,6 +61,8 @@ def read_csv(handle: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Loc
             unnamed = [number for number, column in enumerate(columns) if column == ""]
         elif columns == _GRADIO_HEADER and len(cells) == len(_GRADIO_ROW):
             yield where, _named(_GRADIO_ROW, cells)
+        elif not any(map(str.strip, cells)):
+            yield where, dict.fromkeys(filter(None, columns))
         elif len(cells) != len(columns):
             raise FeedbackError(
                 f"{where}: {len(cells)} cells under a header of {len(columns)}. The file is truncated, or a"
