@@ -5,13 +5,17 @@ BIN = $(VENV)/bin
 
 VENV_VLLM ?= .venv-vllm
 
-.PHONY: demo test test-vllm check docs format install clean
+.PHONY: demo test test-gpu test-vllm check docs format install clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not vllm and not gpu" $(ARGS)
+
+# On a machine with a GPU. Each test that cannot run there says why it is skipped.
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 
 # Real vLLM, in an environment of its own.
 test-vllm: $(VENV_VLLM)/installed

@@ -126,7 +126,7 @@ def synthetic_rows(num_rows: int, *, seed: int) -> list[Row]:
     that a batch of even size has as many of each.
     """
     rng = random.Random(seed)
-    words = _lexicon(rng, size=4000)
+    words = lexicon(rng, size=4000)
     weights = [1.0 / (rank + 3) for rank in range(len(words))]
     rows: list[Row] = []
     while len(rows) < num_rows:
@@ -147,7 +147,7 @@ def _num_words(row: Row) -> int:
 def _synthetic_row(rng: random.Random, words: list[str], weights: list[float], label: bool) -> Row:
     def turn(role: str, median_words: int) -> dict[str, str]:
         length = max(3, round(median_words * rng.lognormvariate(0.0, 0.7)))
-        return {"role": role, "content": _sentences(rng, rng.choices(words, weights, k=length))}
+        return {"role": role, "content": sentences(rng, rng.choices(words, weights, k=length))}
 
     prompt = [turn("user", 50)]
     for _ in range(rng.choice([0, 0, 1, 2])):
@@ -155,16 +155,16 @@ def _synthetic_row(rng: random.Random, words: list[str], weights: list[float], l
     return {"prompt": prompt, "completion": [turn("assistant", 110)], "label": label}
 
 
-def _sentences(rng: random.Random, words: list[str]) -> str:
-    sentences = []
+def sentences(rng: random.Random, words: list[str]) -> str:
+    found = []
     while words:
         length = rng.randint(4, 16)
         sentence, words = words[:length], words[length:]
-        sentences.append(" ".join(sentence).capitalize() + rng.choice([".", ".", ".", "?", "!"]))
-    return " ".join(sentences)
+        found.append(" ".join(sentence).capitalize() + rng.choice([".", ".", ".", "?", "!"]))
+    return " ".join(found)
 
 
-def _lexicon(rng: random.Random, *, size: int) -> list[str]:
+def lexicon(rng: random.Random, *, size: int) -> list[str]:
     syllables = [c + v + e for c in "bcdfghklmnprstvw" for v in "aeiou" for e in ("", "", "n", "r", "s", "t")]
     words: dict[str, None] = {}  # keeps the order in which they were made, unlike a set of strings
     while len(words) < size:
