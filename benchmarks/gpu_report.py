@@ -81,7 +81,9 @@ class Report:
         return self.results.get(name)
 
     def write(self) -> None:
-        text = json.dumps({"facts": self.results.get("facts"), "results": self.results, "skipped": self.skipped}, indent=1)
+        text = json.dumps(
+            {"facts": self.results.get("facts"), "results": self.results, "skipped": self.skipped}, indent=1
+        )
         self.path.write_text(text + "\n", encoding="utf-8")
 
     def seconds(self, name: str) -> float | None:
@@ -137,9 +139,7 @@ def facts(seconds: float) -> Result:
         " 'transformers': transformers.__version__, 'accelerate': accelerate.__version__,\n"
         " 'matmul_tflops': rate / 1e12}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=seconds, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=seconds, check=False)
     if done.returncode:
         raise ValueError(done.stderr[-600:])
     found: Result = json.loads(done.stdout.splitlines()[-1])
@@ -188,7 +188,12 @@ def score(report: Report, workload: Workload, out: Path, *, seconds: float, opti
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     spent, tokens = manifest["run"]["seconds"], manifest["run"]["tokens"]
     flops = 2 * SIZES["tiny" if report.dry else workload.size].layer_weights * tokens
-    return {"scoring_seconds": spent, "tokens": tokens, "tokens_a_second": tokens / spent, "tflops": flops / spent / 1e12}
+    return {
+        "scoring_seconds": spent,
+        "tokens": tokens,
+        "tokens_a_second": tokens / spent,
+        "tflops": flops / spent / 1e12,
+    }
 
 
 def side(
@@ -208,7 +213,10 @@ def side(
     words: list[str | Path] = [HERE / "gpu_side.py", kind, "--model", workload.model, "--data", workload.data]
     words += ["--cache", workload.cache, "--out", out, "--batch-size", str(workload.batch)]
     words += ["--max-length", str(workload.max_length), "--warmup", str(warmup), "--updates", str(updates)]
-    words += ["--options", json.dumps({**({"device": "cpu"} if report.dry and kind == "ours" else {}), **(options or {})})]
+    words += [
+        "--options",
+        json.dumps({**({"device": "cpu"} if report.dry and kind == "ours" else {}), **(options or {})}),
+    ]
     words += ["--profile"] if profile else []
     python = report.trl_python if kind == "trl" else Path(sys.executable)
     run_python(words, seconds=seconds, log=out.with_suffix(".log"), env=env, python=python)
@@ -231,7 +239,16 @@ def sides_of(size: str) -> list[tuple[str, Result]]:
         named = {**_OURS, **_TRL, **_TRL_16}
         return [(name, {**options, "lora_rank": 16}) for name, options in named.items()]
     ours, trl = [*_OURS.items()], [*_TRL.items()]
-    return [ours[0], trl[0], ours[1], trl[1], *_OURS_CHECKPOINTING.items(), *_OURS_LEAN.items(), *_TRL_LIVE.items(), *_TRL_16.items()]
+    return [
+        ours[0],
+        trl[0],
+        ours[1],
+        trl[1],
+        *_OURS_CHECKPOINTING.items(),
+        *_OURS_LEAN.items(),
+        *_TRL_LIVE.items(),
+        *_TRL_16.items(),
+    ]
 
 
 def part_2(report: Report) -> None:
@@ -328,7 +345,9 @@ def _losses_apart(report: Report) -> float | None:
 
 CLAIMS = [
     *(
-        Claim(f"{size}: time / TRL's, cached, its default", _ratio(size, "ours auto", "TRL cached", "median_seconds"), 0.5)
+        Claim(
+            f"{size}: time / TRL's, cached, its default", _ratio(size, "ours auto", "TRL cached", "median_seconds"), 0.5
+        )
         for size in ("0.5B", "1.5B")
     ),
     Claim("0.5B: time / TRL's, live", _ratio("0.5B", "ours auto", "TRL live", "median_seconds"), 0.5),
@@ -341,9 +360,7 @@ CLAIMS = [
         for size in ("0.5B", "1.5B")
     ),
     *(
-        Claim(
-            f"{size}: memory, lean / TRL's default", _ratio(size, "ours lean", "TRL cached", "peak_allocated"), 0.5
-        )
+        Claim(f"{size}: memory, lean / TRL's default", _ratio(size, "ours lean", "TRL cached", "peak_allocated"), 0.5)
         for size in ("0.5B", "1.5B")
     ),
     Claim("8B LoRA: memory / TRL's default", _ratio("8B", "ours 8192", "TRL cached", "peak_allocated"), 0.5),
@@ -366,7 +383,16 @@ def part_1(report: Report) -> None:
 
     def tests(seconds: float) -> Result:
         log, junit = report.path.with_name("gpu-tests.log"), report.path.with_name("gpu-tests.xml")
-        words: list[str | Path] = ["-m", "pytest", "-m", "gpu", "-q", "-rs", f"--junitxml={junit}", HERE.parent / "tests"]
+        words: list[str | Path] = [
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "-q",
+            "-rs",
+            f"--junitxml={junit}",
+            HERE.parent / "tests",
+        ]
         try:
             run_python([*words, *(["--collect-only"] if report.dry else [])], seconds=seconds, log=log)
         except ValueError as error:
@@ -388,7 +414,9 @@ def part_3(report: Report) -> None:
 
     def head(seconds: float) -> Result:
         log = report.work / "head.log"
-        sizes = ("--device cpu --tokens 40 --sizes 16x97 --tiles 16x32 --repeats 1" if report.dry else "--repeats 10").split()
+        sizes = (
+            "--device cpu --tokens 40 --sizes 16x97 --tiles 16x32 --repeats 1" if report.dry else "--repeats 10"
+        ).split()
         run_python([HERE / "head_bench.py", *sizes], seconds=min(seconds, 90), log=log)
         text = log.read_text(encoding="utf-8").splitlines()
         print("\n".join(text[:-1]))
@@ -447,7 +475,9 @@ def read_scores(cache: Path) -> dict[int, tuple[float, int]]:
     """Return (nats, tokens) of each labelled row."""
     from pyarrow import parquet
 
-    rows = [row for shard in sorted((cache / "train").glob("*.parquet")) for row in parquet.read_table(shard).to_pylist()]
+    rows = [
+        row for shard in sorted((cache / "train").glob("*.parquet")) for row in parquet.read_table(shard).to_pylist()
+    ]
     return {row["source"]: (row["ref_logps"], len(row["completion_ids"])) for row in rows}
 
 

@@ -103,7 +103,8 @@ class TestRefusal:
             check_training_fits("org/eight", EIGHT, TrainConfig(), HALF, GPU)
         assert str(caught.value) == (
             "org/eight: full fine-tuning in bfloat16 (17.9 bytes a parameter) needs 143 GB, and 79 GB are free on cuda:0. "
-            "What fits: --memory lean (48.2 GB); --memory host (32.1 GB); --lora-rank 16 (17.1 GB); --lora-rank 16 on a version of the model quantised to 4 bits (4.82 GB); "
+            "What fits: --memory lean (48.2 GB); --memory host (32.1 GB); --lora-rank 16 (17.1 GB); "
+            "--lora-rank 16 on a version of the model quantised to 4 bits (4.82 GB); "
             "3 such GPUs that share the weights (accelerate launch --config_file configs/accelerate_fsdp2.yaml) (47.8 GB). "
             "Or end other processes on this GPU, if there are any."
         )

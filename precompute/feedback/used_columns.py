@@ -114,7 +114,7 @@ class UsedColumns:
         scores = {column for column in columns if any(_is_score(column, name) for name in names)}
         turns = self._mapping.turns
         texts = (
-            {*TEXT_KEYS, *KEYS_OF_TURNS, "parts"}
+            {*TEXT_KEYS, *KEYS_OF_TURNS}
             if turns is not None and turns.text is None and self._mapping.join is not None
             else set()
         )
