@@ -18,6 +18,7 @@ Every table names card, versions and the rate of a large matrix product in the s
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -271,10 +272,8 @@ def part_2(report: Report) -> None:
                 continue
             title = f"{size} {name}"
 
-            def measure(seconds: float, kind: str = kind, options: Result = options, title: str = title) -> Result:
-                return side(report, workload[0], kind, seconds=seconds, name=title, options=options)
-
-            report.add(title, measure, needs=20 if report.dry else 30)
+            measure = functools.partial(side, report, workload[0], kind, name=title, options=options)
+            report.add(title, lambda left, measure=measure: measure(seconds=left), needs=20 if report.dry else 30)
     print(f"\n{side_table(report)}\n\n{claims_table(report)}")
 
 
