@@ -137,10 +137,14 @@ def test_activations_of_a_token(recipe: str, checkpoints: bool) -> None:
 def test_sharded_weights_are_an_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 of eight that nobody runs: what it holds between passes."""
     import torch.distributed as dist
+    from accelerate.state import AcceleratorState
     from torch.distributed.fsdp import fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     model = build("full")
+    if dist.is_initialized():  # by a run of another test in this process
+        AcceleratorState._reset_state(reset_partial_state=True)
+        dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (8,))

@@ -92,5 +92,5 @@ def test_the_first_step_of_the_optimizer_ends_in_a_message(
         raise error
 
     monkeypatch.setattr(torch.optim.AdamW, "step", full)
-    with pytest.raises(TrainingError, match=r"Out of memory with --max-tokens 1024.*adamw_bnb_8bit"):
+    with pytest.raises(TrainingError, match=r"Out of memory with --max-tokens 1024.*--memory lean"):
         train(config)

@@ -538,10 +538,10 @@ def test_out_of_memory_halves_the_budget_and_goes_on(
 ) -> None:
     real = ScoringPasses._forward
 
-    def small_device(self: ScoringPasses, indices: list[int], batch: Any) -> Any:
+    def small_device(self: ScoringPasses, indices: list[int], batch: Any, *values: Any) -> Any:
         if batch.rows > 3:
             raise torch.OutOfMemoryError("simulated")
-        return real(self, indices, batch)
+        return real(self, indices, batch, *values)
 
     config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "a")
     precompute(config)

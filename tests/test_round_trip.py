@@ -200,7 +200,7 @@ def conversations(draw: st.DrawFn) -> tuple[list[Message], Message, list[Any]]:
         messages += [{"role": "user", "content": draw(WORDS)}, draw(answers())]
         if draw(st.booleans()):
             messages.append({"role": draw(st.sampled_from(["tool", "narrator"])), "content": draw(WORDS)})
-    messages.append({"role": "user", "content": draw(WORDS)})
+    messages.append({"role": "user", "content": draw(SAID)})
     tools = draw(st.lists(NAMES, max_size=2, unique=True))
     return messages, draw(answers()), [{"type": "function", "function": {"name": one}} for one in tools]
 
@@ -237,7 +237,7 @@ def with_text(message: Message) -> Message:
 PLAIN_WORDS = st.text(st.characters(exclude_characters="<>", exclude_categories=["Cs"]), max_size=12)
 
 
-@given(first=PLAIN_WORDS, answer=PLAIN_WORDS.filter(str.strip), call=st.tuples(NAMES, ARGUMENTS))
+@given(first=PLAIN_WORDS.filter(str.strip), answer=PLAIN_WORDS.filter(str.strip), call=st.tuples(NAMES, ARGUMENTS))
 @settings(max_examples=100, deadline=None)
 def test_the_rendered_text_is_read_back(first: str, answer: str, call: tuple[str, Any]) -> None:
     """Where no words look like marks of the template, its text says what the row says."""

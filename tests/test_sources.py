@@ -788,7 +788,7 @@ def test_describe_dataset_by_its_rows(folder):
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
 spoken = text.filter(lambda value: value.strip())
-labelled = st.fixed_dictionaries({"prompt": text, "completion": spoken, "label": st.booleans()})
+labelled = st.fixed_dictionaries({"prompt": spoken, "completion": spoken, "label": st.booleans()})
 conversations = st.builds(
     lambda texts, calls, label: {
         "messages": [
@@ -797,11 +797,11 @@ conversations = st.builds(
         ],
         "label": label,
     },
-    st.lists(text, min_size=1, max_size=3),
+    st.lists(spoken, min_size=1, max_size=3),
     st.lists(st.fixed_dictionaries({"id": text}), min_size=1, max_size=2),
     st.sampled_from([0, 1, True, False]),
 ).map(lambda record: {**record, "label": bool(record["label"])})
-prefers = st.fixed_dictionaries({"prompt": text, "chosen": spoken, "rejected": spoken}).filter(
+prefers = st.fixed_dictionaries({"prompt": spoken, "chosen": spoken, "rejected": spoken}).filter(
     lambda record: record["chosen"] != record["rejected"]
 )
 
