@@ -202,7 +202,11 @@ def conversations(draw: st.DrawFn) -> tuple[list[Message], Message, list[Any]]:
             messages.append({"role": draw(st.sampled_from(["tool", "narrator"])), "content": draw(WORDS)})
     messages.append({"role": "user", "content": draw(SAID)})
     tools = draw(st.lists(NAMES, max_size=2, unique=True))
-    return messages, draw(answers()), [{"type": "function", "function": {"name": one}} for one in tools]
+    # An end token of the answer is removed and counted; see test_tokenization.py.
+    answer = draw(
+        answers().filter(lambda one: not one["content"].rstrip().endswith(("<|im_end|>", "<|eot_id|>", "</s>")))
+    )
+    return messages, answer, [{"type": "function", "function": {"name": one}} for one in tools]
 
 
 def rendered(template: str, messages: list[Message], tools: list[Any]) -> tuple[str, str]:
