@@ -34,6 +34,15 @@ def write_rows(path: Path, rows: list[Row]) -> Path:
     return path
 
 
+def resident_kib() -> int:
+    """Return the resident memory of this process; where it is not known, its peak so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def plan(model: str, data: str) -> None:
     """Plan in this process, and print seconds and bytes as JSON."""
     import transformers
@@ -42,7 +51,7 @@ def plan(model: str, data: str) -> None:
     from offline_kto.precompute.plan import make_plan
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = resident_kib(), time.perf_counter()
     made = make_plan(PrecomputeConfig(model=model, data=data), tokenizer)
     seconds = time.perf_counter() - start
     counts = made.counts()
