@@ -77,7 +77,7 @@ class Feedback:
             label=None if self.mapping else _path(config.label_field, "--label-field"),
             rule=LabelRule() if self.mapping else self._format.rule,
             chat=has_template and chat != "never",
-            chat_template=has_template and chat != "never",
+            chat_template=has_template,
             rendered=rendered or RenderedText(),
         )
 
