@@ -5,7 +5,7 @@ small gradients    joined in one flat tensor, of which they are views afterwards
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -105,11 +105,16 @@ def _gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-@torch.no_grad()
 def copy_from_first(model: nn.Module) -> None:
-    """Give every rank the weights and buffers of rank 0, as bytes, whatever their types."""
+    """Give every rank the weights and buffers of rank 0."""
+    copy_tensors(chain(model.parameters(), model.buffers()))
+
+
+@torch.no_grad()
+def copy_tensors(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the values of rank 0, as bytes, whatever their types."""
     under_way = []
-    for tensor in chain(model.parameters(), model.buffers()):
+    for tensor in tensors:
         whole = tensor.detach().contiguous()
         work = dist.broadcast(whole.view(-1).view(torch.uint8), src=0, async_op=True)
         under_way.append((work, tensor, whole))

@@ -34,7 +34,7 @@ from offline_kto.train.trainer.checkpoints import (
 from offline_kto.train.trainer.evaluation import Scores, held_out_metrics
 from offline_kto.train.trainer.finite_checks import FiniteChecks
 from offline_kto.train.trainer.gradient_passes import GradientPasses
-from offline_kto.train.trainer.gradient_sums import Sending
+from offline_kto.train.trainer.gradient_sums import Sending, copy_tensors
 from offline_kto.train.trainer.lean_layers import can_halve_activations, halve_activations, restore_layers
 from offline_kto.train.trainer.memory import MOST_TOKENS, Meter, peak_memory_mb, peak_reserved_mb, state_bytes
 from offline_kto.train.trainer.objective import Objective
@@ -194,6 +194,9 @@ class KTOTrainer(transformers.Trainer):
             )
 
     def _take_over_model(self) -> None:
+        if self.is_fsdp_enabled:
+            # Sharding sends weights alone; a rank that did not read the model has no values for its constants.
+            copy_tensors(self.model.buffers())
         self.policy.replace_model(self.model, wrapped=self.model_wrapped)
         self.policy.check_precision(torch.bfloat16 if self.args.bf16 else torch.float32)
         self.policy.check_packing([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
