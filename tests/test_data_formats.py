@@ -1294,6 +1294,7 @@ def test_a_folder_of_files_with_different_keys(tmp_path):
             "looks like messages but is scored as text: 1 (first: f.jsonl:2)",
         ),
         ({"prompt": [{"role": "critic", "content": "a"}]}, "unknown roles of messages: critic in 1 (first: f.jsonl:2)"),
+        ({"prompt": [{"role": "a\x1b[2J\ud7fc", "content": "a"}]}, r"unknown roles of messages: a\x1b[2J\ud7fc in 1"),
         (
             {"prompt": "[INST] q [/INST]"},
             "turn marks of a chat template that is not the tokenizer's: 1 (first: f.jsonl:2)",

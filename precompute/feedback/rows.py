@@ -9,7 +9,7 @@ from typing import Any
 
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.durable_files import write_text, written_to
-from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
+from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError, printable
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.columns import COLUMNS, PAIR_OBJECTS, PAIR_VERDICTS, FeedbackFields
 from offline_kto.kto_core.feedback.label_paths import SeveralScoresError
@@ -187,7 +187,7 @@ class Feedback:
             )
 
     def notes(self) -> list[str]:
-        """Return sentences about the rows, for the plan."""
+        """Return sentences about the rows, for the plan. Control characters of the names in them are escaped."""
         warn = None if self.mapping is None else self.mapping.warn
         warned = [f"{self.found.warned:,} {warn[1]}"] if warn is not None and self.found.warned else []
         own = self._config.map is not None and self._config.map not in presets()
@@ -196,7 +196,8 @@ class Feedback:
         ]
         unused = self.unused_columns()
         contradictions = self._contradictions.in_words(unused)
-        return [*self.found.notes, *warned, *unmatched, *contradictions, *self._suspicions.in_words(unused)]
+        notes = [*self.found.notes, *warned, *unmatched, *contradictions, *self._suspicions.in_words(unused)]
+        return [printable(note) for note in notes]
 
     @property
     def _is_own_label(self) -> bool:

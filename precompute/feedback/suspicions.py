@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from offline_kto.kto_core.errors import shown
 from offline_kto.kto_core.feedback.labels import has_no_value, usual_label
 from offline_kto.kto_core.feedback.message_text import resembles_messages
 from offline_kto.kto_core.feedback.messages import ROLES, Turns
@@ -143,9 +144,9 @@ class Suspicions:
                 "remove it from the answers if the model did not write it."
             )
         if self.roles:
-            shown = ", ".join(f"{role} in {_counted(places)}" for role, places in self.roles.items())
+            roles = ", ".join(f"{shown(role)} in {_counted(places)}" for role, places in self.roles.items())
             found.append(
-                f"unknown roles of messages: {shown}. The chat template may write them as they are, also if the model has never seen them; "
+                f"unknown roles of messages: {roles}. The chat template may write them as they are, also if the model has never seen them; "
                 "rename them to user, assistant, system or tool."
             )
         return found
