@@ -13,10 +13,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from offline_kto.kto_core.scoring.sequences import Sequences
-from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts
-
-Batch = Sequences | SharedPrompts
+from offline_kto.kto_core.scoring.shared_prompts import Batch, SharedPrompts
 
 _BATCH: ContextVar[Batch | None] = ContextVar("batch whose boundaries are known", default=None)
 

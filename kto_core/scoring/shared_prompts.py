@@ -26,7 +26,7 @@ from torch import Tensor
 
 from offline_kto.kto_core.library_types import Model, ModelBody
 from offline_kto.kto_core.scoring.batching import micro_batches
-from offline_kto.kto_core.scoring.sequences import POSITION_LIMITS, TokenIds, Widths, boundary_arguments
+from offline_kto.kto_core.scoring.sequences import POSITION_LIMITS, Sequences, TokenIds, Widths, boundary_arguments
 from offline_kto.kto_core.scoring.transfer import to_device
 
 # Settings of configurations that limit attention windows and positions.
@@ -84,6 +84,9 @@ class SharedPrompts(NamedTuple):
     @property
     def padded_tokens(self) -> int:
         return self.input_ids.numel() + sum(branch.input_ids.numel() for branch in self.branches)
+
+
+Batch = Sequences | SharedPrompts
 
 
 def share_prompts(

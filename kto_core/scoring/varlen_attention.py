@@ -94,10 +94,13 @@ def _attention(sdpa: Attend) -> Attend:
         if unknown or not (kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)):
             what = unknown[0] if unknown else "attention to later tokens"
             raise ModelError(f"--attention {VARLEN}: {type(module).__name__} needs {what}. Use --attention sdpa.")
+        q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
         attend = _with_kernel if query.is_cuda else _one_by_one
         found = attend(
             _Sequences(
-                *(one.transpose(1, 2).flatten(0, 1) for one in (query, key, value)),
+                query=q,
+                key=k,
+                value=v,
                 query_boundaries=cu_seq_lens_q,
                 key_boundaries=cu_seq_lens_k,
                 longest_query=max_length_q,
@@ -143,7 +146,9 @@ def _with_kernel(given: _Sequences) -> Tensor:
     # RoPE leaves queries and keys in float32 under autocast, which does not reach into this kernel.
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else given.value.dtype
     found = varlen_attn(
-        *(one.to(dtype) for one in given[:3]),
+        given.query.to(dtype),
+        given.key.to(dtype),
+        given.value.to(dtype),
         given.query_boundaries,
         given.key_boundaries,
         given.longest_query,
