@@ -14,7 +14,7 @@ from torch import Tensor
 class Tile(NamedTuple):
     """Products of hidden states and rows of the vocabulary's matrix, and the map from them to logits.
 
-    The logits are `softcap * tanh((products + bias) * scale / softcap)`, as in `head.Head`.
+    The logits are `softcap * tanh((products + bias) * scale / softcap)`, as in `output_layer.Head`.
 
     Attributes:
         products: float32 or float64, shape (tokens, columns). Columns are contiguous; if rows are farther apart than

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.scoring.attention import EAGER, apply_softcaps, attention_set_to, takes_boundaries
-from offline_kto.kto_core.scoring.head import Head, selected_logps
+from offline_kto.kto_core.scoring.head import selected_logps
 from offline_kto.kto_core.scoring.known_boundaries import known_boundaries
 from offline_kto.kto_core.scoring.model_code import family_of, model_code
+from offline_kto.kto_core.scoring.output_layer import Head
 from offline_kto.kto_core.scoring.sequences import TokenIds, boundary_arguments, pad_sequences
 from offline_kto.kto_core.scoring.shared_prompts import Batch, SharedPrompts, hidden_states
 
