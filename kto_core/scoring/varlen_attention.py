@@ -23,6 +23,9 @@ _LAYERS = frozenset({"full_attention", "sliding_attention"})
 # Arguments that change attention scores, and that the kernel does not have.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
 
+# Settings for the size of a head, the largest first, and the largest that the kernel supports.
+_SIZES, _LARGEST = ("qk_head_dim", "global_head_dim", "head_dim"), 256
+
 Attend: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -43,12 +46,28 @@ def why_not_varlen(config: ModelConfig, device: torch.device) -> str | None:
         return f"it has layers of another kind ({', '.join(sorted(kinds - _LAYERS))})"
     if device.type != "cuda":
         return None
+    why = _why_not_of_size(config.get_text_config())
+    if why is not None:
+        return why
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen"
     from torch.nn.attention.varlen import varlen_attn
 
     missing = {"window_size", "enable_gqa", "scale"} - set(inspect.signature(varlen_attn).parameters)
     return f"the kernel of PyTorch {torch.__version__} has no {sorted(missing)[0]}" if missing else None
+
+
+def _why_not_of_size(config: ModelConfig) -> str | None:
+    """Return why the kernel does not support the size of a model's heads; None if it does."""
+    usual = config.hidden_size // config.num_attention_heads
+    size = next((one for name in _SIZES if isinstance(one := getattr(config, name, None), int)), usual)
+    values = getattr(config, "v_head_dim", None) or size
+    if size % 8 or size > _LARGEST or values != size:
+        return (
+            f"the kernel needs heads of one size, a multiple of 8 up to {_LARGEST}, and those of this model have {size}"
+            + (f" ({values} in values)" if values != size else "")
+        )
+    return None
 
 
 def _mask(sdpa_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
