@@ -211,7 +211,7 @@ class TestChoiceOfTheUser:
         ("settings", "message"),
         [
             ({"head_dim": 12}, "have 12$"),
-            ({"head_dim": 264}, "a multiple of 8 up to 256, and those of this model have 264$"),
+            ({"head_dim": 264}, "a multiple of 8 up to 256, and its heads have 264$"),
             ({"qk_head_dim": 192, "v_head_dim": 128}, r"have 192 \(128 in values\)$"),
             ({"head_dim": 128, "global_head_dim": 512}, "have 512$"),
             ({"head_dim": 256}, None),

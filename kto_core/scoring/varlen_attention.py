@@ -59,15 +59,14 @@ def why_not_varlen(config: ModelConfig, device: torch.device) -> str | None:
 
 def _why_not_of_size(config: ModelConfig) -> str | None:
     """Return why the kernel does not support the size of a model's heads; None if it does."""
-    usual = config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    usual = config.hidden_size // heads if isinstance(heads, int) else None
     size = next((one for name in _SIZES if isinstance(one := getattr(config, name, None), int)), usual)
     values = getattr(config, "v_head_dim", None) or size
-    if size % 8 or size > _LARGEST or values != size:
-        return (
-            f"the kernel needs heads of one size, a multiple of 8 up to {_LARGEST}, and those of this model have {size}"
-            + (f" ({values} in values)" if values != size else "")
-        )
-    return None
+    if size is None or (size % 8 == 0 and size <= _LARGEST and values == size):
+        return None
+    of_values = f" ({values} in values)" if values != size else ""
+    return f"the kernel needs heads of one size, a multiple of 8 up to {_LARGEST}, and its heads have {size}{of_values}"
 
 
 def _mask(sdpa_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
