@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offline_kto.kto_core.library_types import AutogradContext
 from offline_kto.kto_core.scoring import cuda_head
-from offline_kto.kto_core.scoring.output_layer import Head
+from offline_kto.kto_core.scoring.output_layer import Head, to_logits_
 
 # Elements of one chunk of float32 logits (64 MiB on a CPU, 256 MiB on a GPU): large enough for the matrix product to
 # run at full speed, and independent of the vocabulary.
@@ -162,13 +162,7 @@ class _Projection:
             torch.mm(hidden, self.weight.T, out=logits)
         else:
             logits.copy_(hidden @ self.weight.T)
-        if self.bias is not None:
-            logits += self.bias
-        if self.scale != 1.0:
-            logits *= self.scale
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
+        return to_logits_(logits, self.bias, self.scale, self.softcap)
 
     def softcap_slope(self, logits: Tensor) -> Tensor | None:
         """Return d logits / d (uncapped logits), shape (tokens, vocabulary), or None if it is 1."""

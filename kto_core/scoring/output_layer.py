@@ -41,6 +41,17 @@ class Head:
         return cls(weight, getattr(layer, "bias", None), _logit_scale(config), softcap or None, gradient)
 
 
+def to_logits_(products: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Turn products of hidden states and weights into logits, in place: the rest of the map of `Head`."""
+    if bias is not None:
+        products += bias
+    if scale != 1.0:
+        products *= scale
+    if softcap is not None:
+        products.div_(softcap).tanh_().mul_(softcap)
+    return products
+
+
 def add_gradients_in_place(model: Model) -> list[Tensor]:
     """Let backward passes add to the gradients of a model's largest matrices in place.
 
