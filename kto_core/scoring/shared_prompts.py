@@ -194,14 +194,12 @@ def _padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
     return ids
 
 
-def hidden_states(
-    body: ModelBody, batch: SharedPrompts, *, takes_positions: bool, takes_boundaries: bool = False
-) -> Tensor:
+def hidden_states(body: ModelBody, batch: SharedPrompts, *, takes_positions: bool, takes_boundaries: bool) -> Tensor:
     """Return all hidden states, (prompts * prompt length + rows * length of each branch, hidden size).
 
     Args:
         body: the model without its output layer; it returns keys and values as in `transformers`.
-        takes_positions: whether positions are an argument of its.
+        takes_positions: whether it has positions as an argument.
         takes_boundaries: whether its attention takes boundaries in place of a mask.
     """
 
