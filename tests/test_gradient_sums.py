@@ -23,7 +23,8 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 shapes = [(3,), (256,), (16, 70), (7, 9), (), (60,), (5, 5), (1000,), (2,)]
 def check(dtype, bucket_bytes):
-    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16 if i == 6 else torch.float32)) for i, shape in enumerate(shapes)]
+    dtypes = [torch.bfloat16 if i == 6 else torch.float32 for i in range(len(shapes))]
+    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=one)) for shape, one in zip(shapes, dtypes)]
     parameters += [torch.nn.Parameter(torch.zeros(8, 4).T)]  # its gradient is not contiguous
     for i, one in enumerate(parameters):
         if (i + rank) % 4:  # some ranks have no gradient of it
