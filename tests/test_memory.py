@@ -176,7 +176,7 @@ def test_states_of_a_checkpoint_are_not_counted_twice(cache, tmp_path, monkeypat
     counted = []
 
     def optimizer_bytes(model, *, sharded_over, of_matrix):
-        counted.append(of_matrix(torch.float32))
+        counted.append(round(of_matrix(torch.float32)))
         return 0
 
     def trial(self, rows, length):
@@ -189,8 +189,8 @@ def test_states_of_a_checkpoint_are_not_counted_twice(cache, tmp_path, monkeypat
     config = TrainConfig(cache=cache, out=tmp_path / "a", batch_size=8, max_steps=1, save_steps=1, device="cpu")
     train(config)
     train(replace(config, max_steps=2, resume=True))
-    assert set(counted[: len(counted) // 2]) == {8.0}
-    assert set(counted[len(counted) // 2 :]) == {0.0}
+    assert set(counted[: len(counted) // 2]) == {8}
+    assert set(counted[len(counted) // 2 :]) == {0}
 
 
 class CheckpointingDevice:

@@ -191,7 +191,7 @@ def test_the_command_reads_shapes_alone(tmp_path: Path) -> None:
     transformers.LlamaConfig(**LLAMA_8B).save_pretrained(tmp_path)
     found = CliRunner().invoke(command, ["--plan-memory", str(tmp_path)])
     assert found.exit_code == 0, found.output
-    rows = {line[: line.index("  ")]: line.split()[-6:-4] for line in found.output.splitlines() if " GPUs  " in line}
+    rows = {line[: line.index("  ")]: line.split()[-7:-5] for line in found.output.splitlines() if " GPUs  " in line}
     assert rows == {"full, FSDP2 on 8 GPUs": ["20.3", "2.5"], "lean, FSDP2 on 8 GPUs": ["10.3", "1.3"]}
     assert "8.03 billion weights, 32 layers of 4,096" in found.output
     assert "fits        80 GB: lean (--memory lean)" in found.output
