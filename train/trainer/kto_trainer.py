@@ -24,6 +24,7 @@ from offline_kto.train.data.cache_rows import CacheRows, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.model.checkpointing import can_checkpoint, enable_checkpointing, is_checkpointing
 from offline_kto.train.model.saved_model import ModelWriter
+from offline_kto.train.model.token_budget import FEW_TOKENS, MOST_TOKENS
 from offline_kto.train.trainer.accumulators import RowLogratios, Window
 from offline_kto.train.trainer.checkpoints import (
     check_optimizer_loaded,
@@ -36,7 +37,7 @@ from offline_kto.train.trainer.finite_checks import FiniteChecks
 from offline_kto.train.trainer.gradient_passes import GradientPasses
 from offline_kto.train.trainer.gradient_sums import Sending, copy_tensors
 from offline_kto.train.trainer.lean_layers import can_halve_activations, halve_activations, restore_layers
-from offline_kto.train.trainer.memory import MOST_TOKENS, Meter, peak_memory_mb, peak_reserved_mb, state_bytes
+from offline_kto.train.trainer.memory import Meter, peak_memory_mb, peak_reserved_mb, state_bytes
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.policy_scores import PolicyScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
@@ -53,9 +54,6 @@ from offline_kto.train.trainer.sharding import tie_again
 
 # Token budget where memory is not measured.
 _DEEPSPEED_TOKENS = 8192
-
-# A pass of fewer tokens leaves a GPU idle for part of its time.
-FEW_TOKENS = 4096
 
 
 class KTOTrainer(transformers.Trainer):
@@ -171,7 +169,7 @@ class KTOTrainer(transformers.Trainer):
             again = measure(meter, longest=longest, of_matrix=self._state_bytes)
             if self.is_world_process_zero():
                 tell(
-                    f"memory      {found.tokens:,} tokens would fit into a pass: with gradient checkpointing {again.tokens:,} do, "
+                    f"memory      {found.tokens:,} tokens fit into a pass, and with gradient checkpointing {again.tokens:,}: it is on, "
                     "for about a third more time (--no-gradient-checkpointing leaves it off)"
                 )
             found = again
@@ -179,6 +177,9 @@ class KTOTrainer(transformers.Trainer):
         self.scores.most_tokens = min(MOST_TOKENS, found.scoring_tokens)
 
     def _state_bytes(self, dtype: torch.dtype) -> float:
+        """Return the bytes that the optimizer will allocate for each value of a matrix."""
+        if self.optimizer.state:  # of a checkpoint: they are allocated
+            return 0.0
         kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         return state_bytes(kind, options, self.args.device, dtype)
 

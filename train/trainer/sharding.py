@@ -14,7 +14,6 @@ def prepare_sharding(
     *,
     merges: bool,
     reduce_dtype: torch.dtype = torch.float32,
-    narrow: bool = False,
 ) -> None:
     """Check accelerate's settings before the model is sharded, and set those that the run needs.
 
@@ -23,7 +22,6 @@ def prepare_sharding(
         dtype: the type that passes compute in.
         merges: whether the run ends by merging adapters into the weights.
         reduce_dtype: the type that gradients are summed in.
-        narrow: whether weights are trained in 16 bits.
 
     Raises:
         TrainingError: the settings cannot train or save this run.
@@ -45,11 +43,6 @@ def prepare_sharding(
         if fsdp.fsdp_version != 2:
             raise TrainingError("FSDP 1 is not supported: set fsdp_version: 2, as in configs/accelerate_fsdp2.yaml.")
         _keep_float32(fsdp, dtype, reduce_dtype)
-    if deepspeed is not None and narrow:
-        raise TrainingError(
-            "--memory lean or host does not work with DeepSpeed, which keeps weights and moments its own way. Use FSDP2 "
-            "(configs/accelerate_fsdp2.yaml), or --memory full --dtype float32."
-        )
     if deepspeed is not None and dtype != torch.float32:
         raise TrainingError(
             "DeepSpeed in 16 bits would save the weights in 16 bits, in which KTO's small updates vanish: pass --dtype float32, "

@@ -19,7 +19,7 @@ from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
 from offline_kto.kto_core.scoring.sequences import pad_sequences
 from offline_kto.train.cli import train as command
 from offline_kto.train.model.checkpointing import enable_checkpointing
-from offline_kto.train.model.memory_needs import _FOUR_BITS, ModelSize, needs_of, recommended, size_of
+from offline_kto.train.model.memory_by_recipe import _FOUR_BITS, ModelSize, needs_of, recommended, size_of
 from offline_kto.train.trainer.host_adam import HostAdamW
 from offline_kto.train.trainer.lean_adam import LeanAdamW
 from offline_kto.train.trainer.lean_layers import halve_activations
@@ -191,6 +191,8 @@ def test_the_command_reads_shapes_alone(tmp_path: Path) -> None:
     transformers.LlamaConfig(**LLAMA_8B).save_pretrained(tmp_path)
     found = CliRunner().invoke(command, ["--plan-memory", str(tmp_path)])
     assert found.exit_code == 0, found.output
+    rows = {line[: line.index("  ")]: line.split()[-7:-5] for line in found.output.splitlines() if " GPUs  " in line}
+    assert rows == {"full, FSDP2 on 8 GPUs": ["20.3", "2.5"], "lean, FSDP2 on 8 GPUs": ["10.3", "1.3"]}
     assert "8.03 billion weights, 32 layers of 4,096" in found.output
     assert "fits        80 GB: lean (--memory lean)" in found.output
 
