@@ -69,6 +69,7 @@ class KTOTrainer(transformers.Trainer):
         held_out: rows held out, or None.
         objective: the loss.
         max_tokens: padded tokens in one forward and backward pass, or a meter that measures how many fit.
+        dtype: the type that passes compute in.
         rounding: nats per token by which two ways to compute the same score may differ.
         writer: writes the models of checkpoints and of the run.
         sending: how unsharded ranks send gradients.
@@ -90,6 +91,7 @@ class KTOTrainer(transformers.Trainer):
         batches: EpochBatches,
         objective: Objective,
         max_tokens: int | Meter,
+        dtype: torch.dtype,
         rounding: float,
         writer: ModelWriter,
         held_out: HeldOutRows | None = None,
@@ -105,7 +107,7 @@ class KTOTrainer(transformers.Trainer):
             model.config.use_cache = use_cache
         self.rows, self.batches, self.held_out = rows, batches, held_out
         self.objective, self.writer = objective, writer
-        self.may_checkpoint = may_checkpoint
+        self.dtype, self.may_checkpoint = dtype, may_checkpoint
         self.meter = None if isinstance(max_tokens, int) else max_tokens
         budget = max_tokens if isinstance(max_tokens, int) else rows.max_length
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -198,7 +200,8 @@ class KTOTrainer(transformers.Trainer):
             # Sharding sends weights alone; a rank that did not read the model has no values for its constants.
             copy_tensors(self.model.buffers())
         self.policy.replace_model(self.model, wrapped=self.model_wrapped)
-        self.policy.check_precision(torch.bfloat16 if self.args.bf16 else torch.float32)
+        if not self.is_deepspeed_enabled:
+            self.policy.check_precision(self.dtype)
         self.policy.check_packing([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
 
     def get_train_dataloader(self) -> BatchLoader:
