@@ -179,6 +179,14 @@ def sharding_asked_for() -> list[str]:
     return [way for way, (name, _) in _SHARDING.items() if _flag(name)]
 
 
+def shards_on_gpus() -> int | None:
+    """Return how many processes share the weights, their gradients and the optimizer's states on their GPUs; None if that
+    is not certain: without FSDP, or if it moves them to the host.
+    """
+    offloads = os.environ.get("FSDP_OFFLOAD_PARAMS", "").strip().lower() in _TRUE
+    return world_size() if "FSDP" in sharding_asked_for() and not offloads else None
+
+
 def reads_weights() -> bool:
     """Return whether this process reads a model's weights: with accelerate's `fsdp_cpu_ram_efficient_loading` one of each
     machine does, and the others get their parts when the model is sharded.

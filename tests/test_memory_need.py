@@ -9,6 +9,7 @@ import torch
 import transformers
 from models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
+from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import ModelError, TrainingError
 from offline_kto.kto_core.models import memory_need
 from offline_kto.kto_core.models.loading import load_causal_lm
@@ -26,7 +27,8 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.model.training_need import check_training_fits, training_bytes
+from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.model.training_need import check_sharded_training_fits, check_training_fits, training_bytes
 from offline_kto.train.run.train_run import train
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -108,6 +110,35 @@ class TestRefusal:
             "3 such GPUs that share the weights (accelerate launch --config_file configs/accelerate_fsdp2.yaml) (47.8 GB). "
             "Or end other processes on this GPU, if there are any."
         )
+
+    def test_a_part_of_sharded_training_that_does_not_fit(self, free: Callable[[int | None], None]) -> None:
+        free(10 * GB)
+        with pytest.raises(TrainingError) as caught:
+            check_sharded_training_fits("eight", EIGHT, TrainConfig(), HALF, GPU, ranks=8)
+        assert str(caught.value) == (
+            "eight: each of the 8 parts of weights, gradients and optimizer states needs 16.1 GB, and 10 GB are free on cuda:0. "
+            "What fits: --memory lean (6.02 GB); --lora-rank 16 (2.14 GB); "
+            "17 such GPUs that share the weights (accelerate launch --config_file configs/accelerate_fsdp2.yaml) (7.56 GB). "
+            "Or end other processes on this GPU, if there are any."
+        )
+        free(2 * EIGHT.parameters)
+        check_sharded_training_fits("eight", EIGHT, TrainConfig(), HALF, GPU, ranks=8)
+        free(GB)
+        with pytest.raises(TrainingError, match=r"needs 2.14 GB.*What fits: 22 such GPUs"):
+            check_sharded_training_fits("eight", EIGHT, TrainConfig(lora_rank=16), HALF, GPU, ranks=8)
+
+    def test_sharded_training_is_checked_on_its_gpu(
+        self, free: Callable[[int | None], None], cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The weights are first loaded on the CPU; where FSDP moves its parts to the host, nothing is certain."""
+        free(1000)
+        files = PolicyFiles.find(TrainConfig(cache=cache), read_manifest(cache))
+        monkeypatch.setattr("offline_kto.train.model.policy.resolve_device", lambda name: GPU)
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(TrainingError, match="each of the 1 parts"):
+            files.load(TrainConfig(), FULL, CPU)
+        monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+        assert files.load(TrainConfig(), FULL, CPU).device == CPU
 
     def test_adapters_that_do_not_fit(self, free: Callable[[int | None], None]) -> None:
         free(10 * GB)

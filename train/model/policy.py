@@ -12,7 +12,7 @@ from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import warn
 from offline_kto.kto_core.errors import KTOError, ModelError, TrainingError
 from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
-from offline_kto.kto_core.launch import reads_weights, sharding_asked_for
+from offline_kto.kto_core.launch import reads_weights, sharding_asked_for, shards_on_gpus
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.attention_choice import Attention, choose_attention
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
@@ -28,7 +28,7 @@ from offline_kto.train.model.checkpointing import enable_checkpointing
 from offline_kto.train.model.experts import cast_experts
 from offline_kto.train.model.memory_needs import ModelSize, known_size
 from offline_kto.train.model.recipe import keeps_narrow_weights, run_precision
-from offline_kto.train.model.training_need import check_training_fits
+from offline_kto.train.model.training_need import check_sharded_training_fits, check_training_fits
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,11 @@ class PolicyFiles:
                 f"{self.name}: its weights are quantised and cannot be trained. Train adapters on them "
                 "(QLoRA) with --lora-rank 16."
             )
-        if trains and not sharding_asked_for():  # with sharding, this is the host's copy of the weights
+        if trains and not sharding_asked_for():
             check_training_fits(self.name, self.sizes, config, precision, device)
+        elif trains and (ranks := shards_on_gpus()) is not None:  # `device` is where the whole weights are before that
+            own = resolve_device(config.device)
+            check_sharded_training_fits(self.name, self.sizes, config, precision, own, ranks=ranks)
         with self.reporting_memory(config, precision, device, "it was loaded"):
             model = load_causal_lm(
                 transformers.AutoModelForCausalLM,

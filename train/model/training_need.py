@@ -44,6 +44,29 @@ def check_training_fits(
     check_fits(name, device, need, what=what, instead=instead, error=TrainingError)
 
 
+def check_sharded_training_fits(
+    name: str, sizes: Sizes, config: TrainConfig, precision: Precision, device: torch.device, *, ranks: int
+) -> None:
+    """Refuse a run whose parts of weights, gradients and optimizer do not fit on this rank's GPU.
+
+    Args:
+        name: of the model, for messages.
+        ranks: the number of processes that share them.
+
+    Raises:
+        TrainingError: they do not fit.
+    """
+    # Matrices are gathered in 16 bits, so that autocast keeps no copies of them.
+    without_copies = precision if config.lora_rank else Precision(torch.float32)
+    need = training_bytes(sizes, config, without_copies)
+    ways = {"--memory lean": _NARROW["lean"] * sizes.parameters} if config.memory == "full" else {}
+    ways["--lora-rank 16"] = sizes.frozen(precision.dtype)
+    instead = [] if config.lora_rank else [Way(words, math.ceil(each / ranks)) for words, each in ways.items()]
+    instead += _more_gpus(need, device, more_than=ranks)
+    what = f"each of the {ranks} parts of weights, gradients and optimizer states"
+    check_fits(name, device, math.ceil(need / ranks), what=what, instead=instead, error=TrainingError)
+
+
 def training_bytes(sizes: Sizes, config: TrainConfig, precision: Precision) -> int:
     """Return the bytes of weights, gradients and optimizer states, which exist at the same time."""
     if config.lora_rank:
@@ -68,11 +91,14 @@ def _instead(sizes: Sizes, config: TrainConfig, precision: Precision, need: int,
         ways.append(Way("--lora-rank 16", sizes.frozen(precision.dtype)))
     if not sizes.packed:
         ways.append(Way("--lora-rank 16 on a version of the model quantised to 4 bits", sizes.four_bits()))
+    return ways if sizes.packed else ways + _more_gpus(need, device)
+
+
+def _more_gpus(need: int, device: torch.device, *, more_than: int = 1) -> list[Way]:
+    """Return the number of such GPUs that can share these bytes."""
     room = _OF_EACH_GPU * (free_bytes(device) or 0)
-    if room and not sizes.packed:
-        gpus = math.ceil(need / room)
-        words = (
-            f"{gpus} such GPUs that share the weights (accelerate launch --config_file configs/accelerate_fsdp2.yaml)"
-        )
-        ways.append(Way(words, math.ceil(need / gpus)))
-    return ways
+    if not room:
+        return []
+    gpus = max(more_than + 1, math.ceil(need / room))
+    words = f"{gpus} such GPUs that share the weights (accelerate launch --config_file configs/accelerate_fsdp2.yaml)"
+    return [Way(words, math.ceil(need / gpus))]

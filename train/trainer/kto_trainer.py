@@ -34,7 +34,7 @@ from offline_kto.train.trainer.checkpoints import (
 from offline_kto.train.trainer.evaluation import Scores, held_out_metrics
 from offline_kto.train.trainer.finite_checks import FiniteChecks
 from offline_kto.train.trainer.gradient_passes import GradientPasses
-from offline_kto.train.trainer.gradient_sums import Sending, copy_tensors
+from offline_kto.train.trainer.gradient_sums import Sending
 from offline_kto.train.trainer.lean_layers import can_halve_activations, halve_activations, restore_layers
 from offline_kto.train.trainer.memory import MOST_TOKENS, Meter, peak_memory_mb, peak_reserved_mb, state_bytes
 from offline_kto.train.trainer.objective import Objective
@@ -158,7 +158,7 @@ class KTOTrainer(transformers.Trainer):
         self._halve_activations([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
         if self.meter is None:
             return
-        if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
+        if self.is_deepspeed_enabled:  # see `_halve_activations`
             self.policy.max_tokens = max(_DEEPSPEED_TOKENS, longest)
         else:
             self._measure_budget(self.meter, longest)
@@ -187,18 +187,18 @@ class KTOTrainer(transformers.Trainer):
     def _halve_activations(self, sample: Sequence[TokenIds]) -> None:
         policy, args = self.policy, self.args
         checkpoints = is_checkpointing(policy.model)
+        if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
+            return
         if not can_halve_activations(policy, checkpoints=checkpoints, compiles=args.torch_compile):
             return
-        replaced = halve_activations(policy.model, policy.scoring_model, policy.lay_out(sample))
+        batch = policy.lay_out(sample).to(policy.device)
+        replaced = halve_activations(policy.model, policy.scoring_model, batch, policy.ranks)
         if replaced and self.is_world_process_zero():
             tell(
                 f"activations {replaced} norms and SwiGLU layers keep their inputs only; scores are the same bit for bit"
             )
 
     def _take_over_model(self) -> None:
-        if self.is_fsdp_enabled:
-            # Sharding sends weights alone; a rank that did not read the model has no values for its constants.
-            copy_tensors(self.model.buffers())
         self.policy.replace_model(self.model, wrapped=self.model_wrapped)
         if not self.is_deepspeed_enabled:
             self.policy.check_precision(self.dtype)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import accelerate
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.precision import float32_modules
+from offline_kto.train.trainer.gradient_sums import copy_tensors
 
 
 class Types(NamedTuple):
@@ -48,10 +50,7 @@ class Types(NamedTuple):
 
 def shard_in_types(accelerator: accelerate.Accelerator, types: Types) -> None:
     """Make accelerate shard the model in these types, and run it under autocast."""
-    plugin: accelerate.FullyShardedDataParallelPlugin = accelerator.state.fsdp_plugin
-    plugin.mixed_precision_policy = types.narrow
-    if types.compute == torch.float32:
-        return
+    accelerator.state.fsdp_plugin.mixed_precision_policy = types.narrow
     prepare = accelerator.prepare
 
     @functools.wraps(prepare)
@@ -59,11 +58,36 @@ def shard_in_types(accelerator: accelerate.Accelerator, types: Types) -> None:
         model = next((one for one in args if isinstance(one, nn.Module)), None)
         if model is None:
             return prepare(*args, **kwargs)
-        model.forward = torch.autocast(accelerator.device.type, dtype=types.compute)(model.forward)
-        with _sharding_first(model, types):
-            return prepare(*args, **kwargs)
+        with _whole_buffers(model), _sharding_first(model, types):
+            prepared = prepare(*args, **kwargs)
+        if types.compute != torch.float32:
+            model.forward = torch.autocast(accelerator.device.type, dtype=types.compute)(model.forward)
+        if dist.is_initialized():
+            copy_tensors(model.buffers())  # a rank that did not read the model has none of its constants
+        return prepared
 
     accelerator.prepare = prepare_in_types
+
+
+@contextlib.contextmanager
+def _whole_buffers(model: Model) -> Iterator[None]:
+    """Keep a model's buffers out of its state for the block.
+
+    Where one rank reads the weights for all, accelerate would look for the shards of those that are saved with the model.
+    """
+    saved = [
+        (module, name)
+        for module in model.modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]
+    for module, name in saved:
+        module._non_persistent_buffers_set.add(name)
+    try:
+        yield
+    finally:
+        for module, name in saved:
+            module._non_persistent_buffers_set.discard(name)
 
 
 @contextlib.contextmanager
@@ -74,7 +98,7 @@ def _sharding_first(model: Model, types: Types) -> Iterator[None]:
     to the meta device where one rank reads the weights for all.
     """
     fully_shard = fsdp.fully_shard
-    wide = float32_modules(model, types.compute)
+    wide = [] if types.compute == torch.float32 else float32_modules(model, types.compute)
     waiting = list(_groups(model, wide))
 
     @functools.wraps(fully_shard)
