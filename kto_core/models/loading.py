@@ -109,7 +109,7 @@ def load_causal_lm(
         _reserve_weights(model)
     if _is_quantized(model) or spread is not None or not reads:
         return model
-    vars(model).pop("hf_device_map", None)  # a sign for libraries that the model is not theirs to place
+    model.__dict__.pop("hf_device_map", None)  # a sign for libraries that the model is not theirs to place
     return model.to(device)
 
 
