@@ -9,6 +9,7 @@ import torch
 import transformers
 from models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
+from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import ModelError, TrainingError
 from offline_kto.kto_core.models import memory_check
 from offline_kto.kto_core.models.loading import load_causal_lm
@@ -25,6 +26,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.training_memory import check_training_fits, training_bytes
 from offline_kto.train.run.train_run import train
 
@@ -122,6 +124,20 @@ class TestRefusal:
         assert "11 such GPUs" in str(caught.value)
         free(17 * GB)
         check_training_fits("eight", EIGHT, TrainConfig(), HALF, GPU, gpus=8)
+
+    def test_sharded_training_is_checked_on_its_gpu(
+        self, free: Callable[..., None], cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The weights are first loaded on the CPU; where FSDP moves its parts to the host, nothing is certain."""
+        free(1000)
+        files = PolicyFiles.find(TrainConfig(cache=cache), read_manifest(cache))
+        monkeypatch.setattr("offline_kto.train.model.policy.resolve_device", lambda name: GPU)
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(TrainingError, match="on each of 2 GPUs"):
+            files.load(TrainConfig(), FULL, CPU)
+        monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+        assert files.load(TrainConfig(), FULL, CPU).device == CPU
 
     def test_a_host_too_small_for_the_optimizer(
         self, free: Callable[..., None], capsys: pytest.CaptureFixture[str]

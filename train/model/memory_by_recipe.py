@@ -128,16 +128,10 @@ def needs_of(size: ModelSize, *, ranks: int = 8) -> list[Need]:
     # Autocast keeps a 16-bit copy of the matrices of the layers until the end of the backward pass.
     full = 16.0 * size.weights + 2 * size.matrices
     lean = (4 + _NARROW_MOMENTS) * size.narrow + 16 * wide
-    gathered = _gathered(size)
     trained = {
         "token": _layers(size, 12, 4, 4, 4),
         "checkpointed": _layers(size, 4),
         "layer": _layer(size, 26, 4, 4, 8),
-    }
-    sharded = {
-        "token": _layers(size, 16, 4, 4, 8),
-        "checkpointed": _layers(size, 2),
-        "layer": _layer(size, 16, 4, 4, 8),
     }
     lora = {"token": _layers(size, 18, 6, 4, 4), "checkpointed": _layers(size, 4), "layer": _layer(size, 18, 6, 4, 8)}
     on_base = 18.0 * adapters
@@ -155,18 +149,21 @@ def needs_of(size: ModelSize, *, ranks: int = 8) -> list[Need]:
             _FOUR_BITS * size.matrices + 2.0 * (size.weights - size.matrices) + on_base,
             **lora,
         ),
-        Need(f"full, FSDP2 on {ranks} GPUs", 16.0 * size.weights / ranks + gathered, **sharded),
-        Need(f"lean, FSDP2 on {ranks} GPUs", (4 + _NARROW_MOMENTS) * size.weights / ranks + gathered, **sharded),
+        Need(f"full, FSDP2 on {ranks} GPUs", 16.0 * size.weights / ranks + _gathered(size, of_table=4), **trained),
+        Need(f"lean, FSDP2 on {ranks} GPUs", lean / ranks + _gathered(size, of_table=2), **trained),
     ]
 
 
-def _gathered(size: ModelSize) -> float:
+def _gathered(size: ModelSize, *, of_table: int) -> float:
     """Return the bytes of whole weights and gradients that a rank holds for a moment under FSDP2.
 
-    Embedding table and head are one group, gathered with two layers; a layer's gradient is summed in float32.
+    That is embedding table, output layer and two layers, of which one has a gradient that is summed in float32.
+
+    Args:
+        of_table: bytes of a weight of the embedding table.
     """
     layer = size.matrices / size.layers
-    return 2.0 * (size.tables + size.head) + 2 * 2 * layer + (2 + 4) * layer
+    return float(of_table * size.tables + 2 * size.head + 2 * 2 * layer + (2 + 4) * layer)
 
 
 def _layer(size: ModelSize, hidden: int, queries: int = 0, keys: int = 0, intermediate: int = 0) -> float:

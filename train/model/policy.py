@@ -22,7 +22,7 @@ from offline_kto.kto_core.models.loading import check_model_folder, is_quantized
 from offline_kto.kto_core.models.memory_check import Sizes, check_fits, reporting_memory
 from offline_kto.kto_core.models.model_files import read_json_object
 from offline_kto.kto_core.models.outline import find_outline
-from offline_kto.kto_core.models.precision import Precision, resolve_device, store_all_in
+from offline_kto.kto_core.models.precision import Precision, resolve_device, store_by_module_in
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.model.checkpointing import enable_checkpointing
@@ -170,7 +170,7 @@ class PolicyFiles:
             )
         if keeps_narrow_weights(config):
             if sharding_asked_for():
-                store_all_in(model, precision.dtype)
+                store_by_module_in(model, precision.dtype)
         elif not config.lora_rank:
             cast_experts(model)
         _repair_generation(model)

@@ -422,6 +422,7 @@ def make_trainer(
             batches=data.batches(config),
             objective=objective,
             max_tokens=_max_tokens(config, model, args.device),
+            dtype=precision.dtype,
             rounding=tolerance_for(data.rows.manifest, precision),
             held_out=data.held_out,
             may_checkpoint=config.gradient_checkpointing is None,

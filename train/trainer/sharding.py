@@ -42,7 +42,9 @@ def prepare_sharding(
     if fsdp is not None:
         if fsdp.fsdp_version != 2:
             raise TrainingError("FSDP 1 is not supported: set fsdp_version: 2, as in configs/accelerate_fsdp2.yaml.")
-        _keep_float32(fsdp, dtype, reduce_dtype)
+        from offline_kto.train.trainer.sharded_types import Types, shard_in_types
+
+        shard_in_types(accelerator, Types(dtype, reduce_dtype))
     if deepspeed is not None and dtype != torch.float32:
         raise TrainingError(
             "DeepSpeed in 16 bits would save the weights in 16 bits, in which KTO's small updates vanish: pass --dtype float32, "
@@ -54,20 +56,6 @@ def prepare_sharding(
             raise TrainingError(
                 "ZeRO-3 would not save a model: set zero3_save_16bit_model: true, as in configs/accelerate_zero3.yaml."
             )
-
-
-def _keep_float32(
-    fsdp: accelerate.FullyShardedDataParallelPlugin, dtype: torch.dtype, reduce_dtype: torch.dtype
-) -> None:
-    """Set a mixed-precision policy that does not round the model's output, nor the gradients unless `reduce_dtype` does.
-
-    Accelerate's own policy would also round the result of the forward pass (log-probs), and gradients before they are
-    summed.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    compute = None if dtype == torch.float32 else dtype
-    fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce_dtype)
 
 
 def gather_when_saving(accelerator: accelerate.Accelerator) -> None:
