@@ -1,4 +1,4 @@
-"""Training on CUDA devices; `make test-gpu`. Models are tiny, so that each test takes seconds.
+"""Training on CUDA devices. Models are tiny, so that each test takes seconds.
 
 The same is tested on the CPU as far as it can be: test_host_stalls.py, test_out_of_memory.py, test_gradient_sums.py,
 test_sharded.py, test_determinism.py.
@@ -14,19 +14,17 @@ import forks
 import pytest
 import torch
 import transformers
+from gpus import DEVICE, MARKS, REHEARSAL, two_gpus
 from safetensors.torch import load_file
 from stopped_runs import train_until
 
+from offline_kto.kto_core.scoring import cuda_head
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.train_run import train
 from offline_kto.train.trainer.gradient_passes import GradientPasses
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+pytestmark = MARKS
 
 TRAIN = "from offline_kto.train.cli import train; train()"
 
@@ -39,7 +37,7 @@ def config(cache: Path, tmp_path: Path) -> TrainConfig:
     """In float32, so that it can be compared with the CPU."""
     return TrainConfig(
         cache=cache, out=tmp_path / "run", batch_size=8, max_steps=4, learning_rate=1e-3, save_steps=0,
-        device="cuda", dtype="float32", max_tokens=2048,
+        device=DEVICE.type, dtype="float32", max_tokens=2048,
     )  # fmt: skip
 
 
@@ -84,36 +82,49 @@ def test_an_update_reads_from_the_device_once(config: TrainConfig, dtype: str, m
         assert len(messages) <= 2, messages
 
 
-@pytest.mark.parametrize("where", ["a pass", "the backward pass"])
+@pytest.mark.parametrize("where", ["a pass", "the backward pass", "the output layer"])
 def test_out_of_memory_repeats_the_batch_with_fewer_tokens(
     config: TrainConfig, where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A ballast leaves 64 MiB, and a pass of more than 600 tokens asks for more (g9)."""
+    """g9: a ballast leaves 64 MiB, and a pass of more than 600 tokens asks for more."""
+    if REHEARSAL:  # tiles are used on the CPU as well
+        monkeypatch.setattr(cuda_head, "runs_on", lambda device, dtype: True)
     undisturbed = train(config)
     ballast: list[torch.Tensor] = []
-    real = GradientPasses.backward
+    greedy = False
+    real, real_flow = GradientPasses.backward, cuda_head._Tiles.flow
 
-    def greedy(self: GradientPasses, loss: torch.Tensor, *, last: bool) -> None:
-        if self.policy.max_tokens > 600:
+    def ask() -> None:
+        try:
+            if REHEARSAL:
+                raise torch.OutOfMemoryError("a rehearsal")
+            torch.empty(2**29, dtype=torch.uint8, device=DEVICE)
+        finally:
+            ballast.clear()
+
+    def backward(self: GradientPasses, loss: torch.Tensor, *, last: bool) -> None:
+        nonlocal greedy
+        greedy = self.policy.max_tokens > 600
+        if greedy:
             torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info()
-            ballast[:] = [torch.empty(max(0, free - 64 * 2**20), dtype=torch.uint8, device="cuda")]
-
-            def ask(_: Any) -> None:
-                try:
-                    torch.empty(2**29, dtype=torch.uint8, device="cuda")
-                finally:
-                    ballast.clear()
-
+            free = 2**27 if REHEARSAL else torch.cuda.mem_get_info()[0]
+            ballast[:] = [torch.empty(max(0, free - 2**26), dtype=torch.uint8, device=DEVICE)]
             if where == "a pass":
-                ask(None)
-            loss.register_hook(ask)
+                ask()
+            if where == "the backward pass":
+                loss.register_hook(lambda _: ask())
         real(self, loss, last=last)
 
-    monkeypatch.setattr(GradientPasses, "backward", greedy)
+    def flow(self: Any, tile: Any) -> torch.Tensor:
+        if greedy and where == "the output layer":
+            ask()
+        return real_flow(self, tile)
+
+    monkeypatch.setattr(GradientPasses, "backward", backward)
+    monkeypatch.setattr(cuda_head._Tiles, "flow", flow)
     before = torch.cuda.memory_allocated()
     run = train(replace(config, out=config.out.with_name("disturbed")))
-    assert "out of memory: continuing with --max-tokens" in capsys.readouterr().out
+    assert "out of memory: continuing with --max-tokens 512" in capsys.readouterr().out
     assert difference(undisturbed, run) < 1e-4
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated() <= before + 2**20
@@ -156,12 +167,12 @@ def test_a_resumed_run_is_near_and_with_full_determinism_equal(
 
 def test_two_processes_on_one_gpu_sum_their_gradients() -> None:
     """Over gloo, which copies through the host (g13); NCCL refuses two ranks on one device."""
-    program = """
+    program = f"DEVICE = {DEVICE.type!r}\n" + """
 import torch, torch.distributed as dist
 from offline_kto.train.trainer.gradient_sums import Sending, copy_from_first, sum_gradients
 dist.init_process_group("gloo")
 torch.manual_seed(dist.get_rank())
-model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.LayerNorm(200)).cuda()
+model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.LayerNorm(200)).to(DEVICE)
 copy_from_first(model)
 first = model[0].weight.detach().clone()
 dist.broadcast(first, src=0)
@@ -231,7 +242,7 @@ def _yaml(folder: Path, text: str) -> Path:
 
 def options_of(config: TrainConfig, out: Path) -> list[object]:
     """Of `kto-train`."""
-    options: list[object] = ["--cache", config.cache, "--out", out, "--device", "cuda", "--dtype", config.dtype]
+    options: list[object] = ["--cache", config.cache, "--out", out, "--device", config.device, "--dtype", config.dtype]
     options += ["--batch-size", config.batch_size, "--max-steps", config.max_steps, "--max-tokens", config.max_tokens]
     options += ["--learning-rate", config.learning_rate, "--save-steps", config.save_steps]
     return options + ["--allow-different-policy"] * config.allow_different_policy
