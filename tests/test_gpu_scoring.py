@@ -209,7 +209,9 @@ class TestOneGpu:
         counted = sizes.frozen(torch.bfloat16)
         assert loaded.device == FIRST
         # The allocator rounds every tensor up to 512 bytes; buffers come on top.
-        assert REHEARSAL or counted <= used <= counted + 1024 * (len(list(loaded.parameters())) + len(list(loaded.buffers())))
+        assert REHEARSAL or counted <= used <= counted + 1024 * (
+            len(list(loaded.parameters())) + len(list(loaded.buffers()))
+        )
 
     @bitsandbytes
     def test_four_bits_score(self, four_bits: Path) -> None:
@@ -340,7 +342,9 @@ class TestSeveralGpus:
             over.set()
             watching.join()
         for number, (now, then) in enumerate(zip(most, before, strict=True)):
-            assert now - then > 100 * 2**20 or REHEARSAL, f"no process opened GPU {number}"  # a context alone takes more
+            assert now - then > 100 * 2**20 or REHEARSAL, (
+                f"no process opened GPU {number}"
+            )  # a context alone takes more
 
 
 def memory_used() -> list[int]:

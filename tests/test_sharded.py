@@ -1,6 +1,6 @@
 """Weights spread over ranks: the real FSDP2 (fully_shard through accelerate and the Trainer) on two gloo ranks.
 
-accelerate turns FSDP on for accelerators only. The launcher below tells it that the CPU ranks are such; all that
+accelerate turns FSDP on for accelerators only. `sharded_ranks.py` tells it that the CPU ranks are such; all that
 follows, from sharding to gathering and saving, is the real thing.
 """
 
@@ -20,6 +20,7 @@ import transformers
 from feedback_files import write_rows
 from models import save_tiny
 from safetensors.torch import load_file
+from sharded_ranks import AS_ACCELERATORS, FSDP2
 
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.precompute.config import PrecomputeConfig
@@ -30,32 +31,7 @@ from offline_kto.train.trainer.sharding import prepare_sharding
 
 pytestmark = pytest.mark.slow
 
-LAUNCHER = """
-import accelerate.state as state
-from accelerate.utils import DistributedType
-real = state.PartialState.__init__
-def pretend(self, *arguments, **options):
-    real(self, *arguments, **options)
-    if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
-        self._shared_state["distributed_type"] = self.distributed_type = DistributedType.MULTI_GPU
-state.PartialState.__init__ = pretend
-import torch.distributed as dist
-barrier = dist.barrier
-dist.barrier = lambda *a, device_ids=None, **k: barrier(*a, **k)  # gloo knows no devices
-{before}
-from offline_kto.train.cli import train
-train()
-"""
-
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "ACCELERATE_MIXED_PRECISION": "no",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
+TRAIN = "\nfrom offline_kto.train.cli import train; train()"
 
 
 def launch(
@@ -66,7 +42,7 @@ def launch(
     arguments += ["--batch-size", config.batch_size, "--max-steps", config.max_steps]
     arguments += ["--learning-rate", config.learning_rate, "--max-tokens", config.max_tokens, *options]
     variables = {**FSDP2, **(environment or {})}
-    return forks.run(LAUNCHER.format(before=before), *arguments, environment=variables, ranks=2)
+    return forks.run(AS_ACCELERATORS + before + TRAIN, *arguments, environment=variables, ranks=2)
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
