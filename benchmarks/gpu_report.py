@@ -173,15 +173,19 @@ def part_2(report: Report, trl_python: Path) -> None:
     workloads: dict[str, Workload | None] = {}
     missing = {name: why_not(trl_python, name) for name in ("trl", "peft")}
     for size, sides in ORDER[:2] if report.dry else ORDER:
-        if size not in workloads:
+        if size not in workloads and any(report.wants(f"{size} {name}") for name, _ in sides):
             workloads[size] = ready(report, size, needs=5 if report.dry else _PREPARING[size])
         for name, options in sides:
             kind = "ours" if name.startswith("ours") else "trl"
-            reason = missing["trl"] or ("lora_rank" in options and missing["peft"]) if kind == "trl" else ""
-            if workloads[size] is None or reason:
-                report.skip(f"{size} {name}", reason or "its model is not there")
+            needed = ["trl", *(["peft"] if "lora_rank" in options else [])] if kind == "trl" else []
+            reason = next((missing[package] for package in needed if missing[package]), "")
+            workload = workloads.get(size)
+            if not reason and workload is None:
+                reason = "its model is not there" if report.wants(f"{size} {name}") else "left out by --only"
+            if reason or workload is None:
+                report.skip(f"{size} {name}", reason)
                 continue
-            measure = functools.partial(side, report, workloads[size], kind, name=f"{size} {name}", options=options)
+            measure = functools.partial(side, report, workload, kind, name=f"{size} {name}", options=options)
             python = trl_python if kind == "trl" else Path(sys.executable)
             report.add(
                 f"{size} {name}",

@@ -66,7 +66,7 @@ class Report:
             like: kind of measurement; nor if the longest one of the kind so far would not fit.
             always: others need it, whatever `only` says.
         """
-        if not always and not re.search(self.only, name):
+        if not always and not self.wants(name):
             self.skipped[name] = "left out by --only"
             return None
         needs = max(needs, 1.1 * self._longest.get(like, 0.0))
@@ -87,6 +87,10 @@ class Report:
             self._longest[like] = max(self._longest.get(like, 0.0), time.monotonic() - begun)
         self.write()
         return self.results.get(name)
+
+    def wants(self, name: str) -> bool:
+        """Return whether a measurement was asked for."""
+        return re.search(self.only, name) is not None
 
     def skip(self, name: str, reason: str) -> None:
         """Note why something is not measured."""
