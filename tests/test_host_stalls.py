@@ -41,6 +41,7 @@ from offline_kto.train.trainer.gradient_passes import GradientPasses
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.policy_scores import PolicyScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
+from offline_kto.train.trainer.ranks import Ranks
 from offline_kto.train.trainer.reference_point import RunningShift, reference_point
 
 class Backend(backend_registration._DummyBackendModule):
@@ -77,15 +78,14 @@ with FakeTensorMode(allow_non_fake_inputs=True):
                 module._parameters[name] = torch.nn.Parameter(torch.empty(one.shape, device=device))
         for name, one in module._buffers.items():
             module._buffers[name] = torch.empty(one.shape, dtype=one.dtype, device=device)
-    ranks = SimpleNamespace(
-        sharded=False, world=1, mean_to_sum=1, sum=lambda one: one, share=lambda costs, _: (list(range(len(costs))), 0)
-    )
     accelerator = SimpleNamespace(
+        process_index=0,
+        num_processes=1,
         distributed_type=accelerate.DistributedType.NO,
         gradient_state=SimpleNamespace(_set_sync_gradients=lambda _: None),
         backward=lambda loss: None,  # autograd needs a real device
     )
-    policy = PreparedPolicy(model, device, ranks=ranks, max_tokens=max_tokens, rounding=1e-3)
+    policy = PreparedPolicy(model, device, ranks=Ranks(accelerator, sharded=False), max_tokens=max_tokens, rounding=1e-3)
     objective = Objective(loss, 0.1, limits=(-1.0, 1.5) if LOSS_TRAITS[loss].limits_tokens else None)
     scores, gradients = PolicyScores(policy, objective), GradientPasses(policy, objective, accelerator)
     shift = RunningShift() if LOSS_TRAITS[loss].needs_shift else None

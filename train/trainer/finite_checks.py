@@ -57,12 +57,14 @@ class FiniteChecks:
         self._unread: tuple[Sequence[TrainingRow], Tensor] | None = None
 
     def add_losses(self, rows: Sequence[TrainingRow], outcome: BatchOutcome, *, step: int) -> None:
-        """Check a rank's losses: at once, or, if no other rank waits for this one, together with the gradient norm.
+        """Check a rank's losses: together with the gradient norm, or at once if the weights are sharded.
+
+        Unsharded ranks have added up their gradients by then, so that a loss that is not finite stops all of them.
 
         Raises:
             TrainingError: names the rows whose loss is not finite.
         """
-        if self.policy.ranks.world > 1:
+        if self.policy.ranks.sharded:
             check_losses(rows, outcome, step=step)
         else:
             self._unread = rows, outcome.finite

@@ -223,7 +223,6 @@ class KTOTrainer(transformers.Trainer):
         rows, outcome, aux_loss = self.gradients.run(inputs, reference, step=step + 1)
         self.finite_checks.add_losses(rows, outcome, step=step + 1)
         self.row_logratios.add([row.index for row in rows], outcome.logratios, step)
-        ranks.sum_gradients(self.model)
         self._window.add(outcome, reference, aux_loss)
         return outcome.losses.sum() * (ranks.world / len(inputs))
 
