@@ -9,8 +9,11 @@ from pathlib import Path
 import forks
 import pytest
 import torch
+from models import save_tiny
 from safetensors.torch import load_file
 
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.train_run import train
 from offline_kto.train.run.training_run import _rank_warnings
@@ -266,17 +269,49 @@ GradientSums.begin_again = told
 """
 
 
-@pytest.mark.parametrize("rank", [0, 2], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize("case", ["all weights", "LoRA", "experts"])
 def test_a_rank_that_repeats_its_last_pass_trains_as_one_process(
-    config: TrainConfig, rank: int, tmp_path: Path
+    config: TrainConfig, case: str, feedback: Path, tmp_path: Path
 ) -> None:
-    """Twice out of memory, after a part of its gradients and after most of them were sent."""
-    one = train(replace(config, lora_rank=rank))
-    done = launch(config, tmp_path / "two", "--max-tokens", 450, "--lora-rank", rank, before=FULL)
+    """Twice out of memory, after a part of its gradients and after most of them were sent.
+
+    The router loss of experts needs counts of all ranks, which are added up once for each update.
+    """
+    if case == "experts":
+        base = save_tiny(tmp_path / "base", "mixtral", router_aux_loss_coef=0.5)
+        precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs"))
+        config = replace(config, cache=tmp_path / "refs")
+    config = replace(config, lora_rank=2 if case == "LoRA" else 0)
+    one = train(config)
+    done = launch(config, tmp_path / "two", "--max-tokens", 450, "--lora-rank", config.lora_rank, before=FULL)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("out of memory: continuing with") == 2
     first_time, second_time = map(tuple, re.findall(r"sent (\d+) of (\d+)", done.stdout))
     assert 0 < int(first_time[0]) < int(second_time[0]) <= int(second_time[1])
-    name = "adapter_model" if rank else "model"
+    name = "adapter_model" if config.lora_rank else "model"
     first, second = (load_file(folder / f"{name}.safetensors") for folder in (one, tmp_path / "two"))
-    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 2e-5
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 5e-5
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank(config: TrainConfig, tmp_path: Path) -> None:
+    """Each by itself, whether or not its launcher would end it; the rank that has the row names it."""
+    before = """
+import os
+from dataclasses import replace
+from offline_kto.train.trainer.gradient_passes import GradientPasses
+real = GradientPasses._share
+def share(self, rows):
+    own, passes = real(self, rows)
+    if os.environ["RANK"] == "1":
+        own = [replace(one, matched=replace(one.matched, ref_logps=float("nan"))) for one in own]
+        print("with", own[0].row_id)
+    return own, passes
+GradientPasses._share = share
+"""
+    done = launch(config, tmp_path / "two", before=before)
+    assert done.returncode != 0
+    row = re.search("with (.+)", done.stdout)
+    assert row is not None
+    assert f"Error: Step 1: the loss is not finite (row_id {row[1]}" in done.stderr
+    assert "Error: Step 1: the gradients are not finite" in done.stderr
+    assert not (tmp_path / "two" / "model.safetensors").exists()
