@@ -1,7 +1,7 @@
 """Score many sequences without gradient, in passes under a token budget, sharing prompts if that leaves scores unchanged."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -147,7 +147,7 @@ class ScoringPasses:
         pending: list[int],
         sequences: Sequence[TokenIds],
         *,
-        known: Set[int],
+        known: set[int],
         values: Sequence[np.ndarray] | None,
     ) -> Iterator[Pass]:
         """Yield the planned passes, without those of known sequences only; where memory runs out, change the next plan."""

@@ -7,7 +7,7 @@ micro-batch  units that fit into --max-tokens: one forward and backward pass
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import accelerate
 import numpy as np
@@ -54,7 +54,7 @@ class GradientPasses:
         accelerator: accelerate's, which scales and counts backward passes.
     """
 
-    def __init__(self, policy: PreparedPolicy, objective: Objective, accelerator: Any) -> None:
+    def __init__(self, policy: PreparedPolicy, objective: Objective, accelerator: accelerate.Accelerator) -> None:
         self.policy, self.objective, self.accelerator = policy, objective, accelerator
         # DeepSpeed updates the weights in the last backward pass.
         self._updates_in_backward = accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
