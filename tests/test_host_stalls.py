@@ -153,12 +153,19 @@ def config(cache: Path, tmp_path: Path) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("max_tokens", [10**6, 100])
-def test_reads_of_an_update(config: TrainConfig, max_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One read, before the optimizer's step, however many passes: are losses and gradients finite?"""
+@pytest.mark.parametrize(("max_tokens", "logging_steps"), [(10**6, 100), (100, 100), (10**6, 1)])
+def test_reads_of_an_update(
+    config: TrainConfig, max_tokens: int, logging_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One read, before the optimizer's step, however many passes: are losses and gradients finite?
+
+    A log reads twice: the Trainer its loss, and then all metrics at once.
+    """
     reads: list[Counter[str]] = []
 
     class Counting(transformers.TrainerCallback):
+        mode: Reads | None = None
+
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.mode = Reads()
             self.lists = Lists(self.mode.found)
@@ -166,9 +173,19 @@ def test_reads_of_an_update(config: TrainConfig, max_tokens: int, monkeypatch: p
             self.lists.__enter__()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if logging_steps > 1:
+                self.stop()
+
+        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.mode is not None:
+                self.stop()
+
+        def stop(self) -> None:
+            assert self.mode is not None
             self.lists.__exit__(None, None, None)
             self.mode.__exit__(None, None, None)
             reads.append(self.mode.found)
+            self.mode = None
 
     real = KTOTrainer.__init__
 
@@ -176,10 +193,15 @@ def test_reads_of_an_update(config: TrainConfig, max_tokens: int, monkeypatch: p
         real(self, **{**options, "callbacks": [*options["callbacks"], Counting()]})
 
     monkeypatch.setattr(KTOTrainer, "__init__", counted)
-    train(replace(config, max_tokens=max_tokens))
+    train(replace(config, max_tokens=max_tokens, logging_steps=logging_steps))
     assert len(reads) == 4
     for found in reads[1:]:  # the first update measures whether prompts are shared
-        assert found == {"tolist": 1}, found
+        if logging_steps > 1:
+            assert found == {"tolist": 1}, found
+        else:  # after the one copy, values of the host are read
+            scalars = found.pop("aten._local_scalar_dense.default")
+            assert scalars == 2, "the Trainer's loss, and a count on the host"
+            assert found == {"tolist": 3, "cpu": 1}, found
 
 
 def test_one_transfer_gives_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,6 @@ class KTOTrainer(transformers.Trainer):
             logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
             reserved = peak_reserved_mb(self.args.device)
             logs.update({} if reserved is None else {"peak_reserved_mb": reserved})
-            self.row_logratios.settle()
             self._window = Window()
         super().log(logs, start_time)
 
