@@ -284,6 +284,8 @@ class SweepRecord(Started, total=False):
         best: int | null; number of the best trial.
         planned: int; number of trials.
         trials: list of `TrialEntry`.
+        pareto_front: list of int; numbers of the trials that no other beats in every objective's held-out margin, absent
+            without several objectives.
     """
 
     metric: str
@@ -294,3 +296,4 @@ class SweepRecord(Started, total=False):
     best: int | None
     planned: int
     trials: list[TrialEntry]
+    pareto_front: list[int]
