@@ -1,6 +1,7 @@
 """Rows that are judged by more than one bit: the equalities that masses keep, and a naive reference."""
 
 import copy
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,10 @@ from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.data.trl_rows import trl_rows
 from offline_kto.train.diagnostics.settings import class_weight_values
 from offline_kto.train.run.train_run import train
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.pareto import pareto_front
+from offline_kto.train.sweep.space import Trials
+from offline_kto.train.sweep.sweep import sweep
 from offline_kto.train.trainer.evaluation import Scores, held_out_metrics, summary
 from offline_kto.train.trainer.objective import Objective
 
@@ -407,3 +412,66 @@ class TestFormulas:
         found, wanted = (summary(each, objective, 1)["metrics"] for each in (one, many))
         for name in wanted:
             assert found[name] == pytest.approx(wanted[name], abs=1e-9), name
+
+
+class TestParetoFront:
+    def test_trials_that_none_beats(self) -> None:
+        def trial(helpful: float, harmless: float) -> dict[str, float]:
+            return {
+                "eval/helpful/rewards/margins": helpful,
+                "eval/harmless/rewards/margins": harmless,
+                "eval/loss": 1.0,
+            }
+
+        trials = [trial(1, 3), trial(2, 2), trial(1, 2), trial(3, 1), trial(2, 2), {"eval/loss": 0.1}]
+        assert pareto_front(trials) == [0, 1, 3, 4]
+        assert pareto_front([{"eval/helpful/rewards/margins": 1.0, "eval/rewards/margins": 1.0}]) is None
+
+    def test_a_sweep_searches_weights(self, tmp_path: Path) -> None:
+        space = {
+            "objective.helpful": [0, 1],
+            "objective.harm-less": {"low": 0.5, "high": 1.0, "points": 2},
+            "beta": [0.1],
+        }
+        config = SweepConfig(search="grid", space=space, train={"objective": "honest=2"})
+        trials = Trials.of(config)
+        assert trials.points == 4
+        found = [trials.config(trials.point(i)).objective_weights for i in range(4)]
+        assert found[0] == {"honest": 2.0, "helpful": 0.0, "harm-less": 0.5}
+        assert found[3] == {"honest": 2.0, "helpful": 1.0, "harm-less": 1.0}
+        assert any("Pareto front" in line for line in trials.warnings())
+
+    @pytest.mark.parametrize(
+        ("space", "words"),
+        [
+            ({"objective.helpful": [-1]}, "the weight of an objective must be a number from 0"),
+            ({"objective.helpful": ["much"]}, "the weight of an objective must be a number from 0"),
+            ({"objective.helpful": {"low": -1, "high": 1}}, "must not be negative, got -1"),
+            ({"objective.honest": [1]}, "'objective.honest' is set in space: and in train:"),
+        ],
+    )
+    def test_weights_that_cannot_be_searched(self, space: dict[str, object], words: str) -> None:
+        with pytest.raises(ConfigError, match=words):
+            Trials.of(SweepConfig(space=space, train={"objective": "honest=1"}))
+
+    def test_results_mark_the_front(self, cache: Path, tmp_path: Path) -> None:
+        def both(number: int, row: Row) -> list[Row]:
+            helpful = (float(row["label"]), float(not row["label"]))
+            harmless = (float(number % 3 == 0), float(number % 3 != 0))
+            own = (helpful[0] + harmless[0], helpful[1] + harmless[1])
+            return [judged(row, *own, helpful=helpful, harmless=harmless)]
+
+        refs = rewritten(cache, tmp_path / "refs", both)
+        space: dict[str, object] = {"objective.helpful": [0, 1], "objective.harmless": [1, 0.25]}
+        shared = {"max_steps": 2, "eval_fraction": 0.5, "learning_rate": 3e-3, "device": "cpu", "save_steps": 0}
+        out = sweep(SweepConfig(cache=refs, out=tmp_path / "sweep", search="grid", space=space, train=shared))
+        record = json.loads((out / "sweep.json").read_bytes())
+        margins = [
+            [trial["metrics"][f"eval/{name}/rewards/margins"] for name in ("helpful", "harmless")]
+            for trial in record["trials"]
+        ]
+        beaten = [any(a[0] >= b[0] and a[1] >= b[1] and a != b for a in margins) for b in margins]
+        assert record["pareto_front"] == [i for i in range(4) if not beaten[i]]
+        rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+        assert [row["pareto_front"] for row in rows] == ["no" if one else "yes" for one in beaten]
+        assert (out / "report.html").read_text().count(">Pareto front</span>") == beaten.count(False)

@@ -234,7 +234,7 @@ class TrainConfig:
 
 
 def parse_objective(text: str) -> dict[str, float]:
-    """Return the weights in `helpful=1,harmless=0.5`, or in a JSON object, which a table in YAML becomes.
+    """Return the weights in `helpful=1,harmless=0.5`, or in a JSON object, which a mapping in Python becomes.
 
     Raises:
         ConfigError: no name and weight, a name that is given twice, or a weight that is negative or no finite number.

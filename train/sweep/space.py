@@ -255,7 +255,9 @@ def _value(name: str, value: object) -> object:
 def _weight(where: str, value: object) -> float:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
     if not 0 <= number < math.inf:
-        raise ConfigError(f"{where}: the weight of an objective must be a number from 0, got {as_given(value, (float,))}")
+        raise ConfigError(
+            f"{where}: the weight of an objective must be a number from 0, got {as_given(value, (float,))}"
+        )
     return float(number)
 
 
