@@ -18,9 +18,10 @@ from models import random_rows, tiny_model
 
 from offline_kto.kto_core.scoring import cuda_head
 from offline_kto.kto_core.scoring.cuda_head import tiled_logps
-from offline_kto.kto_core.scoring.head import Head, add_gradients_in_place, selected_logps
+from offline_kto.kto_core.scoring.head import selected_logps
 from offline_kto.kto_core.scoring.head_tiles import PLAIN, Normalizer, Tile, TileOperations
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
+from offline_kto.kto_core.scoring.output_layer import Head, add_gradients_in_place
 from offline_kto.kto_core.scoring.sequences import pad_sequences
 
 # In the interpreter, numpy warns of what is computed from uninitialised memory between rows, and then left out.
@@ -52,17 +53,7 @@ def small_tiles(monkeypatch):
 
 
 def tiled(hidden, targets, head, *, dtype=None, operations=OPERATIONS):
-    return tiled_logps(
-        hidden,
-        head.weight,
-        head.bias,
-        targets,
-        scale=head.scale,
-        softcap=head.softcap,
-        dtype=dtype or head.weight.dtype,
-        gradient=head.gradient,
-        operations=operations,
-    )
+    return tiled_logps(hidden, targets, head, dtype=dtype or head.weight.dtype, operations=operations)
 
 
 def case(kind, tokens, dtype=torch.float64):

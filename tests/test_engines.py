@@ -182,9 +182,9 @@ class TestComparison:
         def __init__(self, off: float = 0.0, answer: Any = lambda scores: scores) -> None:
             self.off, self.answer = off, answer
 
-        def score(self, sequences: Any, *, known: Any, on_scores: Any, on_tokens: Any) -> None:
+        def score(self, sequences: Any, listener: Any, *, known: Any) -> None:
             scores = self.answer([np.full(len(y), -3.0 - self.off, dtype=np.float32) for _, y in sequences])
-            on_scores(list(range(len(scores))), scores)
+            listener.on_scores(list(range(len(scores))), scores)
 
     def compared(self, engine: Any, dtype: str = "float32") -> ComparedScorer:
         sample = choose_sample(self.ROWS)
