@@ -1,9 +1,8 @@
 """`--attention`: what is chosen where, and what is refused before a model is loaded."""
 
+import ctypes
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -284,15 +283,14 @@ class TestCudnn:
         choose(device=CUDA)
         assert os.environ[SWITCH] == "1"
 
-    def test_pytorch_reads_what_python_sets_after_it_was_imported(self) -> None:
+    def test_pytorch_reads_what_python_sets_after_it_was_imported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """PyTorch reads the variable at the first attention, with getenv: it must see what `os.environ` was given."""
-        code = (
-            "import ctypes, torch; from offline_kto.kto_core.runtime import deprioritize_cudnn_attention as f; f(); "
-            "get = ctypes.CDLL(None).getenv; get.restype = ctypes.c_char_p; "
-            f"assert get({SWITCH.encode()!r}) == b'1'"
-        )
-        environment = {name: value for name, value in os.environ.items() if name != SWITCH}
-        assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+        monkeypatch.delenv(SWITCH, raising=False)
+        get = ctypes.CDLL(None).getenv
+        get.restype = ctypes.c_char_p
+        assert get(SWITCH.encode()) is None
+        deprioritize_cudnn_attention()
+        assert get(SWITCH.encode()) == b"1"
 
 
 class _Manifest:
