@@ -179,6 +179,18 @@ def sharding_asked_for() -> list[str]:
     return [way for way, (name, _) in _SHARDING.items() if _flag(name)]
 
 
+def gpus_sharing_weights() -> int | None:
+    """Return the number of GPUs that share one copy of weights, gradients and moments; 1 without sharding.
+
+    None if it is unknown: DeepSpeed shards what its stage says, and FSDP may keep its shards on the host.
+    """
+    ways = sharding_asked_for()
+    offloads = os.environ.get("FSDP_OFFLOAD_PARAMS", "").strip().lower() in _TRUE
+    if not ways:
+        return 1
+    return None if offloads or "FSDP" not in ways else world_size()
+
+
 def reads_weights() -> bool:
     """Return whether this process reads a model's weights: with accelerate's `fsdp_cpu_ram_efficient_loading` one of each
     machine does, and the others get their parts when the model is sharded.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 
-from offline_kto.train.model.memory_needs import needs_of, size_of
+from offline_kto.train.model.memory_by_recipe import needs_of, size_of
 from offline_kto.train.run.memory_table import tokens_cell
 
 # Published shapes: hidden, intermediate, layers, heads, key/value heads, vocabulary, tied.

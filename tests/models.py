@@ -117,9 +117,11 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any
         config = config_class(**{"vocab_size": VOCABULARY, **fields, **overrides})
         model = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(0.2 * torch.randn_like(parameter))
+            parameters, saved = dict(model.named_parameters()), model.state_dict()
+            constants = [constant for name, constant in saved.items() if name not in parameters]
+            for vector in [*parameters.values(), *constants]:
+                if vector.ndim == 1 and vector.is_floating_point():
+                    vector.add_(0.2 * torch.randn_like(vector))
     return model.eval()
 
 

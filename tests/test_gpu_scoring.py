@@ -25,7 +25,7 @@ from models import random_rows, save_tiny, tiny_tokenizer
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.models.loading import load_causal_lm
-from offline_kto.kto_core.models.memory_need import Sizes, free_bytes
+from offline_kto.kto_core.models.memory_check import Sizes, free_bytes
 from offline_kto.kto_core.models.outline import find_outline
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.precompute.config import PrecomputeConfig
@@ -34,7 +34,7 @@ from offline_kto.precompute.engines.transformers_scorer import TransformersScore
 from offline_kto.precompute.inspect_cache import verify
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.model.training_need import check_training_fits
+from offline_kto.train.model.training_memory import check_training_fits
 from offline_kto.train.run.train_run import train
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.sweep import sweep

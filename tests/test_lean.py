@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run import training_run
 from offline_kto.train.run.inputs import KeptMaterials, Materials
+from offline_kto.train.run.optimizer import check_sharding
 from offline_kto.train.run.train_run import train
 from offline_kto.train.run.training_run import TrainingRun
 
@@ -169,12 +171,28 @@ def test_gradients_of_frequent_tokens_are_summed_in_float32() -> None:
         assert grad[:, 0].tolist() == [1.0, 1000.0, 0.0, 1.0, 0.0]
 
 
+def test_shardings_that_cannot_be_honoured_are_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded: the message is about options."""
+    deepspeed: Any = SimpleNamespace(deepspeed_plugin=object())
+    unsharded: Any = SimpleNamespace(deepspeed_plugin=None)
+    for memory in ("lean", "host"):
+        with pytest.raises(ConfigError, match=f"--memory {memory} does not work with DeepSpeed"):
+            check_sharding(replace(config, memory=memory), deepspeed)
+        check_sharding(replace(config, memory=memory), unsharded)
+    check_sharding(replace(config, memory="full"), deepspeed)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(Materials, "files", lambda *_: pytest.fail("the model was looked for"))
+    with pytest.raises(ConfigError, match="With FSDP2 use --memory lean"):
+        train(replace(config, memory="host"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dtype": "float32"}, "leave out --dtype float32"),
         ({"lora_rank": 4}, "leave --memory out"),
-        ({"training": {"optim": "adafactor"}}, "remove optim and optim_args"),
+        ({"training": {"optim": "adafactor", "optim_args": "a=1"}}, "remove optim and optim_args from"),
+        ({"training": {"optim_target_modules": "all-linear"}}, "remove optim_target_modules from"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(options: dict[str, Any], message: str) -> None:

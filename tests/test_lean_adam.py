@@ -93,6 +93,93 @@ def test_rounding_keeps_the_mean_and_exact_values() -> None:
     assert torch.equal(round_stochastically(exact, bits[:6]).float(), exact)
 
 
+def test_rounding_is_unbiased() -> None:
+    """By the random numbers that an update draws: the mean of a million roundings is within four standard errors."""
+    count, random = 1_000_000, torch.Generator().manual_seed(0)
+    for value in (1.00123, -0.0371234, 3.1e37, 2e-30, 1e-40):
+        exact = torch.full((count,), value)
+        found = round_stochastically(exact, lean_adam._random_bits(exact, random)).double()
+        error = float(found.mean() - exact[0].double()) / float(found.std()) * count**0.5
+        assert abs(error) < 4, value
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    """A GPU's NaN has all bits set: adding to them would make it a zero."""
+    patterns = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800000, -0x800000], dtype=torch.int64).to(torch.int32)
+    found = round_stochastically(patterns.view(torch.float32), torch.full((5,), 0xFFFF, dtype=torch.int32)).float()
+    assert found[:3].isnan().all()
+    assert found[3:].tolist() == [float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (0,), (0, 32), (32, 0), (3, 1), (5, 17), (2, 3, 64)])
+def test_every_shape_is_updated_and_restored(shape: tuple[int, ...]) -> None:
+    weights = [nn.Parameter(torch.ones(shape).bfloat16()) for _ in range(2)]
+    first, second = (LeanAdamW([weight], lr=0.1) for weight in weights)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    first.step()
+    weights[1].data.copy_(weights[0].data)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    first.step()
+    second.step()
+    assert torch.equal(*weights)
+    assert (weights[0] < 1).all()
+
+
+def test_a_weight_that_is_not_contiguous_is_updated_like_its_copy() -> None:
+    start = 0.02 * torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+    weight = nn.Parameter(start.bfloat16().t())
+    start, optimizer = weight.detach().float(), LeanAdamW([weight], lr=1e-2)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach().float(), start - 1e-2, atol=5e-4, rtol=0)
+
+
+def test_an_empty_part_has_the_states_of_the_others() -> None:
+    """A matrix of few rows on many ranks: a checkpoint of shards needs the same names and types from each."""
+    states = []
+    for rows in (0, 2):
+        weight = nn.Parameter(torch.ones(rows, 64).bfloat16())
+        weight.grad = torch.ones_like(weight)
+        optimizer = LeanAdamW([weight], lr=0.1)
+        optimizer.step()
+        states.append({name: one.dtype for name, one in optimizer.state[weight].items()})
+    assert states[0] == states[1]
+
+
+def test_frozen_weights_stay_and_others_are_rounded_as_without_them() -> None:
+    """A weight without a gradient still counts, so that random numbers do not depend on what others get."""
+    found = []
+    for frozen in (True, False):
+        weights = [nn.Parameter(torch.ones(SHAPE).bfloat16()) for _ in range(2)]
+        optimizer = LeanAdamW(weights, lr=1e-3)
+        for weight in weights[frozen:]:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        found.append(weights)
+    assert (found[0][0] == 1).all()
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_random_numbers_depend_on_seed_rank_update_and_weight() -> None:
+    def moved(*, seed: int = 0, rank: int = 0, updates: int = 1, number: int = 0) -> Tensor:
+        weights = [nn.Parameter(torch.ones(SHAPE).bfloat16()) for _ in range(2)]
+        optimizer = LeanAdamW(weights, lr=1e-3, betas=(0.0, 0.0), seed=seed, rank=rank)
+        for _ in range(updates):
+            for weight in weights:
+                weight.data.fill_(1)
+                weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        return weights[number].detach()
+
+    state = torch.random.get_rng_state()
+    one = moved()
+    assert torch.equal(one, moved())
+    assert torch.equal(state, torch.random.get_rng_state())
+    for other in (moved(seed=1), moved(rank=1), moved(updates=2), moved(number=1)):
+        assert not torch.equal(one, other)
+
+
 @pytest.mark.parametrize("form", [FIRST, SECOND])
 def test_a_value_and_its_code(form: Format) -> None:
     values = torch.logspace(-6, 0, 256)[None].repeat(2, 1)

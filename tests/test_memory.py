@@ -171,6 +171,28 @@ def test_auto_measures_with_the_model_itself_and_leaves_no_trace(cache, tmp_path
         torch.testing.assert_close(load_file(measured / "model.safetensors")[name], value, atol=2e-5, rtol=0)
 
 
+def test_states_of_a_checkpoint_are_not_counted_twice(cache, tmp_path, monkeypatch):
+    """They are on the device before a resumed run measures what is free."""
+    counted = []
+
+    def optimizer_bytes(model, *, sharded_over, of_matrix):
+        counted.append(round(of_matrix(torch.float32)))
+        return 0
+
+    def trial(self, rows, length):
+        RowCounter.last = rows * length
+
+    monkeypatch.setattr("offline_kto.train.run.training_run.meter_of", lambda device: RowCounter())
+    monkeypatch.setattr("offline_kto.train.trainer.gradient_passes.optimizer_bytes", optimizer_bytes)
+    monkeypatch.setattr(GradientPasses, "try_rows", trial)
+    monkeypatch.setattr(GradientPasses, "score_rows", trial)
+    config = TrainConfig(cache=cache, out=tmp_path / "a", batch_size=8, max_steps=1, save_steps=1, device="cpu")
+    train(config)
+    train(replace(config, max_steps=2, resume=True))
+    assert set(counted[: len(counted) // 2]) == {8}
+    assert set(counted[len(counted) // 2 :]) == {0}
+
+
 class CheckpointingDevice:
     """A meter on a CPU: a token takes 20 bytes, 2 of them with gradient checkpointing, 1 without gradients."""
 

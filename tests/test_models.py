@@ -6,17 +6,24 @@ import peft
 import pytest
 import torch
 import transformers
-from models import random_rows, save_tiny, tiny_model
+from models import FAMILIES, random_rows, save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.models.folders import find_folder
 from offline_kto.kto_core.models.loading import load_causal_lm
-from offline_kto.kto_core.models.precision import Precision, resolve_device, resolve_precision, store_matrices_in
+from offline_kto.kto_core.models.precision import (
+    Precision,
+    resolve_device,
+    resolve_precision,
+    store_by_module_in,
+    store_matrices_in,
+)
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 from offline_kto.kto_core.scoring.logps import token_logps
 from offline_kto.kto_core.scoring.sequences import pad_sequences
+from offline_kto.train.model.experts import cast_experts
 
 CPU = torch.device("cpu")
 FULL, HALF = Precision(torch.float32), Precision(torch.bfloat16)
@@ -216,6 +223,22 @@ def test_only_what_autocast_casts_is_stored_in_16_bits(tmp_path, config):
     frozen, trained = load(tmp_path, precision=HALF), load(tmp_path, precision=HALF, frozen=False)
     assert any(p.dtype == torch.bfloat16 for p in frozen.parameters())
     assert difference(scores(frozen, HALF), scores(trained, HALF)) == 0
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT])
+def test_a_module_has_all_weights_in_16_bits_only_where_that_changes_no_bit(tmp_path, family):
+    """As FSDP2 gathers them."""
+    if family in RECURRENT:
+        with_random_constants(RECURRENT[family]).save_pretrained(tmp_path)
+    else:
+        save(tmp_path, family)
+    whole, gathered = (load(tmp_path, precision=HALF, frozen=False) for _ in range(2))
+    for model in (whole, gathered):
+        cast_experts(model)
+    store_by_module_in(gathered, torch.bfloat16)
+    narrow = [p.numel() for p in gathered.parameters() if p.dtype == torch.bfloat16]
+    assert sum(narrow) > 0.5 * sum(p.numel() for name, p in gathered.named_parameters() if "proj" in name)
+    assert difference(scores(gathered, HALF), scores(whole, HALF)) == 0
 
 
 def test_recurrences_stored_in_float32_among_16_bit_weights_are_not_rounded(tmp_path):

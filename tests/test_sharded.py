@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import forks
+import models
 import pytest
 import torch
 import transformers
@@ -21,7 +22,7 @@ from feedback_files import write_rows
 from models import save_tiny
 from safetensors.torch import load_file
 
-from offline_kto.kto_core.errors import TrainingError
+from offline_kto.kto_core.errors import ConfigError, TrainingError
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
@@ -57,14 +58,20 @@ FSDP2 = {
 
 
 def launch(
-    config: TrainConfig, out: Path, *options: str, before: str = "", environment: dict[str, str] | None = None
+    config: TrainConfig,
+    out: Path,
+    *options: str,
+    before: str = "",
+    environment: dict[str, str] | None = None,
+    sharded: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """`kto-train` on two sharded ranks; `before` is code that runs first."""
+    """`kto-train` on two sharded ranks, or in one process; `before` is code that runs first."""
     arguments = ["--cache", config.cache, "--out", out, "--device", "cpu"]
     arguments += ["--batch-size", config.batch_size, "--max-steps", config.max_steps]
     arguments += ["--learning-rate", config.learning_rate, "--max-tokens", config.max_tokens, *options]
-    variables = {**FSDP2, **(environment or {})}
-    return forks.run(LAUNCHER.format(before=before), *arguments, environment=variables, ranks=2)
+    variables = {**(FSDP2 if sharded else {}), **(environment or {})}
+    program = LAUNCHER.replace("{before}", before)
+    return forks.run(program, *arguments, environment=variables, ranks=2 if sharded else 0)
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -79,7 +86,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return uneven_rows(tmp_path_factory.mktemp("untied"), tied=False)
 
 
-def uneven_rows(folder: Path, *, tied: bool, **of_model: int) -> TrainConfig:
+def uneven_rows(folder: Path, *, tied: bool, family: str = "llama", **of_model: Any) -> TrainConfig:
     """Rows of very different lengths: one rank gets two long ones while the other gets many short ones."""
     rows = []
     for number in range(18):
@@ -87,7 +94,7 @@ def uneven_rows(folder: Path, *, tied: bool, **of_model: int) -> TrainConfig:
         prompt = [{"role": "user", "content": f"{number} " + "hello world " * (30 if long else 1)}]
         completion = [{"role": "assistant", "content": f"{number} " + "red stone " * (25 if long else 2)}]
         rows.append({"prompt": prompt, "completion": completion, "label": number % 2 == 0})
-    base = save_tiny(folder / "base", tie_word_embeddings=tied, **of_model)
+    base = save_tiny(folder / "base", family, tie_word_embeddings=tied, **of_model)
     out = folder / "refs"
     precompute(PrecomputeConfig(model=str(base), data=str(write_rows(folder / "f.jsonl", rows)), out=out))
     return TrainConfig(
@@ -170,7 +177,87 @@ def test_bfloat16_rounds_passes_but_no_results(uneven: TrainConfig, tmp_path: Pa
     assert any(abs(value - round(value)) > 0.01 for value in scaled)
 
 
-@pytest.mark.slow
+RECORDER = """
+import os, torch
+from offline_kto.kto_core.scoring.logps import token_logps
+from offline_kto.kto_core.scoring.sequences import pad_sequences
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
+prepare = KTOTrainer.prepare_to_train
+def prepare_and_record(self):
+    prepare(self)
+    model = self.policy.scoring_model.eval()
+    with torch.no_grad():
+        passes = [pad_sequences([self.rows[number].matched.ids]) for number in range(len(self.rows))]
+        found = torch.cat([token_logps(model, batch).token_logps for batch in passes])
+    torch.save(found, os.environ["RECORDS"] + "." + os.environ.get("RANK", "0"))
+KTOTrainer.prepare_to_train = prepare_and_record
+"""
+
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 256}
+
+GLM4_MOE = (
+    transformers.Glm4MoeConfig,
+    {
+        **{"hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 16, "head_dim": 8},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "n_routed_experts": 4},
+        **{"num_experts_per_tok": 2, "first_k_dense_replace": 1, "initializer_range": 0.4, "pad_token_id": None},
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "of_model", "options"),
+    [
+        ("llama", {"rope_parameters": YARN}, ()),
+        ("llama-tied", {"tied": True}, ("--memory", "lean")),
+        ("gpt2", {"tied": True}, ("--gradient-checkpointing",)),
+        ("glm4-moe", {}, ()),
+    ],
+    ids=["llama", "lean", "gpt2", "experts"],
+)
+def test_bfloat16_scores_are_those_of_one_process(
+    family: str, of_model: dict[str, Any], options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, on the rank that reads the weights and on the other one, which has to be sent the model's constants.
+
+    YaRN's position frequencies are constants that are not saved, the routers' corrections of GLM are some that are.
+    """
+    monkeypatch.setitem(models._FAMILIES, "glm4-moe", GLM4_MOE)
+    config = uneven_rows(tmp_path, **{"tied": False, "family": family, **of_model})
+    config = replace(config, max_steps=2, learning_rate=1e-3)
+    options = (*options, "--dtype", "bfloat16", "--save-steps", "0", "--allow-different-policy")
+    whole, parts = ({"RECORDS": str(tmp_path / name)} for name in ("whole", "parts"))
+    one = launch(config, tmp_path / "one", *options, before=RECORDER, environment=whole, sharded=False)
+    assert one.returncode == 0, one.stderr[-3000:]
+    parts["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+    two = launch(config, tmp_path / "two", *options, before=RECORDER, environment=parts)
+    assert two.returncode == 0, two.stderr[-3000:]
+    expected = torch.load(tmp_path / "whole.0")
+    for rank in (0, 1):
+        assert torch.equal(torch.load(tmp_path / f"parts.{rank}"), expected), rank
+    if "lean" not in options:  # there, each rank rounds at random in its own way
+        before, first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "one", "two"))
+        moved = sum(float((first[name] - weight).square().sum()) for name, weight in before.items())
+        apart = sum(float((first[name] - weight).square().sum()) for name, weight in second.items())
+        assert apart < 0.01 * moved
+
+
+def test_sharded_layers_keep_half_of_the_activations(uneven: TrainConfig, tmp_path: Path) -> None:
+    """As on a GPU: ranks agree on the layers, losses stay the same and gradients within rounding."""
+    halves = (
+        "from offline_kto.train.trainer import kto_trainer\nkto_trainer.can_halve_activations = lambda *_, **__: True"
+    )
+    config, records = replace(uneven, max_steps=2), {}
+    for name, before in (("usual", ""), ("half", halves)):
+        done = launch(config, tmp_path / name, "--dtype", "bfloat16", "--save-steps", "0", before=before)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("6 norms and SwiGLU layers keep their inputs only" in done.stdout) == bool(before)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        records[name] = json.loads(lines[0])
+    assert records["half"]["loss"] == records["usual"]["loss"]
+    assert records["half"]["grad_norm"] == pytest.approx(records["usual"]["grad_norm"], rel=0.02)
+
+
 def test_lean_weights_are_sharded_too(uneven: TrainConfig, tmp_path: Path) -> None:
     """16-bit weights with 8-bit moments on two ranks: near one process, and a checkpoint of shards goes on bit for bit."""
     options = ("--memory", "lean", "--allow-different-policy", "--save-steps", "2")
@@ -215,6 +302,12 @@ def test_settings_that_would_not_shard_are_refused(uneven: TrainConfig, tmp_path
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(TrainingError, match="ask for FSDP, but on this device the run would not be sharded"):
         train(replace(uneven, out=tmp_path / "one"))
+
+
+def test_a_run_is_not_evaluated_sharded(uneven: TrainConfig, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="--evaluate-only: accelerate's settings ask for FSDP"):
+        train(replace(uneven, evaluate_only=tmp_path))
 
 
 def test_what_could_not_train_or_save_is_refused() -> None:

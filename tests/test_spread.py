@@ -184,7 +184,7 @@ class TestChoice:
             object.__setattr__(found, "device", torch.device("cuda", 0))
             monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
             for where in (
-                "offline_kto.kto_core.models.memory_need.free_bytes",
+                "offline_kto.kto_core.models.memory_check.free_bytes",
                 f"{reference_module.__name__}.free_bytes",
             ):
                 monkeypatch.setattr(where, lambda device: free[device.index or 0])

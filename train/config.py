@@ -220,9 +220,9 @@ class TrainConfig:
                 f"--memory {self.memory} is for training all weights. With --lora-rank the model is frozen in 16 bits "
                 "already, and its adapters are small: leave --memory out."
             )
-        if "optim" in self.training or "optim_args" in self.training:
+        if others := sorted(name for name in self.training if name.startswith("optim")):
             raise ConfigError(
-                f"--memory {self.memory} has its own optimizer, AdamW for 16-bit weights: remove optim and optim_args from "
+                f"--memory {self.memory} has its own optimizer, AdamW for 16-bit weights: remove {' and '.join(others)} from "
                 "training:. (Other optimizers round to the nearest, and KTO's small updates would be lost.)"
             )
 

@@ -4,7 +4,8 @@ Both stages pass in the `transformers` class. Folder, precision, adapter, dropou
 """
 
 import contextlib
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -83,28 +84,21 @@ def load_causal_lm(
     merges = adapter is not None and not is_quantized_folder(folder)
     wide = precision.is_full or not (frozen or narrow) or adapter is not None
     reads = reads or adapter is not None or is_quantized_folder(folder)
-    places = _places(device, spread, merges=merges, reads=reads)
-    model, info = _read(auto_model, folder, torch.float32 if wide else _stored_type(folder), trust_remote_code, places)
-    if not wide and (_has_rounded_constants(model) or not _restore_wide(model, folder, info["unexpected_keys"])):
-        del model  # a GPU may not hold it twice, nor in float32
-        places = _places(device, spread, merges=True, reads=reads)
-        model, info = _read(auto_model, folder, torch.float32, trust_remote_code, places)
-    if not trust_remote_code:
-        check_model_code(folder, *classes_used(model, folder))
-    _check_loaded(model, folder, info)
+    places = functools.partial(_places, device, spread, reads=reads)
+    model = _read_checked(auto_model, folder, places, wide=wide, merges=merges, trust_remote_code=trust_remote_code)
     if adapter is not None:
         with model_code(str(adapter), f"the adapter cannot be put on this model family ({family_of(model)})"):
             (add_adapter_beside if _is_quantized(model) else merge_adapter)(model, adapter)
     if wide:
         _widen(model)
-    if frozen and not precision.is_full and not _is_quantized(model):
-        store_matrices_in(model, precision.dtype)
-    elif narrow:
-        store_trained_in(model, precision.dtype)
     if _is_quantized(model):
         _compute_four_bits_in(model, precision.dtype)
         keep_gradients_of_four_bits(model)
         keep_eight_bits_in_eval_mode(model)
+    elif frozen and not precision.is_full:
+        store_matrices_in(model, precision.dtype)
+    elif narrow:
+        store_trained_in(model, precision.dtype)
     disable_dropout(model)
     _set_outputs(model.config)
     with model_code(str(folder), f"this model family ({family_of(model)}) cannot be scored"):
@@ -115,8 +109,34 @@ def load_causal_lm(
         _reserve_weights(model)
     if _is_quantized(model) or spread is not None or not reads:
         return model
-    vars(model).pop("hf_device_map", None)  # a sign for libraries that the model is not theirs to place
+    model.__dict__.pop("hf_device_map", None)  # a sign for libraries that the model is not theirs to place
     return model.to(device)
+
+
+def _read_checked(
+    auto_model: Transformers,
+    folder: Path,
+    places: Callable[..., dict[str, object]],
+    *,
+    wide: bool,
+    merges: bool,
+    trust_remote_code: bool,
+) -> Model:
+    """Read a model in float32 or in the type in which it is stored, and check that all of its weights were read.
+
+    Args:
+        places: `_places`, for this process.
+        wide: whether all weights are read in float32.
+    """
+    dtype = torch.float32 if wide else _stored_type(folder)
+    model, info = _read(auto_model, folder, dtype, trust_remote_code, places(merges=merges))
+    if not wide and (_has_rounded_constants(model) or not _restore_wide(model, folder, info["unexpected_keys"])):
+        del model  # a GPU may not hold it twice, nor in float32
+        model, info = _read(auto_model, folder, torch.float32, trust_remote_code, places(merges=True))
+    if not trust_remote_code:
+        check_model_code(folder, *classes_used(model, folder))
+    _check_loaded(model, folder, info)
+    return model
 
 
 def _places(device: torch.device, spread: Mapping[int, int] | None, *, merges: bool, reads: bool) -> dict[str, object]:

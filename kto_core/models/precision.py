@@ -12,6 +12,7 @@ from torch import nn
 
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.launch import read_launch
+from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.narrow_embedding import NarrowEmbedding, can_be_narrow
 from offline_kto.kto_core.options import AUTO
 
@@ -139,9 +140,36 @@ def store_trained_in(model: nn.Module, dtype: torch.dtype) -> None:
     _store(model, dtype, _matrices(model, dtype, tables=tables))
 
 
-def store_all_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store every weight in `dtype`: FSDP2 shards weights of one type only."""
-    _store(model, dtype, {id(parameter) for parameter in model.parameters()})
+def store_by_module_in(model: Model, dtype: torch.dtype) -> None:
+    """Store all weights of a module in one type, as FSDP2 needs it: float32, or `dtype` where that changes no score."""
+    wide = {id(parameter) for module in float32_modules(model, dtype) for parameter in module.parameters(recurse=False)}
+    _store(model, dtype, {id(parameter) for parameter in model.parameters()} - wide)
+
+
+def float32_modules(model: Model, dtype: torch.dtype) -> list[nn.Module]:
+    """Return the modules that would compute something else under autocast if all of their own weights were in `dtype`.
+
+    The answer depends on the classes of the modules, not on their values: every rank gives the same.
+    """
+    head = model.get_output_embeddings()
+    alike: dict[type[nn.Module], bool] = {nn.Linear: True, NarrowEmbedding: True}
+    found = []
+    for module in model.modules():
+        own, kind = list(module.parameters(recurse=False)), type(module)
+        if not any(parameter.dtype == torch.float32 for parameter in own):
+            continue
+        if module is head:  # its bias is added to float32 logits
+            narrow = getattr(head, "bias", None) is None
+        elif holds_experts(module):
+            narrow = all(parameter.ndim >= 2 for parameter in own)
+        else:
+            if kind not in alike:
+                is_matrix = getattr(getattr(module, "weight", None), "ndim", 0) == 2
+                alike[kind] = is_matrix and not isinstance(module, nn.Embedding) and _casts_its_weights(module, dtype)
+            narrow = alike[kind]
+        if not narrow:
+            found.append(module)
+    return found
 
 
 def _store(model: nn.Module, dtype: torch.dtype, narrow: set[int]) -> None:
@@ -181,23 +209,42 @@ def _casts_its_weight(module: nn.Module, dtype: torch.dtype) -> bool:
     weight first, or use it outside of autocast.
     """
     if cast("torch.Tensor", module.weight).is_meta:  # its values are in another process, and do not matter here
-        module = copy.deepcopy(module).to_empty(device="cpu")
-        for parameter in module.parameters():
-            parameter.data = torch.linspace(-1, 1, parameter.numel(), dtype=torch.float32).view(parameter.shape)
-    weight = cast("torch.Tensor", module.weight)
-    stored = weight.data
-    for size in stored.shape[::-1]:
-        values = torch.linspace(-1, 1, 3 * size, device=stored.device).reshape(1, 3, size)
+        module = _with_other_values(module)
+    return _is_alike(module, dtype, [cast("nn.Parameter", module.weight)])
+
+
+def _casts_its_weights(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Return the same as `_casts_its_weight` for all weights of a layer, whatever their values."""
+    module = _with_other_values(module)
+    return _is_alike(module, dtype, list(module.parameters(recurse=False)))
+
+
+def _with_other_values(module: nn.Module) -> nn.Module:
+    """Return a copy in host memory with values from -1 to 1."""
+    module = copy.deepcopy(module).to_empty(device="cpu")
+    for parameter in module.parameters():
+        parameter.data = torch.linspace(-1, 1, parameter.numel(), dtype=torch.float32).view(parameter.shape)
+    return module
+
+
+def _is_alike(module: nn.Module, dtype: torch.dtype, weights: Sequence[nn.Parameter]) -> bool:
+    """Return whether a layer gives the same output under autocast with some weights in float32 and in `dtype`."""
+    stored = [weight.data for weight in weights]
+    device = stored[0].device
+    for size in cast("torch.Tensor", module.weight).shape[::-1]:
+        values = torch.linspace(-1, 1, 3 * size, device=device).reshape(1, 3, size)
         outputs = []
         try:
-            with torch.no_grad(), torch.autocast(stored.device.type, dtype=dtype):
+            with torch.no_grad(), torch.autocast(device.type, dtype=dtype):
                 for kind in (torch.float32, dtype):
-                    weight.data = stored.to(kind)
+                    for weight, values_of in zip(weights, stored, strict=True):
+                        weight.data = values_of.to(kind)
                     outputs.append(module(values))
         except Exception:  # noqa: BLE001 (it expects other inputs; float32 is always correct)
             continue
         finally:
-            weight.data = stored
+            for weight, values_of in zip(weights, stored, strict=True):
+                weight.data = values_of
         return all(isinstance(one, torch.Tensor) for one in outputs) and torch.equal(*outputs)
     return False
 

@@ -40,7 +40,7 @@ from offline_kto.kto_core.models.attention_choice import Attention, choose_atten
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
 from offline_kto.kto_core.models.folders import find_folder, local_path
 from offline_kto.kto_core.models.loading import check_model_folder, load_causal_lm
-from offline_kto.kto_core.models.memory_need import (
+from offline_kto.kto_core.models.memory_check import (
     Sizes,
     Way,
     check_fits,

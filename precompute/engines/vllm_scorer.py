@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from offline_kto.kto_core.errors import ModelError, in_one_line
-from offline_kto.kto_core.models.memory_need import gigabytes
+from offline_kto.kto_core.models.memory_check import gigabytes
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.engines.protocol import Listener
 

@@ -1,5 +1,6 @@
 """Find and load the policy, which starts as a trainable copy of the cached reference."""
 
+import math
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,23 +13,22 @@ from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import warn
 from offline_kto.kto_core.errors import KTOError, ModelError, TrainingError
 from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
-from offline_kto.kto_core.launch import reads_weights, sharding_asked_for
+from offline_kto.kto_core.launch import gpus_sharing_weights, reads_weights, sharding_asked_for
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.attention_choice import Attention, choose_attention
 from offline_kto.kto_core.models.folder_code import check_tokenizer_code
 from offline_kto.kto_core.models.folders import find_folder, find_reference
 from offline_kto.kto_core.models.loading import check_model_folder, is_quantized_folder, load_causal_lm
-from offline_kto.kto_core.models.memory_need import Sizes, reporting_memory
+from offline_kto.kto_core.models.memory_check import Sizes, check_fits, reporting_memory
 from offline_kto.kto_core.models.model_files import read_json_object
 from offline_kto.kto_core.models.outline import find_outline
-from offline_kto.kto_core.models.precision import Precision, resolve_device, store_all_in
+from offline_kto.kto_core.models.precision import Precision, resolve_device, store_by_module_in
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.model.checkpointing import enable_checkpointing
 from offline_kto.train.model.experts import cast_experts
-from offline_kto.train.model.memory_needs import ModelSize, known_size
 from offline_kto.train.model.recipe import keeps_narrow_weights, run_precision
-from offline_kto.train.model.training_need import check_training_fits
+from offline_kto.train.model.training_memory import check_training_fits
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class PolicyFiles:
         warnings: about the folder, for the plan.
         is_local: whether the model is a folder of the user's, and not one of the hub's.
         sizes: of its weights.
-        size: what the memory of training depends on; None if its shapes are not known before it is loaded.
     """
 
     name: str
@@ -53,7 +52,6 @@ class PolicyFiles:
     warnings: tuple[str, ...] = ()
     is_local: bool = True
     sizes: Sizes = Sizes(0, 0)
-    size: ModelSize | None = None
 
     @property
     def how_adapted(self) -> str:
@@ -114,7 +112,6 @@ class PolicyFiles:
             tuple(warnings),
             is_local=commit is None,
             sizes=Sizes.of(outline.model, folder),
-            size=known_size(outline.model),
         )
         files.compare_tokenizer(manifest, allow=config.allow_different_policy)
         return files
@@ -157,8 +154,7 @@ class PolicyFiles:
                 f"{self.name}: its weights are quantised and cannot be trained. Train adapters on them "
                 "(QLoRA) with --lora-rank 16."
             )
-        if trains and not sharding_asked_for():  # with sharding, this is the host's copy of the weights
-            check_training_fits(self.name, self.sizes, config, precision, device)
+        self._check_fits(config, precision, device, trains=trains)
         with self.reporting_memory(config, precision, device, "it was loaded"):
             model = load_causal_lm(
                 transformers.AutoModelForCausalLM,
@@ -174,7 +170,7 @@ class PolicyFiles:
             )
         if keeps_narrow_weights(config):
             if sharding_asked_for():
-                store_all_in(model, precision.dtype)
+                store_by_module_in(model, precision.dtype)
         elif not config.lora_rank:
             cast_experts(model)
         _repair_generation(model)
@@ -182,13 +178,27 @@ class PolicyFiles:
             enable_checkpointing(model)
         return model
 
+    def _check_fits(self, config: TrainConfig, precision: Precision, device: torch.device, *, trains: bool) -> None:
+        gpus = gpus_sharing_weights()
+        if gpus is None:
+            return
+        if gpus > 1:  # `device` holds the copy that is sharded, if this rank reads one
+            device = resolve_device(config.device)
+        if trains:
+            check_training_fits(self.name, self.sizes, config, precision, device, gpus=gpus)
+        else:
+            need = math.ceil(self._loaded_bytes(config, precision) / gpus)
+            check_fits(self.name, device, need, what=f"evaluation in {precision.name}", instead=[])
+
+    def _loaded_bytes(self, config: TrainConfig, precision: Precision) -> int:
+        each = 2 if keeps_narrow_weights(config) else 4
+        return self.sizes.frozen(precision.dtype) if config.lora_rank else each * self.sizes.parameters
+
     def reporting_memory(
         self, config: TrainConfig, precision: Precision, device: torch.device, doing: str
     ) -> AbstractContextManager[None]:
         """Return a block in which exhausted memory is an error with the bytes needed and free."""
-        each = 2 if keeps_narrow_weights(config) else 4
-        need = self.sizes.frozen(precision.dtype) if config.lora_rank else each * self.sizes.parameters
-        return reporting_memory(self.name, device, need, doing=doing)
+        return reporting_memory(self.name, device, self._loaded_bytes(config, precision), doing=doing)
 
     def prepare(self, model: Model, config: TrainConfig) -> Model:
         """Return a loaded model ready to train, with new LoRA adapters if the run trains adapters."""

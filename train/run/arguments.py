@@ -115,8 +115,7 @@ def training_arguments(
         "weight_decay": config.weight_decay,
         "max_grad_norm": 1.0,
         "seed": config.seed,
-        # Otherwise accelerate would convert trained weights to float32 before it shards them. FSDP2 computes in bfloat16
-        # by its own policy, see `prepare_sharding`.
+        # Otherwise accelerate would convert trained weights to float32 before it shards them; see `shard_in_types`.
         "bf16": precision.dtype == torch.bfloat16 and not (keeps_narrow_weights(config) and sharding_asked_for()),
         "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
         "logging_steps": config.logging_steps,

@@ -13,6 +13,7 @@ from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.durable_files import write_json, written_to
 from offline_kto.kto_core.errors import ConfigError, WriteError
+from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.models.folders import find_reference
 from offline_kto.kto_core.models.precision import resolve_device
 from offline_kto.train.config import TrainConfig
@@ -54,6 +55,11 @@ def evaluate_run(config: TrainConfig) -> Path:
     """
     run = config.evaluate_only
     assert run is not None
+    for way in sharding_asked_for():
+        raise ConfigError(
+            f"--evaluate-only: accelerate's settings ask for {way}, but models are evaluated without sharded weights. Start it "
+            "without them; under torchrun the processes divide the rows."
+        )
     config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
     if config.dtype == "float32":
         config = dataclasses.replace(config, memory="full")  # a model trained in 16 bits can be evaluated in more

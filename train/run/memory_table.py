@@ -7,12 +7,20 @@ import transformers
 
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError, said_by
-from offline_kto.train.model.memory_needs import FEW_TOKENS, ModelSize, Need, needs_of, recommended, size_of
+from offline_kto.train.model.memory_by_recipe import ModelSize, Need, needs_of, recommended, size_of
+from offline_kto.train.model.token_budget import FEW_TOKENS, MOST_TOKENS
 
 # GB of the cards that the table names.
 CARDS = (24, 48, 80)
 
-_COLUMNS = ("recipe", "GB", "KiB a token", "checkpointed", *(f"tokens in {card} GB" for card in CARDS))
+_COLUMNS = (
+    "recipe",
+    "GB",
+    "bytes a weight",
+    "KiB a token",
+    "checkpointed",
+    *(f"tokens in {card} GB" for card in CARDS),
+)
 
 
 def print_memory(name: str, *, trust_remote_code: bool) -> None:
@@ -28,10 +36,11 @@ def print_memory(name: str, *, trust_remote_code: bool) -> None:
     needs = needs_of(size)
     tell(f"model       {name}: {size.weights / 1e9:.3g} billion weights, {size.layers} layers of {size.hidden:,}")
     tell("computed    from the model's shapes; nothing is loaded and nothing was measured")
-    for line in table_lines(needs):
+    for line in table_lines(needs, weights=size.weights):
         tell(line)
     tell(
-        "            GB: weights, gradients and optimizer states. Tokens: of one pass; * with gradient checkpointing; - does not fit"
+        "            GB: weights, gradients and optimizer states on one GPU. Tokens: of one pass; * with gradient checkpointing; "
+        "- does not fit"
     )
     for host in (need for need in needs if need.on_host):
         tell(f"            {host.recipe} takes {host.on_host / 1e9:,.0f} GB of host memory")
@@ -55,16 +64,17 @@ def _size(name: str, *, trust_remote_code: bool) -> ModelSize:
         ) from error
 
 
-def table_lines(needs: Sequence[Need]) -> list[str]:
+def table_lines(needs: Sequence[Need], *, weights: int) -> list[str]:
     """Return the table as text."""
-    rows = [_COLUMNS, *map(_cells, needs)]
+    rows = [_COLUMNS, *(_cells(need, weights) for need in needs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
-def _cells(need: Need) -> tuple[str, ...]:
+def _cells(need: Need, weights: int) -> tuple[str, ...]:
     per_token = [f"{number / 1024:,.0f}" for number in (need.token, need.checkpointed)]
-    return (need.recipe, f"{need.resident / 1e9:,.1f}", *per_token, *(tokens_cell(need, card * 1e9) for card in CARDS))
+    resident = (f"{need.resident / 1e9:,.1f}", f"{need.resident / weights:.1f}")
+    return (need.recipe, *resident, *per_token, *(tokens_cell(need, card * 1e9) for card in CARDS))
 
 
 def tokens_cell(need: Need, device: float) -> str:
@@ -72,13 +82,13 @@ def tokens_cell(need: Need, device: float) -> str:
     for checkpointing, mark in ((False, ""), (True, "*")):
         tokens = need.tokens_in(device, checkpointing=checkpointing)
         if tokens >= FEW_TOKENS:
-            return f"{min(tokens, 65_536):,}{mark}"
+            return f"{min(tokens, MOST_TOKENS):,}{mark}"
     return f"{tokens:,}*" if tokens >= 512 else "-"
 
 
 def _advice(needs: list[Need], device: float) -> str:
     found = recommended(needs, device)
     if found is None:
-        return "no recipe leaves room for 4,096 tokens; use a larger GPU, or several with FSDP2"
+        return f"no recipe leaves room for {FEW_TOKENS:,} tokens; use a larger GPU, or several with FSDP2"
     need, checkpointing = found
     return need.recipe + (", with gradient checkpointing" if checkpointing else "")

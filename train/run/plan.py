@@ -7,14 +7,15 @@ import torch
 
 from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.errors import printable
-from offline_kto.kto_core.launch import sharding_asked_for, world_size
+from offline_kto.kto_core.launch import gpus_sharing_weights
+from offline_kto.kto_core.models.memory_check import gigabytes
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.diagnostics.settings import in_digits
-from offline_kto.train.model.memory_needs import full_fine_tuning
 from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.model.training_memory import host_bytes, training_bytes
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.tensor_float import tf32_suffices
 
@@ -49,7 +50,7 @@ def print_plan(
         tell(line)
     adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
     tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
-    for line in _memory_lines(config, files, device):
+    for line in _memory_lines(config, files, precision, device):
         tell(line)
     tell(f"attention   {files.attention.in_words}")
     if tf32_suffices(config, precision, device, data.rows.manifest):
@@ -91,11 +92,15 @@ def _judgement_lines(config: TrainConfig, data: TrainingData) -> list[str]:
     return lines
 
 
-def _memory_lines(config: TrainConfig, files: PolicyFiles, device: torch.device) -> list[str]:
-    """Return what full fine-tuning keeps of each weight, where that is a question."""
-    if config.lora_rank or files.size is None or (device.type == "cpu" and config.memory == "full"):
+def _memory_lines(config: TrainConfig, files: PolicyFiles, precision: Precision, device: torch.device) -> list[str]:
+    """Return what training keeps of each weight, where that is a question."""
+    gpus, weights = gpus_sharing_weights(), files.sizes.parameters
+    if gpus is None or not weights or (device.type == "cpu" and config.memory == "full"):
         return []
-    ranks = world_size() if sharding_asked_for() else 1
-    needed = full_fine_tuning(files.size, config.memory, sharded_over=ranks)
-    each = f"{needed * ranks / files.size.weights:.1f} bytes a weight" if ranks == 1 else f"on each of {ranks} devices"
-    return [f"memory      --memory {config.memory}: {needed / 1e9:.3g} GB for weights, gradients and moments ({each})"]
+    needed = training_bytes(files.sizes, config, precision, gpus=gpus)
+    how = f"--lora-rank {config.lora_rank}" if config.lora_rank else f"--memory {config.memory}"
+    what = "the frozen weights" if config.lora_rank else "weights, gradients and moments"
+    each = f"{needed / weights:.3g} bytes a weight{f' on each of {gpus} GPUs' if gpus > 1 else ''}"
+    on_host = host_bytes(files.sizes, config)
+    beside = f", and {gigabytes(on_host)} of host memory" if on_host else ""
+    return [f"memory      {how}: {gigabytes(needed)} for {what} ({each}){beside}"]

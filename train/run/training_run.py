@@ -26,14 +26,14 @@ from offline_kto.train.diagnostics.settings import class_weight_values, warnings
 from offline_kto.train.diagnostics.training import Settings, Watch
 from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.model.policy import PolicyFiles
-from offline_kto.train.model.recipe import keeps_narrow_weights, run_precision, saved_type
+from offline_kto.train.model.recipe import run_precision, saved_type
 from offline_kto.train.model.saved_model import Layout, ModelWriter
 from offline_kto.train.run.arguments import accepted_by_trainer, training_arguments
 from offline_kto.train.run.callbacks import Console, MetricsFile
 from offline_kto.train.run.folder import last_checkpoint, write_start
 from offline_kto.train.run.inputs import Materials
 from offline_kto.train.run.model_card import CARD, command_of, write_card
-from offline_kto.train.run.optimizer import own_optimizer
+from offline_kto.train.run.optimizer import check_sharding, own_optimizer
 from offline_kto.train.run.plan import print_plan
 from offline_kto.train.run.rewards_file import write_rewards
 from offline_kto.train.run.start_check import check_start, tolerance_for
@@ -102,10 +102,11 @@ class TrainingRun:
         """
         device = resolve_device(config.device)
         precision = run_precision(config, device)
-        files = materials.files(config, data.rows.manifest)
         objective = Objective.of(config, class_weight_values(config, *data.class_masses))
         warnings: list[str] = []
         args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
+        check_sharding(config, args)
+        files = materials.files(config, data.rows.manifest)
         main = args.process_index == 0
         now: ComputedWith = {
             "precision": precision.name,
@@ -421,6 +422,7 @@ def make_trainer(
             batches=data.batches(config),
             objective=objective,
             max_tokens=_max_tokens(config, model, args.device),
+            dtype=precision.dtype,
             rounding=tolerance_for(data.rows.manifest, precision),
             held_out=data.held_out,
             may_checkpoint=config.gradient_checkpointing is None,
@@ -434,7 +436,6 @@ def make_trainer(
         trainer.accelerator,
         precision.dtype,
         merges=bool(config.lora_rank and files.adapter),
-        narrow=keeps_narrow_weights(config),
         reduce_dtype=reduce_dtype,
     )
     return trainer

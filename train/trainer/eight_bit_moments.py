@@ -34,11 +34,16 @@ FIRST = Format(torch.int8, 127, 2)  # signed; 1 to 1e-8 of a block's largest val
 SECOND = Format(torch.uint8, 255, 3)  # never negative; 1 to 1e-19
 
 
-def block_of(shape: torch.Size) -> int | None:
-    """Return the values that share one scale; None for a shape that is not worth it (norms, biases, odd widths)."""
-    if len(shape) < 2 or not shape.numel():
+def block_of(part: Tensor) -> int | None:
+    """Return the number of values that share one scale; None for a weight whose moments stay in float32.
+
+    Those are norms, biases and odd widths, which are not worth it, and weights that are not contiguous. A rank whose
+    part of a sharded weight is empty gets the number of the other ranks, so that all save the same states.
+    """
+    width = part.shape[-1] if part.ndim > 1 else 0
+    if not width or not part.is_contiguous():
         return None
-    block = next(size for size in range(min(BLOCK, shape[-1]), 0, -1) if shape[-1] % size == 0)
+    block = next(size for size in range(min(BLOCK, width), 0, -1) if width % size == 0)
     return block if block >= _LEAST_BLOCK else None
 
 

@@ -58,18 +58,17 @@ class HostAdamW(NarrowOptimizer):
             eps=group["eps"],
             maximize=False,
         )
-        weight.copy_(state["weight"], non_blocking=True)
+        weight.copy_(state["weight"])
 
     def device_of_states(self, weight: Tensor) -> torch.device:
         return torch.device("cpu")
 
 
 def _new_state(weight: Tensor) -> dict[str, Tensor]:
-    pinned = weight.device.type == "cuda"  # so that copies to the device need no second buffer
-    kept = torch.empty(weight.shape, dtype=torch.float32, pin_memory=pinned).copy_(weight.detach())
+    kept = weight.detach().to("cpu", torch.float32, copy=True)
     return {
         "step": torch.tensor(0.0),
         "weight": kept,
-        "exp_avg": torch.zeros_like(kept, device="cpu"),
-        "exp_avg_sq": torch.zeros_like(kept, device="cpu"),
+        "exp_avg": torch.zeros_like(kept),
+        "exp_avg_sq": torch.zeros_like(kept),
     }

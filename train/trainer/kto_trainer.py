@@ -24,6 +24,7 @@ from offline_kto.train.data.cache_rows import CacheRows, TrainingRow, total_mass
 from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.model.checkpointing import can_checkpoint, enable_checkpointing, is_checkpointing
 from offline_kto.train.model.saved_model import ModelWriter
+from offline_kto.train.model.token_budget import FEW_TOKENS, MOST_TOKENS
 from offline_kto.train.trainer.accumulators import RowLogratios, Window
 from offline_kto.train.trainer.checkpoints import (
     check_optimizer_loaded,
@@ -34,9 +35,9 @@ from offline_kto.train.trainer.checkpoints import (
 from offline_kto.train.trainer.evaluation import Scores, held_out_metrics
 from offline_kto.train.trainer.finite_checks import FiniteChecks
 from offline_kto.train.trainer.gradient_passes import GradientPasses
-from offline_kto.train.trainer.gradient_sums import Sending, copy_tensors
+from offline_kto.train.trainer.gradient_sums import Sending
 from offline_kto.train.trainer.lean_layers import can_halve_activations, halve_activations, restore_layers
-from offline_kto.train.trainer.memory import MOST_TOKENS, Meter, peak_memory_mb, peak_reserved_mb, state_bytes
+from offline_kto.train.trainer.memory import Meter, peak_memory_mb, peak_reserved_mb, state_bytes
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.policy_scores import PolicyScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
@@ -54,9 +55,6 @@ from offline_kto.train.trainer.sharding import tie_again
 # Token budget where memory is not measured.
 _DEEPSPEED_TOKENS = 8192
 
-# A pass of fewer tokens leaves a GPU idle for part of its time.
-FEW_TOKENS = 4096
-
 
 class KTOTrainer(transformers.Trainer):
     """Trainer for KTO from cached reference scores.
@@ -69,6 +67,7 @@ class KTOTrainer(transformers.Trainer):
         held_out: rows held out, or None.
         objective: the loss.
         max_tokens: padded tokens in one forward and backward pass, or a meter that measures how many fit.
+        dtype: the type that passes compute in.
         rounding: nats per token by which two ways to compute the same score may differ.
         writer: writes the models of checkpoints and of the run.
         sending: how unsharded ranks send gradients.
@@ -90,6 +89,7 @@ class KTOTrainer(transformers.Trainer):
         batches: EpochBatches,
         objective: Objective,
         max_tokens: int | Meter,
+        dtype: torch.dtype,
         rounding: float,
         writer: ModelWriter,
         held_out: HeldOutRows | None = None,
@@ -105,7 +105,7 @@ class KTOTrainer(transformers.Trainer):
             model.config.use_cache = use_cache
         self.rows, self.batches, self.held_out = rows, batches, held_out
         self.objective, self.writer = objective, writer
-        self.may_checkpoint = may_checkpoint
+        self.dtype, self.may_checkpoint = dtype, may_checkpoint
         self.meter = None if isinstance(max_tokens, int) else max_tokens
         budget = max_tokens if isinstance(max_tokens, int) else rows.max_length
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -156,7 +156,7 @@ class KTOTrainer(transformers.Trainer):
         self._halve_activations([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
         if self.meter is None:
             return
-        if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
+        if self.is_deepspeed_enabled:  # see `_halve_activations`
             self.policy.max_tokens = max(_DEEPSPEED_TOKENS, longest)
         else:
             self._measure_budget(self.meter, longest)
@@ -171,7 +171,7 @@ class KTOTrainer(transformers.Trainer):
             again = measure(meter, longest=longest, of_matrix=self._state_bytes)
             if self.is_world_process_zero():
                 tell(
-                    f"memory      {found.tokens:,} tokens would fit into a pass: with gradient checkpointing {again.tokens:,} do, "
+                    f"memory      {found.tokens:,} tokens fit into a pass, and with gradient checkpointing {again.tokens:,}: it is on, "
                     "for about a third more time (--no-gradient-checkpointing leaves it off)"
                 )
             found = again
@@ -179,26 +179,30 @@ class KTOTrainer(transformers.Trainer):
         self.scores.most_tokens = min(MOST_TOKENS, found.scoring_tokens)
 
     def _state_bytes(self, dtype: torch.dtype) -> float:
+        """Return the bytes that the optimizer will allocate for each value of a matrix."""
+        if self.optimizer.state:  # of a checkpoint: they are allocated
+            return 0.0
         kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         return state_bytes(kind, options, self.args.device, dtype)
 
     def _halve_activations(self, sample: Sequence[TokenIds]) -> None:
         policy, args = self.policy, self.args
         checkpoints = is_checkpointing(policy.model)
+        if self.is_deepspeed_enabled:  # a trial's backward pass would count as a micro-batch of the first update
+            return
         if not can_halve_activations(policy, checkpoints=checkpoints, compiles=args.torch_compile):
             return
-        replaced = halve_activations(policy.model, policy.scoring_model, policy.lay_out(sample))
+        batch = policy.lay_out(sample).to(policy.device)
+        replaced = halve_activations(policy.model, policy.scoring_model, batch, policy.ranks)
         if replaced and self.is_world_process_zero():
             tell(
                 f"activations {replaced} norms and SwiGLU layers keep their inputs only; scores are the same bit for bit"
             )
 
     def _take_over_model(self) -> None:
-        if self.is_fsdp_enabled:
-            # Sharding sends weights alone; a rank that did not read the model has no values for its constants.
-            copy_tensors(self.model.buffers())
         self.policy.replace_model(self.model, wrapped=self.model_wrapped)
-        self.policy.check_precision(torch.bfloat16 if self.args.bf16 else torch.float32)
+        if not self.is_deepspeed_enabled:
+            self.policy.check_precision(self.dtype)
         self.policy.check_packing([self.rows[i].matched.ids for i in range(min(2, len(self.rows)))])
 
     def get_train_dataloader(self) -> BatchLoader:

@@ -74,7 +74,7 @@ class LeanAdamW(NarrowOptimizer):
             return
         numbers = self._numbers(group, step, part.device)
         random = self._generator(part.device, step, number)
-        block = block_of(part.shape)
+        block = block_of(part)
         if block is None:
             _update_vector(part, gradient, states["exp_avg"], states["exp_avg_sq"], numbers, random)
             return
@@ -118,7 +118,7 @@ class LeanAdamW(NarrowOptimizer):
 
 def _new_state(weight: Tensor) -> dict[str, Tensor]:
     part = local_part(weight.detach())
-    block = block_of(part.shape)
+    block = block_of(part)
     state = {"step": torch.tensor(0.0)}
     for name, form in (("exp_avg", FIRST), ("exp_avg_sq", SECOND)):
         kind = torch.float32 if block is None else form.dtype
@@ -221,4 +221,5 @@ def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
         bits: int32, of the same shape; the lower 16 bits are random.
     """
     sums = (values.view(torch.int32) + (bits & 0xFFFF)).bitwise_and_(-0x10000)
-    return sums.view(torch.float32).to(torch.bfloat16)
+    # A GPU's NaN has all bits set: the carry would turn it into a zero, which no check would find.
+    return torch.where(values.isnan(), values, sums.view(torch.float32)).to(torch.bfloat16)

@@ -11,7 +11,7 @@ ones.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,8 @@ from offline_kto.kto_core.library_types import AutogradContext, Model
 from offline_kto.kto_core.scoring.logps import token_logps
 from offline_kto.kto_core.scoring.sequences import Sequences
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
+from offline_kto.train.trainer.ranks import Ranks
+from offline_kto.train.trainer.sharding import local_part
 
 # Norms whose output only matrices read. Elsewhere (norms of queries, of outputs) it is read in float32.
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -43,16 +45,17 @@ def can_halve_activations(policy: PreparedPolicy, *, checkpoints: bool, compiles
     differently here. Not with gradient checkpointing, which keeps no activations, nor with compiled layers, which choose
     what they keep.
     """
-    return policy.device.type == "cuda" and not (checkpoints or compiles or policy.ranks.sharded)
+    return policy.device.type == "cuda" and not (checkpoints or compiles)
 
 
-def halve_activations(model: Model, scoring_model: Model, batch: Sequences) -> int:
+def halve_activations(model: Model, scoring_model: Model, batch: Sequences, ranks: Ranks | None = None) -> int:
     """Replace the forward methods of norms and SwiGLU layers, and check that scores stay the same bit for bit.
 
     Args:
         model: on its device.
         scoring_model: the module that passes call.
         batch: a few rows, on the device.
+        ranks: the processes of the run, if there are several; those that share a sharded model decide alike.
 
     Returns:
         Number of replaced forward methods; 0 if the model has none of these layers, or if scores or gradients would
@@ -61,16 +64,17 @@ def halve_activations(model: Model, scoring_model: Model, batch: Sequences) -> i
     every = list(_replacements(model))
     if not every:
         return 0
-    norms: list[Any] = [
-        weight for module, _, kind in every if kind in _NORMS and (weight := module.weight).requires_grad
-    ]
-    before = _scores_and_gradients(scoring_model, batch, norms)
+    norms = [module for module, _, kind in every if kind in _NORMS and module.weight.requires_grad]
+    measure = _sharded_gradients if ranks is not None and ranks.sharded else _gradients
+    before = measure(scoring_model, batch, norms)
     for kinds in _TRIED:
         chosen = [(module, forward) for module, forward, kind in every if kind in kinds]
         for module, forward in chosen:
             module.forward = forward
-        if chosen and _alike(before, _scores_and_gradients(scoring_model, batch, norms)):
-            return len(chosen)
+        if chosen:
+            alike = _alike(before, measure(scoring_model, batch, norms))
+            if alike if ranks is None else ranks.least(alike):
+                return len(chosen)
         restore_layers(model)
     return 0
 
@@ -108,13 +112,13 @@ def _replacements(model: Model) -> Iterator[tuple[nn.Module, "_Replaced", str]]:
 
 def _is_plain(module: Any) -> bool:
     """Return whether a module's forward method is the one that transformers defines."""
-    return (
-        isinstance(module, nn.Module)
-        and "forward" not in vars(module)
-        and type(module).__module__.startswith("transformers.models.")
-        # Liger replaces methods of these classes.
-        and type(module).forward.__module__.startswith("transformers.models.")
-    )
+    if not isinstance(module, nn.Module) or "forward" in vars(module):
+        return False
+    kind = type(module)
+    if "FSDPModule" in {one.__name__ for one in kind.__bases__}:  # a class that FSDP2 makes from the module's own
+        kind = kind.__bases__[-1]
+    # Liger replaces methods of these classes.
+    return all(name.startswith("transformers.models.") for name in (kind.__module__, kind.forward.__module__))
 
 
 def _is_swiglu(module: Any) -> bool:
@@ -137,12 +141,22 @@ def _is_rms_norm(module: Any) -> bool:
     return [name for name, _ in module.named_parameters()] == ["weight"]
 
 
-def _scores_and_gradients(model: Model, batch: Sequences, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Return token scores and the gradients of some weights; those of the others are freed layer by layer."""
+def _gradients(model: Model, batch: Sequences, norms: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
+    """Return token scores and the gradients of norms; those of other weights are freed layer by layer."""
     model.train()
     logps = token_logps(model, batch).token_logps
-    gradients = torch.autograd.grad(logps.sum(), weights) if weights else ()
+    gradients = torch.autograd.grad(logps.sum(), [norm.weight for norm in norms]) if norms else ()
     return logps.detach(), [one.float() for one in gradients]
+
+
+def _sharded_gradients(model: Model, batch: Sequences, norms: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
+    """Return token scores and this rank's part of the gradients of norms, which FSDP2 sums in the backward pass alone."""
+    model.train()
+    logps = token_logps(model, batch).token_logps
+    logps.sum().backward()
+    gradients = [local_part(norm.weight.grad).clone() for norm in norms]
+    model.zero_grad()
+    return logps.detach(), gradients
 
 
 def _norm(norm: Any, hidden_states: Tensor) -> Tensor:

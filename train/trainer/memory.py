@@ -10,12 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from offline_kto.kto_core.out_of_memory import one_memory_error
-
-# The rest stays free for fragmentation, other libraries' workspaces, and the spread of row lengths.
-_USED = 0.85
-
-# More tokens than this in one pass make no GPU faster, and cost padding.
-MOST_TOKENS = 65_536
+from offline_kto.train.model.token_budget import MOST_TOKENS, USED
 
 # Two float32 moments.
 _VECTOR_BYTES = 8
@@ -98,7 +93,7 @@ def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, res
         A multiple of `row`, at least `row`: a device without room for two rows relies on out-of-memory handling.
     """
     before = meter.used()
-    room = _USED * (before + meter.available()) - reserve
+    room = USED * (before + meter.available()) - reserve
     try:
         with one_memory_error():
             trial(1)  # kernels' workspaces and the gradients come with the first pass

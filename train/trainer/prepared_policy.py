@@ -60,8 +60,6 @@ class PreparedPolicy:
         Raises:
             TrainingError: without autocast, or under another one.
         """
-        if self.ranks.sharded:  # sharding sets its own precision, see `prepare_sharding`
-            return
         kind = self.device.type
         found: list[torch.dtype] = []
 

@@ -14,7 +14,6 @@ def prepare_sharding(
     *,
     merges: bool,
     reduce_dtype: torch.dtype = torch.float32,
-    narrow: bool = False,
 ) -> None:
     """Check accelerate's settings before the model is sharded, and set those that the run needs.
 
@@ -23,7 +22,6 @@ def prepare_sharding(
         dtype: the type that passes compute in.
         merges: whether the run ends by merging adapters into the weights.
         reduce_dtype: the type that gradients are summed in.
-        narrow: whether weights are trained in 16 bits.
 
     Raises:
         TrainingError: the settings cannot train or save this run.
@@ -44,12 +42,9 @@ def prepare_sharding(
     if fsdp is not None:
         if fsdp.fsdp_version != 2:
             raise TrainingError("FSDP 1 is not supported: set fsdp_version: 2, as in configs/accelerate_fsdp2.yaml.")
-        _keep_float32(fsdp, dtype, reduce_dtype)
-    if deepspeed is not None and narrow:
-        raise TrainingError(
-            "--memory lean or host does not work with DeepSpeed, which keeps weights and moments its own way. Use FSDP2 "
-            "(configs/accelerate_fsdp2.yaml), or --memory full --dtype float32."
-        )
+        from offline_kto.train.trainer.sharded_types import Types, shard_in_types
+
+        shard_in_types(accelerator, Types(dtype, reduce_dtype))
     if deepspeed is not None and dtype != torch.float32:
         raise TrainingError(
             "DeepSpeed in 16 bits would save the weights in 16 bits, in which KTO's small updates vanish: pass --dtype float32, "
@@ -61,20 +56,6 @@ def prepare_sharding(
             raise TrainingError(
                 "ZeRO-3 would not save a model: set zero3_save_16bit_model: true, as in configs/accelerate_zero3.yaml."
             )
-
-
-def _keep_float32(
-    fsdp: accelerate.FullyShardedDataParallelPlugin, dtype: torch.dtype, reduce_dtype: torch.dtype
-) -> None:
-    """Set a mixed-precision policy that does not round the model's output, nor the gradients unless `reduce_dtype` does.
-
-    Accelerate's own policy would also round the result of the forward pass (log-probs), and gradients before they are
-    summed.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    compute = None if dtype == torch.float32 else dtype
-    fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce_dtype)
 
 
 def gather_when_saving(accelerator: accelerate.Accelerator) -> None:

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from models import random_rows
 from torch import Tensor
 
-from offline_kto.kto_core.models.precision import store_matrices_in, store_trained_in
+from offline_kto.kto_core.models.precision import store_by_module_in, store_matrices_in, store_trained_in
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
 from offline_kto.kto_core.scoring.sequences import pad_sequences
 from offline_kto.train.cli import train as command
 from offline_kto.train.model.checkpointing import enable_checkpointing
-from offline_kto.train.model.memory_needs import _FOUR_BITS, ModelSize, needs_of, recommended, size_of
+from offline_kto.train.model.memory_by_recipe import _FOUR_BITS, ModelSize, needs_of, recommended, size_of
 from offline_kto.train.trainer.host_adam import HostAdamW
 from offline_kto.train.trainer.lean_adam import LeanAdamW
 from offline_kto.train.trainer.lean_layers import halve_activations
@@ -41,8 +41,8 @@ def build(recipe: str, *, layers: int = 2) -> Any:
         store_matrices_in(model, torch.bfloat16)
         settings = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, settings)
-    if recipe == "sharded":
-        model = model.bfloat16()
+    if recipe == "sharded":  # as FSDP2 gathers its weights
+        store_by_module_in(model, torch.bfloat16)
     return model.train()
 
 
@@ -111,12 +111,12 @@ def activations(recipe: str, layers: int, *, checkpoints: bool) -> int:
     model, kept = build(recipe, layers=layers), []
     if checkpoints:
         enable_checkpointing(model)
-    elif recipe != "sharded":
+    else:
         with AUTOCAST:
             assert halve_activations(model, model, pad_sequences(random_rows(3)))
     body = model.get_base_model().model if recipe == "LoRA" else model.model
     positions = torch.arange(LENGTH).expand(ROWS, -1)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe != "sharded"), kept_tensors(kept):
+    with AUTOCAST, kept_tensors(kept):
         hidden = body.embed_tokens(positions % 97).requires_grad_()
         body(inputs_embeds=hidden, position_ids=positions, use_cache=False)
     return bytes_of(one for one in kept if LENGTH in one.shape or LENGTH * ROWS in one.shape)
@@ -191,6 +191,8 @@ def test_the_command_reads_shapes_alone(tmp_path: Path) -> None:
     transformers.LlamaConfig(**LLAMA_8B).save_pretrained(tmp_path)
     found = CliRunner().invoke(command, ["--plan-memory", str(tmp_path)])
     assert found.exit_code == 0, found.output
+    rows = {line[: line.index("  ")]: line.split()[-7:-5] for line in found.output.splitlines() if " GPUs  " in line}
+    assert rows == {"full, FSDP2 on 8 GPUs": ["21.4", "2.7"], "lean, FSDP2 on 8 GPUs": ["10.3", "1.3"]}
     assert "8.03 billion weights, 32 layers of 4,096" in found.output
     assert "fits        80 GB: lean (--memory lean)" in found.output
 

@@ -1,8 +1,10 @@
-"""Compute how many bytes training a model takes, by recipe, from its shapes alone.
+"""Estimate the memory that training a model takes by every recipe, activations included, from its shapes alone.
+
+This is for choosing a recipe (`kto-train --plan-memory`); `training_memory.py` counts what a given run takes at least.
 
 resident   weights, gradients and optimizer states
 a token    what the layers keep for the backward pass: sums over h, q, k and f, the widths of hidden states, queries, keys and
-           intermediate states (tests/test_memory_needs.py compares them with real allocations)
+           intermediate states (tests/test_memory_by_recipe.py compares them with real allocations)
 """
 
 from dataclasses import dataclass
@@ -11,12 +13,10 @@ from torch import nn
 
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.narrow_embedding import can_be_narrow
+from offline_kto.train.model.token_budget import FEW_TOKENS, USED
 
 # The output layer's logits, library workspaces and the CUDA context.
 _OVERHEAD = 2e9
-
-# What --max-tokens auto fills of a device.
-_USED = 0.85
 
 # Bytes that 8-bit moments and their scales take for a weight.
 _NARROW_MOMENTS = 2 + 8 / 256
@@ -25,7 +25,6 @@ _NARROW_MOMENTS = 2 + 8 / 256
 _FOUR_BITS = 4.127 / 8
 
 _LORA_RANK = 16
-FEW_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Need:
 
     def tokens_in(self, device: float, *, checkpointing: bool) -> int:
         """Return the tokens of one pass that fit into a device of some bytes; 0 if the weights do not."""
-        room = _USED * device - self.resident - _OVERHEAD
+        room = USED * device - self.resident - _OVERHEAD
         return max(0, int(room / (self.checkpointed + self.layer if checkpointing else self.token)))
 
 
@@ -118,14 +117,6 @@ def size_of(model: Model) -> ModelSize:
     )
 
 
-def known_size(model: Model) -> ModelSize | None:
-    """Return a model's size, or None for one with a configuration of another kind."""
-    try:
-        return size_of(model)
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
-        return None
-
-
 def needs_of(size: ModelSize, *, ranks: int = 8) -> list[Need]:
     """Return what every recipe takes, from the most exact to the smallest.
 
@@ -137,16 +128,10 @@ def needs_of(size: ModelSize, *, ranks: int = 8) -> list[Need]:
     # Autocast keeps a 16-bit copy of the matrices of the layers until the end of the backward pass.
     full = 16.0 * size.weights + 2 * size.matrices
     lean = (4 + _NARROW_MOMENTS) * size.narrow + 16 * wide
-    gathered = _gathered(size)
     trained = {
         "token": _layers(size, 12, 4, 4, 4),
         "checkpointed": _layers(size, 4),
         "layer": _layer(size, 26, 4, 4, 8),
-    }
-    sharded = {
-        "token": _layers(size, 16, 4, 4, 8),
-        "checkpointed": _layers(size, 2),
-        "layer": _layer(size, 16, 4, 4, 8),
     }
     lora = {"token": _layers(size, 18, 6, 4, 4), "checkpointed": _layers(size, 4), "layer": _layer(size, 18, 6, 4, 8)}
     on_base = 18.0 * adapters
@@ -164,18 +149,21 @@ def needs_of(size: ModelSize, *, ranks: int = 8) -> list[Need]:
             _FOUR_BITS * size.matrices + 2.0 * (size.weights - size.matrices) + on_base,
             **lora,
         ),
-        Need(f"full, FSDP2 on {ranks} GPUs", 16.0 * size.weights / ranks + gathered, **sharded),
-        Need(f"lean, FSDP2 on {ranks} GPUs", (4 + _NARROW_MOMENTS) * size.weights / ranks + gathered, **sharded),
+        Need(f"full, FSDP2 on {ranks} GPUs", 16.0 * size.weights / ranks + _gathered(size, of_table=4), **trained),
+        Need(f"lean, FSDP2 on {ranks} GPUs", lean / ranks + _gathered(size, of_table=2), **trained),
     ]
 
 
-def _gathered(size: ModelSize) -> float:
+def _gathered(size: ModelSize, *, of_table: int) -> float:
     """Return the bytes of whole weights and gradients that a rank holds for a moment under FSDP2.
 
-    Embedding table and head are one group, gathered with two layers; a layer's gradient is summed in float32.
+    That is embedding table, output layer and two layers, of which one has a gradient that is summed in float32.
+
+    Args:
+        of_table: bytes of a weight of the embedding table.
     """
     layer = size.matrices / size.layers
-    return 2.0 * (size.tables + size.head) + 2 * 2 * layer + (2 + 4) * layer
+    return float(of_table * size.tables + 2 * size.head + 2 * 2 * layer + (2 + 4) * layer)
 
 
 def _layer(size: ModelSize, hidden: int, queries: int = 0, keys: int = 0, intermediate: int = 0) -> float:
@@ -185,12 +173,6 @@ def _layer(size: ModelSize, hidden: int, queries: int = 0, keys: int = 0, interm
 
 def _layers(size: ModelSize, *factors: int) -> float:
     return size.layers * _layer(size, *factors)
-
-
-def full_fine_tuning(size: ModelSize, memory: str, *, sharded_over: int) -> float:
-    """Return the bytes on one device of weights, gradients and moments, by the value of `--memory`."""
-    name = f"{memory}, FSDP2" if sharded_over > 1 else memory
-    return next(need.resident for need in needs_of(size, ranks=sharded_over) if need.recipe.startswith(name))
 
 
 def recommended(needs: list[Need], device: float) -> tuple[Need, bool] | None:

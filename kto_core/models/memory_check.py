@@ -17,6 +17,7 @@ from offline_kto.kto_core.errors import KTOError, ModelError, in_one_line
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.quantization import declared_quantization
 from offline_kto.kto_core.models.weight_files import bytes_read
+from offline_kto.kto_core.out_of_memory import is_out_of_memory
 
 # Bytes for each parameter in 4 bits with bitsandbytes: half a byte, its share of the scales, and embeddings in 16 bits.
 FOUR_BITS = 0.6
@@ -165,16 +166,6 @@ def over_all_gpus(sizes: Sizes) -> dict[int, int]:
     wider = 0 if sizes.packed else 2 * sizes.others
     free = [free_bytes(torch.device("cuda", number)) or 0 for number in range(torch.cuda.device_count())]
     return {number: max(0, int(_OF_EACH_GPU * one) - wider) for number, one in enumerate(free)}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a device's memory was exhausted: by torch's allocator, or by a library that has its own."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in said or "CUBLAS_STATUS_ALLOC_FAILED" in said or "CUDNN_STATUS_ALLOC_FAILED" in said
-    )
 
 
 @contextlib.contextmanager

@@ -9,14 +9,14 @@ import torch
 import transformers
 from models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
+from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import ModelError, TrainingError
-from offline_kto.kto_core.models import memory_need
+from offline_kto.kto_core.models import memory_check
 from offline_kto.kto_core.models.loading import load_causal_lm
-from offline_kto.kto_core.models.memory_need import (
+from offline_kto.kto_core.models.memory_check import (
     Sizes,
     Way,
     check_fits,
-    is_out_of_memory,
     over_all_gpus,
     reporting_memory,
 )
@@ -26,7 +26,8 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.model.training_need import check_training_fits, training_bytes
+from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.model.training_memory import check_training_fits, training_bytes
 from offline_kto.train.run.train_run import train
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -42,11 +43,14 @@ def loaded_bytes(model: Any) -> int:
 
 
 @pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    def set_free(count: int | None) -> None:
-        monkeypatch.setattr(memory_need, "free_bytes", lambda device: count)
-        monkeypatch.setattr("offline_kto.precompute.engines.reference.free_bytes", lambda device: count)
-        monkeypatch.setattr("offline_kto.train.model.training_need.free_bytes", lambda device: count)
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def set_free(count: int | None, host: int | None = None) -> None:
+        def found(device: torch.device) -> int | None:
+            return host if host is not None and device == CPU else count
+
+        monkeypatch.setattr(memory_check, "free_bytes", found)
+        monkeypatch.setattr("offline_kto.precompute.engines.reference.free_bytes", found)
+        monkeypatch.setattr("offline_kto.train.model.training_memory.free_bytes", found)
 
     return set_free
 
@@ -97,8 +101,8 @@ class TestSizes:
 
 
 class TestRefusal:
-    def test_training_that_does_not_fit_names_what_does(self, free: Callable[[int | None], None]) -> None:
-        free(79 * GB)
+    def test_training_that_does_not_fit_names_what_does(self, free: Callable[..., None]) -> None:
+        free(79 * GB, host=200 * GB)
         with pytest.raises(TrainingError) as caught:
             check_training_fits("org/eight", EIGHT, TrainConfig(), HALF, GPU)
         assert str(caught.value) == (
@@ -109,24 +113,63 @@ class TestRefusal:
             "Or end other processes on this GPU, if there are any."
         )
 
-    def test_adapters_that_do_not_fit(self, free: Callable[[int | None], None]) -> None:
+    def test_shards_are_compared_with_one_gpu(self, free: Callable[..., None]) -> None:
+        """The float32 weights of eight GPUs; the host holds more than it has to."""
+        free(15 * GB, host=200 * GB)
+        with pytest.raises(
+            TrainingError, match=r"\(2 bytes a parameter on each of 8 GPUs\) needs 16.1 GB.*--memory lean \(6.02 GB\)"
+        ) as caught:
+            check_training_fits("eight", EIGHT, TrainConfig(), HALF, GPU, gpus=8)
+        assert "--memory host" not in str(caught.value)
+        assert "11 such GPUs" in str(caught.value)
+        free(17 * GB)
+        check_training_fits("eight", EIGHT, TrainConfig(), HALF, GPU, gpus=8)
+
+    def test_sharded_training_is_checked_on_its_gpu(
+        self, free: Callable[..., None], cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The weights are first loaded on the CPU; where FSDP moves its parts to the host, nothing is certain."""
+        free(1000)
+        files = PolicyFiles.find(TrainConfig(cache=cache), read_manifest(cache))
+        monkeypatch.setattr("offline_kto.train.model.policy.resolve_device", lambda name: GPU)
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(TrainingError, match="on each of 2 GPUs"):
+            files.load(TrainConfig(), FULL, CPU)
+        monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+        assert files.load(TrainConfig(), FULL, CPU).device == CPU
+
+    def test_a_host_too_small_for_the_optimizer(
+        self, free: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        free(79 * GB, host=64 * GB)
+        with pytest.raises(TrainingError) as caught:
+            check_training_fits("eight", EIGHT, TrainConfig(), HALF, GPU)
+        assert "--memory host" not in str(caught.value)
+        check_training_fits("eight", EIGHT, TrainConfig(memory="host"), HALF, GPU)
+        said = "".join(capsys.readouterr())
+        assert "--memory host: the optimizer on the host needs 96.4 GB, and 64 GB are free on this machine" in said
+        check_training_fits("eight", EIGHT, TrainConfig(memory="host"), HALF, CPU)
+        assert "needs 128 GB" in "".join(capsys.readouterr())
+
+    def test_adapters_that_do_not_fit(self, free: Callable[..., None]) -> None:
         free(10 * GB)
         with pytest.raises(TrainingError, match=r"--lora-rank 8 needs 17.1 GB.*What fits: --lora-rank 16 on a version"):
             check_training_fits("eight", EIGHT, TrainConfig(lora_rank=8), HALF, GPU)
 
     @pytest.mark.parametrize("config", [TrainConfig(), TrainConfig(lora_rank=16)])
-    def test_what_fits_is_not_refused(self, free: Callable[[int | None], None], config: TrainConfig) -> None:
+    def test_what_fits_is_not_refused(self, free: Callable[..., None], config: TrainConfig) -> None:
         free(training_bytes(EIGHT, config, HALF))
         check_training_fits("eight", EIGHT, config, HALF, GPU)
         free(None)  # a device whose memory is unknown
         check_training_fits("eight", EIGHT, config, HALF, GPU)
 
-    def test_nothing_fits(self, free: Callable[[int | None], None]) -> None:
+    def test_nothing_fits(self, free: Callable[..., None]) -> None:
         free(GB)
         with pytest.raises(ModelError, match=r"Use GPUs with more memory, or a smaller model\.$"):
             check_fits("eight", GPU, 16 * GB, what="scoring", instead=[Way("--other", 2 * GB)])
 
-    def test_a_cpu_warns_alone(self, free: Callable[[int | None], None], capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_cpu_warns_alone(self, free: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
         free(10 * GB)
         check_fits("eight", CPU, 32 * GB, what="scoring in float32", instead=[])
         printed = capsys.readouterr()
@@ -136,13 +179,13 @@ class TestRefusal:
         )
 
     def test_this_machine_s_memory_is_known(self) -> None:
-        count = memory_need.free_bytes(CPU)
+        count = memory_check.free_bytes(CPU)
         assert count is None or 10**8 < count < 10**14
 
 
 class TestCommands:
     def test_scoring_is_refused_before_anything_is_loaded(
-        self, base: Path, free: Callable[[int | None], None], monkeypatch: pytest.MonkeyPatch
+        self, base: Path, free: Callable[..., None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         reference = Reference.find(PrecomputeConfig(model=str(base), dtype="float32", device="cpu"))
         object.__setattr__(reference, "device", GPU)
@@ -196,7 +239,6 @@ class TestOutOfMemory:
         ],
     )
     def test_all_kinds_are_one_message(self, error: Exception) -> None:
-        assert is_out_of_memory(error)
         with (
             pytest.raises(TrainingError, match=r"eight: out of memory while it was tested\. Its weights need 2 GB\."),
             reporting_memory("eight", CPU, 2 * GB, doing="it was tested", error=TrainingError),
@@ -210,7 +252,7 @@ class TestOutOfMemory:
 
 def test_each_gpu_leaves_room_for_what_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(memory_need, "free_bytes", lambda device: [40 * GB, 20 * GB][device.index])
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: [40 * GB, 20 * GB][device.index])
     room = over_all_gpus(EIGHT)
     assert room == {0: int(0.85 * 40 * GB) - 2 * EIGHT.others, 1: int(0.85 * 20 * GB) - 2 * EIGHT.others}
     assert over_all_gpus(Sizes(0, 0, packed=GB)) == {0: int(0.85 * 40 * GB), 1: int(0.85 * 20 * GB)}
