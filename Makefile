@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 
 VENV_VLLM ?= .venv-vllm
 
-.PHONY: demo test test-slow test-gpu test-vllm check docs format install clean
+.PHONY: demo test test-slow test-gpu rehearse-gpu test-vllm check docs format install clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,10 @@ test-slow: $(VENV)/installed
 # On a machine with a GPU. Each test that cannot run there says why it is skipped.
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
+
+# Their bodies on the CPU, so that a typo costs no time on a GPU.
+rehearse-gpu: $(VENV)/installed
+	GPU_REHEARSAL=1 $(BIN)/python -m pytest -m gpu -rs $(ARGS)
 
 # Real vLLM, in an environment of its own.
 test-vllm: $(VENV_VLLM)/installed

@@ -31,7 +31,11 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The size of a Llama. The default has 41.7M parameters with tied embeddings (58.1M if they were untied)."""
+    """The size of a Llama. The default has 41.7M parameters with tied embeddings (58.1M if they were untied).
+
+    Args:
+        kv_heads: heads of keys and values; None for as many as there are heads.
+    """
 
     hidden: int = 512
     layers: int = 8
@@ -39,6 +43,7 @@ class ModelShape:
     intermediate: int = 1376
     vocabulary: int = 32_000
     tied: bool = True
+    kv_heads: int | None = None
 
 
 SMALL = ModelShape(hidden=128, layers=4, heads=4, intermediate=352, vocabulary=4096)
@@ -84,13 +89,18 @@ def make_workload(
     if any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; name another directory or remove it")
     rows = synthetic_rows(num_rows or 96, seed=seed) if data is None else read_rows(data, num_rows=num_rows)
-    rows_path = directory / "feedback.jsonl"
-    rows_path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows_path = write_rows(directory / "feedback.jsonl", rows)
     model_dir = directory / "model"
     tokenizer = train_tokenizer(rows, vocabulary=shape.vocabulary)
     tokenizer.save_pretrained(model_dir)
     num_parameters = save_llama(model_dir, tokenizer, shape=shape, seed=seed)
     return Workload(rows_path, model_dir, len(rows), num_parameters, shape)
+
+
+def write_rows(path: Path, rows: list[Row]) -> Path:
+    """Write rows as JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def read_rows(path: Path, *, num_rows: int | None) -> list[Row]:
@@ -200,28 +210,34 @@ def train_tokenizer(rows: list[Row], *, vocabulary: int) -> Any:
 def save_llama(directory: Path, tokenizer: Any, *, shape: ModelShape, seed: int) -> int:
     """Save a Llama with seeded random float32 weights, and return its number of parameters."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    config = LlamaConfig(
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(llama_config(tokenizer, shape, dtype="float32", positions=4096)).float()
+    model.save_pretrained(directory)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def llama_config(tokenizer: Any, shape: ModelShape, *, dtype: str, positions: int) -> Any:
+    """Return the configuration of a Llama of this shape."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads or shape.heads,
         intermediate_size=shape.intermediate,
         vocab_size=shape.vocabulary,
         tie_word_embeddings=shape.tied,
-        max_position_embeddings=4096,
+        max_position_embeddings=positions,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        dtype="float32",
+        dtype=dtype,
     )
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).float()
-    model.save_pretrained(directory)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def add_workload_options(parser: argparse.ArgumentParser, *, rows: int | None) -> None:

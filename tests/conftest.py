@@ -10,6 +10,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,7 @@ import hypothesis
 import pytest
 import torch
 from feedback_files import write_feedback
+from gpus import REHEARSAL, pretend
 from models import save_tiny
 
 from offline_kto.kto_core.console import shown_lines
@@ -53,6 +55,13 @@ def lines_shown() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def rehearsed_card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the bodies of tests marked `gpu` run on the CPU, if that was asked for."""
+    if REHEARSAL and request.node.get_closest_marker("gpu"):
+        pretend(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer."""
@@ -67,7 +76,11 @@ def feedback(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory, base: Path, feedback: Path) -> Path:
-    """The reference cache of `feedback` under `base`, two mismatched completions for each row. Do not write to it."""
+    """The reference cache of `feedback` under `base`, two mismatched completions for each row. Do not write to it.
+
+    Scored in float32 on the CPU, also where there is a GPU, on which it would be bfloat16.
+    """
     out = tmp_path_factory.mktemp("cache") / "refs"
-    precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=out, kl_partners=2, max_length=256))
+    config = PrecomputeConfig(model=str(base), data=str(feedback), out=out, kl_partners=2, max_length=256)
+    precompute(replace(config, device="cpu", dtype="float32"))
     return out

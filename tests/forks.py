@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 # All that a run would import on its way is here, or each process would import it again.
@@ -196,5 +197,8 @@ def _run(program: str, arguments: list[str], environment: dict[str, str], output
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(environment)
+    if torch.cuda._is_in_bad_fork():
+        # A library has asked for GPUs on its import, as bitsandbytes does: forks of such a process cannot use them.
+        os.execv(sys.executable, [sys.executable, "-c", program, *arguments])
     sys.argv = ["-c", *arguments]
     exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})

@@ -53,6 +53,45 @@ def values_and_gradients(function, hidden, targets, head):
     return [values.detach(), *torch.autograd.grad((values * weights).sum(), inputs)]
 
 
+def assert_naive_values_and_gradients(function, head, hidden, targets, *, tolerance):
+    """Of products in float64."""
+    ours, naive = (values_and_gradients(one, hidden, targets, head) for one in (function, naive_selected_logps))
+    for mine, other in zip(ours, naive, strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+def assert_as_accurate_as_naive(function, head, hidden, targets, *, floor):
+    """In float32, against float64: at most three times the error that a plain implementation makes."""
+    exact = values_and_gradients(naive_selected_logps, hidden, targets, head)
+    narrow, narrow_head = hidden.float(), as_dtype(head, torch.float32)
+    ours, plain = (values_and_gradients(one, narrow, targets, narrow_head) for one in (function, naive_selected_logps))
+    for mine, other, truth in zip(ours, plain, exact, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine.double() - truth).abs().max() <= 3 * (other.double() - truth).abs().max() + floor
+
+
+def assert_logits_are_float32(function, head, hidden, targets, *, tolerance):
+    """Of operands of 16 bits; their gradients have their type."""
+    ours = values_and_gradients(function, hidden, targets, head)
+    exact = values_and_gradients(naive_selected_logps, hidden.double(), targets, as_dtype(head, torch.float64))
+    assert [x.dtype for x in ours] == [torch.float32, *[hidden.dtype] * (len(ours) - 1)]
+    torch.testing.assert_close(ours[0], exact[0].float(), rtol=0, atol=tolerance)
+    for mine, truth in zip(ours[1:], exact[1:], strict=True):
+        # A tile's gradient and the sum have 8 bits in bfloat16; Triton's interpreter cuts off instead of rounding.
+        assert (mine.double() - truth).abs().max() <= 0.02 * truth.abs().max()
+
+
+def assert_weight_gradient_is_added_in_float32(function, head, hidden, targets, *, times, in_place):
+    """Many equal terms, of one token: a sum in bfloat16 stops at 256 of them."""
+    gradient = torch.zeros_like(head.weight) if in_place else None
+    many = Head(head.weight, None, 1.0, None, gradient)
+    one = values_and_gradients(naive_selected_logps, hidden.double(), targets, as_dtype(head, torch.float64))[2]
+    logps = function(hidden.expand(times, -1), targets.expand(times).contiguous(), many)
+    logps.backward(torch.full_like(logps, -1.0))  # `one` is for a weight of -1
+    found = (gradient if in_place else head.weight.grad).double()
+    assert (found - times * one).abs().max() <= 0.02 * times * one.abs().max()
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the size of the largest dense tensor that any operation returns, in the backward pass as well.
 

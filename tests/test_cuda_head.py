@@ -4,6 +4,7 @@ Triton's interpreter must be chosen before Triton is imported. `test_these_in_tr
 file again, in a process of its own.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -13,7 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from heads import HEADS, LargestTensor, as_dtype, make_head, make_inputs, naive_selected_logps, values_and_gradients
+from heads import (
+    HEADS,
+    LargestTensor,
+    as_dtype,
+    assert_as_accurate_as_naive,
+    assert_logits_are_float32,
+    assert_naive_values_and_gradients,
+    assert_weight_gradient_is_added_in_float32,
+    make_head,
+    make_inputs,
+    naive_selected_logps,
+    values_and_gradients,
+)
 from models import random_rows, tiny_model
 
 from offline_kto.kto_core.scoring import cuda_head
@@ -95,36 +108,20 @@ def test_these_in_triton_s_interpreter(which, passed, tmp_path):
 )
 def test_values_and_gradients_are_those_of_the_naive_way_in_float64(kind, tokens):
     head, hidden, targets = case(kind, tokens)
-    ours = values_and_gradients(tiled, hidden, targets, head)
-    naive = values_and_gradients(naive_selected_logps, hidden, targets, head)
-    for mine, other in zip(ours, naive, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
+    assert_naive_values_and_gradients(tiled, head, hidden, targets, tolerance=1e-11)
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_float32_is_as_accurate_as_the_naive_way(kind):
-    """Against float64: at most three times the error that a plain implementation makes."""
     head, hidden, targets = case(kind, 9)
-    exact = values_and_gradients(naive_selected_logps, hidden, targets, head)
-    narrow, narrow_head = hidden.float(), as_dtype(head, torch.float32)
-    plain = values_and_gradients(naive_selected_logps, narrow, targets, narrow_head)
-    ours = values_and_gradients(tiled, narrow, targets, narrow_head)
-    for mine, other, truth in zip(ours, plain, exact, strict=True):
-        assert mine.dtype == torch.float32
-        assert (mine.double() - truth).abs().max() <= 3 * (other.double() - truth).abs().max() + 1e-6
+    assert_as_accurate_as_naive(tiled, head, hidden, targets, floor=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["plain", "all"])
 def test_logits_of_16_bit_operands_are_not_rounded_to_16_bits(kind, dtype):
     head, hidden, targets = case(kind, 9, dtype)
-    ours = values_and_gradients(tiled, hidden, targets, head)
-    exact = values_and_gradients(naive_selected_logps, hidden.double(), targets, as_dtype(head, torch.float64))
-    assert [x.dtype for x in ours] == [torch.float32, *[dtype] * (len(ours) - 1)]
-    torch.testing.assert_close(ours[0], exact[0].float(), rtol=0, atol=3e-6)
-    for mine, truth in zip(ours[1:], exact[1:], strict=True):
-        # A tile's gradient and the sum have 8 bits in bfloat16; the interpreter cuts off instead of rounding.
-        assert (mine.double() - truth).abs().max() <= 0.02 * truth.abs().max()
+    assert_logits_are_float32(tiled, head, hidden, targets, tolerance=3e-6)
 
 
 @only_once
@@ -144,16 +141,9 @@ def test_float32_weights_multiply_in_the_dtype_of_autocast():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_weight_s_gradient_over_many_tiles_is_added_in_float32(dtype, in_place):
-    """300 equal terms: a sum in bfloat16 stops at 256 of them, and misses one in seven."""
     head, hidden, targets = case("plain", 1, dtype)
-    times = 300 * TOKENS
-    gradient = torch.zeros_like(head.weight) if in_place else None
-    many = Head(head.weight, None, 1.0, None, gradient)
-    one = values_and_gradients(naive_selected_logps, hidden.double(), targets, as_dtype(head, torch.float64))[2]
-    logps = tiled(hidden.expand(times, -1), targets.expand(times).contiguous(), many, dtype=torch.bfloat16)
-    logps.backward(torch.full_like(logps, -1.0))  # `one` is for a weight of -1
-    found = (gradient if in_place else head.weight.grad).double()
-    assert (found - times * one).abs().max() <= 0.02 * times * one.abs().max()
+    narrow = functools.partial(tiled, dtype=torch.bfloat16)
+    assert_weight_gradient_is_added_in_float32(narrow, head, hidden, targets, times=300 * TOKENS, in_place=in_place)
 
 
 @only_once

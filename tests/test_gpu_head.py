@@ -7,7 +7,18 @@ import importlib.util
 
 import pytest
 import torch
-from heads import HEADS, as_dtype, make_head, make_inputs, naive_selected_logps, values_and_gradients
+from gpus import DEVICE, MARKS, REHEARSAL, card_only, two_gpus
+from heads import (
+    HEADS,
+    as_dtype,
+    assert_as_accurate_as_naive,
+    assert_logits_are_float32,
+    assert_naive_values_and_gradients,
+    assert_weight_gradient_is_added_in_float32,
+    make_head,
+    make_inputs,
+    values_and_gradients,
+)
 from models import random_rows, tiny_model
 
 from offline_kto.kto_core.scoring import cuda_head
@@ -16,15 +27,18 @@ from offline_kto.kto_core.scoring.head_tiles import PLAIN
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
 from offline_kto.kto_core.scoring.sequences import pad_sequences
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-DEVICE = torch.device("cuda")
+pytestmark = MARKS
 TOKENS, COLUMNS, VOCABULARY, HIDDEN = 64, 256, 1003, 64  # 1003: the last tile is narrower, and its rows are odd
 
 
-@pytest.fixture(params=["plain", "triton"])
+@pytest.fixture(autouse=True)
+def rehearsed_tiles(monkeypatch):
+    """In a rehearsal tiles are used on the CPU as well."""
+    if REHEARSAL:
+        monkeypatch.setattr(cuda_head, "runs_on", lambda device, dtype: True)
+
+
+@pytest.fixture(params=["plain", pytest.param("triton", marks=card_only)])
 def implementation(request, monkeypatch):
     """Small tiles, whose operations are in plain torch or in Triton."""
     monkeypatch.setattr(cuda_head, "TILE_TOKENS", TOKENS)
@@ -43,6 +57,7 @@ def case(kind, tokens, dtype=torch.float64):
     return head, hidden.detach().to(DEVICE, dtype).requires_grad_(), targets.to(DEVICE)
 
 
+@card_only
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_triton_works_here():
     """Otherwise every other test would pass without it."""
@@ -61,24 +76,14 @@ def test_tiles_are_used_for_every_dtype_of_models():
 @pytest.mark.parametrize("kind", HEADS)
 def test_values_and_gradients_are_those_of_the_naive_way_in_float64(kind, tokens):
     head, hidden, targets = case(kind, tokens)
-    ours = values_and_gradients(selected_logps, hidden, targets, head)
-    naive = values_and_gradients(naive_selected_logps, hidden, targets, head)
-    for mine, other in zip(ours, naive, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+    assert_naive_values_and_gradients(selected_logps, head, hidden, targets, tolerance=1e-10)
 
 
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("kind", HEADS)
 def test_float32_is_as_accurate_as_the_naive_way(kind):
-    """Against float64: at most three times the error that a plain implementation makes."""
     head, hidden, targets = case(kind, 3 * TOKENS + 1)
-    exact = values_and_gradients(naive_selected_logps, hidden, targets, head)
-    narrow, narrow_head = hidden.float(), as_dtype(head, torch.float32)
-    plain = values_and_gradients(naive_selected_logps, narrow, targets, narrow_head)
-    ours = values_and_gradients(selected_logps, narrow, targets, narrow_head)
-    for mine, other, truth in zip(ours, plain, exact, strict=True):
-        assert mine.dtype == torch.float32
-        assert (mine.double() - truth).abs().max() <= 3 * (other.double() - truth).abs().max() + 1e-5
+    assert_as_accurate_as_naive(selected_logps, head, hidden, targets, floor=1e-5)
 
 
 @pytest.mark.usefixtures("implementation")
@@ -86,28 +91,20 @@ def test_float32_is_as_accurate_as_the_naive_way(kind):
 @pytest.mark.parametrize("kind", HEADS)
 def test_logits_of_16_bit_operands_are_not_rounded_to_16_bits(kind, dtype):
     head, hidden, targets = case(kind, 3 * TOKENS + 1, dtype)
-    ours = values_and_gradients(selected_logps, hidden, targets, head)
-    exact = values_and_gradients(naive_selected_logps, hidden.double(), targets, as_dtype(head, torch.float64))
-    torch.testing.assert_close(ours[0], exact[0].float(), rtol=0, atol=5e-5)
-    for mine, truth in zip(ours[1:], exact[1:], strict=True):
-        assert (mine.double() - truth).abs().max() <= 0.02 * truth.abs().max()
+    assert_logits_are_float32(selected_logps, head, hidden, targets, tolerance=5e-5)
 
 
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_weight_s_gradient_over_many_tiles_is_added_in_float32(dtype, in_place):
-    """300 equal terms: a sum in bfloat16 stops at 256 of them, and misses one in seven."""
     head, hidden, targets = case("plain", 1, dtype)
-    times = 300 * TOKENS
-    gradient = torch.zeros_like(head.weight) if in_place else None
-    many = Head(head.weight, None, 1.0, None, gradient)
-    one = values_and_gradients(naive_selected_logps, hidden.double(), targets, as_dtype(head, torch.float64))[2]
-    with torch.autocast("cuda", torch.bfloat16):
-        logps = selected_logps(hidden.expand(times, -1), targets.expand(times).contiguous(), many)
-    logps.backward(torch.full_like(logps, -1.0))  # `one` is for a weight of -1
-    found = (gradient if in_place else head.weight.grad).double()
-    assert (found - times * one).abs().max() <= 0.02 * times * one.abs().max()
+
+    def narrow(*inputs):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return selected_logps(*inputs)
+
+    assert_weight_gradient_is_added_in_float32(narrow, head, hidden, targets, times=300 * TOKENS, in_place=in_place)
 
 
 @pytest.mark.usefixtures("implementation")
@@ -134,7 +131,8 @@ def test_no_tokens_give_no_scores():
 
 
 @pytest.mark.usefixtures("implementation")
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@card_only
+@two_gpus
 def test_the_output_layer_may_be_on_another_device_than_the_current_one():
     head, hidden, targets = case("all", TOKENS + 1)
     far = as_dtype(head, torch.float64, "cuda:1")
@@ -156,7 +154,7 @@ def test_models_score_as_on_a_cpu(family):
 
 def test_a_vocabulary_of_152k_in_bfloat16():
     """Qwen2.5-0.5B's head under autocast: scores and gradients of slices against float64, and the memory."""
-    tokens, vocabulary, size = 5000, 151_936, 896
+    tokens, vocabulary, size = (300, 1003, 32) if REHEARSAL else (5000, 151_936, 896)
     generator = torch.Generator(DEVICE).manual_seed(0)
     weight = torch.randn(vocabulary, size, device=DEVICE, generator=generator) * (3 * size**-0.5)
     hidden = torch.randn(tokens, size, device=DEVICE, generator=generator).bfloat16().float().requires_grad_()
@@ -167,7 +165,7 @@ def test_a_vocabulary_of_152k_in_bfloat16():
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         logps = selected_logps(hidden, targets, Head(weight, None, 1.0, None, weight.grad))
     logps.backward(grad)
     assert torch.cuda.max_memory_allocated() - before < 2**30  # all logits in float32 would be 2.8 GiB

@@ -42,6 +42,7 @@ from offline_kto.train.trainer.gradient_passes import GradientPasses
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.policy_scores import PolicyScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
+from offline_kto.train.trainer.ranks import Ranks
 from offline_kto.train.trainer.reference_point import RunningShift, reference_point
 
 class Backend(backend_registration._DummyBackendModule):
@@ -78,15 +79,14 @@ with FakeTensorMode(allow_non_fake_inputs=True):
                 module._parameters[name] = torch.nn.Parameter(torch.empty(one.shape, device=device))
         for name, one in module._buffers.items():
             module._buffers[name] = torch.empty(one.shape, dtype=one.dtype, device=device)
-    ranks = SimpleNamespace(
-        sharded=False, world=1, mean_to_sum=1, sum=lambda one: one, share=lambda costs, _: (list(range(len(costs))), 0)
-    )
     accelerator = SimpleNamespace(
+        process_index=0,
+        num_processes=1,
         distributed_type=accelerate.DistributedType.NO,
         gradient_state=SimpleNamespace(_set_sync_gradients=lambda _: None),
         backward=lambda loss: None,  # autograd needs a real device
     )
-    policy = PreparedPolicy(model, device, ranks=ranks, max_tokens=max_tokens, rounding=1e-3)
+    policy = PreparedPolicy(model, device, ranks=Ranks(accelerator, sharded=False), max_tokens=max_tokens, rounding=1e-3)
     objective = Objective(loss, 0.1, limits=(-1.0, 1.5) if LOSS_TRAITS[loss].limits_tokens else None)
     scores, gradients = PolicyScores(policy, objective), GradientPasses(policy, objective, accelerator)
     shift = RunningShift() if LOSS_TRAITS[loss].needs_shift else None
@@ -106,14 +106,15 @@ with FakeTensorMode(allow_non_fake_inputs=True):
 @pytest.mark.parametrize("loss", ["kto", "humanline", "bco", "dpo"])
 @pytest.mark.parametrize("max_tokens", [10**6, 60])
 def test_copies_of_an_update(loss: str, max_tokens: int) -> None:
-    """One for each scoring pass, and one for all labelled rows: two with room for the batch. Nothing is read back."""
+    """One for all scoring passes, and one for all labelled rows, however many passes they take. Nothing is read back."""
     program = PRETENDING.replace("TESTS", repr(str(Path(__file__).parent)))
     done = forks.run(program, loss, max_tokens)
     assert done.returncode == 0, done.stderr[-3000:]
     copies, scoring, labelled = map(int, done.stdout.split())
-    assert copies == scoring + 1
+    assert copies == (1 if loss == "dpo" else 2)
     if max_tokens == 60:
         assert labelled > 3
+        assert scoring == 0 if loss == "dpo" else scoring > 1
     else:
         assert (scoring, labelled) == (0 if loss == "dpo" else 1, 1)
 
@@ -153,12 +154,19 @@ def config(cache: Path, tmp_path: Path) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("max_tokens", [10**6, 100])
-def test_reads_of_an_update(config: TrainConfig, max_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One read, before the optimizer's step, however many passes: are losses and gradients finite?"""
+@pytest.mark.parametrize(("max_tokens", "logging_steps"), [(10**6, 100), (100, 100), (10**6, 1)])
+def test_reads_of_an_update(
+    config: TrainConfig, max_tokens: int, logging_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One read, before the optimizer's step, however many passes: are losses and gradients finite?
+
+    A log reads twice: the Trainer its loss, and then all metrics at once.
+    """
     reads: list[Counter[str]] = []
 
     class Counting(transformers.TrainerCallback):
+        mode: Reads | None = None
+
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.mode = Reads()
             self.lists = Lists(self.mode.found)
@@ -166,9 +174,19 @@ def test_reads_of_an_update(config: TrainConfig, max_tokens: int, monkeypatch: p
             self.lists.__enter__()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if logging_steps > 1:
+                self.stop()
+
+        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.mode is not None:
+                self.stop()
+
+        def stop(self) -> None:
+            assert self.mode is not None
             self.lists.__exit__(None, None, None)
             self.mode.__exit__(None, None, None)
             reads.append(self.mode.found)
+            self.mode = None
 
     real = KTOTrainer.__init__
 
@@ -176,10 +194,15 @@ def test_reads_of_an_update(config: TrainConfig, max_tokens: int, monkeypatch: p
         real(self, **{**options, "callbacks": [*options["callbacks"], Counting()]})
 
     monkeypatch.setattr(KTOTrainer, "__init__", counted)
-    train(replace(config, max_tokens=max_tokens))
+    train(replace(config, max_tokens=max_tokens, logging_steps=logging_steps))
     assert len(reads) == 4
     for found in reads[1:]:  # the first update measures whether prompts are shared
-        assert found == {"tolist": 1}, found
+        if logging_steps > 1:
+            assert found == {"tolist": 1}, found
+        else:  # after the one copy, values of the host are read
+            scalars = found.pop("aten._local_scalar_dense.default")
+            assert scalars == 2, "the Trainer's loss, and a count on the host"
+            assert found == {"tolist": 3, "cpu": 1}, found
 
 
 def test_one_transfer_gives_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,11 +225,9 @@ def test_one_transfer_gives_the_same_tensors(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_update_larger_than_one_transfer(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is copied together, the numbers are the same."""
-    from offline_kto.train.trainer import update_inputs
-
     config = replace(config, learning_rate=3e-3, max_tokens=200)
     one = train(config)
     monkeypatch.setattr(transfer, "_is_host", lambda device: False)
-    monkeypatch.setattr(update_inputs, "_TOKENS", 150)
+    monkeypatch.setattr(transfer, "TRANSFER_TOKENS", 150)
     other = train(replace(config, out=config.out.with_name("other")))
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()

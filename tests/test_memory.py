@@ -286,11 +286,11 @@ def test_every_out_of_memory_halves_the_budget(cache, tmp_path, monkeypatch, cap
     """cuBLAS and the driver allocate beside torch, and have errors of their own."""
     real, failed = GradientPasses._run, []
 
-    def run(self, *arguments):
+    def run(self, *arguments, **options):
         if not failed:
             failed.append(True)
             raise RuntimeError(said)
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
 
     monkeypatch.setattr(GradientPasses, "_run", run)
     config = TrainConfig(cache=cache, out=tmp_path / "a", batch_size=8, max_steps=1, learning_rate=3e-3, save_steps=0)

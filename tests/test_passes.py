@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, VOCABULARY, random_rows, tiny_model
 
+import offline_kto.kto_core.scoring.passes
+from offline_kto.kto_core.scoring import transfer
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
 from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.kto_core.scoring.sequences import pack_sequences, pad_sequences
@@ -56,6 +58,36 @@ def assert_equal_scores(found, expected):
 
 def passes_of(model, max_tokens, **options):
     return ScoringPasses(model, torch.device("cpu"), max_tokens=max_tokens, **options)
+
+
+@pytest.mark.parametrize(("tokens", "room"), [(60, True), (10**6, True), (10**6, False)])
+def test_passes_that_are_copied_together_score_alike(tokens, room, monkeypatch):
+    """All in one transfer, in several, or in one each where a large one does not fit; values belong to their rows."""
+    model, rows = model_of("llama"), branching_rows([3, 1, 2, 4, 2, 1])
+    numbers = [np.full(1 + i % 3, float(i)) for i in range(len(rows))]
+    real, copied = transfer.to_device, []
+
+    def to_device(inputs, device):
+        if isinstance(inputs, list):
+            copied.append(len(inputs))
+            if not room and len(inputs) > 1:
+                raise torch.OutOfMemoryError("simulated")
+        return real(inputs, device)
+
+    monkeypatch.setattr(transfer, "_is_host", lambda device: False)
+    monkeypatch.setattr(transfer, "TRANSFER_TOKENS", tokens)
+    monkeypatch.setattr(offline_kto.kto_core.scoring.passes, "to_device", to_device)
+    found = {}
+    passes = 0
+    for done in passes_of(model, 90).run(rows, values=numbers):
+        passes += 1
+        found.update(zip(done.indices, done.token_logps.split([len(rows[i][1]) for i in done.indices]), strict=True))
+        assert done.where.tolist() == done.indices
+        assert done.values.tolist() == [float(i) for i in done.indices for _ in range(1 + i % 3)]
+    assert_equal_scores([found[i] for i in range(len(rows))], alone(model, rows))
+    assert passes > 3
+    assert sum(copied) == passes
+    assert len(copied) == 1 if tokens == 10**6 else len(copied) > 1
 
 
 # The windows of two are 4 tokens; the third attends in chunks.

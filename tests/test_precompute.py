@@ -538,10 +538,10 @@ def test_out_of_memory_halves_the_budget_and_goes_on(
 ) -> None:
     real = ScoringPasses._forward
 
-    def small_device(self: ScoringPasses, indices: list[int], batch: Any, *values: Any) -> Any:
-        if batch.rows > 3:
+    def small_device(self: ScoringPasses, indices: list[int], inputs: Any) -> Any:
+        if inputs.batch.rows > 3:
             raise torch.OutOfMemoryError("simulated")
-        return real(self, indices, batch, *values)
+        return real(self, indices, inputs)
 
     config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "a")
     precompute(config)

@@ -1,6 +1,6 @@
 """Weights spread over ranks: the real FSDP2 (fully_shard through accelerate and the Trainer) on two gloo ranks.
 
-accelerate turns FSDP on for accelerators only. The launcher below tells it that the CPU ranks are such; all that
+accelerate turns FSDP on for accelerators only. `sharded_ranks.py` tells it that the CPU ranks are such; all that
 follows, from sharding to gathering and saving, is the real thing.
 """
 
@@ -21,6 +21,7 @@ import transformers
 from feedback_files import write_rows
 from models import save_tiny
 from safetensors.torch import load_file
+from sharded_ranks import AS_ACCELERATORS, FSDP2
 
 from offline_kto.kto_core.errors import ConfigError, TrainingError
 from offline_kto.precompute.config import PrecomputeConfig
@@ -29,32 +30,7 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.train_run import train
 from offline_kto.train.trainer.sharding import prepare_sharding
 
-LAUNCHER = """
-import accelerate.state as state
-from accelerate.utils import DistributedType
-real = state.PartialState.__init__
-def pretend(self, *arguments, **options):
-    real(self, *arguments, **options)
-    if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
-        self._shared_state["distributed_type"] = self.distributed_type = DistributedType.MULTI_GPU
-state.PartialState.__init__ = pretend
-import torch.distributed as dist
-barrier = dist.barrier
-dist.barrier = lambda *a, device_ids=None, **k: barrier(*a, **k)  # gloo knows no devices
-{before}
-from offline_kto.train.cli import train
-train()
-"""
-
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "ACCELERATE_MIXED_PRECISION": "no",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
+TRAIN = "\nfrom offline_kto.train.cli import train; train()"
 
 
 def launch(
@@ -70,8 +46,7 @@ def launch(
     arguments += ["--batch-size", config.batch_size, "--max-steps", config.max_steps]
     arguments += ["--learning-rate", config.learning_rate, "--max-tokens", config.max_tokens, *options]
     variables = {**(FSDP2 if sharded else {}), **(environment or {})}
-    program = LAUNCHER.replace("{before}", before)
-    return forks.run(program, *arguments, environment=variables, ranks=2 if sharded else 0)
+    return forks.run(AS_ACCELERATORS + before + TRAIN, *arguments, environment=variables, ranks=2 if sharded else 0)
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -205,6 +180,7 @@ GLM4_MOE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "of_model", "options"),
     [
@@ -242,6 +218,7 @@ def test_bfloat16_scores_are_those_of_one_process(
         assert apart < 0.01 * moved
 
 
+@pytest.mark.slow
 def test_sharded_layers_keep_half_of_the_activations(uneven: TrainConfig, tmp_path: Path) -> None:
     """As on a GPU: ranks agree on the layers, losses stay the same and gradients within rounding."""
     halves = (
@@ -258,6 +235,7 @@ def test_sharded_layers_keep_half_of_the_activations(uneven: TrainConfig, tmp_pa
     assert records["half"]["grad_norm"] == pytest.approx(records["usual"]["grad_norm"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_lean_weights_are_sharded_too(uneven: TrainConfig, tmp_path: Path) -> None:
     """16-bit weights with 8-bit moments on two ranks: near one process, and a checkpoint of shards goes on bit for bit."""
     options = ("--memory", "lean", "--allow-different-policy", "--save-steps", "2")

@@ -25,7 +25,7 @@ from offline_kto.kto_core.scoring.sequences import (
     padded_widths,
 )
 from offline_kto.kto_core.scoring.shared_prompts import Batch, SharedPrompts, longest_shared, share_prompts
-from offline_kto.kto_core.scoring.transfer import to_device
+from offline_kto.kto_core.scoring.transfer import in_transfers, to_device
 
 # The share of all tokens that sharing prompts must save. Below it, smaller passes and explicit masks cost more than
 # they save: benchmarks/shared_prompts.py shows the break-even point.
@@ -50,6 +50,20 @@ class Pass(NamedTuple):
     token_logps: Tensor
     where: Tensor
     values: Tensor
+
+
+class _Inputs(NamedTuple):
+    """What a pass needs on the device; see `Pass`."""
+
+    batch: Batch
+    where: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, indices: Sequence[int] = (), values: Sequence[np.ndarray] | None = None) -> "_Inputs":
+        of_rows = [values[i] for i in indices] if values else []
+        numbers = torch.from_numpy(np.concatenate([np.empty(0), *of_rows]))
+        return cls(batch, torch.tensor(indices, dtype=torch.int64), numbers)
 
 
 class ScoringPasses:
@@ -119,26 +133,59 @@ class ScoringPasses:
         if known and not self._cuts_between(known, pending, sequences):
             pending = [i for i in pending if i not in known]
         while pending:
-            for indices, build in self._plan(pending, sequences):
-                if done.issuperset(indices):
-                    continue
-                try:
-                    with one_memory_error():
-                        finished = self._forward(indices, build(), [values[i] for i in indices] if values else [])
-                except torch.OutOfMemoryError:
-                    if not self.alone or len(indices) == 1:
-                        raise
-                    finished = None
-                if finished is None:  # outside `except`, whose traceback keeps the tensors alive
-                    self._make_room(max(sum(map(len, sequences[i])) for i in indices))
-                    break
-                done.update(indices)
+            for finished in self._until_out_of_memory(pending, sequences, known=done, values=values):
+                done.update(finished.indices)
                 passes += 1
                 yield finished
             pending = [i for i in pending if i not in done]
         while passes < at_least:
             passes += 1
-            self._forward([], pad_sequences([FILLER]))
+            self._forward([], self._copied(pad_sequences([FILLER])))
+
+    def _until_out_of_memory(
+        self,
+        pending: list[int],
+        sequences: Sequence[TokenIds],
+        *,
+        known: set[int],
+        values: Sequence[np.ndarray] | None,
+    ) -> Iterator[Pass]:
+        """Yield the planned passes, without those of known sequences only; where memory runs out, change the next plan."""
+        plan = ((indices, build) for indices, build in self._plan(pending, sequences) if not known.issuperset(indices))
+        for group in in_transfers(plan, lambda one: sum(len(ids) for i in one[0] for ids in sequences[i]), self.device):
+            inputs = self._copied_together(group, values)
+            for indices, _ in group:
+                finished = self._attempt(indices, inputs)
+                if finished is None:
+                    self._make_room(max(sum(map(len, sequences[i])) for i in indices))
+                    return
+                yield finished
+
+    def _attempt(self, indices: list[int], inputs: Iterator["_Inputs"]) -> Pass | None:
+        """Return a pass; None if memory ran out, and everything that the pass kept in memory is released."""
+        try:
+            with one_memory_error():
+                return self._forward(indices, next(inputs))
+        except torch.OutOfMemoryError:
+            if not self.alone or len(indices) == 1:
+                raise
+            return None
+
+    def _copied_together(self, group: list[Planned], values: Sequence[np.ndarray] | None) -> Iterator["_Inputs"]:
+        """Yield the inputs of passes, copied to the device in one transfer, or in one each if memory is too small."""
+        laid_out = [_Inputs.of(build(), indices, values) for indices, build in group]
+        try:
+            with one_memory_error():
+                copied = to_device(laid_out, self.device)
+        except torch.OutOfMemoryError:
+            copied = None
+        if copied is not None:
+            yield from copied
+        else:
+            yield from (to_device(one, self.device) for one in laid_out)
+
+    def _copied(self, batch: Batch) -> "_Inputs":
+        return to_device(_Inputs.of(batch), self.device)
 
     def passes_for(self, lengths: Sequence[int]) -> int:
         """Return the number of passes for sequences of these lengths, without sharing prompts."""
@@ -152,13 +199,13 @@ class ScoringPasses:
     def _lay_out(self, rows: Sequence[TokenIds]) -> Sequences:
         return pack_sequences(rows) if self.pack else pad_sequences(rows, self.widths)
 
-    def _forward(self, indices: list[int], batch: Batch, values: Sequence[np.ndarray] = ()) -> Pass:
+    def _forward(self, indices: list[int], inputs: "_Inputs") -> Pass:
         # The trainer may have switched to train mode since the last pass.
         if self.model.training:
             self.model.eval()
-        numbers = torch.from_numpy(np.concatenate([np.empty(0), *values]))
-        batch, where, numbers = to_device((batch, torch.tensor(indices, dtype=torch.int64), numbers), self.device)
-        return Pass(indices, batch, token_logps(self.model, batch).token_logps, where, numbers)
+        return Pass(
+            indices, inputs.batch, token_logps(self.model, inputs.batch).token_logps, inputs.where, inputs.values
+        )
 
     def _make_room(self, longest: int) -> None:
         """Lower the budget, or stop sharing prompts, after a pass with rows of up to `longest` tokens did not fit."""
@@ -245,7 +292,7 @@ class ScoringPasses:
         head, tail = ids[:quarter], ids[-quarter:]
         try:
             with one_memory_error():
-                whole = self._forward([], pad_sequences([(head, ids[quarter:])], self.widths)).token_logps
+                whole = self._forward([], self._copied(pad_sequences([(head, ids[quarter:])], self.widths))).token_logps
                 plain = [whole, whole[:quarter], whole[-quarter:]]
                 groups_of_it = [[(head, ids[quarter:]), (head, ids[quarter : 2 * quarter])], [(ids[:-quarter], tail)]]
                 why = self._against_sharing(groups_of_it, plain)
@@ -258,7 +305,9 @@ class ScoringPasses:
     def _against_sharing(self, groups: list[list[TokenIds]], plain: list[Tensor]) -> str | None:
         try:
             with model_code(type(self.model).__name__, "the model cannot continue from a key/value cache"):
-                shared = self._forward([], self._share(groups)).token_logps.split([len(one) for one in plain])
+                shared = self._forward([], self._copied(self._share(groups))).token_logps.split(
+                    [len(one) for one in plain]
+                )
         except ModelError as error:
             return f"the model cannot continue from a key/value cache ({type(error.__cause__).__name__})"
         differences = [(one - other).abs().mean() for one, other in zip(shared, plain, strict=True)]

@@ -4,13 +4,17 @@ Each copy of its own would cost a call, and without pinned memory the host would
 device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 _Nested = TypeVar("_Nested")
+_Item = TypeVar("_Item")
+
+# Tokens of one transfer (about 40 MB). Inputs of more take several, so that their number does not limit the device.
+TRANSFER_TOKENS = 2**20
 
 # Tensors begin at multiples of this many bytes, so that each can be read as its own type.
 _ALIGNED = 16
@@ -36,6 +40,29 @@ def to_device(values: _Nested, device: torch.device | str) -> _Nested:
     moved = blob.to(device, non_blocking=True)
     parts = iter([_part(moved, start, tensor) for start, tensor in zip(starts, tensors, strict=True)])
     return _rebuilt(values, parts)
+
+
+def in_transfers(
+    items: Iterable[_Item], tokens_of: Callable[[_Item], int], device: torch.device
+) -> Iterator[list[_Item]]:
+    """Yield consecutive items in groups, of one transfer each.
+
+    Args:
+        items: read one ahead only.
+        tokens_of: returns the tokens of an item.
+        device: the one to copy to. On a CPU nothing is copied, and each item is a group.
+    """
+    group: list[_Item] = []
+    room = most = 0 if _is_host(device) else TRANSFER_TOKENS
+    for item in items:
+        tokens = tokens_of(item)
+        if group and tokens > room:
+            yield group
+            group, room = [], most
+        group.append(item)
+        room -= tokens
+    if group:
+        yield group
 
 
 def _is_host(device: torch.device) -> bool:

@@ -102,7 +102,28 @@ def training_arguments(
         ConfigError: an unknown key in that table, or a key that one of our options sets.
     """
     world = world_size()
-    settings: dict[str, object] = {
+    settings = {**_settings(config, out, precision, held_out=held_out, world=world), "run_name": name, **_table(config)}
+    try:
+        args = Arguments(**settings)
+    except (ValueError, TypeError, OverflowError, ImportError, torch.distributed.DistError) as error:
+        if world > 1 and not torch.distributed.is_initialized():
+            raise ConfigError(unreachable(error)) from error
+        raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+    if args.world_size != world:
+        raise ConfigError(
+            f"The launcher started {world} processes, but accelerate connects {args.world_size} on {args.device}: each would train "
+            f"by itself. {START_OR_UNSET}"
+        )
+    if args.use_liger_kernel:
+        args.liger_kernel_config = liger_settings(args.liger_kernel_config, args.device)
+    _check_optimizer(args)
+    _check_reporters(args, config)
+    return args
+
+
+def _settings(config: TrainConfig, out: Path, precision: Precision, *, held_out: bool, world: int) -> dict[str, object]:
+    """Return the settings that our own options determine."""
+    return {
         "output_dir": str(out),
         # The number of rows of a rank; micro-batches are formed inside `training_step`.
         "per_device_train_batch_size": math.ceil(config.batch_size / world),
@@ -122,7 +143,6 @@ def training_arguments(
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # costs a device sync in every step; a non-finite loss stops the run
         "report_to": [one.strip() for one in config.report_to.split(",") if one.strip()],
-        "run_name": name,
         # Early stopping ends with the best checkpoint, so one must exist.
         "save_strategy": "steps" if config.save_steps or config.early_stopping else "no",
         "save_steps": config.save_steps or _NEVER,
@@ -137,20 +157,10 @@ def training_arguments(
         "remove_unused_columns": False,
         "average_tokens_across_devices": False,
     }
-    settings.update(_table(config))
-    try:
-        args = Arguments(**settings)
-    except (ValueError, TypeError, OverflowError, ImportError, torch.distributed.DistError) as error:
-        if world > 1 and not torch.distributed.is_initialized():
-            raise ConfigError(unreachable(error)) from error
-        raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
-    if args.world_size != world:
-        raise ConfigError(
-            f"The launcher started {world} processes, but accelerate connects {args.world_size} on {args.device}: each would train "
-            f"by itself. {START_OR_UNSET}"
-        )
-    if args.use_liger_kernel:
-        args.liger_kernel_config = liger_settings(args.liger_kernel_config, args.device)
+
+
+def _check_optimizer(args: Arguments) -> None:
+    """Refuse an optimizer that cannot be used, before the model is loaded."""
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer.endswith(_STEPS_INSIDE):
         raise ConfigError(
@@ -158,18 +168,21 @@ def training_arguments(
             "them. Choose another optimizer, adamw_bnb_8bit to save memory."
         )
     try:
-        # Fails here, before the model is loaded, if an optimizer's package is missing or rejects a setting.
+        # Fails if the optimizer's package is missing or rejects a setting.
         kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
         if kind.__module__.startswith("torch.optim"):
             kind([torch.nn.Parameter(torch.zeros(1))], **options)
     except (ImportError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ConfigError(f"training: optim: {optimizer}: {in_one_line(error)}") from error
+
+
+def _check_reporters(args: Arguments, config: TrainConfig) -> None:
+    """Refuse a logger whose package is missing, before the model is loaded."""
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):
-            reporter()  # fails here, before the model is loaded, if a logger's package is missing
+            reporter()
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"--report-to {config.report_to}: {str(error).splitlines()[0]}") from error
-    return args
 
 
 def _table(config: TrainConfig) -> dict[str, object]:

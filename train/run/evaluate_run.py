@@ -18,7 +18,7 @@ from offline_kto.kto_core.models.folders import find_reference
 from offline_kto.kto_core.models.precision import resolve_device
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import scored_in_words, shortened_in_words
-from offline_kto.train.data.training_data import TrainingData, rows_to_evaluate
+from offline_kto.train.data.training_data import RowsToEvaluate, TrainingData, rows_to_evaluate
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.recipe import run_precision
 from offline_kto.train.run.arguments import training_arguments
@@ -60,9 +60,7 @@ def evaluate_run(config: TrainConfig) -> Path:
             f"--evaluate-only: accelerate's settings ask for {way}, but models are evaluated without sharded weights. Start it "
             "without them; under torchrun the processes divide the rows."
         )
-    config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
-    if config.dtype == "float32":
-        config = dataclasses.replace(config, memory="full")  # a model trained in 16 bits can be evaluated in more
+    config = _without_training(config)
     check_is_run(run, "--evaluate-only")
     record = read_run_record(run)
     refuse_pipes(run, "--evaluate-only")
@@ -100,14 +98,7 @@ def evaluate_run(config: TrainConfig) -> Path:
             check_start(trainer.scores, held_out.cache, precision, policy=files.name, allow=allow)
     main = trainer.is_world_process_zero()
     if main:
-        tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
-        tell(f"policy      {run} ({precision.name} on {device})")
-        tell(f"attention   {files.attention.in_words}")
-        tell(f"scored      {scored_in_words(manifest)}")
-        shortened = shortened_in_words(held_out.cache.shortened, held_out.cache.max_length)
-        tell(f"rows        {len(held_out.indices):,}: {rows.what}{shortened}")
-        for line in [*files.warnings, *filter(None, [rows.warning])]:
-            warn(line)
+        _tell_plan(config, run, rows, files, f"{precision.name} on {device}")
     with tf32_products(tf32), memory("held-out rows were scored"):
         scores = trainer.final_scores()
     assert scores is not None
@@ -121,6 +112,25 @@ def evaluate_run(config: TrainConfig) -> Path:
             write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
         tell(f"wrote       {path}")
     return path
+
+
+def _without_training(config: TrainConfig) -> TrainConfig:
+    """Return the options without those that only matter in training."""
+    config = dataclasses.replace(config, report_to="none", early_stopping=None, metric="eval/loss")
+    # A model trained in 16 bits can be evaluated in more.
+    return dataclasses.replace(config, memory="full") if config.dtype == "float32" else config
+
+
+def _tell_plan(config: TrainConfig, run: Path, rows: RowsToEvaluate, files: PolicyFiles, precision: str) -> None:
+    cache = rows.held_out.cache
+    tell(f"cache       {config.cache} (fingerprint {cache.manifest.fingerprint[:12]})")
+    tell(f"policy      {run} ({precision})")
+    tell(f"attention   {files.attention.in_words}")
+    tell(f"scored      {scored_in_words(cache.manifest)}")
+    shortened = shortened_in_words(cache.shortened, cache.max_length)
+    tell(f"rows        {len(rows.held_out.indices):,}: {rows.what}{shortened}")
+    for line in [*files.warnings, *filter(None, [rows.warning])]:
+        warn(line)
 
 
 def _find(config: TrainConfig, run: Path, manifest: Manifest, record: RunRecord) -> tuple[PolicyFiles, Path | None]:

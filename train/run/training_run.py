@@ -28,7 +28,7 @@ from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.recipe import run_precision, saved_type
 from offline_kto.train.model.saved_model import Layout, ModelWriter
-from offline_kto.train.run.arguments import accepted_by_trainer, training_arguments
+from offline_kto.train.run.arguments import Arguments, accepted_by_trainer, training_arguments
 from offline_kto.train.run.callbacks import Console, MetricsFile
 from offline_kto.train.run.folder import last_checkpoint, write_start
 from offline_kto.train.run.inputs import Materials
@@ -119,11 +119,7 @@ class TrainingRun:
             warnings += data.warnings(config, precision)
             warnings += _rank_warnings(config, data, ranks=args.world_size, device=device)
             warnings += _saving_warnings(config, merges=bool(config.lora_rank and files.adapter))
-            if args.gpus_here > 1:
-                warnings.append(
-                    f"{args.gpus_here} GPUs here, but one process trains on one of them: torchrun --nproc_per_node "
-                    f"{args.gpus_here} --no-python kto-train ... uses all"
-                )
+            warnings += _idle_gpu_warnings(args)
             warnings += warnings_for(config, *data.class_masses, objective.weights)
             print_plan(config, data, files, precision, objective, out, device, warnings)
             if config.resume:
@@ -345,6 +341,16 @@ def _rank_warnings(config: TrainConfig, data: TrainingData, *, ranks: int, devic
     return [
         f"each of the {ranks} processes has about {tokens:,.0f} tokens in an update: a GPU then waits for the host and for the "
         "sum of the gradients most of the time. Use fewer processes, or a larger --batch-size."
+    ]
+
+
+def _idle_gpu_warnings(args: Arguments) -> list[str]:
+    """Return a line if one process sees several GPUs, of which it uses one."""
+    if args.gpus_here <= 1:
+        return []
+    return [
+        f"{args.gpus_here} GPUs here, but one process trains on one of them: torchrun --nproc_per_node {args.gpus_here} "
+        "--no-python kto-train ... uses all"
     ]
 
 

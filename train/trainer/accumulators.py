@@ -16,6 +16,9 @@ from offline_kto.train.trainer.reference_point import ReferencePoint
 
 _ROWS = "row_logratios.safetensors"
 
+# Updates whose log-ratios wait on the device for one transfer to the host.
+_MOST_WAITING = 256
+
 
 @dataclass
 class Window:
@@ -40,11 +43,15 @@ class Window:
     def metrics(self, ranks: Ranks, *, beta: float) -> dict[str, float]:
         """Return means over all ranks and updates, of which there is at least one; called on every rank."""
         assert self.sums is not None
-        sums = ranks.sum(self.sums)
+        size = len(self.sums)
+        summed = self.sums if self.aux_loss is None else torch.cat([self.sums, self.aux_loss[None]])
+        # All values are read from the device at once.
+        values = torch.cat([ranks.sum(summed), *(one[None] for one in self.shared.values())]).cpu()
+        sums, others = values[:size], (values[size:] / self.updates).tolist()
         metrics = metrics_from(sums, beta=beta)
-        metrics.update({name: float(value) / self.updates for name, value in self.shared.items()})
         if self.aux_loss is not None:
-            metrics["aux_loss"] = float(ranks.sum(self.aux_loss)) / self.updates
+            metrics["aux_loss"] = others.pop(0)
+        metrics.update(zip(self.shared, others, strict=True))
         metrics["tokens_per_second"] = tokens_of(sums) / (time.monotonic() - self.started)
         return metrics
 
@@ -58,10 +65,12 @@ class RowLogratios:
         self._waiting: list[tuple[Sequence[int], Tensor, int]] = []
 
     def add(self, rows: Sequence[int], logratios: Tensor, step: int) -> None:
-        """Record the log-ratios of one update, nats, shape (rows,); `settle` copies them to the host."""
+        """Record the log-ratios of one update, nats, shape (rows,); they are copied to the host from time to time."""
+        if len(self._waiting) >= _MOST_WAITING:
+            self._settle()
         self._waiting.append((rows, logratios.detach(), step))
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Copy the recorded values from the device to the host, in one transfer."""
         if not self._waiting:
             return
@@ -73,7 +82,7 @@ class RowLogratios:
 
     def over_ranks(self, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
         """Return step and latest log-ratio of every row over all ranks; step -1 means never. Called on every rank."""
-        self.settle()
+        self._settle()
         steps, logratios = ranks.gather(torch.from_numpy(self.steps)), ranks.gather(torch.from_numpy(self.logratios))
         last = steps.argmax(0)[None]
         return steps.gather(0, last)[0].numpy(), logratios.gather(0, last)[0].numpy()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,24 +56,26 @@ class FiniteChecks:
         self._unread: tuple[Sequence[TrainingRow], Tensor] | None = None
 
     def add_losses(self, rows: Sequence[TrainingRow], outcome: BatchOutcome, *, step: int) -> None:
-        """Check a rank's losses: at once, or, if no other rank waits for this one, together with the gradient norm.
+        """Check a rank's losses: together with the gradient norm, or at once if the weights are sharded.
+
+        Unsharded ranks have added up their gradients by then, so that a loss that is not finite stops all of them.
 
         Raises:
             TrainingError: names the rows whose loss is not finite.
         """
-        if self.policy.ranks.world > 1:
+        if self.policy.ranks.sharded:
             check_losses(rows, outcome, step=step)
         else:
             self._unread = rows, outcome.finite
 
-    def check_update(self, norm: Any, *, step: int) -> Any:
+    def check_update(self, norm: Tensor | float | None, *, step: int) -> float | None:
         """Check losses and gradient norm before an update; a norm that is not finite would corrupt all weights.
 
         Everything is read from the device at once: each read stops the host until the device has computed all that is
         queued.
 
         Args:
-            norm: a number, a scalar tensor, or None.
+            norm: a number, a scalar tensor, or None where there is none.
 
         Returns:
             The norm as a number.
@@ -85,18 +86,20 @@ class FiniteChecks:
         unread, self._unread = self._unread, None
         if unread is not None and isinstance(norm, Tensor):
             rows, finite = unread
-            all_finite, norm = torch.stack([finite.all().double(), norm.double()]).tolist()
+            all_finite, number = torch.stack([finite.all().double(), norm.double()]).tolist()
             if not all_finite:
                 _refuse_losses(rows, finite, step)
-        elif norm is not None:
-            norm = float(norm)
-        if norm is not None and not math.isfinite(norm):
+        else:
+            number = None if norm is None else float(norm)
+        if number is not None and not math.isfinite(number):
             raise TrainingError(
                 f"Step {step}: the gradients are not finite. {self._where_it_broke()} Nothing of this update is saved."
             )
-        return norm
+        return number
 
-    def check_weights(self, optimizer: Any, held_out: Scores | None, *, what: str, step: int) -> None:
+    def check_weights(
+        self, optimizer: torch.optim.Optimizer | None, held_out: Scores | None, *, what: str, step: int
+    ) -> None:
         """Check the state before it is saved: every trained weight, and the score of one row; called on every rank.
 
         Args:
@@ -118,7 +121,7 @@ class FiniteChecks:
             "is not saved."
         )
 
-    def _found_here(self, optimizer: Any, held_out: Scores | None) -> str:
+    def _found_here(self, optimizer: torch.optim.Optimizer | None, held_out: Scores | None) -> str:
         """Describe what is not finite on this rank; return an empty string if everything is finite."""
         weights = {name: one for name, one in self.policy.model.named_parameters() if one.requires_grad}
         if bad := not_finite({name: local_part(one) for name, one in weights.items()}):
@@ -145,7 +148,7 @@ class FiniteChecks:
         return f"--learning-rate {self.learning_rate:g}; row_id of the last batch: {_first(ids)}. {_CAUSES}"
 
 
-def _states_of(optimizer: Any) -> dict[str, Tensor]:
+def _states_of(optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     states = getattr(optimizer, "state", None) or {}
     return {
         f"{name} of tensor {number}": local_part(value)

@@ -4,9 +4,10 @@ unit         rows that share a loss: one row, or the two of a pair
 micro-batch  units that fit into --max-tokens: one forward and backward pass
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import accelerate
 import numpy as np
@@ -22,6 +23,7 @@ from offline_kto.kto_core.scoring.output_layer import add_gradients_in_place
 from offline_kto.kto_core.scoring.sequences import FILLER, Sequences
 from offline_kto.train.data.cache_rows import TrainingRow, total_mass
 from offline_kto.train.trainer.finite_checks import check_losses
+from offline_kto.train.trainer.gradient_sums import GradientSums
 from offline_kto.train.trainer.memory import Budget, Meter, optimizer_bytes, tokens_that_fit
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
@@ -52,17 +54,18 @@ class GradientPasses:
         accelerator: accelerate's, which scales and counts backward passes.
     """
 
-    def __init__(self, policy: PreparedPolicy, objective: Objective, accelerator: Any) -> None:
+    def __init__(self, policy: PreparedPolicy, objective: Objective, accelerator: accelerate.Accelerator) -> None:
         self.policy, self.objective, self.accelerator = policy, objective, accelerator
         # DeepSpeed updates the weights in the last backward pass.
         self._updates_in_backward = accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
         self._in_place = [] if policy.ranks.sharded else add_gradients_in_place(policy.model)
+        self._balance: _RouterBalance | None = None
         self._balances_experts = bool(getattr(policy.model.config.get_text_config(), "output_router_logits", False))
 
     def run(self, rows: Sequence[TrainingRow], reference: ReferencePoint, *, step: int) -> RankResult:
-        """Accumulate the gradients of the batch's mean loss.
+        """Compute the gradients of the batch's mean loss, summed over unsharded ranks.
 
-        Out of memory halves the token budget, and all passes are repeated.
+        Out of memory halves the token budget, and all passes of this rank are repeated.
 
         Args:
             rows: the whole batch, of all ranks; this rank runs its part.
@@ -75,16 +78,21 @@ class GradientPasses:
         """
         policy = self.policy
         least = self.objective.rows_in_unit * max(len(row.matched) for row in rows)  # a unit cannot be split
+        sums = policy.ranks.gradient_sums(policy.model, unannounced=self._in_place)
+        self._balance = None
         while True:
             try:
                 with one_memory_error():
-                    return self._run(rows, reference, step)
+                    result = self._run(rows, reference, sums, step=step)
+                    sums.finish()
+                    return result
             except torch.OutOfMemoryError:
-                # Gradients are summed over ranks only afterwards, so an unsharded rank can retry alone. The ranks of a
-                # sharded model wait for each other within every pass.
+                # An unsharded rank can repeat its passes alone, see `gradient_sums.py`. The ranks of a sharded model wait
+                # for each other within every pass.
                 if policy.ranks.sharded or policy.max_tokens <= least:
                     raise
-            policy.halve_max_tokens(least)  # outside `except`, whose traceback keeps the tensors alive
+            sums.begin_again()  # outside `except`, whose traceback keeps the tensors alive
+            policy.halve_max_tokens(least)
 
     def measure_max_tokens(self, meter: Meter, *, longest: int, of_matrix: Callable[[torch.dtype], float]) -> Budget:
         """Return how many tokens of one pass fit into memory, agreed between sharded ranks; gradients are cleared.
@@ -134,7 +142,9 @@ class GradientPasses:
         self.accelerator.gradient_state._set_sync_gradients(last)
         self.accelerator.backward(loss)
 
-    def _run(self, rows: Sequence[TrainingRow], reference: ReferencePoint, step: int) -> RankResult:
+    def _run(
+        self, rows: Sequence[TrainingRow], reference: ReferencePoint, sums: GradientSums, *, step: int
+    ) -> RankResult:
         policy, total = self.policy, total_mass(rows)
         own, passes = self._share(rows)
         self._train()
@@ -142,7 +152,8 @@ class GradientPasses:
         parts = self._cut(own)
         parts += [[]] * (passes - len(parts))  # other ranks run more
         inputs = UpdateInputs(own, parts, policy=policy, objective=self.objective)
-        balance = self._router_balance(inputs) if self._balances_experts else None
+        if self._balances_experts and self._balance is None:  # all ranks count once, also if one repeats its passes
+            self._balance = self._router_balance(inputs)
         logps, logratios = (torch.empty(len(own), dtype=torch.float64, device=policy.device) for _ in range(2))
         aux_loss, tokens = policy.zero(), reference.tokens
         for micro_batch, last in inputs.micro_batches():
@@ -156,17 +167,19 @@ class GradientPasses:
                 tokens += Tokens(batch.tokens, batch.tokens, batch.padded_tokens)
             else:  # joins the collective operations of sharded ranks, with weight zero
                 loss = scored.token_logps.sum() * 0.0
-            if micro_batch.part and balance is not None:
-                share = balance.share(scored.router_logits, batch.real)
+            if micro_batch.part and self._balance is not None:
+                share = self._balance.share(scored.router_logits, batch.real)
                 aux_loss, loss = aux_loss + share.detach(), loss + share
             if last:
                 outcome = self._outcome(inputs.facts, logps, logratios, reference.point, tokens)
                 if self._updates_in_backward:
                     check_losses(own, outcome, step=step)
-            self.backward(loss * policy.ranks.mean_to_sum, last=last)
+            if loss.requires_grad:  # not if all gradients were sent before memory ran out
+                with sums.sent_early() if last else contextlib.nullcontext():
+                    self.backward(loss * policy.ranks.mean_to_sum, last=last)
         if not parts:
             outcome = self._outcome(inputs.facts, logps, logratios, reference.point, tokens)
-        return RankResult(own, outcome, aux_loss if balance is not None else None)
+        return RankResult(own, outcome, aux_loss if self._balances_experts else None)
 
     def _train(self) -> None:
         # Setting the mode takes a walk through all modules.
@@ -227,8 +240,8 @@ class GradientPasses:
             if micro_batch.part:
                 counts = counts + count_routed_tokens(router_logits, batch.real, config.num_experts_per_tok)
                 slots = slots + batch.real.sum() * len(router_logits)
-        ranks = policy.ranks
-        return _RouterBalance(float(config.router_aux_loss_coef), ranks.sum(counts), ranks.sum(slots))
+        everywhere = policy.ranks.sum(torch.cat([counts, slots[None]]))
+        return _RouterBalance(float(config.router_aux_loss_coef), everywhere[:-1], everywhere[-1])
 
 
 class _RouterBalance(NamedTuple):

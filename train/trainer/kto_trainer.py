@@ -227,7 +227,6 @@ class KTOTrainer(transformers.Trainer):
         rows, outcome, aux_loss = self.gradients.run(inputs, reference, step=step + 1)
         self.finite_checks.add_losses(rows, outcome, step=step + 1)
         self.row_logratios.add([row.index for row in rows], outcome.logratios, step)
-        ranks.sum_gradients(self.model)
         self._window.add(outcome, reference, aux_loss)
         return outcome.losses.sum() * (ranks.world / total_mass(inputs))
 
@@ -242,7 +241,6 @@ class KTOTrainer(transformers.Trainer):
             logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
             reserved = peak_reserved_mb(self.args.device)
             logs.update({} if reserved is None else {"peak_reserved_mb": reserved})
-            self.row_logratios.settle()
             self._window = Window()
         super().log(logs, start_time)
 

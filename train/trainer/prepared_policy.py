@@ -96,12 +96,11 @@ class PreparedPolicy:
             tell(f"rows are padded, not concatenated: {why or 'another process found other scores'}")
 
     def halve_max_tokens(self, least: int) -> None:
-        """Halve the token budget after a pass ran out of memory, and drop its gradients.
+        """Halve the token budget after a pass ran out of memory.
 
         Args:
             least: the smallest allowed budget, tokens.
         """
-        self.model.zero_grad()
         self.max_tokens = max(least, self.max_tokens // 2)
         torch.cuda.empty_cache()
         tell(f"out of memory: continuing with --max-tokens {self.max_tokens}")

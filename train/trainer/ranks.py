@@ -2,7 +2,7 @@
 
 Every rank reads the whole batch (it is small) and computes all shares from lengths alone, so no communication is
 needed to agree. In an unsharded run (one process, or data parallel) each rank has the whole model: passes are
-independent, and gradients are summed once, after the last pass (`gradient_sums.py`). In a sharded run (FSDP2, DeepSpeed)
+independent, and gradients are summed once, from the last backward pass on (`gradient_sums.py`). In a sharded run (FSDP2, DeepSpeed)
 every pass gathers weights, so all ranks must run the same number of passes.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.scoring.batching import deal
-from offline_kto.train.trainer.gradient_sums import Sending, copy_from_first, sum_gradients
+from offline_kto.train.trainer.gradient_sums import GradientSums, Sending, copy_from_first
 
 
 class Ranks:
@@ -74,11 +74,8 @@ class Ranks:
         if not self.sharded and self.world > 1:
             copy_from_first(model)
 
-    def sum_gradients(self, model: Model) -> None:
-        """Sum gradients over the ranks, once for each update.
-
-        DDP would do so inside the last backward pass; a rank that ran out of memory there could not retry. A rank
-        without rows has no gradients, and adds zeros.
-        """
-        if not self.sharded and self.world > 1:
-            sum_gradients([one for one in model.parameters() if one.requires_grad], self.sending)
+    def gradient_sums(self, model: Model, *, unannounced: Sequence[Tensor]) -> GradientSums:
+        """Return the sums of one update's gradients; see `GradientSums`. A rank without rows adds zeros."""
+        sending = self.sending if self.world > 1 and not self.sharded else None
+        trained = [one for one in model.parameters() if one.requires_grad]
+        return GradientSums(trained, sending, unannounced=unannounced)

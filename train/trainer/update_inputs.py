@@ -1,6 +1,6 @@
 """Lay out one rank's labelled rows of an update in micro-batches, and copy them to the device in one transfer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from offline_kto.kto_core.scoring.sequences import FILLER, Sequences
-from offline_kto.kto_core.scoring.transfer import to_device
+from offline_kto.kto_core.scoring.transfer import in_transfers, to_device
 from offline_kto.train.data.cache_rows import TrainingRow
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
-
-# Tokens of one transfer (about 40 MB). An update of more takes several, so that its size does not limit the device.
-_TOKENS = 2**20
 
 
 class RowFacts(NamedTuple):
@@ -72,7 +69,8 @@ class UpdateInputs:
         objective: Objective,
     ) -> None:
         self._rows, self._policy, self._objective = rows, policy, objective
-        first, *self._later = _grouped(parts, lambda part: sum(len(rows[j].matched) for j in part))
+        groups = [*in_transfers(parts, lambda part: sum(len(rows[j].matched) for j in part), policy.device)]
+        first, self._later = groups[0] if groups else [], groups[1:]
         self.facts, self._first = to_device((RowFacts.of(rows), self._laid_out(first)), policy.device)
 
     def micro_batches(self) -> Iterator[tuple[MicroBatch, bool]]:
@@ -95,17 +93,3 @@ class UpdateInputs:
             reference=torch.from_numpy(np.concatenate([np.empty(0), *reference])),
             facts=RowFacts.of(rows),
         )
-
-
-def _grouped(parts: Sequence[Sequence[int]], tokens_of: Callable[[Sequence[int]], int]) -> list[list[Sequence[int]]]:
-    """Return consecutive micro-batches in groups for one transfer each; one group, which may be empty, at least."""
-    groups: list[list[Sequence[int]]] = [[]]
-    room = _TOKENS
-    for part in parts:
-        tokens = tokens_of(part)
-        if groups[-1] and tokens > room:
-            groups.append([])
-            room = _TOKENS
-        groups[-1].append(part)
-        room -= tokens
-    return groups
