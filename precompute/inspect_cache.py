@@ -57,6 +57,7 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
             "rows",
             f"{manifest.rows:,} ({_number(data.get('desirable'))} desirable, {_number(data.get('undesirable'))} undesirable)",
         ),
+        *_judgements(manifest),
         ("read", f"{_number(data.get('read'))}, dropped: {dropped}, truncated: {data.get('truncated')}"),
         ("files", f"{counted(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB"),
         (
@@ -67,6 +68,20 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("created", manifest.created),
         ("fingerprint", manifest.fingerprint),
     ]
+
+
+def _judgements(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return the line about the judgements; none if every row is one bit of weight 1."""
+    found = manifest.judgements
+    scale = [f"{end:g}" for end in found.get("rating_scale", [])]
+    parts = {
+        "votes": found.get("votes", ""),
+        "rating scale": " to ".join(scale),
+        "weights": "normalised to a mean of 1" if found.get("weights") else "",
+        "objectives": ", ".join(manifest.objectives),
+    }
+    shown = [f"{name}: {value}" for name, value in parts.items() if value]
+    return [("judgements", "; ".join(shown) or "masses")] if manifest.columns else []
 
 
 def _number(value: int | float | None) -> str:
@@ -133,8 +148,13 @@ def _shown(row: CacheRow, tokenizer: Tokenizer) -> Iterator[str]:
     columns = width()
     column = (columns - 3) // 2
     thumb = "desirable" if row["label"] else "undesirable"
+    if "desirable_mass" in row:
+        thumb += f" ({row['desirable_mass']:.4g} to {row['undesirable_mass']:.4g})"
     tokens, row_id = len(row["completion_ids"]), printable(row["row_id"], 32)
     yield f"row {row['source']}  {thumb}  {row_id}  ref_logps {row['ref_logps']:.3f} over {counted(tokens, 'token')}"
+    for name, masses in row.get("objectives", {}).items():
+        if masses["desirable"] or masses["undesirable"]:
+            yield f"  {printable(name)}  {masses['desirable']:.4g} to {masses['undesirable']:.4g}"
     yield from block("x  ", visible(tokenizer, row["prompt_ids"]), columns)
     left = _lines(f"y   ({row['ref_logps']:.2f})", visible(tokenizer, row["completion_ids"]), column)
     for ids, total in zip(row["kl_completion_ids"], row["ref_kl_logps"], strict=True):

@@ -127,7 +127,7 @@ def _nothing_at_label(config: PrecomputeConfig, data_format: DataFormat) -> str 
     elif (
         mapping is not None and label is not None and mapping.turns is None and mapping.each is None and not mapping.zip
     ):
-        path = label.path or label.scores
+        path = next(iter(label.paths), None)
     first: tuple[str, Record] | None = None
     for where, record in itertools.islice(data_format.records(None), _LOOKED_AT):
         if path is None or path.find(record, where) is not None:
