@@ -14,11 +14,11 @@ def judgements_in_words(plan: Plan, counts: PlanCounts) -> Iterator[tuple[str, s
         yield "votes", f"{of}{agreement_in_words(agreement)} (--votes {plan.feedback.label_rule.votes})"
     for name, masses in counts.objectives.items():
         judged = sum(row.judgement.objectives[name].total > 0 for row in plan.rows)
-        yield "objective", f"{name}: {judged:,} of {counts.kept:,} rows judged, {_in_words(masses)}"
+        yield "objective", f"{name}: {judged:,} of {counts.kept:,} rows judged, {masses_in_words(masses)}"
     if plan.weights:
         yield "weights", plan.weights.in_words()
     if plan.mass_columns:
-        yield "masses", f"{_in_words(counts.masses)} in total"
+        yield "masses", f"{masses_in_words(counts.masses)} in total"
 
 
 def warnings_about_judgements(plan: Plan) -> list[str]:
@@ -37,5 +37,6 @@ def warnings_about_judgements(plan: Plan) -> list[str]:
     return [*found, *([extreme] if extreme else [])]
 
 
-def _in_words(masses: Masses) -> str:
-    return f"{masses.desirable:,.6g} desirable, {masses.undesirable:,.6g} undesirable"
+def masses_in_words(masses: Masses) -> str:
+    """Return two masses in words."""
+    return f"{masses.desirable:,.4g} desirable, {masses.undesirable:,.4g} undesirable"

@@ -190,7 +190,7 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
     """
     rows: list[PlannedRow] = []
     dropped: Counter[str] = Counter()
-    examples: dict[bool, list[tuple[str, PlannedRow]]] = {True: [], False: []}
+    examples: dict[bool, list[tuple[str, int]]] = {True: [], False: []}
     weights = Weights()
     read = 0
     try:
@@ -205,7 +205,7 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
                 rows.append(_planned(row, read, tokens.prompt_ids, tokens.completion_ids, room, config.max_length))
                 weights.add(row)
                 if len(examples[row.label]) < _EXAMPLES:
-                    examples[row.label].append((row.where, rows[-1]))
+                    examples[row.label].append((row.where, len(rows) - 1))
             read += 1
     finally:
         feedback.write_left_out()  # also if the run ends here, where it is needed most
@@ -221,7 +221,8 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
         row if judgement is row.judgement else replace(row, judgement=judgement)
         for row, judgement in zip(rows, judgements, strict=True)
     ]
-    return ReadRows(rows, read, dict(dropped), [*examples[True], *examples[False]], weights)
+    shown = [(where, rows[number]) for where, number in (*examples[True], *examples[False])]
+    return ReadRows(rows, read, dict(dropped), shown, weights)
 
 
 def _usable(feedback: Feedback, tokenizing: Tokenizing) -> Iterator[tuple[FeedbackRow, Tokens]]:

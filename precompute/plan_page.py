@@ -14,7 +14,7 @@ from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.feedback.used_columns import MATTERS_BESIDE
-from offline_kto.precompute.judgement_page import judgements_in_words, warnings_about_judgements
+from offline_kto.precompute.judgement_page import judgements_in_words, masses_in_words, warnings_about_judgements
 from offline_kto.precompute.plan import Plan, PlanCounts
 from offline_kto.precompute.preview import block, folded, visible, width
 
@@ -138,7 +138,8 @@ def _examples(plan: Plan, tokenizer: Tokenizer) -> list[str]:
     lines: list[str] = []
     columns = width(_WIDTH)
     for where, row in plan.examples:
-        lines += wrapped("example", f"{'desirable' if row.label else 'undesirable'}, {printable(where)}")
+        masses = f" ({masses_in_words(row.judgement.masses)})" if plan.mass_columns else ""
+        lines += wrapped("example", f"{'desirable' if row.label else 'undesirable'}{masses}, {printable(where)}")
         lines += block("  prompt      ", visible(tokenizer, row.prompt_ids), columns, _EXAMPLE_LINES)
         lines += block("  completion  ", visible(tokenizer, row.completion_ids), columns, _EXAMPLE_LINES)
     return lines
