@@ -103,7 +103,7 @@ class TrainingRun:
         device = resolve_device(config.device)
         precision = run_precision(config, device)
         files = materials.files(config, data.rows.manifest)
-        objective = Objective.of(config, class_weight_values(config, *data.class_counts))
+        objective = Objective.of(config, class_weight_values(config, *data.class_masses))
         warnings: list[str] = []
         args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
         main = args.process_index == 0
@@ -123,7 +123,7 @@ class TrainingRun:
                     f"{args.gpus_here} GPUs here, but one process trains on one of them: torchrun --nproc_per_node "
                     f"{args.gpus_here} --no-python kto-train ... uses all"
                 )
-            warnings += warnings_for(config, *data.class_counts, objective.weights)
+            warnings += warnings_for(config, *data.class_masses, objective.weights)
             print_plan(config, data, files, precision, objective, out, device, warnings)
             if config.resume:
                 tell(f"resume      {checkpoint or 'no checkpoint yet: starting from the beginning'}")
@@ -136,7 +136,7 @@ class TrainingRun:
             for line in adapter_lines(model):
                 tell(line)
         check_vocabulary(model, data.rows)
-        settings = Settings.of(config, objective.weights, data.class_counts)
+        settings = Settings.of(config, objective.weights, data.class_masses)
         console = Console(Watch(settings), out / METRICS) if args.process_index == 0 else None
         callbacks: list[transformers.TrainerCallback] = (
             [MetricsFile(out / METRICS), console] if console is not None else []
