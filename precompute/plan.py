@@ -276,7 +276,7 @@ def _planned(
         # No prompt leaves room for more, so a longer tail is never used.
         full_completion_ids=completion[:max_length],
         completion_ids=cut,
-        judgement=row.judgement or Judgement.of_label(row.label),
+        judgement=row.judgement,
     )
 
 

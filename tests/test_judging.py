@@ -83,7 +83,7 @@ def test_one_bit_has_the_mass_of_its_label_and_no_judgement_of_its_own(tmp_path:
         (False, 0.0, 1.0),
         (True, 1.0, 0.0),
     ]
-    assert [one.judgement for one in rows] == [None, None, None]
+    assert [one.reading is None for one in rows] == [True, True, False]  # the last has votes
 
 
 # Votes

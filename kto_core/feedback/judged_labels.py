@@ -51,11 +51,12 @@ def judged_row(
     if rule.has_comparison or rule.graded:
         names = ("rating",) if "rating" in record else LABELS
         fields.compared.update(name for name in names if name in present)
-    several = opened(present[SEVERAL]) if SEVERAL in present else None
-    if isinstance(several, list | tuple | dict) or names_of_counts(record):
-        return _detailed(record, present, several, names, where, fields)
+    if SEVERAL in present or names_of_counts(record):
+        several = opened(present.get(SEVERAL))
+        if isinstance(several, list | tuple | dict) or names_of_counts(record):
+            return _detailed(record, present, several, names, where, fields)
     labels = {name: judge(rule, present[name], where, name, one=True) for name in names if name in present}
-    if len({one.label for one in labels.values()}) > 1:
+    if len(labels) > 1 and len({one.label for one in labels.values()}) > 1:
         raise FeedbackError(f"{where}: 'label' and 'kto_tag' contradict each other. Remove one of them.")
     if labels:
         return next(iter(labels.values()))

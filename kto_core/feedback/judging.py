@@ -26,6 +26,7 @@ COUNTS = (("up", "down"), ("upvotes", "downvotes"), ("votes_up", "votes_down"))
 # The column with the labels of several raters, or with an object that has a label for each objective.
 SEVERAL = "labels"
 WEIGHT = "weight"
+_FIRST_COUNTS = frozenset(names[0] for names in COUNTS)
 # A larger number of votes, or a larger weight, is a mistake.
 _MOST = 2.0**53
 _LONGEST_NAME = 200
@@ -49,6 +50,11 @@ class Reading:
     def label(self) -> bool:
         """Whether the row counts as desirable."""
         return self.judgement.masses.label
+
+    @property
+    def is_label(self) -> bool:
+        """Whether a label says the same: there are no votes, and the row is one bit."""
+        return self is _OF_LABEL[True] or self is _OF_LABEL[False] or (not self.ballots and self.judgement.is_one_bit)
 
     @property
     def is_decided(self) -> bool:
@@ -108,7 +114,7 @@ def counted_votes(rule: LabelRule, record: Mapping[str, object], where: str) -> 
 
 def names_of_counts(record: Mapping[str, object]) -> tuple[str, ...]:
     """Return the columns with the numbers of votes; empty without them."""
-    return _counts_in(record) or ()
+    return () if _FIRST_COUNTS.isdisjoint(record) else _counts_in(record) or ()
 
 
 def weight_in(value: object, where: str, field: str) -> float:

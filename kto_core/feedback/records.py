@@ -47,7 +47,7 @@ from offline_kto.kto_core.feedback.exports import is_printed, opened
 from offline_kto.kto_core.feedback.json_values import canonical_json, check_text, template_kwargs_in, tools_in
 from offline_kto.kto_core.feedback.judged_labels import is_unrated, judged_row, row_weight
 from offline_kto.kto_core.feedback.judged_messages import judged_messages
-from offline_kto.kto_core.feedback.judging import Ballots, Reading, of_label
+from offline_kto.kto_core.feedback.judging import Reading, of_label
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import (
@@ -86,28 +86,28 @@ class FeedbackRow:
     from_text: bool = False  # whether text became messages
     moved_results: bool = False  # whether the results of tools were moved from the completion to the prompt
     rendered: bool = False  # whether it is text that a chat template has written
-    judgement: Judgement | None = None  # None for what the label says
-    ballots: Mapping[str, Ballots] = field(default_factory=dict)  # the votes, as in `judging.Reading`
+    reading: Reading | None = None  # masses and votes; None for what the label says
     weight: float | None = None  # before it is normalised; None without weights
 
     @property
     def desirable_mass(self) -> float:
         """How much speaks for the completion, before the weight."""
-        return self._judged.masses.desirable
+        return self.judgement.masses.desirable
 
     @property
     def undesirable_mass(self) -> float:
         """How much speaks against it, before the weight."""
-        return self._judged.masses.undesirable
+        return self.judgement.masses.undesirable
 
     @property
     def objectives(self) -> Mapping[str, Masses]:
         """The masses of each objective that the record names, before the weight."""
-        return self._judged.objectives
+        return self.judgement.objectives
 
     @property
-    def _judged(self) -> Judgement:
-        return self.judgement or Judgement.of_label(self.label)
+    def judgement(self) -> Judgement:
+        """The masses of the row and of its objectives, before the weight."""
+        return Judgement.of_label(self.label) if self.reading is None else self.reading.judgement
 
     @property
     def characters(self) -> int:
@@ -232,9 +232,18 @@ def _finished(
             asked, answered = (*prompt, *context), rest
         rows.append(
             FeedbackRow(
-                *(where, asked, answered, reading.label, pair_id, tools, kwargs, form, from_text, moved, rendered),
-                judgement=None if reading.judgement.is_one_bit else reading.judgement,
-                ballots=reading.ballots,
+                where,
+                asked,
+                answered,
+                reading.label,
+                pair_id,
+                tools,
+                kwargs,
+                form,
+                from_text,
+                moved,
+                rendered,
+                None if reading.is_label else reading,
             )
         )
     return rows

@@ -50,7 +50,7 @@ class Found:
         notes: sentences on how the records were found.
         warned: records to which the mapping's warning applies.
         agreement: the votes of several raters, by the name of their objective; "" for those on the row itself.
-        is_desirable, is_undesirable: whether any row has a mass of this class.
+        is_mixed: whether any row has a mass of both classes.
     """
 
     records: int = 0
@@ -69,8 +69,7 @@ class Found:
     notes: list[str] = field(default_factory=list)
     warned: int = 0
     agreement: dict[str, Agreement] = field(default_factory=dict)
-    is_desirable: bool = False
-    is_undesirable: bool = False
+    is_mixed: bool = False
 
     def add(self, row: FeedbackRow) -> None:
         """Count a row."""
@@ -84,9 +83,9 @@ class Found:
         self.rendered += row.rendered
         self.moved_results += row.moved_results
         self.labels[row.label] += 1
-        self.is_desirable = self.is_desirable or row.desirable_mass > 0
-        self.is_undesirable = self.is_undesirable or row.undesirable_mass > 0
-        add_votes(self.agreement, row.ballots)
+        if row.reading is not None:
+            self.is_mixed = self.is_mixed or min(row.judgement.masses) > 0
+            add_votes(self.agreement, row.reading.ballots)
         if _has_missing(row.completion) or _has_missing(row.prompt):
             self.missing.append(row.where)
 

@@ -186,8 +186,7 @@ class Feedback:
             raise unclear_rating(config, name)
         if not found.forms:
             raise no_rows(config, self._format, found)
-        is_one_class = len(found.labels) == 1 and found.is_desirable != found.is_undesirable
-        if is_one_class and found.labels.total() > 1 and not config.one_class:
+        if len(found.labels) == 1 < found.labels.total() and not found.is_mixed and not config.one_class:
             raise one_class(config, self._format, found)
         if found.missing:
             found.notes.append(
