@@ -12,12 +12,14 @@ from test_precompute import scored
 
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.options import resolve
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.agreement import Agreement
 from offline_kto.precompute.inspect_cache import head, info, verify
 from offline_kto.precompute.plan import Plan, make_plan
 from offline_kto.precompute.plan_page import describe, warnings
 from offline_kto.precompute.run import precompute
+from offline_kto.precompute.store import Store
 
 Rows = list[dict[str, Any]]
 ROWS = chat_rows(12)
@@ -260,3 +262,43 @@ def test_a_dry_run_shows_the_votes_and_writes_nothing(
     precompute(config_of(base, data, tmp_path / "refs", dry_run=True))
     assert "Krippendorff" in capsys.readouterr().out
     assert not (tmp_path / "refs").exists()
+
+
+def test_a_scale_in_a_config_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("rating-scale: 1:5\nvotes: count\n", encoding="utf-8")
+    config = resolve(PrecomputeConfig, {}, yaml_path=path)
+    assert (config.graded, config.votes) == ((1, 5), "count")
+
+
+def test_a_run_that_is_stopped_goes_on_with_the_same_masses(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = with_columns({"labels": {"a": [1, 0, 1]}, "weight": 2}, {"labels": {"b": 0}, "weight": 1}, rows=unlabelled())
+    data, out, whole = write_rows(tmp_path / "f.jsonl", rows), tmp_path / "refs", tmp_path / "whole"
+    precompute(config_of(base, data, whole))
+    write = Store.write
+
+    def stop(self: Store, index: int, key: str, rows: Any) -> None:
+        if index:
+            raise KeyboardInterrupt
+        write(self, index, key, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            precompute(config_of(base, data, out))
+    precompute(config_of(base, data, out))
+    assert scored(out) == scored(whole)
+    assert read_manifest(out).judgements == read_manifest(whole).judgements
+    assert "all match" in verify(out)
+
+
+def test_objectives_of_appended_rows_are_in_all_shards(base: Path, tmp_path: Path) -> None:
+    first = with_columns({"labels": {"b": 1}}, {"labels": {"b": 0}}, rows=unlabelled())
+    more = with_columns({"labels": {"a": 1}}, rows=unlabelled(chat_rows(14))[12:])
+    data, out = write_rows(tmp_path / "f.jsonl", first), tmp_path / "refs"
+    precompute(config_of(base, data, out))
+    precompute(config_of(base, write_rows(data, [*first, *more]), out))
+    assert {tuple(row["objectives"]) for row in scored(out)} == {("a", "b")}
+    assert "all match" in verify(out)
