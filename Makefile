@@ -5,13 +5,17 @@ BIN = $(VENV)/bin
 
 VENV_VLLM ?= .venv-vllm
 
-.PHONY: demo test test-gpu test-vllm check docs format install clean
+.PHONY: demo test test-slow test-gpu test-vllm check docs format install clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not vllm and not gpu" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not vllm and not gpu" $(ARGS)
+
+# What `make test` leaves out, so that it stays under six minutes: many kills, several ranks, whole sweeps, the browser.
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "slow and not vllm and not gpu" $(ARGS)
 
 # On a machine with a GPU. Each test that cannot run there says why it is skipped.
 test-gpu: $(VENV)/installed

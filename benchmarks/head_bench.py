@@ -32,10 +32,12 @@ import torch.nn.functional as F
 from text_table import text_table
 from torch import Tensor
 
+from offline_kto.kto_core.models.precision import use_device
 from offline_kto.kto_core.scoring import cuda_head
 from offline_kto.kto_core.scoring.cuda_head import tiled_logps
-from offline_kto.kto_core.scoring.head import Head, selected_logps
+from offline_kto.kto_core.scoring.head import selected_logps
 from offline_kto.kto_core.scoring.head_tiles import PLAIN, TileOperations
+from offline_kto.kto_core.scoring.output_layer import Head
 
 # Qwen2.5-0.5B and 1.5B, Llama-3-8B, Llama-2-7B: hidden size and vocabulary.
 SIZES = "896x151936,1536x151936,4096x128256,4096x32000"
@@ -137,17 +139,7 @@ def tiles(operations: TileOperations, tile: str) -> Logps:
 
     def logps(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
         cuda_head.TILE_TOKENS, cuda_head.TILE_COLUMNS = map(int, tile.split("x"))
-        return tiled_logps(
-            hidden,
-            head.weight,
-            head.bias,
-            targets,
-            scale=head.scale,
-            softcap=head.softcap,
-            dtype=torch.bfloat16,
-            gradient=head.gradient,
-            operations=operations,
-        )
+        return tiled_logps(hidden, targets, head, dtype=torch.bfloat16, operations=operations)
 
     return logps
 
@@ -217,7 +209,7 @@ def main() -> None:
     parser.add_argument("--tiles", default=usual, help=f"TOKENSxCOLUMNS,...; default: {usual}")
     parser.add_argument("--repeats", type=int, default=20, help="default: 20")
     given = parser.parse_args()
-    device, found = torch.device(given.device), []
+    device, found = use_device(torch.device(given.device)), []
     compared = variants(device, given.tiles.split(","))
     for size in given.sizes.split(","):
         hidden_size, vocabulary = map(int, size.split("x"))

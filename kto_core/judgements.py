@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-import numpy as np
-
 MASS_COLUMNS = ("desirable_mass", "undesirable_mass")
 OBJECTIVES: Final = "objectives"
 
@@ -66,21 +64,3 @@ def mass_columns(judgements: Iterable[Judgement]) -> list[str]:
             return [*MASS_COLUMNS, OBJECTIVES]
         needed = needed or (() if judgement.is_one_bit else MASS_COLUMNS)
     return [*needed]
-
-
-def weighted_masses(masses: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """Return `sum_k w_k (a_k, b_k)`: the masses of rows under a weighting of their objectives.
-
-    This is linear scalarization, the rule of multi-objective RLHF (Rame et al., arXiv 2306.04488) and of
-    multi-objective DPO (Zhou et al., arXiv 2310.03708), applied to losses of single rows. A row's loss is linear in its
-    masses, so the loss of the weighted masses is the weighted sum of the objectives' losses, all measured from one z0. An
-    objective that was not judged in a row has masses (0, 0) and adds nothing.
-
-    Args:
-        masses: of each objective, float64, shape (rows, 2).
-        weights: of the objectives to use, not negative.
-
-    Returns:
-        float64, shape (rows, 2).
-    """
-    return np.sum([weight * masses[name] for name, weight in weights.items()], axis=0)

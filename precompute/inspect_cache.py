@@ -57,7 +57,7 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
             "rows",
             f"{manifest.rows:,} ({_number(data.get('desirable'))} desirable, {_number(data.get('undesirable'))} undesirable)",
         ),
-        *_judgements(manifest),
+        *([("judgements", _judgements(manifest))] if manifest.columns else []),
         ("read", f"{_number(data.get('read'))}, dropped: {dropped}, truncated: {data.get('truncated')}"),
         ("files", f"{counted(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB"),
         (
@@ -70,18 +70,17 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def _judgements(manifest: Manifest) -> list[tuple[str, str]]:
-    """Return the line about the judgements; none if every row is one bit of weight 1."""
+def _judgements(manifest: Manifest) -> str:
+    """Describe how rows are judged that are more than one bit."""
     found = manifest.judgements
-    scale = [f"{end:g}" for end in found.get("rating_scale", [])]
-    parts = {
-        "votes": found.get("votes", ""),
-        "rating scale": " to ".join(scale),
-        "weights": "normalised to a mean of 1" if found.get("weights") else "",
-        "objectives": ", ".join(manifest.objectives),
-    }
-    shown = [f"{name}: {value}" for name, value in parts.items() if value]
-    return [("judgements", "; ".join(shown) or "masses")] if manifest.columns else []
+    scale = found.get("rating_scale")
+    kinds = [
+        f"votes by {found['votes']}" if "votes" in found else "",
+        f"ratings from {scale[0]:g} to {scale[1]:g}" if scale else "",
+        "row weights" if found.get("weights") else "",
+        f"objectives {', '.join(manifest.objectives)}" if manifest.objectives else "",
+    ]
+    return ", ".join(filter(None, kinds)) or "masses"
 
 
 def _number(value: int | float | None) -> str:
@@ -148,13 +147,10 @@ def _shown(row: CacheRow, tokenizer: Tokenizer) -> Iterator[str]:
     columns = width()
     column = (columns - 3) // 2
     thumb = "desirable" if row["label"] else "undesirable"
-    if "desirable_mass" in row:
-        thumb += f" ({row['desirable_mass']:.4g} to {row['undesirable_mass']:.4g})"
     tokens, row_id = len(row["completion_ids"]), printable(row["row_id"], 32)
+    if "desirable_mass" in row:
+        thumb += f" ({row['desirable_mass']:g} for, {row['undesirable_mass']:g} against)"
     yield f"row {row['source']}  {thumb}  {row_id}  ref_logps {row['ref_logps']:.3f} over {counted(tokens, 'token')}"
-    for name, masses in row.get("objectives", {}).items():
-        if masses["desirable"] or masses["undesirable"]:
-            yield f"  {printable(name)}  {masses['desirable']:.4g} to {masses['undesirable']:.4g}"
     yield from block("x  ", visible(tokenizer, row["prompt_ids"]), columns)
     left = _lines(f"y   ({row['ref_logps']:.2f})", visible(tokenizer, row["completion_ids"]), column)
     for ids, total in zip(row["kl_completion_ids"], row["ref_kl_logps"], strict=True):

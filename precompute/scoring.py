@@ -20,7 +20,7 @@ from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, load_transformers, vllm_engine
 from offline_kto.precompute.engines.comparison import DisagreementError, choose_sample
-from offline_kto.precompute.engines.protocol import Scorer
+from offline_kto.precompute.engines.protocol import Listener, Scorer
 from offline_kto.precompute.engines.ranks import RankedScorer
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.parts import Pace, ShardScores
@@ -175,7 +175,7 @@ class Scoring:
         if scorer is None or len(before) == len(sequences):
             return
         started = time.monotonic()
-        scorer.score(list(sequences.values()), known=before, on_scores=self.underway.add, on_tokens=progress.add)
+        scorer.score(list(sequences.values()), Listener(self.underway.add, progress.add), known=before)
         self.seconds += time.monotonic() - started
         fresh = [sequence for i, sequence in enumerate(sequences.values()) if i not in before]
         self.scored += len(fresh)

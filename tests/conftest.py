@@ -3,6 +3,7 @@
 import gc
 import os
 
+gc.disable()  # until all is imported: looking for garbage among the libraries takes a quarter of that time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -35,6 +36,7 @@ def pytest_collection_finish() -> None:
     """Set aside what was imported: each run collects garbage, and would look through all libraries for it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from models import VOCABULARY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offline_kto.kto_core.scoring.head import Head
+from offline_kto.kto_core.scoring.output_layer import Head
 
 
 def naive_selected_logps(hidden, targets, head):

@@ -1,6 +1,7 @@
 """The rules of the layout: who may import whom, and what a command may load before it works."""
 
 import ast
+import functools
 import subprocess
 import sys
 import sysconfig
@@ -61,8 +62,13 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imports_of(path: Path) -> Iterator[str]:
+@functools.cache
+def imports_of(path: Path) -> tuple[str, ...]:
     """Every module a file imports, those inside functions, `importlib` and `__import__` included."""
+    return tuple(_imports_of(path))
+
+
+def _imports_of(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,8 +1,8 @@
 """`--attention`: what is chosen where, and what is refused before a model is loaded."""
 
+import ctypes
 import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,26 @@ class TestAutomaticChoice:
         found = choose(device=CUDA)
         assert (found.to_set, found.packs) == ("kernels-community/flash-attn3", True)
 
+    @pytest.mark.parametrize(
+        ("capability", "expected"),
+        [((7, 5), None), ((8, 6), "flash_attention_2"), ((9, 0), "flash_attention_3"), ((10, 0), "flash_attention_2")],
+    )
+    def test_flash_attention_has_kernels_for_the_gpu(
+        self, capability: tuple[int, int], expected: str | None, gpu: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Version 3 has none for GPUs after Hopper, and vLLM does not use it there either."""
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        gpu += ["flash_attention_2", "flash_attention_3"]
+        found = choose(device=CUDA)
+        assert found.to_set == expected
+        assert expected or found.why == "it has no kernels for this GPU (compute capability 7.5)"
+        for asked in ("flash", "flash_attention_3", VARLEN) if expected is None else ():
+            with pytest.raises(ModelError, match=rf"--attention {asked}: it has no kernels for this GPU"):
+                choose(asked, device=CUDA)
+        if capability == (10, 0):
+            with pytest.raises(ModelError, match=r"capability 10\.0\); use flash attention 2"):
+                choose("kernels-community/flash-attn3", device=CUDA)
+
     def test_the_model_is_left_as_it_was(self, gpu: list[str]) -> None:
         gpu += ["flash_attention_2"]
         model = tiny_model()
@@ -186,6 +206,26 @@ class TestChoiceOfTheUser:
         assert "chunked_attention" in why
         assert why_not_varlen(tiny_model("mistral").config, CPU) is None
 
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"head_dim": 12}, "have 12$"),
+            ({"head_dim": 264}, "a multiple of 8 up to 256, and its heads have 264$"),
+            ({"qk_head_dim": 192, "v_head_dim": 128}, r"have 192 \(128 in values\)$"),
+            ({"head_dim": 128, "global_head_dim": 512}, "have 512$"),
+            ({"head_dim": 256}, None),
+        ],
+    )
+    def test_varlen_is_refused_for_heads_that_the_kernel_does_not_support(
+        self, settings: dict[str, int], message: str | None
+    ) -> None:
+        config = tiny_model().config
+        config.update(settings)
+        why = why_not_varlen(config, CUDA)
+        assert (why is None) == (message is None), why
+        assert message is None or re.search(message, why or "")
+        assert why_not_varlen(config, CPU) is None
+
     def test_varlen_knows_the_kernel_of_the_pytorch_that_is_installed(self) -> None:
         why = why_not_varlen(tiny_model().config, CUDA)
         assert why is None or torch.__version__ in why
@@ -243,15 +283,14 @@ class TestCudnn:
         choose(device=CUDA)
         assert os.environ[SWITCH] == "1"
 
-    def test_pytorch_reads_what_python_sets_after_it_was_imported(self) -> None:
+    def test_pytorch_reads_what_python_sets_after_it_was_imported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """PyTorch reads the variable at the first attention, with getenv: it must see what `os.environ` was given."""
-        code = (
-            "import ctypes, torch; from offline_kto.kto_core.runtime import deprioritize_cudnn_attention as f; f(); "
-            "get = ctypes.CDLL(None).getenv; get.restype = ctypes.c_char_p; "
-            f"assert get({SWITCH.encode()!r}) == b'1'"
-        )
-        environment = {name: value for name, value in os.environ.items() if name != SWITCH}
-        assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+        monkeypatch.delenv(SWITCH, raising=False)
+        get = ctypes.CDLL(None).getenv
+        get.restype = ctypes.c_char_p
+        assert get(SWITCH.encode()) is None
+        deprioritize_cudnn_attention()
+        assert get(SWITCH.encode()) == b"1"
 
 
 class _Manifest:

@@ -120,7 +120,6 @@ def test_more_rows_than_there_are_in_however_narrow_a_terminal(
     assert capsys.readouterr().out.count("  ref_logps ") == 20
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "greatest",
     [

@@ -359,7 +359,6 @@ class TestQuantised:
         assert named(refused) == {"reference.config_hash", "reference.quantization"}
         assert snapshot(config.out) == before
 
-    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")
     def test_a_model_quantised_in_place_is_named_and_scored_again(self, config: PrecomputeConfig, model: Path) -> None:
         save_tiny(model, hidden_size=64, intermediate_size=128)

@@ -88,8 +88,8 @@ def training(cache: Path, tmp_path: Path) -> TrainConfig:
     )
 
 
-@pytest.mark.slow
 class TestKills:
+    @pytest.mark.slow
     def test_ten_kills_change_no_score(self, base: Path, tmp_path: Path) -> None:
         data = write_feedback(tmp_path / "f.jsonl", 300, seed=3)
         config = PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "whole", rows_per_shard=2)
@@ -99,7 +99,8 @@ class TestKills:
         assert killed_runs("precompute", config, kills=10, seed=1, after=(0.05, 0.8)) == {"kills": 10}
         assert_same_cache(config.out, tmp_path / "whole")
 
-    def test_a_kill_before_any_change_to_the_disk_loses_nothing(self, scoring: PrecomputeConfig) -> None:
+    @pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+    def test_a_kill_before_a_change_to_the_disk_loses_no_score(self, scoring: PrecomputeConfig, every: int) -> None:
         """While a finished cache is updated: a row more, a label flipped."""
         scoring = replace(scoring, rows_per_shard=10)
         precompute(scoring)
@@ -109,23 +110,27 @@ class TestKills:
         fresh = replace(scoring, data=str(data), out=scoring.out.parent / "fresh")
         precompute(fresh)
         again = replace(fresh, out=scoring.out.parent / "killed")
-        found = killed_runs("precompute", again, begin_with=str(scoring.out))
-        assert found["kills"] > 15
+        found = killed_runs("precompute", again, begin_with=str(scoring.out), every=every)
+        assert found["kills"] > 15 // every
         for folder in found["folders"]:
             assert_same_cache(Path(folder), fresh.out)
 
+    @pytest.mark.slow
     def test_five_kills_change_no_weight_and_no_record(self, training: TrainConfig, tmp_path: Path) -> None:
         whole = train(replace(training, out=tmp_path / "whole"))
         assert killed_runs("train", training, kills=5, seed=1, after=(0.2, 0.8)) == {"kills": 5}
         assert_same_run(tmp_path / "run", whole)
 
-    def test_a_kill_before_a_change_to_the_disk_loses_no_update(self, training: TrainConfig, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("every", [25, pytest.param(5, marks=pytest.mark.slow)])
+    def test_a_kill_before_a_change_to_the_disk_loses_no_update(
+        self, training: TrainConfig, tmp_path: Path, every: int
+    ) -> None:
         """From one checkpoint to the next, the removal of the first, and the final model."""
         training = replace(training, max_steps=2, save_steps=1, training={"save_total_limit": 1})
         begun = train(replace(training, out=tmp_path / "begun", max_steps=1))
         whole = train(replace(training, out=shutil.copytree(begun, tmp_path / "whole")))
-        found = killed_runs("train", training, begin_with=str(begun), every=5)
-        assert found["kills"] > 10
+        found = killed_runs("train", training, begin_with=str(begun), every=every)
+        assert found["kills"] > 50 // every
         for folder in found["folders"]:
             assert_same_run(Path(folder), whole)
 

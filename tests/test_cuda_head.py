@@ -1,7 +1,7 @@
 """The output layer for CUDA, on CPU tensors: tiles of a few numbers, the operations in plain torch and in Triton.
 
-Triton's interpreter must be chosen before Triton is imported. `test_all_of_this_in_triton_s_interpreter` therefore runs
-this file again, in a process of its own.
+Triton's interpreter must be chosen before Triton is imported. `test_these_in_triton_s_interpreter` therefore runs this
+file again, in a process of its own.
 """
 
 import importlib.util
@@ -18,9 +18,10 @@ from models import random_rows, tiny_model
 
 from offline_kto.kto_core.scoring import cuda_head
 from offline_kto.kto_core.scoring.cuda_head import tiled_logps
-from offline_kto.kto_core.scoring.head import Head, add_gradients_in_place, selected_logps
+from offline_kto.kto_core.scoring.head import selected_logps
 from offline_kto.kto_core.scoring.head_tiles import PLAIN, Normalizer, Tile, TileOperations
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
+from offline_kto.kto_core.scoring.output_layer import Head, add_gradients_in_place
 from offline_kto.kto_core.scoring.sequences import pad_sequences
 
 # In the interpreter, numpy warns of what is computed from uninitialised memory between rows, and then left out.
@@ -52,17 +53,7 @@ def small_tiles(monkeypatch):
 
 
 def tiled(hidden, targets, head, *, dtype=None, operations=OPERATIONS):
-    return tiled_logps(
-        hidden,
-        head.weight,
-        head.bias,
-        targets,
-        scale=head.scale,
-        softcap=head.softcap,
-        dtype=dtype or head.weight.dtype,
-        gradient=head.gradient,
-        operations=operations,
-    )
+    return tiled_logps(hidden, targets, head, dtype=dtype or head.weight.dtype, operations=operations)
 
 
 def case(kind, tokens, dtype=torch.float64):
@@ -75,17 +66,24 @@ def case(kind, tokens, dtype=torch.float64):
 
 @only_once
 @needs_triton
-@pytest.mark.slow
-def test_all_of_this_in_triton_s_interpreter(tmp_path):
+@pytest.mark.parametrize(
+    ("which", "passed"),
+    [
+        pytest.param("in_float64 and (plain-5 or all-5) or second_backward", "4 passed", id="few"),
+        pytest.param("", r"[23]\d passed", id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_these_in_triton_s_interpreter(which, passed, tmp_path):
+    options = ["-p", "no:cacheprovider", "-x", "-rs", "--basetemp", tmp_path / "t", "-k", which]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "-rs", "--basetemp", tmp_path / "t", __file__],
+        [sys.executable, "-m", "pytest", *options, __file__],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r"[23]\d passed", run.stdout)
+    assert re.search(passed, run.stdout)
 
 
 @pytest.mark.parametrize(

@@ -1724,3 +1724,14 @@ def test_an_option_may_be_a_key_that_is_no_expression(tmp_path, name):
     rows, _, feedback = read(as_jsonl(tmp_path, records), label_field=name)
     assert rows == [up("q", "a"), down("r", "b")]
     assert feedback.unused_columns() == []
+
+
+def test_nesting_too_deep_to_be_copied_is_a_defect_of_its_row_in_a_mapped_file_too(tmp_path):
+    deep = json.loads("[" * 700 + "]" * 700)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": deep}}}]}
+    records = [{"turns": [user("q"), call], "good": True}, {"turns": [user("q"), assistant("a")], "good": True}]
+    mapping = tmp_path / "map.yaml"
+    mapping.write_text("prompt: turns[0].content\ncompletion: turns[1:]\nlabel: good\n")
+    data = as_jsonl(tmp_path, records)
+    assert f"{data.name}:1: the record is nested too deeply" in refusal(data, map=str(mapping))
+    assert len(read(data, map=str(mapping), on_bad_row="skip")[0]) == 1

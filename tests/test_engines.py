@@ -138,6 +138,7 @@ class TestChild:
         assert len(found[1]) == 2
         assert sum(told) == sum(len(x) + len(y) for x, y in [*rows, *rows[:2]])
 
+    @pytest.mark.slow
     def test_an_error_of_the_user_s_comes_back_as_one(self, settings: dict[str, Any], tmp_path: Path) -> None:
         settings["options"]["model"] = str(tmp_path / "gone")
         with (
@@ -158,6 +159,7 @@ class TestChild:
             raise DisagreementError("too far apart.")
         Path(str(caught.value).split("Its log: ")[1]).unlink()
 
+    @pytest.mark.slow
     def test_an_engine_that_is_killed(self, settings: dict[str, Any]) -> None:
         def score_with_an_accident() -> None:
             with engine_process(settings, name="the engine") as engine:
@@ -182,9 +184,9 @@ class TestComparison:
         def __init__(self, off: float = 0.0, answer: Any = lambda scores: scores) -> None:
             self.off, self.answer = off, answer
 
-        def score(self, sequences: Any, *, known: Any, on_scores: Any, on_tokens: Any) -> None:
+        def score(self, sequences: Any, listener: Any, *, known: Any) -> None:
             scores = self.answer([np.full(len(y), -3.0 - self.off, dtype=np.float32) for _, y in sequences])
-            on_scores(list(range(len(scores))), scores)
+            listener.on_scores(list(range(len(scores))), scores)
 
     def compared(self, engine: Any, dtype: str = "float32") -> ComparedScorer:
         sample = choose_sample(self.ROWS)

@@ -839,6 +839,8 @@ def test_values_outside_of_json_and_deep_nesting_are_refused():
     for _ in range(100_000):
         deep = [deep]
     assert "nested" in refusal({"messages": [user("q"), assistant("a", extra=deep)], "label": True})
+    calls = [{"function": {"name": "f", "arguments": {"a": deep}}}]
+    assert "nested" in refusal({"prompt": "q", "completion": "a", "tool_calls": calls, "label": True})
     while deep:  # let go of it level by level
         deep = deep.pop()
 

@@ -857,10 +857,11 @@ def damage_shards(count):
         print(f"{kind} at {place}: {len(cases)} of {count}; damage {cases[0][0]}: {cases[0][1]!r}")
 
 
-def test_damaged_shards_of_the_right_hash_are_read_or_refused_by_our_own_error():
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_damaged_shards_of_the_right_hash_are_read_or_refused_by_our_own_error(count):
     """In a process of its own, which may die of a bad library without taking the tests along."""
     code = "import faulthandler, warnings\nfaulthandler.enable()\nwarnings.simplefilter('ignore')\n"
-    done = forks.run(code + f"import test_fuzz\ntest_fuzz.damage_shards({300 * TIMES})", timeout=600 * TIMES)
+    done = forks.run(code + f"import test_fuzz\ntest_fuzz.damage_shards({count * TIMES})", timeout=600 * TIMES)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "", done.stdout
 

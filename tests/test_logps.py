@@ -16,8 +16,9 @@ import offline_kto.kto_core.scoring.head
 import offline_kto.kto_core.scoring.logps
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.scoring.attention import caps_attention
-from offline_kto.kto_core.scoring.head import Head, add_gradients_in_place, selected_logps
+from offline_kto.kto_core.scoring.head import selected_logps
 from offline_kto.kto_core.scoring.logps import Scored, add_scoring_forward, check_scoring, token_logps
+from offline_kto.kto_core.scoring.output_layer import Head, add_gradients_in_place
 from offline_kto.kto_core.scoring.sequences import pad_sequences, sum_rows
 
 # Float32 keeps 7 digits. Logits here reach about 20 after some hundred operations, and another batch shape or another

@@ -176,7 +176,7 @@ def test_limits_on_tokens_matter_here(run_of: Callable[[str], Path], cache: Path
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("budget", [1, 300])
+@pytest.mark.parametrize("budget", [1, pytest.param(300, marks=pytest.mark.slow)])
 def test_max_tokens_never_changes_the_result(
     loss: str, budget: int, run_of: Callable[[str], Path], cache: Path, pairs: Path, tmp_path: Path
 ) -> None:

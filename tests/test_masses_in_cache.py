@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,12 @@ from offline_kto.kto_core.cache.manifest_fields import JUDGEMENT_CHECKS, Judgeme
 from offline_kto.kto_core.cache.shards import Rows, check_table, open_shard, shard_name, write_shard
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.judgements import Judgement, Masses, mass_columns
+from offline_kto.precompute import plan
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.inspect_cache import head, info
+from offline_kto.precompute.run import precompute
 
 BOTH = ["desirable_mass", "undesirable_mass"]
 ALL = [*BOTH, "objectives"]
@@ -223,3 +229,49 @@ def test_damaged_entries_are_named(tmp_path: Path, change: dict[str, Any], words
 
 def test_checks_are_of_declared_fields() -> None:
     assert JUDGEMENT_CHECKS.keys() == JudgementFields.__annotations__.keys()
+
+
+def test_masses_cost_no_forward_pass(
+    base: Path, feedback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither new ones nor changed ones, nor their removal; each gives the cache that it alone would give."""
+    config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs", max_length=256)
+    precompute(config)
+    plain = read_manifest(config.out)
+    real = plan._planned
+
+    def judged_by(share: float) -> None:
+        def planned(row: FeedbackRow, *rest: Any) -> plan.PlannedRow:
+            share_for = share if row.label else 1 - share
+            masses = Masses(share_for, 1 - share_for)
+            return replace(
+                real(row, *rest), judgement=Judgement(masses, {"helpful": masses, "honest": Masses(0.0, 0.0)})
+            )
+
+        monkeypatch.setattr(plan, "_planned", planned)
+
+    hashes = {plain.data["labels_hash"]}
+    for share in (0.75, 1.0):
+        judged_by(share)
+        precompute(config)
+        manifest = read_manifest(config.out)
+        assert (manifest.columns, manifest.objectives) == (ALL, ["helpful", "honest"])
+        assert manifest.fingerprint == plain.fingerprint
+        assert manifest.run["scored_sequences"] == 0
+        assert len(verify_cache(config.out, manifest).labels) == 20
+        assert {row["desirable_mass"] for row in shard_rows(config.out)} == {share, 1 - share}
+        assert all(row["objectives"]["honest"] == {"desirable": 0, "undesirable": 0} for row in shard_rows(config.out))
+        assert "judgements  objectives helpful, honest" in info(config.out)
+        assert f"({share:g} for, {1 - share:g} against)" in "".join(head(config.out, rows=20, model=None))
+        hashes.add(manifest.data["labels_hash"])
+    assert len(hashes) == 3
+    monkeypatch.setattr(plan, "_planned", real)
+    precompute(config)
+    again = read_manifest(config.out)
+    assert again.shards == plain.shards
+    assert (again.columns, again.data, again.run["scored_sequences"]) == ([], plain.data, 0)
+
+
+def shard_rows(cache: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(cache / shard_name(0)).to_pylist()
+    return rows

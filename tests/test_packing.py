@@ -15,12 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.scoring import varlen_attention
 from offline_kto.kto_core.scoring.attention import can_pack, is_flash, packs_on, takes_boundaries
 from offline_kto.kto_core.scoring.known_boundaries import current_batch, known_boundaries, row_of_slot
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, check_scoring, token_logps
 from offline_kto.kto_core.scoring.packing_check import Packing, measure_packing
 from offline_kto.kto_core.scoring.passes import ScoringPasses
-from offline_kto.kto_core.scoring.sequences import Widths, pack_sequences, pad_sequences, padded_widths
+from offline_kto.kto_core.scoring.sequences import (
+    Widths,
+    boundary_arguments,
+    pack_sequences,
+    pad_sequences,
+    padded_widths,
+)
 from offline_kto.kto_core.scoring.shared_prompts import share_prompts
 from offline_kto.kto_core.scoring.varlen_attention import VARLEN, register_varlen
 from offline_kto.precompute.config import PrecomputeConfig
@@ -48,6 +55,29 @@ def leaky_attention(module, query, key, value, attention_mask, scaling=None, **k
     key, value = (one.repeat_interleave(groups, 1) for one in (key, value))
     found = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     return found.transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Flash attention's functions, as `transformers` calls them, on the CPU; the list gets each call's longest query."""
+    calls = []
+
+    def varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+    ):
+        assert causal
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert max(cu_seqlens_q.diff().tolist()) <= max_seqlen_q
+        assert max(cu_seqlens_k.diff().tolist()) <= max_seqlen_k
+        calls.append(max_seqlen_q)
+        given = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return varlen_attention._one_by_one(varlen_attention._Sequences(q, k, v, *given, -1, softmax_scale))
+
+    library = transformers.modeling_flash_attention_utils
+    functions = (None, varlen, None, None, None)
+    processed = library._lazy_define_process_function(varlen), dict
+    monkeypatch.setattr(library, "lazy_import_flash_attention", lambda name: (functions, processed))
+    return calls
 
 
 def model_of(family="llama", *, attention=None, **overrides):
@@ -235,7 +265,7 @@ def test_varlen_refuses_what_changes_attention_scores(unknown):
     attend = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS[VARLEN]
     states = torch.zeros(1, 2, 4, 8)
     boundaries = torch.tensor([0, 4], dtype=torch.int32)
-    given = {"cu_seq_lens_q": boundaries, "max_length_q": 4, unknown: 1.0}
+    given = {**boundary_arguments(boundaries, boundaries, 4, 4), unknown: 1.0}
     with pytest.raises(ModelError, match=unknown):
         attend(torch.nn.Module(), states, states, states, None, **given)
     with pytest.raises(ModelError, match="later tokens"):
@@ -307,6 +337,29 @@ def test_a_pass_waits_for_nothing(family):
     with Syncs() as syncs:
         token_logps(model, batch).token_logps.sum().backward()
     assert not syncs.counts
+
+
+@pytest.mark.parametrize(
+    ("attention", "multiple"),
+    [(None, 64), *((attention, multiple) for attention in (VARLEN, "flash_attention_2") for multiple in (1, 64))],
+)
+def test_shared_prompts_wait_for_nothing(attention, multiple, flash):
+    """Prompts of different lengths in one pass, completions of different lengths in one branch, and one of two tokens."""
+    model, rows = model_of(), rows_of(12, 30, 9, 44, 4)
+    if attention is not None:
+        model.config._attn_implementation_internal = attention  # without the library's search for the package
+    groups = [[(prompt, row[1]) for row in rows] for prompt, _ in (rows[1], rows[2])]
+    expected = token_logps(model_of(), pad_sequences([row for group in groups for row in group])).token_logps
+    for parts in (groups, [[(rows[1][0], rows[4][1])] * 2]):
+        batch = share_prompts(parts, 10_000, widths=Widths(multiple))
+        assert len(batch.branches) == 1
+        with torch.no_grad(), Syncs() as syncs:
+            found = token_logps(model, batch).token_logps
+        assert not syncs.counts
+        if parts is groups:
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (flash == []) == (attention != "flash_attention_2")
+    assert all(most > 1 for most in flash)
 
 
 def test_the_count_of_waits_can_fail(monkeypatch):

@@ -20,7 +20,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, choose_backend, gpu_groups, load_transformers, vllm_engine
 from offline_kto.precompute.engines.parallel import ParallelScorer
 from offline_kto.precompute.engines.process import engine_process
-from offline_kto.precompute.engines.protocol import scores_of
+from offline_kto.precompute.engines.protocol import Listener, scores_of
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.engines.shares import divide
 from offline_kto.precompute.engines.vllm_scorer import (
@@ -52,9 +52,7 @@ class TestEngines:
             found = scores_of(several, ROWS, told.append)
             known = frozenset(range(0, 30, 2))
             rest: list[int] = []
-            several.score(
-                ROWS, known=known, on_scores=lambda done, scores: rest.extend(done), on_tokens=lambda tokens: None
-            )
+            several.score(ROWS, Listener(lambda done, scores: rest.extend(done)), known=known)
             one = scores_of(several, ROWS[:1])  # the other engine has nothing to do
             several.dismiss()
         for ours, theirs in zip(found, expected, strict=True):
@@ -151,7 +149,7 @@ def test_the_sample_of_a_model_larger_than_one_gpu_is_scored_on_all(
     asked: list[Any] = []
 
     class Engine:
-        def score(self, sequences: Any, **options: Any) -> None:
+        def score(self, sequences: Any, *rest: Any) -> None:
             asked.append(len(sequences))
             raise StartedError
 

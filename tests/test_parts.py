@@ -21,7 +21,7 @@ from offline_kto.kto_core.hashing import sequence_id
 from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.comparison import DisagreementError
-from offline_kto.precompute.engines.protocol import decode, encode, serve
+from offline_kto.precompute.engines.protocol import Listener, decode, encode, serve
 from offline_kto.precompute.engines.transformers_scorer import TransformersScorer
 from offline_kto.precompute.engines.vllm_scorer import VllmScorer
 from offline_kto.precompute.run import precompute
@@ -249,9 +249,9 @@ def test_another_process_sends_scores_before_the_last_one(monkeypatch: pytest.Mo
     rows = random_rows(6)
 
     class Engine:
-        def score(self, sequences: Any, *, known: Any, on_scores: Any, on_tokens: Any) -> None:
+        def score(self, sequences: Any, listener: Any, *, known: Any) -> None:
             for i in sorted(set(range(len(sequences))) - known, reverse=True):
-                on_scores([i], [np.full(len(sequences[i][1]), -float(i), dtype=np.float32)])
+                listener.on_scores([i], [np.full(len(sequences[i][1]), -float(i), dtype=np.float32)])
 
     class Channel:
         def __init__(self) -> None:
@@ -288,16 +288,14 @@ def test_vllm_answers_in_parts_and_leaves_out_those_that_are_known(monkeypatch: 
 
     monkeypatch.setattr(scorer, "_score", answer)
     parts: list[list[int]] = []
-    scorer.score(rows, on_scores=lambda done, scores: parts.append(list(done)), on_tokens=lambda tokens: None)
+    scorer.score(rows, Listener(lambda done, scores: parts.append(list(done))))
     assert sorted(i for part in parts for i in part) == list(range(40))
     assert len(parts) > 5
     assert asked == [len(part) for part in parts]
     asked.clear()
     known = frozenset(parts[0] + parts[2])
     again: list[list[int]] = []
-    scorer.score(
-        rows, known=known, on_scores=lambda done, scores: again.append(list(done)), on_tokens=lambda tokens: None
-    )
+    scorer.score(rows, Listener(lambda done, scores: again.append(list(done))), known=known)
     assert again == [part for number, part in enumerate(parts) if number not in (0, 2)]
 
 
@@ -308,7 +306,7 @@ def test_the_passes_that_are_left_are_those_of_the_whole_plan(config: Precompute
 
     with pytest.MonkeyPatch.context() as patch:
 
-        def noting(self: TransformersScorer, sequences: Any, **options: Any) -> Any:
+        def noting(self: TransformersScorer, sequences: Any, listener: Any, **options: Any) -> Any:
             run = self._passes.run
             made.append([])
 
@@ -318,7 +316,7 @@ def test_the_passes_that_are_left_are_those_of_the_whole_plan(config: Precompute
                     yield one
 
             patch.setattr(self._passes, "run", counted)
-            return score(self, sequences, **options)
+            return score(self, sequences, listener, **options)
 
         patch.setattr(TransformersScorer, "score", noting)
         stopped(config, after=8)

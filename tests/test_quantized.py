@@ -26,11 +26,8 @@ from offline_kto.train.model.lora import add_adapters, remove_adapters
 from offline_kto.train.run.evaluate_run import evaluate_run
 from offline_kto.train.run.train_run import train
 
-pytestmark = [
-    pytest.mark.slow,
-    # On a CPU bitsandbytes looks for a faster kernel and says that it found none.
-    pytest.mark.filterwarnings("ignore"),
-]
+# On a CPU bitsandbytes looks for a faster kernel and says that it found none.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +141,11 @@ def test_an_adapter_on_quantized_weights_scores_as_peft_does(fine_tuned: Any, fi
 # "k_proj,down_proj" leaves layers that only the SFT adapter has; what joins the two adapters sees no bits.
 @pytest.mark.parametrize(
     ("fine_tuned", "targets"),
-    [("4 bits", "all-linear"), ("4 bits", "k_proj,down_proj"), ("8 bits", "all-linear")],
+    [
+        ("4 bits", "all-linear"),
+        pytest.param("4 bits", "k_proj,down_proj", marks=pytest.mark.slow),
+        pytest.param("8 bits", "all-linear", marks=pytest.mark.slow),
+    ],
     indirect=["fine_tuned"],
 )
 def test_training_on_it_saves_one_adapter_with_the_trained_numbers(
@@ -175,6 +176,7 @@ def test_training_on_it_saves_one_adapter_with_the_trained_numbers(
         assert again["metrics"][name]["value"] == pytest.approx(metric["value"], abs=1e-2), name
 
 
+@pytest.mark.slow
 def test_it_is_resumed_and_taken_off_again(fine_tuned_cache: Path, tmp_path: Path) -> None:
     config = TrainConfig(cache=fine_tuned_cache, lora_rank=2, batch_size=4, learning_rate=1e-2, save_steps=2)
     whole = train(replace(config, out=tmp_path / "whole", max_steps=3))

@@ -129,7 +129,6 @@ def test_a_mistake_is_one_message_and_the_others_leave_quietly(config: Precomput
     assert "precompute/" not in done.stderr
 
 
-@pytest.mark.slow
 def test_what_another_rank_cannot_do_is_told_once(config: PrecomputeConfig, tmp_path: Path) -> None:
     failing = (
         "import os, torch; from offline_kto.kto_core.scoring.passes import ScoringPasses as P; real = P._forward\n"

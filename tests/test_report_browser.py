@@ -15,7 +15,7 @@ from report_samples import write_rewards, write_run, write_sweep
 from offline_kto.kto_core.losses.preference_losses import kto_losses
 from offline_kto.train.report.report import write_report
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = pytest.mark.browser
 
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -138,6 +138,7 @@ def assert_text_can_be_read(page):
     assert {key: ratio for key, ratio in found.items() if ratio < 4.5} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_a_light_page_on_a_wide_screen(name, pages, visit):
     """All is drawn, nothing scrolls sideways, and the text can be read: in light, in dark and in light again."""
@@ -155,6 +156,7 @@ def test_a_light_page_on_a_wide_screen(name, pages, visit):
     assert_panes_are_drawn(page)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_a_dark_page_on_a_narrow_screen(name, pages, visit):
     """All is drawn and nothing scrolls sideways; paper gets light colours and every part."""
@@ -254,6 +256,7 @@ def assert_panel_counts_the_saturated(rows, page):
         np.testing.assert_allclose(told, 100 * np.array(shares), atol=0.3, err_msg=f"z0={z0} beta={beta}")
 
 
+@pytest.mark.slow
 def test_the_panel_is_the_loss_that_trains(tmp_path, visit):
     folder = write_run(tmp_path / "run")
     rows = write_rewards(folder, rows=20_000)
@@ -288,6 +291,7 @@ def assert_column_sorts(page, index):
         assert present == sorted(present, key=key, reverse=direction == "descending"), case
 
 
+@pytest.mark.slow
 def test_a_trial_is_marked_in_table_and_plots_and_the_table_sorts(pages, visit):
     page = visit(pages["sweep"])
     best = page.locator("tr.best")
@@ -307,6 +311,7 @@ def test_a_trial_is_marked_in_table_and_plots_and_the_table_sorts(pages, visit):
         assert_column_sorts(page, index)
 
 
+@pytest.mark.slow
 def test_hostile_names_are_shown_and_do_nothing(tmp_path, visit):
     hostile = "</script><img src=x onerror=alert(1)><a href='javascript:alert(2)'>$x$ %{y}"
     folder = write_sweep(tmp_path / "<img src=x onerror=alert(3)>", trials=6)

@@ -426,7 +426,7 @@ class TestManyEdits:
     EDITS = ("append", "remove", "flip", "reorder", "repeat", "rows_per_shard", "kl_partners", "replace", "nothing")
 
     # With either seed all kinds of edits are drawn.
-    @pytest.mark.parametrize(("pairing", "seed"), [("shuffled", 0), ("rotate", 3)])
+    @pytest.mark.parametrize(("pairing", "seed"), [("shuffled", 0), pytest.param("rotate", 3, marks=pytest.mark.slow)])
     def test_fifteen_in_a_row(
         self, pairing: str, seed: int, config: PrecomputeConfig, data: Path, forwards: Forwards
     ) -> None:

@@ -28,8 +28,6 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.train_run import train
 from offline_kto.train.trainer.sharding import prepare_sharding
 
-pytestmark = pytest.mark.slow
-
 LAUNCHER = """
 import accelerate.state as state
 from accelerate.utils import DistributedType
@@ -97,7 +95,7 @@ def uneven_rows(folder: Path, *, tied: bool, **of_model: int) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 def test_two_sharded_ranks_equal_one_process(tied: bool, tmp_path: Path) -> None:
     uneven = uneven_rows(tmp_path, tied=tied)
     one = train(replace(uneven, out=tmp_path / "one", eval_fraction=0.2))
@@ -107,6 +105,7 @@ def test_two_sharded_ranks_equal_one_process(tied: bool, tmp_path: Path) -> None
     assert_same_weights(one, tmp_path / "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_one_rank_reads_the_weights_for_both(tied: bool, tmp_path: Path) -> None:
     """With `fsdp_cpu_ram_efficient_loading`; the model takes 24 MB."""
@@ -138,6 +137,7 @@ PolicyFiles.load = load
     assert_same_weights(one, tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_shards_goes_on(uneven: TrainConfig, tmp_path: Path) -> None:
     """Each rank writes its own shards; the last update is cut off and made again."""
     one = train(replace(uneven, out=tmp_path / "one"))
@@ -157,6 +157,7 @@ def test_a_checkpoint_of_shards_goes_on(uneven: TrainConfig, tmp_path: Path) -> 
     assert_same_weights(one, two)
 
 
+@pytest.mark.slow
 def test_bfloat16_rounds_passes_but_no_results(uneven: TrainConfig, tmp_path: Path) -> None:
     """Weights stay float32, and log-probs are not rounded on their way out of the sharded model."""
     done = launch(uneven, tmp_path / "two", "--save-steps", "0", "--dtype", "bfloat16", "--allow-different-policy")
@@ -169,6 +170,7 @@ def test_bfloat16_rounds_passes_but_no_results(uneven: TrainConfig, tmp_path: Pa
     assert any(abs(value - round(value)) > 0.01 for value in scaled)
 
 
+@pytest.mark.slow
 def test_lean_weights_are_sharded_too(uneven: TrainConfig, tmp_path: Path) -> None:
     """16-bit weights with 8-bit moments on two ranks: near one process, and a checkpoint of shards goes on bit for bit."""
     options = ("--memory", "lean", "--allow-different-policy", "--save-steps", "2")
@@ -188,6 +190,7 @@ def test_lean_weights_are_sharded_too(uneven: TrainConfig, tmp_path: Path) -> No
         assert torch.equal(weight, second[name]), name
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_one_rank_is_one_message(uneven: TrainConfig, tmp_path: Path) -> None:
     before = """
 import os, torch

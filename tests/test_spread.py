@@ -18,8 +18,8 @@ from offline_kto.kto_core.models import loading
 from offline_kto.kto_core.models.loading import load_causal_lm
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.scoring import logps
-from offline_kto.kto_core.scoring.head import Head
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, check_scoring, token_logps
+from offline_kto.kto_core.scoring.output_layer import Head
 from offline_kto.kto_core.scoring.sequences import pad_sequences
 from offline_kto.kto_core.scoring.shared_prompts import share_prompts
 from offline_kto.precompute.config import PrecomputeConfig

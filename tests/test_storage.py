@@ -423,6 +423,7 @@ class TestS3:
             assert SECRET.encode() not in text
             assert b"AKIAEXAMPLE" not in text
 
+    @pytest.mark.slow
     def test_killed_writers_lose_nothing(self, bucket: Any, base: Path, tmp_path: Path) -> None:
         data = write_feedback(tmp_path / "f.jsonl", 60, seed=3)
         config = PrecomputeConfig(model=str(base), data=str(data), out="s3://bucket/refs", rows_per_shard=1)

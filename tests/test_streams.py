@@ -91,7 +91,6 @@ def test_nothing_else_is_blamed_for_it(cache: Path, tmp_path: Path) -> None:
     assert_one_message(run("kto-cache", "verify", cache, shell="> /dev/full"), "Error: standard output")
 
 
-@pytest.mark.slow
 def test_a_run_whose_output_cannot_be_written_does_not_blame_its_folder(cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     full = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"

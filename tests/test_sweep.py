@@ -172,7 +172,11 @@ def test_no_reference_and_one_load(config: SweepConfig) -> None:
 class TestMaterials:
     @pytest.mark.parametrize(
         "options",
-        [[{}, {}], [{"lora_rank": 2}, {"lora_rank": 4}, {"lora_rank": 2}], [{}, {"lora_rank": 2}, {}]],
+        [
+            pytest.param([{}, {}], marks=pytest.mark.slow),
+            pytest.param([{"lora_rank": 2}, {"lora_rank": 4}, {"lora_rank": 2}], marks=pytest.mark.slow),
+            [{}, {"lora_rank": 2}, {}],
+        ],
         ids=["weights", "adapters", "both"],
     )
     def test_a_policy_is_put_back_to_its_first_state(
@@ -298,7 +302,6 @@ def complete(folder: Path) -> int:
     return sum(row["state"] == "complete" for row in rows_of(folder)) if (folder / "results.csv").exists() else 0
 
 
-@pytest.mark.slow
 class TestKills:
     def test_killed_and_started_again_it_has_the_same_rows(self, config: SweepConfig, tmp_path: Path) -> None:
         """With tpe, which draws by what is known so far; of a grid, each trial's number says all."""
@@ -324,6 +327,7 @@ class TestKills:
         for name in first:
             assert torch.equal(first[name], second[name])
 
+    @pytest.mark.slow
     def test_a_worker_that_is_killed_fails_its_trial_alone(self, config: SweepConfig, tmp_path: Path) -> None:
         config = replace(config, train={**config.train, "max_steps": 40})
         path = write_yaml(tmp_path / "sweep.yaml", config, trials=3)
@@ -342,6 +346,7 @@ class TestKills:
         assert "its process ended (signal 9" in failed["reason"]
         assert f"trial {failed['trial']}" in out
 
+    @pytest.mark.slow
     def test_interrupted_by_hand_it_says_how_to_go_on(self, config: SweepConfig, tmp_path: Path) -> None:
         config = replace(config, train={**config.train, "max_steps": 40})
         path = write_yaml(tmp_path / "sweep.yaml", config)
@@ -352,6 +357,7 @@ class TestKills:
         assert "Interrupted. Finished work is kept; run the same command" in out
         assert "Traceback" not in out
 
+    @pytest.mark.slow
     def test_two_sweepers_share_one_storage(self, config: SweepConfig, tmp_path: Path) -> None:
         config = replace(config, train={**config.train, "max_steps": 20})
         path = write_yaml(tmp_path / "sweep.yaml", config)
@@ -476,7 +482,7 @@ SPACE = {"beta": {"low": 0.01, "high": 0.5, "log": True}, "batch_size": {"low": 
 
 
 class TestStudy:
-    @pytest.mark.parametrize("search", ["random", "tpe"])
+    @pytest.mark.parametrize("search", [pytest.param("random", marks=pytest.mark.slow), "tpe"])
     def test_draws_depend_on_the_trial_and_what_is_known(
         self, search: str, config: SweepConfig, tmp_path: Path
     ) -> None:
@@ -493,7 +499,7 @@ class TestStudy:
         if search == "tpe":
             assert sum(betas[10:]) / 5 < sum(betas[:10]) / 10  # it has learned
 
-    @pytest.mark.parametrize("search", ["random", "tpe"])
+    @pytest.mark.parametrize("search", [pytest.param("random", marks=pytest.mark.slow), "tpe"])
     def test_nothing_is_tried_twice(self, search: str, config: SweepConfig, tmp_path: Path) -> None:
         """A space of twelve, of which one was tried by a sweeper that is gone."""
         space = {"beta": [0.05, 0.1, 0.3], "batch_size": {"low": 3, "high": 6}}

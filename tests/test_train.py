@@ -163,7 +163,6 @@ def test_resumed_equals_uninterrupted(config: TrainConfig, tmp_path: Path, lora_
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-7)
 
 
-@pytest.mark.slow
 def test_two_ranks_equal_one(config: TrainConfig, tmp_path: Path) -> None:
     """Seven rows a batch over two gloo ranks, twenty rows: uneven parts, and a last batch of six."""
     config = replace(config, batch_size=7, eval_fraction=0.2)

@@ -284,8 +284,7 @@ class SweepRecord(Started, total=False):
         best: int | null; number of the best trial.
         planned: int; number of trials.
         trials: list of `TrialEntry`.
-        pareto_front: list of int; numbers of the trials that no other beats in every objective's held-out margin, absent
-            without several objectives.
+        pareto_front: list of int | null; trials that none beats in all objectives' margins, null without several.
     """
 
     metric: str
@@ -296,4 +295,4 @@ class SweepRecord(Started, total=False):
     best: int | None
     planned: int
     trials: list[TrialEntry]
-    pareto_front: list[int]
+    pareto_front: list[int] | None

@@ -123,18 +123,25 @@ def parse_record(record: Mapping[str, object], where: str, fields: FeedbackField
         FeedbackError: the record matches none of the formats exactly; the message begins with `where`.
         LeftOut: the record is valid but contains nothing to train on.
     """
-    present = {key: value for key, value in record.items() if value is not None and value == value}  # NaN is no value
-    calls = next((name for name in CALLS if are_tool_calls(present.get(name))), None)
-    if calls is not None:
-        present, calls = _with_calls(record, present, calls, where, fields)
-    if _lacks_answer(record, present, fields):
-        raise LeftOut(EMPTY, "no value")
     try:
+        present = {
+            key: value for key, value in record.items() if value is not None and value == value
+        }  # NaN is no value
+        calls = next((name for name in CALLS if are_tool_calls(present.get(name))), None)
+        if calls is not None:
+            present, calls = _with_calls(record, present, calls, where, fields)
+        if _lacks_answer(record, present, fields):
+            raise LeftOut(EMPTY, "no value")
         rows = _rows(record, present, calls, where, fields)
+        weight = row_weight(record, where, fields)
     except RecursionError:
-        raise FeedbackError(f"{where}: the record is nested too deeply. Remove the row.") from None
-    weight = row_weight(record, where, fields)
+        raise nested_too_deeply(where) from None
     return rows if weight is None else [replace(row, weight=weight) for row in rows]
+
+
+def nested_too_deeply(where: str) -> FeedbackError:
+    """Return the error for a record whose lists and objects are nested too deeply to be copied."""
+    return FeedbackError(f"{where}: the record is nested too deeply. Remove the row.")
 
 
 def _with_calls(

@@ -7,6 +7,7 @@ sdpa, flex, varlen, or the name of an implementation in `transformers` or of a k
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -173,6 +174,10 @@ def _why_not(
         return f"it needs a CUDA device, and this run is on {device.type}"
     if (kernel == VARLEN or is_flash(kernel)) and device.type == "cuda" and precision.is_full:
         return "it does not compute in float32; pass --dtype bfloat16"
+    if (kernel == VARLEN or is_flash(kernel)) and device.type == "cuda":
+        why = _why_not_on(torch.cuda.get_device_capability(device), kernel)
+        if why is not None:
+            return why
     if caps_attention(shape.config) and not applies_softcaps(kernel):
         return f"it ignores the soft-cap of this model's attention scores ({shape.config.model_type})"
     if kernel == VARLEN:
@@ -191,3 +196,13 @@ def _why_not(
     if used != kernel and not (is_flash(used) and is_flash(kernel)):
         return f"transformers uses {used} in its place for {type(shape).__name__}"
     return None
+
+
+def _why_not_on(capability: tuple[int, int], kernel: str) -> str | None:
+    """Return why flash attention has no kernels for GPUs of a compute capability; None if it has."""
+    major, minor = capability
+    is_third = re.search(r"flash(_attention_|-attn)3", kernel) is not None  # for Ampere and Hopper only
+    if 8 <= major <= 9 or (major > 9 and not is_third):
+        return None
+    instead = "; use flash attention 2" if is_third and major > 9 else ""
+    return f"it has no kernels for this GPU (compute capability {major}.{minor}){instead}"

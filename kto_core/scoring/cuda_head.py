@@ -28,6 +28,7 @@ from torch import Tensor
 from offline_kto.kto_core.console import warn
 from offline_kto.kto_core.library_types import AutogradContext
 from offline_kto.kto_core.scoring.head_tiles import PLAIN, Normalizer, Tile, TileOperations
+from offline_kto.kto_core.scoring.output_layer import Head
 
 TILE_TOKENS = 4096
 """Tokens of a tile: enough to read the weight and its gradient seldom."""
@@ -42,35 +43,23 @@ def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def tiled_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    dtype: torch.dtype,
-    gradient: Tensor | None,
-    operations: TileOperations | None = None,
+    hidden: Tensor, targets: Tensor, head: Head, *, dtype: torch.dtype, operations: TileOperations | None = None
 ) -> Tensor:
-    """Return `log_softmax(softcap * tanh((hidden weight^T + bias) * scale / softcap))[targets]`.
+    """Return `log_softmax(head(hidden))[targets]`, computed tile by tile in both passes.
 
     Args:
         hidden: shape (tokens, hidden size), any float dtype.
-        weight: shape (vocabulary, hidden size), any float dtype; a frozen one gets no gradient.
-        bias: shape (vocabulary,), or None.
-        targets: int64, shape (tokens,).
-        scale: factor on the logits.
-        softcap: limit of the logits, or None.
+        targets: int64, contiguous, shape (tokens,).
+        head: the projection, of any float dtype; a frozen weight gets no gradient.
         dtype: type of the operands of matrix products.
-        gradient: tensor to which the weight's gradient is added, instead of being returned; or None.
         operations: of a tile; by default Triton's if it works on this device.
 
     Returns:
         float32 nats (float64 for float64 products), shape (tokens,).
     """
-    options = _Options(scale, softcap, dtype, gradient, operations or _best_operations(hidden.device))
-    logps: Tensor = _TiledLogps.apply(hidden, weight, bias, targets, options)
+    operations = operations or _best_operations(hidden.device)
+    options = _Options(head.scale, head.softcap, dtype, head.gradient, operations)
+    logps: Tensor = _TiledLogps.apply(hidden, head.weight, head.bias, targets, options)
     return logps
 
 
@@ -87,12 +76,7 @@ class _TiledLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: AutogradContext,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        options: _Options,
+        ctx: AutogradContext, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
     ) -> Tensor:
         tiles = _Tiles(hidden, weight, bias, targets, options)
         normalizer = Normalizer.start(len(hidden), hidden, _wide(options.dtype))

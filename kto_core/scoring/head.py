@@ -6,90 +6,19 @@ chunks but the last. On CUDA, `cuda_head.py` does the same with tiles.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from offline_kto.kto_core.errors import ModelError
-from offline_kto.kto_core.library_types import AutogradContext, Model, ModelConfig
+from offline_kto.kto_core.library_types import AutogradContext
 from offline_kto.kto_core.scoring import cuda_head
+from offline_kto.kto_core.scoring.output_layer import Head, to_logits_
 
 # Elements of one chunk of float32 logits (64 MiB on a CPU, 256 MiB on a GPU): large enough for the matrix product to
 # run at full speed, and independent of the vocabulary.
 _CHUNK_ELEMENTS = {"cpu": 2**24}
 _CHUNK_ELEMENTS_ACCELERATOR = 2**26
-
-# Attribute of an output layer whose gradient exists before the forward pass; the backward pass adds to it in place.
-_IN_PLACE = "gradient_in_place"
-
-
-@dataclass(frozen=True)
-class Head:
-    """The map from hidden states to logits: `softcap * tanh((h W^T + b) * scale / softcap)`."""
-
-    weight: Tensor  # (vocabulary, hidden)
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-    # The tensor to which the weight's gradient is added, instead of being returned: see `add_gradients_in_place`.
-    gradient: Tensor | None = None
-
-    @classmethod
-    def of(cls, model: Model) -> "Head":
-        """Read the head of a causal language model and its family's scaling.
-
-        Raises:
-            ModelError: the output embedding is not a linear layer.
-        """
-        layer = model.get_output_embeddings()
-        weight = getattr(layer, "weight", None)
-        if weight is None or len(whole_shape(weight)) != 2:
-            raise ModelError(
-                f"{type(model).__name__} has no linear output layer; only causal language models can be scored."
-            )
-        config = model.config.get_text_config()
-        softcap = getattr(config, "final_logit_softcapping", None)
-        gradient = weight.grad if getattr(layer, _IN_PLACE, False) else None
-        return cls(weight, getattr(layer, "bias", None), _logit_scale(config), softcap or None, gradient)
-
-
-def add_gradients_in_place(model: Model) -> list[Tensor]:
-    """Let backward passes add to the gradients of a model's largest matrices in place.
-
-    By default, autograd allocates in every pass a tensor as large as the vocabulary's matrix for the output layer,
-    another for the embeddings, and a third for their sum. This is only for unsharded weights, in one process or under
-    DDP without its reducer: hooks on gradients do not see them.
-
-    Returns:
-        The weights; their `grad` must be a tensor (zeros at first) when a forward pass begins.
-    """
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    weights = []
-    if head.weight.requires_grad:
-        setattr(head, _IN_PLACE, True)
-        weights.append(head.weight)
-    if isinstance(embeddings, nn.Embedding) and embeddings.weight.requires_grad:
-        embeddings.sparse = True  # the gradient then has only the rows that were read
-        weights += [] if embeddings.weight is head.weight else [embeddings.weight]
-    return weights
-
-
-def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return a parameter's unsharded shape, which DeepSpeed ZeRO-3 notes when it empties the tensor."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _logit_scale(config: ModelConfig) -> float:
-    """Return the factor on the logits. Cohere and Falcon-H1 multiply, Granite divides."""
-    for name in ("logit_scale", "lm_head_multiplier"):
-        scale = getattr(config, name, None)
-        if isinstance(scale, str):
-            raise ModelError(f"{config.model_type} models with {name} {scale!r} are not supported.")
-        if scale is not None:
-            return float(scale)
-    if getattr(config, "logits_scaling", None) is not None:
-        return 1.0 / float(config.logits_scaling)
-    return 1.0
 
 
 def selected_logps(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
@@ -107,20 +36,18 @@ def selected_logps(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     if cuda_head.runs_on(hidden.device, dtype):
-        return cuda_head.tiled_logps(
-            hidden,
-            head.weight,
-            head.bias,
-            targets,
-            scale=head.scale,
-            softcap=head.softcap,
-            dtype=dtype,
-            gradient=head.gradient,
-        )
-    logps: Tensor = _SelectedLogps.apply(
-        hidden, head.weight, head.bias, targets, head.scale, head.softcap, dtype, head.gradient, torch.is_grad_enabled()
-    )
+        return cuda_head.tiled_logps(hidden, targets, head, dtype=dtype)
+    options = _Options(head.scale, head.softcap, dtype, head.gradient, keep=torch.is_grad_enabled())
+    logps: Tensor = _SelectedLogps.apply(hidden, head.weight, head.bias, targets, options)
     return logps
+
+
+class _Options(NamedTuple):
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype
+    gradient: Tensor | None
+    keep: bool
 
 
 class _SelectedLogps(torch.autograd.Function):
@@ -128,36 +55,27 @@ class _SelectedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: AutogradContext,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        scale: float,
-        softcap: float | None,
-        dtype: torch.dtype,
-        gradient: Tensor | None,
-        keep: bool,
+        ctx: AutogradContext, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
     ) -> Tensor:
         # The cast weight would be kept for gradients anyway, so it is cast once, not once for each chunk.
-        project = _Projection(weight.to(dtype), bias, scale, softcap)
+        project = _Projection(weight.to(options.dtype), bias, options.scale, options.softcap)
         chunks = _chunks(len(hidden), len(weight), hidden.device)
         buffer = project.buffer(chunks, hidden.device)
         logps = buffer.new_empty(len(hidden))
         with torch.autocast(hidden.device.type, enabled=False):
             for part in chunks:
-                logits = project(hidden[part].to(dtype), buffer)
+                logits = project(hidden[part].to(options.dtype), buffer)
                 logps[part] = _softmax_(logits, targets[part])
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.options = (scale, softcap, dtype, gradient)
+        ctx.options = options
         # The slope of a softcap needs the logits, which were overwritten.
-        ctx.kept = buffer if keep and softcap is None else None
+        ctx.kept = buffer if options.keep and options.softcap is None else None
         return logps
 
     @staticmethod
     def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
-        scale, softcap, dtype, gradient = ctx.options
+        scale, softcap, dtype, gradient, _ = ctx.options
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         project = _Projection(weight.to(dtype), bias, scale, softcap)
         chunks = _chunks(len(hidden), len(weight), hidden.device)
@@ -192,7 +110,7 @@ class _SelectedLogps(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight)
         if need_bias:
             grad_bias = torch.zeros_like(bias) if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight if gradient is None else None, grad_bias, *[None] * 6
+        return grad_hidden, grad_weight if gradient is None else None, grad_bias, None, None
 
 
 def _chunks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
@@ -244,13 +162,7 @@ class _Projection:
             torch.mm(hidden, self.weight.T, out=logits)
         else:
             logits.copy_(hidden @ self.weight.T)
-        if self.bias is not None:
-            logits += self.bias
-        if self.scale != 1.0:
-            logits *= self.scale
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
+        return to_logits_(logits, self.bias, self.scale, self.softcap)
 
     def softcap_slope(self, logits: Tensor) -> Tensor | None:
         """Return d logits / d (uncapped logits), shape (tokens, vocabulary), or None if it is 1."""

@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from offline_kto.kto_core.scoring.output_layer import to_logits_
+
 
 class Tile(NamedTuple):
     """Products of hidden states and rows of the vocabulary's matrix, and the map from them to logits.
 
-    The logits are `softcap * tanh((products + bias) * scale / softcap)`, as in `head.Head`.
+    The logits are `softcap * tanh((products + bias) * scale / softcap)`, as in `output_layer.Head`.
 
     Attributes:
         products: float32 or float64, shape (tokens, columns). Columns are contiguous; if rows are farther apart than
@@ -81,7 +83,7 @@ class TileOperations(NamedTuple):
 
 
 def _logsumexp_and_target(tile: Tile, normalizer: Normalizer) -> None:
-    logits = _logits_(tile)
+    logits = to_logits_(tile.products, tile.bias, tile.scale, tile.softcap)
     inside, index = _targets_in(tile)
     normalizer.chosen.copy_(torch.where(inside, logits.gather(1, index)[:, 0], normalizer.chosen))
     largest = torch.maximum(normalizer.largest, logits.amax(1))
@@ -91,7 +93,7 @@ def _logsumexp_and_target(tile: Tile, normalizer: Normalizer) -> None:
 
 
 def _logits_to_gradient(tile: Tile, logsumexp: Tensor, grad: Tensor, out: Tensor) -> None:
-    logits = _logits_(tile)
+    logits = to_logits_(tile.products, tile.bias, tile.scale, tile.softcap)
     slope = None if tile.softcap is None else 1 - (logits / tile.softcap) ** 2
     # d logp / d logits = onehot(target) - softmax(logits)
     flow = logits.sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None])
@@ -99,18 +101,6 @@ def _logits_to_gradient(tile: Tile, logsumexp: Tensor, grad: Tensor, out: Tensor
     flow.scatter_add_(1, index, torch.where(inside, grad, 0.0)[:, None])
     flow = flow if slope is None else flow.mul_(slope)
     out.copy_(flow if tile.scale == 1.0 else flow.mul_(tile.scale))
-
-
-def _logits_(tile: Tile) -> Tensor:
-    """Turn the products into logits, in place."""
-    logits = tile.products
-    if tile.bias is not None:
-        logits += tile.bias
-    if tile.scale != 1.0:
-        logits *= tile.scale
-    if tile.softcap is not None:
-        logits.div_(tile.softcap).tanh_().mul_(tile.softcap)
-    return logits
 
 
 def _targets_in(tile: Tile) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from offline_kto.kto_core.scoring.sequences import Sequences
+from offline_kto.kto_core.scoring.shared_prompts import Batch, SharedPrompts
 
-_BATCH: ContextVar[Sequences | None] = ContextVar("batch whose boundaries are known", default=None)
+_BATCH: ContextVar[Batch | None] = ContextVar("batch whose boundaries are known", default=None)
 
 # The module of `transformers` that builds masks, and its search; both are looked up in each call, so that no version
 # without them is broken.
@@ -23,7 +23,7 @@ _MASKS, _SEARCH = "transformers.masking_utils", "find_packed_sequence_indices"
 
 
 @contextlib.contextmanager
-def known_boundaries(batch: Sequences) -> Iterator[None]:
+def known_boundaries(batch: Batch) -> Iterator[None]:
     """Let masks that this thread builds inside the block take the batch's boundaries from the host."""
     _replace_search()
     before = _BATCH.set(batch)
@@ -33,14 +33,14 @@ def known_boundaries(batch: Sequences) -> Iterator[None]:
         _BATCH.reset(before)
 
 
-def current_batch() -> Sequences | None:
+def current_batch() -> Batch | None:
     """Return the batch of the enclosing `known_boundaries` block; None outside of one."""
     return _BATCH.get()
 
 
-def row_of_slot(batch: Sequences) -> Tensor | None:
+def row_of_slot(batch: Batch) -> Tensor | None:
     """Return the number of the sequence in each slot, int64, shape (1, length); None if the batch is padded."""
-    if not batch.is_packed:
+    if isinstance(batch, SharedPrompts) or not batch.is_packed:
         return None
     slots = torch.arange(batch.input_ids.shape[1], dtype=torch.int32, device=batch.boundaries.device)
     return torch.bucketize(slots, batch.boundaries[1:], right=True)[None]

@@ -21,16 +21,15 @@ from torch import Tensor, nn
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.scoring.attention import EAGER, apply_softcaps, attention_set_to, takes_boundaries
-from offline_kto.kto_core.scoring.head import Head, selected_logps
+from offline_kto.kto_core.scoring.head import selected_logps
 from offline_kto.kto_core.scoring.known_boundaries import known_boundaries
 from offline_kto.kto_core.scoring.model_code import family_of, model_code
-from offline_kto.kto_core.scoring.sequences import Sequences, TokenIds, pad_sequences
-from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, hidden_states
+from offline_kto.kto_core.scoring.output_layer import Head
+from offline_kto.kto_core.scoring.sequences import TokenIds, boundary_arguments, pad_sequences
+from offline_kto.kto_core.scoring.shared_prompts import Batch, SharedPrompts, hidden_states
 
 # Rounding can raise the log-probability of a certain token above 0 nats by this much; more is an error.
 POSITIVE_ROUNDING = 1e-4
-
-Batch = Sequences | SharedPrompts
 
 # Arguments of a model's body.
 _POSITIONS, _BOUNDARIES = "position_ids", "cu_seq_lens_q"
@@ -110,17 +109,19 @@ def _score(model: Model, batch: Batch, router_logits: bool, takes: Collection[st
     Args:
         takes: names among `_POSITIONS` and `_BOUNDARIES` that the model's body has as arguments.
     """
+    gives_boundaries = _BOUNDARIES in takes and takes_boundaries(getattr(model.config, "_attn_implementation", None))
     if isinstance(batch, SharedPrompts):
-        hidden = hidden_states(_body(model), batch, takes_positions=_POSITIONS in takes)
+        with known_boundaries(batch):
+            hidden = hidden_states(
+                _body(model), batch, takes_positions=_POSITIONS in takes, takes_boundaries=gives_boundaries
+            )
         return Scored(_of_completions(model, hidden, batch), ())
     extra: dict[str, object] = {}
     if _POSITIONS in takes:
         # Explicit, because models with absolute positions otherwise derive them from an attention mask.
         extra[_POSITIONS] = batch.position_ids
-    if _BOUNDARIES in takes and takes_boundaries(getattr(model.config, "_attn_implementation", None)):
-        # Otherwise flash attention searches the positions in every layer, and waits for the device each time.
-        extra |= dict.fromkeys((_BOUNDARIES, "cu_seq_lens_k"), batch.boundaries)
-        extra |= dict.fromkeys(("max_length_q", "max_length_k"), batch.widest)
+    if gives_boundaries:
+        extra |= boundary_arguments(batch.boundaries, batch.boundaries, batch.widest, batch.widest)
     if router_logits:
         extra["output_router_logits"] = True
     with known_boundaries(batch):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from offline_kto.kto_core.library_types import Model
-from offline_kto.kto_core.scoring.head import whole_shape
 from offline_kto.kto_core.scoring.logps import other_ids, token_logps
+from offline_kto.kto_core.scoring.output_layer import whole_shape
 from offline_kto.kto_core.scoring.sequences import Sequences, TokenIds, pack_sequences, pad_sequences
 
 # How far a row's scores may move when its neighbour's ids change, times their movement in separate rows. That is 0

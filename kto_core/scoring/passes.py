@@ -13,7 +13,7 @@ from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.batching import SCORING_PASS_COST, micro_batches, packed_batches
-from offline_kto.kto_core.scoring.logps import Batch, sees_whole_passes, token_logps
+from offline_kto.kto_core.scoring.logps import sees_whole_passes, token_logps
 from offline_kto.kto_core.scoring.model_code import model_code
 from offline_kto.kto_core.scoring.sequences import (
     FILLER,
@@ -24,7 +24,7 @@ from offline_kto.kto_core.scoring.sequences import (
     pad_sequences,
     padded_widths,
 )
-from offline_kto.kto_core.scoring.shared_prompts import SharedPrompts, longest_shared, share_prompts
+from offline_kto.kto_core.scoring.shared_prompts import Batch, SharedPrompts, longest_shared, share_prompts
 from offline_kto.kto_core.scoring.transfer import to_device
 
 # The share of all tokens that sharing prompts must save. Below it, smaller passes and explicit masks cost more than

@@ -144,6 +144,24 @@ def _sequences(
     )
 
 
+def boundary_arguments(queries: Tensor, keys: Tensor, longest_query: int, longest_key: int) -> dict[str, object]:
+    """Return the arguments that tell attention where sequences begin, as `transformers` names them.
+
+    Without them flash attention searches positions or masks in every layer, and waits for the device each time.
+
+    Args:
+        queries, keys: int32, shape (sequences + 1,): the slot of queries, of keys, at which each sequence begins; then
+            their number.
+        longest_query, longest_key: slots in one sequence, at most.
+    """
+    return {
+        "cu_seq_lens_q": queries,
+        "cu_seq_lens_k": keys,
+        "max_length_q": longest_query,
+        "max_length_k": longest_key,
+    }
+
+
 def sum_rows(token_logps: Tensor, row_of_token: Tensor, rows: int) -> Tensor:
     """Sum per-token log-probs into `logps`.
 

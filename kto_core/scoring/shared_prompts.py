@@ -9,6 +9,10 @@ The hidden state of a prompt's last token predicts the first token of each of it
 completion predicts nothing and is not passed to the model. There is no gap between a prompt's keys and its completion,
 because sliding windows and some position tables count slots, not positions. No gradient flows through this path.
 
+Attention that takes boundaries gets no mask, which it would search in every layer. The padding before a shorter
+prompt's keys is a sequence of its own, without queries. The padding after a completion belongs to that row's sequence,
+where no real token sees it.
+
 Whether prompts are shared is decided in `passes.py`.
 """
 
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from offline_kto.kto_core.library_types import Model, ModelBody
 from offline_kto.kto_core.scoring.batching import micro_batches
-from offline_kto.kto_core.scoring.sequences import POSITION_LIMITS, TokenIds, Widths
+from offline_kto.kto_core.scoring.sequences import POSITION_LIMITS, Sequences, TokenIds, Widths, boundary_arguments
 from offline_kto.kto_core.scoring.transfer import to_device
 
 # Settings of configurations that limit attention windows and positions.
@@ -38,6 +42,8 @@ class Branches(NamedTuple):
         attention_mask: int64, shape (rows, longest prompt + length), 1 where attention is allowed.
         prompts: int64, shape (rows, 1): the prompt of each row.
         keys: int64, shape (rows, longest prompt): which of the prompt's keys is in each slot before the completion.
+        query_boundaries, key_boundaries: int32, shape (2 * rows + 1,), as in `boundary_arguments`; for each row first the
+            padding before its prompt's keys, which has no queries.
     """
 
     input_ids: Tensor
@@ -45,6 +51,8 @@ class Branches(NamedTuple):
     attention_mask: Tensor
     prompts: Tensor
     keys: Tensor
+    query_boundaries: Tensor
+    key_boundaries: Tensor
 
 
 class SharedPrompts(NamedTuple):
@@ -55,12 +63,14 @@ class SharedPrompts(NamedTuple):
 
     Attributes:
         input_ids, position_ids: int64, shape (prompts, prompt length).
+        boundaries: int32, shape (prompts + 1,): the slot, of prompts * prompt length, at which each prompt begins.
         branches: the completions; empty if every completion is a single token.
         predicts, targets, row_of_token, rows, tokens: as in `Sequences`.
     """
 
     input_ids: Tensor
     position_ids: Tensor
+    boundaries: Tensor
     branches: tuple[Branches, ...]
     predicts: Tensor
     targets: Tensor
@@ -74,6 +84,9 @@ class SharedPrompts(NamedTuple):
     @property
     def padded_tokens(self) -> int:
         return self.input_ids.numel() + sum(branch.input_ids.numel() for branch in self.branches)
+
+
+Batch = Sequences | SharedPrompts
 
 
 def share_prompts(
@@ -118,6 +131,7 @@ def share_prompts(
     return SharedPrompts(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.arange(width).clamp(max=longest_prompt - 1).repeat(len(prompts), 1),
+        boundaries=torch.arange(len(prompts) + 1, dtype=torch.int32) * width,
         branches=tuple(branches),
         predicts=torch.from_numpy(np.concatenate(predicts)),
         targets=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
@@ -151,7 +165,8 @@ def _branch(rows: Sequence[tuple[int, int, np.ndarray]], longest: int, widths: W
     own = max(own, min(widths.of(own), longest - prompt))
     prompt = max(prompt, min(widths.of(prompt), longest - own))
     steps, slots = np.arange(own)[None], np.arange(prompt)[None]
-    keys = slots - (slots.size - prompt_lengths)  # (rows, longest prompt), below 0 before a shorter one
+    padding = prompt - prompt_lengths
+    keys = slots - padding  # (rows, longest prompt), below 0 before a shorter one
     # Padding keeps the position at which its row ends. After a long prompt it would otherwise reach positions that no
     # row has, beyond a table's end or the length at which frequencies change.
     positions = prompt_lengths + np.minimum(steps, lengths - 1)
@@ -162,7 +177,14 @@ def _branch(rows: Sequence[tuple[int, int, np.ndarray]], longest: int, widths: W
         torch.from_numpy(mask.astype(np.int64)),
         torch.from_numpy(prompts),
         torch.from_numpy(np.maximum(keys, 0)),
+        _boundaries(np.concatenate([np.zeros_like(padding), np.full_like(padding, own)], axis=1)),
+        _boundaries(np.concatenate([padding, prompt_lengths + own], axis=1)),
     )
+
+
+def _boundaries(lengths: np.ndarray) -> Tensor:
+    """Return where sequences of these lengths begin, one after another, and their sum."""
+    return torch.from_numpy(np.append(0, lengths.cumsum()).astype(np.int32))
 
 
 def _padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
@@ -172,17 +194,21 @@ def _padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
     return ids
 
 
-def hidden_states(body: ModelBody, batch: SharedPrompts, *, takes_positions: bool) -> Tensor:
+def hidden_states(body: ModelBody, batch: SharedPrompts, *, takes_positions: bool, takes_boundaries: bool) -> Tensor:
     """Return all hidden states, (prompts * prompt length + rows * length of each branch, hidden size).
 
     Args:
         body: the model without its output layer; it returns keys and values as in `transformers`.
+        takes_positions: whether it has positions as an argument.
+        takes_boundaries: whether its attention takes boundaries in place of a mask.
     """
 
     def positions(part: SharedPrompts | Branches) -> dict[str, Tensor]:
         return {"position_ids": part.position_ids} if takes_positions else {}
 
-    out = body(input_ids=batch.input_ids, use_cache=True, return_dict=True, **positions(batch))
+    whole = batch.input_ids.shape[1]
+    extra = boundary_arguments(batch.boundaries, batch.boundaries, whole, whole) if takes_boundaries else {}
+    out = body(input_ids=batch.input_ids, use_cache=True, return_dict=True, **positions(batch), **extra)
     states = [out.last_hidden_state.flatten(0, 1)]
     name = _cache_name(body)
     cache = getattr(out, name)
@@ -191,7 +217,7 @@ def hidden_states(body: ModelBody, batch: SharedPrompts, *, takes_positions: boo
         copies = [tuple(_lined_up(kept, branch) for kept in layer) for layer in layers]
         done = body(
             input_ids=branch.input_ids,
-            attention_mask=branch.attention_mask,
+            **(_branch_boundaries(branch) if takes_boundaries else {"attention_mask": branch.attention_mask}),
             use_cache=True,
             return_dict=True,
             **{name: type(cache)(copies)},
@@ -199,6 +225,14 @@ def hidden_states(body: ModelBody, batch: SharedPrompts, *, takes_positions: boo
         )
         states.append(done.last_hidden_state.flatten(0, 1))
     return torch.cat(states)
+
+
+def _branch_boundaries(branch: Branches) -> dict[str, object]:
+    # Flash attention has another layout for at most one query in each sequence, which those without queries do not fit.
+    longest_query = max(2, branch.input_ids.shape[1])
+    return boundary_arguments(
+        branch.query_boundaries, branch.key_boundaries, longest_query, branch.attention_mask.shape[1]
+    )
 
 
 def _cache_name(body: ModelBody) -> str:

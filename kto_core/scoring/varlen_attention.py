@@ -1,13 +1,13 @@
 """Attention over concatenated sequences with `torch.nn.attention.varlen`, which needs no further package.
 
-Registered with `transformers` under the name `varlen`. Without boundaries (shared prompts, the model's own logits) it is
-sdpa. On a CPU, where PyTorch has no such kernel, each sequence goes through sdpa alone.
+Registered with `transformers` under the name `varlen`. Without boundaries (the model's own logits) it is sdpa. On a CPU,
+where PyTorch has no such kernel, each sequence goes through sdpa alone.
 """
 
 import importlib.util
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ VARLEN = "varlen"
 _LAYERS = frozenset({"full_attention", "sliding_attention"})
 # Arguments that change attention scores, and that the kernel does not have.
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
+
+# Settings for the size of a head, the largest first, and the largest that the kernel supports.
+_SIZES, _LARGEST = ("qk_head_dim", "global_head_dim", "head_dim"), 256
 
 Attend: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -43,12 +46,27 @@ def why_not_varlen(config: ModelConfig, device: torch.device) -> str | None:
         return f"it has layers of another kind ({', '.join(sorted(kinds - _LAYERS))})"
     if device.type != "cuda":
         return None
+    why = _why_not_of_size(config.get_text_config())
+    if why is not None:
+        return why
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen"
     from torch.nn.attention.varlen import varlen_attn
 
     missing = {"window_size", "enable_gqa", "scale"} - set(inspect.signature(varlen_attn).parameters)
     return f"the kernel of PyTorch {torch.__version__} has no {sorted(missing)[0]}" if missing else None
+
+
+def _why_not_of_size(config: ModelConfig) -> str | None:
+    """Return why the kernel does not support the size of a model's heads; None if it does."""
+    heads = getattr(config, "num_attention_heads", None)
+    usual = config.hidden_size // heads if isinstance(heads, int) else None
+    size = next((one for name in _SIZES if isinstance(one := getattr(config, name, None), int)), usual)
+    values = getattr(config, "v_head_dim", None) or size
+    if size is None or (size % 8 == 0 and size <= _LARGEST and values == size):
+        return None
+    of_values = f" ({values} in values)" if values != size else ""
+    return f"the kernel needs heads of one size, a multiple of 8 up to {_LARGEST}, and its heads have {size}{of_values}"
 
 
 def _mask(sdpa_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
@@ -68,7 +86,9 @@ def _attention(sdpa: Attend) -> Attend:
         attention_mask: Tensor | None,
         *,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
+        max_length_k: int | None = None,
         sliding_window: int | None = None,
         scaling: float | None = None,
         dropout: float = 0.0,
@@ -79,78 +99,101 @@ def _attention(sdpa: Attend) -> Attend:
         Args:
             query, key, value: shape (batch, heads, length, size); keys and values may have fewer heads.
             attention_mask: None, or as for sdpa.
-            cu_seq_lens_q: `Sequences.boundaries`, if the pass is a batch of whole sequences.
-            max_length_q: `Sequences.widest`.
+            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: from `boundary_arguments`, in a scoring pass.
             sliding_window: the number of tokens that a token attends to, itself included.
         """
-        if cu_seq_lens_q is None or max_length_q is None:
+        if cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
             if current_batch() is not None:
                 raise ModelError(
                     f"--attention {VARLEN}: {type(module).__name__} is not told where sequences begin. Use --attention sdpa."
                 )
-            return sdpa(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **_passed_on(kwargs)
-            )
+            return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
         if unknown or not (kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)):
             what = unknown[0] if unknown else "attention to later tokens"
             raise ModelError(f"--attention {VARLEN}: {type(module).__name__} needs {what}. Use --attention sdpa.")
-        window = (sliding_window - 1 if sliding_window is not None else -1, 0)
-        q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))  # (tokens, heads, size)
+        q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
         attend = _with_kernel if query.is_cuda else _one_by_one
-        found = attend(q, k, v, cu_seq_lens_q, max_length_q, window, scaling)
+        found = attend(
+            _Sequences(
+                query=q,
+                key=k,
+                value=v,
+                query_boundaries=cu_seq_lens_q,
+                key_boundaries=cu_seq_lens_k,
+                longest_query=max_length_q,
+                longest_key=max_length_k,
+                before=-1 if sliding_window is None else sliding_window - 1,
+                scale=scaling,
+            )
+        )
         return found.unflatten(0, (query.shape[0], query.shape[2])), None
 
     return attention
 
 
-def _passed_on(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in ("cu_seq_lens_k", "max_length_k")}
+class _Sequences(NamedTuple):
+    """Concatenated sequences, as arguments of attention.
+
+    Attributes:
+        query, key, value: shape (tokens, heads, size).
+        query_boundaries, key_boundaries, longest_query, longest_key: as in `boundary_arguments`.
+        before: the number of earlier tokens that a token attends to; -1 for all.
+        scale: factor on the scores; None for the usual one.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_boundaries: Tensor
+    key_boundaries: Tensor
+    longest_query: int
+    longest_key: int
+    before: int
+    scale: float | None
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether several heads of queries share one of keys."""
+        return self.query.shape[1] != self.key.shape[1]
 
 
-def _with_kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    boundaries: Tensor,
-    widest: int,
-    window: tuple[int, int],
-    scale: float | None,
-) -> Tensor:
+def _with_kernel(given: _Sequences) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # RoPE leaves queries and keys in float32 under autocast, which does not reach into this kernel.
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
-    query, key, value = (one.to(dtype) for one in (query, key, value))
-    gqa = query.shape[1] != key.shape[1]
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else given.value.dtype
     found = varlen_attn(
-        query, key, value, boundaries, boundaries, widest, widest, scale=scale, window_size=window, enable_gqa=gqa
+        given.query.to(dtype),
+        given.key.to(dtype),
+        given.value.to(dtype),
+        given.query_boundaries,
+        given.key_boundaries,
+        given.longest_query,
+        given.longest_key,
+        scale=given.scale,
+        window_size=(given.before, 0),
+        enable_gqa=given.has_groups,
     )
     assert isinstance(found, Tensor)
     return found
 
 
-def _one_by_one(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    boundaries: Tensor,
-    widest: int,
-    window: tuple[int, int],
-    scale: float | None,
-) -> Tensor:
-    lengths = boundaries.diff().tolist()
-    parts = []
-    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
-        mask = None
-        if 0 <= window[0] < len(q) - 1:
-            steps = torch.arange(len(q), device=q.device)
-            ago = steps[:, None] - steps
-            mask = (ago >= 0) & (ago <= window[0])
-        q, k, v = (one.transpose(0, 1)[None] for one in (q, k, v))  # (1, heads, length, size)
-        gqa = q.shape[1] != k.shape[1]
-        found = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
-        )
-        parts.append(found[0].transpose(0, 1))
-    return torch.cat(parts)
+def _one_by_one(given: _Sequences) -> Tensor:
+    queries, keys = (one.diff().tolist() for one in (given.query_boundaries, given.key_boundaries))
+    parts = zip(given.query.split(queries), given.key.split(keys), given.value.split(keys), strict=True)
+    return torch.cat([_one(q, k, v, given) for q, k, v in parts if len(q)])
+
+
+def _one(query: Tensor, key: Tensor, value: Tensor, given: _Sequences) -> Tensor:
+    """Return the attention of one sequence, whose last queries and keys belong to the same token."""
+    mask = None
+    if len(query) < len(key) or 0 <= given.before < len(query) - 1:
+        slots = torch.arange(len(key), device=key.device)
+        ago = slots[len(key) - len(query) :, None] - slots
+        mask = (ago >= 0) & (ago <= given.before) if given.before >= 0 else ago >= 0
+    q, k, v = (one.transpose(0, 1)[None] for one in (query, key, value))  # (1, heads, length, size)
+    found = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=given.scale, enable_gqa=given.has_groups
+    )
+    return found[0].transpose(0, 1)

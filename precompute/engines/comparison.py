@@ -10,7 +10,7 @@ completion of hundreds of tokens by many nats. Therefore in 16 bits the mean of 
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from offline_kto.kto_core.cache.manifest_fields import ScoreDifference
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.scoring.sequences import TokenIds
-from offline_kto.precompute.engines.protocol import OnScores, Scorer
+from offline_kto.precompute.engines.protocol import Listener, Scorer
 from offline_kto.precompute.engines.transformers_scorer import checked
 
 
@@ -92,19 +92,10 @@ class ComparedScorer:
         Raises:
             ModelError: the scores disagree.
         """
-        self.score(
-            self.sample[: max(_PROBE, at_least)], on_scores=lambda done, scores: None, on_tokens=lambda tokens: None
-        )
+        self.score(self.sample[: max(_PROBE, at_least)], Listener(lambda done, scores: None))
         self._found.clear()  # the cached values are compared again, in the batches in which they are scored
 
-    def score(
-        self,
-        sequences: Sequence[TokenIds],
-        *,
-        known: frozenset[int] = frozenset(),
-        on_scores: OnScores,
-        on_tokens: Callable[[int], None],
-    ) -> None:
+    def score(self, sequences: Sequence[TokenIds], listener: Listener, *, known: frozenset[int] = frozenset()) -> None:
         """Score sequences, as in `offline_kto.precompute.engines.protocol.Scorer`.
 
         Raises:
@@ -119,9 +110,9 @@ class ComparedScorer:
                     self._found[key] = one
             self._check_difference()
             answered.update(done)
-            on_scores(done, scores)
+            listener.on_scores(done, scores)
 
-        self.scorer.score(sequences, known=known, on_scores=keep, on_tokens=on_tokens)
+        self.scorer.score(sequences, listener._replace(on_scores=keep), known=known)
         if len(answered | known) != len(sequences):
             raise ModelError(
                 f"The scorer returned {len(answered)} results for {len(sequences) - len(known)} sequences."

@@ -1,11 +1,11 @@
 """Score with several engines at the same time, each in a process of its own on its own GPUs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from typing import cast
 
 from offline_kto.kto_core.scoring.sequences import TokenIds
-from offline_kto.precompute.engines.protocol import OnScores, RemoteScorer
+from offline_kto.precompute.engines.protocol import Listener, RemoteScorer
 from offline_kto.precompute.engines.shares import shares_of
 
 
@@ -19,14 +19,7 @@ class ParallelScorer:
     def __init__(self, engines: Sequence[RemoteScorer]) -> None:
         self.engines = engines
 
-    def score(
-        self,
-        sequences: Sequence[TokenIds],
-        *,
-        known: frozenset[int] = frozenset(),
-        on_scores: OnScores,
-        on_tokens: Callable[[int], None],
-    ) -> None:
+    def score(self, sequences: Sequence[TokenIds], listener: Listener, *, known: frozenset[int] = frozenset()) -> None:
         """Score sequences, as in `offline_kto.precompute.engines.protocol.Scorer`.
 
         Raises:
@@ -36,11 +29,11 @@ class ParallelScorer:
         for engine, share in zip(self.engines, shares_of(sequences, known, len(self.engines)), strict=True):
             if len(share.known) < len(share.sequences):
                 engine.ask(share.sequences, share.known)
-                pending[cast("Connection", engine.channel)] = engine, share.renumbering(on_scores)
+                pending[cast("Connection", engine.channel)] = engine, share.renumbering(listener)
         while pending:
             for channel in wait(list(pending)):
-                engine, keep = pending[cast("Connection", channel)]
-                if engine.hear_one(on_scores=keep, on_tokens=on_tokens) is False:
+                engine, renumbered = pending[cast("Connection", channel)]
+                if engine.hear_one(renumbered) is False:
                     del pending[cast("Connection", channel)]
 
     def dismiss(self) -> None:

@@ -7,7 +7,7 @@ sends messages that begin with one letter. An empty message from the other side 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 
@@ -36,24 +36,28 @@ _NO_MORE = b""
 OnScores = Callable[[Sequence[int], Sequence[np.ndarray]], None]
 
 
+class Listener(NamedTuple):
+    """Functions that an engine calls while it scores.
+
+    Attributes:
+        on_scores: called with positions in the sequences, and float32 nats for each completion token of these.
+        on_tokens: called with the tokens done since the last call.
+    """
+
+    on_scores: OnScores
+    on_tokens: Callable[[int], None] = lambda tokens: None
+
+
 class Scorer(Protocol):
     """An engine that scores."""
 
-    def score(
-        self,
-        sequences: Sequence[TokenIds],
-        *,
-        known: frozenset[int] = frozenset(),
-        on_scores: OnScores,
-        on_tokens: Callable[[int], None],
-    ) -> None:
+    def score(self, sequences: Sequence[TokenIds], listener: Listener, *, known: frozenset[int] = frozenset()) -> None:
         """Score sequences.
 
         Args:
             sequences: (prompt ids, completion ids), neither empty.
+            listener: gets the scores.
             known: positions that need no score; the others are batched as if these were scored too.
-            on_scores: called with positions in `sequences`, and float32 nats for each completion token of these.
-            on_tokens: called with the tokens done since the last call.
         """
 
 
@@ -62,9 +66,7 @@ def scores_of(
 ) -> list[np.ndarray]:
     """Return the scores of all sequences, in their order."""
     found: dict[int, np.ndarray] = {}
-    scorer.score(
-        sequences, on_scores=lambda done, scores: found.update(zip(done, scores, strict=True)), on_tokens=on_tokens
-    )
+    scorer.score(sequences, Listener(lambda done, scores: found.update(zip(done, scores, strict=True)), on_tokens))
     return [found[i] for i in range(len(sequences))]
 
 
@@ -122,7 +124,7 @@ class RemoteScorer:
         arrays = [np.array(sorted(known), dtype=np.int32), *(ids.astype(np.int32) for s in sequences for ids in s)]
         self._guarded(lambda: self.channel.send_bytes(encode(arrays)))
 
-    def hear(self, *, on_scores: OnScores, on_tokens: Callable[[int], None]) -> bool:
+    def hear(self, listener: Listener) -> bool:
         """Wait for the next scores.
 
         Returns:
@@ -131,11 +133,11 @@ class RemoteScorer:
         Raises:
             EngineError: the other process could not score, or has ended.
         """
-        while (more := self.hear_one(on_scores=on_scores, on_tokens=on_tokens)) is None:
+        while (more := self.hear_one(listener)) is None:
             pass
         return more
 
-    def hear_one(self, *, on_scores: OnScores, on_tokens: Callable[[int], None]) -> bool | None:
+    def hear_one(self, listener: Listener) -> bool | None:
         """Wait for one message.
 
         Returns:
@@ -147,25 +149,18 @@ class RemoteScorer:
         message = self._guarded(self.channel.recv_bytes)
         kind, content = message[:1], message[1:]
         if kind == _TOKENS:
-            on_tokens(int.from_bytes(content, "little"))
+            listener.on_tokens(int.from_bytes(content, "little"))
             return None
         if kind == _ERROR:
             raise EngineError(content.decode("utf-8"), self)
         done, *scores = decode(content, np.int32)
-        on_scores(done.tolist(), [one.view(np.float32) for one in scores])
+        listener.on_scores(done.tolist(), [one.view(np.float32) for one in scores])
         return bool(kind == _SOME)
 
-    def score(
-        self,
-        sequences: Sequence[TokenIds],
-        *,
-        known: frozenset[int] = frozenset(),
-        on_scores: OnScores,
-        on_tokens: Callable[[int], None],
-    ) -> None:
+    def score(self, sequences: Sequence[TokenIds], listener: Listener, *, known: frozenset[int] = frozenset()) -> None:
         """Score sequences, as in `Scorer`."""
         self.ask(sequences, known)
-        while self.hear(on_scores=on_scores, on_tokens=on_tokens):
+        while self.hear(listener):
             pass
 
     def dismiss(self) -> None:
@@ -205,7 +200,7 @@ def serve(channel: Channel, load: Callable[[Sequence[TokenIds]], Scorer], *, tel
         try:
             if len(known) < len(sequences):
                 scorer = scorer or load(sequences)
-                scorer.score(sequences, known=frozenset(known.tolist()), on_scores=answer.add, on_tokens=tell)
+                scorer.score(sequences, Listener(answer.add, tell), known=frozenset(known.tolist()))
         except KTOError as error:
             channel.send_bytes(_ERROR + str(error).encode("utf-8"))
             continue

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.launch import unreachable, world_size
 from offline_kto.kto_core.scoring.sequences import TokenIds
-from offline_kto.precompute.engines.protocol import OnScores, RemoteScorer, Scorer, serve
+from offline_kto.precompute.engines.protocol import Listener, RemoteScorer, Scorer, serve
 from offline_kto.precompute.engines.shares import shares_of
 from offline_kto.precompute.parts import Pace
 
@@ -83,14 +83,7 @@ class RankedScorer:
         self._own: Scorer | None = None
         self._others = [RemoteScorer(_RankChannel(i), f"process {i} of this launch") for i in range(1, world_size())]
 
-    def score(
-        self,
-        sequences: Sequence[TokenIds],
-        *,
-        known: frozenset[int] = frozenset(),
-        on_scores: OnScores,
-        on_tokens: Callable[[int], None],
-    ) -> None:
+    def score(self, sequences: Sequence[TokenIds], listener: Listener, *, known: frozenset[int] = frozenset()) -> None:
         """Score sequences, as in `offline_kto.precompute.engines.protocol.Scorer`."""
         shares = shares_of(sequences, known, world_size())
         mine, *theirs = shares
@@ -105,12 +98,12 @@ class RankedScorer:
             pending = [
                 (other, share)
                 for other, share in pending
-                if other.hear(on_scores=share.renumbering(on_scores), on_tokens=lambda tokens: None)
+                if other.hear(share.renumbering(Listener(listener.on_scores)))
             ]
             pace.restart()
 
         def keep(done: Sequence[int], scores: Sequence[np.ndarray]) -> None:
-            mine.renumbering(on_scores)(done, scores)
+            mine.renumbering(listener).on_scores(done, scores)
             if pace.is_due():
                 hear()
 
@@ -120,9 +113,8 @@ class RankedScorer:
             self._own = self._own or self._load(mine.sequences)
             self._own.score(
                 mine.sequences,
+                Listener(keep, lambda tokens: listener.on_tokens(tokens * total // mine.tokens)),
                 known=mine.known,
-                on_scores=keep,
-                on_tokens=lambda tokens: on_tokens(tokens * total // mine.tokens),
             )
         while pending:
             hear()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from offline_kto.kto_core.scoring.batching import deal
 from offline_kto.kto_core.scoring.sequences import TokenIds
-from offline_kto.precompute.engines.protocol import OnScores
+from offline_kto.precompute.engines.protocol import Listener
 
 
 def shares_of(sequences: Sequence[TokenIds], known: frozenset[int], engines: int) -> list["Share"]:
@@ -44,6 +44,8 @@ class Share:
         self.known = frozenset(j for j, i in enumerate(places) if i in known)
         self.tokens = sum(len(sequences[i][0]) + len(sequences[i][1]) for i in places if i not in known)
 
-    def renumbering(self, on_scores: OnScores) -> OnScores:
-        """Return a callback for this share's scores that passes them on with their positions in all sequences."""
-        return lambda done, scores: on_scores([self._places[j] for j in done], scores)
+    def renumbering(self, listener: Listener) -> Listener:
+        """Return a listener for this share that passes its scores on with their positions in all sequences."""
+        return listener._replace(
+            on_scores=lambda done, scores: listener.on_scores([self._places[j] for j in done], scores)
+        )

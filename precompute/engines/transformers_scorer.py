@@ -15,7 +15,7 @@ from offline_kto.kto_core.scoring.model_code import family_of, model_code
 from offline_kto.kto_core.scoring.packing_check import measure_packing
 from offline_kto.kto_core.scoring.passes import Pass, ScoringPasses
 from offline_kto.kto_core.scoring.sequences import TokenIds
-from offline_kto.precompute.engines.protocol import OnScores
+from offline_kto.precompute.engines.protocol import Listener
 
 _MAX_TOKENS = {"cuda": 32768}
 _MAX_TOKENS_CPU = 4096
@@ -75,14 +75,7 @@ class TransformersScorer:
         if why is not None:
             self._say(f"rows are padded, not concatenated: {why}")
 
-    def score(
-        self,
-        sequences: Sequence[TokenIds],
-        *,
-        known: frozenset[int] = frozenset(),
-        on_scores: OnScores,
-        on_tokens: Callable[[int], None],
-    ) -> None:
+    def score(self, sequences: Sequence[TokenIds], listener: Listener, *, known: frozenset[int] = frozenset()) -> None:
         """Score sequences, as in `offline_kto.precompute.engines.protocol.Scorer`. Out of memory halves the budget.
 
         Raises:
@@ -92,10 +85,10 @@ class TransformersScorer:
         def keep(done: Pass) -> None:
             ends = np.cumsum([len(sequences[i][1]) for i in done.indices])
             pieces = np.split(done.token_logps.float().cpu().numpy(), ends[:-1])
-            on_scores(
+            listener.on_scores(
                 done.indices, [checked(piece, sequences[i][1]) for i, piece in zip(done.indices, pieces, strict=True)]
             )
-            on_tokens(sum(len(sequences[i][0]) + len(sequences[i][1]) for i in done.indices))
+            listener.on_tokens(sum(len(sequences[i][0]) + len(sequences[i][1]) for i in done.indices))
 
         failed = f"this model family ({family_of(self.model)}) cannot score one of the rows"
         with (

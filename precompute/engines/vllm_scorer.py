@@ -16,7 +16,7 @@ from tqdm import tqdm
 from offline_kto.kto_core.errors import ModelError, in_one_line
 from offline_kto.kto_core.models.memory_need import gigabytes
 from offline_kto.kto_core.scoring.sequences import TokenIds
-from offline_kto.precompute.engines.protocol import OnScores
+from offline_kto.precompute.engines.protocol import Listener
 
 if TYPE_CHECKING:
     import vllm
@@ -105,14 +105,7 @@ class VllmScorer:
         may_give_ids = bool(getattr(config, "use_v2_model_runner", False)) and "prompt_logprob_start" in _fields()
         self._given_ids: bool | None = None if may_give_ids else False  # None: not known yet
 
-    def score(
-        self,
-        sequences: Sequence[TokenIds],
-        *,
-        known: frozenset[int] = frozenset(),
-        on_scores: OnScores,
-        on_tokens: Callable[[int], None],
-    ) -> None:
+    def score(self, sequences: Sequence[TokenIds], listener: Listener, *, known: frozenset[int] = frozenset()) -> None:
         """Score sequences, as in `offline_kto.precompute.engines.protocol.Scorer`.
 
         Raises:
@@ -121,7 +114,7 @@ class VllmScorer:
         for part in _parts(_neighbours(sequences), sequences, self._tokens * _STEPS):
             if not known.issuperset(part):
                 chosen = [sequences[i] for i in part]
-                on_scores(part, self._score(chosen, on_tokens))
+                listener.on_scores(part, self._score(chosen, listener.on_tokens))
 
     def _score(self, sequences: Sequence[TokenIds], on_tokens: Callable[[int], None]) -> list[np.ndarray]:
         if self._given_ids is None:

@@ -19,7 +19,7 @@ from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.feedback.paths import option_path
 from offline_kto.kto_core.feedback.presets import presets
 from offline_kto.kto_core.feedback.quoting import quoted
-from offline_kto.kto_core.feedback.records import FeedbackRow, parse_record
+from offline_kto.kto_core.feedback.records import FeedbackRow, nested_too_deeply, parse_record
 from offline_kto.kto_core.feedback.turns import mapped_rows
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.contradictions import ColumnsToRead, Contradictions
@@ -287,6 +287,8 @@ class Feedback:
             self.found.left_out.add(where, left.reason, left.detail)
         except SeveralScoresError:
             pass  # `finish` lists the scores of the whole file
+        except RecursionError:
+            self.reject(where, nested_too_deeply(where))
         except FeedbackError as error:
             self.reject(where, error)
 

@@ -20,8 +20,9 @@ from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
 from offline_kto.kto_core.cache.shards import Rows, numbers, open_shard, read_groups
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError, TrainingError, printable
-from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES, ONE_BIT, Masses, weighted_masses
+from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES, ONE_BIT, Masses
 from offline_kto.kto_core.launch import read_launch
+from offline_kto.kto_core.losses.objective_masses import weighted_masses
 from offline_kto.kto_core.progress import Progress
 from offline_kto.train.run_records import SampledLengths, Shortened
 

@@ -19,7 +19,7 @@ from offline_kto.kto_core.errors import ConfigError, ModelError, in_one_line
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.adapters import BESIDE
 from offline_kto.kto_core.models.precision import holds_experts
-from offline_kto.kto_core.scoring.head import whole_shape
+from offline_kto.kto_core.scoring.output_layer import whole_shape
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.model.saved_model import cast_weights
 

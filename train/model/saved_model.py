@@ -23,7 +23,7 @@ from offline_kto.kto_core.hashing import chat_template_hash, stored_type, tokeni
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.weight_files import stored_tensors
 from offline_kto.kto_core.scoring.attention import kernel_keywords
-from offline_kto.kto_core.scoring.head import whole_shape
+from offline_kto.kto_core.scoring.output_layer import whole_shape
 
 ADAPTER_CONFIG = "adapter_config.json"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"

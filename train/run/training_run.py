@@ -17,8 +17,8 @@ from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.precision import Precision, resolve_device
 from offline_kto.kto_core.out_of_memory import one_memory_error
-from offline_kto.kto_core.scoring.head import whole_shape
 from offline_kto.kto_core.scoring.logps import sees_whole_passes
+from offline_kto.kto_core.scoring.output_layer import whole_shape
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.training_data import TrainingData

@@ -144,10 +144,8 @@ class Results:
             "best": best.number if best else None,
             "planned": self.trials.count,
             "trials": [_entry(record) for record in records],
+            "pareto_front": _front(records),
         }
-        front = _front(records)
-        if front is not None:
-            state["pareto_front"] = front
         write_json(self.out / STATE, state)
 
     def _csv(self, records: list[TrialRecord]) -> str:

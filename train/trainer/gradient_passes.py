@@ -17,8 +17,8 @@ from offline_kto.kto_core.losses.metrics import BatchOutcome, Tokens
 from offline_kto.kto_core.losses.router_losses import count_routed_tokens, router_balance_loss
 from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
-from offline_kto.kto_core.scoring.head import add_gradients_in_place
 from offline_kto.kto_core.scoring.logps import token_logps
+from offline_kto.kto_core.scoring.output_layer import add_gradients_in_place
 from offline_kto.kto_core.scoring.sequences import FILLER, Sequences
 from offline_kto.train.data.cache_rows import TrainingRow, total_mass
 from offline_kto.train.trainer.finite_checks import check_losses
