@@ -233,7 +233,7 @@ def test_judgements_are_in_the_cache_and_changing_them_costs_no_forward_pass(
         }
     assert "all match" in verify(out)
     assert any(line.startswith("judgements") for line in info(out))
-    assert " to " in next(iter(head(out, rows=1, model=str(base))))
+    assert " for, " in next(iter(head(out, rows=1, model=str(base))))
     # A fresh run elsewhere makes the same shards, and so does going back to one bit.
     fresh = tmp_path / "fresh"
     precompute(config_of(base, data, fresh, **options))
