@@ -51,6 +51,7 @@ def rewritten(cache: Path, out: Path, change: Callable[[int, Row], list[Row]]) -
             "kept": len(rows),
             "desirable": sum(row["label"] for row in rows),
             "undesirable": sum(not row["label"] for row in rows),
+            "labels_hash": hashlib.sha256(path.read_bytes()).hexdigest(),
         },
         "run": manifest.run,
     }

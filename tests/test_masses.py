@@ -28,6 +28,7 @@ from offline_kto.train.data.cache_rows import CacheRows, RowKey
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.data.trl_rows import trl_rows
 from offline_kto.train.diagnostics.settings import class_weight_values
+from offline_kto.train.run.evaluate_run import evaluate_run
 from offline_kto.train.run.train_run import train
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.pareto import pareto_front
@@ -278,6 +279,19 @@ class TestObjectives:
         assert {f"eval/{name}" for name in names} < logged.keys()
         assert found["harmless/accuracy"]["value"] == found["accuracy"]["value"]
         assert found["harmless/rewards/margins"]["value"] == pytest.approx(found["rewards/margins"]["value"])
+
+    def test_a_finished_run_is_evaluated_by_its_own_objectives(self, refs: Path, cache: Path, tmp_path: Path) -> None:
+        config = config_for(refs, tmp_path / "run", eval_fraction=0.5, objective="harmless=1")
+        run = train(config)
+        before = json.loads((run / "evaluation.json").read_bytes())["metrics"]
+        evaluate_run(replace(config, evaluate_only=run))
+        after = json.loads((run / "evaluation.json").read_bytes())["metrics"]
+        assert {"harmless/accuracy", "helpful/rewards/margins"} < after.keys() == before.keys()
+        for name, metric in after.items():
+            assert metric == pytest.approx(before[name], abs=2e-5), name
+        evaluate_run(replace(config, cache=cache, evaluate_only=run))
+        (other,) = run.glob("evaluation-*.json")
+        assert "harmless/accuracy" not in json.loads(other.read_bytes())["metrics"]
 
     @pytest.mark.parametrize(
         ("objective", "words"),

@@ -265,6 +265,8 @@ def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: se
         CacheError, TrainingError: an unusable cache, or one that was scored by another reference.
     """
     rows = open_cache(config.cache, config.max_length)
+    if rows.manifest.objectives:  # other rows may be judged without objectives
+        rows = rows.judged_by(config.objective_weights)
     identity = record.get("identity")
     if isinstance(identity, dict) and not config.allow_different_policy:
         _same_reference(rows, identity, f"--cache {config.cache}", "the run's")
