@@ -1,8 +1,10 @@
 """What docs/gpu.md and `kto-train --plan-memory` promise, compared with the bytes that small models really take."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 from models import random_rows
 from torch import Tensor
 
+from offline_kto.kto_core.models.memory_check import Sizes
 from offline_kto.kto_core.models.precision import store_by_module_in, store_matrices_in, store_trained_in
 from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
 from offline_kto.kto_core.scoring.sequences import pad_sequences
@@ -197,7 +200,106 @@ def test_the_command_reads_shapes_alone(tmp_path: Path) -> None:
     assert "fits        80 GB: lean (--memory lean)" in found.output
 
 
-def test_a_folder_without_a_model_is_one_message(tmp_path: Path) -> None:
-    found = CliRunner().invoke(command, ["--plan-memory", str(tmp_path)])
+def planned(folder: Path | str, *options: str) -> Any:
+    return CliRunner().invoke(command, ["--plan-memory", str(folder), *options])
+
+
+def saved(folder: Path, kind: Any = transformers.LlamaConfig, **settings: Any) -> Path:
+    small = {**SIZES, "num_hidden_layers": 2, "vocab_size": 997, **settings}
+    kind(**small).save_pretrained(folder)
+    return folder
+
+
+def test_a_quantised_base_keeps_stacked_experts_in_16_bits() -> None:
+    config = transformers.MixtralConfig(**SIZES, num_hidden_layers=1, vocab_size=997, num_local_experts=4)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    experts = 4 * 3 * 256 * 896
+    assert size_of(model).matrices - size_of(model).packed >= experts
+    sizes = Sizes(matrices=size_of(model).matrices, others=0, stacked=experts)
+    assert sizes.four_bits() == round(0.6 * (sizes.matrices - experts)) + 2 * experts
+    need = next(one for one in needs_of(size_of(model), lora_rank=1) if one.recipe.startswith("QLoRA"))
+    assert need.resident > 2 * experts
+
+
+def test_the_adapters_have_the_given_rank(tmp_path: Path) -> None:
+    found = planned(saved(tmp_path), "--lora-rank", "64", "--memory", "lean", "--cache", "refs")
+    assert "LoRA (--lora-rank 64)" in found.output
+    assert "--memory, --cache: of no effect; --plan-memory compares all recipes" in found.output
+    assert planned(tmp_path, "--lora-rank", "-1").exit_code == 2
+
+
+def test_small_models_are_counted_in_mb(tmp_path: Path) -> None:
+    found = planned(saved(tmp_path))
+    assert " MB  bytes a weight" in found.output
+    full = next(line for line in found.output.splitlines() if line.startswith("full  "))
+    assert float(full.split()[1]) > 1
+
+
+def test_custom_code_is_named(tmp_path: Path) -> None:
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = planned(tmp_path)
     assert found.exit_code == 1
-    assert "not the configuration of a causal language model" in found.output
+    assert "OwnForCausalLM" in found.output
+    assert "--trust-remote-code" in found.output
+
+
+def empty(folder: Path) -> Path:
+    return folder
+
+
+def adapter(folder: Path) -> Path:
+    (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def cache(folder: Path) -> Path:
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "absent": (lambda folder: folder / "absent", "no such model folder"),
+    "empty": (empty, "no config.json, so this is not a model folder"),
+    "adapter": (adapter, "an adapter, not a model"),
+    "cache": (cache, "not the manifest of a reference cache"),
+    "encoder": (lambda folder: saved(folder, transformers.BertConfig), "bert is an encoder"),
+    "vision": (
+        lambda folder: saved(folder, transformers.ViTConfig),
+        "KTO needs a causal (decoder-only) language model",
+    ),
+    "no layers": (lambda folder: saved(folder, num_hidden_layers=0), "num_hidden_layers is 0"),
+    "minus one": (lambda folder: saved(folder, num_hidden_layers=-1), "num_hidden_layers is -1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_model_is_one_message(case: str, tmp_path: Path) -> None:
+    make, message = REFUSED[case]
+    found = planned(make(tmp_path))
+    assert found.exit_code == 1, found.output
+    assert message in found.output
+
+
+def test_a_cache_names_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    manifest = SimpleNamespace(reference={"id": "org/model"})
+    monkeypatch.setattr("offline_kto.train.run.memory_table.read_manifest", lambda folder: manifest)
+    found = planned(tmp_path)
+    assert "is a reference cache; its model is org/model" in found.output
+
+
+def test_only_the_configuration_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path)
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **keywords: Any) -> str:
+        asked.update(keywords)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert planned("org/tiny").exit_code == 0
+    assert asked["allow_patterns"] == ["config.json", "*.py"]

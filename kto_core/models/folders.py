@@ -10,12 +10,12 @@ from offline_kto.kto_core.models.hub import fetch_from_hub
 
 
 def find_folder(
-    model: str, *, revision: str | None, what: str = "model", local: bool = True
+    model: str, *, revision: str | None, what: str = "model", local: bool = True, weights: bool = True
 ) -> tuple[Path, str | None]:
     """Return the local folder of a model or adapter, and the commit it was resolved to.
 
     A hub id is downloaded, or found in the hub's cache on disk. With `local` off, a local folder of that name is
-    ignored.
+    ignored. With `weights` off, only the configuration is downloaded.
 
     Raises:
         ModelError: neither a folder nor a hub id that can be downloaded.
@@ -32,7 +32,7 @@ def find_folder(
     _refuse_address(model)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise ModelError(f"{model}: no such {what} folder.")
-    path = fetch_from_hub(model, revision=revision, what=what)
+    path = fetch_from_hub(model, revision=revision, what=what, weights=weights)
     return path, path.name
 
 

@@ -12,6 +12,8 @@ from offline_kto.kto_core.library_types import HubSession
 
 # Files that loading a model and its tokenizer reads ("*" also matches "/", here and below).
 WANTED = ["*.json", "*.safetensors", "*.model", "tokenizer.model.*", "*.txt", "*.tiktoken", "*.bpe", "*.jinja", "*.py"]
+# Files that describe a model without its weights.
+DESCRIBES = ["config.json", "*.py"]
 # Duplicates of the same weights: other formats, other types, earlier checkpoints.
 UNWANTED = [
     *(f"*/*{end}" for end in (".json", ".safetensors", ".model", ".txt", ".tiktoken", ".bpe")),
@@ -22,7 +24,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SECONDS_IN_SILENCE = 3.0
 
 
-def fetch_from_hub(name: str, *, revision: str | None, what: str) -> Path:
+def fetch_from_hub(name: str, *, revision: str | None, what: str, weights: bool = True) -> Path:
     """Return the folder of a hub repository in the hub's cache, downloading missing files.
 
     A commit that is complete in the cache needs no request. If the hub does not answer within a time limit
@@ -30,6 +32,7 @@ def fetch_from_hub(name: str, *, revision: str | None, what: str) -> Path:
 
     Args:
         what: "model" or "adapter", for messages.
+        weights: whether to download weights and tokenizer too, or the configuration alone.
 
     Raises:
         ModelError: it cannot be downloaded.
@@ -49,7 +52,7 @@ def fetch_from_hub(name: str, *, revision: str | None, what: str) -> Path:
     waiting.start()
     try:
         folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
+            name, revision=revision, allow_patterns=WANTED if weights else DESCRIBES, ignore_patterns=UNWANTED
         )
     except Exception as error:  # from the hub, its HTTP client or the disk
         raise ModelError(

@@ -15,7 +15,7 @@ from torch import nn
 from offline_kto.kto_core.console import warn
 from offline_kto.kto_core.errors import KTOError, ModelError, in_one_line
 from offline_kto.kto_core.library_types import Model
-from offline_kto.kto_core.models.quantization import declared_quantization
+from offline_kto.kto_core.models.quantization import declared_quantization, fits_four_bits
 from offline_kto.kto_core.models.weight_files import bytes_read
 from offline_kto.kto_core.out_of_memory import is_out_of_memory
 
@@ -33,11 +33,13 @@ class Sizes(NamedTuple):
         matrices: number of parameters that a frozen model stores in the type of its precision.
         others: number of parameters that it stores in float32: embeddings, norms, biases.
         packed: bytes of quantised weights and their scales in the files; 0 if the weights are not quantised.
+        stacked: number of those in `matrices` that no quantiser packs: stacked experts.
     """
 
     matrices: int
     others: int
     packed: int = 0
+    stacked: int = 0
 
     @classmethod
     def of(cls, model: Model, folder: Path) -> "Sizes":
@@ -54,7 +56,8 @@ class Sizes(NamedTuple):
                 matrices += parameter.numel()
             else:
                 others += parameter.numel()
-        return cls(matrices, others, bytes_read(folder) if declared_quantization(folder) is not None else 0)
+        packed = bytes_read(folder) if declared_quantization(folder) is not None else 0
+        return cls(matrices, others, packed, _stacked(model, tables))
 
     @property
     def parameters(self) -> int:
@@ -66,7 +69,18 @@ class Sizes(NamedTuple):
 
     def four_bits(self) -> int:
         """Return the bytes of the same model quantised to 4 bits."""
-        return self.packed or round(FOUR_BITS * self.parameters)
+        return self.packed or round(FOUR_BITS * (self.parameters - self.stacked) + 2 * self.stacked)
+
+
+def _stacked(model: Model, tables: set[int]) -> int:
+    """Return the number of weights of matrices that stay in 16 bits when bitsandbytes quantises the other layers."""
+    return sum(
+        weight.numel()
+        for module in model.modules()
+        if not fits_four_bits(module)
+        for weight in module.parameters(recurse=False)
+        if weight.ndim >= 2 and id(weight) not in tables
+    )
 
 
 class Way(NamedTuple):

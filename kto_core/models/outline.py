@@ -77,7 +77,7 @@ def find_outline(library: Transformers, folder: Path, *, trust_remote_code: bool
             shape, a quantisation that is not applied, code that is not run.
     """
     with collected_warnings() as messages:
-        model = _build(library, folder, trust_remote_code=trust_remote_code)
+        model = build_without_weights(library, folder, trust_remote_code=trust_remote_code)
     warnings = [f"{folder / 'config.json'}: transformers warns: {message}" for message in telling(messages)]
     if not trust_remote_code:
         warnings += check_model_code(folder, *classes_used(model, folder))
@@ -93,9 +93,17 @@ def find_outline(library: Transformers, folder: Path, *, trust_remote_code: bool
     return Outline(model, unread, warnings)
 
 
-def _build(library: Transformers, folder: Path, *, trust_remote_code: bool) -> Model:
+def build_without_weights(library: Transformers, folder: Path, *, trust_remote_code: bool) -> Model:
+    """Build the model that a folder's config.json describes, on the meta device; no other file is read.
+
+    Args:
+        library: the module `transformers`.
+
+    Raises:
+        ModelError: not a causal language model, or one with code that is not run.
+    """
     config = read_json_object(folder / "config.json")
-    kind = _other_family(config)
+    kind = _other_family(config, library)
     if kind is not None:
         raise ModelError(f"{folder}: {kind}")
     try:
@@ -130,18 +138,30 @@ _FAMILIES = {
 }
 
 
-def _other_family(config: Mapping[str, object]) -> str | None:
+def _other_family(config: Mapping[str, object], library: Transformers) -> str | None:
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
     kind = next((kind for end, kind in _FAMILIES.items() if name.endswith(end)), None)
     if config.get("is_encoder_decoder"):
         kind = "an encoder-decoder model"
+    if kind is None and not name and not config.get("auto_map"):
+        kind = _other_type(config, library.models.auto.modeling_auto)
     if kind is None:
         return None
     return (
-        f"{printable(name, 60) or config.get('model_type')} is {kind}. KTO needs a causal (decoder-only) language model, as "
+        f"{printable(name or str(config.get('model_type')), 60)} is {kind}. KTO needs a causal (decoder-only) language model, as "
         "AutoModelForCausalLM loads it."
     )
+
+
+def _other_type(config: Mapping[str, object], auto: Transformers) -> str | None:
+    """Return what a configuration without `architectures` describes, if that is no causal language model."""
+    kind = str(config.get("model_type"))
+    if kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder"):
+        return "an encoder (a masked language model)"
+    if kind in auto.MODEL_MAPPING_NAMES and kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "not a language model of text alone"
+    return None
 
 
 def classes_used(model: Model, folder: Path) -> tuple[str, dict[str, str]]:

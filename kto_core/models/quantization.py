@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from torch import nn
+
 from offline_kto.kto_core.errors import ModelError, in_one_line, printable
 from offline_kto.kto_core.models.model_files import read_json_object
 from offline_kto.kto_core.models.weight_files import StoredTensor, is_packed, some
@@ -71,6 +73,14 @@ def check_quantization(
                 f"{path}: declares quantised weights, but config.json does not, so transformers would read them as "
                 f"unquantised. {USE_ANOTHER} If the weights are not quantised, remove this file."
             )
+
+
+def fits_four_bits(module: nn.Module) -> bool:
+    """Return whether bitsandbytes stores a layer's weight in 4 bits; it leaves stacked experts as they are.
+
+    transformers' `Conv1D` is GPT-2's linear layer. Both leave out the output layer.
+    """
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
 USE_ANOTHER = "Use the unquantised model, or one quantised with bitsandbytes."

@@ -13,6 +13,7 @@ from torch import nn
 
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.narrow_embedding import can_be_narrow
+from offline_kto.kto_core.models.quantization import fits_four_bits
 from offline_kto.train.model.token_budget import FEW_TOKENS, USED
 
 # The output layer's logits, library workspaces and the CUDA context.
@@ -24,7 +25,7 @@ _NARROW_MOMENTS = 2 + 8 / 256
 # bitsandbytes' NF4 with double quantisation: 4.127 bits.
 _FOUR_BITS = 4.127 / 8
 
-_LORA_RANK = 16
+LORA_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class ModelSize:
 
     Attributes:
         weights: all of them; tied ones count once.
-        matrices: those of linear layers inside of the decoder layers.
+        matrices: those of linear layers and stacked experts inside of the decoder layers.
+        packed: those of `matrices` that a quantised base has in 4 bits; stacked experts stay in 16.
         head: those of the output layer, if it is not also the embedding table.
         tables: those of plain embedding tables.
         adapters: those of LoRA adapters of rank 1 on all linear layers of the decoder.
@@ -43,6 +45,7 @@ class ModelSize:
 
     weights: int
     matrices: int
+    packed: int
     head: int
     tables: int
     adapters: int
@@ -106,6 +109,9 @@ def size_of(model: Model) -> ModelSize:
     return ModelSize(
         weights=sum(weight.numel() for weight in model.parameters()),
         matrices=sum(module.weight.numel() for module in linear) + sum(weight.numel() for weight in stacks),
+        packed=sum(
+            module.weight.numel() for module in model.modules() if fits_four_bits(module) and module is not head
+        ),
         head=0 if tied or head is None else head.weight.numel(),
         tables=sum(module.weight.numel() for module in model.modules() if can_be_narrow(module)),
         adapters=sum(module.in_features + module.out_features for module in linear),
@@ -117,14 +123,15 @@ def size_of(model: Model) -> ModelSize:
     )
 
 
-def needs_of(size: ModelSize, *, ranks: int = 8) -> list[Need]:
+def needs_of(size: ModelSize, *, ranks: int = 8, lora_rank: int = LORA_RANK) -> list[Need]:
     """Return what every recipe takes, from the most exact to the smallest.
 
     Args:
         ranks: number of GPUs of the sharded ones.
+        lora_rank: rank of the adapters.
     """
     wide = size.weights - size.narrow
-    adapters = _LORA_RANK * size.adapters
+    adapters = lora_rank * size.adapters
     # Autocast keeps a 16-bit copy of the matrices of the layers until the end of the backward pass.
     full = 16.0 * size.weights + 2 * size.matrices
     lean = (4 + _NARROW_MOMENTS) * size.narrow + 16 * wide
@@ -140,13 +147,13 @@ def needs_of(size: ModelSize, *, ranks: int = 8) -> list[Need]:
         Need("lean (--memory lean)", lean, **trained),
         Need("host (--memory host)", 4.0 * size.narrow + 8 * wide, **trained, on_host=12.0 * size.weights),
         Need(
-            f"LoRA (--lora-rank {_LORA_RANK})",
+            f"LoRA (--lora-rank {lora_rank})",
             2.0 * (size.matrices + size.head) + 4 * (wide + size.tables) + on_base,
             **lora,
         ),
         Need(
-            f"QLoRA (a 4-bit base, --lora-rank {_LORA_RANK})",
-            _FOUR_BITS * size.matrices + 2.0 * (size.weights - size.matrices) + on_base,
+            f"QLoRA (a 4-bit base, --lora-rank {lora_rank})",
+            _FOUR_BITS * size.packed + 2.0 * (size.weights - size.packed) + on_base,
             **lora,
         ),
         Need(f"full, FSDP2 on {ranks} GPUs", 16.0 * size.weights / ranks + _gathered(size, of_table=4), **trained),
