@@ -221,6 +221,18 @@ class TestCompiled:
         with pytest.raises(TrainingError, match="quantised weights"):
             compile_layers(model, Compiling())
 
+    def test_a_damaged_compile_cache_is_named(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def torn(graph: Any, inputs: Any) -> Any:
+            raise ImportError(f"{tmp_path}/kernel.so: file too short")
+
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        torch._dynamo.reset()
+        model = tiny_model("llama")
+        compile_layers(model, Compiling(torn))  # type: ignore[arg-type]
+        message = rf"compile cache is damaged.*file too short.*Delete the folder {tmp_path} "
+        with pytest.raises(TrainingError, match=message):
+            model(torch.ones(1, 4, dtype=torch.long), use_cache=False)
+
     def test_a_backend_that_fails_is_one_message(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(graph: Any, inputs: Any) -> Any:
             raise RuntimeError("no compiler here")

@@ -6,12 +6,14 @@ checkpoints and sharding see no difference.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ConfigError, TrainingError, said_by
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.scoring.model_code import family_of
@@ -83,9 +85,11 @@ def compile_layers(model: Model, compiling: Compiling) -> None:
             f"training: {TORCH_COMPILE}: this model family ({family_of(model)}) does not name its layers. Remove it from the table."
         )
     torch.compiler.config.recompile_limit = max(_VARIANTS, torch.compiler.config.recompile_limit)
-    for layer in layers:
-        if not isinstance(vars(layer).get("forward"), _Compiled):
-            layer.forward = _Compiled(layer.forward, compiling)
+    new = [layer for layer in layers if not isinstance(vars(layer).get("forward"), _Compiled)]
+    if new:
+        tell(f"compiling   {len(new)} layers with {compiling.backend}, when they first run; this may take minutes")
+    for layer in new:
+        layer.forward = _Compiled(layer.forward, compiling)
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -112,7 +116,32 @@ class _Compiled:
         try:
             return self._compiled(*args, **kwargs)
         except TorchDynamoException as error:
+            if is_of_damaged_cache(error):
+                raise TrainingError(_damaged_cache(error)) from error
             raise TrainingError(
                 f"training: {TORCH_COMPILE}: the backend {self._backend} cannot compile this model's layers: {said_by(error)}. Remove "
                 f"it from the table, or choose another {BACKEND}."
             ) from error
+
+
+# What the dynamic linker says of an incomplete library.
+_TORN = re.compile("file too short|invalid ELF header|file too small|truncated file|not a mach-o file", re.IGNORECASE)
+
+
+def is_of_damaged_cache(error: BaseException) -> bool:
+    """Return whether compiling failed because a file of the compile cache is incomplete, as an interrupted run leaves it."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, EOFError) or _TORN.search(str(found)):
+            return True
+        found = getattr(found, "inner_exception", None) or found.__cause__
+    return False
+
+
+def _damaged_cache(error: BaseException) -> str:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return (
+        f"training: {TORCH_COMPILE}: the compile cache is damaged, perhaps by an interrupted run: {said_by(error)}. Delete the folder "
+        f"{cache_dir()} and start again."
+    )
