@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from text_table import text_table
 from torch import Tensor
 
-from offline_kto.kto_core.models.precision import use_device
+from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.models.precision import resolve_device, use_device
 from offline_kto.kto_core.scoring import cuda_head
 from offline_kto.kto_core.scoring.cuda_head import tiled_logps
 from offline_kto.kto_core.scoring.head import selected_logps
@@ -199,20 +200,42 @@ def measure(case: Case, size: str, name: str, logps: Logps, step: str, repeats: 
     return Measured(size, name, step, took, flop / took / 1e9, peak, *errors)
 
 
+def _two_numbers(pair: str) -> tuple[int, int]:
+    first, second = pair.split("x")
+    return int(first), int(second)
+
+
+def _pairs(text: str) -> list[str]:
+    pairs = text.split(",")
+    try:
+        if all(min(_two_numbers(pair)) > 0 for pair in pairs):
+            return pairs
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected pairs of numbers such as 896x151936,64x512, got {text!r}")
+
+
+def _device(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    try:
+        return use_device(resolve_device(name))
+    except ModelError as error:
+        parser.error(f"{error} A quick test: --device cpu --tokens 64 --sizes 64x512")
+
+
 def main() -> None:
     """Measure all sizes, and print a table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=8192, help="completion tokens of a pass; default: 8192")
-    parser.add_argument("--sizes", default=SIZES, help=f"HIDDENxVOCABULARY,...; default: {SIZES}")
+    parser.add_argument("--sizes", type=_pairs, default=SIZES, help=f"HIDDENxVOCABULARY,...; default: {SIZES}")
     usual = f"{cuda_head.TILE_TOKENS}x{cuda_head.TILE_COLUMNS}"
-    parser.add_argument("--tiles", default=usual, help=f"TOKENSxCOLUMNS,...; default: {usual}")
+    parser.add_argument("--tiles", type=_pairs, default=usual, help=f"TOKENSxCOLUMNS,...; default: {usual}")
     parser.add_argument("--repeats", type=int, default=20, help="default: 20")
     given = parser.parse_args()
-    device, found = use_device(torch.device(given.device)), []
-    compared = variants(device, given.tiles.split(","))
-    for size in given.sizes.split(","):
-        hidden_size, vocabulary = map(int, size.split("x"))
+    device, found = _device(parser, given.device), []
+    compared = variants(device, given.tiles)
+    for size in given.sizes:
+        hidden_size, vocabulary = _two_numbers(size)
         case = Case(hidden_size, vocabulary, given.tokens, device)
         for name, logps in compared.items():
             found += [measure(case, size, name, logps, step, given.repeats) for step in PRODUCTS]

@@ -42,6 +42,7 @@ def option(
     yaml: bool = True,
     most: float | None = None,
     finite: bool = True,
+    hint: str = "",
 ) -> Any:
     """Return a dataclass field that is also a command-line option.
 
@@ -54,9 +55,10 @@ def option(
         yaml: whether a YAML file may set it (paths that name the run itself may not).
         most: the largest number allowed; for a whole number the default is the largest C integer.
         finite: whether a number must be finite.
+        hint: what to do if a word is not among the choices.
     """
     metadata: dict[str, Any] = {"help": help, "choices": choices, "metavar": metavar, "off": off, "yaml": yaml}
-    metadata.update(most=most, finite=finite)
+    metadata.update(most=most, finite=finite, hint=f" {hint}" if hint else "")
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -98,6 +100,7 @@ def _given(value: Any, allowed: tuple[type, ...], field: "dataclasses.Field[Any]
         if choices and value not in choices:
             raise ConfigError(
                 f"{name}: got {shown(value)!r}; choose one of {', '.join(choices)}.{nearest(value, list(choices))}"
+                f"{field.metadata['hint']}"
             )
         read = _reader(allowed)
         if read is not None:
@@ -383,6 +386,8 @@ def click_settings(config: type) -> list[tuple[list[str], dict[str, Any]]]:
             one["type"] = to_location
         elif metadata["choices"]:
             one["choices"] = list(metadata["choices"])
+            if metadata["hint"]:
+                one["hint"] = metadata["hint"]
         else:
             one["type"] = kind[0]
         if metadata["metavar"]:

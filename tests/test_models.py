@@ -348,9 +348,11 @@ def test_precision_names():
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "mps:7"])
+@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "mps:7", "mps", "meta"])
 def test_a_device_that_is_not_here_is_refused(name):
-    with pytest.raises(ModelError, match=rf"--device {name}: not available here"):
+    with pytest.raises(
+        ModelError, match=rf"--device {name}: not available here .*Expected auto, cpu, cuda, cuda:N or all"
+    ):
         resolve_device(name)
 
 

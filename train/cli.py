@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from offline_kto.kto_core.console import shown_lines
+from offline_kto.kto_core.console import shown_lines, warn
 from offline_kto.kto_core.errors import KTOError, printable
 from offline_kto.kto_core.launch import settle_launch, world_size
 from offline_kto.kto_core.options import click_settings, flag, resolve
@@ -44,6 +44,17 @@ class _Command(click.Command):
             ctx.exit(130)
 
 
+class _Choice(click.Choice[str]):
+    """One of several words; the error says what to do instead of another one."""
+
+    def __init__(self, choices: list[str], hint: str) -> None:
+        super().__init__(choices)
+        self._hint = hint
+
+    def get_invalid_choice_message(self, value: str, ctx: click.Context | None) -> str:
+        return f"{super().get_invalid_choice_message(value, ctx)}{self._hint}"
+
+
 class _SweepCommand(_Command):
     how_to_continue = "run the same command with the same --out to continue"
 
@@ -52,7 +63,7 @@ def _options(config: type) -> Callable[[Any], Any]:
     def add(command: Any) -> Any:
         for flags, settings in reversed(click_settings(config)):
             if "choices" in settings:
-                settings["type"] = click.Choice(settings.pop("choices"))
+                settings["type"] = _Choice(settings.pop("choices"), settings.pop("hint", ""))
             command = click.option(*flags, **settings)(command)
         return command
 
@@ -76,6 +87,24 @@ def _ready(ctx: click.Context, config: type[_Config], values: dict[str, Any], ya
     return resolved
 
 
+_OF_PLANNING = frozenset(["plan_memory", "lora_rank", "trust_remote_code"])
+
+
+def _plan_memory(ctx: click.Context, values: dict[str, Any], config: Path | None) -> None:
+    if values["lora_rank"] < 0:
+        raise click.UsageError(f"--lora-rank must be at least 1, got {values['lora_rank']}.", ctx)
+    others = ["--config"] if config is not None else []
+    others += [flag(name) for name in _given(ctx, values) if name not in _OF_PLANNING]
+    quiet_libraries()
+    from offline_kto.train.model.memory_by_recipe import LORA_RANK
+    from offline_kto.train.run.memory_table import print_memory
+
+    if others:
+        warn(f"{', '.join(others)}: of no effect; --plan-memory compares all recipes")
+    rank = values["lora_rank"] or LORA_RANK
+    print_memory(values["plan_memory"], lora_rank=rank, trust_remote_code=values["trust_remote_code"])
+
+
 _SETTINGS = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
 
 
@@ -96,10 +125,7 @@ def train(ctx: click.Context, /, config: Path | None, **values: Any) -> None:
     kto-train --cache refs/ --out runs/first
     """
     if values["plan_memory"] is not None:
-        quiet_libraries()
-        from offline_kto.train.run.memory_table import print_memory
-
-        print_memory(values["plan_memory"], trust_remote_code=values["trust_remote_code"])
+        _plan_memory(ctx, values, config)
         return
     if values["evaluate_only"] is not None:
         # Use the options of the run (its beta, its hold-out) unless the command line overrides them.

@@ -83,7 +83,12 @@ class TrainConfig:
         off="--no-balance",
     )
     dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
-    device: str = option(AUTO, "Device.", choices=(AUTO, "cpu", "cuda"))
+    device: str = option(
+        AUTO,
+        "Device.",
+        choices=(AUTO, "cpu", "cuda"),
+        hint="To train on one of several GPUs, set CUDA_VISIBLE_DEVICES to its number.",
+    )
     reduce_dtype: str = option(
         "float32",
         "Type in which gradients are added over several GPUs; bfloat16 halves the traffic and rounds each addition.",

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.errors import ModelError, printable, said_by
 from offline_kto.kto_core.launch import read_launch
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.models.narrow_embedding import NarrowEmbedding, can_be_narrow
@@ -63,13 +63,23 @@ def resolve_device(name: str) -> torch.device:
         return _own_gpu(name, here)
     try:
         device = torch.device("cuda" if name == ALL else name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
         if device.type != "cuda" or not here:
             torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"--device {name}: not available here ({str(error).splitlines()[0]}).") from error
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        raise ModelError(_not_available(name, error, here)) from error
     if device.index is not None and device.type == "cuda" and device.index >= here:
         raise ModelError(f"--device {name}: not available here ({here} GPU{'s' if here > 1 else ''}, counted from 0).")
     return device
+
+
+def _not_available(name: str, error: Exception, here: int) -> str:
+    gpus = "" if here else "; there is no CUDA GPU here, so leave it out or pass cpu"
+    said = said_by(error) or type(error).__name__
+    return (
+        f"--device {printable(name, 60)}: not available here ({said}). Expected auto, cpu, cuda, cuda:N or all{gpus}."
+    )
 
 
 def _own_gpu(name: str, here: int) -> torch.device:

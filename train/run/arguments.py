@@ -1,6 +1,7 @@
 """Build `transformers.TrainingArguments` from our options."""
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.training_args import OptimizerNames
 
 from offline_kto.kto_core.errors import ConfigError, in_one_line, nearest, shown
 from offline_kto.kto_core.launch import START_OR_UNSET, sharding_asked_for, unreachable, world_size
@@ -101,6 +103,7 @@ def training_arguments(
     Raises:
         ConfigError: an unknown key in that table, or a key that one of our options sets.
     """
+    _check_deepspeed()
     world = world_size()
     settings = {**_settings(config, out, precision, held_out=held_out, world=world), "run_name": name, **_table(config)}
     try:
@@ -119,6 +122,14 @@ def training_arguments(
     _check_optimizer(args)
     _check_reporters(args, config)
     return args
+
+
+def _check_deepspeed() -> None:
+    if "DeepSpeed" in sharding_asked_for() and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "ACCELERATE_USE_DEEPSPEED is true in the environment (accelerate launch sets it), but deepspeed is not installed. "
+            "Run pip install deepspeed, use FSDP2, or unset the variable."
+        )
 
 
 def _settings(config: TrainConfig, out: Path, precision: Precision, *, held_out: bool, world: int) -> dict[str, object]:
@@ -196,8 +207,21 @@ def _table(config: TrainConfig) -> dict[str, object]:
             raise ConfigError(f"training: {name} has no effect: {_NO_EFFECT[name]}. Remove it from the table.")
     check_table(config.training, "training:")
     _check_kinds(config.training)
+    _check_words(config)
     Compiling.of(config.training)  # layers are compiled by `compile_layers`; the Trainer would wrap the model
     return {name: value for name, value in config.training.items() if name not in (TORCH_COMPILE, BACKEND, MODE)}
+
+
+def _check_words(config: TrainConfig) -> None:
+    """Check the optimizer's name, and that TF32 is asked for where a GPU computes."""
+    known, optimizer = [one.value for one in OptimizerNames], config.training.get("optim")
+    if isinstance(optimizer, str) and optimizer not in known:
+        near = nearest(optimizer, known)
+        raise ConfigError(f"training: optim: transformers has no optimizer {shown(optimizer)!r}.{near}")
+    if config.training.get("tf32") and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError(
+            "training: tf32: only NVIDIA GPUs compute in TF32, and this run is on a CPU. Remove it from the table."
+        )
 
 
 def _check_kinds(table: dict[str, object]) -> None:
