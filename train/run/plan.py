@@ -7,7 +7,7 @@ import torch
 
 from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.errors import printable
-from offline_kto.kto_core.launch import gpus_sharing_weights
+from offline_kto.kto_core.launch import gpus_sharing_weights, world_size
 from offline_kto.kto_core.models.memory_check import gigabytes
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.train.config import TrainConfig
@@ -50,13 +50,20 @@ def print_plan(
         tell(line)
     adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
     tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
-    for line in _memory_lines(config, files, precision, device):
+    for line in _memory_lines(config, files, precision):
         tell(line)
     tell(f"attention   {files.attention.in_words}")
     if tf32_suffices(config, precision, device, data.rows.manifest):
         tell(
             "products    TF32: finer than bfloat16, in which the cache was scored (training: {tf32: false} for float32)"
         )
+    if world_size() > 1:
+        tell(f"gradients   added over {world_size()} processes in {config.reduce_dtype}")
+    elif config.reduce_dtype != "float32":
+        warnings = [
+            *warnings,
+            f"--reduce-dtype {config.reduce_dtype} has no effect: one process adds no gradients over GPUs",
+        ]
     loss = "" if config.loss == "kto" else f"loss {config.loss}, "
     tell(
         f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
@@ -92,10 +99,10 @@ def _judgement_lines(config: TrainConfig, data: TrainingData) -> list[str]:
     return lines
 
 
-def _memory_lines(config: TrainConfig, files: PolicyFiles, precision: Precision, device: torch.device) -> list[str]:
-    """Return what training keeps of each weight, where that is a question."""
+def _memory_lines(config: TrainConfig, files: PolicyFiles, precision: Precision) -> list[str]:
+    """Return what training keeps of each weight, where that is known."""
     gpus, weights = gpus_sharing_weights(), files.sizes.parameters
-    if gpus is None or not weights or (device.type == "cpu" and config.memory == "full"):
+    if gpus is None or not weights:
         return []
     needed = training_bytes(files.sizes, config, precision, gpus=gpus)
     how = f"--lora-rank {config.lora_rank}" if config.lora_rank else f"--memory {config.memory}"
