@@ -168,6 +168,8 @@ class TestChoiceOfTheUser:
             ("flash", {"device": CUDA}, "pip install flash-attn"),
             (VARLEN, {"device": CUDA, "precision": FULL}, "does not compute in float32; pass --dtype bfloat16"),
             ("sdpaa", {}, "--attention sdpaa: LlamaForCausalLM cannot use it: .*sdpa"),
+            ("nosuch", {}, r"Pass auto, sdpa, flash, flex, varlen, or a kernel on the hub \(org/name\)\.$"),
+            ("", {}, "--attention: is empty. Pass auto"),
             ("someone/kernel", {}, "--attention someone/kernel: LlamaForCausalLM cannot use it"),
             ("\x1b[31m", {}, r"--attention \\x1b\[31m: "),
         ],

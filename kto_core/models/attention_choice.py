@@ -42,6 +42,8 @@ _HUB_KERNELS = {
     "kernels-community/flash-attn2": 8,
 }
 
+_KNOWN = "Pass auto, sdpa, flash, flex, varlen, or a kernel on the hub (org/name)"
+
 _NOT_INSTALLED = (
     "flash attention is not installed (pip install flash-attn, or pip install kernels and --attention "
     "kernels-community/flash-attn3)"
@@ -98,6 +100,8 @@ def choose_attention(
     if device.type == "cuda":
         deprioritize_cudnn_attention()
     own = str(shape.config._attn_implementation)
+    if not asked.strip():
+        raise ModelError(f"--attention: is empty. {_KNOWN}.")
     if asked == AUTO:
         kernel, why = _automatic(shape, own, settings, device, precision, library)
     elif asked == FLASH:
@@ -191,6 +195,8 @@ def _why_not(
         with attention_set_to(shape, kernel):
             used = str(shape.config._attn_implementation)
     except Exception as error:  # noqa: BLE001 (the library, a kernel from the hub, or the model's own code)
+        if "/" not in kernel and kernel not in ("eager", *library.AttentionInterface().valid_keys()):
+            return f"{type(shape).__name__} cannot use it: there is no such attention. {_KNOWN}"
         return f"{type(shape).__name__} cannot use it: {printable(in_one_line(error), 300)}"
     # Where the package of a flash attention is missing, the library may use a kernel from the hub in its place.
     if used != kernel and not (is_flash(used) and is_flash(kernel)):
