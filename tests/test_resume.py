@@ -319,6 +319,7 @@ class TestOptions:
             ({"lora_rank": 4, "lora_alpha": 8.0}, {"lora_rank": 4, "lora_alpha": 64.0}, "--lora-alpha 8.0, not 64.0"),
             ({"lora_rank": 4}, {"lora_rank": 4, "lora_alpha": 8.0}, []),
             ({}, {"weight_decay": 0.1}, "--weight-decay 0.0, not 0.1"),
+            ({"learning_rate": 2e-5}, {}, "--learning-rate 2e-05, not 1e-06"),
             ({}, {"seed": 3}, "--seed 0, not 3"),
             ({"eval_seed": 0}, {}, []),
             ({}, {"scheduler": "cosine"}, "--scheduler constant, not cosine"),

@@ -29,6 +29,9 @@ OF_EVALUATION = frozenset(
     ]
 )
 
+# What --learning-rate auto is. Adapters start at zero and take about ten times the rate of full fine-tuning.
+USUAL_RATE, USUAL_RATE_OF_LORA = 1e-6, 2e-5
+
 _UPDATES = 2**31 - 1  # more than any run makes
 _SEEDS = 2**32 - 1  # numpy's
 
@@ -52,7 +55,9 @@ class TrainConfig:
     undesirable_weight: float | str = option(1.0, "Weight of undesirable rows; auto balances the classes.")
     humanline_low: float = option(-1.0, "Least log-ratio of a token under --loss humanline, nats.", finite=False)
     humanline_high: float = option(1.5, "Greatest log-ratio of a token under --loss humanline, nats.", finite=False)
-    learning_rate: float = option(1e-6, "Peak learning rate.", most=1)
+    learning_rate: float | str = option(
+        AUTO, f"Peak learning rate; auto is {USUAL_RATE:g} for all weights and {USUAL_RATE_OF_LORA:g} for LoRA.", most=1
+    )
     epochs: float = option(1.0, "Passes over the training rows.", most=1_000_000)
     max_steps: int | None = option(None, "Stop after N updates.", metavar="N")
     batch_size: int = option(32, "Rows in one update, over all devices.")
@@ -150,14 +155,20 @@ class TrainConfig:
         self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0, eval_seed=0)
         if self.desirable_weight == 0 and self.undesirable_weight == 0:
             raise ConfigError("--desirable-weight and --undesirable-weight are both 0, so there is nothing to learn.")
-        for name in ("beta", "learning_rate", "epochs", "lora_alpha"):
+        for name in ("desirable_weight", "undesirable_weight", "learning_rate"):
             value = getattr(self, name)
+            if isinstance(value, str) and value != AUTO:
+                raise ConfigError(f"{flag(name)} must be a number or auto, got {value!r}.")
+        for name, value in (
+            ("beta", self.beta),
+            ("learning_rate", self.peak_rate),
+            ("epochs", self.epochs),
+            ("lora_alpha", self.lora_alpha),
+        ):
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{flag(name)} must be above 0, got {value}.")
         for name in ("desirable_weight", "undesirable_weight"):
             value = getattr(self, name)
-            if isinstance(value, str) and value != AUTO:
-                raise ConfigError(f"{flag(name)} must be a number or auto, got {value!r}.")
             if not isinstance(value, str) and not 0 <= value < float("inf"):
                 raise ConfigError(f"{flag(name)} must not be negative, got {value}.")
         if self.memory != "full" and self.evaluate_only is None:
@@ -179,6 +190,13 @@ class TrainConfig:
                     raise ConfigError(f"{flag(name)} needs held-out rows: give --eval-fraction 0.1 or --eval-cache.")
         if self.resume and self.out is None:
             raise ConfigError("--resume needs --out, the folder of the run to resume.")
+
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate, with `auto` resolved for the weights that are trained."""
+        if isinstance(self.learning_rate, str):
+            return USUAL_RATE_OF_LORA if self.lora_rank else USUAL_RATE
+        return self.learning_rate
 
     def _check_pairs(self) -> None:
         if self.batch_size % 2:

@@ -54,9 +54,13 @@ def make_folder(out: Path | None, parent: str) -> Path:
 
 
 def config_text(config: TrainConfig) -> str:
-    """Return the YAML that `kto-train --config` accepts: all options that are set, except those that identify a run."""
+    """Return the YAML that `kto-train --config` accepts: all options that are set, except those that identify a run.
+
+    The learning rate is a number, whatever `auto` will mean in a later version.
+    """
     names = {field.name for field in dataclasses.fields(config) if field.metadata["yaml"]}
-    return yaml_without_secrets({k: v for k, v in as_plain(config).items() if k in names and v not in (None, {})})
+    values = {**as_plain(config), "learning_rate": config.peak_rate}
+    return yaml_without_secrets({k: v for k, v in values.items() if k in names and v not in (None, {})})
 
 
 def yaml_without_secrets(values: dict[str, object]) -> str:

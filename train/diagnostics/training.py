@@ -102,7 +102,7 @@ class Settings:
         return cls(
             loss=config.loss,
             beta=config.beta,
-            learning_rate=config.learning_rate,
+            learning_rate=config.peak_rate,
             desirable_weight=weights[0],
             undesirable_weight=weights[1],
             desirable_rows=rows[0],

@@ -128,7 +128,7 @@ def _settings(config: TrainConfig, out: Path, precision: Precision, *, held_out:
         # The number of rows of a rank; micro-batches are formed inside `training_step`.
         "per_device_train_batch_size": math.ceil(config.batch_size / world),
         "gradient_accumulation_steps": 1,
-        "learning_rate": config.learning_rate,
+        "learning_rate": config.peak_rate,
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps or -1,
         "lr_scheduler_type": _scheduler(config),

@@ -9,6 +9,7 @@ from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.launch import gpus_sharing_weights
 from offline_kto.kto_core.models.memory_check import gigabytes
 from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.options import AUTO
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.data.training_data import TrainingData
@@ -54,12 +55,16 @@ def print_plan(
             "products    TF32: finer than bfloat16, in which the cache was scored (training: {tf32: false} for float32)"
         )
     loss = "" if config.loss == "kto" else f"loss {config.loss}, "
-    tell(
-        f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
-    )
+    tell(f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, {_rate_in_words(config)}")
     tell(f"run         {out}")
     for line in (*files.warnings, *warnings):
         warn(line)
+
+
+def _rate_in_words(config: TrainConfig) -> str:
+    """Return the learning rate, and why it is that one where nobody chose it."""
+    why = f" (auto for {'LoRA' if config.lora_rank else 'all weights'})" if config.learning_rate == AUTO else ""
+    return f"learning rate {config.peak_rate:g}{why}"
 
 
 def _memory_lines(config: TrainConfig, files: PolicyFiles, precision: Precision, device: torch.device) -> list[str]:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from offline_kto.kto_core.errors import ConfigError, shown
-from offline_kto.kto_core.options import as_plain, flag
-from offline_kto.train.config import TrainConfig
+from offline_kto.kto_core.options import AUTO, as_plain, flag
+from offline_kto.train.config import USUAL_RATE, USUAL_RATE_OF_LORA, TrainConfig
 from offline_kto.train.run_records import ComputedWith, RunRecord
 
 
@@ -119,6 +119,8 @@ def _effective(options: dict[str, object]) -> dict[str, object]:
     rank, alpha = options.get("lora_rank"), options.get("lora_alpha")
     if isinstance(rank, int):
         options["lora_alpha"] = (alpha or 2 * rank) if rank else None
+    if options.get("learning_rate") == AUTO:
+        options["learning_rate"] = USUAL_RATE_OF_LORA if rank else USUAL_RATE
     if options.get("eval_seed") is None:
         options["eval_seed"] = options.get("seed")
     return options
