@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from offline_kto.kto_core.config_paths import absolute, located
 from offline_kto.kto_core.errors import ConfigError, nearest, shown
 from offline_kto.kto_core.locations import to_location
 from offline_kto.kto_core.yaml_files import named_file, read_yaml
@@ -42,6 +43,8 @@ def option(
     yaml: bool = True,
     most: float | None = None,
     finite: bool = True,
+    may_be_path: Callable[[str], bool] | None = None,
+    options_of: type | None = None,
 ) -> Any:
     """Return a dataclass field that is also a command-line option.
 
@@ -54,12 +57,19 @@ def option(
         yaml: whether a YAML file may set it (paths that name the run itself may not).
         most: the largest number allowed; for a whole number the default is the largest C integer.
         finite: whether a number must be finite.
+        may_be_path: of a text that is a path or a name: whether a value can be a path.
+        options_of: the command whose options a table holds.
     """
     metadata: dict[str, Any] = {"help": help, "choices": choices, "metavar": metavar, "off": off, "yaml": yaml}
-    metadata.update(most=most, finite=finite)
+    metadata.update(most=most, finite=finite, may_be_path=may_be_path, options_of=options_of)
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def folder_or_name(text: str) -> bool:
+    """Return that a text may be a path: `may_be_path` of what is a folder here or has that name on the hub."""
+    return True
 
 
 # Libraries keep counts in C integers: a larger one is a mistake, and would end in their OverflowError.
@@ -198,6 +208,8 @@ def resolve(
 ) -> ConfigT:
     """Build a config from the command line (given options only), then YAML, then defaults.
 
+    Paths in the YAML are relative to its folder.
+
     Args:
         foreign: whether the YAML is in an untrusted folder.
 
@@ -205,13 +217,47 @@ def resolve(
         ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or one that
             the config itself refuses.
     """
-    values = dict(_yaml_values(config, named_file(yaml_path), foreign)) if yaml_path else {}
+    values = {}
+    if yaml_path:
+        path = named_file(yaml_path)
+        values = checked_values(config, read_yaml(path, foreign=foreign), str(path))
+        values = _located(config, {k: v for k, v in values.items() if k not in command_line}, path)
     values.update(command_line)
     return config(**values)
 
 
-def _yaml_values(config: type, path: Path, foreign: bool) -> Mapping[str, Any]:
-    return checked_values(config, read_yaml(path, foreign=foreign), str(path))
+def _located(config: type, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    def change(value: Any, key: str, or_name: bool) -> Any:
+        return located(value, path.parent, where=f"{path}: {key}", or_name=or_name)
+
+    return _with_paths(config, values, change)
+
+
+def with_absolute_paths(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of options for a file that may be read from any folder: their paths are absolute."""
+    return _with_paths(config, values, lambda value, _, or_name: absolute(value, or_name=or_name))
+
+
+def _with_paths(config: type, values: Mapping[str, Any], change: Callable[[Any, str, bool], Any]) -> dict[str, Any]:
+    """Return values of options with `change(path, key, or_name)` for each path, also in tables of other options."""
+    fields, kinds = {field.name: field for field in dataclasses.fields(config)}, value_types(config)
+
+    def changed(value: Any, key: str) -> Any:
+        field = fields.get(key.replace("-", "_"))
+        metadata = {} if field is None else field.metadata
+        if field is None or value is None:
+            return value
+        if metadata.get("options_of") and isinstance(value, Mapping):
+            return _with_paths(metadata["options_of"], value, change)
+        if isinstance(value, list):  # values of a search
+            return [changed(one, key) for one in value]
+        may_be_path = metadata.get("may_be_path")
+        is_path = Path in kinds[field.name]
+        if not isinstance(value, str | Path) or not (is_path or (may_be_path and may_be_path(str(value)))):
+            return value
+        return change(value, key, not is_path)
+
+    return {key: changed(value, shown(key)) for key, value in values.items()}
 
 
 def checked_values(config: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:

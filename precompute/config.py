@@ -7,7 +7,7 @@ from pathlib import Path
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.feedback.template_settings import NOT_FOR_DATA
 from offline_kto.kto_core.locations import Location
-from offline_kto.kto_core.options import AUTO, check_options, option, parse_settings
+from offline_kto.kto_core.options import AUTO, check_options, folder_or_name, option, parse_settings
 
 BACKENDS = (AUTO, "transformers", "vllm")
 PAIRINGS = ("shuffled", "rotate")
@@ -19,15 +19,20 @@ DTYPES = (AUTO, "float32", "bfloat16", "float16")
 class PrecomputeConfig:
     """The options of `kto-precompute`."""
 
-    model: str = option("", "The reference: a local folder or a hub id.", metavar="MODEL")
+    model: str = option("", "The reference: a local folder or a hub id.", metavar="MODEL", may_be_path=folder_or_name)
     data: str = option(
-        "", "Feedback: JSONL, JSON, CSV or Parquet (.gz too), a dataset folder or a hub id.", metavar="FILE"
+        "",
+        "Feedback: JSONL, JSON, CSV or Parquet (.gz too), a dataset folder or a hub id.",
+        metavar="FILE",
+        may_be_path=folder_or_name,
     )
     out: Location = option(
         Path("refs"), "Folder of the reference cache, or its URL (s3://, gs://, hf://).", metavar="DIR"
     )
     backend: str = option(AUTO, "Engine that scores.", choices=BACKENDS)
-    adapter: str | None = option(None, "PEFT adapter to merge into the reference.", metavar="DIR")
+    adapter: str | None = option(
+        None, "PEFT adapter to merge into the reference.", metavar="DIR", may_be_path=folder_or_name
+    )
     revision: str | None = option(None, "Commit, tag or branch of a hub model.")
     max_length: int = option(1024, "Tokens in prompt and completion together; longer completions are cut.")
     dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
@@ -63,7 +68,10 @@ class PrecomputeConfig:
     up: str | None = option(None, "Desirable values, such as like or '>=4', separated by commas.", metavar="VALUE,...")
     down: str | None = option(None, "Undesirable values, such as dislike or '<=2'.", metavar="VALUE,...")
     map: str | None = option(
-        None, "How to read the file: a mapping (YAML), or the name of a format.", metavar="FILE|NAME"
+        None,
+        "How to read the file: a mapping (YAML), or the name of a format.",
+        metavar="FILE|NAME",
+        may_be_path=lambda text: bool(Path(text).suffix) or Path(text).parent != Path(),
     )
     split: str = option("train", "Split to read, if the data have several.")
     on_bad_row: str = option("error", "Stop at defective rows, or leave them out.", choices=("error", "skip"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.locations import Location
-from offline_kto.kto_core.options import AUTO, check_options, flag, option
+from offline_kto.kto_core.options import AUTO, check_options, flag, folder_or_name, option
 from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 
 METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
@@ -45,7 +45,10 @@ class TrainConfig:
     )
     out: Path | None = option(None, "Run folder.  [default: runs/ and the time]", metavar="DIR", yaml=False)
     model: str | None = option(
-        None, "Policy to start from.  [default: the model the cache was scored with]", metavar="MODEL"
+        None,
+        "Policy to start from.  [default: the model the cache was scored with]",
+        metavar="MODEL",
+        may_be_path=folder_or_name,
     )
     loss: str = option(
         "kto", "Loss; humanline is KTO with limited token log-ratios; dpo, ipo and slic need pairs.", choices=LOSSES

@@ -12,7 +12,7 @@ import yaml
 from offline_kto.kto_core.durable_files import write_json
 from offline_kto.kto_core.errors import ConfigError, printable, said_by
 from offline_kto.kto_core.foreign_files import MEGABYTE, check_kinds, open_foreign, read_foreign
-from offline_kto.kto_core.options import as_plain
+from offline_kto.kto_core.options import as_plain, with_absolute_paths
 from offline_kto.kto_core.redaction import secret_names, without_secrets
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run_records import RunRecord
@@ -56,10 +56,11 @@ def make_folder(out: Path | None, parent: str) -> Path:
 def config_text(config: TrainConfig) -> str:
     """Return the YAML that `kto-train --config` accepts: all options that are set, except those that identify a run.
 
-    The learning rate is a number, whatever `auto` will mean in a later version.
+    The learning rate is a number, whatever `auto` will mean in a later version, and paths are absolute, because those in a
+    config file are relative to its folder.
     """
     names = {field.name for field in dataclasses.fields(config) if field.metadata["yaml"]}
-    values = {**as_plain(config), "learning_rate": config.peak_rate}
+    values = with_absolute_paths(TrainConfig, {**as_plain(config), "learning_rate": config.peak_rate})
     return yaml_without_secrets({k: v for k, v in values.items() if k in names and v not in (None, {})})
 
 

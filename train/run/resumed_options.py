@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from offline_kto.kto_core.errors import ConfigError, shown
-from offline_kto.kto_core.options import AUTO, as_plain, flag
+from offline_kto.kto_core.options import AUTO, as_plain, flag, with_absolute_paths
 from offline_kto.train.config import USUAL_RATE, USUAL_RATE_OF_LORA, TrainConfig
 from offline_kto.train.run_records import ComputedWith, RunRecord
 
@@ -71,7 +71,8 @@ def compare_options(config: TrainConfig, started: Mapping[str, object], where: P
     """
     if not isinstance(started.get("training", {}), dict):
         raise ConfigError(f"--resume {where}: in its config.yaml, training: is not a table. Start a new run.")
-    before, now = _effective({**as_plain(TrainConfig()), **started}), _effective(as_plain(config))
+    before = _effective({**as_plain(TrainConfig()), **started})
+    now = _effective(with_absolute_paths(TrainConfig, as_plain(config)))  # as config.yaml has them
     tables = _table(now), _table(before)
     _compare_training(*tables, where)
     for name in sorted(FIXED, key=list(now).index):

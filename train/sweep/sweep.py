@@ -29,7 +29,7 @@ from offline_kto.kto_core.errors import ConfigError, TrainingError, printable
 from offline_kto.kto_core.launch import settle_launch, world_size
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.lock import LOCK, only_writer
-from offline_kto.kto_core.options import as_plain
+from offline_kto.kto_core.options import as_plain, with_absolute_paths
 from offline_kto.kto_core.redaction import hidden_url, without_secrets
 from offline_kto.kto_core.streams import is_terminal
 from offline_kto.kto_core.yaml_files import named_file
@@ -71,6 +71,9 @@ def sweep(config: SweepConfig, *, yaml_path: Path | None = None) -> Path:
             "kto-sweep starts its own processes, one for each trial at a time; run it without torchrun, with --workers."
         )
     settle_launch()
+    # sweep.yaml repeats the sweep from any folder.
+    tables = with_absolute_paths(SweepConfig, {"space": config.space, "train": config.train})
+    config = dataclasses.replace(config, **tables)
     trials = _trials(config, yaml_path)
     out = make_folder(config.out, "sweeps")
     try:
@@ -107,7 +110,8 @@ def _check_folder(out: Path) -> None:
 
 
 def _write_config(config: SweepConfig, out: Path) -> None:
-    values = {k: v for k, v in as_plain(config).items() if k != "out" and v not in (None, {})}
+    values = with_absolute_paths(SweepConfig, as_plain(config))
+    values = {k: v for k, v in values.items() if k != "out" and v not in (None, {})}
     if config.storage:
         values["storage"] = hidden_url(config.storage)
     write_text(out / SWEEP, yaml_without_secrets(values))
