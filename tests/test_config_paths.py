@@ -104,3 +104,12 @@ def test_a_linked_folder_is_left_by_its_own_parent(project: Path) -> None:
     (project / "elsewhere").symlink_to(project / "configs/own")
     (project / "elsewhere/my.yaml").write_text("cache: ../refs\n")
     assert resolve(TrainConfig, {}, yaml_path=Path("elsewhere/my.yaml")).cache == project / "configs/refs"
+
+
+@pytest.mark.usefixtures("project")
+def test_scoring_reads_its_options_as_training_does() -> None:
+    values = {"model": "org/name", "data": "org/feedback", "max-length": 512, "kl_partners": 2}
+    config = read(PrecomputeConfig, values, max_length=256)
+    assert (config.max_length, config.kl_partners, config.dtype) == (256, 2, "auto")  # command line, YAML, default
+    with pytest.raises(ConfigError, match=r"my\.yaml: unknown key 'max_lenght'\. Did you mean 'max_length'\?"):
+        read(PrecomputeConfig, {"max_lenght": 512})
