@@ -137,6 +137,9 @@ class TrainConfig:
         metavar="RUN",
         yaml=False,
     )
+    dry_run: bool = option(
+        False, "Stop after the plan: check cache, policy and options; train and write nothing.", yaml=False
+    )
     plan_memory: str | None = option(
         None,
         "Do not train: print the memory that training a model takes, by recipe, from its config.json alone.",

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -33,10 +34,24 @@ MOST_REWARDS, _LARGEST_REWARDS, _LARGEST_COLUMNS = 100_000_000, 8192 * MEGABYTE,
 
 
 def make_folder(out: Path | None, parent: str) -> Path:
-    """Create and return the folder of a new run or sweep: `out`, or a folder in `parent` named after the current time.
+    """Create and return the folder of a new run or sweep; see `name_folder`.
 
     Raises:
         ConfigError: a file, a URL, or not writable.
+    """
+    out = name_folder(out, parent)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error}.") from error
+    return out
+
+
+def name_folder(out: Path | None, parent: str) -> Path:
+    """Return `out`, or a folder in `parent` named after the current time; create nothing.
+
+    Raises:
+        ConfigError: a file, a URL, or in a folder that does not allow it.
     """
     if out is None:
         out = Path(parent) / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -46,11 +61,15 @@ def make_folder(out: Path | None, parent: str) -> Path:
         )
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error}.") from error
+    above = folder_above(out)
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out}: cannot be written: {above} is a file, or does not allow it.")
     return out
+
+
+def folder_above(out: Path) -> Path:
+    """Return `out` if it exists, or else the nearest folder above it that does."""
+    return next(folder for folder in (out, *out.absolute().parents) if folder.exists())
 
 
 def config_text(config: TrainConfig) -> str:

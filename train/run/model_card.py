@@ -98,7 +98,7 @@ def command_of(config: TrainConfig) -> str:
     default = as_plain(TrainConfig())
     words = ["kto-train"]
     for name, value in as_plain(config).items():
-        if value == default[name] or name in ("resume", "training"):
+        if value == default[name] or name in ("resume", "dry_run", "training"):
             continue
         if isinstance(value, bool):
             words.append(flag(name) if value else "--no-" + name.replace("_", "-"))

@@ -30,7 +30,8 @@ LOGGED = _names(
 )
 FREE = _names(
     # Compared elsewhere: the cache by content, the precision as resolved, and `training` key by key.
-    "cache out dtype training max_tokens gradient_checkpointing save_steps logging_steps report_to resume evaluate_only plan_memory "
+    "cache out dtype training max_tokens gradient_checkpointing save_steps logging_steps report_to resume evaluate_only dry_run "
+    "plan_memory "
     "allow_different_policy"
 )
 

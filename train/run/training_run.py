@@ -57,6 +57,72 @@ _MAX_TOKENS_CPU = 1024
 _FEW_TOKENS = 4096
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A run whose policy is not loaded yet.
+
+    Attributes:
+        checkpoint: the checkpoint to resume from, or None.
+        warnings: the warnings of the plan, on the process that prints.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    precision: Precision
+    objective: Objective
+    args: Arguments
+    files: PolicyFiles
+    checkpoint: str | None
+    warnings: list[str]
+
+    @classmethod
+    def make(
+        cls, config: TrainConfig, out: Path, data: TrainingData, materials: Materials, name: str | None = None
+    ) -> "Plan":
+        """Check options, policy and checkpoint, and print the plan. Write nothing.
+
+        Args, Raises: as `TrainingRun.set_up`.
+        """
+        device = resolve_device(config.device)
+        precision = run_precision(config, device)
+        objective = Objective.of(config, class_weight_values(config, *data.class_counts))
+        warnings: list[str] = []
+        args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
+        check_sharding(config, args)
+        files = materials.files(config, data.rows.manifest)
+        now: ComputedWith = {
+            "precision": precision.name,
+            "versions": versions(),
+            "held_out_cache": data.held_out_cache,
+        }
+        main = args.process_index == 0
+        checkpoint = last_checkpoint(config, out, data.rows.manifest, now, main=main)
+        if main:
+            warnings += data.warnings(config, precision)
+            warnings += _rank_warnings(config, data, ranks=args.world_size, device=device)
+            warnings += _saving_warnings(config, merges=bool(config.lora_rank and files.adapter))
+            warnings += _idle_gpu_warnings(args)
+            warnings += warnings_for(config, *data.class_counts, objective.weights)
+            print_plan(config, data, files, precision, objective, out, device, warnings)
+            if config.resume:
+                tell(f"resume      {checkpoint or 'no checkpoint yet: starting from the beginning'}")
+        return cls(config, device, precision, objective, args, files, checkpoint, warnings)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return bool(self.args.process_index == 0)
+
+    def check(self) -> None:
+        """Check what loading the policy would, as far as that takes no weights.
+
+        Raises:
+            ModelError, TrainingError: see `PolicyFiles.check_trainable`.
+        """
+        whole_fits = self.device.type == "cuda" and not sharding_asked_for()
+        self.files.check_trainable(self.config, self.precision, self.args.device if whole_fits else torch.device("cpu"))
+
+
 @dataclass
 class TrainingRun:
     """A training run, ready to train.
@@ -100,30 +166,10 @@ class TrainingRun:
         Raises:
             KTOError: the user's input cannot be used.
         """
-        device = resolve_device(config.device)
-        precision = run_precision(config, device)
-        objective = Objective.of(config, class_weight_values(config, *data.class_counts))
-        warnings: list[str] = []
-        args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
-        check_sharding(config, args)
-        files = materials.files(config, data.rows.manifest)
-        main = args.process_index == 0
-        now: ComputedWith = {
-            "precision": precision.name,
-            "versions": versions(),
-            "held_out_cache": data.held_out_cache,
-        }
-        checkpoint = last_checkpoint(config, out, data.rows.manifest, now, main=main)
-        if main:
+        plan = Plan.make(config, out, data, materials, name)
+        device, precision, args, files, objective = plan.device, plan.precision, plan.args, plan.files, plan.objective
+        if plan.is_main:
             remove_leftovers(out)
-            warnings += data.warnings(config, precision)
-            warnings += _rank_warnings(config, data, ranks=args.world_size, device=device)
-            warnings += _saving_warnings(config, merges=bool(config.lora_rank and files.adapter))
-            warnings += _idle_gpu_warnings(args)
-            warnings += warnings_for(config, *data.class_counts, objective.weights)
-            print_plan(config, data, files, precision, objective, out, device, warnings)
-            if config.resume:
-                tell(f"resume      {checkpoint or 'no checkpoint yet: starting from the beginning'}")
         # A sharded model may not fit on one device; sharding moves each rank's part to its device.
         whole_fits = device.type == "cuda" and not sharding_asked_for()
         model = materials.model(files, config, precision, args.device if whole_fits else torch.device("cpu"))
@@ -142,7 +188,18 @@ class TrainingRun:
             callbacks.append(transformers.EarlyStoppingCallback(config.early_stopping))
         trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks)
         run = cls(
-            config, out, data, files, precision, objective, trainer, settings, console, checkpoint, warnings, name
+            config,
+            out,
+            data,
+            files,
+            precision,
+            objective,
+            trainer,
+            settings,
+            console,
+            plan.checkpoint,
+            plan.warnings,
+            name,
         )
         trainer.add_callback(_Steps(run))
         return run
