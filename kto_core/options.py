@@ -18,7 +18,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -204,26 +204,41 @@ def _plain_types(hint: Any) -> tuple[type, ...]:
 
 
 def resolve(
-    config: type[ConfigT], command_line: Mapping[str, Any], *, yaml_path: Path | None = None, foreign: bool = False
+    config: type[ConfigT],
+    command_line: Mapping[str, Any],
+    *,
+    yaml_path: Path | None = None,
+    foreign: bool = False,
+    begun_with: Path | None = None,
 ) -> ConfigT:
     """Build a config from the command line (given options only), then YAML, then defaults.
 
-    Paths in the YAML are relative to its folder.
+    Paths in a YAML are relative to its folder.
 
     Args:
         foreign: whether the YAML is in an untrusted folder.
+        begun_with: YAML of work that is continued, in an untrusted folder; its options come before the defaults.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or one that
             the config itself refuses.
     """
-    values = {}
+    values = dict(command_line)
     if yaml_path:
-        path = named_file(yaml_path)
-        values = checked_values(config, read_yaml(path, foreign=foreign), str(path))
-        values = _located(config, {k: v for k, v in values.items() if k not in command_line}, path)
-    values.update(command_line)
+        values.update(_yaml_values(config, named_file(yaml_path), foreign, without=values))
+    if begun_with:
+        values.update(_yaml_values(config, begun_with, foreign=True, without={*values, *ASKED_AGAIN}))
     return config(**values)
+
+
+# Options that work in an untrusted folder cannot set: whoever continues it has to give them again.
+ASKED_AGAIN = frozenset({"trust_remote_code"})
+
+
+def _yaml_values(config: type, path: Path, foreign: bool, *, without: Collection[str]) -> dict[str, Any]:
+    """Return the checked values of a YAML file, without those of options that are given elsewhere."""
+    values = checked_values(config, read_yaml(path, foreign=foreign), str(path))
+    return _located(config, {name: value for name, value in values.items() if name not in without}, path)
 
 
 def _located(config: type, values: Mapping[str, Any], path: Path) -> dict[str, Any]:

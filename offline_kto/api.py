@@ -239,7 +239,11 @@ def _config(kind: type[ConfigT], options: dict[str, Any]) -> ConfigT:
             raise ConfigError(
                 f"{kind.__name__} has no option {shown(name)!r}.{nearest(name, known)} Known: {', '.join(known)}."
             )
-    return resolve(kind, options, yaml_path=None if yaml_path is None else Path(yaml_path))
+    from offline_kto.train.run_files import begun_with
+
+    return resolve(
+        kind, options, yaml_path=None if yaml_path is None else Path(yaml_path), begun_with=begun_with(options)
+    )
 
 
 def _of_run(given: dict[str, Any]) -> "TrainConfig":

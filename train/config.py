@@ -130,7 +130,11 @@ class TrainConfig:
     save_steps: int = option(500, "Write a checkpoint every N updates; 0 for none.")
     logging_steps: int = option(1, "Log metrics every N updates.")
     report_to: str = option("none", "Trackers: tensorboard, wandb, trackio, mlflow ..., separated by commas.")
-    resume: bool = option(False, "Resume from the last checkpoint in --out.", yaml=False)
+    resume: bool = option(
+        False,
+        "Resume from the last checkpoint in --out; options that are not given are those that its run was started with.",
+        yaml=False,
+    )
     evaluate_only: Path | None = option(
         None,
         "Do not train: evaluate a finished run on its held-out rows, or on the rows of another --cache that it was not trained on.",

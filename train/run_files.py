@@ -5,8 +5,9 @@ import datetime
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -81,6 +82,19 @@ def config_text(config: TrainConfig) -> str:
     names = {field.name for field in dataclasses.fields(config) if field.metadata["yaml"]}
     values = with_absolute_paths(TrainConfig, {**as_plain(config), "learning_rate": config.peak_rate})
     return yaml_without_secrets({k: v for k, v in values.items() if k in names and v not in (None, {})})
+
+
+def begun_with(given: Mapping[str, Any]) -> Path | None:
+    """Return the config.yaml of the run that `--resume` continues; None if nothing has begun in `--out`.
+
+    Args:
+        given: options of the command line, or of a Python call.
+    """
+    if not given.get("resume") or given.get("out") is None:
+        return None
+    path = Path(given["out"]) / CONFIG
+    # Without its record a folder is not a run's; its config.yaml may be anything.
+    return path if path.is_file() and (path.parent / RUN_RECORD).is_file() else None
 
 
 def yaml_without_secrets(values: dict[str, object]) -> str:
