@@ -45,6 +45,7 @@ def option(
     finite: bool = True,
     may_be_path: Callable[[str], bool] | None = None,
     options_of: type | None = None,
+    synonyms: Mapping[str, str] | None = None,
 ) -> Any:
     """Return a dataclass field that is also a command-line option.
 
@@ -59,9 +60,11 @@ def option(
         finite: whether a number must be finite.
         may_be_path: of a text that is a path or a name: whether a value can be a path.
         options_of: the command whose options a table holds.
+        synonyms: other words for some of the choices.
     """
     metadata: dict[str, Any] = {"help": help, "choices": choices, "metavar": metavar, "off": off, "yaml": yaml}
     metadata.update(most=most, finite=finite, may_be_path=may_be_path, options_of=options_of)
+    metadata["synonyms"] = {word: name for word, name in (synonyms or {}).items() if name in (choices or ())}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -70,6 +73,16 @@ def option(
 def folder_or_name(text: str) -> bool:
     """Return that a text may be a path: `may_be_path` of what is a folder here or has that name on the hub."""
     return True
+
+
+# The other names of types; each option takes those of its choices.
+OTHER_NAMES_OF_TYPES = {
+    "fp32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
 
 
 # Libraries keep counts in C integers: a larger one is a mistake, and would end in their OverflowError.
@@ -105,6 +118,7 @@ def _given(value: Any, allowed: tuple[type, ...], field: "dataclasses.Field[Any]
     if isinstance(value, Mapping) and str in allowed and dict not in allowed:
         value = json.dumps(value)
     if isinstance(value, str):
+        value = field.metadata["synonyms"].get(value, value)
         if choices and value not in choices:
             raise ConfigError(
                 f"{name}: got {shown(value)!r}; choose one of {', '.join(choices)}.{nearest(value, list(choices))}"
@@ -316,6 +330,7 @@ def _coerce(value: Any, allowed: tuple[type, ...], where: str, field: "dataclass
             return float(value)
     elif isinstance(value, str):
         choices = field.metadata.get("choices")
+        value = field.metadata.get("synonyms", {}).get(value, value)
         if choices and value not in choices:
             raise ConfigError(
                 f"{where}: got {shown(value)!r}; choose one of {', '.join(choices)}.{nearest(value, list(choices))}"
@@ -443,7 +458,8 @@ def click_settings(config: type) -> list[tuple[list[str], dict[str, Any]]]:
         elif Path in kind and str in kind:
             one["type"] = to_location
         elif metadata["choices"]:
-            one["choices"] = list(metadata["choices"])
+            one["choices"] = [*metadata["choices"], *metadata["synonyms"]]
+            one["metavar"] = f"[{'|'.join(metadata['choices'])}]"
         else:
             one["type"] = kind[0]
         if metadata["metavar"]:

@@ -7,7 +7,14 @@ from pathlib import Path
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.feedback.template_settings import NOT_FOR_DATA
 from offline_kto.kto_core.locations import Location
-from offline_kto.kto_core.options import AUTO, check_options, folder_or_name, option, parse_settings
+from offline_kto.kto_core.options import (
+    AUTO,
+    OTHER_NAMES_OF_TYPES,
+    check_options,
+    folder_or_name,
+    option,
+    parse_settings,
+)
 
 BACKENDS = (AUTO, "transformers", "vllm")
 PAIRINGS = ("shuffled", "rotate")
@@ -35,7 +42,12 @@ class PrecomputeConfig:
     )
     revision: str | None = option(None, "Commit, tag or branch of a hub model.")
     max_length: int = option(1024, "Tokens in prompt and completion together; longer completions are cut.")
-    dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
+    dtype: str = option(
+        AUTO,
+        "Precision; auto is bfloat16 on a GPU and float32 on a CPU. bf16, fp16 and fp32 are understood.",
+        choices=DTYPES,
+        synonyms=OTHER_NAMES_OF_TYPES,
+    )
     device: str = option(
         AUTO,
         "auto, cpu, cuda, cuda:N, or all: every GPU of one process shares one model. auto does that if the model does not "

@@ -9,6 +9,8 @@ import yaml
 from offline_kto.kto_core.errors import ConfigError, nearest
 from offline_kto.kto_core.options import as_plain, click_settings, flag, number_or_auto, option, resolve, value_types
 from offline_kto.kto_core.yaml_files import read_yaml
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,24 @@ def test_flags_and_their_settings():
     assert settings["--shuffle/--no-shuffle"]["is_flag"] is True
     assert settings["--overwrite"]["is_flag"] is True
     assert "[default: off]" in settings["--overwrite"]["help"]
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("fp32", "float32"), ("float", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"), ("half", "float16")],
+)
+def test_types_have_other_names(tmp_path, word, name):
+    assert PrecomputeConfig(dtype=word).dtype == name
+    (tmp_path / "my.yaml").write_text(f"save_dtype: {word}\n")
+    assert resolve(TrainConfig, {}, yaml_path=tmp_path / "my.yaml").save_dtype == name
+    if name == "float16":  # no precision of training
+        with pytest.raises(ConfigError, match="choose one of auto, float32, bfloat16"):
+            TrainConfig(dtype=word)
+    else:
+        assert TrainConfig(dtype=word).dtype == name
+    settings = {flags[0]: one for flags, one in click_settings(PrecomputeConfig)}
+    assert word in settings["--dtype"]["choices"]
+    assert settings["--dtype"]["metavar"] == "[auto|float32|bfloat16|float16]"
 
 
 def test_number_or_auto():

@@ -721,11 +721,16 @@ class TestBestModel:
         results.kept(first)
         results.finish()
         assert json.loads((results.out / "best/run.json").read_text())["trial"] == 0
+        said = capsys.readouterr().out
+        assert f"model       {results.out / 'best'}" in said
+        assert "next" not in said  # the best model is there: nothing has to be trained again
         results.keep(second, self.with_loss(0.4))
         results.kept(second)  # whose model somebody removed
         results.finish()
         assert (results.out / "best/run.json").exists()
-        assert "best model  missing; retrain it with best.yaml" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "best model  missing; retrain it with best.yaml" in said
+        assert f"next        kto-train --config {results.out / 'best.yaml'}" in said
         monkeypatch.setattr("offline_kto.train.sweep.results.socket.gethostname", lambda: "another")
         results.finish()
         assert f"best model  kept by the sweep that trained it, on {here}: {results.out}" in capsys.readouterr().out

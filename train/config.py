@@ -5,7 +5,7 @@ from pathlib import Path
 
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.locations import Location
-from offline_kto.kto_core.options import AUTO, check_options, flag, folder_or_name, option
+from offline_kto.kto_core.options import AUTO, OTHER_NAMES_OF_TYPES, check_options, flag, folder_or_name, option
 from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 
 METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
@@ -82,12 +82,18 @@ class TrainConfig:
         "Keep both classes in every batch, at the data's ratio. Without --shuffle rows keep the file's order.",
         off="--no-balance",
     )
-    dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
+    dtype: str = option(
+        AUTO,
+        "Precision; auto is bfloat16 on a GPU and float32 on a CPU. bf16 and fp32 are understood.",
+        choices=DTYPES,
+        synonyms=OTHER_NAMES_OF_TYPES,
+    )
     device: str = option(AUTO, "Device.", choices=(AUTO, "cpu", "cuda"))
     reduce_dtype: str = option(
         "float32",
         "Type in which gradients are added over several GPUs; bfloat16 halves the traffic and rounds each addition.",
         choices=REDUCE_DTYPES,
+        synonyms=OTHER_NAMES_OF_TYPES,
     )
     attention: str = option(
         AUTO,
@@ -126,6 +132,7 @@ class TrainConfig:
         "float16 the model has half the size, and a weight that training moved by less than about 0.2 % (0.02 %) falls back "
         "to its old value.",
         choices=SAVE_DTYPES,
+        synonyms=OTHER_NAMES_OF_TYPES,
     )
     save_steps: int = option(500, "Write a checkpoint every N updates; 0 for none.")
     logging_steps: int = option(1, "Log metrics every N updates.")

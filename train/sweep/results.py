@@ -190,7 +190,10 @@ class Results:
         tell(f"best        trial {best.number}: {self._shown(best.value)}  {_words(best.params)}")
         if failed:
             tell(f"failed      {failed:,} trials; {RESULTS} lists the reasons")
-        tell(f"next        kto-train --config {shlex.quote(str(self.out / BEST_OPTIONS))} --out runs/best")
+        if self._is_of(self.out / BEST, best):
+            tell(f"model       {self.out / BEST}")
+        else:  # it is on another machine, or was lost
+            tell(f"next        kto-train --config {shlex.quote(str(self.out / BEST_OPTIONS))} --out runs/best")
         tell(f"report      {report}")
         tell(f"wrote       {self.out}")
 
