@@ -675,7 +675,8 @@ class TestBestModel:
     def model_of(results: Results, trial: Trial) -> Path:
         folder = results.out / "trials" / f"{trial.number:04d}" / "model"
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"trial": trial.number}))
+        record = {"trial": trial.number, "fingerprint": read_manifest(results.config.cache).fingerprint}
+        (folder / "run.json").write_text(json.dumps(record))
         return folder
 
     def trials(self, results: Results, count: int) -> list[Trial]:
