@@ -33,7 +33,7 @@ precompute.records precompute.parts train.run_files
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
 precompute.feedback
 precompute.plan precompute.store train.trainer train.report
-precompute.scoring precompute.plan_page train.run
+precompute.scoring precompute.plan_page precompute.estimates train.run
 precompute.pipeline precompute.inspect_cache train.sweep
 precompute.run
 precompute.cli train.cli

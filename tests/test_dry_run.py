@@ -80,6 +80,33 @@ def test_the_policy_is_checked_without_its_weights(config: TrainConfig, tmp_path
         train(replace(config, model=str(other)))
 
 
+def test_time_is_that_of_a_run_like_this_one(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planned(**change: object) -> str:
+        capsys.readouterr()
+        train(replace(config, **change))  # type: ignore[arg-type]
+        lines = capsys.readouterr().out.splitlines()
+        assert any(line.startswith("memory      --memory full: ") and "activations" in line for line in lines)
+        assert any(line.startswith("disk        ") and line.endswith(" free") for line in lines)
+        return next(line for line in lines if line.startswith("time  "))
+
+    assert planned() == (
+        "time        unknown: no run like this one was measured here; the line of the first updates shows the time left"
+    )
+    run = train(replace(config, dry_run=False, save_steps=0, out=tmp_path / "runs/before"))
+    final = json.loads((run / "run.json").read_text())["final"]
+    seconds = final["seconds_per_update"]
+    assert seconds > 0
+    assert f"at {seconds:.3g} s an update as in {run}" in planned(max_steps=100, seed=5, learning_rate=1e-4)
+    for other in ({"batch_size": 4}, {"max_tokens": 77}, {"eval_fraction": 0.3}):
+        assert "unknown" in planned(**other)
+    record = json.loads((run / "run.json").read_text())
+    record["final"]["computed_on"] = "8 x NVIDIA H100"
+    (run / "run.json").write_text(json.dumps(record))
+    assert "unknown" in planned()
+
+
 def test_a_run_that_is_there_is_not_planned_over(config: TrainConfig) -> None:
     run = train(replace(config, dry_run=False, save_steps=1))
     before = everything_in(run)

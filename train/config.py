@@ -1,5 +1,6 @@
 """Declare the options of `kto-train` and their defaults, which are defined nowhere else."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,6 +215,10 @@ class TrainConfig:
         if isinstance(self.learning_rate, str):
             return USUAL_RATE_OF_LORA if self.lora_rank else USUAL_RATE
         return self.learning_rate
+
+    def updates(self, rows: int) -> int:
+        """Return the number of updates of a run on that many training rows."""
+        return self.max_steps or math.ceil(math.ceil(rows / self.batch_size) * self.epochs)
 
     def _check_pairs(self) -> None:
         if self.batch_size % 2:

@@ -96,11 +96,15 @@ class FinalUpdate(TypedDict, total=False):
         step: int; the update whose model was kept.
         updates: int; updates made.
         shift: float, reward; the running mean that bco compares with, absent for other losses.
+        seconds_per_update: float; in the process that made the last one, evaluations and checkpoints included; for later plans.
+        computed_on: str; number and name of the devices.
     """
 
     step: int
     updates: int
     shift: float
+    seconds_per_update: float
+    computed_on: str
 
 
 class TrainedWith(TypedDict, total=False):

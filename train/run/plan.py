@@ -1,6 +1,5 @@
 """Print the plan of a run."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.training_memory import host_bytes, training_bytes
+from offline_kto.train.run.estimates import disk_in_words, time_in_words
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.tensor_float import tf32_suffices
 
@@ -36,11 +36,17 @@ def print_plan(
     out: Path,
     device: torch.device,
     warnings: list[str],
+    *,
+    estimates: bool,
 ) -> None:
-    """Print how the policy is trained, and what the user is warned of."""
+    """Print how the policy is trained, what that will take, and what the user is warned of.
+
+    Args:
+        estimates: whether to estimate time and disk; a sweep does that for all its trials.
+    """
     desirable, undesirable = data.class_counts
     kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights"
-    steps = config.max_steps or math.ceil(math.ceil(data.units.size / config.batch_size) * config.epochs)
+    steps = config.updates(data.units.size)
     weights = objective.weights
     tell(
         f"labels      {desirable:,} desirable (weight {weights[0]:.4g}), {undesirable:,} undesirable (weight {weights[1]:.4g})"
@@ -56,6 +62,9 @@ def print_plan(
         )
     loss = "" if config.loss == "kto" else f"loss {config.loss}, "
     tell(f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, {_rate_in_words(config)}")
+    if estimates:
+        tell(f"time        {time_in_words(config, out, data.rows.manifest, precision, device, steps)}")
+        tell(f"disk        {disk_in_words(config, files, out, steps, evaluates=data.held_out is not None)}")
     tell(f"run         {out}")
     for line in (*files.warnings, *warnings):
         warn(line)
@@ -68,9 +77,9 @@ def _rate_in_words(config: TrainConfig) -> str:
 
 
 def _memory_lines(config: TrainConfig, files: PolicyFiles, precision: Precision, device: torch.device) -> list[str]:
-    """Return what training keeps of each weight, where that is a question."""
+    """Return what training keeps of each weight; nothing if that is unknown."""
     gpus, weights = gpus_sharing_weights(), files.sizes.parameters
-    if gpus is None or not weights or (device.type == "cpu" and config.memory == "full"):
+    if gpus is None or not weights:
         return []
     needed = training_bytes(files.sizes, config, precision, gpus=gpus)
     how = f"--lora-rank {config.lora_rank}" if config.lora_rank else f"--memory {config.memory}"
@@ -78,4 +87,4 @@ def _memory_lines(config: TrainConfig, files: PolicyFiles, precision: Precision,
     each = f"{needed / weights:.3g} bytes a weight{f' on each of {gpus} GPUs' if gpus > 1 else ''}"
     on_host = host_bytes(files.sizes, config)
     beside = f", and {gigabytes(on_host)} of host memory" if on_host else ""
-    return [f"memory      {how}: {gigabytes(needed)} for {what} ({each}){beside}"]
+    return [f"memory      {how}: {gigabytes(needed)} for {what} ({each}){beside}; activations are added to it"]

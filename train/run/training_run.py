@@ -30,6 +30,7 @@ from offline_kto.train.model.recipe import run_precision, saved_type
 from offline_kto.train.model.saved_model import Layout, ModelWriter
 from offline_kto.train.run.arguments import Arguments, accepted_by_trainer, training_arguments
 from offline_kto.train.run.callbacks import Console, MetricsFile
+from offline_kto.train.run.estimates import computed_on
 from offline_kto.train.run.folder import last_checkpoint, write_start
 from offline_kto.train.run.inputs import Materials
 from offline_kto.train.run.model_card import CARD, command_of, write_card
@@ -103,7 +104,8 @@ class Plan:
             warnings += _saving_warnings(config, merges=bool(config.lora_rank and files.adapter))
             warnings += _idle_gpu_warnings(args)
             warnings += warnings_for(config, *data.class_counts, objective.weights)
-            print_plan(config, data, files, precision, objective, out, device, warnings)
+            estimates = name is None  # only trials of a sweep have names
+            print_plan(config, data, files, precision, objective, out, device, warnings, estimates=estimates)
             if config.resume:
                 tell(f"resume      {checkpoint or 'no checkpoint yet: starting from the beginning'}")
         return cls(config, device, precision, objective, args, files, checkpoint, warnings)
@@ -134,6 +136,7 @@ class TrainingRun:
         warnings: the warnings of the plan, on the process that prints.
         name: name of the run; None for the folder's name.
         checked: whether policy and cache have been compared before, with these materials.
+        resumed_at: number of updates that were made before this process began.
     """
 
     config: TrainConfig
@@ -149,6 +152,7 @@ class TrainingRun:
     warnings: list[str]
     name: str | None = None
     checked: bool = False
+    resumed_at: int = 0
 
     @classmethod
     def set_up(
@@ -274,6 +278,7 @@ class TrainingRun:
         seen = np.flatnonzero(steps >= 0)
         write_rewards(self.out / REWARDS, self.data, seen, logratios[seen], scores)
         final: FinalUpdate = {"step": trainer.final_step, "updates": trainer.state.global_step}
+        final.update(self._speed())
         if trainer.shift is not None:
             final["shift"] = trainer.shift.mean
         write_run_record(self.out, {**read_run_record(self.out), "final": final})
@@ -283,6 +288,15 @@ class TrainingRun:
         found["fingerprint"] = self.data.rows.manifest.fingerprint
         write_json(self.out / EVALUATION, found)
         return found
+
+    def _speed(self) -> FinalUpdate:
+        """Return the time of an update, for the plans of later runs; nothing if this process made none."""
+        state = self.trainer.state
+        updates = state.global_step - self.resumed_at
+        seconds = next((log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log), None)
+        if seconds is None or updates < 1:
+            return {}
+        return {"seconds_per_update": seconds / updates, "computed_on": computed_on(self.trainer.args.device)}
 
     def save_model(self, out: Path) -> None:
         """Save model, tokenizer and model card in a folder; called on every rank.
@@ -325,6 +339,7 @@ class TrainingRun:
         """Compare policy and cache, and write the first files; called on every rank once the model is prepared."""
         trainer = self.trainer
         transformers.utils.logging.disable_progress_bar()  # the bars of file writing would break the live line
+        self.resumed_at = trainer.state.global_step
         trainer.prepare_to_train()
         if self.is_main and trainer.meter is not None:
             tell(f"memory      --max-tokens {trainer.policy.max_tokens} (measured)")

@@ -75,6 +75,11 @@ class Results:
         }
         self._write()
 
+    def seconds_of_trials(self) -> list[float]:
+        """Return how long each complete trial took."""
+        records = [record for record in self.study.records() if record.state == "complete"]
+        return [seconds for record in records if (seconds := record.result.get("seconds"))]
+
     def is_best(self, ended: Ended) -> bool:
         """Return whether a trial is better than all that ended before, here or on another machine."""
         value = self._value(ended)
