@@ -448,6 +448,10 @@ class TestTrialsThatFail:
         assert "scored      20 rows of 20, dropped: none; cut at 1024 tokens: 0 completions, 0 mismatched" in said
         assert re.search(r"^rows        \d+ to train on, \d+ held out$", said, re.MULTILINE)
         assert "warning     every trial with loss dpo will fail: " in said
+        assert "updates     3 in each trial" in said
+        assert "time        unknown until the first trial ends" in said
+        sweep(replace(config, cache=tmp_path / "good", space={"loss": ["kto", "dpo"]}, out=out))
+        assert "time        none" in capsys.readouterr().out
         warnings = json.loads((out / "sweep.json").read_text())["warnings"]
         assert [line[:20] for line in warnings] == ["every trial with los", "every training row i"]
         assert "Every training row is desirable" in (out / "report.html").read_text()
