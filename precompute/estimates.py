@@ -25,7 +25,7 @@ def estimates(plan: Plan, counts: PlanCounts, reference: Reference, *, backend: 
             "memory",
             f"{weights} for the weights ({reference.precision.name}); the passes of --max-tokens are added to it",
         ),
-        ("disk", f"at most {gigabytes(_cache_bytes(plan))} for the cache{_free(out)}"),
+        ("disk", f"about {gigabytes(_cache_bytes(plan))} for the cache before compression{_free(out)}"),
         ("time", _time(manifest_in(out), counts, reference, backend)),
     ]
 

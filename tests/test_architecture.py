@@ -18,7 +18,7 @@ SCRIPTS = ("kto-precompute", "kto-train", "kto-cache", "kto-sweep", "kto-report"
 # Rooms from the ground up: a module imports from its own room and from those in lines above its own. Modules that stand
 # directly in a package are rooms of their own.
 LAYERS = """
-kto_core.redaction kto_core.library_types kto_core.out_of_memory
+kto_core.redaction kto_core.library_types kto_core.out_of_memory kto_core.judgements
 kto_core.errors
 kto_core.console
 kto_core.foreign_files kto_core.locations kto_core.streams kto_core.launch kto_core.hashing kto_core.durable_files
@@ -33,7 +33,8 @@ precompute.records precompute.parts train.run_files
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
 precompute.feedback
 precompute.plan precompute.store train.trainer train.report
-precompute.scoring precompute.plan_page precompute.estimates train.run
+precompute.scoring precompute.judgement_page precompute.estimates train.run
+precompute.plan_page
 precompute.pipeline precompute.inspect_cache train.sweep
 precompute.run
 precompute.cli train.cli
@@ -44,6 +45,7 @@ ONLY_IN = {
     "click": {"precompute/cli.py", "train/cli.py"},
     "vllm": {"precompute/engines/vllm_scorer.py"},
     "peft": {"train/model/lora.py"},
+    "nltk": {"precompute/feedback/agreement.py"},
     "optuna": {"train/sweep/study.py"},
     "liger_kernel": {"train/trainer/liger_layers.py"},
     "triton": {"kto_core/scoring/head_tiles_triton.py"},

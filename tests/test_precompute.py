@@ -209,9 +209,9 @@ def count_scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = TransformersScorer.score
 
-    def counting(self: Any, sequences: Any, **options: Any) -> Any:
+    def counting(self: Any, sequences: Any, *listener: Any, **options: Any) -> Any:
         calls.append(len(sequences))
-        return real(self, sequences, **options)
+        return real(self, sequences, *listener, **options)
 
     monkeypatch.setattr(TransformersScorer, "score", counting)
     return calls
@@ -460,7 +460,7 @@ def test_the_plan_says_what_scoring_takes(
         len(row["prompt_ids"]) + 2 * (len(row["completion_ids"]) + sum(map(len, row["kl_completion_ids"])))
         for row in scored(tmp_path / "refs")
     ]
-    assert f"disk at most {gigabytes(4 * sum(values))} for the cache; " in first
+    assert f"disk about {gigabytes(4 * sum(values))} for the cache before compression; " in first
     run = read_manifest(tmp_path / "refs").run
     rate = f"{run['tokens_per_second']:,.0f} tokens/s as in the cache in --out"
     assert (
