@@ -141,6 +141,33 @@ def status(run: Run) -> str:
     return "finished" if run.finished else "running" if run.running else "unfinished"
 
 
+@dataclass(frozen=True)
+class VerdictWords:
+    """A verdict: its kind for the style sheet, its headline, and the sentences below it."""
+
+    kind: str
+    headline: str
+    text: str
+
+
+def verdict(run: Run) -> VerdictWords | None:
+    """Return whether a run made its model better; None if it has not ended, or is of a version without verdicts."""
+    found = mapping(run.evaluation.get("verdict"))
+    outcome, reason, advice = (printable(str(found.get(name) or "")) for name in ("outcome", "reason", "next"))
+    if outcome in ("better", "no difference", "worse"):
+        than = "from" if outcome == "no difference" else "than"
+        text = f"{_sentence(reason)} (95 % interval, paired.) Next: {advice}."
+        return VerdictWords(outcome.replace(" ", "-"), f"{outcome.capitalize()} {than} before training.", text)
+    if run.finished and not run.evaluation and run.last("eval/loss") is None:
+        text = "No rows were held out. --eval-fraction 0.1 holds out a tenth of the prompts."
+        return VerdictWords("unknown", "Not known whether it is better than before training.", text)
+    return None
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def summary(run: Run) -> str:
     """Summarize a run in one line."""
     if not run.records and not run.evaluation:

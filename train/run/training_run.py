@@ -22,6 +22,7 @@ from offline_kto.kto_core.scoring.output_layer import whole_shape
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.training_data import TrainingData
+from offline_kto.train.diagnostics.outcome import Tried
 from offline_kto.train.diagnostics.settings import class_weight_values, warnings_for
 from offline_kto.train.diagnostics.training import Settings, Watch
 from offline_kto.train.loss_traits import LOSS_TRAITS
@@ -37,12 +38,13 @@ from offline_kto.train.run.optimizer import check_sharding, own_optimizer
 from offline_kto.train.run.plan import print_plan
 from offline_kto.train.run.rewards_file import write_rewards
 from offline_kto.train.run.start_check import check_start, tolerance_for
-from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
+from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, UNTRAINED, read_run_record, write_run_record
 from offline_kto.train.run_records import ComputedWith, EvaluationRecord, FinalUpdate, RunRecord
 from offline_kto.train.trainer.checkpoints import reading
 from offline_kto.train.trainer.compiled_layers import Compiling, compile_layers
 from offline_kto.train.trainer.evaluation import summary
 from offline_kto.train.trainer.gradient_sums import BUCKET_BYTES, Sending
+from offline_kto.train.trainer.held_out_changes import load_untrained, save_untrained
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
 from offline_kto.train.trainer.liger_layers import check_liger_supports
 from offline_kto.train.trainer.memory import Meter, meter_of
@@ -162,6 +164,7 @@ class TrainingRun:
         if self.checkpoint is not None:
             with reading(Path(self.checkpoint)):
                 trainer.row_logratios.load(Path(self.checkpoint))
+                self._load_changes(Path(self.checkpoint))
         try:
             with one_memory_error(), tf32_products(self._tf32):
                 trainer.train(resume_from_checkpoint=self.checkpoint)
@@ -184,6 +187,28 @@ class TrainingRun:
         trainer.stop_if_weights_not_finite("model")
         if self._saved_type is not None and not self._merges:
             trainer.round_weights(self._saved_type)
+
+    def _load_changes(self, checkpoint: Path) -> None:
+        """Load the scores that later evaluations of a resumed run are compared with."""
+        trainer, held_out = self.trainer, self.data.held_out
+        if held_out is None or not self.is_main:
+            return
+        of_reference = trainer.scores.untrained(held_out)
+        known = self._starts_as_reference
+        trainer.changes.untrained = of_reference if known else load_untrained(self.out / UNTRAINED, of_reference)
+        trainer.changes.load(checkpoint, of_reference)
+
+    @property
+    def _starts_as_reference(self) -> bool:
+        """Whether the untrained policy is the cached reference, so that its scores need no pass."""
+        return not self.config.allow_different_policy
+
+    def _begin_held_out(self) -> None:
+        """Log the values of the untrained policy, and keep its scores if they cannot be computed again."""
+        changes = self.trainer.changes
+        self.trainer.log_untrained(is_reference=self._starts_as_reference)
+        if self.is_main and changes.untrained is not None and not self._starts_as_reference:
+            save_untrained(self.out / UNTRAINED, changes.untrained)
 
     @property
     def _tf32(self) -> bool:
@@ -222,18 +247,24 @@ class TrainingRun:
         write_run_record(self.out, {**read_run_record(self.out), "final": final})
         if scores is None:
             return None
-        found = summary(scores, self.objective, trainer.final_step)
+        found = summary(scores, self.objective, trainer.final_step, trainer.changes.untrained, self._tried)
         found["fingerprint"] = self.data.rows.manifest.fingerprint
         write_json(self.out / EVALUATION, found)
         return found
 
+    @property
+    def _tried(self) -> Tried:
+        history = self.trainer.state.log_history
+        margins = (log["rewards/margins"] for log in reversed(history) if "rewards/margins" in log)
+        return Tried(learning_rate=self.config.learning_rate, training_margin=next(margins, None))
+
     def save_model(self, out: Path) -> None:
-        """Save model, tokenizer and model card in a folder; called on every rank.
+        """Save model and tokenizer in a folder; called on every rank.
 
         Raises:
             TrainingError: it cannot be written.
         """
-        trainer, files, config = self.trainer, self.files, self.config
+        trainer = self.trainer
         with unfinished(out, "model", main=self.is_main) as folder:
             if self._merges:
                 self._save_with_reference_adapter(folder)
@@ -242,10 +273,16 @@ class TrainingRun:
                 trainer.save_in(folder, self._saved_type)
             if self.is_main:
                 publish_model(folder, out)
-        if self.is_main:
-            history = trainer.state.log_history
-            title = self.name or out.resolve().name
-            write_card(out / CARD, title, config, self.data.rows.manifest, files, self.objective.weights, history)
+
+    def write_card(self, out: Path, found: EvaluationRecord | None) -> None:
+        """Write the model card into the folder of the saved model.
+
+        Args:
+            found: content of evaluation.json; None without held-out rows.
+        """
+        title = self.name or out.resolve().name
+        manifest, history = self.data.rows.manifest, self.trainer.state.log_history
+        write_card(out / CARD, title, self.config, manifest, self.files, self.objective.weights, history, found=found)
 
     def _save_with_reference_adapter(self, folder: Path) -> None:
         """Save the merged model, or a single adapter if the reference's adapter is kept beside quantised weights.
@@ -289,6 +326,7 @@ class TrainingRun:
             self._check_policy()
         if self.is_main:
             write_start(self.config, self.out, self.record())
+        self._begin_held_out()
 
     def _check_policy(self) -> None:
         allow = self.config.allow_different_policy

@@ -36,6 +36,7 @@ from offline_kto.train.trainer.evaluation import Scores, held_out_metrics
 from offline_kto.train.trainer.finite_checks import FiniteChecks
 from offline_kto.train.trainer.gradient_passes import GradientPasses
 from offline_kto.train.trainer.gradient_sums import Sending
+from offline_kto.train.trainer.held_out_changes import HeldOutChanges
 from offline_kto.train.trainer.lean_layers import can_halve_activations, halve_activations, restore_layers
 from offline_kto.train.trainer.memory import Meter, peak_memory_mb, peak_reserved_mb, state_bytes
 from offline_kto.train.trainer.objective import Objective
@@ -77,6 +78,7 @@ class KTOTrainer(transformers.Trainer):
         policy: the model with its token budget.
         meter: measures memory; None if the token budget is given.
         held_out_scores: scores of the current model; None before they are computed.
+        changes: of held-out values in the run.
         final_step: the update that the final model comes from; 0 before it is known.
     """
 
@@ -116,6 +118,7 @@ class KTOTrainer(transformers.Trainer):
         self.finite_checks = FiniteChecks(self.policy, learning_rate=args.learning_rate)
         self.row_logratios = RowLogratios(len(rows))
         self.held_out_scores: Scores | None = None
+        self.changes = HeldOutChanges(objective)
         self.final_step = 0
         if objective.traits.needs_shift:
             self.add_callback(RunningShift())
@@ -254,12 +257,26 @@ class KTOTrainer(transformers.Trainer):
         if self.held_out is None:
             raise TrainingError("No held-out rows: give --eval-fraction or --eval-cache.")
         self.held_out_scores = scores = self._score_held_out(self.held_out)
-        metrics = {
-            f"{metric_key_prefix}_{name}": value for name, value in held_out_metrics(scores, self.objective).items()
-        }
+        values = held_out_metrics(scores, self.objective)
+        changes = self.changes.add(scores, values["loss"]) if self.is_world_process_zero() else {}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (values | changes).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def log_untrained(self, *, is_reference: bool) -> None:
+        """Log the held-out metrics of the untrained policy; called on every rank.
+
+        Args:
+            is_reference: whether the policy is the model that the cache was scored with, so that its scores are known.
+        """
+        if self.held_out is None:
+            return
+        scores = self.scores.untrained(self.held_out) if is_reference else self._score_held_out(self.held_out)
+        self.changes.untrained = scores
+        values = held_out_metrics(scores, self.objective)
+        self.changes.add(scores, values["loss"])
+        self.log({f"eval_{name}": value for name, value in values.items()})
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best = bool(super()._determine_best_metric(metrics, trial))
@@ -341,6 +358,8 @@ class KTOTrainer(transformers.Trainer):
             checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             rename_best(self.state, checkpoint, out, main=main)
             self.row_logratios.save(checkpoint, self.policy.ranks, main=main)
+            if main:
+                self.changes.save(checkpoint)
             self.accelerator.wait_for_everyone()
             if main:
                 publish_checkpoint(checkpoint, out)
