@@ -20,6 +20,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.outcome import Tried, advice
+from offline_kto.train.diagnostics.training import Settings, run_warnings
 from offline_kto.train.run.evaluate_run import evaluate_run
 from offline_kto.train.run.train_run import train
 from offline_kto.train.trainer.evaluation import changes_since, summary, verdict_lines
@@ -235,3 +236,63 @@ class TestRuns:
         (run / "held_out_untrained.safetensors").unlink()
         evaluate_run(replace(config, evaluate_only=run))
         assert evaluation(run)["verdict"] is None
+
+
+def evaluations(*values: tuple[float, Change, float | None]) -> list[dict[str, Any]]:
+    """Records of a run with an evaluation after each 10 updates: held-out loss, change of the margin, low end of the loss's rise.
+
+    The training loss falls.
+    """
+    records: list[dict[str, Any]] = []
+    for number, (loss, margin, low) in enumerate(values, 1):
+        for step in range(10 * number - 9, 10 * number + 1):
+            records.append({"step": step, "loss": 0.5 - 0.002 * step, "epoch": step / (10 * len(values))})
+        found = {"step": 10 * number, "eval/loss": loss, "epoch": number / len(values)}
+        ends = {"": margin.value, "_low": margin.low, "_high": margin.high}
+        found |= {f"eval/change/margin{end}": value for end, value in ends.items()}
+        records.append(found if low is None else {**found, "eval/since_lowest/loss_low": low})
+    return records
+
+
+class TestWarnings:
+    settings = Settings.of(TrainConfig(epochs=1), (1.0, 1.0), (1000, 1000))
+
+    def kinds(self, *values: tuple[float, Change, float | None]) -> list[tuple[str, int]]:
+        return [(found.kind, found.step) for found in run_warnings(evaluations(*values), self.settings)]
+
+    def test_the_run_that_printed_none(self) -> None:
+        """Loss .5019 to .5047, margin -.038 with an interval below 0."""
+        low, margin = Change(-0.02, -0.05, 0.01), Change(-0.038, -0.06, -0.015)
+        records = evaluations((0.5019, low, None), (0.5047, margin, 0.0004))
+        (found,) = run_warnings(records, self.settings)
+        assert (found.kind, found.step) == ("worse", 20)
+        assert "margin changed by -0.0380 [-0.0600, -0.0150]" in found.text
+        assert "--learning-rate 1e-07" in found.text
+
+    def test_a_margin_that_may_be_noise_gives_none(self) -> None:
+        noise = Change(-0.038, -0.08, 0.004)
+        assert self.kinds((0.5, noise, None), (0.5, noise, None), (0.5, noise, None)) == []
+
+    def test_one_bad_evaluation_in_between_gives_none(self) -> None:
+        assert self.kinds((0.5, FLAT, None), (0.5, DOWN, None), (0.49, UP, None)) == []
+        assert self.kinds((0.5, DOWN, None), (0.5, DOWN, None), (0.49, UP, None)) == [("worse", 20)]
+
+    def test_a_rising_loss_is_judged_by_its_interval(self) -> None:
+        """A rise of 1 % that is sure is told, one of 10 % that is not is not."""
+        sure = [(0.40, UP, None), (0.404, UP, 0.001), (0.406, UP, 0.002), (0.408, UP, 0.003)]
+        assert self.kinds(*sure) == [("overfitting", 30)]
+        unsure = [(0.40, UP, None), (0.44, UP, -0.01), (0.45, UP, -0.01), (0.46, UP, -0.01)]
+        assert self.kinds(*unsure) == []
+
+
+def test_an_evaluation_is_compared_with_the_one_of_lowest_loss(config: TrainConfig, tmp_path: Path) -> None:
+    """Also after a kill, which leaves only the checkpoint to compare with."""
+    config = replace(config, learning_rate=0.3, eval_steps=1, save_steps=1)
+    run = train(config)
+    killed = replace(config, out=tmp_path / "killed")
+    train_until(killed, step=6)
+    resumed = train(replace(killed, resume=True))
+    named = "eval/since_lowest/loss_low"
+    found, again = ({r["step"]: r.get(named) for r in metrics(one) if "eval/loss" in r} for one in (run, resumed))
+    assert any(low is not None for low in found.values())
+    assert again == pytest.approx(found)
