@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from feedback_files import write_rows
+from safetensors.torch import load_file
 from stopped_runs import train_until
-from test_evaluation import one_bit, some_scores
+from test_evaluation import one_bit, some_scores, worse_and_worse
 from test_loss_family import metrics
 
 from offline_kto.kto_core.losses.bootstrap import expanded_level, intervals
@@ -296,3 +297,58 @@ def test_an_evaluation_is_compared_with_the_one_of_lowest_loss(config: TrainConf
     found, again = ({r["step"]: r.get(named) for r in metrics(one) if "eval/loss" in r} for one in (run, resumed))
     assert any(low is not None for low in found.values())
     assert again == pytest.approx(found)
+
+
+class TestKeep:
+    """A run whose second evaluation is the best one."""
+
+    @pytest.fixture
+    def short(self, config: TrainConfig) -> TrainConfig:
+        return replace(config, max_steps=6, eval_steps=2)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"save_steps": 0},
+            {"save_steps": 0, "lora_rank": 2, "learning_rate": 3e-2},
+            {"save_steps": 0, "loss": "bco"},
+        ],
+        ids=str,
+    )
+    def test_the_best_is_saved_with_and_without_checkpoints(
+        self, short: TrainConfig, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        short = replace(short, **options)
+        wanted = train(replace(short, out=tmp_path / "wanted", max_steps=4))
+        worse_and_worse(monkeypatch, [0.45, 0.4, 0.6])
+        run = train(short)
+        name = "adapter_model.safetensors" if short.lora_rank else "model.safetensors"
+        best, four = load_file(run / name), load_file(wanted / name)
+        for one, weight in best.items():
+            torch.testing.assert_close(weight, four[one], atol=1e-6, rtol=0)
+        found = evaluation(run)
+        assert found["step"] == 4
+        for one, metric in evaluation(wanted)["metrics"].items():
+            assert found["metrics"][one]["value"] == pytest.approx(metric["value"], abs=1e-5)
+
+    def test_the_last_is_saved_on_demand(self, short: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        worse_and_worse(monkeypatch, [0.45, 0.4, 0.6])
+        assert evaluation(train(replace(short, keep="last")))["step"] == 6
+
+    def test_a_kill_does_not_lose_the_best(self, short: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        worse_and_worse(monkeypatch, [0.45, 0.4, 0.6])
+        train_until(short, step=5)
+        assert evaluation(train(replace(short, resume=True)))["step"] == 4
+
+    def test_nothing_better_than_the_untrained_model_is_said(
+        self, short: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        worse_and_worse(monkeypatch, [0.6, 0.51, 0.7])
+        run = train(short)
+        assert evaluation(run)["step"] == 4
+        out = capsys.readouterr().out
+        assert (
+            "kept        update 4, but none was better than the untrained model: eval/loss 0.5100 at best, 0.5000"
+            in out
+        )

@@ -19,7 +19,7 @@ from offline_kto.kto_core.models.precision import Precision, resolve_device
 from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.logps import sees_whole_passes
 from offline_kto.kto_core.scoring.output_layer import whole_shape
-from offline_kto.train.config import TrainConfig
+from offline_kto.train.config import TrainConfig, is_better
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.diagnostics.outcome import Tried
@@ -120,7 +120,8 @@ class TrainingRun:
             remove_leftovers(out)
             warnings += data.warnings(config, precision)
             warnings += _rank_warnings(config, data, ranks=args.world_size, device=device)
-            warnings += _saving_warnings(config, merges=bool(config.lora_rank and files.adapter))
+            merges = bool(config.lora_rank and files.adapter)
+            warnings += _saving_warnings(config, merges=merges, held_out=data.held_out is not None)
             warnings += _idle_gpu_warnings(args)
             warnings += warnings_for(config, *data.class_masses, objective.weights)
             print_plan(config, data, files, precision, objective, out, device, warnings)
@@ -155,7 +156,7 @@ class TrainingRun:
         return bool(self.trainer.is_world_process_zero())
 
     def train(self) -> None:
-        """Run all updates; afterwards the model is the last one, or with early stopping the best one.
+        """Run all updates; afterwards the model is the one that `--keep` asks for.
 
         Raises:
             TrainingError: out of memory for a single row, a loss that is not finite, a disk that is full.
@@ -177,16 +178,36 @@ class TrainingRun:
         finally:
             if self.console is not None:
                 self.console.close()  # so that the next output starts on a new line
-        if self.config.early_stopping:
-            trainer.load_best()
-            if self.is_main and trainer.final_step < trainer.state.global_step:
-                tell(
-                    f"stopped     after {trainer.state.global_step:,} updates; the model is from update {trainer.final_step:,}, with "
-                    f"the best {self.config.metric}"
-                )
+        self._choose_model()
         trainer.stop_if_weights_not_finite("model")
         if self._saved_type is not None and not self._merges:
             trainer.round_weights(self._saved_type)
+
+    def _choose_model(self) -> None:
+        """Replace the last model by that of the best evaluation, if `--keep` says so.
+
+        The untrained model is never kept in place of a trained one: the user has it already, and its copy would look like the
+        result of training.
+        """
+        trainer, config = self.trainer, self.config
+        made = trainer.state.global_step
+        if self.data.held_out is None:
+            return
+        if config.keep == "best":
+            trainer.load_best()
+        if not self.is_main:
+            return
+        kept = trainer.final_step or made
+        if kept < made:
+            tell(
+                f"kept        update {kept:,} of {made:,}, with the best {config.metric} (--keep last for the last one)"
+            )
+        before, best = trainer.untrained_metric(config.metric), trainer.state.best_metric
+        if before is not None and best is not None and not is_better(best, before, config.metric):
+            tell(
+                f"kept        update {kept:,}, but none was better than the untrained model: {config.metric} {best:.4f} at best, "
+                f"{before:.4f} before training"
+            )
 
     def _load_changes(self, checkpoint: Path) -> None:
         """Load the scores that later evaluations of a resumed run are compared with."""
@@ -392,15 +413,20 @@ def _idle_gpu_warnings(args: Arguments) -> list[str]:
     ]
 
 
-def _saving_warnings(config: TrainConfig, *, merges: bool) -> list[str]:
+def _saving_warnings(config: TrainConfig, *, merges: bool, held_out: bool) -> list[str]:
     """Return a line for each part that the saved files will not contain.
 
     Args:
         merges: whether the run ends by merging its adapters, and rounds the merged weights.
+        held_out: whether there are held-out rows.
     """
     lines = []
     if config.training.get("save_only_model") and config.save_steps:
         lines.append("training: save_only_model: checkpoints contain no optimizer state, and --resume cannot use them.")
+    if held_out and config.keep == "best" and not (config.save_steps or config.early_stopping) and sharding_asked_for():
+        lines.append(
+            "--keep best needs checkpoints where weights are sharded, and --save-steps 0 writes none: the last model is kept."
+        )
     if config.save_dtype in ("bfloat16", "float16"):
         share, kind = ("0.2", "bfloat16") if config.save_dtype == "bfloat16" else ("0.02", "float16")
         evaluated = "before they are rounded" if merges else "as they are saved"
@@ -470,6 +496,7 @@ def make_trainer(
             rounding=tolerance_for(data.rows.manifest, precision),
             held_out=data.held_out,
             may_checkpoint=config.gradient_checkpointing is None,
+            keeps_best=config.keep == "best",
             optimizer_cls_and_kwargs=own_optimizer(config, args),
             writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
             sending=Sending(reduce_dtype, bucket_mb * 2**20 if bucket_mb else BUCKET_BYTES),
