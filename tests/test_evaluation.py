@@ -215,7 +215,7 @@ class TestBest:
     def test_early_stopping_ends_with_the_best_model(
         self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        short = train(replace(config, out=tmp_path / "short", max_steps=4))
+        short = train(replace(config, out=tmp_path / "short", max_steps=4, keep="last"))
         worse_and_worse(monkeypatch, [0.5, 0.4, 0.6, 0.7, 0.8, 0.9])
         run = train(replace(config, max_steps=12, early_stopping=2))
         steps = [record["step"] for record in metrics(run) if "eval/loss" in record]

@@ -24,6 +24,11 @@ from offline_kto.train.diagnostics.outcome import Tried, advice
 from offline_kto.train.diagnostics.training import Settings, run_warnings
 from offline_kto.train.run.evaluate_run import evaluate_run
 from offline_kto.train.run.train_run import train
+from offline_kto.train.run_records import VerdictRecord
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.standing import better_trials, tied_trials
+from offline_kto.train.sweep.study import StoredResult, TrialRecord
+from offline_kto.train.sweep.sweep import sweep
 from offline_kto.train.trainer.evaluation import changes_since, summary, verdict_lines
 from offline_kto.train.trainer.objective import Objective
 
@@ -352,3 +357,56 @@ class TestKeep:
             "kept        update 4, but none was better than the untrained model: eval/loss 0.5100 at best, 0.5000"
             in out
         )
+
+
+def trial(number: int, draws: list[float], outcome: str = "better", prompts: int = 30) -> TrialRecord:
+    verdict: VerdictRecord = {"outcome": outcome, "by": "rewards/margins", "reason": "because", "next": "try more"}
+    result: StoredResult = {"draws": draws, "prompts": prompts, "verdict": verdict}
+    return TrialRecord(number=number, state="complete", params={}, value=draws[0] if draws else 0.0, result=result)
+
+
+class TestSweeps:
+    def test_trials_are_tied_if_their_paired_difference_may_be_chance(self) -> None:
+        """What is hard for both cancels: a small but steady difference counts, a large and shaky one does not."""
+        rng = np.random.default_rng(0)
+        hard = rng.normal(0.5, 0.1, size=1000)
+        best = trial(0, list(hard))
+        steady, shaky = trial(1, list(hard + 0.01)), trial(2, list(hard + rng.normal(0.1, 0.2, size=1000)))
+        assert tied_trials([best, steady, shaky], best) == [2]
+
+    def test_trials_of_other_rows_or_of_few_prompts_are_not_told_apart(self) -> None:
+        draws = [0.5] * 100
+        best, other = trial(0, draws), [1.0] * 100
+        assert tied_trials([best, trial(1, other)], best) == []
+        assert tied_trials([best, trial(1, other, prompts=29)], best) == [1]
+        assert tied_trials([best, trial(1, [])], best) == [1]
+        few = trial(0, draws, prompts=5)
+        assert tied_trials([few, trial(1, other, prompts=5)], few) == [1]
+
+    def test_better_ones_are_those_with_that_verdict(self) -> None:
+        assert better_trials([trial(0, [], "worse"), trial(1, []), trial(2, [], "no difference")]) == [1]
+
+    @pytest.mark.slow
+    def test_no_trial_beats_the_untrained_model(
+        self, manners: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("offline_kto.train.sweep.workers.START", "forkserver")
+        shared = {"max_steps": 4, "batch_size": 8, "device": "cpu", "eval_fraction": 0.3}
+        space: dict[str, Any] = {"learning_rate": [1e-12, 1e-11]}
+        config = SweepConfig(cache=manners, out=tmp_path / "none", search="grid", space=space, train=shared)
+        out = sweep(config)
+        said = capfd.readouterr().out
+        assert "verdict     no trial beats the untrained model" in said
+        state = json.loads((out / "sweep.json").read_text())
+        assert state["better"] == []
+        assert len(state["tied"]) == 1
+        assert {one["untrained"] for one in state["trials"]} == {0.5}
+        page = (out / "report.html").read_text()
+        assert "<b>No trial beats the untrained model.</b>" in page
+        assert '<span class="badge">best of the trials</span>' in page
+        good = replace(config, out=tmp_path / "good", space={"learning_rate": [1e-12, 3e-3]})
+        out = sweep(good)
+        said = capfd.readouterr().out
+        assert "verdict     trial 1 is better than before training: the held-out margin rose by" in said
+        state = json.loads((out / "sweep.json").read_text())
+        assert (state["best"], state["better"], state["tied"]) == (1, [1], [])

@@ -254,6 +254,9 @@ class TrialResult(TypedDict, total=False):
         reason: str | null; why it failed.
         host: str; name of the machine that ran it.
         folder: str; absolute path of its run folder there.
+        interval: `MetricInterval` | null; of the sweep's metric.
+        untrained: float | null; the sweep's metric before training.
+        verdict: `VerdictRecord` | null; whether it is better than before training.
     """
 
     metrics: dict[str, float] | None
@@ -262,6 +265,9 @@ class TrialResult(TypedDict, total=False):
     reason: str | None
     host: str | None
     folder: str | None
+    interval: MetricInterval | None
+    untrained: float | None
+    verdict: VerdictRecord | None
 
 
 class TrialEntry(TrialResult, total=False):
@@ -308,6 +314,8 @@ class SweepRecord(Started, total=False):
         best: int | null; number of the best trial.
         planned: int; number of trials.
         trials: list of `TrialEntry`.
+        better: list of int; trials that are better than before training.
+        tied: list of int; trials that the best one cannot be told from on these held-out rows.
         pareto_front: list of int | null; trials that none beats in all objectives' margins, null without several.
     """
 
@@ -319,4 +327,6 @@ class SweepRecord(Started, total=False):
     best: int | None
     planned: int
     trials: list[TrialEntry]
+    better: list[int]
+    tied: list[int]
     pareto_front: list[int] | None

@@ -42,6 +42,7 @@ from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, re
 from offline_kto.train.run_records import EvaluationRecord, TrainedWith
 from offline_kto.train.sweep.messages import Ended, Evaluated, Kept, Stop
 from offline_kto.train.sweep.space import Trials, Values
+from offline_kto.train.trainer.evaluation import drawn_values
 
 LOG = "log.txt"
 MODEL = "model"
@@ -195,12 +196,19 @@ class Worker:
         run.train()
         self.checked.add(key)
         found = run.sum_up()
+        scores, metric = run.trainer.held_out_scores, run.config.metric.removeprefix("eval/")
         assert found is not None
+        assert scores is not None
         history = run.trainer.state.log_history
         ended = Ended(
             "pruned" if watcher.stopped else "complete",
             metrics={f"eval/{name}": metric["value"] for name, metric in found["metrics"].items()},
             train_seconds=sum(record.get("train_runtime", 0.0) for record in history),
+            interval=found["metrics"].get(metric),
+            untrained=found["before"].get(metric, {}).get("value"),
+            verdict=found["verdict"],
+            draws=drawn_values(scores, run.objective, metric),
+            prompts=scores.prompts_of_class,
         )
         return ended, found
 

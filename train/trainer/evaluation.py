@@ -120,6 +120,12 @@ def changes_since(
     }
 
 
+def drawn_values(scores: Scores, objective: Objective, metric: str) -> list[float]:
+    """Return the bootstrap replicates of a metric; those of two models on the same prompts are paired."""
+    drawn = replicates(lambda weights: {metric: _statistics(scores, objective, weights)[metric]}, scores.prompt_ids)
+    return drawn[metric].tolist() if drawn else []
+
+
 def verdict_on(changes: dict[str, Change], scores: Scores) -> Verdict:
     """Return the verdict on the changes of held-out values since before training."""
     return judge(
