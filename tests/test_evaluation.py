@@ -295,7 +295,7 @@ class TestBest:
 class TestEvaluateOnly:
     @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"loss": "bco"}, {"loss": "apo_zero"}], ids=str)
     def test_says_what_the_run_said(self, config: TrainConfig, options: dict[str, Any], tmp_path: Path) -> None:
-        run = train(replace(config, **options))
+        run = train(replace(config, keep="last", **options))
         said = json.loads((run / "evaluation.json").read_text())
         (run / "evaluation.json").unlink()
         result = CliRunner().invoke(kto_train, ["--evaluate-only", str(run), "--cache", str(config.cache)])

@@ -198,15 +198,15 @@ class TrainingRun:
         if not self.is_main:
             return
         kept = trainer.final_step or made
-        if kept < made:
-            tell(
-                f"kept        update {kept:,} of {made:,}, with the best {config.metric} (--keep last for the last one)"
-            )
         before, best = trainer.untrained_metric(config.metric), trainer.state.best_metric
         if before is not None and best is not None and not is_better(best, before, config.metric):
             tell(
                 f"kept        update {kept:,}, but none was better than the untrained model: {config.metric} {best:.4f} at best, "
                 f"{before:.4f} before training"
+            )
+        elif kept < made:
+            tell(
+                f"kept        update {kept:,} of {made:,}, with the best {config.metric} (--keep last for the last one)"
             )
 
     def _load_changes(self, checkpoint: Path) -> None:
