@@ -130,10 +130,15 @@ class TrainConfig:
     eval_steps: int | None = option(None, "Evaluate every N updates.  [default: once per epoch]", metavar="N")
     eval_seed: int | None = option(None, "Seed of the hold-out.  [default: --seed]", metavar="N", most=_SEEDS)
     metric: str = option(
-        "eval/loss", "Held-out value that chooses the best checkpoint, which is kept.", choices=METRICS
+        "eval/loss", "Held-out value that chooses the best evaluation, whose checkpoint is kept.", choices=METRICS
+    )
+    keep: str = option(
+        "best",
+        "Model that a run with held-out rows ends with: that of the best evaluation by --metric, or the last one.",
+        choices=("best", "last"),
     )
     early_stopping: int | None = option(
-        None, "Stop after N evaluations in a row without a better --metric, and save the best model.", metavar="N"
+        None, "Stop after N evaluations in a row without a better --metric.", metavar="N"
     )
     save_dtype: str = option(
         AUTO,
@@ -271,6 +276,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= bound:
                 raise ConfigError(f"{flag(name)} must be at least {bound:g}, got {value}.")
+
+
+def is_better(value: float, than: float, metric: str) -> bool:
+    """Return whether a held-out value is better than another one; a smaller loss is, and a greater one of the other metrics."""
+    return value < than if metric == "eval/loss" else value > than
 
 
 def parse_objective(text: str) -> dict[str, float]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG, RUN_RECORD, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVALUATION, REWARDS = "evaluation.json", "rewards.parquet"
+UNTRAINED = "held_out_untrained.safetensors"
 
 # Limits on untrusted files, in bytes: run.json and similar files, and a million log records.
 LARGEST_JSON, LARGEST_METRICS = 64 * MEGABYTE, 512 * MEGABYTE

@@ -25,7 +25,7 @@ FIXED = _names(
     "lora_alpha lora_targets memory learning_rate scheduler warmup weight_decay"
 )
 LOGGED = _names(
-    "beta desirable_weight undesirable_weight humanline_low humanline_high max_steps epochs early_stopping eval_cache "
+    "beta desirable_weight undesirable_weight humanline_low humanline_high max_steps epochs keep early_stopping eval_cache "
     "eval_steps device attention reduce_dtype save_dtype"
 )
 FREE = _names(

@@ -116,16 +116,16 @@ def _train(config: TrainConfig, out: Path) -> None:
     materials, data = _open_data(config, out)
     # The Trainer takes seconds to import; what is wrong with the data has been said by now.
     from offline_kto.train.run.training_run import TrainingRun
-    from offline_kto.train.trainer.evaluation import summary_lines
+    from offline_kto.train.trainer.evaluation import summary_lines, verdict_lines
 
     run = TrainingRun.set_up(config, out, data, materials)
     run.train()
     run.save_model(out)
     found = run.sum_up()
     if run.is_main:
-        if found is not None:
-            for line in summary_lines(found):
-                tell(line)
+        run.write_card(out, found)
+        for line in [*(summary_lines(found) if found is not None else []), *verdict_lines(found)]:
+            tell(line)
         tell(f"report      {write_report([out])}")
         tell(f"wrote       {out}")
     accelerator = run.trainer.accelerator

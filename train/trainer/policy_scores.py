@@ -1,6 +1,6 @@
 """Score rows under the current policy without gradients: sums for the reference point, held-out rows, single tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -42,11 +42,21 @@ class PolicyScores:
         Args:
             shift: the reward shift / beta, nats, if the loss has one.
         """
+        return self._of_rows(held_out, self._score_rows, shift)
+
+    def untrained(self, held_out: HeldOutRows) -> Scores:
+        """Return every held-out row's scores under a policy that is the reference, from the cache: log-ratios are 0."""
+        shift = 0.0 if self.objective.traits.needs_shift else None
+        return self._of_rows(held_out, _cached_scores, shift)
+
+    def _of_rows(
+        self, held_out: HeldOutRows, score: Callable[[Sequence[TrainingRow]], Tensor], shift: float | None
+    ) -> Scores:
         indices, tokens = held_out.indices, []
         scores = torch.empty(3, len(indices), dtype=torch.float64)
         for start in range(0, len(indices), HELD_OUT_ROWS):
             rows = [held_out.cache[RowKey(i, 0)] for i in indices[start : start + HELD_OUT_ROWS]]
-            scores[:, start : start + len(rows)] = self._score_rows(rows)
+            scores[:, start : start + len(rows)] = score(rows)
             tokens += [len(row.matched.completion_ids) for row in rows]
         logps, matched, mismatched = scores
         return Scores(
@@ -124,3 +134,10 @@ class PolicyScores:
                 tolerance=policy.rounding,
             )
         return self._passes
+
+
+def _cached_scores(rows: Sequence[TrainingRow]) -> Tensor:
+    """Return the reference's log-probs, and log-ratios of 0, as `PolicyScores._score_rows` does."""
+    scores = torch.zeros(3, len(rows), dtype=torch.float64)
+    scores[0] = torch.tensor([row.matched.ref_logps for row in rows], dtype=torch.float64)
+    return scores
