@@ -57,6 +57,7 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
             "rows",
             f"{manifest.rows:,} ({_number(data.get('desirable'))} desirable, {_number(data.get('undesirable'))} undesirable)",
         ),
+        *([("judgements", _judgements(manifest))] if manifest.columns else []),
         ("read", f"{_number(data.get('read'))}, dropped: {dropped}, truncated: {data.get('truncated')}"),
         ("files", f"{counted(len(manifest.shards), 'shard')}, {size / 1e6:,.1f} MB"),
         (
@@ -67,6 +68,19 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("created", manifest.created),
         ("fingerprint", manifest.fingerprint),
     ]
+
+
+def _judgements(manifest: Manifest) -> str:
+    """Describe how rows are judged that are more than one bit."""
+    found = manifest.judgements
+    scale = found.get("rating_scale")
+    kinds = [
+        f"votes by {found['votes']}" if "votes" in found else "",
+        f"ratings from {scale[0]:g} to {scale[1]:g}" if scale else "",
+        "row weights" if found.get("weights") else "",
+        f"objectives {', '.join(manifest.objectives)}" if manifest.objectives else "",
+    ]
+    return ", ".join(filter(None, kinds)) or "masses"
 
 
 def _number(value: int | float | None) -> str:
@@ -134,6 +148,8 @@ def _shown(row: CacheRow, tokenizer: Tokenizer) -> Iterator[str]:
     column = (columns - 3) // 2
     thumb = "desirable" if row["label"] else "undesirable"
     tokens, row_id = len(row["completion_ids"]), printable(row["row_id"], 32)
+    if "desirable_mass" in row:
+        thumb += f" ({row['desirable_mass']:g} for, {row['undesirable_mass']:g} against)"
     yield f"row {row['source']}  {thumb}  {row_id}  ref_logps {row['ref_logps']:.3f} over {counted(tokens, 'token')}"
     yield from block("x  ", visible(tokenizer, row["prompt_ids"]), columns)
     left = _lines(f"y   ({row['ref_logps']:.2f})", visible(tokenizer, row["completion_ids"]), column)

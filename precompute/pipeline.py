@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from offline_kto.kto_core.cache.manifest import fingerprint, identity_of
 from offline_kto.kto_core.cache.manifest_fields import (
     DataFields,
+    JudgementFields,
+    OptionalEntries,
     PairingFields,
     RunFields,
     ScorerFields,
@@ -16,6 +18,7 @@ from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError, printable
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.hashing import json_hash
+from offline_kto.kto_core.judgements import OBJECTIVES
 from offline_kto.kto_core.launch import read_launch, world_size
 from offline_kto.kto_core.models.loading import longest_alike
 from offline_kto.kto_core.scoring.sequences import TokenIds
@@ -131,6 +134,7 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mar
             "run": run,
         },
         mark,
+        optional=_judgements(scoring.plan),
     )
     _report(config, run, len(scoring.shards), mark)
 
@@ -168,8 +172,19 @@ def _pairing(config: PrecomputeConfig) -> PairingFields:
 
 
 def _labels_hash(plan: Plan) -> str:
-    """Return a hash of the fields that the fingerprint leaves out on purpose: order, labels, pairs and source rows."""
-    return json_hash([[row.row_id, row.label, row.pair_id, row.source] for row in plan.rows])
+    """Return a hash of the fields that the fingerprint leaves out on purpose: order, labels, masses, pairs, source rows."""
+    labels = plan.labels(range(len(plan.rows)))
+    return json_hash([[row.row_id, *one] for row, one in zip(plan.rows, labels, strict=True)])
+
+
+def _judgements(plan: Plan) -> OptionalEntries:
+    """Return the manifest's entries on masses; none if every row is one bit of weight 1."""
+    if not plan.mass_columns:
+        return {}
+    judgements: JudgementFields = {}
+    if OBJECTIVES in plan.mass_columns:
+        judgements["objectives"] = [*plan.rows[0].judgement.objectives]
+    return {"columns": plan.mass_columns, "judgements": judgements}
 
 
 def _data(plan: Plan, counts: PlanCounts, labels_hash: str) -> DataFields:

@@ -4,6 +4,7 @@ Rows are immutable. A completion is truncated where it is used, so that it can b
 complete for another.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.tokenization import Tokenizing, Tokens
 from offline_kto.kto_core.hashing import ids_id, json_hash, sequence_id
+from offline_kto.kto_core.judgements import Judgement, mass_columns
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.runtime import no_garbage_collection
 from offline_kto.precompute.config import PrecomputeConfig
@@ -42,6 +44,7 @@ class PlannedRow:
         prompt_ids: int32.
         full_completion_ids: int32, before it is truncated to fit after this prompt.
         completion_ids: int32, as scored.
+        judgement: its masses; the label is `judgement.masses.label`.
     """
 
     source: int
@@ -52,6 +55,7 @@ class PlannedRow:
     prompt_ids: np.ndarray
     full_completion_ids: np.ndarray
     completion_ids: np.ndarray
+    judgement: Judgement
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,19 @@ class Plan:
             (row.prompt_ids, row.completion_ids),
             *((row.prompt_ids, y) for y in self.kl_completions(index)),
         ]
+
+    @functools.cached_property
+    def mass_columns(self) -> list[str]:
+        """The optional columns of the cache; empty if every row is one bit of weight 1."""
+        return mass_columns(row.judgement for row in self.rows)
+
+    def labels(self, rows: range) -> list[list[object]]:
+        """Return what the scores do not depend on, for hashes: label, masses that a label does not say, pair and source."""
+        found: list[list[object]] = []
+        for row in map(self.rows.__getitem__, rows):
+            masses = [row.judgement.masses, row.judgement.objectives] if self.mass_columns else []
+            found.append([row.label, row.pair_id, row.source, *masses])
+        return found
 
     def counts(self) -> "PlanCounts":
         return PlanCounts.of(self)
@@ -236,6 +253,7 @@ def _planned(
         # No prompt leaves room for more, so a longer tail is never used.
         full_completion_ids=completion[:max_length],
         completion_ids=cut,
+        judgement=Judgement.of_label(row.label),
     )
 
 

@@ -14,6 +14,7 @@ from offline_kto.kto_core.cache.shards import CacheRow
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import json_hash, sequence_id
+from offline_kto.kto_core.judgements import OBJECTIVES
 from offline_kto.kto_core.progress import Progress
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
@@ -157,10 +158,10 @@ class Scoring:
     def _key(self, rows: range) -> str:
         """Return a hash of everything in a shard except the scores."""
         entries = []
-        for i in rows:
+        for i, labels in zip(rows, self.plan.labels(rows), strict=True):
             row = self.plan.rows[i]
             kl_ids = [sequence_id(row.prompt_ids, y) for y in self.plan.kl_completions(i)]
-            entries.append([row.row_id, kl_ids, row.label, row.pair_id, row.source])
+            entries.append([row.row_id, kl_ids, *labels])
         return json_hash(entries)
 
     def _sequences(self, rows: range) -> dict[str, TokenIds]:
@@ -181,12 +182,12 @@ class Scoring:
         self.tokens += sum(len(prompt) + len(completion) for prompt, completion in fresh)
 
     def _row(self, index: int, scores: Mapping[str, np.ndarray]) -> CacheRow:
-        """Return one row of the cache, with the columns of `offline_kto.kto_core.cache.shards.SCHEMA`."""
+        """Return one row of the cache, as `offline_kto.kto_core.cache.shards` declares it."""
         row = self.plan.rows[index]
         kl_completions = self.plan.kl_completions(index)
         own = scores[row.row_id]
         kl_scores = [scores[sequence_id(row.prompt_ids, y)] for y in kl_completions]
-        return {
+        found: CacheRow = {
             "row_id": row.row_id,
             "prompt_id": row.prompt_id,
             "pair_id": row.pair_id,
@@ -200,6 +201,13 @@ class Scoring:
             "ref_kl_logps": [float(one.sum(dtype=np.float64)) for one in kl_scores],
             "ref_kl_token_logps": kl_scores,
         }
+        if self.plan.mass_columns:
+            found["desirable_mass"], found["undesirable_mass"] = row.judgement.masses
+        if OBJECTIVES in self.plan.mass_columns:
+            found["objectives"] = {
+                name: {"desirable": good, "undesirable": bad} for name, (good, bad) in row.judgement.objectives.items()
+            }
+        return found
 
     def summary(self, sequences: int) -> RunFields:
         """Return the manifest's section `run`."""

@@ -25,7 +25,7 @@ from offline_kto.kto_core.cache.manifest import (
     read_manifest,
     write_manifest,
 )
-from offline_kto.kto_core.cache.manifest_fields import Identity, PairingFields, Sections, ShardFields
+from offline_kto.kto_core.cache.manifest_fields import Identity, OptionalEntries, PairingFields, Sections, ShardFields
 from offline_kto.kto_core.cache.shards import (
     CacheRow,
     Rows,
@@ -271,8 +271,12 @@ class Store:
             with contextlib.suppress(OSError):  # missing, or not empty
                 folder.rmdir()
 
-    def publish(self, count: int, sections: Sections, mark: str) -> None:
-        """Move shards 0 to `count` - 1 into place, and write the manifest, which completes the cache."""
+    def publish(self, count: int, sections: Sections, mark: str, *, optional: OptionalEntries | None = None) -> None:
+        """Move shards 0 to `count` - 1 into place, and write the manifest, which completes the cache.
+
+        Args:
+            optional: entries of the manifest that only some caches have.
+        """
         names = [shard_name(i) for i in range(count)]
         if self.target != self.out:
             # From here until the manifest is written the cache is incomplete; a crash in between loses no shard.
@@ -284,7 +288,7 @@ class Store:
             remove_temporary(folder)
         self._remove_folders()
         flush(self.out / "train")  # the manifest must not reach the disk before the shards that it lists
-        write_manifest(self.out, sections, [self._entry(name) for name in names], mark)
+        write_manifest(self.out, sections, [self._entry(name) for name in names], mark, optional=optional)
         self._on_change()
 
     def _entry(self, name: str) -> ShardFields:

@@ -74,13 +74,18 @@ class TestIntervals:
         assert intervals(means(values), [str(i) for i in range(30)])["mean"] == pytest.approx(whole["mean"], abs=0.5)
 
 
+def one_bit(labels: torch.Tensor) -> torch.Tensor:
+    return torch.stack([labels, ~labels], 1).double()
+
+
 def some_scores(rows: int = 40) -> Scores:
     rng = np.random.default_rng(3)
     labels = torch.from_numpy(rng.random(rows) < 0.5)
     logratios = torch.from_numpy(rng.normal(size=rows)) + labels
     return Scores(
         prompt_ids=[str(i // 2) for i in range(rows)],
-        labels=labels,
+        masses=one_bit(labels),
+        objectives={},
         tokens=torch.from_numpy(rng.integers(1, 9, size=rows).astype(float)),
         logps=logratios - 20,
         logratios=logratios,
@@ -123,7 +128,7 @@ def test_intervals_estimate_z0_anew_in_every_sample() -> None:
 
 def test_a_class_without_rows_is_left_out() -> None:
     scores = some_scores()
-    scores = replace(scores, labels=torch.ones(40, dtype=torch.bool))
+    scores = replace(scores, masses=one_bit(torch.ones(40, dtype=torch.bool)))
     found = summary(scores, Objective("kto", 0.3), 1)["metrics"]
     assert {"loss", "accuracy", "kl", "rewards/chosen"} <= set(found)
     assert not {"rewards/rejected", "rewards/margins", "logps/rejected"} & set(found)

@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from models import random_rows, tiny_model
 from offline_kto.kto_core.scoring.logps import add_scoring_forward
+from offline_kto.kto_core.judgements import ONE_BIT
 from offline_kto.train.data.cache_rows import ScoredSequence, TrainingRow
 from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.trainer.accumulators import Window
@@ -65,7 +66,7 @@ rows = random_rows(8, longest=40)
 def scored(prompt, completion):
     return ScoredSequence(prompt, completion, -1.0, -np.ones(len(completion), dtype=np.float32))
 batch = [
-    TrainingRow(i, str(i), i % 2 == 0, scored(*row), scored(row[0], rows[(i + 1) % 8][1])) for i, row in enumerate(rows)
+    TrainingRow(i, str(i), ONE_BIT[i % 2 == 0], scored(*row), scored(row[0], rows[(i + 1) % 8][1])) for i, row in enumerate(rows)
 ]
 model = tiny_model("llama")
 add_scoring_forward(model)

@@ -1,9 +1,11 @@
 """Declare the options of `kto-train` and their defaults, which are defined nowhere else."""
 
+import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from offline_kto.kto_core.errors import ConfigError
+from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.options import AUTO, check_options, flag, option
 from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
@@ -50,6 +52,12 @@ class TrainConfig:
     beta: float = option(0.1, "How fast the value of an outcome saturates, per nat of log-ratio.")
     desirable_weight: float | str = option(1.0, "Weight of desirable rows; auto balances the classes.")
     undesirable_weight: float | str = option(1.0, "Weight of undesirable rows; auto balances the classes.")
+    objective: str | None = option(
+        None,
+        "Weights of the objectives that the feedback judges, such as helpful=1,harmless=0.5; others are ignored.  [default: the "
+        "masses of the rows, in which all objectives count alike]",
+        metavar="NAME=WEIGHT,...",
+    )
     humanline_low: float = option(-1.0, "Least log-ratio of a token under --loss humanline, nats.", finite=False)
     humanline_high: float = option(1.5, "Greatest log-ratio of a token under --loss humanline, nats.", finite=False)
     learning_rate: float = option(1e-6, "Peak learning rate.", most=1)
@@ -160,6 +168,7 @@ class TrainConfig:
                 raise ConfigError(f"{flag(name)} must be a number or auto, got {value!r}.")
             if not isinstance(value, str) and not 0 <= value < float("inf"):
                 raise ConfigError(f"{flag(name)} must not be negative, got {value}.")
+        self.objective_weights  # noqa: B018 - checks the option
         if self.memory != "full" and self.evaluate_only is None:
             self._check_memory()
         if not self.humanline_low <= 0 <= self.humanline_high or self.humanline_low == self.humanline_high:
@@ -179,6 +188,15 @@ class TrainConfig:
                     raise ConfigError(f"{flag(name)} needs held-out rows: give --eval-fraction 0.1 or --eval-cache.")
         if self.resume and self.out is None:
             raise ConfigError("--resume needs --out, the folder of the run to resume.")
+
+    @property
+    def objective_weights(self) -> dict[str, float] | None:
+        """Weights of `objective` by name; None without that option.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return None if self.objective is None else parse_objective(self.objective)
 
     def _check_pairs(self) -> None:
         if self.batch_size % 2:
@@ -213,3 +231,43 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= bound:
                 raise ConfigError(f"{flag(name)} must be at least {bound:g}, got {value}.")
+
+
+def parse_objective(text: str) -> dict[str, float]:
+    """Return the weights in `helpful=1,harmless=0.5`, or in a JSON object, which a mapping in Python becomes.
+
+    Raises:
+        ConfigError: no name and weight, a name that is given twice, or a weight that is negative or no finite number.
+    """
+    if text.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            table = json.loads(text)
+            return _checked_weights([*table.items()])
+    return _checked_weights([(name, weight) for name, _, weight in (one.rpartition("=") for one in text.split(","))])
+
+
+def _checked_weights(weights: list[tuple[str, object]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, given in weights:
+        weight = _weight(given)
+        if not name.strip() or weight is None:
+            raise ConfigError(
+                f"--objective: expected names and weights such as helpful=1,harmless=0.5, got {shown(f'{name}={given}')!r}."
+            )
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"--objective {shown(name)}: a weight must be finite and not negative, got {weight:g}.")
+        if name.strip() in found:
+            raise ConfigError(f"--objective {shown(name)}: given twice.")
+        found[name.strip()] = weight
+    if not any(found.values()):
+        raise ConfigError("--objective: every weight is 0, so there is nothing to learn.")
+    return found
+
+
+def _weight(given: object) -> float | None:
+    if isinstance(given, bool) or not isinstance(given, str | int | float):
+        return None
+    try:
+        return float(given)
+    except (ValueError, OverflowError):
+        return None

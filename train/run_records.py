@@ -13,7 +13,8 @@ MetricsRecord: TypeAlias = dict[str, float | None]
 
 A training record has `loss`, `kl`, `kl_raw`, `rewards/*`, `logps/*` (nats), `accuracy` (0 to 1), `learning_rate`,
 `grad_norm`, `epoch`, `tokens_per_second` and `peak_memory_mb` (on a GPU also `peak_reserved_mb`); an evaluation the same
-metrics as `eval/*`; the last record of a run `train_runtime` (seconds).
+metrics as `eval/*`, with `eval/NAME/accuracy` and `eval/NAME/rewards/margins` of each objective; the last record of a run
+`train_runtime` (seconds).
 """
 
 
@@ -70,6 +71,9 @@ class RunData(SampledLengths, total=False):
         held_out_undesirable: int, held-out rows of that class.
         dropped: int, rows dropped because their prompt is too long, when scored or here.
         unpaired: int, rows that a loss of pairs cannot use.
+        desirable_mass: float; sum over the training rows, absent if every row is one bit of weight 1.
+        undesirable_mass: float; the same.
+        unjudged: int, rows left out because no chosen objective was judged in them, absent likewise.
         contradictory: int, different rows that carry both labels.
         max_length: int, tokens.
         shortened: `Shortened`, of the cache.
@@ -83,6 +87,9 @@ class RunData(SampledLengths, total=False):
     held_out_undesirable: int
     dropped: int
     unpaired: int
+    desirable_mass: float
+    undesirable_mass: float
+    unjudged: int
     contradictory: int
     max_length: int
     shortened: Shortened
@@ -277,6 +284,7 @@ class SweepRecord(Started, total=False):
         best: int | null; number of the best trial.
         planned: int; number of trials.
         trials: list of `TrialEntry`.
+        pareto_front: list of int | null; trials that none beats in all objectives' margins, null without several.
     """
 
     metric: str
@@ -287,3 +295,4 @@ class SweepRecord(Started, total=False):
     best: int | None
     planned: int
     trials: list[TrialEntry]
+    pareto_front: list[int] | None

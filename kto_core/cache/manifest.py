@@ -9,18 +9,22 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import cast
 
 from offline_kto.kto_core.cache.manifest_fields import (
     CHECKS,
+    COLUMN_CHECK,
     IDENTITY_FIELDS,
+    JUDGEMENT_CHECKS,
     OPTIONAL_IDENTITY,
     SECTIONS,
     SHARD_CHECKS,
     DataFields,
     Identity,
+    JudgementFields,
+    OptionalEntries,
     PairingFields,
     ReferenceFields,
     RowsIdentity,
@@ -38,6 +42,7 @@ from offline_kto.kto_core.durable_files import write_json
 from offline_kto.kto_core.errors import CacheError, NewerFormatError, printable, said_by
 from offline_kto.kto_core.foreign_files import MEGABYTE, read_foreign
 from offline_kto.kto_core.hashing import json_hash
+from offline_kto.kto_core.judgements import OBJECTIVES
 
 FORMAT = 1
 # Characters; about 300,000 shards.
@@ -59,6 +64,8 @@ class Manifest:
     """The sections of `manifest.json`; `manifest_fields` and docs/cache-format.md have the fields of each.
 
     Attributes:
+        columns: the optional columns of the shards; empty if every row is one bit of weight 1.
+        judgements: how feedback became masses; empty without those columns.
         intact: whether the checksum matches the content; `verify_cache` refuses the cache if not, once it has looked
             for a more specific error.
     """
@@ -74,6 +81,8 @@ class Manifest:
     created: str
     fingerprint: str
     intact: bool
+    columns: list[str] = field(default_factory=list)
+    judgements: JudgementFields = field(default_factory=lambda: JudgementFields())
 
     def __repr__(self) -> str:
         reference = printable(str(self.reference.get("id")), _LONGEST_FILE_NAME)
@@ -87,6 +96,11 @@ class Manifest:
     def vocabulary(self) -> int | None:
         """Vocabulary size of the reference; None if the manifest does not have it."""
         return self.reference.get("vocabulary")
+
+    @property
+    def objectives(self) -> list[str]:
+        """Names of the objectives that were judged; empty without objectives."""
+        return self.judgements.get("objectives", [])
 
     @property
     def partners(self) -> int:
@@ -160,14 +174,29 @@ def checksum(content: Mapping[str, object]) -> str:
     return json_hash(json.loads(json.dumps({name: value for name, value in content.items() if name != "checksum"})))
 
 
-def write_manifest(folder: Path, sections: Sections, shards: Sequence[ShardFields], mark: str) -> None:
-    """Write the manifest, which marks the cache as complete. Raises: CacheError: it cannot be written."""
+def write_manifest(
+    folder: Path,
+    sections: Sections,
+    shards: Sequence[ShardFields],
+    mark: str,
+    *,
+    optional: OptionalEntries | None = None,
+) -> None:
+    """Write the manifest, which marks the cache as complete.
+
+    Args:
+        optional: the entries that only some caches have.
+
+    Raises:
+        CacheError: it cannot be written.
+    """
     named = cast("Mapping[str, object]", sections)
     content: dict[str, object] = {
         "format": FORMAT,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "fingerprint": mark,
         **{name: named[name] for name in SECTIONS},
+        **(optional or {}),
         "shards": list(shards),
     }
     content["checksum"] = checksum(content)
@@ -252,7 +281,8 @@ def parse_manifest(path: Path | str, text: bytes) -> Manifest:
 
 
 def _parse(path: Path | str, content: Mapping[str, object]) -> Manifest:
-    unknown = sorted(content.keys() - {"format", "created", "fingerprint", "shards", "checksum", *SECTIONS})
+    known = {"format", "created", "fingerprint", "shards", "checksum", *SECTIONS, *OptionalEntries.__annotations__}
+    unknown = sorted(content.keys() - known)
     if unknown:
         raise CacheError(f"{path}: has an entry {_short(unknown[0])!r}, which format {FORMAT} does not define. {AGAIN}")
     for section in SECTIONS:
@@ -281,10 +311,27 @@ def _parse(path: Path | str, content: Mapping[str, object]) -> Manifest:
         created=str(content["created"]),
         fingerprint=str(content["fingerprint"]),
         intact=content.get("checksum") == checksum(content),
+        **_optional_entries(path, content),
     )
     _check_edited(path, manifest)
     _check_fields(path, cast("Mapping[str, Mapping[str, object]]", sections))
     return manifest
+
+
+def _optional_entries(path: Path | str, content: Mapping[str, object]) -> OptionalEntries:
+    columns, judgements = content.get("columns"), content.get("judgements")
+    if columns is None and judgements is None:
+        return {}
+    if not COLUMN_CHECK(columns):
+        raise CacheError(f"{path}: columns is {_short(columns)}: damaged. {AGAIN}")
+    if not isinstance(judgements, dict):
+        raise CacheError(f"{path}: section 'judgements' is missing or damaged. {AGAIN}")
+    for name, fits in JUDGEMENT_CHECKS.items():
+        if not fits(judgements.get(name)):
+            raise CacheError(f"{path}: judgements.{name} is {_short(judgements.get(name))}: damaged. {AGAIN}")
+    if (OBJECTIVES in cast("list[str]", columns)) != ("objectives" in judgements):
+        raise CacheError(f"{path}: columns and judgements.objectives do not agree. {AGAIN}")
+    return cast("OptionalEntries", {"columns": columns, "judgements": judgements})
 
 
 def _check_fields(path: Path | str, sections: Mapping[str, Mapping[str, object]]) -> None:

@@ -4,8 +4,11 @@ Sections are open: an older cache may lack a field, and a newer version may add 
 checked.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeAlias, TypedDict
+
+from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES
 
 Identity: TypeAlias = dict[str, object]
 """`section.field` -> value of the fields that decide a score."""
@@ -161,7 +164,7 @@ class DataFields(TypedDict, total=False):
         kl_truncated: int; mismatched completions that were cut.
         prompts: int; distinct prompts.
         rows_hash: str; SHA-256 over the scored sequences, a part of the fingerprint.
-        labels_hash: str; SHA-256 over order, labels, pairs and source rows, no part of the fingerprint.
+        labels_hash: str; SHA-256 over order, labels, masses, pairs and source rows, no part of the fingerprint.
     """
 
     files: list[DataFile]
@@ -175,6 +178,22 @@ class DataFields(TypedDict, total=False):
     prompts: int
     rows_hash: str
     labels_hash: str
+
+
+class JudgementFields(TypedDict, total=False):
+    """Section `judgements`: how feedback became masses; absent if every row is one bit of weight 1.
+
+    Attributes:
+        votes: str; share or count, absent without votes.
+        rating_scale: list of two floats; the ratings that are wholly undesirable and wholly desirable, absent without one.
+        weights: bool; true if rows were weighted, else absent.
+        objectives: list of str; names of the objectives, absent without them.
+    """
+
+    votes: str
+    rating_scale: list[float]
+    weights: bool
+    objectives: list[str]
 
 
 class RunFields(TypedDict, total=False):
@@ -228,6 +247,18 @@ class Sections(ScoringSections):
     run: RunFields
 
 
+class OptionalEntries(TypedDict, total=False):
+    """The entries of a manifest that only some caches have.
+
+    Attributes:
+        columns: list of str; the optional columns of the shards, absent without them.
+        judgements: `JudgementFields`; absent without those columns.
+    """
+
+    columns: list[str]
+    judgements: JudgementFields
+
+
 class RowsIdentity(TypedDict):
     """The hashes that identify the rows of a cache.
 
@@ -269,6 +300,11 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and value.isprintable() and len(value) <= LONGEST_NAME
 
 
+def is_name(value: object) -> bool:
+    """Return whether a value can name an objective: printable text of a name's length, with no space at its ends."""
+    return is_text(value) and isinstance(value, str) and value.strip() == value != ""
+
+
 def _is_positive(value: object) -> bool:
     return is_count(value) and value != 0
 
@@ -299,6 +335,19 @@ def _are_switches(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(one, bool | int | float) for one in value.values())
 
 
+def _are_columns(value: object) -> bool:
+    return value in ([*MASS_COLUMNS], [*MASS_COLUMNS, OBJECTIVES])
+
+
+def _is_scale(value: object) -> bool:
+    numbers = isinstance(value, list) and len(value) == 2 and all(type(one) in (int, float) for one in value)
+    return numbers and -math.inf < value[0] < value[1] < math.inf  # type: ignore[index]
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and 0 < len(value) == len(set(map(str, value))) and all(map(is_name, value))
+
+
 def _or_absent(fits: Check) -> Check:
     return lambda value: value is None or fits(value)
 
@@ -327,6 +376,15 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
         **dict.fromkeys(("scored_sequences", "reused_sequences"), _or_absent(is_count)),
         "tokens_per_second": _or_absent(_is_number),
     },
+}
+
+# Of `OptionalEntries`; a field of the section may be absent.
+COLUMN_CHECK: Check = _are_columns
+JUDGEMENT_CHECKS: Mapping[str, Check] = {
+    "votes": _or_absent(lambda value: value in ("share", "count")),
+    "rating_scale": _or_absent(_is_scale),
+    "weights": _or_absent(_is_true),
+    "objectives": _or_absent(_are_names),
 }
 
 SHARD_CHECKS: Mapping[str, Check] = {"file": is_text, "rows": is_count, "bytes": is_count, "sha256": is_text}

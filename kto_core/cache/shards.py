@@ -8,18 +8,38 @@ import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, cast, overload
+from typing import NamedTuple, TypedDict, cast, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from offline_kto.kto_core.durable_files import replacing
-from offline_kto.kto_core.errors import CacheError, said_by
+from offline_kto.kto_core.errors import CacheError, printable, said_by
+from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES
 
 
-class CacheRow(TypedDict):
-    """A row of the cache, with the columns of `SCHEMA`; arrays are one-dimensional."""
+class ObjectiveMasses(TypedDict):
+    """The masses of one objective in a row; both are 0 if it was not judged."""
+
+    desirable: float
+    undesirable: float
+
+
+class JudgedRow(TypedDict, total=False):
+    """The optional columns of a row. Rows of one bit of weight 1 need none of them."""
+
+    desirable_mass: float
+    undesirable_mass: float
+    objectives: dict[str, ObjectiveMasses]
+
+
+class CacheRow(JudgedRow):
+    """A row of the cache, with the columns of `SCHEMA` and the optional ones; arrays are one-dimensional.
+
+    The rows of a shard have the same optional columns, and the same objectives.
+    """
 
     row_id: str
     prompt_id: str
@@ -52,6 +72,9 @@ SCHEMA = pa.schema(
     ]
 )
 
+_MASSES = [pa.field(name, pa.float64(), nullable=False) for name in MASS_COLUMNS]
+_OBJECTIVE = pa.struct([pa.field(name, pa.float64(), nullable=False) for name in ("desirable", "undesirable")])
+
 # Rows are read in random order during training: small groups keep such a read small.
 _ROWS_PER_GROUP = 64
 
@@ -62,6 +85,8 @@ _SUM_TOLERANCE = 1e-9
 _SMALL, _MOST_PACKED, _LONGEST_ID = 2**24, 500, 256
 
 _METADATA_KEY = b"kto"
+
+_AGAIN = "This is not a shard that kto-precompute wrote; run it again."
 
 
 def shard_name(index: int) -> str:
@@ -74,13 +99,13 @@ def write_shard(path: Path, rows: Sequence[CacheRow], metadata: Mapping[str, obj
 
     Args:
         path: final name; its folder exists.
-        rows: with the columns of `SCHEMA`.
+        rows: with the columns of `SCHEMA`, and optional ones.
         metadata: JSON values for the file's footer (the shard's key and identity).
 
     Raises:
         CacheError: the rows break a rule of the format, or the file cannot be written.
     """
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=_schema_of(rows, path.name))
     check_table(table, path.name)
     table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     try:
@@ -93,6 +118,52 @@ def write_shard(path: Path, rows: Sequence[CacheRow], metadata: Mapping[str, obj
         raise CacheError(
             f"{path}: cannot be written: {error}. Finished shards are kept; run again to continue."
         ) from error
+
+
+def _schema_of(rows: Sequence[CacheRow], where: str) -> pa.Schema:
+    """Return the schema of some rows: the format's columns, then the optional ones that all of them have."""
+    kinds = {(*(name for name in MASS_COLUMNS if name in row), *row.get(OBJECTIVES, ())) for row in rows}
+    if len(kinds) > 1:
+        raise CacheError(f"{where}: some of its rows have masses or objectives that others do not have.")
+    if kinds <= {()}:
+        return SCHEMA
+    fields = [field for field in _MASSES if field.name in rows[0]]
+    if OBJECTIVES in rows[0]:
+        struct = pa.struct([pa.field(name, _OBJECTIVE, nullable=False) for name in rows[0][OBJECTIVES]])
+        fields.append(pa.field(OBJECTIVES, struct, nullable=False))
+    return pa.schema([*SCHEMA, *fields])
+
+
+class OptionalColumns(NamedTuple):
+    """The optional columns of a shard, in their order, and the names of its objectives."""
+
+    columns: list[str]
+    objectives: list[str]
+
+
+def optional_columns(schema: pa.Schema, where: Path | str) -> OptionalColumns:
+    """Return the optional columns of a shard's schema.
+
+    Raises:
+        CacheError: one of another type, or one of the two masses without the other.
+    """
+    found = [name for name in (*MASS_COLUMNS, OBJECTIVES) if name in schema.names]
+    masses = [name for name in found if name in MASS_COLUMNS]
+    if len(masses) == 1 or found == [OBJECTIVES]:
+        raise CacheError(f"{where}: has the column {found[0]!r}, but not {' and '.join(MASS_COLUMNS)}. {_AGAIN}")
+    for name in masses:
+        if schema.field(name).type != pa.float64():
+            raise CacheError(f"{where}: column {name!r} should be double, found {schema.field(name).type}. {_AGAIN}")
+    if OBJECTIVES not in found:
+        return OptionalColumns(found, [])
+    struct = schema.field(OBJECTIVES).type
+    kinds = [(one.name, one.type) for one in struct] if pa.types.is_struct(struct) else []
+    if not kinds or any(kind != _OBJECTIVE for _, kind in kinds):
+        raise CacheError(
+            f"{where}: column {OBJECTIVES!r} should have a desirable and an undesirable mass (double) for each objective, "
+            f"found {printable(str(struct), 200)}. {_AGAIN}"
+        )
+    return OptionalColumns(found, [name for name, _ in kinds])
 
 
 def read_metadata(path: Path) -> dict[str, object] | None:
@@ -130,6 +201,7 @@ def open_shard(path: Path, *, mapped: bool = False) -> pq.ParquetFile:
                 f"{path}: column {field.name!r} should be {field.type}, found {found.get(field.name, 'none')}. "
                 "This is not a shard of a reference cache; run kto-precompute again."
             )
+    optional_columns(file.schema_arrow, path)
     return file
 
 
@@ -189,7 +261,8 @@ class Rows(Sequence[CacheRow]):
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table.combine_chunks()
-        self._plain = {name: self._table.column(name) for name in _PLAIN_COLUMNS}
+        optional = optional_columns(self._table.schema, "this table").columns
+        self._plain = {name: self._table.column(name) for name in (*_PLAIN_COLUMNS, *optional)}
         self._lists = {name: _Lists(self._table, name) for name in SCHEMA.names if name not in _PLAIN_COLUMNS}
         self._inner = {name: self._lists[name].inner() for name in _TWICE_NESTED}
 
@@ -224,10 +297,10 @@ _TWICE_NESTED = ("kl_completion_ids", "ref_kl_token_logps")
 
 
 def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None, partners: int | None = None) -> int:
-    """Check every rule of the format: counts, finiteness, signs, sums, token ids.
+    """Check every rule of the format: counts, finiteness, signs, sums, masses, token ids.
 
     Args:
-        table: rows with the columns of `SCHEMA`.
+        table: rows with the columns of `SCHEMA`, and optional ones.
         where: named in errors.
         vocabulary: token ids must be below it; None skips that check.
         partners: mismatched completions that every row must have; None skips that check.
@@ -264,6 +337,7 @@ def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None, p
             raise CacheError(f"{where}: {name} contains positive log-probabilities (up to {values.max():g}).")
     _require_sums(where, "ref_logps", numbers(table.column("ref_logps")), logps)
     _require_sums(where, "ref_kl_logps", kl_sums.values, inner_logps)
+    _check_masses(table, where)
     largest = 0
     for name, ids in (
         ("prompt_ids", prompts),
@@ -277,6 +351,44 @@ def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None, p
             )
         largest = max(largest, int(ids.values.max(initial=0)))
     return largest
+
+
+def _check_masses(table: pa.Table, where: str) -> None:
+    """Check the optional columns: masses that are finite and not negative, and that agree with the label."""
+    optional = optional_columns(table.schema, where)
+    if not optional.columns:
+        return
+    desirable, undesirable = (_mass_column(table.column(name), name, where) for name in MASS_COLUMNS)
+    if (desirable + undesirable == 0).any():
+        raise CacheError(
+            f"{where}: row {_first(desirable + undesirable == 0)} has a desirable and an undesirable mass of 0."
+        )
+    other = numbers(table.column("label")) != (desirable >= undesirable)
+    if other.any():
+        row = _first(other)
+        raise CacheError(
+            f"{where}: label of row {row} does not agree with its masses, {desirable[row]:g} desirable and "
+            f"{undesirable[row]:g} undesirable."
+        )
+    for name in optional.objectives:
+        for side in ("desirable", "undesirable"):
+            masses = pc.struct_field(table.column(OBJECTIVES), [name, side])
+            _mass_column(masses, f"{OBJECTIVES}.{printable(name, 100)}.{side}", where)
+
+
+def _mass_column(column: pa.ChunkedArray, name: str, where: str) -> np.ndarray:
+    if column.null_count:
+        raise CacheError(f"{where}: column {name!r} has {column.null_count} missing values.")
+    masses = numbers(column)
+    wrong = ~(np.isfinite(masses) & (masses >= 0))
+    if wrong.any():
+        row = _first(wrong)
+        raise CacheError(f"{where}: {name} of row {row} is {masses[row]:g}; a mass is finite and not negative.")
+    return masses
+
+
+def _first(found: np.ndarray) -> int:
+    return int(np.flatnonzero(found)[0])
 
 
 def _count_nulls(column: pa.ChunkedArray) -> int:

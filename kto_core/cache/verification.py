@@ -18,6 +18,7 @@ from offline_kto.kto_core.cache.shards import (
     check_table,
     numbers,
     open_shard,
+    optional_columns,
     read_groups,
     read_metadata,
 )
@@ -108,6 +109,9 @@ def _check_shard(folder: Path, manifest: Manifest, number: int, *, whole: bool) 
     file = open_shard(path)
     if file.metadata.num_rows != shard["rows"]:
         raise CacheError(f"{path}: {file.metadata.num_rows} rows, the manifest says {shard['rows']}. {AGAIN}")
+    found = optional_columns(file.schema_arrow, path)
+    if found != (manifest.columns, manifest.objectives):
+        raise CacheError(f"{path}: its masses or objectives are not those that the manifest lists. {AGAIN}")
     check_packing(path, file)
     labels, largest = [np.empty(0, dtype=bool)], 0
     for table in read_groups(path, file, columns=None if whole else ["label"], at_once=_GROUPS_AT_ONCE):

@@ -1,4 +1,7 @@
-"""Compute metrics as sums and counts, accumulated on the device and reduced over ranks once per logging step."""
+"""Compute metrics as sums and counts, accumulated on the device and reduced over ranks once per logging step.
+
+Rows count by their masses: a desirable and an undesirable mass each, (1, 0) or (0, 1) for a label.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +12,7 @@ from torch import Tensor
 # Positions in the vector of sums.
 _NAMES = (
     "loss",
-    "rows",
+    "mass",
     "desirable",
     "undesirable",
     "rewards_desirable",
@@ -20,6 +23,8 @@ _NAMES = (
     "tokens",
     "fed_tokens",
     "padded_tokens",
+    "desirable_rows",
+    "undesirable_rows",
 )
 
 # Nats. For a row nearer to z0 than this, float32 rounding decides on which side of z0 it is.
@@ -48,8 +53,8 @@ class BatchOutcome:
     """Losses and log-ratios of one rank's rows of a batch; all tensors are float64 on one device.
 
     Attributes:
-        losses, logratios, logps: nats (losses without unit), shape (rows,).
-        labels: bool, shape (rows,).
+        losses, logratios, logps: nats (losses without unit), shape (rows,); losses are weighted by mass.
+        masses: desirable and undesirable mass, shape (rows, 2).
         point: reference point of the accuracy, nats: z0 of the whole batch, or one for each row.
         tokens: of all forward passes, including mismatched pairs.
     """
@@ -57,7 +62,7 @@ class BatchOutcome:
     losses: Tensor
     logratios: Tensor
     logps: Tensor
-    labels: Tensor
+    masses: Tensor
     point: Tensor
     tokens: Tokens
 
@@ -67,10 +72,9 @@ class BatchOutcome:
         return self.logratios.isfinite() & self.losses.isfinite() & self.point.isfinite()
 
     def sums(self) -> Tensor:
-        """Return the vector of sums over this rank's rows, shape (12,), float64."""
-        good, bad = self.labels.double(), (~self.labels).double()
-        signs = torch.where(self.labels, 1.0, -1.0)
-        right = on_the_right_side(signs * (self.logratios - self.point))
+        """Return the vector of sums over this rank's rows, shape (14,), float64."""
+        good, bad = self.masses.unbind(1)
+        labels = good >= bad
         counted = [
             self.losses.sum(),
             good.sum() + bad.sum(),
@@ -80,11 +84,25 @@ class BatchOutcome:
             (bad * self.logratios).sum(),
             (good * self.logps).sum(),
             (bad * self.logps).sum(),
-            right.sum(),
+            right_mass(self.logratios - self.point, self.masses).sum(),
         ]
         # `torch.tensor` would copy the numbers from the host, which waits for all work queued on a GPU.
         constant = [torch.full_like(counted[0], float(number)) for number in self.tokens]
-        return torch.stack([*counted, *constant])
+        return torch.stack([*counted, *constant, labels.sum().double(), (~labels).sum().double()])
+
+
+def right_mass(distances: Tensor, masses: Tensor) -> Tensor:
+    """Return the mass of each row that is on the right side of a point: desirable mass above it, undesirable mass below.
+
+    Args:
+        distances: of the rows from the point, nats, shape (..., rows).
+        masses: shape (rows, 2).
+
+    Returns:
+        float64, shape (..., rows).
+    """
+    good, bad = masses.unbind(1)
+    return good * on_the_right_side(distances) + bad * on_the_right_side(-distances)
 
 
 def on_the_right_side(distances: Tensor) -> Tensor:
@@ -96,25 +114,26 @@ def on_the_right_side(distances: Tensor) -> Tensor:
 
 
 def metrics_from(sums: Tensor, *, beta: float) -> dict[str, float]:
-    """Return means from sums over all ranks; a class without rows is left out.
+    """Return means from sums over all ranks; a class without mass is left out.
 
-    Names follow TRL: chosen is desirable, rejected undesirable. `accuracy` is the share of rows on the right side of
-    their loss's reference point (z0); a row at the point counts half.
+    Names follow TRL: chosen is desirable, rejected undesirable. `accuracy` is the share of mass on the right side of
+    the row's reference point (z0); a row at the point counts half.
 
     Args:
         sums: from `BatchOutcome.sums`, added over batches and ranks.
         beta: turns log-ratios into rewards.
     """
     value = dict(zip(_NAMES, sums.tolist(), strict=True))
-    metrics = {"loss": value["loss"] / value["rows"]}
+    metrics = {"loss": value["loss"] / value["mass"]}
     for trl, ours in (("chosen", "desirable"), ("rejected", "undesirable")):
         if value[ours]:
             metrics[f"rewards/{trl}"] = beta * value[f"rewards_{ours}"] / value[ours]
             metrics[f"logps/{trl}"] = value[f"logps_{ours}"] / value[ours]
     if value["desirable"] and value["undesirable"]:
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-    metrics["num_desirable"], metrics["num_undesirable"] = int(value["desirable"]), int(value["undesirable"])
-    metrics["accuracy"] = value["correct"] / value["rows"]
+    for name in ("desirable", "undesirable"):
+        metrics[f"num_{name}"] = int(value[f"{name}_rows"])
+    metrics["accuracy"] = value["correct"] / value["mass"]
     if value["padded_tokens"]:
         metrics["padding"] = 1 - value["fed_tokens"] / value["padded_tokens"]
     return metrics

@@ -2,23 +2,27 @@
 
 Every loss depends on the policy through log-ratios r = log pi(y|x) - log pi_ref(y|x), nats. Losses of single rows are
 written with a sign, s = +1 for desirable and -1 for undesirable rows. Losses of pairs take both rows of each pair.
+A row that is judged by more than one bit has a desirable mass a and an undesirable mass b, and the loss
+`a l(+1) + b l(-1)`; a batch's loss is the sum over its rows divided by their total mass.
 
 Training selects a loss in `train/trainer/objective.py`, and computes z0 over all ranks in `train/trainer/reference_point.py`.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def kl_reference_point(kl_logratio_sum: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
+def kl_reference_point(kl_logratio_sum: Tensor, count: Tensor | float) -> tuple[Tensor, Tensor]:
     """Return `z0 = max(0, mean of log pi(y'|x) - log pi_ref(y'|x))` over mismatched pairs (KTO paper, section 4.1).
 
     Sums and counts are those of the whole batch, over all ranks: the clamp is applied once, after the global mean.
 
     Args:
         kl_logratio_sum: scalar, nats, without gradient.
-        count: mismatched pairs in the sum, at least 1.
+        count: mismatched pairs in the sum, above 0; if the log-ratios are weighted by mass, the sum of the masses.
 
     Returns:
         (kl, kl_raw): the clamped value, which the loss uses, and the value before the clamp.
@@ -132,6 +136,39 @@ def class_weights(labels: Tensor, desirable: float, undesirable: float) -> Tenso
         torch.full_like(labels, weight, dtype=torch.float64) for weight in (desirable, undesirable)
     )
     return torch.where(labels, of_desirable, of_undesirable)
+
+
+def judged_losses(losses: Callable[[Tensor, Tensor], Tensor], masses: Tensor, weights: tuple[float, float]) -> Tensor:
+    """Return `a lambda_D l(+1) + b lambda_U l(-1)`, the loss of rows that are judged by masses instead of one bit.
+
+    It is the loss of a rows that are desirable and b that are undesirable, and linear in both. A share of votes
+    is a soft label (Peterson et al., ICCV 2019, arXiv 1908.07086; for preferences: Furuta et al., arXiv 2409.06691). Masses
+    (1, 0) and (0, 1) give the loss of the label exactly, in value and gradient.
+
+    Args:
+        losses: a loss of single rows, as a function of labels (bool, shape (batch,)) and weights (float64, shape (batch,)).
+        masses: a and b of each row, float64, shape (batch, 2).
+        weights: lambda_D and lambda_U.
+
+    Returns:
+        Loss of each row; the batch loss is their sum over the whole batch divided by the sum of all masses.
+    """
+    desirable, undesirable = masses.unbind(1)
+    labels = torch.ones_like(desirable, dtype=torch.bool)
+    good = losses(labels, class_weights(labels, *weights) * desirable)
+    return good + losses(~labels, class_weights(~labels, *weights) * undesirable)
+
+
+def pair_masses(masses: Tensor) -> Tensor:
+    """Return the weight of each pair: the mean of its two rows' total masses.
+
+    Args:
+        masses: of the rows, float64, shape (2 * pairs, 2); the rows of a pair are neighbours.
+
+    Returns:
+        Shape (pairs,).
+    """
+    return masses.sum(1).view(-1, 2).mean(1)
 
 
 def _signs(labels: Tensor, like: Tensor) -> Tensor:

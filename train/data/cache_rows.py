@@ -1,12 +1,13 @@
 """Verify a reference cache, and read its rows at random."""
 
+import copy
 import functools
 import os
 import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from torch.utils.data import Dataset
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
 from offline_kto.kto_core.cache.shards import Rows, numbers, open_shard, read_groups
 from offline_kto.kto_core.cache.verification import verify_cache
-from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.errors import CacheError, TrainingError, printable
+from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES, ONE_BIT, Masses
 from offline_kto.kto_core.launch import read_launch
+from offline_kto.kto_core.losses.objective_masses import weighted_masses
 from offline_kto.kto_core.progress import Progress
 from offline_kto.train.run_records import SampledLengths, Shortened
 
@@ -64,13 +67,28 @@ class ScoredSequence:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A labelled sequence with its mismatched one of this epoch; `index` is its position in the cache."""
+    """A labelled sequence with its mismatched one of this epoch.
+
+    Attributes:
+        index: position in the cache.
+        masses: desirable and undesirable mass; (1, 0) or (0, 1) if only a label is known.
+    """
 
     index: int
     row_id: str
-    label: bool
+    masses: Masses
     matched: ScoredSequence
     mismatched: ScoredSequence
+
+    @property
+    def label(self) -> bool:
+        """Whether the desirable mass is at least the undesirable one."""
+        return self.masses.label
+
+
+def total_mass(rows: Sequence[TrainingRow]) -> float:
+    """Return the sum of all masses of some rows, by which their losses are averaged."""
+    return sum(row.masses.total for row in rows)
 
 
 @dataclass(frozen=True)
@@ -90,7 +108,8 @@ class CacheRows(Dataset[TrainingRow]):
         mapped: map the files into memory, which the workers of a sweep share.
 
     Attributes:
-        labels: bool, shape (rows,).
+        labels: bool, shape (rows,): whether the desirable mass is at least the undesirable one.
+        masses: float64, shape (rows, 2); None if every row is one bit of weight 1.
         dropped: number of rows whose prompt fills `max_length`.
         cut: bool, shape (rows,): whether it shortens the completion.
         kl_cut: how many mismatched completions it shortens.
@@ -136,9 +155,10 @@ class CacheRows(Dataset[TrainingRow]):
             whole = prompts[:, None] + partners.reshape(len(prompts), self.partners)
             self.kl_cut = int((whole[self._fitting] > self.max_length).sum())
         self.dropped, self.labels = len(found.labels) - len(self._fitting), found.labels[self._fitting]
-        self._lock = threading.Lock()  # the next batch is read in its own thread
-        self._decoded: OrderedDict[int, Rows] = OrderedDict()
-        self._decoded_bytes = 0
+        self.masses: np.ndarray | None = None
+        if self.manifest.columns:
+            self.masses = np.stack([numbers(self._of_rows(name)) for name in MASS_COLUMNS], axis=1)
+        self._decoded = _DecodedGroups()
         if not len(self):
             raise CacheError(
                 f"--max-length {self.max_length}: every prompt in {folder} has at least that many tokens; no row is left."
@@ -174,6 +194,48 @@ class CacheRows(Dataset[TrainingRow]):
         labelled = pa.table({"row": self.column("row_id"), "label": self.column("label")})
         both = labelled.group_by("row").aggregate([("label", "min"), ("label", "max")])
         return int(pc.sum(pc.not_equal(both["label_min"], both["label_max"])).as_py() or 0)
+
+    @functools.cached_property
+    def objectives(self) -> dict[str, np.ndarray]:
+        """Masses of the rows by the name of an objective, float64, shape (rows, 2) each; empty without objectives."""
+        if not self.manifest.objectives:
+            return {}
+        column = self._of_rows(OBJECTIVES)
+        return {
+            name: np.stack([numbers(pc.struct_field(column, [name, side])) for side in Masses._fields], axis=1)
+            for name in self.manifest.objectives
+        }
+
+    def judged_by(self, weights: Mapping[str, float] | None) -> "CacheRows":
+        """Return the same rows with the masses that a weighting of their objectives gives them.
+
+        A row that was judged by none of these objectives has masses (0, 0).
+
+        Args:
+            weights: by the name of an objective; None for the rows' own masses.
+
+        Raises:
+            TrainingError: an objective that the cache does not have.
+        """
+        if weights is None:
+            return self
+        for name in weights:
+            if name not in self.objectives:
+                raise _unknown_objective(self, name)
+        found = copy.copy(self)  # shares the open files
+        found.masses = weighted_masses(self.objectives, weights)
+        found.labels = found.masses[:, 0] >= found.masses[:, 1]
+        return found
+
+    def masses_of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Return the masses of the rows at some positions, float64, shape (len(rows), 2)."""
+        if self.masses is not None:
+            return self.masses[rows]
+        return np.array(ONE_BIT)[self.labels[rows].astype(np.int64)]
+
+    def are_judged(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Return whether the rows at some positions have any mass, bool, shape (len(rows),)."""
+        return self.masses_of(rows).sum(axis=1) > 0
 
     @property
     def shortened(self) -> Shortened:
@@ -226,24 +288,51 @@ class CacheRows(Dataset[TrainingRow]):
         return TrainingRow(
             index=key.index,
             row_id=row["row_id"],
-            label=row["label"],
+            masses=ONE_BIT[row["label"]] if self.masses is None else Masses(*self.masses[key.index].tolist()),
             matched=matched.shortened(self.max_length),
             mismatched=mismatched.shortened(self.max_length),
         )
 
     def _group(self, group: int) -> Rows:
         """Return a row group, from memory if it was read recently."""
-        with self._lock:
-            if group in self._decoded:
-                self._decoded.move_to_end(group)
-                return self._decoded[group]
+
+        def read() -> Rows:
             number, position = self._groups[group]
             (table,) = read_groups(self._paths[number], self._files[number], groups=[position])
-            rows = self._decoded[group] = Rows(table)
-            self._decoded_bytes += rows.nbytes
-            while self._decoded_bytes > _BYTES_IN_MEMORY and len(self._decoded) > 1:
-                self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
+            return Rows(table)
+
+        return self._decoded.get(group, read)
+
+
+class _DecodedGroups:
+    """The row groups that were read last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # the next batch is read in its own thread
+        self._rows: OrderedDict[int, Rows] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, group: int, read: Callable[[], Rows]) -> Rows:
+        with self._lock:
+            if group in self._rows:
+                self._rows.move_to_end(group)
+                return self._rows[group]
+            rows = self._rows[group] = read()
+            self._bytes += rows.nbytes
+            while self._bytes > _BYTES_IN_MEMORY and len(self._rows) > 1:
+                self._bytes -= self._rows.popitem(last=False)[1].nbytes
             return rows
+
+
+def _unknown_objective(rows: CacheRows, name: str) -> TrainingError:
+    there = ", ".join(rows.manifest.objectives)
+    found = (
+        f"the cache {rows.folder} has no such objective; it has {printable(there)}."
+        if there
+        else f"the cache {rows.folder} has no objectives. They come from feedback such as "
+        '"labels": {"helpful": true, "harmless": false}.'
+    )
+    return TrainingError(f"--objective {printable(name)}: {found}")
 
 
 def _allow_open_files(count: int) -> None:

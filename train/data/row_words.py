@@ -14,6 +14,7 @@ def rows_in_words(data: RunData) -> str:
         f", {held:,} held out" if held else "",
         f" ({inside})" if inside else "",
         shortened_in_words(data["shortened"], limit),
+        f", {data['unjudged']:,} left out (not judged by --objective)" if data.get("unjudged") else "",
         f", {data['unpaired']:,} left out (not in a pair, or both rows are equal)" if data["unpaired"] else "",
     ]
     return "".join(parts)

@@ -37,12 +37,14 @@ class TrainingData:
         units: which of its rows train, shape (units, rows in each): single rows, or pairs.
         held_out: rows held out, here or in another cache; None if there are none.
         unpaired: rows left out because a loss of pairs cannot use them.
+        unjudged: rows left out because none of the chosen objectives was judged in them.
     """
 
     rows: CacheRows
     units: np.ndarray
     held_out: HeldOutRows | None
     unpaired: int = 0
+    unjudged: int = 0
 
     @classmethod
     def open(
@@ -57,11 +59,11 @@ class TrainingData:
         Raises:
             CacheError, TrainingError: unusable caches, a loss that they do not support, or no training or held-out row.
         """
-        rows = read(config.cache, config.max_length)
+        rows = read(config.cache, config.max_length).judged_by(config.objective_weights)
         train: Sequence[int] = range(len(rows))
         held_out: tuple[CacheRows, Sequence[int]] | None = None
         if config.eval_cache is not None:
-            held = read(config.eval_cache, config.max_length)
+            held = read(config.eval_cache, config.max_length).judged_by(config.objective_weights)
             _same_reference(held, rows.manifest.identity, "--eval-cache", "--cache")
             held_out = held, range(len(held))
         elif config.eval_fraction:
@@ -69,12 +71,17 @@ class TrainingData:
             check_fraction(config.eval_fraction, len(set(rows.prompt_ids)))
             train, held_rows = split_by_prompt(rows, config.eval_fraction, seed)
             held_out = rows, held_rows
-        units = _units(rows, train, config, f"--cache {config.cache}")
+        judged = np.asarray(train, dtype=np.int64)[rows.are_judged(train)]
+        if not len(judged):
+            raise TrainingError(
+                f"--cache {config.cache}: --objective {config.objective} was judged in none of {len(train):,} rows to train on."
+            )
+        units = _units(rows, judged.tolist(), config, f"--cache {config.cache}")
         held_rows_out = held_out and _held_out(*held_out, config)
-        left_out = len(train) - units.size
+        left_out = len(judged) - units.size
         if held_out and held_rows_out:
             left_out += len(held_out[1]) - len(held_rows_out.indices)
-        return cls(rows, units, held_rows_out, left_out)
+        return cls(rows, units, held_rows_out, left_out, len(train) - len(judged))
 
     def batches(self, config: TrainConfig) -> EpochBatches:
         """Return the optimizer batches of the training rows."""
@@ -97,6 +104,14 @@ class TrainingData:
         """Numbers of desirable and undesirable training rows."""
         desirable = int(self.rows.labels[self.units].sum())
         return desirable, self.units.size - desirable
+
+    @property
+    def class_masses(self) -> tuple[float, float]:
+        """Desirable and undesirable mass of the training rows; their numbers if every row is one bit of weight 1."""
+        if self.rows.masses is None:
+            return self.class_counts
+        desirable, undesirable = self.rows.masses[self.units.ravel()].sum(axis=0).tolist()
+        return desirable, undesirable
 
     def warnings(self, config: TrainConfig, precision: Precision) -> list[str]:
         """Return one line, with numbers, for each problem with the rows that the user should check."""
@@ -137,7 +152,10 @@ class TrainingData:
     def run_data(self) -> RunData:
         """Return counts and a sample of lengths, for the report."""
         manifest, (desirable, undesirable) = self.rows.manifest, self.class_counts
-        held = self.held_out.cache.labels[self.held_out.indices] if self.held_out else np.empty(0, dtype=bool)
+        held = np.empty(0, dtype=bool)
+        if self.held_out is not None:
+            cache, indices = self.held_out.cache, np.asarray(self.held_out.indices)
+            held = cache.labels[indices[cache.are_judged(indices)]]
         return {
             "files": [str(file.get("name")) for file in manifest.data.get("files") or []],
             "desirable": desirable,
@@ -146,12 +164,20 @@ class TrainingData:
             "held_out_undesirable": int((~held).sum()),
             "dropped": self.rows.dropped + (manifest.data.get("dropped") or {}).get(PROMPT_TOO_LONG, 0),
             "unpaired": self.unpaired,
+            **self._judgement_data(),
             "contradictory": self.rows.contradictions,
             "max_length": self.rows.max_length,
             "shortened": self.rows.shortened,
             "held_out_shortened": None if self._eval_cache is None else self._eval_cache.shortened,
             **self.rows.lengths,
         }
+
+    def _judgement_data(self) -> RunData:
+        """Return what is known of rows that are more than one bit; empty if none is."""
+        if self.rows.masses is None:
+            return {}
+        desirable, undesirable = self.class_masses
+        return {"desirable_mass": desirable, "undesirable_mass": undesirable, "unjudged": self.unjudged}
 
     @property
     def _eval_cache(self) -> CacheRows | None:
@@ -189,7 +215,12 @@ def _alike(rows: CacheRows, pairs: np.ndarray) -> np.ndarray:
 def _held_out(cache: CacheRows, indices: Sequence[int], config: TrainConfig) -> HeldOutRows:
     units = _units(cache, indices, config, "held-out rows")
     held_out = HeldOutRows(cache, units.ravel().tolist())
-    labels = cache.labels[held_out.indices]
+    labels = cache.labels[held_out.indices][cache.are_judged(held_out.indices)]
+    if not len(labels):
+        raise TrainingError(
+            f"held-out rows: --objective {config.objective} was judged in none of {len(held_out.indices):,} rows. Hold out more "
+            "of them with --eval-fraction."
+        )
     if config.metric == "eval/rewards/margins" and (labels.all() or not labels.any()):
         raise TrainingError(
             f"--metric {config.metric} needs held-out rows of both classes; all {len(labels):,} are "
@@ -234,6 +265,8 @@ def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: se
         CacheError, TrainingError: an unusable cache, or one that was scored by another reference.
     """
     rows = open_cache(config.cache, config.max_length)
+    if rows.manifest.objectives:  # other rows may be judged without objectives
+        rows = rows.judged_by(config.objective_weights)
     identity = record.get("identity")
     if isinstance(identity, dict) and not config.allow_different_policy:
         _same_reference(rows, identity, f"--cache {config.cache}", "the run's")

@@ -16,8 +16,13 @@ def trl_rows(rows: CacheRows, *, partner: int) -> datasets.Dataset:
         partner: which mismatched completion of each row, counted from 0.
 
     Raises:
-        CacheError: a row has fewer mismatched completions.
+        CacheError: a row has fewer mismatched completions, or is more than one bit of weight 1.
     """
+    if rows.masses is not None:
+        raise CacheError(
+            f"{rows.folder}: has votes, weights, graded ratings or objectives, which TRL's KTOTrainer does not know: it would train "
+            "on labels of weight 1. Train with kto-train, or score feedback with one label for each row."
+        )
     if not 0 <= partner < rows.partners:
         raise CacheError(
             f"{rows.folder}: has {rows.partners} mismatched completions for each row, but not number {partner}."

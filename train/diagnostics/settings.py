@@ -13,14 +13,14 @@ _RATE = (5e-7, 5e-6)
 _RATE_LORA = (5e-6, 2e-4)
 
 
-def class_weight_values(config: TrainConfig, desirable: int, undesirable: int) -> tuple[float, float]:
+def class_weight_values(config: TrainConfig, desirable: float, undesirable: float) -> tuple[float, float]:
     """Return lambda_D and lambda_U, with `auto` resolved.
 
     `auto` is 1 if the ratio is already in the published range. Otherwise it moves lambda_D n_D : lambda_U n_U to the
     middle of that range. If both are auto, the weight of the rarer class is raised.
 
     Args:
-        desirable, undesirable: rows of each class in training.
+        desirable, undesirable: rows of each class in training, or their masses.
 
     Raises:
         TrainingError: auto next to a weight of 0.
@@ -43,7 +43,7 @@ def class_weight_values(config: TrainConfig, desirable: int, undesirable: int) -
     return fixed[0], fixed[1] * ratio / _MIDDLE
 
 
-def warnings_for(config: TrainConfig, desirable: int, undesirable: int, weights: tuple[float, float]) -> list[str]:
+def warnings_for(config: TrainConfig, desirable: float, undesirable: float, weights: tuple[float, float]) -> list[str]:
     """Return one line, with the value to use, for each setting outside the published ranges."""
     lines = class_warnings(desirable, undesirable, weights)
     if not _BETA[0] <= config.beta <= _BETA[1]:
@@ -62,7 +62,7 @@ def warnings_for(config: TrainConfig, desirable: int, undesirable: int, weights:
     return lines
 
 
-def class_warnings(desirable: int, undesirable: int, weights: tuple[float, float]) -> list[str]:
+def class_warnings(desirable: float, undesirable: float, weights: tuple[float, float]) -> list[str]:
     """Return warnings about the classes: only one class, or weights that do not balance them."""
     if not desirable or not undesirable:
         only = "desirable" if desirable else "undesirable"
@@ -73,10 +73,15 @@ def class_warnings(desirable: int, undesirable: int, weights: tuple[float, float
     return [_imbalance(desirable, undesirable, weights)]
 
 
-def _imbalance(desirable: int, undesirable: int, weights: tuple[float, float]) -> str:
+def _imbalance(desirable: float, undesirable: float, weights: tuple[float, float]) -> str:
     low = BALANCE[0] * weights[1] * undesirable / desirable
     high = BALANCE[1] * weights[1] * undesirable / desirable
     return (
-        f"{desirable:,} desirable and {undesirable:,} undesirable rows with weights {weights[0]:g} and {weights[1]:g} are outside the "
-        f"range 1:1 to 4:3; use --desirable-weight auto (or {low:.3g} to {high:.3g})."
+        f"{in_digits(desirable)} desirable and {in_digits(undesirable)} undesirable rows with weights {weights[0]:g} and "
+        f"{weights[1]:g} are outside the range 1:1 to 4:3; use --desirable-weight auto (or {low:.3g} to {high:.3g})."
     )
+
+
+def in_digits(rows: float) -> str:
+    """Return a number of rows, or a mass, with thousands separators and at most one digit after the point."""
+    return f"{rows:,.0f}" if rows == int(rows) else f"{rows:,.1f}"

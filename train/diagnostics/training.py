@@ -77,27 +77,27 @@ class RunWarning:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that warnings about a run depend on: options, class weights as numbers, rows of each class."""
+    """The settings that warnings about a run depend on: options, class weights as numbers, rows of each class, or their masses."""
 
     loss: str
     beta: float
     learning_rate: float
     desirable_weight: float
     undesirable_weight: float
-    desirable_rows: int
-    undesirable_rows: int
+    desirable_rows: float
+    undesirable_rows: float
     epochs: float
     max_steps: int | None = None
     early_stopping: int | None = None
 
     @classmethod
-    def of(cls, config: TrainConfig, weights: tuple[float, float], rows: tuple[int, int]) -> "Settings":
+    def of(cls, config: TrainConfig, weights: tuple[float, float], rows: tuple[float, float]) -> "Settings":
         """Build the settings of a run.
 
         Args:
             config: options of the run.
             weights: class weights of the desirable and the undesirable class.
-            rows: training rows of the desirable and the undesirable class.
+            rows: training rows of the desirable and the undesirable class, or their masses.
         """
         return cls(
             loss=config.loss,

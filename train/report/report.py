@@ -316,6 +316,11 @@ def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, object]]]:
     params = list(dict.fromkeys(name for trial in sweep.trials for name in trial.params))
     others = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
     metrics = [name for name in others if name != sweep.metric and any(name in t.metrics for t in sweep.trials)]
+    front = sweep.sweep_record.get("pareto_front")
+    front = front if isinstance(front, list) else []
+    if front:
+        of_objectives = {name for t in sweep.trials for name in t.metrics if name.endswith("/rewards/margins")}
+        metrics += sorted(of_objectives - {*others})
     several = len({trial.host for trial in sweep.trials}) > 1
     reasons = any(trial.reason for trial in sweep.trials)
     header = ["trial", words.plain_name(sweep.metric), *params, *map(words.plain_name, metrics), "time", "state"]
@@ -332,7 +337,8 @@ def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, object]]]:
         cells += [Cell(words.duration(trial.seconds), trial.seconds), Cell(trial.state, trial.state)]
         cells += [Cell(trial.host, trial.host or None)] * several + [Cell(trial.reason, trial.reason or None)] * reasons
         best = sweep.best is not None and trial.number == sweep.best.number
-        rows.append({"number": trial.number, "best": best, "state": trial.state, "cells": cells})
+        on_front = trial.number in front
+        rows.append({"number": trial.number, "best": best, "front": on_front, "state": trial.state, "cells": cells})
     return header, rows
 
 

@@ -62,13 +62,21 @@ def shown(value: object, digits: int = 4) -> str:
 def plain_name(metric: str) -> str:
     """Return a metric's name in words, for instance of `eval/rewards/chosen`."""
     held = metric.startswith("eval/")
-    name = metric.removeprefix("eval/")
-    return ("held-out " if held else "") + WORDS.get(name, name)
+    objective, name = _of_objective(metric.removeprefix("eval/"))
+    return ("held-out " if held else "") + WORDS.get(name, name) + (f", {objective}" if objective else "")
+
+
+def _of_objective(name: str) -> tuple[str, str]:
+    """Split a metric such as `helpful/accuracy` into the name of an objective, empty for others, and the metric."""
+    for metric in ("accuracy", "rewards/margins"):
+        if name.endswith(f"/{metric}"):
+            return printable(name.removesuffix(f"/{metric}"), 100), metric
+    return "", name
 
 
 def metric_value(metric: str, value: float | None, digits: int = 4) -> str:
     """Format a metric's value; shares as percentages."""
-    if value is not None and metric.removeprefix("eval/") in PERCENT:
+    if value is not None and _of_objective(metric.removeprefix("eval/"))[1] in PERCENT:
         return f"{100 * value:.1f} %".replace(".0 %", " %")
     return shown(value, digits)
 

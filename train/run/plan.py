@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 
 from offline_kto.kto_core.console import tell, warn
+from offline_kto.kto_core.errors import printable
 from offline_kto.kto_core.launch import gpus_sharing_weights
 from offline_kto.kto_core.models.memory_check import gigabytes
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.data.training_data import TrainingData
+from offline_kto.train.diagnostics.settings import in_digits
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.training_memory import host_bytes, training_bytes
 from offline_kto.train.trainer.objective import Objective
@@ -44,6 +46,8 @@ def print_plan(
     tell(
         f"labels      {desirable:,} desirable (weight {weights[0]:.4g}), {undesirable:,} undesirable (weight {weights[1]:.4g})"
     )
+    for line in _judgement_lines(config, data):
+        tell(line)
     adapter = f" with adapter {files.adapter} {files.how_adapted}" if files.adapter else ""
     tell(f"policy      {files.name}{adapter} ({kind}, {precision.name} on {device})")
     for line in _memory_lines(config, files, precision, device):
@@ -60,6 +64,32 @@ def print_plan(
     tell(f"run         {out}")
     for line in (*files.warnings, *warnings):
         warn(line)
+
+
+def _judgement_lines(config: TrainConfig, data: TrainingData) -> list[str]:
+    """Return how rows are judged, where they are more than one bit."""
+    if data.rows.masses is None:
+        return []
+    desirable, undesirable = data.class_masses
+    judgements = data.rows.manifest.judgements
+    scale = judgements.get("rating_scale")
+    kinds = [
+        f"votes by {judgements['votes']}" if "votes" in judgements else "",
+        f"ratings from {scale[0]:g} to {scale[1]:g}" if scale else "",
+        "row weights" if judgements.get("weights") else "",
+    ]
+    words = ", ".join(filter(None, kinds))
+    lines = [
+        f"judgements  mass {in_digits(desirable)} desirable, {in_digits(undesirable)} undesirable"
+        + (f" ({words})" if words else "")
+    ]
+    names = data.rows.manifest.objectives
+    if names:
+        weights = config.objective_weights or dict.fromkeys(names, 1.0)
+        chosen = ", ".join(f"{printable(name)} {weights[name]:g}" for name in names if name in weights)
+        how = "" if config.objective_weights else " (--objective chooses weights)"
+        lines.append(f"objectives  {chosen}{how}")
+    return lines
 
 
 def _memory_lines(config: TrainConfig, files: PolicyFiles, precision: Precision, device: torch.device) -> list[str]:

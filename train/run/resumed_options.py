@@ -21,7 +21,7 @@ def _names(words: str) -> frozenset[str]:
 
 
 FIXED = _names(
-    "model trust_remote_code loss batch_size seed shuffle balance max_length eval_fraction eval_seed metric lora_rank "
+    "model trust_remote_code loss objective batch_size seed shuffle balance max_length eval_fraction eval_seed metric lora_rank "
     "lora_alpha lora_targets memory learning_rate scheduler warmup weight_decay"
 )
 LOGGED = _names(

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offline_kto.kto_core.durable_files import replacing
+from offline_kto.kto_core.judgements import MASS_COLUMNS
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.trainer.evaluation import Scores
@@ -29,12 +30,16 @@ def write_rewards(
 
 
 def _rewards(split: str, rows: CacheRows, indices: np.ndarray, logratios: np.ndarray) -> pa.Table:
+    masses = {}
+    if rows.masses is not None:
+        masses = dict(zip(MASS_COLUMNS, map(pa.array, rows.masses_of(indices).T), strict=True))
     return pa.table(
         {
             "split": pa.array([split] * len(indices), pa.string()),
             "row_id": rows.ids("row_id", indices),
             "prompt_id": rows.ids("prompt_id", indices),
             "label": pa.array(rows.labels[indices], pa.bool_()),
+            **masses,
             "logratio": pa.array(logratios.astype(np.float32), pa.float32(), mask=np.isnan(logratios)),
         }
     )

@@ -102,7 +102,7 @@ class TrainingRun:
         """
         device = resolve_device(config.device)
         precision = run_precision(config, device)
-        objective = Objective.of(config, class_weight_values(config, *data.class_counts))
+        objective = Objective.of(config, class_weight_values(config, *data.class_masses))
         warnings: list[str] = []
         args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
         check_sharding(config, args)
@@ -120,7 +120,7 @@ class TrainingRun:
             warnings += _rank_warnings(config, data, ranks=args.world_size, device=device)
             warnings += _saving_warnings(config, merges=bool(config.lora_rank and files.adapter))
             warnings += _idle_gpu_warnings(args)
-            warnings += warnings_for(config, *data.class_counts, objective.weights)
+            warnings += warnings_for(config, *data.class_masses, objective.weights)
             print_plan(config, data, files, precision, objective, out, device, warnings)
             if config.resume:
                 tell(f"resume      {checkpoint or 'no checkpoint yet: starting from the beginning'}")
@@ -133,7 +133,7 @@ class TrainingRun:
             for line in adapter_lines(model):
                 tell(line)
         check_vocabulary(model, data.rows)
-        settings = Settings.of(config, objective.weights, data.class_counts)
+        settings = Settings.of(config, objective.weights, data.class_masses)
         console = Console(Watch(settings), out / METRICS) if args.process_index == 0 else None
         callbacks: list[transformers.TrainerCallback] = (
             [MetricsFile(out / METRICS), console] if console is not None else []

@@ -23,6 +23,7 @@ from offline_kto.train.run_files import LARGEST_JSON, RUN_RECORD, config_text
 from offline_kto.train.run_records import SpaceEntry, SweepRecord, TrainedWith, TrialEntry, TrialResult
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.messages import Ended
+from offline_kto.train.sweep.pareto import pareto_front
 from offline_kto.train.sweep.space import Range, Trials, Values
 from offline_kto.train.sweep.study import Study, Trial, TrialRecord
 
@@ -143,6 +144,7 @@ class Results:
             "best": best.number if best else None,
             "planned": self.trials.count,
             "trials": [_entry(record) for record in records],
+            "pareto_front": _front(records),
         }
         write_json(self.out / STATE, state)
 
@@ -150,9 +152,11 @@ class Results:
         """Return the text of results.csv, without times and paths, so that repeated sweeps give equal rows."""
         found = {name for record in records for name in record.result.get("metrics") or {}}
         names = [name for name in _METRICS if name in found] + sorted(found - set(_METRICS))
+        front = _front(records)
+        columns = ["pareto_front"] if front is not None else []
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
-        table.writerow(map(_cell, ["trial", "state", *self.trials.space, *names, "reason"]))
+        table.writerow(map(_cell, ["trial", "state", *self.trials.space, *names, *columns, "reason"]))
         for record in records:
             metrics = record.result.get("metrics") or {}
             params = [record.params.get(name) for name in self.trials.space]
@@ -164,6 +168,7 @@ class Results:
                         record.state,
                         *params,
                         *(metrics.get(name) for name in names),
+                        *("yes" if record.number in (front or []) else "no" for _ in columns),
                         record.result.get("reason"),
                     ],
                 )
@@ -233,6 +238,13 @@ class Results:
             if name in ("cache", "workers") and value != default[name]:
                 words += [flag(name), str(value)]
         return shlex.join(words)
+
+
+def _front(records: list[TrialRecord]) -> list[int] | None:
+    """Return the numbers of the complete trials on the Pareto front; None without several objectives."""
+    complete = [record for record in records if record.state == "complete"]
+    found = pareto_front([record.result.get("metrics") or {} for record in complete])
+    return None if found is None else [complete[i].number for i in found]
 
 
 def _entry(record: TrialRecord) -> TrialEntry:

@@ -1,14 +1,15 @@
 """Parse the space that a sweep searches, and build the options of each trial."""
 
+import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.options import as_given, checked_values, value_types
-from offline_kto.train.config import TrainConfig
+from offline_kto.train.config import TrainConfig, parse_objective
 from offline_kto.train.loss_traits import PAIRED_LOSSES
 from offline_kto.train.sweep.config import MOST_TRIALS, USUAL_TRIALS, SweepConfig
 
@@ -24,6 +25,8 @@ _SAME_FOR_ALL = {
 }
 # Limit of a range of whole numbers.
 _GREATEST = 10**9
+# `objective.helpful` is the weight of an objective, a part of the option `objective`.
+OBJECTIVE = "objective."
 # Options that change the held-out loss itself.
 _CHANGES_LOSS = ("loss", "beta", "desirable_weight", "undesirable_weight", "humanline_low", "humanline_high")
 
@@ -100,7 +103,7 @@ class Trials:
         if not config.space:
             raise ConfigError("space: names no option to search over. For instance:  space: {beta: [0.05, 0.1, 0.3]}")
         space = {name: _parse(name, entry, config.search) for name, entry in _names(config.space).items()}
-        twice = sorted(set(space) & set(config.train))
+        twice = sorted({name for name in space if name.removeprefix(OBJECTIVE) in _set_in(base, name)})
         if twice:
             raise ConfigError(f"{twice[0]!r} is set in space: and in train:; keep one of them.")
         if "seed" in space:
@@ -133,6 +136,11 @@ class Trials:
                 f"{metric} is measured with each trial's own {names}, so its scale differs between trials; metric: eval/accuracy "
                 "compares them on one scale."
             )
+        if any(name.startswith(OBJECTIVE) for name in self.space):
+            lines.append(
+                f"{metric} weighs the objectives as each trial does. results.csv has the held-out margin of each objective, which "
+                "compare on one scale, and marks the Pareto front."
+            )
         losses = self.space.get("loss")
         paired = [loss in PAIRED_LOSSES for loss in losses.grid()] if isinstance(losses, Values) else []
         if any(paired) and not all(paired):
@@ -144,7 +152,7 @@ class Trials:
 
     def config(self, params: dict[str, object]) -> TrainConfig:
         """Return a trial's options. Raises: ConfigError: values that cannot be combined."""
-        return TrainConfig(**{**self.base, **params})
+        return TrainConfig(**_with(self.base, params))
 
     def point(self, number: int) -> dict[str, object]:
         """Return the parameters of a point, numbered below `points`; the last option of the space changes fastest."""
@@ -154,6 +162,23 @@ class Trials:
             number, place = divmod(number, len(values))
             params[name] = values[place]
         return {name: params[name] for name in self.space}
+
+
+def _with(base: Options, params: dict[str, object]) -> Options:
+    """Return options with a trial's parameters; weights of objectives are joined to those that all trials share."""
+    options = {name: value for name, value in params.items() if not name.startswith(OBJECTIVE)}
+    weights = {name.removeprefix(OBJECTIVE): value for name, value in params.items() if name.startswith(OBJECTIVE)}
+    if weights:
+        shared = parse_objective(base["objective"]) if base.get("objective") else {}
+        options["objective"] = json.dumps({**shared, **weights})
+    return {**base, **options}
+
+
+def _set_in(base: Options, name: str) -> Collection[str]:
+    """Return the names that `train:` sets, of options or, for the weight of an objective, of objectives."""
+    if not name.startswith(OBJECTIVE):
+        return base
+    return parse_objective(base["objective"]) if base.get("objective") else ()
 
 
 def _choices(space: Space, search: str) -> dict[str, Sequence[object]] | None:
@@ -175,7 +200,10 @@ def _count(choices: dict[str, Sequence[object]] | None) -> int | None:
 
 def _names(space: dict[str, object]) -> dict[str, object]:
     """Return the space with names as in `TrainConfig`."""
-    names = {shown(key).replace("-", "_"): entry for key, entry in space.items()}
+    names = {
+        shown(key) if shown(key).startswith(OBJECTIVE) else shown(key).replace("-", "_"): entry
+        for key, entry in space.items()
+    }
     for name in names:
         if name in _SAME_FOR_ALL:
             raise ConfigError(f"space: {name!r} cannot differ between the trials of a sweep: {_SAME_FOR_ALL[name]}.")
@@ -199,7 +227,7 @@ def _base(config: SweepConfig) -> Options:
 def _parse(name: str, entry: object, search: str) -> Values | Range:
     where = f"space: {name}"
     if isinstance(entry, list):
-        values = tuple(checked_values(TrainConfig, {name: value}, "space")[name] for value in entry)
+        values = tuple(_weight(where, value) if name.startswith(OBJECTIVE) else _value(name, value) for value in entry)
         if not values:
             raise ConfigError(f"{where}: an empty list; give at least one value.")
         if len(set(values)) < len(values):
@@ -209,7 +237,7 @@ def _parse(name: str, entry: object, search: str) -> Values | Range:
         raise ConfigError(
             f"{where}: expected a list of values or a range, got {shown(entry)}. Put a value that all trials share into train:."
         )
-    kinds = value_types(TrainConfig).get(name)
+    kinds = (float,) if name.startswith(OBJECTIVE) else value_types(TrainConfig).get(name)
     if kinds is None:
         checked_values(TrainConfig, {name: None}, "space")  # reports the closest name
     if kinds is None or not {int, float} & set(kinds):
@@ -218,6 +246,19 @@ def _parse(name: str, entry: object, search: str) -> Values | Range:
     if unknown:
         raise ConfigError(f"{where}: unknown key {unknown[0]!r}. A range has low, high, log and, for a grid, points.")
     return _range(where, entry, whole=float not in kinds, grid=search == "grid")
+
+
+def _value(name: str, value: object) -> object:
+    return checked_values(TrainConfig, {name: value}, "space")[name]
+
+
+def _weight(where: str, value: object) -> float:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
+    if not 0 <= number < math.inf:
+        raise ConfigError(
+            f"{where}: the weight of an objective must be a number from 0, got {as_given(value, (float,))}"
+        )
+    return float(number)
 
 
 def _range(where: str, entry: dict[str, object], *, whole: bool, grid: bool) -> Range:
@@ -252,6 +293,10 @@ def _end(where: str, name: str, value: object, *, whole: bool) -> float:
 
 def _try_values(base: Options, name: str, entry: Values | Range) -> None:
     """Check each value on its own, combined with the options that all trials share."""
+    if name.startswith(OBJECTIVE):
+        if isinstance(entry, Range) and entry.low < 0:
+            raise ConfigError(f"space: {name}: the weight of an objective must not be negative, got {entry.low:g}.")
+        return
     for value in entry.ends() if isinstance(entry, Range) else entry.values:
         try:
             TrainConfig(**{**base, name: value})

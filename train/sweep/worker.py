@@ -105,8 +105,8 @@ class Worker:
         if data.identity() != self.rows:
             return "refused", _other_rows(config)
         lines = [*data.warnings(config, precision), *self._losses_refused(trials)]
-        if not {"desirable_weight", "undesirable_weight"} & set(trials.space) or not all(data.class_counts):
-            lines += class_warnings(*data.class_counts, class_weight_values(config, *data.class_counts))
+        if not {"desirable_weight", "undesirable_weight"} & set(trials.space) or not all(data.class_masses):
+            lines += class_warnings(*data.class_masses, class_weight_values(config, *data.class_masses))
         return "ready", {
             "versions": versions(),
             "reference": data.rows.manifest.reference,

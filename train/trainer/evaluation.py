@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from offline_kto.kto_core.losses.bootstrap import RESAMPLES, intervals
-from offline_kto.kto_core.losses.metrics import on_the_right_side
+from offline_kto.kto_core.losses.metrics import right_mass
 from offline_kto.train.run_records import EvaluationRecord, MetricInterval
 from offline_kto.train.trainer.objective import Objective
 
@@ -17,7 +17,8 @@ class Scores:
 
     Attributes:
         prompt_ids: of each row.
-        labels: bool.
+        masses: desirable and undesirable mass, shape (rows, 2); a row without mass counts for its objectives alone.
+        objectives: masses by the name of an objective, shape (rows, 2) each; empty without objectives.
         tokens: of each completion.
         logps, logratios: nats.
         kl_logratios: of the mismatched completions, nats; None if the loss needs none.
@@ -25,17 +26,23 @@ class Scores:
     """
 
     prompt_ids: list[str]
-    labels: Tensor
+    masses: Tensor
+    objectives: dict[str, Tensor]
     tokens: Tensor
     logps: Tensor
     logratios: Tensor
     kl_logratios: Tensor | None
     shift: float | None
 
+    @property
+    def labels(self) -> Tensor:
+        """Whether the desirable mass is at least the undesirable one, bool."""
+        return self.masses[:, 0] >= self.masses[:, 1]
+
 
 def held_out_metrics(scores: Scores, objective: Objective) -> dict[str, float]:
-    """Return means over all held-out rows with one reference point; a class without rows has no metrics."""
-    values = _statistics(scores, objective, torch.ones(1, len(scores.labels), dtype=torch.float64))
+    """Return means over all held-out rows with one reference point; a class without mass has no metrics."""
+    values = _statistics(scores, objective, torch.ones(1, len(scores.masses), dtype=torch.float64))
     return {name: float(value) for name, value in values.items() if name == "loss" or bool(value.isfinite())}
 
 
@@ -55,7 +62,7 @@ def summary(scores: Scores, objective: Objective, step: int) -> EvaluationRecord
         "step": step,
         "loss": objective.loss,
         "beta": objective.beta,
-        "rows": len(scores.labels),
+        "rows": len(scores.masses),
         "prompts": len(set(scores.prompt_ids)),
         "resamples": RESAMPLES,
         "metrics": metrics,
@@ -87,25 +94,31 @@ def _statistics(scores: Scores, objective: Objective, weights: Tensor) -> dict[s
     Returns:
         Shape (samples,) each; not finite if no row of a class was drawn.
     """
-    total = weights.sum(1)
+    masses = scores.masses.sum(1)
+    total = (weights * masses).sum(1)
 
-    def mean(values: Tensor, among: Tensor | None = None) -> Tensor:
-        chosen = weights if among is None else weights * among
+    def mean(values: Tensor, among: Tensor) -> Tensor:
+        chosen = weights * among
         return (chosen * values).sum(1) / chosen.sum(1)
 
     shown: dict[str, Tensor] = {}
     point = torch.tensor(scores.shift or 0.0, dtype=torch.float64)
     if scores.kl_logratios is not None:
-        kl_raw = mean(scores.kl_logratios)
+        kl_raw = mean(scores.kl_logratios, masses)
         shown = {"kl": kl_raw.clamp(min=0), "kl_raw": kl_raw}
         point = shown["kl"][:, None]  # (samples, 1)
-    losses = objective.losses(scores.logratios, scores.labels, scores.tokens, point)
-    signs = torch.where(scores.labels, 1.0, -1.0)
-    right = on_the_right_side(signs * (scores.logratios - objective.midpoints(scores.logratios, point)))
+    losses = objective.losses(scores.logratios, scores.masses, scores.tokens, point)
+    distances = scores.logratios - objective.midpoints(scores.logratios, point)
     found = {"loss": (weights * losses).sum(1) / total}
-    for name, rows in (("chosen", scores.labels.double()), ("rejected", (~scores.labels).double())):
-        found[f"rewards/{name}"] = objective.beta * mean(scores.logratios, rows)
-        found[f"logps/{name}"] = mean(scores.logps, rows)
+    for name, among in zip(("chosen", "rejected"), scores.masses.unbind(1), strict=True):
+        found[f"rewards/{name}"] = objective.beta * mean(scores.logratios, among)
+        found[f"logps/{name}"] = mean(scores.logps, among)
     found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    found["accuracy"] = (weights * right).sum(1) / total
+    found["accuracy"] = (weights * right_mass(distances, scores.masses)).sum(1) / total
+    for name, of_objective in scores.objectives.items():
+        good, bad = (objective.beta * mean(scores.logratios, side) for side in of_objective.unbind(1))
+        found[f"{name}/accuracy"] = (weights * right_mass(distances, of_objective)).sum(1) / (
+            weights * of_objective.sum(1)
+        ).sum(1)
+        found[f"{name}/rewards/margins"] = good - bad
     return {**found, **shown}

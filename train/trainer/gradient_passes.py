@@ -21,7 +21,7 @@ from offline_kto.kto_core.scoring.batching import GRADIENT_PASS_COST, micro_batc
 from offline_kto.kto_core.scoring.logps import token_logps
 from offline_kto.kto_core.scoring.output_layer import add_gradients_in_place
 from offline_kto.kto_core.scoring.sequences import FILLER, Sequences
-from offline_kto.train.data.cache_rows import TrainingRow
+from offline_kto.train.data.cache_rows import TrainingRow, total_mass
 from offline_kto.train.trainer.finite_checks import check_losses
 from offline_kto.train.trainer.gradient_sums import GradientSums
 from offline_kto.train.trainer.memory import Budget, Meter, optimizer_bytes, tokens_that_fit
@@ -145,7 +145,7 @@ class GradientPasses:
     def _run(
         self, rows: Sequence[TrainingRow], reference: ReferencePoint, sums: GradientSums, *, step: int
     ) -> RankResult:
-        policy, total = self.policy, len(rows)
+        policy, total = self.policy, total_mass(rows)
         own, passes = self._share(rows)
         self._train()
         self._begin_gradients()
@@ -219,13 +219,13 @@ class GradientPasses:
 
     def _losses(self, facts: RowFacts, logratios: Tensor, point: Tensor) -> Tensor:
         """Return the loss of each row, shape (rows,)."""
-        return self.objective.losses(logratios, facts.labels, facts.tokens, point)
+        return self.objective.losses(logratios, facts.masses, facts.tokens, point)
 
     def _outcome(
         self, facts: RowFacts, logps: Tensor, logratios: Tensor, point: Tensor, tokens: Tokens
     ) -> BatchOutcome:
         losses, midpoints = self._losses(facts, logratios, point), self.objective.midpoints(logratios, point)
-        return BatchOutcome(losses, logratios, logps, facts.labels, midpoints, tokens)
+        return BatchOutcome(losses, logratios, logps, facts.masses, midpoints, tokens)
 
     @torch.no_grad()
     def _router_balance(self, inputs: UpdateInputs) -> "_RouterBalance":

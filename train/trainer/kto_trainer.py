@@ -20,7 +20,7 @@ from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.library_types import Model
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.train.data.batches import BatchLoader, EpochBatches
-from offline_kto.train.data.cache_rows import CacheRows, TrainingRow
+from offline_kto.train.data.cache_rows import CacheRows, TrainingRow, total_mass
 from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.model.checkpointing import can_checkpoint, enable_checkpointing, is_checkpointing
 from offline_kto.train.model.saved_model import ModelWriter
@@ -228,7 +228,7 @@ class KTOTrainer(transformers.Trainer):
         self.finite_checks.add_losses(rows, outcome, step=step + 1)
         self.row_logratios.add([row.index for row in rows], outcome.logratios, step)
         self._window.add(outcome, reference, aux_loss)
-        return outcome.losses.sum() * (ranks.world / len(inputs))
+        return outcome.losses.sum() * (ranks.world / total_mass(inputs))
 
     def _get_grad_norm(self, model: Model, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)

@@ -4,6 +4,7 @@
 `reference_point.py` computes the point that they measure rows from.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch import Tensor
 from offline_kto.kto_core.losses.preference_losses import (
     apo_zero_losses,
     bco_losses,
-    class_weights,
     dpo_losses,
     humanline_logratios,
     ipo_losses,
+    judged_losses,
     kto_losses,
+    pair_masses,
     slic_losses,
 )
 from offline_kto.kto_core.scoring.sequences import sum_rows
@@ -86,14 +88,14 @@ class Objective:
         token_logratios = self.limited(policy_token_logps.double() - reference)
         return logps, sum_rows(token_logratios, batch.row_of_token, batch.rows)
 
-    def losses(self, logratios: Tensor, labels: Tensor, tokens: Tensor, point: Tensor) -> Tensor:
-        """Return the loss of each row.
+    def losses(self, logratios: Tensor, masses: Tensor, tokens: Tensor, point: Tensor) -> Tensor:
+        """Return the loss of each row, weighted by its masses: a batch's loss is their sum divided by all masses.
 
         Both rows of a pair carry the pair's loss, so the mean over rows is the mean over pairs.
 
         Args:
             logratios: r, nats, shape (rows,); in a pair the desirable row comes first.
-            labels: bool, shape (rows,).
+            masses: desirable and undesirable mass, float64, shape (rows, 2).
             tokens: of each completion, shape (rows,).
             point: z0, or the reward shift / beta, nats, scalar.
 
@@ -101,8 +103,10 @@ class Objective:
             Shape (rows,).
         """
         if self.rows_in_unit == 2:
-            return self._pair_losses(logratios, tokens).repeat_interleave(2)
-        weights = class_weights(labels, *self.weights)
+            return (pair_masses(masses) * self._pair_losses(logratios, tokens)).repeat_interleave(2)
+        return judged_losses(functools.partial(self._row_losses, logratios, point), masses, self.weights)
+
+    def _row_losses(self, logratios: Tensor, point: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         match self.loss:
             case "kto" | "humanline":
                 return kto_losses(logratios, labels, point, beta=self.beta, weights=weights)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from offline_kto.kto_core.losses.metrics import Tokens
 from offline_kto.kto_core.scoring.passes import ScoringPasses
+from offline_kto.kto_core.scoring.transfer import to_device
 from offline_kto.train.data.cache_rows import RowKey, ScoredSequence, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.model.token_budget import MOST_TOKENS
@@ -50,7 +51,8 @@ class PolicyScores:
         logps, matched, mismatched = scores
         return Scores(
             prompt_ids=[held_out.cache.prompt_ids[i] for i in indices],
-            labels=torch.from_numpy(held_out.cache.labels[indices]),
+            masses=torch.from_numpy(held_out.cache.masses_of(indices)),
+            objectives={name: torch.from_numpy(masses[indices]) for name, masses in held_out.cache.objectives.items()},
             tokens=torch.tensor(tokens, dtype=torch.float64),
             logps=logps,
             logratios=matched,
@@ -58,11 +60,13 @@ class PolicyScores:
             shift=shift,
         )
 
-    def logratio_sum(self, sequences: Sequence[ScoredSequence]) -> tuple[Tensor, Tokens]:
-        """Return the sum of log-ratios over sequences of the whole batch, and this rank's tokens."""
+    def logratio_sum(self, sequences: Sequence[ScoredSequence], masses: Sequence[float]) -> tuple[Tensor, Tokens]:
+        """Return the sum of log-ratios, weighted by mass, over sequences of the whole batch, and this rank's tokens."""
         lengths, ranks = [len(sequence) for sequence in sequences], self.policy.ranks
         mine, passes = ranks.share(lengths, lambda part: self._scoring().passes_for([lengths[i] for i in part]))
         _, logratios, tokens = self._score([sequences[i] for i in mine], passes)
+        if any(masses[i] != 1 for i in mine):  # a copy to the device that most data need not wait for
+            logratios *= to_device(torch.tensor([masses[i] for i in mine], dtype=torch.float64), self.policy.device)
         return ranks.sum(logratios.sum()), tokens
 
     def score_tokens(self, sequences: Sequence[ScoredSequence]) -> list[np.ndarray]:

@@ -1,9 +1,9 @@
 """Compute the point that a loss measures the rows of a batch from: z0 of KTO, the reward shift of BCO, or 0.
 
-z0 is the mean log-ratio of the mismatched rows of the whole batch. Every rank scores its share of the rows and the
-sums are added over ranks, so that all ranks use the same z0. The formula is `kl_reference_point` in
-`kto_core/losses/preference_losses.py`; `evaluation.py` estimates z0 over held-out rows in the same way.
-`loss_traits.py` lists the point of each loss.
+z0 is the mean log-ratio of the mismatched rows of the whole batch, weighted by the rows' masses. Every rank scores its
+share of the rows and the sums are added over ranks, so that all ranks use the same z0. The formula is
+`kl_reference_point` in `kto_core/losses/preference_losses.py`; `evaluation.py` estimates z0 over held-out rows in the same
+way. `loss_traits.py` lists the point of each loss.
 """
 
 import json
@@ -77,13 +77,13 @@ def reference_point(scores: PolicyScores, rows: Sequence[TrainingRow], shift: Ru
         rows: the whole batch, of all ranks.
         shift: updated with this batch if the loss has one.
     """
-    objective = scores.objective
+    objective, masses = scores.objective, [row.masses.total for row in rows]
     if objective.traits.needs_mismatched:
-        logratio_sum, tokens = scores.logratio_sum([row.mismatched for row in rows])
-        kl, kl_raw = kl_reference_point(logratio_sum, len(rows))
+        logratio_sum, tokens = scores.logratio_sum([row.mismatched for row in rows], masses)
+        kl, kl_raw = kl_reference_point(logratio_sum, sum(masses))
         return ReferencePoint(kl, {"kl": kl, "kl_raw": kl_raw}, tokens)
     if shift is not None:
-        logratio_sum, tokens = scores.logratio_sum([row.matched for row in rows])
-        point = shift.after(logratio_sum / len(rows))
+        logratio_sum, tokens = scores.logratio_sum([row.matched for row in rows], masses)
+        point = shift.after(logratio_sum / sum(masses))
         return ReferencePoint(point, {"reward_shift": objective.beta * point}, tokens)
     return ReferencePoint(scores.policy.zero(), {}, Tokens(0, 0, 0))

@@ -18,17 +18,17 @@ class RowFacts(NamedTuple):
     """What a loss needs to know of rows beside their scores.
 
     Attributes:
-        labels: bool, shape (rows,).
+        masses: desirable and undesirable mass, float64, shape (rows, 2).
         tokens: of each completion, float64, shape (rows,).
     """
 
-    labels: Tensor
+    masses: Tensor
     tokens: Tensor
 
     @classmethod
     def of(cls, rows: Sequence[TrainingRow]) -> "RowFacts":
         tokens = torch.tensor([len(row.matched.completion_ids) for row in rows], dtype=torch.float64)
-        return cls(torch.tensor([row.label for row in rows], dtype=torch.bool), tokens)
+        return cls(torch.tensor([row.masses for row in rows], dtype=torch.float64).view(-1, 2), tokens)
 
 
 class MicroBatch(NamedTuple):
