@@ -14,6 +14,7 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.diagnostics.settings import in_digits
+from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.training_memory import host_bytes, training_bytes
 from offline_kto.train.trainer.objective import Objective
@@ -57,13 +58,23 @@ def print_plan(
         tell(
             "products    TF32: finer than bfloat16, in which the cache was scored (training: {tf32: false} for float32)"
         )
-    loss = "" if config.loss == "kto" else f"loss {config.loss}, "
+    loss = _loss_in_words(config)
     tell(
         f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
     )
+    if objective.traits.ignores_reference:
+        tell(f"reference   not used by {config.loss}; rewards and accuracy still measure the change from it")
     tell(f"run         {out}")
     for line in (*files.warnings, *warnings):
         warn(line)
+
+
+def _loss_in_words(config: TrainConfig) -> str:
+    """Return the loss with the options that only it has, and the likelihood that is added to it."""
+    loss = "" if config.loss == "kto" else f"loss {config.loss}, "
+    for name in LOSS_TRAITS[config.loss].options:
+        loss += f"{name.replace('_', ' ')} {getattr(config, name):g}, "
+    return loss + (f"sft weight {config.sft_weight:g}, " if config.sft_weight else "")
 
 
 def _judgement_lines(config: TrainConfig, data: TrainingData) -> list[str]:
