@@ -282,6 +282,27 @@ def test_only_losses_with_a_reference_point_make_its_pass(
     assert ("reward_shift" in shown) == (loss == "bco")
 
 
+@pytest.mark.parametrize("loss", ["ppo_clip", "orpo", "kto"])
+def test_held_out_losses_are_those_of_training(loss: str, cache: Path, pairs: Path, tmp_path: Path) -> None:
+    """With all rows in one batch and a rate that moves nothing, both are the mean over the same rows."""
+    data = pairs if loss in PAIRED_LOSSES else cache
+    run = train(
+        config_for(
+            data,
+            tmp_path / "run",
+            loss,
+            eval_cache=data,
+            batch_size=64,
+            max_steps=1,
+            learning_rate=1e-12,
+            sft_weight=0.5,
+        )
+    )
+    found = json.loads((run / "evaluation.json").read_text())["metrics"]
+    for name in ("loss", "rewards/chosen", "logps/rejected"):
+        assert found[name]["value"] == pytest.approx(metrics(run)[0][name], abs=1e-4)
+
+
 class TestPairs:
     def test_each_batch_holds_whole_pairs(self, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         batches: list[list[TrainingRow]] = []
@@ -342,6 +363,17 @@ class TestPairs:
         assert "8 left out (not in a pair, or both rows are equal)" in out
         assert (" cut (--max-length 60)" in out) == (scored_at > 60)  # else it was cut when it was scored
         assert metrics(run)[-1]["step"] == 2
+
+    @pytest.mark.parametrize("loss", ["simpo", "dpo"])
+    def test_the_plan_says_which_losses_ignore_the_reference(
+        self, loss: str, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        train(config_for(pairs, tmp_path / "run", loss, max_steps=1, sft_weight=0.25))
+        out = capsys.readouterr().out
+        assert ("reference   not used by simpo" in out) == (loss == "simpo")
+        assert (
+            "loss simpo, simpo gamma 0.5, sft weight 0.25, beta" if loss == "simpo" else "loss dpo, sft weight"
+        ) in out
 
     def test_held_out_pairs_are_whole(self, pairs: Path, tmp_path: Path) -> None:
         run = train(config_for(pairs, tmp_path / "run", "dpo", eval_fraction=0.3))

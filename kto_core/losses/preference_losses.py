@@ -121,7 +121,7 @@ def slic_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 def robust_losses(chosen: Tensor, rejected: Tensor, *, beta: float, smoothing: float) -> Tensor:
     """Return `(-(1 - e) log sigmoid(t) + e log sigmoid(-t)) / (1 - 2 e)` with `t = beta (r_chosen - r_rejected)`.
 
-    Robust DPO (arXiv 2403.00409), eq. 11 and 12: the mean of this loss over pairs that are labelled the wrong way round with
+    Robust DPO (arXiv 2403.00409): the mean of this loss over pairs that are labelled the wrong way round with
     probability e is the mean of DPO's loss over the true labels.
 
     Args:
@@ -149,7 +149,7 @@ def nca_losses(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 def cpo_losses(chosen: Tensor, rejected: Tensor, nll: Tensor, *, beta: float) -> Tensor:
     """Return `-log sigmoid(beta (log pi(y_chosen) - log pi(y_rejected))) + nll`.
 
-    Contrastive preference optimization (arXiv 2401.08417), eq. 3 to 5: DPO with a uniform reference, which cancels, and the
+    Contrastive preference optimization (arXiv 2401.08417): DPO with a uniform reference, which cancels, and the
     likelihood of the chosen completion. TRL's `cpo_alpha`, the weight of `nll`, is 1 by default, as in the paper.
 
     Args:

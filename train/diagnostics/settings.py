@@ -9,7 +9,7 @@ _MIDDLE = (BALANCE[0] * BALANCE[1]) ** 0.5
 
 # Ranges of published KTO runs; LoRA uses about ten times the rate of full fine-tuning.
 _BETA = (0.01, 0.5)
-_BETA_SIMPO = (2.0, 10.0)  # per nat of a log-prob per token, SimPO paper, table 8
+_BETA_SIMPO = (2.0, 10.0)  # per nat of a log-prob per token; SimPO's released configurations
 _RATE = (5e-7, 5e-6)
 _RATE_LORA = (5e-6, 2e-4)
 
