@@ -1,4 +1,4 @@
-"""Read YAML files safely: duplicate keys are refused, and `1e-6` is a number."""
+"""Read YAML files safely: duplicate keys are refused, `1e-6` is a number, and `1:5` is text."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from offline_kto.kto_core.foreign_files import MEGABYTE, read_foreign
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe YAML loader in which `1e-6` is a number, as in YAML 1.2."""
+    """A safe YAML loader in which `1e-6` is a number and `1:5` is text, as in YAML 1.2."""
 
     _references = 0
 
@@ -45,8 +45,17 @@ def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) 
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
 
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+# Without the numbers of YAML 1.1 to the base 60: `1:5` is text.
+_Loader.yaml_implicit_resolvers = {
+    mark: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for mark, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    _INT, re.compile(r"^[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    _FLOAT,
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
     list("-+0123456789."),
 )

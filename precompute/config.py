@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from offline_kto.kto_core.errors import ConfigError, shown
+from offline_kto.kto_core.feedback.labels import COUNT, SHARE, UNANIMOUS, number_in
 from offline_kto.kto_core.feedback.template_settings import NOT_FOR_DATA
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.options import AUTO, check_options, option, parse_settings
@@ -12,6 +13,7 @@ from offline_kto.kto_core.options import AUTO, check_options, option, parse_sett
 BACKENDS = (AUTO, "transformers", "vllm")
 PAIRINGS = ("shuffled", "rotate")
 CHAT = (AUTO, "always", "never")
+VOTES = (SHARE, COUNT, UNANIMOUS)
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
 
@@ -62,6 +64,20 @@ class PrecomputeConfig:
     label_field: str | None = option(None, "Field that holds the label (or the rating), or the name of a score.")
     up: str | None = option(None, "Desirable values, such as like or '>=4', separated by commas.", metavar="VALUE,...")
     down: str | None = option(None, "Undesirable values, such as dislike or '<=2'.", metavar="VALUE,...")
+    votes: str = option(
+        SHARE,
+        "What several raters make of a row: the shares of their votes, their numbers (more votes weigh more), or nothing unless "
+        "they are unanimous.",
+        choices=VOTES,
+    )
+    rating_scale: str | None = option(
+        None,
+        "Lowest and highest rating: a rating is a share of desirable, in place of a threshold.",
+        metavar="LOW:HIGH",
+    )
+    weight_field: str | None = option(
+        None, "Field that holds the weight of a row; normalised to a mean of 1, and 0 leaves a row out."
+    )
     map: str | None = option(
         None, "How to read the file: a mapping (YAML), or the name of a format.", metavar="FILE|NAME"
     )
@@ -115,6 +131,8 @@ class PrecomputeConfig:
                 raise ConfigError(f"--tokenizer-kwargs: {name} must be true, false or a number.")
         if self.template_date is not None:
             _ = self.template_day
+        if self.rating_scale is not None:
+            _ = self.graded
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization:g}."
@@ -127,6 +145,19 @@ class PrecomputeConfig:
     @property
     def tokenizer_options(self) -> dict[str, object]:
         return parse_settings(self.tokenizer_kwargs, "--tokenizer-kwargs")
+
+    @property
+    def graded(self) -> tuple[float, ...]:
+        """The two ratings of `--rating-scale`; empty if it is not set."""
+        if self.rating_scale is None:
+            return ()
+        ends = [number_in(part) for part in self.rating_scale.split(":")]
+        least, most = ends if len(ends) == 2 else (None, None)
+        if least is None or most is None or least >= most:
+            raise ConfigError(
+                f"--rating-scale must be the lowest and the highest rating, like 1:5, got {shown(self.rating_scale)!r}."
+            )
+        return least, most
 
     @property
     def template_day(self) -> datetime | None:

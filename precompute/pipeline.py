@@ -16,6 +16,7 @@ from offline_kto.kto_core.cache.manifest_fields import (
 )
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError, printable
+from offline_kto.kto_core.feedback.labels import UNANIMOUS
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.hashing import json_hash
 from offline_kto.kto_core.judgements import OBJECTIVES
@@ -182,6 +183,13 @@ def _judgements(plan: Plan) -> OptionalEntries:
     if not plan.mass_columns:
         return {}
     judgements: JudgementFields = {}
+    feedback, votes = plan.feedback, plan.feedback.label_rule.votes
+    if feedback.found.agreement and votes != UNANIMOUS:  # whose rows are all one bit, or ratings
+        judgements["votes"] = votes
+    if scale := feedback.rating_scale:
+        judgements["rating_scale"] = [*scale]
+    if plan.weights:
+        judgements["weights"] = True
     if OBJECTIVES in plan.mass_columns:
         judgements["objectives"] = [*plan.rows[0].judgement.objectives]
     return {"columns": plan.mass_columns, "judgements": judgements}

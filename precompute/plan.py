@@ -5,9 +5,10 @@ complete for another.
 """
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import groupby
 from typing import NamedTuple
@@ -21,11 +22,12 @@ from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.tokenization import Tokenizing, Tokens
 from offline_kto.kto_core.hashing import ids_id, json_hash, sequence_id
-from offline_kto.kto_core.judgements import Judgement, mass_columns
+from offline_kto.kto_core.judgements import Judgement, Masses, mass_columns
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.runtime import no_garbage_collection
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
+from offline_kto.precompute.feedback.weights import Weights, settled
 from offline_kto.precompute.records.sources import SourceFile, describe_source, warnings_about
 
 # Rows tokenized in one call of the tokenizer.
@@ -44,7 +46,7 @@ class PlannedRow:
         prompt_ids: int32.
         full_completion_ids: int32, before it is truncated to fit after this prompt.
         completion_ids: int32, as scored.
-        judgement: its masses; the label is `judgement.masses.label`.
+        judgement: its masses, with its weight; the label is `judgement.masses.label`.
     """
 
     source: int
@@ -67,6 +69,7 @@ class Plan:
         examples: the first rows of each class, with their places.
         notes: sentences on how the rows were rendered and tokenized.
         rendered_on: the time that the chat template wrote into them; None if it writes none.
+        weights: of the rows, as read.
     """
 
     rows: list[PlannedRow]
@@ -79,6 +82,7 @@ class Plan:
     examples: list[tuple[str, PlannedRow]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rendered_on: str | None = None
+    weights: Weights = field(default_factory=Weights)
 
     def kl_completions(self, index: int) -> list[np.ndarray]:
         """Return the mismatched completions of a row, truncated to fit after its prompt."""
@@ -127,6 +131,8 @@ class PlanCounts:
     rows_hash: str
     duplicates: int
     contradictions: int
+    masses: Masses
+    objectives: dict[str, Masses]
 
     @classmethod
     def of(cls, plan: Plan) -> "PlanCounts":
@@ -155,16 +161,25 @@ class PlanCounts:
             rows_hash=json_hash(sorted(lengths)),
             duplicates=len(rows) - len(wanted | unwanted),
             contradictions=len(wanted & unwanted),
+            masses=_total([row.judgement.masses for row in rows]),
+            objectives={
+                name: _total([row.judgement.objectives[name] for row in rows]) for name in rows[0].judgement.objectives
+            },
         )
 
 
+def _total(masses: Sequence[Masses]) -> Masses:
+    return Masses(*map(math.fsum, zip(*masses, strict=True)))
+
+
 class ReadRows(NamedTuple):
-    """The rows that are kept, how many were read, how many were dropped by reason, and examples with their places."""
+    """The rows that are kept with their weights, how many were read and dropped by reason, and examples with their places."""
 
     rows: list[PlannedRow]
     read: int
     dropped: dict[str, int]
     examples: list[tuple[str, PlannedRow]]
+    weights: Weights
 
 
 def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizing) -> ReadRows:
@@ -175,7 +190,8 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
     """
     rows: list[PlannedRow] = []
     dropped: Counter[str] = Counter()
-    examples: dict[bool, list[tuple[str, PlannedRow]]] = {True: [], False: []}
+    examples: dict[bool, list[tuple[str, int]]] = {True: [], False: []}
+    weights = Weights()
     read = 0
     try:
         for row, tokens in _usable(feedback, tokenizing):
@@ -187,8 +203,9 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
                 )
             else:
                 rows.append(_planned(row, read, tokens.prompt_ids, tokens.completion_ids, room, config.max_length))
+                weights.add(row)
                 if len(examples[row.label]) < _EXAMPLES:
-                    examples[row.label].append((row.where, rows[-1]))
+                    examples[row.label].append((row.where, len(rows) - 1))
             read += 1
     finally:
         feedback.write_left_out()  # also if the run ends here, where it is needed most
@@ -199,7 +216,13 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
             f"{config.data}: no row is left of {read:,}: every prompt has {config.max_length} tokens or more. "
             "Raise --max-length."
         )
-    return ReadRows(rows, read, dict(dropped), [*examples[True], *examples[False]])
+    judgements = settled([row.judgement for row in rows], weights.factors(config.data))
+    rows = [
+        row if judgement is row.judgement else replace(row, judgement=judgement)
+        for row, judgement in zip(rows, judgements, strict=True)
+    ]
+    shown = [(where, rows[number]) for where, number in (*examples[True], *examples[False])]
+    return ReadRows(rows, read, dict(dropped), shown, weights)
 
 
 def _usable(feedback: Feedback, tokenizing: Tokenizing) -> Iterator[tuple[FeedbackRow, Tokens]]:
@@ -253,7 +276,7 @@ def _planned(
         # No prompt leaves room for more, so a longer tail is never used.
         full_completion_ids=completion[:max_length],
         completion_ids=cut,
-        judgement=Judgement.of_label(row.label),
+        judgement=row.judgement,
     )
 
 
@@ -277,7 +300,7 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
         has_template=bool(getattr(tokenizer, "chat_template", None)),
         rendered=tokenizing.rendered_text(),
     )
-    rows, read, dropped, examples = read_rows(config, feedback, tokenizing)
+    rows, read, dropped, examples, weights = read_rows(config, feedback, tokenizing)
     try:
         pairing = _pair(config, rows)
     except PairingError as error:
@@ -298,7 +321,7 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
     notes = [*warnings_about(config.data, config.split), *feedback.notes(), *tokenizing.warnings()]
     if config.template_date is not None and rendered_on is None:
         notes.append("--template-date has no effect: the chat template writes no date.")
-    return Plan(rows, pairing, config.max_length, read, dropped, files, feedback, examples, notes, rendered_on)
+    return Plan(rows, pairing, config.max_length, read, dropped, files, feedback, examples, notes, rendered_on, weights)
 
 
 def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:

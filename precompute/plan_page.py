@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from offline_kto.kto_core.errors import printable
-from offline_kto.kto_core.feedback.labels import rare_class
+from offline_kto.kto_core.feedback.labels import DOWN, GRADED, LEFT, UP, rare_class
 from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.feedback.used_columns import MATTERS_BESIDE
+from offline_kto.precompute.judgement_page import judgements_in_words, masses_in_words, warnings_about_judgements
 from offline_kto.precompute.plan import Plan, PlanCounts
 from offline_kto.precompute.preview import block, folded, visible, width
 
@@ -21,7 +22,7 @@ _WIDTH = 100
 _INDENT = 12
 # Columns whose names suggest that they change the meaning of a row.
 _MATTERS = re.compile(
-    r"split|system|score|rating|reward|feedback|thumb|vote|image|img|audio|video|subset|partition|contexts?(?![a-z.])|documents|"
+    r"split|system|score|rating|reward|feedback|thumb|vote|^weight$|image|img|audio|video|subset|partition|contexts?(?![a-z.])|documents|"
     r"passages|knowledge|functions|tool_?calls?|function_?calls?|^files$|quality|history|instruction|(?<![a-z])(?:fold|tools|grade|stars)(?![a-z])|"
     r"^(?:messages|conversations|set|is_test|sys|preamble|persona|developer)$",
     re.IGNORECASE,
@@ -61,6 +62,7 @@ def _entries(plan: Plan, counts: PlanCounts, config: PrecomputeConfig) -> Iterat
         "labels",
         f"{counts.desirable:,} desirable, {counts.undesirable:,} undesirable{_values(plan.feedback, counts.kept)}",
     )
+    yield from judgements_in_words(plan, counts)
     yield "prompts", f"{counts.prompts:,} distinct; {_kinds(plan.feedback)}"
     if unused := [*plan.feedback.unused_columns(), *plan.feedback.unused_beside()]:
         yield "unused", f"columns {quoted(unused, 300)[1:-1]}"
@@ -90,11 +92,11 @@ def _values(feedback: Feedback, kept: int) -> str:
     by_destination: dict[str, list[str]] = defaultdict(list)
     for (value, destination), count in feedback.label_rule.seen.most_common():
         by_destination[destination].append(f"{value} ({count:,})")
-    order = [name for name in ("up", "down", "left out") if by_destination[name]]
+    order = [name for name in (UP, DOWN, GRADED, LEFT) if by_destination[name]]
     is_pair = feedback.mapping is not None and feedback.mapping.pair is not None
     shown = {"up": "the first is better", "down": "the second is better"} if is_pair else {}
     parts = [f"{shown.get(name, name)}: {_few(by_destination[name])}" for name in order]
-    judged = sum(count for (_, destination), count in feedback.label_rule.seen.items() if destination != "left out")
+    judged = sum(count for (_, destination), count in feedback.label_rule.seen.items() if destination != LEFT)
     as_read = "values as read: " if judged > kept else ""
     return f" ({as_read}{'; '.join(parts)})" if parts else ""
 
@@ -136,7 +138,8 @@ def _examples(plan: Plan, tokenizer: Tokenizer) -> list[str]:
     lines: list[str] = []
     columns = width(_WIDTH)
     for where, row in plan.examples:
-        lines += wrapped("example", f"{'desirable' if row.label else 'undesirable'}, {printable(where)}")
+        masses = f" ({masses_in_words(row.judgement.masses)})" if plan.mass_columns else ""
+        lines += wrapped("example", f"{'desirable' if row.label else 'undesirable'}{masses}, {printable(where)}")
         lines += block("  prompt      ", visible(tokenizer, row.prompt_ids), columns, _EXAMPLE_LINES)
         lines += block("  completion  ", visible(tokenizer, row.completion_ids), columns, _EXAMPLE_LINES)
     return lines
@@ -164,9 +167,10 @@ def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
             "this --out. For a comparable cache in another folder, pass --template-date "
             f"{plan.rendered_on[:10]}."
         )
-    if not counts.desirable or not counts.undesirable:
+    if 0 in counts.masses:
         only = "desirable" if counts.desirable else "undesirable"
         found.append(f"every row is {only}: KTO needs both classes. Check the labels.")
+    found += warnings_about_judgements(plan)
     if rare := rare_class(counts.desirable, counts.undesirable):
         found.append(rare)
     if counts.contradictions:

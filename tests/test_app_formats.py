@@ -57,7 +57,7 @@ def in_short(turns: Any) -> str:
 
 
 def read(path: Path, **options: Any) -> tuple[list[tuple[str, str, bool]], dict[str, int], str, Feedback]:
-    config = PrecomputeConfig(model="m", data=str(path), one_class=True, **options)
+    config = PrecomputeConfig(model="m", data=str(path), one_class=True, **{"votes": "unanimous", **options})
     feedback = Feedback(config, has_template=True)
     rows = []
     for one in feedback.rows():

@@ -32,7 +32,8 @@ precompute.records precompute.parts train.run_files
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
 precompute.feedback
 precompute.plan precompute.store train.trainer train.report
-precompute.scoring precompute.plan_page train.run
+precompute.scoring precompute.judgement_page train.run
+precompute.plan_page
 precompute.pipeline precompute.inspect_cache train.sweep
 precompute.run
 precompute.cli train.cli
@@ -43,6 +44,7 @@ ONLY_IN = {
     "click": {"precompute/cli.py", "train/cli.py"},
     "vllm": {"precompute/engines/vllm_scorer.py"},
     "peft": {"train/model/lora.py"},
+    "nltk": {"precompute/feedback/agreement.py"},
     "optuna": {"train/sweep/study.py"},
     "liger_kernel": {"train/trainer/liger_layers.py"},
     "triton": {"kto_core/scoring/head_tiles_triton.py"},

@@ -11,6 +11,7 @@ import yaml
 from doc_pages import Block, blocks
 
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping
+from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 
@@ -31,9 +32,18 @@ def test_a_mapping_of_the_page_makes_the_rows_that_it_shows(block: Block, tmp_pa
     mapping.write_text(block.text, encoding="utf-8")
     config = PrecomputeConfig(model="m", data=str(data), map=str(mapping), chat="never", one_class=True)
     feedback = Feedback(config, has_template=True)
-    found = [{"prompt": one.prompt, "completion": one.completion, "label": one.label} for one in feedback.rows()]
-    assert json.loads(json.dumps(found)) == [json.loads(one) for one in rows]
+    found, expected = [as_shown(one) for one in feedback.rows()], [json.loads(one) for one in rows]
+    assert all({"prompt", "completion", "label"} <= one.keys() for one in expected)
+    for one, row in zip(json.loads(json.dumps(found)), expected, strict=True):
+        assert {name: one[name] for name in row} == row
     assert list(feedback.found.left_out.counts) == shown(block, "left out: ")
+
+
+def as_shown(row: FeedbackRow) -> dict[str, Any]:
+    """A row with all that the page may show of it."""
+    masses = [row.desirable_mass, row.undesirable_mass]
+    judged = {"masses": masses, "objectives": row.objectives, "weight": row.weight}
+    return {"prompt": row.prompt, "completion": row.completion, "label": row.label, **judged}
 
 
 def keys_of(value: Any) -> set[str]:
@@ -46,6 +56,6 @@ def keys_of(value: Any) -> set[str]:
 def test_every_key_of_a_mapping_is_in_an_example() -> None:
     there = set().union(*(keys_of(yaml.safe_load(block.text)) for block in EXAMPLES))
     fields = {field.name.replace("_", "-") for kind in (Mapping, JudgedTurns) for field in dataclasses.fields(kind)}
-    label = {"path", "scores", "value", "name", "up", "down", "else", "scale"}
+    label = {"path", "scores", "value", "name", "up", "down", "else", "scale", "rating-scale", "votes", "labels"}
     pair = {"chosen", "rejected", "a", "b", "better", "a_when", "b_when"}
     assert (fields | label | pair | {"when", "say"}) - there == {"aside", "recognise", "refuse"}

@@ -171,7 +171,11 @@ def test_flags_of_a_page_exist(page: str) -> None:
         "--check",
         "--kinds",
         "--markdown",
-    }  # the last: of benchmarks
+        "--dry",
+        "--minutes",
+        "--only",
+        "--trl-python",
+    }  # the last ones: of benchmarks
     own = re.sub(r"```.*?```", "", PAGES[page], flags=re.S)
     for name in set(re.findall(r"`(--[a-z][a-z-]+)", own)):
         assert name in known, name

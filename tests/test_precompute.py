@@ -207,9 +207,9 @@ def count_scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = TransformersScorer.score
 
-    def counting(self: Any, sequences: Any, **options: Any) -> Any:
+    def counting(self: Any, sequences: Any, *listener: Any, **options: Any) -> Any:
         calls.append(len(sequences))
-        return real(self, sequences, **options)
+        return real(self, sequences, *listener, **options)
 
     monkeypatch.setattr(TransformersScorer, "score", counting)
     return calls

@@ -47,10 +47,10 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Forwards:
     seen = Forwards()
     score, load = TransformersScorer.score, Reference.load
 
-    def noting(self: TransformersScorer, sequences: Any, **options: Any) -> Any:
+    def noting(self: TransformersScorer, sequences: Any, *listener: Any, **options: Any) -> Any:
         known = options.get("known", ())
         seen.ids += [sequence_id(*sequence) for i, sequence in enumerate(sequences) if i not in known]
-        return score(self, sequences, **options)
+        return score(self, sequences, *listener, **options)
 
     def counting(self: Reference) -> Any:
         seen.loads += 1

@@ -7,6 +7,7 @@ from typing import Final
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.conversations import SYSTEM_COLUMNS, alpaca_prompt, history, system_text
+from offline_kto.kto_core.feedback.judging import COUNTS, SEVERAL, WEIGHT
 from offline_kto.kto_core.feedback.labels import LabelRule
 from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, Turns, said
 from offline_kto.kto_core.feedback.paths import Path
@@ -40,8 +41,9 @@ PAIR_OBJECTS = ("ratings", "scores", "rewards", "rating", "score", "reward")
 COLUMNS: Final = frozenset(
     {
         *(*PROMPTS, *COMPLETIONS, *LABELS, *SYSTEM_COLUMNS, *MEDIA_COLUMNS),
-        *("labels", "rating", "chosen", "rejected", PAIR_WINNER, PAIR_MARGIN, *CONVERSATIONS),
+        *(SEVERAL, WEIGHT, "rating", "chosen", "rejected", PAIR_WINNER, PAIR_MARGIN, *CONVERSATIONS),
         *("instruction", "input", "output", "history", "tools", "chat_template_kwargs", *CALLS),
+        *(name for names in COUNTS for name in names),
         *(name for pair in PAIR_RATINGS for name in pair),
     }
 )
@@ -91,6 +93,7 @@ class FeedbackFields:
     prompt: Path | None = None
     completion: Path | None = None
     label: Path | None = None
+    weight: Path | None = None
     rule: LabelRule = field(default_factory=LabelRule)
     ratings: LabelRule = field(default_factory=LabelRule)
     read: set[str] = field(default_factory=set)

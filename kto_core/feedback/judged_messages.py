@@ -10,6 +10,7 @@ from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.columns import COMPLETIONS, CONVERSATIONS, LABELS, FeedbackFields
 from offline_kto.kto_core.feedback.conversations import check_completion, with_system
 from offline_kto.kto_core.feedback.exports import opened
+from offline_kto.kto_core.feedback.judging import Reading, judge
 from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
 from offline_kto.kto_core.feedback.left_out import UNRATED, LeftOut
 from offline_kto.kto_core.feedback.message_trees import check_is_list
@@ -23,11 +24,11 @@ JUDGED_KEYS = (*_KEYS, *_KEYS_ALONE)
 # Keys of a label that is an object, as in {"rating": "up", "comment": "..."}.
 _INNER = ("rating", "score", "value", "label", "thumbs", "thumb", "vote", "reaction")
 
-Judged = list[tuple[tuple[Message, ...], tuple[Message, ...], bool]]
+Judged = list[tuple[tuple[Message, ...], tuple[Message, ...], Reading]]
 
 
 def judged_messages(present: Mapping[str, object], where: str, fields: FeedbackFields) -> Judged | None:
-    """Return (prompt, completion, label) for each judged turn; None if no turn of the record is judged by itself."""
+    """Return (prompt, completion, reading) for each judged turn; None if no turn of the record is judged by itself."""
     has_answer = any(one in present for one in COMPLETIONS)
     names = CONVERSATIONS[:2] if has_answer else CONVERSATIONS  # beside an answer, `conversation` is often its source
     name = next((one for one in names if one in present), CONVERSATIONS[0])
@@ -100,6 +101,8 @@ def _by_list(
                 "file with --map FILE."
             )
         return None
+    if len(answers) == 1 < len(labels):  # of several raters
+        return None
     if len(labels) != len(answers):
         raise FeedbackError(
             f"{where}: {len(labels)} 'labels' for {len(answers)} answers of the assistant. Give one for each; null "
@@ -134,7 +137,7 @@ def _rows(
         check_completion(judged, where, name)
         assert not isinstance(prompt, str)
         try:
-            rows.append((prompt, judged, fields.rule.verdict(value, where, field)))
+            rows.append((prompt, judged, judge(fields.rule, value, where, field)))
         except UnknownLabelError as error:  # raised once all values of the record are counted
             unknown.append(error)
     if unknown:

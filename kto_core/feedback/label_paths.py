@@ -1,13 +1,15 @@
-"""Find the label of a record: at a path, or among several scores of which one counts."""
+"""Find the label of a record: at a path, in numbers of votes, among several scores, or one for each objective."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.exports import opened
+from offline_kto.kto_core.feedback.judging import Reading, judge, of_objectives
 from offline_kto.kto_core.feedback.labels import MOST_VALUES, LabelRule, Scale, UnknownLabelError, has_no_value
+from offline_kto.kto_core.feedback.left_out import LeftOut
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
 
@@ -17,10 +19,13 @@ class LabelPaths:
     """Where the label is, and what its values mean.
 
     Attributes:
-        path: to a value, or to a list with one for each rater. None if `scores` is given.
+        path: to a value, to a list with one for each rater, or to an object with one for each objective. None if `scores`,
+            `votes` or `objectives` is given.
         scores: to an object from names to values, or to a list of objects with `name` and `value`.
         value: of a score that is an object.
-        name: of the score that counts, or a path; needed if there are several.
+        name: of the score that counts, or a path; needed if there are several. Names with commas between them are objectives.
+        votes: to the numbers of votes, `up` and `down`.
+        objectives: where the label of each objective is; they have the same rule, or rules of their own.
         seen: how often each score had a value, by name; for errors.
     """
 
@@ -29,14 +34,49 @@ class LabelPaths:
     value: Path | None
     name: str | None
     rule: LabelRule
+    votes: Mapping[str, Path] = field(default_factory=dict)
+    objectives: "Mapping[str, LabelPaths]" = field(default_factory=dict)
     seen: dict[str, Counter[str]] = field(default_factory=dict, compare=False, repr=False)
 
-    def verdict(self, data: Mapping[str, Any], where: str) -> bool:
-        """Return whether the row is desirable. Raises: see `LabelRule.verdict`."""
+    @property
+    def paths(self) -> list[Path]:
+        """All paths, those of objectives included."""
+        own = [path for path in (self.path, self.scores, *self.votes.values()) if path is not None]
+        return [*own, *(path for one in self.objectives.values() for path in one.paths)]
+
+    @property
+    def rules(self) -> list[LabelRule]:
+        """The rules by which values are judged: those of the objectives, or one."""
+        return [rule for one in self.objectives.values() for rule in one.rules] or [self.rule]
+
+    @property
+    def whole_rule(self) -> LabelRule:
+        """The rule, with the counts of the objectives' own rules."""
+        if not self.objectives:
+            return self.rule
+        rules = self.rules
+        seen = sum((rule.seen for rule in rules), Counter[tuple[str, str]]())
+        return replace(
+            self.rule, seen=seen, numbers={name: one for rule in rules for name, one in rule.numbers.items()}
+        )
+
+    def ruled(self, rule: Callable[[LabelRule], LabelRule]) -> "LabelPaths":
+        """Return the same paths with other rules, and without counts."""
+        objectives = {name: one.ruled(rule) for name, one in self.objectives.items()}
+        return replace(self, rule=rule(self.rule), objectives=objectives, seen={})
+
+    def read(self, data: Mapping[str, Any], where: str) -> Reading:
+        """Return what is read of a row. Raises: see `judging.judge`."""
+        if self.objectives:
+            return self._of_objectives(data, where)
+        if self.votes:
+            counts = {name: path.find(data, where) for name, path in self.votes.items()}
+            given = any(not has_no_value(count) for count in counts.values())
+            return judge(self.rule, counts if given else None, where, "votes")
         if self.scores is None:
             assert self.path is not None
             try:
-                return self.rule.verdict(self.path.open(data, where), where, self.path.text)
+                return judge(self.rule, self.path.open(data, where), where, self.path.text)
             except UnknownLabelError as error:
                 raise error.about(self.path.read_key(data)) from None
         scores = self.named_scores(data, where)
@@ -46,18 +86,47 @@ class LabelPaths:
             counts.update(one for one in shown if len(counts) < MOST_VALUES or one in counts)
         if self.name is None and len(scores) > 1:
             raise SeveralScoresError(f"{where}: several scores: {', '.join(scores)}. {_NAME_IT}")
+        if len(names := self.names(scores)) > 1:
+            return judge(self.rule, {one: scores.get(one) for one in names}, where, "scores")
         name = self.name if self.name is not None else next(iter(scores), "score")
         if name not in scores and (name in data or self.path is not None):
             found = data[name] if self.path is None or name in data else self.path.find(data, where)
-            return self.rule.verdict(opened(found), where, name)
-        return self.rule.verdict(scores.get(name), where, name)
+            return judge(self.rule, opened(found), where, name)
+        return judge(self.rule, scores.get(name), where, name)
+
+    def names(self, scores: Collection[str]) -> list[str]:
+        """Return the names of the scores that are read; several are objectives.
+
+        Args:
+            scores: all names; one of them may contain a comma.
+        """
+        if self.name is None:
+            return list(scores)
+        if self.name in scores or self.path is not None:
+            return [self.name]
+        parts = [part.strip() for part in self.name.split(",")]
+        return parts if all(parts) else [self.name]
+
+    def _of_objectives(self, data: Mapping[str, Any], where: str) -> Reading:
+        """Return what is read of the objectives; one without a value is not judged."""
+        readings: dict[str, Reading | None] = {}
+        unknown: list[UnknownLabelError] = []
+        for name, label in self.objectives.items():
+            try:
+                readings[name] = label.read(data, where)
+            except LeftOut:
+                readings[name] = None
+            except UnknownLabelError as error:  # raised once the values of all objectives are counted
+                unknown.append(error)
+        if unknown:
+            raise unknown[0]
+        return of_objectives(readings)
 
     def has_value(self, data: Mapping[str, Any], where: str) -> bool:
         """Return whether there is a label, whatever it means."""
         if self.scores is not None:
             return bool(self.named_scores(data, where))
-        assert self.path is not None
-        return not has_no_value(self.path.open(data, where))
+        return any(not has_no_value(path.open(data, where)) for path in self.paths)
 
     def named_scores(self, data: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Return the values of a record's scores by name, those without a value left out.
@@ -94,14 +163,16 @@ class LabelPaths:
         if self.name is None and len(self.seen) > 1:
             return SeveralScoresError(f"{where}: several scores, of which one must be chosen:{shown}\n{_NAME_IT}")
         valued = any(destination != "left out" for _, destination in self.rule.seen)  # a column of that name
-        if self.name is not None and self.path is None and self.name not in self.seen and not valued:
+        names = self.names(self.seen)
+        missing = [name for name in names if name not in self.seen]
+        if missing and self.path is None and (len(names) > 1 or not valued):
             return SeveralScoresError(
-                f"{where}: no record has a score {quoted(self.name)}. Scores found:{shown}\n{_NAME_IT}"
+                f"{where}: no record has a score {quoted(missing[0])}. Scores found:{shown}\n{_NAME_IT}"
             )
         return None
 
 
-_NAME_IT = "Choose one with --label-field NAME."
+_NAME_IT = "Choose one with --label-field NAME, or several objectives with --label-field NAME,NAME."
 
 
 def _each(value: object) -> list[object]:

@@ -60,6 +60,11 @@ MOST_VALUES = 1000
 # What happens to a value that is neither up nor down.
 REFUSE, LEAVE_OUT, UP, DOWN = "refuse", "leave-out", "up", "down"
 ELSE = (REFUSE, LEAVE_OUT, UP, DOWN)
+# Destinations of a value besides UP and DOWN.
+LEFT, GRADED, UNKNOWN = "left out", "graded", "unknown"
+
+# What the votes of several raters become: their shares, their numbers, or nothing if they disagree.
+SHARE, COUNT, UNANIMOUS = "share", "count", "unanimous"
 
 
 class UnknownLabelError(FeedbackError):
@@ -89,7 +94,9 @@ class LabelRule:
         up, down: a word, a number, true or false, or a comparison such as ">=4". Both empty for the usual words.
         scale: the lowest and the highest number of the scale; other numbers are unknown. Empty for any.
         otherwise: REFUSE, LEAVE_OUT, UP or DOWN; numbers between comparisons are left out unless it is UP or DOWN.
-        seen: how often a value was seen, by (value, "up", "down", "left out" or "unknown"); for the plan.
+        graded: the ratings that are wholly undesirable and wholly desirable; all values are then ratings. Empty for labels.
+        votes: SHARE, COUNT or UNANIMOUS, for several raters (`judging.judge`).
+        seen: how often a value was seen, by (value, UP, DOWN, LEFT, GRADED or UNKNOWN); for the plan.
         numbers: numbers that were read as the usual words for up and down, 1 and 0, by field; None for any other value.
     """
 
@@ -97,6 +104,8 @@ class LabelRule:
     down: tuple[object, ...] = ()
     otherwise: str = REFUSE
     scale: tuple[float, ...] = ()
+    graded: tuple[float, ...] = ()
+    votes: str = SHARE
     seen: Counter[tuple[str, str]] = field(default_factory=Counter, compare=False, repr=False)
     numbers: dict[str, set[float | None]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -141,11 +150,11 @@ class LabelRule:
                 return found.pop()
             raise LeftOut(UNRATED)
         if has_no_value(value):
-            self._count(None, "left out")
+            self.count(None, LEFT)
             raise LeftOut(UNRATED)
         number = number_in(value)
         if number is not None and self.scale and not self.scale[0] <= number <= self.scale[1]:
-            self._count(value, "unknown")
+            self.count(value, UNKNOWN)
             raise UnknownLabelError(
                 f"{where}: '{field}' is {quoted(value)}, which is not on the scale from {self.scale[0]:g} to "
                 f"{self.scale[1]:g}.",
@@ -156,14 +165,14 @@ class LabelRule:
         if known is None and self.otherwise in (UP, DOWN):
             known = self.otherwise == UP
         if known is not None:
-            self._count(value, "up" if known else "down")
+            self.count(value, UP if known else DOWN)
             if not self.up and not self.down:
                 self.numbers.setdefault(field, set()).add(number_in(value))
             return known
         if self.otherwise == LEAVE_OUT or (self.has_comparison and number is not None):
-            self._count(value, "left out")
+            self.count(value, LEFT)
             raise LeftOut(DEAD_ZONE, quoted(value))
-        self._count(value, "unknown")
+        self.count(value, UNKNOWN)
         raise UnknownLabelError(f"{where}: '{field}' is {quoted(value)}, which is neither up nor down.", field, self)
 
     def unclear_rating(self) -> str | None:
@@ -171,7 +180,8 @@ class LabelRule:
         fields = (name for name, numbers in self.numbers.items() if numbers == {1.0} and _RATING.search(name))
         return next(fields, None)
 
-    def _count(self, value: object, destination: str) -> None:
+    def count(self, value: object, destination: str) -> None:
+        """Count a value by where it goes."""
         if value is None:
             shown = "(none)"
         elif isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) < _SHORT):

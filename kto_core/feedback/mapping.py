@@ -14,6 +14,7 @@ from typing import Any
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.columns import PAIR_RATINGS
 from offline_kto.kto_core.feedback.conversations import part_early
+from offline_kto.kto_core.feedback.judging import WEIGHT, weight_in
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, is_tie
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, EMPTY, NO_PROMPT, TIE, LeftOut
@@ -107,6 +108,7 @@ class Mapping:
 
     Attributes:
         name: of the format, as the plan shows it.
+        weight: to the weight of a row.
         recognise: true for a record of this format; None for a mapping that is only used when it is named.
         aside: columns that this format has and does not need, whatever their names suggest.
     """
@@ -121,6 +123,7 @@ class Mapping:
     completion: Path | None = None
     conversation: Path | None = None
     label: LabelPaths | None = None
+    weight: Path | None = None
     pair: PairPaths | None = None
     turns: JudgedTurns | None = None
     each: Path | None = None
@@ -153,7 +156,7 @@ class Mapping:
             return False
 
     def rows(self, record: Record, where: str) -> Iterator[Native | LeftOut]:
-        """Yield the rows of a record in a format that `parse_record` reads, with true or false as label.
+        """Yield the rows of a record in a format that `parse_record` reads, with a `Reading` as label.
 
         For a mapping with `turns`, call `turns.mapped_rows`.
 
@@ -216,7 +219,7 @@ class Mapping:
             row |= {name: data[name] for name in self.pair.ratings if data.get(name) is not None}
         else:
             assert self.label is not None
-            row["label"] = self.label.verdict(data, where)
+            row["label"] = self.label.read(data, where)
         if self.conversation is not None:
             value = self._asked(self.conversation, data, where)
             row["messages"] = self._messages(value, where, self.conversation)
@@ -241,10 +244,19 @@ class Mapping:
         )
 
     def beside(self, data: Record, where: str) -> Native:
-        """Return `system` and `tools`, which all rows of a record share."""
+        """Return `system`, `tools` and the weight, which all rows of a record share.
+
+        Raises:
+            FeedbackError: the weight is none.
+            LeftOut: it is 0.
+        """
         found = {"system": self.system, "tools": self.tools}
         values = {name: path.find(data, where) for name, path in found.items() if path is not None}
-        return {name: value for name, value in values.items() if value}
+        weight = {} if self.weight is None else {WEIGHT: self._weight(self.weight, data, where)}
+        return {name: value for name, value in values.items() if value} | weight
+
+    def _weight(self, path: Path, data: Record, where: str) -> float:
+        return weight_in(path.find(data, where), where, path.text)
 
     def _asked(self, path: Path, data: Record, where: str) -> Any:
         """Return the value at a path. Raises: LeftOut: there is none."""
@@ -289,26 +301,29 @@ class Mapping:
         return text
 
 
-def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None) -> Mapping:
-    """Return a mapping with another label, as `--label-field`, `--up` and `--down` give it.
+def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None, votes: str) -> Mapping:
+    """Return a mapping with another label, as `--label-field`, `--up`, `--down`, `--rating-scale` and `--votes` give it.
 
     Args:
         name: of a score, if the mapping has scores, or a path.
+        rule: None for those of the mapping.
+        votes: what the votes of several raters become.
     """
     if mapping.pair is not None:
         if name is not None or rule is not None:
             raise ConfigError(
-                f"{mapping.name}: preference pairs have no label. Remove --label-field, --up, --down and --rating-threshold, "
-                "or describe the file with --map FILE."
+                f"{mapping.name}: preference pairs have no label. Remove --label-field, --up, --down, --rating-threshold and "
+                "--rating-scale, or describe the file with --map FILE."
             )
         return dataclasses.replace(mapping, pair=dataclasses.replace(mapping.pair, rule=_unused(mapping.pair.rule)))
     holder = mapping.turns.label if mapping.turns is not None else mapping.label
     if holder is None:
         return mapping
-    changed = dataclasses.replace(holder, rule=_unused(rule or holder.rule), seen={})
+    changed = holder.ruled(lambda own: dataclasses.replace(_unused(rule or own), votes=votes))
     if name is not None:
         path = option_path(name, "--label-field")
-        changed = dataclasses.replace(changed, name=name, path=path if holder.scores is None or "." in name else None)
+        is_path = holder.scores is None or "." in name or name.startswith("{")
+        changed = dataclasses.replace(changed, name=name, path=path if is_path else None, votes={}, objectives={})
     if mapping.turns is not None:
         return dataclasses.replace(mapping, turns=dataclasses.replace(mapping.turns, label=changed))
     return dataclasses.replace(mapping, label=changed)

@@ -19,9 +19,17 @@
       down: ["<=2"]
       else: refuse                  leave-out, up or down
       scale: [1, 5]                 other numbers are refused
+      rating-scale: [1, 5]          in place of up and down: 2 is a desirable mass of 0.25 and an undesirable one of 0.75
     label:                          several scores, of which --label-field chooses one:
       scores: feedback_stats        an object from names to values, or a list of objects with `name` and `value`
       value: avg                    where a score that is an object has its value
+    votes:                          in place of label: the paths to two numbers of votes, or one to the labels of several raters
+      up: upvotes
+      down: downvotes
+    labels:                         in place of label: a label for each objective, each as under `label` or `votes`; or the path to an
+      helpful: ratings.helpful      object of them
+      safe: {path: toxic, up: [false], down: [true]}
+    weight: confidence              a path; 0 leaves the row out
     each: completions               a list; `item` is then one of its items, and `index` its number from 0
     zip: {text: texts, score: scores}   parallel lists; `item` has one value of each
     strip: ['<details.*?</details>']    patterns removed from the assistant's text
@@ -39,7 +47,8 @@ Every path is JMESPath (see `paths`). Leave out keys that are not needed.
 import dataclasses
 import re
 
-from offline_kto.kto_core.errors import ConfigError, nearest
+from offline_kto.kto_core.errors import ConfigError, FeedbackError, nearest
+from offline_kto.kto_core.feedback.judging import check_objective
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.labels import ELSE, REFUSE, LabelRule, number_in
 from offline_kto.kto_core.feedback.left_out import MEDIA
@@ -67,7 +76,7 @@ def mapping_from(table: object, source: str) -> Mapping:
         aside=tuple(map(str, keys.values("aside"))),
         **{name: keys.path(name) for name in _PATHS},
         zip={name: compiled(text, f"{source}: zip: {name}") for name, text in keys.texts("zip").items()},
-        label=_label(keys.take("label"), f"{source}: label"),
+        label=_judged(keys, source),
         pair=_pair(keys.take("pair"), f"{source}: pair"),
         turns=_turns(keys.take("turns"), f"{source}: turns"),
         strip=_patterns(keys.take("strip"), f"{source}: strip"),
@@ -79,7 +88,21 @@ def mapping_from(table: object, source: str) -> Mapping:
     return mapping
 
 
-_PATHS = ("recognise", "records", "where", "system", "tools", "prompt", "completion", "conversation", "each", "join")
+_PATHS = (
+    *(
+        "recognise",
+        "records",
+        "where",
+        "system",
+        "tools",
+        "prompt",
+        "completion",
+        "conversation",
+        "each",
+        "join",
+        "weight",
+    ),
+)
 
 
 def _check_whole(mapping: Mapping, source: str) -> None:
@@ -91,11 +114,56 @@ def _check_whole(mapping: Mapping, source: str) -> None:
     if mapping.completion is not None and mapping.prompt is None:
         raise ConfigError(f"{source}: completion needs prompt.")
     if mapping.label is None and mapping.pair is None and mapping.turns is None:
-        raise ConfigError(f"{source}: label is missing: the path of the rating or the thumb.")
+        raise ConfigError(f"{source}: label is missing: the path of the rating or the thumb (or votes, or labels).")
     if mapping.label is not None and (mapping.pair is not None or mapping.turns is not None):
         raise ConfigError(f"{source}: label and {given[0]} exclude each other. Remove one of them.")
     if mapping.each is not None and mapping.zip:
         raise ConfigError(f"{source}: each and zip exclude each other.")
+
+
+def _judged(keys: "_Keys", source: str) -> LabelPaths | None:
+    """Return the label of a row, which may be one label, votes, or one for each objective."""
+    found = {
+        "label": _label(keys.take("label"), f"{source}: label"),
+        "votes": _votes(keys.take("votes"), f"{source}: votes"),
+        "labels": _objectives(keys.take("labels"), f"{source}: labels"),
+    }
+    given = [name for name, label in found.items() if label is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{source}: {' and '.join(given)} exclude each other. Remove one of them.")
+    return found[given[0]] if given else None
+
+
+def _votes(value: object, source: str) -> LabelPaths | None:
+    if value is None or isinstance(
+        value, str
+    ):  # a path to the labels of several raters, or to an object with both numbers
+        return _label(value, source)
+    keys = _Keys(value, source)
+    up, down = keys.path("up"), keys.path("down")
+    keys.finish()
+    if up is None or down is None:
+        raise ConfigError(f"{source}: give up and down, the paths of the numbers of votes.")
+    return LabelPaths(None, None, None, None, LabelRule(), {"up": up, "down": down})
+
+
+def _objectives(value: object, source: str) -> LabelPaths | None:
+    if value is None or isinstance(value, str):  # a path to an object with a label for each objective
+        return _label(value, source)
+    if not isinstance(value, dict) or not value:
+        raise ConfigError(f"{source}: must have the name and the label of each objective, got {quoted(value)}.")
+    objectives: dict[str, LabelPaths] = {}
+    for name, table in value.items():
+        try:
+            check_objective(name, source)
+        except FeedbackError as error:
+            raise ConfigError(str(error)) from None
+        read = _votes if isinstance(table, dict) and table.keys() == {"up", "down"} else _label
+        label = read(table, f"{source}: {name}")
+        if label is None:
+            raise ConfigError(f"{source}: {name}: the path of its label is missing.")
+        objectives[name] = label
+    return LabelPaths(None, None, None, None, LabelRule(), objectives=objectives)
 
 
 def _label(value: object, source: str) -> LabelPaths | None:
@@ -106,8 +174,11 @@ def _label(value: object, source: str) -> LabelPaths | None:
     keys = _Keys(value, source)
     path, scores, inner, name = keys.path("path"), keys.path("scores"), keys.path("value"), keys.text("name")
     rule = _rule(keys.values("up"), keys.values("down"), keys.choice("else", ELSE) or REFUSE, source)
-    rule = dataclasses.replace(rule, scale=_scale(keys.values("scale"), f"{source}: scale"))
+    graded = _scale(keys.values("rating-scale"), f"{source}: rating-scale")
+    rule = dataclasses.replace(rule, scale=_scale(keys.values("scale"), f"{source}: scale"), graded=graded)
     keys.finish()
+    if graded and (rule.up or rule.down or rule.scale or graded[0] == graded[1]):
+        raise ConfigError(f"{source}: rating-scale: two different ratings, without up, down and scale.")
     if (path is None) == (scores is None):
         raise ConfigError(f"{source}: give either path or scores.")
     return LabelPaths(path, scores, inner, name, rule)

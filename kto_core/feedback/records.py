@@ -13,10 +13,9 @@ The format is detected for each record, so a file may mix formats. They are trie
 A key with the value None counts as absent, because tables have all columns in all rows.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.chat_markers import as_chat
@@ -46,8 +45,9 @@ from offline_kto.kto_core.feedback.conversations import (
 )
 from offline_kto.kto_core.feedback.exports import is_printed, opened
 from offline_kto.kto_core.feedback.json_values import canonical_json, check_text, template_kwargs_in, tools_in
+from offline_kto.kto_core.feedback.judged_labels import is_unrated, judged_row, row_weight
 from offline_kto.kto_core.feedback.judged_messages import judged_messages
-from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
+from offline_kto.kto_core.feedback.judging import Reading, of_label
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import (
@@ -61,6 +61,7 @@ from offline_kto.kto_core.feedback.messages import (
 )
 from offline_kto.kto_core.feedback.preference_pairs import is_pair, pair_in
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.judgements import Judgement, Masses
 
 # Keys that say something about a message and are no part of it.
 _ABOUT = ("id", "label", "feedback", "rating", "score", "model", "created_at", "timestamp")
@@ -85,6 +86,28 @@ class FeedbackRow:
     from_text: bool = False  # whether text became messages
     moved_results: bool = False  # whether the results of tools were moved from the completion to the prompt
     rendered: bool = False  # whether it is text that a chat template has written
+    reading: Reading | None = None  # masses and votes; None for what the label says
+    weight: float | None = None  # before it is normalised; None without weights
+
+    @property
+    def desirable_mass(self) -> float:
+        """How much speaks for the completion, before the weight."""
+        return self.judgement.masses.desirable
+
+    @property
+    def undesirable_mass(self) -> float:
+        """How much speaks against it, before the weight."""
+        return self.judgement.masses.undesirable
+
+    @property
+    def objectives(self) -> Mapping[str, Masses]:
+        """The masses of each objective that the record names, before the weight."""
+        return self.judgement.objectives
+
+    @property
+    def judgement(self) -> Judgement:
+        """The masses of the row and of its objectives, before the weight."""
+        return Judgement.of_label(self.label) if self.reading is None else self.reading.judgement
 
     @property
     def characters(self) -> int:
@@ -109,9 +132,11 @@ def parse_record(record: Mapping[str, object], where: str, fields: FeedbackField
             present, calls = _with_calls(record, present, calls, where, fields)
         if _lacks_answer(record, present, fields):
             raise LeftOut(EMPTY, "no value")
-        return _rows(record, present, calls, where, fields)
+        rows = _rows(record, present, calls, where, fields)
+        weight = row_weight(record, where, fields)
     except RecursionError:
         raise nested_too_deeply(where) from None
+    return rows if weight is None else [replace(row, weight=weight) for row in rows]
 
 
 def nested_too_deeply(where: str) -> FeedbackError:
@@ -154,31 +179,32 @@ def _rows(
         canonical_json([tools, kwargs], where)
     if is_pair(present, fields):
         prompt, completions = pair_in(present, where, fields)
-        return _finished(prompt, completions, [True, False], "chosen + rejected", where, tools, kwargs, fields)
+        bits = [of_label(True), of_label(False)]
+        return _finished(prompt, completions, bits, "chosen + rejected", where, tools, kwargs, fields)
     judged = judged_messages(present, where, fields)
     if judged is not None:
         return [
             row
-            for prompt, completion, label in judged
-            for row in _finished(prompt, (completion,), [label], "judged turns", where, tools, kwargs, fields)
+            for prompt, completion, reading in judged
+            for row in _finished(prompt, (completion,), [reading], "judged turns", where, tools, kwargs, fields)
         ]
     try:
         form, prompt, completion = _single(record, present, where, fields)
     except _UnknownFormatError:
         raise
     except FeedbackError:
-        if _is_unrated(present, where, fields):  # it could not be used if it had no defect
+        if is_unrated(present, where, fields):  # it could not be used if it had no defect
             raise LeftOut(UNRATED, columns_in_words(present)) from None
         raise
     form = form if calls is None else f"{form} + {calls}"
-    label = _label(record, present, where, fields)
-    return _finished(prompt, (completion,), [label], form, where, tools, kwargs, fields)
+    reading = judged_row(record, present, where, fields)
+    return _finished(prompt, (completion,), [reading], form, where, tools, kwargs, fields)
 
 
 def _finished(
     prompt: Turns,
     completions: tuple[Turns, ...],
-    labels: list[bool],
+    readings: list[Reading],
     form: str,
     where: str,
     tools: tuple[dict[str, object], ...] | None,
@@ -200,7 +226,7 @@ def _finished(
     else:
         check_text([prompt, *completions], where)
     rows = []
-    for completion, label in zip(completions, labels, strict=True):
+    for completion, reading in zip(completions, readings, strict=True):
         asked, answered, moved = prompt, completion, False
         if not isinstance(completion, str) and not isinstance(prompt, str):
             context, rest = split_at_results(completion)
@@ -212,7 +238,20 @@ def _finished(
                 )
             asked, answered = (*prompt, *context), rest
         rows.append(
-            FeedbackRow(where, asked, answered, label, pair_id, tools, kwargs, form, from_text, moved, rendered)
+            FeedbackRow(
+                where,
+                asked,
+                answered,
+                reading.label,
+                pair_id,
+                tools,
+                kwargs,
+                form,
+                from_text,
+                moved,
+                rendered,
+                None if reading.is_label else reading,
+            )
         )
     return rows
 
@@ -410,33 +449,3 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
 
 class _UnknownFormatError(FeedbackError):
     """A record that is in no known format, whether it is rated or not."""
-
-
-def _is_unrated(present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
-    """Return whether a record has no label in any column."""
-    if fields.label is not None:
-        return has_no_value(fields.label.find(present, where))
-    return all(has_no_value(present.get(name)) for name in (*LABELS, "rating"))
-
-
-def _label(record: Mapping[str, object], present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
-    if fields.label is not None:
-        return fields.rule.verdict(fields.label.find(present, where), where, fields.label.text)
-    names: tuple[str, ...] = LABELS
-    if fields.rule.has_comparison:
-        names = ("rating",) if "rating" in record else LABELS
-        fields.compared.update(name for name in names if name in present)
-    labels = {name: fields.rule.verdict(present[name], where, name) for name in names if name in present}
-    if len(set(labels.values())) > 1:
-        raise FeedbackError(f"{where}: 'label' and 'kto_tag' contradict each other. Remove one of them.")
-    if labels:
-        return next(iter(labels.values()))
-    if "rating" in present and not has_no_value(present["rating"]):
-        with contextlib.suppress(UnknownLabelError):
-            fields.ratings.verdict(present["rating"], where, "rating")
-        message = f"{where}: there is a rating, {quoted(present['rating'])}, but no label."
-        if names[0] in record:
-            message += f" To leave out records without a label, pass --label-field {names[0]}."
-        raise UnknownLabelError(message, "rating", fields.ratings)
-    what = f"'{names[0]}' is empty" if names[0] in record else f"there is no '{names[0]}'"
-    raise LeftOut(UNRATED, f"{what}; {columns_in_words(present)}")

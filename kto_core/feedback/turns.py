@@ -15,7 +15,7 @@ from offline_kto.kto_core.feedback.quoting import quoted
 
 
 def mapped_rows(mapping: Mapping, record: Record, where: str) -> Iterator[Native | LeftOut]:
-    """Yield the rows of a record in a format that `parse_record` reads, with true or false as label.
+    """Yield the rows of a record in a format that `parse_record` reads, with a `Reading` as label.
 
     Raises:
         FeedbackError: the mapping does not fit the record; the message names file, key and record.
@@ -51,7 +51,7 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
             continue
         found = True
         try:
-            label = turns.label.verdict(turn if turns.rated is None else record, where)
+            label = turns.label.read(turn if turns.rated is None else record, where)
             judged = list(conversation.message(turn))
             before = [one for other in conversation.before(number) for one in conversation.message(other)]
         except LeftOut as left:

@@ -1,5 +1,6 @@
 """Choose the format of `--data`, and open its records: by options, by dataset_info.json, or by the keys of its records."""
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Collection, Iterator
@@ -84,7 +85,7 @@ class DataFormat:
             return self.rule
         if self.mapping.pair is not None:
             return self.mapping.pair.rule
-        return LabelRule() if self.label_paths is None else self.label_paths.rule
+        return LabelRule() if self.label_paths is None else self.label_paths.whole_rule
 
     def records(self, columns: Collection[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
         """Yield the records of the data, also those inside a document.
@@ -224,7 +225,10 @@ class DataFormat:
         if mapping.refuse is not None:
             raise FeedbackError(f"{self._config.data}: {mapping.name}: {mapping.refuse}")
         rule = self._rule() if self._names_labels else None
-        return with_label(mapping, self._config.label_field, rule)
+        mapping = with_label(mapping, self._config.label_field, rule, self._config.votes)
+        if self._config.weight_field is not None:
+            return dataclasses.replace(mapping, weight=option_path(self._config.weight_field, "--weight-field"))
+        return mapping
 
     @property
     def label_options(self) -> list[str]:
@@ -235,16 +239,23 @@ class DataFormat:
             "--up": config.up,
             "--down": config.down,
             "--rating-threshold": config.rating_threshold,
+            "--rating-scale": config.rating_scale,
         }
         return [name for name, value in options.items() if value is not None]
 
     @property
     def _names_labels(self) -> bool:
         config = self._config
-        return any(value is not None for value in (config.up, config.down, config.rating_threshold))
+        options = (config.up, config.down, config.rating_threshold, config.rating_scale)
+        return any(value is not None for value in options)
 
     def _rule(self) -> LabelRule:
         config = self._config
+        if config.rating_scale is not None:
+            others = {"--up": config.up, "--down": config.down, "--rating-threshold": config.rating_threshold}
+            if given := [name for name, value in others.items() if value is not None]:
+                raise ConfigError(f"--rating-scale excludes {' and '.join(given)}. Remove one of them.")
+            return LabelRule(graded=config.graded, votes=config.votes)
         if config.rating_threshold is not None:
             if config.up is not None or config.down is not None:
                 raise ConfigError("--rating-threshold excludes --up and --down. Remove one of them.")
@@ -252,11 +263,12 @@ class DataFormat:
             try:
                 read = itertools.islice(self._source(None), config.limit)
                 records = (one for one in read if self.is_wanted(self.split_of(one[1])))
-                return LabelRule.at_least(resolve_threshold(config.rating_threshold, records, label))
+                threshold = resolve_threshold(config.rating_threshold, records, label)
+                return dataclasses.replace(LabelRule.at_least(threshold), votes=config.votes)
             except ConfigError as error:
                 raise ConfigError(f"{config.data}: {error}") from error
         try:
-            return LabelRule(_words(config.up), _words(config.down))
+            return LabelRule(_words(config.up), _words(config.down), votes=config.votes)
         except ConfigError as error:
             raise ConfigError(f"--up and --down: {error}") from None
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from offline_kto.kto_core.feedback.left_out import LeftOutRows
 from offline_kto.kto_core.feedback.messages import Turns
 from offline_kto.kto_core.feedback.records import FeedbackRow
+from offline_kto.precompute.feedback.agreement import Agreement, add_votes
 
 # How programs write a missing value into a table; as a text it would be trained on.
 _MISSING = {
@@ -48,6 +49,8 @@ class Found:
         missing: places of rows whose text is the name of a missing value.
         notes: sentences on how the records were found.
         warned: records to which the mapping's warning applies.
+        agreement: the votes of several raters, by the name of their objective; "" for those on the row itself.
+        is_mixed: whether any row has a mass of both classes.
     """
 
     records: int = 0
@@ -65,6 +68,8 @@ class Found:
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warned: int = 0
+    agreement: dict[str, Agreement] = field(default_factory=dict)
+    is_mixed: bool = False
 
     def add(self, row: FeedbackRow) -> None:
         """Count a row."""
@@ -78,6 +83,9 @@ class Found:
         self.rendered += row.rendered
         self.moved_results += row.moved_results
         self.labels[row.label] += 1
+        if row.reading is not None:
+            self.is_mixed = self.is_mixed or min(row.judgement.masses) > 0
+            add_votes(self.agreement, row.reading.ballots)
         if _has_missing(row.completion) or _has_missing(row.prompt):
             self.missing.append(row.where)
 

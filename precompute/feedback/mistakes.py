@@ -127,7 +127,7 @@ def _nothing_at_label(config: PrecomputeConfig, data_format: DataFormat) -> str 
     elif (
         mapping is not None and label is not None and mapping.turns is None and mapping.each is None and not mapping.zip
     ):
-        path = label.path or label.scores
+        path = next(iter(label.paths), None)
     first: tuple[str, Record] | None = None
     for where, record in itertools.islice(data_format.records(None), _LOOKED_AT):
         if path is None or path.find(record, where) is not None:
@@ -212,6 +212,14 @@ def _unknown_labels(
 ) -> KTOError:
     """Return one error about all values that are neither up nor down, with options that fit them."""
     first = unknown[0]
+    if first.rule.graded:
+        skip = "" if config.on_bad_row == "error" else " --on-bad-row skip does not leave out unknown labels."
+        return FeedbackError(f"{first} Write ratings as numbers, or remove --rating-scale and rating-scale.{skip}")
+    label = data_format.label_paths
+    if label is not None and label.objectives:
+        return FeedbackError(
+            f"{first} Write up and down, or rating-scale, under the label of this objective in the mapping."
+        )
     if len({one.field for one in unknown}) > 1:
         return first
     scale = Scale.of(first.rule)
@@ -224,8 +232,10 @@ def _unknown_labels(
     proposal = "" if is_undesirable(first.field) else scale.proposal()
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
     name = "" if data_format.mapping or usual or config.label_field else f"--label-field {shlex.quote(first.field)} "
+    is_graded = scale.is_numbers and len(scale.counts) > 2
+    graded = " To grade ratings instead of cutting them, give their lowest and highest with --rating-scale." * is_graded
     advice = (
-        f"If that is the scale, pass {name}{proposal}."
+        f"If that is the scale, pass {name}{proposal}.{graded}"
         if proposal
         else "These are usual words for labels: remove --up and --down."
         if scale.is_usual and config.up is not None and config.down is not None

@@ -75,6 +75,7 @@ class Feedback:
             prompt=None if self.mapping else _path(config.prompt_field, "--prompt-field"),
             completion=None if self.mapping else _path(config.completion_field, "--completion-field"),
             label=None if self.mapping else _path(config.label_field, "--label-field"),
+            weight=None if self.mapping else _path(config.weight_field, "--weight-field"),
             rule=LabelRule() if self.mapping else self._format.rule,
             chat=has_template and chat != "never",
             chat_template=has_template,
@@ -101,6 +102,14 @@ class Feedback:
     def label_rule(self) -> LabelRule:
         """The rule that the labels were judged by; it has counted their values."""
         return self._format.label_rule
+
+    @property
+    def rating_scale(self) -> tuple[float, ...]:
+        """The two ends of the scale that ratings were graded on; empty without one, or if objectives have different ones."""
+        label = self._format.label_paths
+        rules = [self.label_rule] if label is None else label.rules
+        scales = {rule.graded for rule in rules}
+        return scales.pop() if len(scales) == 1 else ()
 
     def unused_columns(self) -> list[str]:
         """Return the columns that are not read."""
@@ -177,7 +186,7 @@ class Feedback:
             raise unclear_rating(config, name)
         if not found.forms:
             raise no_rows(config, self._format, found)
-        if len(found.labels) == 1 < found.labels.total() and not config.one_class:
+        if len(found.labels) == 1 < found.labels.total() and not found.is_mixed and not config.one_class:
             raise one_class(config, self._format, found)
         if found.missing:
             found.notes.append(
@@ -253,8 +262,9 @@ class Feedback:
             yield where, {"rows": rows}
 
     def _columns(self) -> Collection[str]:
-        named = (self._config.prompt_field, self._config.completion_field, self._config.label_field)
-        roots = (re.split(r"[.\[|]", name, maxsplit=1)[0].strip('" ') for name in named if name)
+        config = self._config
+        named = (config.prompt_field, config.completion_field, config.label_field, config.weight_field)
+        roots = (word.strip('" ') for name in named if name for word in (*re.split(r"[.\[|]", name), *_words(name)))
         ours = {*COLUMNS, *PAIR_VERDICTS, *PAIR_OBJECTS, *CONVERSATIONS, *FAILURES, "split"}
         return ColumnsToRead({*ours, *roots, *(name for name in named if name)})
 
@@ -290,6 +300,11 @@ class Feedback:
             yield from parse_record(native, where, self._fields)
         except LeftOut as left:
             self.found.left_out.add(where, left.reason, left.detail)
+
+
+def _words(path: str) -> list[str]:
+    """Return the names in a path, quoted or not; words of other kinds do no harm."""
+    return re.findall(r'"[^"]*"|\w+', path)
 
 
 def _is_blank(value: object) -> bool:

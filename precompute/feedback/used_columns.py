@@ -133,7 +133,7 @@ def _paths_in(mapping: Mapping) -> list[Path]:
     """Return the paths that read the record, but not those that only recognise it."""
     turns, pair = mapping.turns, mapping.pair
     found = [mapping.where, mapping.system, mapping.tools, mapping.prompt, mapping.completion, mapping.conversation]
-    found += [mapping.each, mapping.join, *mapping.zip.values()]
+    found += [mapping.weight, mapping.each, mapping.join, *mapping.zip.values()]
     if pair is not None:
         found += [pair.first, pair.second, pair.better]
     label = mapping.label
@@ -142,7 +142,7 @@ def _paths_in(mapping: Mapping) -> list[Path]:
         found += _paths_of_turns(mapping) if mapping.join is not None else ()  # the turns are the records
         label = turns.label if turns.rated is not None else None
     if label is not None:
-        found += [label.path, label.scores]
+        found += label.paths
     return [path for path in found if path is not None]
 
 
@@ -152,16 +152,16 @@ def _paths_of_turns(mapping: Mapping) -> list[Path]:
         return []
     found = [turns.id, turns.parent, turns.role, turns.text, turns.children, turns.rank]
     if turns.label is not None and turns.rated is None:
-        found += [turns.label.path, turns.label.scores]
+        found += turns.label.paths
     return [path for path in (*found, *(path for _, path in turns.leave_out)) if path is not None]
 
 
 def _paths_of(fields: FeedbackFields) -> list[Path]:
-    return [path for path in (fields.prompt, fields.completion, fields.label) if path is not None]
+    return [path for path in (fields.prompt, fields.completion, fields.label, fields.weight) if path is not None]
 
 
 def _chosen(label: LabelPaths) -> list[str]:
-    return list(label.seen) if label.name is None else [label.name]
+    return label.names(label.seen)
 
 
 def _is_score(column: str, name: str) -> bool:

@@ -38,6 +38,13 @@ _YES_AND_NO = frozenset(("true", "false", "1", "0", "1.0", "0.0", "yes", "no", "
 _OPPOSITES = (
     *(("up", "down"), ("like", "dislike"), ("likes", "dislikes"), ("liked", "disliked"), ("upvote", "downvote")),
     *(("upvotes", "downvotes"), ("positive", "negative"), ("good", "bad"), ("thumbsup", "thumbsdown")),
+    *(
+        ("UpVotes", "DownVotes"),
+        ("upVotes", "downVotes"),
+        ("Upvotes", "Downvotes"),
+        ("Up", "Down"),
+        ("Likes", "Dislikes"),
+    ),
 )
 _MOST_RECORDS = 10_000
 _MOST_COLUMNS = 8
@@ -68,10 +75,13 @@ def feedback_columns(records: Iterable[Located]) -> list[str]:
         if len(values) > _MOST_WORDS and numbers < len(values):
             continue
         scale = Scale(values)
-        if (other := _counterpart(path, counts)) is not None:
+        if (found := _counterpart(path, counts)) is not None:
+            up, down = found
+            other = down if path == up else up
+            line = f": `votes: {{up: {up}, down: {down}}}`" if numbers == len(values) else ""
             lines.append(
                 f"{path}: {scale.in_words()}; '{other}' counts the opposite, so neither is the label alone: join them "
-                "in a mapping (--map FILE)"
+                f"in a mapping (--map FILE){line}"
             )
             continue
         proposal = "" if usual[path] else scale.proposal() or "--up ... --down ..."
@@ -117,13 +127,13 @@ def _values_of_turns(record: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
                 yield from _values({key: value for key, value in turn.items() if key not in ("role", "content")})
 
 
-def _counterpart(path: str, columns: Collection[str]) -> str | None:
-    """Return the column whose name is a path's with the opposite word: thumbs_down for thumbs_up; None without one."""
+def _counterpart(path: str, columns: Collection[str]) -> tuple[str, str] | None:
+    """Return a path and the column with the opposite word, the good one first: thumbs_up and thumbs_down; None without one."""
     for words in _OPPOSITES:
         for here, there in (words, words[::-1]):
             other = re.sub(rf"(?<![a-z]){here}(?![a-z])", there, path)
             if other != path and other in columns:
-                return other
+                return (path, other) if here == words[0] else (other, path)
     return None
 
 

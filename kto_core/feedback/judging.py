@@ -1,0 +1,279 @@
+"""Convert labels, votes, ratings and several objectives to masses: how much speaks for a completion, and how much against it."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.exports import opened
+from offline_kto.kto_core.feedback.labels import (
+    COUNT,
+    GRADED,
+    UNANIMOUS,
+    UNKNOWN,
+    LabelRule,
+    UnknownLabelError,
+    has_no_value,
+    number_in,
+)
+from offline_kto.kto_core.feedback.left_out import NO_WEIGHT, RATERS_DISAGREE, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.judgements import Judgement, Masses
+
+# Names of the two counts of votes, in a record or in an object.
+COUNTS = (("up", "down"), ("upvotes", "downvotes"), ("votes_up", "votes_down"))
+# The column with the labels of several raters, or with an object that has a label for each objective.
+SEVERAL = "labels"
+WEIGHT = "weight"
+_FIRST_COUNTS = frozenset(names[0] for names in COUNTS)
+# A larger number of votes, or a larger weight, is a mistake.
+_MOST = 2.0**53
+_LONGEST_NAME = 200
+
+# The votes of a row: 1 for up, 0 for down, a share for a graded rating, each with the number of raters who gave it.
+Ballots = tuple[tuple[float, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The judgement of one row, and the votes that it comes from.
+
+    Attributes:
+        ballots: by the name of an objective, "" for the votes on the row as a whole; empty without votes.
+    """
+
+    judgement: Judgement
+    ballots: Mapping[str, Ballots] = field(default_factory=dict)
+
+    @property
+    def label(self) -> bool:
+        """Whether the row counts as desirable."""
+        return self.judgement.masses.label
+
+    @property
+    def is_label(self) -> bool:
+        """Whether a label says the same: there are no votes, and the row is one bit."""
+        return self is _OF_LABEL[True] or self is _OF_LABEL[False] or (not self.ballots and self.judgement.is_one_bit)
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether one mass is greater than the other."""
+        good, bad = self.judgement.masses
+        return good != bad
+
+
+_OF_LABEL = {label: Reading(Judgement.of_label(label)) for label in (True, False)}
+
+
+def of_label(label: bool) -> Reading:
+    """Return the reading of one bit."""
+    return _OF_LABEL[label]
+
+
+def judge(rule: LabelRule, value: object, where: str, field: str, *, one: bool = False) -> Reading:
+    """Return the reading of a value.
+
+    Args:
+        value: a label or a rating; a list with those of several raters; an object with two numbers of votes; or an object with
+            a value of any of these kinds for each objective.
+        field: name of the column or path, for errors.
+        one: whether an object of objectives is refused.
+
+    Raises:
+        UnknownLabelError: a label that is neither up nor down.
+        FeedbackError: a rating outside of its scale, or a number of votes that is none.
+        LeftOut: no value, no votes, a rating between up and down, or raters who disagree under `--votes unanimous`.
+    """
+    if isinstance(value, bool) and not rule.graded:
+        return of_label(rule.verdict(value, where, field))
+    if isinstance(value, Reading):
+        return value
+    value = opened(value)
+    if isinstance(value, Mapping) and value and _counts_in(value) is None:
+        if one:
+            return of_label(rule.verdict(value, where, field))  # which knows no object
+        return _of_objectives(rule, value, where, field)
+    masses, ballots = _masses(rule, value, where, field)
+    if not ballots and not rule.graded:  # of a label
+        return of_label(masses.label)
+    return Reading(Judgement(masses), {"": ballots} if ballots else {})
+
+
+def counted_votes(rule: LabelRule, record: Mapping[str, object], where: str) -> Reading | None:
+    """Return the reading of the numbers of votes in a record's columns; None without a value in them.
+
+    Raises: see `judge`.
+    """
+    names = _counts_in(record)
+    if names is None or all(has_no_value(record[name]) for name in names):
+        return None
+    masses, ballots = _of_counts(rule, record, names, where, "")
+    return Reading(Judgement(masses), {"": ballots} if ballots else {})
+
+
+def names_of_counts(record: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the columns with the numbers of votes; empty without them."""
+    return () if _FIRST_COUNTS.isdisjoint(record) else _counts_in(record) or ()
+
+
+def weight_in(value: object, where: str, field: str) -> float:
+    """Return the weight of a row.
+
+    Raises:
+        FeedbackError: it is no finite number of at least 0.
+        LeftOut: it is 0.
+    """
+    weight = number_in(value)
+    if weight is None or not 0 <= weight <= _MOST:
+        raise FeedbackError(
+            f"{where}: '{field}' is {quoted(value)}. A weight is a finite number of at least 0; a row of weight 0 is left out."
+        )
+    if weight == 0:
+        raise LeftOut(NO_WEIGHT)
+    return weight
+
+
+def of_objectives(readings: Mapping[str, Reading | None]) -> Reading:
+    """Return the reading of a row by those of its objectives, which count the same. Objectives that are not judged are left out.
+
+    Args:
+        readings: None for an objective that is not judged.
+
+    Raises:
+        LeftOut: none is judged.
+    """
+    masses = {name: one.judgement.masses for name, one in readings.items() if one is not None}
+    if not masses:
+        raise LeftOut(UNRATED, f"no objective is judged: {', '.join(readings)}")
+    total = Masses(*map(math.fsum, zip(*masses.values(), strict=True)))
+    ballots = {name: one.ballots[""] for name, one in readings.items() if one is not None and "" in one.ballots}
+    return Reading(Judgement(total, masses), ballots)
+
+
+def _of_objectives(rule: LabelRule, values: Mapping[object, object], where: str, field: str) -> Reading:
+    readings: dict[str, Reading | None] = {}
+    unknown: list[UnknownLabelError] = []
+    for name, value in values.items():
+        check_objective(name, where)
+        try:
+            masses, ballots = _masses(rule, opened(value), where, f"{field}.{name}")
+        except LeftOut:
+            readings[str(name)] = None
+        except UnknownLabelError as error:  # raised once all values of the record are counted
+            unknown.append(UnknownLabelError(str(error), field, error.rule))
+        else:
+            readings[str(name)] = Reading(Judgement(masses), {"": ballots} if ballots else {})
+    if unknown:
+        raise unknown[0]
+    return of_objectives(readings)
+
+
+def check_objective(name: object, where: str) -> None:
+    """Check that a key can name an objective, also on a command line. Raises: FeedbackError: it cannot."""
+    fits = isinstance(name, str) and name.isprintable() and name.strip() == name and 0 < len(name) <= _LONGEST_NAME
+    if not fits or set(str(name)) & set("=,"):
+        raise FeedbackError(
+            f"{where}: {quoted(name)} cannot be the name of an objective. Use printable text without '=', ',' and spaces at "
+            "its ends."
+        )
+
+
+def _masses(rule: LabelRule, value: object, where: str, field: str) -> tuple[Masses, Ballots]:
+    """Return the masses of one value, and the votes in it."""
+    if isinstance(value, list | tuple):
+        return _of_raters(rule, value, where, field)
+    if isinstance(value, Mapping) and value:
+        names = _counts_in(value)
+        if names is None:
+            raise FeedbackError(
+                f"{where}: '{field}' is {quoted(value)}. Write a label, a list of labels, or an object with the numbers of votes, "
+                "`up` and `down`."
+            )
+        return _of_counts(rule, value, names, where, f"{field}.")
+    return _of_share(_share(rule, value, where, field)), ()
+
+
+def _counts_in(record: Mapping[str, object] | Mapping[object, object]) -> tuple[str, str] | None:
+    return next((names for names in COUNTS if names[0] in record and names[1] in record), None)
+
+
+def _of_counts(
+    rule: LabelRule,
+    record: Mapping[str, object] | Mapping[object, object],
+    names: tuple[str, str],
+    where: str,
+    before: str,
+) -> tuple[Masses, Ballots]:
+    up, down = (_votes(record.get(name), where, f"{before}{name}") for name in names)
+    if up == down == 0:
+        raise LeftOut(UNRATED, "no votes")
+    if rule.votes == UNANIMOUS and up and down:
+        raise LeftOut(RATERS_DISAGREE, f"{up:g} up, {down:g} down")
+    is_whole = up.is_integer() and down.is_integer()
+    ballots = tuple((share, int(count)) for share, count in ((1.0, up), (0.0, down)) if count) if is_whole else ()
+    return _by_rule(rule, up, down), ballots
+
+
+def _votes(value: object, where: str, field: str) -> float:
+    number = number_in(value)
+    if number is None or not 0 <= number <= _MOST:
+        raise FeedbackError(
+            f"{where}: '{field}' is {quoted(value)}. Write a number of votes of at least 0, and 0 if there are none."
+        )
+    return number
+
+
+def _of_raters(rule: LabelRule, values: Sequence[object], where: str, field: str) -> tuple[Masses, Ballots]:
+    """Return the masses of the labels of several raters, or of ratings on a scale. A rater without a label does not vote."""
+    rated = [one for one in values if not has_no_value(one)]
+    if not rated:
+        raise LeftOut(UNRATED)
+    shares: list[float] = []
+    between: LeftOut | None = None
+    unknown: list[UnknownLabelError] = []
+    for one in rated:
+        try:
+            shares.append(_share(rule, one, where, field))
+        except LeftOut as left:
+            between = left
+        except UnknownLabelError as error:  # raised once the values of all raters are counted
+            unknown.append(error)
+    if unknown:
+        raise unknown[0]
+    if between is not None and (not shares or rule.votes == UNANIMOUS):
+        raise between
+    counts = Counter(shares)
+    if rule.votes == UNANIMOUS and len(counts) > 1:
+        raise LeftOut(RATERS_DISAGREE, quoted(rated))
+    up = math.fsum(shares)
+    return _by_rule(rule, up, len(shares) - up), tuple(counts.items())
+
+
+def _by_rule(rule: LabelRule, up: float, down: float) -> Masses:
+    """Return the masses of votes: their numbers under `--votes count`, otherwise their shares."""
+    return Masses(up, down) if rule.votes == COUNT else Masses(up / (up + down), down / (up + down))
+
+
+def _of_share(share: float) -> Masses:
+    return Masses(share, 1 - share)
+
+
+def _share(rule: LabelRule, value: object, where: str, field: str) -> float:
+    """Return how desirable a value is, from 0 to 1."""
+    if not rule.graded or has_no_value(value):
+        return float(rule.verdict(value, where, field))
+    least, most = rule.graded
+    number = number_in(value)
+    if number is None:
+        rule.count(value, UNKNOWN)
+        raise UnknownLabelError(
+            f"{where}: '{field}' is {quoted(value)}, which is no number from {least:g} to {most:g}.", field, rule
+        )
+    if not least <= number <= most:
+        raise FeedbackError(
+            f"{where}: '{field}' is {quoted(value)}, which is not on the scale from {least:g} to {most:g}. Correct the rating, or "
+            "the scale."
+        )
+    rule.count(value, GRADED)
+    return (number - least) / (most - least)
