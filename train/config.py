@@ -9,7 +9,7 @@ from pathlib import Path
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.options import AUTO, OTHER_NAMES_OF_TYPES, check_options, flag, folder_or_name, option
-from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
+from offline_kto.train.loss_traits import LOSS_OF_OPTION, LOSSES, PAIRED_LOSSES
 
 METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
 DTYPES = (AUTO, "float32", "bfloat16")
@@ -54,7 +54,10 @@ class TrainConfig:
         may_be_path=folder_or_name,
     )
     loss: str = option(
-        "kto", "Loss; humanline is KTO with limited token log-ratios; dpo, ipo and slic need pairs.", choices=LOSSES
+        "kto",
+        "Loss; humanline is KTO with limited token log-ratios, ppo_clip offline PPO with rewards of +1 and -1; "
+        f"{', '.join(PAIRED_LOSSES)} need pairs.",
+        choices=LOSSES,
     )
     beta: float = option(0.1, "How fast the value of an outcome saturates, per nat of log-ratio.")
     desirable_weight: float | str = option(1.0, "Weight of desirable rows; auto balances the classes.")
@@ -67,6 +70,19 @@ class TrainConfig:
     )
     humanline_low: float = option(-1.0, "Least log-ratio of a token under --loss humanline, nats.", finite=False)
     humanline_high: float = option(1.5, "Greatest log-ratio of a token under --loss humanline, nats.", finite=False)
+    clip_epsilon: float = option(
+        0.2, "How far a token's probability ratio may be from 1 under --loss ppo_clip; beyond, it gets no gradient."
+    )
+    label_smoothing: float = option(
+        0.1, "Share of pairs that are taken to be labelled the wrong way round, under --loss robust."
+    )
+    simpo_gamma: float = option(
+        0.5, "Margin that a pair should have under --loss simpo, on the scale of beta times log-probs per token."
+    )
+    sft_weight: float = option(
+        0.0,
+        "Weight of the negative log-likelihood of desirable completions, mean over their tokens, which is added to any loss.",
+    )
     learning_rate: float | str = option(
         AUTO, f"Peak learning rate; auto is {USUAL_RATE:g} for all weights and {USUAL_RATE_OF_LORA:g} for LoRA.", most=1
     )
@@ -184,6 +200,7 @@ class TrainConfig:
             self._at_least(max_tokens=1)
         self._at_least(batch_size=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1, early_stopping=1)
         self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0, eval_seed=0)
+        self._at_least(simpo_gamma=0, sft_weight=0)
         if self.desirable_weight == 0 and self.undesirable_weight == 0:
             raise ConfigError("--desirable-weight and --undesirable-weight are both 0, so there is nothing to learn.")
         for name in ("desirable_weight", "undesirable_weight", "learning_rate"):
@@ -210,6 +227,7 @@ class TrainConfig:
                 f"--humanline-low {self.humanline_low:g} and --humanline-high {self.humanline_high:g} must have 0 between "
                 "them, because every token's log-ratio starts at 0."
             )
+        self._check_own_options()
         if self.loss in PAIRED_LOSSES:
             self._check_pairs()
         if not 0 <= self.eval_fraction < 1:
@@ -242,6 +260,21 @@ class TrainConfig:
             ConfigError: it cannot be read.
         """
         return None if self.objective is None else parse_objective(self.objective)
+
+    def _check_own_options(self) -> None:
+        """Check the options that only one loss has."""
+        if not 0 < self.clip_epsilon < 1:
+            raise ConfigError(f"--clip-epsilon must be above 0 and below 1, got {self.clip_epsilon}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(
+                f"--label-smoothing must be at least 0 and below 0.5, where labels would tell nothing, got {self.label_smoothing}."
+            )
+        for name, loss in LOSS_OF_OPTION.items():
+            if self.loss != loss and getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(
+                    f"{flag(name)} {getattr(self, name):g} has no effect with --loss {self.loss}: it is an option of {loss}. Leave it out, "
+                    f"or give --loss {loss}."
+                )
 
     def _check_pairs(self) -> None:
         if self.batch_size % 2:

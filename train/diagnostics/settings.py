@@ -9,6 +9,7 @@ _MIDDLE = (BALANCE[0] * BALANCE[1]) ** 0.5
 
 # Ranges of published KTO runs.
 _BETA = (0.01, 0.5)
+_BETA_SIMPO = (2.0, 10.0)  # per nat of a log-prob per token; SimPO's released configurations
 _RATE = (5e-7, 5e-6)
 _RATE_LORA = (5e-6, 2e-4)
 
@@ -46,8 +47,9 @@ def class_weight_values(config: TrainConfig, desirable: float, undesirable: floa
 def warnings_for(config: TrainConfig, desirable: float, undesirable: float, weights: tuple[float, float]) -> list[str]:
     """Return one line, with the value to use, for each setting outside the published ranges."""
     lines = class_warnings(desirable, undesirable, weights)
-    if not _BETA[0] <= config.beta <= _BETA[1]:
-        lines.append(f"--beta {config.beta:g} is outside the published {_BETA[0]:g} to {_BETA[1]:g}; 0.1 is usual.")
+    (least, most), usual_beta = (_BETA_SIMPO, 2.0) if config.loss == "simpo" else (_BETA, 0.1)
+    if not least <= config.beta <= most:
+        lines.append(f"--beta {config.beta:g} is outside the published {least:g} to {most:g}; {usual_beta:g} is usual.")
     low, high = _RATE_LORA if config.lora_rank else _RATE
     if not low <= config.peak_rate <= high:
         kind, usual = ("LoRA", USUAL_RATE_OF_LORA) if config.lora_rank else ("full fine-tuning", USUAL_RATE)

@@ -147,6 +147,7 @@ class Watch:
         self._judges_rewards = traits.sigmoid
         # Other losses only separate the classes: their rewards are measured from the middle of both.
         self._from_z0 = traits.measured_from in ("z0", "0")
+        self._weighs_classes = traits.unit == 1
         self._told: set[str] = set()
         self._window: deque[tuple[int, int, dict[str, float]]] = deque()  # (step, updates, values)
         self._since: dict[str, tuple[int, int]] = {}  # (step, record)
@@ -289,7 +290,7 @@ class Watch:
         )
 
     def _one_class(self, now: _Now) -> str | None:
-        if not self._from_z0 or now.sides is None:
+        if not (self._from_z0 and self._weighs_classes) or now.sides is None:
             return None
         desirable, undesirable = now.sides
         certain = now.room is not None and now.room < _ROOM

@@ -52,7 +52,7 @@ _OURS = {
 # Settings that would silently have no effect here.
 _NO_DDP = "gradients are summed once for each update, without DistributedDataParallel"
 _NO_EFFECT = {
-    "label_smoothing_factor": "the losses have no smoothed form",
+    "label_smoothing_factor": "it smooths cross-entropy; --loss robust has --label-smoothing",
     "ddp_find_unused_parameters": _NO_DDP,
     "ddp_broadcast_buffers": _NO_DDP,
     "ddp_static_graph": _NO_DDP,

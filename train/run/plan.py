@@ -14,6 +14,7 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.diagnostics.settings import in_digits
+from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.training_memory import host_bytes, training_bytes
 from offline_kto.train.run.estimates import disk_in_words, time_in_words
@@ -64,8 +65,11 @@ def print_plan(
         tell(
             "products    TF32: finer than bfloat16, in which the cache was scored (training: {tf32: false} for float32)"
         )
-    loss = "" if config.loss == "kto" else f"loss {config.loss}, "
-    tell(f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, {_rate_in_words(config)}")
+    tell(
+        f"updates     {steps:,} of {config.batch_size} rows, {_loss_in_words(config)}beta {config.beta:g}, {_rate_in_words(config)}"
+    )
+    if objective.traits.ignores_reference:
+        tell(f"reference   not used by {config.loss}; rewards and accuracy still measure the change from it")
     if estimates:
         tell(f"time        {time_in_words(config, out, data.rows.manifest, precision, device, steps)}")
         tell(f"disk        {disk_in_words(config, files, out, steps, evaluates=data.held_out is not None)}")
@@ -78,6 +82,14 @@ def _rate_in_words(config: TrainConfig) -> str:
     """Return the learning rate, and why it is that one where nobody chose it."""
     why = f" (auto for {'LoRA' if config.lora_rank else 'all weights'})" if config.learning_rate == AUTO else ""
     return f"learning rate {config.peak_rate:g}{why}"
+
+
+def _loss_in_words(config: TrainConfig) -> str:
+    """Return the loss with the options that only it has, and the likelihood that is added to it."""
+    loss = "" if config.loss == "kto" else f"loss {config.loss}, "
+    for name in LOSS_TRAITS[config.loss].options:
+        loss += f"{name.replace('_', ' ')} {getattr(config, name):g}, "
+    return loss + (f"sft weight {config.sft_weight:g}, " if config.sft_weight else "")
 
 
 def _judgement_lines(config: TrainConfig, data: TrainingData) -> list[str]:

@@ -25,8 +25,8 @@ FIXED = _names(
     "lora_alpha lora_targets memory learning_rate scheduler warmup weight_decay"
 )
 LOGGED = _names(
-    "beta desirable_weight undesirable_weight humanline_low humanline_high max_steps epochs keep early_stopping eval_cache "
-    "eval_steps device attention reduce_dtype save_dtype"
+    "beta desirable_weight undesirable_weight humanline_low humanline_high clip_epsilon label_smoothing simpo_gamma sft_weight "
+    "max_steps epochs keep early_stopping eval_cache eval_steps device attention reduce_dtype save_dtype"
 )
 FREE = _names(
     # Compared elsewhere: the cache by content, the precision as resolved, and `training` key by key.

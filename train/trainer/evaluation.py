@@ -11,7 +11,7 @@ from offline_kto.kto_core.losses.metrics import right_mass
 from offline_kto.kto_core.losses.verdict import Change, Verdict, judge
 from offline_kto.train.diagnostics.outcome import Tried, advice
 from offline_kto.train.run_records import EvaluationRecord, MetricInterval, VerdictRecord
-from offline_kto.train.trainer.objective import Objective
+from offline_kto.train.trainer.objective import Objective, RowScores
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Scores:
         logps, logratios: nats.
         kl_logratios: of the mismatched completions, nats; None if the loss needs none.
         shift: the reward shift / beta, nats, if the loss has one.
+        clipped: sums of clipped ratios, shape (2, rows), if the loss clips ratios.
     """
 
     prompt_ids: list[str]
@@ -36,6 +37,12 @@ class Scores:
     logratios: Tensor
     kl_logratios: Tensor | None
     shift: float | None
+    clipped: Tensor | None = None
+
+    @property
+    def rows(self) -> RowScores:
+        """Return the scores that losses are computed from."""
+        return RowScores(torch.stack([self.logps, self.logratios, *(() if self.clipped is None else self.clipped)]))
 
     @property
     def labels(self) -> Tensor:
@@ -211,7 +218,7 @@ def _statistics(scores: Scores, objective: Objective, weights: Tensor) -> dict[s
         kl_raw = mean(scores.kl_logratios, masses)
         shown = {"kl": kl_raw.clamp(min=0), "kl_raw": kl_raw}
         point = shown["kl"][:, None]  # (samples, 1)
-    losses = objective.losses(scores.logratios, scores.masses, scores.tokens, point)
+    losses = objective.losses(scores.rows, scores.masses, scores.tokens, point)
     distances = scores.logratios - objective.midpoints(scores.logratios, point)
     found = {"loss": (weights * losses).sum(1) / total}
     for name, among in zip(("chosen", "rejected"), scores.masses.unbind(1), strict=True):

@@ -73,7 +73,8 @@ def to_tensors(scores: Scores) -> dict[str, torch.Tensor]:
     """Return what a policy's scores have beyond the rows."""
     shift = {} if scores.shift is None else {"shift": torch.tensor(scores.shift, dtype=torch.float64)}
     kl = {} if scores.kl_logratios is None else {"kl_logratios": scores.kl_logratios.contiguous()}
-    return {"logps": scores.logps.contiguous(), "logratios": scores.logratios.contiguous(), **kl, **shift}
+    clipped = {} if scores.clipped is None else {"clipped": scores.clipped.contiguous()}
+    return {"logps": scores.logps.contiguous(), "logratios": scores.logratios.contiguous(), **kl, **shift, **clipped}
 
 
 def from_tensors(tensors: dict[str, torch.Tensor], like: Scores) -> Scores | None:
@@ -88,6 +89,7 @@ def from_tensors(tensors: dict[str, torch.Tensor], like: Scores) -> Scores | Non
         logratios=tensors["logratios"],
         kl_logratios=None if like.kl_logratios is None else kl,
         shift=None if shift is None or like.shift is None else float(shift),
+        clipped=None if like.clipped is None else tensors.get("clipped"),
     )
 
 
