@@ -1,11 +1,12 @@
-"""Check that TRL's trainers and this project compute the same updates under `apo_zero`, `dpo` and `ipo`.
+"""Check that TRL's trainers and this project compute the same updates under the losses that both have.
 
     python benchmarks/equal_losses.py
     python benchmarks/equal_losses.py --loss dpo --updates 10
 
 Both sides train a few updates on the same rows, in the order of the file, on the CPU in float32: TRL's KTOTrainer
-(`apo_zero_unpaired`) and DPOTrainer (`sigmoid`, `ipo`) with live references, ours from a cache. Compared are loss,
-rewards and margins of every update. The exit code is 1 if one differs by more than the bound, or if no reward changed.
+(`apo_zero_unpaired`) and DPOTrainer (`sigmoid`, `robust`, `ipo`, `nca_pair`, and `sigmoid` with `sft`) with live references, ours
+from a cache. Compared are loss, rewards and margins of every update. The exit code is 1 if one differs by more than the
+bound, or if no reward changed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from environments import HERE, Environments, add_environment_options, offline_en
 from measured_run import run_measured
 from sides import Recipe, Step, read_metrics, recipe_options
 from text_table import text_table
-from trl_loss import LOSSES
+from trl_loss import LOSSES, SFT_WEIGHT, SMOOTHING
 from workload import SMALL, Row, Workload, add_workload_options, make_workload
 
 BOUND = 2e-3  # absolute, of each update's metrics
 MOVED_AT_LEAST = 50 * BOUND  # below this, equal rewards could come from two runs that learned nothing
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
+OURS = {
+    "robust": ["--loss", "robust", "--label-smoothing", str(SMOOTHING)],
+    "dpo_sft": ["--loss", "dpo", "--sft-weight", str(SFT_WEIGHT)],
+}
 
 
 def as_pairs(rows: list[Row]) -> list[Row]:
@@ -46,9 +51,9 @@ def both_sides(
         data = work / "pairs.jsonl"
         data.parent.mkdir(parents=True, exist_ok=True)
         data.write_text("".join(json.dumps(pair) + "\n" for pair in as_pairs(rows)), encoding="utf-8")
-    options = [*recipe_options(recipe), "--loss", loss]
+    options = recipe_options(recipe)
     trl: list[str | Path] = [environments.trl_python, HERE / "trl_loss.py", "--model", workload.model, "--data", data]
-    trl += ["--out", work / "trl", *options, "--max-length", str(recipe.max_length)]
+    trl += ["--out", work / "trl", *options, "--loss", loss, "--max-length", str(recipe.max_length)]
     run_measured(trl, log=work / "trl.txt", env=offline_env(work))
 
     refs, run = work / "refs", work / "run"
@@ -56,6 +61,7 @@ def both_sides(
     score += ["--out", refs, "--max-length", str(recipe.max_length), "--dtype", "float32", "--device", "cpu"]
     run_measured(score, log=work / "precompute.txt", env=offline_env(work))
     train: list[str | Path] = [environments.our_command("kto-train"), "--cache", refs, "--out", run, *options]
+    train += OURS.get(loss, ["--loss", loss])
     train += ["--no-shuffle", "--dtype", "float32", "--device", "cpu", "--save-steps", "0"]
     run_measured(train, log=work / "train.txt", env=offline_env(work))
     theirs = json.loads((work / "trl" / "steps.json").read_text(encoding="utf-8"))

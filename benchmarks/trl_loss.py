@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-LOSSES = ("apo_zero", "dpo", "ipo")
+LOSSES = ("apo_zero", "dpo", "robust", "ipo", "nca", "dpo_sft")
+SMOOTHING, SFT_WEIGHT = 0.2, 0.5
 
 
 def make_trainer(args: argparse.Namespace) -> Any:
@@ -46,8 +47,12 @@ def make_trainer(args: argparse.Namespace) -> Any:
     if args.loss == "apo_zero":
         config = KTOConfig(loss_type="apo_zero_unpaired", per_device_train_batch_size=args.batch_size, **settings)
         return KTOTrainer(model=str(args.model), args=config, **shared)
-    loss = {"dpo": "sigmoid", "ipo": "ipo"}[args.loss]
-    config = DPOConfig(loss_type=[loss], per_device_train_batch_size=args.batch_size // 2, **settings)
+    # One pair in a micro-batch: TRL averages the likelihood of chosen completions over the tokens of a micro-batch.
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": args.batch_size // 2}
+    losses = {"dpo": ["sigmoid"], "nca": ["nca_pair"], "dpo_sft": ["sigmoid", "sft"]}.get(args.loss, [args.loss])
+    config = DPOConfig(
+        loss_type=losses, loss_weights=[1.0, SFT_WEIGHT][: len(losses)], label_smoothing=SMOOTHING, **settings
+    )
     return DPOTrainer(model=str(args.model), args=config, **shared)
 
 

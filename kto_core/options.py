@@ -18,10 +18,11 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from offline_kto.kto_core.config_paths import absolute, located
 from offline_kto.kto_core.errors import ConfigError, nearest, shown
 from offline_kto.kto_core.locations import to_location
 from offline_kto.kto_core.yaml_files import named_file, read_yaml
@@ -42,6 +43,9 @@ def option(
     yaml: bool = True,
     most: float | None = None,
     finite: bool = True,
+    may_be_path: Callable[[str], bool] | None = None,
+    options_of: type | None = None,
+    synonyms: Mapping[str, str] | None = None,
     hint: str = "",
 ) -> Any:
     """Return a dataclass field that is also a command-line option.
@@ -55,13 +59,34 @@ def option(
         yaml: whether a YAML file may set it (paths that name the run itself may not).
         most: the largest number allowed; for a whole number the default is the largest C integer.
         finite: whether a number must be finite.
+        may_be_path: of a text that is a path or a name: whether a value can be a path.
+        options_of: the command whose options a table holds.
+        synonyms: other words for some of the choices.
         hint: what to do if a word is not among the choices.
     """
     metadata: dict[str, Any] = {"help": help, "choices": choices, "metavar": metavar, "off": off, "yaml": yaml}
-    metadata.update(most=most, finite=finite, hint=f" {hint}" if hint else "")
+    metadata.update(
+        most=most, finite=finite, may_be_path=may_be_path, options_of=options_of, hint=f" {hint}" if hint else ""
+    )
+    metadata["synonyms"] = {word: name for word, name in (synonyms or {}).items() if name in (choices or ())}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def folder_or_name(text: str) -> bool:
+    """Return that a text may be a path: `may_be_path` of what is a folder here or has that name on the hub."""
+    return True
+
+
+# The other names of types; each option takes those of its choices.
+OTHER_NAMES_OF_TYPES = {
+    "fp32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
 
 
 # Libraries keep counts in C integers: a larger one is a mistake, and would end in their OverflowError.
@@ -97,6 +122,7 @@ def _given(value: Any, allowed: tuple[type, ...], field: "dataclasses.Field[Any]
     if isinstance(value, Mapping) and str in allowed and dict not in allowed:
         value = json.dumps(value)
     if isinstance(value, str):
+        value = field.metadata["synonyms"].get(value, value)
         if choices and value not in choices:
             raise ConfigError(
                 f"{name}: got {shown(value)!r}; choose one of {', '.join(choices)}.{nearest(value, list(choices))}"
@@ -197,24 +223,75 @@ def _plain_types(hint: Any) -> tuple[type, ...]:
 
 
 def resolve(
-    config: type[ConfigT], command_line: Mapping[str, Any], *, yaml_path: Path | None = None, foreign: bool = False
+    config: type[ConfigT],
+    command_line: Mapping[str, Any],
+    *,
+    yaml_path: Path | None = None,
+    foreign: bool = False,
+    begun_with: Path | None = None,
 ) -> ConfigT:
     """Build a config from the command line (given options only), then YAML, then defaults.
 
+    Paths in a YAML are relative to its folder.
+
     Args:
         foreign: whether the YAML is in an untrusted folder.
+        begun_with: YAML of work that is continued, in an untrusted folder; its options come before the defaults.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a value of the wrong type, or one that
             the config itself refuses.
     """
-    values = dict(_yaml_values(config, named_file(yaml_path), foreign)) if yaml_path else {}
-    values.update(command_line)
+    values = dict(command_line)
+    if yaml_path:
+        values.update(_yaml_values(config, named_file(yaml_path), foreign, without=values))
+    if begun_with:
+        values.update(_yaml_values(config, begun_with, foreign=True, without={*values, *ASKED_AGAIN}))
     return config(**values)
 
 
-def _yaml_values(config: type, path: Path, foreign: bool) -> Mapping[str, Any]:
-    return checked_values(config, read_yaml(path, foreign=foreign), str(path))
+# Options that work in an untrusted folder cannot set: whoever continues it has to give them again.
+ASKED_AGAIN = frozenset({"trust_remote_code"})
+
+
+def _yaml_values(config: type, path: Path, foreign: bool, *, without: Collection[str]) -> dict[str, Any]:
+    """Return the checked values of a YAML file, without those of options that are given elsewhere."""
+    values = checked_values(config, read_yaml(path, foreign=foreign), str(path))
+    return _located(config, {name: value for name, value in values.items() if name not in without}, path)
+
+
+def _located(config: type, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    def change(value: Any, key: str, or_name: bool) -> Any:
+        return located(value, path.parent, where=f"{path}: {key}", or_name=or_name)
+
+    return _with_paths(config, values, change)
+
+
+def with_absolute_paths(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of options for a file that may be read from any folder: their paths are absolute."""
+    return _with_paths(config, values, lambda value, _, or_name: absolute(value, or_name=or_name))
+
+
+def _with_paths(config: type, values: Mapping[str, Any], change: Callable[[Any, str, bool], Any]) -> dict[str, Any]:
+    """Return values of options with `change(path, key, or_name)` for each path, also in tables of other options."""
+    fields, kinds = {field.name: field for field in dataclasses.fields(config)}, value_types(config)
+
+    def changed(value: Any, key: str) -> Any:
+        field = fields.get(key.replace("-", "_"))
+        metadata = {} if field is None else field.metadata
+        if field is None or value is None:
+            return value
+        if metadata.get("options_of") and isinstance(value, Mapping):
+            return _with_paths(metadata["options_of"], value, change)
+        if isinstance(value, list):  # values of a search
+            return [changed(one, key) for one in value]
+        may_be_path = metadata.get("may_be_path")
+        is_path = Path in kinds[field.name]
+        if not isinstance(value, str | Path) or not (is_path or (may_be_path and may_be_path(str(value)))):
+            return value
+        return change(value, key, not is_path)
+
+    return {key: changed(value, shown(key)) for key, value in values.items()}
 
 
 def checked_values(config: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -258,6 +335,7 @@ def _coerce(value: Any, allowed: tuple[type, ...], where: str, field: "dataclass
             return float(value)
     elif isinstance(value, str):
         choices = field.metadata.get("choices")
+        value = field.metadata.get("synonyms", {}).get(value, value)
         if choices and value not in choices:
             raise ConfigError(
                 f"{where}: got {shown(value)!r}; choose one of {', '.join(choices)}.{nearest(value, list(choices))}"
@@ -385,7 +463,8 @@ def click_settings(config: type) -> list[tuple[list[str], dict[str, Any]]]:
         elif Path in kind and str in kind:
             one["type"] = to_location
         elif metadata["choices"]:
-            one["choices"] = list(metadata["choices"])
+            one["choices"] = [*metadata["choices"], *metadata["synonyms"]]
+            one["metavar"] = f"[{'|'.join(metadata['choices'])}]"
             if metadata["hint"]:
                 one["hint"] = metadata["hint"]
         else:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from offline_kto.kto_core.console import LOGGER, shown_lines
 from offline_kto.kto_core.errors import ConfigError, nearest, shown
@@ -56,18 +56,33 @@ def precompute(
         return None if config.dry_run else read_manifest(local_copy(config.out))
 
 
-def train(cache: Location | None = None, out: str | Path | None = None, **options: Any) -> "Run":
+@overload
+def train(
+    cache: Location | None = None, out: str | Path | None = None, *, dry_run: Literal[False] = False, **options: Any
+) -> "Run": ...
+
+
+@overload
+def train(
+    cache: Location | None = None, out: str | Path | None = None, *, dry_run: Literal[True], **options: Any
+) -> None: ...
+
+
+def train(
+    cache: Location | None = None, out: str | Path | None = None, *, dry_run: bool = False, **options: Any
+) -> "Run | None":
     """Train a policy from cached reference scores, as `kto-train` does.
 
     Args:
         cache: the reference cache, a folder or its URL; it may be in the YAML file that `config` names instead.
         out: the run folder; None for a folder in runs/ named by the time.
+        dry_run: whether to stop after the plan, with nothing trained and nothing written.
         options: of `TrainConfig`; `config` may name a YAML file with more. `training` is a table for
             `transformers.TrainingArguments`.
             With `evaluate_only`, a run folder, nothing is trained and the options are those of that run.
 
     Returns:
-        The finished run: options, metrics, evaluation. Its model is in `path`.
+        The finished run: options, metrics, evaluation. Its model is in `path`. None with `dry_run`.
 
     Raises:
         KTOError: the input cannot be used, or training was stopped.
@@ -75,12 +90,13 @@ def train(cache: Location | None = None, out: str | Path | None = None, **option
     from offline_kto.train.config import TrainConfig
 
     _refuse_objects(model=options.get("model"), cache=cache, config=options.get("config"))
-    given = {**_given(cache=cache, out=out), **options}
+    given = {**_given(cache=cache, out=out), **({"dry_run": True} if dry_run else {}), **options}
     config = _config(TrainConfig, given) if given.get("evaluate_only") is None else _of_run(given)
     with _shown():
         from offline_kto.train.run.train_run import train as run
 
-        return _run_in(run(config))
+        folder = run(config)
+        return None if dry_run else _run_in(folder)
 
 
 def sweep(
@@ -223,7 +239,11 @@ def _config(kind: type[ConfigT], options: dict[str, Any]) -> ConfigT:
             raise ConfigError(
                 f"{kind.__name__} has no option {shown(name)!r}.{nearest(name, known)} Known: {', '.join(known)}."
             )
-    return resolve(kind, options, yaml_path=None if yaml_path is None else Path(yaml_path))
+    from offline_kto.train.run_files import begun_with
+
+    return resolve(
+        kind, options, yaml_path=None if yaml_path is None else Path(yaml_path), begun_with=begun_with(options)
+    )
 
 
 def _of_run(given: dict[str, Any]) -> "TrainConfig":

@@ -8,7 +8,14 @@ from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.feedback.labels import COUNT, SHARE, UNANIMOUS, number_in
 from offline_kto.kto_core.feedback.template_settings import NOT_FOR_DATA
 from offline_kto.kto_core.locations import Location
-from offline_kto.kto_core.options import AUTO, check_options, option, parse_settings
+from offline_kto.kto_core.options import (
+    AUTO,
+    OTHER_NAMES_OF_TYPES,
+    check_options,
+    folder_or_name,
+    option,
+    parse_settings,
+)
 
 BACKENDS = (AUTO, "transformers", "vllm")
 PAIRINGS = ("shuffled", "rotate")
@@ -21,18 +28,28 @@ DTYPES = (AUTO, "float32", "bfloat16", "float16")
 class PrecomputeConfig:
     """The options of `kto-precompute`."""
 
-    model: str = option("", "The reference: a local folder or a hub id.", metavar="MODEL")
+    model: str = option("", "The reference: a local folder or a hub id.", metavar="MODEL", may_be_path=folder_or_name)
     data: str = option(
-        "", "Feedback: JSONL, JSON, CSV or Parquet (.gz too), a dataset folder or a hub id.", metavar="FILE"
+        "",
+        "Feedback: JSONL, JSON, CSV or Parquet (.gz too), a dataset folder or a hub id.",
+        metavar="FILE",
+        may_be_path=folder_or_name,
     )
     out: Location = option(
         Path("refs"), "Folder of the reference cache, or its URL (s3://, gs://, hf://).", metavar="DIR"
     )
     backend: str = option(AUTO, "Engine that scores.", choices=BACKENDS)
-    adapter: str | None = option(None, "PEFT adapter to merge into the reference.", metavar="DIR")
+    adapter: str | None = option(
+        None, "PEFT adapter to merge into the reference.", metavar="DIR", may_be_path=folder_or_name
+    )
     revision: str | None = option(None, "Commit, tag or branch of a hub model.")
     max_length: int = option(1024, "Tokens in prompt and completion together; longer completions are cut.")
-    dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
+    dtype: str = option(
+        AUTO,
+        "Precision; auto is bfloat16 on a GPU and float32 on a CPU. bf16, fp16 and fp32 are understood.",
+        choices=DTYPES,
+        synonyms=OTHER_NAMES_OF_TYPES,
+    )
     device: str = option(
         AUTO,
         "auto, cpu, cuda, cuda:N, or all: every GPU of one process shares one model. auto does that if the model does not "
@@ -79,7 +96,10 @@ class PrecomputeConfig:
         None, "Field that holds the weight of a row; normalised to a mean of 1, and 0 leaves a row out."
     )
     map: str | None = option(
-        None, "How to read the file: a mapping (YAML), or the name of a format.", metavar="FILE|NAME"
+        None,
+        "How to read the file: a mapping (YAML), or the name of a format.",
+        metavar="FILE|NAME",
+        may_be_path=lambda text: bool(Path(text).suffix) or Path(text).parent != Path(),
     )
     split: str = option("train", "Split to read, if the data have several.")
     on_bad_row: str = option("error", "Stop at defective rows, or leave them out.", choices=("error", "skip"))

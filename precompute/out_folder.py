@@ -61,7 +61,7 @@ def rendered_on(location: Location) -> datetime | None:
     With it, the same command makes the same rows on a later day. A finished cache without that field was rendered when
     it was created.
     """
-    manifest = _manifest_in(location)
+    manifest = manifest_in(location)
     said: object
     if manifest is not None:
         said = manifest.tokenization.get("rendered_on") or manifest.created
@@ -76,14 +76,15 @@ def rendered_on(location: Location) -> datetime | None:
 
 def keeps_text(location: Location) -> bool:
     """Return whether `--out` holds rows that were made without turning plain text into conversations."""
-    manifest = _manifest_in(location)
+    manifest = manifest_in(location)
     if manifest is not None:
         return CHAT not in manifest.identity
     identities = (one.get("identity") for one in _metadata_in(location))
     return any(isinstance(identity, dict) and CHAT not in identity for identity in identities)
 
 
-def _manifest_in(location: Location) -> Manifest | None:
+def manifest_in(location: Location) -> Manifest | None:
+    """Return the manifest of the cache in `--out`; None if there is none that can be read."""
     try:
         if is_url(location):
             content = Remote(str(location)).read(MANIFEST)

@@ -28,6 +28,7 @@ from offline_kto.precompute.engines.backend import Backend, choose_backend, load
 from offline_kto.precompute.engines.protocol import Scorer
 from offline_kto.precompute.engines.ranks import RankedScorer, joined, work
 from offline_kto.precompute.engines.reference import Reference, ReferenceFiles
+from offline_kto.precompute.estimates import estimates
 from offline_kto.precompute.out_folder import keeps_text, opened_out, rendered_on
 from offline_kto.precompute.plan import Plan, PlanCounts, make_plan
 from offline_kto.precompute.plan_page import describe, wrapped
@@ -70,7 +71,9 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
         counts = plan.counts()
         for line in [
             *(line for one in reference.warnings for line in wrapped("warning", one)),
-            *describe(plan, counts, config, reference.tokenizer),
+            *describe(
+                plan, counts, config, reference.tokenizer, estimates(plan, counts, reference, backend=backend.name)
+            ),
         ]:
             tell(line)
         _check_vocabulary(plan, reference)

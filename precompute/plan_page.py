@@ -33,9 +33,20 @@ _IDENTIFIES = re.compile(r"[_.](?:id|ids|date|at|time|timestamp|fingerprint)$", 
 _EXAMPLE_LINES = 4
 
 
-def describe(plan: Plan, counts: PlanCounts, config: PrecomputeConfig, tokenizer: Tokenizer) -> list[str]:
-    """Return a description of the plan, lines of at most 100 columns."""
-    lines = [line for name, text in _entries(plan, counts, config) for line in wrapped(name, text)]
+def describe(
+    plan: Plan,
+    counts: PlanCounts,
+    config: PrecomputeConfig,
+    tokenizer: Tokenizer,
+    estimates: Sequence[tuple[str, str]] = (),
+) -> list[str]:
+    """Return a description of the plan, lines of at most 100 columns.
+
+    Args:
+        estimates: (name, text) of what scoring will take.
+    """
+    entries = [*_entries(plan, counts, config), *estimates]
+    lines = [line for name, text in entries for line in wrapped(name, text)]
     lines += [line for text in warnings(plan, counts) for line in wrapped("warning", text)]
     return [*lines, *_examples(plan, tokenizer)]
 

@@ -1,15 +1,22 @@
 """Class weights by `auto`, and the warnings that give the number to use."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offline_kto.kto_core.errors import TrainingError
+from offline_kto.kto_core.errors import ConfigError, TrainingError
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.settings import BALANCE, class_weight_values, warnings_for
+from offline_kto.train.diagnostics.training import Settings
+from offline_kto.train.run.resumed_options import compare_options
+from offline_kto.train.run_files import config_text
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.space import Trials
 
 COUNTS = st.integers(1, 10**6)
 
@@ -45,7 +52,37 @@ def test_auto_cannot_balance_against_nothing() -> None:
 
 def test_usual_settings_pass_without_a_warning() -> None:
     assert warnings_for(TrainConfig(), 110, 100, (1.0, 1.0)) == []
+    assert warnings_for(TrainConfig(lora_rank=8), 110, 100, (1.0, 1.0)) == []
     assert warnings_for(TrainConfig(lora_rank=8, learning_rate=2e-5), 110, 100, (1.0, 1.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({}, 1e-6),
+        ({"lora_rank": 8}, 2e-5),
+        ({"learning_rate": 3e-5}, 3e-5),
+        ({"lora_rank": 8, "learning_rate": "3e-5"}, 3e-5),
+    ],
+)
+def test_the_rate_of_auto_depends_on_the_weights_that_are_trained(options: dict[str, Any], rate: float) -> None:
+    config = TrainConfig(**options)
+    assert config.peak_rate == rate
+    assert yaml.safe_load(config_text(config))["learning_rate"] == pytest.approx(rate)
+    assert Settings.of(config, (1.0, 1.0), (1, 1)).learning_rate == rate
+    # A run's config.yaml holds the number, and the same command continues it.
+    assert compare_options(config, {**options, "learning_rate": rate}, Path("run")) == []
+
+
+def test_a_sweep_over_ranks_gives_each_trial_the_rate_of_its_weights() -> None:
+    trials = Trials.of(SweepConfig(cache=Path("refs"), space={"lora_rank": [0, 8]}))
+    assert [trials.config({"lora_rank": rank}).peak_rate for rank in (0, 8)] == [1e-6, 2e-5]
+
+
+@pytest.mark.parametrize("rate", ["fast", "0", 0.0, -1e-6])
+def test_a_rate_that_is_none_is_refused(rate: Any) -> None:
+    with pytest.raises(ConfigError, match="--learning-rate must be"):
+        TrainConfig(learning_rate=rate)
 
 
 @pytest.mark.parametrize(

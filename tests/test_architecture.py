@@ -23,6 +23,7 @@ kto_core.errors
 kto_core.console
 kto_core.foreign_files kto_core.locations kto_core.streams kto_core.launch kto_core.hashing kto_core.durable_files
 kto_core.runtime kto_core.yaml_files kto_core.progress kto_core.lock
+kto_core.config_paths
 kto_core.options
 kto_core.feedback kto_core.scoring kto_core.losses kto_core.cache
 kto_core.models
@@ -32,7 +33,7 @@ precompute.records precompute.parts train.run_files
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
 precompute.feedback
 precompute.plan precompute.store train.trainer train.report
-precompute.scoring precompute.judgement_page train.run
+precompute.scoring precompute.judgement_page precompute.estimates train.run
 precompute.plan_page
 precompute.pipeline precompute.inspect_cache train.sweep
 precompute.run

@@ -215,11 +215,11 @@ class TestBest:
     def test_early_stopping_ends_with_the_best_model(
         self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        short = train(replace(config, out=tmp_path / "short", max_steps=4))
+        short = train(replace(config, out=tmp_path / "short", max_steps=4, keep="last"))
         worse_and_worse(monkeypatch, [0.5, 0.4, 0.6, 0.7, 0.8, 0.9])
         run = train(replace(config, max_steps=12, early_stopping=2))
         steps = [record["step"] for record in metrics(run) if "eval/loss" in record]
-        assert steps == [2, 4, 6, 8]
+        assert steps == [0, 2, 4, 6, 8]
         best, four = (load_file(one / "model.safetensors") for one in (run, short))
         for name in best:
             torch.testing.assert_close(best[name], four[name], atol=1e-6, rtol=0)
@@ -236,7 +236,7 @@ class TestBest:
     def test_better_means_greater_for_accuracy(self, config: TrainConfig) -> None:
         run = train(replace(config, metric="eval/accuracy", save_steps=100))
         state = json.loads(next(run.glob("checkpoint-6/trainer_state.json")).read_text())
-        values = [record["eval/accuracy"] for record in metrics(run) if "eval/accuracy" in record]
+        values = [record["eval/accuracy"] for record in metrics(run) if record["step"] and "eval/accuracy" in record]
         assert state["best_metric"] == pytest.approx(max(values))
 
     def test_nothing_to_stop_by(self, config: TrainConfig) -> None:
@@ -255,7 +255,7 @@ class TestBest:
         timeless = ("tokens_per_second", "peak_memory_mb", "train_runtime", "epoch")
         records = [[{k: v for k, v in r.items() if k not in timeless} for r in metrics(one)] for one in (whole, run)]
         assert records[0] == records[1]
-        assert [record["step"] for record in records[0] if "eval/loss" in record] == [3, 6, 9]
+        assert [record["step"] for record in records[0] if "eval/loss" in record] == [0, 3, 6, 9]
         kept = [sorted(path.name for path in one.glob("checkpoint-*")) for one in (whole, run)]
         assert kept[0] == kept[1]
 
@@ -295,7 +295,7 @@ class TestBest:
 class TestEvaluateOnly:
     @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"loss": "bco"}, {"loss": "apo_zero"}], ids=str)
     def test_says_what_the_run_said(self, config: TrainConfig, options: dict[str, Any], tmp_path: Path) -> None:
-        run = train(replace(config, **options))
+        run = train(replace(config, keep="last", **options))
         said = json.loads((run / "evaluation.json").read_text())
         (run / "evaluation.json").unlink()
         result = CliRunner().invoke(kto_train, ["--evaluate-only", str(run), "--cache", str(config.cache)])

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import random_rows, tiny_model
 from offline_kto.kto_core.scoring.logps import add_scoring_forward
 from offline_kto.kto_core.judgements import ONE_BIT
+from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import ScoredSequence, TrainingRow
 from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.trainer.accumulators import Window
@@ -87,7 +88,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
         backward=lambda loss: None,  # autograd needs a real device
     )
     policy = PreparedPolicy(model, device, ranks=Ranks(accelerator, sharded=False), max_tokens=max_tokens, rounding=1e-3)
-    objective = Objective(loss, 0.1, limits=(-1.0, 1.5) if LOSS_TRAITS[loss].limits_tokens else None)
+    objective = Objective.of(TrainConfig(loss=loss), (1.0, 1.0))
     scores, gradients = PolicyScores(policy, objective), GradientPasses(policy, objective, accelerator)
     shift = RunningShift() if LOSS_TRAITS[loss].needs_shift else None
     with Copies() as copies:
@@ -103,7 +104,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["kto", "humanline", "bco", "dpo"])
+@pytest.mark.parametrize("loss", ["kto", "humanline", "bco", "dpo", "ppo_clip", "orpo"])
 @pytest.mark.parametrize("max_tokens", [10**6, 60])
 def test_copies_of_an_update(loss: str, max_tokens: int) -> None:
     """One for all scoring passes, and one for all labelled rows, however many passes they take. Nothing is read back."""
@@ -111,12 +112,13 @@ def test_copies_of_an_update(loss: str, max_tokens: int) -> None:
     done = forks.run(program, loss, max_tokens)
     assert done.returncode == 0, done.stderr[-3000:]
     copies, scoring, labelled = map(int, done.stdout.split())
-    assert copies == (1 if loss == "dpo" else 2)
+    scores = loss in ("kto", "humanline", "bco")
+    assert copies == (2 if scores else 1)
     if max_tokens == 60:
         assert labelled > 3
-        assert scoring == 0 if loss == "dpo" else scoring > 1
+        assert scoring > 1 if scores else scoring == 0
     else:
-        assert (scoring, labelled) == (0 if loss == "dpo" else 1, 1)
+        assert (scoring, labelled) == (int(scores), 1)
 
 
 class Reads(TorchDispatchMode):

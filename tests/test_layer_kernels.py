@@ -211,6 +211,15 @@ class TestCompiled:
         with pytest.raises(ConfigError, match=message):
             train(replace(config, training=table))
 
+    def test_the_plan_names_memory_and_a_type_of_sums_without_effect(
+        self, config: TrainConfig, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level("INFO", "offline_kto"):
+            train(replace(config, reduce_dtype="bfloat16", max_steps=1))
+        lines = [record.getMessage() for record in caplog.records]
+        assert any(line.startswith("memory      --memory full: ") and "(16 bytes a weight)" in line for line in lines)
+        assert "warning     --reduce-dtype bfloat16 has no effect: one process adds no gradients over GPUs" in lines
+
     def test_models_that_cannot_be_compiled_are_refused(self) -> None:
         model = tiny_model("llama")
         for part in model.modules():

@@ -18,14 +18,17 @@ from safetensors.torch import load_file
 from stopped_runs import train_until
 
 from offline_kto.kto_core.errors import ConfigError, TrainingError
+from offline_kto.kto_core.options import flag
 from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows, RowKey, TrainingRow
-from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
+from offline_kto.train.loss_traits import LOSS_OF_OPTION, LOSSES, PAIRED_LOSSES
 from offline_kto.train.run.start_check import Difference
 from offline_kto.train.run.train_run import train
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.space import Trials
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
 
 BATCH, STEPS = 8, 5
@@ -66,27 +69,56 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 TokenLogps = Callable[[torch.nn.Module, Any], torch.Tensor]
 
 
+def naive_pair_loss(config: TrainConfig, r: tuple[torch.Tensor, ...], p: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The formulas of the papers.
+
+    Args:
+        r, p: log-ratios and log-probs of the tokens of the chosen and of the rejected completion.
+    """
+    beta, (good, bad) = config.beta, (r[0].sum(), r[1].sum())
+
+    def sigmoid(x: torch.Tensor) -> torch.Tensor:
+        return 1 / (1 + torch.exp(-x))
+
+    match config.loss:
+        case "dpo":
+            return torch.log(1 + torch.exp(-beta * (good - bad)))
+        case "slic":
+            return torch.clamp(1 - beta * (good - bad), min=0)
+        case "ipo":
+            return (r[0].mean() - r[1].mean() - 1 / (2 * beta)) ** 2
+        case "robust":
+            e, right = config.label_smoothing, sigmoid(beta * (good - bad))
+            return -((1 - e) * torch.log(right) - e * torch.log(1 - right)) / (1 - 2 * e)
+        case "nca":
+            each = -torch.log(1 - sigmoid(beta * good)) - torch.log(1 - sigmoid(beta * bad))
+            return -torch.log(sigmoid(beta * good)) + each / 2
+        case "cpo":
+            return -torch.log(sigmoid(beta * p[0].sum() - beta * p[1].sum())) - p[0].mean()
+        case "simpo":
+            return -torch.log(sigmoid(beta * p[0].mean() - beta * p[1].mean() - config.simpo_gamma))
+        case "orpo":
+            odds = [torch.exp(of.mean()) / (1 - torch.exp(of.mean())) for of in p]
+            return -p[0].mean() - beta * torch.log(sigmoid(torch.log(odds[0] / odds[1])))
+    raise AssertionError(config.loss)
+
+
 def naive_losses(
-    config: TrainConfig, batch: list[TrainingRow], r: Any, kl_r: Any, history: list[float]
+    config: TrainConfig, batch: list[TrainingRow], r: Any, kl_r: Any, history: list[float], p: Any
 ) -> torch.Tensor:
     """The formulas, row by row and pair by pair.
 
     Args:
         r, kl_r: from a row to the log-ratios of its tokens, and of its mismatched completion's.
         history: batch means of rewards so far (BCO).
+        p: from a row to the log-probs of its tokens.
     """
-    beta, losses = config.beta, []
+    beta, losses, sft = config.beta, [], config.sft_weight
     if config.loss in PAIRED_LOSSES:
         for good, bad in zip(batch[::2], batch[1::2], strict=True):
             assert good.label
             assert not bad.label
-            margin = r(good).sum() - r(bad).sum()
-            if config.loss == "dpo":
-                losses.append(torch.log(1 + torch.exp(-beta * margin)))
-            elif config.loss == "slic":
-                losses.append(torch.clamp(1 - beta * margin, min=0))
-            else:
-                losses.append((r(good).mean() - r(bad).mean() - 1 / (2 * beta)) ** 2)
+            losses.append(naive_pair_loss(config, (r(good), r(bad)), (p(good), p(bad))) - sft * p(good).mean())
         return torch.stack(losses)
     low, high = (-1.0, 1.5) if config.loss == "humanline" else (-math.inf, math.inf)
     with torch.no_grad():
@@ -95,10 +127,15 @@ def naive_losses(
     delta = sum(history) / len(history)
     for row in batch:
         x, sign = r(row).clamp(low, high).sum(), 1.0 if row.label else -1.0
-        if config.loss == "bco":
+        if config.loss == "ppo_clip":
+            q, e = torch.exp(r(row)), config.clip_epsilon
+            losses.append(-torch.minimum(q * sign, q.clamp(1 - e, 1 + e) * sign).mean())
+        elif config.loss == "bco":
             losses.append(torch.log(1 + torch.exp(-sign * (beta * x - delta))))
         else:
             losses.append(1 - torch.sigmoid(beta * sign * (x - (0.0 if config.loss == "apo_zero" else z0))))
+        if sft and row.label:
+            losses[-1] = losses[-1] - sft * p(row).mean()
     return torch.stack(losses)
 
 
@@ -127,7 +164,12 @@ def naive_run(base: Path, config: TrainConfig) -> tuple[torch.nn.Module, list[fl
         end = min(start + config.batch_size, len(rows))
         batch = [rows[RowKey(i, step // steps_per_epoch)] for i in range(start, end)]
         loss = naive_losses(
-            config, batch, lambda row: logratios(row.matched), lambda row: logratios(row.mismatched), history
+            config,
+            batch,
+            lambda row: logratios(row.matched),
+            lambda row: logratios(row.mismatched),
+            history,
+            lambda row: token_logps(policy, row.matched),
         ).mean()
         shown.append(loss.item())
         loss.backward()
@@ -153,9 +195,41 @@ def run_of(cache: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_cached_equals_live_reference(
     loss: str, run_of: Callable[[str], Path], cache: Path, pairs: Path, base: Path
 ) -> None:
-    config = config_for(pairs if loss in PAIRED_LOSSES else cache, Path("naive"), loss)
+    equals_live_reference(
+        run_of(loss), base, config_for(pairs if loss in PAIRED_LOSSES else cache, Path("naive"), loss)
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("kto", {"sft_weight": 0.5}),
+        ("dpo", {"sft_weight": 0.5}),
+        ("ppo_clip", {"clip_epsilon": 0.02}),
+        ("robust", {"label_smoothing": 0.3}),
+        ("simpo", {"beta": 2.0, "simpo_gamma": 1.5}),
+    ],
+)
+def test_options_of_one_loss_equal_live_reference(
+    loss: str,
+    options: dict[str, float],
+    run_of: Callable[[str], Path],
+    cache: Path,
+    pairs: Path,
+    base: Path,
+    tmp_path: Path,
+) -> None:
+    config = config_for(pairs if loss in PAIRED_LOSSES else cache, tmp_path / "run", loss, **options)
+    run = train(config)
+    equals_live_reference(run, base, config)
+    without = metrics(run_of(loss))[:STEPS]
+    assert (
+        max(abs(a["loss"] - b["loss"]) for a, b in zip(metrics(run), without, strict=False)) > 0.01
+    )  # else: no effect
+
+
+def equals_live_reference(run: Path, base: Path, config: TrainConfig) -> None:
     expected, shown = naive_run(base, config)
-    run = run_of(loss)
     for one, other in zip(metrics(run)[:STEPS], shown, strict=True):
         assert one["loss"] == pytest.approx(other, abs=1e-4)
     start = load_file(base / "model.safetensors")
@@ -208,6 +282,29 @@ def test_only_losses_with_a_reference_point_make_its_pass(
     assert ("reward_shift" in shown) == (loss == "bco")
 
 
+@pytest.mark.parametrize("loss", ["ppo_clip", "orpo", "kto"])
+def test_held_out_losses_are_those_of_training(loss: str, cache: Path, pairs: Path, tmp_path: Path) -> None:
+    """With all rows in one batch and a rate that moves nothing, both are the mean over the same rows."""
+    data = pairs if loss in PAIRED_LOSSES else cache
+    run = train(
+        config_for(
+            data,
+            tmp_path / "run",
+            loss,
+            eval_cache=data,
+            batch_size=64,
+            max_steps=1,
+            learning_rate=1e-12,
+            sft_weight=0.5,
+        )
+    )
+    found = json.loads((run / "evaluation.json").read_text())
+    of_training = next(record for record in metrics(run) if "loss" in record)
+    for name in ("loss", "rewards/chosen", "logps/rejected"):
+        for when in ("metrics", "before"):
+            assert found[when][name]["value"] == pytest.approx(of_training[name], abs=1e-4), when
+
+
 class TestPairs:
     def test_each_batch_holds_whole_pairs(self, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         batches: list[list[TrainingRow]] = []
@@ -230,7 +327,13 @@ class TestPairs:
         assert order[0] != order[1]
 
     def test_the_loss_starts_where_its_formula_does(self, pairs: Path, tmp_path: Path) -> None:
-        for loss, start in (("dpo", math.log(2)), ("slic", 1.0), ("ipo", (1 / 0.2) ** 2)):
+        for loss, start in (
+            ("dpo", math.log(2)),
+            ("robust", math.log(2)),
+            ("slic", 1.0),
+            ("ipo", (1 / 0.2) ** 2),
+            ("nca", 2 * math.log(2)),
+        ):
             first = metrics(train(config_for(pairs, tmp_path / loss, loss, max_steps=1)))[0]
             assert first["loss"] == pytest.approx(start, abs=1e-5)
             assert first["accuracy"] == 0.5
@@ -263,6 +366,17 @@ class TestPairs:
         assert (" cut (--max-length 60)" in out) == (scored_at > 60)  # else it was cut when it was scored
         assert metrics(run)[-1]["step"] == 2
 
+    @pytest.mark.parametrize("loss", ["simpo", "dpo"])
+    def test_the_plan_says_which_losses_ignore_the_reference(
+        self, loss: str, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        train(config_for(pairs, tmp_path / "run", loss, max_steps=1, sft_weight=0.25))
+        out = capsys.readouterr().out
+        assert ("reference   not used by simpo" in out) == (loss == "simpo")
+        assert (
+            "loss simpo, simpo gamma 0.5, sft weight 0.25, beta" if loss == "simpo" else "loss dpo, sft weight"
+        ) in out
+
     def test_held_out_pairs_are_whole(self, pairs: Path, tmp_path: Path) -> None:
         run = train(config_for(pairs, tmp_path / "run", "dpo", eval_fraction=0.3))
         found = json.loads((run / "evaluation.json").read_text())
@@ -293,6 +407,58 @@ class TestRefusals:
     def test_limits_that_leave_the_start_out(self, cache: Path, limits: tuple[float, float]) -> None:
         with pytest.raises(ConfigError, match="must have 0 between"):
             config_for(cache, Path("x"), "humanline", humanline_low=limits[0], humanline_high=limits[1])
+
+    @pytest.mark.parametrize("option", sorted(LOSS_OF_OPTION))
+    def test_an_option_that_the_loss_does_not_have(self, option: str) -> None:
+        value = getattr(TrainConfig, option) / 2
+        with pytest.raises(
+            ConfigError, match=f"{flag(option)} .* has no effect with --loss apo_zero: it is an option of"
+        ):
+            TrainConfig(loss="apo_zero", **{option: value})
+        assert getattr(TrainConfig(loss=LOSS_OF_OPTION[option], **{option: value}), option) == value
+
+    @pytest.mark.parametrize(
+        ("loss", "option", "value"),
+        [
+            ("ppo_clip", "clip_epsilon", 0.0),
+            ("ppo_clip", "clip_epsilon", 1.0),
+            ("robust", "label_smoothing", 0.5),
+            ("robust", "label_smoothing", -0.1),
+            ("simpo", "simpo_gamma", -1.0),
+            ("kto", "sft_weight", -1.0),
+        ],
+    )
+    def test_values_without_a_meaning(self, loss: str, option: str, value: float) -> None:
+        with pytest.raises(ConfigError, match=f"^{flag(option)} must be "):
+            TrainConfig(loss=loss, **{option: value})
+
+
+class TestSweepsOverLosses:
+    def test_an_option_of_one_loss_is_for_its_trials(self) -> None:
+        space = {"loss": ["dpo", "simpo"], "simpo_gamma": [0.3, 0.9]}
+        trials = Trials.of(SweepConfig(search="grid", space=space, train={}))
+        found = [trials.config(trials.point(i)) for i in range(4)]
+        assert [(one.loss, one.simpo_gamma) for one in found] == [
+            ("dpo", 0.5),
+            ("dpo", 0.5),
+            ("simpo", 0.3),
+            ("simpo", 0.9),
+        ]
+        fixed = Trials.of(SweepConfig(search="grid", space={"loss": ["dpo", "simpo"]}, train={"simpo_gamma": 0.9}))
+        assert [fixed.config(fixed.point(i)).simpo_gamma for i in range(2)] == [0.5, 0.9]
+
+    @pytest.mark.parametrize(
+        ("space", "shared", "words"),
+        [
+            ({"simpo_gamma": [0.3]}, {}, "'simpo_gamma' is an option of the loss simpo, which no trial has"),
+            ({"beta": [0.3]}, {"simpo_gamma": 0.3}, "'simpo_gamma' is an option of the loss simpo, which no trial has"),
+            ({"loss": ["dpo", "simpo"], "simpo_gamma": [-1.0]}, {}, "space: simpo_gamma: -1.0 cannot be used"),
+            ({"loss": ["dpo", "simpo"]}, {"simpo_gamma": -1.0}, "cannot be used: --simpo-gamma must be at least 0"),
+        ],
+    )
+    def test_refused(self, space: dict[str, Any], shared: dict[str, Any], words: str) -> None:
+        with pytest.raises(ConfigError, match=words):
+            Trials.of(SweepConfig(search="grid", space=space, train=shared))
 
 
 @pytest.mark.parametrize("loss", ["bco", "dpo"])

@@ -9,6 +9,8 @@ import yaml
 from offline_kto.kto_core.errors import ConfigError, nearest
 from offline_kto.kto_core.options import as_plain, click_settings, flag, number_or_auto, option, resolve, value_types
 from offline_kto.kto_core.yaml_files import read_yaml
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,9 @@ def test_words_that_look_a_little_like_numbers_are_text(from_yaml, text):
         ("model: '007'", "model", "007"),
     ],
 )
-def test_values_get_the_type_of_their_field(from_yaml, text, field, value):
+def test_values_get_the_type_of_their_field(from_yaml, tmp_path, text, field, value):
     found = getattr(from_yaml(text), field)
-    assert found == value
+    assert found == (tmp_path / value if isinstance(value, Path) else value)
     assert type(found) is type(value) or isinstance(value, Path)
 
 
@@ -271,10 +273,10 @@ def test_a_wrong_value_in_yaml_is_refused_even_where_the_command_line_overrides_
 
 
 def test_plain_values_read_back_as_the_same_config(from_yaml):
-    config = Options(limit=3, weight="auto", out=Path("a/b"), names=("x",), training={"fsdp": "full"})
+    config = Options(limit=3, weight="auto", out=Path("/a/b"), names=("x",), training={"fsdp": "full"})
     plain = as_plain(config)
     assert list(plain) == list(value_types(Options))
-    assert plain["out"] == "a/b"
+    assert plain["out"] == "/a/b"
     assert plain["names"] == ["x"]
     plain.pop("run_name")
     assert from_yaml(yaml.safe_dump(plain)) == config
@@ -294,6 +296,24 @@ def test_flags_and_their_settings():
     assert settings["--shuffle/--no-shuffle"]["is_flag"] is True
     assert settings["--overwrite"]["is_flag"] is True
     assert "[default: off]" in settings["--overwrite"]["help"]
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("fp32", "float32"), ("float", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"), ("half", "float16")],
+)
+def test_types_have_other_names(tmp_path, word, name):
+    assert PrecomputeConfig(dtype=word).dtype == name
+    (tmp_path / "my.yaml").write_text(f"save_dtype: {word}\n")
+    assert resolve(TrainConfig, {}, yaml_path=tmp_path / "my.yaml").save_dtype == name
+    if name == "float16":  # no precision of training
+        with pytest.raises(ConfigError, match="choose one of auto, float32, bfloat16"):
+            TrainConfig(dtype=word)
+    else:
+        assert TrainConfig(dtype=word).dtype == name
+    settings = {flags[0]: one for flags, one in click_settings(PrecomputeConfig)}
+    assert word in settings["--dtype"]["choices"]
+    assert settings["--dtype"]["metavar"] == "[auto|float32|bfloat16|float16]"
 
 
 def test_number_or_auto():

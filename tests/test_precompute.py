@@ -19,6 +19,7 @@ import torch
 import transformers
 from feedback_files import chat_rows, write_feedback, write_rows
 from models import FAMILIES, save_tiny, tiny_tokenizer
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -28,6 +29,7 @@ from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import CacheError, KTOError, ModelError, PairingError
 from offline_kto.kto_core.lock import only_writer
 from offline_kto.kto_core.models.loading import load_causal_lm
+from offline_kto.kto_core.models.memory_check import gigabytes
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.precompute.config import PrecomputeConfig
@@ -437,6 +439,35 @@ def test_dry_run_writes_nothing(tmp_path: Path, base: Path, feedback: Path, caps
     assert "rows        20 records -> 20 rows, 20 kept, dropped: none\n" in printed
     assert re.search(r"to score    \d+ sequences, [\d,]+ tokens", printed)
     assert not out.exists()
+
+
+def test_the_plan_says_what_scoring_takes(
+    tmp_path: Path, base: Path, feedback: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs", dry_run=True)
+
+    def printed(**change: object) -> str:
+        capsys.readouterr()
+        precompute(replace(config, **change))  # type: ignore[arg-type]
+        return " ".join(capsys.readouterr().out.split())
+
+    first = printed()
+    weights = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
+    assert f"memory {gigabytes(4 * weights)} for the weights (float32)" in first
+    assert "time unknown: this reference was not measured here" in first
+    printed(dry_run=False)
+    values = [
+        len(row["prompt_ids"]) + 2 * (len(row["completion_ids"]) + sum(map(len, row["kl_completion_ids"])))
+        for row in scored(tmp_path / "refs")
+    ]
+    assert f"disk about {gigabytes(4 * sum(values))} for the cache before compression; " in first
+    run = read_manifest(tmp_path / "refs").run
+    rate = f"{run['tokens_per_second']:,.0f} tokens/s as in the cache in --out"
+    assert (
+        f"time at most {run['tokens'] / run['tokens_per_second']:,.0f} s for {run['tokens']:,} tokens, at {rate}"
+        in printed()
+    )
+    assert "time unknown: the cache in --out was scored with other settings" in printed(dtype="bf16")
 
 
 def test_rotate_pairs_with_the_row_before(tmp_path: Path, base: Path, feedback: Path) -> None:

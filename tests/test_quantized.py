@@ -173,7 +173,7 @@ def test_training_on_it_saves_one_adapter_with_the_trained_numbers(
     assert max(moved) > 0.05
     again = json.loads(evaluate_run(replace(config, evaluate_only=run)).read_text())
     for name, metric in json.loads(held)["metrics"].items():
-        assert again["metrics"][name]["value"] == pytest.approx(metric["value"], abs=1e-2), name
+        assert again["metrics"][name]["value"] == pytest.approx(metric["value"], abs=3e-2), name  # as for the rows
 
 
 @pytest.mark.slow

@@ -10,15 +10,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import transformers
 from models import save_tiny
 from safetensors.torch import load_file, save_file
 
+import offline_kto
 import offline_kto.train.data.cache_rows
-from offline_kto.kto_core.errors import CacheError, ConfigError, TrainingError
+from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, TrainingError
 from offline_kto.kto_core.options import as_plain
+from offline_kto.kto_core.yaml_files import read_yaml
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
@@ -35,7 +38,10 @@ from offline_kto.train.run.resumed_options import (
     compare_records,
 )
 from offline_kto.train.run.train_run import train as run_training
+from offline_kto.train.run_files import begun_with
 from offline_kto.train.trainer.checkpoints import check_checkpoint
+
+TRAIN = "from offline_kto.train.cli import train; train()"
 
 
 @pytest.fixture
@@ -292,6 +298,67 @@ class TestCheckpoints:
             run_training(replace(config, max_steps=3, resume=True))
 
 
+class TestOptionsOfTheFolder:
+    """`--resume` needs only `--out`: the options of the run are in its config.yaml."""
+
+    @pytest.fixture(scope="class")
+    def begun(self, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Two updates of a run. Do not write to it."""
+        out = tmp_path_factory.mktemp("begun") / "run"
+        settings = {"training": {"max_grad_norm": 0.5}, "lora_rank": 2, "eval_fraction": 0.3, "metric": "eval/accuracy"}
+        return run_training(
+            TrainConfig(cache=cache, out=out, batch_size=8, max_steps=2, save_steps=1, device="cpu", seed=3, **settings)  # type: ignore[arg-type]
+        )
+
+    @pytest.fixture
+    def run(self, begun: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(begun, tmp_path / "run"))
+
+    @pytest.mark.usefixtures("cache")
+    def test_it_needs_only_the_folder(self, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.chdir(tmp_path)
+        before = read_yaml(run / "config.yaml")
+        found = offline_kto.train(out="run", resume=True, max_steps=3)
+        assert [record["step"] for record in found.records if "loss" in record] == [1, 2, 3]
+        assert read_yaml(run / "config.yaml") == {**before, "max_steps": 3}
+
+    def test_from_the_command_line(self, run: Path, tmp_path: Path) -> None:
+        done = forks.Fork(TRAIN, "--resume", "--out", run, "--max-steps", 3).wait(100)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "resume      --max-steps is 3, was 2" in done.stdout
+        lost = forks.Fork(TRAIN, "--resume", "--out", tmp_path / "nothing").wait(100)
+        assert lost.returncode == 2
+        assert "Missing option '--cache'. No run has begun in" in lost.stderr
+        assert not (tmp_path / "nothing").exists()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"learning_rate": 1e-4}, "--learning-rate 2e-05, not 0.0001"),
+            ({"lora_rank": 4}, "--lora-rank 2, not 4"),
+            ({"training": {"max_grad_norm": 1.0}}, "max_grad_norm: 0.5, not 1.0"),
+            ({"model": "org/other"}, "org/other"),
+        ],
+    )
+    def test_a_contradiction_is_named(self, run: Path, change: dict[str, object], message: str) -> None:
+        before = files_in(run)
+        with pytest.raises(KTOError, match=re.escape(message)):
+            offline_kto.train(out=run, resume=True, dry_run=True, **change)
+        assert files_in(run) == before
+
+    def test_a_folder_cannot_ask_for_its_code_to_be_run(self, run: Path) -> None:
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"))
+        with pytest.raises(ConfigError, match="started with --trust-remote-code True, not False"):
+            offline_kto.train(out=run, resume=True, dry_run=True)
+
+    def test_a_config_beside_no_run_is_not_read(self, tmp_path: Path, cache: Path) -> None:
+        (tmp_path / "config.yaml").write_text("beta: 0.3\n")
+        assert begun_with({"resume": True, "out": tmp_path}) is None
+        with pytest.raises(ConfigError, match="so it is not a kto-train run"):
+            offline_kto.train(cache, out=tmp_path, resume=True, dry_run=True)
+
+
 class TestOptions:
     """Each is fixed, said or free when a run is resumed; a new one has to be sorted in."""
 
@@ -319,6 +386,7 @@ class TestOptions:
             ({"lora_rank": 4, "lora_alpha": 8.0}, {"lora_rank": 4, "lora_alpha": 64.0}, "--lora-alpha 8.0, not 64.0"),
             ({"lora_rank": 4}, {"lora_rank": 4, "lora_alpha": 8.0}, []),
             ({}, {"weight_decay": 0.1}, "--weight-decay 0.0, not 0.1"),
+            ({"learning_rate": 2e-5}, {}, "--learning-rate 2e-05, not 1e-06"),
             ({}, {"seed": 3}, "--seed 0, not 3"),
             ({"eval_seed": 0}, {}, []),
             ({}, {"scheduler": "cosine"}, "--scheduler constant, not cosine"),

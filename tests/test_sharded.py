@@ -80,8 +80,8 @@ def uneven_rows(folder: Path, *, tied: bool, family: str = "llama", **of_model: 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 def test_two_sharded_ranks_equal_one_process(tied: bool, tmp_path: Path) -> None:
     uneven = uneven_rows(tmp_path, tied=tied)
-    one = train(replace(uneven, out=tmp_path / "one", eval_fraction=0.2))
-    done = launch(uneven, tmp_path / "two", "--eval-fraction", "0.2", "--save-steps", "0")
+    one = train(replace(uneven, out=tmp_path / "one", eval_fraction=0.2, keep="last"))
+    done = launch(uneven, tmp_path / "two", "--eval-fraction", "0.2", "--save-steps", "0", "--keep", "last")
     assert done.returncode == 0, done.stderr[-3000:]
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two") is not None
     assert_same_weights(one, tmp_path / "two")

@@ -450,7 +450,7 @@ def test_locations_in_options(tmp_path: Path) -> None:
     assert to_location("refs/") == Path("refs")
     (tmp_path / "c.yaml").write_text("cache: s3://bucket/refs\neval_cache: refs/held\n")
     config = resolve(TrainConfig, {}, yaml_path=tmp_path / "c.yaml")
-    assert (config.cache, config.eval_cache) == ("s3://bucket/refs", Path("refs/held"))
+    assert (config.cache, config.eval_cache) == ("s3://bucket/refs", tmp_path / "refs/held")
     (tmp_path / "c.yaml").write_text("cache: 3\n")
     with pytest.raises(ConfigError, match="expected a path or text"):
         resolve(TrainConfig, {}, yaml_path=tmp_path / "c.yaml")

@@ -448,6 +448,10 @@ class TestTrialsThatFail:
         assert "scored      20 rows of 20, dropped: none; cut at 1024 tokens: 0 completions, 0 mismatched" in said
         assert re.search(r"^rows        \d+ to train on, \d+ held out$", said, re.MULTILINE)
         assert "warning     every trial with loss dpo will fail: " in said
+        assert "updates     3 in each trial" in said
+        assert "time        unknown until the first trial ends" in said
+        sweep(replace(config, cache=tmp_path / "good", space={"loss": ["kto", "dpo"]}, out=out))
+        assert "time        none" in capsys.readouterr().out
         warnings = json.loads((out / "sweep.json").read_text())["warnings"]
         assert [line[:20] for line in warnings] == ["every trial with los", "every training row i"]
         assert "Every training row is desirable" in (out / "report.html").read_text()
@@ -675,7 +679,8 @@ class TestBestModel:
     def model_of(results: Results, trial: Trial) -> Path:
         folder = results.out / "trials" / f"{trial.number:04d}" / "model"
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"trial": trial.number}))
+        record = {"trial": trial.number, "fingerprint": read_manifest(results.config.cache).fingerprint}
+        (folder / "run.json").write_text(json.dumps(record))
         return folder
 
     def trials(self, results: Results, count: int) -> list[Trial]:
@@ -721,11 +726,16 @@ class TestBestModel:
         results.kept(first)
         results.finish()
         assert json.loads((results.out / "best/run.json").read_text())["trial"] == 0
+        said = capsys.readouterr().out
+        assert f"model       {results.out / 'best'}" in said
+        assert "next" not in said  # the best model is there: nothing has to be trained again
         results.keep(second, self.with_loss(0.4))
         results.kept(second)  # whose model somebody removed
         results.finish()
         assert (results.out / "best/run.json").exists()
-        assert "best model  missing; retrain it with best.yaml" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "best model  missing; retrain it with best.yaml" in said
+        assert f"next        kto-train --config {results.out / 'best.yaml'}" in said
         monkeypatch.setattr("offline_kto.train.sweep.results.socket.gethostname", lambda: "another")
         results.finish()
         assert f"best model  kept by the sweep that trained it, on {here}: {results.out}" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from offline_kto.kto_core.options import click_settings, flag, resolve
 from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries, use_expandable_segments
 from offline_kto.kto_core.streams import own_streams
 from offline_kto.train.config import OF_EVALUATION, TrainConfig
-from offline_kto.train.run_files import check_is_run
+from offline_kto.train.run_files import begun_with, check_is_run
 from offline_kto.train.sweep.config import SweepConfig
 
 _Config = TypeVar("_Config", TrainConfig, SweepConfig)
@@ -25,7 +25,9 @@ _Config = TypeVar("_Config", TrainConfig, SweepConfig)
 class _Command(click.Command):
     """A command that turns an error the user can fix into one message and exit code 1."""
 
-    how_to_continue = "run the same command with --resume to continue"
+    how_to_continue = (
+        "run the same command with --resume to continue (or kto-train --resume --out with the run's folder)"
+    )
 
     def main(self, *args: Any, **options: Any) -> Any:
         with own_streams():
@@ -77,9 +79,14 @@ def _given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
 def _ready(ctx: click.Context, config: type[_Config], values: dict[str, Any], yaml_path: Path | None) -> _Config:
     """Return the checked options, once the process is ready for the heavy libraries to be imported."""
     of_a_run = values.get("evaluate_only") is not None
-    resolved = resolve(config, _given(ctx, values), yaml_path=yaml_path, foreign=of_a_run)
+    given = _given(ctx, values)
+    begun = begun_with(given)
+    resolved = resolve(config, given, yaml_path=yaml_path, foreign=of_a_run, begun_with=begun)
     if resolved.cache == Path(""):
-        raise click.UsageError("Missing option '--cache'.", ctx)
+        unknown = (
+            f" No run has begun in {printable(str(given['out']))} that could name it." if given.get("resume") else ""
+        )
+        raise click.UsageError(f"Missing option '--cache'.{unknown}", ctx)
     settle_launch(shards=config is TrainConfig)
     keep_freed_memory()
     use_expandable_segments()

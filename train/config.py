@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.locations import Location
-from offline_kto.kto_core.options import AUTO, check_options, flag, option
-from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
+from offline_kto.kto_core.options import AUTO, OTHER_NAMES_OF_TYPES, check_options, flag, folder_or_name, option
+from offline_kto.train.loss_traits import LOSS_OF_OPTION, LOSSES, PAIRED_LOSSES
 
 METRICS = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
 DTYPES = (AUTO, "float32", "bfloat16")
@@ -31,6 +32,9 @@ OF_EVALUATION = frozenset(
     ]
 )
 
+# What --learning-rate auto is. Adapters start at zero and take about ten times the rate of full fine-tuning.
+USUAL_RATE, USUAL_RATE_OF_LORA = 1e-6, 2e-5
+
 _UPDATES = 2**31 - 1  # more than any run makes
 _SEEDS = 2**32 - 1  # numpy's
 
@@ -44,10 +48,16 @@ class TrainConfig:
     )
     out: Path | None = option(None, "Run folder.  [default: runs/ and the time]", metavar="DIR", yaml=False)
     model: str | None = option(
-        None, "Policy to start from.  [default: the model the cache was scored with]", metavar="MODEL"
+        None,
+        "Policy to start from.  [default: the model the cache was scored with]",
+        metavar="MODEL",
+        may_be_path=folder_or_name,
     )
     loss: str = option(
-        "kto", "Loss; humanline is KTO with limited token log-ratios; dpo, ipo and slic need pairs.", choices=LOSSES
+        "kto",
+        "Loss; humanline is KTO with limited token log-ratios, ppo_clip offline PPO with rewards of +1 and -1; "
+        f"{', '.join(PAIRED_LOSSES)} need pairs.",
+        choices=LOSSES,
     )
     beta: float = option(0.1, "How fast the value of an outcome saturates, per nat of log-ratio.")
     desirable_weight: float | str = option(1.0, "Weight of desirable rows; auto balances the classes.")
@@ -60,7 +70,22 @@ class TrainConfig:
     )
     humanline_low: float = option(-1.0, "Least log-ratio of a token under --loss humanline, nats.", finite=False)
     humanline_high: float = option(1.5, "Greatest log-ratio of a token under --loss humanline, nats.", finite=False)
-    learning_rate: float = option(1e-6, "Peak learning rate.", most=1)
+    clip_epsilon: float = option(
+        0.2, "How far a token's probability ratio may be from 1 under --loss ppo_clip; beyond, it gets no gradient."
+    )
+    label_smoothing: float = option(
+        0.1, "Share of pairs that are taken to be labelled the wrong way round, under --loss robust."
+    )
+    simpo_gamma: float = option(
+        0.5, "Margin that a pair should have under --loss simpo, on the scale of beta times log-probs per token."
+    )
+    sft_weight: float = option(
+        0.0,
+        "Weight of the negative log-likelihood of desirable completions, mean over their tokens, which is added to any loss.",
+    )
+    learning_rate: float | str = option(
+        AUTO, f"Peak learning rate; auto is {USUAL_RATE:g} for all weights and {USUAL_RATE_OF_LORA:g} for LoRA.", most=1
+    )
     epochs: float = option(1.0, "Passes over the training rows.", most=1_000_000)
     max_steps: int | None = option(None, "Stop after N updates.", metavar="N")
     batch_size: int = option(32, "Rows in one update, over all devices.")
@@ -82,7 +107,12 @@ class TrainConfig:
         "Keep both classes in every batch, at the data's ratio. Without --shuffle rows keep the file's order.",
         off="--no-balance",
     )
-    dtype: str = option(AUTO, "Precision; auto is bfloat16 on a GPU and float32 on a CPU.", choices=DTYPES)
+    dtype: str = option(
+        AUTO,
+        "Precision; auto is bfloat16 on a GPU and float32 on a CPU. bf16 and fp32 are understood.",
+        choices=DTYPES,
+        synonyms=OTHER_NAMES_OF_TYPES,
+    )
     device: str = option(
         AUTO,
         "Device.",
@@ -93,6 +123,7 @@ class TrainConfig:
         "float32",
         "Type in which gradients are added over several GPUs; bfloat16 halves the traffic and rounds each addition.",
         choices=REDUCE_DTYPES,
+        synonyms=OTHER_NAMES_OF_TYPES,
     )
     attention: str = option(
         AUTO,
@@ -120,10 +151,15 @@ class TrainConfig:
     eval_steps: int | None = option(None, "Evaluate every N updates.  [default: once per epoch]", metavar="N")
     eval_seed: int | None = option(None, "Seed of the hold-out.  [default: --seed]", metavar="N", most=_SEEDS)
     metric: str = option(
-        "eval/loss", "Held-out value that chooses the best checkpoint, which is kept.", choices=METRICS
+        "eval/loss", "Held-out value that chooses the best evaluation, whose checkpoint is kept.", choices=METRICS
+    )
+    keep: str = option(
+        "best",
+        "Model that a run with held-out rows ends with: that of the best evaluation by --metric, or the last one.",
+        choices=("best", "last"),
     )
     early_stopping: int | None = option(
-        None, "Stop after N evaluations in a row without a better --metric, and save the best model.", metavar="N"
+        None, "Stop after N evaluations in a row without a better --metric.", metavar="N"
     )
     save_dtype: str = option(
         AUTO,
@@ -131,16 +167,24 @@ class TrainConfig:
         "float16 the model has half the size, and a weight that training moved by less than about 0.2 % (0.02 %) falls back "
         "to its old value.",
         choices=SAVE_DTYPES,
+        synonyms=OTHER_NAMES_OF_TYPES,
     )
     save_steps: int = option(500, "Write a checkpoint every N updates; 0 for none.")
     logging_steps: int = option(1, "Log metrics every N updates.")
     report_to: str = option("none", "Trackers: tensorboard, wandb, trackio, mlflow ..., separated by commas.")
-    resume: bool = option(False, "Resume from the last checkpoint in --out.", yaml=False)
+    resume: bool = option(
+        False,
+        "Resume from the last checkpoint in --out; options that are not given are those that its run was started with.",
+        yaml=False,
+    )
     evaluate_only: Path | None = option(
         None,
         "Do not train: evaluate a finished run on its held-out rows, or on the rows of another --cache that it was not trained on.",
         metavar="RUN",
         yaml=False,
+    )
+    dry_run: bool = option(
+        False, "Stop after the plan: check cache, policy and options; train and write nothing.", yaml=False
     )
     plan_memory: str | None = option(
         None,
@@ -161,16 +205,23 @@ class TrainConfig:
             self._at_least(max_tokens=1)
         self._at_least(batch_size=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1, early_stopping=1)
         self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0, eval_seed=0)
+        self._at_least(simpo_gamma=0, sft_weight=0)
         if self.desirable_weight == 0 and self.undesirable_weight == 0:
             raise ConfigError("--desirable-weight and --undesirable-weight are both 0, so there is nothing to learn.")
-        for name in ("beta", "learning_rate", "epochs", "lora_alpha"):
+        for name in ("desirable_weight", "undesirable_weight", "learning_rate"):
             value = getattr(self, name)
+            if isinstance(value, str) and value != AUTO:
+                raise ConfigError(f"{flag(name)} must be a number or auto, got {value!r}.")
+        for name, value in (
+            ("beta", self.beta),
+            ("learning_rate", self.peak_rate),
+            ("epochs", self.epochs),
+            ("lora_alpha", self.lora_alpha),
+        ):
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{flag(name)} must be above 0, got {value}.")
         for name in ("desirable_weight", "undesirable_weight"):
             value = getattr(self, name)
-            if isinstance(value, str) and value != AUTO:
-                raise ConfigError(f"{flag(name)} must be a number or auto, got {value!r}.")
             if not isinstance(value, str) and not 0 <= value < float("inf"):
                 raise ConfigError(f"{flag(name)} must not be negative, got {value}.")
         self.objective_weights  # noqa: B018 - checks the option
@@ -181,6 +232,7 @@ class TrainConfig:
                 f"--humanline-low {self.humanline_low:g} and --humanline-high {self.humanline_high:g} must have 0 between "
                 "them, because every token's log-ratio starts at 0."
             )
+        self._check_own_options()
         if self.loss in PAIRED_LOSSES:
             self._check_pairs()
         if not 0 <= self.eval_fraction < 1:
@@ -195,6 +247,17 @@ class TrainConfig:
             raise ConfigError("--resume needs --out, the folder of the run to resume.")
 
     @property
+    def peak_rate(self) -> float:
+        """The peak learning rate, with `auto` resolved for the weights that are trained."""
+        if isinstance(self.learning_rate, str):
+            return USUAL_RATE_OF_LORA if self.lora_rank else USUAL_RATE
+        return self.learning_rate
+
+    def updates(self, rows: int) -> int:
+        """Return the number of updates of a run on that many training rows."""
+        return self.max_steps or math.ceil(math.ceil(rows / self.batch_size) * self.epochs)
+
+    @property
     def objective_weights(self) -> dict[str, float] | None:
         """Weights of `objective` by name; None without that option.
 
@@ -202,6 +265,21 @@ class TrainConfig:
             ConfigError: it cannot be read.
         """
         return None if self.objective is None else parse_objective(self.objective)
+
+    def _check_own_options(self) -> None:
+        """Check the options that only one loss has."""
+        if not 0 < self.clip_epsilon < 1:
+            raise ConfigError(f"--clip-epsilon must be above 0 and below 1, got {self.clip_epsilon}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(
+                f"--label-smoothing must be at least 0 and below 0.5, where labels would tell nothing, got {self.label_smoothing}."
+            )
+        for name, loss in LOSS_OF_OPTION.items():
+            if self.loss != loss and getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(
+                    f"{flag(name)} {getattr(self, name):g} has no effect with --loss {self.loss}: it is an option of {loss}. Leave it out, "
+                    f"or give --loss {loss}."
+                )
 
     def _check_pairs(self) -> None:
         if self.batch_size % 2:
@@ -236,6 +314,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= bound:
                 raise ConfigError(f"{flag(name)} must be at least {bound:g}, got {value}.")
+
+
+def is_better(value: float, than: float, metric: str) -> bool:
+    """Return whether a held-out value is better than another one; a smaller loss is, and a greater one of the other metrics."""
+    return value < than if metric == "eval/loss" else value > than
 
 
 def parse_objective(text: str) -> dict[str, float]:

@@ -3,16 +3,18 @@
 import dataclasses
 import datetime
 import json
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
 from offline_kto.kto_core.durable_files import write_json
 from offline_kto.kto_core.errors import ConfigError, printable, said_by
 from offline_kto.kto_core.foreign_files import MEGABYTE, check_kinds, open_foreign, read_foreign
-from offline_kto.kto_core.options import as_plain
+from offline_kto.kto_core.options import as_plain, with_absolute_paths
 from offline_kto.kto_core.redaction import secret_names, without_secrets
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run_records import RunRecord
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG, RUN_RECORD, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVALUATION, REWARDS = "evaluation.json", "rewards.parquet"
+UNTRAINED = "held_out_untrained.safetensors"
 
 # Limits on untrusted files, in bytes: run.json and similar files, and a million log records.
 LARGEST_JSON, LARGEST_METRICS = 64 * MEGABYTE, 512 * MEGABYTE
@@ -33,10 +36,24 @@ MOST_REWARDS, _LARGEST_REWARDS, _LARGEST_COLUMNS = 100_000_000, 8192 * MEGABYTE,
 
 
 def make_folder(out: Path | None, parent: str) -> Path:
-    """Create and return the folder of a new run or sweep: `out`, or a folder in `parent` named after the current time.
+    """Create and return the folder of a new run or sweep; see `name_folder`.
 
     Raises:
         ConfigError: a file, a URL, or not writable.
+    """
+    out = name_folder(out, parent)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error}.") from error
+    return out
+
+
+def name_folder(out: Path | None, parent: str) -> Path:
+    """Return `out`, or a folder in `parent` named after the current time; create nothing.
+
+    Raises:
+        ConfigError: a file, a URL, or in a folder that does not allow it.
     """
     if out is None:
         out = Path(parent) / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -46,17 +63,39 @@ def make_folder(out: Path | None, parent: str) -> Path:
         )
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: a file of that name exists; choose another folder.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error}.") from error
+    above = folder_above(out)
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out}: cannot be written: {above} is a file, or does not allow it.")
     return out
 
 
+def folder_above(out: Path) -> Path:
+    """Return `out` if it exists, or else the nearest folder above it that does."""
+    return next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+
+
 def config_text(config: TrainConfig) -> str:
-    """Return the YAML that `kto-train --config` accepts: all options that are set, except those that identify a run."""
+    """Return the YAML that `kto-train --config` accepts: all options that are set, except those that identify a run.
+
+    The learning rate is a number, whatever `auto` will mean in a later version, and paths are absolute, because those in a
+    config file are relative to its folder.
+    """
     names = {field.name for field in dataclasses.fields(config) if field.metadata["yaml"]}
-    return yaml_without_secrets({k: v for k, v in as_plain(config).items() if k in names and v not in (None, {})})
+    values = with_absolute_paths(TrainConfig, {**as_plain(config), "learning_rate": config.peak_rate})
+    return yaml_without_secrets({k: v for k, v in values.items() if k in names and v not in (None, {})})
+
+
+def begun_with(given: Mapping[str, Any]) -> Path | None:
+    """Return the config.yaml of the run that `--resume` continues; None if nothing has begun in `--out`.
+
+    Args:
+        given: options of the command line, or of a Python call.
+    """
+    if not given.get("resume") or given.get("out") is None:
+        return None
+    path = Path(given["out"]) / CONFIG
+    # Without its record a folder is not a run's; its config.yaml may be anything.
+    return path if path.is_file() and (path.parent / RUN_RECORD).is_file() else None
 
 
 def yaml_without_secrets(values: dict[str, object]) -> str:

@@ -14,7 +14,9 @@ MetricsRecord: TypeAlias = dict[str, float | None]
 A training record has `loss`, `kl`, `kl_raw`, `rewards/*`, `logps/*` (nats), `accuracy` (0 to 1), `learning_rate`,
 `grad_norm`, `epoch`, `tokens_per_second` and `peak_memory_mb` (on a GPU also `peak_reserved_mb`); an evaluation the same
 metrics as `eval/*`, with `eval/NAME/accuracy` and `eval/NAME/rewards/margins` of each objective; the last record of a run
-`train_runtime` (seconds).
+`train_runtime` (seconds). The evaluation of step 0 is that of the untrained policy. Later ones have the changes since then,
+`eval/change/loss` and `eval/change/margin`, with the ends of their paired 95 % intervals, `_low` and `_high`, and
+`eval/since_lowest/loss_low`, the lower end for the loss since the evaluation with the lowest one.
 """
 
 
@@ -103,11 +105,15 @@ class FinalUpdate(TypedDict, total=False):
         step: int; the update whose model was kept.
         updates: int; updates made.
         shift: float, reward; the running mean that bco compares with, absent for other losses.
+        seconds_per_update: float; in the process that made the last one, evaluations and checkpoints included; for later plans.
+        computed_on: str; number and name of the devices.
     """
 
     step: int
     updates: int
     shift: float
+    seconds_per_update: float
+    computed_on: str
 
 
 class TrainedWith(TypedDict, total=False):
@@ -192,6 +198,22 @@ class MetricInterval(TypedDict, total=False):
     high: float
 
 
+class VerdictRecord(TypedDict):
+    """Whether a model is better than before training.
+
+    Attributes:
+        outcome: str; better, no difference or worse.
+        by: str; name of the metric that decided, empty if there were too few prompts.
+        reason: str; one sentence.
+        next: str; what to try next.
+    """
+
+    outcome: str
+    by: str
+    reason: str
+    next: str
+
+
 class EvaluationRecord(TypedDict, total=False):
     """evaluation.json: held-out metrics of a finished run.
 
@@ -203,6 +225,9 @@ class EvaluationRecord(TypedDict, total=False):
         prompts: int; distinct prompts among them.
         resamples: int; bootstrap samples.
         metrics: object, name without `eval/` -> `MetricInterval`.
+        before: object, the same of the untrained policy; empty if it is not known.
+        change: object, the same of the differences to the untrained policy; intervals are paired.
+        verdict: `VerdictRecord` | null; null if the untrained policy's values are not known.
         fingerprint: str; of the cache.
         labels_hash: str | null; of the cache, with `--evaluate-only`.
         rows_are: str; which rows were evaluated, in words, with `--evaluate-only`.
@@ -215,6 +240,9 @@ class EvaluationRecord(TypedDict, total=False):
     prompts: int
     resamples: int
     metrics: dict[str, MetricInterval]
+    before: dict[str, MetricInterval]
+    change: dict[str, MetricInterval]
+    verdict: VerdictRecord | None
     fingerprint: str
     labels_hash: str | None
     rows_are: str
@@ -230,6 +258,9 @@ class TrialResult(TypedDict, total=False):
         reason: str | null; why it failed.
         host: str; name of the machine that ran it.
         folder: str; absolute path of its run folder there.
+        interval: `MetricInterval` | null; of the sweep's metric.
+        untrained: float | null; the sweep's metric before training.
+        verdict: `VerdictRecord` | null; whether it is better than before training.
     """
 
     metrics: dict[str, float] | None
@@ -238,6 +269,9 @@ class TrialResult(TypedDict, total=False):
     reason: str | None
     host: str | None
     folder: str | None
+    interval: MetricInterval | None
+    untrained: float | None
+    verdict: VerdictRecord | None
 
 
 class TrialEntry(TrialResult, total=False):
@@ -284,6 +318,8 @@ class SweepRecord(Started, total=False):
         best: int | null; number of the best trial.
         planned: int; number of trials.
         trials: list of `TrialEntry`.
+        better: list of int; trials that are better than before training.
+        tied: list of int; trials that the best one cannot be told from on these held-out rows.
         pareto_front: list of int | null; trials that none beats in all objectives' margins, null without several.
     """
 
@@ -295,4 +331,6 @@ class SweepRecord(Started, total=False):
     best: int | None
     planned: int
     trials: list[TrialEntry]
+    better: list[int]
+    tied: list[int]
     pareto_front: list[int] | None

@@ -1,14 +1,15 @@
 """Choose class weights, and warn about settings outside published ranges with the value to use."""
 
 from offline_kto.kto_core.errors import TrainingError
-from offline_kto.train.config import TrainConfig
+from offline_kto.train.config import USUAL_RATE, USUAL_RATE_OF_LORA, TrainConfig
 
 # KTO paper, section 4.2, eq. 8: lambda_D n_D : lambda_U n_U is between 1:1 and 4:3.
 BALANCE = (1.0, 4 / 3)
 _MIDDLE = (BALANCE[0] * BALANCE[1]) ** 0.5
 
-# Ranges of published KTO runs; LoRA uses about ten times the rate of full fine-tuning.
+# Ranges of published KTO runs.
 _BETA = (0.01, 0.5)
+_BETA_SIMPO = (2.0, 10.0)  # per nat of a log-prob per token; SimPO's released configurations
 _RATE = (5e-7, 5e-6)
 _RATE_LORA = (5e-6, 2e-4)
 
@@ -46,13 +47,14 @@ def class_weight_values(config: TrainConfig, desirable: float, undesirable: floa
 def warnings_for(config: TrainConfig, desirable: float, undesirable: float, weights: tuple[float, float]) -> list[str]:
     """Return one line, with the value to use, for each setting outside the published ranges."""
     lines = class_warnings(desirable, undesirable, weights)
-    if not _BETA[0] <= config.beta <= _BETA[1]:
-        lines.append(f"--beta {config.beta:g} is outside the published {_BETA[0]:g} to {_BETA[1]:g}; 0.1 is usual.")
+    (least, most), usual_beta = (_BETA_SIMPO, 2.0) if config.loss == "simpo" else (_BETA, 0.1)
+    if not least <= config.beta <= most:
+        lines.append(f"--beta {config.beta:g} is outside the published {least:g} to {most:g}; {usual_beta:g} is usual.")
     low, high = _RATE_LORA if config.lora_rank else _RATE
-    if not low <= config.learning_rate <= high:
-        kind, usual = ("LoRA", 2e-5) if config.lora_rank else ("full fine-tuning", 1e-6)
+    if not low <= config.peak_rate <= high:
+        kind, usual = ("LoRA", USUAL_RATE_OF_LORA) if config.lora_rank else ("full fine-tuning", USUAL_RATE)
         lines.append(
-            f"--learning-rate {config.learning_rate:g} is outside the published {low:g} to {high:g} for {kind}; {usual:g} is usual."
+            f"--learning-rate {config.peak_rate:g} is outside the published {low:g} to {high:g} for {kind}; {usual:g} is usual."
         )
     if config.batch_size < 8:
         lines.append(

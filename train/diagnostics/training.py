@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
+from offline_kto.kto_core.losses.verdict import LEAST_LOSS, LEAST_MARGIN, Change
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.settings import BALANCE
 from offline_kto.train.loss_traits import LOSS_TRAITS
@@ -50,8 +51,9 @@ _RISING = 1.05
 _LEARNED = 2.0
 _ROOM = 1.0
 
-# The same rows are evaluated each time, so a loss 5 % above the best twice in a row is not noise if it rises each time;
-# after small drops in between, a third evaluation is required. The median of the training loss varies by about 2 %.
+# The same rows are evaluated each time, so a loss whose paired interval is above the best one twice in a row is not noise if it
+# rises each time; after small drops in between, a third evaluation is required. Records of older versions have no
+# intervals: there, 5 % are required. The median of the training loss varies by about 2 %.
 _WORSE = 1.05
 _TRAINING_FELL = 0.98
 _PATIENCE = 2
@@ -65,7 +67,7 @@ class RunWarning:
     """A warning about a run in progress.
 
     Attributes:
-        kind: rate-high, rate-low, kl, class, saturated or overfitting.
+        kind: rate-high, rate-low, kl, class, saturated, overfitting or worse.
         step: updates done when it arose.
         text: the finding, and the option to use instead.
     """
@@ -102,7 +104,7 @@ class Settings:
         return cls(
             loss=config.loss,
             beta=config.beta,
-            learning_rate=config.learning_rate,
+            learning_rate=config.peak_rate,
             desirable_weight=weights[0],
             undesirable_weight=weights[1],
             desirable_rows=rows[0],
@@ -145,6 +147,7 @@ class Watch:
         self._judges_rewards = traits.sigmoid
         # Other losses only separate the classes: their rewards are measured from the middle of both.
         self._from_z0 = traits.measured_from in ("z0", "0")
+        self._weighs_classes = traits.unit == 1
         self._told: set[str] = set()
         self._window: deque[tuple[int, int, dict[str, float]]] = deque()  # (step, updates, values)
         self._since: dict[str, tuple[int, int]] = {}  # (step, record)
@@ -154,6 +157,7 @@ class Watch:
         self._flat_records = 0
         self._halfway: int | None = None
         self._held_out = _HeldOut()
+        self._worse_evaluations = 0
 
     def add(self, record: Mapping[str, object]) -> list[RunWarning]:
         """Add a record and return the new warnings."""
@@ -161,7 +165,8 @@ class Watch:
         if not isinstance(step, int):
             return []
         if "eval/loss" in record:
-            found = {"overfitting": self._overfitting(record, step)}
+            worse = self._worse(record, step)
+            found = {"overfitting": self._overfitting(record, step), "worse": worse}
         elif "loss" in record and step > self._step:
             found = self._trained(record, step)
         else:
@@ -285,7 +290,7 @@ class Watch:
         )
 
     def _one_class(self, now: _Now) -> str | None:
-        if not self._from_z0 or now.sides is None:
+        if not (self._from_z0 and self._weighs_classes) or now.sides is None:
             return None
         desirable, undesirable = now.sides
         certain = now.room is not None and now.room < _ROOM
@@ -323,7 +328,7 @@ class Watch:
         if loss is None:
             return None
         held_out, training = self._held_out, self._median("loss")
-        worse = held_out.add(step, loss, training)
+        worse = held_out.add(step, loss, training, _number(record, "eval/since_lowest/loss_low"))
         fell = training is not None and held_out.training is not None and training < _TRAINING_FELL * held_out.training
         if not (worse and fell) or self.settings.early_stopping is not None:
             return None
@@ -331,6 +336,22 @@ class Watch:
             f"held-out loss rose from {held_out.best:.4f} at step {held_out.best_step} to {loss:.4f} while the training loss "
             f"fell from {held_out.training:.4f} to {training:.4f}: use --early-stopping {_PATIENCE}, or --max-steps "
             f"{held_out.best_step}."
+        )
+
+    def _worse(self, record: Mapping[str, object], step: int) -> str | None:
+        """Return a warning if held-out rows are worse than before training, twice in a row or at the end."""
+        margin, loss = _change(record, "margin"), _change(record, "loss")
+        fell = margin is not None and margin.is_below(LEAST_MARGIN)
+        rose = loss is not None and loss.is_above(LEAST_LOSS) and not (margin and margin.is_above(LEAST_MARGIN))
+        self._worse_evaluations = self._worse_evaluations + 1 if fell or rose else 0
+        total = self._planned(record) if self._step else None
+        enough = 1 if total is not None and step >= total - 0.5 else _PATIENCE
+        if self._worse_evaluations < enough:
+            return None
+        what = f"margin changed by {margin}" if fell else f"loss changed by {loss}"
+        return (
+            f"held-out {what} since before training, so the model is getting worse: use {self._rate(1 / _STILL_FACTOR)}, and check "
+            "that thumbs up and down are not swapped."
         )
 
     def _planned(self, record: Mapping[str, object]) -> float | None:
@@ -371,14 +392,19 @@ class _HeldOut:
         self._drops = 0.0
         self._worse = 0
 
-    def add(self, step: int, loss: float, training: float | None) -> bool:
-        """Add an evaluation, and return whether the loss has been rising since the best one."""
+    def add(self, step: int, loss: float, training: float | None, low: float | None) -> bool:
+        """Add an evaluation, and return whether the loss has been rising since the best one.
+
+        Args:
+            low: lower end of the paired interval of the loss since the best evaluation; None in records of older versions.
+        """
         if loss < self.best:
             self.best, self.best_step, self.training = loss, step, training
             self._drops, self._worse = 0.0, 0
         else:
             self._drops += max(0.0, self._previous - loss)
-            self._worse = self._worse + 1 if loss >= _WORSE * self.best else 0
+            rose = loss >= _WORSE * self.best if low is None else low > 0 and loss - self.best >= LEAST_LOSS
+            self._worse = self._worse + 1 if rose else 0
         self._previous = loss
         enough = _PATIENCE if not self._drops else _PATIENCE + 1
         return self._worse >= enough and loss - self.best >= 2 * self._drops
@@ -387,6 +413,12 @@ class _HeldOut:
 def _number(record: Mapping[str, object], name: str) -> float | None:
     value = record.get(name)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _change(record: Mapping[str, object], name: str) -> Change | None:
+    """Return the change of a held-out value since before training; None without an interval."""
+    value, low, high = (_number(record, f"eval/change/{name}{end}") for end in ("", "_low", "_high"))
+    return None if value is None or low is None or high is None else Change(value, low, high)
 
 
 def _slope(distance: float) -> float:

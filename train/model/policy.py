@@ -149,12 +149,7 @@ class PolicyFiles:
             ModelError: it cannot be loaded.
             TrainingError: its weights are quantised, and no adapters are asked for; or training does not fit into memory.
         """
-        if not config.lora_rank and is_quantized_folder(self.folder):
-            raise TrainingError(
-                f"{self.name}: its weights are quantised and cannot be trained. Train adapters on them "
-                "(QLoRA) with --lora-rank 16."
-            )
-        self._check_fits(config, precision, device, trains=trains)
+        self.check_trainable(config, precision, device, trains=trains)
         with self.reporting_memory(config, precision, device, "it was loaded"):
             model = load_causal_lm(
                 transformers.AutoModelForCausalLM,
@@ -177,6 +172,17 @@ class PolicyFiles:
         if config.gradient_checkpointing:
             enable_checkpointing(model)
         return model
+
+    def check_trainable(
+        self, config: TrainConfig, precision: Precision, device: torch.device, *, trains: bool = True
+    ) -> None:
+        """Check that the weights are of a kind that can be trained, and fit into memory. Args, Raises: as `load`."""
+        if not config.lora_rank and is_quantized_folder(self.folder):
+            raise TrainingError(
+                f"{self.name}: its weights are quantised and cannot be trained. Train adapters on them "
+                "(QLoRA) with --lora-rank 16."
+            )
+        self._check_fits(config, precision, device, trains=trains)
 
     def _check_fits(self, config: TrainConfig, precision: Precision, device: torch.device, *, trains: bool) -> None:
         gpus = gpus_sharing_weights()

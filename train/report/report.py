@@ -182,6 +182,7 @@ def _run_parts(run: "Run", name: str) -> dict[str, object]:
         "status": words.status(run),
         "started": words.moment(run.run_record.get("started")),
         "changed": words.moment(run.changed.isoformat(timespec="seconds")) if run.changed else "",
+        "verdict": words.verdict(run),
         "summary": words.summary(run),
         "tiles": words.tiles(run),
         "warnings": warnings_of(run),
@@ -205,6 +206,8 @@ def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, object]:
         "path": printable(str(sweep.path)),
         "status": words.sweep_status(sweep),
         "started": words.moment(sweep.sweep_record.get("started")),
+        "verdict": (verdict := words.sweep_verdict(sweep)),
+        "badge": "best of the trials" if verdict is not None and verdict.kind != "better" else "best",
         "summary": words.sweep_summary(sweep),
         "tiles": words.sweep_tiles(sweep),
         "warnings": _plan_warnings(sweep.sweep_record),
@@ -235,7 +238,9 @@ def _held_out(run: "Run") -> dict[str, object] | None:
     rows = []
     for name in names:
         value, bounds, _ = words.final(run, name)
-        rows.append((words.plain_name(name), words.metric_value(name, value), bounds or words.NOTHING))
+        then = number(mapping(mapping(evaluation.get("before")).get(name)).get("value"))
+        before = words.metric_value(name, then) if then is not None else words.NOTHING
+        rows.append((words.plain_name(name), words.metric_value(name, value), bounds or words.NOTHING, before))
     counts = [
         f"{words.shown(count)} {what}"
         for what in ("rows", "prompts")

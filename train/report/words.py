@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offline_kto.kto_core.errors import printable
-from offline_kto.train.report.folders import Run, Sweep, mapping, number
+from offline_kto.train.report.folders import Run, Sweep, listed, mapping, number
 from offline_kto.train.run_records import RunRecord, SweepRecord
 
 NOTHING = "–"
+_MOST_NAMED = 10
 PERCENT = frozenset({"accuracy", "padding"})
 # Names of metrics in the files, and on the page.
 WORDS = {
@@ -141,6 +142,33 @@ def status(run: Run) -> str:
     return "finished" if run.finished else "running" if run.running else "unfinished"
 
 
+@dataclass(frozen=True)
+class VerdictWords:
+    """A verdict: its kind for the style sheet, its headline, and the sentences below it."""
+
+    kind: str
+    headline: str
+    text: str
+
+
+def verdict(run: Run) -> VerdictWords | None:
+    """Return whether a run made its model better; None if it has not ended, or is of a version without verdicts."""
+    found = mapping(run.evaluation.get("verdict"))
+    outcome, reason, advice = (printable(str(found.get(name) or "")) for name in ("outcome", "reason", "next"))
+    if outcome in ("better", "no difference", "worse"):
+        than = "from" if outcome == "no difference" else "than"
+        text = f"{_sentence(reason)} (95 % interval, paired.) Next: {advice}."
+        return VerdictWords(outcome.replace(" ", "-"), f"{outcome.capitalize()} {than} before training.", text)
+    if run.finished and not run.evaluation and run.last("eval/loss") is None:
+        text = "No rows were held out. --eval-fraction 0.1 holds out a tenth of the prompts."
+        return VerdictWords("unknown", "Not known whether it is better than before training.", text)
+    return None
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def summary(run: Run) -> str:
     """Summarize a run in one line."""
     if not run.records and not run.evaluation:
@@ -236,6 +264,26 @@ def sweep_summary(sweep: Sweep) -> str:
         way = "go down to" if sweep.maximize else "reach up to"
         text += f"; the {len(complete):,} complete trials {way} {worst}"
     return text + "."
+
+
+def sweep_verdict(sweep: Sweep) -> VerdictWords | None:
+    """Return whether a sweep found a better model; None if it is of a version without verdicts."""
+    record, best = sweep.sweep_record, sweep.best
+    entries = {mapping(entry).get("number"): mapping(entry) for entry in listed(record.get("trials"))}
+    found = mapping(entries.get(best.number, {}).get("verdict")) if best is not None else {}
+    outcome, reason, advice = (printable(str(found.get(name) or "")) for name in ("outcome", "reason", "next"))
+    if best is None or outcome not in ("better", "no difference", "worse"):
+        return None
+    tied = [str(one) for one in listed(record.get("tied")) if isinstance(one, int)]
+    text = f"Trial {best.number}: {reason}."
+    if tied:
+        more = " and others" if len(tied) > _MOST_NAMED else ""
+        text += f" On these held-out rows it cannot be told from trial {', '.join(tied[:_MOST_NAMED])}{more}."
+    if not any(isinstance(one, int) for one in listed(record.get("better"))):
+        return VerdictWords("worse", "No trial beats the untrained model.", f"{text} Next: {advice}.")
+    than = "no different from" if outcome == "no difference" else f"{outcome} than"
+    kind = outcome.replace(" ", "-")
+    return VerdictWords(kind, f"The best trial is {than} before training.", text)
 
 
 def sweep_tiles(sweep: Sweep) -> list[Tile]:

@@ -54,7 +54,7 @@ _OURS = {
 # Settings that would silently have no effect here.
 _NO_DDP = "gradients are summed once for each update, without DistributedDataParallel"
 _NO_EFFECT = {
-    "label_smoothing_factor": "the losses have no smoothed form",
+    "label_smoothing_factor": "it smooths cross-entropy; --loss robust has --label-smoothing",
     "ddp_find_unused_parameters": _NO_DDP,
     "ddp_broadcast_buffers": _NO_DDP,
     "ddp_static_graph": _NO_DDP,
@@ -139,7 +139,7 @@ def _settings(config: TrainConfig, out: Path, precision: Precision, *, held_out:
         # The number of rows of a rank; micro-batches are formed inside `training_step`.
         "per_device_train_batch_size": math.ceil(config.batch_size / world),
         "gradient_accumulation_steps": 1,
-        "learning_rate": config.learning_rate,
+        "learning_rate": config.peak_rate,
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps or -1,
         "lr_scheduler_type": _scheduler(config),

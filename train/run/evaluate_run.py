@@ -19,6 +19,7 @@ from offline_kto.kto_core.models.precision import resolve_device
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import scored_in_words, shortened_in_words
 from offline_kto.train.data.training_data import RowsToEvaluate, TrainingData, rows_to_evaluate
+from offline_kto.train.diagnostics.outcome import Tried
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.recipe import run_precision
 from offline_kto.train.run.arguments import training_arguments
@@ -27,6 +28,7 @@ from offline_kto.train.run.training_run import check_vocabulary, make_trainer
 from offline_kto.train.run_files import (
     EVALUATION,
     RUN_RECORD,
+    UNTRAINED,
     check_is_run,
     holds_word,
     read_rewards,
@@ -34,7 +36,8 @@ from offline_kto.train.run_files import (
     refuse_pipes,
 )
 from offline_kto.train.run_records import FinalUpdate, RunRecord
-from offline_kto.train.trainer.evaluation import summary, summary_lines
+from offline_kto.train.trainer.evaluation import Scores, summary, summary_lines, verdict_lines
+from offline_kto.train.trainer.held_out_changes import load_untrained
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.tensor_float import tf32_products, tf32_suffices
 
@@ -105,8 +108,13 @@ def evaluate_run(config: TrainConfig) -> Path:
     labels = str(manifest.data.get("labels_hash"))[:4]
     path = run / (EVALUATION if rows.of_run else f"evaluation-{manifest.fingerprint[:12]}-{labels}.json")
     if main:
-        found = summary(scores, objective, int(final.get("step", 0)))
-        for line in summary_lines(found, rows="held out" if rows.of_run else "evaluated"):
+        before: Scores | None = trainer.scores.untrained(held_out)
+        if before is not None and config.allow_different_policy:
+            before = load_untrained(run / UNTRAINED, before) if rows.of_run else None
+        tried = Tried(learning_rate=config.peak_rate)
+        found = summary(scores, objective, int(final.get("step", 0)), before, tried)
+        lines = summary_lines(found, rows="held out" if rows.of_run else "evaluated")
+        for line in [*lines, *verdict_lines(found)]:
             tell(line)
         with written_to(run, WriteError, "Make room, and evaluate again; existing files are unchanged."):
             write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})

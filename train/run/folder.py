@@ -24,12 +24,14 @@ from offline_kto.train.run_files import (
     CONFIG,
     RUN_RECORD,
     config_text,
-    make_folder,
     read_run_record,
     refuse_pipes,
     write_run_record,
 )
 from offline_kto.train.run_records import ComputedWith, RunRecord
+
+# The folder of runs without --out.
+RUNS = "runs"
 
 
 def refuse_unnamed(config: TrainConfig) -> None:
@@ -40,15 +42,6 @@ def refuse_unnamed(config: TrainConfig) -> None:
     """
     if config.out is None and world_size() > 1:
         raise ConfigError("Several processes need --out: without it each of them would choose its own folder.")
-
-
-def choose_folder(config: TrainConfig) -> Path:
-    """Create and return the folder named by `--out`, or a folder in runs/ named after the current time.
-
-    Raises:
-        ConfigError: a file, or not writable.
-    """
-    return make_folder(config.out, "runs")
 
 
 def refuse_occupied(config: TrainConfig, out: Path) -> None:

@@ -13,6 +13,7 @@ from offline_kto.kto_core.options import as_plain, flag
 from offline_kto.kto_core.redaction import hidden
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.run_records import EvaluationRecord, MetricInterval
 
 CARD = "README.md"
 
@@ -27,8 +28,14 @@ def write_card(
     files: PolicyFiles,
     weights: tuple[float, float],
     history: list[dict[str, object]],
+    *,
+    found: EvaluationRecord | None = None,
 ) -> None:
-    """Write the card: base model, cache fingerprint, command and last metrics."""
+    """Write the card: verdict, base model, cache fingerprint, command and last metrics.
+
+    Args:
+        found: content of evaluation.json; None without held-out rows.
+    """
     front = ModelCardData(
         base_model=printable(files.name),
         library_name="peft" if (path.parent / "adapter_config.json").exists() else "transformers",
@@ -37,7 +44,8 @@ def write_card(
     )
     data = manifest.data
     last: dict[str, object] = next((log for log in reversed(history) if "loss" in log), {})
-    held: dict[str, object] = next((log for log in reversed(history) if "eval_loss" in log), {})
+    held = found["metrics"] if found is not None else {}
+    before = found["before"] if found is not None else {}
     lines = [
         "---",
         front.to_yaml(),
@@ -48,6 +56,7 @@ def write_card(
         f"Aligned with Kahneman-Tversky Optimization (arXiv 2402.01306) from {_code(files.name)}, against reference scores of "
         f"{_code(manifest.reference.get('id'))}" + (f" with adapter {_code(files.adapter)}." if files.adapter else "."),
         "",
+        *_verdict(found),
         f"- reference cache: fingerprint {_code(manifest.fingerprint)}, labels {_code(manifest.data.get('labels_hash'))}",
         f"- feedback: {data.get('desirable'):,} desirable and {data.get('undesirable'):,} undesirable rows from "
         + ", ".join(_code(file.get("name")) for file in data.get("files") or []),
@@ -55,15 +64,27 @@ def write_card(
         "",
         *_block(command_of(config)),
         "",
-        "| | last update |" + (" held out |" if held else ""),
-        "| --- | --- |" + (" --- |" if held else ""),
+        "| | last update |" + (" held out | before training |" if held else ""),
+        "| --- | --- |" + (" --- | --- |" if held else ""),
     ]
     for name in _SHOWN:
         if name in last:
-            held_value = held.get(f"eval_{name}")
-            held_cell = ("" if held_value is None else f" {held_value:.4f}") + " |" if held else ""
-            lines.append(f"| {name} | {last[name]:.4f} |{held_cell}")
+            cells = _cell(held.get(name)) + _cell(before.get(name)) if held else ""
+            lines.append(f"| {name} | {last[name]:.4f} |{cells}")
     write_text(path, "\n".join(lines) + "\n")
+
+
+def _verdict(found: EvaluationRecord | None) -> list[str]:
+    verdict = found["verdict"] if found is not None else None
+    if verdict is None:
+        return ["Whether it is better than before training was not measured.", ""]
+    than = "from" if verdict["outcome"] == "no difference" else "than"
+    outcome = f"{verdict['outcome'].capitalize()} {than} before training"
+    return [f"**{outcome}**: {_text(verdict['reason'])}.", ""]
+
+
+def _cell(metric: MetricInterval | None) -> str:
+    return " |" if metric is None else f" {metric['value']:.4f} |"
 
 
 # Characters that begin markup in Markdown and in embedded HTML.
@@ -98,7 +119,7 @@ def command_of(config: TrainConfig) -> str:
     default = as_plain(TrainConfig())
     words = ["kto-train"]
     for name, value in as_plain(config).items():
-        if value == default[name] or name in ("resume", "training"):
+        if value == default[name] or name in ("resume", "dry_run", "training"):
             continue
         if isinstance(value, bool):
             words.append(flag(name) if value else "--no-" + name.replace("_", "-"))

@@ -1,6 +1,5 @@
 """Print the plan of a run."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -10,12 +9,15 @@ from offline_kto.kto_core.errors import printable
 from offline_kto.kto_core.launch import gpus_sharing_weights, world_size
 from offline_kto.kto_core.models.memory_check import gigabytes
 from offline_kto.kto_core.models.precision import Precision
+from offline_kto.kto_core.options import AUTO
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.diagnostics.settings import in_digits
+from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.training_memory import host_bytes, training_bytes
+from offline_kto.train.run.estimates import disk_in_words, time_in_words
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.tensor_float import tf32_suffices
 
@@ -37,11 +39,17 @@ def print_plan(
     out: Path,
     device: torch.device,
     warnings: list[str],
+    *,
+    estimates: bool,
 ) -> None:
-    """Print how the policy is trained, and what the user is warned of."""
+    """Print how the policy is trained, what that will take, and what the user is warned of.
+
+    Args:
+        estimates: whether to estimate time and disk; a sweep does that for all its trials.
+    """
     desirable, undesirable = data.class_counts
     kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights"
-    steps = config.max_steps or math.ceil(math.ceil(data.units.size / config.batch_size) * config.epochs)
+    steps = config.updates(data.units.size)
     weights = objective.weights
     tell(
         f"labels      {desirable:,} desirable (weight {weights[0]:.4g}), {undesirable:,} undesirable (weight {weights[1]:.4g})"
@@ -64,13 +72,31 @@ def print_plan(
             *warnings,
             f"--reduce-dtype {config.reduce_dtype} has no effect: one process adds no gradients over GPUs",
         ]
-    loss = "" if config.loss == "kto" else f"loss {config.loss}, "
     tell(
-        f"updates     {steps:,} of {config.batch_size} rows, {loss}beta {config.beta:g}, learning rate {config.learning_rate:g}"
+        f"updates     {steps:,} of {config.batch_size} rows, {_loss_in_words(config)}beta {config.beta:g}, {_rate_in_words(config)}"
     )
+    if objective.traits.ignores_reference:
+        tell(f"reference   not used by {config.loss}; rewards and accuracy still measure the change from it")
+    if estimates:
+        tell(f"time        {time_in_words(config, out, data.rows.manifest, precision, device, steps)}")
+        tell(f"disk        {disk_in_words(config, files, out, steps, evaluates=data.held_out is not None)}")
     tell(f"run         {out}")
     for line in (*files.warnings, *warnings):
         warn(line)
+
+
+def _rate_in_words(config: TrainConfig) -> str:
+    """Return the learning rate, and why it is that one where nobody chose it."""
+    why = f" (auto for {'LoRA' if config.lora_rank else 'all weights'})" if config.learning_rate == AUTO else ""
+    return f"learning rate {config.peak_rate:g}{why}"
+
+
+def _loss_in_words(config: TrainConfig) -> str:
+    """Return the loss with the options that only it has, and the likelihood that is added to it."""
+    loss = "" if config.loss == "kto" else f"loss {config.loss}, "
+    for name in LOSS_TRAITS[config.loss].options:
+        loss += f"{name.replace('_', ' ')} {getattr(config, name):g}, "
+    return loss + (f"sft weight {config.sft_weight:g}, " if config.sft_weight else "")
 
 
 def _judgement_lines(config: TrainConfig, data: TrainingData) -> list[str]:
@@ -110,4 +136,4 @@ def _memory_lines(config: TrainConfig, files: PolicyFiles, precision: Precision)
     each = f"{needed / weights:.3g} bytes a weight{f' on each of {gpus} GPUs' if gpus > 1 else ''}"
     on_host = host_bytes(files.sizes, config)
     beside = f", and {gigabytes(on_host)} of host memory" if on_host else ""
-    return [f"memory      {how}: {gigabytes(needed)} for {what} ({each}){beside}"]
+    return [f"memory      {how}: {gigabytes(needed)} for {what} ({each}){beside}; activations are added to it"]

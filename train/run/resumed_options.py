@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from offline_kto.kto_core.errors import ConfigError, shown
-from offline_kto.kto_core.options import as_plain, flag
-from offline_kto.train.config import TrainConfig
+from offline_kto.kto_core.options import AUTO, as_plain, flag, with_absolute_paths
+from offline_kto.train.config import USUAL_RATE, USUAL_RATE_OF_LORA, TrainConfig
 from offline_kto.train.run_records import ComputedWith, RunRecord
 
 
@@ -25,12 +25,13 @@ FIXED = _names(
     "lora_alpha lora_targets memory learning_rate scheduler warmup weight_decay"
 )
 LOGGED = _names(
-    "beta desirable_weight undesirable_weight humanline_low humanline_high max_steps epochs early_stopping eval_cache "
-    "eval_steps device attention reduce_dtype save_dtype"
+    "beta desirable_weight undesirable_weight humanline_low humanline_high clip_epsilon label_smoothing simpo_gamma sft_weight "
+    "max_steps epochs keep early_stopping eval_cache eval_steps device attention reduce_dtype save_dtype"
 )
 FREE = _names(
     # Compared elsewhere: the cache by content, the precision as resolved, and `training` key by key.
-    "cache out dtype training max_tokens gradient_checkpointing save_steps logging_steps report_to resume evaluate_only plan_memory "
+    "cache out dtype training max_tokens gradient_checkpointing save_steps logging_steps report_to resume evaluate_only dry_run "
+    "plan_memory "
     "allow_different_policy"
 )
 
@@ -71,7 +72,8 @@ def compare_options(config: TrainConfig, started: Mapping[str, object], where: P
     """
     if not isinstance(started.get("training", {}), dict):
         raise ConfigError(f"--resume {where}: in its config.yaml, training: is not a table. Start a new run.")
-    before, now = _effective({**as_plain(TrainConfig()), **started}), _effective(as_plain(config))
+    before = _effective({**as_plain(TrainConfig()), **started})
+    now = _effective(with_absolute_paths(TrainConfig, as_plain(config)))  # as config.yaml has them
     tables = _table(now), _table(before)
     _compare_training(*tables, where)
     for name in sorted(FIXED, key=list(now).index):
@@ -119,6 +121,8 @@ def _effective(options: dict[str, object]) -> dict[str, object]:
     rank, alpha = options.get("lora_rank"), options.get("lora_alpha")
     if isinstance(rank, int):
         options["lora_alpha"] = (alpha or 2 * rank) if rank else None
+    if options.get("learning_rate") == AUTO:
+        options["learning_rate"] = USUAL_RATE_OF_LORA if rank else USUAL_RATE
     if options.get("eval_seed") is None:
         options["eval_seed"] = options.get("seed")
     return options

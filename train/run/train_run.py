@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
 from offline_kto.kto_core.console import tell
@@ -15,7 +16,12 @@ from offline_kto.kto_core.lock import only_writer
 from offline_kto.kto_core.runtime import leave_out
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.report.report import write_report
-from offline_kto.train.run.folder import choose_folder, refuse_occupied, refuse_unnamed
+from offline_kto.train.run.folder import RUNS, refuse_occupied, refuse_unnamed
+from offline_kto.train.run_files import make_folder, name_folder
+
+if TYPE_CHECKING:
+    from offline_kto.train.data.training_data import TrainingData
+    from offline_kto.train.run.inputs import Materials
 
 
 def train(config: TrainConfig, *, in_own_process: bool = False) -> Path:
@@ -25,7 +31,7 @@ def train(config: TrainConfig, *, in_own_process: bool = False) -> Path:
         in_own_process: whether nothing but this run uses the process, which may then do without packages it never needs.
 
     Returns:
-        The run folder.
+        The run folder; with `dry_run` the one that the run would have.
 
     Raises:
         KTOError: the user's input cannot be used, or training had to stop.
@@ -47,7 +53,13 @@ def train(config: TrainConfig, *, in_own_process: bool = False) -> Path:
     ]
     if in_own_process and not _may_need_peft(config, manifests):
         leave_out("peft")
-    out = choose_folder(config)
+    if config.dry_run:
+        out = name_folder(config.out, RUNS)
+        if out.is_dir():
+            refuse_occupied(config, out)
+        _plan(config, out)
+        return out
+    out = make_folder(config.out, RUNS)
     with _folder_of(config, out):
         _train(config, out)
     return out
@@ -76,7 +88,18 @@ def _folder_of(config: TrainConfig, out: Path) -> Iterator[None]:
                 out.rmdir()
 
 
-def _train(config: TrainConfig, out: Path) -> None:
+def _plan(config: TrainConfig, out: Path) -> None:
+    materials, data = _open_data(config, out)
+    from offline_kto.train.run.training_run import Plan
+
+    plan = Plan.make(config, out, data, materials)
+    plan.check()
+    if plan.is_main:
+        tell("dry run     nothing was trained, and nothing was written")
+
+
+def _open_data(config: TrainConfig, out: Path) -> "tuple[Materials, TrainingData]":
+    """Open the caches, and print what they hold."""
     if read_launch().is_first:
         tell(f"starting    {config.cache} -> {out}")  # the imports below take seconds
     from offline_kto.train.run.inputs import Materials
@@ -86,18 +109,23 @@ def _train(config: TrainConfig, out: Path) -> None:
     data = materials.data(config)
     if read_launch().is_first:
         print_data(config, data)
+    return materials, data
+
+
+def _train(config: TrainConfig, out: Path) -> None:
+    materials, data = _open_data(config, out)
     # The Trainer takes seconds to import; what is wrong with the data has been said by now.
     from offline_kto.train.run.training_run import TrainingRun
-    from offline_kto.train.trainer.evaluation import summary_lines
+    from offline_kto.train.trainer.evaluation import summary_lines, verdict_lines
 
     run = TrainingRun.set_up(config, out, data, materials)
     run.train()
     run.save_model(out)
     found = run.sum_up()
     if run.is_main:
-        if found is not None:
-            for line in summary_lines(found):
-                tell(line)
+        run.write_card(out, found)
+        for line in [*(summary_lines(found) if found is not None else []), *verdict_lines(found)]:
+            tell(line)
         tell(f"report      {write_report([out])}")
         tell(f"wrote       {out}")
     accelerator = run.trainer.accelerator

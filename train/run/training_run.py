@@ -19,9 +19,10 @@ from offline_kto.kto_core.models.precision import Precision, resolve_device
 from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.logps import sees_whole_passes
 from offline_kto.kto_core.scoring.output_layer import whole_shape
-from offline_kto.train.config import TrainConfig
+from offline_kto.train.config import TrainConfig, is_better
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.training_data import TrainingData
+from offline_kto.train.diagnostics.outcome import Tried
 from offline_kto.train.diagnostics.settings import class_weight_values, warnings_for
 from offline_kto.train.diagnostics.training import Settings, Watch
 from offline_kto.train.loss_traits import LOSS_TRAITS
@@ -30,6 +31,7 @@ from offline_kto.train.model.recipe import run_precision, saved_type
 from offline_kto.train.model.saved_model import Layout, ModelWriter
 from offline_kto.train.run.arguments import Arguments, accepted_by_trainer, training_arguments
 from offline_kto.train.run.callbacks import Console, MetricsFile
+from offline_kto.train.run.estimates import computed_on
 from offline_kto.train.run.folder import last_checkpoint, write_start
 from offline_kto.train.run.inputs import Materials
 from offline_kto.train.run.model_card import CARD, command_of, write_card
@@ -37,12 +39,13 @@ from offline_kto.train.run.optimizer import check_sharding, own_optimizer
 from offline_kto.train.run.plan import print_plan
 from offline_kto.train.run.rewards_file import write_rewards
 from offline_kto.train.run.start_check import check_start, tolerance_for
-from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
+from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, UNTRAINED, read_run_record, write_run_record
 from offline_kto.train.run_records import ComputedWith, EvaluationRecord, FinalUpdate, RunRecord
 from offline_kto.train.trainer.checkpoints import reading
 from offline_kto.train.trainer.compiled_layers import Compiling, compile_layers
 from offline_kto.train.trainer.evaluation import summary
 from offline_kto.train.trainer.gradient_sums import BUCKET_BYTES, Sending
+from offline_kto.train.trainer.held_out_changes import load_untrained, save_untrained
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
 from offline_kto.train.trainer.liger_layers import check_liger_supports
 from offline_kto.train.trainer.memory import Meter, meter_of
@@ -57,6 +60,74 @@ _MAX_TOKENS_CPU = 1024
 _FEW_TOKENS = 4096
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A run whose policy is not loaded yet.
+
+    Attributes:
+        checkpoint: the checkpoint to resume from, or None.
+        warnings: the warnings of the plan, on the process that prints.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    precision: Precision
+    objective: Objective
+    args: Arguments
+    files: PolicyFiles
+    checkpoint: str | None
+    warnings: list[str]
+
+    @classmethod
+    def make(
+        cls, config: TrainConfig, out: Path, data: TrainingData, materials: Materials, name: str | None = None
+    ) -> "Plan":
+        """Check options, policy and checkpoint, and print the plan. Write nothing.
+
+        Args, Raises: as `TrainingRun.set_up`.
+        """
+        device = resolve_device(config.device)
+        precision = run_precision(config, device)
+        objective = Objective.of(config, class_weight_values(config, *data.class_masses))
+        warnings: list[str] = []
+        args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
+        check_sharding(config, args)
+        files = materials.files(config, data.rows.manifest)
+        now: ComputedWith = {
+            "precision": precision.name,
+            "versions": versions(),
+            "held_out_cache": data.held_out_cache,
+        }
+        main = args.process_index == 0
+        checkpoint = last_checkpoint(config, out, data.rows.manifest, now, main=main)
+        if main:
+            warnings += data.warnings(config, precision)
+            warnings += _rank_warnings(config, data, ranks=args.world_size, device=device)
+            merges = bool(config.lora_rank and files.adapter)
+            warnings += _saving_warnings(config, merges=merges, held_out=data.held_out is not None)
+            warnings += _idle_gpu_warnings(args)
+            warnings += warnings_for(config, *data.class_masses, objective.weights)
+            estimates = name is None  # only trials of a sweep have names
+            print_plan(config, data, files, precision, objective, out, device, warnings, estimates=estimates)
+            if config.resume:
+                tell(f"resume      {checkpoint or 'no checkpoint yet: starting from the beginning'}")
+        return cls(config, device, precision, objective, args, files, checkpoint, warnings)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return bool(self.args.process_index == 0)
+
+    def check(self) -> None:
+        """Check what loading the policy would, as far as that takes no weights.
+
+        Raises:
+            ModelError, TrainingError: see `PolicyFiles.check_trainable`.
+        """
+        whole_fits = self.device.type == "cuda" and not sharding_asked_for()
+        self.files.check_trainable(self.config, self.precision, self.args.device if whole_fits else torch.device("cpu"))
+
+
 @dataclass
 class TrainingRun:
     """A training run, ready to train.
@@ -68,6 +139,7 @@ class TrainingRun:
         warnings: the warnings of the plan, on the process that prints.
         name: name of the run; None for the folder's name.
         checked: whether policy and cache have been compared before, with these materials.
+        resumed_at: number of updates that were made before this process began.
     """
 
     config: TrainConfig
@@ -83,6 +155,7 @@ class TrainingRun:
     warnings: list[str]
     name: str | None = None
     checked: bool = False
+    resumed_at: int = 0
 
     @classmethod
     def set_up(
@@ -100,30 +173,10 @@ class TrainingRun:
         Raises:
             KTOError: the user's input cannot be used.
         """
-        device = resolve_device(config.device)
-        precision = run_precision(config, device)
-        objective = Objective.of(config, class_weight_values(config, *data.class_masses))
-        warnings: list[str] = []
-        args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
-        check_sharding(config, args)
-        files = materials.files(config, data.rows.manifest)
-        main = args.process_index == 0
-        now: ComputedWith = {
-            "precision": precision.name,
-            "versions": versions(),
-            "held_out_cache": data.held_out_cache,
-        }
-        checkpoint = last_checkpoint(config, out, data.rows.manifest, now, main=main)
-        if main:
+        plan = Plan.make(config, out, data, materials, name)
+        device, precision, args, files, objective = plan.device, plan.precision, plan.args, plan.files, plan.objective
+        if plan.is_main:
             remove_leftovers(out)
-            warnings += data.warnings(config, precision)
-            warnings += _rank_warnings(config, data, ranks=args.world_size, device=device)
-            warnings += _saving_warnings(config, merges=bool(config.lora_rank and files.adapter))
-            warnings += _idle_gpu_warnings(args)
-            warnings += warnings_for(config, *data.class_masses, objective.weights)
-            print_plan(config, data, files, precision, objective, out, device, warnings)
-            if config.resume:
-                tell(f"resume      {checkpoint or 'no checkpoint yet: starting from the beginning'}")
         # A sharded model may not fit on one device; sharding moves each rank's part to its device.
         whole_fits = device.type == "cuda" and not sharding_asked_for()
         model = materials.model(files, config, precision, args.device if whole_fits else torch.device("cpu"))
@@ -142,7 +195,18 @@ class TrainingRun:
             callbacks.append(transformers.EarlyStoppingCallback(config.early_stopping))
         trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks)
         run = cls(
-            config, out, data, files, precision, objective, trainer, settings, console, checkpoint, warnings, name
+            config,
+            out,
+            data,
+            files,
+            precision,
+            objective,
+            trainer,
+            settings,
+            console,
+            plan.checkpoint,
+            plan.warnings,
+            name,
         )
         trainer.add_callback(_Steps(run))
         return run
@@ -153,7 +217,7 @@ class TrainingRun:
         return bool(self.trainer.is_world_process_zero())
 
     def train(self) -> None:
-        """Run all updates; afterwards the model is the last one, or with early stopping the best one.
+        """Run all updates; afterwards the model is the one that `--keep` asks for.
 
         Raises:
             TrainingError: out of memory for a single row, a loss that is not finite, a disk that is full.
@@ -162,6 +226,7 @@ class TrainingRun:
         if self.checkpoint is not None:
             with reading(Path(self.checkpoint)):
                 trainer.row_logratios.load(Path(self.checkpoint))
+                self._load_changes(Path(self.checkpoint))
         try:
             with one_memory_error(), tf32_products(self._tf32):
                 trainer.train(resume_from_checkpoint=self.checkpoint)
@@ -174,16 +239,58 @@ class TrainingRun:
         finally:
             if self.console is not None:
                 self.console.close()  # so that the next output starts on a new line
-        if self.config.early_stopping:
-            trainer.load_best()
-            if self.is_main and trainer.final_step < trainer.state.global_step:
-                tell(
-                    f"stopped     after {trainer.state.global_step:,} updates; the model is from update {trainer.final_step:,}, with "
-                    f"the best {self.config.metric}"
-                )
+        self._choose_model()
         trainer.stop_if_weights_not_finite("model")
         if self._saved_type is not None and not self._merges:
             trainer.round_weights(self._saved_type)
+
+    def _choose_model(self) -> None:
+        """Replace the last model by that of the best evaluation, if `--keep` says so.
+
+        The untrained model is never kept in place of a trained one: the user has it already, and its copy would look like the
+        result of training.
+        """
+        trainer, config = self.trainer, self.config
+        made = trainer.state.global_step
+        if self.data.held_out is None:
+            return
+        if config.keep == "best":
+            trainer.load_best()
+        if not self.is_main:
+            return
+        kept = trainer.final_step or made
+        before, best = trainer.untrained_metric(config.metric), trainer.state.best_metric
+        if before is not None and best is not None and not is_better(best, before, config.metric):
+            tell(
+                f"kept        update {kept:,}, but none was better than the untrained model: {config.metric} {best:.4f} at best, "
+                f"{before:.4f} before training"
+            )
+        elif kept < made:
+            tell(
+                f"kept        update {kept:,} of {made:,}, with the best {config.metric} (--keep last for the last one)"
+            )
+
+    def _load_changes(self, checkpoint: Path) -> None:
+        """Load the scores that later evaluations of a resumed run are compared with."""
+        trainer, held_out = self.trainer, self.data.held_out
+        if held_out is None or not self.is_main:
+            return
+        of_reference = trainer.scores.untrained(held_out)
+        known = self._starts_as_reference
+        trainer.changes.untrained = of_reference if known else load_untrained(self.out / UNTRAINED, of_reference)
+        trainer.changes.load(checkpoint, of_reference)
+
+    @property
+    def _starts_as_reference(self) -> bool:
+        """Whether the untrained policy is the cached reference, so that its scores need no pass."""
+        return not self.config.allow_different_policy
+
+    def _begin_held_out(self) -> None:
+        """Log the values of the untrained policy, and keep its scores if they cannot be computed again."""
+        changes = self.trainer.changes
+        self.trainer.log_untrained(is_reference=self._starts_as_reference)
+        if self.is_main and changes.untrained is not None and not self._starts_as_reference:
+            save_untrained(self.out / UNTRAINED, changes.untrained)
 
     @property
     def _tf32(self) -> bool:
@@ -217,23 +324,39 @@ class TrainingRun:
         seen = np.flatnonzero(steps >= 0)
         write_rewards(self.out / REWARDS, self.data, seen, logratios[seen], scores)
         final: FinalUpdate = {"step": trainer.final_step, "updates": trainer.state.global_step}
+        final.update(self._speed())
         if trainer.shift is not None:
             final["shift"] = trainer.shift.mean
         write_run_record(self.out, {**read_run_record(self.out), "final": final})
         if scores is None:
             return None
-        found = summary(scores, self.objective, trainer.final_step)
+        found = summary(scores, self.objective, trainer.final_step, trainer.changes.untrained, self._tried)
         found["fingerprint"] = self.data.rows.manifest.fingerprint
         write_json(self.out / EVALUATION, found)
         return found
 
+    def _speed(self) -> FinalUpdate:
+        """Return the time of an update, for the plans of later runs; nothing if this process made none."""
+        state = self.trainer.state
+        updates = state.global_step - self.resumed_at
+        seconds = next((log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log), None)
+        if seconds is None or updates < 1:
+            return {}
+        return {"seconds_per_update": seconds / updates, "computed_on": computed_on(self.trainer.args.device)}
+
+    @property
+    def _tried(self) -> Tried:
+        history = self.trainer.state.log_history
+        margins = (log["rewards/margins"] for log in reversed(history) if "rewards/margins" in log)
+        return Tried(learning_rate=self.config.peak_rate, training_margin=next(margins, None))
+
     def save_model(self, out: Path) -> None:
-        """Save model, tokenizer and model card in a folder; called on every rank.
+        """Save model and tokenizer in a folder; called on every rank.
 
         Raises:
             TrainingError: it cannot be written.
         """
-        trainer, files, config = self.trainer, self.files, self.config
+        trainer = self.trainer
         with unfinished(out, "model", main=self.is_main) as folder:
             if self._merges:
                 self._save_with_reference_adapter(folder)
@@ -242,10 +365,16 @@ class TrainingRun:
                 trainer.save_in(folder, self._saved_type)
             if self.is_main:
                 publish_model(folder, out)
-        if self.is_main:
-            history = trainer.state.log_history
-            title = self.name or out.resolve().name
-            write_card(out / CARD, title, config, self.data.rows.manifest, files, self.objective.weights, history)
+
+    def write_card(self, out: Path, found: EvaluationRecord | None) -> None:
+        """Write the model card into the folder of the saved model.
+
+        Args:
+            found: content of evaluation.json; None without held-out rows.
+        """
+        title = self.name or out.resolve().name
+        manifest, history = self.data.rows.manifest, self.trainer.state.log_history
+        write_card(out / CARD, title, self.config, manifest, self.files, self.objective.weights, history, found=found)
 
     def _save_with_reference_adapter(self, folder: Path) -> None:
         """Save the merged model, or a single adapter if the reference's adapter is kept beside quantised weights.
@@ -268,6 +397,7 @@ class TrainingRun:
         """Compare policy and cache, and write the first files; called on every rank once the model is prepared."""
         trainer = self.trainer
         transformers.utils.logging.disable_progress_bar()  # the bars of file writing would break the live line
+        self.resumed_at = trainer.state.global_step
         trainer.prepare_to_train()
         if self.is_main and trainer.meter is not None:
             tell(f"memory      --max-tokens {trainer.policy.max_tokens} (measured)")
@@ -289,6 +419,7 @@ class TrainingRun:
             self._check_policy()
         if self.is_main:
             write_start(self.config, self.out, self.record())
+        self._begin_held_out()
 
     def _check_policy(self) -> None:
         allow = self.config.allow_different_policy
@@ -354,15 +485,20 @@ def _idle_gpu_warnings(args: Arguments) -> list[str]:
     ]
 
 
-def _saving_warnings(config: TrainConfig, *, merges: bool) -> list[str]:
+def _saving_warnings(config: TrainConfig, *, merges: bool, held_out: bool) -> list[str]:
     """Return a line for each part that the saved files will not contain.
 
     Args:
         merges: whether the run ends by merging its adapters, and rounds the merged weights.
+        held_out: whether there are held-out rows.
     """
     lines = []
     if config.training.get("save_only_model") and config.save_steps:
         lines.append("training: save_only_model: checkpoints contain no optimizer state, and --resume cannot use them.")
+    if held_out and config.keep == "best" and not (config.save_steps or config.early_stopping) and sharding_asked_for():
+        lines.append(
+            "--keep best needs checkpoints where weights are sharded, and --save-steps 0 writes none: the last model is kept."
+        )
     if config.save_dtype in ("bfloat16", "float16"):
         share, kind = ("0.2", "bfloat16") if config.save_dtype == "bfloat16" else ("0.02", "float16")
         evaluated = "before they are rounded" if merges else "as they are saved"
@@ -432,6 +568,7 @@ def make_trainer(
             rounding=tolerance_for(data.rows.manifest, precision),
             held_out=data.held_out,
             may_checkpoint=config.gradient_checkpointing is None,
+            keeps_best=config.keep == "best",
             optimizer_cls_and_kwargs=own_optimizer(config, args),
             writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
             sending=Sending(reduce_dtype, bucket_mb * 2**20 if bucket_mb else BUCKET_BYTES),

@@ -6,7 +6,7 @@ from pathlib import Path
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.options import check_options, flag, option
-from offline_kto.train.config import METRICS
+from offline_kto.train.config import METRICS, TrainConfig
 
 SEARCHES = ("grid", "random", "tpe")
 PRUNERS = ("none", "median")
@@ -40,8 +40,12 @@ class SweepConfig:
         metavar="URL",
     )
     seed: int = option(0, "Seed of the search.", most=2**32 - 1)
-    space: dict[str, object] = option(dict, "YAML only: values or ranges of kto-train's options.")
-    train: dict[str, object] = option(dict, "YAML only: kto-train's options that are the same in all trials.")
+    space: dict[str, object] = option(
+        dict, "YAML only: values or ranges of kto-train's options.", options_of=TrainConfig
+    )
+    train: dict[str, object] = option(
+        dict, "YAML only: kto-train's options that are the same in all trials.", options_of=TrainConfig
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

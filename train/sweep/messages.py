@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from offline_kto.train.run_records import MetricInterval, VerdictRecord
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -20,6 +22,11 @@ class Ended:
         metrics: held-out values by name.
         seconds: duration of the trial; `train_seconds` is the part for updates and evaluations.
         reason: why the trial failed.
+        interval: of the sweep's metric.
+        untrained: the sweep's metric before training.
+        verdict: whether the trial is better than before training.
+        draws: bootstrap replicates of the sweep's metric.
+        prompts: held-out prompts of the class that has fewer of them.
     """
 
     state: str
@@ -27,6 +34,11 @@ class Ended:
     seconds: float = 0.0
     train_seconds: float = 0.0
     reason: str | None = None
+    interval: MetricInterval | None = None
+    untrained: float | None = None
+    verdict: VerdictRecord | None = None
+    draws: list[float] = field(default_factory=list)
+    prompts: int = 0
 
     @classmethod
     def refused(cls, reason: str) -> "Ended":

@@ -20,14 +20,18 @@ from offline_kto.kto_core.foreign_files import read_foreign
 from offline_kto.kto_core.options import as_plain, flag
 from offline_kto.train.report.report import write_report
 from offline_kto.train.run_files import LARGEST_JSON, RUN_RECORD, config_text
-from offline_kto.train.run_records import SpaceEntry, SweepRecord, TrainedWith, TrialEntry, TrialResult
+from offline_kto.train.run_records import SpaceEntry, SweepRecord, TrainedWith, TrialEntry
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.messages import Ended
 from offline_kto.train.sweep.pareto import pareto_front
 from offline_kto.train.sweep.space import Range, Trials, Values
-from offline_kto.train.sweep.study import Study, Trial, TrialRecord
+from offline_kto.train.sweep.standing import better_trials, tied_trials
+from offline_kto.train.sweep.study import StoredResult, Study, Trial, TrialRecord
 
 RESULTS, BEST, BEST_OPTIONS, STATE = "results.csv", "best", "best.yaml", "sweep.json"
+
+# Trials that a line of the console names.
+_MOST_NAMED = 10
 
 # First columns of results.csv, in this order; others follow.
 _METRICS = (
@@ -76,6 +80,11 @@ class Results:
         }
         self._write()
 
+    def seconds_of_trials(self) -> list[float]:
+        """Return how long each complete trial took."""
+        records = [record for record in self.study.records() if record.state == "complete"]
+        return [seconds for record in records if (seconds := record.result.get("seconds"))]
+
     def is_best(self, ended: Ended) -> bool:
         """Return whether a trial is better than all that ended before, here or on another machine."""
         value = self._value(ended)
@@ -112,13 +121,18 @@ class Results:
         value, reason, state = self._value(ended), ended.reason, ended.state
         if state == "complete" and value is None:
             state, reason = "failed", f"{self.config.metric} is not finite"
-        result: TrialResult = {
+        result: StoredResult = {
             "metrics": {name: found for name, found in ended.metrics.items() if math.isfinite(found)},
             "seconds": ended.seconds,
             "train_seconds": ended.train_seconds,
             "reason": reason,
             "host": socket.gethostname(),
             "folder": str((self.out / "trials" / f"{trial.number:04d}").resolve()),
+            "interval": ended.interval,
+            "untrained": ended.untrained,
+            "verdict": ended.verdict,
+            "draws": ended.draws,
+            "prompts": ended.prompts,
         }
         self.study.tell(trial, state, value, result)
         self._write()
@@ -144,6 +158,8 @@ class Results:
             "best": best.number if best else None,
             "planned": self.trials.count,
             "trials": [_entry(record) for record in records],
+            "better": better_trials(records),
+            "tied": tied_trials(records, best),
             "pareto_front": _front(records),
         }
         write_json(self.out / STATE, state)
@@ -192,12 +208,36 @@ class Results:
                 f"{self.out}: no trial completed. The first one: {reasons[0] if reasons else 'was pruned'}"
             )
         failed = sum(record.state == "failed" for record in self.study.records())
-        tell(f"best        trial {best.number}: {self._shown(best.value)}  {_words(best.params)}")
+        for line in self._best_lines(best):
+            tell(line)
         if failed:
             tell(f"failed      {failed:,} trials; {RESULTS} lists the reasons")
-        tell(f"next        kto-train --config {shlex.quote(str(self.out / BEST_OPTIONS))} --out runs/best")
+        if self._is_of(self.out / BEST, best):
+            tell(f"model       {self.out / BEST}")
+        else:  # it is on another machine, or was lost
+            tell(f"next        kto-train --config {shlex.quote(str(self.out / BEST_OPTIONS))} --out runs/best")
         tell(f"report      {report}")
         tell(f"wrote       {self.out}")
+
+    def _best_lines(self, best: TrialRecord) -> list[str]:
+        """Return the best trial with its interval, the trials it cannot be told from, and whether any is better than before."""
+        records, ends = self.study.records(), best.result.get("interval") or {}
+        between = f" [{ends['low']:.6g}, {ends['high']:.6g}]" if "low" in ends and "high" in ends else ""
+        lines = [f"best        trial {best.number}: {self._shown(best.value)}{between}  {_words(best.params)}"]
+        tied, better = tied_trials(records, best), better_trials(records)
+        if tied:
+            lines.append(f"tied        {_trials(tied)} cannot be told from it on these held-out rows")
+        verdict = best.result.get("verdict")
+        if verdict is None:
+            return lines
+        if not better:
+            lines.append(f"verdict     no trial beats the untrained model; of trial {best.number}: {verdict['reason']}")
+            return [*lines, f"try         {verdict['next']}"]
+        than = "no different from" if verdict["outcome"] == "no difference" else f"{verdict['outcome']} than"
+        line = f"verdict     trial {best.number} is {than} before training: {verdict['reason']}"
+        if best.number not in better:
+            line += f"; {_trials(better)} better, but not by {self.config.metric}"
+        return [*lines, line]
 
     def _publish(self, best: TrialRecord) -> None:
         config = self.trials.config(best.params)
@@ -260,7 +300,16 @@ def _entry(record: TrialRecord) -> TrialEntry:
         "reason": result.get("reason"),
         "host": result.get("host"),
         "folder": result.get("folder"),
+        "interval": result.get("interval"),
+        "untrained": result.get("untrained"),
+        "verdict": result.get("verdict"),
     }
+
+
+def _trials(numbers: list[int]) -> str:
+    """Return numbers of trials in words; of many, the first ones."""
+    shown = ", ".join(map(str, numbers[:_MOST_NAMED])) + (" ..." if len(numbers) > _MOST_NAMED else "")
+    return f"trial{'' if len(numbers) == 1 else 's'} {shown}"
 
 
 def _words(params: dict[str, object]) -> str:

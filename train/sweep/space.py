@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.options import as_given, checked_values, value_types
 from offline_kto.train.config import TrainConfig, parse_objective
-from offline_kto.train.loss_traits import PAIRED_LOSSES
+from offline_kto.train.loss_traits import LOSS_OF_OPTION, PAIRED_LOSSES
 from offline_kto.train.sweep.config import MOST_TRIALS, USUAL_TRIALS, SweepConfig
 
 _JUDGED = "they are compared on the same held-out rows"
@@ -28,7 +28,7 @@ _GREATEST = 10**9
 # `objective.helpful` is the weight of an objective, a part of the option `objective`.
 OBJECTIVE = "objective."
 # Options that change the held-out loss itself.
-_CHANGES_LOSS = ("loss", "beta", "desirable_weight", "undesirable_weight", "humanline_low", "humanline_high")
+_CHANGES_LOSS = ("loss", "beta", "desirable_weight", "undesirable_weight", "sft_weight", *LOSS_OF_OPTION)
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Trials:
         if "seed" in space:
             # All trials are compared on the same held-out rows.
             base.setdefault("eval_seed", base.get("seed", TrainConfig.seed))
+        _check_own_options(base, space)
         for name, entry in space.items():
             _try_values(base, name, entry)
         choices = _choices(space, config.search)
@@ -171,7 +172,21 @@ def _with(base: Options, params: dict[str, object]) -> Options:
     if weights:
         shared = parse_objective(base["objective"]) if base.get("objective") else {}
         options["objective"] = json.dumps({**shared, **weights})
-    return {**base, **options}
+    options = {**base, **options}
+    # In a sweep over losses, an option of one loss is for the trials that have it.
+    loss = options.get("loss", TrainConfig.loss)
+    return {name: value for name, value in options.items() if LOSS_OF_OPTION.get(name, loss) == loss}
+
+
+def _check_own_options(base: Options, space: Space) -> None:
+    """Check that some trial has the loss of each option that only one loss has."""
+    losses = space["loss"].grid() if "loss" in space else (base.get("loss", TrainConfig.loss),)
+    for name, loss in LOSS_OF_OPTION.items():
+        given = name in space or base.get(name, getattr(TrainConfig, name)) != getattr(TrainConfig, name)
+        if given and loss not in losses:
+            raise ConfigError(
+                f"{name!r} is an option of the loss {loss}, which no trial has. Remove it, or add the loss."
+            )
 
 
 def _set_in(base: Options, name: str) -> Collection[str]:
@@ -297,9 +312,10 @@ def _try_values(base: Options, name: str, entry: Values | Range) -> None:
         if isinstance(entry, Range) and entry.low < 0:
             raise ConfigError(f"space: {name}: the weight of an objective must not be negative, got {entry.low:g}.")
         return
+    of_loss = {"loss": LOSS_OF_OPTION[name]} if name in LOSS_OF_OPTION else {}
     for value in entry.ends() if isinstance(entry, Range) else entry.values:
         try:
-            TrainConfig(**{**base, name: value})
+            TrainConfig(**_with(base, {**of_loss, name: value}))
         except ConfigError as error:
             if _refused(base) == str(error):
                 raise ConfigError(f"train: {error}") from error
@@ -309,7 +325,7 @@ def _try_values(base: Options, name: str, entry: Values | Range) -> None:
 def _refused(base: Options) -> str | None:
     """Return the error of the options that all trials share; None if they are valid."""
     try:
-        TrainConfig(**base)
+        TrainConfig(**_with(base, {}))
     except ConfigError as error:
         return str(error)
     return None

@@ -68,6 +68,18 @@ def check_storage(url: str) -> None:
         raise ConfigError(f"--storage {hidden_url(url)}: has more than one @. {encode}")
 
 
+class StoredResult(TrialResult, total=False):
+    """The result of a trial as the study stores it, with what comparisons of trials need. In addition to `TrialResult`:
+
+    Attributes:
+        draws: bootstrap replicates of the sweep's metric.
+        prompts: held-out prompts of the class that has fewer of them.
+    """
+
+    draws: list[float]
+    prompts: int
+
+
 @dataclass(frozen=True)
 class TrialRecord:
     """A trial as stored in the study.
@@ -82,7 +94,7 @@ class TrialRecord:
     state: str
     params: dict[str, object]
     value: float | None
-    result: TrialResult
+    result: StoredResult
 
 
 class Study:
@@ -302,7 +314,7 @@ class Study:
             frozen.intermediate_values = dict(trial.evaluations)
             return bool(self._study.pruner.prune(self._study, frozen))
 
-    def tell(self, trial: "Trial", state: str, value: float | None, result: TrialResult) -> None:
+    def tell(self, trial: "Trial", state: str, value: float | None, result: StoredResult) -> None:
         """Record the end of a trial: complete, pruned or failed."""
         states = self._optuna.trial.TrialState
         found = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[state]
@@ -334,7 +346,7 @@ class Study:
                 state=names.get(frozen.state.name, "running"),
                 params={name: frozen.params[name] for name in self._trials.space if name in frozen.params},
                 value=frozen.value if frozen.state.name != "FAIL" else None,
-                result=cast("TrialResult", dict(frozen.user_attrs.get(_RESULT) or {})),
+                result=cast("StoredResult", dict(frozen.user_attrs.get(_RESULT) or {})),
             )
             for frozen in self._frozen()
         ]

@@ -12,7 +12,10 @@ sweeps/NAME/report.html
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,18 +32,19 @@ from offline_kto.kto_core.errors import ConfigError, TrainingError, printable
 from offline_kto.kto_core.launch import settle_launch, world_size
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.lock import LOCK, only_writer
-from offline_kto.kto_core.options import as_plain
+from offline_kto.kto_core.options import as_plain, with_absolute_paths
 from offline_kto.kto_core.redaction import hidden_url, without_secrets
 from offline_kto.kto_core.streams import is_terminal
 from offline_kto.kto_core.yaml_files import named_file
 from offline_kto.train.data.held_out import check_fraction
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
+from offline_kto.train.report.words import duration
 from offline_kto.train.run_files import make_folder, yaml_without_secrets
-from offline_kto.train.run_records import TrainedWith
+from offline_kto.train.run_records import RunData, TrainedWith
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.messages import Ended, Evaluated, Kept, Lost, Stop
 from offline_kto.train.sweep.results import Results
-from offline_kto.train.sweep.space import Trials
+from offline_kto.train.sweep.space import Range, Trials
 from offline_kto.train.sweep.study import BEAT_SECONDS, Study, Trial, check_installed, check_storage
 from offline_kto.train.sweep.workers import Worker, Workers
 
@@ -71,6 +75,9 @@ def sweep(config: SweepConfig, *, yaml_path: Path | None = None) -> Path:
             "kto-sweep starts its own processes, one for each trial at a time; run it without torchrun, with --workers."
         )
     settle_launch()
+    # sweep.yaml repeats the sweep from any folder.
+    tables = with_absolute_paths(SweepConfig, {"space": config.space, "train": config.train})
+    config = dataclasses.replace(config, **tables)
     trials = _trials(config, yaml_path)
     out = make_folder(config.out, "sweeps")
     try:
@@ -107,7 +114,8 @@ def _check_folder(out: Path) -> None:
 
 
 def _write_config(config: SweepConfig, out: Path) -> None:
-    values = {k: v for k, v in as_plain(config).items() if k != "out" and v not in (None, {})}
+    values = with_absolute_paths(SweepConfig, as_plain(config))
+    values = {k: v for k, v in values.items() if k != "out" and v not in (None, {})}
     if config.storage:
         values["storage"] = hidden_url(config.storage)
     write_text(out / SWEEP, yaml_without_secrets(values))
@@ -165,7 +173,7 @@ def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
         found: TrainedWith = workers.told() if left else {}
         study.begin()
         results.begin(manifest, found)
-        _print_plan(config, trials, manifest, out, workers, left)
+        _print_plan(config, trials, manifest, out, workers, left, results)
         if left:
             with _bar(trials.count - left, trials.count) as say:
                 _run(study, trials, workers, results, out, say)
@@ -254,8 +262,37 @@ def _bar(done: int, total: int) -> Iterator[Callable[[str], None]]:
         yield say
 
 
+def _updates_in_words(trials: Trials, rows: RunData) -> str:
+    """Return how many updates a trial makes, from the fewest to the most."""
+    count = rows["desirable"] + rows["undesirable"]
+    ends = [
+        [{name: value} for value in (entry.ends() if isinstance(entry, Range) else entry.values)]
+        for name, entry in trials.space.items()
+        if name in ("batch_size", "epochs", "max_steps")
+    ]
+    found = set()
+    for chosen in itertools.product(*ends):
+        with contextlib.suppress(ConfigError):  # values that cannot be combined: that trial will be refused
+            found.add(trials.config({name: value for one in chosen for name, value in one.items()}).updates(count))
+    if not found:
+        return "unknown"
+    each = f"{min(found):,}" if len(found) == 1 else f"{min(found):,} to {max(found):,}"
+    return f"{each} in each trial"
+
+
+def _time_in_words(results: Results, left: int, workers: int) -> str:
+    """Return the time of the trials that are left, by those that are complete."""
+    seconds = results.seconds_of_trials()
+    if not left or not seconds:
+        return "none" if not left else "unknown until the first trial ends"
+    each = statistics.median(seconds)
+    return (
+        f"about {duration(each * math.ceil(left / workers))}, at {duration(each)} a trial (median of {len(seconds):,})"
+    )
+
+
 def _print_plan(
-    config: SweepConfig, trials: Trials, manifest: Manifest, out: Path, workers: Workers, left: int
+    config: SweepConfig, trials: Trials, manifest: Manifest, out: Path, workers: Workers, left: int, results: Results
 ) -> None:
     names = ", ".join(trials.space)
     tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
@@ -266,6 +303,9 @@ def _print_plan(
     if rows:
         tell(f"rows        {rows_in_words(rows)}")
     tell(f"metric      {config.metric}, {'greater' if config.metric != 'eval/loss' else 'smaller'} is better")
+    if rows:
+        tell(f"updates     {_updates_in_words(trials, rows)}")
+    tell(f"time        {_time_in_words(results, left, len(workers))}")
     tell(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
     tell(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
     for line in [*(workers.trained_with.get("warnings") or []), *trials.warnings()]:

@@ -39,9 +39,10 @@ from offline_kto.train.run.inputs import KeptMaterials
 from offline_kto.train.run.plan import print_data
 from offline_kto.train.run.training_run import TrainingRun, versions
 from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
-from offline_kto.train.run_records import TrainedWith
+from offline_kto.train.run_records import EvaluationRecord, TrainedWith
 from offline_kto.train.sweep.messages import Ended, Evaluated, Kept, Stop
 from offline_kto.train.sweep.space import Trials, Values
+from offline_kto.train.trainer.evaluation import drawn_values
 
 LOG = "log.txt"
 MODEL = "model"
@@ -142,7 +143,7 @@ class Worker:
         folder.mkdir(parents=True)
         started = time.monotonic()
         with log_into(folder / LOG):
-            run = None
+            run = found = None
             try:
                 name = f"{folder.parent.parent.resolve().name}, trial {folder.name}"
                 data = self.materials.data(config)
@@ -152,7 +153,7 @@ class Worker:
                     self.materials.take_back()
                     self.pipe.send(Stop(_other_rows(config)))
                     return
-                outcome = self._train(run)
+                outcome, found = self._train(run)
             except WriteError:
                 raise
             except KTOError as error:
@@ -166,7 +167,7 @@ class Worker:
             outcome = dataclasses.replace(outcome, seconds=time.monotonic() - started)
             self.pipe.send(outcome)
             if self.pipe.recv() == "keep" and run is not None:
-                self._keep(run, folder)
+                self._keep(run, folder, found)
             self.materials.take_back()
             _end_reports()
             del run
@@ -186,7 +187,7 @@ class Worker:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def _train(self, run: TrainingRun) -> Ended:
+    def _train(self, run: TrainingRun) -> tuple[Ended, EvaluationRecord]:
         # With the same weights in memory and the same rows, policy and cache are compared once.
         key = (run.config.model, run.config.dtype, run.config.max_length, run.config.lora_rank > 0)
         run.checked = key in self.checked
@@ -195,15 +196,23 @@ class Worker:
         run.train()
         self.checked.add(key)
         found = run.sum_up()
+        scores, metric = run.trainer.held_out_scores, run.config.metric.removeprefix("eval/")
         assert found is not None
+        assert scores is not None
         history = run.trainer.state.log_history
-        return Ended(
+        ended = Ended(
             "pruned" if watcher.stopped else "complete",
             metrics={f"eval/{name}": metric["value"] for name, metric in found["metrics"].items()},
             train_seconds=sum(record.get("train_runtime", 0.0) for record in history),
+            interval=found["metrics"].get(metric),
+            untrained=found["before"].get(metric, {}).get("value"),
+            verdict=found["verdict"],
+            draws=drawn_values(scores, run.objective, metric),
+            prompts=scores.prompts_of_class,
         )
+        return ended, found
 
-    def _keep(self, run: TrainingRun, folder: Path) -> None:
+    def _keep(self, run: TrainingRun, folder: Path, found: EvaluationRecord | None) -> None:
         """Save the best model so far as a run folder; it is renamed when the sweep ends."""
         out = folder / MODEL
         out.mkdir()
@@ -211,6 +220,7 @@ class Worker:
             shutil.copy2(folder / name, out / name)
         write_run_record(out, {**read_run_record(folder), "trial": int(folder.name)})
         run.save_model(out)
+        run.write_card(out, found)
         self.pipe.send(Kept())
 
 

@@ -1,14 +1,17 @@
-"""Compute the metrics of held-out rows, with 95 % intervals."""
+"""Compute the metrics of held-out rows, with 95 % intervals, and their changes since before training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from offline_kto.kto_core.losses.bootstrap import RESAMPLES, intervals
+from offline_kto.kto_core.losses.bootstrap import RESAMPLES, expanded_level, interval, replicates
 from offline_kto.kto_core.losses.metrics import right_mass
-from offline_kto.train.run_records import EvaluationRecord, MetricInterval
-from offline_kto.train.trainer.objective import Objective
+from offline_kto.kto_core.losses.verdict import Change, Verdict, judge
+from offline_kto.train.diagnostics.outcome import Tried, advice
+from offline_kto.train.run_records import EvaluationRecord, MetricInterval, VerdictRecord
+from offline_kto.train.trainer.objective import Objective, RowScores
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Scores:
         logps, logratios: nats.
         kl_logratios: of the mismatched completions, nats; None if the loss needs none.
         shift: the reward shift / beta, nats, if the loss has one.
+        clipped: sums of clipped ratios, shape (2, rows), if the loss clips ratios.
     """
 
     prompt_ids: list[str]
@@ -33,11 +37,23 @@ class Scores:
     logratios: Tensor
     kl_logratios: Tensor | None
     shift: float | None
+    clipped: Tensor | None = None
+
+    @property
+    def rows(self) -> RowScores:
+        """Return the scores that losses are computed from."""
+        return RowScores(torch.stack([self.logps, self.logratios, *(() if self.clipped is None else self.clipped)]))
 
     @property
     def labels(self) -> Tensor:
         """Whether the desirable mass is at least the undesirable one, bool."""
         return self.masses[:, 0] >= self.masses[:, 1]
+
+    @property
+    def prompts_of_class(self) -> int:
+        """Distinct prompts with mass of a class, of the class that has fewer of them; a class without rows does not count."""
+        of_class = [{self.prompt_ids[i] for i in np.flatnonzero(mass.numpy())} for mass in self.masses.unbind(1)]
+        return min(len(prompts) for prompts in of_class if prompts)
 
 
 def held_out_metrics(scores: Scores, objective: Objective) -> dict[str, float]:
@@ -46,18 +62,29 @@ def held_out_metrics(scores: Scores, objective: Objective) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if name == "loss" or bool(value.isfinite())}
 
 
-def summary(scores: Scores, objective: Objective, step: int) -> EvaluationRecord:
-    """Return the content of evaluation.json: each metric with its 95 % bootstrap interval over prompts.
+def summary(
+    scores: Scores, objective: Objective, step: int, before: Scores | None = None, tried: Tried | None = None
+) -> EvaluationRecord:
+    """Return the content of evaluation.json: each metric with its 95 % bootstrap interval over prompts, and the verdict.
 
     z0 is estimated again in each resample.
+
+    Args:
+        before: of the same rows before training; None if they are not known, which leaves the verdict open.
+        tried: the options that the verdict's advice depends on.
     """
-    found = intervals(lambda weights: _statistics(scores, objective, weights), scores.prompt_ids)
-    metrics: dict[str, MetricInterval] = {}
-    for name, value in held_out_metrics(scores, objective).items():
-        low, high = found.get(name, (None, None))
-        metrics[name] = {"value": value}
-        if low is not None and high is not None:
-            metrics[name] |= {"low": low, "high": high}
+    drawn = replicates(lambda weights: _statistics(scores, objective, weights), scores.prompt_ids)
+    then: dict[str, MetricInterval] = {}
+    changes: dict[str, Change] = {}
+    verdict, tried = None, tried or Tried()
+    if before is not None:
+        then = with_intervals(
+            held_out_metrics(before, objective),
+            replicates(lambda weights: _statistics(before, objective, weights), before.prompt_ids),
+        )
+        changes = changes_since(before, scores, objective)
+        verdict = verdict_on(changes, scores)
+        tried = replace(tried, margin=changes["rewards/margins"].value if "rewards/margins" in changes else None)
     return {
         "step": step,
         "loss": objective.loss,
@@ -65,8 +92,68 @@ def summary(scores: Scores, objective: Objective, step: int) -> EvaluationRecord
         "rows": len(scores.masses),
         "prompts": len(set(scores.prompt_ids)),
         "resamples": RESAMPLES,
-        "metrics": metrics,
+        "metrics": with_intervals(held_out_metrics(scores, objective), drawn),
+        "before": then,
+        "change": {name: _as_interval(change.value, change.low, change.high) for name, change in changes.items()},
+        "verdict": None if verdict is None else _verdict_record(verdict, tried),
     }
+
+
+def with_intervals(values: dict[str, float], drawn: dict[str, Tensor]) -> dict[str, MetricInterval]:
+    """Return values with the 95 % intervals of their replicates."""
+    found = {name: interval(drawn[name]) if name in drawn else None for name in values}
+    return {name: _as_interval(value, *(found[name] or (None, None))) for name, value in values.items()}
+
+
+def changes_since(
+    before: Scores, after: Scores, objective: Objective, *, resamples: int = RESAMPLES
+) -> dict[str, Change]:
+    """Return the change of each metric between two scorings of the same rows, with its paired 95 % interval.
+
+    Both are computed in the same samples of prompts, so what makes a prompt hard for both cancels. The intervals are
+    expanded for few prompts.
+    """
+    then, now = held_out_metrics(before, objective), held_out_metrics(after, objective)
+
+    def difference(weights: Tensor) -> dict[str, Tensor]:
+        old, new = (_statistics(scores, objective, weights) for scores in (before, after))
+        return {name: new[name] - old[name] for name in new}
+
+    drawn = replicates(difference, after.prompt_ids, resamples=resamples)
+    level = expanded_level(max(2, after.prompts_of_class))
+    found = {name: interval(drawn[name], level=level) if name in drawn else None for name in now}
+    return {
+        name: Change(value - then[name], *(found[name] or (None, None))) for name, value in now.items() if name in then
+    }
+
+
+def drawn_values(scores: Scores, objective: Objective, metric: str) -> list[float]:
+    """Return the bootstrap replicates of a metric; those of two models on the same prompts are paired."""
+    drawn = replicates(lambda weights: {metric: _statistics(scores, objective, weights)[metric]}, scores.prompt_ids)
+    return drawn[metric].tolist() if drawn else []
+
+
+def verdict_on(changes: dict[str, Change], scores: Scores) -> Verdict:
+    """Return the verdict on the changes of held-out values since before training."""
+    return judge(
+        margin=changes.get("rewards/margins"),
+        loss=changes["loss"],
+        desirable=changes.get("rewards/chosen"),
+        prompts=scores.prompts_of_class,
+    )
+
+
+def _verdict_record(verdict: Verdict, tried: Tried) -> VerdictRecord:
+    return {
+        "outcome": verdict.outcome,
+        "by": verdict.by,
+        "reason": verdict.reason,
+        "next": advice(verdict, tried),
+    }
+
+
+def _as_interval(value: float, low: float | None, high: float | None) -> MetricInterval:
+    return {"value": value} if low is None or high is None else {"value": value, "low": low, "high": high}
 
 
 def summary_lines(found: EvaluationRecord, *, rows: str = "held out") -> list[str]:
@@ -76,8 +163,32 @@ def summary_lines(found: EvaluationRecord, *, rows: str = "held out") -> list[st
     lines = [f"{head}{counted(found['step'], 'update')}" + ", 95 % intervals over prompts" * with_intervals]
     for name, metric in found["metrics"].items():
         between = f"[{metric['low']:.4f}, {metric['high']:.4f}]" if "low" in metric else ""
-        lines.append(f"  {name:<18}{metric['value']:>12.4f}  {between}".rstrip())
+        then = found["before"].get(name)
+        before = f"before training {then['value']:.4f}" if then else ""
+        lines.append(f"  {name:<18}{metric['value']:>12.4f}  {between:<20}  {before}".rstrip())
     return lines
+
+
+def verdict_lines(found: EvaluationRecord | None) -> list[str]:
+    """Return the verdict and what to try next for the console.
+
+    Args:
+        found: None without held-out rows.
+    """
+    if found is None:
+        return [
+            "verdict     none: no rows were held out. --eval-fraction 0.1 holds out a tenth of the prompts, and the run then says "
+            "whether the model is better than before training"
+        ]
+    verdict = found["verdict"]
+    if verdict is None:
+        return ["verdict     none: held-out values before training are not known"]
+    than = "from" if verdict["outcome"] == "no difference" else "than"
+    prompts = counted(found["prompts"], "held-out prompt")
+    return [
+        f"verdict     {verdict['outcome']} {than} before training: {verdict['reason']} (95 %, paired, {prompts})",
+        f"next        {verdict['next']}",
+    ]
 
 
 def counted(number: int, what: str) -> str:
@@ -107,7 +218,7 @@ def _statistics(scores: Scores, objective: Objective, weights: Tensor) -> dict[s
         kl_raw = mean(scores.kl_logratios, masses)
         shown = {"kl": kl_raw.clamp(min=0), "kl_raw": kl_raw}
         point = shown["kl"][:, None]  # (samples, 1)
-    losses = objective.losses(scores.logratios, scores.masses, scores.tokens, point)
+    losses = objective.losses(scores.rows, scores.masses, scores.tokens, point)
     distances = scores.logratios - objective.midpoints(scores.logratios, point)
     found = {"loss": (weights * losses).sum(1) / total}
     for name, among in zip(("chosen", "rejected"), scores.masses.unbind(1), strict=True):

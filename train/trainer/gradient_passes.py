@@ -25,7 +25,7 @@ from offline_kto.train.data.cache_rows import TrainingRow, total_mass
 from offline_kto.train.trainer.finite_checks import check_losses
 from offline_kto.train.trainer.gradient_sums import GradientSums
 from offline_kto.train.trainer.memory import Budget, Meter, optimizer_bytes, tokens_that_fit
-from offline_kto.train.trainer.objective import Objective
+from offline_kto.train.trainer.objective import Objective, RowScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 from offline_kto.train.trainer.reference_point import ReferencePoint
 from offline_kto.train.trainer.update_inputs import RowFacts, UpdateInputs
@@ -154,16 +154,16 @@ class GradientPasses:
         inputs = UpdateInputs(own, parts, policy=policy, objective=self.objective)
         if self._balances_experts and self._balance is None:  # all ranks count once, also if one repeats its passes
             self._balance = self._router_balance(inputs)
-        logps, logratios = (torch.empty(len(own), dtype=torch.float64, device=policy.device) for _ in range(2))
+        shape = self.objective.scores_per_row, len(own)
+        scores = RowScores(torch.empty(shape, dtype=torch.float64, device=policy.device))
         aux_loss, tokens = policy.zero(), reference.tokens
         for micro_batch, last in inputs.micro_batches():
             batch = micro_batch.batch
             scored = token_logps(policy.scoring_model, batch, router_logits=self._balances_experts)
             if micro_batch.part:
-                part_logps, part_logratios = self.objective.row_scores(micro_batch.reference, scored.token_logps, batch)
-                loss = self._losses(micro_batch.facts, part_logratios, reference.point).sum() / total
-                logps.index_copy_(0, micro_batch.where, part_logps.detach())
-                logratios.index_copy_(0, micro_batch.where, part_logratios.detach())
+                of_part = self.objective.row_scores(micro_batch.reference, scored.token_logps, batch)
+                loss = self._losses(micro_batch.facts, of_part, reference.point).sum() / total
+                scores.values.index_copy_(1, micro_batch.where, of_part.values.detach())
                 tokens += Tokens(batch.tokens, batch.tokens, batch.padded_tokens)
             else:  # joins the collective operations of sharded ranks, with weight zero
                 loss = scored.token_logps.sum() * 0.0
@@ -171,14 +171,14 @@ class GradientPasses:
                 share = self._balance.share(scored.router_logits, batch.real)
                 aux_loss, loss = aux_loss + share.detach(), loss + share
             if last:
-                outcome = self._outcome(inputs.facts, logps, logratios, reference.point, tokens)
+                outcome = self._outcome(inputs.facts, scores, reference.point, tokens)
                 if self._updates_in_backward:
                     check_losses(own, outcome, step=step)
             if loss.requires_grad:  # not if all gradients were sent before memory ran out
                 with sums.sent_early() if last else contextlib.nullcontext():
                     self.backward(loss * policy.ranks.mean_to_sum, last=last)
         if not parts:
-            outcome = self._outcome(inputs.facts, logps, logratios, reference.point, tokens)
+            outcome = self._outcome(inputs.facts, scores, reference.point, tokens)
         return RankResult(own, outcome, aux_loss if self._balances_experts else None)
 
     def _train(self) -> None:
@@ -217,15 +217,13 @@ class GradientPasses:
             parts = micro_batches(widths, budget, pass_cost=GRADIENT_PASS_COST)
         return [[unit * size + k for unit in part for k in range(size)] for part in parts]
 
-    def _losses(self, facts: RowFacts, logratios: Tensor, point: Tensor) -> Tensor:
+    def _losses(self, facts: RowFacts, scores: RowScores, point: Tensor) -> Tensor:
         """Return the loss of each row, shape (rows,)."""
-        return self.objective.losses(logratios, facts.masses, facts.tokens, point)
+        return self.objective.losses(scores, facts.masses, facts.tokens, point)
 
-    def _outcome(
-        self, facts: RowFacts, logps: Tensor, logratios: Tensor, point: Tensor, tokens: Tokens
-    ) -> BatchOutcome:
-        losses, midpoints = self._losses(facts, logratios, point), self.objective.midpoints(logratios, point)
-        return BatchOutcome(losses, logratios, logps, facts.masses, midpoints, tokens)
+    def _outcome(self, facts: RowFacts, scores: RowScores, point: Tensor, tokens: Tokens) -> BatchOutcome:
+        losses, midpoints = self._losses(facts, scores, point), self.objective.midpoints(scores.logratios, point)
+        return BatchOutcome(losses, scores.logratios, scores.logps, facts.masses, midpoints, tokens)
 
     @torch.no_grad()
     def _router_balance(self, inputs: UpdateInputs) -> "_RouterBalance":

@@ -26,6 +26,7 @@ from offline_kto.train.model.checkpointing import can_checkpoint, enable_checkpo
 from offline_kto.train.model.saved_model import ModelWriter
 from offline_kto.train.model.token_budget import FEW_TOKENS, MOST_TOKENS
 from offline_kto.train.trainer.accumulators import RowLogratios, Window
+from offline_kto.train.trainer.best_weights import BestWeights
 from offline_kto.train.trainer.checkpoints import (
     check_optimizer_loaded,
     load_renamed_weights,
@@ -36,6 +37,7 @@ from offline_kto.train.trainer.evaluation import Scores, held_out_metrics
 from offline_kto.train.trainer.finite_checks import FiniteChecks
 from offline_kto.train.trainer.gradient_passes import GradientPasses
 from offline_kto.train.trainer.gradient_sums import Sending
+from offline_kto.train.trainer.held_out_changes import HeldOutChanges
 from offline_kto.train.trainer.lean_layers import can_halve_activations, halve_activations, restore_layers
 from offline_kto.train.trainer.memory import Meter, peak_memory_mb, peak_reserved_mb, state_bytes
 from offline_kto.train.trainer.objective import Objective
@@ -72,11 +74,13 @@ class KTOTrainer(transformers.Trainer):
         writer: writes the models of checkpoints and of the run.
         sending: how unsharded ranks send gradients.
         may_checkpoint: whether gradient checkpointing may be switched on if few tokens fit.
+        keeps_best: whether the weights of the best evaluation are needed at the end.
 
     Attributes:
         policy: the model with its token budget.
         meter: measures memory; None if the token budget is given.
         held_out_scores: scores of the current model; None before they are computed.
+        changes: of held-out values in the run.
         final_step: the update that the final model comes from; 0 before it is known.
     """
 
@@ -95,6 +99,7 @@ class KTOTrainer(transformers.Trainer):
         held_out: HeldOutRows | None = None,
         sending: Sending | None = None,
         may_checkpoint: bool = False,
+        keeps_best: bool = False,
         **options: Any,
     ) -> None:
         use_cache = getattr(model.config, "use_cache", None)
@@ -105,7 +110,7 @@ class KTOTrainer(transformers.Trainer):
             model.config.use_cache = use_cache
         self.rows, self.batches, self.held_out = rows, batches, held_out
         self.objective, self.writer = objective, writer
-        self.dtype, self.may_checkpoint = dtype, may_checkpoint
+        self.dtype, self.may_checkpoint, self.keeps_best = dtype, may_checkpoint, keeps_best
         self.meter = None if isinstance(max_tokens, int) else max_tokens
         budget = max_tokens if isinstance(max_tokens, int) else rows.max_length
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -116,11 +121,13 @@ class KTOTrainer(transformers.Trainer):
         self.finite_checks = FiniteChecks(self.policy, learning_rate=args.learning_rate)
         self.row_logratios = RowLogratios(len(rows))
         self.held_out_scores: Scores | None = None
+        self.changes = HeldOutChanges(objective)
         self.final_step = 0
         if objective.traits.needs_shift:
             self.add_callback(RunningShift())
         self._window = Window()
         self._best_scores: Scores | None = None
+        self._best_weights: BestWeights | None = None
         self._saving_to: Path | None = None
         self._saving_as: torch.dtype | None = None
         self._loading_from = Path()
@@ -221,7 +228,7 @@ class KTOTrainer(transformers.Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """Compute reference point, losses and gradients of one batch."""
-        self.finite_checks.last_rows = inputs
+        self.finite_checks.last_rows, self.held_out_scores = inputs, None
         step, ranks = self.state.global_step, self.policy.ranks
         reference = reference_point(self.scores, inputs, self.shift)
         rows, outcome, aux_loss = self.gradients.run(inputs, reference, step=step + 1)
@@ -254,28 +261,58 @@ class KTOTrainer(transformers.Trainer):
         if self.held_out is None:
             raise TrainingError("No held-out rows: give --eval-fraction or --eval-cache.")
         self.held_out_scores = scores = self._score_held_out(self.held_out)
-        metrics = {
-            f"{metric_key_prefix}_{name}": value for name, value in held_out_metrics(scores, self.objective).items()
-        }
+        values = held_out_metrics(scores, self.objective)
+        changes = self.changes.add(scores, values["loss"]) if self.is_world_process_zero() else {}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (values | changes).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def log_untrained(self, *, is_reference: bool) -> None:
+        """Log the held-out metrics of the untrained policy; called on every rank.
+
+        Args:
+            is_reference: whether the policy is the model that the cache was scored with, so that its scores are known.
+        """
+        if self.held_out is None:
+            return
+        scores = self.scores.untrained(self.held_out) if is_reference else self._score_held_out(self.held_out)
+        self.changes.untrained = scores
+        values = held_out_metrics(scores, self.objective)
+        self.changes.add(scores, values["loss"])
+        self.log({f"eval_{name}": value for name, value in values.items()})
+
+    def untrained_metric(self, metric: str) -> float | None:
+        """Return the value of a metric (`eval/loss`) before training; None if it is not known."""
+        scores = self.changes.untrained
+        return None if scores is None else held_out_metrics(scores, self.objective).get(metric.removeprefix("eval/"))
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best = bool(super()._determine_best_metric(metrics, trial))
         if best:
-            self._best_scores = self.held_out_scores
+            self._best_scores, self._best_weights = self.held_out_scores, None
             self.control.should_save = self.args.save_strategy != "no"  # the best checkpoint is kept
+            if self._needs_copy:
+                self._best_weights = BestWeights.of(self.model, self.state.global_step, self.shift)
         return best
 
+    @property
+    def _needs_copy(self) -> bool:
+        """Whether the weights have to be copied: they are not the last ones, and no checkpoint holds them."""
+        is_last = self.state.global_step >= self.state.max_steps
+        return self.keeps_best and self.args.save_strategy == "no" and not is_last and not self.policy.ranks.sharded
+
     def load_best(self) -> None:
-        """Load the best checkpoint's weights in place of the last ones."""
-        if self.state.best_model_checkpoint is None:
-            return
-        self._load_best_model()
-        self.final_step, self.held_out_scores = int(self.state.best_global_step or 0), self._best_scores
-        if self.shift is not None:
-            self.shift.load(Path(self.state.best_model_checkpoint))
+        """Load the weights of the best evaluation in place of the last ones."""
+        state = self.state
+        if self._best_weights is not None:
+            self._best_weights.restore(self.model, self.shift)
+            self.final_step, self.held_out_scores = self._best_weights.step, self._best_scores
+        elif state.best_model_checkpoint is not None and state.best_global_step != state.global_step:
+            self._load_best_model()
+            self.final_step, self.held_out_scores = int(state.best_global_step or 0), self._best_scores
+            if self.shift is not None:
+                self.shift.load(Path(state.best_model_checkpoint))
 
     def final_scores(self) -> Scores | None:
         """Return held-out scores of the current model, after `final_step` updates; called on every rank."""
@@ -341,6 +378,8 @@ class KTOTrainer(transformers.Trainer):
             checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             rename_best(self.state, checkpoint, out, main=main)
             self.row_logratios.save(checkpoint, self.policy.ranks, main=main)
+            if main:
+                self.changes.save(checkpoint)
             self.accelerator.wait_for_everyone()
             if main:
                 publish_checkpoint(checkpoint, out)

@@ -1,6 +1,6 @@
 """Score rows under the current policy without gradients: sums for the reference point, held-out rows, single tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from offline_kto.train.data.cache_rows import RowKey, ScoredSequence, TrainingRo
 from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.model.token_budget import MOST_TOKENS
 from offline_kto.train.trainer.evaluation import Scores
-from offline_kto.train.trainer.objective import Objective
+from offline_kto.train.trainer.objective import Objective, RowScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 
 # Held-out rows that are in memory at a time.
@@ -42,29 +42,41 @@ class PolicyScores:
         Args:
             shift: the reward shift / beta, nats, if the loss has one.
         """
+        return self._of_rows(held_out, self._score_rows, shift)
+
+    def untrained(self, held_out: HeldOutRows) -> Scores:
+        """Return every held-out row's scores under a policy that is the reference, from the cache: log-ratios are 0."""
+        shift = 0.0 if self.objective.traits.needs_shift else None
+        return self._of_rows(held_out, self._cached_scores, shift)
+
+    def _of_rows(
+        self, held_out: HeldOutRows, score: Callable[[Sequence[TrainingRow]], Tensor], shift: float | None
+    ) -> Scores:
         indices, tokens = held_out.indices, []
-        scores = torch.empty(3, len(indices), dtype=torch.float64)
+        per_row = self.objective.scores_per_row
+        scores = torch.empty(per_row + 1, len(indices), dtype=torch.float64)
         for start in range(0, len(indices), HELD_OUT_ROWS):
             rows = [held_out.cache[RowKey(i, 0)] for i in indices[start : start + HELD_OUT_ROWS]]
-            scores[:, start : start + len(rows)] = self._score_rows(rows)
+            scores[:, start : start + len(rows)] = score(rows)
             tokens += [len(row.matched.completion_ids) for row in rows]
-        logps, matched, mismatched = scores
         return Scores(
             prompt_ids=[held_out.cache.prompt_ids[i] for i in indices],
             masses=torch.from_numpy(held_out.cache.masses_of(indices)),
             objectives={name: torch.from_numpy(masses[indices]) for name, masses in held_out.cache.objectives.items()},
             tokens=torch.tensor(tokens, dtype=torch.float64),
-            logps=logps,
-            logratios=matched,
-            kl_logratios=mismatched if self.objective.traits.needs_mismatched else None,
+            logps=scores[0],
+            logratios=scores[1],
+            kl_logratios=scores[per_row] if self.objective.traits.needs_mismatched else None,
             shift=shift,
+            clipped=scores[2:per_row] if per_row > 2 else None,
         )
 
     def logratio_sum(self, sequences: Sequence[ScoredSequence], masses: Sequence[float]) -> tuple[Tensor, Tokens]:
         """Return the sum of log-ratios, weighted by mass, over sequences of the whole batch, and this rank's tokens."""
         lengths, ranks = [len(sequence) for sequence in sequences], self.policy.ranks
         mine, passes = ranks.share(lengths, lambda part: self._scoring().passes_for([lengths[i] for i in part]))
-        _, logratios, tokens = self._score([sequences[i] for i in mine], passes)
+        scores, tokens = self._score([sequences[i] for i in mine], passes)
+        logratios = scores.logratios
         if any(masses[i] != 1 for i in mine):  # a copy to the device that most data need not wait for
             logratios *= to_device(torch.tensor([masses[i] for i in mine], dtype=torch.float64), self.policy.device)
         return ranks.sum(logratios.sum()), tokens
@@ -79,7 +91,10 @@ class PolicyScores:
         return results
 
     def _score_rows(self, rows: Sequence[TrainingRow]) -> Tensor:
-        """Return `logps`, log-ratios and, for a loss with a z0, those of mismatched rows: float64, shape (3, rows)."""
+        """Return the values of `RowScores` and, for a loss with a z0, the log-ratios of mismatched rows.
+
+        float64, shape (`scores_per_row` + 1, rows).
+        """
         with_kl, ranks = self.objective.traits.needs_mismatched, self.policy.ranks
         # A row's two sequences share the prompt: one rank scores both and computes the prompt once.
         sequences = [[row.matched, row.mismatched] if with_kl else [row.matched] for row in rows]
@@ -88,27 +103,34 @@ class PolicyScores:
             [sum(of_row) for of_row in lengths],
             lambda part: self._scoring().passes_for([length for i in part for length in lengths[i]]),
         )
-        logps, logratios, _ = self._score([sequence for i in mine for sequence in sequences[i]], passes)
-        per_row = 1 + with_kl
-        everywhere = torch.zeros(3, len(rows), dtype=torch.float64, device=self.policy.device)
-        everywhere[0, mine], everywhere[1, mine] = logps[::per_row], logratios[::per_row]
+        scores, _ = self._score([sequence for i in mine for sequence in sequences[i]], passes)
+        values = self.objective.scores_per_row
+        everywhere = torch.zeros(values + 1, len(rows), dtype=torch.float64, device=self.policy.device)
+        everywhere[:values, mine] = scores.values[:, :: 1 + with_kl]
         if with_kl:
-            everywhere[2, mine] = logratios[1::2]
+            everywhere[values, mine] = scores.logratios[1::2]
         return ranks.sum(everywhere).cpu()
 
-    def _score(self, sequences: Sequence[ScoredSequence], passes: int) -> tuple[Tensor, Tensor, Tokens]:
-        """Return `logps` and log-ratios, float64, shape (sequences,), and the tokens of the passes made for them."""
-        device = self.policy.device
-        logps, logratios = (torch.zeros(len(sequences), dtype=torch.float64, device=device) for _ in range(2))
+    def _cached_scores(self, rows: Sequence[TrainingRow]) -> Tensor:
+        """Return the reference's log-probs, with log-ratios of 0 and ratios of 1, as `_score_rows` does."""
+        values = self.objective.scores_per_row
+        scores = torch.zeros(values + 1, len(rows), dtype=torch.float64)
+        scores[0] = torch.tensor([row.matched.ref_logps for row in rows], dtype=torch.float64)
+        scores[2:values] = torch.tensor([len(row.matched.completion_ids) for row in rows], dtype=torch.float64)
+        return scores
+
+    def _score(self, sequences: Sequence[ScoredSequence], passes: int) -> tuple[RowScores, Tokens]:
+        """Return the scores of sequences, and the tokens of the passes made for them."""
+        shape = self.objective.scores_per_row, len(sequences)
+        scores = RowScores(torch.zeros(shape, dtype=torch.float64, device=self.policy.device))
         tokens = Tokens(0, 0, 0)
         ids, values = [one.ids for one in sequences], [self.objective.reference_values(one) for one in sequences]
         for done in self._scoring().run(ids, at_least=passes, values=values):
             part = [sequences[i] for i in done.indices]
             of_part = self.objective.row_scores(done.values, done.token_logps, done.batch)
-            for whole, scores in zip((logps, logratios), of_part, strict=True):
-                whole.index_copy_(0, done.where, scores)
+            scores.values.index_copy_(1, done.where, of_part.values)
             tokens += Tokens(sum(map(len, part)), done.batch.tokens, done.batch.padded_tokens)
-        return logps, logratios, tokens
+        return scores, tokens
 
     def _scoring(self) -> ScoringPasses:
         """Return the passes; they keep their measurements of memory and shared prompts until the budget changes."""
