@@ -266,7 +266,7 @@ def test_two_processes_on_one_gpu_sum_their_gradients() -> None:
         f"DEVICE = {DEVICE.type!r}\n"
         + """
 import torch, torch.distributed as dist
-from offline_kto.train.trainer.gradient_sums import Sending, copy_from_first, sum_gradients
+from offline_kto.train.trainer.gradient_sums import GradientSums, Sending, copy_from_first
 dist.init_process_group("gloo")
 torch.manual_seed(dist.get_rank())
 model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.LayerNorm(200)).to(DEVICE)
@@ -277,7 +277,7 @@ assert torch.equal(model[0].weight, first)
 for dtype in (torch.float32, torch.bfloat16):
     for number, one in enumerate(model.parameters()):
         one.grad = torch.full_like(one, float(number + dist.get_rank()))
-    sum_gradients(list(model.parameters()), Sending(dtype, 100_000))
+    GradientSums(list(model.parameters()), Sending(dtype, 100_000)).finish()
     for number, one in enumerate(model.parameters()):
         assert torch.equal(one.grad, torch.full_like(one, 2.0 * number + 1)), (dtype, number)
 dist.destroy_process_group()
