@@ -313,7 +313,8 @@ def sweep(report: Report, workload: Workload) -> None:
         words = command("train", "sweep", "--config", config, "--cache", workload.cache, "--out", out, "--workers", 1)
         run_python(words, seconds=seconds, log=report.work / "sweep.log")
         metrics = sorted(out.rglob("metrics.jsonl"))
-        first = [json.loads(path.read_text(encoding="utf-8").splitlines()[0])["loss"] for path in metrics]
+        records = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in metrics]
+        first = [next(record["loss"] for record in run if "loss" in record) for run in records]  # step 0 has none
         return {"first_losses": first, "apart": max(first) - min(first)}
 
     report.add("sweep", run, needs=5 if report.dry else 45)

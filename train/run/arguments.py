@@ -127,7 +127,7 @@ def training_arguments(
 def _check_deepspeed() -> None:
     if "DeepSpeed" in sharding_asked_for() and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            "ACCELERATE_USE_DEEPSPEED is true in the environment (accelerate launch sets it), but deepspeed is not installed. "
+            "The environment has ACCELERATE_USE_DEEPSPEED=true (accelerate launch sets it), but deepspeed is not installed. "
             "Run pip install deepspeed, use FSDP2, or unset the variable."
         )
 
