@@ -43,7 +43,7 @@ def test_the_training_table_on_a_cpu(table: dict[str, object], message: str, tmp
 def test_deepspeed_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^ACCELERATE_USE_DEEPSPEED is true in the environment"):
+    with pytest.raises(ConfigError, match=r"^The environment has ACCELERATE_USE_DEEPSPEED=true"):
         training_arguments(CONFIG, tmp_path, Precision(torch.float32), held_out=False)
 
 
