@@ -458,3 +458,14 @@ class TestManyShards:
         monkeypatch.setattr(offline_kto.train.data.cache_rows.resource, "getrlimit", lambda _: (64, 64))
         with pytest.raises(CacheError, match="allows 64 open files"):
             CacheRows(cache)
+
+
+def test_a_finished_run_is_not_relabelled(config: TrainConfig) -> None:
+    """With updates left a new beta is logged; without, the records would name one that made no update."""
+    run = run_training(replace(config, max_steps=2, save_steps=2, beta=0.1))
+    before = files_in(run)
+    with pytest.raises(ConfigError, match=r"started with --beta 0.1, not 0.3. All its updates are made."):
+        run_training(replace(config, out=run, max_steps=2, save_steps=2, beta=0.3, resume=True))
+    assert files_in(run) == before
+    run_training(replace(config, out=run, max_steps=3, save_steps=2, beta=0.3, resume=True))
+    assert read_yaml(run / "config.yaml")["beta"] == 0.3

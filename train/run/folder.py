@@ -65,10 +65,13 @@ def refuse_occupied(config: TrainConfig, out: Path) -> None:
         )
 
 
-def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest, now: ComputedWith, *, main: bool) -> str | None:
+def last_checkpoint(
+    config: TrainConfig, out: Path, manifest: Manifest, now: ComputedWith, *, updates: int, main: bool
+) -> str | None:
     """Return the checkpoint to resume from, or None to start from the beginning.
 
     Args:
+        updates: number of updates of the whole run.
         now: the settings the run would compute with; see `compare_records`.
         main: whether this is the rank that verifies the checkpoint and logs changed options.
 
@@ -85,7 +88,8 @@ def last_checkpoint(config: TrainConfig, out: Path, manifest: Manifest, now: Com
     _check_same_cache(out, manifest)
     checkpoint: str | None = get_last_checkpoint(str(out))
     if checkpoint is not None:
-        changed = _check_same_run(config, out, now)
+        made = int(Path(checkpoint).name.rpartition("-")[2])
+        changed = _check_same_run(config, out, now, finished=made >= updates)
         refuse_pipes(Path(checkpoint), "--resume")
         check_checkpoint(Path(checkpoint), hashes=main)
         for line in changed if main else ():
@@ -104,12 +108,11 @@ def _check_same_cache(out: Path, manifest: Manifest) -> None:
             )
 
 
-def _check_same_run(config: TrainConfig, out: Path, now: ComputedWith) -> list[str]:
+def _check_same_run(config: TrainConfig, out: Path, now: ComputedWith, *, finished: bool) -> list[str]:
     if not (out / CONFIG).exists():
         raise ConfigError(f"--resume {out}: contains a checkpoint, but no config.yaml. Start a new run.")
-    return compare_options(config, read_yaml(out / CONFIG, foreign=True), out) + compare_records(
-        now, read_run_record(out), out
-    )
+    options = compare_options(config, read_yaml(out / CONFIG, foreign=True), out, finished=finished)
+    return options + compare_records(now, read_run_record(out), out)
 
 
 def write_start(config: TrainConfig, out: Path, record: RunRecord) -> None:

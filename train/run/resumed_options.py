@@ -2,7 +2,8 @@
 
 fixed   another value would give another run: rows repeated or skipped, weights that do not fit, an optimizer or a
         schedule that continues with the old value. A change is an error.
-logged  it may change, and the change is logged.
+logged  it may change, and the change is logged. Options of the loss are fixed once all updates are made: a change would
+        only relabel them.
 free    it changes no result.
 """
 
@@ -24,8 +25,10 @@ FIXED = _names(
     "model trust_remote_code loss objective batch_size seed shuffle balance max_length eval_fraction eval_seed metric lora_rank "
     "lora_alpha lora_targets memory learning_rate scheduler warmup weight_decay"
 )
-LOGGED = _names(
-    "beta desirable_weight undesirable_weight humanline_low humanline_high clip_epsilon label_smoothing simpo_gamma sft_weight "
+OF_LOSS = _names(
+    "beta desirable_weight undesirable_weight humanline_low humanline_high clip_epsilon label_smoothing simpo_gamma sft_weight"
+)
+LOGGED = OF_LOSS | _names(
     "max_steps epochs keep early_stopping eval_cache eval_steps device attention reduce_dtype save_dtype"
 )
 FREE = _names(
@@ -57,12 +60,15 @@ TRAINING_FREE = _names(
 _OF_OPTIMIZER = ("optim", "adam")
 
 
-def compare_options(config: TrainConfig, started: Mapping[str, object], where: Path) -> list[str]:
+def compare_options(
+    config: TrainConfig, started: Mapping[str, object], where: Path, *, finished: bool = False
+) -> list[str]:
     """Compare a run's options with those of its continuation.
 
     Args:
         started: the options in config.yaml.
         where: the run folder, for messages.
+        finished: whether the continuation would make no update.
 
     Returns:
         One line for each permitted change.
@@ -76,10 +82,11 @@ def compare_options(config: TrainConfig, started: Mapping[str, object], where: P
     now = _effective(with_absolute_paths(TrainConfig, as_plain(config)))  # as config.yaml has them
     tables = _table(now), _table(before)
     _compare_training(*tables, where)
-    for name in sorted(FIXED, key=list(now).index):
+    for name in sorted(FIXED | OF_LOSS if finished else FIXED, key=list(now).index):
         if before.get(name) != now[name]:
+            why = " All its updates are made." if name in OF_LOSS else ""
             raise ConfigError(
-                f"--resume {where}: the run was started with {flag(name)} {shown(before.get(name))}, not {now[name]}. "
+                f"--resume {where}: the run was started with {flag(name)} {shown(before.get(name))}, not {now[name]}.{why} "
                 "Pass the same value, or start a new run."
             )
     lines = [(flag(name), now[name], before.get(name)) for name in now if name in LOGGED]

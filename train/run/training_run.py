@@ -99,7 +99,8 @@ class Plan:
             "held_out_cache": data.held_out_cache,
         }
         main = args.process_index == 0
-        checkpoint = last_checkpoint(config, out, data.rows.manifest, now, main=main)
+        updates = config.updates(data.units.size)
+        checkpoint = last_checkpoint(config, out, data.rows.manifest, now, updates=updates, main=main)
         if main:
             warnings += data.warnings(config, precision)
             warnings += _rank_warnings(config, data, ranks=args.world_size, device=device)
