@@ -100,6 +100,7 @@ class TestUpload:
     def test_that_fails_keeps_the_run_and_says_how_to_finish(
         self, hub: FakeHub, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        hub.repositories["me/tiny"] = {"adapter_config.json": b"{}"}
         hub.fails["POST", "/commit/main"] = 500
         with pytest.raises(TrainingError, match="the run is complete, but it could not be uploaded to me/tiny: .*500") as error:
             train(config)
@@ -107,7 +108,6 @@ class TestUpload:
         assert {"model.safetensors", "README.md", "report.html", "evaluation.json"} <= {path.name for path in out.iterdir()}
         assert hub.commits == []
         hub.fails.clear()
-        hub.repositories["me/tiny"]["adapter_config.json"] = b"{}"
         words = shlex.split(str(error.value).rpartition("To finish the upload: ")[2])
         environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(out / "home")}
         done = subprocess.run(

@@ -36,12 +36,14 @@ class HubRepository:
 
     Attributes:
         name: NAMESPACE/NAME.
-        exists: whether it existed before the run.
+        visibility: public or private; None if it did not exist before the run.
+        weights: the files of an earlier model in it, before the run.
         token: the user's.
     """
 
     name: str
-    exists: bool
+    visibility: str | None
+    weights: tuple[str, ...]
     token: str
 
     @classmethod
@@ -68,12 +70,14 @@ class HubRepository:
             if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
                 raise ConfigError(f"{where}: the token can only read. Create one that can write, and run hf auth login.")
             name = name if "/" in name else f"{user['name']}/{name}"
-            found = _visibility(api, name)
-            if found is not None:
+            visibility = _visibility(api, name)
+            weights = _weights_in(api, name) if visibility is not None else ()
+            if visibility is not None:
                 api.auth_check(name, write=True)
-        state = f"exists, {found}; its model will be replaced" if found else "will be created"
-        tell(f"hub         {name} ({state}): {_UPLOADED}")
-        return cls(name, found is not None, token)
+        state = f"exists, {visibility}" if visibility is not None else "will be created"
+        replaced = "; the model in it will be replaced" if weights else ""
+        tell(f"hub         {name} ({state}{replaced}): {_UPLOADED}")
+        return cls(name, visibility, weights, token)
 
     def create(self) -> None:
         """Create the repository, with the visibility that is the default of its owner, unless it exists.
@@ -81,13 +85,13 @@ class HubRepository:
         Raises:
             ConfigError: the hub refuses.
         """
-        if self.exists:
+        if self.visibility is not None:
             return
         api = HfApi(token=self.token)
         with _limited(HF_HUB_ETAG_TIMEOUT), _refusing(f"--push-to-hub {self.name}"):
             api.create_repo(self.name, exist_ok=True)
-            found = _visibility(api, self.name)
-        tell(f"hub         created {self.name} ({found})")
+            visibility = _visibility(api, self.name)
+        tell(f"hub         created {self.name} ({visibility})")
 
     def upload(self, folder: Path, out: Path) -> None:
         """Upload a folder as one commit, and remove it.
@@ -105,9 +109,8 @@ class HubRepository:
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         try:
             with _limited(_SECONDS_OF_UPLOAD):
-                there = filter_repo_objects(api.list_repo_files(self.name), allow_patterns=[*_REPLACED])
                 operations: list[CommitOperationAdd | CommitOperationDelete] = [
-                    *(CommitOperationDelete(name) for name in there if name not in files and "/" not in name),
+                    *(CommitOperationDelete(name) for name in _weights_in(api, self.name) if name not in files),
                     *(CommitOperationAdd(name, path) for name, path in files.items()),
                 ]
                 api.create_commit(self.name, operations, commit_message=f"Upload {out.resolve().name}")
@@ -121,7 +124,7 @@ class HubRepository:
 
     def command(self, folder: Path) -> str:
         """Return the command that uploads the folder."""
-        deleted = [word for pattern in _REPLACED for word in ("--delete", pattern)]
+        deleted = [word for name in self.weights if not (folder / name).exists() for word in ("--delete", name)]
         return shlex.join(["hf", "upload", self.name, str(folder), ".", *deleted])
 
 
@@ -131,6 +134,12 @@ def _visibility(api: HfApi, name: str) -> str | None:
         return "private" if api.model_info(name).private else "public"
     except RepositoryNotFoundError:
         return None
+
+
+def _weights_in(api: HfApi, name: str) -> tuple[str, ...]:
+    """Return the files in a repository that are loaded as its model."""
+    found = filter_repo_objects(api.list_repo_files(name), allow_patterns=[*_REPLACED])
+    return tuple(path for path in found if "/" not in path)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def collect(out: Path, saved: Iterable[str], config: TrainConfig, files: PolicyF
     """
     folder = out / FOLDER
     remove_tree(folder)
-    for name in [*saved, CARD]:
+    for name in {*saved, CARD}:  # PEFT saves a card too, which ours replaced
         if not name.endswith(_PICKLES):
             _put(out / name, folder / name, BaseModel.of(files), paths)
     (folder / REPORT).write_text(_report_of_numbers(out, config, paths), encoding="utf-8")
