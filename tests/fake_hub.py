@@ -114,7 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
         if what.startswith("commit/"):
             return self._commit(name, [json.loads(line) for line in (body or b"").splitlines()])
         if what.startswith("tree/"):
-            return self._send([{"type": "file", "path": path, "size": len(files[path]), "oid": "2" * 40} for path in files])
+            return self._send(
+                [{"type": "file", "path": path, "size": len(files[path]), "oid": "2" * 40} for path in files]
+            )
         siblings = [{"rfilename": path} for path in files]
         about = {"id": name, "private": name in self.server.private, "sha": "0" * 40, "siblings": siblings}
         return self._send(about)

@@ -41,7 +41,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
 def config(cache: Path, tmp_path: Path) -> TrainConfig:
     out = tmp_path / "run one"
     return TrainConfig(
-        cache=cache, out=out, max_steps=1, batch_size=8, save_steps=0, device="cpu", eval_fraction=0.3, push_to_hub="tiny"
+        cache=cache,
+        out=out,
+        max_steps=1,
+        batch_size=8,
+        save_steps=0,
+        device="cpu",
+        eval_fraction=0.3,
+        push_to_hub="tiny",
     )
 
 
@@ -56,7 +63,13 @@ def local_words(config: TrainConfig, base: Path, feedback: Path) -> list[bytes]:
 
 class TestUpload:
     def test_of_a_model(
-        self, hub: FakeHub, config: TrainConfig, base: Path, feedback: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+        self,
+        hub: FakeHub,
+        config: TrainConfig,
+        base: Path,
+        feedback: Path,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
     ) -> None:
         out = train(config)
         [(name, summary, added, deleted)] = hub.commits
@@ -69,7 +82,9 @@ class TestUpload:
                 assert word not in content, (path, word)
         assert not (out / "hub").exists()
         said = capsys.readouterr().out
-        assert "hub         me/tiny (will be created): model, tokenizer, model card and report; no feedback text" in said
+        assert (
+            "hub         me/tiny (will be created): model, tokenizer, model card and report; no feedback text" in said
+        )
         assert "hub         created me/tiny (public)" in said
         assert f"uploaded    {hub.address}/me/tiny" in said
         for path, content in hub.repositories["me/tiny"].items():
@@ -81,7 +96,11 @@ class TestUpload:
         assert "push_to_hub: tiny" in config_text(config)  # so that --resume uploads as well
 
     def test_of_adapters(self, hub: FakeHub, config: TrainConfig, base: Path, feedback: Path) -> None:
-        hub.repositories["me/tiny"] = {"model.safetensors": b"old", "notes.txt": b"mine", "old/model.safetensors": b"other"}
+        hub.repositories["me/tiny"] = {
+            "model.safetensors": b"old",
+            "notes.txt": b"mine",
+            "old/model.safetensors": b"other",
+        }
         hub.private.add("me/tiny")
         out = train(replace(config, lora_rank=2, max_steps=2, save_steps=1))
         [(_, _, added, deleted)] = hub.commits
@@ -102,10 +121,14 @@ class TestUpload:
     ) -> None:
         hub.repositories["me/tiny"] = {"adapter_config.json": b"{}"}
         hub.fails["POST", "/commit/main"] = 500
-        with pytest.raises(TrainingError, match="the run is complete, but it could not be uploaded to me/tiny: .*500") as error:
+        with pytest.raises(
+            TrainingError, match=r"the run is complete, but it could not be uploaded to me/tiny: .*500"
+        ) as error:
             train(config)
         out = Path(str(config.out))
-        assert {"model.safetensors", "README.md", "report.html", "evaluation.json"} <= {path.name for path in out.iterdir()}
+        assert {"model.safetensors", "README.md", "report.html", "evaluation.json"} <= {
+            path.name for path in out.iterdir()
+        }
         assert hub.commits == []
         hub.fails.clear()
         words = shlex.split(str(error.value).rpartition("To finish the upload: ")[2])
@@ -148,12 +171,14 @@ class TestRefusal:
 
     def test_without_a_token(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("HF_TOKEN")
-        with pytest.raises(ConfigError, match="no token of the hub was found. Run hf auth login"):
+        with pytest.raises(ConfigError, match=r"no token of the hub was found. Run hf auth login"):
             train(config)
 
     def test_of_a_token_that_is_not_valid(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
-        with pytest.raises(ConfigError, match="--push-to-hub tiny: the hub refuses, or cannot be reached: .*Invalid user token"):
+        with pytest.raises(
+            ConfigError, match=r"--push-to-hub tiny: the hub refuses, or cannot be reached: .*Invalid user token"
+        ):
             train(config)
 
     def test_of_a_token_that_only_reads(self, hub: FakeHub, config: TrainConfig) -> None:
@@ -164,7 +189,7 @@ class TestRefusal:
     def test_of_a_repository_that_may_not_be_written(self, hub: FakeHub, config: TrainConfig) -> None:
         hub.repositories["org/theirs"] = {}
         hub.locked.add("org/theirs")
-        with pytest.raises(ConfigError, match="--push-to-hub org/theirs: the hub refuses.*403"):
+        with pytest.raises(ConfigError, match=r"--push-to-hub org/theirs: the hub refuses.*403"):
             train(replace(config, push_to_hub="org/theirs"))
 
     def test_offline(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +199,7 @@ class TestRefusal:
 
     def test_by_a_hub_out_of_order(self, hub: FakeHub, config: TrainConfig) -> None:
         hub.fails["GET", "/api/whoami-v2"] = 500
-        with pytest.raises(ConfigError, match="the hub refuses, or cannot be reached: .*500"):
+        with pytest.raises(ConfigError, match=r"the hub refuses, or cannot be reached: .*500"):
             train(config)
 
     def test_is_one_message_of_the_command(self, config: TrainConfig, cache: Path) -> None:
@@ -184,15 +209,13 @@ class TestRefusal:
         assert done.exit_code == 1
         assert "Error: --push-to-hub a/b/c: the hub has no such names." in done.output
 
-    def test_a_dry_run_writes_nothing_there(
-        self, config: TrainConfig, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_dry_run_writes_nothing_there(self, config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
         train(replace(config, dry_run=True))
         assert "hub         me/tiny (will be created)" in capsys.readouterr().out
 
 
 def test_a_namespace_that_is_not_the_users_is_refused_before_training(hub: FakeHub, config: TrainConfig) -> None:
-    with pytest.raises(ConfigError, match="--push-to-hub org/new: the hub refuses.*403"):
+    with pytest.raises(ConfigError, match=r"--push-to-hub org/new: the hub refuses.*403"):
         train(replace(config, push_to_hub="org/new"))
     assert hub.repositories == {}
     assert not Path(str(config.out)).exists()
@@ -201,7 +224,7 @@ def test_a_namespace_that_is_not_the_users_is_refused_before_training(hub: FakeH
 @pytest.mark.parametrize("table", [{"train": {"push_to_hub": "x"}}, {"space": {"push-to-hub": ["x", "y"]}}])
 def test_a_sweep_uploads_nothing(table: dict[str, object], cache: Path) -> None:
     settings = {"space": {"beta": [0.1, 0.2]}, **table}
-    with pytest.raises(ConfigError, match="'push_to_hub'.*: trials are not uploaded"):
+    with pytest.raises(ConfigError, match=r"'push_to_hub'.*: trials are not uploaded"):
         Trials.of(SweepConfig(cache=cache, **settings))  # type: ignore[arg-type]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported when it is used
 
 from offline_kto.kto_core.errors import printable
 from offline_kto.kto_core.foreign_files import MEGABYTE, read_foreign

@@ -4,6 +4,7 @@ What can be refused is refused before the run: a name, a token, a repository tha
 consists of is collected in `hub/` of the run folder, which is removed once it is uploaded; see `upload_folder`.
 """
 
+import fnmatch
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT, is_offline_mode
 from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
 
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import remove_tree
@@ -58,9 +58,13 @@ class HubRepository:
             return None
         where = f"--push-to-hub {name}"
         if not is_repository_name(name):
-            raise ConfigError(f"{where}: the hub has no such names. Give NAME, or ORGANIZATION/NAME, such as me/my-model.")
+            raise ConfigError(
+                f"{where}: the hub has no such names. Give NAME, or ORGANIZATION/NAME, such as me/my-model."
+            )
         if is_offline_mode():
-            raise ConfigError(f"{where}: HF_HUB_OFFLINE forbids requests to the hub. Unset it, or leave out --push-to-hub.")
+            raise ConfigError(
+                f"{where}: HF_HUB_OFFLINE forbids requests to the hub. Unset it, or leave out --push-to-hub."
+            )
         token = config.training.get("hub_token") or huggingface_hub.get_token()
         if not isinstance(token, str):
             raise ConfigError(f"{where}: no token of the hub was found. Run hf auth login, or set HF_TOKEN.")
@@ -68,7 +72,9 @@ class HubRepository:
         with _limited(HF_HUB_ETAG_TIMEOUT), _refusing(where):
             user = api.whoami()
             if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-                raise ConfigError(f"{where}: the token can only read. Create one that can write, and run hf auth login.")
+                raise ConfigError(
+                    f"{where}: the token can only read. Create one that can write, and run hf auth login."
+                )
             name = name if "/" in name else f"{user['name']}/{name}"
             visibility = _visibility(api, name)
             weights = _weights_in(api, name) if visibility is not None else ()
@@ -138,8 +144,8 @@ def _visibility(api: HfApi, name: str) -> str | None:
 
 def _weights_in(api: HfApi, name: str) -> tuple[str, ...]:
     """Return the files in a repository that are loaded as its model."""
-    found = filter_repo_objects(api.list_repo_files(name), allow_patterns=[*_REPLACED])
-    return tuple(path for path in found if "/" not in path)
+    paths = (path for path in api.list_repo_files(name) if "/" not in path)
+    return tuple(path for path in paths if any(fnmatch.fnmatchcase(path, pattern) for pattern in _REPLACED))
 
 
 @contextmanager

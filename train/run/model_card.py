@@ -171,9 +171,9 @@ def _data(content: CardContent) -> list[str]:
 def _left_out(data: RunData, manifest: Manifest) -> list[str]:
     """Return how many rows were left out, by reason, when they were scored and by this run."""
     scoring = [(count, reason.replace("_", " ")) for reason, count in (manifest.data.get("dropped") or {}).items()]
-    too_long = (data.get("shortened") or {}).get("dropped", 0)
+    shortened = data.get("shortened")
     run = [
-        (too_long, "prompt too long for the run's limit"),
+        (shortened["dropped"] if shortened else 0, "prompt too long for the run's limit"),
         (data.get("unpaired", 0), "not in a pair, or both rows are equal"),
         (data.get("unjudged", 0), "not judged by a chosen objective"),
     ]

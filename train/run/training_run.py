@@ -383,7 +383,9 @@ class TrainingRun:
         title = self.name or (repository or out.resolve().name).rpartition("/")[2]
         manifest, history = self.data.rows.manifest, self.trainer.state.log_history
         record = read_run_record(self.out)
-        write_card(out / CARD, CardContent(title, self.config, manifest, self.files, record, history, found, repository))
+        write_card(
+            out / CARD, CardContent(title, self.config, manifest, self.files, record, history, found, repository)
+        )
 
     def collect_upload(self) -> Path:
         """Collect what is uploaded to the hub, and return its folder."""

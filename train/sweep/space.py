@@ -14,7 +14,9 @@ from offline_kto.train.loss_traits import LOSS_OF_OPTION, PAIRED_LOSSES
 from offline_kto.train.sweep.config import MOST_TRIALS, USUAL_TRIALS, SweepConfig
 
 _JUDGED = "they are compared on the same held-out rows"
-_NOT_UPLOADED = "trials are not uploaded. Train the winner with kto-train --config best.yaml --push-to-hub, or upload best/"
+_NOT_UPLOADED = (
+    "trials are not uploaded. Train the winner with kto-train --config best.yaml --push-to-hub, or upload best/"
+)
 _SAME_FOR_ALL = {
     "cache": "give --cache",
     "metric": "they are compared by one value",
