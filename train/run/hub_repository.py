@@ -7,7 +7,7 @@ consists of is collected in `hub/` of the run folder, which is removed once it i
 import fnmatch
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,8 @@ class HubRepository:
             visibility = _visibility(api, name)
             weights = _weights_in(api, name) if visibility is not None else ()
             if visibility is not None:
-                api.auth_check(name, write=True)
+                with suppress(TypeError):  # earlier versions of huggingface_hub can only check the right to read
+                    api.auth_check(name, write=True)
         state = f"exists, {visibility}" if visibility is not None else "will be created"
         replaced = "; the model in it will be replaced" if weights else ""
         tell(f"hub         {name} ({state}{replaced}): {_UPLOADED}")

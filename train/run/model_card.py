@@ -78,7 +78,7 @@ def write_card(path: Path, content: CardContent) -> None:
         "",
         "The command that trained it, with the last name of each path:",
         "",
-        *_block(command_of(content.config, paths)),
+        *_block(printable(command_of(content.config, paths))),
         "",
         *_metrics(content),
         "## Made with",

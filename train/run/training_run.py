@@ -354,7 +354,11 @@ class TrainingRun:
     def _tried(self) -> Tried:
         history = self.trainer.state.log_history
         margins = (log["rewards/margins"] for log in reversed(history) if "rewards/margins" in log)
-        return Tried(learning_rate=self.config.peak_rate, training_margin=next(margins, None))
+        return Tried(
+            learning_rate=self.config.peak_rate,
+            training_margin=next(margins, None),
+            stops_early=self.config.early_stopping is not None,
+        )
 
     def save_model(self, out: Path) -> None:
         """Save model and tokenizer in a folder, and note the names of their files; called on every rank.
