@@ -311,7 +311,7 @@ class TestWriters:
         assert precious.read_text() == PRECIOUS
         assert [path.name for path in home.iterdir()] == ["precious"]
         assert (home / "precious").read_text() == PRECIOUS
-        assert "base_model" in (out / "README.md").read_text()
+        assert "library_name: transformers" in (out / "README.md").read_text()
         assert [record["step"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record] == [1, 2]
         os.mkfifo(out / "checkpoint-2" / "pipe")
         with pytest.raises(ConfigError, match="pipe is neither a file nor a folder"):

@@ -145,6 +145,16 @@ class TestUpload:
         expected = {path.name for path in (out / "hub").iterdir()}
         assert {*hub.repositories["me/tiny"]} == expected
 
+    def test_that_fails_is_one_message_of_the_command(self, hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+        hub.fails["POST", "/commit/main"] = 401
+        words = f"--cache {cache} --max-steps 1 --batch-size 8 --save-steps 0 --device cpu --push-to-hub tiny"
+        done = CliRunner().invoke(command, [*words.split(), "--out", str(tmp_path / "run")])
+        assert done.exit_code == 1
+        assert isinstance(done.exception, SystemExit)  # no traceback
+        [error] = [line for line in done.output.splitlines() if line.startswith("Error: ")]
+        assert f"{tmp_path / 'run'}: the run is complete" in error
+        assert error.endswith(f"hf upload me/tiny {tmp_path / 'run/hub'} .")
+
     def test_starts_again_with_resume(self, hub: FakeHub, config: TrainConfig) -> None:
         config = replace(config, save_steps=1)
         hub.fails["POST", "/commit/main"] = 403
