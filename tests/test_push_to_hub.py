@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from offline_kto.kto_core.errors import ConfigError, TrainingError
 from offline_kto.train.cli import train as command
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.run.train_run import train
+from offline_kto.train.run.train_run import _find_repository, train
 from offline_kto.train.run_files import config_text
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.space import Trials
@@ -161,8 +161,10 @@ class TestUpload:
         with pytest.raises(TrainingError, match="could not be uploaded"):
             train(config)
         hub.fails.clear()
-        train(replace(config, resume=True))
+        out = train(replace(config, resume=True))
         assert [commit[0] for commit in hub.commits] == ["me/tiny"]
+        train(replace(config, evaluate_only=out))
+        assert len(hub.commits) == 1  # an evaluation uploads nothing
 
 
 class TestRefusal:
@@ -229,6 +231,28 @@ def test_a_namespace_that_is_not_the_users_is_refused_before_training(hub: FakeH
         train(replace(config, push_to_hub="org/new"))
     assert hub.repositories == {}
     assert not Path(str(config.out)).exists()
+
+
+def test_only_the_first_rank_uploads(hub: FakeHub, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert _find_repository(config) is None
+    assert hub.requests == []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    found = _find_repository(config)
+    assert found is not None
+    assert found.name == "me/tiny"
+
+
+def test_the_token_of_the_training_table_is_used(
+    hub: FakeHub, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    found = _find_repository(replace(config, training={"hub_token": TOKEN}))
+    assert found is not None
+    found.create()
+    assert [*hub.repositories] == ["me/tiny"]
 
 
 @pytest.mark.parametrize("table", [{"train": {"push_to_hub": "x"}}, {"space": {"push-to-hub": ["x", "y"]}}])
