@@ -85,7 +85,8 @@ def train(
         The finished run: options, metrics, evaluation. Its model is in `path`. None with `dry_run`.
 
     Raises:
-        KTOError: the input cannot be used, or training was stopped.
+        KTOError: the input cannot be used, training was stopped, or a finished run could not be uploaded (`push_to_hub`): its folder
+            is complete then, and `read` reads it.
     """
     from offline_kto.train.config import TrainConfig
 

@@ -16,7 +16,7 @@ from test_evaluation import one_bit, some_scores, worse_and_worse
 from test_loss_family import metrics
 
 from offline_kto.kto_core.losses.bootstrap import expanded_level, intervals
-from offline_kto.kto_core.losses.verdict import Change, judge
+from offline_kto.kto_core.losses.verdict import Change, Verdict, judge
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
@@ -86,6 +86,12 @@ class TestRule:
         assert found.outcome == "no difference"
         assert "hardly changed" in found.reason
         assert "--learning-rate 1e-05" in advice(found, Tried(learning_rate=1e-6, margin=0.004))
+
+    def test_what_the_run_had_is_not_advised(self) -> None:
+        learned = Tried(learning_rate=1e-6, training_margin=0.5)
+        worse = Verdict("worse", "rewards/margins", "because")
+        assert "fewer updates (--early-stopping 2), --learning-rate 3e-07" in advice(worse, learned)
+        assert "--early-stopping" not in advice(worse, replace(learned, stops_early=True))
 
 
 class TestStatistics:

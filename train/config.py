@@ -183,6 +183,12 @@ class TrainConfig:
         metavar="RUN",
         yaml=False,
     )
+    push_to_hub: str | None = option(
+        None,
+        "Upload the finished run to this repository on the hub: model, tokenizer, model card and report. It is created if it "
+        "does not exist.",
+        metavar="NAME",
+    )
     dry_run: bool = option(
         False, "Stop after the plan: check cache, policy and options; train and write nothing.", yaml=False
     )

@@ -16,11 +16,13 @@ class Tried:
         learning_rate: its peak; None if it is not known.
         training_margin: reward margin of the last training rows; None if it is not known.
         margin: change of the held-out margin; None if there is none.
+        stops_early: whether the run had --early-stopping.
     """
 
     learning_rate: float | None = None
     training_margin: float | None = None
     margin: float | None = None
+    stops_early: bool = False
 
 
 def advice(verdict: Verdict, tried: Tried) -> str:
@@ -37,9 +39,10 @@ def advice(verdict: Verdict, tried: Tried) -> str:
         case "worse", "rewards/chosen":
             return f"a lower rate: {_rate(tried, 0.1)}"
         case "worse", _ if learned:
+            fewer = "" if tried.stops_early else "fewer updates (--early-stopping 2), "
             return (
-                f"the training rows were learned (margin {tried.training_margin:+.2f}), the held-out ones were not: fewer updates "
-                f"(--early-stopping 2), {_rate(tried, 0.3)}, or more feedback"
+                f"the training rows were learned (margin {tried.training_margin:+.2f}), the held-out ones were not: {fewer}"
+                f"{_rate(tried, 0.3)}, or more feedback"
             )
         case "worse", _:
             return f"check that thumbs up and down are not swapped, and {_rate(tried, 0.1)}"

@@ -63,6 +63,7 @@ def evaluate_run(config: TrainConfig) -> Path:
             f"--evaluate-only: accelerate's settings ask for {way}, but models are evaluated without sharded weights. Start it "
             "without them; under torchrun the processes divide the rows."
         )
+    stops_early = config.early_stopping is not None
     config = _without_training(config)
     check_is_run(run, "--evaluate-only")
     record = read_run_record(run)
@@ -111,7 +112,7 @@ def evaluate_run(config: TrainConfig) -> Path:
         before: Scores | None = trainer.scores.untrained(held_out)
         if before is not None and config.allow_different_policy:
             before = load_untrained(run / UNTRAINED, before) if rows.of_run else None
-        tried = Tried(learning_rate=config.peak_rate)
+        tried = Tried(learning_rate=config.peak_rate, stops_early=stops_early)
         found = summary(scores, objective, int(final.get("step", 0)), before, tried)
         lines = summary_lines(found, rows="held out" if rows.of_run else "evaluated")
         for line in [*lines, *verdict_lines(found)]:

@@ -5,6 +5,7 @@ runs/NAME/run.json         the cache's fingerprint and the other settings the ru
 runs/NAME/metrics.jsonl    one record for each log
 runs/NAME/checkpoint-N/    a checkpoint that --resume can resume from
 runs/NAME/_unfinished/     a checkpoint or model being written; it is renamed once it is complete and on disk
+runs/NAME/hub/             what --push-to-hub uploads; it is removed once that is done
 runs/NAME/                 at the end: model, tokenizer, model card, evaluation.json, rewards.parquet, report.html
 """
 

@@ -3,7 +3,7 @@
 import dataclasses
 import datetime
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +30,18 @@ from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.recipe import run_precision, saved_type
 from offline_kto.train.model.saved_model import Layout, ModelWriter
 from offline_kto.train.run.arguments import Arguments, accepted_by_trainer, training_arguments
+from offline_kto.train.run.base_model import CARD
 from offline_kto.train.run.callbacks import Console, MetricsFile
 from offline_kto.train.run.estimates import computed_on
 from offline_kto.train.run.folder import last_checkpoint, write_start
 from offline_kto.train.run.inputs import Materials
-from offline_kto.train.run.model_card import CARD, command_of, write_card
+from offline_kto.train.run.local_paths import LocalPaths
+from offline_kto.train.run.model_card import CardContent, command_of, write_card
 from offline_kto.train.run.optimizer import check_sharding, own_optimizer
 from offline_kto.train.run.plan import print_plan
 from offline_kto.train.run.rewards_file import write_rewards
 from offline_kto.train.run.start_check import check_start, tolerance_for
+from offline_kto.train.run.upload_folder import collect
 from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, UNTRAINED, read_run_record, write_run_record
 from offline_kto.train.run_records import ComputedWith, EvaluationRecord, FinalUpdate, RunRecord
 from offline_kto.train.trainer.checkpoints import reading
@@ -141,6 +144,7 @@ class TrainingRun:
         name: name of the run; None for the folder's name.
         checked: whether policy and cache have been compared before, with these materials.
         resumed_at: number of updates that were made before this process began.
+        saved: names of the files of the saved model and tokenizer, on the process that writes.
     """
 
     config: TrainConfig
@@ -157,6 +161,7 @@ class TrainingRun:
     name: str | None = None
     checked: bool = False
     resumed_at: int = 0
+    saved: list[str] = field(default_factory=list)
 
     @classmethod
     def set_up(
@@ -349,10 +354,14 @@ class TrainingRun:
     def _tried(self) -> Tried:
         history = self.trainer.state.log_history
         margins = (log["rewards/margins"] for log in reversed(history) if "rewards/margins" in log)
-        return Tried(learning_rate=self.config.peak_rate, training_margin=next(margins, None))
+        return Tried(
+            learning_rate=self.config.peak_rate,
+            training_margin=next(margins, None),
+            stops_early=self.config.early_stopping is not None,
+        )
 
     def save_model(self, out: Path) -> None:
-        """Save model and tokenizer in a folder; called on every rank.
+        """Save model and tokenizer in a folder, and note the names of their files; called on every rank.
 
         Raises:
             TrainingError: it cannot be written.
@@ -365,17 +374,27 @@ class TrainingRun:
                 gather_when_saving(trainer.accelerator)
                 trainer.save_in(folder, self._saved_type)
             if self.is_main:
+                self.saved = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
                 publish_model(folder, out)
 
-    def write_card(self, out: Path, found: EvaluationRecord | None) -> None:
+    def write_card(self, out: Path, found: EvaluationRecord | None, repository: str | None = None) -> None:
         """Write the model card into the folder of the saved model.
 
         Args:
             found: content of evaluation.json; None without held-out rows.
+            repository: the repository on the hub that the model is uploaded to, or None.
         """
-        title = self.name or out.resolve().name
+        title = self.name or (repository or out.resolve().name).rpartition("/")[2]
         manifest, history = self.data.rows.manifest, self.trainer.state.log_history
-        write_card(out / CARD, title, self.config, manifest, self.files, self.objective.weights, history, found=found)
+        record = read_run_record(self.out)
+        write_card(
+            out / CARD, CardContent(title, self.config, manifest, self.files, record, history, found, repository)
+        )
+
+    def collect_upload(self) -> Path:
+        """Collect what is uploaded to the hub, and return its folder."""
+        paths = LocalPaths.of(self.config, self.out, self.files, self.data.rows.manifest.reference)
+        return collect(self.out, self.saved, self.config, self.files, paths)
 
     def _save_with_reference_adapter(self, folder: Path) -> None:
         """Save the merged model, or a single adapter if the reference's adapter is kept beside quantised weights.

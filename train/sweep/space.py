@@ -14,10 +14,14 @@ from offline_kto.train.loss_traits import LOSS_OF_OPTION, PAIRED_LOSSES
 from offline_kto.train.sweep.config import MOST_TRIALS, USUAL_TRIALS, SweepConfig
 
 _JUDGED = "they are compared on the same held-out rows"
+_NOT_UPLOADED = (
+    "trials are not uploaded. Train the winner with kto-train --config best.yaml --push-to-hub, or upload best/"
+)
 _SAME_FOR_ALL = {
     "cache": "give --cache",
     "metric": "they are compared by one value",
     "training": "it is not an option; set it in train:",
+    "push_to_hub": _NOT_UPLOADED,
     "eval_fraction": _JUDGED,
     "eval_cache": _JUDGED,
     "eval_seed": _JUDGED,
@@ -230,6 +234,8 @@ def _base(config: SweepConfig) -> Options:
     for name, where in (("cache", "--cache"), ("metric", "metric:, beside train:")):
         if name in base:
             raise ConfigError(f"train: {name!r} is set for the whole sweep by {where}; remove it from the table.")
+    if "push_to_hub" in base:
+        raise ConfigError(f"train: 'push_to_hub': {_NOT_UPLOADED}.")
     if "eval_cache" not in base:
         base.setdefault("eval_fraction", 0.1)  # trials are compared on rows that none of them saw
         if not base["eval_fraction"]:
