@@ -33,8 +33,8 @@ precompute.records precompute.parts train.run_files
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
 precompute.feedback
 precompute.plan precompute.store train.trainer train.report
-precompute.scoring precompute.judgement_page precompute.estimates train.run
-precompute.plan_page
+precompute.scoring precompute.judgement_page precompute.estimates train.publish
+precompute.plan_page train.run
 precompute.pipeline precompute.inspect_cache train.sweep
 precompute.run
 precompute.cli train.cli

@@ -32,10 +32,10 @@ from offline_kto.precompute.inspect_cache import info
 from offline_kto.train import run_files
 from offline_kto.train.cli import report, train
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.publish.model_card import CardContent, write_card
 from offline_kto.train.report.report import write_report
 from offline_kto.train.run import callbacks as watching
 from offline_kto.train.run.callbacks import MetricsFile, read_metrics
-from offline_kto.train.run.model_card import CardContent, write_card
 from offline_kto.train.run.train_run import train as run_training
 from offline_kto.train.run_files import holds_word, read_rewards, read_run_record
 from offline_kto.train.run_records import RunRecord

@@ -16,12 +16,12 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.loss_traits import LOSSES
-from offline_kto.train.run.base_model import BaseModel, License
-from offline_kto.train.run.citations import PAPERS, citations_of
-from offline_kto.train.run.local_paths import LocalPaths
-from offline_kto.train.run.model_card import CardContent, write_card
+from offline_kto.train.publish.base_model import BaseModel, License
+from offline_kto.train.publish.citations import PAPERS, citations_of
+from offline_kto.train.publish.local_paths import LocalPaths
+from offline_kto.train.publish.model_card import CardContent, write_card
+from offline_kto.train.publish.usage_snippet import PLACEHOLDER
 from offline_kto.train.run.train_run import train
-from offline_kto.train.run.usage_snippet import PLACEHOLDER
 from offline_kto.train.run_records import RunRecord
 
 HEAD = "---\nlicense: {}\n---\n# base\n"

@@ -21,7 +21,7 @@ from offline_kto.train.run_files import make_folder, name_folder
 
 if TYPE_CHECKING:
     from offline_kto.train.data.training_data import TrainingData
-    from offline_kto.train.run.hub_repository import HubRepository
+    from offline_kto.train.publish.hub_repository import HubRepository
     from offline_kto.train.run.inputs import Materials
 
 
@@ -118,7 +118,7 @@ def _find_repository(config: TrainConfig) -> "HubRepository | None":
     """Return the repository that the run is uploaded to, on the process that uploads; None if it is not uploaded."""
     if config.push_to_hub is None or not read_launch().is_first:
         return None
-    from offline_kto.train.run.hub_repository import HubRepository
+    from offline_kto.train.publish.hub_repository import HubRepository
 
     return HubRepository.find(config)
 

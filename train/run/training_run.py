@@ -29,19 +29,19 @@ from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.recipe import run_precision, saved_type
 from offline_kto.train.model.saved_model import Layout, ModelWriter
+from offline_kto.train.publish.base_model import CARD
+from offline_kto.train.publish.local_paths import LocalPaths
+from offline_kto.train.publish.model_card import CardContent, command_of, write_card
+from offline_kto.train.publish.upload_folder import collect
 from offline_kto.train.run.arguments import Arguments, accepted_by_trainer, training_arguments
-from offline_kto.train.run.base_model import CARD
 from offline_kto.train.run.callbacks import Console, MetricsFile
 from offline_kto.train.run.estimates import computed_on
 from offline_kto.train.run.folder import last_checkpoint, write_start
 from offline_kto.train.run.inputs import Materials
-from offline_kto.train.run.local_paths import LocalPaths
-from offline_kto.train.run.model_card import CardContent, command_of, write_card
 from offline_kto.train.run.optimizer import check_sharding, own_optimizer
 from offline_kto.train.run.plan import print_plan
 from offline_kto.train.run.rewards_file import write_rewards
 from offline_kto.train.run.start_check import check_start, tolerance_for
-from offline_kto.train.run.upload_folder import collect
 from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, UNTRAINED, read_run_record, write_run_record
 from offline_kto.train.run_records import ComputedWith, EvaluationRecord, FinalUpdate, RunRecord
 from offline_kto.train.trainer.checkpoints import reading

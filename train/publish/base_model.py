@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from offline_kto.kto_core.errors import printable
 from offline_kto.kto_core.foreign_files import MEGABYTE, read_foreign
-from offline_kto.train.run.local_paths import last_name
+from offline_kto.train.publish.local_paths import last_name
 
 if TYPE_CHECKING:
     from offline_kto.train.model.policy import PolicyFiles

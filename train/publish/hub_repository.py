@@ -21,7 +21,7 @@ from offline_kto.kto_core.durable_files import remove_tree
 from offline_kto.kto_core.errors import ConfigError, TrainingError, said_by
 from offline_kto.kto_core.models.hub import bound_requests
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.run.base_model import is_repository_name
+from offline_kto.train.publish.base_model import is_repository_name
 
 # Files of an earlier model in the repository that would be loaded together with the new one.
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")

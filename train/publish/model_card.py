@@ -16,10 +16,10 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.settings import in_digits
 from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.model.policy import PolicyFiles
-from offline_kto.train.run.base_model import BaseModel, is_repository_name
-from offline_kto.train.run.citations import citations_of, paper_of
-from offline_kto.train.run.local_paths import LocalPaths, last_name
-from offline_kto.train.run.usage_snippet import PLACEHOLDER, Usage
+from offline_kto.train.publish.base_model import BaseModel, is_repository_name
+from offline_kto.train.publish.citations import citations_of, paper_of
+from offline_kto.train.publish.local_paths import LocalPaths, last_name
+from offline_kto.train.publish.usage_snippet import PLACEHOLDER, Usage
 from offline_kto.train.run_records import EvaluationRecord, MetricInterval, RunData, RunRecord
 
 _SHOWN = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "accuracy")

@@ -20,9 +20,9 @@ import yaml
 from offline_kto.kto_core.durable_files import remove_tree
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.model.policy import PolicyFiles
+from offline_kto.train.publish.base_model import CARD, BaseModel
+from offline_kto.train.publish.local_paths import LocalPaths
 from offline_kto.train.report.report import write_report
-from offline_kto.train.run.base_model import CARD, BaseModel
-from offline_kto.train.run.local_paths import LocalPaths
 from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, RUN_RECORD, config_text
 
 FOLDER, REPORT = "hub", "report.html"
