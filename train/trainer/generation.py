@@ -183,10 +183,13 @@ def _undisturbed(policy: PreparedPolicy) -> Iterator[None]:
     The model's sampling settings (temperature, repetition penalty) are set aside: `generate` would fill in what is not given.
     """
     model = _generating_model(policy.model)
-    modes = [(module, module.training) for module in policy.scoring_model.modules()]
+    outermost = policy.scoring_model
+    modes = [(module, module.training) for module in outermost.modules()]
     own = vars(model).get("generation_config")
     with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []), torch.no_grad():
-        policy.scoring_model.eval()
+        outermost.eval()
+        if hasattr(outermost, "unshard"):
+            outermost.unshard()  # FSDP2 gathers what lies outside of the layers in PEFT's forward, which is not called
         model.generation_config = transformers.GenerationConfig()
         try:
             yield
@@ -196,6 +199,8 @@ def _undisturbed(policy: PreparedPolicy) -> Iterator[None]:
                 model.generation_config = own
             for module, training in modes:
                 module.training = training
+            if hasattr(outermost, "reshard"):
+                outermost.reshard()
             _free_cached_memory()
 
 
