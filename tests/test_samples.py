@@ -27,6 +27,8 @@ from offline_kto.train.run.evaluate_run import evaluate_run
 from offline_kto.train.run.samples import end_tokens
 from offline_kto.train.run.train_run import train
 from offline_kto.train.samples_file import SAMPLES, read_samples, write_samples
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.sweep import sweep
 from offline_kto.train.trainer.generation import Generation
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 
@@ -188,7 +190,8 @@ class TestOfARun:
             out = model.generate(torch.tensor([ids]), max_new_tokens=one["tokens"], do_sample=False)[0, len(ids) :]
             assert tokenizer.decode(out[: len(out) - one["ended"]]) == one["completion"]
         lines = capsys.readouterr().out
-        assert "samples     2 of 6 held-out prompts, before and after training (--samples 0 for none)" in lines
+        plan = "2 of 6 held-out prompts, at most 256 new tokens each, before and after training (--samples 0 for none)"
+        assert f"samples     {plan}" in lines
         assert f": {run / SAMPLES}" in lines
 
     @pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "gradient_checkpointing": True}], ids=["full", "lora"])
@@ -272,6 +275,18 @@ class TestOfARun:
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("samples     none")]
         assert len(lines) == 1
         assert str(error) in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "steps"), [({}, []), ({"samples": 1}, [0, 2])], ids=["default", "asked"])
+def test_trials_of_a_sweep_make_samples_if_asked(
+    asked: dict[str, int], steps: list[int], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offline_kto.train.sweep.workers.START", "forkserver")  # from the process of forks.py
+    of_all = {"max_steps": 2, "batch_size": 4, "device": "cpu", "eval_fraction": 0.3, "keep": "last", **asked}
+    out = sweep(SweepConfig(cache=cache, out=tmp_path / "sweep", space={"beta": [0.1]}, train=of_all, trials=1))
+    assert steps_of(out / "trials/0000") == steps
+    assert steps_of(out / "best") == steps
 
 
 class TestLater:

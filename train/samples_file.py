@@ -11,6 +11,9 @@ from offline_kto.train.run_records import SampleRecord
 
 SAMPLES = "samples.jsonl"
 
+# New tokens of a completion at most.
+MOST_NEW_TOKENS = 256
+
 # Limit on an untrusted file, in bytes.
 LARGEST_SAMPLES = 64 * MEGABYTE
 

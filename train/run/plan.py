@@ -20,6 +20,7 @@ from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.training_memory import host_bytes, training_bytes
 from offline_kto.train.run.estimates import disk_in_words, time_in_words
+from offline_kto.train.samples_file import MOST_NEW_TOKENS
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.tensor_float import tf32_suffices
 
@@ -94,7 +95,10 @@ def _samples_in_words(config: TrainConfig, held_out: HeldOutRows, count: int) ->
     """Return how many prompts are completed, and when."""
     prompts = len({held_out.cache.prompt_ids[i] for i in held_out.indices})
     when = ", and at its evaluations" if config.samples_at == "evaluations" else ""
-    return f"{min(count, prompts)} of {counted(prompts, 'held-out prompt')}, before and after training{when} (--samples 0 for none)"
+    return (
+        f"{min(count, prompts)} of {counted(prompts, 'held-out prompt')}, at most {MOST_NEW_TOKENS} new tokens each, before and after "
+        f"training{when} (--samples 0 for none)"
+    )
 
 
 def _rate_in_words(config: TrainConfig) -> str:

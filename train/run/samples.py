@@ -1,5 +1,6 @@
 """Sample what the policy continues held-out prompts with, before and after training, into samples.jsonl."""
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,16 +13,14 @@ from accelerate.utils import broadcast_object_list
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import KTOError, in_one_line
 from offline_kto.kto_core.library_types import Model, Tokenizer
+from offline_kto.kto_core.progress import Progress
 from offline_kto.kto_core.scoring.model_code import model_code
 from offline_kto.train.data.cache_rows import RowKey
 from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.run_records import SampleRecord
-from offline_kto.train.samples_file import SAMPLES, read_samples, write_samples
+from offline_kto.train.samples_file import MOST_NEW_TOKENS, SAMPLES, read_samples, write_samples
 from offline_kto.train.trainer.generation import Completion, Generation
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
-
-# New tokens of a prompt at most.
-_MOST_TOKENS = 256
 
 # Held-out completions that are read to find how long they are, and how they end.
 _ROWS_READ = 64
@@ -96,7 +95,7 @@ class HeldOutSamples:
             return
         started = time.monotonic()
         try:
-            completions = self._generation.complete(list(self._prompts.values()))
+            completions = self._complete(self._generation)
             with model_code(type(self.tokenizer).__name__, "the tokenizer cannot decode the samples"):
                 new = [self._record(step, *one) for one in zip(self._prompts, completions, strict=True)]
         except (KTOError, torch.OutOfMemoryError) as error:
@@ -107,6 +106,15 @@ class HeldOutSamples:
         if self.trainer.is_world_process_zero():
             self._records = [one for one in self._records if one["step"] < step] + new
             write_samples(self.path, self._records)
+
+    def _complete(self, generation: Generation) -> list[Completion]:
+        prompts = list(self._prompts.values())
+        if not self.trainer.is_world_process_zero():
+            return generation.complete(prompts)
+        with Progress("sampling", len(prompts) * generation.budget, "tokens") as progress:
+            completions = dataclasses.replace(generation, on_tokens=progress.add).complete(prompts)
+            progress.add(max(0, progress.total - progress.done))  # most prompts end before the budget
+        return completions
 
     def line(self) -> list[str]:
         """Return what there is now, for the console; nothing if that has been logged."""
@@ -130,7 +138,7 @@ class HeldOutSamples:
             policy,
             self.trainer.accelerator.autocast,
             ends=end_tokens(self.tokenizer, policy.model, completions),
-            budget=min(_MOST_TOKENS, max(map(len, completions))),
+            budget=min(MOST_NEW_TOKENS, max(map(len, completions))),
         )
 
     def _record(self, step: int, prompt_id: str, completion: Completion) -> SampleRecord:

@@ -50,12 +50,14 @@ class Generation:
         autocast: enters the precision of training.
         ends: ids of the tokens that end a completion.
         budget: new tokens of one prompt.
+        on_tokens: called with the number of new tokens after each step, for progress.
     """
 
     policy: PreparedPolicy
     autocast: Callable[[], AbstractContextManager[None]]
     ends: tuple[int, ...]
     budget: int
+    on_tokens: Callable[[int], None] = lambda _: None
 
     def complete(self, prompts: Sequence[np.ndarray]) -> list[Completion]:
         """Complete every prompt; called on every rank.
@@ -107,7 +109,7 @@ class Generation:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
             mask[row, width - len(prompt) :] = 1
-        noted = _GreedyLogps()
+        noted = _GreedyLogps(self.on_tokens)
         settings = transformers.GenerationConfig(
             max_new_tokens=max(1, min(self.budget, self.policy.widths.most - width)),
             do_sample=False,
@@ -159,15 +161,20 @@ class Generation:
 class _GreedyLogps(transformers.LogitsProcessor):
     """Notes the log-probability of the likeliest token at each step, and changes nothing.
 
+    Args:
+        on_tokens: called with the number of rows after each step.
+
     Attributes:
         steps: float32 nats, shape (rows,) each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_tokens: Callable[[int], None]) -> None:
         self.steps: list[Tensor] = []
+        self._on_tokens = on_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.steps.append(scores.float().log_softmax(-1).amax(-1))
+        self._on_tokens(len(scores))
         return scores
 
 
