@@ -28,6 +28,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.train_run import train
+from offline_kto.train.samples_file import read_samples
 from offline_kto.train.trainer.sharding import prepare_sharding
 
 TRAIN = "\nfrom offline_kto.train.cli import train; train()"
@@ -85,6 +86,7 @@ def test_two_sharded_ranks_equal_one_process(tied: bool, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two") is not None
     assert_same_weights(one, tmp_path / "two")
+    assert read_samples(one) == read_samples(tmp_path / "two") != []
 
 
 @pytest.mark.slow

@@ -28,12 +28,16 @@ OF_EVALUATION = frozenset(
         "dtype",
         "evaluate_only",
         "max_tokens",
+        "samples",
         "trust_remote_code",
     ]
 )
 
 # What --learning-rate auto is. Adapters start at zero and take about ten times the rate of full fine-tuning.
 USUAL_RATE, USUAL_RATE_OF_LORA = 1e-6, 2e-5
+
+# Held-out prompts that are sampled unless --samples says otherwise.
+USUAL_SAMPLES = 8
 
 _UPDATES = 2**31 - 1  # more than any run makes
 _SEEDS = 2**32 - 1  # numpy's
@@ -158,6 +162,17 @@ class TrainConfig:
         "Model that a run with held-out rows ends with: that of the best evaluation by --metric, or the last one.",
         choices=("best", "last"),
     )
+    samples: int | None = option(
+        None,
+        "Held-out prompts that the model completes greedily before and after training, into samples.jsonl; 0 for none.  [default: "
+        f"{USUAL_SAMPLES} with held-out rows]",
+        metavar="N",
+    )
+    samples_at: str = option(
+        "ends",
+        "When samples are made: at both ends of training, or at its evaluations as well.",
+        choices=("ends", "evaluations"),
+    )
     early_stopping: int | None = option(
         None, "Stop after N evaluations in a row without a better --metric.", metavar="N"
     )
@@ -210,7 +225,7 @@ class TrainConfig:
         else:
             self._at_least(max_tokens=1)
         self._at_least(batch_size=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1, early_stopping=1)
-        self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0, eval_seed=0)
+        self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0, eval_seed=0, samples=0)
         self._at_least(simpo_gamma=0, sft_weight=0)
         if self.desirable_weight == 0 and self.undesirable_weight == 0:
             raise ConfigError("--desirable-weight and --undesirable-weight are both 0, so there is nothing to learn.")
@@ -245,10 +260,12 @@ class TrainConfig:
             raise ConfigError(f"--eval-fraction must be at least 0 and below 1, got {self.eval_fraction}.")
         if self.eval_fraction and self.eval_cache:
             raise ConfigError("--eval-fraction and --eval-cache both name held-out rows; give one of them.")
-        if not self.eval_fraction and self.eval_cache is None and self.evaluate_only is None:
-            for name in ("early_stopping", "eval_steps", "metric"):
-                if getattr(self, name) != getattr(type(self), name):
+        if not self.holds_out and self.evaluate_only is None:
+            for name in ("early_stopping", "eval_steps", "metric", "samples", "samples_at"):
+                if (getattr(self, name) or None) != getattr(type(self), name):
                     raise ConfigError(f"{flag(name)} needs held-out rows: give --eval-fraction 0.1 or --eval-cache.")
+        if self.samples == 0 and self.samples_at != "ends":
+            raise ConfigError(f"--samples-at {self.samples_at} has no effect with --samples 0. Leave one of them out.")
         if self.resume and self.out is None:
             raise ConfigError("--resume needs --out, the folder of the run to resume.")
 
@@ -258,6 +275,21 @@ class TrainConfig:
         if isinstance(self.learning_rate, str):
             return USUAL_RATE_OF_LORA if self.lora_rank else USUAL_RATE
         return self.learning_rate
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the run has held-out rows."""
+        return bool(self.eval_fraction) or self.eval_cache is not None
+
+    def prompts_to_sample(self, *, in_sweep: bool = False) -> int:
+        """Return how many held-out prompts are sampled at most.
+
+        Args:
+            in_sweep: whether the run is a trial of a sweep, which makes samples only if the sweep's config asks for them.
+        """
+        if self.samples is None:
+            return USUAL_SAMPLES if self.holds_out and not in_sweep else 0
+        return self.samples
 
     def updates(self, rows: int) -> int:
         """Return the number of updates of a run on that many training rows."""

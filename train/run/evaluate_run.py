@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from offline_kto.train.diagnostics.outcome import Tried
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.recipe import run_precision
 from offline_kto.train.run.arguments import training_arguments
+from offline_kto.train.run.samples import HeldOutSamples
 from offline_kto.train.run.start_check import check_start
 from offline_kto.train.run.training_run import check_vocabulary, make_trainer
 from offline_kto.train.run_files import (
@@ -38,6 +40,7 @@ from offline_kto.train.run_files import (
 from offline_kto.train.run_records import FinalUpdate, RunRecord
 from offline_kto.train.trainer.evaluation import Scores, summary, summary_lines, verdict_lines
 from offline_kto.train.trainer.held_out_changes import load_untrained
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.tensor_float import tf32_products, tf32_suffices
 
@@ -119,8 +122,45 @@ def evaluate_run(config: TrainConfig) -> Path:
             tell(line)
         with written_to(run, WriteError, "Make room, and evaluate again; existing files are unchanged."):
             write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
-        tell(f"wrote       {path}")
+    of_samples: list[str] = []
+    count = config.prompts_to_sample() if rows.of_run else config.samples or 0
+    if count:
+        name = path.with_suffix(".jsonl").name.replace("evaluation", "samples", 1)
+        samples = HeldOutSamples(run, trainer, files.tokenizer, count, name=name)
+        with tf32_products(tf32), written_to(run, WriteError, "Make room, and evaluate again."):
+            own_base = adapters is not None and manifest.reference.get("adapter") is None
+            of_samples = _sample(samples, trainer, _final_step(record), own_base=own_base)
+    if main:
+        for line in [*of_samples, f"wrote       {path}"]:
+            tell(line)
     return path
+
+
+def _sample(samples: HeldOutSamples, trainer: KTOTrainer, step: int, *, own_base: bool) -> list[str]:
+    """Make the samples of the run's model, and those before training where that model is in memory too.
+
+    Args:
+        step: the update that the model comes from.
+        own_base: whether the model without its adapters is the untrained one.
+
+    Returns:
+        What there is, for the console.
+    """
+    samples.begin(until=step)
+    if own_base and 0 not in samples.steps:
+        from offline_kto.train.model.lora import without_adapters
+
+        with without_adapters(trainer.model):
+            samples.make(0)
+    samples.make(step)
+    return samples.line()
+
+
+def _final_step(record: RunRecord) -> int:
+    """Return the update that the run's model comes from; if an old record lacks it, the last one, for it is not step 0."""
+    final: Mapping[str, object] = record.get("final") or {}
+    found = (final.get("step") if isinstance(final, dict) else None, record.get("total_updates"))
+    return next((step for step in found if isinstance(step, int) and step > 0), 1)
 
 
 def _without_training(config: TrainConfig) -> TrainConfig:

@@ -3,6 +3,7 @@
 runs/NAME/config.yaml      resolved options, as `--config` takes them
 runs/NAME/run.json         the cache's fingerprint and the other settings the run was started with
 runs/NAME/metrics.jsonl    one record for each log
+runs/NAME/samples.jsonl    completions of held-out prompts, before and after training
 runs/NAME/checkpoint-N/    a checkpoint that --resume can resume from
 runs/NAME/_unfinished/     a checkpoint or model being written; it is renamed once it is complete and on disk
 runs/NAME/hub/             what --push-to-hub uploads; it is removed once that is done

@@ -41,6 +41,7 @@ from offline_kto.train.run.inputs import Materials
 from offline_kto.train.run.optimizer import check_sharding, own_optimizer
 from offline_kto.train.run.plan import print_plan
 from offline_kto.train.run.rewards_file import write_rewards
+from offline_kto.train.run.samples import HeldOutSamples
 from offline_kto.train.run.start_check import check_start, tolerance_for
 from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, UNTRAINED, read_run_record, write_run_record
 from offline_kto.train.run_records import ComputedWith, EvaluationRecord, FinalUpdate, RunRecord
@@ -145,6 +146,7 @@ class TrainingRun:
         checked: whether policy and cache have been compared before, with these materials.
         resumed_at: number of updates that were made before this process began.
         saved: names of the files of the saved model and tokenizer, on the process that writes.
+        samples: completions of held-out prompts; None if none are asked for.
     """
 
     config: TrainConfig
@@ -162,6 +164,7 @@ class TrainingRun:
     checked: bool = False
     resumed_at: int = 0
     saved: list[str] = field(default_factory=list)
+    samples: HeldOutSamples | None = None
 
     @classmethod
     def set_up(
@@ -214,6 +217,9 @@ class TrainingRun:
             plan.warnings,
             name,
         )
+        count = config.prompts_to_sample(in_sweep=name is not None)  # only trials of a sweep have names
+        if count and data.held_out is not None:
+            run.samples = HeldOutSamples(out, trainer, files.tokenizer, count)
         trainer.add_callback(_Steps(run))
         return run
 
@@ -342,12 +348,13 @@ class TrainingRun:
         return found
 
     def _speed(self) -> FinalUpdate:
-        """Return the time of an update, for the plans of later runs; nothing if this process made none."""
+        """Return the time of an update without samples, for the plans of later runs; nothing if this process made none."""
         state = self.trainer.state
         updates = state.global_step - self.resumed_at
         seconds = next((log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log), None)
         if seconds is None or updates < 1:
             return {}
+        seconds -= 0.0 if self.samples is None else self.samples.seconds
         return {"seconds_per_update": seconds / updates, "computed_on": computed_on(self.trainer.args.device)}
 
     @property
@@ -359,6 +366,18 @@ class TrainingRun:
             training_margin=next(margins, None),
             stops_early=self.config.early_stopping is not None,
         )
+
+    def finish_samples(self) -> list[str]:
+        """Add the samples of the final model, after `sum_up`; called on every rank.
+
+        Returns:
+            What there is, for the console.
+        """
+        if self.samples is None:
+            return []
+        with tf32_products(self._tf32):
+            self.samples.make(self.trainer.final_step)
+        return self.samples.line()
 
     def save_model(self, out: Path) -> None:
         """Save model and tokenizer in a folder, and note the names of their files; called on every rank.
@@ -434,12 +453,17 @@ class TrainingRun:
                 write_start(
                     self.config, self.out, {**self.record(), "started": read_run_record(self.out).get("started")}
                 )  # options that may change have changed
+            if self.samples is not None:
+                self.samples.begin(until=trainer.state.global_step)
             return
         if not self.checked:
             self._check_policy()
         if self.is_main:
             write_start(self.config, self.out, self.record())
         self._begin_held_out()
+        if self.samples is not None:
+            self.samples.begin(until=None)
+            self.samples.make(0)
 
     def _check_policy(self) -> None:
         allow = self.config.allow_different_policy
@@ -557,6 +581,18 @@ class _Steps(transformers.TrainerCallback):
         # resumed run does not have the sums accumulated before the checkpoint.
         last = state.global_step >= state.max_steps
         control.should_log |= control.should_save or control.should_evaluate or last
+
+    def on_evaluate(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        # The samples of the last update are made once the model to keep is known.
+        at_evaluations = self.run.config.samples_at == "evaluations" and state.global_step < state.max_steps
+        if self.run.samples is not None and at_evaluations:
+            self.run.samples.make(state.global_step)
 
 
 def make_trainer(

@@ -40,6 +40,7 @@ from offline_kto.train.run.plan import print_data
 from offline_kto.train.run.training_run import TrainingRun, versions
 from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
 from offline_kto.train.run_records import EvaluationRecord, TrainedWith
+from offline_kto.train.samples_file import SAMPLES
 from offline_kto.train.sweep.messages import Ended, Evaluated, Kept, Stop
 from offline_kto.train.sweep.space import Trials, Values
 from offline_kto.train.trainer.evaluation import drawn_values
@@ -196,6 +197,8 @@ class Worker:
         run.train()
         self.checked.add(key)
         found = run.sum_up()
+        for line in run.finish_samples():
+            tell(line)
         scores, metric = run.trainer.held_out_scores, run.config.metric.removeprefix("eval/")
         assert found is not None
         assert scores is not None
@@ -216,8 +219,9 @@ class Worker:
         """Save the best model so far as a run folder; it is renamed when the sweep ends."""
         out = folder / MODEL
         out.mkdir()
-        for name in (METRICS, CONFIG, EVALUATION, REWARDS):
-            shutil.copy2(folder / name, out / name)
+        for name in (METRICS, CONFIG, EVALUATION, REWARDS, SAMPLES):
+            if name != SAMPLES or (folder / name).exists():
+                shutil.copy2(folder / name, out / name)
         write_run_record(out, {**read_run_record(folder), "trial": int(folder.name)})
         run.save_model(out)
         run.write_card(out, found)
