@@ -11,7 +11,7 @@ from offline_kto.kto_core.feedback.columns import PROMPTS
 from offline_kto.kto_core.feedback.labels import GRADED, SHARE, LabelRule, Scale, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, RATERS_DISAGREE, UNRATED
 from offline_kto.kto_core.feedback.paths import Path, key_path, option_path
-from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
@@ -45,7 +45,7 @@ def mistakes_in_rows(mistakes: Sequence[KTOError], config: PrecomputeConfig, dat
     shown = "\n".join(f"  {one}" for one in others[:_SHOWN])
     more = f"\n  and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
     return FeedbackError(
-        f"{config.data}: {len(others):,} rows cannot be used:\n{shown}{more}\n"
+        f"{config.data}: {counted(len(others), 'row')} cannot be used:\n{shown}{more}\n"
         f"Correct them, or leave them out with --on-bad-row skip (--left-out FILE lists them).{found}"
     )
 
@@ -195,8 +195,8 @@ def without_effect(config: PrecomputeConfig, feedback_rule: LabelRule, found: Fo
     """
     if config.votes != SHARE and not found.agreement and not found.left_out.counts[RATERS_DISAGREE]:
         return FeedbackError(
-            f"{config.data}: --votes {config.votes} has no effect: no row has votes. They are two numbers ('up' and 'down'), or a list with "
-            "a label of each rater. Remove --votes, or name the votes with --label-field."
+            f"{config.data}: --votes {config.votes} has no effect: no row has votes. They are two numbers ('up' and 'down'), or a "
+            "list with a label of each rater. Remove --votes, or name the votes with --label-field."
         )
     destinations = {destination for _, destination in feedback_rule.seen}
     what = "ratings" if config.rating_scale is not None or config.rating_threshold is not None else "labels"
@@ -212,9 +212,10 @@ def without_effect(config: PrecomputeConfig, feedback_rule: LabelRule, found: Fo
     ]
     if not given:
         return None
+    names, has = " and ".join(given), "has" if len(given) == 1 else "have"
     return FeedbackError(
-        f"{config.data}: {' and '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: the rows are judged by numbers of votes, not by "
-        f"{what}. Remove {' and '.join(given)}, or name the column of the {what} with --label-field."
+        f"{config.data}: {names} {has} no effect: the rows are judged by numbers of votes, not by {what}. Remove {names}, or name the "
+        f"column of the {what} with --label-field."
     )
 
 

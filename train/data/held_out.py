@@ -1,10 +1,14 @@
-"""Define the held-out rows of a run, and check that a cache has enough prompts for them; light to import."""
+"""Define the held-out rows of a run, and check that a cache has enough prompts and the objectives; light to import."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offline_kto.kto_core.errors import TrainingError
+from offline_kto.kto_core.cache.manifest import Manifest
+from offline_kto.kto_core.errors import TrainingError, printable
+from offline_kto.kto_core.feedback.quoting import counted
+from offline_kto.kto_core.locations import Location
 
 if TYPE_CHECKING:
     from offline_kto.train.data.cache_rows import CacheRows
@@ -29,7 +33,7 @@ def check_fraction(fraction: float, prompts: int) -> None:
     if 0 < held_out < prompts:
         return
     side = "trained on" if held_out else "held out"
-    what = f"--eval-fraction {fraction:g} of {prompts:,} prompts leaves no row to be {side}."
+    what = f"--eval-fraction {fraction:g} of {counted(prompts, 'prompt')} leaves no row to be {side}."
     if prompts < 2:
         raise TrainingError(f"{what} Score feedback on more prompts, or give held-out rows with --eval-cache.")
     one = math.ceil(100 / prompts) / 100  # of two prompts a half, of three 0.34
@@ -39,3 +43,17 @@ def check_fraction(fraction: float, prompts: int) -> None:
         f"{what} Use {usable} (in a sweep, train: {{eval_fraction: {value:g}}}), score feedback on more prompts, or give "
         "held-out rows with --eval-cache."
     )
+
+
+def check_objectives(names: Iterable[str], manifest: Manifest, cache: Location) -> None:
+    """Check that a cache has objectives of these names. Raises: TrainingError: it has not."""
+    there = manifest.objectives
+    for name in names:
+        if name not in there:
+            found = (
+                f"the cache {cache} has no such objective; it has {printable(', '.join(there))}."
+                if there
+                else f"the cache {cache} has no objectives. They come from feedback such as "
+                '"labels": {"helpful": true, "harmless": false}.'
+            )
+            raise TrainingError(f"--objective {printable(name)}: {found}")

@@ -6,6 +6,7 @@ import torch
 
 from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.errors import printable
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.launch import gpus_sharing_weights, world_size
 from offline_kto.kto_core.models.memory_check import gigabytes
 from offline_kto.kto_core.models.precision import Precision
@@ -72,9 +73,8 @@ def print_plan(
             *warnings,
             f"--reduce-dtype {config.reduce_dtype} has no effect: one process adds no gradients over GPUs",
         ]
-    tell(
-        f"updates     {steps:,} of {config.batch_size} rows, {_loss_in_words(config)}beta {config.beta:g}, {_rate_in_words(config)}"
-    )
+    of = f"{steps:,} of {counted(config.batch_size, 'row')}"
+    tell(f"updates     {of}, {_loss_in_words(config)}beta {config.beta:g}, {_rate_in_words(config)}")
     if objective.traits.ignores_reference:
         tell(f"reference   not used by {config.loss}; rewards and accuracy still measure the change from it")
     if estimates:

@@ -16,6 +16,7 @@ from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import flush, remove_tree, write_json, write_text
 from offline_kto.kto_core.errors import TrainingError, printable
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.foreign_files import read_foreign
 from offline_kto.kto_core.options import as_plain, flag
 from offline_kto.train.report.report import write_report
@@ -211,7 +212,9 @@ class Results:
         for line in self._best_lines(best):
             tell(line)
         if failed:
-            tell(f"failed      {failed:,} trials; {RESULTS} lists the reasons")
+            tell(
+                f"failed      {counted(failed, 'trial')}; {RESULTS} lists the {'reason' if failed == 1 else 'reasons'}"
+            )
         if self._is_of(self.out / BEST, best):
             tell(f"model       {self.out / BEST}")
         else:  # it is on another machine, or was lost
