@@ -82,6 +82,14 @@ def test_a_sweep_over_ranks_gives_each_trial_the_rate_of_its_weights() -> None:
     assert [trials.config({"lora_rank": rank}).peak_rate for rank in (0, 8)] == [1e-6, 2e-5]
 
 
+def test_a_sweep_may_search_a_rate_of_0_on_a_linear_scale() -> None:
+    for rates in ([0, 1e-6], {"low": 0, "high": 1e-6}):
+        trials = Trials.of(SweepConfig(space={"learning_rate": rates}))
+        assert trials.config({"learning_rate": 0.0}).peak_rate == 0
+    with pytest.raises(ConfigError, match="a range on a log scale must begin above 0, got 0"):
+        Trials.of(SweepConfig(space={"learning_rate": {"low": 0, "high": 1e-6, "log": True}}))
+
+
 @pytest.mark.parametrize("rate", ["fast", "-1", -1e-6])
 def test_a_rate_that_is_none_is_refused(rate: Any) -> None:
     with pytest.raises(ConfigError, match="--learning-rate must be"):

@@ -212,7 +212,16 @@ class TestRuns:
         assert found["verdict"]["reason"][1:20] in page[verdict : verdict + 200]
         assert verdict < page.index('<p class="summary">')
 
-    @pytest.mark.parametrize("options", [{}, {"scheduler": "cosine", "warmup": 2, "weight_decay": 0.1}], ids=str)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"scheduler": "cosine", "warmup": 2, "weight_decay": 0.1},
+            {"memory": "lean", "allow_different_policy": True},
+            {"memory": "host", "allow_different_policy": True},
+        ],
+        ids=str,
+    )
     def test_a_rate_of_0_makes_no_difference(
         self, config: TrainConfig, base: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -224,7 +233,7 @@ class TestRuns:
         assert "--learning-rate 0: nothing will be learned; this only checks the pipeline." in out
         assert "next        the learning rate was 0, so nothing was learned" in out
         before, after = load_file(base / "model.safetensors"), load_file(run / "model.safetensors")
-        assert all(torch.equal(before[name], weight) for name, weight in after.items())
+        assert all(torch.equal(before[name].to(weight.dtype), weight) for name, weight in after.items())
 
     def test_a_rate_of_almost_nothing_makes_no_difference(self, config: TrainConfig) -> None:
         found = evaluation(train(replace(config, learning_rate=1e-12)))
