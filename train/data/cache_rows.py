@@ -24,7 +24,7 @@ from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES, ONE_BIT, M
 from offline_kto.kto_core.launch import read_launch
 from offline_kto.kto_core.losses.objective_masses import weighted_masses
 from offline_kto.kto_core.progress import Progress
-from offline_kto.train.data.held_out import check_objectives
+from offline_kto.train.data.objectives import check_objectives
 from offline_kto.train.run_records import SampledLengths, Shortened
 
 # Row groups sampled for the lengths in the report; kto-precompute writes 64 rows into each.

@@ -1,14 +1,11 @@
-"""Define the held-out rows of a run, and check that a cache has enough prompts and the objectives; light to import."""
+"""Define the held-out rows of a run, and check that a cache has enough prompts for them; light to import."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offline_kto.kto_core.cache.manifest import Manifest
-from offline_kto.kto_core.errors import TrainingError, printable
+from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.feedback.quoting import counted
-from offline_kto.kto_core.locations import Location
 
 if TYPE_CHECKING:
     from offline_kto.train.data.cache_rows import CacheRows
@@ -43,17 +40,3 @@ def check_fraction(fraction: float, prompts: int) -> None:
         f"{what} Use {usable} (in a sweep, train: {{eval_fraction: {value:g}}}), score feedback on more prompts, or give "
         "held-out rows with --eval-cache."
     )
-
-
-def check_objectives(names: Iterable[str], manifest: Manifest, cache: Location) -> None:
-    """Check that a cache has objectives of these names. Raises: TrainingError: it has not."""
-    there = manifest.objectives
-    for name in names:
-        if name not in there:
-            found = (
-                f"the cache {cache} has no such objective; it has {printable(', '.join(there))}."
-                if there
-                else f"the cache {cache} has no objectives. They come from feedback such as "
-                '"labels": {"helpful": true, "harmless": false}.'
-            )
-            raise TrainingError(f"--objective {printable(name)}: {found}")

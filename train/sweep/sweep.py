@@ -37,7 +37,8 @@ from offline_kto.kto_core.options import as_plain, with_absolute_paths
 from offline_kto.kto_core.redaction import hidden_url, without_secrets
 from offline_kto.kto_core.streams import is_terminal
 from offline_kto.kto_core.yaml_files import named_file
-from offline_kto.train.data.held_out import check_fraction, check_objectives
+from offline_kto.train.data.held_out import check_fraction
+from offline_kto.train.data.objectives import check_objectives
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.report.words import duration
 from offline_kto.train.run_files import make_folder, yaml_without_secrets
