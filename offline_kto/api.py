@@ -242,9 +242,8 @@ def _config(kind: type[ConfigT], options: dict[str, Any]) -> ConfigT:
             )
     from offline_kto.train.run_files import begun_with
 
-    return resolve(
-        kind, options, yaml_path=None if yaml_path is None else Path(yaml_path), begun_with=begun_with(options)
-    )
+    path = None if yaml_path is None else Path(yaml_path)
+    return resolve(kind, options, yaml_path=path, begun_with=begun_with(options, path))
 
 
 def _of_run(given: dict[str, Any]) -> "TrainConfig":

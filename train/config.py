@@ -40,6 +40,7 @@ USUAL_RATE, USUAL_RATE_OF_LORA = 1e-6, 2e-5
 USUAL_SAMPLES = 8
 
 _UPDATES = 2**31 - 1  # more than any run makes
+_MOST_WEIGHT = 1e9  # of an objective; only ratios of weights matter
 _SEEDS = 2**32 - 1  # numpy's
 
 
@@ -50,7 +51,7 @@ class TrainConfig:
     cache: Location = option(
         Path(""), "Reference cache made by kto-precompute: a folder, or its URL (s3://, gs://, hf://).", metavar="DIR"
     )
-    out: Path | None = option(None, "Run folder.  [default: runs/ and the time]", metavar="DIR", yaml=False)
+    out: Path | None = option(None, "Run folder.  [default: runs/ and the time]", metavar="DIR")
     model: str | None = option(
         None,
         "Policy to start from.  [default: the model the cache was scored with]",
@@ -71,6 +72,7 @@ class TrainConfig:
         "Weights of the objectives that the feedback judges, such as helpful=1,harmless=0.5; others are ignored.  [default: the "
         "masses of the rows, in which all objectives count alike]",
         metavar="NAME=WEIGHT,...",
+        table=True,
     )
     humanline_low: float = option(-1.0, "Least log-ratio of a token under --loss humanline, nats.", finite=False)
     humanline_high: float = option(1.5, "Greatest log-ratio of a token under --loss humanline, nats.", finite=False)
@@ -88,7 +90,10 @@ class TrainConfig:
         "Weight of the negative log-likelihood of desirable completions, mean over their tokens, which is added to any loss.",
     )
     learning_rate: float | str = option(
-        AUTO, f"Peak learning rate; auto is {USUAL_RATE:g} for all weights and {USUAL_RATE_OF_LORA:g} for LoRA.", most=1
+        AUTO,
+        f"Peak learning rate; auto is {USUAL_RATE:g} for all weights and {USUAL_RATE_OF_LORA:g} for LoRA. 0 trains nothing, to check a "
+        "pipeline.",
+        most=1,
     )
     epochs: float = option(1.0, "Passes over the training rows.", most=1_000_000)
     max_steps: int | None = option(None, "Stop after N updates.", metavar="N")
@@ -157,9 +162,9 @@ class TrainConfig:
     metric: str = option(
         "eval/loss", "Held-out value that chooses the best evaluation, whose checkpoint is kept.", choices=METRICS
     )
-    keep: str = option(
-        "best",
-        "Model that a run with held-out rows ends with: that of the best evaluation by --metric, or the last one.",
+    keep: str | None = option(
+        None,
+        "Model that a run with held-out rows ends with: that of the best evaluation by --metric, or the last one.  [default: best]",
         choices=("best", "last"),
     )
     samples: int | None = option(
@@ -226,6 +231,8 @@ class TrainConfig:
             self._at_least(max_tokens=1)
         self._at_least(batch_size=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1, early_stopping=1)
         self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0, eval_seed=0, samples=0)
+        if self.peak_rate < 0:
+            raise ConfigError(f"--learning-rate must be at least 0, got {self.peak_rate:g}.")
         self._at_least(simpo_gamma=0, sft_weight=0)
         if self.desirable_weight == 0 and self.undesirable_weight == 0:
             raise ConfigError("--desirable-weight and --undesirable-weight are both 0, so there is nothing to learn.")
@@ -235,7 +242,6 @@ class TrainConfig:
                 raise ConfigError(f"{flag(name)} must be a number or auto, got {value!r}.")
         for name, value in (
             ("beta", self.beta),
-            ("learning_rate", self.peak_rate),
             ("epochs", self.epochs),
             ("lora_alpha", self.lora_alpha),
         ):
@@ -290,6 +296,11 @@ class TrainConfig:
         if self.samples is None:
             return USUAL_SAMPLES if self.holds_out and not in_sweep else 0
         return self.samples
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether a run with held-out rows ends with the model of its best evaluation."""
+        return self.keep != "last"
 
     def updates(self, rows: int) -> int:
         """Return the number of updates of a run on that many training rows."""
@@ -377,11 +388,14 @@ def _checked_weights(weights: list[tuple[str, object]]) -> dict[str, float]:
     for name, given in weights:
         weight = _weight(given)
         if not name.strip() or weight is None:
-            raise ConfigError(
-                f"--objective: expected names and weights such as helpful=1,harmless=0.5, got {shown(f'{name}={given}')!r}."
-            )
+            expected = "--objective: expected names and weights such as helpful=1,harmless=0.5, got"
+            if not name and isinstance(given, str) and given.strip():
+                raise ConfigError(f"{expected} {shown(given)!r} without a weight. Write {shown(given.strip())}=1.")
+            raise ConfigError(f"{expected} {shown(f'{name}={given}')!r}.")
         if not 0 <= weight < float("inf"):
             raise ConfigError(f"--objective {shown(name)}: a weight must be finite and not negative, got {weight:g}.")
+        if weight > _MOST_WEIGHT:
+            raise ConfigError(f"--objective {shown(name)}: a weight must be at most {_MOST_WEIGHT:g}, got {weight:g}.")
         if name.strip() in found:
             raise ConfigError(f"--objective {shown(name)}: given twice.")
         found[name.strip()] = weight

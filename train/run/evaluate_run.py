@@ -13,7 +13,7 @@ import torch
 from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.durable_files import write_json, written_to
-from offline_kto.kto_core.errors import ConfigError, WriteError
+from offline_kto.kto_core.errors import ConfigError, TrainingError, WriteError
 from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.models.folders import find_reference
 from offline_kto.kto_core.models.precision import resolve_device
@@ -21,14 +21,18 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import scored_in_words, shortened_in_words
 from offline_kto.train.data.training_data import RowsToEvaluate, TrainingData, rows_to_evaluate
 from offline_kto.train.diagnostics.outcome import Tried
+from offline_kto.train.diagnostics.settings import usual_rate
+from offline_kto.train.diagnostics.training import Settings, Watch
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.recipe import run_precision
 from offline_kto.train.run.arguments import training_arguments
+from offline_kto.train.run.callbacks import read_metrics
 from offline_kto.train.run.samples import HeldOutSamples
 from offline_kto.train.run.start_check import check_start
 from offline_kto.train.run.training_run import check_vocabulary, make_trainer
 from offline_kto.train.run_files import (
     EVALUATION,
+    METRICS,
     RUN_RECORD,
     UNTRAINED,
     check_is_run,
@@ -115,8 +119,9 @@ def evaluate_run(config: TrainConfig) -> Path:
         before: Scores | None = trainer.scores.untrained(held_out)
         if before is not None and config.allow_different_policy:
             before = load_untrained(run / UNTRAINED, before) if rows.of_run else None
-        tried = Tried(learning_rate=config.peak_rate, stops_early=stops_early)
-        found = summary(scores, objective, int(final.get("step", 0)), before, tried)
+        found = summary(
+            scores, objective, int(final.get("step", 0)), before, _tried(config, run, record, stops_early=stops_early)
+        )
         lines = summary_lines(found, rows="held out" if rows.of_run else "evaluated")
         for line in [*lines, *verdict_lines(found)]:
             tell(line)
@@ -161,6 +166,25 @@ def _final_step(record: RunRecord) -> int:
     final: Mapping[str, object] = record.get("final") or {}
     found = (final.get("step") if isinstance(final, dict) else None, record.get("total_updates"))
     return next((step for step in found if isinstance(step, int) and step > 0), 1)
+
+
+def _tried(config: TrainConfig, run: Path, record: RunRecord, *, stops_early: bool) -> Tried:
+    """Return what the advice of the run itself depended on, as far as its files tell."""
+    try:
+        records = read_metrics(run / METRICS)
+        watch = Watch(Settings(**record["alarms"]))
+        for one in records:
+            watch.add(one)
+    except (KeyError, TypeError, ValueError, ArithmeticError, TrainingError):  # of another version, or damaged
+        return Tried(learning_rate=config.peak_rate, stops_early=stops_early, advised_rate=usual_rate(config))
+    margins = (one["rewards/margins"] for one in reversed(records) if "rewards/margins" in one)
+    return Tried(
+        learning_rate=config.peak_rate,
+        training_margin=next(margins, None),
+        stops_early=stops_early,
+        advised_rate=watch.advised_rate,
+        got_worse=watch.got_worse,
+    )
 
 
 def _without_training(config: TrainConfig) -> TrainConfig:

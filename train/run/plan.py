@@ -75,9 +75,8 @@ def print_plan(
             *warnings,
             f"--reduce-dtype {config.reduce_dtype} has no effect: one process adds no gradients over GPUs",
         ]
-    tell(
-        f"updates     {steps:,} of {config.batch_size} rows, {_loss_in_words(config)}beta {config.beta:g}, {_rate_in_words(config)}"
-    )
+    of = f"{steps:,} of {counted(config.batch_size, 'row')}"
+    tell(f"updates     {of}, {_loss_in_words(config)}beta {config.beta:g}, {_rate_in_words(config)}")
     if objective.traits.ignores_reference:
         tell(f"reference   not used by {config.loss}; rewards and accuracy still measure the change from it")
     count = config.prompts_to_sample(in_sweep=not estimates)

@@ -109,9 +109,9 @@ def compare_records(now: ComputedWith, started: RunRecord, where: Path) -> list[
         ("held_out_cache", "with other held-out rows", "Pass the --eval-cache it was started with"),
     ):
         if name in before and before[name] != wanted[name]:
+            values = f" ({shown(before[name])}, now {shown(wanted[name])})" if name == "precision" else ""
             raise ConfigError(
-                f"--resume {where}: the run was started {what} ({shown(before[name])}, now {shown(wanted[name])}). "
-                f"{advice.format(shown(before[name]))}, or start a new run."
+                f"--resume {where}: the run was started {what}{values}. {advice.format(shown(before[name]))}, or start a new run."
             )
     versions = started.get("versions")
     known = versions if isinstance(versions, dict) else {}
@@ -129,6 +129,7 @@ def _effective(options: dict[str, object]) -> dict[str, object]:
         options["lora_alpha"] = (alpha or 2 * rank) if rank else None
     if options.get("learning_rate") == AUTO:
         options["learning_rate"] = USUAL_RATE_OF_LORA if rank else USUAL_RATE
+    options["keep"] = options.get("keep") or "best"
     if options.get("eval_seed") is None:
         options["eval_seed"] = options.get("seed")
     return options

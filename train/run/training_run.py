@@ -111,7 +111,9 @@ class Plan:
             merges = bool(config.lora_rank and files.adapter)
             warnings += _saving_warnings(config, merges=merges, held_out=data.held_out is not None)
             warnings += _idle_gpu_warnings(args)
-            warnings += warnings_for(config, *data.class_masses, objective.weights)
+            warnings += warnings_for(
+                config, *data.class_masses, objective.weights, by_mass=data.rows.masses is not None
+            )
             estimates = name is None  # only trials of a sweep have names
             print_plan(config, data, files, precision, objective, out, device, warnings, estimates=estimates)
             if config.resume:
@@ -266,9 +268,16 @@ class TrainingRun:
         made = trainer.state.global_step
         if self.data.held_out is None:
             return
-        if config.keep == "best":
+        if config.keeps_best:
             trainer.load_best()
         if not self.is_main:
+            return
+        if not config.keeps_best:
+            best = trainer.state.best_global_step
+            if best is not None and best != made:
+                tell(
+                    f"kept        update {made:,}, the last one (--keep last); update {best:,} had the best {config.metric}"
+                )
             return
         kept = trainer.final_step or made
         before, best = trainer.untrained_metric(config.metric), trainer.state.best_metric
@@ -361,10 +370,13 @@ class TrainingRun:
     def _tried(self) -> Tried:
         history = self.trainer.state.log_history
         margins = (log["rewards/margins"] for log in reversed(history) if "rewards/margins" in log)
+        watch = None if self.console is None else self.console.watch
         return Tried(
             learning_rate=self.config.peak_rate,
             training_margin=next(margins, None),
             stops_early=self.config.early_stopping is not None,
+            advised_rate=self.settings.advised_rate if watch is None else watch.advised_rate,
+            got_worse=watch is not None and watch.got_worse,
         )
 
     def finish_samples(self) -> list[str]:
@@ -539,7 +551,11 @@ def _saving_warnings(config: TrainConfig, *, merges: bool, held_out: bool) -> li
     lines = []
     if config.training.get("save_only_model") and config.save_steps:
         lines.append("training: save_only_model: checkpoints contain no optimizer state, and --resume cannot use them.")
-    if held_out and config.keep == "best" and not (config.save_steps or config.early_stopping) and sharding_asked_for():
+    if config.keep == "best" and not held_out:
+        lines.append(
+            "--keep best has no effect: no rows are held out, so the run ends with its last model. Hold some out with --eval-fraction 0.1."
+        )
+    if held_out and config.keeps_best and not (config.save_steps or config.early_stopping) and sharding_asked_for():
         lines.append(
             "--keep best needs checkpoints where weights are sharded, and --save-steps 0 writes none: the last model is kept."
         )
@@ -624,7 +640,7 @@ def make_trainer(
             rounding=tolerance_for(data.rows.manifest, precision),
             held_out=data.held_out,
             may_checkpoint=config.gradient_checkpointing is None,
-            keeps_best=config.keep == "best",
+            keeps_best=config.keeps_best,
             optimizer_cls_and_kwargs=own_optimizer(config, args),
             writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
             sending=Sending(reduce_dtype, bucket_mb * 2**20 if bucket_mb else BUCKET_BYTES),

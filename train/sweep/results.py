@@ -17,6 +17,7 @@ from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import flush, remove_tree, write_json, write_text
 from offline_kto.kto_core.errors import ConfigError, TrainingError, printable
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.foreign_files import read_foreign
 from offline_kto.kto_core.options import as_plain, flag
 from offline_kto.kto_core.yaml_files import read_yaml
@@ -222,7 +223,9 @@ class Results:
         for line in self._best_lines(best):
             tell(line)
         if failed:
-            tell(f"failed      {failed:,} trials; {RESULTS} lists the reasons")
+            tell(
+                f"failed      {counted(failed, 'trial')}; {RESULTS} lists the {'reason' if failed == 1 else 'reasons'}"
+            )
         if self._is_of(self.out / BEST, best):
             tell(f"model       {self.out / BEST}")
         elif self._is_trained_again():

@@ -96,8 +96,8 @@ class Worker:
 
     def check(self, trials: Trials) -> tuple[str, TrainedWith | str]:
         """Return whether cache, policy and options can be used; called before the first trial."""
-        config = trials.config({"loss": trials.base.get("loss", TrainConfig.loss)})
         try:
+            config = trials.planned()
             data = self.materials.data(config)
             self.materials.files(config, data.rows.manifest)
             precision = run_precision(config, resolve_device(config.device))
@@ -108,7 +108,8 @@ class Worker:
             return "refused", _other_rows(config)
         lines = [*data.warnings(config, precision), *self._losses_refused(trials)]
         if not {"desirable_weight", "undesirable_weight"} & set(trials.space) or not all(data.class_masses):
-            lines += class_warnings(*data.class_masses, class_weight_values(config, *data.class_masses))
+            weights = class_weight_values(config, *data.class_masses)
+            lines += class_warnings(*data.class_masses, weights, by_mass=data.rows.masses is not None)
         return "ready", {
             "versions": versions(),
             "reference": data.rows.manifest.reference,
