@@ -209,7 +209,7 @@ class TestRuns:
         page = (run / "report.html").read_text()
         verdict = page.index("<b>Better than before training.</b>")
         assert found["verdict"]["reason"][1:20] in page[verdict : verdict + 200]
-        assert verdict < page.index('<p class="summary">')
+        assert verdict < page.index('<dl class="tiles">')
 
     def test_a_rate_of_almost_nothing_makes_no_difference(self, config: TrainConfig) -> None:
         found = evaluation(train(replace(config, learning_rate=1e-12)))

@@ -91,7 +91,7 @@ function drawChart(div, figure) {
   }
   const top = parallel ? 22 : figure.y.title ? 20 : 8, bottom = parallel ? 8 : figure.x.title ? 36 : 22;
   const inner = height - (div.querySelector(".legend")?.offsetHeight || 0);
-  const yTicks = parallel ? [] : ticks(figure.y, Math.max(2, Math.floor((inner - top - bottom) / 40)));
+  const yTicks = parallel ? [] : ticks(figure.y, Math.max(2, Math.floor((inner - top - bottom) / 34)));
   const longest = Math.max(0, ...yTicks.map(([, text]) => text.length));
   const left = parallel ? 14 : Math.min(longest * CHARACTER + 10, width / 3);
   const ends = parallel ? figure.marks.filter((mark) => mark.kind === "axis").at(-1).ticks.map(([, text]) => text.length) : [];
@@ -110,7 +110,7 @@ function drawChart(div, figure) {
       element(root, "text", { x: left - 7, y: Y(value) + 4, "text-anchor": "end" }, {}, text);
     }
     element(root, "line", { x1: left, x2: width - right, y1: inner - bottom, y2: inner - bottom }, { stroke: "var(--rule)" });
-    drawUnderneath(root, ticks(figure.x, Math.max(2, Math.floor((width - left) / 80))), X, inner - bottom + 15, width);
+    drawUnderneath(root, ticks(figure.x, Math.max(2, Math.floor((width - left) / 58))), X, inner - bottom + 15, width);
     if (figure.x.title) element(root, "text", { x: width - right, y: inner - 4, "text-anchor": "end" }, {}, figure.x.title);
     if (figure.y.title) element(root, "text", { x: 0, y: 12 }, {}, figure.y.title);
   }

@@ -9,6 +9,8 @@ from offline_kto.train.report.figures import Plot
 from offline_kto.train.report.folders import Run, Sweep, mapping, number
 from offline_kto.train.run_records import RunRecord, SweepRecord
 
+_METRICS = ("rewards/margins", "accuracy", "loss")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -81,36 +83,33 @@ def _held_out_rows(one: Compared) -> str:
 
 def _group(compared: Sequence[Compared]) -> Group:
     runs = [one.run for one in compared]
-    metrics = [m for m in words.WORDS if any(words.final(run, m)[0] is not None for run in runs)]
+    metrics = [m for m in _METRICS if any(words.final(run, m)[0] is not None for run in runs)]
     options = words.different_options(runs)
-    header = ["run", "verdict"]
-    for metric in metrics:
-        held = any(run.before(metric) is not None for run in runs)
-        header += [words.plain_name(metric)] + ["before"] * held
-    header += ["measured on", "updates", "time", "peak memory, MB", "rows dropped", "status", *map(flag, options)]
+    header = ["run", "verdict", *map(words.plain_name, metrics), *map(flag, options)]
+    header += ["measured on", "updates", "time", "peak memory, MB", "rows dropped", "status"]
     data = mapping(compared[0].record.get("data"))
     counts = [number(data.get(f"held_out_{kind}")) for kind in ("desirable", "undesirable")]
-    known = [count for count in counts if count is not None]
-    rows = f"{sum(known):,.0f} held-out rows of cache {str(compared[0].record.get('fingerprint'))[:12]}"
-    table = [(one.name, one.color, _cells(one, runs, metrics, options)) for one in compared]
+    known = sum(count for count in counts if count is not None)
+    rows = f"{known:,.0f} held-out rows of cache {str(compared[0].record.get('fingerprint'))[:12]}"
+    table = [(one.name, one.color, _cells(one, metrics, options)) for one in compared]
     curves = plots.compared_curves([(one.run, one.name, one.color) for one in compared])
-    return Group(rows if sum(known) else "no held-out rows", header, table, curves)
+    return Group(rows if known else "no held-out rows", header, table, curves)
 
 
-def _cells(one: Compared, runs: Sequence[Run], metrics: Sequence[str], options: Sequence[str]) -> list[Cell]:
+def _cells(one: Compared, metrics: Sequence[str], options: Sequence[str]) -> list[Cell]:
     run, data = one.run, mapping(one.record.get("data"))
     verdict = str(mapping(run.evaluation.get("verdict")).get("outcome") or words.NOTHING)
-    cells = [Cell(verdict, verdict)]
-    where = "training"
+    cells, where = [Cell(verdict, verdict)], "training"
     for metric in metrics:
         value, bounds, measured = words.final(run, metric)
-        where = measured if value is not None and measured == "held out" else where
-        cells.append(Cell(f"{words.metric_value(metric, value)} {bounds}".strip(), value))
-        if any(other.before(metric) is not None for other in runs):
-            before = run.before(metric)
-            cells.append(Cell(words.metric_value(metric, before), before))
+        before = run.before(metric) if measured == "held out" else None
+        where = measured if value is not None else where
+        then = f"{words.metric_value(metric, before)} → " if before is not None else ""
+        cells.append(Cell(f"{then}{words.metric_value(metric, value)} {bounds}".strip(), value))
+    cells += [Cell(words.shown(value), words.sortable(value)) for value in map(run.config.get, options)]
     seconds, memory, dropped = run.last("train_runtime"), run.last("peak_memory_mb"), number(data.get("dropped"))
-    cells += [
+    return [
+        *cells,
         Cell(where, where),
         Cell(f"{run.updates:,}", run.updates),
         Cell(words.duration(seconds), seconds),
@@ -118,4 +117,3 @@ def _cells(one: Compared, runs: Sequence[Run], metrics: Sequence[str], options: 
         Cell(words.shown(dropped), dropped),
         Cell(words.status(run), words.status(run)),
     ]
-    return cells + [Cell(words.shown(value), words.sortable(value)) for value in map(run.config.get, options)]

@@ -24,6 +24,15 @@ _POINTS = 1000  # points of one curve
 _BINS = 60
 _ENOUGH_TO_SMOOTH = 40
 _MARGIN = 0.06  # of the range, above and below the values
+# The smallest change that counts as one, as in verdicts. An axis spans five of them, so that smaller changes look small.
+LEAST_CHANGE = {
+    "loss": 0.0025,
+    "accuracy": 0.02,
+    "rewards/margins": 0.01,
+    "rewards/chosen": 0.01,
+    "rewards/rejected": 0.01,
+}
+LEAST_SPAN = {metric: 5 * change for metric, change in LEAST_CHANGE.items()}
 
 
 @dataclass(frozen=True)

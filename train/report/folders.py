@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
@@ -107,19 +107,21 @@ class Run:
 
     def held_out(self, metric: str) -> HeldOutCurve | None:
         """Return the held-out values of a metric; None if there are none."""
-        before, points = self.before(metric), {}
-        change = f"eval/change/{metric.removeprefix('rewards/').removesuffix('s') if 'margin' in metric else metric}"
+        before = self.before(metric)
+        change = "eval/change/margin" if metric == "rewards/margins" else f"eval/change/{metric}"
+        points: dict[int, tuple[float, float, float]] = {}
         for record in self.records:
             value = number(record.get(f"eval/{metric}"))
             if value is not None:
-                ends = [number(record.get(f"{change}_{end}")) for end in ("low", "high")]
-                points[_step(record)] = (value, *_moved(ends, before))
-        step, final = number(self.evaluation.get("step")), mapping(mapping(self.evaluation.get("metrics")).get(metric))
-        value, paired = number(final.get("value")), mapping(mapping(self.evaluation.get("change")).get(metric))
-        if step is not None and value is not None and 0 <= step < 2**53:
-            ends = _moved([number(paired.get(end)) for end in ("low", "high")], before)
-            own = [math.nan if (end := number(final.get(name))) is None else end for name in ("low", "high")]
-            points[int(step)] = (value, *(ends if math.isfinite(ends[0]) else own))
+                ends = _moved(record.get(f"{change}_low"), record.get(f"{change}_high"), before)
+                points[_step(record)] = (value, *ends)
+        final, step = mapping(mapping(self.evaluation.get("metrics")).get(metric)), self.evaluation.get("step")
+        value = number(final.get("value"))
+        if value is not None and type(step) is int and 0 <= step < 2**53:
+            paired = mapping(mapping(self.evaluation.get("change")).get(metric))
+            ends = _moved(paired.get("low"), paired.get("high"), before)
+            own = _moved(final.get("low"), final.get("high"), 0.0)
+            points[step] = (value, *(ends if math.isfinite(ends[0]) else own))
         if before is not None:
             points[0] = (before, before, before)
         if not points:
@@ -339,10 +341,12 @@ def _step(record: dict[str, object]) -> int:
     return step
 
 
-def _moved(ends: Sequence[float | None], level: float | None) -> tuple[float, float]:
-    """Return the ends of a change as ends of a value, nan where they are not known."""
-    low, high = (math.nan if end is None or level is None else level + end for end in ends)
-    return low, high
+def _moved(low: object, high: object, level: float | None) -> tuple[float, float]:
+    """Return the ends of a change, moved to the level that it starts from; nan unless all are known."""
+    ends = number(low), number(high)
+    if level is None or ends[0] is None or ends[1] is None:
+        return math.nan, math.nan
+    return level + ends[0], level + ends[1]
 
 
 def _count_odd(content: object) -> int:

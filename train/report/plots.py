@@ -7,6 +7,7 @@ import numpy as np
 
 from offline_kto.train.report.figures import (
     CLASSES,
+    LEAST_SPAN,
     Floats,
     Line,
     Plot,
@@ -32,8 +33,6 @@ _LONGEST = 10**9  # tokens of a row; larger neighbouring numbers could not be di
 _AS_LOGGED = ("learning_rate", "peak_memory_mb", "peak_reserved_mb")  # no noise to smooth
 # Another origin would exaggerate changes.
 _FROM_ZERO = ("learning_rate", "tokens_per_second", "peak_memory_mb", "peak_reserved_mb")
-# The smallest span of an axis where no interval says how noisy a metric is.
-_LEAST_SPAN = {"loss": 0.02, "rewards/margins": 0.05, "accuracy": 0.1, "rewards/chosen": 0.05, "rewards/rejected": 0.05}
 
 # Title, metrics, caption.
 _OUTCOME = (
@@ -94,9 +93,9 @@ def outcome_curves(run: Run) -> list[Plot]:
 
 
 def _least_span(metric: str, held: HeldOutCurve | None) -> float:
-    """Return the smallest span of an axis: twice the widest interval, so that a change within it looks small."""
+    """Return the smallest span of an axis: at least twice the widest interval, so that a change within it looks small."""
     widths = [] if held is None else (held.high - held.low)[np.isfinite(held.high - held.low)].tolist()
-    return 2 * max(widths, default=0.0) or _LEAST_SPAN.get(metric, 0.0)
+    return max(2 * max(widths, default=0.0), LEAST_SPAN.get(metric, 0.0))
 
 
 def _training_line(run: Run, metric: str) -> list[Line]:
@@ -117,7 +116,7 @@ def diagnostic_curves(run: Run) -> list[Plot]:
             lines += _diagnostic_lines(run, metric, several=len(metrics) > 1)
         if lines:
             label = f"{title} over {run.updates:,} updates: {', '.join(line.name for line in lines)}."
-            figure = curves(lines, from_zero=metrics[0] in _FROM_ZERO, least=_LEAST_SPAN.get(metrics[0], 0.0))
+            figure = curves(lines, from_zero=metrics[0] in _FROM_ZERO, least=LEAST_SPAN.get(metrics[0], 0.0))
             plots.append(Plot(title, label, figure, note))
     return plots
 
@@ -158,7 +157,7 @@ def reward_histograms(run: Run) -> list[tuple[str, Plot]]:
     """Draw the distribution of rewards in each class, by split."""
     beta = number(run.config.get("beta"))
     found = []
-    for split in SPLITS:
+    for split in reversed(SPLITS):
         groups, told = {}, []
         for label, name in CLASSES:
             values = run.logratios.get((split, label))
@@ -178,7 +177,7 @@ def reward_histograms(run: Run) -> list[tuple[str, Plot]]:
             found.append(
                 (
                     _SPLIT_WORDS[split],
-                    Plot("Rewards by class", f"Histogram of rewards. {note}", figure, note, height=260),
+                    Plot(_SPLIT_WORDS[split], f"Histogram of rewards by class. {note}", figure, note, height=260),
                 )
             )
     return found
@@ -231,9 +230,7 @@ def compared_curves(runs: Sequence[tuple[Run, str, int]]) -> list[Plot]:
             where = "Training"
             for run, name, index in runs:
                 color, dash = f"var(--run-{index % _RUN_COLORS})", _DASHES[index % len(_DASHES)]
-                lines += [
-                    Line(name, line.steps, line.values, color, dash=dash) for line in _training_line(run, metric)
-                ]
+                lines += [Line(name, line.steps, line.values, color, dash=dash) for line in _training_line(run, metric)]
         if lines:
             what = f"{where} {title.lower()}"
             said = "; ".join(f"{name} {value}" for run, name, _ in runs if (value := before_and_after(run, metric)))
@@ -272,7 +269,7 @@ def trial_curves(sweep: Sweep) -> list[tuple[str, Plot]]:
             if len(chosen) == _TRIALS:
                 note += f" The best {_TRIALS} trials."
             before = sweep.untrained if metric == sweep.metric else None
-            least = _LEAST_SPAN.get(metric.removeprefix("eval/"), 0.0)
+            least = LEAST_SPAN.get(metric.removeprefix("eval/"), 0.0)
             figure = curves(lines, percent="accuracy" in metric, hover="near", before=before, least=least)
             found.append((title, Plot(title, f"{title} of {len(lines)} trials.", figure, note, height=320)))
     return found

@@ -181,7 +181,7 @@ const panel = {
     }));
     const curve = (name, color, dash) => ({ kind: "line", name, x, y: x.map((r) => outcome(r, at)[name]), color, width: 2, dash });
     const dot = (name, color) => ({ kind: "dots", x: [at.r], y: [here[name]], colors: [color] });
-    const rules = [{ kind: "rule", x: at.z0, text: "z0", dash: "none" }, { kind: "rule", x: at.r, text: "r", dash: "2 3" }];
+    const rules = [{ kind: "rule", x: at.z0, text: "z0", dash: "none" }, { kind: "rule", x: at.r, dash: "2 3" }];
     const axis = { title: "log-ratio r, nats", range: [low, high], format: "number" };
     const steepest = (at.weight * at.beta) / 4 || 1e-9, gradient = at.sign > 0 ? [-1.1 * steepest, 0] : [0, 1.1 * steepest];
     const mine = `var(--${at.side})`, [outcomes, slope] = this.divs;

@@ -195,7 +195,6 @@ def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, object]:
 
     header, rows = _trial_table(sweep)
     ranked, note = sweep_figures.importance(sweep)
-    folder, command = words.best_model(sweep)
     return {
         "name": name,
         "path": printable(str(sweep.path)),
@@ -208,8 +207,7 @@ def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, object]:
         "warnings": _plan_warnings(sweep.sweep_record),
         "notes": sweep.notes,
         "best": sweep.best,
-        "best_folder": folder,
-        "best_command": command,
+        "model": words.best_model(sweep),
         "parallel": sweep_figures.parallel_coordinates(sweep),
         "importance": ranked,
         "importance_note": note,
@@ -257,7 +255,9 @@ def _held_out(run: "Run") -> dict[str, object] | None:
         change = mapping(mapping(evaluation.get("change")).get(name))
         changed = words.metric_value(name, number(change.get("value")))
         ends = words.interval(name, number(change.get("low")), number(change.get("high")))
-        rows.append((words.plain_name(name), before, f"{words.metric_value(name, value)} {bounds}", f"{changed} {ends}"))
+        rows.append(
+            (words.plain_name(name), before, f"{words.metric_value(name, value)} {bounds}", f"{changed} {ends}")
+        )
     counts = [
         f"{words.shown(count)} {what}"
         for what in ("rows", "prompts")
@@ -291,7 +291,7 @@ def _data(record: "RunRecord | SweepRecord") -> dict[str, object] | None:
         ("max_length", "tokens at most in a row"),
     ):
         value = number(data.get(key))
-        if value is not None:
+        if value:
             lines.append((words.shown(value), text))
     files = [str(name) for name in listed(data.get("files"))]
     return {"counts": counts, "lines": lines, "files": files, "plots": plots.length_histograms(data)}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from offline_kto.train.report.figures import Figure, Plot, fitted_range
+from offline_kto.train.report.figures import LEAST_CHANGE, LEAST_SPAN, Figure, Plot, fitted_range
 from offline_kto.train.report.folders import Sweep, Trial, listed, mapping, number
 from offline_kto.train.report.words import judged, plain_name, shown
 
@@ -86,7 +86,10 @@ class _Axis:
         if values is None:
             scaled = np.linspace(self.low, self.high, 5)
             values = [float(10**value if self.log else value) for value in scaled]
-        return [(self.place(value) or 0.0, shown(value, 3)) for value in values]
+        words = [shown(value, 3) for value in values]
+        if len(set(words)) < len(words):  # values that are nearly equal
+            words = [shown(value, 8) for value in values]
+        return [(self.place(value) or 0.0, word) for value, word in zip(values, words, strict=True)]
 
 
 def _is_log(sweep: Sweep, name: str) -> bool:
@@ -153,10 +156,22 @@ def importance(sweep: Sweep) -> tuple[list[tuple[str, float]], str]:
     distinct = others - len(tied)
     if not ranked:
         return [], ""
+    values = [trial.value for trial in sweep.complete if trial.value is not None]
+    if max(values, default=0.0) - min(values, default=0.0) < LEAST_CHANGE.get(sweep.metric.removeprefix("eval/"), 0.0):
+        return [], "The trials differ by less than a change that would count as one, so no parameter is ranked."
     if tied and distinct < max(2, _MORE_THAN_CHANCE * others):
-        said = f"The best trial can be told from {distinct} of the {others} others" if distinct else "No trial can be told from the best one"
-        return [], f"{said} on these held-out rows: what separates the trials is mostly chance, so no parameter is ranked."
-    return ranked[:_AXES], f"The share of the variation in {sweep.metric} that each parameter explains, as the search estimates it."
+        said = (
+            f"The best trial can be told from {distinct} of the {others} others"
+            if distinct
+            else "No trial can be told from the best one"
+        )
+        return (
+            [],
+            f"{said} on these held-out rows: what separates the trials is mostly chance, so no parameter is ranked.",
+        )
+    return ranked[
+        :_AXES
+    ], f"The share of the variation in {sweep.metric} that each parameter explains, as the search estimates it."
 
 
 def slices(sweep: Sweep) -> list[Plot]:
@@ -193,6 +208,8 @@ def slices(sweep: Sweep) -> list[Plot]:
             if axis.numbers is not None:
                 figure.x["ticks"] = [(value, shown(value, 3)) for value in axis.numbers]
         level = np.array([math.nan if sweep.untrained is None else sweep.untrained])
-        figure.y = {"range": fitted_range([y, *ends.values(), level]), "format": "number", "title": plain_name(sweep.metric)}
+        least = LEAST_SPAN.get(sweep.metric.removeprefix("eval/"), 0.0)
+        bounds = fitted_range([y, *ends.values(), level], least=least, share=sweep.metric.endswith("accuracy"))
+        figure.y = {"range": bounds, "format": "number", "title": plain_name(sweep.metric)}
         plots.append(Plot(name, f"{sweep.metric} against {name}, {len(values)} trials.", figure, height=200))
     return plots

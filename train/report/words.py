@@ -174,7 +174,9 @@ def verdict(run: Run) -> VerdictWords | None:
     outcome, reason, advice = (printable(str(found.get(name) or "")) for name in ("outcome", "reason", "next"))
     if outcome in ("better", "no difference", "worse"):
         than = "from" if outcome == "no difference" else "than"
-        counts = [f"{shown(count)} {what}" for what in ("rows", "prompts") if (count := number(run.evaluation.get(what)))]
+        counts = [
+            f"{shown(count)} {what}" for what in ("rows", "prompts") if (count := number(run.evaluation.get(what)))
+        ]
         rows = f" on {' of '.join(counts)}" if counts else ""
         text = f"{_sentence(reason)} (Paired 95 % interval{rows}.)"
         return VerdictWords(outcome.replace(" ", "-"), f"{outcome.capitalize()} {than} before training.", text, advice)
@@ -251,7 +253,8 @@ def tiles(run: Run) -> list[Tile]:
         if value is not None:
             before = run.before(metric) if where == "held out" else None
             then = f"before {metric_value(metric, before)}" if before is not None else ""
-            found.append(Tile(WORDS[metric], metric_value(metric, value), ", ".join(filter(None, [bounds, then, where]))))
+            name = f"{where.replace(' ', '-')} {WORDS[metric]}"
+            found.append(Tile(name, metric_value(metric, value), ", ".join(filter(None, [bounds, then]))))
     seconds, kept = run.last("train_runtime"), best_update(run)
     below = [f"in {duration(seconds)}"] if seconds is not None else []
     below += [f"kept: {kept:,}"] if kept is not None else []
@@ -334,11 +337,25 @@ def commands(path: Path, record: RunRecord | SweepRecord) -> list[str]:
     return [*([given] if isinstance(given, str) and given else []), f"kto-report {shlex.quote(printable(str(path)))}"]
 
 
-def best_model(sweep: Sweep) -> tuple[str, str]:
-    """Return the folder of a sweep's best model, or else the command that trains it again; the other one is empty."""
-    best = sweep.best
-    if best is None:
-        return "", ""
+@dataclass(frozen=True)
+class BestModel:
+    """Where a sweep's best model is, or the command that trains it; the other one is empty.
+
+    options: the file with its options.
+    """
+
+    options: str
+    folder: str = ""
+    command: str = ""
+
+
+def best_model(sweep: Sweep) -> BestModel | None:
+    """Return where a sweep's best model is; before the sweep has ended, only where its options are."""
+    if sweep.best is None:
+        return None
+    options = sweep.path / "best.yaml"
+    if not options.is_file():
+        return BestModel(f"trials/{sweep.best.number:04d}/config.yaml")
     if sweep.best_is_kept:
-        return printable(str(sweep.path / "best")), ""
-    return "", f"kto-train --config {shlex.quote(printable(str(sweep.path / 'best.yaml')))} --out runs/best"
+        return BestModel("best.yaml", folder=printable(str(sweep.path / "best")))
+    return BestModel("best.yaml", command=f"kto-train --config {shlex.quote(printable(str(options)))} --out runs/best")
