@@ -10,8 +10,13 @@
 //   dots  x, y, low, high, colors, texts, trials
 //   rule  x or y, text, dash
 //   axis  x, label, ticks [[y, text], ...]: an upright axis of parallel coordinates
-const CHARACTER = 6.6;  // pixels of a character of 12 pixels, on the safe side
+const ruler = document.createElement("canvas").getContext("2d");
+ruler.font = `12px ${getComputedStyle(document.body).fontFamily}`;
 let clips = 0;
+
+function textWidth(text) {
+  return ruler.measureText(text).width;
+}
 
 function element(parent, tag, attributes = {}, style = {}, text = null) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -92,10 +97,10 @@ function drawChart(div, figure) {
   const top = parallel ? 22 : figure.y.title ? 20 : 8, bottom = parallel ? 8 : figure.x.title ? 36 : 22;
   const inner = height - (div.querySelector(".legend")?.offsetHeight || 0);
   const yTicks = parallel ? [] : ticks(figure.y, Math.max(2, Math.floor((inner - top - bottom) / 34)));
-  const longest = Math.max(0, ...yTicks.map(([, text]) => text.length));
-  const left = parallel ? 14 : Math.min(longest * CHARACTER + 10, width / 3);
-  const ends = parallel ? figure.marks.filter((mark) => mark.kind === "axis").at(-1).ticks.map(([, text]) => text.length) : [];
-  const right = parallel ? Math.max(...ends, 8) * CHARACTER + 14 : 12;
+  const widest = (texts) => Math.max(0, ...texts.map(textWidth));
+  const left = parallel ? 14 : Math.min(widest(yTicks.map(([, text]) => text)) + 10, width / 2);
+  const last = parallel && figure.marks.filter((mark) => mark.kind === "axis").at(-1);
+  const right = last ? Math.max(widest(last.ticks.map(([, text]) => text)) + 10, textWidth(last.label) * 0.6 + 4) : 12;
   const root = element(div, "svg", { viewBox: `0 0 ${width} ${inner}`, "aria-hidden": "true" });
   const scale = (axis, from, to) => {
     const by = axis.log ? Math.log10 : Number, [low, high] = axis.range.map(by);
@@ -126,9 +131,9 @@ function drawUnderneath(root, labels, X, y, width) {
   let end = -Infinity;
   labels.forEach(([value, text], i) => {
     const at = X(value), space = Math.min(...[i - 1, i + 1].filter((j) => labels[j]).map((j) => Math.abs(X(labels[j][0]) - at)), width);
-    const most = Math.max(3, Math.floor(space / CHARACTER) - 1);
-    const shown = /^[\d\u2212]/.test(text) || text.length <= most ? text : `${text.slice(0, most - 1)}…`;
-    const half = (shown.length * CHARACTER) / 2, middle = Math.min(Math.max(at, half), width - half);
+    let shown = text;
+    if (!/^[\d\u2212]/.test(text)) while (shown.length > 4 && textWidth(shown) > space - 6) shown = `${shown.slice(0, -2)}…`;
+    const half = textWidth(shown) / 2, middle = Math.min(Math.max(at, half), width - half);
     if (middle - half < end + 4) return;
     end = middle + half;
     element(element(root, "text", { x: middle, y, "text-anchor": "middle" }, {}, shown), "title", {}, {}, text);
@@ -198,7 +203,11 @@ function hovering(div, root, figure, points, { top, bottom }) {
   const found = (event) => {
     const box = root.getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;
     const distance = figure.hover === "x" ? (p) => Math.abs(p.x - x) : (p) => Math.hypot(p.x - x, p.y - y);
-    const near = points.reduce((best, point) => (distance(point) < distance(best) ? point : best));
+    const nearest = (some) => some.reduce((best, point) => (distance(point) < distance(best) ? point : best));
+    let near = nearest(points);
+    // Between dense records, the few points that are drawn are what is looked for.
+    const drawn = figure.hover === "x" ? points.filter((point) => point.mark.dots && distance(point) < 6) : [];
+    if (drawn.length) near = nearest(drawn);
     return distance(near) < (figure.hover === "x" ? 40 : 24) ? near : null;
   };
   const show = (event) => {
