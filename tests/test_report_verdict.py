@@ -254,7 +254,7 @@ def test_suspects_are_listed_by_kind_with_their_places(run):
             "place": "a.jsonl:3",
             "label": "desirable",
             "reward": "0.5",
-            "completion": "c",
+            "completion": "'=c",
             "others": "a.jsonl:4; a.jsonl:5",
         },
         {"kind": "of another version", "place": "zzz"},
@@ -274,6 +274,7 @@ def test_suspects_are_listed_by_kind_with_their_places(run):
     assert found["b.jsonl:9"] == ["undesirable", "–"]
     assert "P" * 2000 + " … (3,000 more characters)" in text
     assert "Also at a.jsonl:4; a.jsonl:5" in text
+    assert "completion =c Also" in text
     assert max(len(found) for found in re.findall(r'<summary dir="auto">(.*?)</summary>', page)) <= 110
 
 
@@ -287,6 +288,8 @@ def test_groups_have_a_table_each(run):
             "margin": None,
             "loss": 0.25,
             "accuracy_before": 0.5,
+            "accuracy_low": 0.8,
+            "accuracy_high": 1.0,
         },
         {"by": "class", "group": "undesirable", "rows": 3, "accuracy": 0.25, "margin": 0.1, "loss": 0.5},
         {"by": "source file", "group": HOSTILE, "rows": 9},
@@ -294,7 +297,7 @@ def test_groups_have_a_table_each(run):
     ]
     change(run, "evaluation.json", groups=groups)
     rows = rows_of(write_report([run]).read_text(), "Groups")
-    assert rows[1] == ["desirable", "60", "50 % → 90 %", "–", "0.25"]
+    assert rows[1] == ["desirable", "60", "50 % → 90 % [80, 100]", "–", "0.25"]
     assert rows[2] == ["undesirable", "3", "25 %", "0.1", "0.5"]
     assert HOSTILE in read(run / "report.html")[1]
 

@@ -227,11 +227,12 @@ def _groups(run: "Run") -> list[tuple[str, list[dict[str, str]]]]:
 
     tables: dict[str, list[dict[str, str]]] = {}
     for entry in map(mapping, listed(run.evaluation.get("groups"))):
-        values = {
-            f"{name}{end}": words.metric_value(metric, number(entry.get(f"{name}{end}")))
-            for name, metric in (("accuracy", "accuracy"), ("margin", "rewards/margins"), ("loss", "loss"))
-            for end in ("", "_before")
-        }
+        values = {}
+        for name, metric in (("accuracy", "accuracy"), ("margin", "rewards/margins"), ("loss", "loss")):
+            low, high = number(entry.get(f"{name}_low")), number(entry.get(f"{name}_high"))
+            value = words.metric_value(metric, number(entry.get(name)), 3)
+            values[name] = f"{value} {words.interval(metric, low, high)}".strip()
+            values[f"{name}_before"] = words.metric_value(metric, number(entry.get(f"{name}_before")), 3)
         row = {"group": words.shown(entry.get("group")), "rows": words.shown(number(entry.get("rows"))), **values}
         tables.setdefault(words.shown(entry.get("by")), []).append(row)
     return list(tables.items())

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,17 @@ MOST_SAMPLES, MOST_SUSPECTS = 100, 25  # prompts; rows of each kind
 _LONGEST, _LONGEST_OF_SUSPECT = 20_000, 2_000  # characters of one text
 _SNIPPET = 110
 _KINDS = ("contradicts label", "contradiction", "duplicate", "changed most")
+_PROTECTED = re.compile(r"'+[=+\-@\t\r]")  # an apostrophe keeps a spreadsheet from running a cell
 _KEPT = "\n\t\u200c\u200d"  # line breaks, and the joiners that scripts and emoji need
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A completion at one step; `ended` is false if it was cut at its budget of tokens, and None if that is not known."""
+    """A completion at one step; `ended` is false if it was cut at its budget of tokens."""
 
     step: int
     text: str
-    ended: bool | None
+    ended: bool
     tokens: int | None
 
 
@@ -76,31 +78,35 @@ def read_samples(folder: Path, notes: list[str]) -> list[Sample]:
     """Read samples.jsonl, in the file's order; add a note about what cannot be read."""
     prompts: dict[str, str] = {}
     replies: dict[str, dict[int, Reply]] = {}
-    damaged = 0
-    for line in _content(folder / SAMPLES, notes).split("\n"):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            key, step = str(record["prompt_id"]), number(record["step"])
-            tokens, ended = number(record.get("tokens")), record.get("ended")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            damaged += 1
-            continue
-        if step is None or not 0 <= step < 2**53:
-            damaged += 1
-            continue
-        prompts.setdefault(key, readable(record.get("prompt")))
+    for record in _sample_records(folder, notes):
+        key, step, tokens = str(record.get("prompt_id")), record["step"], number(record.get("tokens"))
         reply = Reply(
-            step=int(step),
+            step=int(str(step)),
             text=readable(record.get("completion")),
-            ended=ended if isinstance(ended, bool) else None,
+            ended=record.get("ended") is not False,
             tokens=None if tokens is None else int(tokens),
         )
+        prompts.setdefault(key, readable(record.get("prompt")))
         replies.setdefault(key, {})[reply.step] = reply
+    return [Sample(prompts[key], tuple(found[step] for step in sorted(found))) for key, found in replies.items()]
+
+
+def _sample_records(folder: Path, notes: list[str]) -> list[dict[str, object]]:
+    """Return the lines of samples.jsonl that are objects with a step and a prompt."""
+    found, damaged = [], 0
+    for line in filter(str.strip, _content(folder / SAMPLES, notes).split("\n")):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        step, prompt = (record.get("step"), record.get("prompt_id")) if isinstance(record, dict) else (None, None)
+        if type(step) is int and 0 <= step < 2**53 and isinstance(prompt, str):
+            found.append(record)
+        else:
+            damaged += 1
     if damaged:
         notes.append(f"{SAMPLES} has {damaged:,} lines that are truncated or damaged: left out.")
-    return [Sample(prompts[key], tuple(found[step] for step in sorted(found))) for key, found in replies.items()]
+    return found
 
 
 def read_suspects(folder: Path, notes: list[str]) -> dict[str, list[Suspect]]:
@@ -109,20 +115,26 @@ def read_suspects(folder: Path, notes: list[str]) -> dict[str, list[Suspect]]:
     try:
         for cells in csv.DictReader(io.StringIO(_content(folder / SUSPECTS, notes), newline="")):
             suspect = Suspect(
-                kind=readable(cells.get("kind")),
-                place=readable(cells.get("place")),
-                label=readable(cells.get("label")),
+                kind=_cell(cells.get("kind")),
+                place=_cell(cells.get("place")),
+                label=_cell(cells.get("label")),
                 reward=_cell_number(cells.get("reward")),
                 change=_cell_number(cells.get("change")),
-                prompt=readable(cells.get("prompt"), _LONGEST_OF_SUSPECT),
-                completion=readable(cells.get("completion"), _LONGEST_OF_SUSPECT),
-                others=readable(cells.get("others"), _LONGEST_OF_SUSPECT),
+                prompt=_cell(cells.get("prompt")),
+                completion=_cell(cells.get("completion")),
+                others=_cell(cells.get("others")),
             )
             if suspect.kind in found:
                 found[suspect.kind].append(suspect)
     except (csv.Error, AttributeError) as error:
         notes.append(f"{SUSPECTS} cannot be read to its end ({said_by(error)}).")
     return {kind: suspects for kind, suspects in found.items() if suspects}
+
+
+def _cell(text: str | None) -> str:
+    """Return a cell as it was before it was protected from spreadsheets, readable."""
+    text = text or ""
+    return readable(text[1:] if _PROTECTED.match(text) else text, _LONGEST_OF_SUSPECT)
 
 
 def _cell_number(cell: object) -> float | None:
