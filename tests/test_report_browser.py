@@ -19,7 +19,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 PAGES = ("run", "sweep", "several")
-NARROW, WIDE = 390, 1600
+NARROW, WIDE = 360, 1600
 
 
 @pytest.fixture(scope="module")
