@@ -49,7 +49,6 @@ ONLY_IN = {
     "optuna": {"train/sweep/study.py"},
     "liger_kernel": {"train/trainer/liger_layers.py"},
     "triton": {"kto_core/scoring/head_tiles_triton.py"},
-    "plotly": {"train/report/figures.py", "train/report/sweep_figures.py"},
 }
 NOT_IN = {
     "kto_core": {"transformers", "vllm", "accelerate", "datasets", "peft", "click"},

@@ -216,7 +216,7 @@ class TestRuns:
         page = (run / "report.html").read_text()
         verdict = page.index("<b>Better than before training.</b>")
         assert found["verdict"]["reason"][1:20] in page[verdict : verdict + 200]
-        assert verdict < page.index('<p class="summary">')
+        assert verdict < page.index('<dl class="tiles">')
 
     @pytest.mark.parametrize(
         "options",
