@@ -145,7 +145,7 @@ def test_plan_warning_and_verdict_advise_the_same_rate() -> None:
     records = [{"step": i, "loss": 0.5, "rewards/chosen": -20.0, "rewards/rejected": -30.0} for i in range(1, 6)]
     found = [warning for record in [*records, evaluation_of(5), evaluation_of(10)] for warning in watch.add(record)]
     assert [one.kind for one in found] == ["rate-high", "worse"]
-    tried = Tried(1e-3, -10.0, -0.5, watch.advised_rate, watch.got_worse)
+    tried = Tried(1e-3, -10.0, -0.5, advised_rate=watch.advised_rate, got_worse=watch.got_worse)
     assert rates([*(one.text for one in found), advice(WORSE, tried)]) == {1e-6}
 
 
