@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
+from offline_kto.kto_core.cache.places import PLACE
 from offline_kto.kto_core.cache.shards import Rows, numbers, open_shard, read_groups
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError, TrainingError, printable
@@ -298,7 +299,9 @@ class CacheRows(Dataset[TrainingRow]):
 
         def read() -> Rows:
             number, position = self._groups[group]
-            (table,) = read_groups(self._paths[number], self._files[number], groups=[position])
+            file = self._files[number]
+            columns = [name for name in file.schema_arrow.names if name != PLACE]  # no update needs it
+            (table,) = read_groups(self._paths[number], file, columns=columns, groups=[position])
             return Rows(table)
 
         return self._decoded.get(group, read)
