@@ -4,8 +4,10 @@ A cache that kto-precompute writes has the places in an optional column. They de
 moves to another line keeps both.
 """
 
-import re
 from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from offline_kto.kto_core.errors import printable
 
@@ -14,7 +16,8 @@ PLACE: Final = "place"
 # Characters. A file's name has at most 255 bytes, and folders may stand before it.
 LONGEST_PLACE = 256
 
-_IN_FILE = re.compile(r"(?s)(.*?)(?::\d+(?: \(record \d+\))?|: row \d+)")
+# What follows the name of the file, or of the data set.
+_INSIDE = r":(?:\d+(?: \(record \d+\))?| row \d+)$"
 
 
 def place_of(where: str) -> str:
@@ -34,7 +37,6 @@ def place_in_words(place: str | None, source: int) -> str:
     return f"record {source}" if place is None else place
 
 
-def file_of(place: str) -> str:
-    """Return the name of the file, or of the data set, in a place."""
-    found = _IN_FILE.fullmatch(place)
-    return found[1] if found else place
+def files_of(places: pa.Array) -> pa.Array:
+    """Return the name of the file, or of the data set, in each place."""
+    return pc.replace_substring_regex(places, pattern=_INSIDE, replacement="")

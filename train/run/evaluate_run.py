@@ -24,6 +24,7 @@ from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.recipe import run_precision
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.start_check import check_start
+from offline_kto.train.run.suspects import find_suspects, held_out_rows
 from offline_kto.train.run.training_run import check_vocabulary, make_trainer
 from offline_kto.train.run_files import (
     EVALUATION,
@@ -38,6 +39,7 @@ from offline_kto.train.run_files import (
 from offline_kto.train.run_records import FinalUpdate, RunRecord
 from offline_kto.train.trainer.evaluation import Scores, summary, summary_lines, verdict_lines
 from offline_kto.train.trainer.held_out_changes import load_untrained
+from offline_kto.train.trainer.held_out_groups import held_out_groups
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.tensor_float import tf32_products, tf32_suffices
 
@@ -113,11 +115,17 @@ def evaluate_run(config: TrainConfig) -> Path:
             before = load_untrained(run / UNTRAINED, before) if rows.of_run else None
         tried = Tried(learning_rate=config.peak_rate)
         found = summary(scores, objective, int(final.get("step", 0)), before, tried)
+        groups = held_out_groups(scores, before, objective, held_out.cache.source_files(np.asarray(held_out.indices)))
         lines = summary_lines(found, rows="held out" if rows.of_run else "evaluated")
         for line in [*lines, *verdict_lines(found)]:
             tell(line)
         with written_to(run, WriteError, "Make room, and evaluate again; existing files are unchanged."):
-            write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
+            write_json(path, {**found, "groups": groups, **manifest.rows_identity, "rows_are": rows.what})
+        if not rows.of_run:  # the run has listed its own suspects, training rows among them
+            evaluated = held_out_rows(held_out, scores, before, objective, split="evaluated")
+            suspects = find_suspects([evaluated], objective.beta, files.tokenizer)
+            for line in suspects.write(run / path.name.replace("evaluation", "suspects").replace(".json", ".csv")):
+                tell(line)
         tell(f"wrote       {path}")
     return path
 

@@ -5,7 +5,8 @@ runs/NAME/run.json         the cache's fingerprint and the other settings the ru
 runs/NAME/metrics.jsonl    one record for each log
 runs/NAME/checkpoint-N/    a checkpoint that --resume can resume from
 runs/NAME/_unfinished/     a checkpoint or model being written; it is renamed once it is complete and on disk
-runs/NAME/                 at the end: model, tokenizer, model card, evaluation.json, rewards.parquet, report.html
+runs/NAME/                 at the end: model, tokenizer, model card, evaluation.json, rewards.parquet, suspects.csv,
+                           report.html
 """
 
 from collections.abc import Mapping

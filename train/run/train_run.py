@@ -124,7 +124,8 @@ def _train(config: TrainConfig, out: Path) -> None:
     found = run.sum_up()
     if run.is_main:
         run.write_card(out, found)
-        for line in [*(summary_lines(found) if found is not None else []), *verdict_lines(found)]:
+        suspects = run.write_suspects(out)
+        for line in [*(summary_lines(found) if found is not None else []), *verdict_lines(found), *suspects]:
             tell(line)
         tell(f"report      {write_report([out])}")
         tell(f"wrote       {out}")
