@@ -275,7 +275,7 @@ class TestFile:
         monkeypatch.setattr("offline_kto.train.run.suspects._LONGEST_TEXT", 40)
         (one,) = suspects(train(replace(config, max_steps=1)), "duplicate")
         assert one.prompt.startswith("<|im_start|>user\nque [... ")
-        assert one.prompt.endswith(" characters ...] <|im_start|>assistant\n")
+        assert one.prompt.endswith(" [... 20 characters ...] im_start|>assistant\n")
         assert "..." not in one.completion
 
     def test_the_list_is_bounded(self) -> None:

@@ -22,8 +22,8 @@ from offline_kto.train.trainer.objective import Objective
 # Files that are listed, those with most rows.
 _MOST_FILES = 20
 
-# Rows up to which intervals are computed; beyond, they are narrow, and resampling them takes minutes.
-_MOST_RESAMPLED = 20_000
+# Rows up to which intervals are computed; beyond, they are narrow, and resampling takes long.
+_MOST_RESAMPLED = 10_000
 
 _QUARTILES = (0.25, 0.5, 0.75)
 
@@ -47,9 +47,8 @@ def held_out_groups(
     groups = [group for group in groups if group.masses.any()]
     if not groups:
         return []
-    once = torch.ones(1, len(scores.masses), dtype=torch.float64)
-    now = _values(scores, objective, groups, once)
-    then = None if before is None else _values(before, objective, groups, once)
+    now = _with_loss(scores, objective, groups)
+    then = None if before is None else _with_loss(before, objective, groups)
     drawn: dict[str, Tensor] = {}
     if len(scores.masses) <= _MOST_RESAMPLED:
         drawn = replicates(lambda weights: _by_number(_values(scores, objective, groups, weights)), scores.prompt_ids)
@@ -94,8 +93,15 @@ def _inside(scores: Scores, inside: np.ndarray) -> Tensor:
     return scores.masses * torch.from_numpy(inside)[:, None]
 
 
+def _with_loss(scores: Scores, objective: Objective, groups: Sequence[_Group]) -> dict[str, Tensor]:
+    """Return accuracy, margin and loss of each group, shape (1, groups) each."""
+    total = torch.stack([one.masses.sum() for one in groups])
+    losses = _losses(scores, objective, groups) / total
+    return {**_values(scores, objective, groups, _once(scores)), "loss": losses[None]}
+
+
 def _values(scores: Scores, objective: Objective, groups: Sequence[_Group], weights: Tensor) -> dict[str, Tensor]:
-    """Return accuracy, margin and loss of each group, shape (samples, groups) each; not finite where there are no rows.
+    """Return accuracy and margin of each group, shape (samples, groups) each; not finite where there are no rows.
 
     Args:
         weights: how often each row counts, shape (samples, rows).
@@ -103,29 +109,27 @@ def _values(scores: Scores, objective: Objective, groups: Sequence[_Group], weig
     desirable, undesirable = (torch.stack([one.masses[:, side] for one in groups], 1) for side in (0, 1))
     point = common_point(scores, weights)
     distances = scores.logratios - objective.midpoints(scores.logratios, point)
+    # A row is on the right side with its desirable mass, or else with its undesirable one, and at the point with half of each.
+    right = (weights * on_the_right_side(distances)) @ (desirable - undesirable) + weights @ undesirable
     total = weights @ (desirable + undesirable)
-    right = (weights * on_the_right_side(distances)) @ desirable + (
-        weights * on_the_right_side(-distances)
-    ) @ undesirable
-    rewards = weights * objective.beta * scores.logratios
-    margin = rewards @ desirable / (weights @ desirable) - rewards @ undesirable / (weights @ undesirable)
-    losses = _losses(scores, objective, groups, weights, point)
-    return {"accuracy": right / total, "margin": margin, "loss": losses / total}
+    rewards = objective.beta * scores.logratios[:, None]
+    good, bad = ((weights @ (rewards * side)) / (weights @ side) for side in (desirable, undesirable))
+    return {"accuracy": right / total, "margin": good - bad}
 
 
-def _losses(scores: Scores, objective: Objective, groups: Sequence[_Group], weights: Tensor, point: Tensor) -> Tensor:
-    """Return the sum of losses of each group, shape (samples, groups); a row's loss is linear in its masses."""
-    of_class = torch.eye(2, dtype=torch.float64)
-    if objective.rows_in_unit == 2:
-        of_pairs = torch.stack([pair_masses(one.masses).repeat_interleave(2) for one in groups], 1)
-        unit = of_class[0].expand_as(scores.masses)
-        return (weights * objective.losses(scores.rows, unit, scores.tokens, point)) @ of_pairs
-    found = torch.zeros(len(weights), len(groups), dtype=torch.float64)
-    for side in (0, 1):
-        unit = of_class[side].expand_as(scores.masses)
-        losses = objective.losses(scores.rows, unit, scores.tokens, point)
-        found += (weights * losses) @ torch.stack([one.masses[:, side] for one in groups], 1)
-    return found
+def _losses(scores: Scores, objective: Objective, groups: Sequence[_Group]) -> Tensor:
+    """Return the sum of losses of each group, shape (groups,); a row's loss is linear in its masses."""
+    point = common_point(scores, _once(scores))
+    sides = [side.expand_as(scores.masses) for side in torch.eye(2, dtype=torch.float64)]
+    desirable, undesirable = (objective.losses(scores.rows, side, scores.tokens, point).flatten() for side in sides)
+    if objective.rows_in_unit == 2:  # both rows have the pair's loss
+        return desirable @ torch.stack([pair_masses(one.masses).repeat_interleave(2) for one in groups], 1)
+    return torch.stack([desirable @ one.masses[:, 0] + undesirable @ one.masses[:, 1] for one in groups])
+
+
+def _once(scores: Scores) -> Tensor:
+    """Return the weights of each row drawn once, shape (1, rows)."""
+    return torch.ones(1, len(scores.masses), dtype=torch.float64)
 
 
 def _by_number(values: dict[str, Tensor]) -> dict[str, Tensor]:
