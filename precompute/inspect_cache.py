@@ -150,7 +150,8 @@ def _shown(row: CacheRow, tokenizer: Tokenizer) -> Iterator[str]:
     tokens, row_id = len(row["completion_ids"]), printable(row["row_id"], 32)
     if "desirable_mass" in row:
         thumb += f" ({row['desirable_mass']:g} for, {row['undesirable_mass']:g} against)"
-    yield f"row {row['source']}  {thumb}  {row_id}  ref_logps {row['ref_logps']:.3f} over {counted(tokens, 'token')}"
+    place = f"  {printable(row['place'])}" if "place" in row else ""
+    yield f"row {row['source']}  {thumb}  {row_id}  ref_logps {row['ref_logps']:.3f} over {counted(tokens, 'token')}{place}"
     yield from block("x  ", visible(tokenizer, row["prompt_ids"]), columns)
     left = _lines(f"y   ({row['ref_logps']:.2f})", visible(tokenizer, row["completion_ids"]), column)
     for ids, total in zip(row["kl_completion_ids"], row["ref_kl_logps"], strict=True):

@@ -114,10 +114,12 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mar
     """Score what `--out` lacks, and write its manifest."""
     shutil.rmtree(scoring.store.out / MERGED, ignore_errors=True)  # a killed run leaves it behind
     config, store, labels_hash = scoring.config, scoring.store, _labels_hash(scoring.plan)
+    places_hash = json_hash([row.place for row in scoring.plan.rows])
     if not store.open(
         overwrite=config.overwrite,
         mark=mark,
         labels_hash=labels_hash,
+        places_hash=places_hash,
         rows_per_shard=config.rows_per_shard,
         row_ids=frozenset(row.row_id for row in scoring.plan.rows),
     ):
@@ -134,7 +136,7 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mar
             **sections,
             "scorer": scorer,
             "pairing": store.pairing,
-            "data": _data(scoring.plan, counts, labels_hash),
+            "data": _data(scoring.plan, counts, labels_hash, places_hash),
             "run": run,
         },
         mark,
@@ -198,7 +200,7 @@ def _judgements(plan: Plan) -> OptionalEntries:
     return {"columns": plan.mass_columns, "judgements": judgements}
 
 
-def _data(plan: Plan, counts: PlanCounts, labels_hash: str) -> DataFields:
+def _data(plan: Plan, counts: PlanCounts, labels_hash: str, places_hash: str) -> DataFields:
     return {
         "files": [{"name": printable(f.name), "sha256": f.sha256, "bytes": f.bytes} for f in plan.files],
         "read": counts.read,
@@ -211,6 +213,7 @@ def _data(plan: Plan, counts: PlanCounts, labels_hash: str) -> DataFields:
         "prompts": counts.prompts,
         "rows_hash": counts.rows_hash,
         "labels_hash": labels_hash,
+        "places_hash": places_hash,
     }
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
+from offline_kto.kto_core.cache.places import place_of
 from offline_kto.kto_core.errors import FeedbackError, PairingError, TokenizationError
 from offline_kto.kto_core.feedback.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
 from offline_kto.kto_core.feedback.quoting import counted
@@ -48,6 +49,7 @@ class PlannedRow:
         full_completion_ids: int32, before it is truncated to fit after this prompt.
         completion_ids: int32, as scored.
         judgement: its masses, with its weight; the label is `judgement.masses.label`.
+        place: of its record in the feedback, as error messages name it; rows of one record share it.
     """
 
     source: int
@@ -59,6 +61,7 @@ class PlannedRow:
     full_completion_ids: np.ndarray
     completion_ids: np.ndarray
     judgement: Judgement
+    place: str
 
 
 @dataclass(frozen=True)
@@ -280,6 +283,7 @@ def _planned(
         full_completion_ids=completion[:max_length],
         completion_ids=cut,
         judgement=row.judgement,
+        place=place_of(row.where),
     )
 
 

@@ -161,7 +161,7 @@ class Scoring:
         for i, labels in zip(rows, self.plan.labels(rows), strict=True):
             row = self.plan.rows[i]
             kl_ids = [sequence_id(row.prompt_ids, y) for y in self.plan.kl_completions(i)]
-            entries.append([row.row_id, kl_ids, *labels])
+            entries.append([row.row_id, kl_ids, *labels, row.place])
         return json_hash(entries)
 
     def _sequences(self, rows: range) -> dict[str, TokenIds]:
@@ -200,6 +200,7 @@ class Scoring:
             "kl_completion_ids": kl_completions,
             "ref_kl_logps": [float(one.sum(dtype=np.float64)) for one in kl_scores],
             "ref_kl_token_logps": kl_scores,
+            "place": row.place,
         }
         if self.plan.mass_columns:
             found["desirable_mass"], found["undesirable_mass"] = row.judgement.masses

@@ -71,11 +71,19 @@ class Store:
         self.vocabulary, self.target, self._rendered_on = vocabulary, out, rendered_on
 
     def open(
-        self, *, overwrite: bool, mark: str, labels_hash: str, rows_per_shard: int, row_ids: frozenset[str]
+        self,
+        *,
+        overwrite: bool,
+        mark: str,
+        labels_hash: str,
+        places_hash: str,
+        rows_per_shard: int,
+        row_ids: frozenset[str],
     ) -> bool:
         """Prepare the folder for writing.
 
-        With `overwrite`, existing shards may be replaced; scores of the same reference are still reused.
+        With `overwrite`, existing shards may be replaced; scores of the same reference are still reused. A cache of a version
+        that stored no places gets them only then: rewriting it is work that nobody asked for.
 
         Returns:
             False if a complete cache with exactly this content already exists.
@@ -93,7 +101,8 @@ class Store:
                 if metadata := read_metadata(path):  # a damaged shard has no metadata; it is rescored
                     self._refuse_other(cast("Identity", metadata.get("identity", {})))
         if old is not None and not self._drop_damaged(old):
-            if _is_same(old, mark, labels_hash, rows_per_shard):
+            placed = old.data.get("places_hash") == places_hash or not (old.has_places or overwrite)
+            if placed and _is_same(old, mark, labels_hash, rows_per_shard):
                 self._remove_strays([shard["file"] for shard in old.shards])
                 self._remove_folders()
                 self._on_change()

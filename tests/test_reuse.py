@@ -85,9 +85,10 @@ def assert_as_fresh(config: PrecomputeConfig) -> None:
     precompute(replace(config, out=elsewhere))
     found, expected = read_manifest(config.out), read_manifest(elsewhere)
     assert found.fingerprint == expected.fingerprint
-    assert found.data["labels_hash"] == expected.data["labels_hash"]
+    for name in ("labels_hash", "places_hash"):
+        assert found.data.get(name) == expected.data.get(name)
     for mine, fresh in zip(scored(config.out), scored(elsewhere), strict=True):
-        for name in ("row_id", "prompt_id", "pair_id", "source", "label", "kl_completion_ids"):
+        for name in ("row_id", "prompt_id", "pair_id", "source", "place", "label", "kl_completion_ids"):
             assert mine[name] == fresh[name], name
         scores = [(mine["ref_token_logps"], fresh["ref_token_logps"])]
         scores += zip(mine["ref_kl_token_logps"], fresh["ref_kl_token_logps"], strict=True)

@@ -117,6 +117,7 @@ class TestWhatItFinds:
         for name in first:
             assert torch.equal(first[name], second[name])
         assert json.loads((folder / "best/run.json").read_text())["trial"] == int(best["trial"])
+        assert (folder / "best/suspects.csv").read_bytes() == (again / "suspects.csv").read_bytes()
         assert not list((folder / "trials").glob("*/model"))
 
     def test_what_it_says(self, done: tuple[SweepConfig, Path]) -> None:

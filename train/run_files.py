@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CONFIG, RUN_RECORD, METRICS = "config.yaml", "run.json", "metrics.jsonl"
-EVALUATION, REWARDS = "evaluation.json", "rewards.parquet"
+EVALUATION, REWARDS, SUSPECTS = "evaluation.json", "rewards.parquet", "suspects.csv"
 UNTRAINED = "held_out_untrained.safetensors"
 
 # Limits on untrusted files, in bytes: run.json and similar files, and a million log records.

@@ -214,6 +214,40 @@ class VerdictRecord(TypedDict):
     next: str
 
 
+class GroupRecord(TypedDict, total=False):
+    """Held-out metrics of a group of rows; the reference point is that of all rows.
+
+    Attributes:
+        by: str; prompt length, class, objective or source file.
+        group: str; name of the group.
+        rows: int; rows in it, those that were judged by it for an objective.
+        accuracy: float; share of mass on the right side of the reference point.
+        margin: float | null; reward margin, null if a class has no rows.
+        loss: float.
+        accuracy_low: float; lower end of the 95 % bootstrap interval over prompts, absent where there is none.
+        accuracy_high: float; upper end.
+        margin_low: float; the same of the margin.
+        margin_high: float.
+        accuracy_before: float; the values before training, absent if they are not known.
+        margin_before: float | null.
+        loss_before: float.
+    """
+
+    by: str
+    group: str
+    rows: int
+    accuracy: float
+    margin: float | None
+    loss: float
+    accuracy_low: float
+    accuracy_high: float
+    margin_low: float
+    margin_high: float
+    accuracy_before: float
+    margin_before: float | None
+    loss_before: float
+
+
 class EvaluationRecord(TypedDict, total=False):
     """evaluation.json: held-out metrics of a finished run.
 
@@ -228,6 +262,7 @@ class EvaluationRecord(TypedDict, total=False):
         before: object, the same of the untrained policy; empty if it is not known.
         change: object, the same of the differences to the untrained policy; intervals are paired.
         verdict: `VerdictRecord` | null; null if the untrained policy's values are not known.
+        groups: list of `GroupRecord`; by prompt length, class, objective and source file.
         fingerprint: str; of the cache.
         labels_hash: str | null; of the cache, with `--evaluate-only`.
         rows_are: str; which rows were evaluated, in words, with `--evaluate-only`.
@@ -243,6 +278,7 @@ class EvaluationRecord(TypedDict, total=False):
     before: dict[str, MetricInterval]
     change: dict[str, MetricInterval]
     verdict: VerdictRecord | None
+    groups: list[GroupRecord]
     fingerprint: str
     labels_hash: str | None
     rows_are: str

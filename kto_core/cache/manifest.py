@@ -64,7 +64,7 @@ class Manifest:
     """The sections of `manifest.json`; `manifest_fields` and docs/cache-format.md have the fields of each.
 
     Attributes:
-        columns: the optional columns of the shards; empty if every row is one bit of weight 1.
+        columns: the optional columns of the shards with masses; empty if every row is one bit of weight 1.
         judgements: how feedback became masses; empty without those columns.
         intact: whether the checksum matches the content; `verify_cache` refuses the cache if not, once it has looked
             for a more specific error.
@@ -106,6 +106,11 @@ class Manifest:
     def partners(self) -> int:
         """Mismatched completions of each row."""
         return self.pairing["partners"]
+
+    @property
+    def has_places(self) -> bool:
+        """Whether the shards say where their rows are in the feedback."""
+        return self.data.get("places_hash") is not None
 
     @property
     def rows_identity(self) -> RowsIdentity:

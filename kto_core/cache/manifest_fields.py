@@ -165,6 +165,7 @@ class DataFields(TypedDict, total=False):
         prompts: int; distinct prompts.
         rows_hash: str; SHA-256 over the scored sequences, a part of the fingerprint.
         labels_hash: str; SHA-256 over order, labels, masses, pairs and source rows, no part of the fingerprint.
+        places_hash: str; SHA-256 over the places of the rows, absent if the shards have no column `place`.
     """
 
     files: list[DataFile]
@@ -178,6 +179,7 @@ class DataFields(TypedDict, total=False):
     prompts: int
     rows_hash: str
     labels_hash: str
+    places_hash: str
 
 
 class JudgementFields(TypedDict, total=False):
@@ -370,7 +372,7 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
         "dropped": _or_absent(_are_counts),
         **dict.fromkeys(("desirable", "undesirable"), is_count),
         **dict.fromkeys(("read", "truncated", "kl_truncated"), _or_absent(is_count)),
-        "labels_hash": _or_absent(is_text),
+        **dict.fromkeys(("labels_hash", "places_hash"), _or_absent(is_text)),
     },
     "run": {
         **dict.fromkeys(("scored_sequences", "reused_sequences"), _or_absent(is_count)),

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from offline_kto.kto_core.cache.places import LONGEST_PLACE, PLACE
 from offline_kto.kto_core.durable_files import replacing
 from offline_kto.kto_core.errors import CacheError, printable, said_by
 from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES
@@ -28,8 +29,9 @@ class ObjectiveMasses(TypedDict):
 
 
 class JudgedRow(TypedDict, total=False):
-    """The optional columns of a row. Rows of one bit of weight 1 need none of them."""
+    """The optional columns of a row. Rows of one bit of weight 1 need none of the masses."""
 
+    place: str
     desirable_mass: float
     undesirable_mass: float
     objectives: dict[str, ObjectiveMasses]
@@ -72,6 +74,7 @@ SCHEMA = pa.schema(
     ]
 )
 
+_PLACE = pa.field(PLACE, pa.string(), nullable=False)
 _MASSES = [pa.field(name, pa.float64(), nullable=False) for name in MASS_COLUMNS]
 _OBJECTIVE = pa.struct([pa.field(name, pa.float64(), nullable=False) for name in ("desirable", "undesirable")])
 
@@ -125,9 +128,11 @@ def _schema_of(rows: Sequence[CacheRow], where: str) -> pa.Schema:
     kinds = {(*(name for name in MASS_COLUMNS if name in row), *row.get(OBJECTIVES, ())) for row in rows}
     if len(kinds) > 1:
         raise CacheError(f"{where}: some of its rows have masses or objectives that others do not have.")
-    if kinds <= {()}:
+    if len({PLACE in row for row in rows}) > 1:
+        raise CacheError(f"{where}: some of its rows have no {PLACE}.")
+    if not rows:
         return SCHEMA
-    fields = [field for field in _MASSES if field.name in rows[0]]
+    fields = [field for field in (_PLACE, *_MASSES) if field.name in rows[0]]
     if OBJECTIVES in rows[0]:
         struct = pa.struct([pa.field(name, _OBJECTIVE, nullable=False) for name in rows[0][OBJECTIVES]])
         fields.append(pa.field(OBJECTIVES, struct, nullable=False))
@@ -135,14 +140,14 @@ def _schema_of(rows: Sequence[CacheRow], where: str) -> pa.Schema:
 
 
 class OptionalColumns(NamedTuple):
-    """The optional columns of a shard, in their order, and the names of its objectives."""
+    """The optional columns of a shard with masses, in their order, and the names of its objectives."""
 
     columns: list[str]
     objectives: list[str]
 
 
 def optional_columns(schema: pa.Schema, where: Path | str) -> OptionalColumns:
-    """Return the optional columns of a shard's schema.
+    """Return the optional columns of a shard's schema with masses.
 
     Raises:
         CacheError: one of another type, or one of the two masses without the other.
@@ -164,6 +169,15 @@ def optional_columns(schema: pa.Schema, where: Path | str) -> OptionalColumns:
             f"found {printable(str(struct), 200)}. {_AGAIN}"
         )
     return OptionalColumns(found, [name for name, _ in kinds])
+
+
+def has_places(schema: pa.Schema, where: Path | str) -> bool:
+    """Return whether a shard says where its rows are in the feedback. Raises: CacheError: a column of another type."""
+    if PLACE not in schema.names:
+        return False
+    if schema.field(PLACE).type != pa.string():
+        raise CacheError(f"{where}: column {PLACE!r} should be string, found {schema.field(PLACE).type}. {_AGAIN}")
+    return True
 
 
 def read_metadata(path: Path) -> dict[str, object] | None:
@@ -202,6 +216,7 @@ def open_shard(path: Path, *, mapped: bool = False) -> pq.ParquetFile:
                 "This is not a shard of a reference cache; run kto-precompute again."
             )
     optional_columns(file.schema_arrow, path)
+    has_places(file.schema_arrow, path)
     return file
 
 
@@ -262,6 +277,7 @@ class Rows(Sequence[CacheRow]):
     def __init__(self, table: pa.Table) -> None:
         self._table = table.combine_chunks()
         optional = optional_columns(self._table.schema, "this table").columns
+        optional += [PLACE] if has_places(self._table.schema, "this table") else []
         self._plain = {name: self._table.column(name) for name in (*_PLAIN_COLUMNS, *optional)}
         self._lists = {name: _Lists(self._table, name) for name in SCHEMA.names if name not in _PLAIN_COLUMNS}
         self._inner = {name: self._lists[name].inner() for name in _TWICE_NESTED}
@@ -297,7 +313,7 @@ _TWICE_NESTED = ("kl_completion_ids", "ref_kl_token_logps")
 
 
 def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None, partners: int | None = None) -> int:
-    """Check every rule of the format: counts, finiteness, signs, sums, masses, token ids.
+    """Check every rule of the format: counts, finiteness, signs, sums, masses, places, token ids.
 
     Args:
         table: rows with the columns of `SCHEMA`, and optional ones.
@@ -338,6 +354,7 @@ def check_table(table: pa.Table, where: str, *, vocabulary: int | None = None, p
     _require_sums(where, "ref_logps", numbers(table.column("ref_logps")), logps)
     _require_sums(where, "ref_kl_logps", kl_sums.values, inner_logps)
     _check_masses(table, where)
+    _check_places(table, where)
     largest = 0
     for name, ids in (
         ("prompt_ids", prompts),
@@ -374,6 +391,17 @@ def _check_masses(table: pa.Table, where: str) -> None:
         for side in ("desirable", "undesirable"):
             masses = pc.struct_field(table.column(OBJECTIVES), [name, side])
             _mass_column(masses, f"{OBJECTIVES}.{printable(name, 100)}.{side}", where)
+
+
+def _check_places(table: pa.Table, where: str) -> None:
+    if not has_places(table.schema, where):
+        return
+    places = table.column(PLACE)
+    if places.null_count:
+        raise CacheError(f"{where}: column {PLACE!r} has {places.null_count} missing values.")
+    longest = pc.max(pc.utf8_length(places)).as_py() or 0
+    if longest > LONGEST_PLACE:
+        raise CacheError(f"{where}: a {PLACE} of {longest:,} characters; the longest has {LONGEST_PLACE}.")
 
 
 def _mass_column(column: pa.ChunkedArray, name: str, where: str) -> np.ndarray:

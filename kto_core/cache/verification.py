@@ -16,6 +16,7 @@ from offline_kto.kto_core.cache.manifest import AGAIN, MANIFEST, Manifest, check
 from offline_kto.kto_core.cache.shards import (
     check_packing,
     check_table,
+    has_places,
     numbers,
     open_shard,
     optional_columns,
@@ -112,6 +113,8 @@ def _check_shard(folder: Path, manifest: Manifest, number: int, *, whole: bool) 
     found = optional_columns(file.schema_arrow, path)
     if found != (manifest.columns, manifest.objectives):
         raise CacheError(f"{path}: its masses or objectives are not those that the manifest lists. {AGAIN}")
+    if has_places(file.schema_arrow, path) != manifest.has_places:
+        raise CacheError(f"{path}: has places and the manifest lists none, or the other way round. {AGAIN}")
     check_packing(path, file)
     labels, largest = [np.empty(0, dtype=bool)], 0
     for table in read_groups(path, file, columns=None if whole else ["label"], at_once=_GROUPS_AT_ONCE):

@@ -29,7 +29,7 @@ _NAMES = (
 )
 
 # Nats. For a row nearer to z0 than this, float32 rounding decides on which side of z0 it is.
-_TIE = 1e-4
+TIE = 1e-4
 
 
 class Tokens(NamedTuple):
@@ -114,7 +114,7 @@ def on_the_right_side(distances: Tensor) -> Tensor:
 
     Before the first update every row is at its reference point, up to rounding, and so counts for neither side.
     """
-    return torch.where(distances.abs() < _TIE, 0.5, (distances > 0).double())
+    return torch.where(distances.abs() < TIE, 0.5, (distances > 0).double())
 
 
 def metrics_from(sums: Tensor, *, beta: float) -> dict[str, float]:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
+from offline_kto.kto_core.cache.places import PLACE, files_of, place_in_words
 from offline_kto.kto_core.cache.shards import Rows, numbers, open_shard, read_groups
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError
@@ -183,6 +184,30 @@ class CacheRows(Dataset[TrainingRow]):
         """Return `row_id` or `prompt_id` of the rows at some positions."""
         return self.column(column).take(pa.array(self._fitting[rows]))
 
+    def places(self, rows: np.ndarray) -> list[str]:
+        """Return the places in the feedback of the rows at some positions, or their numbers if the cache has no places."""
+        columns = ["source", *([PLACE] if self.manifest.has_places else [])]
+        found: list[str] = []
+        read: dict[int, pa.Table] = {}
+        for number in self._fitting[rows].tolist():
+            group = int(np.searchsorted(self._group_ends, number, side="right"))
+            if group not in read:
+                shard, position = self._groups[group]
+                (read[group],) = read_groups(self._paths[shard], self._files[shard], columns=columns, groups=[position])
+            at = number - (int(self._group_ends[group]) - read[group].num_rows)
+            values = {name: read[group].column(name)[at].as_py() for name in columns}
+            found.append(place_in_words(values.get(PLACE), values["source"]))
+        return found
+
+    def source_files(self, rows: np.ndarray) -> list[str] | None:
+        """Return the file of each of the rows at some positions; None if there is one file, or the cache has no places."""
+        if not self.manifest.has_places or len(self.manifest.data.get("files") or []) < 2:
+            return None
+        # Every row repeats its file's name, and as a dictionary ten million of them take little memory.
+        files = self.column(PLACE, lambda places: files_of(places).dictionary_encode()).unify_dictionaries()
+        found: list[str] = files.take(pa.array(self._fitting[rows])).to_pylist()
+        return found
+
     @functools.cached_property
     def pair_ids(self) -> list[str | None]:
         """Preference pair of each row; read when a loss needs it."""
@@ -297,7 +322,9 @@ class CacheRows(Dataset[TrainingRow]):
 
         def read() -> Rows:
             number, position = self._groups[group]
-            (table,) = read_groups(self._paths[number], self._files[number], groups=[position])
+            file = self._files[number]
+            columns = [name for name in file.schema_arrow.names if name != PLACE]  # no update needs it
+            (table,) = read_groups(self._paths[number], file, columns=columns, groups=[position])
             return Rows(table)
 
         return self._decoded.get(group, read)

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from functools import partial
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from offline_kto.kto_core.durable_files import write_json, written_to
 from offline_kto.kto_core.errors import ConfigError, TrainingError, WriteError
 from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.models.folders import find_reference
-from offline_kto.kto_core.models.precision import resolve_device
+from offline_kto.kto_core.models.precision import Precision, resolve_device
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import scored_in_words, shortened_in_words
 from offline_kto.train.data.training_data import RowsToEvaluate, TrainingData, rows_to_evaluate
@@ -29,6 +30,7 @@ from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.callbacks import read_metrics
 from offline_kto.train.run.samples import HeldOutSamples
 from offline_kto.train.run.start_check import check_start
+from offline_kto.train.run.suspects import find_suspects, held_out_rows
 from offline_kto.train.run.training_run import check_vocabulary, make_trainer
 from offline_kto.train.run_files import (
     EVALUATION,
@@ -44,6 +46,7 @@ from offline_kto.train.run_files import (
 from offline_kto.train.run_records import FinalUpdate, RunRecord
 from offline_kto.train.trainer.evaluation import Scores, summary, summary_lines, verdict_lines
 from offline_kto.train.trainer.held_out_changes import load_untrained
+from offline_kto.train.trainer.held_out_groups import held_out_groups
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.tensor_float import tf32_products, tf32_suffices
@@ -75,90 +78,169 @@ def evaluate_run(config: TrainConfig) -> Path:
     check_is_run(run, "--evaluate-only")
     record = read_run_record(run)
     refuse_pipes(run, "--evaluate-only")
-    found_final = record.get("final")
-    final: FinalUpdate = found_final if isinstance(found_final, dict) else {}
-    device = resolve_device(config.device)
-    precision = run_precision(config, device)
-    rows = rows_to_evaluate(config, record, _trained_prompts(run))
-    held_out, manifest = rows.held_out, rows.held_out.cache.manifest
-    files, adapters = _find(config, run, manifest, record)
-    objective = Objective.of(config, _weights(run, record))
-    args = training_arguments(config, run, precision, held_out=True)
-    place = args.device if device.type == "cuda" else torch.device("cpu")
-    model = files.load(config, precision, place, trains=False)
-    if adapters is not None:
-        from offline_kto.train.model.lora import load_adapters
-
-        model = load_adapters(model, adapters)
-    check_vocabulary(model, held_out.cache)
-    units = np.asarray(held_out.indices).reshape(-1, objective.rows_in_unit)
-    data = TrainingData(held_out.cache, units, held_out)
-    trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks=[])
-    tf32 = tf32_suffices(config, precision, args.device, manifest)
-    memory = partial(files.reporting_memory, config, precision, place)
-    with memory("it was prepared to score"):
-        trainer.prepare_to_score()
-    if trainer.shift is not None:
-        trainer.shift.begin_at(float(final.get("shift", 0.0)), 1)
-    # The base model is read from its folder again. On quantised weights the adapters include the reference's adapter.
-    if adapters is not None and manifest.reference.get("adapter") is None:
-        from offline_kto.train.model.lora import without_adapters
-
-        with without_adapters(trainer.model), tf32_products(tf32), memory("policy and cache were compared"):
-            allow = config.allow_different_policy
-            check_start(trainer.scores, held_out.cache, precision, policy=files.name, allow=allow)
-    main = trainer.is_world_process_zero()
-    if main:
-        _tell_plan(config, run, rows, files, f"{precision.name} on {device}")
-    with tf32_products(tf32), memory("held-out rows were scored"):
-        scores = trainer.final_scores()
-    assert scores is not None
-    labels = str(manifest.data.get("labels_hash"))[:4]
-    path = run / (EVALUATION if rows.of_run else f"evaluation-{manifest.fingerprint[:12]}-{labels}.json")
-    if main:
-        before: Scores | None = trainer.scores.untrained(held_out)
-        if before is not None and config.allow_different_policy:
-            before = load_untrained(run / UNTRAINED, before) if rows.of_run else None
-        found = summary(
-            scores, objective, int(final.get("step", 0)), before, _tried(config, run, record, stops_early=stops_early)
-        )
-        lines = summary_lines(found, rows="held out" if rows.of_run else "evaluated")
-        for line in [*lines, *verdict_lines(found)]:
+    evaluation = _Evaluation.set_up(config, run, record)
+    evaluation.compare_with_cache()
+    if evaluation.is_main:
+        evaluation.tell_plan()
+    scores = evaluation.score()
+    if evaluation.is_main:
+        evaluation.write(scores, _tried(config, run, record, stops_early=stops_early))
+    of_samples = evaluation.sample()
+    if evaluation.is_main:
+        for line in [*of_samples, f"wrote       {evaluation.path}"]:
             tell(line)
-        with written_to(run, WriteError, "Make room, and evaluate again; existing files are unchanged."):
-            write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
-    of_samples: list[str] = []
-    count = config.prompts_to_sample() if rows.of_run else config.samples or 0
-    if count:
-        name = path.with_suffix(".jsonl").name.replace("evaluation", "samples", 1)
-        samples = HeldOutSamples(run, trainer, files.tokenizer, count, name=name)
-        with tf32_products(tf32), written_to(run, WriteError, "Make room, and evaluate again."):
-            own_base = adapters is not None and manifest.reference.get("adapter") is None
-            of_samples = _sample(samples, trainer, _final_step(record), own_base=own_base)
-    if main:
-        for line in [*of_samples, f"wrote       {path}"]:
-            tell(line)
-    return path
+    return evaluation.path
 
 
-def _sample(samples: HeldOutSamples, trainer: KTOTrainer, step: int, *, own_base: bool) -> list[str]:
-    """Make the samples of the run's model, and those before training where that model is in memory too.
+@dataclass(frozen=True)
+class _Evaluation:
+    """The model of a finished run, ready to score held-out rows.
 
-    Args:
-        step: the update that the model comes from.
-        own_base: whether the model without its adapters is the untrained one.
-
-    Returns:
-        What there is, for the console.
+    Attributes:
+        run: the run folder.
+        record: its run.json.
+        rows: what is evaluated.
+        place: the device of the model.
+        own_base: whether the model without its adapters is the untrained one, and in memory.
     """
-    samples.begin(until=step)
-    if own_base and 0 not in samples.steps:
+
+    config: TrainConfig
+    run: Path
+    record: RunRecord
+    rows: RowsToEvaluate
+    files: PolicyFiles
+    precision: Precision
+    objective: Objective
+    trainer: KTOTrainer
+    place: torch.device
+    own_base: bool
+
+    @classmethod
+    def set_up(cls, config: TrainConfig, run: Path, record: RunRecord) -> "_Evaluation":
+        """Choose the rows, load the model, and prepare it to score; called on every rank."""
+        device = resolve_device(config.device)
+        precision = run_precision(config, device)
+        rows = rows_to_evaluate(config, record, _trained_prompts(run))
+        held_out, manifest = rows.held_out, rows.held_out.cache.manifest
+        files, adapters = _find(config, run, manifest, record)
+        objective = Objective.of(config, _weights(run, record))
+        args = training_arguments(config, run, precision, held_out=True)
+        place = args.device if device.type == "cuda" else torch.device("cpu")
+        model = files.load(config, precision, place, trains=False)
+        if adapters is not None:
+            from offline_kto.train.model.lora import load_adapters
+
+            model = load_adapters(model, adapters)
+        check_vocabulary(model, held_out.cache)
+        units = np.asarray(held_out.indices).reshape(-1, objective.rows_in_unit)
+        data = TrainingData(held_out.cache, units, held_out)
+        trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks=[])
+        # The base model is read from its folder again. On quantised weights the adapters include the reference's adapter.
+        own_base = adapters is not None and manifest.reference.get("adapter") is None
+        evaluation = cls(config, run, record, rows, files, precision, objective, trainer, place, own_base)
+        with evaluation._memory("it was prepared to score"):
+            trainer.prepare_to_score()
+        if trainer.shift is not None:
+            trainer.shift.begin_at(float(evaluation._final.get("shift", 0.0)), 1)
+        return evaluation
+
+    @property
+    def is_main(self) -> bool:
+        """Return whether this process writes."""
+        return bool(self.trainer.is_world_process_zero())
+
+    @property
+    def path(self) -> Path:
+        """Return the file that the evaluation is written to."""
+        manifest = self._manifest
+        labels = str(manifest.data.get("labels_hash"))[:4]
+        other = f"evaluation-{manifest.fingerprint[:12]}-{labels}.json"
+        return self.run / (EVALUATION if self.rows.of_run else other)
+
+    @property
+    def _manifest(self) -> Manifest:
+        return self.rows.held_out.cache.manifest
+
+    @property
+    def _final(self) -> FinalUpdate:
+        found = self.record.get("final")
+        return found if isinstance(found, dict) else {}
+
+    def _beside(self, stem: str, suffix: str) -> Path:
+        """Return a path named like that of the evaluation."""
+        return self.path.with_suffix(suffix).with_stem(self.path.stem.replace("evaluation", stem, 1))
+
+    def _memory(self, when: str) -> AbstractContextManager[None]:
+        return self.files.reporting_memory(self.config, self.precision, self.place, when)
+
+    def _products(self) -> AbstractContextManager[None]:
+        return tf32_products(tf32_suffices(self.config, self.precision, self.trainer.args.device, self._manifest))
+
+    def compare_with_cache(self) -> None:
+        """Compare the base model of an adapter with the cache, where it is the one that was scored."""
+        if not self.own_base:
+            return
         from offline_kto.train.model.lora import without_adapters
 
-        with without_adapters(trainer.model):
-            samples.make(0)
-    samples.make(step)
-    return samples.line()
+        with without_adapters(self.trainer.model), self._products(), self._memory("policy and cache were compared"):
+            allow, cache = self.config.allow_different_policy, self.rows.held_out.cache
+            check_start(self.trainer.scores, cache, self.precision, policy=self.files.name, allow=allow)
+
+    def tell_plan(self) -> None:
+        """Print what is evaluated."""
+        where = f"{self.precision.name} on {resolve_device(self.config.device)}"
+        _tell_plan(self.config, self.run, self.rows, self.files, where)
+
+    def score(self) -> Scores:
+        """Score the held-out rows; called on every rank."""
+        with self._products(), self._memory("held-out rows were scored"):
+            scores = self.trainer.final_scores()
+        assert scores is not None
+        return scores
+
+    def write(self, scores: Scores, tried: Tried) -> None:
+        """Print the held-out values, and write them, and suspect rows of another cache than the run's own."""
+        held_out, objective = self.rows.held_out, self.objective
+        before: Scores | None = self.trainer.scores.untrained(held_out)
+        if before is not None and self.config.allow_different_policy:
+            before = load_untrained(self.run / UNTRAINED, before) if self.rows.of_run else None
+        found = summary(scores, objective, int(self._final.get("step", 0)), before, tried)
+        groups = held_out_groups(scores, before, objective, held_out.cache.source_files(np.asarray(held_out.indices)))
+        for line in [
+            *summary_lines(found, rows="held out" if self.rows.of_run else "evaluated"),
+            *verdict_lines(found),
+        ]:
+            tell(line)
+        with written_to(self.run, WriteError, "Make room, and evaluate again; existing files are unchanged."):
+            rows = {**self._manifest.rows_identity, "rows_are": self.rows.what}
+            write_json(self.path, {**found, "groups": groups, **rows})
+        if not self.rows.of_run:  # the run has listed its own suspects, training rows among them
+            evaluated = held_out_rows(held_out, scores, before, objective, split="evaluated")
+            suspects = find_suspects([evaluated], objective.beta, self.files.tokenizer)
+            for line in suspects.write(self._beside("suspects", ".csv")):
+                tell(line)
+
+    def sample(self) -> list[str]:
+        """Make the samples of the run's model, and those before training where that model is in memory too.
+
+        Returns:
+            What there is, for the console.
+        """
+        count = self.config.prompts_to_sample() if self.rows.of_run else self.config.samples or 0
+        if not count:
+            return []
+        name = self._beside("samples", ".jsonl").name
+        samples = HeldOutSamples(self.run, self.trainer, self.files.tokenizer, count, name=name)
+        step = _final_step(self.record)
+        with self._products(), written_to(self.run, WriteError, "Make room, and evaluate again."):
+            samples.begin(until=step)
+            if self.own_base and 0 not in samples.steps:
+                from offline_kto.train.model.lora import without_adapters
+
+                with without_adapters(self.trainer.model):
+                    samples.make(0)
+            samples.make(step)
+        return samples.line()
 
 
 def _final_step(record: RunRecord) -> int:

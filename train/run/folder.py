@@ -7,7 +7,8 @@ runs/NAME/samples.jsonl    completions of held-out prompts, before and after tra
 runs/NAME/checkpoint-N/    a checkpoint that --resume can resume from
 runs/NAME/_unfinished/     a checkpoint or model being written; it is renamed once it is complete and on disk
 runs/NAME/hub/             what --push-to-hub uploads; it is removed once that is done
-runs/NAME/                 at the end: model, tokenizer, model card, evaluation.json, rewards.parquet, report.html
+runs/NAME/                 at the end: model, tokenizer, model card, evaluation.json, rewards.parquet, suspects.csv,
+                           report.html
 """
 
 from pathlib import Path

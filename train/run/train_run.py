@@ -139,7 +139,8 @@ def _train(config: TrainConfig, out: Path) -> None:
     of_samples = run.finish_samples()
     if run.is_main:
         run.write_card(out, found, repository.name if repository is not None else None)
-        for line in [*(summary_lines(found) if found is not None else []), *verdict_lines(found), *of_samples]:
+        summed_up = [*(summary_lines(found) if found is not None else []), *verdict_lines(found)]
+        for line in [*summed_up, *of_samples, *run.write_suspects(out)]:
             tell(line)
         tell(f"report      {write_report([out])}")
         tell(f"wrote       {out}")

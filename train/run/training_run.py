@@ -43,13 +43,23 @@ from offline_kto.train.run.plan import print_plan
 from offline_kto.train.run.rewards_file import write_rewards
 from offline_kto.train.run.samples import HeldOutSamples
 from offline_kto.train.run.start_check import check_start, tolerance_for
-from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, UNTRAINED, read_run_record, write_run_record
+from offline_kto.train.run.suspects import ScoredRows, find_suspects, held_out_rows, trained_rows
+from offline_kto.train.run_files import (
+    EVALUATION,
+    METRICS,
+    REWARDS,
+    SUSPECTS,
+    UNTRAINED,
+    read_run_record,
+    write_run_record,
+)
 from offline_kto.train.run_records import ComputedWith, EvaluationRecord, FinalUpdate, RunRecord
 from offline_kto.train.trainer.checkpoints import reading
 from offline_kto.train.trainer.compiled_layers import Compiling, compile_layers
-from offline_kto.train.trainer.evaluation import summary
+from offline_kto.train.trainer.evaluation import Scores, summary
 from offline_kto.train.trainer.gradient_sums import BUCKET_BYTES, Sending
 from offline_kto.train.trainer.held_out_changes import load_untrained, save_untrained
+from offline_kto.train.trainer.held_out_groups import held_out_groups
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
 from offline_kto.train.trainer.liger_layers import check_liger_supports
 from offline_kto.train.trainer.memory import Meter, meter_of
@@ -149,6 +159,7 @@ class TrainingRun:
         resumed_at: number of updates that were made before this process began.
         saved: names of the files of the saved model and tokenizer, on the process that writes.
         samples: completions of held-out prompts; None if none are asked for.
+        scored_rows: training and held-out rows with their log-ratios, on the process that writes, after `sum_up`.
     """
 
     config: TrainConfig
@@ -167,6 +178,7 @@ class TrainingRun:
     resumed_at: int = 0
     saved: list[str] = field(default_factory=list)
     samples: HeldOutSamples | None = None
+    scored_rows: tuple[ScoredRows, ...] = ()
 
     @classmethod
     def set_up(
@@ -344,6 +356,7 @@ class TrainingRun:
             return None
         seen = np.flatnonzero(steps >= 0)
         write_rewards(self.out / REWARDS, self.data, seen, logratios[seen], scores)
+        self.scored_rows = self._scored_rows(steps, logratios, scores)
         final: FinalUpdate = {"step": trainer.final_step, "updates": trainer.state.global_step}
         final.update(self._speed())
         if trainer.shift is not None:
@@ -352,9 +365,34 @@ class TrainingRun:
         if scores is None:
             return None
         found = summary(scores, self.objective, trainer.final_step, trainer.changes.untrained, self._tried)
+        assert self.data.held_out is not None
+        files = self.data.held_out.cache.source_files(np.asarray(self.data.held_out.indices))
+        found["groups"] = held_out_groups(scores, trainer.changes.untrained, self.objective, files)
         found["fingerprint"] = self.data.rows.manifest.fingerprint
         write_json(self.out / EVALUATION, found)
         return found
+
+    def _scored_rows(self, steps: np.ndarray, logratios: np.ndarray, scores: Scores | None) -> tuple[ScoredRows, ...]:
+        state, held_out = self.trainer.state, self.data.held_out
+        trained = trained_rows(
+            self.data,
+            steps,
+            logratios,
+            self.objective,
+            state.log_history,
+            starts_as_reference=self._starts_as_reference,
+        )
+        if scores is None or held_out is None:
+            return (trained,)
+        return trained, held_out_rows(held_out, scores, self.trainer.changes.untrained, self.objective)
+
+    def write_suspects(self, out: Path) -> list[str]:
+        """Write suspects.csv into a folder, after `sum_up`, on the process that writes; return its line for the console.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        return find_suspects(self.scored_rows, self.objective.beta, self.files.tokenizer).write(out / SUSPECTS)
 
     def _speed(self) -> FinalUpdate:
         """Return the time of an update without samples, for the plans of later runs; nothing if this process made none."""

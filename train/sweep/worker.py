@@ -226,6 +226,7 @@ class Worker:
         write_run_record(out, {**read_run_record(folder), "trial": int(folder.name)})
         run.save_model(out)
         run.write_card(out, found)
+        run.write_suspects(out)
         self.pipe.send(Kept())
 
 

@@ -28,6 +28,7 @@ class Scores:
         kl_logratios: of the mismatched completions, nats; None if the loss needs none.
         shift: the reward shift / beta, nats, if the loss has one.
         clipped: sums of clipped ratios, shape (2, rows), if the loss clips ratios.
+        prompt_tokens: of each prompt; None if they are not known.
     """
 
     prompt_ids: list[str]
@@ -39,6 +40,7 @@ class Scores:
     kl_logratios: Tensor | None
     shift: float | None
     clipped: Tensor | None = None
+    prompt_tokens: Tensor | None = None
 
     @property
     def rows(self) -> RowScores:
@@ -197,6 +199,28 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def reference_points(scores: Scores, objective: Objective) -> Tensor:
+    """Return the log-ratio at which each row counts as neither desirable nor undesirable, nats, shape (rows,)."""
+    once = torch.ones(1, len(scores.masses), dtype=torch.float64)
+    midpoints = objective.midpoints(scores.logratios, common_point(scores, once))
+    return midpoints.expand(1, len(scores.masses))[0]
+
+
+def common_point(scores: Scores, weights: Tensor) -> Tensor:
+    """Return the point that the loss measures all rows from, nats: z0 for each sample, the reward shift, or 0.
+
+    Args:
+        weights: how often each row counts, shape (samples, rows).
+
+    Returns:
+        Shape (samples, 1), or a scalar.
+    """
+    if scores.kl_logratios is None:
+        return torch.tensor(scores.shift or 0.0, dtype=torch.float64)
+    chosen = weights * scores.masses.sum(1)
+    return ((chosen * scores.kl_logratios).sum(1) / chosen.sum(1)).clamp(min=0)[:, None]
+
+
 def _statistics(scores: Scores, objective: Objective, weights: Tensor) -> dict[str, Tensor]:
     """Compute metrics of weighted rows, named as by `offline_kto.kto_core.losses.metrics.metrics_from`.
 
@@ -214,11 +238,10 @@ def _statistics(scores: Scores, objective: Objective, weights: Tensor) -> dict[s
         return (chosen * values).sum(1) / chosen.sum(1)
 
     shown: dict[str, Tensor] = {}
-    point = torch.tensor(scores.shift or 0.0, dtype=torch.float64)
     if scores.kl_logratios is not None:
         kl_raw = mean(scores.kl_logratios, masses)
         shown = {"kl": kl_raw.clamp(min=0), "kl_raw": kl_raw}
-        point = shown["kl"][:, None]  # (samples, 1)
+    point = common_point(scores, weights)
     losses = objective.losses(scores.rows, scores.masses, scores.tokens, point)
     distances = scores.logratios - objective.midpoints(scores.logratios, point)
     found = {"loss": (weights * losses).sum(1) / total}

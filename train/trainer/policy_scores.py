@@ -52,13 +52,14 @@ class PolicyScores:
     def _of_rows(
         self, held_out: HeldOutRows, score: Callable[[Sequence[TrainingRow]], Tensor], shift: float | None
     ) -> Scores:
-        indices, tokens = held_out.indices, []
+        indices, tokens, prompt_tokens = held_out.indices, [], []
         per_row = self.objective.scores_per_row
         scores = torch.empty(per_row + 1, len(indices), dtype=torch.float64)
         for start in range(0, len(indices), HELD_OUT_ROWS):
             rows = [held_out.cache[RowKey(i, 0)] for i in indices[start : start + HELD_OUT_ROWS]]
             scores[:, start : start + len(rows)] = score(rows)
             tokens += [len(row.matched.completion_ids) for row in rows]
+            prompt_tokens += [len(row.matched.prompt_ids) for row in rows]
         return Scores(
             prompt_ids=[held_out.cache.prompt_ids[i] for i in indices],
             masses=torch.from_numpy(held_out.cache.masses_of(indices)),
@@ -69,6 +70,7 @@ class PolicyScores:
             kl_logratios=scores[per_row] if self.objective.traits.needs_mismatched else None,
             shift=shift,
             clipped=scores[2:per_row] if per_row > 2 else None,
+            prompt_tokens=torch.tensor(prompt_tokens, dtype=torch.float64),
         )
 
     def logratio_sum(self, sequences: Sequence[ScoredSequence], masses: Sequence[float]) -> tuple[Tensor, Tokens]:
