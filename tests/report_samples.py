@@ -145,6 +145,7 @@ SUSPECT_COLUMNS = [
     "prompt",
     "completion",
     "others",
+    "split",
 ]
 
 
@@ -166,11 +167,11 @@ def write_samples(folder, texts, steps=(0, 150, 300)):
 
 
 def write_suspects(folder, rows):
-    """Suspect rows with some columns each."""
+    """Suspect rows with some columns each, the others of a training row of one token."""
     with (folder / "suspects.csv").open("w", newline="", encoding="utf-8", errors="surrogatepass") as file:
         writer = csv.DictWriter(file, SUSPECT_COLUMNS, restval="")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({"label": "desirable", "tokens": 1, "split": "train", **row} for row in rows)
 
 
 CONFIG = {

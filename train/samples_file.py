@@ -42,9 +42,15 @@ def read_samples(folder: Path, name: str = SAMPLES) -> list[SampleRecord]:
         content = read_foreign(folder / name, most=LARGEST_SAMPLES)
     except FileNotFoundError:
         return []
+    return parse_samples(content)[0]
+
+
+def parse_samples(content: bytes) -> tuple[list[SampleRecord], int]:
+    """Return the records of a file's content, and how many lines are truncated or damaged."""
     # Split at line feeds alone: `splitlines` would also split at separators that JSON strings may contain.
-    lines = content.decode("utf-8", errors="replace").split("\n")
-    return [record for line in lines if (record := _parsed(line)) is not None]
+    lines = [line for line in content.decode("utf-8", errors="replace").split("\n") if line.strip()]
+    found = [record for line in lines if (record := _parsed(line)) is not None]
+    return found, len(lines) - len(found)
 
 
 def write_samples(path: Path, samples: Sequence[SampleRecord]) -> None:
