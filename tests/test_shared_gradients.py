@@ -66,7 +66,8 @@ def model_of(family):
         kinds = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
         config = kinds.get(family, transformers.Gemma3TextConfig)
         torch.manual_seed(0)
-        made = config(vocab_size=VOCABULARY, **(_QWEN if family == "qwen3" else _WINDOWS))
+        windows = {**_WINDOWS, "use_sliding_window": True} if family == "qwen2" else _WINDOWS
+        made = config(vocab_size=VOCABULARY, **(_QWEN if family == "qwen3" else windows))
         return prepared(transformers.AutoModelForCausalLM.from_config(made))
     return prepared(tiny_model(family, **({"output_router_logits": False} if family == "mixtral" else {})))
 
@@ -137,6 +138,7 @@ def test_gradients_are_equal_with_varlen_attention():
         assert_equal_gradients(model, pair(40, 9, 12))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo reads it
 def test_gradients_are_equal_in_compiled_layers():
     from offline_kto.train.trainer.compiled_layers import Compiling, compile_layers
 
