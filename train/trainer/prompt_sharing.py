@@ -116,11 +116,12 @@ class PromptSharing:
         logps = token_logps(policy.scoring_model, on_device).token_logps
         loss = (logps * (1.0 - 1.5 * on_device.row_of_token)).sum()  # with both signs, as the rows of a pair
         weights = _compared_weights(policy)
+        found: list[Tensor | None]
         if not policy.ranks.sharded:
-            found = torch.autograd.grad(loss, weights, allow_unused=True)
+            found = [*torch.autograd.grad(loss, weights, allow_unused=True)]
         else:  # FSDP2 sums gradients in the backward pass alone
-            loss.backward()  # type: ignore[no-untyped-call]
-            found = tuple(None if one.grad is None else local_part(one.grad).clone() for one in weights)
+            loss.backward()
+            found = [None if one.grad is None else local_part(one.grad).clone() for one in weights]
             policy.model.zero_grad()
         return [torch.zeros(()) if one is None else one.detach().float() for one in found]
 
@@ -131,7 +132,8 @@ def _longest(unit: Unit) -> int:
 
 def _compared_weights(policy: PreparedPolicy) -> list[Tensor]:
     """Return the smallest trained weights (norms, biases, adapters), of all layers."""
-    model, chosen, values = policy.model, [], 0
+    model, values = policy.model, 0
+    chosen: list[Tensor] = []
     tables = {id(one.weight) for one in (model.get_input_embeddings(), model.get_output_embeddings())}
     trained = [one for one in model.parameters() if one.requires_grad and id(one) not in tables]
     for weight in sorted(trained, key=lambda one: one.numel()):
