@@ -350,3 +350,10 @@ def test_losses_of_rows_never_share(pairs, tmp_path, layouts):
     train(replace(config_for(pairs, tmp_path / "kto"), loss="kto"))
     assert layouts
     assert not any(share for share, _ in layouts)
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 4, "gradient_checkpointing": True}, {"memory": "lean"}], ids=str)
+def test_recipes_share_too(options, pairs, tmp_path, layouts, capsys):
+    train(config_for(pairs, tmp_path / "run", **options))
+    assert any(share for share, _ in layouts)
+    assert "prompts are not shared" not in capsys.readouterr().out
