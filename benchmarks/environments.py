@@ -97,22 +97,26 @@ def prepare_environments(trl_python: Path | None = None) -> Environments:
     if different:
         raise EnvironmentMismatchError(
             f"{our_python} and {trl_python} differ: {'; '.join(different)}. "
-            f"Install the project under {CONSTRAINTS.name}, then remove {TRL_DIR} to have it made anew."
+            f"Install the project under {CONSTRAINTS.name}, as the other environment is."
         )
     return Environments(our_python, trl_python, ours, trl)
 
 
 def make_trl_environment() -> Path:
-    """Return the interpreter of `benchmarks/.venv-trl`, created on first use (some minutes and a gigabyte)."""
+    """Return the interpreter of `benchmarks/.venv-trl`, made on first use and after a change of the constraints.
+
+    Making it takes some minutes and a gigabyte.
+    """
     python = TRL_DIR / "bin" / "python"
     complete = TRL_DIR / "complete"
-    if not complete.exists():
+    installed = f"{TRL_REQUIREMENT}\n{CONSTRAINTS.read_text(encoding='utf-8')}"
+    if not complete.exists() or complete.read_text(encoding="utf-8") != installed:
         print(f"making {TRL_DIR} with {TRL_REQUIREMENT} under {CONSTRAINTS.name}", file=sys.stderr, flush=True)
         shutil.rmtree(TRL_DIR, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", TRL_DIR], check=True)
         install = [python, "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS, TRL_REQUIREMENT, "torch"]
         subprocess.run(install, check=True, stdout=sys.stderr)
-        complete.write_text(TRL_REQUIREMENT + "\n", encoding="utf-8")
+        complete.write_text(installed, encoding="utf-8")
     return python
 
 

@@ -100,7 +100,7 @@ def training_config(args: argparse.Namespace) -> KTOConfig:
         weight_decay=0.0,
         max_grad_norm=1.0,
         beta=args.beta,
-        desirable_weight=1.0,
+        desirable_weight=args.desirable_weight,
         undesirable_weight=1.0,
         precompute_ref_log_probs=args.reference == "cached",
         gradient_checkpointing=False,
@@ -143,6 +143,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-6)
     parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--desirable-weight", type=float, default=1.0)
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--max-steps", type=int, default=-1)
     parser.add_argument("--seed", type=int, default=0)

@@ -47,6 +47,7 @@ def option(
     options_of: type | None = None,
     synonyms: Mapping[str, str] | None = None,
     hint: str = "",
+    table: bool = False,
 ) -> Any:
     """Return a dataclass field that is also a command-line option.
 
@@ -63,10 +64,16 @@ def option(
         options_of: the command whose options a table holds.
         synonyms: other words for some of the choices.
         hint: what to do if a word is not among the choices.
+        table: whether a YAML file may also give a text as a table of its parts; it becomes JSON.
     """
     metadata: dict[str, Any] = {"help": help, "choices": choices, "metavar": metavar, "off": off, "yaml": yaml}
     metadata.update(
-        most=most, finite=finite, may_be_path=may_be_path, options_of=options_of, hint=f" {hint}" if hint else ""
+        most=most,
+        finite=finite,
+        may_be_path=may_be_path,
+        options_of=options_of,
+        hint=f" {hint}" if hint else "",
+        table=table,
     )
     metadata["synonyms"] = {word: name for word, name in (synonyms or {}).items() if name in (choices or ())}
     if callable(default):
@@ -250,6 +257,11 @@ def resolve(
     return config(**values)
 
 
+def value_in_yaml(config: type, yaml_path: Path, name: str) -> Any:
+    """Return the checked value of one option in a YAML file; None if it is not there. Raises: ConfigError: as `resolve`."""
+    return _yaml_values(config, named_file(yaml_path), foreign=False, without=()).get(name)
+
+
 # Options that work in an untrusted folder cannot set: whoever continues it has to give them again.
 ASKED_AGAIN = frozenset({"trust_remote_code"})
 
@@ -352,6 +364,8 @@ def _coerce(value: Any, allowed: tuple[type, ...], where: str, field: "dataclass
         return tuple(value)
     elif isinstance(value, dict) and dict in allowed:
         return value
+    elif isinstance(value, dict) and field.metadata.get("table"):
+        return json.dumps({str(key): one for key, one in value.items()}, default=str)
     wanted = " or ".join(_WORDS.get(kind, kind.__name__) for kind in allowed)
     raise ConfigError(f"{where}: expected {wanted}, got {as_given(value, allowed)}")
 

@@ -85,7 +85,8 @@ def train(
         The finished run: options, metrics, evaluation. Its model is in `path`. None with `dry_run`.
 
     Raises:
-        KTOError: the input cannot be used, or training was stopped.
+        KTOError: the input cannot be used, training was stopped, or a finished run could not be uploaded (`push_to_hub`): its folder
+            is complete then, and `read` reads it.
     """
     from offline_kto.train.config import TrainConfig
 
@@ -241,9 +242,8 @@ def _config(kind: type[ConfigT], options: dict[str, Any]) -> ConfigT:
             )
     from offline_kto.train.run_files import begun_with
 
-    return resolve(
-        kind, options, yaml_path=None if yaml_path is None else Path(yaml_path), begun_with=begun_with(options)
-    )
+    path = None if yaml_path is None else Path(yaml_path)
+    return resolve(kind, options, yaml_path=path, begun_with=begun_with(options, path))
 
 
 def _of_run(given: dict[str, Any]) -> "TrainConfig":

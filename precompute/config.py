@@ -117,12 +117,13 @@ class PrecomputeConfig:
         None,
         "Variables of the chat template for all rows, like enable_thinking=false, or JSON.",
         metavar="NAME=VALUE,...",
+        table=True,
     )
     template_date: str | None = option(
         None, "Day for chat templates that write the date.  [default: the cache's, or today]", metavar="YYYY-MM-DD"
     )
     tokenizer_kwargs: str | None = option(
-        None, "Options for loading the tokenizer, like fix_mistral_regex=true.", metavar="NAME=VALUE,..."
+        None, "Options for loading the tokenizer, like fix_mistral_regex=true.", metavar="NAME=VALUE,...", table=True
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     overwrite: bool = option(False, "Replace a cache of another reference in --out.")

@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator
 
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.judgements import Masses
 from offline_kto.precompute.feedback.agreement import RELIABLE, TENTATIVE, agreement_in_words
 from offline_kto.precompute.plan import Plan, PlanCounts
+
+# Fewer unanimous rows of a class, or prompts of them, are no data to train on.
+_FEWEST_UNANIMOUS = 2
 
 
 def judgements_in_words(plan: Plan, counts: PlanCounts) -> Iterator[tuple[str, str]]:
@@ -14,7 +18,12 @@ def judgements_in_words(plan: Plan, counts: PlanCounts) -> Iterator[tuple[str, s
         yield "votes", f"{of}{agreement_in_words(agreement)} (--votes {plan.feedback.label_rule.votes})"
     for name, masses in counts.objectives.items():
         judged = sum(row.judgement.objectives[name].total > 0 for row in plan.rows)
-        yield "objective", f"{name}: {judged:,} of {counts.kept:,} rows judged, {masses_in_words(masses)}"
+        others = sorted((reason, n) for (one, reason), n in plan.feedback.found.not_judged.items() if one == name)
+        not_judged = "".join(f", left out in {counted(n, 'row')}: {reason}" for reason, n in others)
+        yield (
+            "objective",
+            f"{name}: {judged:,} of {counted(counts.kept, 'row')} judged, {masses_in_words(masses)}{not_judged}",
+        )
     if plan.weights:
         yield "weights", plan.weights.in_words()
     if plan.mass_columns:
@@ -31,10 +40,24 @@ def warnings_about_judgements(plan: Plan) -> list[str]:
             found.append(
                 f"the raters agree little{of}: Krippendorff's alpha is {alpha:.2f}, where 1 is full agreement and 0 is chance; "
                 f"{RELIABLE} is the usual limit for reliable labels, and {TENTATIVE} the lowest. Either the answers are hard to judge, or "
-                "the raters judge by different rules. Rows with split votes count for little; leave them out with --votes unanimous."
+                f"the raters judge by different rules. Rows with split votes count for little{_unanimous(plan, name)}."
             )
     extreme = plan.weights.extreme()
     return [*found, *([extreme] if extreme else [])]
+
+
+def _unanimous(plan: Plan, name: str) -> str:
+    """Return the advice to leave out split votes, if the rows that are left can be trained on.
+
+    Args:
+        name: of the objective; empty for the rows themselves.
+    """
+    masses = [row.judgement.objectives[name] if name else row.judgement.masses for row in plan.rows]
+    left = [(row.prompt_id, one) for row, one in zip(plan.rows, masses, strict=True) if min(one) == 0 < one.total]
+    of_class = [sum(one.label is label for _, one in left) for label in (True, False)]
+    if min(of_class) < _FEWEST_UNANIMOUS or len({prompt for prompt, _ in left}) < _FEWEST_UNANIMOUS:
+        return ", and too few have unanimous votes to train on those alone"
+    return "; leave them out with --votes unanimous"
 
 
 def masses_in_words(masses: Masses) -> str:

@@ -26,6 +26,7 @@ from offline_kto.kto_core.judgements import Judgement, Masses, mass_columns
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.runtime import no_garbage_collection
 from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.feedback.mistakes import without_effect
 from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.feedback.weights import Weights, settled
 from offline_kto.precompute.records.sources import SourceFile, describe_source, warnings_about
@@ -210,6 +211,8 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
     finally:
         feedback.write_left_out()  # also if the run ends here, where it is needed most
     feedback.finish()
+    if (error := without_effect(config, feedback.label_rule, feedback.found)) is not None:
+        raise error
     tokenizing.check()
     if not rows:
         raise FeedbackError(

@@ -38,7 +38,6 @@ PRELOADED = (
     "offline_kto.train.report.figures",
     "optuna",
     "peft",
-    "plotly.offline",
     "pyarrow.acero",
     "s3fs",
     "sqlalchemy.dialects.sqlite",

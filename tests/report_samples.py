@@ -1,5 +1,6 @@
 """Run and sweep folders as kto-train and kto-sweep leave them, made up: for the tests of the report page."""
 
+import csv
 import json
 import math
 import random
@@ -110,6 +111,68 @@ def write_evaluation(folder, shift=0.0):
     (folder / "evaluation.json").write_text(json.dumps(content))
 
 
+def write_verdict(folder, change=0.67, by=0.16, steps=300):
+    """Step 0, paired intervals of the change since then at each evaluation, and the verdict that follows."""
+    found = [{"step": 0, "eval/loss": 0.5, "eval/accuracy": 0.5, "eval/rewards/margins": 0.0}]
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "eval/loss" in record:
+            part = change * record["step"] / steps
+            record |= {"eval/rewards/margins": part, "eval/change/margin": part}
+            record |= {"eval/change/margin_low": part - by, "eval/change/margin_high": part + by}
+        found.append(record)
+    write_records(folder, found)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation["metrics"]["rewards/margins"] = {"value": change, "low": change - 0.9 * by, "high": change + 0.9 * by}
+    same = {"loss": 0.5, "accuracy": 0.5, "rewards/margins": 0.0}
+    evaluation["before"] = {name: {"value": value, "low": value, "high": value} for name, value in same.items()}
+    evaluation["change"] = {"rewards/margins": {"value": change, "low": change - by, "high": change + by}}
+    outcome = "better" if change > by else "worse" if change < -by else "no difference"
+    reason = f"the held-out margin changed by {change:+.4f} [{change - by:+.4f}, {change + by:+.4f}]"
+    evaluation["verdict"] = {"outcome": outcome, "by": "rewards/margins", "reason": reason, "next": "a lower rate"}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+SUSPECT_COLUMNS = [
+    "kind",
+    "place",
+    "label",
+    "reward",
+    "change",
+    "logratio",
+    "tokens",
+    "row_id",
+    "prompt",
+    "completion",
+    "others",
+]
+
+
+def write_samples(folder, texts, steps=(0, 150, 300)):
+    """Samples of some prompts (texts by prompt) at some steps; what was cut has not ended."""
+    lines = [
+        {
+            "step": step,
+            "prompt_id": prompt,
+            "prompt": prompt,
+            "completion": f"{text} {step}",
+            "ended": step > 0,
+            "tokens": 37,
+        }
+        for step in steps
+        for prompt, text in texts.items()
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_suspects(folder, rows):
+    """Suspect rows with some columns each."""
+    with (folder / "suspects.csv").open("w", newline="", encoding="utf-8", errors="surrogatepass") as file:
+        writer = csv.DictWriter(file, SUSPECT_COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 CONFIG = {
     "cache": "refs/",
     "loss": "kto",
@@ -191,4 +254,5 @@ def write_sweep(folder, trials=50, seed=0):
         "trials": found,
     }
     (folder / "sweep.json").write_text(json.dumps(content))
+    (folder / "best.yaml").write_text(yaml.safe_dump(CONFIG))
     return folder

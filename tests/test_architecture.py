@@ -29,12 +29,12 @@ kto_core.feedback kto_core.scoring kto_core.losses kto_core.cache
 kto_core.models
 train.loss_traits
 precompute.config train.config train.run_records
-precompute.records precompute.parts train.run_files
+precompute.records precompute.parts train.run_files train.samples_file
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
 precompute.feedback
 precompute.plan precompute.store train.trainer train.report
-precompute.scoring precompute.judgement_page precompute.estimates train.run
-precompute.plan_page
+precompute.scoring precompute.judgement_page precompute.estimates train.publish
+precompute.plan_page train.run
 precompute.pipeline precompute.inspect_cache train.sweep
 precompute.run
 precompute.cli train.cli
@@ -49,7 +49,6 @@ ONLY_IN = {
     "optuna": {"train/sweep/study.py"},
     "liger_kernel": {"train/trainer/liger_layers.py"},
     "triton": {"kto_core/scoring/head_tiles_triton.py"},
-    "plotly": {"train/report/figures.py", "train/report/sweep_figures.py"},
 }
 NOT_IN = {
     "kto_core": {"transformers", "vllm", "accelerate", "datasets", "peft", "click"},

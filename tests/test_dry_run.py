@@ -10,9 +10,13 @@ from models import save_tiny
 
 import offline_kto
 from offline_kto.kto_core.errors import ConfigError, KTOError
+from offline_kto.kto_core.options import resolve
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.run.train_run import train
+from offline_kto.train.run_files import begun_with
+from offline_kto.train.sweep.config import SweepConfig
+from offline_kto.train.sweep.space import Trials
 
 TRAIN = "from offline_kto.train.cli import train; train()"
 
@@ -116,3 +120,52 @@ def test_a_run_that_is_there_is_not_planned_over(config: TrainConfig) -> None:
         train(replace(config, resume=True, seed=1))
     train(replace(config, resume=True))
     assert everything_in(run) == before
+
+
+# Options in YAML files
+
+
+@pytest.fixture
+def in_yaml(cache: Path, tmp_path: Path) -> Path:
+    """A file beside which its run is to lie."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("out: runs/a\nbatch_size: 8\nmax_steps: 1\ndevice: cpu\nsave_steps: 1\n")
+    return folder / "mine.yaml"
+
+
+def test_a_config_may_name_the_run_folder(in_yaml: Path, cache: Path, tmp_path: Path) -> None:
+    """The command line wins over it, and a run's own config.yaml does not name the folder."""
+    resolved = resolve(TrainConfig, {"cache": cache}, yaml_path=in_yaml)
+    assert resolved.out == in_yaml.parent / "runs/a"
+    assert resolve(TrainConfig, {"cache": cache, "out": tmp_path}, yaml_path=in_yaml).out == tmp_path
+    run = train(resolved)
+    assert "out:" not in (run / "config.yaml").read_text()
+    assert begun_with({"resume": True}, in_yaml) == run / "config.yaml"
+    assert begun_with({"resume": True}) is None
+    again = offline_kto.train(cache, config=in_yaml, resume=True, max_steps=2)
+    assert again is not None
+    assert (again.path, again.updates) == (run, 2)
+
+
+def test_a_sweep_names_its_folder_beside_its_trials(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("out: sweeps/a\nspace: {beta: [0.1, 0.2]}\n")
+    assert resolve(SweepConfig, {}, yaml_path=path).out == tmp_path / "sweeps/a"
+    with pytest.raises(ConfigError, match="train: 'out' is set for the whole sweep by --out"):
+        Trials.of(SweepConfig(space={"beta": [0.1]}, train={"out": "runs"}))
+
+
+def test_objectives_are_a_table_in_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("objective: {helpful: 1, harmless: 0.5}\n")
+    config = resolve(TrainConfig, {}, yaml_path=path)
+    assert config.objective_weights == {"helpful": 1.0, "harmless": 0.5}
+    trials = Trials.of(SweepConfig(space={"beta": [0.1]}, train={"objective": {"helpful": 2}}))
+    assert trials.config({"beta": 0.1}).objective_weights == {"helpful": 2.0}
+    path.write_text("objective: {helpful: often}\n")
+    with pytest.raises(ConfigError, match="expected names and weights"):
+        resolve(TrainConfig, {}, yaml_path=path)
+    path.write_text("model: {a: b}\n")
+    with pytest.raises(ConfigError, match="model: expected text"):
+        resolve(TrainConfig, {}, yaml_path=path)

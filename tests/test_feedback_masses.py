@@ -302,3 +302,43 @@ def test_objectives_of_appended_rows_are_in_all_shards(base: Path, tmp_path: Pat
     precompute(config_of(base, write_rows(data, [*first, *more]), out))
     assert {tuple(row["objectives"]) for row in scored(out)} == {("a", "b")}
     assert "all match" in verify(out)
+
+
+def test_the_plan_says_where_votes_of_an_objective_are_split(tmp_path: Path) -> None:
+    rows = with_columns(
+        {"labels": {"a": [1, 0], "b": 1}}, {"labels": {"a": [1, 1], "b": 0}}, {"labels": {"a": [0, 0], "b": 1}}
+    )
+    text = page(tmp_path, [{k: v for k, v in one.items() if k != "label"} for one in rows], votes="unanimous")
+    assert "objective a: 8 of 12 rows judged, 4 desirable, 4 undesirable, left out in 4 rows: raters disagree" in text
+
+
+def test_few_rows_are_not_advised_to_keep_unanimous_votes_alone(tmp_path: Path) -> None:
+    split = with_columns({"labels": [1, 0]}, {"labels": [0, 1]}, {"labels": [1, 1, 0]}, rows=unlabelled())
+    split[0] = {**split[0], "labels": [0, 0]}
+    text = page(tmp_path, split)
+    assert "agree little" in text
+    assert "too few have unanimous votes to train on those alone" in text
+    assert "--votes unanimous" not in text
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "words"),
+    [
+        ([{"label": True}, {"label": False}], {"votes": "count"}, "--votes count has no effect: no row has votes"),
+        ([{"rating": 5}, {"rating": 1}], {"votes": "unanimous", "rating_scale": "1:5"}, "--votes unanimous has no"),
+        ([{"up": 3, "down": 1}, {"up": 0, "down": 2}], {"rating_scale": "1:5"}, "--rating-scale has no effect"),
+        ([{"up": 3, "down": 1}, {"up": 0, "down": 2}], {"up": ">=4", "down": "<=2"}, "--up and --down have no effect"),
+    ],
+)
+def test_options_that_change_nothing_are_refused(
+    tmp_path: Path, columns: Rows, options: dict[str, Any], words: str
+) -> None:
+    path = write_rows(tmp_path / "f.jsonl", with_columns(*columns, rows=unlabelled()))
+    with pytest.raises(FeedbackError, match=words):
+        plan_of(path, **options)
+
+
+def test_votes_of_pairs_are_refused(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(4)]
+    with pytest.raises(FeedbackError, match="--votes count has no effect"):
+        plan_of(write_rows(tmp_path / "f.jsonl", pairs), votes="count")

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from report_samples import records, write_records, write_run, write_sweep
 
 from offline_kto.kto_core.cache.manifest import read_manifest
@@ -31,12 +32,13 @@ from offline_kto.precompute.inspect_cache import info
 from offline_kto.train import run_files
 from offline_kto.train.cli import report, train
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.publish.model_card import CardContent, write_card
 from offline_kto.train.report.report import write_report
 from offline_kto.train.run import callbacks as watching
 from offline_kto.train.run.callbacks import MetricsFile, read_metrics
-from offline_kto.train.run.model_card import write_card
 from offline_kto.train.run.train_run import train as run_training
 from offline_kto.train.run_files import holds_word, read_rewards, read_run_record
+from offline_kto.train.run_records import RunRecord
 from offline_kto.train.sweep.results import _cell, _read
 from offline_kto.train.sweep.sweep import _database
 
@@ -309,7 +311,7 @@ class TestWriters:
         assert precious.read_text() == PRECIOUS
         assert [path.name for path in home.iterdir()] == ["precious"]
         assert (home / "precious").read_text() == PRECIOUS
-        assert "base_model" in (out / "README.md").read_text()
+        assert "library_name: transformers" in (out / "README.md").read_text()
         assert [record["step"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record] == [1, 2]
         os.mkfifo(out / "checkpoint-2" / "pipe")
         with pytest.raises(ConfigError, match="pipe is neither a file nor a folder"):
@@ -317,22 +319,28 @@ class TestWriters:
 
 
 class TestNames:
-    def test_a_card_shows_names_letter_by_letter(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("local", [True, False])
+    def test_a_card_shows_names_letter_by_letter(self, tmp_path: Path, local: bool) -> None:
         evil = "x` <img src=x onerror=alert(1)> ``` **b** [a](http://b)\n---\nlicense: mit\x1b[31m\u202e"
         manifest: Any = SimpleNamespace(
             reference={"id": evil},
             fingerprint="f",
             data={"desirable": 1, "undesirable": 2, "files": [{"name": evil}], "labels_hash": "l"},
+            tokenization={},
         )
-        files: Any = SimpleNamespace(name=evil, adapter=evil)
+        files: Any = SimpleNamespace(name=evil, adapter=evil, folder=tmp_path / evil[:5], is_local=local)
         path = tmp_path / "README.md"
-        write_card(path, evil, TrainConfig(cache=evil, report_to="a\nb```"), manifest, files, (1.0, 1.0), [])
+        (tmp_path / "adapter_config.json").touch()  # the usage names the base model
+        config = TrainConfig(cache=evil, report_to="a\nb```", lora_rank=1, lora_targets=evil)
+        record: RunRecord = {"data": {"desirable": 1}, "versions": {"torch": evil}, "precision": evil}
+        write_card(path, CardContent(evil, config, manifest, files, record, []))
         text = path.read_text()
         assert not set("\x1b\u202e") & set(text)
         lines = text.splitlines()
         assert lines.count("---") == 2
         front = yaml.safe_load(text.split("---\n")[1])
-        assert set(front) == {"base_model", "library_name", "pipeline_tag", "tags"}
+        assert set(front) == {"library_name", "pipeline_tag", "tags"}  # what is no hub id is no base model there
+        assert ModelCard.load(path).data.to_dict() == front
         outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", text.split("---\n", 2)[2], flags=re.DOTALL)
         assert not re.search(r"(?<!\\)[<\[*`]", outside), outside
 
@@ -341,9 +349,11 @@ class TestNames:
             reference={"id": "org/my_model-1"},
             fingerprint="f",
             data={"desirable": 1, "undesirable": 2, "labels_hash": "l"},
+            tokenization={},
         )
-        files: Any = SimpleNamespace(name="org/my_model-1", adapter=None)
-        write_card(tmp_path / "c", "my_run-1, trial 3", TrainConfig(cache=Path("refs")), manifest, files, (1, 1), [])
+        files: Any = SimpleNamespace(name="org/my_model-1", adapter=None, folder=tmp_path, is_local=False)
+        config = TrainConfig(cache=Path("refs"))
+        write_card(tmp_path / "c", CardContent("my_run-1, trial 3", config, manifest, files, {}, []))
         text = (tmp_path / "c").read_text()
         assert "\n# my_run-1, trial 3\n" in text
         assert "from `org/my_model-1`, against reference scores of `org/my_model-1`." in text

@@ -449,3 +449,126 @@ def test_votes_of_a_question_and_answer_site(tmp_path: Path) -> None:
     # Without a mapping, an option names the two columns.
     path = as_csv(tmp_path, [{"question": "q", "answer": "a", "UpVotes": 3, "DownVotes": 1}])
     assert masses(path, label_field="{up: UpVotes, down: DownVotes}") == [(0.75, 0.25)]
+
+
+# Split votes, and numbers of votes that are missing
+
+
+def left_out_file(path: Path, **options: Any) -> list[dict[str, str]]:
+    """The lines of `--left-out`."""
+    out = path.parent / "left.jsonl"
+    feedback(path, left_out=out, **options)[1].write_left_out()
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_split_objective_is_counted_as_what_it_is(tmp_path: Path) -> None:
+    labels: list[dict[str, Any]] = [
+        {"helpful": [1, 0], "harmless": True},
+        {"helpful": [1, 1], "harmless": {"up": 1, "down": 2}},
+        {"helpful": [1, 0], "harmless": None},
+        {"helpful": None, "harmless": None},
+    ]
+    path = as_jsonl(tmp_path, rows_of(*({"labels": one} for one in labels)))
+    rows, read = feedback(path, votes="unanimous")
+    assert [dict(one.objectives) for one in rows] == [{"harmless": (1, 0)}, {"helpful": (1, 0)}]
+    assert read.found.not_judged == {("helpful", "raters disagree"): 1, ("harmless", "raters disagree"): 1}
+    assert read.found.left_out.counts == {"raters disagree": 1, "unrated": 1}
+    assert left_out_file(path, votes="unanimous") == [
+        {"where": "f.jsonl:1", "reason": "raters disagree", "objective": "helpful", "detail": "[1, 0]"},
+        {"where": "f.jsonl:2", "reason": "raters disagree", "objective": "harmless", "detail": "1 up, 2 down"},
+        {
+            "where": "f.jsonl:3",
+            "reason": "raters disagree",
+            "detail": "no objective is judged: helpful, harmless (helpful: raters disagree: [1, 0])",
+        },
+        {"where": "f.jsonl:4", "reason": "unrated", "detail": "no objective is judged: helpful, harmless"},
+    ]
+
+
+def test_a_row_with_its_own_label_keeps_it_where_all_objectives_are_split(tmp_path: Path) -> None:
+    path = as_jsonl(tmp_path, rows_of({"label": True, "labels": {"helpful": [1, 0]}}))
+    (row,), read = feedback(path, votes="unanimous")
+    assert (row.desirable_mass, row.undesirable_mass, row.objectives) == (1, 0, {})
+    assert read.found.not_judged == {("helpful", "raters disagree"): 1}
+
+
+def test_a_split_objective_of_a_mapping_is_counted(tmp_path: Path) -> None:
+    text = "prompt: in\ncompletion: out\nlabels: {one: all, help: {path: r.help, up: [2], down: [1]}}\n"
+    (row,) = mapped(tmp_path, text, [RECORD], votes="unanimous")
+    assert row.reading is not None
+    assert {name: left.reason for name, left in row.reading.left_out.items()} == {"one": "raters disagree"}
+
+
+@pytest.mark.parametrize(
+    ("votes", "missing"), [({"up": 3}, "down"), ({"down": 3}, "up"), ({"label": False, "down": 2}, "up")]
+)
+def test_a_number_of_votes_without_the_other_is_a_defect_where_others_have_both(
+    tmp_path: Path, votes: dict[str, Any], missing: str
+) -> None:
+    path = as_jsonl(tmp_path, rows_of({"up": 1, "down": 0}, votes))
+    given = next(name for name in ("up", "down") if name in votes)
+    assert (
+        f"f.jsonl:2: '{given}' is {votes[given]}, but '{missing}' is missing. Votes need both numbers: write 0 if there are none."
+        in refusal(path)
+    )
+    if "label" not in votes:
+        assert left_out(path, on_bad_row="skip") == {"defective": 1}
+
+
+def test_a_column_of_votes_that_is_missing_altogether_is_one_message(tmp_path: Path) -> None:
+    message = refusal(as_jsonl(tmp_path, rows_of({"up": 3, "dwon": 0}, {"up": 1, "dwon": 2})))
+    assert "there is a column 'up', but no record has a 'down', and votes need both. Did you mean 'dwon'?" in message
+    path = as_jsonl(tmp_path, rows_of({"up": 3, "label": None}, {"up": 1, "label": True}))
+    assert left_out(path) == {"unrated": 1}
+
+
+@pytest.mark.parametrize("skip", ["error", "skip"])
+def test_a_weight_that_no_record_has_is_one_message(tmp_path: Path, skip: str) -> None:
+    rows = rows_of(*({"label": True, "confidence": 1, "meta": {"age": 1}} for _ in range(3)))
+    path = as_jsonl(tmp_path, rows)
+    assert refusal(path, weight_field="confidnce", on_bad_row=skip) == (
+        f"{path}: --weight-field: no record has a value at \"confidnce\". Did you mean 'confidence'?"
+    )
+    nested = refusal(path, weight_field="meta.ages", on_bad_row=skip)
+    assert nested.endswith("no record has a value at \"meta.ages\". Did you mean 'age'?")
+    some = as_jsonl(tmp_path, [*rows, {**rows[0], "confidence": None}])
+    assert "f.jsonl:4: 'confidence' is null" in refusal(some, weight_field="confidence")
+
+
+def test_a_path_of_votes_that_no_record_has_is_one_message(tmp_path: Path) -> None:
+    text = "prompt: in\ncompletion: out\n{}\n"
+    records = [{"in": "q", "out": "a", "up": 2, "down": one} for one in (0, 1, 0)]
+    for line in ("votes: {up: up, down: dwon}", "labels: {help: {up: up, down: dwon}}"):
+        with pytest.raises(KTOError, match=r"down: no record has a value at \"dwon\". Did you mean 'down'\?$"):
+            mapped(tmp_path, text.format(line), records)
+    with pytest.raises(KTOError, match=r"no record has a value at \"dwon\". Did you mean 'down'\?$"):
+        feedback(
+            as_jsonl(tmp_path, [{**ASKED, "up": 2, "down": one} for one in (0, 1, 0)]),
+            label_field="{up: up, down: dwon}",
+        )
+    with pytest.raises(KTOError, match=r"weight: no record has a value at \"wight\""):
+        mapped(tmp_path, text.format("votes: {up: up, down: down}\nweight: wight"), records)
+
+
+def test_a_scale_of_the_command_line_over_one_of_the_mapping_is_named(tmp_path: Path) -> None:
+    text = "name: stars\nprompt: in\ncompletion: out\nlabel: {path: r.help, rating-scale: [0, 4]}\n"
+    with pytest.raises(KTOError) as caught:
+        mapped(tmp_path, text, [{**RECORD, "r": {"help": 4}}], rating_scale="0:3")
+    assert "not on the scale from 0 to 3 (--rating-scale, in place of 0 to 4 in stars)" in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_field": "labels"}])
+def test_labels_as_python_prints_them_are_refused_with_the_way_to_write_them(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    path = as_csv(tmp_path, rows_of({"labels": "{'helpful': True, 'harmless': None}"}))
+    message = refusal(path, **options)
+    assert "'labels' is \"{'helpful': True, 'harmless': None}\", as Python prints it" in message
+    assert 'Write JSON: {"helpful": true, "harmless": null} (json.dumps makes it)' in message
+    broken = refusal(as_csv(tmp_path, rows_of({"labels": "{'helpful': Tru"})), **options)
+    assert "Write JSON (json.dumps makes it), or save the data as JSON Lines." in broken
+
+
+def test_the_bound_of_a_weight_is_in_the_message(tmp_path: Path) -> None:
+    path = as_jsonl(tmp_path, rows_of({"label": 1, "weight": 1e300}))
+    assert "A weight is a finite number of at least 0 and at most 9.0072e+15" in refusal(path)

@@ -24,6 +24,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows, RowKey, TrainingRow
+from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.loss_traits import LOSS_OF_OPTION, LOSSES, PAIRED_LOSSES
 from offline_kto.train.run.start_check import Difference
 from offline_kto.train.run.train_run import train
@@ -226,6 +227,28 @@ def test_options_of_one_loss_equal_live_reference(
     assert (
         max(abs(a["loss"] - b["loss"]) for a, b in zip(metrics(run), without, strict=False)) > 0.01
     )  # else: no effect
+
+
+@pytest.mark.parametrize("loss", ["kto", "dpo"])
+def test_the_likelihood_is_a_metric_of_its_own(
+    loss: str, run_of: Callable[[str], Path], cache: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Mean over the desirable rows of their mean over tokens: the first update against the cached reference."""
+    scored = pairs if loss == "dpo" else cache
+    options: dict[str, Any] = {"sft_weight": 0.5, "eval_fraction": 0.3, "keep": "last", "batch_size": 1000}
+    run = train(config_for(scored, tmp_path / "run", loss, **options))
+    data = TrainingData.open(config_for(scored, tmp_path, loss, eval_fraction=0.3))
+    assert data.held_out is not None
+    first, *_ = (one for one in metrics(run) if "loss" in one)
+    before = next(one for one in metrics(run) if "eval/loss" in one)
+    for indices, found in ((data.units.ravel(), first["nll"]), (data.held_out.indices, before["eval/nll"])):
+        rows = [data.rows[int(i)] for i in indices if data.rows.labels[int(i)]]
+        assert found == pytest.approx(np.mean([-one.matched.ref_token_logps.mean() for one in rows]), abs=1e-4)
+    plain = metrics(run_of(loss))
+    assert not any(name.endswith("nll") for record in plain for name in record)
+    found = json.loads((run / "evaluation.json").read_bytes())
+    assert "low" in found["metrics"]["nll"]
+    assert found["change"]["nll"]["value"] < 0
 
 
 def equals_live_reference(run: Path, base: Path, config: TrainConfig) -> None:

@@ -25,6 +25,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig, parse_objective
 from offline_kto.train.data.cache_rows import CacheRows, RowKey
+from offline_kto.train.data.row_words import rows_in_words
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.data.trl_rows import trl_rows
 from offline_kto.train.diagnostics.settings import class_weight_values
@@ -270,6 +271,15 @@ class TestObjectives:
         assert data.class_masses == (5.0, 5.0)
         assert data.run_data()["unjudged"] == 10
 
+    @pytest.mark.parametrize("seed", range(3))
+    def test_every_row_is_counted_once_in_the_plan(self, refs: Path, tmp_path: Path, seed: int) -> None:
+        data = TrainingData.open(config_for(refs, tmp_path, objective="harmless=1", eval_fraction=0.5, seed=seed))
+        found = data.run_data()
+        held = found["held_out_desirable"] + found["held_out_undesirable"]
+        assert 0 < held < 10
+        assert found["desirable"] + found["undesirable"] + held + found["unjudged"] == ROWS
+        assert f"{found['unjudged']} left out (not judged by --objective)" in rows_in_words(found)
+
     def test_held_out_values_of_each_objective(self, refs: Path, tmp_path: Path) -> None:
         run = train(config_for(refs, tmp_path / "run", eval_fraction=0.5, objective="harmless=1"))
         found = json.loads((run / "evaluation.json").read_bytes())["metrics"]
@@ -329,7 +339,8 @@ def test_weights_of_objectives_are_read(text: str, weights: dict[str, float]) ->
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("helpful", "expected names and weights such as"),
+        ("helpful", "expected names and weights such as .*, got 'helpful' without a weight. Write helpful=1."),
+        ("a=1e300", r"--objective a: a weight must be at most 1e\+09, got 1e\+300"),
         ("helpful=much", "expected names and weights"),
         ("=1", "expected names and weights"),
         ("a=1,", "expected names and weights"),
@@ -467,6 +478,55 @@ class TestParetoFront:
     def test_weights_that_cannot_be_searched(self, space: dict[str, object], words: str) -> None:
         with pytest.raises(ConfigError, match=words):
             Trials.of(SweepConfig(space=space, train={"objective": "honest=1"}))
+
+    @pytest.fixture
+    def partly(self, cache: Path, tmp_path: Path) -> Path:
+        """Rows judged for helpfulness, of which some are judged for harmlessness."""
+
+        def both(number: int, row: Row) -> list[Row]:
+            helpful = (float(row["label"]), float(not row["label"]))
+            harmless = (float(number % 4 == 0), float(number % 4 == 2)) if number % 2 == 0 else (0.0, 0.0)
+            return [judged(row, *helpful, helpful=helpful, harmless=harmless)]
+
+        return rewritten(cache, tmp_path / "refs", both)
+
+    def test_a_sweep_plans_with_the_rows_of_its_trials(
+        self, partly: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        space: dict[str, object] = {"objective.harmless": [0.5, 1]}
+        shared = {"max_steps": 1, "eval_fraction": 0.5, "device": "cpu", "save_steps": 0}
+        out = sweep(SweepConfig(cache=partly, out=tmp_path / "sweep", search="grid", space=space, train=shared))
+        plan = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("rows "))
+        log = (out / "trials/0000/log.txt").read_text().splitlines()
+        assert plan == next(line for line in log if line.startswith("rows "))
+        assert "left out (not judged by --objective)" in plan
+
+    def test_rows_that_depend_on_a_weight_of_0_are_said(self) -> None:
+        both: dict[str, object] = {"objective.helpful": [0, 1], "objective.harmless": [1, 2]}
+        assert Trials.of(SweepConfig(search="grid", space=both)).planned().objective_weights == {
+            "helpful": 1.0,
+            "harmless": 2.0,
+        }
+        for space, expected in ((both, True), ({"objective.helpful": [0.5, 1]}, False)):
+            lines = Trials.of(SweepConfig(search="grid", space=space)).warnings()
+            assert any("gives an objective no weight leaves out" in line for line in lines) == expected
+
+    @pytest.mark.parametrize(
+        ("space", "shared"),
+        [
+            ({"objective.honest": [0, 1]}, {}),
+            ({"beta": [0.1, 0.2]}, {"objective": {"honest": 1}}),
+            ({"objective": ["helpful=1", "honest=1"]}, {}),
+        ],
+    )
+    def test_an_unknown_objective_is_refused_before_the_study_begins(
+        self, partly: Path, tmp_path: Path, space: dict[str, object], shared: dict[str, object]
+    ) -> None:
+        shared = {"max_steps": 1, "eval_fraction": 0.5, "device": "cpu", **shared}
+        config = SweepConfig(cache=partly, out=tmp_path / "sweep", search="grid", space=space, train=shared)
+        with pytest.raises(TrainingError, match="has no such objective; it has helpful, harmless"):
+            sweep(config)
+        assert not (tmp_path / "sweep").exists()
 
     def test_results_mark_the_front(self, cache: Path, tmp_path: Path) -> None:
         def both(number: int, row: Row) -> list[Row]:

@@ -24,9 +24,9 @@ from offline_kto.kto_core.redaction import (
     without_secrets,
 )
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.publish.model_card import command_of
 from offline_kto.train.report.report import write_report
 from offline_kto.train.run.arguments import training_arguments
-from offline_kto.train.run.model_card import command_of
 from offline_kto.train.run.train_run import train
 from offline_kto.train.run_files import config_text
 from offline_kto.train.sweep.config import SweepConfig

@@ -1,7 +1,4 @@
-"""The report page in a real browser, without a network.
-
-Opening a page takes seconds, most of them for plotly's script: a test looks at all that one open page can show.
-"""
+"""The report page in a real browser, without a network. A test looks at all that one open page can show."""
 
 import json
 import re
@@ -10,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from report_samples import write_rewards, write_run, write_sweep
+from report_samples import write_rewards, write_run, write_samples, write_suspects, write_sweep, write_verdict
 
 from offline_kto.kto_core.losses.preference_losses import kto_losses
 from offline_kto.train.report.report import write_report
@@ -22,7 +19,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 PAGES = ("run", "sweep", "several")
-NARROW, WIDE = 390, 1600
+NARROW, WIDE = 360, 1600
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +38,12 @@ def chromium():
 def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     run, sweep = write_run(root / "runs" / "first"), write_sweep(root / "sweeps" / "search", trials=32)
+    write_verdict(run)
+    write_samples(run, {"Who is it?": "It is me. " * 40, "What?": "A very-" + "long" * 80})
+    rows = [
+        {"kind": "duplicate", "place": f"feedback.jsonl:{i}", "label": "desirable", "reward": "0.5"} for i in range(3)
+    ]
+    write_suspects(run, [{**row, "prompt": "p " * 200, "completion": "c" * 300} for row in rows])
     other = write_run(root / "runs" / "second", seed=1, gain=1.5)
     short = write_sweep(root / "sweeps" / "short", trials=8)
     return {
@@ -78,13 +81,29 @@ def _allowed(url, path):
 
 
 def open_all(page):
-    for part in page.locator("details.part > summary").all():
-        part.click()
+    for kind in ("part", "fold"):
+        closed = page.locator(f"details.{kind}:not([open]) > summary")
+        while closed.count():
+            closed.first.click()
+    page.wait_for_timeout(100)  # for the observer of widths
 
 
-UNDRAWN = """() => [...document.querySelectorAll('[data-figure], [data-panel]')].filter(
-    (div) => div.offsetParent !== null && !(div.querySelector('svg.main-svg') && div.clientHeight > 50
-        && div.querySelector('.scatterlayer path, .barlayer path'))).map((div) => div.ariaLabel)"""
+UNDRAWN = """() => [...document.querySelectorAll('.plot')].filter((div) => div.checkVisibility()
+    && !(div.clientHeight > 50 && div.querySelector(':scope > svg :is(path, .bar, .dot, circle)'))).map((div) => div.ariaLabel)"""
+
+# Pairs of texts of one plot that overlap, and texts beyond its edge.
+COLLISIONS = """() => [...document.querySelectorAll('.plot > svg')].filter((svg) => svg.checkVisibility()).flatMap((svg) => {
+  const edge = svg.getBoundingClientRect(), found = [];
+  const texts = [...svg.querySelectorAll('text:not(.on-top)')].map((text) => [text.firstChild.data, text.getBoundingClientRect()]);
+  texts.forEach(([text, box], i) => {
+    if (box.left < edge.left - 1 || box.right > edge.right + 1 || box.bottom > edge.bottom + 1) found.push(`${text} sticks out`);
+    for (const [other, its] of texts.slice(i + 1)) {
+      const [x, y] = [['left', 'right'], ['top', 'bottom']].map(([a, b]) => Math.min(box[b], its[b]) - Math.max(box[a], its[a]));
+      if (x > 0.5 && y > 2) found.push(`${text} on ${other}`);
+    }
+  });
+  return found;
+})"""
 
 
 def assert_panes_are_drawn(page):
@@ -93,6 +112,7 @@ def assert_panes_are_drawn(page):
     for box in page.locator(".switch").all():
         for label in box.locator("label").all():
             label.click()
+            page.wait_for_timeout(50)
             assert page.evaluate(UNDRAWN) == [], label.inner_text()
             assert box.locator(".pane:visible").count() == 1, label.inner_text()
 
@@ -152,6 +172,7 @@ def test_a_light_page_on_a_wide_screen(name, pages, visit):
         assert_text_can_be_read(page)
         grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert grounds[0] == grounds[2] != grounds[1]
+    assert page.evaluate(COLLISIONS) == []
     assert_no_sideways_scroll(page)
     assert_panes_are_drawn(page)
 
@@ -171,6 +192,7 @@ def test_a_dark_page_on_a_narrow_screen(name, pages, visit):
     assert page.evaluate(UNDRAWN) == []
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate(ground) == dark
+    assert page.evaluate(COLLISIONS) == []
     assert_text_can_be_read(page)
     assert page.evaluate(UNDRAWN) == []
     assert_no_sideways_scroll(page)
@@ -196,8 +218,8 @@ def panel_numbers(page):
 
 
 def panel_curves(page):
-    div = "document.querySelector('[data-panel]')"
-    return page.evaluate(f"{div}.data.slice(2, 5).map((trace) => [[...trace.x], [...trace.y]])")
+    lines = "[...document.querySelectorAll('[data-panel]')].flatMap((div) => div.figure.marks).filter((m) => m.kind === 'line')"
+    return page.evaluate(f"{lines}.map((line) => [line.x, line.y])")
 
 
 def exact(r, z0, beta, weight, *, desirable):
@@ -261,6 +283,7 @@ def test_the_panel_is_the_loss_that_trains(tmp_path, visit):
     folder = write_run(tmp_path / "run")
     rows = write_rewards(folder, rows=20_000)
     page = visit(write_report([folder]))
+    page.locator("#panel > summary").click()
     assert_panel_begins_with(folder, page)
     for side in ("undesirable", "desirable"):  # the second is the one at which a page begins
         for r, z0, beta, weight in ((3.0, 0.5, 0.1, 1.0), (-20.0, 4.0, 0.5, 1.7), (11.0, 0.0, 0.02, 0.4)):
@@ -299,16 +322,49 @@ def test_a_trial_is_marked_in_table_and_plots_and_the_table_sorts(pages, visit):
     number = int(best.get_attribute("data-trial"))
     best.locator(".trial").click()
     assert best.locator(".trial").get_attribute("aria-pressed") == "true"
-    opacities = "[...document.querySelector('[data-figure]').data].map((t) => [t.meta.trial, t.opacity])"
-    page.wait_for_function(f"() => {opacities}.some(([_, opacity]) => opacity < 1)")
-    assert [trial for trial, opacity in page.evaluate(opacities) if opacity == 1] == [number]
-    page.emulate_media(color_scheme="dark")
+    marked = """[...document.querySelectorAll('.plot [data-trial]')].filter((one) => getComputedStyle(one).opacity === '1')
+        .map((one) => Number(one.dataset.trial))"""
+    assert set(page.evaluate(marked)) == {number}
+    page.set_viewport_size({"width": 900, "height": 900})  # all plots are drawn again
     page.wait_for_timeout(300)
-    assert [trial for trial, opacity in page.evaluate(opacities) if opacity == 1] == [number]
+    assert set(page.evaluate(marked)) == {number}
     best.locator(".trial").click()
     assert best.locator(".trial").get_attribute("aria-pressed") == "false"
     for index in range(5):
         assert_column_sorts(page, index)
+    dot = page.locator(".plot g[data-trial] .dot").first
+    dot.click()
+    assert page.locator("tr.is-marked").get_attribute("data-trial") == dot.evaluate(
+        "(dot) => dot.parentElement.dataset.trial"
+    )
+
+
+TICKS = [
+    ({"range": [0.05, 0.4], "log": True}, ["0.05", "0.1", "0.2"]),
+    ({"range": [1e-7, 3e-6], "log": True}, ["1e-7", "2e-7", "5e-7", "1e-6", "2e-6"]),
+    ({"range": [0.11, 0.19], "log": True}, ["0.11", "0.19"]),
+    ({"range": [1e-7, 1e-3], "log": True}, ["1e-7", "1e-6", "1e-5", "1e-4", "0.001"]),
+    ({"range": [0, 3], "format": "whole"}, ["0", "1", "2", "3"]),
+    ({"range": [0.4, 0.71], "format": "percent"}, ["40 %", "50 %", "60 %", "70 %"]),
+    ({"range": [0.49985, 0.50012]}, ["0.4999", "0.5", "0.5001"]),
+    ({"range": [-2e6, 2e6]}, ["\u22122,000,000", "\u22121,000,000", "0", "1,000,000", "2,000,000"]),
+]
+
+
+def test_ticks_of_axes_and_the_pointer(pages, visit):
+    page = visit(pages["run"])
+    for axis, texts in TICKS:
+        found = page.evaluate("(axis) => ticks(axis, 5)", axis)
+        assert [text for _, text in found] == texts, axis
+    margin = page.locator("[data-figure]").first
+    margin.scroll_into_view_if_needed()
+    box = margin.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 13, box["y"] + box["height"] / 2)
+    tip = margin.locator(".tip").inner_text()
+    assert "update 300" in tip
+    assert "held out: 0.67 [0.51, 0.83]" in tip
+    page.mouse.move(0, 0)
+    assert margin.locator(".tip").is_hidden()
 
 
 @pytest.mark.slow
@@ -324,8 +380,51 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path, visit):
     for path in (write_report([folder]), write_report(runs, tmp_path / "several.html")):
         page = visit(path)
         page.wait_for_timeout(200)
+        open_all(page)
+        for dot in page.locator(".plot g[data-trial] .dot").all()[:3]:
+            dot.hover()
         assert page.locator("img[onerror], a[href^=javascript], .plot b, .plot a[href]").count() == 0
-    assert "<img src=x onerror=alert(4)><b>0" in page.locator(".legendtext").first.text_content()
+    assert "<img src=x onerror=alert(4)><b>0" in page.locator(".legend .entry").first.text_content()
+
+
+@pytest.mark.slow
+def test_hostile_texts_of_feedback_do_nothing(tmp_path, visit):
+    hostile = "</script><img src=x onerror=alert(1)><svg onload=alert(2)>${alert(3)}{{ 7 * 7 }}\x00\u202e\ud800<style>*{color:red}</style>"
+    folder = write_run(tmp_path / "run")
+    write_samples(folder, {hostile: hostile})
+    kinds = ("contradicts label", "duplicate", "contradiction", "changed most")
+    write_suspects(
+        folder, [dict.fromkeys(("place", "prompt", "completion", "others"), hostile) | {"kind": kind} for kind in kinds]
+    )
+    page = visit(write_report([folder]))
+    open_all(page)
+    for row in page.locator(".suspects summary").all():
+        row.click()
+    assert page.locator("main img, main style, main script, svg[onload]").count() == 0
+    assert (
+        page.locator(".sample")
+        .inner_text()
+        .count("</script><img src=x onerror=alert(1)><svg onload=alert(2)>${alert(3)}{{ 7 * 7 }}")
+        == 3
+    )
+
+
+def test_the_policy_stops_what_would_get_in(pages, tmp_path, chromium):
+    """If markup of a file came into the page after all, no script, style or image of it would do anything."""
+    broken = tmp_path / "broken.html"
+    inside = "<main><script>alert(1)</script><img src=x onerror=alert(2)><p id=in style='display:none'>text</p>"
+    broken.write_text(pages["run"].read_text().replace("<main>", inside))
+    context, refused, happened = chromium.new_context(offline=True), [], []
+    page = context.new_page()
+    page.on("console", lambda message: refused.append(message.text))
+    page.on("dialog", lambda dialog: (happened.append(dialog.message), dialog.dismiss()))
+    page.goto(broken.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    assert page.locator("#in").is_visible()
+    assert happened == []
+    assert len(refused) >= 3, refused
+    assert all("Content Security Policy" in text for text in refused), refused
+    context.close()
 
 
 def test_a_page_of_almost_nothing_opens(tmp_path, visit):

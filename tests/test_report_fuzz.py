@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from report_samples import write_records, write_run, write_sweep
+from report_samples import write_records, write_run, write_samples, write_suspects, write_sweep, write_verdict
 
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.training import Settings
-from offline_kto.train.report import figures
 from offline_kto.train.report.report import write_report
 
 ODD: list[Any] = [
@@ -67,8 +65,8 @@ def text_of(content: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run and a sweep, small, and a page without the library that draws."""
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run and a sweep, small, the run with values before training and with texts."""
     folder = tmp_path_factory.mktemp("samples")
     alarms = Settings.of(TrainConfig(), (1.0, 1.0), (10, 10)).__dict__
     for run in (write_run(folder / "run", steps=60), write_sweep(folder / "sweep", trials=3)):
@@ -86,9 +84,10 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                     "planned": 3,
                 }
                 (run / name).write_text(json.dumps(record))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "get_plotlyjs", lambda: "")
-        yield folder
+    write_verdict(folder / "run")
+    write_samples(folder / "run", {"a": "b"})
+    write_suspects(folder / "run", [{"kind": "duplicate", "place": "a:1", "label": "desirable", "reward": "1"}])
+    return folder
 
 
 # Shrinking would take minutes; what broke is printed.
@@ -108,7 +107,10 @@ def test_any_value_in_any_place_of_a_run(samples: Path, tmp_path: Path, data: st
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(samples / "run", folder)
     for name in data.draw(
-        st.sets(st.sampled_from(["run.json", "evaluation.json", "config.yaml", "metrics.jsonl"]), min_size=1)
+        st.sets(
+            st.sampled_from(["run.json", "evaluation.json", "config.yaml", "metrics.jsonl", "samples.jsonl"]),
+            min_size=1,
+        )
     ):
         path = folder / name
         if name == "metrics.jsonl":
@@ -120,6 +122,9 @@ def test_any_value_in_any_place_of_a_run(samples: Path, tmp_path: Path, data: st
             write_records(
                 folder, [{**line, **dict.fromkeys(keys, data.draw(st.sampled_from(ODD)))} for line in lines[:12]]
             )
+        elif name == "samples.jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            path.write_text("".join(text_of(damaged(data.draw, line)) + "\n" for line in lines))
         else:
             content = yaml.safe_load(path.read_text()) if name == "config.yaml" else json.loads(path.read_text())
             path.write_text(text_of(damaged(data.draw, content)))

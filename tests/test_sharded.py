@@ -28,6 +28,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run.train_run import train
+from offline_kto.train.samples_file import read_samples
 from offline_kto.train.trainer.sharding import prepare_sharding
 
 TRAIN = "\nfrom offline_kto.train.cli import train; train()"
@@ -85,6 +86,7 @@ def test_two_sharded_ranks_equal_one_process(tied: bool, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two") is not None
     assert_same_weights(one, tmp_path / "two")
+    assert read_samples(one) == read_samples(tmp_path / "two") != []
 
 
 @pytest.mark.slow
@@ -337,3 +339,34 @@ def test_what_could_not_train_or_save_is_refused() -> None:
     unsaved = SimpleNamespace(zero_stage=3, hf_ds_config=SimpleNamespace(is_true=lambda name: False))
     with pytest.raises(TrainingError, match="zero3_save_16bit_model: true"):
         prepare(deepspeed=unsaved)
+
+
+JUDGED = """
+import os, torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
+decide, losses = KTOTrainer._determine_best_metric, [0.4, 0.6]
+def determine(self, metrics, trial):
+    metrics["eval_loss"] = losses.pop(0)
+    whole = {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in self.model.named_parameters()}
+    if os.environ["RANK"] == "0":
+        weights = {name: weight.detach().cpu().clone().contiguous() for name, weight in whole.items()}
+        save_file(weights, os.environ["RECORDS"] + f".{self.state.global_step}")
+    return decide(self, metrics, trial)
+KTOTrainer._determine_best_metric = determine
+"""
+
+
+@pytest.mark.parametrize("memory", [pytest.param("full", marks=pytest.mark.slow), "lean"])
+def test_the_best_model_of_sharded_ranks_is_kept_bit_for_bit(memory: str, uneven: TrainConfig, tmp_path: Path) -> None:
+    """From its checkpoint, whose weights were gathered from both ranks."""
+    options = ("--memory", memory, "--allow-different-policy", "--save-steps", "4")
+    options = (*options, "--eval-fraction", "0.2", "--eval-steps", "2")
+    records = {"RECORDS": str(tmp_path / "judged")}
+    done = launch(uneven, tmp_path / "two", *options, before=JUDGED, environment=records)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "two/evaluation.json").read_bytes())["step"] == 2
+    kept, best, last = (load_file(tmp_path / name) for name in ("two/model.safetensors", "judged.2", "judged.4"))
+    assert all(torch.equal(weight, best[name].to(weight.dtype)) for name, weight in kept.items())
+    assert not all(torch.equal(weight, last[name].to(weight.dtype)) for name, weight in kept.items())

@@ -737,8 +737,25 @@ class TestBestModel:
         assert "best model  missing; retrain it with best.yaml" in said
         assert f"next        kto-train --config {results.out / 'best.yaml'}" in said
         monkeypatch.setattr("offline_kto.train.sweep.results.socket.gethostname", lambda: "another")
+        monkeypatch.chdir(results.out.parent)
+        Path("runs/best").mkdir(parents=True)  # another run
         results.finish()
-        assert f"best model  kept by the sweep that trained it, on {here}: {results.out}" in capsys.readouterr().out
+        assert "--out runs/best-2" in capsys.readouterr().out
+        shutil.copy(results.out / "best.yaml", "runs/best/config.yaml")
+        Path("runs/best/run.json").write_text('{"final": {"step": 1}}')  # what the line advised
+        results.finish()
+        said = capsys.readouterr().out
+        assert "model       runs/best\n" in said
+        assert "next" not in said
+        assert f"best model  kept by the sweep that trained it, on {here}: {results.out}" in said
+
+    def test_advice_is_no_learning_rate_that_was_tried(self, results: Results) -> None:
+        for trial in self.trials(results, 2):  # with the rates 1e-3 and 3e-3
+            results.ended(trial, self.with_loss(0.5))
+        inside, outside = "a lower rate: --learning-rate 2e-3", "the policy hardly moved: --learning-rate 10"
+        assert results._advice(outside) == outside
+        assert results._advice("more feedback") == "more feedback"
+        assert results._advice(inside).startswith("this sweep compared such learning rates already: more feedback")
 
 
 @pytest.mark.usefixtures("warm_workers")

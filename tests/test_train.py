@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import signal
 import time
@@ -525,8 +526,9 @@ class TestRunFolder:
         with pytest.raises(ConfigError, match=r"started with --learning-rate 0\.\d+, not 1e-05"):
             train(replace(again, learning_rate=1e-5))
         precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs", seed=1))
-        with pytest.raises(ConfigError, match="started with another cache"):
+        with pytest.raises(ConfigError, match="started with another cache") as caught:
             train(replace(again, cache=tmp_path / "refs"))
+        assert not re.search(r"[0-9a-f]{12}", str(caught.value).replace(str(config.out), ""))
         assert len(metrics(train(again))) == 6
 
     def test_resume_refuses_other_labels(self, config: TrainConfig, tmp_path: Path, base: Path) -> None:

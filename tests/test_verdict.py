@@ -16,7 +16,7 @@ from test_evaluation import one_bit, some_scores, worse_and_worse
 from test_loss_family import metrics
 
 from offline_kto.kto_core.losses.bootstrap import expanded_level, intervals
-from offline_kto.kto_core.losses.verdict import Change, judge
+from offline_kto.kto_core.losses.verdict import Change, Verdict, judge
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
@@ -30,6 +30,7 @@ from offline_kto.train.sweep.standing import better_trials, tied_trials
 from offline_kto.train.sweep.study import StoredResult, TrialRecord
 from offline_kto.train.sweep.sweep import sweep
 from offline_kto.train.trainer.evaluation import changes_since, summary, verdict_lines
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
 from offline_kto.train.trainer.objective import Objective
 
 UP, DOWN, FLAT = Change(0.3, 0.2, 0.4), Change(-0.3, -0.4, -0.2), Change(0.02, -0.1, 0.14)
@@ -86,6 +87,12 @@ class TestRule:
         assert found.outcome == "no difference"
         assert "hardly changed" in found.reason
         assert "--learning-rate 1e-05" in advice(found, Tried(learning_rate=1e-6, margin=0.004))
+
+    def test_what_the_run_had_is_not_advised(self) -> None:
+        learned = Tried(learning_rate=1e-6, training_margin=0.5)
+        worse = Verdict("worse", "rewards/margins", "because")
+        assert "fewer updates (--early-stopping 2), --learning-rate 3e-07" in advice(worse, learned)
+        assert "--early-stopping" not in advice(worse, replace(learned, stops_early=True))
 
 
 class TestStatistics:
@@ -209,12 +216,36 @@ class TestRuns:
         page = (run / "report.html").read_text()
         verdict = page.index("<b>Better than before training.</b>")
         assert found["verdict"]["reason"][1:20] in page[verdict : verdict + 200]
-        assert verdict < page.index('<p class="summary">')
+        assert verdict < page.index('<dl class="tiles">')
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"scheduler": "cosine", "warmup": 2, "weight_decay": 0.1},
+            {"memory": "lean", "allow_different_policy": True},
+            {"memory": "host", "allow_different_policy": True},
+        ],
+        ids=str,
+    )
+    def test_a_rate_of_0_makes_no_difference(
+        self, config: TrainConfig, base: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = train(replace(config, learning_rate=0, **options))
+        found = evaluation(run)
+        assert found["verdict"]["outcome"] == "no difference"
+        if "memory" not in options:  # bfloat16 rounds the two scorings differently
+            assert max(abs(change["value"]) for change in found["change"].values()) < 1e-5
+        out = capsys.readouterr().out
+        assert "--learning-rate 0: nothing will be learned; this only checks the pipeline." in out
+        assert "next        the learning rate was 0, so nothing was learned" in out
+        before, after = load_file(base / "model.safetensors"), load_file(run / "model.safetensors")
+        assert all(torch.equal(before[name].to(weight.dtype), weight) for name, weight in after.items())
 
     def test_a_rate_of_almost_nothing_makes_no_difference(self, config: TrainConfig) -> None:
         found = evaluation(train(replace(config, learning_rate=1e-12)))
         assert found["verdict"]["outcome"] == "no difference"
-        assert "--learning-rate 1e-11" in found["verdict"]["next"]
+        assert "--learning-rate 1e-06" in found["verdict"]["next"]  # as the plan has said
 
     def test_without_held_out_rows_there_is_none_and_the_way_to_one(
         self, config: TrainConfig, capsys: pytest.CaptureFixture[str]
@@ -337,9 +368,44 @@ class TestKeep:
         for one, metric in evaluation(wanted)["metrics"].items():
             assert found["metrics"][one]["value"] == pytest.approx(metric["value"], abs=1e-5)
 
-    def test_the_last_is_saved_on_demand(self, short: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("save_steps", [0, 500])
+    @pytest.mark.parametrize("memory", ["full", "lean", "host"])
+    def test_the_kept_model_is_that_of_the_best_evaluation_bit_for_bit(
+        self, short: TrainConfig, memory: str, save_steps: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From a copy on the host, and from a checkpoint; with 16-bit weights and moments in 8 bits or on the host."""
         worse_and_worse(monkeypatch, [0.45, 0.4, 0.6])
+        judged: dict[int, dict[str, torch.Tensor]] = {}
+        real = KTOTrainer.evaluate
+
+        def evaluate(self: Any, *arguments: Any, **options: Any) -> dict[str, float]:
+            judged[self.state.global_step] = {k: v.detach().clone() for k, v in self.model.named_parameters()}
+            return real(self, *arguments, **options)
+
+        monkeypatch.setattr(KTOTrainer, "evaluate", evaluate)
+        run = train(replace(short, memory=memory, save_steps=save_steps, allow_different_policy=memory != "full"))
+        assert evaluation(run)["step"] == 4
+        kept = load_file(run / "model.safetensors")
+        assert all(torch.equal(weight, judged[4][name].to(weight.dtype)) for name, weight in kept.items())
+        assert not all(torch.equal(weight, judged[6][name].to(weight.dtype)) for name, weight in kept.items())
+
+    def test_the_last_is_saved_on_demand(
+        self, short: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        worse_and_worse(monkeypatch, [0.65, 0.6, 0.7])
         assert evaluation(train(replace(short, keep="last")))["step"] == 6
+        out = capsys.readouterr().out
+        assert "kept        update 6, the last one (--keep last); update 4 had the best eval/loss" in out
+        assert "none was better" not in out
+
+    def test_best_without_held_out_rows_is_said_to_have_no_effect(
+        self, short: TrainConfig, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        short = replace(short, eval_fraction=0.0, eval_steps=None, max_steps=1, dry_run=True)
+        train(short)
+        assert "--keep best" not in capsys.readouterr().out
+        train(replace(short, keep="best"))
+        assert "--keep best has no effect: no rows are held out" in capsys.readouterr().out
 
     def test_a_kill_does_not_lose_the_best(self, short: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         worse_and_worse(monkeypatch, [0.45, 0.4, 0.6])

@@ -271,6 +271,23 @@ class TestPlainLines:
             "wrote       runs/first",
         ]
 
+    @pytest.mark.parametrize(
+        ("before", "after", "words"),
+        [
+            (0, 1, "trained     1 update in 12.3 s"),
+            (3, 5, "trained     2 updates (5 in all) in 12.3 s"),
+            (5, 5, "trained     no update: all 5 updates had been made in 12.3 s"),
+        ],
+    )
+    def test_the_last_line_counts_the_updates_of_this_process(
+        self, before: int, after: int, words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        console, control = Console(), SimpleNamespace(should_log=True)
+        for step in range(before, after):
+            console.on_step_begin(None, SimpleNamespace(global_step=step, max_steps=5), control)
+        console.on_log(None, SimpleNamespace(global_step=after, max_steps=5), control, logs=dict(END))
+        assert capsys.readouterr().out.splitlines()[-1] == words
+
 
 class TestWarnings:
     def logs(self) -> list[dict[str, Any]]:

@@ -80,7 +80,7 @@ def _ready(ctx: click.Context, config: type[_Config], values: dict[str, Any], ya
     """Return the checked options, once the process is ready for the heavy libraries to be imported."""
     of_a_run = values.get("evaluate_only") is not None
     given = _given(ctx, values)
-    begun = begun_with(given)
+    begun = begun_with(given, yaml_path)
     resolved = resolve(config, given, yaml_path=yaml_path, foreign=of_a_run, begun_with=begun)
     if resolved.cache == Path(""):
         unknown = (

@@ -28,6 +28,7 @@ OF_EVALUATION = frozenset(
         "dtype",
         "evaluate_only",
         "max_tokens",
+        "samples",
         "trust_remote_code",
     ]
 )
@@ -35,7 +36,11 @@ OF_EVALUATION = frozenset(
 # What --learning-rate auto is. Adapters start at zero and take about ten times the rate of full fine-tuning.
 USUAL_RATE, USUAL_RATE_OF_LORA = 1e-6, 2e-5
 
+# Held-out prompts that are sampled unless --samples says otherwise.
+USUAL_SAMPLES = 8
+
 _UPDATES = 2**31 - 1  # more than any run makes
+_MOST_WEIGHT = 1e9  # of an objective; only ratios of weights matter
 _SEEDS = 2**32 - 1  # numpy's
 
 
@@ -46,7 +51,7 @@ class TrainConfig:
     cache: Location = option(
         Path(""), "Reference cache made by kto-precompute: a folder, or its URL (s3://, gs://, hf://).", metavar="DIR"
     )
-    out: Path | None = option(None, "Run folder.  [default: runs/ and the time]", metavar="DIR", yaml=False)
+    out: Path | None = option(None, "Run folder.  [default: runs/ and the time]", metavar="DIR")
     model: str | None = option(
         None,
         "Policy to start from.  [default: the model the cache was scored with]",
@@ -67,6 +72,7 @@ class TrainConfig:
         "Weights of the objectives that the feedback judges, such as helpful=1,harmless=0.5; others are ignored.  [default: the "
         "masses of the rows, in which all objectives count alike]",
         metavar="NAME=WEIGHT,...",
+        table=True,
     )
     humanline_low: float = option(-1.0, "Least log-ratio of a token under --loss humanline, nats.", finite=False)
     humanline_high: float = option(1.5, "Greatest log-ratio of a token under --loss humanline, nats.", finite=False)
@@ -84,7 +90,10 @@ class TrainConfig:
         "Weight of the negative log-likelihood of desirable completions, mean over their tokens, which is added to any loss.",
     )
     learning_rate: float | str = option(
-        AUTO, f"Peak learning rate; auto is {USUAL_RATE:g} for all weights and {USUAL_RATE_OF_LORA:g} for LoRA.", most=1
+        AUTO,
+        f"Peak learning rate; auto is {USUAL_RATE:g} for all weights and {USUAL_RATE_OF_LORA:g} for LoRA. 0 trains nothing, to check a "
+        "pipeline.",
+        most=1,
     )
     epochs: float = option(1.0, "Passes over the training rows.", most=1_000_000)
     max_steps: int | None = option(None, "Stop after N updates.", metavar="N")
@@ -153,10 +162,21 @@ class TrainConfig:
     metric: str = option(
         "eval/loss", "Held-out value that chooses the best evaluation, whose checkpoint is kept.", choices=METRICS
     )
-    keep: str = option(
-        "best",
-        "Model that a run with held-out rows ends with: that of the best evaluation by --metric, or the last one.",
+    keep: str | None = option(
+        None,
+        "Model that a run with held-out rows ends with: that of the best evaluation by --metric, or the last one.  [default: best]",
         choices=("best", "last"),
+    )
+    samples: int | None = option(
+        None,
+        "Held-out prompts that the model completes greedily before and after training, into samples.jsonl; 0 for none.  [default: "
+        f"{USUAL_SAMPLES} with held-out rows]",
+        metavar="N",
+    )
+    samples_at: str = option(
+        "ends",
+        "When samples are made: at both ends of training, or at its evaluations as well.",
+        choices=("ends", "evaluations"),
     )
     early_stopping: int | None = option(
         None, "Stop after N evaluations in a row without a better --metric.", metavar="N"
@@ -183,6 +203,12 @@ class TrainConfig:
         metavar="RUN",
         yaml=False,
     )
+    push_to_hub: str | None = option(
+        None,
+        "Upload the finished run to this repository on the hub: model, tokenizer, model card and report. It is created if it "
+        "does not exist.",
+        metavar="NAME",
+    )
     dry_run: bool = option(
         False, "Stop after the plan: check cache, policy and options; train and write nothing.", yaml=False
     )
@@ -204,7 +230,9 @@ class TrainConfig:
         else:
             self._at_least(max_tokens=1)
         self._at_least(batch_size=1, max_length=2, max_steps=1, eval_steps=1, logging_steps=1, early_stopping=1)
-        self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0, eval_seed=0)
+        self._at_least(lora_rank=0, save_steps=0, warmup=0, weight_decay=0, seed=0, eval_seed=0, samples=0)
+        if self.peak_rate < 0:
+            raise ConfigError(f"--learning-rate must be at least 0, got {self.peak_rate:g}.")
         self._at_least(simpo_gamma=0, sft_weight=0)
         if self.desirable_weight == 0 and self.undesirable_weight == 0:
             raise ConfigError("--desirable-weight and --undesirable-weight are both 0, so there is nothing to learn.")
@@ -214,7 +242,6 @@ class TrainConfig:
                 raise ConfigError(f"{flag(name)} must be a number or auto, got {value!r}.")
         for name, value in (
             ("beta", self.beta),
-            ("learning_rate", self.peak_rate),
             ("epochs", self.epochs),
             ("lora_alpha", self.lora_alpha),
         ):
@@ -239,10 +266,12 @@ class TrainConfig:
             raise ConfigError(f"--eval-fraction must be at least 0 and below 1, got {self.eval_fraction}.")
         if self.eval_fraction and self.eval_cache:
             raise ConfigError("--eval-fraction and --eval-cache both name held-out rows; give one of them.")
-        if not self.eval_fraction and self.eval_cache is None and self.evaluate_only is None:
-            for name in ("early_stopping", "eval_steps", "metric"):
-                if getattr(self, name) != getattr(type(self), name):
+        if not self.holds_out and self.evaluate_only is None:
+            for name in ("early_stopping", "eval_steps", "metric", "samples", "samples_at"):
+                if (getattr(self, name) or None) != getattr(type(self), name):
                     raise ConfigError(f"{flag(name)} needs held-out rows: give --eval-fraction 0.1 or --eval-cache.")
+        if self.samples == 0 and self.samples_at != "ends":
+            raise ConfigError(f"--samples-at {self.samples_at} has no effect with --samples 0. Leave one of them out.")
         if self.resume and self.out is None:
             raise ConfigError("--resume needs --out, the folder of the run to resume.")
 
@@ -252,6 +281,26 @@ class TrainConfig:
         if isinstance(self.learning_rate, str):
             return USUAL_RATE_OF_LORA if self.lora_rank else USUAL_RATE
         return self.learning_rate
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the run has held-out rows."""
+        return bool(self.eval_fraction) or self.eval_cache is not None
+
+    def prompts_to_sample(self, *, in_sweep: bool = False) -> int:
+        """Return how many held-out prompts are sampled at most.
+
+        Args:
+            in_sweep: whether the run is a trial of a sweep, which makes samples only if the sweep's config asks for them.
+        """
+        if self.samples is None:
+            return USUAL_SAMPLES if self.holds_out and not in_sweep else 0
+        return self.samples
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether a run with held-out rows ends with the model of its best evaluation."""
+        return self.keep != "last"
 
     def updates(self, rows: int) -> int:
         """Return the number of updates of a run on that many training rows."""
@@ -339,11 +388,14 @@ def _checked_weights(weights: list[tuple[str, object]]) -> dict[str, float]:
     for name, given in weights:
         weight = _weight(given)
         if not name.strip() or weight is None:
-            raise ConfigError(
-                f"--objective: expected names and weights such as helpful=1,harmless=0.5, got {shown(f'{name}={given}')!r}."
-            )
+            expected = "--objective: expected names and weights such as helpful=1,harmless=0.5, got"
+            if not name and isinstance(given, str) and given.strip():
+                raise ConfigError(f"{expected} {shown(given)!r} without a weight. Write {shown(given.strip())}=1.")
+            raise ConfigError(f"{expected} {shown(f'{name}={given}')!r}.")
         if not 0 <= weight < float("inf"):
             raise ConfigError(f"--objective {shown(name)}: a weight must be finite and not negative, got {weight:g}.")
+        if weight > _MOST_WEIGHT:
+            raise ConfigError(f"--objective {shown(name)}: a weight must be at most {_MOST_WEIGHT:g}, got {weight:g}.")
         if name.strip() in found:
             raise ConfigError(f"--objective {shown(name)}: given twice.")
         found[name.strip()] = weight

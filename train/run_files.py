@@ -14,7 +14,7 @@ import yaml
 from offline_kto.kto_core.durable_files import write_json
 from offline_kto.kto_core.errors import ConfigError, printable, said_by
 from offline_kto.kto_core.foreign_files import MEGABYTE, check_kinds, open_foreign, read_foreign
-from offline_kto.kto_core.options import as_plain, with_absolute_paths
+from offline_kto.kto_core.options import as_plain, value_in_yaml, with_absolute_paths
 from offline_kto.kto_core.redaction import secret_names, without_secrets
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run_records import RunRecord
@@ -80,20 +80,26 @@ def config_text(config: TrainConfig) -> str:
     The learning rate is a number, whatever `auto` will mean in a later version, and paths are absolute, because those in a
     config file are relative to its folder.
     """
-    names = {field.name for field in dataclasses.fields(config) if field.metadata["yaml"]}
+    names = {field.name for field in dataclasses.fields(config) if field.metadata["yaml"]} - {"out"}
     values = with_absolute_paths(TrainConfig, {**as_plain(config), "learning_rate": config.peak_rate})
     return yaml_without_secrets({k: v for k, v in values.items() if k in names and v not in (None, {})})
 
 
-def begun_with(given: Mapping[str, Any]) -> Path | None:
+def begun_with(given: Mapping[str, Any], yaml_path: Path | None = None) -> Path | None:
     """Return the config.yaml of the run that `--resume` continues; None if nothing has begun in `--out`.
 
     Args:
         given: options of the command line, or of a Python call.
+        yaml_path: of `--config`, which may name the folder.
     """
-    if not given.get("resume") or given.get("out") is None:
+    if not given.get("resume"):
         return None
-    path = Path(given["out"]) / CONFIG
+    out = given.get("out")
+    if out is None and yaml_path is not None:
+        out = value_in_yaml(TrainConfig, yaml_path, "out")
+    if out is None:
+        return None
+    path = Path(out) / CONFIG
     # Without its record a folder is not a run's; its config.yaml may be anything.
     return path if path.is_file() and (path.parent / RUN_RECORD).is_file() else None
 

@@ -248,6 +248,28 @@ class EvaluationRecord(TypedDict, total=False):
     rows_are: str
 
 
+class SampleRecord(TypedDict):
+    """A line of samples.jsonl: what the model continues a held-out prompt with, greedily.
+
+    The same prompts are continued at every step. Step 0 is before training, the last step is the saved model.
+
+    Attributes:
+        step: int; updates done.
+        prompt_id: str; of the cache.
+        prompt: str; the text that the model sees, special tokens included.
+        completion: str; without the token that ended it.
+        ended: bool; false if it was cut at the budget of new tokens.
+        tokens: int; tokens generated, the one that ended it included.
+    """
+
+    step: int
+    prompt_id: str
+    prompt: str
+    completion: str
+    ended: bool
+    tokens: int
+
+
 class TrialResult(TypedDict, total=False):
     """The result of a trial.
 

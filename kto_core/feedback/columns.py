@@ -9,6 +9,7 @@ from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.conversations import SYSTEM_COLUMNS, alpaca_prompt, history, system_text
 from offline_kto.kto_core.feedback.judging import COUNTS, SEVERAL, WEIGHT
 from offline_kto.kto_core.feedback.labels import LabelRule
+from offline_kto.kto_core.feedback.left_out import OneCountLeftOut
 from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, Turns, said
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -86,6 +87,7 @@ class FeedbackFields:
         ratings: counts the ratings of records without a label, for the message about them.
         read: other columns that rows depended on.
         compared: the columns whose values were compared with numbers, as `--up '>=4'` says.
+        one_count: places of rows with a label and one of the two numbers of votes, which is not read.
         chat: whether text becomes messages. False without a chat template.
         rendered: recognises rendered text, which is not converted.
     """
@@ -98,6 +100,7 @@ class FeedbackFields:
     ratings: LabelRule = field(default_factory=LabelRule)
     read: set[str] = field(default_factory=set)
     compared: set[str] = field(default_factory=set)
+    one_count: list[tuple[str, OneCountLeftOut]] = field(default_factory=list)
     chat: bool = False
     chat_template: bool = True
     rendered: RenderedText = field(default_factory=RenderedText)

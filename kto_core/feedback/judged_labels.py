@@ -6,7 +6,7 @@ from functools import partial
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.columns import LABELS, FeedbackFields, columns_in_words
-from offline_kto.kto_core.feedback.exports import opened
+from offline_kto.kto_core.feedback.exports import is_printed, opened
 from offline_kto.kto_core.feedback.judging import (
     SEVERAL,
     WEIGHT,
@@ -14,10 +14,12 @@ from offline_kto.kto_core.feedback.judging import (
     counted_votes,
     judge,
     names_of_counts,
+    one_count,
     weight_in,
+    with_value,
 )
 from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
-from offline_kto.kto_core.feedback.left_out import UNRATED, LeftOut
+from offline_kto.kto_core.feedback.left_out import UNRATED, LeftOut, ObjectivesLeftOut
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.judgements import Judgement
 
@@ -28,7 +30,8 @@ def is_unrated(present: Mapping[str, object], where: str, fields: FeedbackFields
         return has_no_value(fields.label.find(present, where))
     if not all(has_no_value(present.get(name)) for name in (*LABELS, "rating")):
         return False
-    return not names_of_counts(present) and not isinstance(opened(present.get(SEVERAL)), list | dict)
+    several = opened(present.get(SEVERAL))
+    return not names_of_counts(present) and not isinstance(several, list | dict) and not is_printed(several)
 
 
 def judged_row(
@@ -42,18 +45,31 @@ def judged_row(
     Raises:
         UnknownLabelError: a label that is neither up nor down.
         FeedbackError: labels or votes that contradict each other, a rating outside of its scale.
-        LeftOut: there is no label.
+        LeftOut: there is no label; an `OneCountLeftOut` if one of two numbers of votes is missing.
     """
-    rule = fields.rule
     if fields.label is not None:
-        return judge(rule, fields.label.find(present, where), where, fields.label.text)
+        return judge(fields.rule, fields.label.find(present, where), where, fields.label.text)
+    one = one_count(record, where)
+    try:
+        reading = _judged(record, present, where, fields)
+    except LeftOut as left:
+        if one is not None and left.reason == UNRATED:
+            raise one from None
+        raise
+    if one is not None:
+        fields.one_count.append((where, one))
+    return reading
+
+
+def _judged(record: Mapping[str, object], present: Mapping[str, object], where: str, fields: FeedbackFields) -> Reading:
+    rule = fields.rule
     names: tuple[str, ...] = LABELS
     if rule.has_comparison or rule.graded:
         names = ("rating",) if "rating" in record else LABELS
         fields.compared.update(name for name in names if name in present)
     if SEVERAL in present or names_of_counts(record):
         several = opened(present.get(SEVERAL))
-        if isinstance(several, list | tuple | dict) or names_of_counts(record):
+        if isinstance(several, list | tuple | dict) or is_printed(several) or names_of_counts(record):
             return _detailed(record, present, several, names, where, fields)
     labels = {name: judge(rule, present[name], where, name, one=True) for name in names if name in present}
     if len(labels) > 1 and len({one.label for one in labels.values()}) > 1:
@@ -123,13 +139,19 @@ def _detailed(
         fields.read.update(counts)
         add("' and '".join(counts), partial(counted_votes, rule, record, where))
     objectives: Reading | None = None
-    if isinstance(several, list | tuple | dict):
+    split: dict[str, LeftOut] = {}
+    if isinstance(several, list | tuple | dict) or is_printed(several):
         fields.read.add(SEVERAL)
-        add(SEVERAL, partial(judge, rule, several, where, SEVERAL))
+        try:
+            add(SEVERAL, partial(judge, rule, several, where, SEVERAL))
+        except ObjectivesLeftOut as left:
+            if not found:
+                raise
+            split = with_value(left.objectives)
         if SEVERAL in found and found[SEVERAL].judgement.objectives:
             objectives = found.pop(SEVERAL)
     if found:
-        return _with_objectives(_agreed(found, where), objectives)
+        return _with_objectives(_agreed(found, where), objectives, split)
     if objectives is not None:
         return objectives
     raise unrated[0] if unrated else LeftOut(UNRATED, f"no value; {columns_in_words(present)}")
@@ -147,9 +169,13 @@ def _agreed(found: Mapping[str, Reading], where: str) -> Reading:
     return [*found.values()][-1]
 
 
-def _with_objectives(own: Reading, objectives: Reading | None) -> Reading:
-    """Return a row's own reading, with the masses of its objectives."""
+def _with_objectives(own: Reading, objectives: Reading | None, split: Mapping[str, LeftOut]) -> Reading:
+    """Return a row's own reading, with the masses of its objectives.
+
+    Args:
+        split: why none of them is judged although they have values, by name.
+    """
     if objectives is None:
-        return own
+        return Reading(own.judgement, own.ballots, split) if split else own
     judgement = Judgement(own.judgement.masses, objectives.judgement.objectives)
-    return Reading(judgement, {**objectives.ballots, **own.ballots})
+    return Reading(judgement, {**objectives.ballots, **own.ballots}, objectives.left_out)

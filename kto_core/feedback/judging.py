@@ -1,12 +1,14 @@
 """Convert labels, votes, ratings and several objectives to masses: how much speaks for a completion, and how much against it."""
 
+import ast
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.exports import opened
+from offline_kto.kto_core.feedback.exports import is_printed, opened
 from offline_kto.kto_core.feedback.labels import (
     COUNT,
     GRADED,
@@ -17,7 +19,14 @@ from offline_kto.kto_core.feedback.labels import (
     has_no_value,
     number_in,
 )
-from offline_kto.kto_core.feedback.left_out import NO_WEIGHT, RATERS_DISAGREE, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.left_out import (
+    NO_WEIGHT,
+    RATERS_DISAGREE,
+    UNRATED,
+    LeftOut,
+    ObjectivesLeftOut,
+    OneCountLeftOut,
+)
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.judgements import Judgement, Masses
 
@@ -27,9 +36,12 @@ COUNTS = (("up", "down"), ("upvotes", "downvotes"), ("votes_up", "votes_down"))
 SEVERAL = "labels"
 WEIGHT = "weight"
 _FIRST_COUNTS = frozenset(names[0] for names in COUNTS)
+_ALL_COUNTS = frozenset(name for names in COUNTS for name in names)
 # A larger number of votes, or a larger weight, is a mistake.
 _MOST = 2.0**53
 _LONGEST_NAME = 200
+# Characters of a printed value that a message writes as JSON.
+_LONGEST_PRINTED = 200
 
 # The votes of a row: 1 for up, 0 for down, a share for a graded rating, each with the number of raters who gave it.
 Ballots = tuple[tuple[float, int], ...]
@@ -41,10 +53,12 @@ class Reading:
 
     Attributes:
         ballots: by the name of an objective, "" for the votes on the row as a whole; empty without votes.
+        left_out: why an objective that has a value counts as not judged, by its name.
     """
 
     judgement: Judgement
     ballots: Mapping[str, Ballots] = field(default_factory=dict)
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
 
     @property
     def label(self) -> bool:
@@ -54,7 +68,9 @@ class Reading:
     @property
     def is_label(self) -> bool:
         """Whether a label says the same: there are no votes, and the row is one bit."""
-        return self is _OF_LABEL[True] or self is _OF_LABEL[False] or (not self.ballots and self.judgement.is_one_bit)
+        if self is _OF_LABEL[True] or self is _OF_LABEL[False]:
+            return True
+        return not self.ballots and not self.left_out and self.judgement.is_one_bit
 
     @property
     def is_decided(self) -> bool:
@@ -90,6 +106,8 @@ def judge(rule: LabelRule, value: object, where: str, field: str, *, one: bool =
     if isinstance(value, Reading):
         return value
     value = opened(value)
+    if is_printed(value):
+        raise FeedbackError(f"{where}: '{field}' is {quoted(value)}, as Python prints it. {_as_json(str(value))}")
     if isinstance(value, Mapping) and value and _counts_in(value) is None:
         if one:
             return of_label(rule.verdict(value, where, field))  # which knows no object
@@ -117,6 +135,23 @@ def names_of_counts(record: Mapping[str, object]) -> tuple[str, ...]:
     return () if _FIRST_COUNTS.isdisjoint(record) else _counts_in(record) or ()
 
 
+def one_count(record: Mapping[str, object], where: str) -> OneCountLeftOut | None:
+    """Return what is wrong with a record that has one of the two numbers of votes; None for any other record."""
+    if _ALL_COUNTS.isdisjoint(record) or _counts_in(record) is not None:
+        return None
+    for names in COUNTS:
+        for given, missing in (names, names[::-1]):
+            if given in record and number_in(record[given]) is not None:
+                return OneCountLeftOut(given, missing, _missing_count(given, record[given], missing, where))
+    return None
+
+
+def _missing_count(given: str, count: object, missing: str, where: str) -> FeedbackError:
+    return FeedbackError(
+        f"{where}: '{given}' is {quoted(count)}, but '{missing}' is missing. Votes need both numbers: write 0 if there are none."
+    )
+
+
 def weight_in(value: object, where: str, field: str) -> float:
     """Return the weight of a row.
 
@@ -127,39 +162,47 @@ def weight_in(value: object, where: str, field: str) -> float:
     weight = number_in(value)
     if weight is None or not 0 <= weight <= _MOST:
         raise FeedbackError(
-            f"{where}: '{field}' is {quoted(value)}. A weight is a finite number of at least 0; a row of weight 0 is left out."
+            f"{where}: '{field}' is {quoted(value)}. A weight is a finite number of at least 0 and at most {_MOST:g}; a row of weight 0 "
+            "is left out."
         )
     if weight == 0:
         raise LeftOut(NO_WEIGHT)
     return weight
 
 
-def of_objectives(readings: Mapping[str, Reading | None]) -> Reading:
+def of_objectives(readings: Mapping[str, Reading | LeftOut]) -> Reading:
     """Return the reading of a row by those of its objectives, which count the same. Objectives that are not judged are left out.
 
     Args:
-        readings: None for an objective that is not judged.
+        readings: of an objective that is not judged, the reason.
 
     Raises:
-        LeftOut: none is judged.
+        ObjectivesLeftOut: none is judged.
     """
-    masses = {name: one.judgement.masses for name, one in readings.items() if one is not None}
-    if not masses:
-        raise LeftOut(UNRATED, f"no objective is judged: {', '.join(readings)}")
+    judged = {name: one for name, one in readings.items() if isinstance(one, Reading)}
+    others = {name: one for name, one in readings.items() if isinstance(one, LeftOut)}
+    if not judged:
+        raise ObjectivesLeftOut(others)
+    masses = {name: one.judgement.masses for name, one in judged.items()}
     total = Masses(*map(math.fsum, zip(*masses.values(), strict=True)))
-    ballots = {name: one.ballots[""] for name, one in readings.items() if one is not None and "" in one.ballots}
-    return Reading(Judgement(total, masses), ballots)
+    ballots = {name: one.ballots[""] for name, one in judged.items() if "" in one.ballots}
+    return Reading(Judgement(total, masses), ballots, with_value(others))
+
+
+def with_value(left_out: Mapping[str, LeftOut]) -> dict[str, LeftOut]:
+    """Return the objectives that have a value, but are not judged by it: split votes, a rating between up and down."""
+    return {name: one for name, one in left_out.items() if one.reason != UNRATED}
 
 
 def _of_objectives(rule: LabelRule, values: Mapping[object, object], where: str, field: str) -> Reading:
-    readings: dict[str, Reading | None] = {}
+    readings: dict[str, Reading | LeftOut] = {}
     unknown: list[UnknownLabelError] = []
     for name, value in values.items():
         check_objective(name, where)
         try:
             masses, ballots = _masses(rule, opened(value), where, f"{field}.{name}")
-        except LeftOut:
-            readings[str(name)] = None
+        except LeftOut as left:
+            readings[str(name)] = left
         except UnknownLabelError as error:  # raised once all values of the record are counted
             unknown.append(UnknownLabelError(str(error), field, error.rule))
         else:
@@ -219,7 +262,8 @@ def _votes(value: object, where: str, field: str) -> float:
     number = number_in(value)
     if number is None or not 0 <= number <= _MOST:
         raise FeedbackError(
-            f"{where}: '{field}' is {quoted(value)}. Write a number of votes of at least 0, and 0 if there are none."
+            f"{where}: '{field}' is {quoted(value)}. Write a number of votes of at least 0 and at most {_MOST:g}, and 0 if there are "
+            "none."
         )
     return number
 
@@ -272,8 +316,17 @@ def _share(rule: LabelRule, value: object, where: str, field: str) -> float:
         )
     if not least <= number <= most:
         raise FeedbackError(
-            f"{where}: '{field}' is {quoted(value)}, which is not on the scale from {least:g} to {most:g}. Correct the rating, or "
-            "the scale."
+            f"{where}: '{field}' is {quoted(value)}, which is not on the scale from {least:g} to {most:g}{rule.scale_from}. Correct "
+            "the rating, or the scale."
         )
     rule.count(value, GRADED)
     return (number - least) / (most - least)
+
+
+def _as_json(text: str) -> str:
+    """Return how to write a value that Python has printed."""
+    try:
+        found = json.dumps(ast.literal_eval(text), ensure_ascii=False) if len(text) < _LONGEST_PRINTED else ""
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        found = ""
+    return f"Write JSON{f': {found}' if found else ''} (json.dumps makes it), or save the data as JSON Lines."

@@ -109,13 +109,13 @@ class LabelPaths:
 
     def _of_objectives(self, data: Mapping[str, Any], where: str) -> Reading:
         """Return what is read of the objectives; one without a value is not judged."""
-        readings: dict[str, Reading | None] = {}
+        readings: dict[str, Reading | LeftOut] = {}
         unknown: list[UnknownLabelError] = []
         for name, label in self.objectives.items():
             try:
                 readings[name] = label.read(data, where)
-            except LeftOut:
-                readings[name] = None
+            except LeftOut as left:
+                readings[name] = left
             except UnknownLabelError as error:  # raised once the values of all objectives are counted
                 unknown.append(error)
         if unknown:

@@ -95,6 +95,7 @@ class LabelRule:
         scale: the lowest and the highest number of the scale; other numbers are unknown. Empty for any.
         otherwise: REFUSE, LEAVE_OUT, UP or DOWN; numbers between comparisons are left out unless it is UP or DOWN.
         graded: the ratings that are wholly undesirable and wholly desirable; all values are then ratings. Empty for labels.
+        scale_from: after `graded` in errors, where it comes from; empty where there is no doubt.
         votes: SHARE, COUNT or UNANIMOUS, for several raters (`judging.judge`).
         seen: how often a value was seen, by (value, UP, DOWN, LEFT, GRADED or UNKNOWN); for the plan.
         numbers: numbers that were read as the usual words for up and down, 1 and 0, by field; None for any other value.
@@ -105,6 +106,7 @@ class LabelRule:
     otherwise: str = REFUSE
     scale: tuple[float, ...] = ()
     graded: tuple[float, ...] = ()
+    scale_from: str = field(default="", compare=False)
     votes: str = SHARE
     seen: Counter[tuple[str, str]] = field(default_factory=Counter, compare=False, repr=False)
     numbers: dict[str, set[float | None]] = field(default_factory=dict, compare=False, repr=False)

@@ -1,8 +1,10 @@
 """Leave out rows that are valid but contain nothing to train on, and count them by reason."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+
+from offline_kto.kto_core.errors import FeedbackError
 
 # Why a row is left out. The plan and the file of `--left-out` use these words.
 UNRATED = "unrated"
@@ -35,16 +37,47 @@ class LeftOut(Exception):  # noqa: N818 - not an error: the file is valid
         self.reason, self.detail = reason, detail
 
 
+class OneCountLeftOut(LeftOut):
+    """A row has a number of votes for or against, but not both, and no label: unrated, or defective if other rows have both.
+
+    Attributes:
+        given, missing: names of the two columns.
+        error: of the defective row.
+    """
+
+    def __init__(self, given: str, missing: str, error: FeedbackError) -> None:
+        super().__init__(UNRATED, f"there is a '{given}', but no '{missing}'")
+        self.given, self.missing, self.error = given, missing, error
+
+
+class ObjectivesLeftOut(LeftOut):
+    """None of a row's objectives is judged.
+
+    Attributes:
+        objectives: why, by name.
+    """
+
+    def __init__(self, objectives: Mapping[str, LeftOut]) -> None:
+        reasons = [one.reason for one in objectives.values() if one.reason != UNRATED]
+        why = "; ".join(f"{name}: {one}" for name, one in objectives.items() if one.reason != UNRATED)
+        names = f"no objective is judged: {', '.join(objectives)}"
+        super().__init__(reasons[0] if reasons else UNRATED, f"{names} ({why})" if why else names)
+        self.objectives = objectives
+
+
 @dataclass
 class LeftOutRows:
     """The rows that were left out, counted by reason.
 
     Attributes:
         rows: (where, reason, detail) of each, in the order in which they were found.
+        objectives: (where, name, reason, detail) of each objective that counts as not judged although it has a value, in a
+            row that is kept.
     """
 
     rows: list[tuple[str, str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    objectives: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     def add(self, where: str, reason: str, detail: str = "") -> None:
         """Add a row."""

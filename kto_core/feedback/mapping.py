@@ -319,7 +319,7 @@ def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None, votes
     holder = mapping.turns.label if mapping.turns is not None else mapping.label
     if holder is None:
         return mapping
-    changed = holder.ruled(lambda own: dataclasses.replace(_unused(rule or own), votes=votes))
+    changed = holder.ruled(lambda own: dataclasses.replace(_given(rule, own, mapping.name), votes=votes))
     if name is not None:
         path = option_path(name, "--label-field")
         is_path = holder.scores is None or "." in name or name.startswith("{")
@@ -327,6 +327,17 @@ def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None, votes
     if mapping.turns is not None:
         return dataclasses.replace(mapping, turns=dataclasses.replace(mapping.turns, label=changed))
     return dataclasses.replace(mapping, label=changed)
+
+
+def _given(rule: LabelRule | None, own: LabelRule, mapping: str) -> LabelRule:
+    """Return the rule of options, which comes before a mapping's own; without one, its own."""
+    if rule is None:
+        return _unused(own)
+    if rule.graded and own.graded not in ((), rule.graded):
+        least, most = own.graded
+        instead = f" (--rating-scale, in place of {least:g} to {most:g} in {mapping})"
+        rule = dataclasses.replace(rule, scale_from=instead)
+    return _unused(rule)
 
 
 def _unused(rule: LabelRule) -> LabelRule:

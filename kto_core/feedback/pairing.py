@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from offline_kto.kto_core.errors import PairingError
+from offline_kto.kto_core.feedback.quoting import counted
 
 # How far a row searches for a partner whose text differs from its own completion. If none is found, the data
 # are repetitive ("yes", "no"), and the equal pair is kept and counted.
@@ -92,7 +93,7 @@ def pair_rotate(rows: Sequence[PairableRow], *, partners: int, block: int) -> Pa
     _check_satisfiable(rows, 1)
     if partners >= len(rows):
         raise PairingError(
-            f"--kl-partners {partners} asks for more completions than the other {len(rows) - 1} rows have. Lower it."
+            f"--kl-partners {partners} asks for more completions than the other {counted(len(rows) - 1, 'row')} can give. Lower it."
         )
     if partners >= block:
         raise PairingError(

@@ -25,6 +25,7 @@ _NAMES = (
     "padded_tokens",
     "desirable_rows",
     "undesirable_rows",
+    "nll",  # only where the loss has it
 )
 
 # Nats. For a row nearer to z0 than this, float32 rounding decides on which side of z0 it is.
@@ -57,6 +58,7 @@ class BatchOutcome:
         masses: desirable and undesirable mass, shape (rows, 2).
         point: reference point of the accuracy, nats: z0 of the whole batch, or one for each row.
         tokens: of all forward passes, including mismatched pairs.
+        nll: negative log-likelihood of each completion, mean over its tokens, shape (rows,); None if it is no part of the loss.
     """
 
     losses: Tensor
@@ -65,6 +67,7 @@ class BatchOutcome:
     masses: Tensor
     point: Tensor
     tokens: Tokens
+    nll: Tensor | None = None
 
     @property
     def finite(self) -> Tensor:
@@ -72,7 +75,7 @@ class BatchOutcome:
         return self.logratios.isfinite() & self.losses.isfinite() & self.point.isfinite()
 
     def sums(self) -> Tensor:
-        """Return the vector of sums over this rank's rows, shape (14,), float64."""
+        """Return the vector of sums over this rank's rows, shape (14,), or (15,) with `nll`, float64."""
         good, bad = self.masses.unbind(1)
         labels = good >= bad
         counted = [
@@ -88,7 +91,8 @@ class BatchOutcome:
         ]
         # `torch.tensor` would copy the numbers from the host, which waits for all work queued on a GPU.
         constant = [torch.full_like(counted[0], float(number)) for number in self.tokens]
-        return torch.stack([*counted, *constant, labels.sum().double(), (~labels).sum().double()])
+        of_likelihood = [] if self.nll is None else [(good * self.nll).sum()]
+        return torch.stack([*counted, *constant, labels.sum().double(), (~labels).sum().double(), *of_likelihood])
 
 
 def right_mass(distances: Tensor, masses: Tensor) -> Tensor:
@@ -123,12 +127,14 @@ def metrics_from(sums: Tensor, *, beta: float) -> dict[str, float]:
         sums: from `BatchOutcome.sums`, added over batches and ranks.
         beta: turns log-ratios into rewards.
     """
-    value = dict(zip(_NAMES, sums.tolist(), strict=True))
+    value = dict(zip(_NAMES[: len(sums)], sums.tolist(), strict=True))
     metrics = {"loss": value["loss"] / value["mass"]}
     for trl, ours in (("chosen", "desirable"), ("rejected", "undesirable")):
         if value[ours]:
             metrics[f"rewards/{trl}"] = beta * value[f"rewards_{ours}"] / value[ours]
             metrics[f"logps/{trl}"] = value[f"logps_{ours}"] / value[ours]
+    if value["desirable"] and "nll" in value:
+        metrics["nll"] = value["nll"] / value["desirable"]
     if value["desirable"] and value["undesirable"]:
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     for name in ("desirable", "undesirable"):

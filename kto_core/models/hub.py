@@ -45,7 +45,7 @@ def fetch_from_hub(name: str, *, revision: str | None, what: str, weights: bool 
         if cached is not None:
             return cached
     limit = HF_HUB_ETAG_TIMEOUT
-    _bound_requests(huggingface_hub.get_session(), limit)
+    bound_requests(huggingface_hub.get_session(), limit)
     started = time.monotonic()
     waiting = threading.Timer(_SECONDS_IN_SILENCE, _say_what_is_awaited, [name, limit])
     waiting.daemon = True
@@ -66,7 +66,7 @@ def fetch_from_hub(name: str, *, revision: str | None, what: str, weights: bool 
     return path
 
 
-def _bound_requests(session: HubSession, seconds: float) -> None:
+def bound_requests(session: HubSession, seconds: float) -> None:
     """Give a time limit to each request without one: requests for a repository's state have none.
 
     Args:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from offline_kto.kto_core.feedback.judging import Ballots
+from offline_kto.kto_core.feedback.quoting import counted
 
 # Krippendorff, Content Analysis (4th edition, 2018), chapter 12: conclusions from data below 0.8 are tentative at best, and
 # data below 0.667 are discarded.
@@ -81,7 +82,7 @@ def add_votes(found: dict[str, Agreement], ballots: Mapping[str, Ballots]) -> No
 def agreement_in_words(agreement: Agreement) -> str:
     """Return the measures of some votes, as "2 to 5 votes on a row; 70.0% of 40 rows unanimous, alpha 0.61"."""
     votes = str(agreement.most) if agreement.fewest == agreement.most else f"{agreement.fewest} to {agreement.most:,}"
-    text = f"{agreement.rows:,} rows with {votes} votes"
+    text = f"{counted(agreement.rows, 'row')} with {votes} vote{'' if votes == '1' else 's'}"
     if not agreement.several:
         return text
     text += f", {agreement.unanimous / agreement.several:.1%} unanimous"
@@ -90,5 +91,5 @@ def agreement_in_words(agreement: Agreement) -> str:
     alpha = agreement.alpha()
     if alpha is None:
         return text
-    some = f" of {agreement.sampled:,} rows" if agreement.sampled < agreement.several else ""
+    some = f" of {counted(agreement.sampled, 'row')}" if agreement.sampled < agreement.several else ""
     return f"{text}, Krippendorff's alpha {alpha:.2f}{some}"

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from offline_kto.kto_core.feedback.left_out import LeftOutRows
+from offline_kto.kto_core.feedback.left_out import LeftOutRows, OneCountLeftOut
 from offline_kto.kto_core.feedback.messages import Turns
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.precompute.feedback.agreement import Agreement, add_votes
@@ -50,6 +50,8 @@ class Found:
         notes: sentences on how the records were found.
         warned: records to which the mapping's warning applies.
         agreement: the votes of several raters, by the name of their objective; "" for those on the row itself.
+        not_judged: rows in which an objective has a value, but counts as not judged, by its name and the reason.
+        one_count: why a row is unrated that has one of two numbers of votes; None without such rows.
         is_mixed: whether any row has a mass of both classes.
     """
 
@@ -69,6 +71,8 @@ class Found:
     notes: list[str] = field(default_factory=list)
     warned: int = 0
     agreement: dict[str, Agreement] = field(default_factory=dict)
+    not_judged: Counter[tuple[str, str]] = field(default_factory=Counter)
+    one_count: OneCountLeftOut | None = None
     is_mixed: bool = False
 
     def add(self, row: FeedbackRow) -> None:
@@ -86,6 +90,9 @@ class Found:
         if row.reading is not None:
             self.is_mixed = self.is_mixed or min(row.judgement.masses) > 0
             add_votes(self.agreement, row.reading.ballots)
+            for name, left in row.reading.left_out.items():
+                self.not_judged[name, left.reason] += 1
+                self.left_out.objectives.append((row.where, name, left.reason, left.detail))
         if _has_missing(row.completion) or _has_missing(row.prompt):
             self.missing.append(row.where)
 

@@ -6,12 +6,12 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from offline_kto.kto_core.errors import FeedbackError, KTOError
+from offline_kto.kto_core.errors import FeedbackError, KTOError, nearest
 from offline_kto.kto_core.feedback.columns import PROMPTS
-from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError
-from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, UNRATED
+from offline_kto.kto_core.feedback.labels import GRADED, SHARE, LabelRule, Scale, UnknownLabelError
+from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, RATERS_DISAGREE, UNRATED
 from offline_kto.kto_core.feedback.paths import Path, key_path, option_path
-from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
@@ -45,7 +45,7 @@ def mistakes_in_rows(mistakes: Sequence[KTOError], config: PrecomputeConfig, dat
     shown = "\n".join(f"  {one}" for one in others[:_SHOWN])
     more = f"\n  and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
     return FeedbackError(
-        f"{config.data}: {len(others):,} rows cannot be used:\n{shown}{more}\n"
+        f"{config.data}: {counted(len(others), 'row')} cannot be used:\n{shown}{more}\n"
         f"Correct them, or leave them out with --on-bad-row skip (--left-out FILE lists them).{found}"
     )
 
@@ -67,6 +67,12 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         first = f"{where}: {reason}{f' ({detail})' if detail else ''}"
         return FeedbackError(
             f"{data}: no row can be used ({reasons}). The first is {first}. --left-out FILE lists them."
+        )
+    if (one := found.one_count) is not None:
+        return FeedbackError(
+            f"{data}: no row can be used ({reasons}): there is a column '{one.given}', but no record has a '{one.missing}', and votes need "
+            f"both.{nearest(one.missing, [name for name in found.columns if name != one.given])} Add the column, with 0 where there are "
+            f"none, or name it: --label-field '{{up: ..., down: ...}}'."
         )
     label = data_format.label_paths
     if label is not None and config.map is None and config.label_field is None:
@@ -179,6 +185,38 @@ def options_of_pairs(config: PrecomputeConfig, data_format: DataFormat, found: F
             f"with {given}. {advice}"
         )
     return None
+
+
+def without_effect(config: PrecomputeConfig, feedback_rule: LabelRule, found: Found) -> FeedbackError | None:
+    """Return the error about an option that changes nothing, because no row has what it is about; None without one.
+
+    Args:
+        feedback_rule: the rule that has judged all rows.
+    """
+    if config.votes != SHARE and not found.agreement and not found.left_out.counts[RATERS_DISAGREE]:
+        return FeedbackError(
+            f"{config.data}: --votes {config.votes} has no effect: no row has votes. They are two numbers ('up' and 'down'), or a "
+            "list with a label of each rater. Remove --votes, or name the votes with --label-field."
+        )
+    destinations = {destination for _, destination in feedback_rule.seen}
+    what = "ratings" if config.rating_scale is not None or config.rating_threshold is not None else "labels"
+    given = [
+        name
+        for name, value, used in (
+            ("--rating-scale", config.rating_scale, GRADED in destinations),
+            ("--rating-threshold", config.rating_threshold, bool(destinations)),
+            ("--up", config.up, bool(destinations)),
+            ("--down", config.down, bool(destinations)),
+        )
+        if value is not None and not used
+    ]
+    if not given:
+        return None
+    names, has = " and ".join(given), "has" if len(given) == 1 else "have"
+    return FeedbackError(
+        f"{config.data}: {names} {has} no effect: the rows are judged by numbers of votes, not by {what}. Remove {names}, or name the "
+        f"column of the {what} with --label-field."
+    )
 
 
 def missing_split(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> FeedbackError | None:

@@ -9,12 +9,12 @@ from typing import Any
 
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.durable_files import write_text, written_to
-from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError, printable
+from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError, nearest, printable
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.columns import COLUMNS, PAIR_OBJECTS, PAIR_VERDICTS, FeedbackFields
 from offline_kto.kto_core.feedback.label_paths import SeveralScoresError
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError
-from offline_kto.kto_core.feedback.left_out import DEFECTIVE, EMPTY_RECORD, OTHER_SPLIT, LeftOut
+from offline_kto.kto_core.feedback.left_out import DEFECTIVE, EMPTY_RECORD, OTHER_SPLIT, LeftOut, OneCountLeftOut
 from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.feedback.paths import option_path
 from offline_kto.kto_core.feedback.presets import presets
@@ -60,6 +60,7 @@ class Feedback:
         self._config = config
         self._mistakes: list[tuple[str, KTOError]] = []
         self._too_long: list[tuple[str, str, str]] = []
+        self._one_counts: list[tuple[str, OneCountLeftOut]] = []
         self._suspicions = Suspicions()
         self._contradictions = Contradictions()
         self._format = DataFormat(config)
@@ -149,14 +150,32 @@ class Feedback:
         """Write the file of `--left-out`, in the order of the data: rows are not rejected in that order."""
         if self._config.left_out is None:
             return
-        lines = [
-            json.dumps({"where": where, "reason": reason, **({"detail": detail} if detail else {})}, ensure_ascii=False)
-            for where, reason, detail in sorted(
-                [*self.found.left_out.rows, *self._too_long], key=lambda one: _place(one[0])
-            )
+        self._settle_one_counts()
+        of_rows = [_entry(*one) for one in (*self.found.left_out.rows, *self._too_long)]
+        of_objectives = [
+            _entry(where, reason, detail, name) for where, name, reason, detail in self.found.left_out.objectives
         ]
+        entries = sorted([*of_rows, *of_objectives], key=lambda one: _place(one["where"]))
+        lines = [json.dumps(one, ensure_ascii=False) for one in entries]
         with written_to(self._config.left_out.parent, ConfigError, "Name another file with --left-out."):
             write_text(self._config.left_out, "".join(f"{line}\n" for line in lines))
+
+    def _settle_one_counts(self) -> None:
+        """Decide on rows with one of two numbers of votes: defective if other rows have both, as a `null` in them would be.
+
+        Without the other column in the whole file there are no votes: such a row is unrated, and one with a label has that.
+        """
+        for where, one in self._one_counts:
+            if self.found.columns[one.missing]:
+                self.reject(where, one.error)
+            else:
+                self.found.one_count = self.found.one_count or one
+                self.found.left_out.add(where, one.reason, one.detail)
+        for where, one in self._fields.one_count if self._config.on_bad_row == "error" else ():
+            if self.found.columns[one.missing]:
+                self.reject(where, one.error)
+        self._one_counts.clear()
+        self._fields.one_count.clear()
 
     def finish(self) -> None:
         """Report the mistakes.
@@ -165,6 +184,7 @@ class Feedback:
             FeedbackError: all mistakes, the first of them with their places; no row; one class only.
         """
         config, found = self._config, self.found
+        self._settle_one_counts()
         if (
             error := missing_split(config, self._format, found) or options_of_pairs(config, self._format, found)
         ) is not None:
@@ -172,6 +192,8 @@ class Feedback:
         label = self._format.label_paths
         if label is not None and (several := label.several(config.data)) is not None:
             raise several
+        if (self._mistakes or not found.forms) and (nowhere := self._nowhere()) is not None:
+            raise nowhere
         if self._mistakes:
             mistakes = [error for _, error in sorted(self._mistakes, key=lambda one: _place(one[0]))]
             raise mistakes_in_rows(mistakes, config, self._format)
@@ -194,6 +216,17 @@ class Feedback:
                 f"{len(found.missing):,} (first: {found.missing[0]}). They are scored as text; remove these rows if the values "
                 "are missing."
             )
+
+    def _nowhere(self) -> FeedbackError | None:
+        """Return the error about a path of the weight or of the votes that no record has; None without one."""
+        path = next(iter(self._used.nowhere()), None)
+        if path is None:
+            return None
+        last = path.text.rpartition(".")[2].strip('"')
+        return FeedbackError(
+            f"{self._config.data}: {path.source}: no record has a value at {quoted(path.text)}."
+            f"{nearest(last, self._used.keys_beside(path))}"
+        )
 
     def notes(self) -> list[str]:
         """Return sentences about the rows, for the plan. Control characters of the names in them are escaped."""
@@ -271,6 +304,7 @@ class Feedback:
     def _rows_of(self, record: AnyMapping[str, object], where: str) -> Iterator[FeedbackRow]:
         try:
             if self.mapping is None:
+                self._used.look_up(record, where)
                 rows = parse_record(record, where, self._fields)
                 if len(rows) == 1:
                     self._contradictions.add(record, rows[0].label, where)
@@ -283,6 +317,8 @@ class Feedback:
                 yield from self._native_rows(native, where)
             if self.mapping.warn is not None and self.mapping.warn[0].find(record, where):
                 self.found.warned += 1
+        except OneCountLeftOut as one:
+            self._one_counts.append((where, one))
         except LeftOut as left:
             self.found.left_out.add(where, left.reason, left.detail)
         except SeveralScoresError:
@@ -300,6 +336,12 @@ class Feedback:
             yield from parse_record(native, where, self._fields)
         except LeftOut as left:
             self.found.left_out.add(where, left.reason, left.detail)
+
+
+def _entry(where: str, reason: str, detail: str, objective: str = "") -> dict[str, str]:
+    """Return a line of the file of `--left-out`; with the name of an objective, the row itself is kept."""
+    found = {"where": where, "reason": reason, "objective": objective, "detail": detail}
+    return {name: value for name, value in found.items() if value}
 
 
 def _words(path: str) -> list[str]:

@@ -16,12 +16,13 @@ from offline_kto.kto_core.feedback.columns import (
     read_in_form,
 )
 from offline_kto.kto_core.feedback.judged_messages import JUDGED_KEYS
+from offline_kto.kto_core.feedback.judging import COUNTS
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.left_out import LeftOut
 from offline_kto.kto_core.feedback.mapping import Mapping
 from offline_kto.kto_core.feedback.message_text import begins_with_roles
 from offline_kto.kto_core.feedback.messages import MESSAGE_KEYS, TEXT_KEYS
-from offline_kto.kto_core.feedback.paths import Path, opened_at
+from offline_kto.kto_core.feedback.paths import Path, opened_at, option_path
 from offline_kto.kto_core.feedback.reads import Route
 from offline_kto.kto_core.feedback.turns import KEYS_OF_TURNS
 
@@ -33,6 +34,10 @@ MATTERS_BESIDE = re.compile(
     rf"|^(?:{'|'.join(_MESSAGES)})\[\]\.(?:files?|document|error|deleted|hidden|edited\w*|weight)$",
     re.IGNORECASE,
 )
+
+# A path that makes an object of two plain paths.
+_OBJECT = re.compile(r"\{[^{}\[\]()]*\}")
+_MEMBER = re.compile(r"(\w+)\s*:\s*([^,{}]+?)\s*(?=[,}])")
 
 # Records that are looked at even if their keys are those of an earlier one.
 _LOOKED_AT = 1000
@@ -55,7 +60,15 @@ class UsedColumns:
         self._mapping, self._fields = mapping, fields
         self._label = None if mapping is None else mapping.turns.label if mapping.turns is not None else mapping.label
         self._paths = _paths_in(mapping) if mapping is not None else _paths_of(fields)
-        self._unmatched = [] if mapping is None else [*self._paths, *_paths_of_turns(mapping)]
+        weight, self._votes = fields.weight, [] if fields.label is None else [_counts_at(fields.label)]
+        if mapping is not None:
+            weight, self._votes = mapping.weight, [] if self._label is None else _votes_in(self._label)
+        self._weight = [] if weight is None else [weight]
+        self._needed = [*self._weight, *(path for pair in self._votes for path in pair)]
+        self._unmatched = [*self._needed] if mapping is None else [*self._paths, *_paths_of_turns(mapping)]
+        self._of_mapping = [*self._unmatched] if mapping is not None else []
+        self._unmatched += [path for path in self._needed if path not in self._unmatched]
+        self._keys: dict[str, set[str]] = {path.text: set() for path in self._needed}
         self.read: set[str] = set()
         self.beside: Counter[str] = Counter()
         self.with_messages: set[str] = set()
@@ -85,19 +98,35 @@ class UsedColumns:
 
     def look_up(self, record: AnyMapping[str, Any], where: str) -> None:
         """Look for values at the mapping's paths, in a record that is complete if several are joined."""
-        if self._mapping is None or not self._unmatched:
+        if not self._unmatched:
             return
         with contextlib.suppress(FeedbackError, LeftOut):  # reported where the rows are read
-            data: list[AnyMapping[str, Any]] = [record, *self._mapping.items(record, where)]
-            if self._mapping.turns is not None:
+            data: list[AnyMapping[str, Any]] = [record]
+            if self._mapping is not None:
+                data += self._mapping.items(record, where)
+            if self._mapping is not None and self._mapping.turns is not None:
                 turns = self._mapping.turns.messages.open(record, where)
                 found = turns.values() if isinstance(turns, dict) else turns if isinstance(turns, list) else []
                 data += [one for one in found if isinstance(one, dict)]
             self._unmatched = [path for path in self._unmatched if not _has_value(path, data, where)]
+            for path in self._needed:
+                if path in self._unmatched:
+                    self._keys[path.text].update(key for one in data for key in _object_at(one, _parent(path)))
 
     def unmatched(self) -> list[Path]:
         """Return the mapping's paths that have no value in any record."""
-        return self._unmatched
+        return [path for path in self._unmatched if path in self._of_mapping]
+
+    def nowhere(self) -> list[Path]:
+        """Return the paths of the weight and of votes that have no value in any record, so that no row can be read."""
+        missing = [[path for path in pair if path in self._unmatched] for pair in self._votes]
+        # Without both numbers the records are unrated.
+        of_votes = [paths[0] for paths in missing if len(paths) == 1]
+        return [*(path for path in self._weight if path in self._unmatched), *of_votes]
+
+    def keys_beside(self, path: Path) -> list[str]:
+        """Return the keys that records have where such a path has none."""
+        return sorted(self._keys[path.text])
 
     def columns(self, forms: Iterable[str], columns: Iterable[str]) -> set[str]:
         """Return the columns that are used.
@@ -154,6 +183,26 @@ def _paths_of_turns(mapping: Mapping) -> list[Path]:
     if turns.label is not None and turns.rated is None:
         found += turns.label.paths
     return [path for path in (*found, *(path for _, path in turns.leave_out)) if path is not None]
+
+
+def _votes_in(label: LabelPaths) -> list[list[Path]]:
+    """Return the paths of both numbers of votes, of each objective that has them."""
+    own = [*label.votes.values()] or ([] if label.path is None else _counts_at(label.path))
+    return [own, *(pair for one in label.objectives.values() for pair in _votes_in(one))]
+
+
+def _counts_at(label: Path) -> list[Path]:
+    """Return the paths of both numbers in a path such as `{up: UpVotes, down: DownVotes}`; empty for any other."""
+    found = dict(_MEMBER.findall(label.text)) if _OBJECT.fullmatch(label.text.strip()) else {}
+    if tuple(found) not in (*COUNTS, *(names[::-1] for names in COUNTS)):
+        return []
+    return [option_path(text, label.source) for text in found.values()]
+
+
+def _parent(path: Path) -> Route:
+    """Return the keys above the last one of a path of names; none for any other path."""
+    names = path.text.split(".")
+    return tuple(names[:-1]) if all(name.isidentifier() for name in names) else ()
 
 
 def _paths_of(fields: FeedbackFields) -> list[Path]:

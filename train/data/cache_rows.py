@@ -19,11 +19,12 @@ from torch.utils.data import Dataset
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
 from offline_kto.kto_core.cache.shards import Rows, numbers, open_shard, read_groups
 from offline_kto.kto_core.cache.verification import verify_cache
-from offline_kto.kto_core.errors import CacheError, TrainingError, printable
+from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES, ONE_BIT, Masses
 from offline_kto.kto_core.launch import read_launch
 from offline_kto.kto_core.losses.objective_masses import weighted_masses
 from offline_kto.kto_core.progress import Progress
+from offline_kto.train.data.objectives import check_objectives
 from offline_kto.train.run_records import SampledLengths, Shortened
 
 # Row groups sampled for the lengths in the report; kto-precompute writes 64 rows into each.
@@ -219,9 +220,7 @@ class CacheRows(Dataset[TrainingRow]):
         """
         if weights is None:
             return self
-        for name in weights:
-            if name not in self.objectives:
-                raise _unknown_objective(self, name)
+        check_objectives(weights, self.manifest, self.folder)
         found = copy.copy(self)  # shares the open files
         found.masses = weighted_masses(self.objectives, weights)
         found.labels = found.masses[:, 0] >= found.masses[:, 1]
@@ -322,17 +321,6 @@ class _DecodedGroups:
             while self._bytes > _BYTES_IN_MEMORY and len(self._rows) > 1:
                 self._bytes -= self._rows.popitem(last=False)[1].nbytes
             return rows
-
-
-def _unknown_objective(rows: CacheRows, name: str) -> TrainingError:
-    there = ", ".join(rows.manifest.objectives)
-    found = (
-        f"the cache {rows.folder} has no such objective; it has {printable(there)}."
-        if there
-        else f"the cache {rows.folder} has no objectives. They come from feedback such as "
-        '"labels": {"helpful": true, "harmless": false}.'
-    )
-    return TrainingError(f"--objective {printable(name)}: {found}")
 
 
 def _allow_open_files(count: int) -> None:

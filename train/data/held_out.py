@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offline_kto.kto_core.errors import TrainingError
+from offline_kto.kto_core.feedback.quoting import counted
 
 if TYPE_CHECKING:
     from offline_kto.train.data.cache_rows import CacheRows
@@ -29,7 +30,7 @@ def check_fraction(fraction: float, prompts: int) -> None:
     if 0 < held_out < prompts:
         return
     side = "trained on" if held_out else "held out"
-    what = f"--eval-fraction {fraction:g} of {prompts:,} prompts leaves no row to be {side}."
+    what = f"--eval-fraction {fraction:g} of {counted(prompts, 'prompt')} leaves no row to be {side}."
     if prompts < 2:
         raise TrainingError(f"{what} Score feedback on more prompts, or give held-out rows with --eval-cache.")
     one = math.ceil(100 / prompts) / 100  # of two prompts a half, of three 0.34

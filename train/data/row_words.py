@@ -1,6 +1,7 @@
 """Describe how many rows of a cache are used, dropped and truncated, for the plans of kto-train and kto-sweep."""
 
 from offline_kto.kto_core.cache.manifest import Manifest
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.train.run_records import RunData, Shortened
 
 
@@ -25,7 +26,7 @@ def shortened_in_words(counts: Shortened, max_length: int) -> str:
     dropped = f", {counts['dropped']:,} dropped (prompt too long)" if counts["dropped"] else ""
     if not counts["cut"] and not counts["kl_cut"]:
         return dropped
-    cut = f"{counts['cut']:,} completions and {counts['kl_cut']:,} mismatched completions cut"
+    cut = f"{counted(counts['cut'], 'completion')} and {counted(counts['kl_cut'], 'mismatched completion')} cut"
     return f"{dropped}, {cut} (--max-length {max_length})"
 
 
@@ -35,6 +36,6 @@ def scored_in_words(manifest: Manifest) -> str:
     dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in (data.get("dropped") or {}).items())
     read, cut, kl_cut = data.get("read") or manifest.rows, data.get("truncated") or 0, data.get("kl_truncated") or 0
     return (
-        f"{manifest.rows:,} rows of {read:,}, dropped: {dropped or 'none'}; cut at "
-        f"{manifest.tokenization['max_length']} tokens: {cut:,} completions, {kl_cut:,} mismatched completions"
+        f"{counted(manifest.rows, 'row')} of {read:,}, dropped: {dropped or 'none'}; cut at "
+        f"{manifest.tokenization['max_length']} tokens: {counted(cut, 'completion')}, {counted(kl_cut, 'mismatched completion')}"
     )

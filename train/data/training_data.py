@@ -37,7 +37,7 @@ class TrainingData:
         units: which of its rows train, shape (units, rows in each): single rows, or pairs.
         held_out: rows held out, here or in another cache; None if there are none.
         unpaired: rows left out because a loss of pairs cannot use them.
-        unjudged: rows left out because none of the chosen objectives was judged in them.
+        unjudged: rows left out of training and of held-out values because none of the chosen objectives was judged in them.
     """
 
     rows: CacheRows
@@ -74,14 +74,15 @@ class TrainingData:
         judged = np.asarray(train, dtype=np.int64)[rows.are_judged(train)]
         if not len(judged):
             raise TrainingError(
-                f"--cache {config.cache}: --objective {config.objective} was judged in none of {len(train):,} rows to train on."
+                f"--cache {config.cache}: --objective {config.objective} was judged in none of {counted(len(train), 'row')} to train on."
             )
         units = _units(rows, judged.tolist(), config, f"--cache {config.cache}")
         held_rows_out = held_out and _held_out(*held_out, config)
-        left_out = len(judged) - units.size
+        left_out, unjudged = len(judged) - units.size, len(train) - len(judged)
         if held_out and held_rows_out:
             left_out += len(held_out[1]) - len(held_rows_out.indices)
-        return cls(rows, units, held_rows_out, left_out, len(train) - len(judged))
+            unjudged += int((~held_out[0].are_judged(held_rows_out.indices)).sum())
+        return cls(rows, units, held_rows_out, left_out, unjudged)
 
     def batches(self, config: TrainConfig) -> EpochBatches:
         """Return the optimizer batches of the training rows."""
@@ -125,8 +126,9 @@ class TrainingData:
         if self._eval_cache is not None:
             shared = len(set(self._eval_cache.prompt_ids) & set(self.rows.prompt_ids))
             if shared:
+                are = "is" if shared == 1 else "are"
                 lines.append(
-                    f"{shared:,} prompts of --eval-cache are also training prompts; held-out values are no measure for new prompts."
+                    f"{counted(shared, 'prompt')} of --eval-cache {are} also trained on; held-out values are no measure for new prompts."
                 )
         contradictions = self.rows.contradictions
         if contradictions:
@@ -218,7 +220,7 @@ def _held_out(cache: CacheRows, indices: Sequence[int], config: TrainConfig) -> 
     labels = cache.labels[held_out.indices][cache.are_judged(held_out.indices)]
     if not len(labels):
         raise TrainingError(
-            f"held-out rows: --objective {config.objective} was judged in none of {len(held_out.indices):,} rows. Hold out more "
+            f"held-out rows: --objective {config.objective} was judged in none of {counted(len(held_out.indices), 'row')}. Hold out more "
             "of them with --eval-fraction."
         )
     if config.metric == "eval/rewards/margins" and (labels.all() or not labels.any()):
@@ -302,7 +304,10 @@ def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: se
         )
         return RowsToEvaluate(trained, "the run was trained on their prompts", of_run=False, warning=warning)
     left_out = len(rows) - len(new)
-    what = "not trained on" + (f"; {left_out:,} rows that it was trained on are left out" if left_out else "")
+    are = "is" if left_out == 1 else "are"
+    what = "not trained on" + (
+        f"; {counted(left_out, 'row')} that it was trained on {are} left out" if left_out else ""
+    )
     return RowsToEvaluate(_held_out(rows, new, config), what, of_run=False)
 
 

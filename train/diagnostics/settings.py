@@ -44,15 +44,24 @@ def class_weight_values(config: TrainConfig, desirable: float, undesirable: floa
     return fixed[0], fixed[1] * ratio / _MIDDLE
 
 
-def warnings_for(config: TrainConfig, desirable: float, undesirable: float, weights: tuple[float, float]) -> list[str]:
-    """Return one line, with the value to use, for each setting outside the published ranges."""
-    lines = class_warnings(desirable, undesirable, weights)
+def warnings_for(
+    config: TrainConfig, desirable: float, undesirable: float, weights: tuple[float, float], *, by_mass: bool = False
+) -> list[str]:
+    """Return one line, with the value to use, for each setting outside the published ranges.
+
+    Args:
+        desirable, undesirable: rows of each class in training, or their masses.
+        by_mass: whether they are masses.
+    """
+    lines = class_warnings(desirable, undesirable, weights, by_mass=by_mass)
     (least, most), usual_beta = (_BETA_SIMPO, 2.0) if config.loss == "simpo" else (_BETA, 0.1)
     if not least <= config.beta <= most:
         lines.append(f"--beta {config.beta:g} is outside the published {least:g} to {most:g}; {usual_beta:g} is usual.")
     low, high = _RATE_LORA if config.lora_rank else _RATE
-    if not low <= config.peak_rate <= high:
-        kind, usual = ("LoRA", USUAL_RATE_OF_LORA) if config.lora_rank else ("full fine-tuning", USUAL_RATE)
+    if config.peak_rate == 0:
+        lines.append("--learning-rate 0: nothing will be learned; this only checks the pipeline.")
+    elif (usual := usual_rate(config)) is not None:
+        kind = "LoRA" if config.lora_rank else "full fine-tuning"
         lines.append(
             f"--learning-rate {config.peak_rate:g} is outside the published {low:g} to {high:g} for {kind}; {usual:g} is usual."
         )
@@ -64,23 +73,35 @@ def warnings_for(config: TrainConfig, desirable: float, undesirable: float, weig
     return lines
 
 
-def class_warnings(desirable: float, undesirable: float, weights: tuple[float, float]) -> list[str]:
-    """Return warnings about the classes: only one class, or weights that do not balance them."""
+def usual_rate(config: TrainConfig) -> float | None:
+    """Return the usual learning rate if that of a run is outside the published range; None if it is inside, or 0."""
+    low, high = _RATE_LORA if config.lora_rank else _RATE
+    if low <= config.peak_rate <= high or config.peak_rate == 0:
+        return None
+    return USUAL_RATE_OF_LORA if config.lora_rank else USUAL_RATE
+
+
+def class_warnings(
+    desirable: float, undesirable: float, weights: tuple[float, float], *, by_mass: bool = False
+) -> list[str]:
+    """Return warnings about the classes: only one class, or weights that do not balance them. Arguments: see `warnings_for`."""
     if not desirable or not undesirable:
         only = "desirable" if desirable else "undesirable"
         return [f"every training row is {only}: KTO learns from the contrast of two classes. Check the labels."]
     weighted = weights[0] * desirable, weights[1] * undesirable
     if weighted[1] and BALANCE[0] * 0.99 <= weighted[0] / weighted[1] <= BALANCE[1] * 1.01:
         return []
-    return [_imbalance(desirable, undesirable, weights)]
+    return [_imbalance(desirable, undesirable, weights, by_mass=by_mass)]
 
 
-def _imbalance(desirable: float, undesirable: float, weights: tuple[float, float]) -> str:
+def _imbalance(desirable: float, undesirable: float, weights: tuple[float, float], *, by_mass: bool) -> str:
     low = BALANCE[0] * weights[1] * undesirable / desirable
     high = BALANCE[1] * weights[1] * undesirable / desirable
+    found = f"{in_digits(desirable)} desirable and {in_digits(undesirable)} undesirable"
+    what = f"masses of {found}" if by_mass else f"{found} rows"
     return (
-        f"{in_digits(desirable)} desirable and {in_digits(undesirable)} undesirable rows with weights {weights[0]:g} and "
-        f"{weights[1]:g} are outside the range 1:1 to 4:3; use --desirable-weight auto (or {low:.3g} to {high:.3g})."
+        f"{what} with weights {weights[0]:g} and {weights[1]:g} are outside the range 1:1 to 4:3; use --desirable-weight auto (or "
+        f"{low:.3g} to {high:.3g})."
     )
 
 

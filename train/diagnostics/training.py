@@ -9,10 +9,13 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.losses.verdict import LEAST_LOSS, LEAST_MARGIN, Change
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.diagnostics.settings import BALANCE
+from offline_kto.train.diagnostics.rates import RateAdvice, rounded
+from offline_kto.train.diagnostics.settings import BALANCE, usual_rate
 from offline_kto.train.loss_traits import LOSS_TRAITS
 
 # A batch's values are noisy, and a class may be absent from it. So the median over the last updates is checked, once
@@ -58,6 +61,10 @@ _WORSE = 1.05
 _TRAINING_FELL = 0.98
 _PATIENCE = 2
 
+# Stands in a text for the advised learning rate, which depends on earlier advice.
+_THE_RATE = "--learning-rate {}"
+_HALF = 0.5
+
 _DESIRABLE, _UNDESIRABLE = "rewards/chosen", "rewards/rejected"
 _SEEN = (_DESIRABLE, _UNDESIRABLE, "logps/chosen", "kl", "loss")
 
@@ -70,16 +77,22 @@ class RunWarning:
         kind: rate-high, rate-low, kl, class, saturated, overfitting or worse.
         step: updates done when it arose.
         text: the finding, and the option to use instead.
+        rate: the learning rate that it advises; None for another option.
     """
 
     kind: str
     step: int
     text: str
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that warnings about a run depend on: options, class weights as numbers, rows of each class, or their masses."""
+    """The settings that warnings about a run depend on: options, class weights as numbers, rows of each class, or their masses.
+
+    Attributes:
+        advised_rate: the learning rate that the plan advised; None without advice.
+    """
 
     loss: str
     beta: float
@@ -91,6 +104,7 @@ class Settings:
     epochs: float
     max_steps: int | None = None
     early_stopping: int | None = None
+    advised_rate: float | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, weights: tuple[float, float], rows: tuple[float, float]) -> "Settings":
@@ -112,6 +126,7 @@ class Settings:
             epochs=config.epochs,
             max_steps=config.max_steps,
             early_stopping=config.early_stopping,
+            advised_rate=usual_rate(config),
         )
 
 
@@ -124,6 +139,13 @@ def run_warnings(records: Iterable[Mapping[str, object]], settings: Settings) ->
     """
     watch = Watch(settings)
     return [warning for record in records for warning in watch.add(record)]
+
+
+class _Finding(NamedTuple):
+    """The text of a warning; `_THE_RATE` in it is the learning rate to use, about `factor` times that of the run."""
+
+    text: str
+    factor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +170,7 @@ class Watch:
         # Other losses only separate the classes: their rewards are measured from the middle of both.
         self._from_z0 = traits.measured_from in ("z0", "0")
         self._weighs_classes = traits.unit == 1
+        self._rates = RateAdvice(settings.learning_rate, settings.advised_rate)
         self._told: set[str] = set()
         self._window: deque[tuple[int, int, dict[str, float]]] = deque()  # (step, updates, values)
         self._since: dict[str, tuple[int, int]] = {}  # (step, record)
@@ -158,6 +181,16 @@ class Watch:
         self._halfway: int | None = None
         self._held_out = _HeldOut()
         self._worse_evaluations = 0
+
+    @property
+    def advised_rate(self) -> float | None:
+        """The learning rate that was advised, in the plan or by a warning; None without advice."""
+        return self._rates.advised
+
+    @property
+    def got_worse(self) -> bool:
+        """Whether a warning said that the model is getting worse."""
+        return "worse" in self._told
 
     def add(self, record: Mapping[str, object]) -> list[RunWarning]:
         """Add a record and return the new warnings."""
@@ -171,18 +204,23 @@ class Watch:
             found = self._trained(record, step)
         else:
             return []
-        new = [
-            RunWarning(kind, step, text) for kind, text in found.items() if text is not None and kind not in self._told
-        ]
-        self._told.update(warning.kind for warning in new)
+        new = []
+        for kind, one in found.items():
+            if one is None or kind in self._told:
+                continue
+            rate = None if one.factor is None else self._rates.other(one.factor)
+            text = one.text if rate is None else one.text.replace(_THE_RATE, f"--learning-rate {rate:g}")
+            new.append(RunWarning(kind, step, text, rate))
+            self._told.add(kind)
+            self._rates.advised = self._rates.advised if rate is None else rate
         return new
 
-    def _trained(self, record: Mapping[str, object], step: int) -> dict[str, str | None]:
+    def _trained(self, record: Mapping[str, object], step: int) -> "dict[str, _Finding | None]":
         values = {name: value for name in _SEEN if (value := _number(record, name)) is not None}
         rate = _number(record, "learning_rate")
         span = step - self._step
         peak = self.settings.learning_rate
-        self._effective += span * (peak if rate is None else rate) / peak
+        self._effective += span * (peak if rate is None else rate) / peak if peak else 0.0
         self._step = step
         self._records += 1
         self._window.append((step, span, values))
@@ -203,13 +241,13 @@ class Watch:
             "saturated": self._held("saturated", step, self._saturated(now)),
         }
 
-    def _held(self, kind: str, step: int, text: str | None) -> str | None:
-        """Return the text once its condition has lasted long enough."""
-        if text is None:
+    def _held(self, kind: str, step: int, found: "_Finding | None") -> "_Finding | None":
+        """Return what was found once its condition has lasted long enough."""
+        if found is None:
             self._since.pop(kind, None)
             return None
         since, record = self._since.setdefault(kind, (step, self._records))
-        return text if step - since >= _HOLD and self._records - record >= _HOLD_RECORDS else None
+        return found if step - since >= _HOLD and self._records - record >= _HOLD_RECORDS else None
 
     def _median(self, name: str) -> float | None:
         found = [(span, values[name]) for _, span, values in self._window if name in values]
@@ -241,7 +279,7 @@ class Watch:
             room=None if logps is None else -beta * logps,
         )
 
-    def _too_fast(self, values: Mapping[str, float]) -> str | None:
+    def _too_fast(self, values: Mapping[str, float]) -> "_Finding | None":
         names = {_DESIRABLE: "desirable", _UNDESIRABLE: "undesirable"}
         rewards = {name: values[name] for name in names if name in values}
         farthest = max(rewards, key=lambda name: abs(rewards[name]), default=None)
@@ -253,12 +291,13 @@ class Watch:
             return None
         # An update's size is proportional to its rate: this rate would have led to rewards of 1.
         factor = min(max(abs(rewards[farthest]), _FLAT), 100.0)
-        return (
-            f"{names[farthest]} rewards are at {rewards[farthest]:+.1f} after {self._step} updates, where the loss is flat: "
-            f"use {self._rate(1 / factor)}, or a warm-up."
+        return _Finding(
+            f"{names[farthest]} rewards are at {rewards[farthest]:+.1f} after {counted(self._step, 'update')}, where the loss is flat: "
+            f"use {_THE_RATE}, or a warm-up.",
+            1 / factor,
         )
 
-    def _too_slow(self, now: _Now, record: Mapping[str, object]) -> str | None:
+    def _too_slow(self, now: _Now, record: Mapping[str, object]) -> "_Finding | None":
         of, total = self.settings, self._planned(record)
         rewards = [
             reward
@@ -269,27 +308,28 @@ class Watch:
         if not known or len(known) < len(rewards) or total is None or now.step < max(_STILL_FROM, _STILL_SHARE * total):
             return None
         at_the_end = max(known) * (1 + max(0.0, total - now.step) / max(self._effective, 1.0))
-        if at_the_end >= _STILL:
+        if at_the_end >= _STILL or not of.learning_rate:  # the plan has said what a rate of 0 does
             return None
-        return (
+        return _Finding(
             f"rewards have hardly moved ({_signed(now.desirable)} desirable, {_signed(now.undesirable)} undesirable after "
-            f"{now.step:,} updates) and will end below {_STILL:g}; 1 is usual: use {self._rate(_STILL_FACTOR)}."
+            f"{now.step:,} updates) and will end below {_STILL:g}; 1 is usual: use {_THE_RATE}.",
+            _STILL_FACTOR,
         )
 
-    def _drifting(self, now: _Now) -> str | None:
+    def _drifting(self, now: _Now) -> "_Finding | None":
         if now.kl is None or now.kl < _DRIFT:
             return None
         rises = self._kl_rises()
         if not rises and now.kl < _FLAT:
             return None
         rising = ", still rising" if rises else ""
-        return (
+        return _Finding(
             f"kl is {now.kl / self.settings.beta:.3g} nats{rising}: at beta * kl {now.kl:.1f} a completion that the policy has not "
-            f"changed has {_slope(now.kl):.0%} of its gradient left; healthy runs stay below 1. Use "
-            f"{self._rate(1 / min(max(now.kl, 2.0), 10.0))}."
+            f"changed has {_slope(now.kl):.0%} of its gradient left; healthy runs stay below 1. Use {_THE_RATE}.",
+            1 / min(max(now.kl, 2.0), 10.0),
         )
 
-    def _one_class(self, now: _Now) -> str | None:
+    def _one_class(self, now: _Now) -> "_Finding | None":
         if not (self._from_z0 and self._weighs_classes) or now.sides is None:
             return None
         desirable, undesirable = now.sides
@@ -303,12 +343,13 @@ class Watch:
         if advice is None:
             return None
         kl = "" if now.kl is None else f", z0 {now.kl:.2f}"
-        return (
+        return _Finding(
             f"only {other} rows are learned (rewards {_signed(now.desirable)} desirable, {_signed(now.undesirable)} "
-            f"undesirable{kl}), {which} ones are on the wrong side of z0: use {advice}."
+            f"undesirable{kl}), {which} ones are on the wrong side of z0: use {advice}.",
+            _HALF if _THE_RATE in advice else None,
         )
 
-    def _saturated(self, now: _Now) -> str | None:
+    def _saturated(self, now: _Now) -> "_Finding | None":
         if now.sides is None or min(now.sides) < _FLAT:
             return None
         stop = (
@@ -316,14 +357,14 @@ class Watch:
             if self._halfway in (None, now.step)
             else f"--max-steps {self._halfway} (half of that distance was reached there) or "
         )
-        beta = _rounded(self.settings.beta * _FLAT / 2 / min(now.sides))
-        return (
+        beta = rounded(self.settings.beta * _FLAT / 2 / min(now.sides))
+        return _Finding(
             f"rewards of both classes are where the loss is flat ({_signed(now.desirable)} desirable, "
             f"{_signed(now.undesirable)} undesirable): less than {_slope(_FLAT) + 0.01:.0%} of the gradient is left. "
             f"Use {stop}--beta {beta:g}."
         )
 
-    def _overfitting(self, record: Mapping[str, object], step: int) -> str | None:
+    def _overfitting(self, record: Mapping[str, object], step: int) -> "_Finding | None":
         loss = _number(record, "eval/loss")
         if loss is None:
             return None
@@ -332,13 +373,13 @@ class Watch:
         fell = training is not None and held_out.training is not None and training < _TRAINING_FELL * held_out.training
         if not (worse and fell) or self.settings.early_stopping is not None:
             return None
-        return (
+        return _Finding(
             f"held-out loss rose from {held_out.best:.4f} at step {held_out.best_step} to {loss:.4f} while the training loss "
             f"fell from {held_out.training:.4f} to {training:.4f}: use --early-stopping {_PATIENCE}, or --max-steps "
             f"{held_out.best_step}."
         )
 
-    def _worse(self, record: Mapping[str, object], step: int) -> str | None:
+    def _worse(self, record: Mapping[str, object], step: int) -> "_Finding | None":
         """Return a warning if held-out rows are worse than before training, twice in a row or at the end."""
         margin, loss = _change(record, "margin"), _change(record, "loss")
         fell = margin is not None and margin.is_below(LEAST_MARGIN)
@@ -349,9 +390,10 @@ class Watch:
         if self._worse_evaluations < enough:
             return None
         what = f"margin changed by {margin}" if fell else f"loss changed by {loss}"
-        return (
-            f"held-out {what} since before training, so the model is getting worse: use {self._rate(1 / _STILL_FACTOR)}, and check "
-            "that thumbs up and down are not swapped."
+        return _Finding(
+            f"held-out {what} since before training, so the model is getting worse: use {_THE_RATE}, and check that thumbs up and down "
+            "are not swapped.",
+            1 / _STILL_FACTOR,
         )
 
     def _planned(self, record: Mapping[str, object]) -> float | None:
@@ -360,9 +402,6 @@ class Watch:
             return self.settings.max_steps
         epoch = _number(record, "epoch")
         return self._step * self.settings.epochs / epoch if epoch else None
-
-    def _rate(self, factor: float) -> str:
-        return f"--learning-rate {_rounded(factor * self.settings.learning_rate):g}"
 
     def _weight(self, *, desirable: bool) -> str | None:
         """Return the class weight that favours this class within the published balance; None if a class has none."""
@@ -377,7 +416,7 @@ class Watch:
             else ("undesirable", of.undesirable_weight, ratio / BALANCE[0])
         )
         if factor < 1.05:
-            return f"{self._rate(0.5)} (class weights are already at the end of the published range)"
+            return f"{_THE_RATE} (class weights are already at the end of the published range)"
         return f"--{name}-weight {factor * weight:.3g}"
 
 
@@ -424,11 +463,6 @@ def _change(record: Mapping[str, object], name: str) -> Change | None:
 def _slope(distance: float) -> float:
     """Return the slope of the sigmoid at a distance from its centre, relative to the greatest slope."""
     return 1 / math.cosh(min(distance, 100.0) / 2) ** 2
-
-
-def _rounded(value: float) -> float:
-    """Round to one digit: more would suggest a precision that the estimate does not have."""
-    return float(f"{value:.1g}")
 
 
 def _signed(value: float | None) -> str:

@@ -1,13 +1,14 @@
-"""Draw the plots of a run's report page.
+"""Describe the plots of a report page as data; charts.js draws them.
 
-Their colours are names of the page's CSS, `var(--desirable)`: the page inserts the values, light or dark, so that a
-class has one colour everywhere.
+Colours are names of the page's CSS, `var(--desirable)`: a class has one colour everywhere, in light and in dark.
+
+The range of a vertical axis is decided here, by what is known about the noise of the values: the interval of a held-out
+metric is always inside it, so that a change within the interval does not look like a trend.
 
 Nothing from a file is plotted at full length: curves keep the lowest and highest value of each stretch, and rows are
 counted in bins.
 """
 
-import html
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from plotly.offline import get_plotlyjs
 
 Floats = npt.NDArray[np.float64]
 CLASSES = ((True, "desirable"), (False, "undesirable"))
 _POINTS = 1000  # points of one curve
 _BINS = 60
 _ENOUGH_TO_SMOOTH = 40
+_MARGIN = 0.06  # of the range, above and below the values
+# The smallest change that counts as one, as in verdicts. An axis spans five of them, so that smaller changes look small.
+LEAST_CHANGE = {
+    "loss": 0.0025,
+    "accuracy": 0.02,
+    "rewards/margins": 0.01,
+    "rewards/chosen": 0.01,
+    "rewards/rejected": 0.01,
+}
+LEAST_SPAN = {metric: 5 * change for metric, change in LEAST_CHANGE.items()}
 
 
 @dataclass(frozen=True)
@@ -30,19 +40,19 @@ class Plot:
     """A figure with its surrounding text.
 
     label: describes the plot for screen readers.
-    note: one or two sentences below the title.
+    note: one or two sentences below the title, with the numbers that matter.
     """
 
     title: str
     label: str
     figure: "Figure"
     note: str = ""
-    height: int = 260
+    height: int = 220
     min_width: int = 0
 
     @property
     def json(self) -> str:
-        """The figure as JSON for plotly.js."""
+        """The figure as JSON for charts.js."""
         return self.figure.json()
 
 
@@ -50,7 +60,8 @@ class Plot:
 class Line:
     """A curve over updates: steps and values of shape (n,), nan for missing values.
 
-    held_out: few points, each drawn; otherwise the records are drawn thin and their running mean thick.
+    dots: few points, each drawn; otherwise many records are drawn thin and their running mean thick.
+    low, high: ends of each value's interval, shape (n,); None if there are none.
     named: whether it is listed in the legend.
     smooth: false if each record counts, as for a schedule.
     """
@@ -59,79 +70,32 @@ class Line:
     steps: Floats
     values: Floats
     color: str
-    held_out: bool = False
-    dash: str = "solid"
+    dots: bool = False
+    dash: str = ""
+    low: Floats | None = None
+    high: Floats | None = None
     trial: int | None = None
     named: bool = True
     smooth: bool = True
 
 
-def plotly_js() -> str:
-    """Return the source of plotly.js, to be embedded in the page."""
-    return str(get_plotlyjs())
-
-
-def literal(text: object) -> str:
-    """Escape text from a file so that plotly displays it verbatim, including tags and formulas."""
-    return html.escape(str(text), quote=False).replace("$", "&#36;")
-
-
 class Figure:
-    """Traces and layout in the format of plotly.js.
+    """Axes and marks in the format that charts.js draws; see there for the fields of each mark."""
 
-    They are dictionaries: plotly's Python objects validate every property against a schema, which took a second per
-    page.
-    """
+    def __init__(self, *, hover: str = "x", legend: bool = False) -> None:
+        """Create an empty figure; `hover` is "x" (all curves at one position) or "near" (the nearest point)."""
+        self.x: dict[str, object] = {}
+        self.y: dict[str, object] = {}
+        self.marks: list[dict[str, Any]] = []
+        self._how = {"hover": hover, "legend": legend}
 
-    def __init__(self, **layout: object) -> None:
-        """Create an empty figure in the page's style."""
-        axis = {
-            "gridcolor": "var(--grid)",
-            "zeroline": False,
-            "linecolor": "var(--rule)",
-            "tickcolor": "var(--rule)",
-            "automargin": True,
-            "ticks": "outside",
-            "ticklen": 4,
-            "title": {"standoff": 8, "font": {"size": 12}},
-        }
-        self.data: list[dict[str, object]] = []
-        self.layout: dict[str, Any] = {
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {"color": "var(--muted)", "size": 12},
-            "margin": {"l": 48, "r": 14, "t": 10, "b": 40},
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": "var(--ink)"}},
-            "hoverlabel": {
-                "bgcolor": "var(--surface)",
-                "bordercolor": "var(--rule)",
-                "font": {"color": "var(--ink)"},
-            },
-            "xaxis": {**axis, "showgrid": False},
-            "yaxis": {**axis, "ticks": "", "showline": False},
-            "annotations": [],
-            "shapes": [],
-            **layout,
-        }
-
-    def add(self, kind: str, **trace: object) -> None:
-        """Add a trace: `scatter` or `bar`."""
-        self.data.append({"type": kind, **trace})
-
-    def axis(self, name: str, *, title: str | None = None, **look: object) -> None:
-        """Set properties of an axis: `xaxis`, `yaxis`, `yaxis2`, ..."""
-        axis = self.layout.setdefault(name, {})
-        axis.update(look)
-        if title is not None:
-            axis["title"] = {**axis.get("title", {}), "text": title}
-
-    def annotate(self, **annotation: object) -> None:
-        """Add a text without an arrow."""
-        self.layout["annotations"].append({"showarrow": False, **annotation})
+    def add(self, kind: str, **mark: object) -> None:
+        """Add a mark: line, bars, dots, rule or axis."""
+        self.marks.append({"kind": kind, **mark})
 
     def json(self) -> str:
-        """Return the figure as JSON for plotly.js; a number that is not finite becomes a gap."""
-        return json.dumps(_plain({"data": self.data, "layout": self.layout}), allow_nan=False)
+        """Return the figure as JSON for charts.js; a number that is not finite becomes a gap."""
+        return json.dumps(_plain({**self._how, "x": self.x, "y": self.y, "marks": self.marks}), allow_nan=False)
 
 
 def _plain(value: object) -> object:
@@ -148,39 +112,77 @@ def _plain(value: object) -> object:
     return value
 
 
-def curves(lines: Sequence[Line], *, percent: bool = False, unified: bool = True, from_zero: bool = False) -> Figure:
-    """Draw curves over updates."""
-    figure = Figure(hovermode="x unified" if unified else "closest", showlegend=len(lines) > 1 and unified)
-    form = ".0%" if percent else ".4~g"
+def fitted_range(values: Sequence[Floats], *, least: float = 0.0, share: bool = False) -> tuple[float, float]:
+    """Return the range of an axis that shows all finite values, with some room around them.
+
+    Args:
+        values: arrays of any shape.
+        least: the smallest span of the range, in the values' unit.
+        share: the values are shares, and the range does not exceed 0 to 1 by much.
+    """
+    known = np.concatenate([np.ravel(one) for one in values] or [np.empty(0)])
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return 0.0, 1.0
+    low, high = float(known.min()), float(known.max())
+    missing = max(least - (high - low), 0.0) or (0.0 if high > low else max(abs(high), 1e-3))
+    low, high = low - missing / 2, high + missing / 2
+    room = _MARGIN * (high - low)
+    low, high = low - room, high + room
+    return (max(low, -0.02), min(high, 1.02)) if share else (low, high)
+
+
+def curves(
+    lines: Sequence[Line],
+    *,
+    percent: bool = False,
+    hover: str = "x",
+    from_zero: bool = False,
+    before: float | None = None,
+    least: float = 0.0,
+) -> Figure:
+    """Draw curves over updates.
+
+    Args:
+        lines: the curves.
+        percent: the values are shares.
+        hover: see `Figure`.
+        from_zero: the vertical axis begins at 0.
+        before: the value of the untrained policy, drawn as a horizontal line.
+        least: the smallest span of the vertical axis.
+    """
+    figure = Figure(hover=hover, legend=len(lines) > 1 and hover == "x")
+    seen: list[Floats] = [np.array([math.nan if before is None else before]), np.zeros(int(from_zero))]
     for line in lines:
-        window = 1 if line.held_out or not line.smooth else smoothing_window(len(line.values))
+        window = 1 if line.dots or not line.smooth else smoothing_window(len(line.values))
+        if line.low is not None and line.high is not None:
+            seen += [line.low, line.high]
         if window > 1 and line.trial is None:
             steps, values = thinned(line.steps, line.values)
-            look = {"color": line.color, "width": 1}
-            thin = {"line": look, "opacity": 0.25, "showlegend": False, "hoverinfo": "skip"}
-            figure.add("scatter", mode="lines", x=_whole(steps), y=values, **thin)
-        steps, values = thinned(
-            line.steps, running_mean(line.values, window), 200 if line.trial is not None else _POINTS
-        )
-        single = np.isfinite(values).sum() == 1
+            figure.add("line", x=_whole(steps), y=values, color=line.color, width=1, faint=True)
+        mean = running_mean(line.values, window)
+        seen.append(mean)
+        steps, values = thinned(line.steps, mean, 200 if line.trial is not None else _POINTS)
         figure.add(
-            "scatter",
+            "line",
+            name=line.name,
             x=_whole(steps),
             y=values,
-            name=literal(line.name),
-            showlegend=line.named,
-            mode="lines+markers" if line.held_out or single else "lines",
-            line={"color": line.color, "width": 1.5 if line.trial is not None else 2, "dash": line.dash},
-            marker={"color": line.color, "size": 5, "symbol": "circle"},
-            hovertemplate=f"%{{y:{form}}}" if unified else f"{literal(line.name)}: %{{y:{form}}}<extra></extra>",
-            meta=None if line.trial is None else {"trial": line.trial},
+            low=line.low,
+            high=line.high,
+            color=line.color,
+            width=1.5 if line.trial is not None else 2,
+            dash=line.dash or None,
+            dots=line.dots or int(np.isfinite(values).sum()) == 1,
+            named=line.named,
+            trial=line.trial,
         )
-    figure.axis("xaxis", title="update", tickformat=",~d", hoverformat=",~d", rangemode="tozero")
-    figure.axis("yaxis", tickformat=".0%" if percent else None, exponentformat="e")
-    if percent and len({value for line in lines for value in line.values[np.isfinite(line.values)]}) == 1:
-        figure.axis("yaxis", range=[-0.02, 1.02])  # otherwise the axis would run from -50 % to 150 %
-    if from_zero:
-        figure.axis("yaxis", rangemode="tozero")
+    if before is not None:
+        figure.add("rule", y=before, text="before training")
+    last = max((float(line.steps.max()) for line in lines if len(line.steps)), default=1.0)
+    figure.x = {"title": "update", "range": [0, max(last, 1.0)], "format": "whole"}
+    bounds = fitted_range(seen, least=least, share=percent)
+    figure.y = {"range": bounds if not from_zero else (0.0, bounds[1]), "format": "percent" if percent else "number"}
     return figure
 
 
@@ -243,55 +245,11 @@ def histograms(groups: Mapping[str, tuple[Floats, str]], *, unit: str, whole: bo
         bins = min(_BINS, max(12, int(2 * math.sqrt(len(everything)))))
         margin = 1e-3 * (high - low) or 0.5 * max(abs(high), 1e-3)
         edges = np.linspace(low - margin, high + margin, bins + 1)
-    figure = Figure(barmode="overlay", bargap=0, hovermode="x unified", showlegend=len(groups) > 1)
+    figure, most = Figure(legend=len(groups) > 1), 0.0
     for name, (values, color) in groups.items():
-        counts = np.histogram(values, edges)[0]
-        figure.add(
-            "bar",
-            x=(edges[:-1] + edges[1:]) / 2,
-            y=counts / len(values),
-            width=float(edges[1] - edges[0]),
-            name=literal(name),
-            opacity=0.55,
-            marker={"color": color, "line": {"width": 0}},
-            hovertemplate="%{y:.1%}",
-        )
-    figure.axis("xaxis", title=unit, hoverformat=",.0f" if whole else ".3~g", tickformat=",~d" if whole else None)
-    figure.axis("yaxis", tickformat=".0%", rangemode="tozero", nticks=5)
+        shares = np.histogram(values, edges)[0] / len(values)
+        most = max(most, float(shares.max()))
+        figure.add("bars", name=name, edges=edges, y=shares, color=color)
+    figure.x = {"title": unit, "range": [edges[0], edges[-1]], "format": "whole" if whole else "number"}
+    figure.y = {"range": [0.0, 1.05 * most or 1.0], "format": "percent"}
     return figure, beyond
-
-
-def marked_at(figure: Figure, x: float, text: str) -> None:
-    """Draw a thin vertical line with a label."""
-    line = {"color": "var(--muted)", "width": 1, "dash": "dot"}
-    ends = {"x0": x, "x1": x, "xref": "x", "y0": 0, "y1": 1, "yref": "y domain"}
-    figure.layout["shapes"].append({"type": "line", "line": line, **ends})
-    figure.annotate(x=x, y=1, yref="paper", text=literal(text), xanchor="right", yanchor="top", xshift=-4)
-
-
-def value_function() -> Figure:
-    """Draw the empty figure of the panel: the page's script adds curves, rows and lines as the sliders move.
-
-    The traces, in order: rows of each class, value, loss, gradient, and the points at r on the last three.
-    """
-    figure = Figure(barmode="overlay", bargap=0, hovermode="x unified", showlegend=True)
-    for _, name in CLASSES:
-        marker = {"color": f"var(--{name})", "line": {"width": 0}}
-        figure.add("bar", name=f"{name} rows", yaxis="y3", marker=marker, opacity=0.28, hoverinfo="skip")
-    for name, axis, width, dash in (
-        ("value", "y", 2.5, "solid"),
-        ("loss", "y", 2, "dash"),
-        ("gradient of the loss", "y2", 2, "dot"),
-    ):
-        line = {"width": width, "dash": dash}
-        figure.add("scatter", name=name, mode="lines", yaxis=axis, line=line, hovertemplate="%{y:.4~g}")
-    for axis in ("y", "y", "y2"):
-        point = {"size": 9, "line": {"width": 2, "color": "var(--surface)"}}
-        figure.add("scatter", mode="markers", yaxis=axis, showlegend=False, marker=point, hoverinfo="skip")
-    plain = {"gridcolor": "var(--grid)", "zeroline": False, "automargin": True}
-    figure.axis("yaxis", title="value, loss", domain=[0.36, 1], rangemode="tozero")
-    small = {"standoff": 8, "font": {"size": 12}}
-    figure.layout["yaxis2"] = {**plain, "title": {**small, "text": "gradient"}, "domain": [0, 0.26], "nticks": 4}
-    figure.axis("yaxis3", domain=[0.36, 1], range=[0, 2.2], overlaying="y", visible=False, fixedrange=True)
-    figure.axis("xaxis", title="log-ratio r, nats", anchor="y2", hoverformat=".3~f")
-    return figure

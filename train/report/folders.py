@@ -36,6 +36,23 @@ _ACTIVE_WITHIN = datetime.timedelta(
 )  # a run is active if it wrote a record within this time and holds its lock
 
 
+@dataclass(frozen=True)
+class HeldOutCurve:
+    """Held-out values of a metric over updates, from the untrained policy to the model that was kept.
+
+    steps, values: shape (n,).
+    low, high: ends of the 95 % interval, shape (n,), nan where there is none. It is the paired interval of the change since
+    `before`, moved to that level: where it contains `before`, the change may be chance.
+    before: the value of the untrained policy; None if it is not known.
+    """
+
+    steps: Floats
+    values: Floats
+    low: Floats
+    high: Floats
+    before: float | None
+
+
 @dataclass(frozen=True, repr=False)
 class Run:
     """A run folder.
@@ -80,6 +97,39 @@ class Run:
         steps = np.array([step for step, _ in pairs], dtype=np.float64)
         return steps, np.array([math.nan if value is None else value for _, value in pairs], dtype=np.float64)
 
+    def before(self, metric: str) -> float | None:
+        """Return a held-out metric of the untrained policy; None if it is not known."""
+        found = number(mapping(mapping(self.evaluation.get("before")).get(metric)).get("value"))
+        if found is not None:
+            return found
+        first = (number(record.get(f"eval/{metric}")) for record in self.records if _step(record) == 0)
+        return next((value for value in first if value is not None), None)
+
+    def held_out(self, metric: str) -> HeldOutCurve | None:
+        """Return the held-out values of a metric; None if there are none."""
+        before = self.before(metric)
+        change = "eval/change/margin" if metric == "rewards/margins" else f"eval/change/{metric}"
+        points: dict[int, tuple[float, float, float]] = {}
+        for record in self.records:
+            value = number(record.get(f"eval/{metric}"))
+            if value is not None:
+                ends = _moved(record.get(f"{change}_low"), record.get(f"{change}_high"), before)
+                points[_step(record)] = (value, *ends)
+        final, step = mapping(mapping(self.evaluation.get("metrics")).get(metric)), self.evaluation.get("step")
+        value = number(final.get("value"))
+        if value is not None and type(step) is int and 0 <= step < 2**53:
+            paired = mapping(mapping(self.evaluation.get("change")).get(metric))
+            ends = _moved(paired.get("low"), paired.get("high"), before)
+            own = _moved(final.get("low"), final.get("high"), 0.0)
+            points[step] = (value, *(ends if math.isfinite(ends[0]) else own))
+        if before is not None:
+            points[0] = (before, before, before)
+        if not points:
+            return None
+        steps = sorted(points)
+        values, low, high = np.array([points[step] for step in steps], dtype=np.float64).T
+        return HeldOutCurve(np.array(steps, dtype=np.float64), values, low, high, before)
+
     def last(self, metric: str) -> float | None:
         """Return the last finite value of a metric."""
         values = (number(record.get(metric)) for record in reversed(self.records))
@@ -88,12 +138,19 @@ class Run:
 
 @dataclass(frozen=True, repr=False)
 class Trial:
-    """One trial of a sweep; `run` is None if its folder is on another machine."""
+    """One trial of a sweep.
+
+    value: of the sweep's metric, with the ends of its 95 % interval, and the value before training.
+    run: None if its folder is on another machine.
+    """
 
     number: int
     state: str
     params: dict[str, object]
     value: float | None
+    low: float | None
+    high: float | None
+    before: float | None
     metrics: dict[str, float | None]
     seconds: float | None
     reason: str
@@ -106,7 +163,10 @@ class Trial:
 
 @dataclass(frozen=True, repr=False)
 class Sweep:
-    """A sweep folder."""
+    """A sweep folder.
+
+    best_is_kept: whether best/ contains the model of the best trial.
+    """
 
     path: Path
     name: str
@@ -116,6 +176,7 @@ class Sweep:
     metric: str
     maximize: bool
     running: bool
+    best_is_kept: bool
     notes: tuple[str, ...]
 
     def __repr__(self) -> str:
@@ -127,6 +188,12 @@ class Sweep:
         """Trials with a value, the best first."""
         with_value = [trial for trial in self.trials if trial.value is not None and trial.state == "complete"]
         return sorted(with_value, key=lambda trial: trial.value or 0.0, reverse=self.maximize)
+
+    @property
+    def untrained(self) -> float | None:
+        """The sweep's metric before training, if it is known and the same in all trials."""
+        known = {trial.before for trial in self.complete}
+        return known.pop() if len(known) == 1 else None
 
     @property
     def best(self) -> Trial | None:
@@ -274,6 +341,14 @@ def _step(record: dict[str, object]) -> int:
     return step
 
 
+def _moved(low: object, high: object, level: float | None) -> tuple[float, float]:
+    """Return the ends of a change, moved to the level that it starts from; nan unless all are known."""
+    ends = number(low), number(high)
+    if level is None or ends[0] is None or ends[1] is None:
+        return math.nan, math.nan
+    return level + ends[0], level + ends[1]
+
+
 def _count_odd(content: object) -> int:
     count = 0
     for one in content.values() if isinstance(content, dict) else content if isinstance(content, list) else [content]:
@@ -337,6 +412,8 @@ def _sweep(folder: Path) -> Sweep:
     record = cast("SweepRecord", reader.json("sweep.json", expected=True))
     trials = [_trial(folder, mapping(trial)) for trial in listed(record.get("trials"))]
     metric = record.get("metric") or config.get("metric") or "eval/loss"
+    kept = _Reader(folder / "best").json("run.json", expected=False)
+    is_kept = record.get("best") is not None and kept.get("trial") == record.get("best")
     notes = [f"Trial {t.number}: {note}" for t in trials if t is not None and t.run for note in t.run.notes]
     return Sweep(
         path=folder,
@@ -347,6 +424,7 @@ def _sweep(folder: Path) -> Sweep:
         metric=str(metric),
         maximize=str(record.get("direction", "")).lower().startswith("max"),
         running=is_held(folder),
+        best_is_kept=is_kept and kept.get("fingerprint") == record.get("fingerprint"),
         notes=(*reader.notes, *notes),
     )
 
@@ -372,6 +450,9 @@ def _trial(folder: Path, trial: dict[str, object]) -> Trial | None:
         state=str(trial.get("state") or "unknown"),
         params=mapping(trial.get("params")),
         value=number(trial.get("value")),
+        low=number(mapping(trial.get("interval")).get("low")),
+        high=number(mapping(trial.get("interval")).get("high")),
+        before=number(trial.get("untrained")),
         metrics={name: number(value) for name, value in mapping(trial.get("metrics")).items()},
         seconds=number(trial.get("seconds")),
         reason=str(trial.get("reason") or ""),

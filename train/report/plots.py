@@ -7,17 +7,17 @@ import numpy as np
 
 from offline_kto.train.report.figures import (
     CLASSES,
+    LEAST_SPAN,
     Floats,
     Line,
     Plot,
     curves,
     histograms,
-    marked_at,
     smoothing_window,
 )
-from offline_kto.train.report.folders import SPLITS, Run, Sweep, listed, mapping, number
+from offline_kto.train.report.folders import SPLITS, HeldOutCurve, Run, Sweep, listed, mapping, number
 from offline_kto.train.report.sweep_figures import shades
-from offline_kto.train.report.words import final, plain_name, shown
+from offline_kto.train.report.words import before_and_after, final, plain_name, shown
 from offline_kto.train.run_records import RunRecord, SweepRecord
 
 _CLASS_COLORS = {"chosen": "var(--desirable)", "rejected": "var(--undesirable)"}
@@ -25,28 +25,23 @@ _CLASS_WORDS = {"chosen": "desirable", "rejected": "undesirable"}
 _SPLIT_WORDS = {"train": "Training rows", "held_out": "Held-out rows"}
 # var(--run-0) ...; dashes distinguish further curves, and help readers who cannot distinguish the colours.
 _RUN_COLORS = 8
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_DASHES = ("", "7 4", "2 3", "8 3 2 3", "12 4")
+_HELD_OUT_DASH = "2 3"
 _TRIALS = 100
 _QUANTILES = 401
 _LONGEST = 10**9  # tokens of a row; larger neighbouring numbers could not be distinguished
 _AS_LOGGED = ("learning_rate", "peak_memory_mb", "peak_reserved_mb")  # no noise to smooth
-_FROM_ZERO = (
-    "learning_rate",
-    "tokens_per_second",
-    "peak_memory_mb",
-    "peak_reserved_mb",
-)  # another origin would exaggerate changes
+# Another origin would exaggerate changes.
+_FROM_ZERO = ("learning_rate", "tokens_per_second", "peak_memory_mb", "peak_reserved_mb")
 
 # Title, metrics, caption.
-_RUN_CURVES = (
-    ("Loss", ("loss",), "The mean over a batch, which training minimizes."),
+_OUTCOME = (
+    ("Reward margin", "rewards/margins", "Desirable minus undesirable: above 0 the policy prefers what people liked."),
+    ("Loss", "loss", "What training minimizes."),
+    ("Accuracy", "accuracy", "Rows on the right side of the loss's reference point."),
+)
+_DIAGNOSTICS = (
     ("Rewards", ("rewards/chosen", "rewards/rejected"), "beta times the log-ratio of policy and reference, by class."),
-    (
-        "Reward margin",
-        ("rewards/margins",),
-        "Desirable minus undesirable. Above zero the policy prefers the completions that people liked.",
-    ),
-    ("Accuracy", ("accuracy",), "The share of rows on the right side of the loss's reference point."),
     (
         "Reference point z0",
         ("kl", "kl_raw"),
@@ -70,32 +65,77 @@ _RUN_CURVES = (
 )
 
 
-def run_curves(run: Run) -> list[Plot]:
-    """Draw the training and held-out curves of a run."""
+def outcome_curves(run: Run) -> list[Plot]:
+    """Draw margin, loss and accuracy: of training rows, and of held-out rows with intervals and the untrained policy."""
     plots = []
-    for title, metrics, note in _RUN_CURVES:
+    for title, metric, note in _OUTCOME:
+        held = run.held_out(metric)
+        lines = _training_line(run, metric)
+        if held is not None:
+            lines.append(_held_out_line("held out", held, "var(--ink)"))
+        if lines:
+            value = before_and_after(run, metric)
+            said = f"Held out: {value}. {note}" if value else note
+            plots.append(
+                Plot(
+                    title,
+                    f"{title} over {run.updates:,} updates. {said}",
+                    curves(
+                        lines,
+                        percent=metric == "accuracy",
+                        before=None if held is None else held.before,
+                        least=_least_span(metric, held),
+                    ),
+                    said,
+                )
+            )
+    return plots
+
+
+def _least_span(metric: str, held: HeldOutCurve | None) -> float:
+    """Return the smallest span of an axis: at least twice the widest interval, so that a change within it looks small."""
+    widths = [] if held is None else (held.high - held.low)[np.isfinite(held.high - held.low)].tolist()
+    return max(2 * max(widths, default=0.0), LEAST_SPAN.get(metric, 0.0))
+
+
+def _training_line(run: Run, metric: str) -> list[Line]:
+    steps, values = run.curve(metric)
+    return [Line("training", steps, values, "var(--train)")] if np.isfinite(values).any() else []
+
+
+def _held_out_line(name: str, held: HeldOutCurve, color: str, dash: str = "") -> Line:
+    return Line(name, held.steps, held.values, color, dots=True, dash=dash, low=held.low, high=held.high)
+
+
+def diagnostic_curves(run: Run) -> list[Plot]:
+    """Draw everything else that was logged in training."""
+    plots = []
+    for title, metrics, note in _DIAGNOSTICS:
         lines = []
         for metric in metrics:
-            lines += _lines(run, metric, several=len(metrics) > 1)
+            lines += _diagnostic_lines(run, metric, several=len(metrics) > 1)
         if lines:
             label = f"{title} over {run.updates:,} updates: {', '.join(line.name for line in lines)}."
-            figure = curves(lines, percent=title == "Accuracy", from_zero=metrics[0] in _FROM_ZERO)
-            if metrics[0] == "tokens_per_second":
-                figure.axis("yaxis", exponentformat="SI")  # 80k
+            figure = curves(lines, from_zero=metrics[0] in _FROM_ZERO, least=LEAST_SPAN.get(metrics[0], 0.0))
             plots.append(Plot(title, label, figure, note))
     return plots
 
 
 def smoothing_note(run: Run) -> str:
-    """Explain the thick, thin and dotted lines."""
+    """Explain thin and thick lines, bands and the line of step 0."""
     window = smoothing_window(len(run.curve("loss")[0]))
     said = [f"Thin lines: each record. Thick lines: the mean of the last {window:,} records."] if window > 1 else []
-    if any(name.startswith("eval/") for record in run.records for name in record):
-        said.append("Dotted with points: held-out rows.")
+    held = [run.held_out(metric) for _, metric, _ in _OUTCOME]
+    if any(one is not None and one.before is not None for one in held):
+        said.append("Dashed level: the same rows before training.")
+    if any(one is not None and np.isfinite(one.low).any() for one in held):
+        said.append(
+            "Band: the 95 % interval of held-out values. Where it contains the dashed level, the change may be chance."
+        )
     return " ".join(said)
 
 
-def _lines(run: Run, metric: str, *, several: bool) -> list[Line]:
+def _diagnostic_lines(run: Run, metric: str, *, several: bool) -> list[Line]:
     kind = metric.rsplit("/", 1)[-1]
     color = _CLASS_COLORS.get(kind, "var(--train)")
     what = _CLASS_WORDS.get(kind) or {"kl": "z0", "kl_raw": "raw"}.get(metric, "")
@@ -105,12 +145,11 @@ def _lines(run: Run, metric: str, *, several: bool) -> list[Line]:
         if not np.isfinite(values).any():
             continue
         where = "held out" if held else "training"
-        # With two metrics in a plot only the training curves are in the legend: the held-out ones share their colours.
-        name = (f"{what}, held out" if held else what) if several else where
+        name = f"{what}, {where}" if several else where
         raw = metric == "kl_raw"
         shade = color if kind in _CLASS_COLORS else "var(--raw)" if raw else "var(--ink)" if held else color
-        dash, smooth = "dot" if held else "solid", metric not in _AS_LOGGED
-        found.append(Line(name, steps, values, shade, held, dash, named=not (held and several), smooth=smooth))
+        dash = _HELD_OUT_DASH if held else ""
+        found.append(Line(name, steps, values, shade, held, dash, smooth=metric not in _AS_LOGGED))
     return found
 
 
@@ -118,7 +157,7 @@ def reward_histograms(run: Run) -> list[tuple[str, Plot]]:
     """Draw the distribution of rewards in each class, by split."""
     beta = number(run.config.get("beta"))
     found = []
-    for split in SPLITS:
+    for split in reversed(SPLITS):
         groups, told = {}, []
         for label, name in CLASSES:
             values = run.logratios.get((split, label))
@@ -132,13 +171,13 @@ def reward_histograms(run: Run) -> list[tuple[str, Plot]]:
         if groups:
             unit = "reward" if beta is not None else "log-ratio, nats"
             figure, beyond = histograms(groups, unit=unit)
-            marked_at(figure, 0.0, "")
+            figure.add("rule", x=0.0)
             note = "; ".join(told).capitalize() + "."
             note += f" {beyond:,} rows are beyond the axis." if beyond else ""
             found.append(
                 (
                     _SPLIT_WORDS[split],
-                    Plot("Rewards by class", f"Histogram of rewards. {note}", figure, note, height=300),
+                    Plot(_SPLIT_WORDS[split], f"Histogram of rewards by class. {note}", figure, note, height=260),
                 )
             )
     return found
@@ -166,25 +205,39 @@ def length_histograms(data: dict[str, object]) -> list[Plot]:
             figure, _ = histograms(groups, unit="tokens", whole=True)
             medians = ", ".join(f"{name} {shown(float(np.median(values)))}" for name, (values, _) in groups.items())
             note = f"Tokens{of}. Median: {medians.removeprefix('prompt ')}."
-            plots.append(Plot(title, f"Histogram of the lengths of {title.lower()}. {note}", figure, note, height=240))
+            plots.append(Plot(title, f"Histogram of the lengths of {title.lower()}. {note}", figure, note))
     return plots
 
 
-def compared_curves(runs: Sequence[tuple[Run, str]]) -> list[Plot]:
-    """Draw one plot for each metric with a curve for each run; held-out and training plots are neighbours."""
+def compared_curves(runs: Sequence[tuple[Run, str, int]]) -> list[Plot]:
+    """Draw one plot for each metric with a curve for each run: held out where there are such values, else in training.
+
+    Args:
+        runs: each with its name and the number of its colour.
+    """
     plots = []
-    compared = ("loss", "rewards/margins", "accuracy", "rewards/chosen", "rewards/rejected", "kl")
-    for metric in [prefix + name for name in compared for prefix in ("eval/", "")]:
-        lines = []
-        for index, (run, name) in enumerate(runs):
-            steps, values = run.curve(metric)
-            if np.isfinite(values).any():
+    for title, metric, _ in _OUTCOME:
+        lines, before, spans = [], set(), [0.0]
+        for run, name, index in runs:
+            held = run.held_out(metric)
+            color, dash = f"var(--run-{index % _RUN_COLORS})", _DASHES[index % len(_DASHES)]
+            if held is not None:
+                lines.append(_held_out_line(name, held, color, dash))
+                before.add(held.before)
+                spans.append(_least_span(metric, held))
+        where = "Held-out"
+        if not lines:
+            where = "Training"
+            for run, name, index in runs:
                 color, dash = f"var(--run-{index % _RUN_COLORS})", _DASHES[index % len(_DASHES)]
-                lines.append(Line(name, steps, values, color, held_out=metric.startswith("eval/"), dash=dash))
+                lines += [Line(name, line.steps, line.values, color, dash=dash) for line in _training_line(run, metric)]
         if lines:
-            title = plain_name(metric).capitalize() if metric.startswith("eval/") else "Training " + plain_name(metric)
-            label = f"{title} of {', '.join(line.name for line in lines)}."
-            plots.append(Plot(title, label, curves(lines, percent="accuracy" in metric)))
+            what = f"{where} {title.lower()}"
+            said = "; ".join(f"{name} {value}" for run, name, _ in runs if (value := before_and_after(run, metric)))
+            # A level that runs do not share, as of losses of another kind, is each curve's first point only.
+            level = before.pop() if len(before) == 1 else None
+            figure = curves(lines, percent=metric == "accuracy", before=level, least=max(spans))
+            plots.append(Plot(what, f"{what}: {said or ', '.join(line.name for line in lines)}.", figure))
     return plots
 
 
@@ -206,8 +259,8 @@ def trial_curves(sweep: Sweep) -> list[tuple[str, Plot]]:
             if np.isfinite(values).any():
                 color = colors.get(trial.number, "var(--train)")
                 held = metric.startswith("eval/")
-                dash = "solid" if trial.number in colors else "dot"
-                lines.append(Line(f"trial {trial.number}", steps, values, color, held, dash, trial.number))
+                dash = "" if trial.number in colors else _HELD_OUT_DASH
+                lines.append(Line(f"trial {trial.number}", steps, values, color, held, dash, trial=trial.number))
         if lines:
             title = plain_name(metric).capitalize() if metric.startswith("eval/") else "Training " + plain_name(metric)
             note = (
@@ -215,8 +268,10 @@ def trial_curves(sweep: Sweep) -> list[tuple[str, Plot]]:
             )
             if len(chosen) == _TRIALS:
                 note += f" The best {_TRIALS} trials."
-            figure = curves(lines, percent="accuracy" in metric, unified=False)
-            found.append((title, Plot(title, f"{title} of {len(lines)} trials.", figure, note, height=360)))
+            before = sweep.untrained if metric == sweep.metric else None
+            least = LEAST_SPAN.get(metric.removeprefix("eval/"), 0.0)
+            figure = curves(lines, percent="accuracy" in metric, hover="near", before=before, least=least)
+            found.append((title, Plot(title, f"{title} of {len(lines)} trials.", figure, note, height=320)))
     return found
 
 

@@ -1,82 +1,45 @@
-"use strict";
-// What Python drew, the page fills with its colours; and the panel, the tables, the switches.
+// --- plots: drawn when their place gets a width, and again when it changes
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const sources = JSON.parse(document.getElementById("sources").textContent);
-const config = { displaylogo: false, responsive: true, displayModeBar: false };
-
-function css(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-}
-
-// A copy of a figure in which every "var(--name)" is that colour of the current theme. Typed arrays stay as they are.
-function coloured(value) {
-  if (typeof value === "string") {
-    const name = value.match(/^var\((--[a-z0-9-]+)\)$/);
-    return name ? css(name[1]) : value;
-  }
-  if (Array.isArray(value)) return value.map(coloured);
-  if (value && typeof value === "object" && !ArrayBuffer.isView(value)) {
-    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, coloured(item)]));
-  }
-  return value;
-}
-
-const drawn = new Set();
 
 function draw(div) {
-  const figure = coloured(figures[div.dataset.figure]);
-  figure.layout.font.family = getComputedStyle(document.body).fontFamily;
-  figure.layout.autosize = true;
-  if (matchMedia("(pointer: coarse)").matches) figure.layout.dragmode = false;
-  const first = !drawn.has(div);
-  drawn.add(div);
-  Plotly.react(div, figure.data, figure.layout, config);
-  if (first) div.on("plotly_click", (event) => {
-    const meta = event.points[0].data.meta;
-    const trial = meta && (meta.trial !== undefined ? meta.trial : (meta.trials || [])[event.points[0].pointIndex]);
-    if (trial !== undefined) mark(div.closest("main, details.part"), trial);
-  });
+  drawChart(div, figures[div.dataset.figure]);
+  showMarked(div.closest("main, details.part"));
 }
 
-// Plots that are not shown have no size: they are drawn when their part or pane opens.
-function drawShown() {
-  for (const div of document.querySelectorAll("[data-figure]")) {
-    if (!drawn.has(div) && div.offsetParent !== null) draw(div);
+const widths = new Map();
+const observer = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    if (widths.get(target) === target.clientWidth) continue;
+    widths.set(target, target.clientWidth);
+    if (target.dataset.figure === undefined) panel.later(); else if (target.clientWidth) draw(target);
   }
-}
-
-function redraw() {
-  for (const div of drawn) draw(div);
-  panel.draw();
-  for (const [scope, trial] of marked) for (const div of drawn) if (scope.contains(div)) markIn(div, trial);
+});
+for (const div of document.querySelectorAll(".plot")) {
+  div.style.height = `${div.dataset.height}px`;
+  div.style.minWidth = `${div.dataset.minWidth}px`;
 }
 
 // --- a trial marked in all plots and the table of its sweep
 const marked = new Map();
 
 function mark(scope, trial) {
-  const chosen = marked.get(scope) === trial ? null : trial;
-  if (chosen === null) marked.delete(scope); else marked.set(scope, chosen);
-  for (const row of scope.querySelectorAll("tr[data-trial]")) {
-    const is = Number(row.dataset.trial) === chosen;
-    row.classList.toggle("is-marked", is);
-    row.querySelector(".trial").setAttribute("aria-pressed", String(is));
-  }
-  const live = scope.querySelector(".marked");
-  if (live) live.textContent = chosen === null ? "" : `Trial ${chosen} is marked. Select it again to unmark it.`;
-  for (const div of drawn) if (scope.contains(div)) markIn(div, chosen);
+  if (marked.get(scope) === trial) marked.delete(scope); else marked.set(scope, trial);
+  showMarked(scope);
+  const chosen = marked.get(scope), live = scope.querySelector(".marked");
+  if (live) live.textContent = chosen === undefined ? "" : `Trial ${chosen} is marked. Select it again to unmark it.`;
 }
 
-function markIn(div, chosen) {
-  const of = (trace) => trace.meta || {};
-  if (div.data.some((trace) => of(trace).trial !== undefined)) {
-    Plotly.restyle(div, { opacity: div.data.map((trace) => (chosen === null || of(trace).trial === chosen ? 1 : 0.12)) });
-  } else if (div.data.some((trace) => of(trace).trials)) {
-    const at = div.data.map((trace) => (chosen === null ? null : [of(trace).trials.indexOf(chosen)].filter((i) => i >= 0)));
-    Plotly.restyle(div, { selectedpoints: at });
+function showMarked(scope) {
+  const chosen = marked.get(scope);
+  for (const plot of scope.querySelectorAll(".plot")) plot.classList.toggle("marking", chosen !== undefined);
+  for (const one of scope.querySelectorAll("[data-trial]")) one.classList.toggle("is-marked", Number(one.dataset.trial) === chosen);
+  for (const button of scope.querySelectorAll(".trial")) {
+    button.setAttribute("aria-pressed", String(Number(button.closest("tr").dataset.trial) === chosen));
   }
 }
 
+addEventListener("trial", (event) => mark(event.target.closest("main, details.part"), event.detail));
 for (const button of document.querySelectorAll(".trial")) {
   button.addEventListener("click", () => {
     mark(button.closest("main, details.part"), Number(button.closest("tr").dataset.trial));
@@ -87,9 +50,6 @@ for (const button of document.querySelectorAll(".trial")) {
 for (const box of document.querySelectorAll(".switch")) {
   box.addEventListener("change", (event) => {
     box.querySelectorAll(".pane").forEach((pane, index) => { pane.hidden = index !== Number(event.target.value); });
-    drawShown();
-    for (const div of box.querySelectorAll(".pane:not([hidden]) [data-figure]")) Plotly.Plots.resize(div);
-    for (const [scope, trial] of marked) if (scope.contains(box)) box.querySelectorAll(".pane:not([hidden]) [data-figure]").forEach((div) => markIn(div, trial));
   });
 }
 
@@ -131,15 +91,6 @@ for (const button of document.querySelectorAll(".copy")) {
   });
 }
 
-// --- the panel
-function number(x) {
-  if (x !== 0 && Math.abs(x) < 1e-3) {
-    const [mantissa, exponent] = x.toExponential(3).split("e");
-    return `${Number(mantissa)}e${Number(exponent)}`.replace(/^-/, "\u2212");
-  }
-  return x.toLocaleString("en-US", { maximumSignificantDigits: 4 }).replace(/^-/, "\u2212");
-}
-
 // value = lambda sigmoid(beta s (r - z0)), loss = lambda - value, and d loss / d r.
 function outcome(r, { z0, beta, sign, weight }) {
   const up = 1 / (1 + Math.exp(-beta * sign * (r - z0)));
@@ -164,7 +115,7 @@ const SATURATED = Math.log((1 + Math.sqrt(0.9)) / (1 - Math.sqrt(0.9)));
 
 const panel = {
   form: document.querySelector("#panel form"),
-  div: document.querySelector("[data-panel]"),
+  divs: [...document.querySelectorAll("[data-panel]")],
   source: sources[0],
 
   setUp() {
@@ -220,32 +171,28 @@ const panel = {
     for (const output of form.querySelectorAll("output")) output.textContent = number(texts[output.dataset.of]);
     form.beta.setAttribute("aria-valuetext", number(at.beta));
     document.querySelector("#panel .share").textContent = this.sentence(at);
-    const figure = coloured(figures[this.div.dataset.panel]);
-    const { data, layout } = figure;
     const low = Math.min(source.low, at.z0), high = source.high;
     const x = Array.from({ length: 241 }, (_, i) => low + ((high - low) * i) / 240);
-    const width = (source.high - source.low) / source.bins.desirable.length;
-    ["desirable", "undesirable"].forEach((name, index) => {
-      const most = Math.max(...source.bins[name], 1);
-      data[index].x = source.bins[name].map((_, i) => source.low + (i + 0.5) * width);
-      data[index].y = source.bins[name].map((count) => count / most);
-      data[index].width = width;
-      data[index].showlegend = source.counts[name] > 0;
+    const most = Math.max(at.weight, 1e-9), bins = source.bins.desirable.length;
+    const edges = Array.from({ length: bins + 1 }, (_, i) => source.low + ((source.high - source.low) * i) / bins);
+    const bars = ["desirable", "undesirable"].filter((name) => source.counts[name] > 0).map((name) => ({
+      kind: "bars", name: `${name} rows`, edges, color: `var(--${name})`, quiet: true,
+      y: source.bins[name].map((count) => (0.45 * most * count) / Math.max(...source.bins[name], 1)),
+    }));
+    const curve = (name, color, dash) => ({ kind: "line", name, x, y: x.map((r) => outcome(r, at)[name]), color, width: 2, dash });
+    const dot = (name, color) => ({ kind: "dots", x: [at.r], y: [here[name]], colors: [color] });
+    const rules = [{ kind: "rule", x: at.z0, text: "z0", dash: "none" }, { kind: "rule", x: at.r, dash: "2 3" }];
+    const axis = { title: "log-ratio r, nats", range: [low, high], format: "number" };
+    const steepest = (at.weight * at.beta) / 4 || 1e-9, gradient = at.sign > 0 ? [-1.1 * steepest, 0] : [0, 1.1 * steepest];
+    const mine = `var(--${at.side})`, [outcomes, slope] = this.divs;
+    drawChart(outcomes, {
+      hover: "x", legend: true, x: axis, y: { range: [0, 1.05 * most], format: "number" },
+      marks: [...bars, ...rules, curve("value", mine), curve("loss", "var(--ink)", "7 4"), dot("value", mine), dot("loss", "var(--ink)")],
     });
-    const colours = { value: css(`--${at.side}`), loss: css("--ink"), gradient: css("--ink") };
-    ["value", "loss", "gradient"].forEach((name, index) => {
-      Object.assign(data[2 + index], { x, y: x.map((r) => outcome(r, at)[name]) });
-      data[2 + index].line.color = colours[name];
-      Object.assign(data[5 + index], { x: [at.r], y: [here[name]] });
-      data[5 + index].marker.color = colours[name];
+    drawChart(slope, {
+      hover: "x", legend: false, x: axis, y: { range: gradient, format: "number", title: "gradient of the loss" },
+      marks: [...rules, curve("gradient", "var(--ink)"), dot("gradient", "var(--ink)")],
     });
-    const upright = (place, dash) => ({ type: "line", x0: place, x1: place, yref: "paper", y0: 0, y1: 1, line: { color: css("--muted"), width: 1, dash } });
-    layout.shapes = [upright(at.z0, "solid"), upright(at.r, "dot")];
-    layout.annotations = [{ x: at.z0, y: 1, yref: "paper", yanchor: "top", xanchor: at.z0 > (low + high) / 2 ? "right" : "left", text: "z0", xshift: at.z0 > (low + high) / 2 ? -3 : 3, showarrow: false, font: { color: css("--ink") }, bgcolor: css("--halo") }];
-    layout.xaxis.range = [low, high];
-    layout.font.family = getComputedStyle(document.body).fontFamily;
-    layout.dragmode = false;
-    Plotly.react(this.div, data, layout, config);
   },
 
   sentence(at) {
@@ -263,19 +210,19 @@ const panel = {
   },
 };
 
-// --- themes and paper
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+// --- paper
 addEventListener("beforeprint", () => {
   document.documentElement.dataset.theme = "light";
-  for (const part of document.querySelectorAll("details.part")) part.open = true;
-  drawShown();
-  redraw();
+  for (const part of document.querySelectorAll("details.part, details.fold")) part.open = true;
+  for (const div of document.querySelectorAll("[data-figure]")) draw(div);
+  panel.draw();
 });
-addEventListener("afterprint", () => {
-  delete document.documentElement.dataset.theme;
-  redraw();
-});
-for (const part of document.querySelectorAll("details")) part.addEventListener("toggle", drawShown);
-drawShown();
+addEventListener("afterprint", () => { delete document.documentElement.dataset.theme; });
+
 panel.setUp();
+for (const div of document.querySelectorAll(".plot")) {
+  if (div.dataset.figure !== undefined && div.clientWidth) draw(div);
+  widths.set(div, div.clientWidth);
+  observer.observe(div);
+}
 document.documentElement.dataset.ready = "true";

@@ -1,27 +1,27 @@
 """Write the HTML page of `kto-report`: one file that shows runs and sweeps, needs no network, and is safe to share.
 
-    folders.py reads, words.py formats, figures.py, plots.py and sweep_figures.py draw, report.html.j2 lays out
+    folders.py and texts.py read, words.py formats, comparison.py compares; figures.py, plots.py and sweep_figures.py say what
+    is drawn; report.html.j2 lays out, charts.js draws, report.js responds
 
 Where a text of the page is written: headings and explanations in report.html.j2; the status, the summary and the tiles of
 a run or sweep in words.py; titles, captions and notes of plots in plots.py and sweep_figures.py; axis titles in
 figures.py; tables of data and origin in this file; warnings in train/diagnostics; text that changes while a reader
 uses the page in report.js.
 
-The content of a folder is untrusted: the template escapes it, data in scripts cannot end the script element, plots
-display it verbatim, and the page's content security policy allows only its own script.
+The content of a folder is untrusted: the template escapes it, data in scripts cannot end the script element, charts.js
+inserts text as text only, and the page's content security policy allows no script and no style but its own, by their hashes.
 """
 
+import base64
 import functools
+import hashlib
 import json
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offline_kto.kto_core.durable_files import write_text
 from offline_kto.kto_core.errors import ConfigError, printable
-from offline_kto.kto_core.options import flag
 
 if TYPE_CHECKING:
     import jinja2
@@ -32,14 +32,6 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 _HOME = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A table cell: its text, and its sort key; None sorts last."""
-
-    text: str
-    sort: float | str | None
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -100,37 +92,40 @@ def _page(found: Sequence["Run | Sweep"]) -> str:
     from markupsafe import Markup
 
     from offline_kto.train.report import words
-    from offline_kto.train.report.figures import plotly_js
+    from offline_kto.train.report.comparison import comparison
     from offline_kto.train.report.folders import Run, Sweep
 
-    plots: list[str] = []
+    figures: list[str] = []
 
     def place(plot: "Plot") -> int:
-        plots.append(plot.json)
-        return len(plots) - 1
+        figures.append(plot.json)
+        return len(figures) - 1
 
     names = _names([folder.path for folder in found])
-    runs = [_run_parts(folder, name) for folder, name in zip(found, names, strict=True) if isinstance(folder, Run)]
-    sweeps = [
-        _sweep_parts(folder, name) for folder, name in zip(found, names, strict=True) if isinstance(folder, Sweep)
-    ]
-    whole = [one for folder, name in zip(found, names, strict=True) if (one := _compared(folder, name))]
+    named = list(zip(found, names, strict=True))
+    css = (_HOME / "report.css").read_text(encoding="utf-8")
+    js = "".join((_HOME / name).read_text(encoding="utf-8") for name in ("charts.js", "report.js"))
     context = {
         "title": names[0] if len(names) == 1 else f"{len(names)} folders compared",
-        "runs": runs,
-        "sweeps": sweeps,
-        "comparison": _comparison(whole) if len(whole) > 1 else None,
-        "panel": {"plot": _panel_plot(), "sources": _sources(found, names)},
+        "runs": [_run_parts(folder, name) for folder, name in named if isinstance(folder, Run)],
+        "sweeps": [_sweep_parts(folder, name) for folder, name in named if isinstance(folder, Sweep)],
+        "comparison": comparison(named),
+        "sources": _sources(found, names),
         "words": words,
         "place": place,
-        "placed": lambda: Markup("[" + ",".join(_in_script(plot) for plot in plots) + "]"),
+        "placed": lambda: Markup("[" + ",".join(_in_script(figure) for figure in figures) + "]"),
         "in_script": lambda value: Markup(_in_script(json.dumps(value, allow_nan=False))),
-        "css": Markup((_HOME / "report.css").read_text(encoding="utf-8")),
-        "js": Markup((_HOME / "report.js").read_text(encoding="utf-8")),
-        "plotly_js": Markup(plotly_js()),
-        "nonce": secrets.token_urlsafe(16),
+        "css": Markup(css),
+        "js": Markup(js),
+        "css_hash": _hash(css),
+        "js_hash": _hash(js),
     }
     return _template().render(context)
+
+
+def _hash(text: str) -> str:
+    """Return the hash by which a content security policy allows an inline script or style."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 @functools.cache
@@ -146,16 +141,6 @@ def _template() -> "jinja2.Template":
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("report.html.j2")
-
-
-def _compared(folder: "Run | Sweep", name: str) -> tuple["Run", str] | None:
-    """Return the run that represents a folder in a comparison, with its name: a run itself, or a sweep's best trial."""
-    from offline_kto.train.report.folders import Run
-
-    if isinstance(folder, Run):
-        return folder, name
-    best = folder.best
-    return (best.run, f"{name}, trial {best.number}") if best and best.run else None
 
 
 def _in_script(text: str) -> str:
@@ -174,8 +159,10 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _run_parts(run: "Run", name: str) -> dict[str, object]:
-    from offline_kto.train.report import plots, words
+    from offline_kto.train.report import plots, texts, words
 
+    notes = list(run.notes)
+    samples, suspects = texts.read_samples(run.path, notes), texts.read_suspects(run.path, notes)
     return {
         "name": name,
         "path": printable(str(run.path)),
@@ -186,12 +173,19 @@ def _run_parts(run: "Run", name: str) -> dict[str, object]:
         "summary": words.summary(run),
         "tiles": words.tiles(run),
         "warnings": warnings_of(run),
-        "notes": run.notes,
+        "notes": notes,
         "smoothing": plots.smoothing_note(run),
-        "curves": plots.run_curves(run),
+        "outcome": plots.outcome_curves(run),
+        "samples": samples[: texts.MOST_SAMPLES],
+        "more_samples": max(0, len(samples) - texts.MOST_SAMPLES),
+        "suspects": {kind: rows[: texts.MOST_SUSPECTS] for kind, rows in suspects.items()},
+        "more_suspects": sum(max(0, len(rows) - texts.MOST_SUSPECTS) for rows in suspects.values()),
+        "groups": _groups(run),
+        "diagnostics": plots.diagnostic_curves(run),
         "rewards": plots.reward_histograms(run),
         "held_out": _held_out(run),
         "data": _data(run.run_record),
+        "options": words.changed_options(run.config),
         "origin": _origin(run.path, run.run_record, run.config),
     }
 
@@ -199,8 +193,8 @@ def _run_parts(run: "Run", name: str) -> dict[str, object]:
 def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, object]:
     from offline_kto.train.report import plots, sweep_figures, words
 
-    best = sweep.best
     header, rows = _trial_table(sweep)
+    ranked, note = sweep_figures.importance(sweep)
     return {
         "name": name,
         "path": printable(str(sweep.path)),
@@ -212,17 +206,36 @@ def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, object]:
         "tiles": words.sweep_tiles(sweep),
         "warnings": _plan_warnings(sweep.sweep_record),
         "notes": sweep.notes,
-        "best": best,
+        "best": sweep.best,
+        "model": words.best_model(sweep),
         "parallel": sweep_figures.parallel_coordinates(sweep),
-        "importance": sweep_figures.importance_bars(sweep),
+        "importance": ranked,
+        "importance_note": note,
         "slices": sweep_figures.slices(sweep),
         "curves": plots.trial_curves(sweep),
         "header": header,
         "rows": rows,
-        "metric": words.plain_name(sweep.metric),
         "data": _data(sweep.sweep_record),
-        "origin": _origin(sweep.path, sweep.sweep_record, sweep.config, best=best is not None),
+        "origin": _origin(sweep.path, sweep.sweep_record, sweep.config),
     }
+
+
+def _groups(run: "Run") -> list[tuple[str, list[dict[str, str]]]]:
+    """Build the tables of held-out metrics by groups of rows: the kind of group, and its rows."""
+    from offline_kto.train.report import words
+    from offline_kto.train.report.folders import listed, mapping, number
+
+    tables: dict[str, list[dict[str, str]]] = {}
+    for entry in map(mapping, listed(run.evaluation.get("groups"))):
+        values = {}
+        for name, metric in (("accuracy", "accuracy"), ("margin", "rewards/margins"), ("loss", "loss")):
+            low, high = number(entry.get(f"{name}_low")), number(entry.get(f"{name}_high"))
+            value = words.metric_value(metric, number(entry.get(name)), 3)
+            values[name] = f"{value} {words.interval(metric, low, high)}".strip()
+            values[f"{name}_before"] = words.metric_value(metric, number(entry.get(f"{name}_before")), 3)
+        row = {"group": words.shown(entry.get("group")), "rows": words.shown(number(entry.get("rows"))), **values}
+        tables.setdefault(words.shown(entry.get("by")), []).append(row)
+    return list(tables.items())
 
 
 def _held_out(run: "Run") -> dict[str, object] | None:
@@ -231,16 +244,21 @@ def _held_out(run: "Run") -> dict[str, object] | None:
     from offline_kto.train.report.folders import mapping, number
 
     evaluation = run.evaluation
-    names = list(mapping(evaluation.get("metrics")))
+    names = [name for name in words.WORDS if name in mapping(evaluation.get("metrics"))]
+    names += [name for name in mapping(evaluation.get("metrics")) if name not in names]
     if not names:
         logged = {name.removeprefix("eval/") for record in run.records for name in record if name.startswith("eval/")}
         names = [name for name in words.WORDS if name in logged]
     rows = []
     for name in names:
         value, bounds, _ = words.final(run, name)
-        then = number(mapping(mapping(evaluation.get("before")).get(name)).get("value"))
-        before = words.metric_value(name, then) if then is not None else words.NOTHING
-        rows.append((words.plain_name(name), words.metric_value(name, value), bounds or words.NOTHING, before))
+        before = words.metric_value(name, run.before(name))
+        change = mapping(mapping(evaluation.get("change")).get(name))
+        changed = words.metric_value(name, number(change.get("value")))
+        ends = words.interval(name, number(change.get("low")), number(change.get("high")))
+        rows.append(
+            (words.plain_name(name), before, f"{words.metric_value(name, value)} {bounds}", f"{changed} {ends}")
+        )
     counts = [
         f"{words.shown(count)} {what}"
         for what in ("rows", "prompts")
@@ -274,15 +292,13 @@ def _data(record: "RunRecord | SweepRecord") -> dict[str, object] | None:
         ("max_length", "tokens at most in a row"),
     ):
         value = number(data.get(key))
-        if value is not None:
+        if value:
             lines.append((words.shown(value), text))
     files = [str(name) for name in listed(data.get("files"))]
     return {"counts": counts, "lines": lines, "files": files, "plots": plots.length_histograms(data)}
 
 
-def _origin(
-    path: Path, record: "RunRecord | SweepRecord", config: dict[str, object], *, best: bool = False
-) -> dict[str, object]:
+def _origin(path: Path, record: "RunRecord | SweepRecord", config: dict[str, object]) -> dict[str, object]:
     """Build the reproduction section: commands, fingerprints, versions, options."""
     import yaml
 
@@ -302,7 +318,7 @@ def _origin(
         *((name, version) for name, version in mapping(record.get("versions")).items()),
     ]
     return {
-        "commands": words.commands(path, record, best=best),
+        "commands": words.commands(path, record),
         "pairs": [(name, _in_words(value)) for name, value in pairs if value not in (None, "", [])],
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
     }
@@ -317,6 +333,7 @@ def _in_words(value: object) -> str:
 def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, object]]]:
     """Build the table of all trials: its header, and each trial's cells, the best trials first."""
     from offline_kto.train.report import words
+    from offline_kto.train.report.comparison import Cell
 
     params = list(dict.fromkeys(name for trial in sweep.trials for name in trial.params))
     others = ("eval/loss", "eval/accuracy", "eval/rewards/margins")
@@ -328,13 +345,16 @@ def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, object]]]:
         metrics += sorted(of_objectives - {*others})
     several = len({trial.host for trial in sweep.trials}) > 1
     reasons = any(trial.reason for trial in sweep.trials)
-    header = ["trial", words.plain_name(sweep.metric), *params, *map(words.plain_name, metrics), "time", "state"]
+    before = any(trial.before is not None for trial in sweep.trials)
+    header = ["trial", words.plain_name(sweep.metric), *["before training"] * before, *params]
+    header += [*map(words.plain_name, metrics), "time", "state"]
     header += ["host"] * several + ["reason"] * reasons
     complete = sweep.complete
     ordered = [*complete, *(trial for trial in sweep.trials if trial not in complete)]
     rows = []
     for trial in ordered:
-        cells = [Cell(words.judged(sweep, trial.value), trial.value)]
+        cells = [Cell(words.judged(sweep, trial), trial.value)]
+        cells += [Cell(words.metric_value(sweep.metric, trial.before), trial.before)] * before
         for name in params:
             value = trial.params.get(name)
             cells.append(Cell(words.shown(value), words.sortable(value)))
@@ -345,40 +365,6 @@ def _trial_table(sweep: "Sweep") -> tuple[list[str], list[dict[str, object]]]:
         on_front = trial.number in front
         rows.append({"number": trial.number, "best": best, "front": on_front, "state": trial.state, "cells": cells})
     return header, rows
-
-
-def _comparison(runs: Sequence[tuple["Run", str]]) -> dict[str, object]:
-    """Build the comparison of several runs: overlaid curves, and a table of final values."""
-    from offline_kto.train.report import plots, words
-
-    metrics = [m for m in words.WORDS if any(words.final(run, m)[0] is not None for run, _ in runs)]
-    options = words.different_options([run for run, _ in runs])
-    rows = []
-    for run, name in runs:
-        finals = [(metric, words.final(run, metric)) for metric in metrics]
-        cells = [Cell(f"{words.metric_value(m, value)} {bounds}".strip(), value) for m, (value, bounds, _) in finals]
-        where = (
-            "held out" if any(found[2] == "held out" and found[0] is not None for _, found in finals) else "training"
-        )
-        state = [Cell(f"{run.updates:,}", run.updates), Cell(words.status(run), words.status(run)), Cell(where, where)]
-        chosen = [Cell(words.shown(value), words.sortable(value)) for value in map(run.config.get, options)]
-        rows.append({"name": name, "cells": [*chosen, *cells, *state]})
-    header = [
-        "run",
-        *map(flag, options),
-        *(words.plain_name(metric) for metric in metrics),
-        "updates",
-        "status",
-        "measured on",
-    ]
-    return {"curves": plots.compared_curves(runs), "header": header, "rows": rows}
-
-
-def _panel_plot() -> "Plot":
-    from offline_kto.train.report.figures import Plot, value_function
-
-    label = "Value, loss and gradient of one row over its log-ratio, with this run's rows in the background."
-    return Plot("The value of an outcome", label, value_function(), height=430)
 
 
 def _sources(found: Sequence["Run | Sweep"], names: Sequence[str]) -> list[dict[str, object]]:

@@ -1,18 +1,20 @@
-"""Draw the plots of a sweep's report page: parallel coordinates, importance, a slice for each parameter."""
+"""Draw the plots of a sweep's report page: parallel coordinates, a slice for each parameter; and rank the parameters."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from offline_kto.train.report.figures import Figure, Plot, literal
-from offline_kto.train.report.folders import Sweep, Trial, mapping, number
+from offline_kto.train.report.figures import LEAST_CHANGE, LEAST_SPAN, Figure, Plot, fitted_range
+from offline_kto.train.report.folders import Sweep, Trial, listed, mapping, number
 from offline_kto.train.report.words import judged, plain_name, shown
 
 _SHADES = 9  # var(--shade-0), the worst trial's, to var(--shade-8), the best one's
 _SHADE_NAMES = [f"var(--shade-{i})" for i in range(_SHADES)]
 _AXES = 12
 _LINES = 300
+# Of all other trials, the share that must differ from the best one; with equal trials a twentieth would, by chance.
+_MORE_THAN_CHANCE = 0.1
 _WIDE = 20.0  # positive values with a larger ratio get a logarithmic axis
 
 
@@ -84,71 +86,51 @@ class _Axis:
         if values is None:
             scaled = np.linspace(self.low, self.high, 5)
             values = [float(10**value if self.log else value) for value in scaled]
-        return [(self.place(value) or 0.0, shown(value, 3)) for value in values]
+        words = [shown(value, 3) for value in values]
+        if len(set(words)) < len(words):  # values that are nearly equal
+            words = [shown(value, 8) for value in values]
+        return [(self.place(value) or 0.0, word) for value, word in zip(values, words, strict=True)]
 
 
 def _is_log(sweep: Sweep, name: str) -> bool:
     return mapping(mapping(sweep.sweep_record.get("space")).get(name)).get("log") is True
 
 
-def told(sweep: Sweep, trial: Trial) -> str:
+def told(sweep: Sweep, trial: Trial) -> list[str]:
     """Return a trial as the lines of a hover box."""
-    lines = [f"trial {trial.number}", f"{literal(sweep.metric)}: {judged(sweep, trial.value)}"]
-    return "<br>".join([*lines, *(f"{literal(name)}: {literal(shown(v))}" for name, v in trial.params.items())])
+    lines = [f"trial {trial.number}", f"{sweep.metric}: {judged(sweep, trial)}"]
+    return [*lines, *(f"{name}: {shown(value)}" for name, value in trial.params.items())]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 18 else text[:17] + "…"
 
 
 def parallel_coordinates(sweep: Sweep) -> Plot | None:
-    """Draw a line for each complete trial through an axis for each parameter; the best value is at the top.
-
-    Ordinary lines are used: plotly's trace of this name needs WebGL, drops trials that lack a value, and supports
-    neither hovering nor printing.
-    """
+    """Draw a line for each complete trial through an axis for each parameter; the best value is at the top."""
     names, trials, colors = varied(sweep)[:_AXES], sweep.complete[:_LINES], shades(sweep)
     if not names or len(trials) < 2:
         return None
     axes = [_Axis([trial.params.get(name) for trial in trials], log=_is_log(sweep, name)) for name in names]
     axes.append(_Axis([trial.value for trial in trials], flipped=not sweep.maximize))
-    labels = [*names, sweep.metric]
-    figure = Figure(hovermode="closest", showlegend=False, margin={"l": 70, "r": 70, "t": 34, "b": 14})
+    figure = Figure(hover="near")
     best = sweep.best
     for trial in reversed(trials):  # the best one is drawn last, above the others
         values = [*(trial.params.get(name) for name in names), trial.value]
         is_best = best is not None and trial.number == best.number
         figure.add(
-            "scatter",
+            "line",
             x=list(range(len(axes))),
             y=[axis.place(value) for axis, value in zip(axes, values, strict=True)],
-            mode="lines+markers",
-            connectgaps=True,
-            line={"color": colors[trial.number], "width": 3.5 if is_best else 1.5},
-            marker={"size": 7 if is_best else 4, "color": colors[trial.number]},
-            hovertext=told(sweep, trial),
-            hoverinfo="text",
-            meta={"trial": trial.number},
+            color=colors[trial.number],
+            width=3.5 if is_best else 1.5,
+            dots=True,
+            text=told(sweep, trial),
+            trial=trial.number,
         )
-    for index, (axis, label) in enumerate(zip(axes, labels, strict=True)):
-        line = {"color": "var(--muted)", "width": 1}
-        figure.layout["shapes"].append({"type": "line", "x0": index, "x1": index, "y0": 0, "y1": 1, "line": line})
-        figure.annotate(
-            x=index,
-            y=1,
-            yshift=22,
-            text=f"<b>{literal(_short(label))}</b>",
-            font={"color": "var(--ink)"},
-        )
-        for at, word in axis.ticks():
-            figure.annotate(
-                x=index,
-                y=at,
-                text=literal(word),
-                xanchor="left",
-                xshift=5,
-                bgcolor="var(--halo)",
-                borderpad=1,
-                font={"size": 11, "color": "var(--ink)"},
-            )
-    figure.axis("xaxis", visible=False, range=[-0.12, len(axes) - 0.6], fixedrange=True)
-    figure.axis("yaxis", visible=False, range=[-0.06, 1.06], fixedrange=True)
+    for index, (axis, label) in enumerate(zip(axes, [*names, plain_name(sweep.metric)], strict=True)):
+        figure.add("axis", x=index, label=_short(label), ticks=axis.ticks())
+    figure.x, figure.y = {"range": [0, len(axes) - 1]}, {"range": [0, 1]}
     which = f"Each line is a trial{f', of the best {_LINES}' if len(sweep.complete) > _LINES else ''}."
     return Plot(
         "All trials at once",
@@ -156,86 +138,78 @@ def parallel_coordinates(sweep: Sweep) -> Plot | None:
         figure,
         f"{which} The right-hand axis has the best value on top; the stronger the colour, the better the trial. "
         "Click a line to mark its trial everywhere.",
-        height=380,
-        min_width=110 * len(axes) + 60,
+        height=340,
+        min_width=120 * len(axes) + 40,
     )
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 20 else text[:19] + "…"
+def importance(sweep: Sweep) -> tuple[list[tuple[str, float]], str]:
+    """Return the share of the metric's variation that each parameter explains, the largest first.
 
-
-def importance_bars(sweep: Sweep) -> Plot | None:
-    """Draw the share of the metric's variation that each parameter explains."""
+    Returns:
+        The shares, empty if they would be drawn from noise; and a sentence that says what they are, or why there are none.
+    """
     given = {name: number(value) for name, value in mapping(sweep.sweep_record.get("importance")).items()}
-    ranked = sorted(((value, name) for name, value in given.items() if value is not None), reverse=True)[:_AXES]
+    ranked = sorted(((name, value) for name, value in given.items() if value is not None), key=lambda one: -one[1])
+    others = len(sweep.complete) - 1
+    tied = [one for one in listed(sweep.sweep_record.get("tied")) if isinstance(one, int)]
+    distinct = others - len(tied)
     if not ranked:
-        return None
-    figure = Figure(showlegend=False, hovermode="closest", margin={"l": 10, "r": 40, "t": 4, "b": 30})
-    figure.add(
-        "bar",
-        x=[value for value, _ in reversed(ranked)],
-        y=[literal(_short(name)) + " " for _, name in reversed(ranked)],
-        orientation="h",
-        marker={"color": "var(--shade-6)"},
-        width=0.6,
-        text=[f"{100 * value:.0f} %" for value, _ in reversed(ranked)],
-        textposition="outside",
-        cliponaxis=False,
-        hoverinfo="skip",
-    )
-    figure.axis("xaxis", visible=False, range=[0, 1.1 * max(ranked[0][0], 1e-9)], fixedrange=True)
-    figure.axis("yaxis", type="category", ticks="", fixedrange=True, tickfont={"color": "var(--ink)"}, showgrid=False)
-    label = "; ".join(f"{name} {100 * value:.0f} %" for value, name in ranked)
-    note = f"The share of the variation in {sweep.metric} that each parameter explains, as the search estimates it."
-    return Plot("What mattered", f"Importance: {label}.", figure, note, height=60 + 34 * len(ranked))
-
-
-def _round_numbers(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times the powers of ten from low to high, or low and high if fewer than two are in range."""
-    tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [number for ten in tens for factor in (1, 2, 5) if low <= (number := factor * 10.0**ten) <= high]
-    return found if len(found) > 1 else [low, high]
+        return [], ""
+    values = [trial.value for trial in sweep.complete if trial.value is not None]
+    if max(values, default=0.0) - min(values, default=0.0) < LEAST_CHANGE.get(sweep.metric.removeprefix("eval/"), 0.0):
+        return [], "The trials differ by less than a change that would count as one, so no parameter is ranked."
+    if tied and distinct < max(2, _MORE_THAN_CHANCE * others):
+        said = (
+            f"The best trial can be told from {distinct} of the {others} others"
+            if distinct
+            else "No trial can be told from the best one"
+        )
+        return (
+            [],
+            f"{said} on these held-out rows: what separates the trials is mostly chance, so no parameter is ranked.",
+        )
+    return ranked[
+        :_AXES
+    ], f"The share of the variation in {sweep.metric} that each parameter explains, as the search estimates it."
 
 
 def slices(sweep: Sweep) -> list[Plot]:
-    """Draw the metric against each parameter that varied."""
+    """Draw the metric against each parameter that varied, with the interval of each trial and the level before training."""
     trials, colors, plots = sweep.complete, shades(sweep), []
     for name in varied(sweep)[:_AXES]:
-        shown_trials = [trial for trial in trials if trial.params.get(name) is not None]
-        if not shown_trials:
+        present = [trial for trial in trials if trial.params.get(name) is not None]
+        if not present:
             continue
-        values = [trial.params[name] for trial in shown_trials]
+        values = [trial.params[name] for trial in present]
         numbers = [found for value in values if (found := number(value)) is not None]
         axis = _Axis(values, log=_is_log(sweep, name))
-        figure = Figure(showlegend=False, hovermode="closest")
+        ends = {end: np.array([getattr(trial, end) for trial in present], dtype=np.float64) for end in ("low", "high")}
+        y = np.array([trial.value for trial in present], dtype=np.float64)
+        figure = Figure(hover="near")
+        if sweep.untrained is not None:
+            figure.add("rule", y=sweep.untrained, text="before training")
         figure.add(
-            "scatter",
-            x=[literal(_word(value)) if axis.words is not None else value for value in values],
-            y=[trial.value for trial in shown_trials],
-            mode="markers",
-            marker={
-                "size": 9,
-                "color": [colors[trial.number] for trial in shown_trials],
-                "line": {"width": 1, "color": "var(--surface)"},
-            },
-            unselected={"marker": {"opacity": 0.15}},
-            hovertext=[told(sweep, trial) for trial in shown_trials],
-            hoverinfo="text",
-            meta={"trials": [trial.number for trial in shown_trials]},
+            "dots",
+            x=values if axis.words is None else [axis.words.index(_word(value)) for value in values],
+            y=y,
+            **ends,
+            colors=[colors[trial.number] for trial in present],
+            texts=[told(sweep, trial) for trial in present],
+            trials=[trial.number for trial in present],
         )
         if axis.words is not None:
-            words = [literal(word) for word in axis.words]
-            figure.axis("xaxis", type="category", categoryorder="array", categoryarray=words)
+            ticks = [(index, word) for index, word in enumerate(axis.words)]
+            figure.x = {"range": [-0.5, len(axis.words) - 0.5], "ticks": ticks}
         else:
-            figure.axis("xaxis", type="log" if axis.log else "linear", exponentformat="e")
+            low, high = min(numbers), max(numbers)
+            room = (0.0 if high > low else max(abs(high), 1e-3)) if not axis.log else 0.0
+            figure.x = {"range": [low - room, high + room], "log": axis.log}
             if axis.numbers is not None:
-                figure.axis("xaxis", tickvals=axis.numbers, ticktext=[shown(value, 3) for value in axis.numbers])
-            elif axis.log and axis.high - axis.low > 1.5:
-                figure.axis("xaxis", dtick=1)
-            elif axis.log:
-                ticks = _round_numbers(min(numbers), max(numbers))
-                figure.axis("xaxis", tickvals=ticks, ticktext=[shown(value, 3) for value in ticks])
-        figure.axis("yaxis", title=literal(plain_name(sweep.metric)), exponentformat="e", nticks=5)
-        plots.append(Plot(name, f"{sweep.metric} against {name}, {len(values)} trials.", figure, height=210))
+                figure.x["ticks"] = [(value, shown(value, 3)) for value in axis.numbers]
+        level = np.array([math.nan if sweep.untrained is None else sweep.untrained])
+        least = LEAST_SPAN.get(sweep.metric.removeprefix("eval/"), 0.0)
+        bounds = fitted_range([y, *ends.values(), level], least=least, share=sweep.metric.endswith("accuracy"))
+        figure.y = {"range": bounds, "format": "number", "title": plain_name(sweep.metric)}
+        plots.append(Plot(name, f"{sweep.metric} against {name}, {len(values)} trials.", figure, height=200))
     return plots

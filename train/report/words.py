@@ -1,5 +1,6 @@
 """Format the numbers of the report page, and write its sentences."""
 
+import dataclasses
 import datetime
 import shlex
 from collections.abc import Sequence
@@ -7,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offline_kto.kto_core.errors import printable
-from offline_kto.train.report.folders import Run, Sweep, listed, mapping, number
+from offline_kto.kto_core.options import flag
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.report.folders import Run, Sweep, Trial, listed, mapping, number
 from offline_kto.train.run_records import RunRecord, SweepRecord
 
 NOTHING = "–"
@@ -85,17 +88,17 @@ def metric_value(metric: str, value: float | None, digits: int = 4) -> str:
 _SWEEP_DIGITS = 6  # trials with a small learning rate differ in late digits
 
 
-def judged(sweep: Sweep, value: float | None) -> str:
-    """Format a value of the metric that a sweep compares its trials by."""
-    return metric_value(sweep.metric, value, _SWEEP_DIGITS)
+def judged(sweep: Sweep, trial: Trial) -> str:
+    """Format a trial's value of the metric that a sweep compares its trials by, with its interval."""
+    value = metric_value(sweep.metric, trial.value, _SWEEP_DIGITS)
+    return f"{value} {interval(sweep.metric, trial.low, trial.high)}".strip()
 
 
-def interval(metric: str, held: dict[str, object]) -> str:
+def interval(metric: str, low: float | None, high: float | None) -> str:
     """Format an interval as `[64, 78]`; empty without one."""
-    low, high = number(held.get("low")), number(held.get("high"))
     if low is None or high is None:
         return ""
-    if metric in PERCENT:
+    if _of_objective(metric.removeprefix("eval/"))[1] in PERCENT:
         return f"[{100 * low:.0f}, {100 * high:.0f}]"
     return f"[{shown(low, 3)}, {shown(high, 3)}]"
 
@@ -131,10 +134,23 @@ def final(run: Run, metric: str) -> tuple[float | None, str, str]:
     metrics = mapping(run.evaluation.get("metrics"))
     if metrics:
         held = mapping(metrics.get(metric))
-        return number(held.get("value")), interval(metric, held), "held out"
+        ends = (number(held.get(end)) for end in ("low", "high"))
+        return number(held.get("value")), interval(metric, *ends), "held out"
     if run.last("eval/loss") is not None:
         return run.last(f"eval/{metric}"), "", "held out"
     return run.last(metric), "", "training"
+
+
+def before_and_after(run: Run, metric: str) -> str:
+    """Format a held-out metric before and after training; empty without held-out rows."""
+    value, bounds, where = final(run, metric)
+    if value is None or where != "held out":
+        return ""
+    before = run.before(metric)
+    then = f"{metric_value(metric, before)} before, " if before is not None else ""
+    at = number(run.evaluation.get("step"))
+    updates = f" after {at if at is not None else run.updates:,.0f} updates"
+    return f"{then}{metric_value(metric, value)}{' ' + bounds if bounds else ''}{updates}"
 
 
 def status(run: Run) -> str:
@@ -144,11 +160,12 @@ def status(run: Run) -> str:
 
 @dataclass(frozen=True)
 class VerdictWords:
-    """A verdict: its kind for the style sheet, its headline, and the sentences below it."""
+    """A verdict: its kind for the style sheet, its headline, the numbers that say so, and what to try next."""
 
     kind: str
     headline: str
     text: str
+    next: str = ""
 
 
 def verdict(run: Run) -> VerdictWords | None:
@@ -157,11 +174,19 @@ def verdict(run: Run) -> VerdictWords | None:
     outcome, reason, advice = (printable(str(found.get(name) or "")) for name in ("outcome", "reason", "next"))
     if outcome in ("better", "no difference", "worse"):
         than = "from" if outcome == "no difference" else "than"
-        text = f"{_sentence(reason)} (95 % interval, paired.) Next: {advice}."
-        return VerdictWords(outcome.replace(" ", "-"), f"{outcome.capitalize()} {than} before training.", text)
+        counts = [
+            f"{shown(count)} {what}" for what in ("rows", "prompts") if (count := number(run.evaluation.get(what)))
+        ]
+        rows = f" on {' of '.join(counts)}" if counts else ""
+        text = f"{_sentence(reason)} (Paired 95 % interval{rows}.)"
+        return VerdictWords(outcome.replace(" ", "-"), f"{outcome.capitalize()} {than} before training.", text, advice)
     if run.finished and not run.evaluation and run.last("eval/loss") is None:
-        text = "No rows were held out. --eval-fraction 0.1 holds out a tenth of the prompts."
-        return VerdictWords("unknown", "Not known whether it is better than before training.", text)
+        return VerdictWords(
+            "unknown",
+            "Not known whether it is better than before training.",
+            "No rows were held out.",
+            "--eval-fraction 0.1 holds out a tenth of the prompts",
+        )
     return None
 
 
@@ -192,22 +217,20 @@ def summary(run: Run) -> str:
     return text + ("; still running." if run.running else "; the run has not finished.")
 
 
-# Options that get a column in a comparison if runs differ in them.
-_COMPARED = (
-    "loss",
-    "beta",
-    "learning_rate",
-    "desirable_weight",
-    "undesirable_weight",
-    "lora_rank",
-    "batch_size",
-    "seed",
-)
-
-
 def different_options(runs: Sequence[Run]) -> list[str]:
-    """Return the names of options that differ between runs, so that their values may not be comparable."""
-    return [name for name in _COMPARED if len({str(run.config.get(name)) for run in runs}) > 1]
+    """Return the names of all options that differ between runs; not where files are, which changes no value."""
+    names = dict.fromkeys(name for run in runs for name in run.config if name not in ("cache", "out", "resume"))
+    return [name for name in names if len({repr(run.config.get(name)) for run in runs}) > 1]
+
+
+def changed_options(config: dict[str, object]) -> list[tuple[str, str, str]]:
+    """Return the options of a run that differ from the defaults: name, value, default."""
+    found = []
+    for field in dataclasses.fields(TrainConfig):
+        value = config.get(field.name)
+        if field.name not in ("cache", "out") and value is not None and value != field.default:
+            found.append((flag(field.name), shown(value), shown(field.default)))
+    return found
 
 
 def sortable(value: object) -> float | str | None:
@@ -225,20 +248,20 @@ def best_update(run: Run) -> int | None:
 def tiles(run: Run) -> list[Tile]:
     """Return a run's key numbers."""
     found = []
-    for metric in ("accuracy", "loss", "rewards/margins", "kl"):
+    for metric in ("rewards/margins", "accuracy", "loss"):
         value, bounds, where = final(run, metric)
         if value is not None:
-            found.append(Tile(WORDS[metric], metric_value(metric, value), f"{bounds} {where}".strip()))
-    seconds = run.last("train_runtime")
-    kept = best_update(run)
-    below = f"in {duration(seconds)}" if seconds is not None else ""
-    found.append(Tile("updates", f"{run.updates:,}", f"{below}; kept: {kept:,}" if kept is not None else below))
-    speed, memory = run.last("tokens_per_second"), run.last("peak_memory_mb")
-    if speed is not None:
-        below = f"peak memory {shown(memory)} MB" if memory is not None else ""
-        reserved = run.last("peak_reserved_mb")
-        below += f", {shown(reserved)} MB reserved" if below and reserved is not None else ""
-        found.append(Tile("tokens per second", shown(speed), below))
+            before = run.before(metric) if where == "held out" else None
+            then = f"before {metric_value(metric, before)}" if before is not None else ""
+            name = f"{where.replace(' ', '-')} {WORDS[metric]}"
+            found.append(Tile(name, metric_value(metric, value), ", ".join(filter(None, [bounds, then]))))
+    seconds, kept = run.last("train_runtime"), best_update(run)
+    below = [f"in {duration(seconds)}"] if seconds is not None else []
+    below += [f"kept: {kept:,}"] if kept is not None else []
+    found.append(Tile("updates", f"{run.updates:,}", "; ".join(below)))
+    memory = run.last("peak_memory_mb")
+    if memory is not None:
+        found.append(Tile("peak memory", f"{shown(memory, 3)} MB"))
     return found
 
 
@@ -256,11 +279,13 @@ def sweep_summary(sweep: Sweep) -> str:
     if best is None or best.value is None:
         return f"{len(sweep.trials):,} trials so far, none of them complete."
     way = "highest" if sweep.maximize else "lowest"
-    text = f"Trial {best.number} has the {way} {plain_name(sweep.metric)}, {judged(sweep, best.value)}"
+    text = f"Trial {best.number} has the {way} {plain_name(sweep.metric)}, {judged(sweep, best)}"
+    if sweep.untrained is not None:
+        text += f", before training {metric_value(sweep.metric, sweep.untrained, _SWEEP_DIGITS)}"
     if len(complete) > 1:
-        worst = judged(sweep, complete[-1].value)
-        if worst == judged(sweep, best.value):
+        if complete[-1].value == best.value:
             return f"{text}; so have the other complete trials."
+        worst = metric_value(sweep.metric, complete[-1].value, _SWEEP_DIGITS)
         way = "go down to" if sweep.maximize else "reach up to"
         text += f"; the {len(complete):,} complete trials {way} {worst}"
     return text + "."
@@ -275,15 +300,14 @@ def sweep_verdict(sweep: Sweep) -> VerdictWords | None:
     if best is None or outcome not in ("better", "no difference", "worse"):
         return None
     tied = [str(one) for one in listed(record.get("tied")) if isinstance(one, int)]
-    text = f"Trial {best.number}: {reason}."
+    text = f"Trial {best.number}, {plain_name(sweep.metric)} {judged(sweep, best)}: {reason}."
     if tied:
         more = " and others" if len(tied) > _MOST_NAMED else ""
         text += f" On these held-out rows it cannot be told from trial {', '.join(tied[:_MOST_NAMED])}{more}."
     if not any(isinstance(one, int) for one in listed(record.get("better"))):
-        return VerdictWords("worse", "No trial beats the untrained model.", f"{text} Next: {advice}.")
+        return VerdictWords("worse", "No trial beats the untrained model.", text, advice)
     than = "no different from" if outcome == "no difference" else f"{outcome} than"
-    kind = outcome.replace(" ", "-")
-    return VerdictWords(kind, f"The best trial is {than} before training.", text)
+    return VerdictWords(outcome.replace(" ", "-"), f"The best trial is {than} before training.", text)
 
 
 def sweep_tiles(sweep: Sweep) -> list[Tile]:
@@ -291,8 +315,10 @@ def sweep_tiles(sweep: Sweep) -> list[Tile]:
     found = []
     best = sweep.best
     if best is not None and best.value is not None:
-        value = judged(sweep, best.value)
-        found.append(Tile(f"best {plain_name(sweep.metric)}", value, f"trial {best.number}"))
+        bounds = interval(sweep.metric, best.low, best.high)
+        then = f"before {metric_value(sweep.metric, best.before)}" if best.before is not None else ""
+        below = ", ".join(filter(None, [bounds, then, f"trial {best.number}"]))
+        found.append(Tile(f"best {plain_name(sweep.metric)}", metric_value(sweep.metric, best.value), below))
         for name in ("eval/accuracy", "eval/rewards/margins"):
             if name != sweep.metric and best.metrics.get(name) is not None:
                 found.append(Tile(plain_name(name), metric_value(name, best.metrics[name]), "of the best trial"))
@@ -305,10 +331,31 @@ def sweep_tiles(sweep: Sweep) -> list[Tile]:
     return found
 
 
-def commands(path: Path, record: RunRecord | SweepRecord, *, best: bool = False) -> list[str]:
+def commands(path: Path, record: RunRecord | SweepRecord) -> list[str]:
     """Return the commands that recreate this folder and its page."""
     given = record.get("command")
-    found = [given] if isinstance(given, str) and given else []
-    if best:
-        found.append(f"kto-train --config {shlex.quote(printable(str(path / 'best.yaml')))} --out runs/best")
-    return [*found, f"kto-report {shlex.quote(printable(str(path)))}"]
+    return [*([given] if isinstance(given, str) and given else []), f"kto-report {shlex.quote(printable(str(path)))}"]
+
+
+@dataclass(frozen=True)
+class BestModel:
+    """Where a sweep's best model is, or the command that trains it; the other one is empty.
+
+    options: the file with its options.
+    """
+
+    options: str
+    folder: str = ""
+    command: str = ""
+
+
+def best_model(sweep: Sweep) -> BestModel | None:
+    """Return where a sweep's best model is; before the sweep has ended, only where its options are."""
+    if sweep.best is None:
+        return None
+    options = sweep.path / "best.yaml"
+    if not options.is_file():
+        return BestModel(f"trials/{sweep.best.number:04d}/config.yaml")
+    if sweep.best_is_kept:
+        return BestModel("best.yaml", folder=printable(str(sweep.path / "best")))
+    return BestModel("best.yaml", command=f"kto-train --config {shlex.quote(printable(str(options)))} --out runs/best")

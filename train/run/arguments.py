@@ -49,15 +49,22 @@ _OURS = {
     "metric_for_best_model": "--metric",
     "greater_is_better": "--metric",
     "load_best_model_at_end": "--early-stopping",
+    "push_to_hub": "--push-to-hub",
+    "hub_model_id": "--push-to-hub",
 }
 
 # Settings that would silently have no effect here.
 _NO_DDP = "gradients are summed once for each update, without DistributedDataParallel"
+_NO_CHECKPOINTS = "--push-to-hub uploads the finished run alone, to the main branch"
 _NO_EFFECT = {
     "label_smoothing_factor": "it smooths cross-entropy; --loss robust has --label-smoothing",
     "ddp_find_unused_parameters": _NO_DDP,
     "ddp_broadcast_buffers": _NO_DDP,
     "ddp_static_graph": _NO_DDP,
+    "hub_strategy": _NO_CHECKPOINTS,
+    "hub_always_push": _NO_CHECKPOINTS,
+    "hub_revision": _NO_CHECKPOINTS,
+    "hub_private_repo": "the default of the repository's owner holds; create a private one with hf repos create NAME --private",
 }
 
 # More updates than any run makes.

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from offline_kto.kto_core.console import is_silent, tell
 from offline_kto.kto_core.durable_files import write_text
 from offline_kto.kto_core.errors import TrainingError
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.foreign_files import read_foreign
 from offline_kto.kto_core.streams import is_terminal
 from offline_kto.train.diagnostics.training import Watch
@@ -147,7 +148,7 @@ class Console(transformers.TrainerCallback):
         record = record_of(logs, state.global_step)
         if "train_runtime" in record:
             self.close()
-            self._say(f"trained     {state.global_step:,} updates in {record['train_runtime']:.1f} s")
+            self._say(f"trained     {self._made(state.global_step)} in {record['train_runtime']:.1f} s")
         elif "eval/loss" in record:
             values = {name.removeprefix("eval/"): value for name, value in record.items()}
             self._say(f"{'eval':<12}{state.global_step}/{state.max_steps}  {_summary(values)}")
@@ -155,6 +156,13 @@ class Console(transformers.TrainerCallback):
             self._step(record, state)
         for warning in self.watch.add(record) if self.watch is not None else ():
             self._say(f"{'warning':<12}step {warning.step:,}: {warning.text}")
+
+    def _made(self, steps: int) -> str:
+        """Return how many updates this process made, and how many a resumed run has in all."""
+        if self.first_step is None:
+            return f"no update: all {counted(steps, 'update')} had been made" if steps else "no update"
+        in_all = f" ({steps:,} in all)" if self.first_step else ""
+        return f"{counted(steps - self.first_step, 'update')}{in_all}"
 
     def _step(self, record: MetricsRecord, state: _State) -> None:
         if self.bar is not None:

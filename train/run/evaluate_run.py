@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.durable_files import write_json, written_to
-from offline_kto.kto_core.errors import ConfigError, WriteError
+from offline_kto.kto_core.errors import ConfigError, TrainingError, WriteError
 from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.models.folders import find_reference
 from offline_kto.kto_core.models.precision import resolve_device
@@ -20,13 +21,18 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.row_words import scored_in_words, shortened_in_words
 from offline_kto.train.data.training_data import RowsToEvaluate, TrainingData, rows_to_evaluate
 from offline_kto.train.diagnostics.outcome import Tried
+from offline_kto.train.diagnostics.settings import usual_rate
+from offline_kto.train.diagnostics.training import Settings, Watch
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.recipe import run_precision
 from offline_kto.train.run.arguments import training_arguments
+from offline_kto.train.run.callbacks import read_metrics
+from offline_kto.train.run.samples import HeldOutSamples
 from offline_kto.train.run.start_check import check_start
 from offline_kto.train.run.training_run import check_vocabulary, make_trainer
 from offline_kto.train.run_files import (
     EVALUATION,
+    METRICS,
     RUN_RECORD,
     UNTRAINED,
     check_is_run,
@@ -38,6 +44,7 @@ from offline_kto.train.run_files import (
 from offline_kto.train.run_records import FinalUpdate, RunRecord
 from offline_kto.train.trainer.evaluation import Scores, summary, summary_lines, verdict_lines
 from offline_kto.train.trainer.held_out_changes import load_untrained
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.tensor_float import tf32_products, tf32_suffices
 
@@ -63,6 +70,7 @@ def evaluate_run(config: TrainConfig) -> Path:
             f"--evaluate-only: accelerate's settings ask for {way}, but models are evaluated without sharded weights. Start it "
             "without them; under torchrun the processes divide the rows."
         )
+    stops_early = config.early_stopping is not None
     config = _without_training(config)
     check_is_run(run, "--evaluate-only")
     record = read_run_record(run)
@@ -111,15 +119,72 @@ def evaluate_run(config: TrainConfig) -> Path:
         before: Scores | None = trainer.scores.untrained(held_out)
         if before is not None and config.allow_different_policy:
             before = load_untrained(run / UNTRAINED, before) if rows.of_run else None
-        tried = Tried(learning_rate=config.peak_rate)
-        found = summary(scores, objective, int(final.get("step", 0)), before, tried)
+        found = summary(
+            scores, objective, int(final.get("step", 0)), before, _tried(config, run, record, stops_early=stops_early)
+        )
         lines = summary_lines(found, rows="held out" if rows.of_run else "evaluated")
         for line in [*lines, *verdict_lines(found)]:
             tell(line)
         with written_to(run, WriteError, "Make room, and evaluate again; existing files are unchanged."):
             write_json(path, {**found, **manifest.rows_identity, "rows_are": rows.what})
-        tell(f"wrote       {path}")
+    of_samples: list[str] = []
+    count = config.prompts_to_sample() if rows.of_run else config.samples or 0
+    if count:
+        name = path.with_suffix(".jsonl").name.replace("evaluation", "samples", 1)
+        samples = HeldOutSamples(run, trainer, files.tokenizer, count, name=name)
+        with tf32_products(tf32), written_to(run, WriteError, "Make room, and evaluate again."):
+            own_base = adapters is not None and manifest.reference.get("adapter") is None
+            of_samples = _sample(samples, trainer, _final_step(record), own_base=own_base)
+    if main:
+        for line in [*of_samples, f"wrote       {path}"]:
+            tell(line)
     return path
+
+
+def _sample(samples: HeldOutSamples, trainer: KTOTrainer, step: int, *, own_base: bool) -> list[str]:
+    """Make the samples of the run's model, and those before training where that model is in memory too.
+
+    Args:
+        step: the update that the model comes from.
+        own_base: whether the model without its adapters is the untrained one.
+
+    Returns:
+        What there is, for the console.
+    """
+    samples.begin(until=step)
+    if own_base and 0 not in samples.steps:
+        from offline_kto.train.model.lora import without_adapters
+
+        with without_adapters(trainer.model):
+            samples.make(0)
+    samples.make(step)
+    return samples.line()
+
+
+def _final_step(record: RunRecord) -> int:
+    """Return the update that the run's model comes from; if an old record lacks it, the last one, for it is not step 0."""
+    final: Mapping[str, object] = record.get("final") or {}
+    found = (final.get("step") if isinstance(final, dict) else None, record.get("total_updates"))
+    return next((step for step in found if isinstance(step, int) and step > 0), 1)
+
+
+def _tried(config: TrainConfig, run: Path, record: RunRecord, *, stops_early: bool) -> Tried:
+    """Return what the advice of the run itself depended on, as far as its files tell."""
+    try:
+        records = read_metrics(run / METRICS)
+        watch = Watch(Settings(**record["alarms"]))
+        for one in records:
+            watch.add(one)
+    except (KeyError, TypeError, ValueError, ArithmeticError, TrainingError):  # of another version, or damaged
+        return Tried(learning_rate=config.peak_rate, stops_early=stops_early, advised_rate=usual_rate(config))
+    margins = (one["rewards/margins"] for one in reversed(records) if "rewards/margins" in one)
+    return Tried(
+        learning_rate=config.peak_rate,
+        training_margin=next(margins, None),
+        stops_early=stops_early,
+        advised_rate=watch.advised_rate,
+        got_worse=watch.got_worse,
+    )
 
 
 def _without_training(config: TrainConfig) -> TrainConfig:

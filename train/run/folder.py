@@ -3,18 +3,20 @@
 runs/NAME/config.yaml      resolved options, as `--config` takes them
 runs/NAME/run.json         the cache's fingerprint and the other settings the run was started with
 runs/NAME/metrics.jsonl    one record for each log
+runs/NAME/samples.jsonl    completions of held-out prompts, before and after training
 runs/NAME/checkpoint-N/    a checkpoint that --resume can resume from
 runs/NAME/_unfinished/     a checkpoint or model being written; it is renamed once it is complete and on disk
+runs/NAME/hub/             what --push-to-hub uploads; it is removed once that is done
 runs/NAME/                 at the end: model, tokenizer, model card, evaluation.json, rewards.parquet, report.html
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import write_text
-from offline_kto.kto_core.errors import ConfigError
+from offline_kto.kto_core.errors import ConfigError, shown
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.launch import world_size
 from offline_kto.kto_core.lock import LOCK
 from offline_kto.kto_core.yaml_files import read_yaml
@@ -98,14 +100,37 @@ def last_checkpoint(
 
 
 def _check_same_cache(out: Path, manifest: Manifest) -> None:
-    what = {"fingerprint": "another cache", "labels_hash": "other labels or another row order"}
-    before: Mapping[str, object] = read_run_record(out)
-    for name, now in manifest.rows_identity.items():
-        if before.get(name) != now:
-            raise ConfigError(
-                f"--resume {out}: the run was started with {what[name]} ({name} {str(before.get(name))[:12]}, now "
-                f"{str(now)[:12]}). Pass the cache it was started with, or start a new run."
-            )
+    before = read_run_record(out)
+    identity = manifest.rows_identity
+    if before.get("fingerprint") != identity["fingerprint"]:
+        what = f"another cache than --cache: {_difference(before, manifest)}"
+    elif before.get("labels_hash") != identity["labels_hash"]:
+        what = "other labels or another row order: --cache has the same rows and scores, but was made again from changed feedback"
+    else:
+        return
+    raise ConfigError(
+        f"--resume {out}: the run was started with {what}. Pass the cache it was started with, or start a new run."
+    )
+
+
+def _difference(before: RunRecord, manifest: Manifest) -> str:
+    """Return in words how the cache of a run differs from another one."""
+    identity = before.get("identity")
+    if not isinstance(identity, dict):
+        return "its reference or its rows differ"
+    lines = [
+        f"{name} was {shown(identity.get(name))}, now {shown(manifest.identity.get(name))}"
+        for name in sorted({*identity, *manifest.identity})
+        if identity.get(name) != manifest.identity.get(name) and not name.endswith("hash")
+    ]
+    if lines:
+        return "; ".join(lines)
+    hashes = [
+        name for name in sorted({*identity, *manifest.identity}) if identity.get(name) != manifest.identity.get(name)
+    ]
+    if hashes:
+        return f"the files of its reference are others ({', '.join(name.removesuffix('_hash') for name in hashes)})"
+    return f"the same reference has scored other rows, or other mismatched completions ({counted(manifest.rows, 'row')} now)"
 
 
 def _check_same_run(config: TrainConfig, out: Path, now: ComputedWith, *, finished: bool) -> list[str]:

@@ -6,11 +6,13 @@ import torch
 
 from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.errors import printable
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.launch import gpus_sharing_weights, world_size
 from offline_kto.kto_core.models.memory_check import gigabytes
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.options import AUTO
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.diagnostics.settings import in_digits
@@ -18,6 +20,7 @@ from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.training_memory import host_bytes, training_bytes
 from offline_kto.train.run.estimates import disk_in_words, time_in_words
+from offline_kto.train.samples_file import MOST_NEW_TOKENS
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.tensor_float import tf32_suffices
 
@@ -72,17 +75,29 @@ def print_plan(
             *warnings,
             f"--reduce-dtype {config.reduce_dtype} has no effect: one process adds no gradients over GPUs",
         ]
-    tell(
-        f"updates     {steps:,} of {config.batch_size} rows, {_loss_in_words(config)}beta {config.beta:g}, {_rate_in_words(config)}"
-    )
+    of = f"{steps:,} of {counted(config.batch_size, 'row')}"
+    tell(f"updates     {of}, {_loss_in_words(config)}beta {config.beta:g}, {_rate_in_words(config)}")
     if objective.traits.ignores_reference:
         tell(f"reference   not used by {config.loss}; rewards and accuracy still measure the change from it")
+    count = config.prompts_to_sample(in_sweep=not estimates)
+    if count and data.held_out is not None:
+        tell(f"samples     {_samples_in_words(config, data.held_out, count)}")
     if estimates:
         tell(f"time        {time_in_words(config, out, data.rows.manifest, precision, device, steps)}")
         tell(f"disk        {disk_in_words(config, files, out, steps, evaluates=data.held_out is not None)}")
     tell(f"run         {out}")
     for line in (*files.warnings, *warnings):
         warn(line)
+
+
+def _samples_in_words(config: TrainConfig, held_out: HeldOutRows, count: int) -> str:
+    """Return how many prompts are completed, and when."""
+    prompts = len({held_out.cache.prompt_ids[i] for i in held_out.indices})
+    when = ", and at its evaluations" if config.samples_at == "evaluations" else ""
+    return (
+        f"{min(count, prompts)} of {counted(prompts, 'held-out prompt')}, at most {MOST_NEW_TOKENS} new tokens each, before and after "
+        f"training{when} (--samples 0 for none)"
+    )
 
 
 def _rate_in_words(config: TrainConfig) -> str:

@@ -34,8 +34,7 @@ LOGGED = OF_LOSS | _names(
 FREE = _names(
     # Compared elsewhere: the cache by content, the precision as resolved, and `training` key by key.
     "cache out dtype training max_tokens gradient_checkpointing save_steps logging_steps report_to resume evaluate_only dry_run "
-    "plan_memory "
-    "allow_different_policy"
+    "plan_memory samples samples_at allow_different_policy push_to_hub"
 )
 
 # Keys of the `training:` table. A key in neither list is fixed, so a new key of transformers is too.
@@ -50,10 +49,10 @@ TRAINING_FREE = _names(
     "dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers "
     "ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug disable_tqdm do_eval do_predict "
     "do_train enable_jit_checkpoint eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
-    "gradient_checkpointing_kwargs hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token "
+    "gradient_checkpointing_kwargs hub_always_push hub_private_repo hub_revision hub_strategy hub_token "
     "include_for_metrics include_num_input_tokens_seen label_names length_column_name local_rank log_level "
     "log_level_replica log_on_each_node logging_dir logging_first_step logging_nan_inf_filter logging_strategy prediction_loss_only "
-    "project push_to_hub remove_unused_columns run_name save_on_each_node save_only_model save_total_limit "
+    "project remove_unused_columns run_name save_on_each_node save_only_model save_total_limit "
     "skip_memory_metrics torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id "
     "use_cache"
 )
@@ -110,9 +109,9 @@ def compare_records(now: ComputedWith, started: RunRecord, where: Path) -> list[
         ("held_out_cache", "with other held-out rows", "Pass the --eval-cache it was started with"),
     ):
         if name in before and before[name] != wanted[name]:
+            values = f" ({shown(before[name])}, now {shown(wanted[name])})" if name == "precision" else ""
             raise ConfigError(
-                f"--resume {where}: the run was started {what} ({shown(before[name])}, now {shown(wanted[name])}). "
-                f"{advice.format(shown(before[name]))}, or start a new run."
+                f"--resume {where}: the run was started {what}{values}. {advice.format(shown(before[name]))}, or start a new run."
             )
     versions = started.get("versions")
     known = versions if isinstance(versions, dict) else {}
@@ -130,6 +129,7 @@ def _effective(options: dict[str, object]) -> dict[str, object]:
         options["lora_alpha"] = (alpha or 2 * rank) if rank else None
     if options.get("learning_rate") == AUTO:
         options["learning_rate"] = USUAL_RATE_OF_LORA if rank else USUAL_RATE
+    options["keep"] = options.get("keep") or "best"
     if options.get("eval_seed") is None:
         options["eval_seed"] = options.get("seed")
     return options

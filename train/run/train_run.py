@@ -21,6 +21,7 @@ from offline_kto.train.run_files import make_folder, name_folder
 
 if TYPE_CHECKING:
     from offline_kto.train.data.training_data import TrainingData
+    from offline_kto.train.publish.hub_repository import HubRepository
     from offline_kto.train.run.inputs import Materials
 
 
@@ -89,6 +90,7 @@ def _folder_of(config: TrainConfig, out: Path) -> Iterator[None]:
 
 
 def _plan(config: TrainConfig, out: Path) -> None:
+    _find_repository(config)
     materials, data = _open_data(config, out)
     from offline_kto.train.run.training_run import Plan
 
@@ -112,19 +114,32 @@ def _open_data(config: TrainConfig, out: Path) -> "tuple[Materials, TrainingData
     return materials, data
 
 
+def _find_repository(config: TrainConfig) -> "HubRepository | None":
+    """Return the repository that the run is uploaded to, on the process that uploads; None if it is not uploaded."""
+    if config.push_to_hub is None or not read_launch().is_first:
+        return None
+    from offline_kto.train.publish.hub_repository import HubRepository
+
+    return HubRepository.find(config)
+
+
 def _train(config: TrainConfig, out: Path) -> None:
+    repository = _find_repository(config)
     materials, data = _open_data(config, out)
     # The Trainer takes seconds to import; what is wrong with the data has been said by now.
     from offline_kto.train.run.training_run import TrainingRun
     from offline_kto.train.trainer.evaluation import summary_lines, verdict_lines
 
     run = TrainingRun.set_up(config, out, data, materials)
+    if repository is not None:
+        repository.create()
     run.train()
     run.save_model(out)
     found = run.sum_up()
+    of_samples = run.finish_samples()
     if run.is_main:
-        run.write_card(out, found)
-        for line in [*(summary_lines(found) if found is not None else []), *verdict_lines(found)]:
+        run.write_card(out, found, repository.name if repository is not None else None)
+        for line in [*(summary_lines(found) if found is not None else []), *verdict_lines(found), *of_samples]:
             tell(line)
         tell(f"report      {write_report([out])}")
         tell(f"wrote       {out}")
@@ -133,3 +148,5 @@ def _train(config: TrainConfig, out: Path) -> None:
         # A rank that exits while another one saves would abort the whole launch.
         accelerator.wait_for_everyone()
         accelerator.end_training()
+    if repository is not None:  # the other ranks do not wait for it
+        repository.upload(run.collect_upload(), out)

@@ -3,7 +3,7 @@
 import dataclasses
 import datetime
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,19 @@ from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.recipe import run_precision, saved_type
 from offline_kto.train.model.saved_model import Layout, ModelWriter
+from offline_kto.train.publish.base_model import CARD
+from offline_kto.train.publish.local_paths import LocalPaths
+from offline_kto.train.publish.model_card import CardContent, command_of, write_card
+from offline_kto.train.publish.upload_folder import collect
 from offline_kto.train.run.arguments import Arguments, accepted_by_trainer, training_arguments
 from offline_kto.train.run.callbacks import Console, MetricsFile
 from offline_kto.train.run.estimates import computed_on
 from offline_kto.train.run.folder import last_checkpoint, write_start
 from offline_kto.train.run.inputs import Materials
-from offline_kto.train.run.model_card import CARD, command_of, write_card
 from offline_kto.train.run.optimizer import check_sharding, own_optimizer
 from offline_kto.train.run.plan import print_plan
 from offline_kto.train.run.rewards_file import write_rewards
+from offline_kto.train.run.samples import HeldOutSamples
 from offline_kto.train.run.start_check import check_start, tolerance_for
 from offline_kto.train.run_files import EVALUATION, METRICS, REWARDS, UNTRAINED, read_run_record, write_run_record
 from offline_kto.train.run_records import ComputedWith, EvaluationRecord, FinalUpdate, RunRecord
@@ -107,7 +111,9 @@ class Plan:
             merges = bool(config.lora_rank and files.adapter)
             warnings += _saving_warnings(config, merges=merges, held_out=data.held_out is not None)
             warnings += _idle_gpu_warnings(args)
-            warnings += warnings_for(config, *data.class_masses, objective.weights)
+            warnings += warnings_for(
+                config, *data.class_masses, objective.weights, by_mass=data.rows.masses is not None
+            )
             estimates = name is None  # only trials of a sweep have names
             print_plan(config, data, files, precision, objective, out, device, warnings, estimates=estimates)
             if config.resume:
@@ -141,6 +147,8 @@ class TrainingRun:
         name: name of the run; None for the folder's name.
         checked: whether policy and cache have been compared before, with these materials.
         resumed_at: number of updates that were made before this process began.
+        saved: names of the files of the saved model and tokenizer, on the process that writes.
+        samples: completions of held-out prompts; None if none are asked for.
     """
 
     config: TrainConfig
@@ -157,6 +165,8 @@ class TrainingRun:
     name: str | None = None
     checked: bool = False
     resumed_at: int = 0
+    saved: list[str] = field(default_factory=list)
+    samples: HeldOutSamples | None = None
 
     @classmethod
     def set_up(
@@ -209,6 +219,9 @@ class TrainingRun:
             plan.warnings,
             name,
         )
+        count = config.prompts_to_sample(in_sweep=name is not None)  # only trials of a sweep have names
+        if count and data.held_out is not None:
+            run.samples = HeldOutSamples(out, trainer, files.tokenizer, count)
         trainer.add_callback(_Steps(run))
         return run
 
@@ -255,9 +268,16 @@ class TrainingRun:
         made = trainer.state.global_step
         if self.data.held_out is None:
             return
-        if config.keep == "best":
+        if config.keeps_best:
             trainer.load_best()
         if not self.is_main:
+            return
+        if not config.keeps_best:
+            best = trainer.state.best_global_step
+            if best is not None and best != made:
+                tell(
+                    f"kept        update {made:,}, the last one (--keep last); update {best:,} had the best {config.metric}"
+                )
             return
         kept = trainer.final_step or made
         before, best = trainer.untrained_metric(config.metric), trainer.state.best_metric
@@ -337,22 +357,42 @@ class TrainingRun:
         return found
 
     def _speed(self) -> FinalUpdate:
-        """Return the time of an update, for the plans of later runs; nothing if this process made none."""
+        """Return the time of an update without samples, for the plans of later runs; nothing if this process made none."""
         state = self.trainer.state
         updates = state.global_step - self.resumed_at
         seconds = next((log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log), None)
         if seconds is None or updates < 1:
             return {}
+        seconds -= 0.0 if self.samples is None else self.samples.seconds
         return {"seconds_per_update": seconds / updates, "computed_on": computed_on(self.trainer.args.device)}
 
     @property
     def _tried(self) -> Tried:
         history = self.trainer.state.log_history
         margins = (log["rewards/margins"] for log in reversed(history) if "rewards/margins" in log)
-        return Tried(learning_rate=self.config.peak_rate, training_margin=next(margins, None))
+        watch = None if self.console is None else self.console.watch
+        return Tried(
+            learning_rate=self.config.peak_rate,
+            training_margin=next(margins, None),
+            stops_early=self.config.early_stopping is not None,
+            advised_rate=self.settings.advised_rate if watch is None else watch.advised_rate,
+            got_worse=watch is not None and watch.got_worse,
+        )
+
+    def finish_samples(self) -> list[str]:
+        """Add the samples of the final model, after `sum_up`; called on every rank.
+
+        Returns:
+            What there is, for the console.
+        """
+        if self.samples is None:
+            return []
+        with tf32_products(self._tf32):
+            self.samples.make(self.trainer.final_step)
+        return self.samples.line()
 
     def save_model(self, out: Path) -> None:
-        """Save model and tokenizer in a folder; called on every rank.
+        """Save model and tokenizer in a folder, and note the names of their files; called on every rank.
 
         Raises:
             TrainingError: it cannot be written.
@@ -365,17 +405,27 @@ class TrainingRun:
                 gather_when_saving(trainer.accelerator)
                 trainer.save_in(folder, self._saved_type)
             if self.is_main:
+                self.saved = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
                 publish_model(folder, out)
 
-    def write_card(self, out: Path, found: EvaluationRecord | None) -> None:
+    def write_card(self, out: Path, found: EvaluationRecord | None, repository: str | None = None) -> None:
         """Write the model card into the folder of the saved model.
 
         Args:
             found: content of evaluation.json; None without held-out rows.
+            repository: the repository on the hub that the model is uploaded to, or None.
         """
-        title = self.name or out.resolve().name
+        title = self.name or (repository or out.resolve().name).rpartition("/")[2]
         manifest, history = self.data.rows.manifest, self.trainer.state.log_history
-        write_card(out / CARD, title, self.config, manifest, self.files, self.objective.weights, history, found=found)
+        record = read_run_record(self.out)
+        write_card(
+            out / CARD, CardContent(title, self.config, manifest, self.files, record, history, found, repository)
+        )
+
+    def collect_upload(self) -> Path:
+        """Collect what is uploaded to the hub, and return its folder."""
+        paths = LocalPaths.of(self.config, self.out, self.files, self.data.rows.manifest.reference)
+        return collect(self.out, self.saved, self.config, self.files, paths)
 
     def _save_with_reference_adapter(self, folder: Path) -> None:
         """Save the merged model, or a single adapter if the reference's adapter is kept beside quantised weights.
@@ -415,12 +465,17 @@ class TrainingRun:
                 write_start(
                     self.config, self.out, {**self.record(), "started": read_run_record(self.out).get("started")}
                 )  # options that may change have changed
+            if self.samples is not None:
+                self.samples.begin(until=trainer.state.global_step)
             return
         if not self.checked:
             self._check_policy()
         if self.is_main:
             write_start(self.config, self.out, self.record())
         self._begin_held_out()
+        if self.samples is not None:
+            self.samples.begin(until=None)
+            self.samples.make(0)
 
     def _check_policy(self) -> None:
         allow = self.config.allow_different_policy
@@ -496,7 +551,11 @@ def _saving_warnings(config: TrainConfig, *, merges: bool, held_out: bool) -> li
     lines = []
     if config.training.get("save_only_model") and config.save_steps:
         lines.append("training: save_only_model: checkpoints contain no optimizer state, and --resume cannot use them.")
-    if held_out and config.keep == "best" and not (config.save_steps or config.early_stopping) and sharding_asked_for():
+    if config.keep == "best" and not held_out:
+        lines.append(
+            "--keep best has no effect: no rows are held out, so the run ends with its last model. Hold some out with --eval-fraction 0.1."
+        )
+    if held_out and config.keeps_best and not (config.save_steps or config.early_stopping) and sharding_asked_for():
         lines.append(
             "--keep best needs checkpoints where weights are sharded, and --save-steps 0 writes none: the last model is kept."
         )
@@ -539,6 +598,18 @@ class _Steps(transformers.TrainerCallback):
         last = state.global_step >= state.max_steps
         control.should_log |= control.should_save or control.should_evaluate or last
 
+    def on_evaluate(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        # The samples of the last update are made once the model to keep is known.
+        at_evaluations = self.run.config.samples_at == "evaluations" and state.global_step < state.max_steps
+        if self.run.samples is not None and at_evaluations:
+            self.run.samples.make(state.global_step)
+
 
 def make_trainer(
     config: TrainConfig,
@@ -569,7 +640,7 @@ def make_trainer(
             rounding=tolerance_for(data.rows.manifest, precision),
             held_out=data.held_out,
             may_checkpoint=config.gradient_checkpointing is None,
-            keeps_best=config.keep == "best",
+            keeps_best=config.keeps_best,
             optimizer_cls_and_kwargs=own_optimizer(config, args),
             writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
             sending=Sending(reduce_dtype, bucket_mb * 2**20 if bucket_mb else BUCKET_BYTES),

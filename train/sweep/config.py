@@ -22,7 +22,7 @@ class SweepConfig:
     cache: Location = option(
         Path(""), "Reference cache made by kto-precompute: a folder, or its URL (s3://, gs://, hf://).", metavar="DIR"
     )
-    out: Path | None = option(None, "Sweep folder.  [default: sweeps/ and the time]", metavar="DIR", yaml=False)
+    out: Path | None = option(None, "Sweep folder.  [default: sweeps/ and the time]", metavar="DIR")
     search: str = option("tpe", "How trials are chosen.", choices=SEARCHES)
     metric: str = option("eval/loss", "Held-out value by which trials are compared.", choices=METRICS)
     trials: int | None = option(None, f"How many trials.  [default: the whole grid, else {USUAL_TRIALS}]", metavar="N")

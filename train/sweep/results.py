@@ -3,6 +3,7 @@
 import csv
 import datetime
 import io
+import itertools
 import json
 import math
 import re
@@ -15,11 +16,13 @@ from typing import cast
 from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import flush, remove_tree, write_json, write_text
-from offline_kto.kto_core.errors import TrainingError, printable
+from offline_kto.kto_core.errors import ConfigError, TrainingError, printable
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.foreign_files import read_foreign
 from offline_kto.kto_core.options import as_plain, flag
+from offline_kto.kto_core.yaml_files import read_yaml
 from offline_kto.train.report.report import write_report
-from offline_kto.train.run_files import LARGEST_JSON, RUN_RECORD, config_text
+from offline_kto.train.run_files import CONFIG, LARGEST_JSON, RUN_RECORD, config_text, read_run_record
 from offline_kto.train.run_records import SpaceEntry, SweepRecord, TrainedWith, TrialEntry
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.messages import Ended
@@ -29,6 +32,9 @@ from offline_kto.train.sweep.standing import better_trials, tied_trials
 from offline_kto.train.sweep.study import StoredResult, Study, Trial, TrialRecord
 
 RESULTS, BEST, BEST_OPTIONS, STATE = "results.csv", "best", "best.yaml", "sweep.json"
+
+# Where the `next` line lets the winner be trained, if its model is not here.
+_TRAINED_AGAIN = Path("runs/best")
 
 # Trials that a line of the console names.
 _MOST_NAMED = 10
@@ -42,6 +48,12 @@ _METRICS = (
     "eval/rewards/margins",
     "eval/kl",
 )
+
+
+def _again() -> Path:
+    """Return a folder for the winner's run in which nothing is yet."""
+    numbered = (_TRAINED_AGAIN.with_name(f"{_TRAINED_AGAIN.name}-{n}") for n in itertools.count(2))
+    return next(folder for folder in itertools.chain([_TRAINED_AGAIN], numbered) if not folder.exists())
 
 
 class Results:
@@ -211,11 +223,15 @@ class Results:
         for line in self._best_lines(best):
             tell(line)
         if failed:
-            tell(f"failed      {failed:,} trials; {RESULTS} lists the reasons")
+            tell(
+                f"failed      {counted(failed, 'trial')}; {RESULTS} lists the {'reason' if failed == 1 else 'reasons'}"
+            )
         if self._is_of(self.out / BEST, best):
             tell(f"model       {self.out / BEST}")
+        elif self._is_trained_again():
+            tell(f"model       {_TRAINED_AGAIN}")
         else:  # it is on another machine, or was lost
-            tell(f"next        kto-train --config {shlex.quote(str(self.out / BEST_OPTIONS))} --out runs/best")
+            tell(f"next        kto-train --config {shlex.quote(str(self.out / BEST_OPTIONS))} --out {_again()}")
         tell(f"report      {report}")
         tell(f"wrote       {self.out}")
 
@@ -232,12 +248,33 @@ class Results:
             return lines
         if not better:
             lines.append(f"verdict     no trial beats the untrained model; of trial {best.number}: {verdict['reason']}")
-            return [*lines, f"try         {verdict['next']}"]
+            return [*lines, f"try         {self._advice(verdict['next'])}"]
         than = "no different from" if verdict["outcome"] == "no difference" else f"{verdict['outcome']} than"
         line = f"verdict     trial {best.number} is {than} before training: {verdict['reason']}"
         if best.number not in better:
             line += f"; {_trials(better)} better, but not by {self.config.metric}"
         return [*lines, line]
+
+    def _advice(self, advice: str) -> str:
+        """Return the advice on the best trial, unless it is a learning rate among those that the sweep has tried."""
+        advised = re.search(rf"{flag('learning_rate')} ([\d.e+-]+\d)", advice)
+        tried = [record.params["learning_rate"] for record in self.study.records() if "learning_rate" in record.params]
+        rates = [rate for rate in tried if isinstance(rate, int | float)]
+        if advised is None or not rates or not min(rates) <= float(advised[1]) <= max(rates):
+            return advice
+        return (
+            "this sweep compared such learning rates already: more feedback, cleaner labels, or more held-out prompts"
+        )
+
+    def _is_trained_again(self) -> bool:
+        """Return whether the winner's options were trained on their own, as the `next` line of an earlier call advised."""
+        try:
+            trained, best = (
+                read_yaml(path, foreign=True) for path in (_TRAINED_AGAIN / CONFIG, self.out / BEST_OPTIONS)
+            )
+            return trained == best and "final" in read_run_record(_TRAINED_AGAIN)
+        except ConfigError:
+            return False
 
     def _publish(self, best: TrialRecord) -> None:
         config = self.trials.config(best.params)

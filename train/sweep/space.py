@@ -14,10 +14,15 @@ from offline_kto.train.loss_traits import LOSS_OF_OPTION, PAIRED_LOSSES
 from offline_kto.train.sweep.config import MOST_TRIALS, USUAL_TRIALS, SweepConfig
 
 _JUDGED = "they are compared on the same held-out rows"
+_NOT_UPLOADED = (
+    "trials are not uploaded. Train the winner with kto-train --config best.yaml --push-to-hub, or upload best/"
+)
 _SAME_FOR_ALL = {
     "cache": "give --cache",
+    "out": "the folder of the sweep belongs on the command line: --out, or beside train:",
     "metric": "they are compared by one value",
     "training": "it is not an option; set it in train:",
+    "push_to_hub": _NOT_UPLOADED,
     "eval_fraction": _JUDGED,
     "eval_cache": _JUDGED,
     "eval_seed": _JUDGED,
@@ -142,6 +147,17 @@ class Trials:
                 f"{metric} weighs the objectives as each trial does. results.csv has the held-out margin of each objective, which "
                 "compare on one scale, and marks the Pareto front."
             )
+        zero = [name for name, entry in self.space.items() if name.startswith(OBJECTIVE) and _least(entry) == 0]
+        if zero or "objective" in self.space:
+            lines.append(
+                "a trial that gives an objective no weight leaves out the rows in which no other one was judged; the rows above are "
+                "those of "
+                + (
+                    "the first value of objective."
+                    if "objective" in self.space
+                    else "trials in which every objective has a weight."
+                )
+            )
         losses = self.space.get("loss")
         paired = [loss in PAIRED_LOSSES for loss in losses.grid()] if isinstance(losses, Values) else []
         if any(paired) and not all(paired):
@@ -155,6 +171,29 @@ class Trials:
         """Return a trial's options. Raises: ConfigError: values that cannot be combined."""
         return TrainConfig(**_with(self.base, params))
 
+    def planned(self) -> TrainConfig:
+        """Return the options whose rows are those of the plan: every objective that is searched has a weight above 0.
+
+        Raises:
+            ConfigError: values that cannot be combined.
+        """
+        largest: dict[str, object] = {
+            name: entry.high if isinstance(entry, Range) else max(entry.values, key=float)  # type: ignore[arg-type]
+            for name, entry in self.space.items()
+            if name.startswith(OBJECTIVE)
+        }
+        objective = self.space.get("objective")
+        if isinstance(objective, Values):
+            largest["objective"] = objective.values[0]
+        return self.config({"loss": self.base.get("loss", TrainConfig.loss), **largest})
+
+    def objectives(self) -> set[str]:
+        """Return the names of all objectives that some trial weighs."""
+        searched = self.space.get("objective")
+        texts = [self.base.get("objective"), *(searched.values if isinstance(searched, Values) else ())]
+        names = {name.removeprefix(OBJECTIVE) for name in self.space if name.startswith(OBJECTIVE)}
+        return names.union(*(parse_objective(str(text)) for text in texts if text is not None))
+
     def point(self, number: int) -> dict[str, object]:
         """Return the parameters of a point, numbered below `points`; the last option of the space changes fastest."""
         assert self.choices is not None
@@ -163,6 +202,10 @@ class Trials:
             number, place = divmod(number, len(values))
             params[name] = values[place]
         return {name: params[name] for name in self.space}
+
+
+def _least(entry: Values | Range) -> float:
+    return entry.low if isinstance(entry, Range) else min(map(float, entry.values))  # type: ignore[arg-type]
 
 
 def _with(base: Options, params: dict[str, object]) -> Options:
@@ -227,9 +270,11 @@ def _names(space: dict[str, object]) -> dict[str, object]:
 
 def _base(config: SweepConfig) -> Options:
     base = checked_values(TrainConfig, config.train, "train")
-    for name, where in (("cache", "--cache"), ("metric", "metric:, beside train:")):
+    for name, where in (("cache", "--cache"), ("out", "--out"), ("metric", "metric:, beside train:")):
         if name in base:
             raise ConfigError(f"train: {name!r} is set for the whole sweep by {where}; remove it from the table.")
+    if "push_to_hub" in base:
+        raise ConfigError(f"train: 'push_to_hub': {_NOT_UPLOADED}.")
     if "eval_cache" not in base:
         base.setdefault("eval_fraction", 0.1)  # trials are compared on rows that none of them saw
         if not base["eval_fraction"]:

@@ -29,6 +29,7 @@ from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
 from offline_kto.kto_core.console import is_silent, tell, warn
 from offline_kto.kto_core.durable_files import write_text, written_to
 from offline_kto.kto_core.errors import ConfigError, TrainingError, printable
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.launch import settle_launch, world_size
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.lock import LOCK, only_writer
@@ -37,6 +38,7 @@ from offline_kto.kto_core.redaction import hidden_url, without_secrets
 from offline_kto.kto_core.streams import is_terminal
 from offline_kto.kto_core.yaml_files import named_file
 from offline_kto.train.data.held_out import check_fraction
+from offline_kto.train.data.objectives import check_objectives
 from offline_kto.train.data.row_words import rows_in_words, scored_in_words
 from offline_kto.train.report.words import duration
 from offline_kto.train.run_files import make_folder, yaml_without_secrets
@@ -134,6 +136,20 @@ def _check_held_out(manifest: Manifest, trials: Trials) -> None:
         check_fraction(fraction, prompts)
 
 
+def _check_objectives(config: SweepConfig, manifest: Manifest, trials: Trials) -> None:
+    """Check that the caches have the objectives of all trials, before the study is created.
+
+    Raises:
+        TrainingError: one of them is unknown.
+        ConfigError: no trial can be planned.
+    """
+    held_out = trials.base.get("eval_cache")
+    check_objectives(sorted(trials.objectives()), manifest, config.cache)
+    if held_out is not None:
+        check_objectives(sorted(trials.objectives()), _manifest(held_out), held_out)
+    trials.planned()
+
+
 def _rows(manifest: Manifest, trials: Trials) -> dict[str, RowsIdentity]:
     """Return the identity of the rows that all trials read, as `TrainingData.identity` does."""
     held_out = trials.base.get("eval_cache")
@@ -159,6 +175,7 @@ def _identity(config: SweepConfig, rows: dict[str, RowsIdentity]) -> dict[str, o
 def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
     manifest = _manifest(config.cache)
     _check_held_out(manifest, trials)
+    _check_objectives(config, manifest, trials)
     rows = _rows(manifest, trials)
     if not (out / SWEEP).exists():
         _write_config(config, out)
@@ -297,7 +314,7 @@ def _print_plan(
     names = ", ".join(trials.space)
     tell(f"cache       {config.cache} (fingerprint {manifest.fingerprint[:12]})")
     all_of_them = " (all combinations)" if trials.count == trials.points and config.search != "grid" else ""
-    tell(f"search      {config.search} over {names}, {trials.count:,} trials{all_of_them}")
+    tell(f"search      {config.search} over {names}, {counted(trials.count, 'trial')}{all_of_them}")
     tell(f"scored      {scored_in_words(manifest)}")
     rows = workers.trained_with.get("data")
     if rows:
@@ -306,7 +323,9 @@ def _print_plan(
     if rows:
         tell(f"updates     {_updates_in_words(trials, rows)}")
     tell(f"time        {_time_in_words(results, left, len(workers))}")
-    tell(f"workers     {len(workers)} ({os.cpu_count()} CPU cores, {len(Workers.gpus(trials))} GPUs)")
-    tell(f"sweep       {out} ({trials.count - left:,} trials done, {left:,} to go)")
+    tell(
+        f"workers     {len(workers)} ({counted(os.cpu_count() or 1, 'CPU core')}, {counted(len(Workers.gpus(trials)), 'GPU')})"
+    )
+    tell(f"sweep       {out} ({counted(trials.count - left, 'trial')} done, {left:,} to go)")
     for line in [*(workers.trained_with.get("warnings") or []), *trials.warnings()]:
         warn(line)

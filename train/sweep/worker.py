@@ -40,6 +40,7 @@ from offline_kto.train.run.plan import print_data
 from offline_kto.train.run.training_run import TrainingRun, versions
 from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
 from offline_kto.train.run_records import EvaluationRecord, TrainedWith
+from offline_kto.train.samples_file import SAMPLES
 from offline_kto.train.sweep.messages import Ended, Evaluated, Kept, Stop
 from offline_kto.train.sweep.space import Trials, Values
 from offline_kto.train.trainer.evaluation import drawn_values
@@ -95,8 +96,8 @@ class Worker:
 
     def check(self, trials: Trials) -> tuple[str, TrainedWith | str]:
         """Return whether cache, policy and options can be used; called before the first trial."""
-        config = trials.config({"loss": trials.base.get("loss", TrainConfig.loss)})
         try:
+            config = trials.planned()
             data = self.materials.data(config)
             self.materials.files(config, data.rows.manifest)
             precision = run_precision(config, resolve_device(config.device))
@@ -107,7 +108,8 @@ class Worker:
             return "refused", _other_rows(config)
         lines = [*data.warnings(config, precision), *self._losses_refused(trials)]
         if not {"desirable_weight", "undesirable_weight"} & set(trials.space) or not all(data.class_masses):
-            lines += class_warnings(*data.class_masses, class_weight_values(config, *data.class_masses))
+            weights = class_weight_values(config, *data.class_masses)
+            lines += class_warnings(*data.class_masses, weights, by_mass=data.rows.masses is not None)
         return "ready", {
             "versions": versions(),
             "reference": data.rows.manifest.reference,
@@ -196,6 +198,8 @@ class Worker:
         run.train()
         self.checked.add(key)
         found = run.sum_up()
+        for line in run.finish_samples():
+            tell(line)
         scores, metric = run.trainer.held_out_scores, run.config.metric.removeprefix("eval/")
         assert found is not None
         assert scores is not None
@@ -216,8 +220,9 @@ class Worker:
         """Save the best model so far as a run folder; it is renamed when the sweep ends."""
         out = folder / MODEL
         out.mkdir()
-        for name in (METRICS, CONFIG, EVALUATION, REWARDS):
-            shutil.copy2(folder / name, out / name)
+        for name in (METRICS, CONFIG, EVALUATION, REWARDS, SAMPLES):
+            if name != SAMPLES or (folder / name).exists():
+                shutil.copy2(folder / name, out / name)
         write_run_record(out, {**read_run_record(folder), "trial": int(folder.name)})
         run.save_model(out)
         run.write_card(out, found)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from offline_kto.kto_core.losses.bootstrap import RESAMPLES, expanded_level, interval, replicates
 from offline_kto.kto_core.losses.metrics import right_mass
+from offline_kto.kto_core.losses.preference_losses import sft_losses
 from offline_kto.kto_core.losses.verdict import Change, Verdict, judge
 from offline_kto.train.diagnostics.outcome import Tried, advice
 from offline_kto.train.run_records import EvaluationRecord, MetricInterval, VerdictRecord
@@ -224,6 +225,8 @@ def _statistics(scores: Scores, objective: Objective, weights: Tensor) -> dict[s
     for name, among in zip(("chosen", "rejected"), scores.masses.unbind(1), strict=True):
         found[f"rewards/{name}"] = objective.beta * mean(scores.logratios, among)
         found[f"logps/{name}"] = mean(scores.logps, among)
+    if objective.sft_weight:
+        found["nll"] = mean(sft_losses(scores.logps, scores.tokens), scores.masses[:, 0])
     found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
     found["accuracy"] = (weights * right_mass(distances, scores.masses)).sum(1) / total
     for name, of_objective in scores.objectives.items():

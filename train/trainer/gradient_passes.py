@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from offline_kto.kto_core.losses.metrics import BatchOutcome, Tokens
+from offline_kto.kto_core.losses.preference_losses import sft_losses
 from offline_kto.kto_core.losses.router_losses import count_routed_tokens, router_balance_loss
 from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
@@ -238,7 +239,8 @@ class GradientPasses:
 
     def _outcome(self, facts: RowFacts, scores: RowScores, point: Tensor, tokens: Tokens) -> BatchOutcome:
         losses, midpoints = self._losses(facts, scores, point), self.objective.midpoints(scores.logratios, point)
-        return BatchOutcome(losses, scores.logratios, scores.logps, facts.masses, midpoints, tokens)
+        nll = sft_losses(scores.logps, facts.tokens) if self.objective.sft_weight else None
+        return BatchOutcome(losses, scores.logratios, scores.logps, facts.masses, midpoints, tokens, nll)
 
     @torch.no_grad()
     def _router_balance(self, inputs: UpdateInputs) -> "_RouterBalance":

@@ -385,11 +385,6 @@ class KTOTrainer(transformers.Trainer):
                 publish_checkpoint(checkpoint, out)
                 self.remove_old_checkpoints()
             self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(out / checkpoint.name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        pass  # pushed after renaming, by `_save_checkpoint`
 
     def remove_old_checkpoints(self) -> None:
         """Remove all but the last checkpoints and the best one. A killed run may leave one more, incomplete."""
