@@ -258,7 +258,9 @@ def equals_live_reference(run: Path, base: Path, config: TrainConfig) -> None:
     start = load_file(base / "model.safetensors")
     found, moved = load_file(run / "model.safetensors"), 0.0
     for name, value in expected.state_dict().items():
-        torch.testing.assert_close(found[name], value, atol=3e-5, rtol=0)
+        # Adam divides by the size of a gradient: under cpo a weight whose first one is 1e-7, against a median of 1e-2, moves by
+        # 4e-5 with the order of sums, which sharing the prompts changes.
+        torch.testing.assert_close(found[name], value, atol=6e-5 if config.loss == "cpo" else 3e-5, rtol=0)
         moved = max(moved, float((found[name] - start[name]).abs().max()))
     assert moved > 1e-3
 

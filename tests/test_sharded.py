@@ -90,6 +90,36 @@ def test_two_sharded_ranks_equal_one_process(tied: bool, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_pairs_share_their_prompts_in_sharded_passes(tmp_path: Path) -> None:
+    """One rank has two long pairs while the other has many short ones; the check runs on both."""
+    rows = []
+    for number in range(9):
+        text = f"{number} " + "hello world " * (30 if number % 3 == 0 else 8)
+        rows.append({"prompt": text, "chosen": f"red {number}", "rejected": f"stone stone {number}"})
+    base, out = save_tiny(tmp_path / "base", "llama", tie_word_embeddings=True), tmp_path / "refs"
+    precompute(PrecomputeConfig(model=str(base), data=str(write_rows(tmp_path / "p.jsonl", rows)), out=out))
+    config = TrainConfig(
+        cache=out,
+        out=tmp_path / "one",
+        batch_size=6,
+        max_steps=3,
+        max_tokens=400,
+        learning_rate=3e-3,
+        save_steps=0,
+        loss="dpo",
+    )
+    noted = """
+import offline_kto.train.trainer.prepared_policy as of
+apart = of.share_keys
+of.share_keys = lambda rows: print("shares") or apart(rows)
+"""
+    done = launch(config, tmp_path / "two", "--loss", "dpo", "--save-steps", "0", before=noted)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "shares" in done.stdout
+    assert_same_weights(train(config), tmp_path / "two")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_one_rank_reads_the_weights_for_both(tied: bool, tmp_path: Path) -> None:
     """With `fsdp_cpu_ram_efficient_loading`; the model takes 24 MB."""

@@ -26,6 +26,7 @@ from offline_kto.kto_core.scoring.known_boundaries import known_boundaries
 from offline_kto.kto_core.scoring.model_code import family_of, model_code
 from offline_kto.kto_core.scoring.output_layer import Head
 from offline_kto.kto_core.scoring.sequences import TokenIds, boundary_arguments, pad_sequences
+from offline_kto.kto_core.scoring.shared_attention import shared_arguments
 from offline_kto.kto_core.scoring.shared_prompts import Batch, SharedPrompts, hidden_states
 
 # Rounding can raise the log-probability of a certain token above 0 nats by this much; more is an error.
@@ -120,7 +121,11 @@ def _score(model: Model, batch: Batch, router_logits: bool, takes: Collection[st
     if _POSITIONS in takes:
         # Explicit, because models with absolute positions otherwise derive them from an attention mask.
         extra[_POSITIONS] = batch.position_ids
-    if gives_boundaries:
+    if batch.shared is not None:
+        if _BOUNDARIES not in takes:
+            raise ModelError(f"{type(model).__name__}: its code does not pass arguments on to attention.")
+        extra |= shared_arguments(batch)
+    elif gives_boundaries:
         extra |= boundary_arguments(batch.boundaries, batch.boundaries, batch.widest, batch.widest)
     if router_logits:
         extra["output_router_logits"] = True

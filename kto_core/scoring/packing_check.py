@@ -1,5 +1,6 @@
 """Check that concatenated sequences do not see each other, and have the scores of sequences in separate rows."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -44,7 +45,14 @@ class Packing(NamedTuple):
 
 
 @torch.no_grad()
-def measure_packing(model: Model, device: torch.device, rows: Sequence[TokenIds]) -> Packing:
+def measure_packing(
+    model: Model,
+    device: torch.device,
+    rows: Sequence[TokenIds],
+    layout: Callable[[Sequence[TokenIds]], Sequences] = pack_sequences,
+    *,
+    keep_prompts: bool = False,
+) -> Packing:
     """Measure whether sequences see each other when they are concatenated, in eval mode.
 
     The ids of one sequence are changed, and nothing else: shapes and boundaries stay, so that a kernel that keeps the
@@ -53,6 +61,8 @@ def measure_packing(model: Model, device: torch.device, rows: Sequence[TokenIds]
     Args:
         model: prepared by `add_scoring_forward`, wrapped or not.
         rows: two sequences.
+        layout: concatenates them.
+        keep_prompts: whether only the ids of completions are changed.
     """
     model.eval()
 
@@ -65,10 +75,11 @@ def measure_packing(model: Model, device: torch.device, rows: Sequence[TokenIds]
         earlier, _ = scores(layout, [rows[0], changed[1]])
         return max(_largest(second - untouched), _largest(first - earlier))
 
-    changed = [_changed(row, rows, whole_shape(model.get_input_embeddings().weight)[0]) for row in rows]
-    packed, apart = (scores(layout, rows) for layout in (pack_sequences, pad_sequences))
+    change = functools.partial(_changed, rows=rows, vocabulary=whole_shape(model.get_input_embeddings().weight)[0])
+    changed = [(row[0], change(row)[1]) if keep_prompts else change(row) for row in rows]
+    packed, apart = scores(layout, rows), scores(pad_sequences, rows)
     return Packing(
-        moved=moved(pack_sequences, *packed),
+        moved=moved(layout, *packed),
         moved_apart=moved(pad_sequences, *apart),
         differs=float((torch.cat(packed) - torch.cat(apart)).abs().nan_to_num(nan=float("inf")).mean()),
     )

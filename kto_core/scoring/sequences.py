@@ -3,6 +3,9 @@
 padded    p0 p1 c0 c1 c2     packed    p0 p1 c0 c1 c2 q0 d0 d1
           q0 d0 d1 .  .                 0  1  2  3  4  0  1  2    (positions)
                                         0              5       8  (boundaries)
+
+shared    p0 p1 | c0 c1 c2 | d0 d1    a prompt and two completions of it: each part between bars attends to its keys,
+          0  1    2  3  4    2  3     the second completion's are p0 p1 d0 d1
 """
 
 from collections.abc import Sequence
@@ -51,6 +54,22 @@ def padded_widths(config: ModelConfig, device_type: str) -> Widths:
     return Widths(_MULTIPLE.get(device_type, 1), min(limits, default=2**31))
 
 
+class SharedKeys(NamedTuple):
+    """The keys that the parts of a micro-batch attend to: a part is a prompt, or a completion after its prompt.
+
+    The last query and the last key of a part are the same token, so that causal attention is aligned at the end.
+
+    Attributes:
+        slots: int64, shape (keys,): the slot, of batch * length, of each key, part after part.
+        boundaries: int32, shape (parts + 1,): the key at which each part begins; then their number.
+        widest: keys of one part, at most.
+    """
+
+    slots: Tensor
+    boundaries: Tensor
+    widest: int
+
+
 class Sequences(NamedTuple):
     """One micro-batch. Indices are computed on the host, because reading a mask on a GPU would block its queue.
 
@@ -62,9 +81,11 @@ class Sequences(NamedTuple):
         targets: int64, shape (completion tokens,): their ids.
         row_of_token: int64, shape (completion tokens,): the row each belongs to.
         boundaries: int32, shape (rows + 1,): the slot, of batch * length, at which each row begins; then batch * length.
+            With `shared` they are those of parts instead of rows.
         rows: number of sequences; equal to `batch` if padded, more if packed.
         tokens: number of tokens without padding.
         widest: slots between two boundaries, at most.
+        shared: the keys of each part if rows share prompts; None if each row attends to itself.
     """
 
     input_ids: Tensor
@@ -77,6 +98,7 @@ class Sequences(NamedTuple):
     rows: int
     tokens: int
     widest: int
+    shared: SharedKeys | None = None
 
     @property
     def padded_tokens(self) -> int:
@@ -122,11 +144,68 @@ def pack_sequences(rows: Sequence[TokenIds]) -> Sequences:
     return _sequences(rows, ids, positions, np.ones(ids.shape, dtype=bool), boundaries)
 
 
+def share_keys(rows: Sequence[TokenIds]) -> Sequences:
+    """Concatenate (prompt ids, completion ids) pairs into one row, each prompt once.
+
+    The completions of a prompt have the positions after it, and attend to its keys and to their own. Gradients of all of
+    them flow into the prompt. Only attention prepared by `shared_attention.py` computes it.
+    """
+    parts: list[np.ndarray] = []
+    slots: list[np.ndarray] = []  # of the keys of each part
+    positions: list[np.ndarray] = []
+    prompts: dict[bytes, np.ndarray] = {}  # slots of each prompt
+    predicts = []
+    length = 0
+
+    def add(ids: np.ndarray, before: np.ndarray) -> np.ndarray:
+        nonlocal length
+        own = length + np.arange(len(ids))
+        length += len(ids)
+        parts.append(ids)
+        slots.append(np.concatenate([before, own]))
+        positions.append(len(before) + np.arange(len(ids)))
+        return own
+
+    for prompt, completion in rows:
+        key = prompt.tobytes()
+        if key not in prompts:
+            prompts[key] = add(prompt, np.empty(0, dtype=np.int64))
+        own = add(completion, prompts[key])
+        predicts.append(np.concatenate([prompts[key][-1:], own[:-1]]))
+    keys = np.cumsum([0, *map(len, slots)])
+    return _sequences(
+        rows,
+        np.concatenate(parts).astype(np.int64)[None],
+        np.concatenate(positions)[None],
+        np.ones((1, length), dtype=bool),
+        np.cumsum([0, *map(len, parts)]),
+        predicts=predicts,
+    )._replace(
+        shared=SharedKeys(
+            slots=torch.from_numpy(np.concatenate(slots)),
+            boundaries=torch.from_numpy(keys.astype(np.int32)),
+            widest=int(np.diff(keys).max()),
+        )
+    )
+
+
+def tokens_of_shared(rows: Sequence[TokenIds]) -> int:
+    """Return the tokens of `share_keys`."""
+    prompts = {prompt.tobytes(): len(prompt) for prompt, _ in rows}
+    return sum(prompts.values()) + sum(len(completion) for _, completion in rows)
+
+
 def _sequences(
-    rows: Sequence[TokenIds], ids: np.ndarray, positions: np.ndarray, real: np.ndarray, boundaries: np.ndarray
+    rows: Sequence[TokenIds],
+    ids: np.ndarray,
+    positions: np.ndarray,
+    real: np.ndarray,
+    boundaries: np.ndarray,
+    *,
+    predicts: Sequence[np.ndarray] | None = None,
 ) -> Sequences:
     # The hidden state at t predicts token t + 1.
-    predicts = [
+    predicts = predicts or [
         start + len(prompt) - 1 + np.arange(len(completion))
         for start, (prompt, completion) in zip(boundaries[:-1], rows, strict=True)
     ]

@@ -35,7 +35,7 @@ def register_varlen(library: Transformers) -> None:
     masks = library.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     if VARLEN in attentions.valid_keys():
         return
-    library.AttentionInterface.register(VARLEN, _attention(attentions["sdpa"]))
+    library.AttentionInterface.register(VARLEN, varlen_attention(attentions["sdpa"]))
     library.AttentionMaskInterface.register(VARLEN, _mask(masks["sdpa"]))
 
 
@@ -77,7 +77,9 @@ def _mask(sdpa_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | Non
     return mask
 
 
-def _attention(sdpa: Attend) -> Attend:
+def varlen_attention(sdpa: Attend) -> Attend:
+    """Return the attention that takes boundaries, and is `sdpa` without them."""
+
     def attention(
         module: Model,
         query: Tensor,

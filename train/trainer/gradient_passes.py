@@ -21,13 +21,14 @@ from offline_kto.kto_core.out_of_memory import one_memory_error
 from offline_kto.kto_core.scoring.batching import GRADIENT_PASS_COST, micro_batches, packed_batches
 from offline_kto.kto_core.scoring.logps import token_logps
 from offline_kto.kto_core.scoring.output_layer import add_gradients_in_place
-from offline_kto.kto_core.scoring.sequences import FILLER, Sequences
+from offline_kto.kto_core.scoring.sequences import FILLER, Sequences, tokens_of_shared
 from offline_kto.train.data.cache_rows import TrainingRow, total_mass
 from offline_kto.train.trainer.finite_checks import check_losses
 from offline_kto.train.trainer.gradient_sums import GradientSums
 from offline_kto.train.trainer.memory import Budget, Meter, optimizer_bytes, tokens_that_fit
 from offline_kto.train.trainer.objective import Objective, RowScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
+from offline_kto.train.trainer.prompt_sharing import PromptSharing
 from offline_kto.train.trainer.reference_point import ReferencePoint
 from offline_kto.train.trainer.update_inputs import RowFacts, UpdateInputs
 
@@ -62,6 +63,8 @@ class GradientPasses:
         self._in_place = [] if policy.ranks.sharded else add_gradients_in_place(policy.model)
         self._balance: _RouterBalance | None = None
         self._balances_experts = bool(getattr(policy.model.config.get_text_config(), "output_router_logits", False))
+        self._sharing = PromptSharing(policy, may_try=not self._updates_in_backward)
+        self._shares = False  # whether the rows of this update share prompts
 
     def run(self, rows: Sequence[TrainingRow], reference: ReferencePoint, *, step: int) -> RankResult:
         """Compute the gradients of the batch's mean loss, summed over unsharded ranks.
@@ -77,8 +80,14 @@ class GradientPasses:
             torch.OutOfMemoryError: on a single unit, or on a sharded model.
             TrainingError: a loss is not finite.
         """
-        policy = self.policy
-        least = self.objective.rows_in_unit * max(len(row.matched) for row in rows)  # a unit cannot be split
+        policy, size = self.policy, self.objective.rows_in_unit
+        self._shares = size > 1 and self._sharing.decide(
+            [[row.matched.ids for row in unit] for unit in self._units(rows)]
+        )
+        # A unit cannot be split.
+        least = (
+            max(map(self._tokens, self._units(rows))) if self._shares else size * max(len(row.matched) for row in rows)
+        )
         sums = policy.ranks.gradient_sums(policy.model, unannounced=self._in_place)
         self._balance = None
         while True:
@@ -152,7 +161,7 @@ class GradientPasses:
         self._begin_gradients()
         parts = self._cut(own)
         parts += [[]] * (passes - len(parts))  # other ranks run more
-        inputs = UpdateInputs(own, parts, policy=policy, objective=self.objective)
+        inputs = UpdateInputs(own, parts, policy=policy, objective=self.objective, share=self._shares)
         if self._balances_experts and self._balance is None:  # all ranks count once, also if one repeats its passes
             self._balance = self._router_balance(inputs)
         shape = self.objective.scores_per_row, len(own)
@@ -165,7 +174,8 @@ class GradientPasses:
                 of_part = self.objective.row_scores(micro_batch.reference, scored.token_logps, batch)
                 loss = self._losses(micro_batch.facts, of_part, reference.point).sum() / total
                 scores.values.index_copy_(1, micro_batch.where, of_part.values.detach())
-                tokens += Tokens(batch.tokens, batch.tokens, batch.padded_tokens)
+                of_rows = sum(len(own[i].matched) for i in micro_batch.part)
+                tokens += Tokens(of_rows, batch.tokens, batch.padded_tokens)
             else:  # joins the collective operations of sharded ranks, with weight zero
                 loss = scored.token_logps.sum() * 0.0
             if micro_batch.part and self._balance is not None:
@@ -196,7 +206,7 @@ class GradientPasses:
         """Return this rank's rows of a batch, and the least number of passes it must run."""
         units = self._units(rows)
         mine, passes = self.policy.ranks.share(
-            [sum(len(row.matched) for row in unit) for unit in units],
+            [*map(self._tokens, units)],
             lambda part: len(self._cut([row for i in part for row in units[i]])),
         )
         return [row for i in mine for row in units[i]], passes
@@ -206,15 +216,20 @@ class GradientPasses:
         size = self.objective.rows_in_unit
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
+    def _tokens(self, unit: Sequence[TrainingRow]) -> int:
+        """Return the tokens of a unit in a pass, without padding."""
+        if self._shares:
+            return tokens_of_shared([row.matched.ids for row in unit])
+        return sum(len(row.matched) for row in unit)
+
     def _cut(self, rows: Sequence[TrainingRow]) -> list[list[int]]:
         """Return positions into `rows` for each micro-batch; units are not split."""
-        size, max_tokens = self.objective.rows_in_unit, self.policy.max_tokens
-        lengths = [[len(row.matched) for row in unit] for unit in self._units(rows)]
-        if self.policy.packs:
-            parts = packed_batches([sum(unit) for unit in lengths], max_tokens)
+        size, max_tokens, units = self.objective.rows_in_unit, self.policy.max_tokens, self._units(rows)
+        if self.policy.packs or self._shares:
+            parts = packed_batches([*map(self._tokens, units)], max_tokens)
         else:
             budget = max(1, max_tokens // size)
-            widths = [self.policy.widths.of(max(unit)) for unit in lengths]
+            widths = [self.policy.widths.of(max(len(row.matched) for row in unit)) for unit in units]
             parts = micro_batches(widths, budget, pass_cost=GRADIENT_PASS_COST)
         return [[unit * size + k for unit in part for k in range(size)] for part in parts]
 

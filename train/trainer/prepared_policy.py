@@ -19,6 +19,7 @@ from offline_kto.kto_core.scoring.sequences import (
     pack_sequences,
     pad_sequences,
     padded_widths,
+    share_keys,
 )
 from offline_kto.train.trainer.ranks import Ranks
 
@@ -105,8 +106,14 @@ class PreparedPolicy:
         torch.cuda.empty_cache()
         tell(f"out of memory: continuing with --max-tokens {self.max_tokens}")
 
-    def lay_out(self, sequences: Sequence[TokenIds]) -> Sequences:
-        """Return one micro-batch on the host, packed or padded."""
+    def lay_out(self, sequences: Sequence[TokenIds], *, share: bool = False) -> Sequences:
+        """Return one micro-batch on the host, packed or padded.
+
+        Args:
+            share: concatenate them, each prompt once; see `prompt_sharing.py`.
+        """
+        if share:
+            return share_keys(sequences)
         return pack_sequences(sequences) if self.packs else pad_sequences(sequences, self.widths)
 
     def zero(self) -> Tensor:

@@ -55,6 +55,7 @@ class UpdateInputs:
     Args:
         rows: of this rank.
         parts: positions into `rows` for each micro-batch; an empty part is a pass without rows.
+        share: whether rows of a micro-batch share prompts.
 
     Attributes:
         facts: of all rows, on the device.
@@ -67,8 +68,9 @@ class UpdateInputs:
         *,
         policy: PreparedPolicy,
         objective: Objective,
+        share: bool = False,
     ) -> None:
-        self._rows, self._policy, self._objective = rows, policy, objective
+        self._rows, self._policy, self._objective, self._share = rows, policy, objective, share
         groups = [*in_transfers(parts, lambda part: sum(len(rows[j].matched) for j in part), policy.device)]
         first, self._later = groups[0] if groups else [], groups[1:]
         self.facts, self._first = to_device((RowFacts.of(rows), self._laid_out(first)), policy.device)
@@ -88,7 +90,7 @@ class UpdateInputs:
         reference = [self._objective.reference_values(row.matched) for row in rows]
         return MicroBatch(
             part=tuple(part),
-            batch=self._policy.lay_out([row.matched.ids for row in rows] or [FILLER]),
+            batch=self._policy.lay_out([row.matched.ids for row in rows] or [FILLER], share=self._share),
             where=torch.tensor(part, dtype=torch.int64),
             reference=torch.from_numpy(np.concatenate([np.empty(0), *reference])),
             facts=RowFacts.of(rows),
