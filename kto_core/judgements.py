@@ -24,7 +24,7 @@ class Masses(NamedTuple):
 
     @property
     def label(self) -> bool:
-        """Whether the row counts as desirable where a row has one class: batch order, hold-outs and balance."""
+        """Return whether the row counts as desirable where a row has one class: batch order, hold-outs and balance."""
         return self.desirable >= self.undesirable
 
 
@@ -47,7 +47,7 @@ class Judgement:
 
     @property
     def is_one_bit(self) -> bool:
-        """Whether a label says the same."""
+        """Return whether a label says the same."""
         return not self.objectives and self.masses in ONE_BIT
 
 

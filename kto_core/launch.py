@@ -72,7 +72,7 @@ class Launch:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process locks, checks and writes the folders of the launch."""
+        """Return whether this process locks, checks and writes the folders of the launch."""
         return self.rank == 0
 
     @property

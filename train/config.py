@@ -284,7 +284,7 @@ class TrainConfig:
 
     @property
     def holds_out(self) -> bool:
-        """Whether the run has held-out rows."""
+        """Return whether the run has held-out rows."""
         return bool(self.eval_fraction) or self.eval_cache is not None
 
     def prompts_to_sample(self, *, in_sweep: bool = False) -> int:
@@ -299,7 +299,7 @@ class TrainConfig:
 
     @property
     def keeps_best(self) -> bool:
-        """Whether a run with held-out rows ends with the model of its best evaluation."""
+        """Return whether a run with held-out rows ends with the model of its best evaluation."""
         return self.keep != "last"
 
     def updates(self, rows: int) -> int:

@@ -37,12 +37,12 @@ class LossTraits:
 
     @property
     def needs_mismatched(self) -> bool:
-        """Whether mismatched rows are scored before each update."""
+        """Return whether mismatched rows are scored before each update."""
         return self.measured_from == "z0"
 
     @property
     def needs_shift(self) -> bool:
-        """Whether the rows of a batch are scored before the pass that trains on them, to update the reward shift."""
+        """Return whether the rows of a batch are scored before the pass that trains on them, to update the reward shift."""
         return self.measured_from == "reward shift"
 
 

@@ -109,7 +109,7 @@ class Manifest:
 
     @property
     def has_places(self) -> bool:
-        """Whether the shards say where their rows are in the feedback."""
+        """Return whether the shards say where their rows are in the feedback."""
         return self.data.get("places_hash") is not None
 
     @property

@@ -49,7 +49,7 @@ class ChatRenderer:
 
     @cached_property
     def written(self) -> RenderedText:
-        """How text looks that the template has written; its parts are empty if they cannot be determined."""
+        """Return how the template writes text; its parts are empty if they cannot be determined."""
         special = sorted(one for one in _special_tokens(self._tokenizer) if len(one) > 2)
         ask, answer = {"role": "user", "content": "ktoquestion"}, {"role": "assistant", "content": "ktoanswer"}
         before, found, after = self._tried([ask], add_generation_prompt=True).partition("ktoquestion")

@@ -62,19 +62,19 @@ class Reading:
 
     @property
     def label(self) -> bool:
-        """Whether the row counts as desirable."""
+        """Return whether the row counts as desirable."""
         return self.judgement.masses.label
 
     @property
     def is_label(self) -> bool:
-        """Whether a label says the same: there are no votes, and the row is one bit."""
+        """Return whether a label says the same: there are no votes, and the row is one bit."""
         if self is _OF_LABEL[True] or self is _OF_LABEL[False]:
             return True
         return not self.ballots and not self.left_out and self.judgement.is_one_bit
 
     @property
     def is_decided(self) -> bool:
-        """Whether one mass is greater than the other."""
+        """Return whether one mass is greater than the other."""
         good, bad = self.judgement.masses
         return good != bad
 

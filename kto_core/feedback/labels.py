@@ -129,7 +129,7 @@ class LabelRule:
 
     @property
     def has_comparison(self) -> bool:
-        """Whether values are numbers on a scale."""
+        """Return whether values are numbers on a scale."""
         return any(map(_is_comparison, (*self.up, *self.down)))
 
     def verdict(self, value: object, where: str, field: str) -> bool:
@@ -319,12 +319,12 @@ class Scale:
 
     @property
     def is_usual(self) -> bool:
-        """Whether all values are true, false, 1, 0 or usual words, or say that there is none."""
+        """Return whether all values are true, false, 1, 0 or usual words, or say that there is none."""
         return all(value == "(none)" or usual_label(_parsed(value)) is not None for value in self.counts)
 
     @property
     def is_numbers(self) -> bool:
-        """Whether all values are numbers, or say that there is none."""
+        """Return whether all values are numbers, or say that there is none."""
         return all(value == "(none)" or number_in(value.strip('"')) is not None for value in self.counts)
 
     def verdict(self, shown: str) -> bool | None:

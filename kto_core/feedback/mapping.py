@@ -137,7 +137,7 @@ class Mapping:
 
     @property
     def has_label(self) -> bool:
-        """Whether the mapping has a label, which options may change; pairs have none."""
+        """Return whether the mapping has a label, which options may change; pairs have none."""
         return (self.turns.label if self.turns is not None else self.label) is not None
 
     def fits(self, record: Record, where: str) -> bool:

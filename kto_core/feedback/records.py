@@ -91,12 +91,12 @@ class FeedbackRow:
 
     @property
     def desirable_mass(self) -> float:
-        """How much speaks for the completion, before the weight."""
+        """Return how much speaks for the completion, before the weight."""
         return self.judgement.masses.desirable
 
     @property
     def undesirable_mass(self) -> float:
-        """How much speaks against it, before the weight."""
+        """Return how much speaks against it, before the weight."""
         return self.judgement.masses.undesirable
 
     @property

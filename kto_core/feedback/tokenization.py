@@ -69,7 +69,7 @@ class Tokenizing:
 
     @property
     def dated(self) -> bool:
-        """Whether a template wrote the date."""
+        """Return whether a template wrote the date."""
         return self._renderer.dated
 
     def rendered_text(self) -> RenderedText:

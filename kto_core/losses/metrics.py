@@ -71,7 +71,7 @@ class BatchOutcome:
 
     @property
     def finite(self) -> Tensor:
-        """Whether each row's loss, and what it was computed from, is finite; bool, shape (rows,)."""
+        """Return whether each row's loss, and what it was computed from, is finite; bool, shape (rows,)."""
         return self.logratios.isfinite() & self.losses.isfinite() & self.point.isfinite()
 
     def sums(self) -> Tensor:

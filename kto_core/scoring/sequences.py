@@ -106,7 +106,7 @@ class Sequences(NamedTuple):
 
     @property
     def is_packed(self) -> bool:
-        """Whether sequences are concatenated."""
+        """Return whether sequences are concatenated."""
         return self.rows > len(self.input_ids)
 
     def to(self, device: torch.device | str) -> "Sequences":

@@ -156,7 +156,7 @@ class _Sequences(NamedTuple):
 
     @property
     def has_groups(self) -> bool:
-        """Whether several heads of queries share one of keys."""
+        """Return whether several heads of queries share one of keys."""
         return self.query.shape[1] != self.key.shape[1]
 
 

@@ -51,7 +51,7 @@ class TransformersScorer:
 
     @property
     def packs(self) -> bool:
-        """Whether sequences are concatenated; `self_check` decides."""
+        """Return whether sequences are concatenated; `self_check` decides."""
         return self._passes.pack
 
     def self_check(self, sequences: Sequence[TokenIds]) -> None:

@@ -63,7 +63,7 @@ class DataFormat:
 
     @property
     def is_native(self) -> bool:
-        """Whether the native formats are read, whose columns are known."""
+        """Return whether the native formats are read, whose columns are known."""
         return self.mapping is None and self._info is None
 
     @property
@@ -73,7 +73,7 @@ class DataFormat:
 
     @property
     def label_paths(self) -> LabelPaths | None:
-        """Where the mapping has the label; None without a mapping, and for pairs."""
+        """Return where the mapping has the label; None without a mapping, and for pairs."""
         if self.mapping is None:
             return None
         return self.mapping.turns.label if self.mapping.turns is not None else self.mapping.label

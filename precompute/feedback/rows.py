@@ -96,7 +96,7 @@ class Feedback:
 
     @property
     def chat(self) -> bool:
-        """Whether text becomes messages."""
+        """Return whether text becomes messages."""
         return self._fields.chat
 
     @property
@@ -243,7 +243,7 @@ class Feedback:
 
     @property
     def _is_own_label(self) -> bool:
-        """Whether no recognised format defines what the numbers of the label mean."""
+        """Return whether no recognised format defines what the numbers of the label mean."""
         label = self._format.label_paths
         preset = self.mapping is not None and (self._config.map is None or self._config.map in presets())
         return not preset or self._config.label_field is not None or (label is not None and label.scores is not None)

@@ -84,7 +84,7 @@ class TrainingRow:
 
     @property
     def label(self) -> bool:
-        """Whether the desirable mass is at least the undesirable one."""
+        """Return whether the desirable mass is at least the undesirable one."""
         return self.masses.label
 
 

@@ -189,7 +189,7 @@ class Watch:
 
     @property
     def got_worse(self) -> bool:
-        """Whether a warning said that the model is getting worse."""
+        """Return whether a warning said that the model is getting worse."""
         return "worse" in self._told
 
     def add(self, record: Mapping[str, object]) -> list[RunWarning]:

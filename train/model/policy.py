@@ -55,7 +55,7 @@ class PolicyFiles:
 
     @property
     def how_adapted(self) -> str:
-        """Where the reference's adapter is, for the printed plan."""
+        """Return where the reference's adapter is, for the printed plan."""
         return "next to its quantised weights" if is_quantized_folder(self.folder) else "merged"
 
     @classmethod

@@ -83,7 +83,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last update was made: a finished run's last record contains its duration."""
+        """Return whether the last update was made: a finished run's last record contains its duration."""
         return any("train_runtime" in record for record in self.records[-3:])
 
     @property

@@ -132,7 +132,7 @@ class Plan:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """Return whether this is the process that prints and writes."""
         return bool(self.args.process_index == 0)
 
     def check(self) -> None:
@@ -239,7 +239,7 @@ class TrainingRun:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Return whether this is the process that writes."""
         return bool(self.trainer.is_world_process_zero())
 
     def train(self) -> None:
@@ -315,7 +315,7 @@ class TrainingRun:
 
     @property
     def _starts_as_reference(self) -> bool:
-        """Whether the untrained policy is the cached reference, so that its scores need no pass."""
+        """Return whether the untrained policy is the cached reference, so that its scores need no pass."""
         return not self.config.allow_different_policy
 
     def _begin_held_out(self) -> None:
@@ -336,7 +336,7 @@ class TrainingRun:
 
     @property
     def _merges(self) -> bool:
-        """Whether the run ends by merging its adapters into a base model that exists only in memory."""
+        """Return whether the run ends by merging its adapters into a base model that exists only in memory."""
         return bool(self.config.lora_rank) and self.files.adapter is not None
 
     def sum_up(self) -> EvaluationRecord | None:

@@ -49,7 +49,7 @@ class Scores:
 
     @property
     def labels(self) -> Tensor:
-        """Whether the desirable mass is at least the undesirable one, bool."""
+        """Return whether the desirable mass is at least the undesirable one, bool."""
         return self.masses[:, 0] >= self.masses[:, 1]
 
     @property

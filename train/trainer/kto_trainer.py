@@ -298,7 +298,7 @@ class KTOTrainer(transformers.Trainer):
 
     @property
     def _needs_copy(self) -> bool:
-        """Whether the weights have to be copied: they are not the last ones, and no checkpoint holds them."""
+        """Return whether the weights have to be copied: they are not the last ones, and no checkpoint holds them."""
         is_last = self.state.global_step >= self.state.max_steps
         return self.keeps_best and self.args.save_strategy == "no" and not is_last and not self.policy.ranks.sharded
 

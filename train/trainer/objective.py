@@ -118,7 +118,7 @@ class Objective:
 
     @property
     def _of_tokens(self) -> bool:
-        """Whether the log-ratio of each token is needed, not only the difference of two sums."""
+        """Return whether the log-ratio of each token is needed, not only the difference of two sums."""
         return self.limits is not None or self.clip_epsilon is not None
 
     def reference_values(self, sequence: ScoredSequence) -> np.ndarray:

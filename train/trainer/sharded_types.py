@@ -38,13 +38,13 @@ class Types(NamedTuple):
 
     @property
     def narrow(self) -> MixedPrecisionPolicy:
-        """Of matrices. Inputs are not cast: accelerate's own policy would also round the residual stream."""
+        """Return the types of matrices. Inputs are not cast: accelerate's own policy would also round the residual stream."""
         compute = None if self.compute == torch.float32 else self.compute
         return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=self.reduce, cast_forward_inputs=False)
 
     @property
     def wide(self) -> MixedPrecisionPolicy:
-        """Of all other weights."""
+        """Return the types of all other weights."""
         return MixedPrecisionPolicy(reduce_dtype=self.reduce)
 
 
