@@ -1,9 +1,12 @@
 """Every kind of judgement becomes the masses of its row, in any container, by columns, options and mappings."""
 
 import csv
+import gc
 import json
 import math
 import re
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from offline_kto.kto_core.errors import ConfigError, KTOError
+from offline_kto.kto_core.feedback.judging import judge
+from offline_kto.kto_core.feedback.labels import UNANIMOUS, LabelRule
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
@@ -572,3 +577,33 @@ def test_labels_as_python_prints_them_are_refused_with_the_way_to_write_them(
 def test_the_bound_of_a_weight_is_in_the_message(tmp_path: Path) -> None:
     path = as_jsonl(tmp_path, rows_of({"label": 1, "weight": 1e300}))
     assert "A weight is a finite number of at least 0 and at most 9.0072e+15" in refusal(path)
+
+
+class Record(dict[str, Any]):
+    """A dictionary whose end can be observed."""
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_why_an_objective_is_not_judged_keeps_no_record_in_memory(no_collector: None) -> None:
+    """Free it without the garbage collector, which a plan switches off."""
+    labels = Record(helpful=[1, 0], harmless=[1, 1])
+    freed = weakref.ref(labels)
+    reading = judge(LabelRule(votes=UNANIMOUS), labels, "f:1", "labels")
+    del labels
+    assert [*reading.left_out] == ["helpful"]
+    assert freed() is None
+
+
+def test_a_row_with_one_number_of_votes_keeps_no_record_in_memory(tmp_path: Path, no_collector: None) -> None:
+    _, reader = feedback(as_jsonl(tmp_path, rows_of({"label": 1})))
+    record = Record(**ASKED, up=3)
+    freed = weakref.ref(record)
+    assert not [*reader._rows_of(record, "f:1")]
+    del record
+    assert freed() is None

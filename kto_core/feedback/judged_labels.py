@@ -49,13 +49,15 @@ def judged_row(
     """
     if fields.label is not None:
         return judge(fields.rule, fields.label.find(present, where), where, fields.label.text)
-    one = one_count(record, where)
+    one, reading = one_count(record, where), None
     try:
         reading = _judged(record, present, where, fields)
     except LeftOut as left:
-        if one is not None and left.reason == UNRATED:
-            raise one from None
-        raise
+        if one is None or left.reason != UNRATED:
+            raise
+    if reading is None:
+        assert one is not None
+        raise one  # outside of `except`, whose error would be kept with this one
     if one is not None:
         fields.one_count.append((where, one))
     return reading

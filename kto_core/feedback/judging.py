@@ -202,7 +202,7 @@ def _of_objectives(rule: LabelRule, values: Mapping[object, object], where: str,
         try:
             masses, ballots = _masses(rule, opened(value), where, f"{field}.{name}")
         except LeftOut as left:
-            readings[str(name)] = left
+            readings[str(name)] = left.with_traceback(None)  # whose frames would keep the record
         except UnknownLabelError as error:  # raised once all values of the record are counted
             unknown.append(UnknownLabelError(str(error), field, error.rule))
         else:

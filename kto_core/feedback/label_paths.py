@@ -115,7 +115,7 @@ class LabelPaths:
             try:
                 readings[name] = label.read(data, where)
             except LeftOut as left:
-                readings[name] = left
+                readings[name] = left.with_traceback(None)  # whose frames would keep the record
             except UnknownLabelError as error:  # raised once the values of all objectives are counted
                 unknown.append(error)
         if unknown:

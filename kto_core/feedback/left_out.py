@@ -71,13 +71,10 @@ class LeftOutRows:
 
     Attributes:
         rows: (where, reason, detail) of each, in the order in which they were found.
-        objectives: (where, name, reason, detail) of each objective that counts as not judged although it has a value, in a
-            row that is kept.
     """
 
     rows: list[tuple[str, str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    objectives: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     def add(self, where: str, reason: str, detail: str = "") -> None:
         """Add a row."""

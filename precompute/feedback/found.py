@@ -92,7 +92,6 @@ class Found:
             add_votes(self.agreement, row.reading.ballots)
             for name, left in row.reading.left_out.items():
                 self.not_judged[name, left.reason] += 1
-                self.left_out.objectives.append((row.where, name, left.reason, left.detail))
         if _has_missing(row.completion) or _has_missing(row.prompt):
             self.missing.append(row.where)
 

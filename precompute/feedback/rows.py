@@ -61,6 +61,7 @@ class Feedback:
         self._mistakes: list[tuple[str, KTOError]] = []
         self._too_long: list[tuple[str, str, str]] = []
         self._one_counts: list[tuple[str, OneCountLeftOut]] = []
+        self._objectives_left_out: list[dict[str, str]] = []  # of rows that are kept
         self._suspicions = Suspicions()
         self._contradictions = Contradictions()
         self._format = DataFormat(config)
@@ -130,6 +131,12 @@ class Feedback:
         """Count a row that can be rendered."""
         self.found.add(row)
         self._suspicions.add(row)
+        if (
+            self._config.left_out is not None and row.reading is not None
+        ):  # nothing else needs them, and there may be many
+            self._objectives_left_out += [
+                _entry(row.where, left.reason, left.detail, name) for name, left in row.reading.left_out.items()
+            ]
 
     def reject(self, where: str, error: KTOError) -> None:
         """Note that a row, or a pair, is defective: it is left out, or reported by `finish`.
@@ -152,10 +159,7 @@ class Feedback:
             return
         self._settle_one_counts()
         of_rows = [_entry(*one) for one in (*self.found.left_out.rows, *self._too_long)]
-        of_objectives = [
-            _entry(where, reason, detail, name) for where, name, reason, detail in self.found.left_out.objectives
-        ]
-        entries = sorted([*of_rows, *of_objectives], key=lambda one: _place(one["where"]))
+        entries = sorted([*of_rows, *self._objectives_left_out], key=lambda one: _place(one["where"]))
         lines = [json.dumps(one, ensure_ascii=False) for one in entries]
         with written_to(self._config.left_out.parent, ConfigError, "Name another file with --left-out."):
             write_text(self._config.left_out, "".join(f"{line}\n" for line in lines))
@@ -318,7 +322,7 @@ class Feedback:
             if self.mapping.warn is not None and self.mapping.warn[0].find(record, where):
                 self.found.warned += 1
         except OneCountLeftOut as one:
-            self._one_counts.append((where, one))
+            self._one_counts.append((where, one.with_traceback(None)))  # whose frames would keep the record
         except LeftOut as left:
             self.found.left_out.add(where, left.reason, left.detail)
         except SeveralScoresError:
