@@ -56,6 +56,7 @@ from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.records.sources import describe_source, read_records
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows, RowKey
+from offline_kto.train.data.repeated_rows import repeated_rows
 
 TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 ROOT = Path(__file__).resolve().parents[1]
@@ -695,7 +696,7 @@ def use_rows(folder):
     readable, rows = attempt(lambda: CacheRows(folder), CacheError, folder, folder.name)
     if readable:
         assert 0 <= rows.largest_id < 2**31
-        attempt(lambda: rows.contradictions, CacheError, folder, folder.name)
+        attempt(lambda: repeated_rows(rows, most=0), CacheError, folder, folder.name)
         keys = [RowKey(index, partner) for index in range(len(rows)) for partner in range(min(rows.partners, 9))]
         attempts([functools.partial(rows.__getitem__, key) for key in keys], CacheError, folder, folder.name)
 

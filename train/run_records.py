@@ -199,7 +199,7 @@ class MetricInterval(TypedDict, total=False):
 
 
 class VerdictRecord(TypedDict):
-    """Return whether a model is better than before training.
+    """Whether a model is better than before training.
 
     Attributes:
         outcome: str; better, no difference or worse.

@@ -40,7 +40,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Return whether a model is better than before training, and the change that says so.
+    """Whether a model is better than before training, and the change that says so.
 
     Attributes:
         outcome: better, no difference or worse.

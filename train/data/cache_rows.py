@@ -215,13 +215,6 @@ class CacheRows(Dataset[TrainingRow]):
         return found
 
     @functools.cached_property
-    def contradictions(self) -> int:
-        """Number of distinct rows (prompt and completion) that carry both labels."""
-        labelled = pa.table({"row": self.column("row_id"), "label": self.column("label")})
-        both = labelled.group_by("row").aggregate([("label", "min"), ("label", "max")])
-        return int(pc.sum(pc.not_equal(both["label_min"], both["label_max"])).as_py() or 0)
-
-    @functools.cached_property
     def objectives(self) -> dict[str, np.ndarray]:
         """Masses of the rows by the name of an objective, float64, shape (rows, 2) each; empty without objectives."""
         if not self.manifest.objectives:

@@ -49,7 +49,7 @@ def repeated_rows(rows: CacheRows, *, most: int) -> RepeatedRows:
 def _listed(table: pa.Table, repeated: pa.Table, most: int) -> Repeated:
     first = repeated.slice(0, most)["id"].combine_chunks()
     if not len(first):
-        return Repeated([], 0)
+        return Repeated([], repeated.num_rows)
     found = table.filter(pc.is_in(table["id"], value_set=first))
     group = numbers(pc.index_in(found["id"], value_set=first))
     positions = numbers(found["at"])

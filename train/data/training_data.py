@@ -1,5 +1,6 @@
 """Choose the training and held-out rows of a run, and list the warnings about them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.batches import EpochBatches, split_by_prompt, strata_of, units_of
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.held_out import HeldOutRows, check_fraction
+from offline_kto.train.data.repeated_rows import repeated_rows
 from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 from offline_kto.train.run_records import RunData, RunRecord
 
@@ -130,11 +132,10 @@ class TrainingData:
                 lines.append(
                     f"{counted(shared, 'prompt')} of --eval-cache {are} also trained on; held-out values are no measure for new prompts."
                 )
-        contradictions = self.rows.contradictions
-        if contradictions:
-            carry = "carries" if contradictions == 1 else "carry"
+        if self.contradictions:
+            carry = "carries" if self.contradictions == 1 else "carry"
             lines.append(
-                f"{counted(contradictions, 'completion')} {carry} both labels for the same prompt; the effects cancel "
+                f"{counted(self.contradictions, 'completion')} {carry} both labels for the same prompt; the effects cancel "
                 "out. Decide which label is right, or remove them."
             )
         return lines + self._rare_class(config)
@@ -150,6 +151,11 @@ class TrainingData:
             f"{rare} At least {batches - rarer:,} of {batches:,} batches contain none of them; --batch-size {-(-total // rarer)} "
             "gives each one."
         ]
+
+    @functools.cached_property
+    def contradictions(self) -> int:
+        """Number of distinct rows of the cache (prompt and completion) that carry both labels."""
+        return repeated_rows(self.rows, most=0).contradictions.total
 
     def run_data(self) -> RunData:
         """Return counts and a sample of lengths, for the report."""
@@ -167,7 +173,7 @@ class TrainingData:
             "dropped": self.rows.dropped + (manifest.data.get("dropped") or {}).get(PROMPT_TOO_LONG, 0),
             "unpaired": self.unpaired,
             **self._judgement_data(),
-            "contradictory": self.rows.contradictions,
+            "contradictory": self.contradictions,
             "max_length": self.rows.max_length,
             "shortened": self.rows.shortened,
             "held_out_shortened": None if self._eval_cache is None else self._eval_cache.shortened,

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from offline_kto.kto_core.losses.verdict import LEAST_LOSS, LEAST_MARGIN
+
 Floats = npt.NDArray[np.float64]
 CLASSES = ((True, "desirable"), (False, "undesirable"))
 _POINTS = 1000  # points of one curve
@@ -26,11 +28,11 @@ _ENOUGH_TO_SMOOTH = 40
 _MARGIN = 0.06  # of the range, above and below the values
 # The smallest change that counts as one, as in verdicts. An axis spans five of them, so that smaller changes look small.
 LEAST_CHANGE = {
-    "loss": 0.0025,
+    "loss": LEAST_LOSS,
     "accuracy": 0.02,
-    "rewards/margins": 0.01,
-    "rewards/chosen": 0.01,
-    "rewards/rejected": 0.01,
+    "rewards/margins": LEAST_MARGIN,
+    "rewards/chosen": LEAST_MARGIN,
+    "rewards/rejected": LEAST_MARGIN,
 }
 LEAST_SPAN = {metric: 5 * change for metric, change in LEAST_CHANGE.items()}
 

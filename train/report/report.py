@@ -259,15 +259,12 @@ def _held_out(run: "Run") -> dict[str, object] | None:
         rows.append(
             (words.plain_name(name), before, f"{words.metric_value(name, value)} {bounds}", f"{changed} {ends}")
         )
-    counts = [
-        f"{words.shown(count)} {what}"
-        for what in ("rows", "prompts")
-        if (count := number(evaluation.get(what))) is not None
-    ]
+    counts, step = words.held_out_counts(run), number(evaluation.get("step"))
     note = "The last evaluation in training; no intervals were computed."
     if evaluation:
         resamples = number(evaluation.get("resamples"))
-        note = f"{' of '.join(counts)}, after {words.shown(number(evaluation.get('step')))} updates. " if counts else ""
+        after = "" if step is None else f", after {words.counted(int(step), 'update')}"
+        note = f"{counts}{after}. " if counts else ""
         note += f"95 % intervals from {words.shown(resamples)} bootstrap resamples of the prompts." if resamples else ""
     return {"rows": rows, "note": note} if rows else None
 

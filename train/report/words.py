@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offline_kto.kto_core.errors import printable
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.options import flag
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.report.folders import Run, Sweep, Trial, listed, mapping, number
@@ -149,8 +150,8 @@ def before_and_after(run: Run, metric: str) -> str:
     before = run.before(metric)
     then = f"{metric_value(metric, before)} before, " if before is not None else ""
     at = number(run.evaluation.get("step"))
-    updates = f" after {at if at is not None else run.updates:,.0f} updates"
-    return f"{then}{metric_value(metric, value)}{' ' + bounds if bounds else ''}{updates}"
+    updates = counted(int(at) if at is not None else run.updates, "update")
+    return f"{then}{metric_value(metric, value)}{' ' + bounds if bounds else ''} after {updates}"
 
 
 def status(run: Run) -> str:
@@ -174,10 +175,7 @@ def verdict(run: Run) -> VerdictWords | None:
     outcome, reason, advice = (printable(str(found.get(name) or "")) for name in ("outcome", "reason", "next"))
     if outcome in ("better", "no difference", "worse"):
         than = "from" if outcome == "no difference" else "than"
-        counts = [
-            f"{shown(count)} {what}" for what in ("rows", "prompts") if (count := number(run.evaluation.get(what)))
-        ]
-        rows = f" on {' of '.join(counts)}" if counts else ""
+        rows = f" on {counts}" if (counts := held_out_counts(run)) else ""
         text = f"{_sentence(reason)} (Paired 95 % interval{rows}.)"
         return VerdictWords(outcome.replace(" ", "-"), f"{outcome.capitalize()} {than} before training.", text, advice)
     if run.finished and not run.evaluation and run.last("eval/loss") is None:
@@ -190,6 +188,12 @@ def verdict(run: Run) -> VerdictWords | None:
     return None
 
 
+def held_out_counts(run: Run) -> str:
+    """Return the numbers of held-out rows and prompts; empty if neither is known."""
+    found = ((number(run.evaluation.get(f"{what}s")), what) for what in ("row", "prompt"))
+    return " of ".join(counted(int(count), what) for count, what in found if count)
+
+
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -200,10 +204,10 @@ def summary(run: Run) -> str:
         return "No update was logged yet."
     total = number(run.run_record.get("total_updates"))
     of = f" of {total:,.0f}" if total and not run.finished else ""
-    after = f"after {run.updates:,}{of} update{'' if run.updates == 1 and not of else 's'}"
+    after = f"after {run.updates:,}{of} updates" if of else f"after {counted(run.updates, 'update')}"
     kept = best_update(run)
     if kept is not None:
-        after = f"after {kept:,} updates, the best of {run.updates:,}"
+        after = f"after {counted(kept, 'update')}, the best of {run.updates:,}"
     value, bounds, where = final(run, "accuracy")
     name = "Held-out" if where == "held out" else "Training"
     text = f"No accuracy was logged {after}"
@@ -277,7 +281,7 @@ def sweep_summary(sweep: Sweep) -> str:
     """Summarize a sweep in one line."""
     best, complete = sweep.best, sweep.complete
     if best is None or best.value is None:
-        return f"{len(sweep.trials):,} trials so far, none of them complete."
+        return f"{counted(len(sweep.trials), 'trial')} so far, none of them complete."
     way = "highest" if sweep.maximize else "lowest"
     text = f"Trial {best.number} has the {way} {plain_name(sweep.metric)}, {judged(sweep, best)}"
     if sweep.untrained is not None:

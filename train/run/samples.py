@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import KTOError, in_one_line
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.progress import Progress
 from offline_kto.kto_core.scoring.model_code import model_code
@@ -120,7 +121,7 @@ class HeldOutSamples:
         """Return what there is now, for the console; nothing if that has been logged."""
         if self._generation is None or not self.steps:
             return []
-        prompts = f"{len(self._prompts)} held-out prompt{'s' * (len(self._prompts) != 1)}"
+        prompts = counted(len(self._prompts), "held-out prompt")
         when = "before and after training" if self.steps[0] == 0 else "after training"
         return [f"samples     {prompts} {when}, in {self.seconds:.1f} s: {self.path}"]
 

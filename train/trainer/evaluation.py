@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.losses.bootstrap import RESAMPLES, expanded_level, interval, replicates
 from offline_kto.kto_core.losses.metrics import right_mass
 from offline_kto.kto_core.losses.preference_losses import sft_losses
@@ -54,7 +55,7 @@ class Scores:
 
     @property
     def prompts_of_class(self) -> int:
-        """Distinct prompts with mass of a class, of the class that has fewer of them; a class without rows does not count."""
+        """Number of distinct prompts of the class that has fewer of them; a class without rows does not count."""
         of_class = [{self.prompt_ids[i] for i in np.flatnonzero(mass.numpy())} for mass in self.masses.unbind(1)]
         return min(len(prompts) for prompts in of_class if prompts)
 
@@ -192,11 +193,6 @@ def verdict_lines(found: EvaluationRecord | None) -> list[str]:
         f"verdict     {verdict['outcome']} {than} before training: {verdict['reason']} (95 %, paired, {prompts})",
         f"next        {verdict['next']}",
     ]
-
-
-def counted(number: int, what: str) -> str:
-    """Return a count with its noun: `1 row`, `2 rows`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def reference_points(scores: Scores, objective: Objective) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.losses.bootstrap import interval, replicates
 from offline_kto.kto_core.losses.metrics import on_the_right_side
 from offline_kto.kto_core.losses.preference_losses import pair_masses
@@ -65,7 +66,7 @@ def _by_length(scores: Scores) -> list[_Group]:
     for number in np.unique(quartile):
         inside = quartile == number
         low, high = int(lengths[inside].min()), int(lengths[inside].max())
-        name = f"{low:,} to {high:,} tokens" if low < high else f"{low:,} token{'' if low == 1 else 's'}"
+        name = f"{low:,} to {high:,} tokens" if low < high else counted(low, "token")
         found.append(_Group("prompt length", name, _inside(scores, inside)))
     return found if len(found) > 1 else []
 
