@@ -155,7 +155,7 @@ class Commands:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the shell needs to find the commands."""
+        """Return the environment in which the shell finds the commands."""
         path = os.pathsep.join([str(self.folder), str(Path(sys.executable).parent), os.environ["PATH"]])
         return {**os.environ, "PATH": path, "COLUMNS": "100", "FORKED_COMMANDS": str(self._listener.address)}
 
@@ -173,7 +173,7 @@ class Commands:
 
 
 def _rank(number: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank."""
+    """Return the variables that torchrun sets for a rank."""
     return {
         "RANK": str(number),
         "LOCAL_RANK": str(number),

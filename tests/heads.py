@@ -54,7 +54,7 @@ def values_and_gradients(function, hidden, targets, head):
 
 
 def assert_naive_values_and_gradients(function, head, hidden, targets, *, tolerance):
-    """Of products in float64."""
+    """Compare with products in float64."""
     ours, naive = (values_and_gradients(one, hidden, targets, head) for one in (function, naive_selected_logps))
     for mine, other in zip(ours, naive, strict=True):
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
@@ -71,7 +71,7 @@ def assert_as_accurate_as_naive(function, head, hidden, targets, *, floor):
 
 
 def assert_logits_are_float32(function, head, hidden, targets, *, tolerance):
-    """Of operands of 16 bits; their gradients have their type."""
+    """Check the logits of 16-bit operands, and that their gradients have the type of the operands."""
     ours = values_and_gradients(function, hidden, targets, head)
     exact = values_and_gradients(naive_selected_logps, hidden.double(), targets, as_dtype(head, torch.float64))
     assert [x.dtype for x in ours] == [torch.float32, *[hidden.dtype] * (len(ours) - 1)]

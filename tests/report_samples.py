@@ -91,7 +91,7 @@ def write_records(folder, found):
 
 
 def write_rewards(folder, seed=0, rows=300):
-    """Returns the held-out log-ratios by class."""
+    """Write rewards, and return the held-out log-ratios by class."""
     rng = np.random.default_rng(seed)
     label = np.arange(rows) % 2 == 0
     logratio = np.where(label, rng.normal(5, 9, rows), rng.normal(-4, 12, rows)).astype(np.float32)

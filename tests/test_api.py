@@ -23,7 +23,7 @@ TRL = ROOT / "benchmarks/.venv-trl/bin/python"
 
 @pytest.fixture(autouse=True)
 def lines_shown() -> None:
-    """As a program finds it: nothing shows lines yet."""
+    """Start as a program does: nothing shows lines yet."""
 
 
 def example(name: str) -> Any:
@@ -122,7 +122,7 @@ def test_lines_are_shown_unless_silence_is_asked_for(
 
 
 def test_a_program_with_logging_decides_which_lines_it_gets(tmp_path: Path) -> None:
-    """As docs/python-api.md says: warnings only by default, all lines at the level INFO."""
+    """Show what docs/python-api.md says: only warnings by default, all lines at the level INFO."""
     script = (
         "import logging, sys\nlogging.basicConfig(format='%(name)s %(message)s')\n"
         "if 'INFO' in sys.argv:\n    logging.getLogger('offline_kto').setLevel('INFO')\n"

@@ -172,7 +172,7 @@ def test_a_command_line_loads_nothing_heavy(module: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_answers_before_anything_heavy_is_loaded(script: str) -> None:
-    """What makes it fast on any machine; seconds would be a test of the machine."""
+    """Check the imports that make it fast on any machine; seconds would measure the machine."""
     path = Path(sysconfig.get_path("scripts")) / script
     ran = subprocess.run(
         [sys.executable, "-X", "importtime", path, "--help"], capture_output=True, text=True, check=True

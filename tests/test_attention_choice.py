@@ -60,7 +60,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     real = transformers.PreTrainedModel.set_attn_implementation
 
     def set_kernel(self: Any, kernel: Any, **options: Any) -> None:
-        """As the library does where the package is installed; its check looks for a GPU."""
+        """Set the kernel that the library sets where the package is installed; its own check looks for a GPU."""
         name = kernel.get("", None) if isinstance(kernel, dict) else kernel
         if name in installed and self._supports_flash_attn:
             self.config._attn_implementation_internal = name

@@ -88,7 +88,7 @@ def test_one_process_beside_several_gpus_trains_on_one(
 def test_a_policy_in_another_precision_is_not_trained(
     config: TrainConfig, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if accelerate left autocast out, or put it in."""
+    """Prepare the policy as if accelerate left autocast out, or added it."""
     from accelerate import Accelerator
 
     def prepare(self: Accelerator, model: Any, *args: Any, **options: Any) -> Any:

@@ -42,7 +42,7 @@ except KTOError as error:
 
 
 def told(path: Path) -> str:
-    """What reading a file in little memory prints."""
+    """Return what reading a file in little memory prints."""
     done = forks.run(READ, path, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()

@@ -39,7 +39,7 @@ OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many sequences each call of the scorer got."""
+    """Return how many sequences each call of the scorer got."""
     return count_scored(monkeypatch)
 
 

@@ -151,7 +151,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture
 def largest_file(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[int], None]]:
-    """Sets the size beyond which the system refuses to write a file: a disk that is full, without filling one.
+    """Set the size beyond which the system refuses to write a file: a disk that is full, without filling one.
 
     (What is printed meanwhile stays in memory.)
     """

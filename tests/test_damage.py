@@ -349,7 +349,7 @@ def test_what_was_damaged_is_mended_by_running_again(refs: Path, whole: Path, ba
 def test_running_again_mends_whatever_can_be_mended(
     damage: Callable[[Path], object], file: str, reason: str, refs: Path, whole: Path, base: Path
 ) -> None:
-    """What the refusal tells the user to do leads to a cache that is taken, with the scores that it had."""
+    """Follow the advice of the refusal: the cache is then accepted, with its old scores."""
     damage(refs)
     config = PrecomputeConfig(model=str(base), data=str(whole.parent / "f.jsonl"), out=refs, rows_per_shard=4)
     if "Remove it" in reason:
@@ -381,7 +381,7 @@ def test_a_damaged_shard_of_an_unfinished_cache_is_scored_again(
 
 @pytest.mark.parametrize("place", ["manifest.json", "train", SHARD])
 def test_what_may_not_be_read_is_one_message(place: str, refs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the system says it to everyone but root."""
+    """Expect the system's own words, which root never sees."""
     is_file = Path.is_file
 
     def forbidden(path: Path) -> bool:

@@ -1540,7 +1540,7 @@ def test_texts_of_joined_messages_are_used(tmp_path):
 
 @pytest.mark.parametrize("single", [False, True])
 def test_columns_of_a_json_object(tmp_path, single):
-    """As `json.dump(dataset.to_dict(), handle)` writes them."""
+    """Read what `json.dump(dataset.to_dict(), handle)` writes."""
     asked, said = [[user("q")], [user("r")]], [[assistant("a")], [assistant("b")]]
     table = {"prompt": ["q", "r"], "completion": ["a", "b"]} if single else {"prompt": asked, "completion": said}
     (tmp_path / "f.json").write_text(json.dumps({**table, "label": [True, False]}), encoding="utf-8")

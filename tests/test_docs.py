@@ -205,7 +205,7 @@ def test_messages_that_are_quoted_are_those_of_the_code() -> None:
 def test_every_way_to_read_a_cache_that_its_page_names(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the lines stand there; DuckDB and polars where they are installed."""
+    """Run the lines as they are on the page; DuckDB and polars only where they are installed."""
     monkeypatch.chdir(cache.parent)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     expected = pq.read_table(next((cache / "train").iterdir())).column("row_id").to_pylist()

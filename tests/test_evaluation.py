@@ -406,7 +406,7 @@ class TestEvaluateOnly:
     def test_what_a_run_does_not_say(
         self, config: TrainConfig, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Which rows it was trained on, and how much they weighed."""
+        """Remove from the run which rows it was trained on, and their weights."""
         run = train(config)
         other = self.other(base, tmp_path / "other", chat_rows(9, seed=5))
         options = replace(config, cache=other, evaluate_only=run)

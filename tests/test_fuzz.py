@@ -78,7 +78,7 @@ class TooSlow(BaseException):
 
 @contextlib.contextmanager
 def bounded():
-    """Stops what takes for ever, and what asks for far more memory than a small file can need."""
+    """Stop what takes forever, and what asks for far more memory than a small file can need."""
 
     def stop(number, frame):
         raise TooSlow
@@ -133,7 +133,7 @@ def watch():
 
 @contextlib.contextmanager
 def nothing_but(folder):
-    """Fails where anything outside of `folder` is opened, or anything is started."""
+    """Fail where anything outside of `folder` is opened, or anything is started."""
     watch().folder, watch().seen = folder.resolve(), []
     try:
         yield
@@ -148,7 +148,7 @@ def assert_printable(text):
 
 
 def attempts(calls, kind, folder, name=""):
-    """What each call did: (whether it worked, what it gave); an error must be of `kind`, in one short line to print.
+    """Return for each call whether it worked, and what it gave. An error must be of `kind`, in one short printable line.
 
     folder: nothing outside of it may be opened; name: what the error has to name. The limits hold for all calls.
     """
@@ -238,7 +238,7 @@ def as_json(value, depth=100_000, digits=5000):
 
 
 def written_out(content, depth=100_000, digits=5000):
-    """What stands for something long, as bytes."""
+    """Return the bytes that a short form of something long represents."""
     content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     for mark, meant in ((DEEP, "[" * depth), (DIGITS, "9" * digits), (TABLES, "{a: " * depth), (LONG, "a" * depth)):
         content = content.replace(mark.encode(), meant.encode())
@@ -438,7 +438,7 @@ def assert_row(row):
 
 
 def read_as_a_whole(path, **options):
-    """What `kto-precompute` reads of a file: in one of all formats, with what is left out in a file of its own."""
+    """Read a file as `kto-precompute` does: in one of all formats, with rows that are left out in a file of their own."""
     left = room() / "left.jsonl"
     left.unlink(missing_ok=True)
     config = PrecomputeConfig(model="m", data=str(path), left_out=left, one_class=True, **options)
@@ -692,7 +692,7 @@ def manifest_from_bytes(content):
 
 
 def use_rows(folder):
-    """What training asks of a cache before and while it goes over the rows."""
+    """Ask a cache for everything that training reads, before and while it goes over the rows."""
     readable, rows = attempt(lambda: CacheRows(folder), CacheError, folder, folder.name)
     if readable:
         assert 0 <= rows.largest_id < 2**31

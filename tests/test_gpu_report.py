@@ -155,7 +155,7 @@ def test_every_file_of_gpu_tests_is_run() -> None:
 
 @pytest.mark.slow
 def test_a_killed_report_keeps_its_results(tmp_path: Path) -> None:
-    """As `timeout` ends it, and with the process that it waits for."""
+    """End it as `timeout` does, together with the process that it waits for."""
     words = [sys.executable, BENCHMARKS / "gpu_report.py", "--part", "3", "--dry", "--out", tmp_path]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as started:
         assert started.stdout is not None

@@ -407,7 +407,7 @@ class TestVllm:
 
     @two_gpus
     def test_tensor_parallel(self, model: Path, data: Path, tmp_path: Path) -> None:
-        """Its sample is scored on the same GPUs, not on the CPU."""
+        """Score the sample for comparison on the same GPUs, not on the CPU."""
         out = tmp_path / "refs"
         precompute(
             PrecomputeConfig(

@@ -353,7 +353,7 @@ def _yaml(folder: Path, text: str) -> Path:
 
 
 def options_of(config: TrainConfig, out: Path) -> list[object]:
-    """Of `kto-train`."""
+    """Return options of `kto-train`."""
     options: list[object] = ["--cache", config.cache, "--out", out, "--device", config.device, "--dtype", config.dtype]
     options += ["--batch-size", config.batch_size, "--max-steps", config.max_steps, "--max-tokens", config.max_tokens]
     options += ["--learning-rate", config.learning_rate, "--save-steps", config.save_steps]

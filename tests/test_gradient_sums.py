@@ -164,7 +164,7 @@ accelerator.end_training()
 
 @pytest.mark.slow
 def test_a_rank_needs_no_memory_beside_its_messages() -> None:
-    """Of a model of 128 MiB; gradients, converted to be sent, pass through messages of 8 MiB."""
+    """Sum the gradients of a model of 128 MiB; converted to be sent, they pass through messages of 8 MiB."""
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "WITH_DDP": ""}
     done = forks.run(MEMORY, environment=settings, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -67,7 +67,7 @@ def test_a_plain_model_is_not_copied(base: Path) -> None:
 
 
 def test_weights_that_the_files_do_not_hold_are_kept(base: Path) -> None:
-    """As after an adapter was merged into some layers."""
+    """Change weights as merging an adapter into some layers does."""
     model = load(base)
     changed = model.model.layers[0].mlp.up_proj.weight
     with torch.no_grad():

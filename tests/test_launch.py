@@ -30,7 +30,7 @@ MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch):
-    """Sets variables; whatever is removed from the environment comes back after the test."""
+    """Set variables; whatever is removed from the environment comes back after the test."""
     before = dict(os.environ)
 
     def put(**variables: str | None) -> None:
@@ -216,7 +216,7 @@ class TestVerification:
         return copies
 
     def test_a_damaged_cache_is_refused_whatever_is_set(self, environment, damaged: list[Path]) -> None:
-        """Where one process works, or nobody vouches that its numbers are shared out, it checks all of the cache."""
+        """Check the whole cache where one process works, or nobody guarantees that the ranks divide it."""
         values = (None, "", "-1", "0", "1", "2", "7")
         worlds = (None, "", "1", "2")
         for rank, local, local_world, world in itertools.product(values, values, values, worlds):
@@ -298,7 +298,7 @@ class TestNumbers:
             torch.set_float32_matmul_precision(before)
 
     def test_what_asks_for_nothing_goes_in_silence(self, environment, capsys: pytest.CaptureFixture[str]) -> None:
-        """What `accelerate launch` always sets."""
+        """Set what `accelerate launch` always sets."""
         environment(
             ACCELERATE_MIXED_PRECISION="no",
             ACCELERATE_DYNAMO_BACKEND="NO",

@@ -30,7 +30,7 @@ def gradients(updates: int, seed: int = 0) -> list[Tensor]:
 
 
 def train(optimizer: Any, dtype: torch.dtype, flow: list[Tensor], **options: Any) -> Tensor:
-    """How far KTO's steps of 1e-6 bring weights of 2e-2."""
+    """Return how far KTO's steps of 1e-6 move weights of 2e-2."""
     start = (0.02 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(9))).bfloat16()
     weight = nn.Parameter(start.to(dtype, copy=True))
     updates = optimizer([weight], lr=1e-6, weight_decay=0.0, **options)

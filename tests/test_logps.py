@@ -493,7 +493,7 @@ def test_a_cap_is_known_by_its_configuration(field):
 
 @pytest.mark.usefixtures("sdpa_ignores_caps")
 def test_the_self_check_refuses_a_kernel_that_leaves_something_out(monkeypatch):
-    """As a family might whose cap has a name that nobody foresaw."""
+    """Leave out a soft cap, as for a family whose name for it is unknown."""
     monkeypatch.setattr(offline_kto.kto_core.scoring.attention, "caps_attention", lambda config: False)
     model, _ = capped()
     add_scoring_forward(model)

@@ -23,7 +23,7 @@ def test_a_written_manifest_has_the_declared_fields(cache: Path) -> None:
 
 
 def test_the_fields_are_in_the_declared_order(cache: Path) -> None:
-    """As they are written: whoever reads the records knows the file."""
+    """Compare with the order in the file, so that the typed records describe it."""
     manifest = read_manifest(cache)
     for section, record in Sections.__annotations__.items():
         declared = [name for name in record.__annotations__ if name in getattr(manifest, section)]

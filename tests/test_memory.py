@@ -248,7 +248,7 @@ def test_few_tokens_switch_checkpointing_on_unless_it_was_decided(cache, tmp_pat
 
 @pytest.mark.parametrize("packs", [True, False])
 def test_packing_changes_no_result(cache, tmp_path, monkeypatch, packs):
-    """As on a GPU with flash attention: rows in one line, for z0 and for the gradients. A model that sees across them pads."""
+    """Concatenate rows as flash attention on a GPU does, for z0 and for gradients. A model that sees across them pads."""
     config = TrainConfig(cache=cache, out=tmp_path / "a", batch_size=8, max_steps=2, learning_rate=3e-3, save_steps=0)
     expected = train(config)
     used = []

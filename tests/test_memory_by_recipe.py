@@ -128,7 +128,7 @@ def activations(recipe: str, layers: int, *, checkpoints: bool) -> int:
 @pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("recipe", ["full", "lean", "LoRA", "sharded"])
 def test_activations_of_a_token(recipe: str, checkpoints: bool) -> None:
-    """Of two layers more: what a model keeps beside its layers cancels."""
+    """Measure two more layers: what a model keeps outside of its layers cancels."""
     found = activations(recipe, 3, checkpoints=checkpoints) - activations(recipe, 1, checkpoints=checkpoints)
     size = size_of(build("full"))
     name = "full, FSDP2" if recipe == "sharded" else recipe

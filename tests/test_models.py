@@ -227,7 +227,7 @@ def test_only_what_autocast_casts_is_stored_in_16_bits(tmp_path, config):
 
 @pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT])
 def test_a_module_has_all_weights_in_16_bits_only_where_that_changes_no_bit(tmp_path, family):
-    """As FSDP2 gathers them."""
+    """Check whole modules, because FSDP2 gathers a module at a time."""
     if family in RECURRENT:
         with_random_constants(RECURRENT[family]).save_pretrained(tmp_path)
     else:
@@ -476,7 +476,7 @@ def test_a_merged_adapter_equals_that_of_peft(tmp_path, family, settings):
 )
 @peft_comments
 def test_an_adapter_on_one_of_two_tied_matrices_leaves_the_other(tmp_path, family, settings):
-    """As training saw it; peft's own merge would change both."""
+    """Merge it as training applied it; peft's own merge would change both matrices."""
     base = save(tmp_path / "base", family)
     adapter = save_adapter(base, tmp_path / "adapter", settings)
     trained = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))

@@ -86,7 +86,7 @@ def test_a_pass_is_repeated_with_fewer_tokens(
 def test_the_first_step_of_the_optimizer_ends_in_a_message(
     config: TrainConfig, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its states are allocated there; half of the weights may be updated, so it is not repeated."""
+    """Run out of memory while its states are allocated: half of the weights may be updated, so it is not repeated."""
 
     def full(*_: Any, **__: Any) -> None:
         raise error

@@ -35,7 +35,7 @@ def times_served(rows, pairing):
 
 
 def by_content(rows, pairing):
-    """What was paired, whatever the positions."""
+    """Return the pairs by content, whatever their positions."""
     return Counter(
         (r.row_id, tuple(rows[t].completion_id for t in mine)) for r, mine in zip(rows, pairing.partners, strict=True)
     )

@@ -70,7 +70,7 @@ def kept_in(out: Path) -> set[str]:
 
 
 def assert_same_bytes(out: Path, config: PrecomputeConfig) -> None:
-    """As an undisturbed run leaves the folder, but for the manifest's times."""
+    """Compare with the folder of an undisturbed run, except for the times in the manifest."""
     whole = config.out.with_name("whole")
     if not whole.exists():
         precompute(replace(config, out=whole))
@@ -164,7 +164,7 @@ def test_other_data_use_the_scores_of_the_same_ids(config: PrecomputeConfig) -> 
 
 
 def test_another_budget_goes_on_from_a_part(config: PrecomputeConfig) -> None:
-    """Its passes are others: only what is left is scored."""
+    """Resume with other passes: only what is missing is scored."""
     kept = stopped(config, after=8)
     precompute(replace(config, max_tokens=200))
     every = set().union(*sequences_by_row(config))

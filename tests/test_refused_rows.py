@@ -97,7 +97,7 @@ def test_a_pair_with_two_lost_sides_is_one_mistake(tmp_path: Path, tokenizer: To
 
 
 def test_all_mistakes_are_reported_in_the_order_of_the_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Those of the records are found before those of the template, of which some come more than a chunk later."""
+    """Mix mistakes of records, which are found first, with those of the template, some of which are a chunk later."""
     rows = chat_rows(2500)
     for number in (2, 2400):
         rows[number] = lost(rows[number])

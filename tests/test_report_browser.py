@@ -55,7 +55,7 @@ def pages(tmp_path_factory):
 
 @pytest.fixture
 def visit(chromium):
-    """Opens a file; after the test, the page must have said, asked for and broken nothing."""
+    """Open a file; after the test, the page must have said, asked for and broken nothing."""
     contexts, problems = [], []
 
     def visit(path, *, width=1200, scheme="light"):
@@ -118,7 +118,7 @@ def assert_panes_are_drawn(page):
 
 
 def assert_no_sideways_scroll(page):
-    """As the page was opened, and after the window has changed to the other width."""
+    """Check the page as it was opened, and after the window has changed to the other width."""
     width = page.viewport_size["width"]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.set_viewport_size({"width": NARROW + WIDE - width, "height": 900})

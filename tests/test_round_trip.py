@@ -244,7 +244,7 @@ PLAIN_WORDS = st.text(st.characters(exclude_characters="<>", exclude_categories=
 @given(first=PLAIN_WORDS.filter(str.strip), answer=PLAIN_WORDS.filter(str.strip), call=st.tuples(NAMES, ARGUMENTS))
 @settings(max_examples=100, deadline=None)
 def test_the_rendered_text_is_read_back(first: str, answer: str, call: tuple[str, Any]) -> None:
-    """Where no words look like marks of the template, its text says what the row says."""
+    """Compare the text of a template with its row, if no words of the row look like marks of the template."""
     assume("<" not in as_json(call) and ">" not in as_json(call))
     messages = [
         {"role": "user", "content": first},

@@ -86,7 +86,7 @@ def kinds(found: list[RunWarning]) -> list[str]:
 
 
 def number_for(option: str, warning: RunWarning) -> float:
-    """What the text says to use."""
+    """Return the value that a text advises."""
     match = re.search(rf"{option} (\d[\d.e-]*\d|\d)", warning.text)
     assert match, warning.text
     return float(match[1])

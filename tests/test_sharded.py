@@ -252,7 +252,7 @@ def test_bfloat16_scores_are_those_of_one_process(
 
 @pytest.mark.slow
 def test_sharded_layers_keep_half_of_the_activations(uneven: TrainConfig, tmp_path: Path) -> None:
-    """As on a GPU: ranks agree on the layers, losses stay the same and gradients within rounding."""
+    """Choose the layers as on a GPU: ranks agree on them, losses are the same, and gradients within rounding."""
     halves = (
         "from offline_kto.train.trainer import kto_trainer\nkto_trainer.can_halve_activations = lambda *_, **__: True"
     )

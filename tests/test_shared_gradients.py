@@ -278,7 +278,7 @@ def pairs(tmp_path_factory, base):
 
 @pytest.fixture
 def layouts(monkeypatch):
-    """Whether each micro-batch of the gradient pass shared prompts, and its tokens."""
+    """Return whether each micro-batch of the gradient pass shared prompts, and its tokens."""
     found, lay_out = [], PreparedPolicy.lay_out
 
     def noted(self, sequences, *, share=False):

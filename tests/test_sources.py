@@ -638,7 +638,7 @@ def test_folder_of_data_files_without_train(folder):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "train/a.jsonl"])
 @pytest.mark.parametrize("kept", ["time", "time and size"])
 def test_a_file_that_changed_under_its_old_time_is_read_as_it_is(folder, name, kept):
-    """As rsync -t, cp -p, tar and SOURCE_DATE_EPOCH leave it; the hash and the rows are of the same bytes."""
+    """Keep the old time, as rsync -t, cp -p, tar and SOURCE_DATE_EPOCH do; hash and rows are of the same bytes."""
     (folder / "train").mkdir()
     path = folder / name
 

@@ -355,7 +355,7 @@ class TestOneWriter:
     def test_a_writer_that_lost_its_lock_writes_no_more(
         self, config: PrecomputeConfig, memory: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Its machine slept, say, and another one took it for dead."""
+        """Let another machine take the lock of a writer that seemed dead, as one that slept does."""
         write = Store.write
 
         def overtaken(store: Store, index: int, *arguments: Any) -> None:

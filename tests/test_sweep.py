@@ -472,7 +472,7 @@ class TestTrialsThatFail:
 
 
 def drawn(config: SweepConfig, url: str, *, at_once: int = 1) -> list[dict[str, Any]]:
-    """What each trial of a search would try, where smaller betas are better; `at_once` sweepers take turns."""
+    """Return what each trial of a search would try, where smaller betas are better; `at_once` sweepers take turns."""
     trials = Trials.of(config)
     studies = [begun(config, trials, url, {"space": config.space}) for _ in range(at_once)]
     while not studies[0].is_done():
@@ -549,7 +549,7 @@ class TestStudy:
     def test_one_that_lives_elsewhere_keeps_its_trial(
         self, config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Its signs of life change; when they stop for a while, whatever the clocks say, it is gone."""
+        """Change its signs of life, whatever the clocks say; when they stop for a while, it is gone."""
         url, trials = f"sqlite:///{tmp_path}/study.db", Trials.of(replace(config, trials=1))
         monkeypatch.setattr("offline_kto.train.sweep.study.process_place", lambda: "elsewhere")
         there = begun(config, trials, url, {})

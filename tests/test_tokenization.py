@@ -126,7 +126,7 @@ def test_what_the_template_itself_refuses_names_the_row():
 @pytest.mark.parametrize("closes", [False, True])
 @pytest.mark.parametrize("completion", [" world", f" world{EOS}"])
 def test_eos_ends_plain_text_once(bos, closes, completion):
-    """Whether the tokenizer adds it, the text holds it, or neither."""
+    """Let the tokenizer add it, the text contain it, or neither."""
     tokenizer = tiny_tokenizer(bos=bos, closes=closes)
     tokens = tokenize(text_row("hello", completion), tokenizer)
     assert decoded(tokens, tokenizer) == ((BOS if bos else "") + "hello", f" world{EOS}")

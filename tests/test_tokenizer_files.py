@@ -44,7 +44,7 @@ def ids_of(refs: Path) -> list[list[int]]:
 
 
 def texts_of(refs: Path, folder: Path) -> list[str]:
-    """What the file tokenizer.json alone makes of the cache's ids."""
+    """Return what the file tokenizer.json alone makes of the cache's ids."""
     filed = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return [filed.decode(ids, skip_special_tokens=False) for ids in ids_of(refs)]
 
@@ -88,7 +88,7 @@ def test_a_byte_level_file_under_another_class_is_read_as_it_is(
 
 
 def other_rules() -> PreTrainedTokenizerFast:
-    """Cuts digits one by one, as the merges of its vocabulary do not."""
+    """Cut digits one by one, as the merges of its vocabulary do not."""
     vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     vocabulary |= {"12": len(vocabulary), "34": len(vocabulary) + 1}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[("1", "2"), ("3", "4")]))
@@ -341,7 +341,7 @@ def test_tomorrow_the_same_command_scores_nothing(
 
 @pytest.mark.usefixtures("tomorrow")
 def test_a_cache_that_does_not_say_was_rendered_when_it_was_made(dated: Path, rows: Path, tmp_path: Path) -> None:
-    """Those of earlier versions."""
+    """Read caches of earlier versions."""
     config = config_of(dated, rows)
     score(config)
     assert today(dated, config.out) == "01 Mar 2026"

@@ -189,7 +189,7 @@ def test_a_rank_without_rows_takes_part(config: TrainConfig, tmp_path: Path) -> 
 
 
 def options_of(config: TrainConfig, out: Path) -> list[object]:
-    """Of `kto-train` on ranks."""
+    """Return options of `kto-train` on ranks."""
     options = [
         "--cache",
         config.cache,

@@ -433,7 +433,7 @@ def trial(number: int, draws: list[float], outcome: str = "better", prompts: int
 
 class TestSweeps:
     def test_trials_are_tied_if_their_paired_difference_may_be_chance(self) -> None:
-        """What is hard for both cancels: a small but steady difference counts, a large and shaky one does not."""
+        """Cancel what is hard for both trials: a small steady difference counts, a large unsteady one does not."""
         rng = np.random.default_rng(0)
         hard = rng.normal(0.5, 0.1, size=1000)
         best = trial(0, list(hard))

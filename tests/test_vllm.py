@@ -150,7 +150,7 @@ def test_a_cache_from_vllm_trains(bos: bool, tmp_path: Path, capfd: pytest.Captu
 def test_two_engines_score_what_one_does(
     base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on two GPUs; on a CPU the second engine is just another process."""
+    """Start two engines as for two GPUs; on a CPU the second one is just another process."""
     data = write_feedback(tmp_path / "f.jsonl", 40, seed=5)
     config = PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "a", rows_per_shard=15)
     precompute(config)

@@ -27,7 +27,7 @@ SETTINGS = Settings("kto", 0.1, 1e-6, 1.0, 1.0, 100, 100, 1.0)
 
 
 def log_of(step: int, **changes: Any) -> dict[str, Any]:
-    """What the Trainer logs after an update."""
+    """Return what the Trainer logs after an update."""
     logs = {
         "loss": 0.5 - step / 1000,
         "grad_norm": 1.0,
@@ -90,7 +90,7 @@ class Played:
 
 
 def play(run: Played, columns: int, *, resize: dict[int, int] | None = None) -> str:
-    """What a terminal of so many columns gets from a process of its own.
+    """Return what a terminal of so many columns gets from a separate process.
 
     Args:
         resize: how often the line was drawn when the terminal gets how many columns.
@@ -140,7 +140,7 @@ def drawn_lines(output: str) -> list[str]:
 
 
 def screen(output: str) -> list[str]:
-    """What is left to read on a terminal that is wide enough for every line."""
+    """Return what can be read on a terminal that is wide enough for every line."""
     lines, row, column = [""], 0, 0
     for piece in re.findall(r"\x1b\[[0-9;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", output):
         if piece == "\r":
