@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.run.plan_warnings import rank_warnings
 from offline_kto.train.run.train_run import train
-from offline_kto.train.run.training_run import _rank_warnings
 
 # The parts are as large as the message, larger, just below the size at which one is sent alone, and tiny.
 SUM = """
@@ -235,11 +235,11 @@ def test_few_tokens_on_many_gpus_are_warned_of(config: TrainConfig) -> None:
     from offline_kto.train.data.training_data import TrainingData
 
     data, cuda = TrainingData.open(config), torch.device("cuda")
-    warned = _rank_warnings(config, data, ranks=8, device=cuda)
+    warned = rank_warnings(config, data, ranks=8, device=cuda)
     assert "each of the 8 processes has about" in warned[0]
-    assert _rank_warnings(replace(config, batch_size=10**5), data, ranks=8, device=cuda) == []
-    assert _rank_warnings(config, data, ranks=1, device=cuda) == []
-    assert _rank_warnings(config, data, ranks=8, device=torch.device("cpu")) == []
+    assert rank_warnings(replace(config, batch_size=10**5), data, ranks=8, device=cuda) == []
+    assert rank_warnings(config, data, ranks=1, device=cuda) == []
+    assert rank_warnings(config, data, ranks=8, device=torch.device("cpu")) == []
 
 
 # The first two attempts at the last pass of rank 1 in update 2 end within the backward pass, and after it.
