@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from offline_kto.kto_core.durable_files import write_text
 from offline_kto.kto_core.errors import ConfigError, printable
+from offline_kto.kto_core.feedback.quoting import counted
 
 if TYPE_CHECKING:
     import jinja2
@@ -112,6 +113,7 @@ def _page(found: Sequence["Run | Sweep"]) -> str:
         "comparison": comparison(named),
         "sources": _sources(found, names),
         "words": words,
+        "counted": counted,
         "place": place,
         "placed": lambda: Markup("[" + ",".join(_in_script(figure) for figure in figures) + "]"),
         "in_script": lambda value: Markup(_in_script(json.dumps(value, allow_nan=False))),
@@ -263,7 +265,7 @@ def _held_out(run: "Run") -> dict[str, object] | None:
     note = "The last evaluation in training; no intervals were computed."
     if evaluation:
         resamples = number(evaluation.get("resamples"))
-        after = "" if step is None else f", after {words.counted(int(step), 'update')}"
+        after = "" if step is None else f", after {counted(int(step), 'update')}"
         note = f"{counts}{after}. " if counts else ""
         note += f"95 % intervals from {words.shown(resamples)} bootstrap resamples of the prompts." if resamples else ""
     return {"rows": rows, "note": note} if rows else None
