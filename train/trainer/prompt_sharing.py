@@ -54,11 +54,11 @@ class PromptSharing:
 
     def decide(self, units: Sequence[Unit]) -> bool:
         """Return whether an update with these units, of all ranks, shares prompts; called on every rank."""
-        saved = [
-            sum(len(prompt) + len(completion) for prompt, completion in unit) - tokens_of_shared(unit) for unit in units
-        ]
-        total = sum(len(prompt) + len(completion) for unit in units for prompt, completion in unit)
-        if self._refused_from == 0 or sum(saved) <= WORTH_SHARING * total:
+        if self._refused_from == 0:
+            return False
+        apart = [sum(len(prompt) + len(completion) for prompt, completion in unit) for unit in units]
+        saved = [tokens - tokens_of_shared(unit) for tokens, unit in zip(apart, units, strict=True)]
+        if sum(saved) <= WORTH_SHARING * sum(apart):
             return False
         longest = max((unit for unit, of_unit in zip(units, saved, strict=True) if of_unit), key=_longest)
         if self._checked < _longest(longest) < self._refused_from:
