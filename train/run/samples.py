@@ -23,7 +23,7 @@ from offline_kto.train.samples_file import MOST_NEW_TOKENS, SAMPLES, read_sample
 from offline_kto.train.trainer.generation import Completion, Generation
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
 
-# Held-out completions that are read to find how long they are, and how they end.
+# Held-out completions that are read at most, to find how long they are, and how they end.
 _ROWS_READ = 64
 
 
@@ -132,7 +132,7 @@ class HeldOutSamples:
 
     def _prepared(self, held_out: HeldOutRows) -> Generation:
         every = held_out.indices
-        rows = [held_out.cache[RowKey(i, 0)] for i in every[:: max(1, len(every) // _ROWS_READ)]]
+        rows = [held_out.cache[RowKey(i, 0)] for i in every[:: -(-len(every) // _ROWS_READ)]]
         completions = [row.matched.completion_ids for row in rows]
         policy = self.trainer.policy
         return Generation(

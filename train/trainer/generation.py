@@ -88,7 +88,8 @@ class Generation:
         fit = [i for i, prompt in enumerate(prompts) if len(prompt) + self.budget <= most]
         groups = micro_batches([len(prompts[i]) + self.budget for i in fit], _TOGETHER, pass_cost=1) if fit else []
         # A prompt near the model's last position has room for fewer tokens.
-        return [[fit[i] for i in group] for group in groups] + [[i] for i in range(len(prompts)) if i not in set(fit)]
+        others = sorted({*range(len(prompts))} - {*fit})
+        return [[fit[i] for i in group] for group in groups] + [[i] for i in others]
 
     def _complete_in(self, groups: Sequence[Sequence[int]], prompts: Sequence[np.ndarray]) -> list[Completion]:
         found: dict[int, Completion] = {}
