@@ -36,8 +36,8 @@ from offline_kto.train.trainer.objective import Objective
 # Rows that are listed: whose reward contradicts their label, that changed most, and groups of equal rows of each kind.
 MOST_SUSPECTS, MOST_CHANGED, MOST_REPEATED = 50, 20, 200
 
-# Places of equal rows, and characters of a text.
-_MOST_OTHERS, _LONGEST_TEXT = 50, 2000
+# Places of equal rows, and characters of a text: with what names its middle, no more than the report shows.
+_MOST_OTHERS, _LONGEST_TEXT = 50, 1900
 
 
 @dataclass(frozen=True)
