@@ -285,9 +285,9 @@ class EvaluationRecord(TypedDict, total=False):
 
 
 class SampleRecord(TypedDict):
-    """A line of samples.jsonl: what the model continues a held-out prompt with, greedily.
+    """A line of samples.jsonl: the greedy completion of a held-out prompt.
 
-    The same prompts are continued at every step. Step 0 is before training, the last step is the saved model.
+    The same prompts are completed at every step. Step 0 is before training, the last step is the saved model.
 
     Attributes:
         step: int; updates done.

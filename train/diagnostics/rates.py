@@ -1,4 +1,4 @@
-"""Advise one learning rate in all messages of a run: what was advised first stands."""
+"""Advise one learning rate in all messages of a run: the first advice is repeated, unless the opposite is found."""
 
 from dataclasses import dataclass
 

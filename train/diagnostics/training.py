@@ -61,7 +61,7 @@ _WORSE = 1.05
 _TRAINING_FELL = 0.98
 _PATIENCE = 2
 
-# Stands in a text for the advised learning rate, which depends on earlier advice.
+# A placeholder for the advised learning rate, which depends on earlier advice.
 _THE_RATE = "--learning-rate {}"
 _HALF = 0.5
 

@@ -1,7 +1,7 @@
 """Upload a finished run to a repository on the hub: `--push-to-hub NAME`.
 
-What can be refused is refused before the run: a name, a token, a repository that may not be written. What the upload
-consists of is collected in `hub/` of the run folder, which is removed once it is uploaded; see `upload_folder`.
+Name, token and the right to write are checked before the run. The files to upload are collected in `hub/` of the run
+folder, which is removed once they are uploaded; see `upload_folder`.
 """
 
 import fnmatch

@@ -34,7 +34,7 @@ class LocalPaths:
 
     @classmethod
     def of(cls, config: TrainConfig, out: Path, files: "PolicyFiles", reference: ReferenceFields) -> "LocalPaths":
-        """Collect the paths of a run. Names of hub models are none."""
+        """Collect the paths of a run. Names of hub models are not paths."""
         names = [as_plain(config)[name] for name in _OPTIONS]
         if not files.is_local:
             names = [name for name in names if name != files.name]

@@ -29,7 +29,7 @@ _NO_HYPERPARAMETERS = ("resume", "dry_run", "training", "push_to_hub")
 
 @dataclass(frozen=True)
 class CardContent:
-    """What a model card tells.
+    """The content of a model card.
 
     Attributes:
         title: name of the run.

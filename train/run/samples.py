@@ -1,4 +1,4 @@
-"""Sample what the policy continues held-out prompts with, before and after training, into samples.jsonl."""
+"""Complete held-out prompts with the policy, before and after training, and write samples.jsonl."""
 
 import dataclasses
 import time
@@ -118,7 +118,7 @@ class HeldOutSamples:
         return completions
 
     def line(self) -> list[str]:
-        """Return what there is now, for the console; nothing if that has been logged."""
+        """Return a line about the samples for the console; none if a message has said why there are no samples."""
         if self._generation is None or not self.steps:
             return []
         prompts = counted(len(self._prompts), "held-out prompt")

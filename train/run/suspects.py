@@ -1,8 +1,8 @@
 """Choose the rows that a person should look at: their reward contradicts their label, they are repeated, or they changed most.
 
-A mislabelled row is hard to learn from the other rows, so the policy's reward for it tends to have the wrong sign. That is seen
-best before the policy has trained on the row itself: held-out rows count as they are in the end, training rows as they
-were in their last update, which costs no pass. Both are measured from the point that the accuracy is measured from.
+A mislabelled row is hard to learn from the other rows, so the policy's reward for it tends to have the wrong sign. This shows
+best before the policy has trained on the row itself. Held-out rows have the reward of the final policy. Training rows have that
+of their last update, which costs no pass. Both are measured from the reference point of the accuracy.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Let the current policy complete prompts greedily, and leave no trace of it in the training.
 
-Prompts of different lengths are generated together, padded on the left. Not every model is right then, nor with cached keys
-and values, so the log-probabilities of the generated tokens are compared with those of the scoring forward. If they
-differ beyond rounding, each prompt is generated alone.
+Prompts of different lengths are generated together, padded on the left. Some models compute other values with such padding,
+or with cached keys and values, so the log-probabilities of the generated tokens are compared with those of the scoring
+forward. If they differ beyond rounding, each prompt is generated alone.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _TOGETHER = 8192
 
 @dataclass(frozen=True)
 class Completion:
-    """What a prompt was continued with.
+    """A generated completion.
 
     Attributes:
         ids: the new tokens, int64; an end token is the last one.
