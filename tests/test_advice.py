@@ -56,6 +56,7 @@ def test_auto_cannot_balance_against_nothing() -> None:
 def test_usual_settings_pass_without_a_warning() -> None:
     assert warnings_for(TrainConfig(), 110, 100, (1.0, 1.0)) == []
     assert warnings_for(TrainConfig(lora_rank=8), 110, 100, (1.0, 1.0)) == []
+    assert warnings_for(TrainConfig(loss="dpo", batch_size=2), 100, 100, (1.0, 1.0)) == []  # it has no z0
     assert warnings_for(TrainConfig(lora_rank=8, learning_rate=2e-5), 110, 100, (1.0, 1.0)) == []
 
 

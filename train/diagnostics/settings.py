@@ -2,6 +2,7 @@
 
 from offline_kto.kto_core.errors import TrainingError
 from offline_kto.train.config import USUAL_RATE, USUAL_RATE_OF_LORA, TrainConfig
+from offline_kto.train.loss_traits import LOSS_TRAITS
 
 # KTO paper, section 4.2, eq. 8: lambda_D n_D : lambda_U n_U is between 1:1 and 4:3.
 BALANCE = (1.0, 4 / 3)
@@ -65,7 +66,7 @@ def warnings_for(
         lines.append(
             f"--learning-rate {config.peak_rate:g} is outside the published {low:g} to {high:g} for {kind}; {usual:g} is usual."
         )
-    if config.batch_size < 8:
+    if config.batch_size < 8 and LOSS_TRAITS[config.loss].needs_mismatched:
         lines.append(
             f"--batch-size {config.batch_size} leaves {config.batch_size} mismatched pairs for each estimate of z0; 32 is "
             "usual. Memory does not depend on it."
