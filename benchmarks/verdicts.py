@@ -82,6 +82,7 @@ def verdict(case: str, seed: int, work: Path) -> str:
             training={
                 "seed": seed,
                 "eval_fraction": 0.1,
+                "samples": 0,
                 "learning_rate": RATES.get(case, quiz_task.LEARNING_RATE),
             },
         )

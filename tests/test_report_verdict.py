@@ -360,3 +360,12 @@ def test_an_evaluation_of_an_older_version_has_bands_of_its_own(tmp_path):
     assert held.before is None
     assert (held.low[-1], held.high[-1]) == pytest.approx((0.378, 0.446))
     assert np.isnan(held.low[:-1]).all()
+
+
+def test_trials_that_differ_by_less_than_counts_look_alike(tmp_path):
+    folder, _ = sweep_of(tmp_path, better=False, tied=0, spread=0.0001)
+    sweep = read_folder(folder)
+    plot = sweep_figures.parallel_coordinates(sweep)
+    ends = [mark["y"][-1] for mark in json.loads(plot.json)["marks"] if mark["kind"] == "line"]
+    assert len(ends) > 2 and max(ends) - min(ends) < 0.1
+    assert len(set(sweep_figures.shades(sweep).values())) <= 2

@@ -37,10 +37,15 @@ def shades(sweep: Sweep) -> dict[int, str]:
     reach = 1.5 * (three_quarters - quarter)
     if reach > 0:
         values = np.clip(values, quarter - reach, three_quarters + reach)
-    span = values.max() - values.min()
+    span = max(values.max() - values.min(), _least_span(sweep))
     places = (values - values.min()) / span if span > 0 else np.ones_like(values)
     places = places if sweep.maximize or span == 0 else 1 - places
     return {t.number: _SHADE_NAMES[round(float(p) * (_SHADES - 1))] for t, p in zip(trials, places, strict=True)}
+
+
+def _least_span(sweep: Sweep) -> float:
+    """Return the smallest span of values that may look like a difference."""
+    return LEAST_SPAN.get(sweep.metric.removeprefix("eval/"), 0.0)
 
 
 def _word(value: object) -> str:
@@ -49,9 +54,15 @@ def _word(value: object) -> str:
 
 
 class _Axis:
-    """The positions of one parameter's values on an axis from 0 to 1, and its ticks."""
+    """The positions of one parameter's values on an axis from 0 to 1, and its ticks.
 
-    def __init__(self, values: Sequence[object], *, log: bool = False, flipped: bool = False) -> None:
+    Args:
+        least: the smallest span of an axis of numbers, so that a change within it looks small.
+    """
+
+    def __init__(
+        self, values: Sequence[object], *, log: bool = False, flipped: bool = False, least: float = 0.0
+    ) -> None:
         present = [value for value in values if value is not None]
         numbers = [found for value in present if (found := number(value)) is not None]
         self.flipped = flipped
@@ -64,6 +75,9 @@ class _Axis:
         self.low, self.high = self._scaled(min(numbers)), self._scaled(max(numbers))
         # A few distinct values are used as the ticks.
         self.numbers = sorted(set(numbers)) if len(set(numbers)) <= 5 else None
+        if not self.log and self.high - self.low < least:
+            middle = (self.low + self.high) / 2
+            self.low, self.high, self.numbers = middle - least / 2, middle + least / 2, None
 
     def _scaled(self, value: float) -> float:
         return math.log10(value) if self.log else value
@@ -112,7 +126,7 @@ def parallel_coordinates(sweep: Sweep) -> Plot | None:
     if not names or len(trials) < 2:
         return None
     axes = [_Axis([trial.params.get(name) for trial in trials], log=_is_log(sweep, name)) for name in names]
-    axes.append(_Axis([trial.value for trial in trials], flipped=not sweep.maximize))
+    axes.append(_Axis([trial.value for trial in trials], flipped=not sweep.maximize, least=_least_span(sweep)))
     figure = Figure(hover="near")
     best = sweep.best
     for trial in reversed(trials):  # the best one is drawn last, above the others
@@ -208,7 +222,7 @@ def slices(sweep: Sweep) -> list[Plot]:
             if axis.numbers is not None:
                 figure.x["ticks"] = [(value, shown(value, 3)) for value in axis.numbers]
         level = np.array([math.nan if sweep.untrained is None else sweep.untrained])
-        least = LEAST_SPAN.get(sweep.metric.removeprefix("eval/"), 0.0)
+        least = _least_span(sweep)
         bounds = fitted_range([y, *ends.values(), level], least=least, share=sweep.metric.endswith("accuracy"))
         figure.y = {"range": bounds, "format": "number", "title": plain_name(sweep.metric)}
         plots.append(Plot(name, f"{sweep.metric} against {name}, {len(values)} trials.", figure, height=200))
