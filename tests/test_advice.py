@@ -162,7 +162,9 @@ def test_the_first_warning_of_a_run_sets_the_rate() -> None:
     assert rate == watch.advised_rate == 1e-6
     assert f"--learning-rate {rate:g}" in advice(WORSE, Tried(5e-6, None, -0.5, advised_rate=rate))
     # Advice that goes the other way is not replaced by it.
-    slow = advice(Verdict("no difference", "rewards/margins", "hardly changed"), Tried(5e-6, None, 0.0, advised_rate=rate))
+    slow = advice(
+        Verdict("no difference", "rewards/margins", "hardly changed"), Tried(5e-6, None, 0.0, advised_rate=rate)
+    )
     assert "--learning-rate 5e-05" in slow
 
 

@@ -24,11 +24,12 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.model.checkpointing import enable_checkpointing, is_checkpointing
 from offline_kto.train.run.evaluate_run import evaluate_run
-from offline_kto.train.run.samples import end_tokens
+from offline_kto.train.run.samples import HeldOutSamples, end_tokens
 from offline_kto.train.run.train_run import train
 from offline_kto.train.samples_file import SAMPLES, read_samples, write_samples
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.sweep import sweep
+from offline_kto.train.trainer import accumulators
 from offline_kto.train.trainer.generation import Generation
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 
@@ -223,6 +224,30 @@ class TestOfARun:
         assert max(steps_of(best)) == kept
         of_step = [one for one in read_samples(last) if one["step"] == kept]
         assert [one for one in read_samples(best) if one["step"] == kept] == of_step
+
+    def test_their_time_is_no_part_of_tokens_per_second(
+        self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = [0.0]
+        monkeypatch.setattr(accumulators, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        make, add = HeldOutSamples.make, accumulators.Window.add
+        begun: list[float] = []
+
+        def slowly(self: HeldOutSamples, step: int) -> None:
+            make(self, step)
+            now[0] += 100.0
+
+        def noted(self: accumulators.Window, *args: Any) -> None:
+            begun.append(now[0] - self.started)
+            add(self, *args)
+            now[0] += 1.0
+
+        monkeypatch.setattr(HeldOutSamples, "make", slowly)
+        monkeypatch.setattr(accumulators.Window, "add", noted)
+        train(replace(config, samples_at="evaluations"))
+        assert now == [304.0]  # before training, at an evaluation, and after it
+        assert len(begun) == 4
+        assert max(begun) <= 1.0  # the update before, if it was not logged
 
     def test_the_default_is_eight_with_held_out_rows(self, config: TrainConfig, cache: Path) -> None:
         assert replace(config, samples=None).prompts_to_sample() == 8

@@ -566,6 +566,7 @@ class _Steps(transformers.TrainerCallback):
         **kwargs: object,
     ) -> None:
         self.run.begin()  # here the model is in training precision and on its device
+        self.run.trainer.start_clock()
 
     def on_step_end(
         self,
@@ -592,6 +593,7 @@ class _Steps(transformers.TrainerCallback):
         at_evaluations = self.run.config.samples_at == "evaluations" and state.global_step < state.max_steps
         if self.run.samples is not None and at_evaluations:
             self.run.samples.make(state.global_step)
+        self.run.trainer.start_clock()
 
 
 def make_trainer(

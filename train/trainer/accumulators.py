@@ -30,6 +30,11 @@ class Window:
     updates: int = 0
     started: float = field(default_factory=time.monotonic)
 
+    def start(self) -> None:
+        """Measure the time from now on, unless there are updates already."""
+        if not self.updates:
+            self.started = time.monotonic()
+
     def add(self, outcome: BatchOutcome, reference: ReferencePoint, aux_loss: Tensor | None) -> None:
         """Add one update of this rank."""
         sums = outcome.sums()

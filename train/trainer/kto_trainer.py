@@ -237,6 +237,10 @@ class KTOTrainer(transformers.Trainer):
         self._window.add(outcome, reference, aux_loss)
         return outcome.losses.sum() * (ranks.world / total_mass(inputs))
 
+    def start_clock(self) -> None:
+        """Leave what was done since the last log (checks, evaluation, samples) out of `tokens_per_second`."""
+        self._window.start()
+
     def _get_grad_norm(self, model: Model, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         return self.finite_checks.check_update(norm, step=self.state.global_step + 1)
