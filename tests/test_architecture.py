@@ -29,7 +29,7 @@ kto_core.feedback kto_core.scoring kto_core.losses kto_core.cache
 kto_core.models
 train.loss_traits
 precompute.config train.config train.run_records
-precompute.records precompute.parts train.run_files train.samples_file
+precompute.records precompute.parts train.run_files train.samples_file train.suspects_file
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
 precompute.feedback
 precompute.plan precompute.store train.trainer train.report

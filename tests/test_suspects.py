@@ -23,10 +23,10 @@ from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.repeated_rows import repeated_rows
-from offline_kto.train.data.suspects_file import KINDS, Suspect, read_suspects, write_suspects
 from offline_kto.train.run.evaluate_run import evaluate_run
 from offline_kto.train.run.suspects import MOST_SUSPECTS, ScoredRows, _largest
 from offline_kto.train.run.train_run import train
+from offline_kto.train.suspects_file import KINDS, Suspect, read_suspects, write_suspects
 from offline_kto.train.trainer.evaluation import Scores, held_out_metrics
 from offline_kto.train.trainer.held_out_groups import held_out_groups
 from offline_kto.train.trainer.objective import Objective

@@ -8,9 +8,10 @@ from offline_kto.kto_core.errors import said_by
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.foreign_files import read_foreign
 from offline_kto.kto_core.redaction import hidden
-from offline_kto.train.data import suspects_file
 from offline_kto.train.run_files import SUSPECTS
 from offline_kto.train.samples_file import LARGEST_SAMPLES, SAMPLES, parse_samples
+from offline_kto.train.suspects_file import KINDS
+from offline_kto.train.suspects_file import read_suspects as suspects_in
 
 MOST_SAMPLES, MOST_SUSPECTS = 100, 25  # prompts; rows of each kind
 _LONGEST, _LONGEST_OF_SUSPECT = 20_000, 2_000  # characters of one text
@@ -91,13 +92,13 @@ def read_samples(folder: Path, notes: list[str]) -> list[Sample]:
 def read_suspects(folder: Path, notes: list[str]) -> dict[str, list[Suspect]]:
     """Read suspects.csv, by kind in the file's order; add a note if it cannot be read."""
     try:
-        rows = suspects_file.read_suspects(folder / SUSPECTS)
+        rows = suspects_in(folder / SUSPECTS)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         notes.append(f"{SUSPECTS} cannot be read ({said_by(error)}): its rows are left out.")
         return {}
-    found: dict[str, list[Suspect]] = {kind: [] for kind in suspects_file.KINDS}
+    found: dict[str, list[Suspect]] = {kind: [] for kind in KINDS}
     for row in rows:
         place, prompt, completion, others = (
             readable(text, _LONGEST_OF_SUSPECT) for text in (row.place, row.prompt, row.completion, row.others)

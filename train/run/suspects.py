@@ -20,7 +20,8 @@ from offline_kto.kto_core.losses.metrics import TIE
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.data.repeated_rows import repeated_rows
-from offline_kto.train.data.suspects_file import (
+from offline_kto.train.data.training_data import TrainingData
+from offline_kto.train.suspects_file import (
     CHANGED,
     CONTRADICTION,
     CONTRADICTS,
@@ -29,7 +30,6 @@ from offline_kto.train.data.suspects_file import (
     Suspect,
     write_suspects,
 )
-from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.trainer.evaluation import Scores, reference_points
 from offline_kto.train.trainer.objective import Objective
 
