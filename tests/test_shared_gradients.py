@@ -116,6 +116,14 @@ def test_gradients_are_those_of_rows_apart(family):
     assert_equal_gradients(model_of(family), pair(40, 9, 12) + pair(23, 1, 5))
 
 
+def test_an_implementation_that_another_library_put_in_place_is_extended(monkeypatch):
+    kernels = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    original = transformers.integrations.sdpa_attention.sdpa_attention_forward
+    monkeypatch.setitem(kernels, "sdpa", lambda *args, **kwargs: original(*args, **kwargs))
+    assert_equal_gradients(model_of("llama"), pair(40, 9, 12))
+
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_gradients_are_equal_with_checkpointing(family):
     model = model_of(family)

@@ -57,9 +57,12 @@ def register_shared(library: Transformers, kernel: str) -> None:
     masks = library.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     if getattr(attentions[kernel], "selects_keys", False):
         return
-    library.AttentionInterface.register(kernel, _selecting(attentions[kernel], has_boundaries=kernel != SDPA))
+    # Entries of the instance that models use come before registered ones, and another library may have made one.
+    attentions[kernel] = _selecting(attentions[kernel], has_boundaries=kernel != SDPA)
+    library.AttentionInterface.register(kernel, attentions[kernel])
     if kernel == SDPA:
-        library.AttentionMaskInterface.register(kernel, _without_shared(masks[kernel]))
+        masks[kernel] = _without_shared(masks[kernel])
+        library.AttentionMaskInterface.register(kernel, masks[kernel])
 
 
 def _selecting(original: Attend, *, has_boundaries: bool) -> Attend:
