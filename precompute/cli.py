@@ -23,6 +23,16 @@ class _Command(click.Command):
         with own_streams():
             return super().main(*args, **options)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Of an option that is given twice, click takes the last: of two files of feedback, one would be lost.
+        order = self.make_parser(ctx).parse_args(args=list(args))[2]
+        if sum(parameter.name == "data" for parameter in order) > 1:
+            raise click.UsageError(
+                "--data is given several times, but only one is read. Put the files into a folder, and give the folder.",
+                ctx,
+            )
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             if world_size() == 1:  # ranks of a launch wait for each other outside of Python

@@ -225,6 +225,23 @@ class TestBest:
             torch.testing.assert_close(best[name], four[name], atol=1e-6, rtol=0)
         assert json.loads((run / "evaluation.json").read_text())["step"] == 4
 
+    def test_early_stopping_counts_the_untrained_model(
+        self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        worse_and_worse(
+            monkeypatch, [0.59, 0.58, 0.57, 0.56, 0.55, 0.54]
+        )  # better each time, and never as good as before
+        run = train(replace(config, max_steps=12, early_stopping=2))
+        assert [record["step"] for record in metrics(run) if "eval/loss" in record] == [0, 2, 4]
+
+    def test_the_untrained_model_counts_after_a_resume(
+        self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        worse_and_worse(monkeypatch, [0.59, 0.58, 0.57, 0.56, 0.55, 0.54])
+        train_until(replace(config, max_steps=12, early_stopping=3, save_steps=2), step=4)
+        run = train(replace(config, max_steps=12, early_stopping=3, save_steps=2, resume=True))
+        assert [record["step"] for record in metrics(run) if "eval/loss" in record] == [0, 2, 4, 6]
+
     def test_the_best_checkpoint_is_kept(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         worse_and_worse(monkeypatch, [0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
         run = train(replace(config, max_steps=12, save_steps=3))

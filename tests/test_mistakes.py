@@ -244,6 +244,7 @@ def test_usage_errors_exit_with_2(tmp_path: Path, base: Path) -> None:
         run(kto_train, "--cache", tmp_path, "--beta", "fast"),
         run(kto_train, "--cache", tmp_path, "--desirable-weight", "heavy"),
         run(kto_precompute, "--model", base, "--data", "x", "--pairing", "random"),
+        run(kto_precompute, "--model", base, "--data", "x", "--data", "y"),
     ):
         assert result.exit_code == 2
         assert "Traceback" not in result.output

@@ -314,7 +314,9 @@ def test_trials_of_a_sweep_make_samples_if_asked(
 
 
 class TestLater:
-    def test_evaluate_only_makes_those_of_the_model(self, config: TrainConfig) -> None:
+    def test_evaluate_only_makes_those_of_the_model(
+        self, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         """Without those before training: the policy at step 0 is not at hand."""
         run = train(replace(config, samples=0))
         made = replace(config, evaluate_only=run, out=None)
@@ -325,7 +327,9 @@ class TestLater:
         assert first == read_samples(with_both)[2:]
         (both := read_samples(with_both))[2]["completion"] = "stale"
         write_samples(with_both / SAMPLES, both)
+        capsys.readouterr()
         evaluate_run(replace(made, evaluate_only=with_both, samples=5))  # the prompts of the file stay
+        assert f"samples     {with_both / SAMPLES} has 2 prompts, which are kept;" in capsys.readouterr().out
         assert read_samples(with_both) == [*both[:2], *first]
 
     def test_those_before_training_are_made_without_the_adapters(self, config: TrainConfig) -> None:

@@ -123,7 +123,6 @@ def test_an_implementation_that_another_library_put_in_place_is_extended(monkeyp
     assert_equal_gradients(model_of("llama"), pair(40, 9, 12))
 
 
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_gradients_are_equal_with_checkpointing(family):
     model = model_of(family)

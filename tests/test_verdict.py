@@ -29,7 +29,7 @@ from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.standing import better_trials, tied_trials
 from offline_kto.train.sweep.study import StoredResult, TrialRecord
 from offline_kto.train.sweep.sweep import sweep
-from offline_kto.train.trainer.evaluation import changes_since, summary, verdict_lines
+from offline_kto.train.trainer.evaluation import changes_since, summary, verdict_lines, verdict_on
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
 from offline_kto.train.trainer.objective import Objective
 
@@ -124,6 +124,13 @@ class TestStatistics:
         change = changes_since(before, after, objective)["rewards/margins"]
         assert change.value == pytest.approx(0.06)
         assert (change.low, change.high) == pytest.approx((0.06, 0.06))
+
+    def test_an_objective_that_got_worse_is_named_whatever_the_outcome(self) -> None:
+        changes = {"loss": DOWN, "rewards/margins": UP, "brief/rewards/margins": DOWN, "kind/rewards/margins": UP}
+        found = verdict_on(changes, some_scores())
+        assert found.outcome == "better"
+        assert found.reason.endswith("; the margin of brief fell by 0.3000 [0.2000, 0.4000]")
+        assert "kind" not in found.reason
 
     def test_few_prompts_are_expanded_by_the_quantiles_of_student(self) -> None:
         """t(0.975) of a table, for 5, 9, 29 and 199 degrees of freedom."""

@@ -179,7 +179,9 @@ class TrainConfig:
         choices=("ends", "evaluations"),
     )
     early_stopping: int | None = option(
-        None, "Stop after N evaluations in a row without a better --metric.", metavar="N"
+        None,
+        "Stop after N evaluations in a row without a better --metric than any before, the untrained model's included.",
+        metavar="N",
     )
     save_dtype: str = option(
         AUTO,

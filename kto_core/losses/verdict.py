@@ -33,6 +33,12 @@ class Change:
         """Return whether the value fell, by at least `least` and beyond chance."""
         return self.high is not None and self.high < 0 and self.value <= -least
 
+    @property
+    def without_sign(self) -> str:
+        """Return a change whose direction has been said; its interval lies on one side of 0."""
+        ends = sorted(abs(end) for end in (self.low, self.high) if end is not None)
+        return f"{abs(self.value):.4f} [{ends[0]:.4f}, {ends[1]:.4f}]"
+
     def __str__(self) -> str:
         ends = "" if self.low is None or self.high is None else f" [{self.low:+.4f}, {self.high:+.4f}]"
         return f"{self.value:+.4f}{ends}"
@@ -79,7 +85,7 @@ def judge(*, margin: Change | None, loss: Change, desirable: Change | None, prom
     if margin is None:
         return _by_loss(loss)
     if margin.is_below(LEAST_MARGIN):
-        return Verdict("worse", "rewards/margins", f"the held-out margin fell by {_without_sign(margin)}")
+        return Verdict("worse", "rewards/margins", f"the held-out margin fell by {margin.without_sign}")
     loss_rose = loss.is_above(LEAST_LOSS)
     if margin.is_above(LEAST_MARGIN):
         if loss_rose:
@@ -88,10 +94,10 @@ def judge(*, margin: Change | None, loss: Change, desirable: Change | None, prom
                 "loss",
                 f"the held-out margin rose ({margin}), but so did the loss ({loss}): a few rows moved too far",
             )
-        return Verdict("better", "rewards/margins", f"the held-out margin rose by {_without_sign(margin)}")
+        return Verdict("better", "rewards/margins", f"the held-out margin rose by {margin.without_sign}")
     if loss_rose:
         return Verdict(
-            "worse", "loss", f"the held-out loss rose by {_without_sign(loss)}, and the margin did not ({margin})"
+            "worse", "loss", f"the held-out loss rose by {loss.without_sign}, and the margin did not ({margin})"
         )
     small = margin.low is not None and abs(margin.value) < LEAST_MARGIN
     what = "hardly changed" if small else "may have changed by chance"
@@ -100,13 +106,7 @@ def judge(*, margin: Change | None, loss: Change, desirable: Change | None, prom
 
 def _by_loss(loss: Change) -> Verdict:
     if loss.is_below(LEAST_LOSS):
-        return Verdict("better", "loss", f"the held-out loss fell by {_without_sign(loss)}")
+        return Verdict("better", "loss", f"the held-out loss fell by {loss.without_sign}")
     if loss.is_above(LEAST_LOSS):
-        return Verdict("worse", "loss", f"the held-out loss rose by {_without_sign(loss)}")
+        return Verdict("worse", "loss", f"the held-out loss rose by {loss.without_sign}")
     return Verdict("no difference", "loss", f"the held-out loss may have changed by chance: {loss}")
-
-
-def _without_sign(change: Change) -> str:
-    """Return a change whose direction has been said; its interval lies on one side of 0."""
-    ends = sorted(abs(end) for end in (change.low, change.high) if end is not None)
-    return f"{abs(change.value):.4f} [{ends[0]:.4f}, {ends[1]:.4f}]"

@@ -8,7 +8,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 import transformers
 from tqdm import tqdm
@@ -46,6 +46,31 @@ def record_of(logs: MetricsRecord, step: int) -> MetricsRecord:
         if name not in _INTERNAL:
             record[name.replace("eval_", "eval/", 1) if name.startswith("eval_") else name] = value
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+class EarlyStopping(transformers.EarlyStoppingCallback):
+    """Stops after evaluations in a row that are not better than the best one before, or than the untrained policy.
+
+    Attributes:
+        untrained: --metric before training; None if it is not known. Checkpoints keep it, so that all ranks of a resumed run
+            decide alike.
+    """
+
+    untrained: float | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        found: dict[str, Any] = super().state()
+        found["attributes"]["untrained"] = self.untrained
+        return found
+
+    def check_metric_value(self, args: _Args, state: _State, control: _Control, metric_value: float) -> None:
+        """Count an evaluation."""
+        before = self.untrained
+        if before is not None and not (metric_value > before if args.greater_is_better else metric_value < before):
+            self.early_stopping_patience_counter += 1
+        else:
+            super().check_metric_value(args, state, control, metric_value)
 
 
 class MetricsFile(transformers.TrainerCallback):

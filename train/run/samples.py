@@ -82,6 +82,11 @@ class HeldOutSamples:
                 write_samples(self.path, self._records)
         if trainer.policy.ranks.world > 1:
             broadcast_object_list(known)  # the other ranks may not see the folder
+        fewer = len(known[0]) < min(self.count, len(firsts))
+        if known[0] and fewer and trainer.is_world_process_zero():
+            tell(
+                f"samples     {self.path} has {counted(len(known[0]), 'prompt')}, which are kept; without it, {self.count} are chosen"
+            )
         # In the order of their hashes: runs with the same held-out rows have the same samples, whatever their seed.
         chosen = known[0] or sorted(firsts)[: self.count]
         self._prompts = {name: held_out.cache[RowKey(firsts[name], 0)].matched.prompt_ids for name in chosen}

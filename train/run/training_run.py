@@ -33,7 +33,7 @@ from offline_kto.train.publish.local_paths import LocalPaths
 from offline_kto.train.publish.model_card import CardContent, command_of, write_card
 from offline_kto.train.publish.upload_folder import collect
 from offline_kto.train.run.arguments import Arguments, accepted_by_trainer, training_arguments
-from offline_kto.train.run.callbacks import Console, MetricsFile
+from offline_kto.train.run.callbacks import Console, EarlyStopping, MetricsFile
 from offline_kto.train.run.estimates import computed_on
 from offline_kto.train.run.folder import last_checkpoint, write_start
 from offline_kto.train.run.inputs import Materials
@@ -212,7 +212,7 @@ class TrainingRun:
             [MetricsFile(out / METRICS), console] if console is not None else []
         )
         if config.early_stopping:
-            callbacks.append(transformers.EarlyStoppingCallback(config.early_stopping))
+            callbacks.append(EarlyStopping(config.early_stopping))
         trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks)
         run = cls(
             config,
@@ -319,6 +319,9 @@ class TrainingRun:
         """Log the values of the untrained policy, and keep its scores if they cannot be computed again."""
         changes = self.trainer.changes
         self.trainer.log_untrained(is_reference=self._starts_as_reference)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStopping):
+                callback.untrained = self.trainer.untrained_metric(self.config.metric)
         if self.is_main and changes.untrained is not None and not self._starts_as_reference:
             save_untrained(self.out / UNTRAINED, changes.untrained)
 

@@ -10,10 +10,13 @@ from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.losses.bootstrap import RESAMPLES, expanded_level, interval, replicates
 from offline_kto.kto_core.losses.metrics import right_mass
 from offline_kto.kto_core.losses.preference_losses import sft_losses
-from offline_kto.kto_core.losses.verdict import Change, Verdict, judge
+from offline_kto.kto_core.losses.verdict import LEAST_MARGIN, LEAST_PROMPTS, Change, Verdict, judge
 from offline_kto.train.diagnostics.outcome import Tried, advice
 from offline_kto.train.run_records import EvaluationRecord, MetricInterval, VerdictRecord
 from offline_kto.train.trainer.objective import Objective, RowScores
+
+# How the name of an objective's margin ends: `helpful/rewards/margins`.
+_MARGIN_OF = "/rewards/margins"
 
 
 @dataclass(frozen=True)
@@ -138,13 +141,21 @@ def drawn_values(scores: Scores, objective: Objective, metric: str) -> list[floa
 
 
 def verdict_on(changes: dict[str, Change], scores: Scores) -> Verdict:
-    """Return the verdict on the changes of held-out values since before training."""
-    return judge(
+    """Return the verdict on the changes of held-out values since before training, with the objectives that got worse."""
+    verdict = judge(
         margin=changes.get("rewards/margins"),
         loss=changes["loss"],
         desirable=changes.get("rewards/chosen"),
         prompts=scores.prompts_of_class,
     )
+    worse = [
+        f"the margin of {name.removesuffix(_MARGIN_OF)} fell by {change.without_sign}"
+        for name, change in changes.items()
+        if name.endswith(_MARGIN_OF) and change.is_below(LEAST_MARGIN)
+    ]
+    if scores.prompts_of_class < LEAST_PROMPTS:
+        return verdict
+    return replace(verdict, reason="; ".join([verdict.reason, *worse]))
 
 
 def _verdict_record(verdict: Verdict, tried: Tried) -> VerdictRecord:
