@@ -157,6 +157,32 @@ def test_what_makes_held_out_rows_others(changes, run, tmp_path):
     assert "in 2 groups" in write_report([run, other], tmp_path / "page.html").read_text()
 
 
+@pytest.mark.parametrize("of_cache", ["3f1c" * 8, "77" * 16], ids=["held out of its cache", "of --eval-cache"])
+def test_a_run_that_was_evaluated_again_is_compared_with_others(of_cache, run, tmp_path):
+    again = shutil.copytree(run, tmp_path / "again")
+    change(run, "evaluation.json", fingerprint="3f1c" * 8)
+    change(again, "evaluation.json", fingerprint=of_cache, labels_hash="99ab" * 8, rows_are="held out")
+    assert len(rows_of(write_report([run, again], tmp_path / "page.html").read_text(), "Comparison")) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "record", "headings"),
+    [
+        ({"seed": 3}, {}, ["seed of the hold-out: none", "seed of the hold-out: 3"]),
+        ({"eval_fraction": 0.2}, {}, ["fraction held out: 0.1", "fraction held out: 0.2"]),
+        ({"objective": "a=1"}, {}, ["objective: none", "objective: a=1"]),
+        ({}, {"labels_hash": "77" * 16}, ["labels: 99ab99ab99ab", "labels: 777777777777"]),
+    ],
+)
+def test_headings_of_groups_say_what_differs(options, record, headings, run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "config.yaml").write_text(yaml.safe_dump({**CONFIG, **options}))
+    change(other, "run.json", **record)
+    page = write_report([run, other], tmp_path / "page.html").read_text()
+    found = re.findall('<h3 class="group">(.*?)</h3>', page)
+    assert found == [f"22 held-out rows of cache 3f1c3f1c3f1c ({heading})" for heading in headings]
+
+
 def sweep_of(tmp_path, *, better, tied, spread=0.1):
     folder = write_sweep(tmp_path / "sweep", trials=12)
     record = json.loads((folder / "sweep.json").read_text())
