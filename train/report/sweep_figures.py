@@ -161,21 +161,22 @@ def importance(sweep: Sweep) -> tuple[list[tuple[str, float]], str]:
     """Return the share of the metric's variation that each parameter explains, the largest first.
 
     Returns:
-        The shares, empty if they would be drawn from noise; and a sentence that says what they are, or why there are none.
+        The shares, empty if they would be drawn from noise or a single parameter varied; and a sentence that says what they
+        are, or why there are none.
     """
     given = {name: number(value) for name, value in mapping(sweep.sweep_record.get("importance")).items()}
     ranked = sorted(((name, value) for name, value in given.items() if value is not None), key=lambda one: -one[1])
     others = len(sweep.complete) - 1
     tied = [one for one in listed(sweep.sweep_record.get("tied")) if isinstance(one, int)]
     distinct = others - len(tied)
-    if not ranked:
+    if not ranked or len(varied(sweep)) < 2:  # a single parameter explains all, whatever it does
         return [], ""
     values = [trial.value for trial in sweep.complete if trial.value is not None]
     if max(values, default=0.0) - min(values, default=0.0) < LEAST_CHANGE.get(sweep.metric.removeprefix("eval/"), 0.0):
         return [], "The trials differ by less than a change that would count as one, so no parameter is ranked."
     if tied and distinct < max(2, _MORE_THAN_CHANCE * others):
         said = (
-            f"The best trial can be told from {distinct} of the {others} others"
+            f"The best trial can be told from {'the other one' if others == 1 else f'{distinct} of the {others} others'}"
             if distinct
             else "No trial can be told from the best one"
         )
