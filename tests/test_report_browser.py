@@ -138,8 +138,8 @@ GROUPS = [
 ]
 
 # Cells of tables of groups that are beyond the window's edge or that their table cuts off.
-CUT_OFF = """() => [...document.querySelectorAll('[aria-label=Groups] :is(td, tbody th)')].filter((cell) => cell.getBoundingClientRect().right
-    > innerWidth - 10 || cell.scrollWidth > cell.clientWidth + 1).map((cell) => cell.textContent)"""
+CUT_OFF = """() => [...document.querySelectorAll("[aria-label=Groups] :is(td, tbody th)")].filter((cell) =>
+  cell.getBoundingClientRect().right > innerWidth - 10 || cell.scrollWidth > cell.clientWidth + 1).map((cell) => cell.textContent)"""
 
 
 @pytest.mark.parametrize("width", [NARROW, 768, 900, 1280])
@@ -170,6 +170,7 @@ def test_long_names_of_parameters_fit_a_narrow_screen(tmp_path, visit):
     page = visit(write_report([folder]), width=NARROW)
     assert page.locator("meter").count() == 4
     assert page.evaluate("document.documentElement.scrollWidth") <= NARROW
+    assert page.evaluate(COLLISIONS) == []
 
 
 CONTRASTS = """() => {
