@@ -125,6 +125,54 @@ def assert_no_sideways_scroll(page):
     page.wait_for_function("() => document.documentElement.scrollWidth <= innerWidth", timeout=5000)
 
 
+GROUPS = [
+    {"by": by, "group": group, "rows": 29, "accuracy": 0.9123, "accuracy_low": 0.81, "accuracy_high": 0.98}
+    | {"accuracy_before": 0.5, "margin": 0.4567, "margin_low": -0.123, "margin_high": 1.234, "margin_before": -0.001234}
+    | {"loss": 0.4321, "loss_before": 0.5}
+    for by, group in (
+        ("prompt length", "1,234 to 12,345 tokens"),
+        ("class", "desirable"),
+        ("class", "undesirable"),
+        ("source file", "a/long/path/to/a/folder/of/feedback-of-november.jsonl"),
+    )
+]
+
+# Cells of tables of groups that are beyond the window's edge or that their table cuts off.
+CUT_OFF = """() => [...document.querySelectorAll("[aria-label=Groups] :is(td, tbody th)")].filter((cell) =>
+  cell.getBoundingClientRect().right > innerWidth - 10 || cell.scrollWidth > cell.clientWidth + 1).map((cell) => cell.textContent)"""
+
+
+@pytest.mark.parametrize("width", [NARROW, 768, 900, 1280])
+def test_all_columns_of_groups_can_be_seen(width, tmp_path, visit):
+    folder = write_run(tmp_path / "run")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    (folder / "evaluation.json").write_text(json.dumps({**evaluation, "groups": GROUPS}))
+    page = visit(write_report([folder]), width=width)
+    assert page.locator("[aria-label=Groups] td").count() == 16
+    assert page.evaluate(CUT_OFF) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    tops = page.locator(".by-group").evaluate_all("(all) => all.map((one) => one.getBoundingClientRect().top)")
+    assert len(set(tops)) == 3
+    shown = page.locator("[aria-label=Groups] td").evaluate_all(
+        "(all) => all.map((td) => getComputedStyle(td, '::before').content)"
+    )
+    assert shown[:4] == (['"rows"', '"accuracy"', '"margin"', '"loss"'] if width < 860 else ["none"] * 4)
+
+
+@pytest.mark.slow
+def test_long_names_of_parameters_fit_a_narrow_screen(tmp_path, visit):
+    folder = write_sweep(tmp_path / "sweep", trials=8)
+    names = {"beta": "objective.helpful", "loss": "objective.harmlessness-and-honesty"}
+    text = (folder / "sweep.json").read_text()
+    for name, long in names.items():
+        text = text.replace(f'"{name}":', f'"{long}":')
+    (folder / "sweep.json").write_text(text)
+    page = visit(write_report([folder]), width=NARROW)
+    assert page.locator("meter").count() == 4
+    assert page.evaluate("document.documentElement.scrollWidth") <= NARROW
+    assert page.evaluate(COLLISIONS) == []
+
+
 CONTRASTS = """() => {
   const channels = (text) => text.match(/[\\d.]+/g).map(Number);
   const light = (rgb) => rgb.slice(0, 3).map((c) => c / 255)

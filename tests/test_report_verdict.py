@@ -19,6 +19,7 @@ from report_samples import (
 )
 from test_report import HOSTILE, read
 
+from offline_kto.kto_core.feedback.quoting import numbered
 from offline_kto.train.report import plots, sweep_figures
 from offline_kto.train.report.figures import fitted_range
 from offline_kto.train.report.folders import read_folder
@@ -157,6 +158,32 @@ def test_what_makes_held_out_rows_others(changes, run, tmp_path):
     assert "in 2 groups" in write_report([run, other], tmp_path / "page.html").read_text()
 
 
+@pytest.mark.parametrize("of_cache", ["3f1c" * 8, "77" * 16], ids=["held out of its cache", "of --eval-cache"])
+def test_a_run_that_was_evaluated_again_is_compared_with_others(of_cache, run, tmp_path):
+    again = shutil.copytree(run, tmp_path / "again")
+    change(run, "evaluation.json", fingerprint="3f1c" * 8)
+    change(again, "evaluation.json", fingerprint=of_cache, labels_hash="99ab" * 8, rows_are="held out")
+    assert len(rows_of(write_report([run, again], tmp_path / "page.html").read_text(), "Comparison")) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "record", "headings"),
+    [
+        ({"seed": 3}, {}, ["seed of the hold-out: none", "seed of the hold-out: 3"]),
+        ({"eval_fraction": 0.2}, {}, ["fraction held out: 0.1", "fraction held out: 0.2"]),
+        ({"objective": "a=1"}, {}, ["objective: none", "objective: a=1"]),
+        ({}, {"labels_hash": "77" * 16}, ["labels: 99ab99ab99ab", "labels: 777777777777"]),
+    ],
+)
+def test_headings_of_groups_say_what_differs(options, record, headings, run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "config.yaml").write_text(yaml.safe_dump({**CONFIG, **options}))
+    change(other, "run.json", **record)
+    page = write_report([run, other], tmp_path / "page.html").read_text()
+    found = re.findall('<h3 class="group">(.*?)</h3>', page)
+    assert found == [f"22 held-out rows of cache 3f1c3f1c3f1c ({heading})" for heading in headings]
+
+
 def sweep_of(tmp_path, *, better, tied, spread=0.1):
     folder = write_sweep(tmp_path / "sweep", trials=12)
     record = json.loads((folder / "sweep.json").read_text())
@@ -176,7 +203,7 @@ def test_a_sweep_names_its_winner_with_interval_and_ties(tmp_path):
     page = write_report([folder]).read_text()
     text = read(folder / "report.html")[1]
     said = f"The best trial is better than before training. Trial {best}, held-out loss 0.4 [0.38, 0.42]: R. "
-    assert f"{said}On these held-out rows it cannot be told from trial 1, 2." in text
+    assert f"{said}On these held-out rows it cannot be told from trials 1 and 2." in text
     assert "What mattered" in text
     assert page.count("<meter") == 4
     assert rows_of(page, "Trials")[1][1:3] == ["0.4 [0.38, 0.42]", "0.5"]
@@ -187,6 +214,30 @@ def test_a_sweep_names_its_winner_with_interval_and_ties(tmp_path):
         if mark["kind"] == "rule"
     }
     assert level == 0.5
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ([0], "trial 0"),
+        ([0, 1, 2], "trials 0, 1 and 2"),
+        ([*range(12)], "trials 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"),
+    ],
+)
+def test_numbers_of_trials_in_words(numbers, said):
+    assert numbered("trial", numbers) == said
+
+
+def test_a_single_parameter_is_not_ranked(tmp_path):
+    folder, _ = sweep_of(tmp_path, better=True, tied=0)
+    trials = json.loads((folder / "sweep.json").read_text())["trials"]
+    for trial in trials:
+        trial["params"] = {"objective.helpful": 0.1 * trial["number"]}
+    change(folder, "sweep.json", trials=trials, space={}, importance={"objective.helpful": 1.0})
+    page = write_report([folder]).read_text()
+    assert "<meter" not in page
+    assert "What mattered" not in page
+    assert "objective.helpful" in page
 
 
 def test_importance_is_not_drawn_from_noise(tmp_path):
@@ -266,6 +317,7 @@ def test_suspects_are_listed_by_kind_with_their_places(run):
         < text.index("Duplicate rows: 25")
         < text.index("Rows that changed most: 1")
     )
+    assert "ordered by how far the reward lies on the wrong side of the reference point, z0 of the row's update" in text
     assert "16 are left out here" in text
     found = {row[0]: row[1:3] for row in rows_of(page, "Suspects")}
     assert found["a.jsonl:12"] == ["desirable", "\u22121.5"]
@@ -298,6 +350,17 @@ def test_groups_have_a_table_each(run):
     assert rows[1] == ["desirable", "60", "50 % → 90 % [80, 100]", "–", "0.25"]
     assert rows[2] == ["undesirable", "3", "25 %", "0.1", "0.5"]
     assert HOSTILE in read(run / "report.html")[1]
+
+
+def test_a_table_says_why_its_groups_have_more_rows_than_there_are(run):
+    groups = [{"by": "class", "group": name, "rows": 100} for name in ("desirable", "undesirable")]
+    files = [{"by": "source file", "group": name, "rows": 100} for name in "ab"]
+    change(run, "evaluation.json", groups=groups + files)
+    said = "A row with votes for and against it is in both classes, so the counts add up to more than the 120 held-out rows."
+    assert read(write_report([run]))[1].count("so the counts add up to more than") == 1
+    assert said in read(run / "report.html")[1]
+    change(run, "evaluation.json", groups=[{**group, "rows": 60} for group in groups])
+    assert "counts add up" not in write_report([run]).read_text()
 
 
 TEXTS = [

@@ -222,12 +222,13 @@ def _sweep_parts(sweep: "Sweep", name: str) -> dict[str, object]:
     }
 
 
-def _groups(run: "Run") -> list[tuple[str, list[dict[str, str]]]]:
-    """Build the tables of held-out metrics by groups of rows: the kind of group, and its rows."""
+def _groups(run: "Run") -> list[tuple[str, list[dict[str, str]], str]]:
+    """Build the tables of held-out metrics by groups of rows: the kind of group, its rows, and a note on their counts."""
     from offline_kto.train.report import words
     from offline_kto.train.report.folders import listed, mapping, number
 
     tables: dict[str, list[dict[str, str]]] = {}
+    counts: dict[str, float] = {}
     for entry in map(mapping, listed(run.evaluation.get("groups"))):
         values = {}
         for name, metric in (("accuracy", "accuracy"), ("margin", "rewards/margins"), ("loss", "loss")):
@@ -236,8 +237,12 @@ def _groups(run: "Run") -> list[tuple[str, list[dict[str, str]]]]:
             values[name] = f"{value} {words.interval(metric, low, high)}".strip()
             values[f"{name}_before"] = words.metric_value(metric, number(entry.get(f"{name}_before")), 3)
         row = {"group": words.shown(entry.get("group")), "rows": words.shown(number(entry.get("rows"))), **values}
-        tables.setdefault(words.shown(entry.get("by")), []).append(row)
-    return list(tables.items())
+        by = words.shown(entry.get("by"))
+        tables.setdefault(by, []).append(row)
+        counts[by] = counts.get(by, 0.0) + (number(entry.get("rows")) or 0.0)
+    held = number(run.evaluation.get("rows"))
+    notes = {by: words.repeated_in_groups(by, held) for by in tables if held is not None and counts[by] > held}
+    return [(by, rows, notes.get(by, "")) for by, rows in tables.items()]
 
 
 def _held_out(run: "Run") -> dict[str, object] | None:

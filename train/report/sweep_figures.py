@@ -15,6 +15,9 @@ _AXES = 12
 _LINES = 300
 # Of all other trials, the share that must differ from the best one; with equal trials a twentieth would, by chance.
 _MORE_THAN_CHANCE = 0.1
+_LABEL_CHARACTER = (
+    11  # pixels between two axes for each character of a label, of which the first one begins at its axis
+)
 _WIDE = 20.0  # positive values with a larger ratio get a logarithmic axis
 
 
@@ -142,8 +145,9 @@ def parallel_coordinates(sweep: Sweep) -> Plot | None:
             text=told(sweep, trial),
             trial=trial.number,
         )
-    for index, (axis, label) in enumerate(zip(axes, [*names, plain_name(sweep.metric)], strict=True)):
-        figure.add("axis", x=index, label=_short(label), ticks=axis.ticks())
+    labels = [_short(label) for label in (*names, plain_name(sweep.metric))]
+    for index, (axis, label) in enumerate(zip(axes, labels, strict=True)):
+        figure.add("axis", x=index, label=label, ticks=axis.ticks())
     figure.x, figure.y = {"range": [0, len(axes) - 1]}, {"range": [0, 1]}
     which = f"Each line is a trial{f', of the best {_LINES}' if len(sweep.complete) > _LINES else ''}."
     return Plot(
@@ -153,7 +157,7 @@ def parallel_coordinates(sweep: Sweep) -> Plot | None:
         f"{which} The right-hand axis has the best value on top; the stronger the colour, the better the trial. "
         "Click a line to mark its trial everywhere.",
         height=340,
-        min_width=120 * len(axes) + 40,
+        min_width=max(120, _LABEL_CHARACTER * max(map(len, labels))) * len(axes) + 40,
     )
 
 
@@ -161,21 +165,22 @@ def importance(sweep: Sweep) -> tuple[list[tuple[str, float]], str]:
     """Return the share of the metric's variation that each parameter explains, the largest first.
 
     Returns:
-        The shares, empty if they would be drawn from noise; and a sentence that says what they are, or why there are none.
+        The shares, empty if they would be drawn from noise or a single parameter varied; and a sentence that says what they
+        are, or why there are none.
     """
     given = {name: number(value) for name, value in mapping(sweep.sweep_record.get("importance")).items()}
     ranked = sorted(((name, value) for name, value in given.items() if value is not None), key=lambda one: -one[1])
     others = len(sweep.complete) - 1
     tied = [one for one in listed(sweep.sweep_record.get("tied")) if isinstance(one, int)]
     distinct = others - len(tied)
-    if not ranked:
+    if not ranked or len(varied(sweep)) < 2:  # a single parameter explains all, whatever it does
         return [], ""
     values = [trial.value for trial in sweep.complete if trial.value is not None]
     if max(values, default=0.0) - min(values, default=0.0) < LEAST_CHANGE.get(sweep.metric.removeprefix("eval/"), 0.0):
         return [], "The trials differ by less than a change that would count as one, so no parameter is ranked."
     if tied and distinct < max(2, _MORE_THAN_CHANCE * others):
         said = (
-            f"The best trial can be told from {distinct} of the {others} others"
+            f"The best trial can be told from {'the other one' if others == 1 else f'{distinct} of the {others} others'}"
             if distinct
             else "No trial can be told from the best one"
         )

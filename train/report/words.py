@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offline_kto.kto_core.errors import printable
-from offline_kto.kto_core.feedback.quoting import counted
+from offline_kto.kto_core.feedback.quoting import counted, numbered
 from offline_kto.kto_core.options import flag
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.report.folders import Run, Sweep, Trial, listed, mapping, number
 from offline_kto.train.run_records import RunRecord, SweepRecord
 
 NOTHING = "–"
-_MOST_NAMED = 10
 PERCENT = frozenset({"accuracy", "padding"})
 # Names of metrics in the files, and on the page.
 WORDS = {
@@ -269,6 +268,15 @@ def tiles(run: Run) -> list[Tile]:
     return found
 
 
+def repeated_in_groups(by: str, held_out: float) -> str:
+    """Return why the rows of groups are more than the held-out ones; empty for groups that no row can share."""
+    why = {
+        "class": "A row with votes for and against it is in both classes",
+        "objective": "A row that is judged for several objectives is in the group of each",
+    }.get(by)
+    return f"{why}, so the counts add up to more than the {shown(held_out)} held-out rows." if why else ""
+
+
 def sweep_status(sweep: Sweep) -> str:
     """Return the state of a sweep: finished, running, or unfinished."""
     ended = [trial for trial in sweep.trials if trial.state != "running"]
@@ -288,7 +296,7 @@ def sweep_summary(sweep: Sweep) -> str:
         text += f", before training {metric_value(sweep.metric, sweep.untrained, _SWEEP_DIGITS)}"
     if len(complete) > 1:
         if complete[-1].value == best.value:
-            return f"{text}; so have the other complete trials."
+            return f"{text}; so {'has the other complete trial' if len(complete) == 2 else 'have the other complete trials'}."
         worst = metric_value(sweep.metric, complete[-1].value, _SWEEP_DIGITS)
         way = "go down to" if sweep.maximize else "reach up to"
         text += f"; the {len(complete):,} complete trials {way} {worst}"
@@ -303,11 +311,10 @@ def sweep_verdict(sweep: Sweep) -> VerdictWords | None:
     outcome, reason, advice = (printable(str(found.get(name) or "")) for name in ("outcome", "reason", "next"))
     if best is None or outcome not in ("better", "no difference", "worse"):
         return None
-    tied = [str(one) for one in listed(record.get("tied")) if isinstance(one, int)]
+    tied = [one for one in listed(record.get("tied")) if isinstance(one, int)]
     text = f"Trial {best.number}, {plain_name(sweep.metric)} {judged(sweep, best)}: {reason}."
     if tied:
-        more = " and others" if len(tied) > _MOST_NAMED else ""
-        text += f" On these held-out rows it cannot be told from trial {', '.join(tied[:_MOST_NAMED])}{more}."
+        text += f" On these held-out rows it cannot be told from {numbered('trial', tied)}."
     if not any(isinstance(one, int) for one in listed(record.get("better"))):
         return VerdictWords("worse", "No trial beats the untrained model.", text, advice)
     than = "no different from" if outcome == "no difference" else f"{outcome} than"

@@ -17,7 +17,7 @@ from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import flush, remove_tree, write_json, write_text
 from offline_kto.kto_core.errors import ConfigError, TrainingError, printable
-from offline_kto.kto_core.feedback.quoting import counted
+from offline_kto.kto_core.feedback.quoting import counted, numbered
 from offline_kto.kto_core.foreign_files import read_foreign
 from offline_kto.kto_core.options import as_plain, flag
 from offline_kto.kto_core.yaml_files import read_yaml
@@ -35,9 +35,6 @@ RESULTS, BEST, BEST_OPTIONS, STATE = "results.csv", "best", "best.yaml", "sweep.
 
 # Where the `next` line lets the winner be trained, if its model is not here.
 _TRAINED_AGAIN = Path("runs/best")
-
-# Trials that a line of the console names.
-_MOST_NAMED = 10
 
 # First columns of results.csv, in this order; others follow.
 _METRICS = (
@@ -242,7 +239,7 @@ class Results:
         lines = [f"best        trial {best.number}: {self._shown(best.value)}{between}  {_words(best.params)}"]
         tied, better = tied_trials(records, best), better_trials(records)
         if tied:
-            lines.append(f"tied        {_trials(tied)} cannot be told from it on these held-out rows")
+            lines.append(f"tied        {numbered('trial', tied)} cannot be told from it on these held-out rows")
         verdict = best.result.get("verdict")
         if verdict is None:
             return lines
@@ -252,7 +249,8 @@ class Results:
         than = "no different from" if verdict["outcome"] == "no difference" else f"{verdict['outcome']} than"
         line = f"verdict     trial {best.number} is {than} before training: {verdict['reason']}"
         if best.number not in better:
-            line += f"; {_trials(better)} better, but not by {self.config.metric}"
+            are = "is" if len(better) == 1 else "are"
+            line += f"; {numbered('trial', better)} {are} better, but not by {self.config.metric}"
         return [*lines, line]
 
     def _advice(self, advice: str) -> str:
@@ -341,12 +339,6 @@ def _entry(record: TrialRecord) -> TrialEntry:
         "untrained": result.get("untrained"),
         "verdict": result.get("verdict"),
     }
-
-
-def _trials(numbers: list[int]) -> str:
-    """Return numbers of trials in words; of many, the first ones."""
-    shown = ", ".join(map(str, numbers[:_MOST_NAMED])) + (" ..." if len(numbers) > _MOST_NAMED else "")
-    return f"trial{'' if len(numbers) == 1 else 's'} {shown}"
 
 
 def _words(params: dict[str, object]) -> str:
