@@ -133,4 +133,4 @@ def test_wheel_and_source_archive_work_without_the_checkout(tmp_path: Path, thei
     assert "lora" not in refused.stderr
     page = "from offline_kto.train.report import report as r; from pathlib import Path; p = Path(r.__file__).parent\n"
     page += "print(*sorted(x.suffix for x in p.iterdir() if x.suffix in ('.css', '.js', '.j2')))"
-    assert run(sys.executable, "-P", "-c", page, cwd=theirs, path=path).stdout.split() == [".css", ".j2", ".js"]
+    assert run(sys.executable, "-P", "-c", page, cwd=theirs, path=path).stdout.split() == [".css", ".j2", ".js", ".js"]
