@@ -18,7 +18,6 @@ import argparse
 import json
 import random
 import sys
-import tempfile
 from pathlib import Path
 
 import quiz_task
@@ -36,18 +35,9 @@ def main() -> None:
     """Train on all kinds of labels, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--noise", type=int, nargs="+", default=(0, 20, 40), help="wrong votes, percent")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (default: 2)")
-    parser.add_argument(
-        "--work", type=Path, help="keep runs and results here, and continue from them (default: temporary)"
-    )
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the claims do not hold")
+    quiz_task.add_options(parser, seeds=5)
     options = parser.parse_args()
-    quiz_task.set_environment()
-    with tempfile.TemporaryDirectory() as temporary:
-        work: Path = options.work or Path(temporary)
-        if not (work / "base" / "config.json").exists():
-            quiz_task.teach_base(work / "base")
+    with quiz_task.work_folder(options) as work:
         keys = [
             (noise, kind, part, seed)
             for seed in range(options.seeds)

@@ -25,7 +25,6 @@ import argparse
 import json
 import random
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,23 +43,13 @@ def main() -> None:
     """Train all sides in all conditions, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=CONDITIONS)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (default: 2)")
-    parser.add_argument(
-        "--work", type=Path, help="keep runs and results here, and continue from them (default: temporary)"
-    )
-    parser.add_argument("--check", action="store_true", help="exit with 1 if ours is worse in any condition")
+    quiz_task.add_options(parser, seeds=5)
     add_environment_options(parser)
     options = parser.parse_args()
-    quiz_task.set_environment()
-    environments = prepare_environments(options.trl_python)
-    print(environments.describe(), flush=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        work: Path = options.work or Path(temporary)
-        base = work / "base"
-        if not (base / "config.json").exists():
-            quiz_task.teach_base(base)
-        print(f"wanted before training: {quiz_task.wanted_share(base):.3f}", flush=True)
+    with quiz_task.work_folder(options) as work:
+        environments = prepare_environments(options.trl_python)
+        print(environments.describe(), flush=True)
+        print(f"wanted before training: {quiz_task.wanted_share(work / 'base'):.3f}", flush=True)
         arguments = [
             (condition, seed, side)
             for seed in range(options.seeds)

@@ -6,6 +6,7 @@ questions that the outcome is measured on are the demo's and are in no feedback.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -144,9 +146,25 @@ def run_all(
     return results
 
 
-def set_environment() -> None:
-    """Set the variables that every process of a benchmark needs, before torch is imported."""
+def add_options(parser: argparse.ArgumentParser, *, seeds: int) -> None:
+    """Add the options that every benchmark of outcomes has."""
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (default: 2)")
+    parser.add_argument(
+        "--work", type=Path, help="keep runs and results here, and continue from them (default: temporary)"
+    )
+    parser.add_argument("--check", action="store_true", help="exit with 1 if the claims do not hold")
+
+
+@contextlib.contextmanager
+def work_folder(options: argparse.Namespace) -> Iterator[Path]:
+    """Set the variables that every process needs, and give the folder of the runs, with the base model in `base`."""
     os.environ.update(ENVIRONMENT)
+    with tempfile.TemporaryDirectory() as temporary:
+        work: Path = options.work or Path(temporary)
+        if not (work / "base" / "config.json").exists():
+            teach_base(work / "base")
+        yield work
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -21,7 +21,6 @@ import json
 import math
 import random
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -43,18 +42,9 @@ def main() -> None:
     """Run all cases and seeds, and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (default: 2)")
-    parser.add_argument(
-        "--work", type=Path, help="keep runs and results here, and continue from them (default: temporary)"
-    )
-    parser.add_argument("--check", action="store_true", help="exit with 1 if too few verdicts are the expected one")
+    quiz_task.add_options(parser, seeds=20)
     options = parser.parse_args()
-    quiz_task.set_environment()
-    with tempfile.TemporaryDirectory() as temporary:
-        work: Path = options.work or Path(temporary)
-        if not (work / "base" / "config.json").exists():
-            quiz_task.teach_base(work / "base")
+    with quiz_task.work_folder(options) as work:
         jobs = {(case, seed): (verdict, (case, seed, work)) for seed in range(options.seeds) for case in options.cases}
         found = quiz_task.run_all(jobs, at_a_time=options.jobs)
     counts = {case: Counter(found[case, seed] for seed in range(options.seeds)) for case in options.cases}
