@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-LOSSES = ("apo_zero", "dpo", "robust", "ipo", "nca", "dpo_sft")
-SMOOTHING, SFT_WEIGHT = 0.2, 0.5
+LOSSES = ("apo_zero", "dpo", "robust", "ipo", "nca", "dpo_sft", "simpo")
+SMOOTHING, SFT_WEIGHT, GAMMA = 0.2, 0.5, 0.3
 
 
 def make_trainer(args: argparse.Namespace) -> Any:
@@ -49,6 +49,11 @@ def make_trainer(args: argparse.Namespace) -> Any:
         return KTOTrainer(model=str(args.model), args=config, **shared)
     # One pair in a micro-batch: TRL averages the likelihood of chosen completions over the tokens of a micro-batch.
     settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": args.batch_size // 2}
+    if args.loss == "simpo":
+        from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+        config = CPOConfig(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=GAMMA, **settings)
+        return CPOTrainer(model=str(args.model), args=config, **shared)
     losses = {"dpo": ["sigmoid"], "nca": ["nca_pair"], "dpo_sft": ["sigmoid", "sft"]}.get(args.loss, [args.loss])
     config = DPOConfig(
         loss_type=losses, loss_weights=[1.0, SFT_WEIGHT][: len(losses)], label_smoothing=SMOOTHING, **settings
