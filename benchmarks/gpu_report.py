@@ -38,6 +38,7 @@ from gpu_workload import SIZES, layer_weights
 
 HERE = Path(__file__).resolve().parent
 _CLI = "from offline_kto.{module}.cli import {command}; {command}()"
+_WARMUP = 5  # updates before the timed ones
 _TRL_ENVIRONMENT = HERE / ".venv-trl/bin/python"
 
 
@@ -74,7 +75,7 @@ def make_workload(report: Report, size: str, *, seconds: float) -> Workload:
     """Write model and rows."""
     folder, batch = report.work / size, 4 if report.dry else 32
     words: list[str | Path] = [HERE / "gpu_workload.py", "--size", "tiny" if report.dry else size]
-    words += ["--rows", str(batch * (4 if report.dry else 25)), "--device", report.device, "--out", folder]
+    words += ["--rows", str(batch * (4 if report.dry else _WARMUP + report.updates)), "--device", report.device, "--out", folder]
     run_python(words, seconds=seconds, log=report.work / f"{size}.log")
     return Workload(size, folder / "model", folder / "rows.jsonl", folder / "refs", 64 if report.dry else 1024, batch)
 
@@ -113,7 +114,7 @@ def side(
 ) -> Result:
     """Time updates of one side in a process of its own."""
     out = report.work / f"{name.replace(' ', '-').replace('/', '-')}.json"
-    warmup, updates = (1, 2) if report.dry else (5, 20)
+    warmup, updates = (1, 2) if report.dry else (_WARMUP, report.updates)
     words: list[str | Path] = [HERE / "gpu_side.py", kind, "--model", workload.model, "--data", workload.data]
     words += ["--cache", workload.cache, "--out", out, "--batch-size", str(workload.batch)]
     words += ["--max-length", str(workload.max_length), "--warmup", str(warmup), "--updates", str(updates)]
@@ -331,6 +332,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.5, help="the part ends within this time (default: 9.5)")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU: shows that every step runs")
     parser.add_argument("--only", default="", metavar="REGEX", help="measure only what has such a name, as '0.5B TRL'")
+    parser.add_argument("--updates", type=int, default=20, help="timed updates of a side, after 5 others (default: 20)")
     parser.add_argument(
         "--trl-python",
         type=Path,
@@ -345,7 +347,7 @@ def main() -> int:
         path = given.out.resolve() / f"part-{given.part}.json"
         for old in (path, path.with_suffix(".log")):
             old.unlink(missing_ok=True)
-        report = Report(path, until, given.dry, Path(temporary), only=given.only)
+        report = Report(path, until, given.dry, Path(temporary), only=given.only, updates=given.updates)
         try:
             if report.add("facts", functools.partial(facts, report), needs=1, always=True) is not None:
                 part_2(report, given.trl_python) if given.part == 2 else PARTS[given.part](report)

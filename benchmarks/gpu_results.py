@@ -33,6 +33,7 @@ class Report:
         work: folder for models, caches and logs.
         only: regular expression; measurements whose names it is not found in are left out.
         page: makes the tables.
+        updates: timed updates of a side.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Report:
     failed: bool = False
     only: str = ""
     page: Callable[[Report], str] = no_page
+    updates: int = 20
     _longest: dict[str, float] = field(default_factory=dict)
 
     @property

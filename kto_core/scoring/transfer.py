@@ -24,12 +24,12 @@ def to_device(values: _Nested, device: torch.device | str) -> _Nested:
     """Return nested tuples, named tuples and lists with all of their tensors on a device; other values stay as they are.
 
     Args:
-        values: tensors on the host. On a CPU the same ones are returned.
+        values: tensors, all on the host or all on the device. If they are there already, the same ones are returned.
     """
     device = torch.device(device)
-    if _is_host(device):
-        return values
     tensors = [*_tensors(values)]
+    if _is_host(device) or all(tensor.is_cuda for tensor in tensors):
+        return values
     starts, size = [], 0
     for tensor in tensors:
         starts.append(size)

@@ -79,8 +79,9 @@ def share_device(processes: int) -> None:
 def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, reserve: int, alone: bool = True) -> int:
     """Return the padded tokens of one pass that keep memory within 85 % of the device.
 
-    Each additional row of a given length needs the same number of bytes for activations, so two small trials
-    determine the need of any number of rows.
+    The peak is the highest of several moments of a pass, and each of these grows linearly with the rows. Two small trials
+    find the line of the moment that is highest with few rows. With many rows another may be, and a trial of as many
+    rows as that line allows shows it. Then fewer rows are taken, by the line through both trials: no moment is above it.
 
     Args:
         meter: of the device.
@@ -102,9 +103,27 @@ def tokens_that_fit(meter: Meter, trial: Callable[[int], None], *, row: int, res
         if not alone:
             raise
         return row
-    each = max(1, two - one)
-    rows = int((room - (one - each)) // each)
-    return row * max(1, min(rows, MOST_TOKENS // row))
+    most = max(1, MOST_TOKENS // row)
+    rows = min(most, _rows_within(room, (1, one), (2, two)))
+    while rows > 2 or not alone:  # ranks that wait for each other run equally many trials
+        try:
+            with one_memory_error():
+                peak = meter.peak_of(lambda rows=rows: trial(rows))  # type: ignore[misc]
+        except torch.OutOfMemoryError:
+            if not alone:
+                raise
+            rows //= 2
+            continue
+        if rows > 2 and peak > room:
+            rows = _rows_within(room, (2, two), (rows, peak))
+        break
+    return row * max(1, rows)
+
+
+def _rows_within(room: float, fewer: tuple[int, int], more: tuple[int, int]) -> int:
+    """Return the rows, at least 1, whose bytes are within `room` by the line through two measurements (rows, bytes)."""
+    each = max(1.0, (more[1] - fewer[1]) / (more[0] - fewer[0]))
+    return max(1, int(fewer[0] + (room - fewer[1]) // each))
 
 
 def optimizer_bytes(model: nn.Module, *, sharded_over: int, of_matrix: Callable[[torch.dtype], float]) -> int:
