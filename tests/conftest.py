@@ -20,6 +20,7 @@ import torch
 from feedback_files import write_feedback
 from gpus import REHEARSAL, pretend
 from models import save_tiny
+from shortcuts import take_shortcuts
 
 from offline_kto.kto_core.console import shown_lines
 from offline_kto.precompute.config import PrecomputeConfig
@@ -36,9 +37,17 @@ hypothesis.settings.load_profile("project")
 
 def pytest_collection_finish() -> None:
     """Set aside what was imported: each run collects garbage, and would look through all libraries for it."""
+    take_shortcuts()
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_set_aside() -> None:
+    """Set aside what the tests of the module before have imported, as above."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +69,12 @@ def rehearsed_card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Let the bodies of tests marked `gpu` run on the CPU, if that was asked for."""
     if REHEARSAL and request.node.get_closest_marker("gpu"):
         pretend(monkeypatch)
+
+
+@pytest.fixture
+def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the workers of sweeps from the process of forks.py: seconds saved, where starting is not the point."""
+    monkeypatch.setattr("offline_kto.train.sweep.workers.START", "forkserver")
 
 
 @pytest.fixture(scope="session")

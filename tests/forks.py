@@ -25,17 +25,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from shortcuts import take_shortcuts
 
 # All that a run would import on its way is here, or each process would import it again.
 PRELOADED = (
     "offline_kto.precompute.cli",
     "offline_kto.precompute.run",
+    "offline_kto.precompute.pipeline",
     "offline_kto.precompute.engines.transformers_scorer",
     "offline_kto.train.cli",
     "offline_kto.train.run.train_run",
     "offline_kto.train.sweep.sweep",
     "offline_kto.train.sweep.worker",
     "offline_kto.train.report.figures",
+    "offline_kto.train.report.plots",
     "optuna",
     "peft",
     "pyarrow.acero",
@@ -199,5 +202,6 @@ def _run(program: str, arguments: list[str], environment: dict[str, str], output
     if torch.cuda._is_in_bad_fork():
         # A library has asked for GPUs on its import, as bitsandbytes does: forks of such a process cannot use them.
         os.execv(sys.executable, [sys.executable, "-c", program, *arguments])
+    take_shortcuts()
     sys.argv = ["-c", *arguments]
     exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})

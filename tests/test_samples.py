@@ -26,7 +26,7 @@ from offline_kto.train.model.checkpointing import enable_checkpointing, is_check
 from offline_kto.train.run.evaluate_run import evaluate_run
 from offline_kto.train.run.samples import HeldOutSamples, end_tokens
 from offline_kto.train.run.train_run import train
-from offline_kto.train.samples_file import SAMPLES, read_samples, write_samples
+from offline_kto.train.samples_file import MOST_NEW_TOKENS, SAMPLES, read_samples, write_samples
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.sweep import sweep
 from offline_kto.train.trainer import accumulators
@@ -34,6 +34,12 @@ from offline_kto.train.trainer.generation import Generation
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 
 ALONE = SimpleNamespace(sharded=False, world=1, rank=0, least=lambda number: number)
+
+
+@pytest.fixture(autouse=True)
+def whole_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generate as many tokens as a user's runs do."""
+    monkeypatch.setattr("offline_kto.train.run.samples.MOST_NEW_TOKENS", MOST_NEW_TOKENS)
 
 
 def generation(model: Any, *, ends: Sequence[int] = (0,), budget: int = 12) -> Generation:
