@@ -134,11 +134,10 @@ def test_a_class_without_rows_is_left_out() -> None:
     assert not {"rewards/rejected", "rewards/margins", "logps/rejected"} & set(found)
 
 
-@pytest.fixture
-def config(cache: Path, tmp_path: Path) -> TrainConfig:
+def config_for(cache: Path, out: Path) -> TrainConfig:
     return TrainConfig(
         cache=cache,
-        out=tmp_path / "run",
+        out=out,
         batch_size=4,
         max_steps=6,
         learning_rate=3e-3,
@@ -147,6 +146,11 @@ def config(cache: Path, tmp_path: Path) -> TrainConfig:
         eval_steps=2,
         device="cpu",
     )
+
+
+@pytest.fixture
+def config(cache: Path, tmp_path: Path) -> TrainConfig:
+    return config_for(cache, tmp_path / "run")
 
 
 def test_the_summary_is_the_last_evaluation(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,6 +314,17 @@ class TestBest:
 
 
 class TestEvaluateOnly:
+    @pytest.fixture(scope="class")
+    def trained(self, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A finished run. Do not write to it."""
+        return train(config_for(cache, tmp_path_factory.mktemp("trained") / "run"))
+
+    @pytest.fixture
+    def run(self, trained: Path, config: TrainConfig) -> Path:
+        """A copy of it, at the path of `config`."""
+        assert config.out is not None
+        return Path(shutil.copytree(trained, config.out))
+
     @pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"loss": "bco"}, {"loss": "apo_zero"}], ids=str)
     def test_says_what_the_run_said(self, config: TrainConfig, options: dict[str, Any], tmp_path: Path) -> None:
         run = train(replace(config, keep="last", **options))
@@ -330,8 +345,9 @@ class TestEvaluateOnly:
         precompute(PrecomputeConfig(model=str(base), data=str(data), out=folder / "refs", max_length=256))
         return folder / "refs"
 
-    def test_another_cache_is_evaluated_as_a_whole(self, config: TrainConfig, base: Path, tmp_path: Path) -> None:
-        run = train(config)
+    def test_another_cache_is_evaluated_as_a_whole(
+        self, run: Path, config: TrainConfig, base: Path, tmp_path: Path
+    ) -> None:
         before = (run / "evaluation.json").read_bytes()
         other = self.other(base, tmp_path / "other", chat_rows(9, seed=5))
         path = evaluate_run(replace(config, cache=other, evaluate_only=run))
@@ -389,8 +405,7 @@ class TestEvaluateOnly:
         for name in ("logps/chosen", "logps/rejected"):
             assert found["metrics"][name]["value"] == pytest.approx(expected["metrics"][name]["value"], abs=1e-4)
 
-    def test_options_are_the_runs_own(self, config: TrainConfig) -> None:
-        run = train(config)
+    def test_options_are_the_runs_own(self, run: Path, config: TrainConfig) -> None:
         command = ["--evaluate-only", str(run), "--cache", str(config.cache)]
         for more in (["--beta", "3"], ["--eval-fraction", "0.5"], ["--eval-seed", "9"]):
             result = CliRunner().invoke(kto_train, [*command, *more])
@@ -412,8 +427,7 @@ class TestEvaluateOnly:
         for name, metric in said["metrics"].items():
             assert found["metrics"][name]["value"] == pytest.approx(metric["value"], abs=2e-5), name
 
-    def test_a_line_that_a_crash_cut_off_is_no_obstacle(self, config: TrainConfig) -> None:
-        run = train(config)
+    def test_a_line_that_a_crash_cut_off_is_no_obstacle(self, run: Path, config: TrainConfig) -> None:
         with (run / "metrics.jsonl").open("a") as file:
             file.write('{"step": 5, "lo')
         (run / "evaluation.json").unlink()
@@ -421,10 +435,9 @@ class TestEvaluateOnly:
         assert json.loads((run / "evaluation.json").read_text())["metrics"]
 
     def test_what_a_run_does_not_say(
-        self, config: TrainConfig, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, run: Path, config: TrainConfig, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """Remove from the run which rows it was trained on, and their weights."""
-        run = train(config)
         other = self.other(base, tmp_path / "other", chat_rows(9, seed=5))
         options = replace(config, cache=other, evaluate_only=run)
         (run / "rewards.parquet").unlink()
@@ -437,8 +450,7 @@ class TestEvaluateOnly:
         with pytest.raises(ConfigError, match=r"run\.json: the class weights of the run are missing"):
             evaluate_run(options)
 
-    def test_trains_and_changes_nothing(self, config: TrainConfig) -> None:
-        run = train(config)
+    def test_trains_and_changes_nothing(self, run: Path, config: TrainConfig) -> None:
         before = {
             path: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != "evaluation.json"
         }
@@ -446,8 +458,7 @@ class TestEvaluateOnly:
         assert {path: path.read_bytes() for path in before} == before
         assert {path.name for path in run.iterdir()} == {path.name for path in before} | {"evaluation.json"}
 
-    def test_a_full_disk_is_one_message(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        run = train(config)
+    def test_a_full_disk_is_one_message(self, run: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         before = (run / "evaluation.json").read_bytes()
 
         def full(path: Path) -> None:
@@ -461,8 +472,7 @@ class TestEvaluateOnly:
         assert (run / "evaluation.json").read_bytes() == before
         assert not [*run.glob(".*")]
 
-    def test_an_unfinished_run(self, config: TrainConfig, tmp_path: Path) -> None:
-        run = train(config)
+    def test_an_unfinished_run(self, run: Path, config: TrainConfig, tmp_path: Path) -> None:
         (run / "config.json").unlink()
         with pytest.raises(ConfigError, match="contains no model; the run is not finished"):
             evaluate_run(replace(config, evaluate_only=run))
@@ -496,8 +506,7 @@ class TestEvaluateOnly:
         command = ["--evaluate-only", str(tmp_path / "sweep"), "--cache", str(config.cache)]
         assert f"a sweep; its best run is {tmp_path}/sweep/best" in CliRunner().invoke(kto_train, command).output
 
-    def test_a_cache_of_another_tokenizer(self, config: TrainConfig, tmp_path: Path) -> None:
-        run = train(config)
+    def test_a_cache_of_another_tokenizer(self, run: Path, config: TrainConfig, tmp_path: Path) -> None:
         shutil.copytree(run, tmp_path / "other")
         tokenizer = json.loads((tmp_path / "other/tokenizer_config.json").read_text())
         tokenizer["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -93,7 +93,7 @@ def test_small_steps_add_up_as_in_float32_and_are_lost_in_plain_bfloat16(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step is a tenth of half a unit in the last place. benchmarks/lean_recipe.py is the long version."""
-    options = {"learning_rate": 1e-4, "max_steps": 40, "epochs": 100.0, "logging_steps": 40}
+    options = {"learning_rate": 1e-4, "max_steps": 20, "epochs": 100.0, "logging_steps": 20}
     config = replace(config, eval_fraction=0.0, allow_different_policy=True, **options)
 
     def margin(run: Path) -> float:

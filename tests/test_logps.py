@@ -339,7 +339,7 @@ def test_one_token_among_many_may_be_further_apart_than_all_may_be(nats, refused
 
     model.lm_head.register_forward_hook(move)
     if refused:
-        with pytest.raises(ModelError, match="in the mean and by .* at most"):
+        with pytest.raises(ModelError, match=r"in the mean and by .* at most"):
             check_scoring(model, [row], tolerance=1e-3)
     else:
         assert 0 < check_scoring(model, [row], tolerance=1e-3) < 1e-3

@@ -490,6 +490,7 @@ class TestParetoFront:
 
         return rewritten(cache, tmp_path / "refs", both)
 
+    @pytest.mark.usefixtures("warm_workers")
     def test_a_sweep_plans_with_the_rows_of_its_trials(
         self, partly: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
@@ -528,6 +529,7 @@ class TestParetoFront:
             sweep(config)
         assert not (tmp_path / "sweep").exists()
 
+    @pytest.mark.usefixtures("warm_workers")
     def test_results_mark_the_front(self, cache: Path, tmp_path: Path) -> None:
         def both(number: int, row: Row) -> list[Row]:
             helpful = (float(row["label"]), float(not row["label"]))
