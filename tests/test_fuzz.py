@@ -38,7 +38,6 @@ from test_shards import ROWS
 
 from offline_kto.kto_core.cache.manifest import MANIFEST, checksum, differences, fingerprint, identity_of, read_manifest
 from offline_kto.kto_core.cache.shards import check_table, open_shard, read_metadata, shard_name
-from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError, ConfigError, FeedbackError, KTOError, ModelError, TokenizationError
 from offline_kto.kto_core.feedback.columns import FeedbackFields
 from offline_kto.kto_core.feedback.labels import LabelRule
@@ -681,7 +680,6 @@ def manifest_from_bytes(content):
     attempt(lambda: inspect_cache.verify(folder), CacheError, folder, folder.name)
     use_rows(folder)
     if readable:
-        attempt(lambda: verify_cache(folder, manifest), CacheError, folder, folder.name)
         assert_printable("".join(differences(manifest.identity, {})))
         assert all(isinstance(name + value, str) for name, value in inspect_cache.describe(manifest))
         for shard in manifest.shards:
@@ -759,11 +757,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
-def test_no_value_of_the_manifest_is_trusted(wrong):
-    """One after the other, not only those that happen to be drawn."""
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("number", "wrong"), [*enumerate(WRONG.values())], ids=WRONG.keys())
+def test_no_value_of_the_manifest_is_trusted(number, wrong, every):
+    """One after the other, not only those that happen to be drawn; or every third place, from another one for each value."""
     failures = []
-    for index in range(len(places(valid_manifest()))):
+    for index in range(number % every, len(places(valid_manifest())), every):
         content = copy.deepcopy(valid_manifest())
         container, key = places(content)[index]
         container[key] = wrong

@@ -69,6 +69,7 @@ def config(noisy: Path, tmp_path: Path) -> TrainConfig:
         batch_size=8,
         epochs=2,
         learning_rate=3e-3,
+        save_steps=0,
         eval_fraction=0.2,
         device="cpu",
     )

@@ -490,7 +490,7 @@ class TestStudy:
         whole = drawn(config, urls[0])
         assert drawn(replace(config, trials=4), urls[1]) == whole[:4]
         assert drawn(config, urls[1]) == whole  # goes on
-        other = drawn(replace(config, seed=1), urls[2])
+        other = drawn(replace(config, seed=1, trials=5), urls[2])
         betas = [params["beta"] for params in whole]
         assert len(set(betas)) == 15
         assert {params["beta"] for params in other}.isdisjoint(betas)

@@ -190,6 +190,7 @@ def config(manners: Path, tmp_path: Path) -> TrainConfig:
         batch_size=8,
         max_steps=8,
         learning_rate=3e-3,
+        save_steps=0,
         eval_fraction=0.3,
         eval_steps=4,
         device="cpu",
@@ -347,7 +348,7 @@ class TestKeep:
 
     @pytest.fixture
     def short(self, config: TrainConfig) -> TrainConfig:
-        return replace(config, max_steps=6, eval_steps=2)
+        return replace(config, max_steps=6, eval_steps=2, save_steps=500)
 
     @pytest.mark.parametrize(
         "options",
