@@ -64,8 +64,22 @@ MEMORY = 2 * 2**30  # bytes that one such file may make the process ask for
 LONGEST_MESSAGE = 1000
 
 
-def examples(count):
-    return settings(max_examples=count * TIMES, suppress_health_check=list(HealthCheck))
+def drawn(count, *strategies):
+    """Run a test with `count` examples in `make test-slow`, and with two fifths of them in `make test`."""
+
+    def of_target(target):
+        few, every = (
+            settings(max_examples=most * TIMES, suppress_health_check=list(HealthCheck))(given(*strategies)(target))
+            for most in (count * 2 // 5, count)
+        )
+
+        @pytest.mark.parametrize("test", [few, pytest.param(every, marks=pytest.mark.slow)], ids=["few", "all"])
+        def run(test):
+            test()
+
+        return run
+
+    return of_target
 
 
 # What holds for every target
@@ -528,8 +542,8 @@ def valid_file(suffix):
     return gzip.compress(content.encode(), mtime=0) if suffix.endswith(".gz") else content.encode()
 
 
-@examples(150)
-@given(
+@drawn(
+    150,
     st.one_of(st.binary(max_size=60), st.lists(st.sampled_from(FRAGMENTS), max_size=9).map(b"".join)),
     st.sampled_from(SUFFIXES),
     st.booleans(),
@@ -538,8 +552,7 @@ def test_any_bytes_as_feedback_end_in_rows_or_in_our_own_error(content, suffix, 
     feedback_from_bytes(content, suffix, packed)
 
 
-@examples(150)
-@given(st.sampled_from(SUFFIXES), byte_edits)
+@drawn(150, st.sampled_from(SUFFIXES), byte_edits)
 def test_a_damaged_feedback_file_ends_in_rows_or_in_our_own_error(suffix, edits):
     feedback_from_bytes(with_edits(valid_file(suffix), edits), suffix, packed=False)
 
@@ -574,8 +587,8 @@ likely_records = st.fixed_dictionaries(
 )
 
 
-@examples(150)
-@given(
+@drawn(
+    150,
     st.lists(
         st.one_of(
             likely_records,
@@ -593,8 +606,7 @@ def test_any_records_as_feedback_end_in_rows_or_in_our_own_error(records, depth,
     feedback_from_records(records, depth, digits)
 
 
-@examples(150)
-@given(st.sampled_from(sorted(EXPORTS)), value_edits, depths, digit_counts)
+@drawn(150, st.sampled_from(sorted(EXPORTS)), value_edits, depths, digit_counts)
 def test_a_changed_export_ends_in_rows_or_in_our_own_error(name, edits, depth, digits):
     export_from_edits(name, edits, depth, digits)
 
@@ -714,26 +726,22 @@ def manifest_from_value(value, depth=900, digits=4299, *, marked=True):
     manifest_from_bytes(text.encode())
 
 
-@examples(60)
-@given(st.one_of(st.binary(max_size=60), st.lists(st.sampled_from(FRAGMENTS), max_size=9).map(b"".join)))
+@drawn(60, st.one_of(st.binary(max_size=60), st.lists(st.sampled_from(FRAGMENTS), max_size=9).map(b"".join)))
 def test_any_bytes_as_a_manifest_are_refused_by_our_own_error(content):
     manifest_from_bytes(content)
 
 
-@examples(60)
-@given(json_values(st.sampled_from(["format", "shards", "data", "run", "file", "rows"])), depths, digit_counts)
+@drawn(60, json_values(st.sampled_from(["format", "shards", "data", "run", "file", "rows"])), depths, digit_counts)
 def test_any_json_as_a_manifest_is_refused_by_our_own_error(value, depth, digits):
     manifest_from_value(value, depth, digits)
 
 
-@examples(250)
-@given(value_edits, depths, digit_counts, st.booleans())
+@drawn(250, value_edits, depths, digit_counts, st.booleans())
 def test_a_changed_manifest_is_taken_or_refused_by_our_own_error(edits, depth, digits, marked):
     manifest_from_value(changed(valid_manifest(), edits), depth, digits, marked=marked)
 
 
-@examples(60)
-@given(byte_edits)
+@drawn(60, byte_edits)
 def test_a_damaged_manifest_is_taken_or_refused_by_our_own_error(edits):
     manifest_from_bytes(with_edits(json.dumps(valid_manifest()).encode(), edits))
 
@@ -930,14 +938,12 @@ def options_from(mapping):
     config_from_text(yaml.safe_dump(mapping, allow_unicode=True))
 
 
-@examples(200)
-@given(st.one_of(st.binary(max_size=40), st.lists(st.sampled_from(YAML_FRAGMENTS), max_size=8).map("".join)))
+@drawn(200, st.one_of(st.binary(max_size=40), st.lists(st.sampled_from(YAML_FRAGMENTS), max_size=8).map("".join)))
 def test_any_text_as_a_config_ends_in_options_or_in_our_own_error(text):
     config_from_text(text)
 
 
-@examples(100)
-@given(st.dictionaries(st.sampled_from([*TrainConfig.__dataclass_fields__, "x"]), json_values(), max_size=4))
+@drawn(100, st.dictionaries(st.sampled_from([*TrainConfig.__dataclass_fields__, "x"]), json_values(), max_size=4))
 def test_any_values_of_options_end_in_options_or_in_our_own_error(mapping):
     options_from(mapping)
 
@@ -998,16 +1004,14 @@ def weights_from_value(value, depth=900, digits=4299):
     weights_from_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
 
 
-@examples(60)
-@given(st.one_of(st.binary(max_size=60), byte_edits))
+@drawn(60, st.one_of(st.binary(max_size=60), byte_edits))
 def test_any_bytes_as_weights_are_hashed_or_refused_by_our_own_error(drawn):
     header = json.dumps(TENSORS).encode()
     good = len(header).to_bytes(8, "little") + header + bytes(12)
     weights_from_bytes(drawn if isinstance(drawn, bytes) else with_edits(good, drawn))
 
 
-@examples(150)
-@given(st.one_of(value_edits.map(lambda edits: changed(TENSORS, edits)), json_values()), depths, digit_counts)
+@drawn(150, st.one_of(value_edits.map(lambda edits: changed(TENSORS, edits)), json_values()), depths, digit_counts)
 def test_any_header_of_weights_is_hashed_or_refused_by_our_own_error(value, depth, digits):
     weights_from_value(value, depth, digits)
 
