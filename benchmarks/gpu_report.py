@@ -75,7 +75,14 @@ def make_workload(report: Report, size: str, *, seconds: float) -> Workload:
     """Write model and rows."""
     folder, batch = report.work / size, 4 if report.dry else 32
     words: list[str | Path] = [HERE / "gpu_workload.py", "--size", "tiny" if report.dry else size]
-    words += ["--rows", str(batch * (4 if report.dry else _WARMUP + report.updates)), "--device", report.device, "--out", folder]
+    words += [
+        "--rows",
+        str(batch * (4 if report.dry else _WARMUP + report.updates)),
+        "--device",
+        report.device,
+        "--out",
+        folder,
+    ]
     run_python(words, seconds=seconds, log=report.work / f"{size}.log")
     return Workload(size, folder / "model", folder / "rows.jsonl", folder / "refs", 64 if report.dry else 1024, batch)
 

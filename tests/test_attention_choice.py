@@ -67,7 +67,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         else:
             real(self, kernel, **options)
 
+    known = transformers.AttentionInterface.valid_keys
     monkeypatch.setattr(transformers.PreTrainedModel, "set_attn_implementation", set_kernel)
+    monkeypatch.setattr(transformers.AttentionInterface, "valid_keys", lambda self: [*known(self), *installed])
     return installed
 
 
@@ -106,6 +108,15 @@ class TestAutomaticChoice:
         model.set_attn_implementation("eager")
         found = choose(model=model, device=CUDA, settings={"attn_implementation": "eager"})
         assert (found.kernel, found.to_set, found.why) == ("eager", None, "config.json sets it")
+
+    def test_a_kernel_of_the_hub_that_was_set_but_not_loaded_is_refused(
+        self, gpu: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As transformers 5.17 to 5.19 do from the second time on."""
+        gpu += ["kernels-community/flash-attn3"]
+        monkeypatch.setattr(transformers.AttentionInterface, "valid_keys", lambda self: ["sdpa"])
+        with pytest.raises(ModelError, match="flash-attn3: LlamaForCausalLM cannot use it: it could not be loaded"):
+            choose("kernels-community/flash-attn3", device=CUDA)
 
     def test_a_kernel_of_the_hub_is_taken_only_if_it_was_downloaded(
         self, gpu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -197,13 +197,13 @@ def check_scoring(model: Model, rows: Sequence[TokenIds], *, tolerance: float) -
                 f"differ from those of its eager attention by {apart:.3g} nats a token. Add "
                 '"attn_implementation": "eager" to its config.json.'
             )
-        apart = _apart_from_own_logits(model, rows)
-        mean, largest = float(apart.mean()), float(apart.max())
+        distances = _apart_from_own_logits(model, rows)
+        mean, largest = float(distances.mean()), float(distances.max())
     if not (mean <= tolerance and largest <= _SINGLE * tolerance):
         raise ModelError(
             f"{name}: log-probabilities from hidden states differ from the model's own logits by {mean:.3g} nats a token in the "
-            f"mean and by {largest:.3g} at most (allowed: {tolerance:g} and {_SINGLE * tolerance:g}). This model family ({family}) changes its logits or positions "
-            "in a way that is not supported; please report the model's name."
+            f"mean and by {largest:.3g} at most (allowed: {tolerance:g} and {_SINGLE * tolerance:g}). This model family ({family}) "
+            "changes its logits or positions in a way that is not supported; please report the model's name."
         )
     return mean
 
