@@ -182,6 +182,24 @@ def test_an_appended_row_changes_few_pairs(group):
     assert (after - before).total() <= 6
 
 
+def lines_run(call):
+    """Return how many lines a call executes, and its value. Counted, since seconds would be a test of the machine."""
+    lines = 0
+
+    def count(frame, event, argument):
+        nonlocal lines
+        lines += 1
+        return count
+
+    tracing = sys.gettrace()
+    sys.settrace(count)
+    try:
+        value = call()
+    finally:
+        sys.settrace(tracing)
+    return lines, value
+
+
 LINES_A_ROW = 1_000  # a search through all rows for each of them would be beyond 8,000
 
 
@@ -198,20 +216,7 @@ LINES_A_ROW = 1_000  # a search through all rows for each of them would be beyon
     ],
 )
 def test_the_work_grows_with_the_rows_and_not_with_their_square(rows, partners):
-    """Counted, since seconds would be a test of the machine: executed lines."""
-    lines = 0
-
-    def count(frame, event, argument):
-        nonlocal lines
-        lines += 1
-        return count
-
-    tracing = sys.gettrace()
-    sys.settrace(count)
-    try:
-        pairing = pair_shuffled(rows, partners=partners, seed=0)
-    finally:
-        sys.settrace(tracing)
+    lines, pairing = lines_run(partial(pair_shuffled, rows, partners=partners, seed=0))
     assert lines < LINES_A_ROW * len(rows) * partners
     check_valid(rows, pairing, partners)
 
@@ -297,3 +302,11 @@ def test_rotate_with_fewer_rows_than_partners_does_not_blame_duplicates():
     with pytest.raises(PairingError, match="--kl-partners") as caught:
         pair_rotate(unique_prompts(3), partners=3, block=8)
     assert "identical" not in str(caught.value)
+
+
+@pytest.mark.parametrize("partners", [1, 4])
+def test_rotate_between_thousands_of_identical_rows_is_not_quadratic(partners):
+    rows = [*unique_prompts(4_000), *[row("a", 1)] * 4_000]
+    lines, pairing = lines_run(partial(pair_rotate, rows, partners=partners, block=8_000))
+    assert lines < LINES_A_ROW * len(rows)
+    assert pairing.partners[-1].tolist() == [3_999 - k for k in range(partners)]

@@ -90,3 +90,13 @@ def test_a_prompt_of_many_rows_hands_out_the_others_in_turn(share: float, partne
         for i in range(1_500)
     ]
     assert_same("pair_shuffled", rows, partners, seed=1)
+
+
+@pytest.mark.parametrize("block", [2, 3, 5])
+def test_how_far_rotate_searches_between_identical_rows(block: int) -> None:
+    first, second, same = (pairable_rows.hashed(name, name, name) for name in "abc")
+    for partners in range(1, block):
+        for between in range(4 * block):
+            for after in range(4 * block):
+                rows = [*[same] * between, first, second, *[same] * after]
+                assert_same("pair_rotate", rows, partners, block=block)

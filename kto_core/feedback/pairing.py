@@ -232,8 +232,8 @@ class _Rotation:
         start = position - inside
         length = np.minimum(self.block, self.size - start)
         by_row = np.empty((self.size, self.partners), dtype=self.row.dtype)
-        conflicts = length <= self.partners
-        for k in range(self.partners):
+        conflicts = np.zeros(self.size, dtype=bool)
+        for k in range(self.partners):  # in a block that is too short, one of these is the row itself
             by_row[:, k] = start + (inside - k - 1) % length
             conflicts |= self.row[by_row[:, k]] == self.row
         for i in _positions(conflicts):
