@@ -1,88 +1,202 @@
-"""Measure how fast `kto-precompute` plans: read, check, render, tokenize and pair, in rows a second and bytes a row.
+"""Measure how `kto-precompute` plans: read, check, render, tokenize and pair.
 
-    python benchmarks/planning.py [--rows 100000] [--data FILE] [--check]
+    python benchmarks/planning.py [--rows 10000 100000 1000000] [--data FILE] [--check]
 
-Without --data, rows are conversations of one to three exchanges (see workload.py). The tokenizer is a BPE of 16,000
-tokens, trained on some of the rows, with a chat template. The plan runs in a process of its own; its memory is what it
-adds to the imports.
+Without --data, rows are conversations of one to three exchanges (see workload.py), each with its own prompt. The
+tokenizer is a BPE of 16,000 tokens, trained on some of the rows, with a chat template. Each size is planned in a
+process of its own. Its memory is the peak of its anonymous memory, beyond the imports and the tokenizer; mapped files
+are left out, since the system takes their pages back when it needs them. With several sizes the growth is fitted:
+seconds and bytes as powers of the rows, and bytes as a line.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import math
+import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from environments import offline_env
+from environments import load_average, offline_env
 from text_table import text_table
-from workload import SMALL, Row, make_workload, synthetic_rows
+from workload import SMALL, Row, endless_rows, make_workload
 
 # What the project promises on two cores.
 LEAST_ROWS_A_SECOND = 4000
 
+_STATUS = Path("/proc/self/status")
 
-def write_rows(path: Path, rows: list[Row]) -> Path:
-    """Write rows of chat with a label, one on each line."""
+
+class Planned(NamedTuple):
+    """What planning took.
+
+    Args:
+        rows: Rows that were read.
+        seconds: Of the plan.
+        cpu: Seconds of all cores, child processes included.
+        pairing: Seconds of the plan that went into pairing.
+        memory: Most bytes of anonymous memory beyond the imports, counts included.
+    """
+
+    rows: int
+    seconds: float
+    cpu: float
+    pairing: float
+    memory: int
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> Path:
+    """Write rows of chat with a label, one on each line, without holding them."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return path
 
 
-def resident_kib() -> int:
-    """Return the resident memory of this process; where it is not known, its peak so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmRSS"))
-        return int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def anonymous_bytes() -> int:
+    """Return the anonymous memory of this process; where it is not known, its peak of resident memory so far."""
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def sampled_peak(*, every: float = 0.02) -> Iterator[list[int]]:
+    """Yield a list that holds the most bytes of anonymous memory seen by a thread, beyond those of the start."""
+    start = anonymous_bytes()
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every):
+            peak[0] = max(peak[0], anonymous_bytes() - start)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak[0] = max(peak[0], anonymous_bytes() - start)
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process and of the children it waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def plan(model: str, data: str) -> None:
-    """Plan in this process, and print seconds and bytes as JSON."""
+    """Plan in this process, and print what it took as JSON."""
     import transformers
 
+    from offline_kto.precompute import plan as planning
     from offline_kto.precompute.config import PrecomputeConfig
-    from offline_kto.precompute.plan import make_plan
 
+    seconds_of_pairing = timed(planning, "pair_shuffled")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    before, start = resident_kib(), time.perf_counter()
-    made = make_plan(PrecomputeConfig(model=model, data=data), tokenizer)
-    seconds = time.perf_counter() - start
-    counts = made.counts()
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(json.dumps({"rows": counts.read, "seconds": seconds, "memory": memory, "tokens": counts.tokens}))
+    cpu, start = cpu_seconds(), time.perf_counter()
+    with sampled_peak() as peak:
+        made = planning.make_plan(PrecomputeConfig(model=model, data=data), tokenizer)
+        seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
+        read = made.counts().read
+    print(json.dumps(Planned(read, seconds, cpu, sum(seconds_of_pairing), peak[0])))
+
+
+def timed(module: Any, name: str) -> list[float]:
+    """Replace a function of a module by one that appends the seconds of every call to the list that is returned."""
+    call, seconds = getattr(module, name), []
+
+    def timed_call(*args: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return call(*args, **options)
+        finally:
+            seconds.append(time.perf_counter() - start)
+
+    setattr(module, name, timed_call)
+    return seconds
+
+
+def planned(model: Path, data: Path, work: Path) -> Planned:
+    """Plan a file in a process of its own."""
+    words = [sys.executable, __file__, "--plan", str(model), str(data)]
+    done = subprocess.run(words, env=offline_env(work), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return Planned(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def growth(found: Sequence[Planned]) -> str:
+    """Return the exponents of seconds and bytes, fitted by least squares on logarithms, and the bytes of a further row."""
+    rows = [one.rows for one in found]
+
+    def exponent(values: Sequence[float]) -> float:
+        return statistics.linear_regression(list(map(math.log, rows)), list(map(math.log, values))).slope
+
+    time_power, memory_power = exponent([one.cpu for one in found]), exponent([max(one.memory, 1) for one in found])
+    slope = statistics.linear_regression(rows, [one.memory for one in found]).slope
+    return f"CPU seconds grow as rows^{time_power:.2f}, memory as rows^{memory_power:.2f}: {slope:,.0f} bytes for each further row"
+
+
+def table(found: Sequence[Planned]) -> str:
+    """Return one line for each size."""
+    header = ["rows", "seconds", "rows a second", "CPU seconds", "pairing seconds", "MiB", "bytes a row"]
+    return text_table(
+        header,
+        [
+            [
+                f"{one.rows:,}",
+                f"{one.seconds:.1f}",
+                f"{one.rows / one.seconds:,.0f}",
+                f"{one.cpu:.1f}",
+                f"{one.pairing:.2f}",
+                f"{one.memory / 2**20:,.0f}",
+                f"{one.memory / one.rows:,.0f}",
+            ]
+            for one in found
+        ],
+    )
 
 
 def main() -> int:
-    """Measure, print the table, and with --check return 1 if planning is slower than promised."""
+    """Measure, print the table and the growth, and with --check return 1 if the largest size is slower than promised."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000], help="sizes of made-up data")
+    parser.add_argument("--data", type=Path, help="plan this file instead")
     parser.add_argument("--check", action="store_true", help="exit with 1 if it is slower than promised")
     parser.add_argument("--plan", nargs=2, metavar=("MODEL", "DATA"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.plan:
         plan(*given.plan)
         return 0
+    print(f"{os.cpu_count()} cores; {load_average()}")
+    found = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        data = given.data or write_rows(work / "rows.jsonl", synthetic_rows(given.rows, seed=0))
         shape = dataclasses.replace(SMALL, vocabulary=16_000)
-        model = make_workload(work / "workload", data=data, num_rows=2000, shape=shape, seed=0).model
-        words = [sys.executable, __file__, "--plan", str(model), str(data)]
-        done = subprocess.run(words, env=offline_env(work), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found = json.loads(done.stdout.splitlines()[-1])
-    speed = found["rows"] / found["seconds"]
-    row = [f"{found['rows']:,}", f"{found['seconds']:.1f}", f"{speed:,.0f}", f"{found['memory'] / found['rows']:,.0f}"]
-    print(text_table(["rows", "seconds", "rows a second", "bytes a row"], [row]))
+        model = make_workload(work / "workload", data=given.data, num_rows=2000, shape=shape, seed=0).model
+        if given.data:
+            found.append(planned(model, given.data, work))
+        for size in [] if given.data else sorted(set(given.rows)):
+            data = write_rows(work / "rows.jsonl", itertools.islice(endless_rows(seed=0), size))
+            found.append(planned(model, data, work))
+    print(table(found))
+    if len(found) > 1:
+        print(growth(found))
+    speed = found[-1].rows / found[-1].seconds
     return 1 if given.check and speed < LEAST_ROWS_A_SECOND else 0
 
 

@@ -9,8 +9,10 @@ weights on any machine. To look at a workload::
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,11 @@ def _turns(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def synthetic_rows(num_rows: int, *, seed: int) -> list[Row]:
+    """Generate chat feedback, see `endless_rows`."""
+    return list(itertools.islice(endless_rows(seed=seed), num_rows))
+
+
+def endless_rows(*, seed: int) -> Iterator[Row]:
     """Generate chat feedback: one to three exchanges, Zipf-like words, long-tailed lengths, half of it desirable.
 
     A turn's number of words is log-normal: median 50 for the user, 110 for the assistant; a row of more than
@@ -138,16 +145,14 @@ def synthetic_rows(num_rows: int, *, seed: int) -> list[Row]:
     rng = random.Random(seed)
     words = lexicon(rng, size=4000)
     weights = [1.0 / (rank + 3) for rank in range(len(words))]
-    rows: list[Row] = []
-    while len(rows) < num_rows:
+    while True:
         labels = [True, False]
         rng.shuffle(labels)
         for label in labels:
             row = _synthetic_row(rng, words, weights, label)
             while _num_words(row) > MAX_WORDS:
                 row = _synthetic_row(rng, words, weights, label)
-            rows.append(row)
-    return rows[:num_rows]
+            yield row
 
 
 def _num_words(row: Row) -> int:

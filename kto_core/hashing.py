@@ -30,6 +30,11 @@ def ids_id(ids: np.ndarray) -> str:
     return _hash_ids(ids)
 
 
+def id_array(ids: Iterable[str]) -> np.ndarray:
+    """Return content ids as an array of their 16 bytes (dtype V16)."""
+    return np.fromiter(map(bytes.fromhex, ids), dtype="V16")
+
+
 def _hash_ids(*parts: np.ndarray) -> str:
     # Each part is preceded by its length: [1, 2] + [3] and [1] + [2, 3] differ.
     hasher = hashlib.sha256()

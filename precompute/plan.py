@@ -18,11 +18,11 @@ import numpy as np
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.cache.places import place_of
 from offline_kto.kto_core.errors import FeedbackError, PairingError, TokenizationError
-from offline_kto.kto_core.feedback.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
+from offline_kto.kto_core.feedback.pairing import PairableRows, Pairing, pair_rotate, pair_shuffled
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.tokenization import Tokenizing, Tokens
-from offline_kto.kto_core.hashing import ids_id, json_hash, sequence_id
+from offline_kto.kto_core.hashing import id_array, ids_id, json_hash, sequence_id
 from offline_kto.kto_core.judgements import Judgement, Masses, mass_columns
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.runtime import no_garbage_collection
@@ -332,7 +332,12 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
 
 
 def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:
-    pairable = [PairableRow(row.row_id, row.prompt_id, ids_id(row.full_completion_ids), row.label) for row in rows]
+    pairable = PairableRows(
+        id_array(row.row_id for row in rows),
+        id_array(row.prompt_id for row in rows),
+        id_array(ids_id(row.full_completion_ids) for row in rows),
+        np.array([row.label for row in rows], dtype=bool),
+    )
     if config.pairing == "rotate":
         return pair_rotate(pairable, partners=config.kl_partners, block=config.pairing_block)
     return pair_shuffled(pairable, partners=config.kl_partners, seed=config.seed)
