@@ -38,6 +38,11 @@ def ids_id(ids: np.ndarray) -> str:
     return _hash_ids(ids).hex()
 
 
+def id_array(ids: Iterable[str]) -> np.ndarray:
+    """Return content ids as an array of their 16 bytes (dtype `ID`)."""
+    return np.fromiter(map(bytes.fromhex, ids), dtype=ID)
+
+
 def hex_ids(ids: np.ndarray) -> list[str]:
     """Return ids as texts. Args: ids: one-dimensional, dtype `ID`."""
     return ids.tobytes().hex(" ", ID.itemsize).split()

@@ -7,7 +7,7 @@ it can be shortened for one prompt and complete for another.
 import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import groupby
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.cache.places import place_of
 from offline_kto.kto_core.errors import FeedbackError, PairingError, TokenizationError
-from offline_kto.kto_core.feedback.pairing import PairableRow, Pairing, pair_rotate, pair_shuffled
+from offline_kto.kto_core.feedback.pairing import PairableRows, Pairing, pair_rotate, pair_shuffled
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.tokenization import Tokenizing, Tokens
@@ -339,13 +339,10 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
 
 
 def _pair(config: PrecomputeConfig, rows: PlannedRows) -> Pairing:
-    ids = [hex_ids(rows.ids(name)) for name in ("row_id", "prompt_id", "completion_id")]
-    pairable = list(map(PairableRow, *ids, rows.labels.tolist()))
+    pairable = PairableRows(rows.ids("row_id"), rows.ids("prompt_id"), rows.ids("completion_id"), rows.labels)
     if config.pairing == "rotate":
-        found = pair_rotate(pairable, partners=config.kl_partners, block=config.pairing_block)
-    else:
-        found = pair_shuffled(pairable, partners=config.kl_partners, seed=config.seed)
-    return replace(found, partners=np.array(found.partners))
+        return pair_rotate(pairable, partners=config.kl_partners, block=config.pairing_block)
+    return pair_shuffled(pairable, partners=config.kl_partners, seed=config.seed)
 
 
 def shard_rows(plan: Plan, rows_per_shard: int) -> Sequence[range]:

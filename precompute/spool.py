@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import operator
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, overload
@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from offline_kto.kto_core.durable_files import written_to
 from offline_kto.kto_core.errors import CacheError
-from offline_kto.kto_core.hashing import ID, hex_ids, ids_id
+from offline_kto.kto_core.hashing import ID, hex_ids, id_array, ids_id
 from offline_kto.kto_core.judgements import Judgement, Masses
 from offline_kto.precompute.feedback.weights import Judgements
 
@@ -147,9 +147,9 @@ def _batch(rows: Sequence[PlannedRow]) -> pa.RecordBatch:
     columns = {
         "ids": pa.ListArray.from_arrays(np.append(np.int32(0), ends), np.concatenate(ids)),
         "prompt_length": [len(row.prompt_ids) for row in rows],
-        "row_id": [bytes.fromhex(row.row_id) for row in rows],
-        "prompt_id": [bytes.fromhex(row.prompt_id) for row in rows],
-        "completion_id": [bytes.fromhex(ids_id(row.full_completion_ids)) for row in rows],
+        "row_id": _id_column(row.row_id for row in rows),
+        "prompt_id": _id_column(row.prompt_id for row in rows),
+        "completion_id": _id_column(ids_id(row.full_completion_ids) for row in rows),
         "source": [row.source for row in rows],
         "label": [row.label for row in rows],
         "masses": [row.judgement.masses for row in rows],
@@ -162,6 +162,11 @@ def _batch(rows: Sequence[PlannedRow]) -> pa.RecordBatch:
         for field, found in ((field, columns[field.name]) for field in _SCHEMA)
     ]
     return pa.record_batch(arrays, schema=_SCHEMA)
+
+
+def _id_column(ids: Iterable[str]) -> pa.Array:
+    found = id_array(ids)
+    return pa.FixedSizeBinaryArray.from_buffers(_ID, len(found), [None, pa.py_buffer(found)])
 
 
 class _Decoded(NamedTuple):

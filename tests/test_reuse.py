@@ -14,10 +14,11 @@ import forks
 import numpy as np
 import pytest
 from feedback_files import chat_rows, write_rows
+from naive_pairing import PairableRow
+from pairable_rows import hashed, pair_shuffled
 from test_precompute import scored
 
 from offline_kto.kto_core.cache.manifest import read_manifest
-from offline_kto.kto_core.feedback.pairing import PairableRow, pair_shuffled
 from offline_kto.kto_core.hashing import sequence_id
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.reference import Reference
@@ -337,7 +338,7 @@ class TestOnlyWhatIsNew:
     def test_one_row_more_or_less_changes_few_pairs_of_many(self, share: float, partners: int) -> None:
         """Also where one prompt holds up to three rows in ten."""
         rng = random.Random(1)
-        rows = [PairableRow(f"r{i}", "often" if rng.random() < share else f"p{i}", f"c{i}", True) for i in range(600)]
+        rows = [hashed(f"r{i}", "often" if rng.random() < share else f"p{i}", f"c{i}") for i in range(600)]
 
         def pairs(rows: list[PairableRow]) -> set[tuple[str, str]]:
             chosen = pair_shuffled(rows, partners=partners, seed=0).partners
@@ -345,7 +346,7 @@ class TestOnlyWhatIsNew:
 
         whole = pairs(rows)
         for i in range(0, 600, 60):
-            more = [*rows, PairableRow(f"new{i}", ("often", f"q{i}")[i % 120 > 0], f"new{i}", True)]
+            more = [*rows, hashed(f"new{i}", ("often", f"q{i}")[i % 120 > 0], f"new{i}")]
             assert len(pairs(more) - whole) <= 8 * partners
             assert len(pairs(rows[:i] + rows[i + 1 :]) - whole) <= 8 * partners
 
