@@ -3,7 +3,6 @@
 import shlex
 import shutil
 from collections.abc import Sequence
-from itertools import islice
 
 from offline_kto.kto_core.cache.manifest import fingerprint, identity_of
 from offline_kto.kto_core.cache.manifest_fields import (
@@ -23,6 +22,7 @@ from offline_kto.kto_core.hashing import ListHash
 from offline_kto.kto_core.judgements import OBJECTIVES
 from offline_kto.kto_core.launch import read_launch, world_size
 from offline_kto.kto_core.models.loading import longest_alike
+from offline_kto.kto_core.runtime import no_garbage_collection
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, choose_backend, load_transformers
@@ -35,9 +35,6 @@ from offline_kto.precompute.plan import Plan, PlanCounts, make_plan
 from offline_kto.precompute.plan_page import describe, wrapped
 from offline_kto.precompute.scoring import MERGED, Scoring
 from offline_kto.precompute.store import Store
-
-# Rows hashed at a time.
-_HASH_ROWS = 4096
 
 
 def make_cache(config: PrecomputeConfig) -> None:
@@ -181,16 +178,17 @@ def _pairing(config: PrecomputeConfig) -> PairingFields:
     }
 
 
+@no_garbage_collection()
 def _labels_and_places_hash(plan: Plan) -> tuple[str, str]:
     """Return hashes of the fields that the fingerprint leaves out on purpose.
 
     The first is of order, labels, masses, pairs and source rows, the second of the places in the feedback.
     """
     labels, places = ListHash(), ListHash()
-    rows = iter(plan.rows)
-    while some := [*islice(rows, _HASH_ROWS)]:
-        labels.add([[row.row_id, *plan.labels_of(row)] for row in some])
-        places.add([row.place for row in some])
+    for columns in plan.rows.columns():
+        entries = zip(columns.row_ids, plan.labels(columns.rows), strict=True)
+        labels.add([[row_id, *entry] for row_id, entry in entries])
+        places.add(columns.places)
     return labels.hexdigest(), places.hexdigest()
 
 

@@ -109,12 +109,14 @@ class Plan:
 
     def labels(self, rows: range) -> list[list[object]]:
         """Return what the scores do not depend on, for hashes: label, masses that a label does not say, pair and source."""
-        return [self.labels_of(self.rows[i]) for i in rows]
-
-    def labels_of(self, row: PlannedRow) -> list[object]:
-        """Return the entry of `labels` for a row."""
-        masses = [row.judgement.masses, row.judgement.objectives] if self.mass_columns else []
-        return [row.label, row.pair_id, row.source, *masses]
+        found: list[list[object]] = []
+        for row in rows:
+            columns = self.rows.columns_with(row)
+            i = row - columns.rows.start
+            judgement = self.rows.judgements[row]
+            masses = [judgement.masses, judgement.objectives] if self.mass_columns else []
+            found.append([bool(self.rows.labels[row]), columns.pair_ids[i], columns.sources[i], *masses])
+        return found
 
     def counts(self) -> "PlanCounts":
         return PlanCounts.of(self)

@@ -169,10 +169,10 @@ def _id_column(ids: Iterable[str]) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(_ID, len(found), [None, pa.py_buffer(found)])
 
 
-class _Decoded(NamedTuple):
-    """The columns of one record batch that are not kept in memory, decoded."""
+class RowColumns(NamedTuple):
+    """The columns of some rows that are not kept in memory, decoded."""
 
-    first: int  # row
+    rows: range
     row_ids: list[str]
     prompt_ids: list[str]
     sources: list[int]
@@ -220,7 +220,7 @@ class PlannedRows(Sequence[PlannedRow]):
             self._first_rows.append(first)
             first = here.stop
         self.judgements = Judgements(masses, self._objectives(sorted(names)), factors)
-        self._decoded: _Decoded | None = None
+        self._decoded: RowColumns | None = None
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -233,13 +233,14 @@ class PlannedRows(Sequence[PlannedRow]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[operator.index(index)]
-        return self._row(index, self._columns_around(index))
+        return self._row(index, self.columns_with(index))
 
     def __iter__(self) -> Iterator[PlannedRow]:
-        for first in self._first_rows:
-            decoded = self._columns_around(first)
-            for index in range(first, first + len(decoded.sources)):
-                yield self._row(index, decoded)
+        return (self._row(index, columns) for columns in self.columns() for index in columns.rows)
+
+    def columns(self) -> Iterator[RowColumns]:
+        """Yield the columns of all rows, some rows at a time."""
+        return map(self.columns_with, self._first_rows)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -280,20 +281,21 @@ class PlannedRows(Sequence[PlannedRow]):
     def _batches(self) -> Iterator[pa.RecordBatch]:
         return map(self._reader.get_batch, range(self._reader.num_record_batches))
 
-    def _columns_around(self, index: int) -> _Decoded:
-        """Return the decoded batch with a row; the last one is kept."""
-        number = bisect.bisect_right(self._first_rows, index) - 1
-        first = self._first_rows[number]
+    def columns_with(self, index: int) -> RowColumns:
+        """Return the columns of a row and of others around it; the last ones are kept."""
         decoded = self._decoded
-        if decoded is None or decoded.first != first:
+        if decoded is None or index not in decoded.rows:
+            number = bisect.bisect_right(self._first_rows, index) - 1
             batch = self._reader.get_batch(number)
             row_ids, prompt_ids = (hex_ids(_fixed(batch.column(name))) for name in ("row_id", "prompt_id"))
             texts = (batch.column(name).to_pylist() for name in ("source", "pair_id", "place"))
-            decoded = self._decoded = _Decoded(first, row_ids, prompt_ids, *texts)
+            first = self._first_rows[number]
+            rows = range(first, first + batch.num_rows)
+            decoded = self._decoded = RowColumns(rows, row_ids, prompt_ids, *texts)
         return decoded
 
-    def _row(self, index: int, columns: _Decoded) -> PlannedRow:
-        i = index - columns.first
+    def _row(self, index: int, columns: RowColumns) -> PlannedRow:
+        i = index - columns.rows.start
         prompt, full = self.prompt(index), self.full_completion(index)
         return PlannedRow(
             source=columns.sources[i],

@@ -123,6 +123,8 @@ class Judgements:
 
     def __getitem__(self, row: int) -> Judgement:
         masses = Masses(*self.masses[row].tolist())
+        if not self.objectives and masses in ONE_BIT:
+            return Judgement.of_label(masses.label)
         return Judgement(masses, {name: Masses(*one[row].tolist()) for name, one in self.objectives.items()})
 
     def mass_columns(self) -> list[str]:
