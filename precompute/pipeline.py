@@ -18,11 +18,9 @@ from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError, printable
 from offline_kto.kto_core.feedback.labels import UNANIMOUS
 from offline_kto.kto_core.feedback.quoting import counted
-from offline_kto.kto_core.hashing import ListHash
 from offline_kto.kto_core.judgements import OBJECTIVES
 from offline_kto.kto_core.launch import read_launch, world_size
 from offline_kto.kto_core.models.loading import longest_alike
-from offline_kto.kto_core.runtime import no_garbage_collection
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, choose_backend, load_transformers
@@ -115,7 +113,7 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mar
     """Score what `--out` lacks, and write its manifest."""
     shutil.rmtree(scoring.store.out / MERGED, ignore_errors=True)  # a killed run leaves it behind
     config, store = scoring.config, scoring.store
-    labels_hash, places_hash = _labels_and_places_hash(scoring.plan)
+    labels_hash, places_hash = scoring.plan.labels_and_places_hash()
     if not store.open(
         overwrite=config.overwrite,
         mark=mark,
@@ -176,20 +174,6 @@ def _pairing(config: PrecomputeConfig) -> PairingFields:
         "block": None if shuffled else config.pairing_block,
         "partners": config.kl_partners,
     }
-
-
-@no_garbage_collection()
-def _labels_and_places_hash(plan: Plan) -> tuple[str, str]:
-    """Return hashes of the fields that the fingerprint leaves out on purpose.
-
-    The first is of order, labels, masses, pairs and source rows, the second of the places in the feedback.
-    """
-    labels, places = ListHash(), ListHash()
-    for columns in plan.rows.columns():
-        entries = zip(columns.row_ids, plan.labels(columns.rows), strict=True)
-        labels.add([[row_id, *entry] for row_id, entry in entries])
-        places.add(columns.places)
-    return labels.hexdigest(), places.hexdigest()
 
 
 def _judgements(plan: Plan) -> OptionalEntries:

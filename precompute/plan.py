@@ -118,6 +118,19 @@ class Plan:
             found.append([bool(self.rows.labels[row]), columns.pair_ids[i], columns.sources[i], *masses])
         return found
 
+    @no_garbage_collection()
+    def labels_and_places_hash(self) -> tuple[str, str]:
+        """Return hashes of the fields that the fingerprint leaves out on purpose.
+
+        The first is of order, labels, masses, pairs and source rows, the second of the places in the feedback.
+        """
+        labels, places = ListHash(), ListHash()
+        for columns in self.rows.columns():
+            entries = zip(columns.row_ids, self.labels(columns.rows), strict=True)
+            labels.add([[row_id, *entry] for row_id, entry in entries])
+            places.add(columns.places)
+        return labels.hexdigest(), places.hexdigest()
+
     def counts(self) -> "PlanCounts":
         return PlanCounts.of(self)
 
