@@ -9,7 +9,7 @@ import json
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -19,35 +19,72 @@ import numpy as np
 from offline_kto.kto_core.errors import ModelError, said_by
 from offline_kto.kto_core.library_types import Tokenizer
 
+# An id of content in arrays: the 16 bytes that its text has as 32 hexadecimal digits. Both sort alike.
+ID = np.dtype("V16")
+
 
 def sequence_id(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> str:
     """Return the content id of a prompt and a completion with the boundary between them (`row_id`)."""
+    return _hash_ids(prompt_ids, completion_ids).hex()
+
+
+def sequence_bytes(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
+    """Return the bytes of `sequence_id`, as arrays of dtype `ID` contain them."""
     return _hash_ids(prompt_ids, completion_ids)
 
 
 def ids_id(ids: np.ndarray) -> str:
     """Return the content id of one list of token ids (`prompt_id`)."""
-    return _hash_ids(ids)
+    return _hash_ids(ids).hex()
 
 
 def id_array(ids: Iterable[str]) -> np.ndarray:
-    """Return content ids as an array of their 16 bytes (dtype V16)."""
-    return np.fromiter(map(bytes.fromhex, ids), dtype="V16")
+    """Return content ids as an array of their 16 bytes (dtype `ID`)."""
+    return np.fromiter(map(bytes.fromhex, ids), dtype=ID)
 
 
-def _hash_ids(*parts: np.ndarray) -> str:
+def hex_ids(ids: np.ndarray) -> list[str]:
+    """Return ids as texts. Args: ids: one-dimensional, dtype `ID`."""
+    return ids.tobytes().hex(" ", ID.itemsize).split()
+
+
+def _hash_ids(*parts: np.ndarray) -> bytes:
     # Each part is preceded by its length: [1, 2] + [3] and [1] + [2, 3] differ.
     hasher = hashlib.sha256()
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little"))
         hasher.update(np.ascontiguousarray(part, dtype="<i4").tobytes())
-    return hasher.hexdigest()[:32]
+    return hasher.digest()[: ID.itemsize]
 
 
 def json_hash(value: object) -> str:
     """Return the sha256 of a JSON value in canonical form (sorted keys, no white space)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_canonical(value).encode()).hexdigest()
+
+
+class ListHash:
+    """Computes `json_hash` of a list whose items are added one after the other, so that it is never in memory."""
+
+    def __init__(self) -> None:
+        self._hasher = hashlib.sha256(b"[")
+        self._is_empty = True
+
+    def add(self, items: Sequence[object]) -> None:
+        """Add some items at the end of the list."""
+        if items:
+            self._hasher.update(b"" if self._is_empty else b",")
+            self._hasher.update(_canonical([*items])[1:-1].encode())
+            self._is_empty = False
+
+    def hexdigest(self) -> str:
+        """Return the hash of the list so far."""
+        hasher = self._hasher.copy()
+        hasher.update(b"]")
+        return hasher.hexdigest()
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
 
 
 def file_hash(path: Path) -> str:

@@ -32,11 +32,8 @@ def estimates(plan: Plan, counts: PlanCounts, reference: Reference, *, backend: 
 
 def _cache_bytes(plan: Plan) -> int:
     """Return the bytes of ids and scores before compression."""
-    total = 0
-    for i, row in enumerate(plan.rows):
-        completions = len(row.completion_ids) + sum(map(len, plan.kl_completions(i)))
-        total += _ID * len(row.prompt_ids) + (_ID + _LOGP) * completions
-    return total
+    prompts, completions = int(plan.rows.prompt_lengths.sum()), int(plan.completion_lengths.sum())
+    return _ID * prompts + (_ID + _LOGP) * completions
 
 
 def _free(out: Location) -> str:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.judgements import Masses
 from offline_kto.precompute.feedback.agreement import RELIABLE, TENTATIVE, agreement_in_words
@@ -17,7 +19,7 @@ def judgements_in_words(plan: Plan, counts: PlanCounts) -> Iterator[tuple[str, s
         of = f"{name}: " if name else ""
         yield "votes", f"{of}{agreement_in_words(agreement)} (--votes {plan.feedback.label_rule.votes})"
     for name, masses in counts.objectives.items():
-        judged = sum(row.judgement.objectives[name].total > 0 for row in plan.rows)
+        judged = int((plan.rows.judgements.objectives[name].sum(axis=1) > 0).sum())
         others = sorted((reason, n) for (one, reason), n in plan.feedback.found.not_judged.items() if one == name)
         not_judged = "".join(f", left out in {counted(n, 'row')}: {reason}" for reason, n in others)
         yield (
@@ -52,10 +54,12 @@ def _unanimous(plan: Plan, name: str) -> str:
     Args:
         name: of the objective; empty for the rows themselves.
     """
-    masses = [row.judgement.objectives[name] if name else row.judgement.masses for row in plan.rows]
-    left = [(row.prompt_id, one) for row, one in zip(plan.rows, masses, strict=True) if min(one) == 0 < one.total]
-    of_class = [sum(one.label is label for _, one in left) for label in (True, False)]
-    if min(of_class) < _FEWEST_UNANIMOUS or len({prompt for prompt, _ in left}) < _FEWEST_UNANIMOUS:
+    judgements = plan.rows.judgements
+    masses = judgements.objectives[name] if name else judgements.masses
+    left = (masses.min(axis=1) == 0) & (masses.sum(axis=1) > 0)
+    desirable = int((left & (masses[:, 0] >= masses[:, 1])).sum())
+    fewest = min(desirable, int(left.sum()) - desirable, len(np.unique(plan.rows.ids("prompt_id")[left])))
+    if fewest < _FEWEST_UNANIMOUS:
         return ", and too few have unanimous votes to train on those alone"
     return "; leave them out with --votes unanimous"
 

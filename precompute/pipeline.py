@@ -18,7 +18,6 @@ from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError, printable
 from offline_kto.kto_core.feedback.labels import UNANIMOUS
 from offline_kto.kto_core.feedback.quoting import counted
-from offline_kto.kto_core.hashing import json_hash
 from offline_kto.kto_core.judgements import OBJECTIVES
 from offline_kto.kto_core.launch import read_launch, world_size
 from offline_kto.kto_core.models.loading import longest_alike
@@ -113,15 +112,15 @@ def _print_reference(files: ReferenceFiles, backend: Backend) -> None:
 def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mark: str) -> None:
     """Score what `--out` lacks, and write its manifest."""
     shutil.rmtree(scoring.store.out / MERGED, ignore_errors=True)  # a killed run leaves it behind
-    config, store, labels_hash = scoring.config, scoring.store, _labels_hash(scoring.plan)
-    places_hash = json_hash([row.place for row in scoring.plan.rows])
+    config, store = scoring.config, scoring.store
+    labels_hash, places_hash = scoring.plan.labels_and_places_hash()
     if not store.open(
         overwrite=config.overwrite,
         mark=mark,
         labels_hash=labels_hash,
         places_hash=places_hash,
         rows_per_shard=config.rows_per_shard,
-        row_ids=frozenset(row.row_id for row in scoring.plan.rows),
+        row_ids=scoring.plan.sequence_ids[:, 0],
     ):
         tell(f"complete    {config.out} already contains these scores; nothing to do")
         return
@@ -146,7 +145,7 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mar
 
 
 def _check_vocabulary(plan: Plan, reference: Reference) -> None:
-    largest = max(int(ids.max()) for row in plan.rows for ids in (row.prompt_ids, row.full_completion_ids))
+    largest = plan.rows.largest_id
     if largest >= reference.vocabulary:
         raise ModelError(
             f"{reference.config.model}: its tokenizer produces token id {largest}, but the model's vocabulary has "
@@ -158,7 +157,7 @@ def _check_lengths(plan: Plan, reference: Reference) -> None:
     limit = longest_alike(reference.shape.config)
     if limit is None or reference.config.max_length <= limit:
         return
-    longest = max(len(prompt) + len(y) for i in range(len(plan.rows)) for prompt, y in plan.sequences(i))
+    longest = int((plan.rows.prompt_lengths + plan.completion_lengths.max(axis=1)).max())
     if longest > limit:
         raise ModelError(
             f"{reference.config.model}: the longest sequence has {longest} tokens, and beyond {limit} this model's score of a "
@@ -177,12 +176,6 @@ def _pairing(config: PrecomputeConfig) -> PairingFields:
     }
 
 
-def _labels_hash(plan: Plan) -> str:
-    """Return a hash of the fields that the fingerprint leaves out on purpose: order, labels, masses, pairs, source rows."""
-    labels = plan.labels(range(len(plan.rows)))
-    return json_hash([[row.row_id, *one] for row, one in zip(plan.rows, labels, strict=True)])
-
-
 def _judgements(plan: Plan) -> OptionalEntries:
     """Return the manifest's entries on masses; none if every row is one bit of weight 1."""
     if not plan.mass_columns:
@@ -196,7 +189,7 @@ def _judgements(plan: Plan) -> OptionalEntries:
     if plan.weights:
         judgements["weights"] = True
     if OBJECTIVES in plan.mass_columns:
-        judgements["objectives"] = [*plan.rows[0].judgement.objectives]
+        judgements["objectives"] = [*plan.rows.judgements.objectives]
     return {"columns": plan.mass_columns, "judgements": judgements}
 
 

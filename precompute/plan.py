@@ -1,14 +1,13 @@
 """Plan the scoring: which rows are kept, how they are paired, and which sequences have to be scored.
 
-Rows are immutable. A completion is truncated where it is used, so that it can be shortened for one prompt and
-complete for another.
+Rows are immutable and stay on disk (`offline_kto.precompute.spool`). A completion is truncated where it is used, so that
+it can be shortened for one prompt and complete for another.
 """
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import groupby
 from typing import NamedTuple
@@ -22,46 +21,25 @@ from offline_kto.kto_core.feedback.pairing import PairableRows, Pairing, pair_ro
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.tokenization import Tokenizing, Tokens
-from offline_kto.kto_core.hashing import id_array, ids_id, json_hash, sequence_id
-from offline_kto.kto_core.judgements import Judgement, Masses, mass_columns
+from offline_kto.kto_core.hashing import ID, ListHash, hex_ids, ids_id, sequence_bytes, sequence_id
+from offline_kto.kto_core.judgements import Masses
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.runtime import no_garbage_collection
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.mistakes import without_effect
 from offline_kto.precompute.feedback.rows import Feedback
-from offline_kto.precompute.feedback.weights import Weights, settled
+from offline_kto.precompute.feedback.weights import Weights, total
 from offline_kto.precompute.records.sources import SourceFile, describe_source, warnings_about
+from offline_kto.precompute.spool import PlannedRow, PlannedRows, Spool
+from offline_kto.precompute.spool_folder import spool_folder
 
 # Rows tokenized in one call of the tokenizer.
 _TOKENIZE_ROWS = 1024
 _TOKENIZE_CHARACTERS = 16 * 2**20
+# Rows, or ids, hashed at a time.
+_HASH_ROWS = 4096
 # Rows of each class that the plan shows.
 _EXAMPLES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRow:
-    """A row that will be scored.
-
-    Attributes:
-        source: row number in the input, from 0; the two rows of a pair have two numbers.
-        prompt_ids: int32.
-        full_completion_ids: int32, before it is truncated to fit after this prompt.
-        completion_ids: int32, as scored.
-        judgement: its masses, with its weight; the label is `judgement.masses.label`.
-        place: of its record in the feedback, as error messages name it; rows of one record share it.
-    """
-
-    source: int
-    row_id: str
-    prompt_id: str
-    pair_id: str | None
-    label: bool
-    prompt_ids: np.ndarray
-    full_completion_ids: np.ndarray
-    completion_ids: np.ndarray
-    judgement: Judgement
-    place: str
 
 
 @dataclass(frozen=True)
@@ -69,6 +47,7 @@ class Plan:
     """Rows with their partners, and how they were read.
 
     Attributes:
+        rows: decoded when they are asked for.
         feedback: how the rows were read, with counts.
         examples: the first rows of each class, with their places.
         notes: sentences on how the rows were rendered and tokenized.
@@ -76,7 +55,7 @@ class Plan:
         weights: of the rows, as read.
     """
 
-    rows: list[PlannedRow]
+    rows: PlannedRows
     pairing: Pairing
     max_length: int
     read: int
@@ -90,29 +69,67 @@ class Plan:
 
     def kl_completions(self, index: int) -> list[np.ndarray]:
         """Return the mismatched completions of a row, truncated to fit after its prompt."""
-        room = self.max_length - len(self.rows[index].prompt_ids)
-        return [self.rows[t].full_completion_ids[:room] for t in self.pairing.partners[index]]
+        room = self.max_length - self.rows.prompt_lengths[index]
+        return [self.rows.full_completion(t)[:room] for t in self.pairing.partners[index]]
 
     def sequences(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the sequences that are scored for a row: (x, y), then each (x, y')."""
-        row = self.rows[index]
-        return [
-            (row.prompt_ids, row.completion_ids),
-            *((row.prompt_ids, y) for y in self.kl_completions(index)),
-        ]
+        prompt = self.rows.prompt(index)
+        return [(prompt, self.rows.completion(index)), *((prompt, y) for y in self.kl_completions(index))]
+
+    @functools.cached_property
+    def sequence_ids(self) -> np.ndarray:
+        """The ids of the sequences of each row, in the order of `sequences`; shape (rows, 1 + K), dtype `hashing.ID`.
+
+        `hex_ids` returns them as texts. The first of a row is its `row_id`.
+        """
+        found = np.empty((len(self.rows), 1 + self.pairing.partners.shape[1]), dtype=ID)
+        found[:, 0] = self.rows.ids("row_id")
+        for rows in shard_rows(self, _HASH_ROWS):
+            ids = (
+                sequence_bytes(prompt, y)
+                for i in rows
+                for prompt in [self.rows.prompt(i)]
+                for y in self.kl_completions(i)
+            )
+            found[rows.start : rows.stop, 1:] = np.frombuffer(b"".join(ids), dtype=ID).reshape(len(rows), -1)
+        return found
+
+    @property
+    def completion_lengths(self) -> np.ndarray:
+        """Tokens of the completions of each row as scored, in the order of `sequences`; int32, shape (rows, 1 + K)."""
+        room = self.max_length - self.rows.prompt_lengths[:, None]
+        partners = np.minimum(self.rows.full_lengths[self.pairing.partners], room)
+        return np.concatenate([self.rows.lengths[:, None], partners], axis=1)
 
     @functools.cached_property
     def mass_columns(self) -> list[str]:
         """The optional columns of the cache; empty if every row is one bit of weight 1."""
-        return mass_columns(row.judgement for row in self.rows)
+        return self.rows.judgements.mass_columns()
 
     def labels(self, rows: range) -> list[list[object]]:
         """Return what the scores do not depend on, for hashes: label, masses that a label does not say, pair and source."""
         found: list[list[object]] = []
-        for row in map(self.rows.__getitem__, rows):
-            masses = [row.judgement.masses, row.judgement.objectives] if self.mass_columns else []
-            found.append([row.label, row.pair_id, row.source, *masses])
+        for row in rows:
+            columns = self.rows.columns_with(row)
+            i = row - columns.rows.start
+            judgement = self.rows.judgements[row]
+            masses = [judgement.masses, judgement.objectives] if self.mass_columns else []
+            found.append([bool(self.rows.labels[row]), columns.pair_ids[i], columns.sources[i], *masses])
         return found
+
+    @no_garbage_collection()
+    def labels_and_places_hash(self) -> tuple[str, str]:
+        """Return hashes of the fields that the fingerprint leaves out on purpose.
+
+        The first is of order, labels, masses, pairs and source rows, the second of the places in the feedback.
+        """
+        labels, places = ListHash(), ListHash()
+        for columns in self.rows.columns():
+            entries = zip(columns.row_ids, self.labels(columns.rows), strict=True)
+            labels.add([[row_id, *entry] for row_id, entry in entries])
+            places.add(columns.places)
+        return labels.hexdigest(), places.hexdigest()
 
     def counts(self) -> "PlanCounts":
         return PlanCounts.of(self)
@@ -140,59 +157,66 @@ class PlanCounts:
 
     @classmethod
     def of(cls, plan: Plan) -> "PlanCounts":
-        rows = plan.rows
-        lengths: dict[str, int] = {}
-        truncated = kl_truncated = 0
-        for i, row in enumerate(rows):
-            truncated += len(row.completion_ids) < len(row.full_completion_ids)
-            lengths[row.row_id] = len(row.prompt_ids) + len(row.completion_ids)
-            for t, y in zip(plan.pairing.partners[i], plan.kl_completions(i), strict=True):
-                kl_truncated += len(y) < len(rows[t].full_completion_ids)
-                lengths[sequence_id(row.prompt_ids, y)] = len(row.prompt_ids) + len(y)
-        wanted, unwanted = ({row.row_id for row in rows if row.label is label} for label in (True, False))
-        desirable = sum(row.label for row in rows)
+        rows, ids, lengths = plan.rows, plan.sequence_ids, plan.completion_lengths
+        cut = lengths < np.concatenate([rows.full_lengths[:, None], rows.full_lengths[plan.pairing.partners]], axis=1)
+        distinct, first = np.unique(ids, return_index=True)
+        lengths += rows.prompt_lengths[:, None]
+        desirable = int(rows.labels.sum())
+        repeated, both = _repeated(ids[:, 0], rows.labels)
         return cls(
             read=plan.read,
             kept=len(rows),
             dropped=plan.dropped,
             desirable=desirable,
             undesirable=len(rows) - desirable,
-            truncated=truncated,
-            kl_truncated=kl_truncated,
-            prompts=len({row.prompt_id for row in rows}),
-            sequences=len(lengths),
-            tokens=sum(lengths.values()),
-            rows_hash=json_hash(sorted(lengths)),
-            duplicates=len(rows) - len(wanted | unwanted),
-            contradictions=len(wanted & unwanted),
-            masses=_total([row.judgement.masses for row in rows]),
-            objectives={
-                name: _total([row.judgement.objectives[name] for row in rows]) for name in rows[0].judgement.objectives
-            },
+            truncated=int(cut[:, 0].sum()),
+            kl_truncated=int(cut[:, 1:].sum()),
+            prompts=len(np.unique(rows.ids("prompt_id"))),
+            sequences=len(distinct),
+            tokens=int(lengths.ravel()[first].sum()),
+            rows_hash=_hash_of_ids(distinct),
+            duplicates=repeated,
+            contradictions=both,
+            masses=total(rows.judgements.masses),
+            objectives={name: total(masses) for name, masses in rows.judgements.objectives.items()},
         )
 
 
-def _total(masses: Sequence[Masses]) -> Masses:
-    return Masses(*map(math.fsum, zip(*masses, strict=True)))
+def _repeated(row_ids: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
+    """Return how many rows repeat another row, and how many completions have both labels."""
+    desirable, undesirable = (np.unique(row_ids[labels == label]) for label in (True, False))
+    both = len(np.intersect1d(desirable, undesirable, assume_unique=True))
+    return len(row_ids) - (len(desirable) + len(undesirable) - both), both
+
+
+def _hash_of_ids(ids: np.ndarray) -> str:
+    """Return `json_hash` of ids as texts."""
+    hasher = ListHash()
+    for start in range(0, len(ids), _HASH_ROWS):
+        hasher.add(hex_ids(ids[start : start + _HASH_ROWS]))
+    return hasher.hexdigest()
 
 
 class ReadRows(NamedTuple):
     """The rows that are kept with their weights, how many were read and dropped by reason, and examples with their places."""
 
-    rows: list[PlannedRow]
+    rows: PlannedRows
     read: int
     dropped: dict[str, int]
     examples: list[tuple[str, PlannedRow]]
     weights: Weights
 
 
-def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizing) -> ReadRows:
+def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizing, *, spool: Spool) -> ReadRows:
     """Read, parse and tokenize the feedback; drop prompts that leave no room for a completion.
+
+    Args:
+        spool: empty; the rows are written to it.
 
     Raises:
         FeedbackError, TokenizationError: naming file and line.
+        CacheError: the disk of the spool is full.
     """
-    rows: list[PlannedRow] = []
     dropped: Counter[str] = Counter()
     examples: dict[bool, list[tuple[str, int]]] = {True: [], False: []}
     weights = Weights()
@@ -206,10 +230,10 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
                     row, f"a prompt of {counted(len(tokens.prompt_ids), 'token')}, --max-length {config.max_length}"
                 )
             else:
-                rows.append(_planned(row, read, tokens.prompt_ids, tokens.completion_ids, room, config.max_length))
+                spool.add(_planned(row, read, tokens.prompt_ids, tokens.completion_ids, room, config.max_length))
                 weights.add(row)
                 if len(examples[row.label]) < _EXAMPLES:
-                    examples[row.label].append((row.where, len(rows) - 1))
+                    examples[row.label].append((row.where, len(spool) - 1))
             read += 1
     finally:
         feedback.write_left_out()  # also if the run ends here, where it is needed most
@@ -217,16 +241,12 @@ def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizi
     if (error := without_effect(config, feedback.label_rule, feedback.found)) is not None:
         raise error
     tokenizing.check()
-    if not rows:
+    if not len(spool):
         raise FeedbackError(
             f"{config.data}: no row is left of {read:,}: every prompt has {config.max_length} tokens or more. "
             "Raise --max-length."
         )
-    judgements = settled([row.judgement for row in rows], weights.factors(config.data))
-    rows = [
-        row if judgement is row.judgement else replace(row, judgement=judgement)
-        for row, judgement in zip(rows, judgements, strict=True)
-    ]
+    rows = spool.finish(weights.factors(config.data))
     shown = [(where, rows[number]) for where, number in (*examples[True], *examples[False])]
     return ReadRows(rows, read, dict(dropped), shown, weights)
 
@@ -307,7 +327,9 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
         has_template=bool(getattr(tokenizer, "chat_template", None)),
         rendered=tokenizing.rendered_text(),
     )
-    rows, read, dropped, examples, weights = read_rows(config, feedback, tokenizing)
+    folder = spool_folder(config.out, sum(file.bytes for file in files))
+    with Spool(folder, config.max_length) as spool:
+        rows, read, dropped, examples, weights = read_rows(config, feedback, tokenizing, spool=spool)
     try:
         pairing = _pair(config, rows)
     except PairingError as error:
@@ -331,13 +353,8 @@ def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | No
     return Plan(rows, pairing, config.max_length, read, dropped, files, feedback, examples, notes, rendered_on, weights)
 
 
-def _pair(config: PrecomputeConfig, rows: Sequence[PlannedRow]) -> Pairing:
-    pairable = PairableRows(
-        id_array(row.row_id for row in rows),
-        id_array(row.prompt_id for row in rows),
-        id_array(ids_id(row.full_completion_ids) for row in rows),
-        np.array([row.label for row in rows], dtype=bool),
-    )
+def _pair(config: PrecomputeConfig, rows: PlannedRows) -> Pairing:
+    pairable = PairableRows(rows.ids("row_id"), rows.ids("prompt_id"), rows.ids("completion_id"), rows.labels)
     if config.pairing == "rotate":
         return pair_rotate(pairable, partners=config.kl_partners, block=config.pairing_block)
     return pair_shuffled(pairable, partners=config.kl_partners, seed=config.seed)

@@ -131,16 +131,13 @@ def _kinds(feedback: Feedback) -> str:
 
 
 def _lengths(plan: Plan) -> str:
-    sides = {
-        "prompts": np.array([len(row.prompt_ids) for row in plan.rows]),
-        "completions": np.array([len(row.full_completion_ids) for row in plan.rows]),
-    }
+    rows = plan.rows
     parts = []
-    for name, sizes in sides.items():
+    for name, sizes in (("prompts", rows.prompt_lengths), ("completions", rows.full_lengths)):
         half, most, all_but_few = np.percentile(sizes, [50, 90, 99])
         parts.append(f"{name}: median {half:,.0f}, p90 {most:,.0f}, p99 {all_but_few:,.0f}, longest {sizes.max():,}")
-    cut = sum(len(row.full_completion_ids) - len(row.completion_ids) for row in plan.rows)
-    total = int(sides["completions"].sum())
+    total = int(rows.full_lengths.sum())
+    cut = total - int(rows.lengths.sum())
     return "; ".join(parts) + f"; {cut / total:.1%} of completion tokens cut"
 
 
@@ -195,7 +192,7 @@ def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
         )
     if plan.pairing.same_completion:
         found.append(f"mismatched completions that are identical to the row's own: {plan.pairing.same_completion:,}.")
-    fair = len(plan.pairing.partners[0])
+    fair = plan.pairing.partners.shape[1]
     if plan.pairing.most_served > 2 * fair + 2:
         found.append(
             f"most rows have the same prompt, so one completion is used up to {plan.pairing.most_served:,} times as a "

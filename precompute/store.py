@@ -41,8 +41,11 @@ from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import flush, remove_temporary, replacing
 from offline_kto.kto_core.errors import CacheError, NewerFormatError
 from offline_kto.kto_core.feedback.quoting import counted
-from offline_kto.kto_core.hashing import file_hash, json_hash, sequence_id
+from offline_kto.kto_core.hashing import ID, file_hash, json_hash, sequence_id
 from offline_kto.precompute.out_folder import KEPT, NEXT, PARTS, made, shards_in
+
+# An id as hexadecimal digits.
+_HEX = np.dtype(f"S{2 * ID.itemsize}")
 
 
 class Store:
@@ -78,12 +81,15 @@ class Store:
         labels_hash: str,
         places_hash: str,
         rows_per_shard: int,
-        row_ids: frozenset[str],
+        row_ids: np.ndarray,
     ) -> bool:
         """Prepare the folder for writing.
 
         With `overwrite`, existing shards may be replaced; scores of the same reference are still reused. A cache of a version
         that stored no places gets them only then: rewriting it is work that nobody asked for.
+
+        Args:
+            row_ids: of the rows to come, dtype `hashing.ID`.
 
         Returns:
             False if a complete cache with exactly this content already exists.
@@ -108,17 +114,19 @@ class Store:
                 self._on_change()
                 return False
             self.target = self.out / NEXT
-            gone = self._row_ids(old) - row_ids if old.identity == self.identity else set()
+            as_text = np.frombuffer(row_ids.tobytes().hex().encode(), dtype=_HEX)
+            gone = len(np.setdiff1d(self._row_ids(old), as_text)) if old.identity == self.identity else 0
             if gone:
                 tell(
-                    f"drops       {counted(len(gone), 'scored row')} that {'is' if len(gone) == 1 else 'are'} no longer in the data"
+                    f"drops       {counted(gone, 'scored row')} that {'is' if gone == 1 else 'are'} no longer in the data"
                 )
         (self.target / "train").mkdir(parents=True, exist_ok=True)
         return True
 
-    def _row_ids(self, old: Manifest) -> set[str]:
-        tables = [pq.read_table(self.out / shard["file"], columns=["row_id"]) for shard in old.shards]
-        return {row_id for table in tables for row_id in table.column("row_id").to_pylist()}
+    def _row_ids(self, old: Manifest) -> np.ndarray:
+        """Return the ids of the rows of a cache, as texts."""
+        columns = (pq.read_table(self.out / shard["file"], columns=["row_id"]).column("row_id") for shard in old.shards)
+        return np.concatenate([np.array([one.encode() for one in ids.to_pylist()], dtype=_HEX) for ids in columns])
 
     def _finished_cache(self, overwrite: bool) -> Manifest | None:
         """Return the existing manifest. A damaged one is removed; the shards are then checked one by one."""

@@ -12,12 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.hashing import (
+    ID,
+    ListHash,
     chat_template_hash,
     config_hash,
     file_hash,
     file_hashes,
+    hex_ids,
+    id_array,
     ids_id,
     json_hash,
+    sequence_bytes,
     sequence_id,
     tokenizer_hash,
     weights_bytes,
@@ -59,6 +64,27 @@ def test_json_hash_ignores_the_order_of_keys_and_nothing_else():
     assert json_hash({"a": 1, "b": [1, 2]}) == json_hash({"b": [1, 2], "a": 1})
     assert json_hash({"a": [1, 2]}) != json_hash({"a": [2, 1]})
     assert json_hash({"a": 1}) != json_hash({"a": "1"})
+
+
+values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text())
+
+
+@given(st.lists(st.lists(st.one_of(values, st.lists(values), st.dictionaries(st.text(), values)))))
+def test_the_hash_of_a_list_that_is_never_whole(parts):
+    found = ListHash()
+    for part in parts:
+        found.add(part)
+        found.hexdigest()  # adds nothing
+    assert found.hexdigest() == json_hash([item for part in parts for item in part])
+
+
+def test_ids_in_arrays_are_those_in_texts_and_sort_alike():
+    texts = [sequence_id(ids(i), ids(i, i)) for i in range(99)]
+    found = id_array(texts)
+    assert found.dtype == ID
+    assert hex_ids(found) == texts
+    assert hex_ids(np.sort(found)) == sorted(texts)
+    assert found[7].tobytes() == sequence_bytes(ids(7), ids(7, 7))
 
 
 def test_file_hashes(tmp_path):

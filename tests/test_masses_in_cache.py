@@ -23,6 +23,7 @@ from offline_kto.precompute import plan
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.inspect_cache import head, info
 from offline_kto.precompute.run import precompute
+from offline_kto.precompute.spool import PlannedRow
 
 BOTH = ["desirable_mass", "undesirable_mass"]
 ALL = [*BOTH, "objectives"]
@@ -241,7 +242,7 @@ def test_masses_cost_no_forward_pass(
     real = plan._planned
 
     def judged_by(share: float) -> None:
-        def planned(row: FeedbackRow, *rest: Any) -> plan.PlannedRow:
+        def planned(row: FeedbackRow, *rest: Any) -> PlannedRow:
             share_for = share if row.label else 1 - share
             masses = Masses(share_for, 1 - share_for)
             return replace(
