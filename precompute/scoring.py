@@ -21,7 +21,7 @@ from offline_kto.precompute.engines.comparison import DisagreementError, choose_
 from offline_kto.precompute.engines.protocol import Listener, Scorer
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.leader import Leader
-from offline_kto.precompute.local_workers import LocalWorkers, worker_gpus
+from offline_kto.precompute.local_workers import LocalWorkers
 from offline_kto.precompute.needs import Need, Needs
 from offline_kto.precompute.out_folder import MERGED
 from offline_kto.precompute.parts import Pace, ShardScores
@@ -88,19 +88,24 @@ class Scoring:
             entries.append([row.row_id, [bytes(one).hex() for one in ids[i, 1:]], *labels, row.place])
         return json_hash(entries)
 
-    def run(self, sequences: int) -> None:
+    def run(self, sequences: int, gpus: Sequence[Sequence[int] | None]) -> None:
         """Score missing sequences and write missing shards.
 
         Args:
             sequences: number of sequences in the whole plan, for messages.
+            gpus: of each worker that there may be.
         """
         if len(self.missing) < len(self._keys):
             tell(f"resuming    {len(self._keys) - len(self.missing)} of {len(self._keys)} shards are complete")
         if self._needs.known:
             tell(f"known       {self._needs.known:,} of {self._needs.wanted:,} sequences are already scored")
-        gpus = worker_gpus(self.config, self.reference, self.backend)[: len(self.missing)]
-        if len(gpus) > 1 and self._needs.unknown_tokens:
-            self._score_with(gpus, sequences)
+        workers = min(len(gpus), len(self.missing)) if self._needs.unknown_tokens else 1
+        if workers < len(gpus) and self._needs.unknown_tokens:
+            tell(
+                f"workers     {workers} of {len(gpus)}: there are no more shards; a smaller --rows-per-shard gives all of them work"
+            )
+        if workers > 1:
+            self._score_with(gpus[:workers], sequences)
         else:
             self._score_here(sequences)
 
