@@ -13,13 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from offline_kto.kto_core.console import LOGGER, shown_lines
 from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, ModelError
-from offline_kto.kto_core.options import as_plain
 from offline_kto.kto_core.runtime import keep_freed_memory
 from offline_kto.kto_core.streams import encode_all
 from offline_kto.precompute.config import PrecomputeConfig
@@ -43,8 +42,6 @@ from offline_kto.precompute.workers import (
     WorkerSettings,
 )
 
-# Options of the leader that a worker does not have.
-_OF_LEADER = ("out", "workers", "plan_only", "part", "dry_run", "overwrite")
 # For a worker that was told to end, to write its scores.
 _SECONDS_TO_STOP = 60.0
 _ERRORS = {error.__name__: error for error in (RefusedError, DisagreementError, CacheError, ModelError)}
@@ -94,8 +91,7 @@ class LocalWorkers:
     """
 
     def __init__(self, config: PrecomputeConfig, out: str, gpus: Sequence[Sequence[int] | None]) -> None:
-        options = {name: value for name, value in as_plain(config).items() if name not in _OF_LEADER}
-        self._settings = WorkerSettings(options, out)
+        self._settings = WorkerSettings.of(config, out)
         self._gpus = list(gpus)
         self._node = socket.gethostname()
         self._children: dict[str, tuple[int, ChildProcess]] = {}  # by name, with the position of its GPUs
@@ -220,10 +216,8 @@ def main() -> None:
 def _serve(channel: WatchedChannel, settings: WorkerSettings) -> None:
     send = _Sender(channel)
     LOGGER.addHandler(_Lines(send))
-    options: dict[str, Any] = dict(settings.options)
     try:
-        config = PrecomputeConfig(**options)
-        with ShardWorker(config, settings.folder, should_stop=channel.is_dismissed.is_set) as worker:
+        with ShardWorker(settings.config, settings.folder, should_stop=channel.is_dismissed.is_set) as worker:
             send(ready=worker.place._asdict())
             while request := channel.recv_bytes():
                 answer = worker.score(Task(**json.loads(request)), lambda tokens: send(scored=tokens))
