@@ -2,7 +2,6 @@
 
 import shlex
 import shutil
-from collections.abc import Sequence
 
 from offline_kto.kto_core.cache.manifest import fingerprint, identity_of
 from offline_kto.kto_core.cache.manifest_fields import (
@@ -19,50 +18,30 @@ from offline_kto.kto_core.errors import ModelError, printable
 from offline_kto.kto_core.feedback.labels import UNANIMOUS
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.judgements import OBJECTIVES
-from offline_kto.kto_core.launch import read_launch, world_size
 from offline_kto.kto_core.models.loading import longest_alike
-from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.engines.backend import Backend, choose_backend, load_transformers
-from offline_kto.precompute.engines.protocol import Scorer
-from offline_kto.precompute.engines.ranks import RankedScorer, joined, work
+from offline_kto.precompute.engines.backend import Backend, choose_backend
 from offline_kto.precompute.engines.reference import Reference, ReferenceFiles
 from offline_kto.precompute.estimates import estimates
-from offline_kto.precompute.out_folder import keeps_text, opened_out, rendered_on
+from offline_kto.precompute.local_workers import worker_gpus
+from offline_kto.precompute.out_folder import MERGED, keeps_text, opened_out, rendered_on
 from offline_kto.precompute.plan import Plan, PlanCounts, make_plan
 from offline_kto.precompute.plan_page import describe, wrapped
-from offline_kto.precompute.scoring import MERGED, Scoring
+from offline_kto.precompute.scoring import Scoring
 from offline_kto.precompute.store import Store
 
 
 def make_cache(config: PrecomputeConfig) -> None:
-    """Make a reference cache, as one process of the launch.
+    """Make a reference cache.
 
     Raises:
         KTOError: the user's input cannot be used.
     """
-    launch = read_launch()
-    if launch.world_size == 1:
-        _precompute(config, None)
-        return
-
-    def load(sequences: Sequence[TokenIds]) -> Scorer:
-        return load_transformers(Reference.find(config), sequences)
-
-    with joined():
-        if not launch.is_first:
-            work(load)
-            return
-        ranks = RankedScorer(load)
-        _precompute(config, ranks)
-        ranks.dismiss()
-
-
-def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
     backend = choose_backend(config)
     files = ReferenceFiles.find(config)
     _print_reference(files, backend)  # opening it imports the libraries of models, which takes seconds
     reference = Reference.open(files)
+    gpus = worker_gpus(config, reference, backend)
     if backend.name == "transformers":
         tell(f"attention   {reference.attention.in_words}")
     with reference.hash_weights() as hashing:
@@ -97,34 +76,51 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
             rendered_on=plan.rendered_on,
             on_change=on_change,
         )
-        _fill(Scoring(config, reference, plan, store, backend, ranks), counts, sections, mark)
+        _fill(config, reference, plan, counts, gpus, store=store, backend=backend, sections=sections, mark=mark)
 
 
 def _print_reference(files: ReferenceFiles, backend: Backend) -> None:
     config = files.config
     adapter = f" with adapter {config.adapter}" if config.adapter else ""
     engine = f"{backend.name} ({backend.why})" if backend.why else backend.name
-    processes = f", {world_size()} processes" if world_size() > 1 else ""
-    how = f"{files.precision.name} on {files.device.type}, scored with {engine}{processes}"
+    how = f"{files.precision.name} on {files.device.type}, scored with {engine}"
     tell(f"reference   {config.model}{adapter} ({how})")
 
 
-def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mark: str) -> None:
-    """Score what `--out` lacks, and write its manifest."""
-    shutil.rmtree(scoring.store.out / MERGED, ignore_errors=True)  # a killed run leaves it behind
-    config, store = scoring.config, scoring.store
-    labels_hash, places_hash = scoring.plan.labels_and_places_hash()
+def _fill(
+    config: PrecomputeConfig,
+    reference: Reference,
+    plan: Plan,
+    counts: PlanCounts,
+    gpus: list[list[int] | None],
+    *,
+    store: Store,
+    backend: Backend,
+    sections: ScoringSections,
+    mark: str,
+) -> None:
+    """Score what `--out` lacks, and write its manifest.
+
+    Args:
+        gpus: of each worker.
+    """
+    shutil.rmtree(store.out / MERGED, ignore_errors=True)  # a killed run leaves it behind
+    labels_hash, places_hash = plan.labels_and_places_hash()
     if not store.open(
         overwrite=config.overwrite,
         mark=mark,
         labels_hash=labels_hash,
         places_hash=places_hash,
         rows_per_shard=config.rows_per_shard,
-        row_ids=scoring.plan.sequence_ids[:, 0],
+        row_ids=plan.sequence_ids[:, 0],
     ):
         tell(f"complete    {config.out} already contains these scores; nothing to do")
         return
-    scoring.run(counts.sequences)
+    scoring = Scoring(config, reference, plan, store, backend, sections)
+    if config.plan_only:
+        _report_plan(config, scoring.plan_only())
+        return
+    scoring.run(counts.sequences, gpus)
     scorer: ScorerFields = {**sections["scorer"]}
     if scoring.difference is not None:
         scorer["difference"] = scoring.difference
@@ -135,11 +131,11 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mar
             **sections,
             "scorer": scorer,
             "pairing": store.pairing,
-            "data": _data(scoring.plan, counts, labels_hash, places_hash),
+            "data": _data(plan, counts, labels_hash, places_hash),
             "run": run,
         },
         mark,
-        optional=_judgements(scoring.plan),
+        optional=_judgements(plan),
     )
     _report(config, run, len(scoring.shards), mark)
 
@@ -218,3 +214,12 @@ def _report(config: PrecomputeConfig, run: RunFields, shards: int, mark: str) ->
     )
     tell(f"wrote       {config.out} ({counted(shards, 'shard')}, fingerprint {mark[:12]})")
     tell(f"next        kto-train --cache {shlex.quote(str(config.out))}")
+
+
+def _report_plan(config: PrecomputeConfig, shards: int) -> None:
+    tell(f"planned     {counted(shards, 'shard')} in {config.out}; nothing was scored")
+    if shards:
+        tell(
+            "next        the same command with --part 0/N, --part 1/N, ... in place of --plan-only, each on any machine that sees "
+            f"{config.out}; then without them, which writes the manifest"
+        )
