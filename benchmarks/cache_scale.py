@@ -23,18 +23,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from measured_run import run_measured
 from text_table import text_table
 from workload import SMALL, make_workload
 
-from offline_kto.kto_core.cache.manifest import fingerprint, identity_of, read_manifest, write_manifest
-from offline_kto.kto_core.cache.shards import SCHEMA, shard_name
+from offline_kto.kto_core.cache.manifest import FORMAT, fingerprint, identity_of, read_manifest, write_manifest
+from offline_kto.kto_core.cache.places import PLACE
+from offline_kto.kto_core.cache.shards import SCHEMA, shard_name, write_table
 from offline_kto.kto_core.hashing import file_hashes, json_hash
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 
 PROMPT, COMPLETION, ROWS_PER_SHARD, BATCH = 150, 150, 4096, 32
+SCHEMA_WITH_PLACES = pa.schema([*SCHEMA, pa.field(PLACE, pa.string(), nullable=False)])
 MOST_SECONDS, MOST_MIB = 20.0, 2000 * 1e6 / 2**20
 
 
@@ -43,7 +44,7 @@ def lists(values: pa.Array | np.ndarray, count: int, width: int) -> pa.ListArray
     return pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32) * width), pa.array(values))
 
 
-def write_synthetic_shard(path: Path, first: int, count: int, vocabulary: int) -> int:
+def write_synthetic_shard(path: Path, first: int, count: int, vocabulary: int, metadata: dict[str, object]) -> int:
     """Write rows `first` to `first + count` as kto-precompute would, and return how many are desirable."""
     random = np.random.default_rng(first)
 
@@ -69,26 +70,27 @@ def write_synthetic_shard(path: Path, first: int, count: int, vocabulary: int) -
         "kl_completion_ids": lists(ids(COMPLETION), count, 1),
         "ref_kl_logps": lists(kl_logps.sum(1, dtype=np.float64), count, 1),
         "ref_kl_token_logps": lists(lists(kl_logps.ravel(), count, COMPLETION), count, 1),
+        PLACE: pa.array([f"feedback.jsonl:{first + i + 1}" for i in range(count)]),
     }
-    table = pa.table([columns[field.name] for field in SCHEMA], schema=SCHEMA)
-    pq.write_table(table, path, row_group_size=64, compression="zstd", write_page_checksum=True)
+    write_table(path, pa.table(columns, schema=SCHEMA_WITH_PLACES), metadata)
     return int(labels.sum())
 
 
 def make_cache(folder: Path, small: Path, rows: int, vocabulary: int) -> None:
     """Write a cache of synthetic rows with the reference identity of a small real cache."""
+    made = read_manifest(small)
     (folder / "train").mkdir(parents=True)
     names, counts, desirable = [], [], 0
     for number, first in enumerate(range(0, rows, ROWS_PER_SHARD)):
         names.append(shard_name(number))
         counts.append(min(ROWS_PER_SHARD, rows - first))
-        desirable += write_synthetic_shard(folder / names[-1], first, counts[-1], vocabulary)
+        metadata = {"format": FORMAT, "key": json_hash(first), "identity": made.identity}
+        desirable += write_synthetic_shard(folder / names[-1], first, counts[-1], vocabulary, metadata)
     paths = [folder / name for name in names]
     shards = [
         {"file": name, "rows": count, "bytes": path.stat().st_size, "sha256": digest}
         for name, count, path, digest in zip(names, counts, paths, file_hashes(paths), strict=True)
     ]
-    made = read_manifest(small)
     parts = {
         name: getattr(made, name)
         for name in ("reference", "tokenizer", "tokenization", "pairing", "scorer", "data", "run")
