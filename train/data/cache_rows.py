@@ -272,11 +272,12 @@ class CacheRows(Dataset[TrainingRow]):
 
     def __getitem__(self, key: "int | RowKey") -> TrainingRow:
         key = RowKey(key, 0) if isinstance(key, int) else key
-        (stored,) = self._reader.read([int(self._fitting[key.index])], key.partner % self.partners)
+        number = int(self._fitting[key.index])
+        (stored,) = self._reader.read([number], key.partner % self.partners, in_order=False)
         return self._row(key.index, stored)
 
     def __getitems__(self, keys: Sequence[RowKey]) -> list[TrainingRow]:
-        """Return the rows of a batch, whose keys have the same partner."""
+        """Return the rows of a batch, the next one of what is expected, if that is known; torch calls it."""
         found = self._reader.read(self._fitting[[key.index for key in keys]].tolist(), keys[0].partner % self.partners)
         return [self._row(key.index, stored) for key, stored in zip(keys, found, strict=True)]
 

@@ -153,14 +153,18 @@ class RowReader:
         with self._lock:
             self._order, self._kept, self._kept_bytes = order, {}, 0
 
-    def read(self, rows: Sequence[int], partner: int) -> list[StoredRow]:
+    def read(self, rows: Sequence[int], partner: int, *, in_order: bool = True) -> list[StoredRow]:
         """Return rows with one of their mismatched completions.
+
+        Args:
+            in_order: whether these are the next rows of the order that is expected.
 
         Raises:
             CacheError: damaged content.
         """
         with self._lock:
-            found = {row: self._take(row) for row in rows if self._is_kept(row, partner)}
+            order = self._order if in_order and self._order and self._order.partner == partner else None
+            found = {row: self._take(row) for row in rows if order and row in self._kept}
             missing: dict[int, list[int]] = {}
             for row in rows:
                 if row not in found:
@@ -168,12 +172,12 @@ class RowReader:
             for group, decoded in zip(missing, self._decoded(list(missing)), strict=True):
                 first = self._files.first_row(group)
                 found.update({row: decoded.row(row - first, partner) for row in missing[group]})
-                if not self._keep_coming(group, decoded, missing[group], partner):
+                place = max(map(order.place_of, missing[group])) if order else -1
+                if order and place >= 0:
+                    self._keep_coming(order, group, decoded, place)
+                else:
                     self._keep_group(group, decoded)
         return [found[row] for row in rows]
-
-    def _is_kept(self, row: int, partner: int) -> bool:
-        return row in self._kept and self._order is not None and self._order.partner == partner
 
     def _take(self, row: int) -> StoredRow:
         found = self._kept.pop(row)
@@ -194,23 +198,16 @@ class RowReader:
     def _decode(self, group: int) -> _Group:
         return _Group(self._files.read(group, _COLUMNS))
 
-    def _keep_coming(self, group: int, decoded: _Group, rows: Sequence[int], partner: int) -> bool:
-        """Keep those rows of a group that are read soon. Return whether the order was known."""
-        order = self._order
-        if order is None or order.partner != partner:
-            return False
-        after = max(map(order.place_of, rows))
-        if after < 0:
-            return False
+    def _keep_coming(self, order: _Order, group: int, decoded: _Group, after: int) -> None:
+        """Keep those rows of a group that are read soon after a place in the order."""
         window = _BYTES_AHEAD // (decoded.nbytes // max(1, decoded.rows) + _BYTES_OF_ROW)
         first = self._files.first_row(group)
         for row in order.coming(group, after, window):
             if self._kept_bytes >= _BYTES_AHEAD:
                 break
             if row not in self._kept:
-                self._kept[row] = decoded.row(row - first, partner).copied()
+                self._kept[row] = decoded.row(row - first, order.partner).copied()
                 self._kept_bytes += self._kept[row].nbytes
-        return True
 
     def _keep_group(self, group: int, decoded: _Group) -> None:
         if group not in self._groups:
