@@ -33,7 +33,8 @@ from offline_kto.kto_core.losses.metrics import Tokens
 from offline_kto.kto_core.models.loading import load_causal_lm
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.scoring.sequences import tokens_of_shared
-from offline_kto.train.data.cache_rows import ScoredSequence, TrainingRow
+from offline_kto.train.data.cache_rows import TrainingRow
+from offline_kto.train.data.scored_sequences import ScoredSequence
 from offline_kto.train.trainer.gradient_passes import GradientPasses
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy

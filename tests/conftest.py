@@ -2,6 +2,7 @@
 
 import gc
 import os
+import uuid
 
 gc.disable()  # until all is imported: looking for garbage among the libraries takes a quarter of that time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -55,6 +56,13 @@ def same_environment() -> Iterator[None]:
     """Undo what a command changes in the environment of its process, which here goes on to the next test."""
     with mock.patch.dict(os.environ):
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remember verified shards for one test only, and not in the user's own folder."""
+    folder = tmp_path_factory.getbasetemp() / "own" / uuid.uuid4().hex
+    monkeypatch.setattr("offline_kto.kto_core.cache.verified_shards.own_files", lambda: folder)
 
 
 @pytest.fixture(autouse=True)

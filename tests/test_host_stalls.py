@@ -36,7 +36,8 @@ from models import random_rows, tiny_model
 from offline_kto.kto_core.scoring.logps import add_scoring_forward
 from offline_kto.kto_core.judgements import ONE_BIT
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.data.cache_rows import ScoredSequence, TrainingRow
+from offline_kto.train.data.cache_rows import TrainingRow
+from offline_kto.train.data.scored_sequences import ScoredSequence
 from offline_kto.train.loss_traits import LOSS_TRAITS
 from offline_kto.train.trainer.accumulators import Window
 from offline_kto.train.trainer.gradient_passes import GradientPasses

@@ -16,6 +16,7 @@ DTYPES = (AUTO, "float32", "bfloat16")
 MEMORIES = ("full", "lean", "host")
 SAVE_DTYPES = (AUTO, "float32", "bfloat16", "float16")
 REDUCE_DTYPES = ("float32", "bfloat16")
+VERIFICATIONS = ("full", "changed")
 SCHEDULERS = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay")
 
 # Options that an evaluation (`evaluate_only`) accepts; all others come from the run.
@@ -30,6 +31,7 @@ OF_EVALUATION = frozenset(
         "max_tokens",
         "samples",
         "trust_remote_code",
+        "verify",
     ]
 )
 
@@ -50,6 +52,12 @@ class TrainConfig:
 
     cache: Location = option(
         Path(""), "Reference cache made by kto-precompute: a folder, or its URL (s3://, gs://, hf://).", metavar="DIR"
+    )
+    verify: str = option(
+        "full",
+        "How the cache is verified: full reads every byte; changed reads only files that changed since they were verified here, which "
+        "does not notice a disk that damages a file by itself.",
+        choices=VERIFICATIONS,
     )
     out: Path | None = option(None, "Run folder.  [default: runs/ and the time]", metavar="DIR")
     model: str | None = option(
@@ -283,6 +291,11 @@ class TrainConfig:
         if isinstance(self.learning_rate, str):
             return USUAL_RATE_OF_LORA if self.lora_rank else USUAL_RATE
         return self.learning_rate
+
+    @property
+    def trusts_unchanged(self) -> bool:
+        """Return whether files that did not change since they were verified are not read again."""
+        return self.verify == "changed"
 
     @property
     def holds_out(self) -> bool:

@@ -163,6 +163,8 @@ class DataFields(TypedDict, total=False):
         truncated: int; completions that were cut.
         kl_truncated: int; mismatched completions that were cut.
         prompts: int; distinct prompts.
+        duplicates: int; distinct rows that occur several times, always with the same label; caches of before lack it.
+        contradictions: int; distinct rows that occur with both labels; caches of before lack it.
         rows_hash: str; SHA-256 over the scored sequences, a part of the fingerprint.
         labels_hash: str; SHA-256 over order, labels, masses, pairs and source rows, no part of the fingerprint.
         places_hash: str; SHA-256 over the places of the rows, absent if the shards have no column `place`.
@@ -177,6 +179,8 @@ class DataFields(TypedDict, total=False):
     truncated: int
     kl_truncated: int
     prompts: int
+    duplicates: int
+    contradictions: int
     rows_hash: str
     labels_hash: str
     places_hash: str
@@ -389,7 +393,7 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
         "files": _or_absent(_are_files),
         "dropped": _or_absent(_are_counts),
         **dict.fromkeys(("desirable", "undesirable"), is_count),
-        **dict.fromkeys(("read", "truncated", "kl_truncated"), _or_absent(is_count)),
+        **dict.fromkeys(("read", "truncated", "kl_truncated", "duplicates", "contradictions"), _or_absent(is_count)),
         **dict.fromkeys(("labels_hash", "places_hash"), _or_absent(is_text)),
     },
     "run": {

@@ -2,12 +2,12 @@
 
 import contextlib
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from offline_kto.kto_core.cache.manifest import MANIFEST, no_manifest, parse_manifest
+from offline_kto.kto_core.cache.own_files import own_files
 from offline_kto.kto_core.cache.remote_folder import Remote, no_room
 from offline_kto.kto_core.cache.remote_lock import RemoteLock
 from offline_kto.kto_core.durable_files import OF_THE_DISK, replacing
@@ -173,12 +173,8 @@ def local_copy(location: Location, *, anew: bool = False) -> Path:
 def _own_folder(kind: str, name: str) -> Path:
     """Return the user's local folder for a remote location, and create it if needed."""
     try:
-        folder = _home() / kind / hashlib.sha256(name.encode()).hexdigest()[:32]
+        folder = own_files() / kind / hashlib.sha256(name.encode()).hexdigest()[:32]
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         raise no_room(error) from error
     return folder
-
-
-def _home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offline-kto"

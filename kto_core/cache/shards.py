@@ -108,7 +108,11 @@ def write_shard(path: Path, rows: Sequence[CacheRow], metadata: Mapping[str, obj
     Raises:
         CacheError: the rows break a rule of the format, or the file cannot be written.
     """
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema_of(rows, path.name))
+    write_table(path, pa.Table.from_pylist([dict(row) for row in rows], schema=schema_of(rows, path.name)), metadata)
+
+
+def write_table(path: Path, table: pa.Table, metadata: Mapping[str, object]) -> None:
+    """Write a table as a shard; see `write_shard`."""
     check_table(table, path.name)
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     try:

@@ -5,10 +5,11 @@ the manifest. Shards are checked in parallel threads, in little memory.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,11 +24,14 @@ from offline_kto.kto_core.cache.shards import (
     read_groups,
     read_metadata,
 )
+from offline_kto.kto_core.cache.verified_shards import CheckedShard, FileState, VerifiedShards
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import file_hash
 
 # Row groups decoded at a time: enough that the time depends on the number of rows, not of reads.
 _GROUPS_AT_ONCE = 16
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -37,36 +41,54 @@ class Verified:
     Attributes:
         labels: bool, shape (rows,).
         largest_id: the largest token id in the shards whose content was checked here.
+        groups: rows of each row group, by shard.
     """
 
     labels: np.ndarray
     largest_id: int
+    groups: list[list[int]]
 
 
 def verify_cache(
-    folder: Path, manifest: Manifest, *, share: tuple[int, int] = (0, 1), on_rows: Callable[[int], None] | None = None
+    folder: Path,
+    manifest: Manifest,
+    *,
+    share: tuple[int, int] = (0, 1),
+    on_rows: Callable[[int], None] | None = None,
+    known: VerifiedShards | None = None,
 ) -> Verified:
-    """Check a cache completely, as far as possible without a model.
+    """Check a cache completely.
 
     Args:
+        folder: the cache.
+        manifest: its own.
         share: (i, n) checks the content of every n-th shard, starting with the i-th; other processes check the rest.
         on_rows: called with the number of rows checked since the last call.
+        known: shards that were verified before, and need not be checked again; None checks all of them.
 
     Raises:
         CacheError: naming the file and what is wrong with it.
     """
     first, every = share
-
-    def check(number: int) -> Verified:
-        found = _check_shard(folder, manifest, number, whole=number % every == first)
-        if on_rows is not None:
-            on_rows(len(found.labels))
-        return found
-
     with readable(folder):
         check_places(folder, manifest)
-        _check_footers(folder, manifest)
-        found = _in_threads(check, len(manifest.shards))
+        paths = [folder / shard["file"] for shard in manifest.shards]
+        unchanged = [
+            None if known is None else known.unchanged(path, shard)
+            for path, shard in zip(paths, manifest.shards, strict=True)
+        ]
+        keys = _check_footers(manifest, paths, unchanged)
+
+        def check(number: int) -> CheckedShard:
+            found = unchanged[number]
+            if found is None:
+                whole = number % every == first
+                found = _check_shard(folder, manifest, number, whole=whole, key=keys[number], known=known)
+            if on_rows is not None:
+                on_rows(len(found.labels))
+            return found
+
+        found = _in_threads(check, range(len(paths)))
     labels = np.concatenate([one.labels for one in found])
     desirable = manifest.data["desirable"]
     if int(labels.sum()) != desirable:
@@ -75,38 +97,64 @@ def verify_cache(
         )
     if not manifest.intact:
         raise CacheError(f"{folder / MANIFEST}: was edited or damaged since kto-precompute wrote it. {AGAIN}")
-    return Verified(labels, max(one.largest_id for one in found))
+    if known is not None:
+        known.write()
+    return Verified(labels, max(one.largest_id for one in found), [one.groups for one in found])
 
 
-def _in_threads(check: Callable[[int], Verified], count: int) -> list[Verified]:
+def _in_threads(check: Callable[[int], _Result], numbers: Sequence[int]) -> list[_Result]:
+    """Return the results in order; of several errors the first in order is raised."""
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        tasks = [pool.submit(check, number) for number in range(count)]
+        tasks = [pool.submit(check, number) for number in numbers]
         try:
             return [task.result() for task in tasks]
         finally:
             pool.shutdown(cancel_futures=True)  # the first error cancels the rest
 
 
-def _check_footers(folder: Path, manifest: Manifest) -> None:
-    """Check that each shard's footer has the manifest's reference, and that no two shards contain the same rows."""
+def _check_footers(
+    manifest: Manifest, paths: Sequence[Path], unchanged: Sequence[CheckedShard | None]
+) -> list[str | None]:
+    """Check that each shard's footer has the manifest's reference, and that no two shards contain the same rows.
+
+    Returns:
+        What each shard was made from.
+    """
+    unread = [number for number, known in enumerate(unchanged) if known is None]
+    read = dict(zip(unread, _in_threads(lambda number: read_metadata(paths[number]) or {}, unread), strict=True))
+    keys: list[str | None] = []
     made_from: dict[str, Path] = {}
-    for shard in manifest.shards:
-        path = folder / shard["file"]
-        metadata = read_metadata(path) or {}
+    for number, (path, known) in enumerate(zip(paths, unchanged, strict=True)):
+        metadata = {"key": known.key} if known is not None else read[number]
         identity = metadata.get("identity")
         lines = differences(identity, manifest.identity) if isinstance(identity, dict) else []
         if lines:
             raise CacheError(f"{path}: was scored under another reference ({'; '.join(lines)}). {AGAIN}")
         key = metadata.get("key")
+        keys.append(key if isinstance(key, str) else None)
         if isinstance(key, str) and made_from.setdefault(key, path) != path:
             raise CacheError(f"{path}: contains the same rows as {made_from[key].name}. {AGAIN}")
+    return keys
 
 
-def _check_shard(folder: Path, manifest: Manifest, number: int, *, whole: bool) -> Verified:
+def _check_shard(
+    folder: Path, manifest: Manifest, number: int, *, whole: bool, key: str | None, known: VerifiedShards | None
+) -> CheckedShard:
     shard = manifest.shards[number]
     path = folder / shard["file"]
+    before = FileState.of(path)
     if whole and file_hash(path) != shard["sha256"]:
         raise CacheError(f"{path}: its content changed since it was written (sha256 differs). {AGAIN}")
+    found = known.content(shard) if known is not None and whole else None
+    if found is None:
+        found = _check_content(path, manifest, number, whole=whole, key=key)
+    if known is not None and whole:
+        known.add(path, shard, found, before=before)
+    return found
+
+
+def _check_content(path: Path, manifest: Manifest, number: int, *, whole: bool, key: str | None) -> CheckedShard:
+    shard = manifest.shards[number]
     file = open_shard(path)
     if file.metadata.num_rows != shard["rows"]:
         raise CacheError(f"{path}: {file.metadata.num_rows} rows, the manifest says {shard['rows']}. {AGAIN}")
@@ -122,4 +170,5 @@ def _check_shard(folder: Path, manifest: Manifest, number: int, *, whole: bool) 
             rules = {"vocabulary": manifest.vocabulary, "partners": manifest.partners}
             largest = max(largest, check_table(table, str(path), **rules))
         labels.append(numbers(table.column("label")))
-    return Verified(np.concatenate(labels), largest)
+    groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    return CheckedShard(key, np.concatenate(labels), groups, largest)

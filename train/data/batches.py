@@ -1,10 +1,9 @@
 """Split rows into training and held-out rows, and form the optimizer batches."""
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
@@ -16,37 +15,56 @@ from offline_kto.train.data.held_out import held_out_prompts
 # with the desirable row first.
 
 
-def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split off held-out rows by prompt, so that no prompt is on both sides.
 
     The prompts with the smallest keyed hashes are held out. Their share of all prompts is exact up to rounding, and
     adding rows changes few assignments.
 
     Returns:
-        (training rows, held-out rows), in file order.
+        (training rows, held-out rows), int64, in file order.
     """
-    prompts = sorted(set(rows.prompt_ids), key=lambda p: hashlib.blake2b(f"{seed}/{p}".encode()).digest())
-    held = set(prompts[: held_out_prompts(fraction, len(prompts))])
-    train = [i for i, p in enumerate(rows.prompt_ids) if p not in held]
-    return train, [i for i, p in enumerate(rows.prompt_ids) if p in held]
+    prompts = rows.prompt_ids
+    digests = (hashlib.blake2b(f"{seed}/{prompt}".encode()).digest()[:16] for prompt in prompts.texts())
+    words = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
+    held = np.zeros(len(words), dtype=bool)
+    held[np.lexsort(words.T[::-1])[: held_out_prompts(fraction, len(words))]] = True
+    is_held = held[prompts.codes]
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
-def units_of(rows: CacheRows, indices: Sequence[int], rows_in_unit: int) -> np.ndarray:
+def units_of(rows: CacheRows, indices: Sequence[int] | np.ndarray, rows_in_unit: int) -> np.ndarray:
     """Return the units among some rows, in their order: shape (units, rows_in_unit).
 
     Only complete pairs are returned: a row without a partner, or whose partner was dropped or is not selected, is left
     out.
     """
+    chosen = np.asarray(indices, dtype=np.int64)
     if rows_in_unit == 1:
-        return np.asarray(indices, dtype=np.int64)[:, None]
-    sides: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-    for i in indices:
-        pair_id = rows.pair_ids[i]
-        if pair_id is not None:
-            sides[pair_id][0 if rows.labels[i] else 1].append(i)
-    # The same pair may occur in the data twice.
-    pairs = sorted((pair for good, bad in sides.values() for pair in zip(good, bad, strict=False)), key=min)
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        return chosen[:, None]
+    codes = rows.pair_ids.codes[chosen]
+    chosen, codes = chosen[codes >= 0], codes[codes >= 0]
+    labels = rows.labels[chosen]
+    # The same pair may occur in the data twice: the first desirable row goes with the first undesirable one.
+    good, bad = (_numbered(chosen[labels == side], codes[labels == side]) for side in (True, False))
+    _, at_good, at_bad = np.intersect1d(good.keys, bad.keys, assume_unique=True, return_indices=True)
+    pairs = np.stack([good.rows[at_good], bad.rows[at_bad]], axis=1)
+    return pairs[np.argsort(pairs.min(axis=1), kind="stable")]
+
+
+class _Numbered(NamedTuple):
+    """Rows with keys, int64, both of shape (rows,)."""
+
+    rows: np.ndarray
+    keys: np.ndarray
+
+
+def _numbered(rows: np.ndarray, codes: np.ndarray) -> _Numbered:
+    """Return rows, sorted by their pair, with a key of the pair and of how many of its rows come before."""
+    order = np.argsort(codes, kind="stable")
+    rows, codes = rows[order], codes[order].astype(np.int64)
+    first = np.searchsorted(codes, codes)
+    return _Numbered(rows, codes << 32 | (np.arange(len(codes)) - first))
 
 
 def strata_of(rows: CacheRows, units: np.ndarray, *, balance: bool) -> list[np.ndarray]:
@@ -67,11 +85,15 @@ class EpochBatches(Sampler[list[RowKey]]):
         strata: units, each of shape (units, rows in each); one unless batches are to be balanced.
         batch_size: rows in a batch, a multiple of a unit's.
         shuffle: in every epoch, within each stratum.
+
+    Attributes:
+        on_order: called with the rows of an epoch in their order, and the number of their mismatched completion.
     """
 
     def __init__(self, strata: Sequence[np.ndarray], batch_size: int, *, shuffle: bool, seed: int) -> None:
         self.strata, self.batch_size, self.shuffle, self.seed = list(strata), batch_size, shuffle, seed
         self.epoch, self.finished = 0, False
+        self.on_order: Callable[[np.ndarray, int], None] | None = None
         self._units = sum(map(len, self.strata))
         self._units_in_batch = batch_size // self.strata[0].shape[1]
 
@@ -94,15 +116,22 @@ class EpochBatches(Sampler[list[RowKey]]):
         ends = np.minimum(np.arange(len(self) + 1) * self._units_in_batch, self._units)
         quotas = [np.floor(ends * len(stratum) / self._units + 0.5).astype(np.int64) for stratum in self.strata[:-1]]
         quotas.append(ends - sum(quotas))
-        for start, end in pairwise(range(len(ends))):
-            parts = [stratum[quota[start] : quota[end]] for stratum, quota in zip(shuffled, quotas, strict=True)]
-            yield [RowKey(row, self.epoch) for part in parts for row in part.ravel().tolist()]
+
+        def batch(number: int) -> np.ndarray:
+            spans = [slice(quota[number], quota[number + 1]) for quota in quotas]
+            return np.concatenate([stratum[span].ravel() for stratum, span in zip(shuffled, spans, strict=True)])
+
+        if self.on_order is not None:
+            self.on_order(np.concatenate([batch(number) for number in range(len(self))]), self.epoch)
+        for number in range(len(self)):
+            yield [RowKey(row, self.epoch) for row in batch(number).tolist()]
 
 
 class BatchLoader(DataLoader[TrainingRow]):
     """Loader whose items are optimizer batches, lists of `TrainingRow`; the next is read while the last one trains."""
 
     def __init__(self, rows: CacheRows, batches: EpochBatches) -> None:
+        batches.on_order = rows.expect
         super().__init__(rows, batch_sampler=batches, collate_fn=list)
 
     def __iter__(self) -> Iterator[list[TrainingRow]]:  # type: ignore[override]

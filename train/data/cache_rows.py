@@ -2,11 +2,7 @@
 
 import copy
 import functools
-import os
-import resource
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,53 +14,24 @@ from torch.utils.data import Dataset
 
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
 from offline_kto.kto_core.cache.places import PLACE, files_of, place_in_words
-from offline_kto.kto_core.cache.shards import Rows, numbers, open_shard, read_groups
+from offline_kto.kto_core.cache.repeats import Repeats
+from offline_kto.kto_core.cache.shards import numbers
 from offline_kto.kto_core.cache.verification import verify_cache
+from offline_kto.kto_core.cache.verified_shards import VerifiedShards
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES, ONE_BIT, Masses
 from offline_kto.kto_core.launch import read_launch
 from offline_kto.kto_core.losses.objective_masses import weighted_masses
 from offline_kto.kto_core.progress import Progress
 from offline_kto.train.data.objectives import check_objectives
+from offline_kto.train.data.row_ids import RowIds
+from offline_kto.train.data.row_reader import RowReader, StoredRow
+from offline_kto.train.data.scored_sequences import ScoredSequence
+from offline_kto.train.data.shard_files import ShardFiles
 from offline_kto.train.run_records import SampledLengths, Shortened
 
 # Row groups sampled for the lengths in the report; kto-precompute writes 64 rows into each.
 _GROUPS_SAMPLED = 64
-
-# Memory for decoded row groups: a small cache fits completely, a large one does not.
-_BYTES_IN_MEMORY = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class ScoredSequence:
-    """A prompt with one completion and its reference score.
-
-    Attributes:
-        prompt_ids, completion_ids: int32.
-        ref_logps: sum over completion tokens under the reference, nats.
-        ref_token_logps: float32, one for each completion token.
-    """
-
-    prompt_ids: np.ndarray
-    completion_ids: np.ndarray
-    ref_logps: float
-    ref_token_logps: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
-
-    @property
-    def ids(self) -> tuple[np.ndarray, np.ndarray]:
-        """Prompt ids and completion ids."""
-        return self.prompt_ids, self.completion_ids
-
-    def shortened(self, max_length: int) -> "ScoredSequence":
-        """Return the sequence with its completion cut to fit; its score is a prefix sum."""
-        room = max_length - len(self.prompt_ids)
-        if len(self.completion_ids) <= room:
-            return self
-        logps = self.ref_token_logps[:room]
-        return ScoredSequence(self.prompt_ids, self.completion_ids[:room], float(logps.sum(dtype=np.float64)), logps)
 
 
 @dataclass(frozen=True)
@@ -105,9 +72,11 @@ class CacheRows(Dataset[TrainingRow]):
     """The rows of a cache, read from Parquet on access.
 
     Args:
-        folder: the cache; every byte and every row of it is checked first.
+        folder: the cache; it is verified first.
         max_length: length to shorten rows to, tokens; rows whose prompt fills it are dropped.
         mapped: map the files into memory, which the workers of a sweep share.
+        trust_unchanged: do not read files again that were verified on this machine and did not change since. Their metadata
+            show every write, but not damage by the disk itself.
 
     Attributes:
         labels: bool, shape (rows,): whether the desirable mass is at least the undesirable one.
@@ -122,7 +91,9 @@ class CacheRows(Dataset[TrainingRow]):
         CacheError: damaged, or `max_length` above the cached one.
     """
 
-    def __init__(self, folder: Path, *, max_length: int | None = None, mapped: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, max_length: int | None = None, mapped: bool = False, trust_unchanged: bool = False
+    ) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         cached = int(self.manifest.tokenization["max_length"])
@@ -135,16 +106,14 @@ class CacheRows(Dataset[TrainingRow]):
         self.partners = self.manifest.partners
         started = time.monotonic()
         with Progress("verifying", self.manifest.rows, "rows") as progress:
-            found = verify_cache(folder, self.manifest, share=read_launch().local_share, on_rows=progress.add)
+            share = read_launch().local_share
+            known = VerifiedShards(folder, self.manifest, share=share, trust_unchanged=trust_unchanged)
+            found = verify_cache(folder, self.manifest, share=share, on_rows=progress.add, known=known)
         self.largest_id, self.seconds = found.largest_id, time.monotonic() - started
-        self._paths = [folder / shard["file"] for shard in self.manifest.shards]
-        _allow_open_files(len(self._paths))
-        self._files = [open_shard(path, mapped=mapped) for path in self._paths]
+        paths = [folder / shard["file"] for shard in self.manifest.shards]
+        self._files = ShardFiles(paths, found.groups, mapped=mapped)
         if read_manifest(folder) != self.manifest:  # a writer removes the manifest before it changes a shard
             raise CacheError(f"{folder}: was updated while it was read. Start again.")
-        groups = [(k, g) for k, file in enumerate(self._files) for g in range(file.num_row_groups)]
-        counts = [self._files[k].metadata.row_group(g).num_rows for k, g in groups]
-        self._groups, self._group_ends = groups, np.cumsum(counts)
         self._fitting = np.arange(len(found.labels))  # position in the files of each row here
         self.cut, self.kl_cut = np.zeros(len(found.labels), dtype=bool), 0
         if self.max_length < cached:
@@ -160,7 +129,8 @@ class CacheRows(Dataset[TrainingRow]):
         self.masses: np.ndarray | None = None
         if self.manifest.columns:
             self.masses = np.stack([numbers(self._of_rows(name)) for name in MASS_COLUMNS], axis=1)
-        self._decoded = _DecodedGroups()
+        self._reader = RowReader(self._files)
+        self._as_scored = not self.dropped
         if not len(self):
             raise CacheError(
                 f"--max-length {self.max_length}: every prompt in {folder} has at least that many tokens; no row is left."
@@ -168,21 +138,32 @@ class CacheRows(Dataset[TrainingRow]):
 
     def column(self, column: str, summary: Callable[[pa.Array], pa.Array] = lambda values: values) -> pa.ChunkedArray:
         """Read a column of all files, regardless of `max_length`, and summarize it chunk by chunk."""
-        pieces: list[pa.Array] = []
-        for path, file in zip(self._paths, self._files, strict=True):
-            for table in read_groups(path, file, columns=[column], at_once=16):
-                pieces += [summary(chunk) for chunk in table.column(column).chunks]
-        return pa.chunked_array(pieces)
+        return self._files.column(column, summary)
 
     @functools.cached_property
-    def prompt_ids(self) -> list[str]:
+    def prompt_ids(self) -> RowIds[str]:
         """Prompt id of each row; read when a hold-out needs it."""
-        found: list[str] = self._of_rows("prompt_id").to_pylist()
-        return found
+        return RowIds[str](self._of_rows("prompt_id"))
+
+    @property
+    def prompts(self) -> int:
+        """Number of distinct prompts."""
+        return len(self.prompt_ids.distinct)
+
+    @property
+    def repeats(self) -> Repeats | None:
+        """Numbers of repeated rows, as kto-precompute counted them; None if they have to be counted.
+
+        It did not count them before it wrote these fields, and `max_length` and a weighting of objectives change them.
+        """
+        data = self.manifest.data
+        if not self._as_scored or "duplicates" not in data or "contradictions" not in data:
+            return None
+        return Repeats(data["duplicates"], data["contradictions"])
 
     def ids(self, column: str, rows: np.ndarray) -> pa.ChunkedArray:
         """Return `row_id` or `prompt_id` of the rows at some positions."""
-        return self.column(column).take(pa.array(self._fitting[rows]))
+        return _taken(self.column(column), self._fitting[rows])
 
     def places(self, rows: np.ndarray) -> list[str]:
         """Return the places in the feedback of the rows at some positions, or their numbers if the cache has no places."""
@@ -190,11 +171,9 @@ class CacheRows(Dataset[TrainingRow]):
         found: list[str] = []
         read: dict[int, pa.Table] = {}
         for number in self._fitting[rows].tolist():
-            group = int(np.searchsorted(self._group_ends, number, side="right"))
+            group, at = self._files.find(number)
             if group not in read:
-                shard, position = self._groups[group]
-                (read[group],) = read_groups(self._paths[shard], self._files[shard], columns=columns, groups=[position])
-            at = number - (int(self._group_ends[group]) - read[group].num_rows)
+                read[group] = self._files.read(group, columns)
             values = {name: read[group].column(name)[at].as_py() for name in columns}
             found.append(place_in_words(values.get(PLACE), values["source"]))
         return found
@@ -205,14 +184,13 @@ class CacheRows(Dataset[TrainingRow]):
             return None
         # Every row repeats its file's name, and as a dictionary ten million of them take little memory.
         files = self.column(PLACE, lambda places: files_of(places).dictionary_encode()).unify_dictionaries()
-        found: list[str] = files.take(pa.array(self._fitting[rows])).to_pylist()
+        found: list[str] = _taken(files, self._fitting[rows]).to_pylist()
         return found
 
     @functools.cached_property
-    def pair_ids(self) -> list[str | None]:
+    def pair_ids(self) -> RowIds[str | None]:
         """Preference pair of each row; read when a loss needs it."""
-        found: list[str | None] = self._of_rows("pair_id").to_pylist()
-        return found
+        return RowIds[str | None](self._of_rows("pair_id"))
 
     @functools.cached_property
     def objectives(self) -> dict[str, np.ndarray]:
@@ -240,18 +218,21 @@ class CacheRows(Dataset[TrainingRow]):
             return self
         check_objectives(weights, self.manifest, self.folder)
         found = copy.copy(self)  # shares the open files
+        found._as_scored = False
         found.masses = weighted_masses(self.objectives, weights)
         found.labels = found.masses[:, 0] >= found.masses[:, 1]
         return found
 
-    def masses_of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+    def masses_of(self, rows: np.ndarray | Sequence[int] | slice) -> np.ndarray:
         """Return the masses of the rows at some positions, float64, shape (len(rows), 2)."""
         if self.masses is not None:
             return self.masses[rows]
         return np.array(ONE_BIT)[self.labels[rows].astype(np.int64)]
 
-    def are_judged(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+    def are_judged(self, rows: np.ndarray | Sequence[int] | slice) -> np.ndarray:
         """Return whether the rows at some positions have any mass, bool, shape (len(rows),)."""
+        if self.masses is None:
+            return np.ones(len(self.labels[rows]), dtype=bool)
         return self.masses_of(rows).sum(axis=1) > 0
 
     @property
@@ -260,17 +241,16 @@ class CacheRows(Dataset[TrainingRow]):
         return {"dropped": self.dropped, "cut": int(self.cut.sum()), "kl_cut": self.kl_cut}
 
     def _of_rows(self, column: str) -> pa.ChunkedArray:
-        return self.column(column).take(pa.array(self._fitting))
+        return _taken(self.column(column), self._fitting)
 
     @functools.cached_property
     def lengths(self) -> SampledLengths:
         """Lengths in tokens of a few thousand rows from the whole cache, as stored."""
-        groups = len(self._groups)
+        groups = self._files.group_count
         chosen = np.unique(np.linspace(0, groups - 1, min(groups, _GROUPS_SAMPLED)).astype(int))
         of_rows = []
-        for number, position in (self._groups[group] for group in chosen):
-            path, file = self._paths[number], self._files[number]
-            (table,) = read_groups(path, file, groups=[position], columns=["prompt_ids", "completion_ids", "label"])
+        for group in chosen.tolist():
+            table = self._files.read(group, ["prompt_ids", "completion_ids", "label"])
             lists = [numbers(pc.list_value_length(table.column(name))) for name in ("prompt_ids", "completion_ids")]
             of_rows.append(np.stack([*lists, numbers(table.column("label")).astype(np.int64)]))
         prompts, completions, labels = np.concatenate(of_rows, axis=1)
@@ -293,69 +273,32 @@ class CacheRows(Dataset[TrainingRow]):
     def __getitem__(self, key: "int | RowKey") -> TrainingRow:
         key = RowKey(key, 0) if isinstance(key, int) else key
         number = int(self._fitting[key.index])
-        group = int(np.searchsorted(self._group_ends, number, side="right"))
-        rows = self._group(group)
-        row = rows[number - (int(self._group_ends[group]) - len(rows))]
-        k = key.partner % self.partners
-        prompt = row["prompt_ids"]
-        matched = ScoredSequence(prompt, row["completion_ids"], row["ref_logps"], row["ref_token_logps"])
-        mismatched = ScoredSequence(
-            prompt, row["kl_completion_ids"][k], float(row["ref_kl_logps"][k]), row["ref_kl_token_logps"][k]
-        )
+        (stored,) = self._reader.read([number], key.partner % self.partners, in_order=False)
+        return self._row(key.index, stored)
+
+    def __getitems__(self, keys: Sequence[RowKey]) -> list[TrainingRow]:
+        """Return the rows of a batch, the next one of what is expected, if that is known; torch calls it."""
+        found = self._reader.read(self._fitting[[key.index for key in keys]].tolist(), keys[0].partner % self.partners)
+        return [self._row(key.index, stored) for key, stored in zip(keys, found, strict=True)]
+
+    def expect(self, indices: np.ndarray, partner: int) -> None:
+        """Prepare for reading some rows once each, in this order and with this mismatched completion."""
+        self._reader.expect(self._fitting[indices], partner % self.partners)
+
+    def _row(self, index: int, stored: StoredRow) -> TrainingRow:
         return TrainingRow(
-            index=key.index,
-            row_id=row["row_id"],
-            masses=ONE_BIT[row["label"]] if self.masses is None else Masses(*self.masses[key.index].tolist()),
-            matched=matched.shortened(self.max_length),
-            mismatched=mismatched.shortened(self.max_length),
+            index=index,
+            row_id=stored.row_id,
+            masses=ONE_BIT[stored.label] if self.masses is None else Masses(*self.masses[index].tolist()),
+            matched=stored.matched.shortened(self.max_length),
+            mismatched=stored.mismatched.shortened(self.max_length),
         )
 
-    def _group(self, group: int) -> Rows:
-        """Return a row group, from memory if it was read recently."""
 
-        def read() -> Rows:
-            number, position = self._groups[group]
-            file = self._files[number]
-            columns = [name for name in file.schema_arrow.names if name != PLACE]  # no update needs it
-            (table,) = read_groups(self._paths[number], file, columns=columns, groups=[position])
-            return Rows(table)
-
-        return self._decoded.get(group, read)
+def _taken(column: pa.ChunkedArray, positions: np.ndarray) -> pa.ChunkedArray:
+    """Return the values at some positions, ascending if they are all of them."""
+    return column if len(positions) == len(column) and _is_range(positions) else column.take(pa.array(positions))
 
 
-class _DecodedGroups:
-    """The row groups that were read last."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # the next batch is read in its own thread
-        self._rows: OrderedDict[int, Rows] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, group: int, read: Callable[[], Rows]) -> Rows:
-        with self._lock:
-            if group in self._rows:
-                self._rows.move_to_end(group)
-                return self._rows[group]
-            rows = self._rows[group] = read()
-            self._bytes += rows.nbytes
-            while self._bytes > _BYTES_IN_MEMORY and len(self._rows) > 1:
-                self._bytes -= self._rows.popitem(last=False)[1].nbytes
-            return rows
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the limit on open files, so that all shards stay open, and the files that are read are the verified ones.
-
-    Raises:
-        CacheError: the system does not allow so many.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = len(os.listdir("/proc/self/fd")) + count + 256 if Path("/proc/self/fd").exists() else 2 * count + 512
-    if resource.RLIM_INFINITY in (soft, hard) or wanted <= soft:
-        return
-    if wanted > hard:
-        raise CacheError(
-            f"The cache has {count:,} shards, and this system allows {hard:,} open files (ulimit -Hn). Make fewer shards: "
-            "kto-precompute --rows-per-shard 65536 into another folder."
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+def _is_range(positions: np.ndarray) -> bool:
+    return bool((positions == np.arange(len(positions))).all())

@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from offline_kto.kto_core.cache.shards import numbers
+from offline_kto.kto_core.cache.repeats import equal_rows
 from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.data.row_ids import sortable
 
 
 class Repeated(NamedTuple):
@@ -35,22 +34,20 @@ def repeated_rows(rows: CacheRows, *, most: int) -> RepeatedRows:
     Args:
         most: groups of each to list.
     """
-    judged = np.flatnonzero(rows.are_judged(np.arange(len(rows))))
-    ids = rows.ids("row_id", judged).combine_chunks()
-    table = pa.table({"id": ids, "label": pa.array(rows.labels[judged], pa.bool_()), "at": pa.array(judged)})
-    counted = table.group_by("id").aggregate([("at", "count"), ("at", "min"), ("label", "min"), ("label", "max")])
-    repeated = counted.filter(pc.greater(counted["at_count"], 1))
-    alike = pc.equal(repeated["label_min"], repeated["label_max"])
-    return RepeatedRows(
-        *(_listed(table, repeated.filter(chosen).sort_by("at_min"), most) for chosen in (alike, pc.invert(alike)))
-    )
+    judged = np.flatnonzero(rows.are_judged(slice(None)))
+    groups = equal_rows(sortable(rows.ids("row_id", judged)))
+    desirable, sizes = groups.desirable(rows.labels[judged]), groups.sizes
+    both = (desirable > 0) & (desirable < sizes)
+
+    def listed(chosen: np.ndarray) -> Repeated:
+        starts, counts = groups.starts[chosen], sizes[chosen]
+        firsts = groups.order[starts]
+        found = np.argsort(firsts)[:most]
+        return Repeated([judged[groups.order[starts[at] : starts[at] + counts[at]]] for at in found], len(starts))
+
+    return RepeatedRows(listed((sizes > 1) & ~both), listed(both))
 
 
-def _listed(table: pa.Table, repeated: pa.Table, most: int) -> Repeated:
-    first = repeated.slice(0, most)["id"].combine_chunks()
-    if not len(first):
-        return Repeated([], repeated.num_rows)
-    found = table.filter(pc.is_in(table["id"], value_set=first))
-    group = numbers(pc.index_in(found["id"], value_set=first))
-    positions = numbers(found["at"])
-    return Repeated([positions[group == number] for number in range(len(first))], repeated.num_rows)
+def contradictions(rows: CacheRows) -> int:
+    """Return how many distinct rows (prompt and completion) carry both labels."""
+    return repeated_rows(rows, most=0).contradictions.total if rows.repeats is None else rows.repeats.contradictions

@@ -1,10 +1,11 @@
 """Choose the training and held-out rows of a run, and list the warnings about them."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG, differences
 from offline_kto.kto_core.cache.manifest_fields import Identity, RowsIdentity
@@ -18,16 +19,18 @@ from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.batches import EpochBatches, split_by_prompt, strata_of, units_of
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.held_out import HeldOutRows, check_fraction
-from offline_kto.train.data.repeated_rows import repeated_rows
+from offline_kto.train.data.repeated_rows import contradictions
 from offline_kto.train.loss_traits import LOSSES, PAIRED_LOSSES
 from offline_kto.train.run_records import RunData, RunRecord
 
 
-def open_cache(cache: Location, max_length: int | None, *, mapped: bool = False) -> CacheRows:
-    """Open a cache after checking every byte. Raises: CacheError: it is damaged, incomplete or missing."""
+def open_cache(
+    cache: Location, max_length: int | None, *, mapped: bool = False, trust_unchanged: bool = False
+) -> CacheRows:
+    """Open a cache after verifying it; see `CacheRows`. Raises: CacheError: it is damaged, incomplete or missing."""
     folder = local_copy(cache)
     with speaking_of(cache, folder):
-        return CacheRows(folder, max_length=max_length, mapped=mapped)
+        return CacheRows(folder, max_length=max_length, mapped=mapped, trust_unchanged=trust_unchanged)
 
 
 @dataclass(frozen=True)
@@ -50,35 +53,36 @@ class TrainingData:
 
     @classmethod
     def open(
-        cls, config: TrainConfig, read: Callable[[Location, int | None], CacheRows] = open_cache
+        cls, config: TrainConfig, read: Callable[[Location, int | None], CacheRows] | None = None
     ) -> "TrainingData":
         """Open the caches and choose the rows.
 
         Args:
             config: of the run.
-            read: opens a cache.
+            read: opens a cache; by default as the options say.
 
         Raises:
             CacheError, TrainingError: unusable caches, a loss that they do not support, or no training or held-out row.
         """
+        read = read or functools.partial(open_cache, trust_unchanged=config.trusts_unchanged)
         rows = read(config.cache, config.max_length).judged_by(config.objective_weights)
-        train: Sequence[int] = range(len(rows))
-        held_out: tuple[CacheRows, Sequence[int]] | None = None
+        train = np.arange(len(rows))
+        held_out: tuple[CacheRows, np.ndarray] | None = None
         if config.eval_cache is not None:
             held = read(config.eval_cache, config.max_length).judged_by(config.objective_weights)
             _same_reference(held, rows.manifest.identity, "--eval-cache", "--cache")
-            held_out = held, range(len(held))
+            held_out = held, np.arange(len(held))
         elif config.eval_fraction:
             seed = config.seed if config.eval_seed is None else config.eval_seed
-            check_fraction(config.eval_fraction, len(set(rows.prompt_ids)))
+            check_fraction(config.eval_fraction, rows.prompts)
             train, held_rows = split_by_prompt(rows, config.eval_fraction, seed)
             held_out = rows, held_rows
-        judged = np.asarray(train, dtype=np.int64)[rows.are_judged(train)]
+        judged = train[rows.are_judged(train)]
         if not len(judged):
             raise TrainingError(
                 f"--cache {config.cache}: --objective {config.objective} was judged in none of {counted(len(train), 'row')} to train on."
             )
-        units = _units(rows, judged.tolist(), config, f"--cache {config.cache}")
+        units = _units(rows, judged, config, f"--cache {config.cache}")
         held_rows_out = held_out and _held_out(*held_out, config)
         left_out, unjudged = len(judged) - units.size, len(train) - len(judged)
         if held_out and held_rows_out:
@@ -126,7 +130,7 @@ class TrainingData:
                 f"rounding. kto-precompute --dtype {precision.name} scores in this run's precision."
             )
         if self._eval_cache is not None:
-            shared = len(set(self._eval_cache.prompt_ids) & set(self.rows.prompt_ids))
+            shared = self._eval_cache.prompt_ids.shared_with(self.rows.prompt_ids)
             if shared:
                 are = "is" if shared == 1 else "are"
                 lines.append(
@@ -155,7 +159,7 @@ class TrainingData:
     @functools.cached_property
     def contradictions(self) -> int:
         """Number of distinct rows of the cache (prompt and completion) that carry both labels."""
-        return repeated_rows(self.rows, most=0).contradictions.total
+        return contradictions(self.rows)
 
     def run_data(self) -> RunData:
         """Return counts and a sample of lengths, for the report."""
@@ -193,7 +197,7 @@ class TrainingData:
         return None if self.held_out is None or self.held_out.cache is self.rows else self.held_out.cache
 
 
-def _units(rows: CacheRows, indices: Sequence[int], config: TrainConfig, where: str) -> np.ndarray:
+def _units(rows: CacheRows, indices: np.ndarray, config: TrainConfig, where: str) -> np.ndarray:
     paired = config.loss in PAIRED_LOSSES
     units = units_of(rows, indices, 2 if paired else 1)
     if paired:
@@ -220,7 +224,7 @@ def _alike(rows: CacheRows, pairs: np.ndarray) -> np.ndarray:
     return alike
 
 
-def _held_out(cache: CacheRows, indices: Sequence[int], config: TrainConfig) -> HeldOutRows:
+def _held_out(cache: CacheRows, indices: np.ndarray, config: TrainConfig) -> HeldOutRows:
     units = _units(cache, indices, config, "held-out rows")
     held_out = HeldOutRows(cache, units.ravel().tolist())
     labels = cache.labels[held_out.indices][cache.are_judged(held_out.indices)]
@@ -272,7 +276,8 @@ def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: se
     Raises:
         CacheError, TrainingError: an unusable cache, or one that was scored by another reference.
     """
-    rows = open_cache(config.cache, config.max_length)
+    read_again = functools.partial(open_cache, trust_unchanged=config.trusts_unchanged)
+    rows = read_again(config.cache, config.max_length)
     if rows.manifest.objectives:  # other rows may be judged without objectives
         rows = rows.judged_by(config.objective_weights)
     identity = record.get("identity")
@@ -283,16 +288,16 @@ def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: se
     if same and (config.eval_fraction or config.eval_cache is not None):
 
         def read(cache: Location, max_length: int | None) -> CacheRows:
-            return rows if cache == config.cache else open_cache(cache, max_length)
+            return rows if cache == config.cache else read_again(cache, max_length)
 
         held_out = TrainingData.open(config, read).held_out
         assert held_out is not None
         return RowsToEvaluate(held_out, "held out", of_run=True)
-    everything = range(len(rows))
+    everything = np.arange(len(rows))
     if trained_prompts is None:
         what = "all of them; there is no record of the rows that the run was trained on"
         return _perhaps_trained_on(_held_out(rows, everything, config), what)
-    new = [i for i in everything if rows.prompt_ids[i] not in trained_prompts]
+    new = np.flatnonzero(~rows.prompt_ids.among(pa.array(sorted(trained_prompts), pa.string())))
     day, trained_on = rows.manifest.tokenization.get("rendered_on"), record.get("rendered_on")
     other_day = day and (str(day)[:10] != str(trained_on)[:10] if trained_on else len(new) == len(rows))
     if other_day:
@@ -301,7 +306,7 @@ def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: se
             "unknown which ones it was trained on (kto-precompute --template-date renders for the same day)"
         )
         return _perhaps_trained_on(_held_out(rows, everything, config), what)
-    if not new:
+    if not len(new):
         trained = _held_out(rows, everything, config)
         count = len(trained.indices)
         warning = (

@@ -137,10 +137,23 @@ class KeptMaterials(Materials):
     def data(self, config: TrainConfig) -> TrainingData:
         return TrainingData.open(config, self._open)
 
+    def verified_data(self, config: TrainConfig) -> TrainingData:
+        """Open the data after verifying it as the options say.
+
+        `data` only verifies what changed since then, or what nobody could remember.
+        """
+
+        def verified(cache: Location, max_length: int | None) -> CacheRows:
+            rows = open_cache(cache, max_length, mapped=True, trust_unchanged=config.trusts_unchanged)
+            self._caches[cache, max_length] = rows
+            return rows
+
+        return TrainingData.open(config, verified)
+
     def _open(self, cache: Location, max_length: int | None) -> CacheRows:
         key = (cache, max_length)
         if key not in self._caches:
-            self._caches[key] = open_cache(cache, max_length, mapped=True)
+            self._caches[key] = open_cache(cache, max_length, mapped=True, trust_unchanged=True)
         return self._caches[key]
 
     def files(self, config: TrainConfig, manifest: Manifest) -> PolicyFiles:

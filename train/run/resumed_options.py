@@ -34,7 +34,7 @@ LOGGED = OF_LOSS | _names(
 FREE = _names(
     # Compared elsewhere: the cache by content, the precision as resolved, and `training` key by key.
     "cache out dtype training max_tokens gradient_checkpointing save_steps logging_steps report_to resume evaluate_only dry_run "
-    "plan_memory samples samples_at allow_different_policy push_to_hub"
+    "plan_memory samples samples_at allow_different_policy push_to_hub verify"
 )
 
 # Keys of the `training:` table. A key in neither list is fixed, so a new key of transformers is too.

@@ -6,7 +6,7 @@ from pathlib import Path
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.locations import Location
 from offline_kto.kto_core.options import check_options, flag, option
-from offline_kto.train.config import METRICS, TrainConfig
+from offline_kto.train.config import METRICS, VERIFICATIONS, TrainConfig
 
 SEARCHES = ("grid", "random", "tpe")
 PRUNERS = ("none", "median")
@@ -21,6 +21,12 @@ class SweepConfig:
 
     cache: Location = option(
         Path(""), "Reference cache made by kto-precompute: a folder, or its URL (s3://, gs://, hf://).", metavar="DIR"
+    )
+    verify: str = option(
+        "full",
+        "How the first worker verifies the cache: full reads every byte; changed reads only files that changed since they were verified "
+        "here. The other workers rely on it.",
+        choices=VERIFICATIONS,
     )
     out: Path | None = option(None, "Sweep folder.  [default: sweeps/ and the time]", metavar="DIR")
     search: str = option("tpe", "How trials are chosen.", choices=SEARCHES)

@@ -310,7 +310,7 @@ class Results:
         words = ["kto-sweep", "--config", str(self.out / "sweep.yaml"), "--out", str(self.out)]
         default = as_plain(SweepConfig())
         for name, value in as_plain(self.config).items():
-            if name in ("cache", "workers") and value != default[name]:
+            if name in ("cache", "verify", "workers") and value != default[name]:
                 words += [flag(name), str(value)]
         return shlex.join(words)
 

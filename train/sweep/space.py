@@ -19,6 +19,7 @@ _NOT_UPLOADED = (
 )
 _SAME_FOR_ALL = {
     "cache": "give --cache",
+    "verify": "give --verify",
     "out": "the folder of the sweep belongs on the command line: --out, or beside train:",
     "metric": "they are compared by one value",
     "training": "it is not an option; set it in train:",
@@ -270,7 +271,12 @@ def _names(space: dict[str, object]) -> dict[str, object]:
 
 def _base(config: SweepConfig) -> Options:
     base = checked_values(TrainConfig, config.train, "train")
-    for name, where in (("cache", "--cache"), ("out", "--out"), ("metric", "metric:, beside train:")):
+    for name, where in (
+        ("cache", "--cache"),
+        ("verify", "--verify"),
+        ("out", "--out"),
+        ("metric", "metric:, beside train:"),
+    ):
         if name in base:
             raise ConfigError(f"train: {name!r} is set for the whole sweep by {where}; remove it from the table.")
     if "push_to_hub" in base:
@@ -281,7 +287,7 @@ def _base(config: SweepConfig) -> Options:
             raise ConfigError(
                 "train: eval_fraction: 0 leaves no held-out rows to compare trials by. Hold some out, or give eval_cache."
             )
-    return {**base, "cache": config.cache, "metric": config.metric}
+    return {**base, "cache": config.cache, "verify": config.verify, "metric": config.metric}
 
 
 def _parse(name: str, entry: object, search: str) -> Values | Range:

@@ -98,7 +98,7 @@ class Worker:
         """Return whether cache, policy and options can be used; called before the first trial."""
         try:
             config = trials.planned()
-            data = self.materials.data(config)
+            data = self.materials.verified_data(config)
             self.materials.files(config, data.rows.manifest)
             precision = run_precision(config, resolve_device(config.device))
             training_arguments(config, Path(), precision, held_out=data.held_out is not None)

@@ -34,7 +34,7 @@ from offline_kto.kto_core.losses.preference_losses import (
 from offline_kto.kto_core.scoring.sequences import sum_rows
 from offline_kto.kto_core.scoring.shared_prompts import Batch
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.data.cache_rows import ScoredSequence
+from offline_kto.train.data.scored_sequences import ScoredSequence
 from offline_kto.train.loss_traits import LOSS_TRAITS, LossTraits
 
 

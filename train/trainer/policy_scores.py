@@ -9,8 +9,9 @@ from torch import Tensor
 from offline_kto.kto_core.losses.metrics import Tokens
 from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.kto_core.scoring.transfer import to_device
-from offline_kto.train.data.cache_rows import RowKey, ScoredSequence, TrainingRow
+from offline_kto.train.data.cache_rows import RowKey, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
+from offline_kto.train.data.scored_sequences import ScoredSequence
 from offline_kto.train.model.token_budget import MOST_TOKENS
 from offline_kto.train.trainer.evaluation import Scores
 from offline_kto.train.trainer.objective import Objective, RowScores

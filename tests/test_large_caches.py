@@ -1,0 +1,368 @@
+"""What makes large caches cheap changes nothing: remembered verification, ids as numbers, rows that are read ahead."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offline_kto.kto_core.cache import shards, verification, verified_shards
+from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.cache.repeats import Repeats, count_repeats
+from offline_kto.kto_core.errors import CacheError
+from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.run import precompute
+from offline_kto.train.config import TrainConfig
+from offline_kto.train.data import row_reader
+from offline_kto.train.data.batches import BatchLoader, EpochBatches, split_by_prompt, units_of
+from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.data.held_out import held_out_prompts
+from offline_kto.train.data.repeated_rows import contradictions, repeated_rows
+from offline_kto.train.data.row_ids import RowIds, sortable
+from offline_kto.train.run.inputs import KeptMaterials
+
+ROWS = 20
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, feedback: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of three shards with row groups of three rows, and two mismatched completions of each row."""
+    folder = tmp_path_factory.mktemp("groups") / "refs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_ROWS_PER_GROUP", 3)
+        precompute(PrecomputeConfig(model=str(base), data=str(feedback), out=folder, rows_per_shard=7, kl_partners=2))
+    return folder
+
+
+@pytest.fixture
+def refs(whole: Path, tmp_path: Path) -> Path:
+    """Copy the cache, and let its files be old enough to be remembered."""
+    return Path(shutil.copytree(whole, tmp_path / "refs"))
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verified_shards, "_SETTLED", 0)
+
+
+def flip(path: Path, at: int) -> None:
+    """Change a byte in place, and set the times back as far as a program can."""
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+class Watched:
+    """Counts how often shards are hashed and decoded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hashed: list[str] = []
+        self.decoded: list[str] = []
+        hashing, checking = verification.file_hash, verification.check_table
+
+        def file_hash(path: Path) -> str:
+            self.hashed.append(path.name)
+            return hashing(path)
+
+        def check_table(table: pa.Table, where: str, **rules: Any) -> int:
+            self.decoded.append(Path(where).name)
+            return checking(table, where, **rules)
+
+        monkeypatch.setattr(verification, "file_hash", file_hash)
+        monkeypatch.setattr(verification, "check_table", check_table)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    return Watched(monkeypatch)
+
+
+NAMES = ["00000.parquet", "00001.parquet", "00002.parquet"]
+
+
+class TestVerification:
+    def test_known_content_is_hashed_and_not_decoded(self, refs: Path, watched: Watched) -> None:
+        first = CacheRows(refs)
+        assert (sorted(watched.hashed), sorted(set(watched.decoded))) == (NAMES, NAMES)
+        watched.hashed.clear(), watched.decoded.clear()
+        again = CacheRows(refs)
+        assert (sorted(watched.hashed), watched.decoded) == (NAMES, [])
+        assert again.labels.tolist() == first.labels.tolist()
+        assert again.largest_id == first.largest_id > 0
+
+    def test_unchanged_files_are_not_read_where_that_is_asked_for(
+        self, refs: Path, settled: None, watched: Watched
+    ) -> None:
+        first = CacheRows(refs, trust_unchanged=True)  # nothing is remembered yet
+        assert sorted(watched.hashed) == NAMES
+        watched.hashed.clear()
+        again = CacheRows(refs, trust_unchanged=True)
+        assert watched.hashed == []
+        assert [again[i].row_id for i in range(ROWS)] == [first[i].row_id for i in range(ROWS)]
+        os.utime(refs / "train" / NAMES[1])
+        CacheRows(refs, trust_unchanged=True)
+        assert watched.hashed == [NAMES[1]]
+
+    @pytest.mark.parametrize("trust", [False, True])
+    def test_a_changed_byte_is_found_although_the_times_were_set_back(
+        self, refs: Path, settled: None, trust: bool
+    ) -> None:
+        CacheRows(refs)
+        flip(refs / "train" / NAMES[1], 900)
+        with pytest.raises(CacheError, match=r"00001\.parquet: .*sha256 differs"):
+            CacheRows(refs, trust_unchanged=trust)
+
+    @pytest.mark.parametrize("trust", [False, True])
+    def test_another_file_in_its_place_is_found(self, refs: Path, settled: None, trust: bool) -> None:
+        CacheRows(refs)
+        path, copy = refs / "train" / NAMES[1], refs / "copy"
+        shutil.copy2(path, copy)
+        flip(copy, 900)
+        copy.replace(path)
+        with pytest.raises(CacheError, match=r"00001\.parquet: .*sha256 differs"):
+            CacheRows(refs, trust_unchanged=trust)
+
+    def test_damage_that_no_metadata_show_is_found_unless_files_are_trusted(
+        self, refs: Path, settled: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Expect what the documentation says of a disk that returns other bytes by itself."""
+        CacheRows(refs)
+        states = {path: verified_shards._state(path) for path in (refs / "train").iterdir()}
+        flip(refs / "train" / NAMES[1], 900)
+        monkeypatch.setattr(verified_shards, "_state", states.__getitem__)
+        assert len(CacheRows(refs, trust_unchanged=True)) == ROWS
+        with pytest.raises(CacheError, match="sha256 differs"):
+            CacheRows(refs)
+
+    def test_files_that_may_change_within_one_tick_are_read_again(self, refs: Path, watched: Watched) -> None:
+        CacheRows(refs)
+        watched.hashed.clear()
+        CacheRows(refs, trust_unchanged=True)
+        assert sorted(watched.hashed) == NAMES
+
+    def test_the_first_error_in_the_order_of_the_shards_is_told(self, refs: Path) -> None:
+        for name in NAMES[1:]:
+            flip(refs / "train" / name, 900)
+        with pytest.raises(CacheError, match=r"00001\.parquet"):
+            CacheRows(refs)
+
+    def test_rules_of_another_manifest_are_checked(self, refs: Path, watched: Watched) -> None:
+        """The content is known, but it was compared with a larger vocabulary."""
+        largest = CacheRows(refs).largest_id
+        manifest = read_manifest(refs)
+        narrow: Any = {**manifest.reference, "vocabulary": largest}
+        changed = type(manifest)(**{**manifest.__dict__, "reference": narrow})
+        known = verified_shards.VerifiedShards(refs, changed, share=(0, 1), trust_unchanged=True)
+        with pytest.raises(CacheError, match="outside the vocabulary"):
+            verification.verify_cache(refs, changed, known=known)
+
+    def memory(self) -> Path:
+        (path,) = (verified_shards.own_files() / "verified").iterdir()
+        return path
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda path: path.write_bytes(b""),
+            lambda path: path.write_bytes(b"\xff{"),
+            lambda path: path.write_text("[]"),
+            lambda path: path.write_text('{"sha256": 3, "shards": {"a": {}}}'),
+            lambda path: path.write_text(path.read_text()[:-40]),
+            lambda path: path.write_text(path.read_text().replace('"largest_id": ', '"largest_id": 1', 1)),
+            lambda path: (path.unlink(), path.mkdir()),
+        ],
+    )
+    def test_a_damaged_memory_is_ignored(self, damage: Any, refs: Path, settled: None, watched: Watched) -> None:
+        before = CacheRows(refs)
+        damage(self.memory())
+        watched.decoded.clear()
+        after = CacheRows(refs, trust_unchanged=True)
+        assert sorted(set(watched.decoded)) == NAMES
+        assert (after.labels.tolist(), after.largest_id) == (before.labels.tolist(), before.largest_id)
+
+    def test_a_folder_that_cannot_be_written_is_no_error(
+        self, refs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: Watched
+    ) -> None:
+        (tmp_path / "file").touch()
+        for folder in (tmp_path / "file", Path("/proc/nothing")):
+            monkeypatch.setattr(verified_shards, "own_files", lambda folder=folder: folder)
+            assert len(CacheRows(refs)) == ROWS
+            assert len(CacheRows(refs, trust_unchanged=True)) == ROWS
+        assert Counter(watched.hashed) == dict.fromkeys(NAMES, 4)
+
+    def test_old_memories_are_removed(self, refs: Path) -> None:
+        CacheRows(refs)
+        old, others = self.memory().with_name("old.json"), self.memory().with_name("others.json")
+        for path in (old, others):
+            path.write_text("{}")
+        os.utime(old, (0, time.time() - 91 * 86_400))
+        shutil.copytree(refs, refs.parent / "other")
+        CacheRows(refs.parent / "other")
+        assert not old.exists()
+        assert others.exists()
+
+    def test_a_sweep_verifies_once(self, refs: Path, settled: None, watched: Watched) -> None:
+        config = TrainConfig(cache=refs, device="cpu")
+        KeptMaterials().verified_data(config)
+        assert sorted(watched.hashed) == NAMES
+        materials = KeptMaterials()
+        for length in (None, 90):
+            materials.data(TrainConfig(cache=refs, max_length=length, device="cpu"))
+        assert sorted(watched.hashed) == NAMES
+
+
+class TestIds:
+    @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=30))
+    def test_repeats_are_those_of_a_naive_count(self, rows: list[tuple[int, bool]]) -> None:
+        labels = defaultdict(list)
+        for number, label in rows:
+            labels[number].append(label)
+        naive = Repeats(
+            sum(len(found) > 1 and len(set(found)) == 1 for found in labels.values()),
+            sum(len(set(found)) == 2 for found in labels.values()),
+        )
+        of_rows = np.array([label for _, label in rows], dtype=bool)
+        for texts in ([f"{number:032x}" for number, _ in rows], ["x" * number for number, _ in rows]):
+            column = pa.chunked_array([pa.array(texts, pa.string())])
+            assert count_repeats(sortable(column), of_rows) == naive
+        hashes = np.array([f"{number:032x}" for number, _ in rows], dtype="S32")
+        assert count_repeats(hashes, of_rows) == naive
+
+    @given(st.lists(st.sampled_from(["a", "b", "ccc", None]), max_size=12), st.integers(0, 12))
+    def test_ids_read_as_the_texts_they_are(self, texts: list[str | None], cut: int) -> None:
+        parts = [pa.array(part, pa.string()) for part in (texts[:cut], texts[cut:])]
+        ids = RowIds[str | None](pa.chunked_array(parts))
+        assert list(ids) == texts
+        assert list(ids.texts()) == list(dict.fromkeys(text for text in texts if text is not None))
+        assert ids.among(pa.array(["a", "x"])).tolist() == [text == "a" for text in texts]
+
+    @given(
+        st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.booleans(), st.booleans()), max_size=24),
+    )
+    def test_pairs_are_those_of_a_naive_search(self, rows: list[tuple[str | None, bool, bool]]) -> None:
+        class Pairs:
+            pair_ids = RowIds[str | None](pa.chunked_array([pa.array([name for name, _, _ in rows], pa.string())]))
+            labels = np.array([label for _, label, _ in rows], dtype=bool)
+
+        cache: Any = Pairs()
+        chosen = [i for i, (_, _, kept) in enumerate(rows) if kept]
+        sides: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for i in chosen:
+            name, label, _ = rows[i]
+            if name is not None:
+                sides[name][0 if label else 1].append(i)
+        naive = sorted((pair for good, bad in sides.values() for pair in zip(good, bad, strict=False)), key=min)
+        assert units_of(cache, chosen, 2).tolist() == [list(pair) for pair in naive]
+
+    @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5])
+    def test_prompts_are_held_out_by_their_keyed_hash(self, whole: Path, fraction: float) -> None:
+        rows = CacheRows(whole)
+        for seed in range(5):
+            prompts = sorted(set(rows.prompt_ids), key=lambda p: hashlib.blake2b(f"{seed}/{p}".encode()).digest())
+            held = set(prompts[: held_out_prompts(fraction, len(prompts))])
+            trained, held_out = split_by_prompt(rows, fraction, seed)
+            assert held_out.tolist() == [i for i, prompt in enumerate(rows.prompt_ids) if prompt in held]
+            assert sorted([*trained, *held_out]) == list(range(ROWS))
+
+    def test_counts_of_the_manifest_are_those_of_the_rows(self, base: Path, tmp_path: Path) -> None:
+        rows = [{"prompt": f"question {i}", "completion": "yes", "label": i % 2 == 0} for i in range(6)]
+        rows += [rows[0], {**rows[1], "label": True}, {**rows[2], "label": False}]
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        precompute(PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "refs"))
+        manifest = read_manifest(tmp_path / "refs")
+        assert (manifest.data["duplicates"], manifest.data["contradictions"]) == (1, 2)
+        cache = CacheRows(tmp_path / "refs")
+        found = repeated_rows(cache, most=9)
+        assert (found.duplicates.total, found.contradictions.total) == (1, 2) == cache.repeats
+        del cache.manifest.data["contradictions"]  # a cache of before
+        assert cache.repeats is None
+        assert contradictions(cache) == 2
+
+
+class TestReading:
+    @pytest.fixture
+    def expected(self, whole: Path) -> list[dict[str, Any]]:
+        paths = sorted((whole / "train").iterdir())
+        return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+    @pytest.mark.parametrize("memory", [0, 2 * 1800, 2**20])
+    def test_batches_are_the_rows_of_the_files(
+        self, whole: Path, expected: list[dict[str, Any]], memory: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(row_reader, "_BYTES_AHEAD", memory)
+        rows = CacheRows(whole)
+        decoded: list[int] = []
+        decode = row_reader.RowReader._decode
+
+        def counted(reader: row_reader.RowReader, group: int) -> Any:
+            decoded.append(group)
+            return decode(reader, group)
+
+        monkeypatch.setattr(row_reader.RowReader, "_decode", counted)
+        batches = EpochBatches([np.arange(ROWS)[:, None]], 3, shuffle=True, seed=0)
+        for epoch in range(3):
+            batches.set_epoch(epoch)
+            decoded.clear()
+            found = [row for batch in BatchLoader(rows, batches) for row in batch]
+            assert sorted(row.index for row in found) == list(range(ROWS))
+            for row in found:
+                wanted, partner = expected[row.index], epoch % 2
+                assert (row.row_id, row.label) == (wanted["row_id"], wanted["label"])
+                assert row.matched.prompt_ids.tolist() == row.mismatched.prompt_ids.tolist() == wanted["prompt_ids"]
+                assert row.matched.completion_ids.tolist() == wanted["completion_ids"]
+                assert row.matched.ref_token_logps.tolist() == wanted["ref_token_logps"]
+                assert row.matched.ref_logps == wanted["ref_logps"]
+                assert row.mismatched.completion_ids.tolist() == wanted["kl_completion_ids"][partner]
+                assert row.mismatched.ref_token_logps.tolist() == wanted["ref_kl_token_logps"][partner]
+                assert row.mismatched.ref_logps == wanted["ref_kl_logps"][partner]
+            groups = rows._files.group_count
+            assert len(decoded) == groups if memory == 2**20 else len(decoded) > groups
+            assert rows._reader._kept == {}
+            assert rows._reader._kept_bytes == 0
+
+    def test_memory_for_coming_rows_is_bounded(self, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(row_reader, "_BYTES_AHEAD", 4 * 1800)
+        rows = CacheRows(whole)
+        most = 0
+        for _ in BatchLoader(rows, EpochBatches([np.arange(ROWS)[:, None]], 2, shuffle=True, seed=1)):
+            kept = rows._reader._kept
+            assert rows._reader._kept_bytes == sum(row.nbytes for row in kept.values())
+            most = max(most, len(kept))
+        assert 1 <= most <= 5
+
+    def test_rows_out_of_order_disturb_nothing(self, whole: Path, expected: list[dict[str, Any]]) -> None:
+        """An evaluation reads rows of the cache in the middle of an epoch, with their first mismatched completion."""
+        rows = CacheRows(whole)
+        batches = EpochBatches([np.arange(ROWS)[:, None]], 4, shuffle=True, seed=0)
+        batches.set_epoch(1)
+        found = []
+        for batch in BatchLoader(rows, batches):
+            found += batch
+            for i in range(ROWS):
+                assert rows[i].mismatched.completion_ids.tolist() == expected[i]["kl_completion_ids"][0]
+        for row in found:
+            assert row.mismatched.completion_ids.tolist() == expected[row.index]["kl_completion_ids"][1]
+
+    def test_few_footers_stay_in_memory(
+        self, whole: Path, expected: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("offline_kto.train.data.shard_files._BYTES_OF_FOOTERS", 1)
+        rows = CacheRows(whole)
+        for i in (0, 19, 8, 1, 18):
+            assert rows[i].row_id == expected[i]["row_id"]
+            assert len(rows._files._footers._files) == 1

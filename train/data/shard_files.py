@@ -1,0 +1,142 @@
+"""Read the row groups of a cache's shards; the files stay open, and few of their footers stay in memory."""
+
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from offline_kto.kto_core.cache.shards import read_groups
+from offline_kto.kto_core.errors import CacheError, said_by
+
+# Memory for parsed footers, and what one needs for each column of a row group, in bytes (as measured).
+_BYTES_OF_FOOTERS, _BYTES_OF_CHUNK = 256 * 2**20, 900
+
+# Row groups read together when a whole column is read.
+_GROUPS_AT_ONCE = 16
+
+
+class ShardFiles:
+    """The open shards of a cache.
+
+    Row groups are numbered through all of them, and so are rows.
+
+    Args:
+        paths: of the shards, in their order.
+        groups: rows of each of their row groups.
+        mapped: map the files into memory.
+
+    Raises:
+        CacheError: a file cannot be opened.
+    """
+
+    def __init__(self, paths: Sequence[Path], groups: Sequence[Sequence[int]], *, mapped: bool) -> None:
+        _allow_open_files(len(paths))
+        self._paths = list(paths)
+        self._sources = [_opened(path, mapped=mapped) for path in paths]
+        self._first_groups = np.cumsum([0, *map(len, groups)])
+        self._ends = np.cumsum(np.concatenate([np.asarray(of_shard, dtype=np.int64) for of_shard in groups]))
+        self._footers = _Footers(self._sources)
+
+    @property
+    def group_count(self) -> int:
+        return len(self._ends)
+
+    def groups_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the row group of each row, shape (rows,)."""
+        return np.searchsorted(self._ends, rows, side="right")
+
+    def find(self, row: int) -> tuple[int, int]:
+        """Return a row's group and its position there."""
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        return group, row - self.first_row(group)
+
+    def first_row(self, group: int) -> int:
+        return int(self._ends[group - 1]) if group else 0
+
+    def read(self, group: int, columns: list[str]) -> pa.Table:
+        """Read some columns of a row group. Raises: CacheError: damaged content."""
+        shard = int(np.searchsorted(self._first_groups, group, side="right")) - 1
+        position = group - int(self._first_groups[shard])
+        with self._footers.of(shard) as file:
+            (table,) = read_groups(self._paths[shard], file, columns=columns, groups=[position])
+        return table
+
+    def column(self, name: str, summary: Callable[[pa.Array], pa.Array]) -> pa.ChunkedArray:
+        """Read a column of all shards, and summarize it chunk by chunk. Raises: CacheError: damaged content."""
+        pieces: list[pa.Array] = []
+        for path, source in zip(self._paths, self._sources, strict=True):
+            file = pq.ParquetFile(source, pre_buffer=False)
+            for table in read_groups(path, file, columns=[name], at_once=_GROUPS_AT_ONCE):
+                pieces += [summary(chunk) for chunk in table.column(name).chunks]
+        return pa.chunked_array(pieces)
+
+
+class _File:
+    """A shard with its parsed footer, for one thread at a time."""
+
+    def __init__(self, source: pa.NativeFile) -> None:
+        self._lock = threading.Lock()
+        self._file = pq.ParquetFile(source, pre_buffer=False)
+        metadata = self._file.metadata
+        self.nbytes = metadata.num_row_groups * metadata.num_columns * _BYTES_OF_CHUNK
+
+    def __enter__(self) -> pq.ParquetFile:
+        self._lock.acquire()
+        return self._file
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+class _Footers:
+    """The shards that were read last."""
+
+    def __init__(self, sources: Sequence[pa.NativeFile]) -> None:
+        self._sources, self._lock = sources, threading.Lock()
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, shard: int) -> _File:
+        with self._lock:
+            if shard in self._files:
+                self._files.move_to_end(shard)
+                return self._files[shard]
+        file = _File(self._sources[shard])  # two threads may do so at once, and the first one's is kept
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = file
+                self._bytes += file.nbytes
+            while self._bytes > _BYTES_OF_FOOTERS and len(self._files) > 1:
+                self._bytes -= self._files.popitem(last=False)[1].nbytes
+            return file
+
+
+def _opened(path: Path, *, mapped: bool) -> pa.NativeFile:
+    try:
+        return pa.memory_map(str(path)) if mapped else pa.OSFile(str(path))
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read ({said_by(error)}).") from error
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the limit on open files, so that all shards stay open, and the files that are read are the verified ones.
+
+    Raises:
+        CacheError: the system does not allow so many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/proc/self/fd")) + count + 256 if Path("/proc/self/fd").exists() else 2 * count + 512
+    if resource.RLIM_INFINITY in (soft, hard) or wanted <= soft:
+        return
+    if wanted > hard:
+        raise CacheError(
+            f"The cache has {count:,} shards, and this system allows {hard:,} open files (ulimit -Hn). Make fewer shards: "
+            "kto-precompute --rows-per-shard 65536 into another folder."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
