@@ -47,7 +47,8 @@ from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.messages import Ended, Evaluated, Kept, Lost, Stop
 from offline_kto.train.sweep.results import Results
 from offline_kto.train.sweep.space import Range, Trials
-from offline_kto.train.sweep.study import BEAT_SECONDS, Study, Trial, check_installed, check_storage
+from offline_kto.train.sweep.storage import check_installed, check_storage
+from offline_kto.train.sweep.study import BEAT_SECONDS, Study, Trial
 from offline_kto.train.sweep.workers import Worker, Workers
 
 SWEEP = "sweep.yaml"
