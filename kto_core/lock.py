@@ -88,8 +88,8 @@ def _held(path: Path, operation: int) -> FileIO:
             # The previous holder has removed the file, and another process may have created a new one.
             if _is_at(file, path):
                 return file
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
+        except BaseException as error:  # Ctrl-C while it waits
+            if isinstance(error, OSError) and error.errno in _NO_LOCKS:
                 tell(
                     f"unlocked    {printable(str(path.parent))}: this file system supports no locks; let one process write at a time"
                 )

@@ -53,7 +53,7 @@ ONLY_IN = {
     "vllm": {"precompute/engines/vllm_scorer.py"},
     "peft": {"train/model/lora.py"},
     "nltk": {"precompute/feedback/agreement.py"},
-    "optuna": {"train/sweep/study.py"},
+    "optuna": {"train/sweep/storage.py", "train/sweep/study.py"},
     "liger_kernel": {"train/trainer/liger_layers.py"},
     "triton": {"kto_core/scoring/head_tiles_triton.py"},
 }

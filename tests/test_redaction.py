@@ -31,7 +31,8 @@ from offline_kto.train.run.train_run import train
 from offline_kto.train.run_files import config_text
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.space import Trials
-from offline_kto.train.sweep.study import Study, check_storage
+from offline_kto.train.sweep.storage import check_storage
+from offline_kto.train.sweep.study import Study
 from offline_kto.train.sweep.sweep import _identity, _write_config
 
 WITH_SECRETS = [

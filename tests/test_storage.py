@@ -4,8 +4,12 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +25,10 @@ from test_crashes import assert_same_cache, killed_runs
 from test_precompute import count_scored
 
 import offline_kto.kto_core.cache.remote_lock
+import offline_kto.kto_core.cache.remote_shards
 import offline_kto.kto_core.durable_files
 from offline_kto.kto_core.cache.manifest import read_manifest
-from offline_kto.kto_core.cache.remote_cache import local_copy
+from offline_kto.kto_core.cache.remote_cache import begun_downloads, local_copy, remote_manifest
 from offline_kto.kto_core.cache.remote_folder import Remote
 from offline_kto.kto_core.cache.remote_lock import RemoteLock
 from offline_kto.kto_core.errors import CacheError, ConfigError, PairingError
@@ -46,6 +51,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(offline_kto.kto_core.cache.remote_lock, "REFRESH_SECONDS", 0.1)
     monkeypatch.setattr(offline_kto.kto_core.cache.remote_lock, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(offline_kto.kto_core.cache.remote_shards, "_SECONDS_BETWEEN", 0.01)
     return tmp_path / "home"
 
 
@@ -231,7 +237,7 @@ class TestReading:
     ) -> None:
         precompute(config)
         folder = local_copy(URL)
-        monkeypatch.setattr(Remote, "download", lambda *arguments: pytest.fail("fetched again"))
+        monkeypatch.setattr(Remote, "download", lambda *arguments, **options: pytest.fail("fetched again"))
         assert local_copy(URL) == folder
 
     @pytest.mark.parametrize("damage", ["flipped", "cut off", "missing"])
@@ -340,6 +346,127 @@ class TestReading:
         monkeypatch.setattr(Remote, "files", lambda self: {"train/../../../train/x.parquet": 1})
         with pytest.raises(CacheError, match="is outside the cache folder"):
             precompute(config)
+
+
+class TestDownloads:
+    """Several shards at a time, each verified before it gets its name."""
+
+    @pytest.fixture
+    def precomputed(self, config: PrecomputeConfig, memory: Any) -> Any:
+        precompute(config)
+        return memory
+
+    def test_shards_come_together_and_each_once(self, precomputed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Four processes of a machine, and the background download of one of them, share one copy."""
+        together = threading.Barrier(5)  # a download that waits for another one would never pass
+        asked: list[str] = []
+
+        def waiting(self: Remote, name: str, path: Path, **options: Any) -> None:
+            asked.append(name)
+            together.wait(timeout=30)
+            download(self, name, path, **options)
+
+        download = Remote.download
+        monkeypatch.setattr(Remote, "download", waiting)
+        with begun_downloads(URL, None), ThreadPoolExecutor(4) as pool:
+            folders = [task.result() for task in [pool.submit(local_copy, URL) for _ in range(4)]]
+        assert len({*folders}) == 1
+        assert sorted(asked) == sorted(shards(5))
+        assert {path.relative_to(folders[0]).as_posix() for path in folders[0].rglob("*.parquet")} == shards(5)
+
+    def test_one_that_breaks_off_is_tried_again(self, precomputed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        failing = broken(monkeypatch, "train/00002.parquet", times=2)
+        read_manifest(local_copy(URL))
+        assert failing.count("train/00002.parquet") == 3
+
+    def test_one_that_never_comes_is_named_and_the_others_stay(
+        self, precomputed: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        failing = broken(monkeypatch, "train/00004.parquet", times=99)
+        with pytest.raises(CacheError, match=r"^memory://team/refs/train/00004\.parquet: ConnectionResetError: gone"):
+            local_copy(URL)
+        assert failing.count("train/00004.parquet") == 3
+        there = {path.name for path in home.rglob("*") if path.is_file() and path.name != ".lock"}
+        assert there == {f"{i:05d}.parquet" for i in range(4)}  # no part of the fifth, and no manifest
+
+    def test_a_missing_one_is_not_asked_for_again(self, precomputed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = broken(monkeypatch, "none", times=0)
+        precomputed.rm("/team/refs/train/00001.parquet")
+        with pytest.raises(CacheError, match=r"^memory://team/refs/train/00001\.parquet: FileNotFoundError"):
+            local_copy(URL)
+        assert asked.count("train/00001.parquet") == 1
+
+    def test_damage_on_the_way_is_found_before_the_file_has_its_name(
+        self, precomputed: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = "/team/refs/train/00001.parquet"
+        content = precomputed.cat_file(path)
+        precomputed.pipe_file(path, content[:-9] + b"x" + content[-8:])
+        with pytest.raises(CacheError, match=r"refs/train/00001\.parquet: its content changed .*sha256 differs"):
+            local_copy(URL)
+        assert not [*home.rglob("00001.parquet*")]
+        assert not [*home.rglob(".0*")]
+
+    def test_a_cache_that_is_updated_meanwhile(
+        self, precomputed: Any, config: PrecomputeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        manifest = precomputed.cat_file("/team/refs/manifest.json")
+        precompute(replace(config, data=str(write_feedback(tmp_path / "other.jsonl", 20, seed=5))))
+        read, first = Remote.read, [manifest]
+        monkeypatch.setattr(Remote, "read", lambda self, name: first.pop() if first else read(self, name))
+        with pytest.raises(CacheError, match=r"memory://team/refs: was updated while it was read\. Start again"):
+            local_copy(URL)
+
+    def test_an_interrupt_ends_at_once_and_leaves_no_parts(
+        self, precomputed: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Let a store send byte after byte, for ever."""
+
+        def trickling(files: Any, path: str, target: str, callback: Any) -> None:
+            with open(target, "wb") as file:
+                while True:
+                    file.write(b"x")
+                    callback.relative_update(1)
+                    time.sleep(0.01)
+
+        monkeypatch.setattr(type(precomputed), "get_file", trickling)
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()  # as Ctrl-C, to the process
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt), begun_downloads(URL):
+            local_copy(URL)
+        assert time.monotonic() - started < 5
+        assert [path for path in home.rglob("*") if path.is_file()] == []
+
+    def test_what_a_killed_process_left_is_removed(self, precomputed: Any) -> None:
+        folder = local_copy(URL)
+        left = folder / "train/.00003.parquet.4711.tmp"
+        left.write_bytes(b"half")
+        local_copy(URL)
+        assert not left.exists()
+
+    def test_a_sweep_reads_the_manifest_alone(self, precomputed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Remote, "download", lambda *arguments, **options: pytest.fail("downloaded"))
+        assert remote_manifest(URL).rows == 20
+        with pytest.raises(CacheError, match=r"memory://team/none: not a reference cache"):
+            remote_manifest("memory://team/none")
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, name: str, *, times: int) -> list[str]:
+    """Let the first downloads of a file fail halfway. Returns: the names that are asked for."""
+    asked: list[str] = []
+    files = type(fsspec.filesystem("memory"))
+    get_file = files.get_file
+
+    def getting(self: Any, path: str, target: str, callback: Any) -> None:
+        asked.append(path.removeprefix("/team/refs/"))
+        if asked[-1] == name and asked.count(name) <= times:
+            Path(target).write_bytes(b"half")
+            callback.relative_update(4)
+            raise ConnectionResetError("gone")
+        get_file(self, path, target, callback=callback)
+
+    monkeypatch.setattr(files, "get_file", getting)
+    return asked
 
 
 class TestOneWriter:

@@ -3,14 +3,18 @@
 import contextlib
 import hashlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from offline_kto.kto_core.cache.manifest import MANIFEST, no_manifest, parse_manifest
+from offline_kto.kto_core.cache.manifest import MANIFEST, Manifest, no_manifest, parse_manifest
+from offline_kto.kto_core.cache.manifest_fields import ShardFields
 from offline_kto.kto_core.cache.own_files import own_files
 from offline_kto.kto_core.cache.remote_folder import Remote, no_room
 from offline_kto.kto_core.cache.remote_lock import RemoteLock
-from offline_kto.kto_core.durable_files import OF_THE_DISK, replacing
+from offline_kto.kto_core.cache.remote_shards import SECONDS_TO_END, download_shards
+from offline_kto.kto_core.durable_files import OF_THE_DISK, remove_temporary, replacing
 from offline_kto.kto_core.errors import CacheError, KTOError, printable
 from offline_kto.kto_core.hashing import file_hash
 from offline_kto.kto_core.locations import Location, is_url
@@ -148,26 +152,100 @@ def local_copy(location: Location, *, anew: bool = False) -> Path:
     """
     if not is_url(location):
         return Path(location)
-    remote = Remote(str(location))
+    return _copy(Remote(str(location)), anew=anew)
+
+
+@contextlib.contextmanager
+def begun_downloads(*locations: Location | None) -> Iterator[None]:
+    """Download the caches that are behind URLs in the background while the block runs.
+
+    `local_copy` waits for them, in this process and in others. It also reports what went wrong, because it then tries
+    again. Leaving the block stops a download.
+
+    Raises:
+        CacheError: a URL that cannot be used.
+    """
+    # Created here: a library that is imported in two threads at once may be found half imported.
+    remotes = [Remote(str(location)) for location in locations if location is not None and is_url(location)]
+    stop = threading.Event()
+
+    def download() -> None:
+        with contextlib.suppress(KTOError):
+            for remote in remotes:
+                if not stop.is_set():
+                    _copy(remote, stop=stop)
+
+    thread = threading.Thread(target=download, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(SECONDS_TO_END)
+
+
+def remote_manifest(location: Location) -> Manifest:
+    """Return the manifest of a cache behind a URL, without its shards. Raises: CacheError: no cache there."""
+    return _read_manifest(Remote(str(location)))[1]
+
+
+def _read_manifest(remote: Remote) -> tuple[bytes, Manifest]:
     content = remote.read(MANIFEST)
     if content is None:
         raise no_manifest(remote.url, unfinished=any(map(_is_part, remote.files())))
-    manifest = parse_manifest(f"{remote.url}/{MANIFEST}", content)
+    return content, parse_manifest(f"{remote.url}/{MANIFEST}", content)
+
+
+def _copy(remote: Remote, *, anew: bool = False, stop: threading.Event | None = None) -> Path:
+    """Return the download folder of a remote cache, with every shard in it; incomplete if `stop` was set."""
+    content, manifest = _read_manifest(remote)
     listed = {shard["file"] for shard in manifest.shards}
     strays = [name for name in remote.files() if name.startswith("train/") and _is_part(name) and name not in listed]
     if strays:
         raise CacheError(f"{remote.url}/{printable(strays[0])}: in the folder, but not in the manifest. Remove it.")
     folder = _own_folder("downloads", hashlib.sha256(content).hexdigest())
     with only_writer(folder, CacheError, wait=True):
-        places = {_inside(folder, shard["file"]): shard for shard in manifest.shards}
-        lacking = {p: s for p, s in places.items() if anew or not p.exists() or file_hash(p) != s["sha256"]}
-        with Progress("downloading", sum(shard["bytes"] for shard in lacking.values()), "B") as progress:
-            for path, shard in lacking.items():
-                remote.download(shard["file"], path)
-                progress.add(shard["bytes"])
-        with replacing(folder / MANIFEST) as temporary:
-            temporary.write_bytes(content)
+        shards = [(_inside(folder, shard["file"]), shard) for shard in manifest.shards]
+        for parent in {path.parent for path, _ in shards}:
+            remove_temporary(parent)
+        if not anew:
+            shards = _lacking(shards)
+        with Progress("downloading", sum(shard["bytes"] for _, shard in shards), "B") as progress:
+            download_shards(
+                remote,
+                shards,
+                on_bytes=progress.add,
+                stop=stop or threading.Event(),
+                is_current=lambda: remote.read(MANIFEST) == content,
+            )
+        if stop is None or not stop.is_set():
+            with replacing(folder / MANIFEST) as temporary:
+                temporary.write_bytes(content)
     return folder
+
+
+# What this process knows of files that it downloaded or hashed: their state then, and the sha256.
+_hashed: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+
+def _lacking(shards: list[tuple[Path, ShardFields]]) -> list[tuple[Path, ShardFields]]:
+    """Return the shards that are missing or damaged in the download folder."""
+
+    def is_whole(entry: tuple[Path, ShardFields]) -> bool:
+        path, shard = entry
+        try:
+            found = path.stat()
+            state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            if found.st_size != shard["bytes"]:
+                return False
+            if path not in _hashed or _hashed[path][0] != state:
+                _hashed[path] = state, file_hash(path)
+        except FileNotFoundError:
+            return False
+        return _hashed[path][1] == shard["sha256"]
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return [entry for entry, whole in zip(shards, pool.map(is_whole, shards), strict=True) if not whole]
 
 
 def _own_folder(kind: str, name: str) -> Path:

@@ -11,12 +11,12 @@ store's own tools look for them. A URL with credentials is refused, because URLs
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from offline_kto.kto_core.durable_files import OF_THE_DISK, replacing
-from offline_kto.kto_core.errors import CacheError, KTOError, in_one_line
+from offline_kto.kto_core.errors import CacheError, KTOError, in_one_line, printable
 from offline_kto.kto_core.redaction import bare_url, has_credentials
 
 # Stores without folders. Creating a folder there would create a bucket if its name was misspelt.
@@ -50,8 +50,12 @@ class Remote:
         self._root, self._has_buckets = str(root).rstrip("/"), parts.scheme in _BUCKETS
 
     @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Re-raise any error of fsspec as a `CacheError`; its drivers' exceptions have no common base class."""
+    def _asking(self, name: str = "") -> Iterator[None]:
+        """Re-raise any error of fsspec as a `CacheError`; its drivers' exceptions have no common base class.
+
+        Args:
+            name: of the file, for the message.
+        """
         try:
             yield
         except KTOError:
@@ -59,8 +63,9 @@ class Remote:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in OF_THE_DISK:
                 raise no_room(error) from error
+            where = f"{self.url}/{printable(name)}" if name else self.url
             raise CacheError(
-                f"{self.url}: {type(error).__name__}: {in_one_line(error)}. Check the address, the permissions and the "
+                f"{where}: {type(error).__name__}: {in_one_line(error)}. Check the address, the permissions and the "
                 "credentials in the environment."
             ) from error
 
@@ -104,12 +109,32 @@ class Remote:
         with self._asking():
             self._files.cp_file(self._at(name), self._with_folder(target))
 
-    def download(self, name: str, path: Path) -> None:
-        """Download a file; `path` exists only once it is complete."""
-        with self._asking():
+    def download(
+        self,
+        name: str,
+        path: Path,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+        check: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Download a file; `path` exists only once it is complete.
+
+        Args:
+            on_bytes: called with the number of bytes that arrived since the last call, if the store's client reports them;
+                raises a `KTOError` to stop.
+            check: called with the complete file before it gets its name; raises a `KTOError` to refuse it.
+        """
+        from fsspec.callbacks import NoOpCallback
+
+        progress = NoOpCallback()
+        if on_bytes is not None:
+            progress.relative_update = on_bytes
+        with self._asking(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
-                self._files.get_file(self._at(name), str(temporary))
+                self._files.get_file(self._at(name), str(temporary), callback=progress)
+                if check is not None:
+                    check(temporary)
 
     def upload(self, path: Path, name: str) -> None:
         with self._asking():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
+from offline_kto.kto_core.cache.remote_cache import begun_downloads
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import written_to
 from offline_kto.kto_core.errors import ConfigError, ModelError, TrainingError
@@ -61,9 +62,16 @@ def train(config: TrainConfig, *, in_own_process: bool = False) -> Path:
         _plan(config, out)
         return out
     out = make_folder(config.out, RUNS)
-    with _folder_of(config, out):
+    with _folder_of(config, out), _begun_downloads(config):
         _train(config, out)
     return out
+
+
+def _begun_downloads(config: TrainConfig) -> contextlib.AbstractContextManager[None]:
+    """Download remote caches while libraries are imported; one process of a machine does it for all."""
+    if read_launch().local_share[0]:
+        return contextlib.nullcontext()
+    return begun_downloads(config.cache, config.eval_cache)
 
 
 def _may_need_peft(config: TrainConfig, manifests: list[Manifest]) -> bool:

@@ -42,7 +42,7 @@ class SweepConfig:
     )
     storage: str | None = option(
         None,
-        "Database of the study (Optuna's URL), shared by several machines.  [default: study.db in --out]",
+        "Database of the study (Optuna's URL, or grpc://HOST:PORT), shared by several machines.  [default: study.db in --out]",
         metavar="URL",
     )
     seed: int = option(0, "Seed of the search.", most=2**32 - 1)

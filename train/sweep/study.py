@@ -1,4 +1,4 @@
-"""Store and draw the trials of a sweep with Optuna; the only module that imports optuna.
+"""Store and draw the trials of a sweep with Optuna; with `storage.py` the only module that imports optuna.
 
 A trial's number determines its parameters, so a killed sweep resumes with the same ones. Several machines may share one
 storage. Each sweeper claims the next trial, and takes over the trials of a dead sweeper: at once if that one ran on
@@ -14,15 +14,17 @@ import secrets
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
-from offline_kto.kto_core.errors import ConfigError, in_one_line
-from offline_kto.kto_core.redaction import hidden, hidden_url, secrets_of, without_secrets
+from offline_kto.kto_core.errors import ConfigError
+from offline_kto.kto_core.redaction import hidden_url, without_secrets
 from offline_kto.train.run_records import TrialResult
 from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.space import Range, Trials
+from offline_kto.train.sweep.storage import of_storage, open_storage, said
 
 # Types of optuna are not checked here: the module, a study, a running trial, and a stored trial.
 _Optuna: TypeAlias = Any
@@ -40,32 +42,8 @@ GONE_SECONDS = 30.0
 _OWNER, _ALIVE, _RESULT = "owner", "alive", "result"
 _NOBODY = ""
 
-
-def check_installed() -> None:
-    """Check that optuna is installed. Raises: ConfigError: it is missing."""
-    try:
-        import optuna  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("kto-sweep needs optuna. Install it with: pip install 'offline-kto[sweep]'") from error
-
-
-def check_storage(url: str) -> None:
-    """Check that a database URL is not misread, with a part of its password taken as the host.
-
-    Raises:
-        ConfigError: it is not a URL, or its password has characters that must be encoded.
-    """
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    encode = "Write the characters @ : / ? of a user or password as %40 %3A %2F %3F."
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):  # both may quote a part of the password
-        example = "sqlite:///study.db or postgresql+psycopg://user@host/name"
-        raise ConfigError(f"--storage {hidden_url(url)}: not the URL of a database, like {example}. {encode}") from None
-    if "@" in f"{parsed.host}{parsed.database if parsed.password else ''}":
-        raise ConfigError(f"--storage {hidden_url(url)}: has more than one @. {encode}")
+# Linux draws it at each start of a machine.
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class StoredResult(TrialResult, total=False):
@@ -122,8 +100,8 @@ class Study:
         self._signs: dict[str, tuple[object, float]] = {}  # per sweeper: the last heartbeat, and when it was first seen
         self._beaten = -BEAT_SECONDS
         self._beats = 0
-        with _of_storage(url):
-            self._storage = self._patiently(lambda: optuna.storages.get_storage(url))
+        with of_storage(url):
+            self._storage = self._patiently(lambda: open_storage(url))
             names = [summary.study_name for summary in optuna.get_all_study_summaries(self._storage, False)]
             self._study: _Study = None  # not created yet
             if STUDY in names:
@@ -143,7 +121,7 @@ class Study:
             ConfigError: another sweep has begun there in the meantime.
         """
         if self._study is None:
-            with _of_storage(self._url):
+            with of_storage(self._url):
                 self._join()
         self.beat()
 
@@ -171,7 +149,7 @@ class Study:
                 if not tries or isinstance(error, ValueError | TypeError):
                     # A URL of another kind, a parameter that the driver rejects, or tables of another optuna version.
                     if isinstance(error, ValueError | TypeError | RuntimeError):
-                        raise ConfigError(f"--storage {hidden_url(self._url)}: {_said(self._url, error)}") from error
+                        raise ConfigError(f"--storage {hidden_url(self._url)}: {said(self._url, error)}") from error
                     raise
                 time.sleep(random.uniform(0.1, 0.5))
 
@@ -196,7 +174,7 @@ class Study:
         """Write a heartbeat, if the last one is older than `BEAT_SECONDS`."""
         if time.monotonic() - self._beaten >= BEAT_SECONDS:
             self._beaten, self._beats = time.monotonic(), self._beats + 1
-            with _of_storage(self._url):
+            with of_storage(self._url):
                 self._study.set_user_attr(f"{_ALIVE}:{self._me}", self._beats)
 
     def _is_gone(self, owner: str | None) -> bool:
@@ -220,7 +198,7 @@ class Study:
 
     def next(self) -> "Trial | None":
         """Return a trial to run, or None if there is none at the moment (see `is_done`)."""
-        with _of_storage(self._url):
+        with of_storage(self._url):
             return self._next()
 
     def _next(self) -> "Trial | None":
@@ -309,7 +287,7 @@ class Study:
         if self._config.pruning == "none":
             return False
         # Stored only at the end: values from before an interruption must not cause pruning.
-        with _of_storage(self._url):
+        with of_storage(self._url):
             frozen = copy.deepcopy(self._study.get_trials(deepcopy=False)[trial.number])
             frozen.intermediate_values = dict(trial.evaluations)
             return bool(self._study.pruner.prune(self._study, frozen))
@@ -321,7 +299,7 @@ class Study:
         # Another sweeper took the trial over and has ended it.
         finished = getattr(self._optuna.exceptions, "UpdateFinishedTrialError", RuntimeError)  # optuna 4.0 has no class
         taken_over = (ValueError, finished)
-        with _of_storage(self._url), contextlib.suppress(*taken_over), warnings.catch_warnings():
+        with of_storage(self._url), contextlib.suppress(*taken_over), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "This step is already reported"
             for step, one in trial.evaluations.items():
                 trial.handle.report(one, step)
@@ -330,7 +308,7 @@ class Study:
 
     def release(self, trial: "Trial") -> bool:
         """Release a trial to be run once more, and return False if it was released before."""
-        with _of_storage(self._url):
+        with of_storage(self._url):
             if trial.handle.user_attrs.get("released"):
                 return False
             trial.handle.set_user_attr("released", True)
@@ -379,7 +357,7 @@ class Study:
     def _frozen(self) -> list[_Frozen]:
         if self._study is None:
             return []
-        with _of_storage(self._url):
+        with of_storage(self._url):
             found: list[_Frozen] = self._study.get_trials(deepcopy=False)
         return found[: self._trials.count]
 
@@ -398,38 +376,13 @@ class Trial:
         return int(self.handle.number)
 
 
-@contextlib.contextmanager
-def _of_storage(url: str) -> Iterator[None]:
-    """Convert a database's errors into one message. Raises: ConfigError: it cannot be used."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except ImportError as error:
-        missing = _said(url, error.__cause__ or error).rstrip(".")
-        raise ConfigError(
-            f"{hidden_url(url)}: {missing}. Install the driver of that database, or name another one in the URL "
-            "(postgresql+psycopg://, mysql+pymysql://)."
-        ) from error
-    except (StorageInternalError, SQLAlchemyError) as error:
-        raise ConfigError(
-            f"{hidden_url(url)}: the sweep's database cannot be used: "
-            f"{_said(url, error.__cause__ or error).rstrip('.')}. Finished trials are kept; once the database works, run the same command "
-            "to continue."
-        ) from error
-
-
-def _said(url: str, error: BaseException) -> str:
-    """Return a driver's error message without the secrets of the URL, which it may quote."""
-    return hidden(in_one_line(error), secrets_of(url))
-
-
 def process_place() -> str:
-    """Return the scope in which a process id is unique: this machine, or a container on it."""
+    """Return the scope in which a process id is unique: this machine since its start, or a container on it."""
+    place = socket.gethostname()
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()}:{os.stat('/proc/self/ns/pid').st_ino}"
-    return socket.gethostname()
+        # Machines made from one image may share a host name, and then a running sweeper would look dead to the other.
+        place += f":{_BOOT_ID.read_text().strip()}:{os.stat('/proc/self/ns/pid').st_ino}"
+    return place
 
 
 def _runs(process: int) -> bool:

@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
 from offline_kto.kto_core.cache.manifest_fields import RowsIdentity
-from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
+from offline_kto.kto_core.cache.remote_cache import begun_downloads, remote_manifest
 from offline_kto.kto_core.console import is_silent, tell, warn
 from offline_kto.kto_core.durable_files import write_text, written_to
 from offline_kto.kto_core.errors import ConfigError, TrainingError, printable
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.launch import settle_launch, world_size
-from offline_kto.kto_core.locations import Location
+from offline_kto.kto_core.locations import Location, is_url
 from offline_kto.kto_core.lock import LOCK, only_writer
 from offline_kto.kto_core.options import as_plain, with_absolute_paths
 from offline_kto.kto_core.redaction import hidden_url, without_secrets
@@ -47,7 +47,8 @@ from offline_kto.train.sweep.config import SweepConfig
 from offline_kto.train.sweep.messages import Ended, Evaluated, Kept, Lost, Stop
 from offline_kto.train.sweep.results import Results
 from offline_kto.train.sweep.space import Range, Trials
-from offline_kto.train.sweep.study import BEAT_SECONDS, Study, Trial, check_installed, check_storage
+from offline_kto.train.sweep.storage import check_installed, check_storage
+from offline_kto.train.sweep.study import BEAT_SECONDS, Study, Trial
 from offline_kto.train.sweep.workers import Worker, Workers
 
 SWEEP = "sweep.yaml"
@@ -124,9 +125,7 @@ def _write_config(config: SweepConfig, out: Path) -> None:
 
 
 def _manifest(cache: Location) -> Manifest:
-    folder = local_copy(cache)
-    with speaking_of(cache, folder):
-        return read_manifest(folder)
+    return remote_manifest(cache) if is_url(cache) else read_manifest(Path(cache))
 
 
 def _check_held_out(manifest: Manifest, trials: Trials) -> None:
@@ -179,7 +178,12 @@ def _sweep(config: SweepConfig, trials: Trials, out: Path) -> None:
     rows = _rows(manifest, trials)
     if not (out / SWEEP).exists():
         _write_config(config, out)
-    with Workers(_worker_count(config, trials), trials, rows, needless=_needless(manifest, trials)) as workers:
+    held_out = trials.base.get("eval_cache")
+    with (
+        # The workers import their libraries meanwhile, and wait for it.
+        begun_downloads(config.cache, held_out),
+        Workers(_worker_count(config, trials), trials, rows, needless=_needless(manifest, trials)) as workers,
+    ):
         # Workers import their libraries and verify the cache while the study is opened here.
         workers.ask(trials)
         url = config.storage or f"sqlite:///{_database(out)}"
