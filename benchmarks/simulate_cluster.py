@@ -377,7 +377,7 @@ def table_of(cells: Sequence[Cell]) -> str:
             f"{cell.shards:,}",
             f"{cell.wall / 60:,.1f} min" if cell.wall < 7200 else f"{cell.wall / 3600:,.1f} h",
             f"{cell.hours:,.0f}",
-            *(f"{100 * share:.1f} %" for share in (cell.startup, cell.idle, cell.lost, cell.overhead)),
+            *(f"{round(100 * share, 1) + 0.0:.1f} %" for share in (cell.startup, cell.idle, cell.lost, cell.overhead)),
         ]
         for cell in cells
     ]

@@ -31,7 +31,7 @@ train.loss_traits
 precompute.config train.config train.run_records
 precompute.records precompute.parts train.run_files train.samples_file train.suspects_file
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
-precompute.feedback
+precompute.feedback precompute.ray_workers
 precompute.plan precompute.store train.trainer train.report
 precompute.scoring precompute.judgement_page precompute.estimates train.publish
 precompute.plan_page train.run
@@ -43,6 +43,7 @@ precompute.cli train.cli
 # Files that may import a library, where not all may.
 ONLY_IN = {
     "click": {"precompute/cli.py", "train/cli.py"},
+    "ray": {"precompute/ray_workers.py"},
     "vllm": {"precompute/engines/vllm_scorer.py"},
     "peft": {"train/model/lora.py"},
     "nltk": {"precompute/feedback/agreement.py"},
