@@ -18,6 +18,7 @@ class Progress:
     def __init__(self, description: str, total: int, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done = 0
+        self._note = ""
         self.started = self.last_line = time.monotonic()
         self.bar = (
             tqdm(total=total, desc=description, unit=unit, unit_scale=True, dynamic_ncols=True)
@@ -34,6 +35,14 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
+    def note(self, text: str) -> None:
+        """Show a few words behind the numbers, until other words replace them."""
+        if text == self._note:
+            return
+        self._note = text
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+
     def add(self, count: int) -> None:
         self.done += count
         if self.bar is not None:
@@ -46,5 +55,5 @@ class Progress:
             left = (self.total - self.done) / rate if rate else 0.0
             tell(
                 f"{self.description}: {self.done / max(self.total, 1):.0%}, {rate:,.0f} {self.unit}/s, "
-                f"{left:,.0f} s left"
+                f"{left:,.0f} s left{', ' if self._note else ''}{self._note}"
             )

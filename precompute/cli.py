@@ -8,7 +8,7 @@ import click
 
 from offline_kto.kto_core.console import shown_lines
 from offline_kto.kto_core.errors import KTOError
-from offline_kto.kto_core.launch import settle_launch, world_size
+from offline_kto.kto_core.launch import settle_launch
 from offline_kto.kto_core.locations import Location, to_location
 from offline_kto.kto_core.options import click_settings, resolve
 from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries
@@ -35,8 +35,7 @@ class _Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            if world_size() == 1:  # ranks of a launch wait for each other outside of Python
-                signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send it; handled as Ctrl-C
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send it; handled as Ctrl-C
             with shown_lines():
                 return super().invoke(ctx)
         except KTOError as error:

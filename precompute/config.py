@@ -1,5 +1,6 @@
 """Declare the options of `kto-precompute` and their defaults."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from offline_kto.kto_core.errors import ConfigError, shown
 from offline_kto.kto_core.feedback.labels import COUNT, SHARE, UNANIMOUS, number_in
 from offline_kto.kto_core.feedback.template_settings import NOT_FOR_DATA
-from offline_kto.kto_core.locations import Location
+from offline_kto.kto_core.locations import Location, is_url
 from offline_kto.kto_core.options import (
     AUTO,
     OTHER_NAMES_OF_TYPES,
@@ -126,6 +127,15 @@ class PrecomputeConfig:
         None, "Options for loading the tokenizer, like fix_mistral_regex=true.", metavar="NAME=VALUE,...", table=True
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    workers: int | None = option(
+        None,
+        "Processes that score, each on its own GPU (with --tensor-parallel, group of GPUs).  [default: all GPUs; on a CPU 1]",
+        metavar="N",
+    )
+    plan_only: bool = option(False, "Write the plan of every shard into --out and stop; --part scores them.")
+    part: str | None = option(
+        None, "Score the I-th of N parts of the planned shards, I from 0; needs --plan-only first.", metavar="I/N"
+    )
     overwrite: bool = option(False, "Replace a cache of another reference in --out.")
     dry_run: bool = option(False, "Stop after the plan.")
 
@@ -139,6 +149,7 @@ class PrecomputeConfig:
             ("pairing_block", 2),
             ("rows_per_shard", 1),
             ("limit", 1),
+            ("workers", 1),
             ("seed", 0),
         ):
             value = getattr(self, name)
@@ -154,10 +165,38 @@ class PrecomputeConfig:
             _ = self.template_day
         if self.rating_scale is not None:
             _ = self.graded
+        if self.part is not None:
+            self._check_part()
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization:g}."
             )
+
+    def _check_part(self) -> None:
+        _ = self.numbered_part
+        for name in ("plan_only", "dry_run", "overwrite"):
+            if getattr(self, name):
+                raise ConfigError(f"--part scores what is planned; remove --{name.replace('_', '-')}.")
+        if (self.workers or 1) > 1:
+            raise ConfigError("--part is one worker: remove --workers, and start several parts at once.")
+        if is_url(self.out):
+            raise ConfigError(
+                f"--part {self.part}: --out must be a folder that all parts see, not a URL. Publish from there with kto-precompute "
+                "without --part."
+            )
+
+    @property
+    def numbered_part(self) -> tuple[int, int] | None:
+        """Number of this part, from 0, and number of parts of `--part`; None if it is not set."""
+        if self.part is None:
+            return None
+        found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.part.strip())
+        number, parts = map(int, found.groups()) if found else (0, 0)
+        if number >= parts:
+            raise ConfigError(
+                f"--part must be I/N with I from 0 to N - 1, like 0/8 for the first of 8 parts, got {shown(self.part)!r}."
+            )
+        return number, parts
 
     @property
     def template_settings(self) -> dict[str, object]:

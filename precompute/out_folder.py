@@ -1,6 +1,7 @@
 """Check whether a cache may be written to --out, and open it for one process."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -96,9 +97,12 @@ def manifest_in(location: Location) -> Manifest | None:
 
 def _metadata_in(location: Location) -> Iterator[dict[str, Any]]:
     """Yield the metadata of the shards in a local folder, unfinished ones too."""
-    for name in () if is_url(location) else ("", NEXT, KEPT, PARTS):
-        for path in shards_in(Path(location) / name):
-            yield read_metadata(path) or {}
+    if is_url(location):
+        return
+    out = Path(location)
+    shards = (path for name in ("", NEXT, KEPT, PARTS) for path in shards_in(out / name))
+    for path in itertools.chain(shards, done_in(out), sorted((out / PLAN).glob("[!.]*.parquet"))):
+        yield read_metadata(path) or {}
 
 
 @contextlib.contextmanager
@@ -145,7 +149,16 @@ def _written_to(out: Path) -> contextlib.AbstractContextManager[None]:
 NEXT = ".next"
 KEPT = ".kept"
 PARTS = ".parts"
+PLAN = ".plan"
+DONE = ".done"
+# Folder of the model with its adapter merged, for an engine that reads it from disk; removed when the run ends.
+MERGED = ".merged"
 
 
 def shards_in(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "train").glob("[!.]*.parquet") if path.is_file())
+
+
+def done_in(out: Path) -> list[Path]:
+    """Return the shards that workers finished and nobody has moved into place."""
+    return sorted(path for path in (out / DONE).glob("*/[!.]*.parquet") if path.is_file())

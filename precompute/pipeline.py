@@ -1,8 +1,10 @@
 """Make a cache from a plan: score missing sequences, write shards, and write the manifest."""
 
+import contextlib
 import shlex
 import shutil
-from collections.abc import Sequence
+import time
+from pathlib import Path
 
 from offline_kto.kto_core.cache.manifest import fingerprint, identity_of
 from offline_kto.kto_core.cache.manifest_fields import (
@@ -14,52 +16,34 @@ from offline_kto.kto_core.cache.manifest_fields import (
     ScorerFields,
     ScoringSections,
 )
+from offline_kto.kto_core.cache.shards import read_metadata
 from offline_kto.kto_core.console import tell
-from offline_kto.kto_core.errors import ModelError, printable
+from offline_kto.kto_core.errors import CacheError, ModelError, printable
 from offline_kto.kto_core.feedback.labels import UNANIMOUS
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.hashing import json_hash
 from offline_kto.kto_core.judgements import OBJECTIVES
-from offline_kto.kto_core.launch import read_launch, world_size
 from offline_kto.kto_core.models.loading import longest_alike
-from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.engines.backend import Backend, choose_backend, load_transformers
-from offline_kto.precompute.engines.protocol import Scorer
-from offline_kto.precompute.engines.ranks import RankedScorer, joined, work
+from offline_kto.precompute.engines.backend import Backend, choose_backend
 from offline_kto.precompute.engines.reference import Reference, ReferenceFiles
 from offline_kto.precompute.estimates import estimates
-from offline_kto.precompute.out_folder import keeps_text, opened_out, rendered_on
+from offline_kto.precompute.out_folder import MERGED, done_in, keeps_text, opened_out, rendered_on, shards_in
 from offline_kto.precompute.plan import Plan, PlanCounts, make_plan
+from offline_kto.precompute.plan_files import PlannedRun, read_run
 from offline_kto.precompute.plan_page import describe, wrapped
-from offline_kto.precompute.scoring import MERGED, Scoring
+from offline_kto.precompute.scoring import Scoring
 from offline_kto.precompute.store import Store
+from offline_kto.precompute.worker import ShardWorker
+from offline_kto.precompute.workers import Task
 
 
 def make_cache(config: PrecomputeConfig) -> None:
-    """Make a reference cache, as one process of the launch.
+    """Make a reference cache.
 
     Raises:
         KTOError: the user's input cannot be used.
     """
-    launch = read_launch()
-    if launch.world_size == 1:
-        _precompute(config, None)
-        return
-
-    def load(sequences: Sequence[TokenIds]) -> Scorer:
-        return load_transformers(Reference.find(config), sequences)
-
-    with joined():
-        if not launch.is_first:
-            work(load)
-            return
-        ranks = RankedScorer(load)
-        _precompute(config, ranks)
-        ranks.dismiss()
-
-
-def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
     backend = choose_backend(config)
     files = ReferenceFiles.find(config)
     _print_reference(files, backend)  # opening it imports the libraries of models, which takes seconds
@@ -98,32 +82,45 @@ def _precompute(config: PrecomputeConfig, ranks: RankedScorer | None) -> None:
             rendered_on=plan.rendered_on,
             on_change=on_change,
         )
-        _fill(Scoring(config, reference, plan, store, backend, ranks), counts, sections, mark)
+        _fill(config, reference, plan, counts, store=store, backend=backend, sections=sections, mark=mark)
 
 
 def _print_reference(files: ReferenceFiles, backend: Backend) -> None:
     config = files.config
     adapter = f" with adapter {config.adapter}" if config.adapter else ""
     engine = f"{backend.name} ({backend.why})" if backend.why else backend.name
-    processes = f", {world_size()} processes" if world_size() > 1 else ""
-    how = f"{files.precision.name} on {files.device.type}, scored with {engine}{processes}"
+    how = f"{files.precision.name} on {files.device.type}, scored with {engine}"
     tell(f"reference   {config.model}{adapter} ({how})")
 
 
-def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mark: str) -> None:
+def _fill(
+    config: PrecomputeConfig,
+    reference: Reference,
+    plan: Plan,
+    counts: PlanCounts,
+    *,
+    store: Store,
+    backend: Backend,
+    sections: ScoringSections,
+    mark: str,
+) -> None:
     """Score what `--out` lacks, and write its manifest."""
-    shutil.rmtree(scoring.store.out / MERGED, ignore_errors=True)  # a killed run leaves it behind
-    config, store, labels_hash = scoring.config, scoring.store, _labels_hash(scoring.plan)
-    places_hash = json_hash([row.place for row in scoring.plan.rows])
+    shutil.rmtree(store.out / MERGED, ignore_errors=True)  # a killed run leaves it behind
+    labels_hash = _labels_hash(plan)
+    places_hash = json_hash([row.place for row in plan.rows])
     if not store.open(
         overwrite=config.overwrite,
         mark=mark,
         labels_hash=labels_hash,
         places_hash=places_hash,
         rows_per_shard=config.rows_per_shard,
-        row_ids=frozenset(row.row_id for row in scoring.plan.rows),
+        row_ids=frozenset(row.row_id for row in plan.rows),
     ):
         tell(f"complete    {config.out} already contains these scores; nothing to do")
+        return
+    scoring = Scoring(config, reference, plan, store, backend, sections)
+    if config.plan_only:
+        _report_plan(config, scoring.plan_only())
         return
     scoring.run(counts.sequences)
     scorer: ScorerFields = {**sections["scorer"]}
@@ -136,11 +133,11 @@ def _fill(scoring: "Scoring", counts: PlanCounts, sections: ScoringSections, mar
             **sections,
             "scorer": scorer,
             "pairing": store.pairing,
-            "data": _data(scoring.plan, counts, labels_hash, places_hash),
+            "data": _data(plan, counts, labels_hash, places_hash),
             "run": run,
         },
         mark,
-        optional=_judgements(scoring.plan),
+        optional=_judgements(plan),
     )
     _report(config, run, len(scoring.shards), mark)
 
@@ -225,3 +222,55 @@ def _report(config: PrecomputeConfig, run: RunFields, shards: int, mark: str) ->
     )
     tell(f"wrote       {config.out} ({counted(shards, 'shard')}, fingerprint {mark[:12]})")
     tell(f"next        kto-train --cache {shlex.quote(str(config.out))}")
+
+
+def _report_plan(config: PrecomputeConfig, shards: int) -> None:
+    tell(f"planned     {counted(shards, 'shard')} in {config.out}; nothing was scored")
+    if shards:
+        tell(
+            "next        the same command with --part 0/N, --part 1/N, ... in place of --plan-only, each on any machine that sees "
+            f"{config.out}; then without them, which writes the manifest"
+        )
+
+
+def score_part(config: PrecomputeConfig, part: int, parts: int) -> None:
+    """Score one of the parts into which the planned shards are divided.
+
+    Raises:
+        KTOError: there is no plan, this machine would compute other scores, or a shard cannot be scored.
+    """
+    out = Path(config.out)
+    run = read_run(out)
+    if run is None:
+        raise CacheError(f"--part {config.part}: {out} contains no plan. Run the same command with --plan-only first.")
+    mine = run.shards[part::parts]
+    there = {metadata.get("key") for metadata in map(read_metadata, (*done_in(out), *shards_in(out))) if metadata}
+    left = [shard for shard in mine if shard.key not in there]
+    total = f"{counted(len(mine), 'shard')} of {len(run.shards):,}"
+    tell(f"part        {part} of {parts} (counted from 0): {total}, {len(mine) - len(left)} done")
+    waiting = 0
+    started = time.monotonic()
+    tokens = 0
+    with contextlib.ExitStack() as stack:
+        worker = stack.enter_context(ShardWorker(config, out)) if left else None
+        for shard in left:
+            assert worker is not None
+            _check_plan(config, run)
+            answer = worker.score(Task(shard.number, str(out)))
+            waiting += not answer.is_written
+            tokens += answer.tokens
+            tell(f"shard       {shard.number}: {counted(answer.tokens, 'token')} in {answer.seconds:,.1f} s")
+    tell(f"scored      {counted(tokens, 'token')} in {time.monotonic() - started:,.1f} s")
+    if waiting:
+        tell(f"waiting     {counted(waiting, 'shard')} for scores of other parts; the last command completes them")
+    tell("next        when all parts are done: the same command without --part, which writes the manifest")
+
+
+def _check_plan(config: PrecomputeConfig, run: PlannedRun) -> None:
+    """Refuse to continue once another command has planned or finished the cache."""
+    now = read_run(Path(config.out))
+    if now is None or now.token != run.token:
+        raise CacheError(
+            f"--part {config.part}: another command has {'finished' if now is None else 'planned'} {config.out} meanwhile. Finished "
+            "shards are kept; start the parts again if some are missing."
+        )

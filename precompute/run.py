@@ -1,14 +1,19 @@
 """Run stage 1: do the quick checks, then make the cache with `pipeline.py`, whose imports take seconds."""
 
+import time
+
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ConfigError
-from offline_kto.kto_core.launch import settle_launch
+from offline_kto.kto_core.launch import Launch, settle_launch
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.out_folder import check_out
 
+# A launcher ends all processes as soon as one has ended.
+_SECONDS_TO_SPEAK = 3.0
+
 
 def precompute(config: PrecomputeConfig) -> None:
-    """Run `kto-precompute`, or one rank of it.
+    """Run `kto-precompute`.
 
     Raises:
         KTOError: the user's input cannot be used.
@@ -16,9 +21,27 @@ def precompute(config: PrecomputeConfig) -> None:
     for name, what in (("model", "a model folder or hub id"), ("data", "a file of feedback")):
         if not getattr(config, name):
             raise ConfigError(f"--{name} is missing: name {what}.")
-    if settle_launch().is_first:
+    _refuse_launch(settle_launch())
+    if config.numbered_part is None:
         check_out(config.out)
         tell(f"starting    {config.data} -> {config.out}")
-    from offline_kto.precompute.pipeline import make_cache  # imports torch and transformers, which takes seconds
+    from offline_kto.precompute.pipeline import make_cache, score_part  # imports torch and transformers: seconds
 
-    make_cache(config)
+    if config.numbered_part is None:
+        make_cache(config)
+    else:
+        score_part(config, *config.numbered_part)
+
+
+def _refuse_launch(launch: Launch) -> None:
+    """Refuse to run under a launcher, in one process of it; the others end quietly."""
+    if launch.world_size == 1:
+        return
+    if not launch.is_first:
+        time.sleep(_SECONDS_TO_SPEAK)
+        raise SystemExit(1)
+    raise ConfigError(
+        f"kto-precompute is started once, but this is one of {launch.world_size} processes of a launch. Type the command without "
+        f"torchrun or accelerate: it starts a worker for each GPU by itself. On a CPU, add --workers {launch.world_size}. If there "
+        "is no launcher, unset WORLD_SIZE."
+    )

@@ -1,41 +1,52 @@
-"""Score the sequences of a plan that have no score yet, shard by shard."""
+"""Score the sequences of a plan that have no score yet, shard by shard: in this process, or with workers."""
 
 import contextlib
+import secrets
 import shutil
 import time
-from collections import ChainMap, Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 
-from offline_kto.kto_core.cache.manifest_fields import RunFields, ScoreDifference
-from offline_kto.kto_core.cache.shards import CacheRow
+from offline_kto.kto_core.cache.manifest_fields import RunFields, ScoreDifference, ScoringSections, WorkerFields
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import CacheError
-from offline_kto.kto_core.hashing import json_hash, sequence_id
-from offline_kto.kto_core.judgements import OBJECTIVES
+from offline_kto.kto_core.hashing import json_hash
 from offline_kto.kto_core.progress import Progress
-from offline_kto.kto_core.scoring.sequences import TokenIds
+from offline_kto.precompute.cache_rows import scored_row, unscored_row
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, load_transformers, vllm_engine
 from offline_kto.precompute.engines.comparison import DisagreementError, choose_sample
 from offline_kto.precompute.engines.protocol import Listener, Scorer
-from offline_kto.precompute.engines.ranks import RankedScorer
 from offline_kto.precompute.engines.reference import Reference
+from offline_kto.precompute.leader import Leader
+from offline_kto.precompute.local_workers import LocalWorkers, worker_gpus
+from offline_kto.precompute.needs import Need, Needs
+from offline_kto.precompute.out_folder import MERGED
 from offline_kto.precompute.parts import Pace, ShardScores
 from offline_kto.precompute.plan import Plan, shard_rows
-from offline_kto.precompute.store import KnownScores, Store
+from offline_kto.precompute.plan_files import (
+    PlannedRun,
+    PlannedShard,
+    done_path,
+    plan_path,
+    write_plan_file,
+    write_run,
+)
+from offline_kto.precompute.sequence_ids import sequence_ids
+from offline_kto.precompute.store import ShardSize, Store, read_parts, read_scores_of
+from offline_kto.precompute.workers import Answer
 
-# Folder of the model with its adapter merged, for an engine that reads it from disk; removed when the run ends.
-MERGED = ".merged"
+# Sequences on which Transformers' scoring is checked.
+_SHORTEST = 16
 
 
 class Scoring:
     """Scores the sequences of a plan that have no score yet, shard by shard.
 
     Args:
-        ranks: the processes of this launch, if there are several.
+        sections: the manifest's, on what scores.
 
     Attributes:
         difference: the engine's difference from Transformers, for the manifest; None if Transformers scored.
@@ -48,15 +59,34 @@ class Scoring:
         plan: Plan,
         store: Store,
         backend: Backend,
-        ranks: RankedScorer | None,
+        sections: ScoringSections,
     ) -> None:
         self.config, self.reference, self.plan, self.store = config, reference, plan, store
-        self.backend, self.ranks = backend, ranks
+        self.backend, self.sections = backend, sections
         self.shards = shard_rows(plan, config.rows_per_shard)
         self.scored = self.tokens = 0
         self.seconds = 0.0
         self.difference: ScoreDifference | None = None
-        self.underway: ShardScores | None = None
+        self.workers: list[WorkerFields] = []
+        self._underway: ShardScores | None = None
+        table = sequence_ids(plan)
+        self._keys = [self._key(rows, table.ids) for rows in self.shards]
+        store.adopt_done(self._keys)
+        self.missing = [i for i, key in enumerate(self._keys) if not store.has(i, key, len(self.shards[i]))]
+        store.set_aside(self.missing)
+        self._needs = Needs(plan, table, self.shards, missing=self.missing, keys=self._keys, files=store.scored_files)
+
+    def _key(self, rows: range, ids: np.ndarray) -> str:
+        """Return a hash of everything in a shard except the scores.
+
+        Args:
+            ids: of the sequences of all rows.
+        """
+        entries = []
+        for i, labels in zip(rows, self.plan.labels(rows), strict=True):
+            row = self.plan.rows[i]
+            entries.append([row.row_id, [bytes(one).hex() for one in ids[i, 1:]], *labels, row.place])
+        return json_hash(entries)
 
     def run(self, sequences: int) -> None:
         """Score missing sequences and write missing shards.
@@ -64,158 +94,199 @@ class Scoring:
         Args:
             sequences: number of sequences in the whole plan, for messages.
         """
-        keys = [self._key(rows) for rows in self.shards]
-        missing = [i for i, key in enumerate(keys) if not self.store.has(i, key, len(self.shards[i]))]
-        if len(missing) < len(keys):
-            tell(f"resuming    {len(keys) - len(missing)} of {len(keys)} shards are complete")
-        self.store.set_aside(missing)
-        uses: Counter[str] = Counter()
-        wanted: dict[str, TokenIds] = {}
-        for i in missing:
-            mine = self._sequences(self.shards[i])
-            uses.update(mine.keys())
-            wanted.update(mine)
-        found = self.store.known_scores(set(wanted), {keys[i] for i in missing})
-        known, there = found.scores, found.ids
-        if there:
-            tell(f"known       {len(there):,} of {len(wanted):,} sequences are already scored")
-        unknown = {one: sequence for one, sequence in wanted.items() if one not in there}
-        total = sum(len(prompt) + len(completion) for prompt, completion in unknown.values())
-        left, pace = list(missing), Pace()
+        if len(self.missing) < len(self._keys):
+            tell(f"resuming    {len(self._keys) - len(self.missing)} of {len(self._keys)} shards are complete")
+        if self._needs.known:
+            tell(f"known       {self._needs.known:,} of {self._needs.wanted:,} sequences are already scored")
+        gpus = worker_gpus(self.config, self.reference, self.backend)[: len(self.missing)]
+        if len(gpus) > 1 and self._needs.unknown_tokens:
+            self._score_with(gpus, sequences)
+        else:
+            self._score_here(sequences)
+
+    def plan_only(self) -> int:
+        """Write the plan files of all missing shards. Returns: their number."""
+        self._write_run()
+        for index in self.missing:
+            self._prepare(index)
+        return len(self.missing)
+
+    def _score_here(self, sequences: int) -> None:
+        left, pace = list(self.missing), Pace()
         with (
-            self._saying_what_is_kept(left, found, unknown, sequences),
-            self._engine(list(unknown.values())) as scorer,
-            Progress("scoring", total, "tokens") as progress,
+            self._saying_what_is_kept(lambda: self._kept_here(left), sequences),
+            self._engine() as scorer,
+            Progress("scoring", self._needs.unknown_tokens, "tokens") as progress,
         ):
             self.reference.check_unchanged()
-            for i in missing:
-                to_score = {one: s for one, s in self._sequences(self.shards[i]).items() if one not in known}
-                write = partial(self.store.write_part, keys[i])
-                self.underway = ShardScores(to_score, found.parts[keys[i]], write, pace)
-                self._score(to_score, scorer, progress)
-                fresh = self.underway.scores
-                self.store.write(i, keys[i], [self._row(j, ChainMap(fresh, known)) for j in self.shards[i]])
+            for i in self.missing:
+                need = self._needs.of(i)
+                write = partial(self.store.write_part, self._keys[i])
+                self._underway = ShardScores(need.company, need.known, write, pace)
+                self._score(need, scorer, progress)
+                scores = {**need.given, **self._underway.scores}
+                self.store.write(
+                    i,
+                    self._keys[i],
+                    [scored_row(unscored_row(self.plan, j), self._needs.ids_of(j), scores) for j in self.shards[i]],
+                )
                 # A sequence that another shard also needs is scored only once.
-                known.update({one: score for one, score in fresh.items() if uses[one] > 1})
+                self._needs.complete(i, scores)
                 left.remove(i)
-                for one in to_score:
-                    unknown.pop(one, None)
                 pace.restart()
 
-    @contextlib.contextmanager
-    def _saying_what_is_kept(
-        self, left: Sequence[int], known: KnownScores, unknown: Collection[str], sequences: int
-    ) -> Iterator[None]:
-        """Write the scores so far, and log their number, if the block ends with an exception.
-
-        Args:
-            left: shards that are not written; the first of them is in progress.
-            known: scores that need no forward pass.
-            unknown: ids of the sequences that do.
-            sequences: number of sequences in the whole plan.
-        """
-        try:
-            yield
-        except BaseException as error:  # any error, Ctrl-C, or a scheduler's signal
-            kept = self._keep(error, left[0]) if self.underway is not None and left else set()
-            there = known.ids | kept
-            rows = sum(map(len, self.shards)) - sum(len(self.shards[i]) for i in left)
-            rows += sum(there.issuperset(self._sequences(range(j, j + 1))) for i in left[:1] for j in self.shards[i])
-            scores = sequences - sum(one not in kept for one in unknown)
-            if scores:
-                tell(f"kept        {rows:,} of {len(self.plan.rows):,} rows ({scores:,} of {sequences:,} scores)")
-            raise
-
-    def _keep(self, error: BaseException, index: int) -> set[str]:
-        """Write the scores of the shard in progress, and return the ids of those that are on disk."""
-        assert self.underway is not None
-        if isinstance(error, DisagreementError):
-            self.store.drop_parts(self._key(self.shards[index]))
-            return set()
-        with contextlib.suppress(CacheError):  # a full disk may be the error that ends the run, which is reported
-            self.underway.flush()
-        return self.underway.kept
+    def _score(self, need: Need, scorer: Scorer | None, progress: Progress) -> None:
+        """Score the missing sequences of the shard in progress."""
+        assert self._underway is not None
+        before, sequences = self._underway.known, list(need.company.values())
+        if scorer is None or len(before) == len(sequences):
+            return
+        started = time.monotonic()
+        scorer.score(sequences, Listener(self._underway.add, progress.add), known=before)
+        self.seconds += time.monotonic() - started
+        fresh = [sequence for i, sequence in enumerate(sequences) if i not in before]
+        self.scored += len(fresh)
+        self.tokens += sum(len(prompt) + len(completion) for prompt, completion in fresh)
 
     @contextlib.contextmanager
-    def _engine(self, sequences: Sequence[TokenIds]) -> Iterator[Scorer | None]:
-        """Yield the engine, ready to score these sequences; None if there are none."""
-        if not sequences:
+    def _engine(self) -> Iterator[Scorer | None]:
+        """Yield the engine, ready to score; None if there is nothing to score."""
+        if not self._needs.unknown_tokens:
             yield None
-        elif self.ranks is not None:
-            yield self.ranks
         elif self.backend.name == "transformers":
-            yield load_transformers(self.reference, sequences)
+            yield load_transformers(self.reference, self._needs.shortest_unscored(_SHORTEST))
         else:
             merged = self.store.out / MERGED
+            sample = choose_sample(self._needs.unscored())
             try:
-                tokens = sum(len(prompt) + len(completion) for prompt, completion in sequences)
-                with vllm_engine(self.reference, choose_sample(sequences), merged, tokens=tokens) as scorer:
+                with vllm_engine(self.reference, sample, merged, tokens=self._needs.unknown_tokens) as scorer:
                     yield scorer
                     self.difference = scorer.difference()
             finally:
                 shutil.rmtree(merged, ignore_errors=True)
 
-    def _key(self, rows: range) -> str:
-        """Return a hash of everything in a shard except the scores."""
-        entries = []
-        for i, labels in zip(rows, self.plan.labels(rows), strict=True):
-            row = self.plan.rows[i]
-            kl_ids = [sequence_id(row.prompt_ids, y) for y in self.plan.kl_completions(i)]
-            entries.append([row.row_id, kl_ids, *labels, row.place])
-        return json_hash(entries)
+    def _score_with(self, gpus: Sequence[Sequence[int] | None], sequences: int) -> None:
+        run = self._write_run()
+        out = str(self.store.out)
+        workers = LocalWorkers(self.config, out, gpus)
+        pace = Pace()
 
-    def _sequences(self, rows: range) -> dict[str, TokenIds]:
-        """Return the distinct sequences of some rows, by id."""
-        return {sequence_id(*s): s for i in rows for s in self.plan.sequences(i)}
+        def keep() -> None:
+            if pace.is_due():
+                self.store.changed()
+                pace.restart()
 
-    def _score(self, sequences: Mapping[str, TokenIds], scorer: Scorer | None, progress: Progress) -> None:
-        """Score the missing sequences of the shard in progress."""
-        assert self.underway is not None
-        before = self.underway.known
-        if scorer is None or len(before) == len(sequences):
+        with Progress("scoring", self._needs.unknown_tokens, "tokens") as progress:
+            leader = Leader(
+                workers,
+                self.missing,
+                out,
+                most=len(gpus),
+                prepare=self._prepare,
+                finish=partial(self._finish, run),
+                keep=keep,
+                progress=progress,
+            )
+            with self._saying_what_is_kept(lambda: self._kept_by(leader), sequences):
+                try:
+                    leader.run()
+                finally:
+                    workers.stop()
+                    shutil.rmtree(self.store.out / MERGED, ignore_errors=True)
+        self._take_answers(leader)
+
+    def _write_run(self) -> PlannedRun:
+        """Write what workers need to know about this run."""
+        reference = self.sections["reference"]
+        run = PlannedRun(
+            token=secrets.token_hex(8),
+            metadata=self.store.metadata,
+            versions=self.sections["scorer"]["versions"],
+            hashes=[reference["weights_hash"], reference["adapter_hash"]],
+            weights_state=self.reference.state_hash,
+            vocabulary=self.reference.vocabulary,
+            shards=[PlannedShard(i, self._keys[i], len(self.shards[i])) for i in self.missing],
+        )
+        write_run(self.store.out, run)
+        return run
+
+    def _prepare(self, index: int) -> set[int]:
+        """Write the plan file of a shard. Returns: the shards whose scores it awaits."""
+        need, rows = self._needs.of(index), self.shards[index]
+        write_plan_file(
+            plan_path(self.store.out, index),
+            [unscored_row(self.plan, i) for i in rows],
+            [self._needs.ids_of(i) for i in rows],
+            need,
+            {**self.store.metadata, "key": self._keys[index]},
+        )
+        return set(need.awaited.values())
+
+    def _finish(self, run: PlannedRun, index: int, answer: Answer) -> None:
+        """Move a shard that a worker has written into place."""
+        entry = ShardSize(answer.rows, answer.bytes, answer.sha256)
+        path = self.store.adopt(index, self._keys[index], done_path(self.store.out, run.token, index), entry)
+        plan_path(self.store.out, index).unlink(missing_ok=True)
+        self._needs.complete(index, read_scores_of(path, self._needs.lent_by(index)))
+
+    def _take_answers(self, leader: Leader) -> None:
+        self.scored = sum(answer.scored for answer in leader.answers)
+        self.tokens = sum(answer.tokens for answer in leader.answers)
+        self.seconds = leader.seconds
+        self.workers = leader.worker_fields()
+        self.difference = leader.difference()
+
+    @contextlib.contextmanager
+    def _saying_what_is_kept(
+        self, kept: Callable[[], tuple[list[int], dict[int, set[str]]]], sequences: int
+    ) -> Iterator[None]:
+        """Log the number of scores on disk, if the block ends with an exception.
+
+        Args:
+            kept: returns the shards that are not complete, and the ids in the parts of those that were begun.
+            sequences: number of sequences in the whole plan.
+        """
+        try:
+            yield
+        except BaseException as error:  # any error, Ctrl-C, or a scheduler's signal
+            if self._underway is not None:
+                self._keep(error, self._underway)
+            left, ids = kept()
+            rows, unscored = self._needs.count_kept(ids)
+            rows += sum(map(len, self.shards)) - sum(len(self.shards[i]) for i in left)
+            if scores := sequences - unscored:
+                tell(f"kept        {rows:,} of {len(self.plan.rows):,} rows ({scores:,} of {sequences:,} scores)")
+            raise
+
+    def _keep(self, error: BaseException, underway: ShardScores) -> None:
+        """Write the scores of the shard in progress, unless the error says that they are wrong."""
+        if isinstance(error, DisagreementError):
+            underway.kept.clear()
             return
-        started = time.monotonic()
-        scorer.score(list(sequences.values()), Listener(self.underway.add, progress.add), known=before)
-        self.seconds += time.monotonic() - started
-        fresh = [sequence for i, sequence in enumerate(sequences.values()) if i not in before]
-        self.scored += len(fresh)
-        self.tokens += sum(len(prompt) + len(completion) for prompt, completion in fresh)
+        with contextlib.suppress(CacheError):  # a full disk may be the error that ends the run, which is reported
+            underway.flush()
 
-    def _row(self, index: int, scores: Mapping[str, np.ndarray]) -> CacheRow:
-        """Return one row of the cache, as `offline_kto.kto_core.cache.shards` declares it."""
-        row = self.plan.rows[index]
-        kl_completions = self.plan.kl_completions(index)
-        own = scores[row.row_id]
-        kl_scores = [scores[sequence_id(row.prompt_ids, y)] for y in kl_completions]
-        found: CacheRow = {
-            "row_id": row.row_id,
-            "prompt_id": row.prompt_id,
-            "pair_id": row.pair_id,
-            "source": row.source,
-            "prompt_ids": row.prompt_ids,
-            "completion_ids": row.completion_ids,
-            "label": row.label,
-            "ref_logps": float(own.sum(dtype=np.float64)),
-            "ref_token_logps": own,
-            "kl_completion_ids": kl_completions,
-            "ref_kl_logps": [float(one.sum(dtype=np.float64)) for one in kl_scores],
-            "ref_kl_token_logps": kl_scores,
-            "place": row.place,
-        }
-        if self.plan.mass_columns:
-            found["desirable_mass"], found["undesirable_mass"] = row.judgement.masses
-        if OBJECTIVES in self.plan.mass_columns:
-            found["objectives"] = {
-                name: {"desirable": good, "undesirable": bad} for name, (good, bad) in row.judgement.objectives.items()
-            }
-        return found
+    def _kept_here(self, left: list[int]) -> tuple[list[int], dict[int, set[str]]]:
+        if self._underway is None or not left:
+            return left, {i: set() for i in left[:1]}
+        if not self._underway.kept:
+            self.store.drop_parts(self._keys[left[0]])
+        return left, {left[0]: self._underway.kept}
+
+    def _kept_by(self, leader: Leader) -> tuple[list[int], dict[int, set[str]]]:
+        identity, vocabulary = self.store.identity, self.store.vocabulary
+        ids = {i: {*read_parts(self.store.out, self._keys[i], identity, vocabulary=vocabulary)} for i in leader.begun}
+        return leader.left, ids
 
     def summary(self, sequences: int) -> RunFields:
         """Return the manifest's section `run`."""
-        return {
+        run: RunFields = {
             "scored_sequences": self.scored,
             "reused_sequences": sequences - self.scored,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else 0.0,
         }
+        if self.workers:
+            run["workers"] = self.workers
+        return run

@@ -4,12 +4,15 @@ refs/manifest.json          written last; without it the cache is not complete
 refs/train/00000.parquet    complete shards; an interrupted run resumes at the first missing one
 refs/.next/train/...        new shards while a finished cache is updated; the old one stays valid meanwhile
 refs/.kept/train/...        shards of an unfinished run with other rows, kept for their scores
-refs/.parts/train/...       scores of the shard in progress (`offline_kto.precompute.parts`)
+refs/.parts/train/...       scores of shards in progress (`offline_kto.precompute.parts`)
+refs/.plan/...              shards without their scores, for workers (`offline_kto.precompute.plan_files`)
+refs/.done/TOKEN/...        shards that workers finished, until they are moved to `train`
 """
 
 import contextlib
+import itertools
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -42,7 +45,7 @@ from offline_kto.kto_core.durable_files import flush, remove_temporary, replacin
 from offline_kto.kto_core.errors import CacheError, NewerFormatError
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.hashing import file_hash, json_hash, sequence_id
-from offline_kto.precompute.out_folder import KEPT, NEXT, PARTS, made, shards_in
+from offline_kto.precompute.out_folder import DONE, KEPT, NEXT, PARTS, PLAN, done_in, made, shards_in
 
 
 class Store:
@@ -69,6 +72,7 @@ class Store:
     ) -> None:
         self.out, self.identity, self.pairing, self._on_change = out, dict(identity), pairing, on_change
         self.vocabulary, self.target, self._rendered_on = vocabulary, out, rendered_on
+        self._entries: dict[str, ShardFields] = {}  # of shards whose hash is known
 
     def open(
         self,
@@ -97,7 +101,7 @@ class Store:
         elif old is not None:
             self._refuse_other(old.identity, old.pairing)
         else:
-            for path in (*shards_in(self.out), *shards_in(self.out / PARTS)):
+            for path in (*shards_in(self.out), *shards_in(self.out / PARTS), *done_in(self.out)):
                 if metadata := read_metadata(path):  # a damaged shard has no metadata; it is rescored
                     self._refuse_other(cast("Identity", metadata.get("identity", {})))
         if old is not None and not self._drop_damaged(old):
@@ -148,18 +152,18 @@ class Store:
 
     def _drop_others(self, old: Manifest | None) -> None:
         """Remove shards of another reference, except those of a finished cache until the new one is finished."""
-        for folder in (self.out, *self._folders) if old is None else self._folders:
-            for path in shards_in(folder):
-                metadata = read_metadata(path)
-                if metadata and metadata.get("identity") != self.identity:
-                    path.unlink()
+        folders = (self.out, *self._folders) if old is None else self._folders
+        for path in itertools.chain(*map(shards_in, folders), done_in(self.out)):
+            metadata = read_metadata(path)
+            if metadata and metadata.get("identity") != self.identity:
+                path.unlink()
 
     @property
     def _folders(self) -> tuple[Path, ...]:
         return self.out / NEXT, self.out / KEPT, self.out / PARTS
 
     def _remove_folders(self) -> None:
-        for folder in self._folders:
+        for folder in (*self._folders, self.out / PLAN, self.out / DONE):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _remove_strays(self, names: Sequence[str]) -> None:
@@ -217,65 +221,99 @@ class Store:
         return same and self._is_whole(path, rows, self.pairing["partners"])
 
     def _is_whole(self, path: Path, rows: int | None = None, partners: int | None = None) -> bool:
-        """Return whether a shard can be read and all its rows are valid. Invalid shards are rescored."""
-        if path.is_symlink():
-            return False
-        try:
-            check_packing(path, open_shard(path))
-            table = pq.read_table(path, page_checksum_verification=True)
-            check_table(table, path.name, vocabulary=self.vocabulary, partners=partners)
-        except (CacheError, OSError, MemoryError, pa.ArrowException):
-            return False
-        return rows is None or table.num_rows == rows
+        return is_whole(path, rows=rows, partners=partners, vocabulary=self.vocabulary)
+
+    def adopt_done(self, keys: Sequence[str]) -> None:
+        """Move shards that workers of earlier runs finished into place, and keep the others for their scores.
+
+        Args:
+            keys: of all shards.
+        """
+        number_of = {key: number for number, key in enumerate(keys)}
+        for path in done_in(self.out):
+            metadata = read_metadata(path) or {}
+            number = number_of.get(str(metadata.get("key")))
+            if metadata.get("identity") != self.identity or not self._is_whole(path):
+                path.unlink()
+            elif number is not None and not (self.target / shard_name(number)).exists():
+                path.replace(self.target / shard_name(number))  # checked again as any other shard
+            else:
+                self._keep(path)
+        shutil.rmtree(self.out / DONE, ignore_errors=True)
 
     def set_aside(self, indices: Sequence[int]) -> None:
         """Keep the scores of shards that are about to be overwritten, until the cache is complete."""
         for index in indices:
             path = self.target / shard_name(index)
             if path.exists():
-                kept = self.out / KEPT / "train"
-                kept.mkdir(parents=True, exist_ok=True)
-                path.replace(kept / f"{file_hash(path)[:32]}.parquet")
+                self._keep(path)
 
-    def known_scores(self, wanted: set[str], keys: Collection[str]) -> "KnownScores":
-        """Return per-token scores that are already on disk.
+    def _keep(self, path: Path) -> None:
+        kept = self.out / KEPT / "train"
+        kept.mkdir(parents=True, exist_ok=True)
+        path.replace(kept / f"{file_hash(path)[:32]}.parquet")
 
-        Args:
-            wanted: ids of sequences.
-            keys: of the shards that are about to be scored; scores in their parts are returned separately.
-        """
-        known = KnownScores({}, {key: {} for key in keys})
+    def scored_files(self) -> Iterator["ScoredFile"]:
+        """Yield the whole files on disk with scores of the same reference."""
         for folder in (self.out, *self._folders):
             for path in shards_in(folder):
                 metadata = read_metadata(path) or {}
-                into = known.parts.get(str(metadata.get("part_of")), known.scores)
-                ours = metadata.get("identity") == self.identity
-                if ours and len(into) < len(wanted) and self._is_whole(path):
-                    into.update(_scores_in(path, wanted))
-        return known
+                if metadata.get("identity") == self.identity and self._is_whole(path):
+                    yield ScoredFile.of(path, metadata)
 
     def write(self, index: int, key: str, rows: Sequence[CacheRow]) -> None:
         """Write one shard, and remove its parts. Raises: CacheError: it cannot be written."""
-        write_shard(self.target / shard_name(index), rows, self._metadata(key=key))
+        write_shard(self.target / shard_name(index), rows, {**self.metadata, "key": key})
         self.drop_parts(key)
+        self._on_change()
+
+    def adopt(self, index: int, key: str, path: Path, entry: "ShardSize") -> Path:
+        """Move a shard that a worker finished into place, and remove its parts.
+
+        Args:
+            path: in the same file system.
+            entry: its size and hash, as the worker read them.
+
+        Returns:
+            Its new path.
+
+        Raises:
+            CacheError: the file is not the one that the worker wrote.
+        """
+        found = path.stat().st_size if path.exists() else None
+        if found != entry.bytes:
+            raise CacheError(
+                f"{path}: should have {entry.bytes:,} bytes, as its worker wrote, found "
+                f"{'no file' if found is None else f'{found:,}'}. Do all workers see the same --out?"
+            )
+        name = shard_name(index)
+        path.replace(self.target / name)
+        flush(self.target / "train")
+        self._entries[name] = {"file": name, "rows": entry.rows, "bytes": entry.bytes, "sha256": entry.sha256}
+        drop_parts(self.out, key)
+        self._on_change()
+        return self.target / name
+
+    def changed(self) -> None:
+        """Note that workers have written parts."""
         self._on_change()
 
     def write_part(self, key: str, rows: Sequence[CacheRow]) -> None:
         """Write some of the scores of a shard. Raises: CacheError: they cannot be written."""
         folder = self.out / PARTS / "train"
         with made(folder.parent), made(folder):
-            content = json_hash([row["row_id"] for row in rows])
-            write_shard(folder / _part_name(key, content[:32]), rows, self._metadata(part_of=key))
+            write_part(self.out, key, rows, self.metadata)
         self._on_change()
 
-    def _metadata(self, **names: str) -> dict[str, object]:
+    @property
+    def metadata(self) -> dict[str, object]:
+        """The footer that all shards have in common."""
         day = {"rendered_on": self._rendered_on} if self._rendered_on else {}
-        return {"format": FORMAT, **names, "identity": self.identity, **day}
+        return {"format": FORMAT, "identity": self.identity, **day}
 
     def drop_parts(self, key: str) -> None:
-        """Remove the parts of a shard."""
-        for path in (self.out / PARTS / "train").glob(_part_name(key, "*")):
-            path.unlink()
+        """Remove the parts of a shard, and their folders if they are empty."""
+        drop_parts(self.out, key)
         for folder in (self.out / PARTS / "train", self.out / PARTS):
             with contextlib.suppress(OSError):  # missing, or not empty
                 folder.rmdir()
@@ -302,24 +340,130 @@ class Store:
 
     def _entry(self, name: str) -> ShardFields:
         path = self.out / name
+        if name in self._entries:
+            return self._entries[name]
         rows = open_shard(path).metadata.num_rows
         return {"file": name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_hash(path)}
 
 
-class KnownScores(NamedTuple):
-    """Per-token scores by sequence id.
+class ShardSize(NamedTuple):
+    """Rows, bytes and hash of a shard's file."""
+
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class ScoredFile(NamedTuple):
+    """A whole file with scores.
 
     Attributes:
-        scores: scores in finished shards, in shards of other rows, and in parts of other shards.
-        parts: by the key of an interrupted shard, the scores in its own parts.
+        key: of the shard, if the file is one.
+        part_of: key of the shard, if the file is a part of one.
     """
 
-    scores: dict[str, np.ndarray]
-    parts: dict[str, dict[str, np.ndarray]]
+    path: Path
+    key: str | None
+    part_of: str | None
 
-    @property
-    def ids(self) -> set[str]:
-        return {*self.scores, *(one for part in self.parts.values() for one in part)}
+    @classmethod
+    def of(cls, path: Path, metadata: Mapping[str, object]) -> "ScoredFile":
+        key, part_of = (str(metadata[name]) if name in metadata else None for name in ("key", "part_of"))
+        return cls(path, key, part_of)
+
+    def sequences(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the ids of its sequences as 16 bytes (V16), the row of each, and its place in that row."""
+        ids, rows, slots = [], [], []
+        file, number = open_shard(self.path), 0
+        for group in range(file.num_row_groups):
+            for row in Rows(file.read_row_group(group)):
+                for slot, completion in enumerate((row["completion_ids"], *row["kl_completion_ids"])):
+                    ids.append(bytes.fromhex(sequence_id(row["prompt_ids"], completion)))
+                    rows.append(number)
+                    slots.append(slot)
+                number += 1
+        return (
+            np.frombuffer(b"".join(ids), dtype="V16"),
+            np.array(rows, dtype=np.int64),
+            np.array(slots, dtype=np.int64),
+        )
+
+
+def read_scores(path: Path, rows: np.ndarray, slots: np.ndarray) -> list[np.ndarray]:
+    """Return the scores of some sequences of a file.
+
+    Args:
+        rows, slots: as `ScoredFile.sequences` returns them.
+    """
+    file = open_shard(path)
+    ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+    of = np.searchsorted(ends, rows, side="right")
+    found: dict[int, np.ndarray] = {}
+    for group in np.unique(of).tolist():
+        content = Rows(file.read_row_group(group))
+        start = int(ends[group]) - len(content)
+        for i in np.flatnonzero(of == group).tolist():
+            row, slot = content[int(rows[i]) - start], int(slots[i])
+            # A copy, because a view would keep the whole group in memory.
+            found[i] = (row["ref_token_logps"] if slot == 0 else row["ref_kl_token_logps"][slot - 1]).copy()
+    return [found[i] for i in range(len(rows))]
+
+
+def read_scores_of(path: Path, ids: Collection[str]) -> dict[str, np.ndarray]:
+    """Return the scores of some sequences of a file, by id."""
+    if not ids:
+        return {}
+    wanted = set(ids)
+    found, rows, slots = ScoredFile(path, None, None).sequences()
+    names = [bytes(one).hex() for one in found]
+    at = [i for i, name in enumerate(names) if name in wanted]
+    return dict(zip([names[i] for i in at], read_scores(path, rows[at], slots[at]), strict=True))
+
+
+def is_whole(path: Path, *, vocabulary: int, rows: int | None = None, partners: int | None = None) -> bool:
+    """Return whether a shard can be read and all its rows are valid. Invalid shards are rescored."""
+    if path.is_symlink():
+        return False
+    try:
+        check_packing(path, open_shard(path))
+        table = pq.read_table(path, page_checksum_verification=True)
+        check_table(table, path.name, vocabulary=vocabulary, partners=partners)
+    except (CacheError, OSError, MemoryError, pa.ArrowException):
+        return False
+    return rows is None or table.num_rows == rows
+
+
+def write_part(out: Path, key: str, rows: Sequence[CacheRow], metadata: Mapping[str, object]) -> None:
+    """Write some of the scores of a shard.
+
+    Args:
+        out: the folder of the cache; its folder for parts exists.
+        metadata: see `Store.metadata`.
+
+    Raises:
+        CacheError: they cannot be written.
+    """
+    content = json_hash([row["row_id"] for row in rows])
+    path = out / PARTS / "train" / _part_name(key, content[:32])
+    write_shard(path, rows, {**metadata, "part_of": key})
+
+
+def drop_parts(out: Path, key: str) -> None:
+    """Remove the parts of a shard. Their folder stays, because another process may be writing into it."""
+    for path in (out / PARTS / "train").glob(_part_name(key, "*")):
+        path.unlink(missing_ok=True)
+
+
+def read_parts(out: Path, key: str, identity: Mapping[str, object], *, vocabulary: int) -> dict[str, np.ndarray]:
+    """Return the scores in the parts of a shard, by sequence id."""
+    scores: dict[str, np.ndarray] = {}
+    for path in sorted((out / PARTS / "train").glob(_part_name(key, "*"))):
+        metadata = read_metadata(path) or {}
+        ours = metadata.get("part_of") == key and metadata.get("identity") == identity
+        if ours and is_whole(path, vocabulary=vocabulary):
+            ids, rows, slots = ScoredFile.of(path, metadata).sequences()
+            scores.update(zip((bytes(one).hex() for one in ids), read_scores(path, rows, slots), strict=True))
+    return scores
 
 
 def _part_name(key: str, content: str) -> str:
@@ -329,17 +473,3 @@ def _part_name(key: str, content: str) -> str:
 def _is_same(old: Manifest, mark: str, labels_hash: str, rows_per_shard: int) -> bool:
     fits = max(shard["rows"] for shard in old.shards) <= rows_per_shard
     return fits and old.fingerprint == mark and old.data.get("labels_hash") == labels_hash
-
-
-def _scores_in(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
-    found = {}
-    file = open_shard(path)
-    for group in range(file.num_row_groups):
-        for row in Rows(file.read_row_group(group)):
-            scored = [(row["completion_ids"], row["ref_token_logps"])]
-            scored += list(zip(row["kl_completion_ids"], row["ref_kl_token_logps"], strict=True))
-            for ids, scores in scored:
-                key = sequence_id(row["prompt_ids"], ids)
-                if key in wanted:
-                    found[key] = scores
-    return found

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 from models import random_rows
+from offline_kto.precompute.engines.parallel import ParallelScorer
+from offline_kto.precompute.engines.shares import divide
 
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.options import as_plain
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, choose_backend, gpu_groups, load_transformers, vllm_engine
-from offline_kto.precompute.engines.parallel import ParallelScorer
 from offline_kto.precompute.engines.process import engine_process
 from offline_kto.precompute.engines.protocol import Listener, scores_of
 from offline_kto.precompute.engines.reference import Reference
-from offline_kto.precompute.engines.shares import divide
 from offline_kto.precompute.engines.vllm_scorer import (
     VllmScorer,
     _default_tokens,

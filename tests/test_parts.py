@@ -266,7 +266,7 @@ def test_another_process_sends_scores_before_the_last_one(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(precompute_parts, "SECONDS_BETWEEN_PARTS", 0.0)
     channel = Channel()
-    serve(channel, lambda sequences: Engine(), tells_progress=False)
+    serve(channel, lambda sequences: Engine())
     found: dict[int, float] = {}
     for answer in channel.answers:
         done, *scores = decode(answer[1:], np.int32)

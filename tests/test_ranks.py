@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from feedback_files import write_feedback
+from offline_kto.precompute.engines.shares import divide
 from safetensors.torch import load_file
 
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.engines.shares import divide
 from offline_kto.precompute.inspect_cache import verify
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig

@@ -198,6 +198,22 @@ class JudgementFields(TypedDict, total=False):
     objectives: list[str]
 
 
+class WorkerFields(TypedDict):
+    """The workers of one kind that scored shards.
+
+    Attributes:
+        node: str; name of the machine.
+        device: str; name of the GPU, or cpu.
+        torch: str; its version.
+        shards: int; shards scored there.
+    """
+
+    node: str
+    device: str
+    torch: str
+    shards: int
+
+
 class RunFields(TypedDict, total=False):
     """Section `run`: work done by the last run of kto-precompute.
 
@@ -207,6 +223,7 @@ class RunFields(TypedDict, total=False):
         tokens: int, tokens in the scored sequences.
         seconds: float, seconds of scoring.
         tokens_per_second: float.
+        workers: array of `WorkerFields`, absent if one process scored.
     """
 
     scored_sequences: int
@@ -214,6 +231,7 @@ class RunFields(TypedDict, total=False):
     tokens: int
     seconds: float
     tokens_per_second: float
+    workers: list[WorkerFields]
 
 
 class ShardFields(TypedDict):

@@ -87,7 +87,7 @@ _SUM_TOLERANCE = 1e-9
 # Size in bytes below which packing is not checked; largest compression ratio of a row group; longest text in a shard.
 _SMALL, _MOST_PACKED, _LONGEST_ID = 2**24, 500, 256
 
-_METADATA_KEY = b"kto"
+METADATA_KEY = b"kto"
 
 _AGAIN = "This is not a shard that kto-precompute wrote; run it again."
 
@@ -108,9 +108,9 @@ def write_shard(path: Path, rows: Sequence[CacheRow], metadata: Mapping[str, obj
     Raises:
         CacheError: the rows break a rule of the format, or the file cannot be written.
     """
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=_schema_of(rows, path.name))
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema_of(rows, path.name))
     check_table(table, path.name)
-    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     try:
         with replacing(path) as temporary:
             pq.write_table(
@@ -123,7 +123,7 @@ def write_shard(path: Path, rows: Sequence[CacheRow], metadata: Mapping[str, obj
         ) from error
 
 
-def _schema_of(rows: Sequence[CacheRow], where: str) -> pa.Schema:
+def schema_of(rows: Sequence[CacheRow], where: str) -> pa.Schema:
     """Return the schema of some rows: the format's columns, then the optional ones that all of them have."""
     kinds = {(*(name for name in MASS_COLUMNS if name in row), *row.get(OBJECTIVES, ())) for row in rows}
     if len(kinds) > 1:
@@ -183,7 +183,7 @@ def has_places(schema: pa.Schema, where: Path | str) -> bool:
 def read_metadata(path: Path) -> dict[str, object] | None:
     """Return the JSON values in a shard's footer, or None if the file is not a complete shard of this format."""
     try:
-        raw = (pq.read_schema(path).metadata or {}).get(_METADATA_KEY)
+        raw = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
         content = json.loads(raw) if raw else None
     except (OSError, ValueError, RecursionError, pa.ArrowException):
         return None

@@ -1,7 +1,9 @@
 """Choose the engine that scores, and start it.
 
-transformers    in this process, or in each process of a launch
-vllm            in child processes, one for each GPU, after Transformers has scored a sample in another one: see `comparison`
+transformers    in this process
+vllm            in a child process, after Transformers has scored a sample in another one: see `comparison`
+
+A run with several workers (`offline_kto.precompute.leader`) has an engine in each of them.
 """
 
 import contextlib
@@ -14,16 +16,13 @@ from typing import NamedTuple
 import torch
 from packaging.version import InvalidVersion, Version
 
-from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ModelError
-from offline_kto.kto_core.launch import read_launch, world_size
 from offline_kto.kto_core.models.loading import is_quantized_folder
 from offline_kto.kto_core.models.precision import ALL
 from offline_kto.kto_core.options import AUTO, as_plain
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.comparison import ComparedScorer
-from offline_kto.precompute.engines.parallel import ParallelScorer
 from offline_kto.precompute.engines.process import engine_process
 from offline_kto.precompute.engines.protocol import EngineSettings, scores_of
 from offline_kto.precompute.engines.reference import Reference
@@ -62,15 +61,10 @@ def choose_backend(config: PrecomputeConfig) -> Backend:
         if config.tensor_parallel > 1:
             raise ModelError(
                 f"--tensor-parallel {config.tensor_parallel} is an option of vLLM, but Transformers would score here"
-                f"{f' ({why})' if why else ''}. Remove it, and start one process for each GPU with torchrun; for a model larger "
-                "than one GPU, use --device all in one process."
+                f"{f' ({why})' if why else ''}. Remove it: each GPU gets a worker of its own; for a model larger than one GPU, use "
+                "--device all."
             )
         return Backend("transformers", why)
-    if world_size() > 1:
-        raise ModelError(
-            "--backend vllm uses all GPUs from one process: start it without torchrun or accelerate, for a model larger than "
-            "one GPU with --tensor-parallel N."
-        )
     version = _vllm_version()
     if version is None:
         raise ModelError(f"--backend vllm: vLLM is not installed. Install it with: {_INSTALL_VLLM}")
@@ -98,9 +92,7 @@ def _why_not_vllm(config: PrecomputeConfig) -> str:
         return "vLLM is not installed"
     if _is_too_old(version):
         return f"vLLM {version} is too old"
-    if config.device == ALL:
-        return "--device all"
-    return "vLLM must run in one process; without torchrun it would use all GPUs" if world_size() > 1 else ""
+    return "--device all" if config.device == ALL else ""
 
 
 def _vllm_version() -> str | None:
@@ -132,8 +124,7 @@ def load_transformers(
         ModelError: the model cannot be loaded, or its log-probs cannot be trusted.
     """
     model = reference.load()
-    say = tell if read_launch().is_first else _say_as_rank
-    scorer = TransformersScorer(model, reference.precision, max_tokens=reference.config.max_tokens, say=say)
+    scorer = TransformersScorer(model, reference.precision, max_tokens=reference.config.max_tokens)
     with reference.reporting_memory("its scores were checked on two rows"):
         scorer.self_check(sequences)
     if save_to is not None:
@@ -141,15 +132,11 @@ def load_transformers(
     return scorer
 
 
-def _say_as_rank(line: str) -> None:
-    tell(f"process {read_launch().rank}: {line}")
-
-
 @contextlib.contextmanager
 def vllm_engine(
     reference: Reference, sample: Sequence[TokenIds], merged: Path, *, tokens: int
 ) -> Iterator[ComparedScorer]:
-    """Yield vLLM in child processes, one for each GPU, with its scores compared with Transformers' on a sample.
+    """Yield vLLM in a child process, with its scores compared with Transformers' on a sample.
 
     Args:
         sample: sequences that will be scored.
@@ -157,7 +144,7 @@ def vllm_engine(
         tokens: number of tokens that will be scored.
 
     Raises:
-        ModelError: one of the engines does not start, or their scores disagree.
+        ModelError: one of the two engines does not start, or their scores disagree.
     """
     config = reference.config
     if config.adapter and is_quantized_folder(reference.folder):
@@ -170,7 +157,7 @@ def vllm_engine(
         raise ModelError(
             f"--tensor-parallel {config.tensor_parallel}: does not divide the model's {heads} attention heads."
         )
-    groups = gpu_groups(config, reference.device)
+    gpus = gpu_groups(config, reference.device)[0]
     plain = {name: value for name, value in as_plain(config).items() if name != "out"}
     if config.tensor_parallel > 1:  # too large for one GPU
         on_gpus = reference.device.type == "cuda"
@@ -186,26 +173,16 @@ def vllm_engine(
         "dtype": reference.precision.name,
         "max_length": config.max_length,
         "max_tokens": config.max_tokens,
-        "tokens": tokens // len(groups),
+        "tokens": tokens,
         "weights": reference.weights_bytes,
         "tensor_parallel": config.tensor_parallel,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "trust_remote_code": config.trust_remote_code,
     }
-    if len(groups) > 1:
-        tell(f"engines     {len(groups)} of vLLM: {', '.join(map(_name_of, groups))}")
-    with contextlib.ExitStack() as stack:
-        engines = [
-            stack.enter_context(
-                engine_process({"engine": "vllm", "options": {**options, "gpus": gpus}}, name=_name_of(gpus))
-            )
-            for gpus in groups
-        ]
-        vllm = ParallelScorer(engines)
+    with engine_process({"engine": "vllm", "options": {**options, "gpus": gpus}}, name=_name_of(gpus)) as vllm:
         scorer = ComparedScorer(vllm, sample, expected, dtype=reference.precision.name)
-        scorer.probe(at_least=len(groups))
+        scorer.probe()
         yield scorer
-        vllm.dismiss()
 
 
 def gpu_groups(config: PrecomputeConfig, device: torch.device) -> list[list[int] | None]:

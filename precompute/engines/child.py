@@ -1,4 +1,4 @@
-"""The child process of `process.py`: load an engine and send its scores to the parent."""
+"""The child process of `engine_process`: load an engine and send its scores to the parent."""
 
 import json
 import os
@@ -13,11 +13,16 @@ from offline_kto.kto_core.streams import encode_all
 from offline_kto.precompute.engines.protocol import EngineSettings, Scorer, serve
 
 
-class _WatchedChannel:
-    """A channel that is read in a background thread, so that the parent's end is noticed in the middle of a shard."""
+class WatchedChannel:
+    """A channel that is read in a background thread, so that the parent's end is noticed in the middle of a shard.
+
+    Attributes:
+        is_dismissed: set when the parent has said that there is no more work.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self.is_dismissed = threading.Event()
         self.send_bytes = connection.send_bytes
         self._messages: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -28,6 +33,8 @@ class _WatchedChannel:
                 message = self._connection.recv_bytes()
             except (EOFError, OSError):
                 os._exit(1)
+            if not message:
+                self.is_dismissed.set()
             self._messages.put(message)
             if not message:
                 return
@@ -36,14 +43,20 @@ class _WatchedChannel:
         return self._messages.get()
 
 
+def channel_to_parent() -> WatchedChannel:
+    """Return the channel to the parent process, which is this process's standard input."""
+    channel = WatchedChannel(Connection(os.dup(0)))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # no other code may read from the channel
+    return channel
+
+
 def main() -> None:
     """Serve the parent process at the other end of standard input."""
     encode_all()
-    channel = _WatchedChannel(Connection(os.dup(0)))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # no other code may read from the channel
+    channel = channel_to_parent()
     settings = json.loads(channel.recv_bytes())
     with shown_lines():  # standard output is the log
-        serve(channel, lambda sequences: _load(settings, sequences), tells_progress=True)
+        serve(channel, lambda sequences: _load(settings, sequences))
 
 
 def _load(settings: EngineSettings, sequences: Sequence[TokenIds]) -> Scorer:

@@ -83,16 +83,13 @@ class ComparedScorer:
         self._expected = {_key(sequence): scores for sequence, scores in zip(sample, expected, strict=True)}
         self._found: dict[bytes, np.ndarray] = {}
 
-    def probe(self, *, at_least: int = 1) -> None:
+    def probe(self) -> None:
         """Score a few rows of the sample, so that an error shows before hours of work.
-
-        Args:
-            at_least: minimum number of rows, so that each of several engines starts.
 
         Raises:
             ModelError: the scores disagree.
         """
-        self.score(self.sample[: max(_PROBE, at_least)], Listener(lambda done, scores: None))
+        self.score(self.sample[:_PROBE], Listener(lambda done, scores: None))
         self._found.clear()  # the cached values are compared again, in the batches in which they are scored
 
     def score(self, sequences: Sequence[TokenIds], listener: Listener, *, known: frozenset[int] = frozenset()) -> None:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -25,9 +25,56 @@ _LOG = " Its log: "
 _CHILD = (
     "import sys\n"
     "if not getattr(sys.flags, 'safe_path', False): del sys.path[0]\n"
-    "from offline_kto.precompute.engines.child import main\n"
-    "main()\n"
+    "from {module} import {function}\n"
+    "{function}()\n"
 )
+
+
+class ChildProcess:
+    """A Python program in a process of its own, with a channel to it at its standard input.
+
+    Args:
+        module, function: what it runs.
+        environment: variables that are added to those of this process.
+
+    Attributes:
+        channel: this process's end; closing it ends the child.
+        log: what the child prints.
+    """
+
+    def __init__(self, module: str, function: str, *, environment: Mapping[str, str] | None = None) -> None:
+        self.log = Path(tempfile.mkstemp(prefix="kto-precompute-", suffix=".log")[1])
+        self.channel, theirs = Pipe()
+        with self.log.open("wb") as output, theirs:
+            # In a new session an interrupt reaches only the parent, which then ends the child.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _CHILD.format(module=module, function=function)],
+                stdin=theirs.fileno(),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def signal_name(self) -> str:
+        """Return the name of the signal that ended the child, and its usual cause; empty if none did."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if (code := self._process.wait(2)) < 0:
+                name = signal.Signals(-code).name
+                return f"{name}{': perhaps the system was out of memory' if name == 'SIGKILL' else ''}"
+        return ""
+
+    def end(self, seconds: float = _SECONDS_TO_END) -> None:
+        """Wait for the child to end; kill it and all of its workers if it takes longer."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 @contextlib.contextmanager
@@ -41,55 +88,29 @@ def engine_process(settings: EngineSettings, *, name: str) -> Iterator[RemoteSco
     Raises:
         ModelError: the engine could not start or score, with its log's path.
     """
-    log = Path(tempfile.mkstemp(prefix="kto-precompute-", suffix=".log")[1])
-    channel, theirs = Pipe()
-    with log.open("wb") as output, theirs:
-        # In a new session an interrupt reaches only the parent, which then ends the child.
-        process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD],
-            stdin=theirs.fileno(),
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    scorer = RemoteScorer(channel, name)
+    child = ChildProcess("offline_kto.precompute.engines.child", "main")
+    scorer = RemoteScorer(child.channel, name)
     try:
         with contextlib.suppress(ConnectionError):  # the child has already ended: the first request reports it
-            channel.send_bytes(json.dumps(settings).encode("utf-8"))
+            child.channel.send_bytes(json.dumps(settings).encode("utf-8"))
         yield scorer
         scorer.dismiss()
     except ModelError as error:
         if not _is_of(error, scorer):
-            log.unlink()
+            child.log.unlink()
             raise
-        raise type(error)(f"{error}{_ending(process)}{_LOG}{log}") from error
+        ending = child.signal_name()
+        raise type(error)(f"{error}{f' ({ending})' if ending else ''}{_LOG}{child.log}") from error
     except BaseException:
-        log.unlink()
+        child.log.unlink()
         raise
     else:
-        log.unlink()
+        child.log.unlink()
     finally:
-        channel.close()  # the child ends then, if it has not yet
-        _end(process)
+        child.channel.close()  # the child ends then, if it has not yet
+        child.end()
 
 
 def _is_of(error: ModelError, scorer: RemoteScorer) -> bool:
     """Return whether an engine's log explains an error: not another engine's, nor one that names a log already."""
     return getattr(error, "engine", scorer) is scorer and _LOG not in str(error)
-
-
-def _ending(process: subprocess.Popen[bytes]) -> str:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        if (code := process.wait(2)) < 0:
-            name = signal.Signals(-code).name
-            return f" ({name}{': perhaps the system was out of memory' if name == 'SIGKILL' else ''})"
-    return ""
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for the child to end; kill it and all of its workers if it takes too long."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_SECONDS_TO_END)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

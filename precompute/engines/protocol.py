@@ -1,7 +1,7 @@
 """Define a protocol for scoring in another process: sequences are sent there, and scores are sent back, as bytes.
 
-It works over any channel of whole messages: a socket to a child, or the process group of a launch. The scoring process
-sends messages that begin with one letter. An empty message from the other side ends the exchange.
+It works over any channel of whole messages, like a socket to a child. The scoring process sends messages that begin
+with one letter. An empty message from the other side ends the exchange.
 
     p  some of the scores        s  the last of them        t  tokens done        e  an error that the user can fix
 """
@@ -180,17 +180,15 @@ class RemoteScorer:
             ) from error
 
 
-def serve(channel: Channel, load: Callable[[Sequence[TokenIds]], Scorer], *, tells_progress: bool) -> None:
+def serve(channel: Channel, load: Callable[[Sequence[TokenIds]], Scorer]) -> None:
     """Score every request of the other side, until it sends that there is no more work.
 
     Args:
         load: makes the engine when the first sequences arrive.
-        tells_progress: send the number of tokens done; only if this side may send while the other is not receiving.
     """
 
     def tell(tokens: int) -> None:
-        if tells_progress:
-            channel.send_bytes(_TOKENS + tokens.to_bytes(8, "little"))
+        channel.send_bytes(_TOKENS + tokens.to_bytes(8, "little"))
 
     scorer: Scorer | None = None
     while request := channel.recv_bytes():

@@ -33,7 +33,6 @@ from offline_kto.kto_core.hashing import (
     weights_bytes,
     weights_hash,
 )
-from offline_kto.kto_core.launch import world_size
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.models.adapters import check_adapter_folder
 from offline_kto.kto_core.models.attention_choice import Attention, choose_attention
@@ -261,11 +260,9 @@ class Reference(ReferenceFiles):
         Raises:
             ModelError: the model does not fit.
         """
-        name, device, count = self.config.device, self.device, torch.cuda.device_count()
-        several = device.type == "cuda" and count > 1 and world_size() == 1
+        device, count = self.device, torch.cuda.device_count()
         need = self.weights_bytes
-        free = free_bytes(device)
-        if several and (name == ALL or (name == AUTO and free is not None and need > free)):
+        if self.needs_all_gpus:
             # An adapter is merged in float32.
             while_loading = 4 * self.sizes.parameters if self.adapter and not self.sizes.packed else need
             room = over_all_gpus(self.sizes)
@@ -285,6 +282,15 @@ class Reference(ReferenceFiles):
             )
         check_fits(self.config.model, device, need, what=f"scoring in {self.precision.name}", instead=self._instead())
         return None
+
+    @property
+    def needs_all_gpus(self) -> bool:
+        """Whether all GPUs have to share the model: one is too small, or `--device all` says so."""
+        name = self.config.device
+        if self.device.type != "cuda" or torch.cuda.device_count() < 2:
+            return False
+        free = free_bytes(self.device)
+        return name == ALL or (name == AUTO and free is not None and self.weights_bytes > free)
 
     def _instead(self) -> list[Way]:
         """Return ways to score that need less memory on one GPU."""
@@ -314,6 +320,11 @@ class Reference(ReferenceFiles):
                 f"{self.config.model}: its weight files changed since this command was started, so it is not known which "
                 "weights would be scored. Run it again when they are complete."
             )
+
+    @property
+    def state_hash(self) -> str:
+        """A hash of names, inodes, sizes and times of the weight files; equal ones are the same files."""
+        return json_hash([str(one) for one in self.state])
 
     @property
     def vocabulary(self) -> int:

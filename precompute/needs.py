@@ -1,0 +1,310 @@
+"""Find out which sequences each missing shard has to score, which have a score, and which another shard scores.
+
+The last bits of a score depend on the sequences that are scored together with it: its company. Every sequence belongs to
+the company of one shard, the first that needs it, and later shards take its score from there. So neither the number of
+workers nor the order in which shards end changes a score, and a resumed run computes what an undisturbed one does.
+
+All tables are arrays over the sequences of the plan, so that a million rows take some tens of megabytes.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from offline_kto.kto_core.scoring.sequences import TokenIds
+from offline_kto.precompute.plan import Plan
+from offline_kto.precompute.sequence_ids import SequenceIds
+from offline_kto.precompute.store import ScoredFile, read_scores
+
+# Sequences whose scores were found in no file.
+_NOWHERE = -1
+
+
+class Need(NamedTuple):
+    """The sequences of one shard, by id.
+
+    Attributes:
+        company: those that are scored together, in this order; some of them may have a score.
+        known: scores of sequences in `company`.
+        given: scores of other sequences.
+        awaited: for each other sequence without a score yet, the shard that scores it.
+    """
+
+    company: dict[str, TokenIds]
+    known: dict[str, np.ndarray]
+    given: dict[str, np.ndarray]
+    awaited: dict[str, int]
+
+
+class Needs:
+    """The needs of all missing shards.
+
+    Args:
+        plan: the rows.
+        table: `sequence_ids` of the plan.
+        shards: row ranges of all shards; all but the last have the same number of rows.
+        missing: numbers of the shards that are not complete.
+        keys: of all shards.
+        files: scored files on disk, those that were scored for another plan first.
+
+    Attributes:
+        wanted: number of sequences in missing shards.
+        known: how many of them have a score on disk.
+        unknown_tokens: tokens in the others.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        table: SequenceIds,
+        shards: Sequence[range],
+        *,
+        missing: Sequence[int],
+        keys: Sequence[str],
+        files: Callable[[], Iterable[ScoredFile]],
+    ) -> None:
+        self._plan, self._shards, self._keys = plan, shards, keys
+        self._width = table.ids.shape[1]
+        self._ids, self._tokens = table.ids.reshape(-1), table.tokens.reshape(-1)
+        self._per_shard = len(shards[0]) * self._width
+        order, heads = _sorted(self._ids)
+        self._first = _firsts(order, heads)
+        # Of a sequence that several missing shards need, its place in the first of them, under its first place of all.
+        self._in_missing = np.full(len(self._ids), _NOWHERE, dtype=np.int64)
+        for number in reversed(missing):
+            places = self._places(number)
+            self._in_missing[self._first[places][::-1]] = places[::-1]
+        self._found = _Found(len(self._ids))
+        wanted = self._in_missing >= 0
+        self.wanted = int(wanted.sum())
+        if self.wanted:
+            self._search(files(), _Index(self._ids, order[heads]), wanted)
+        have = self._found.file != _NOWHERE
+        self.known = int((wanted & have).sum())
+        self._unknown = wanted & ~have
+        self.unknown_tokens = int(self._tokens[self._unknown].sum(dtype=np.int64))
+        self._lent = self._lent_by_missing(missing)
+        self._scores: dict[int, np.ndarray] = {}  # of sequences that are lent, by their first places
+
+    def _places(self, number: int) -> np.ndarray:
+        """Return the places of a shard's sequences in all sequences of the plan."""
+        rows = self._shards[number]
+        return np.arange(rows.start * self._width, rows.stop * self._width)
+
+    def _search(self, files: Iterable[ScoredFile], index: "_Index", wanted: np.ndarray) -> None:
+        number_of = {key: number for number, key in enumerate(self._keys)}
+        for file in files:
+            ids, rows, slots = file.sequences()
+            first = index.find(ids)
+            keep = first >= 0
+            keep[keep] = wanted[first[keep]]
+            shard = number_of.get(file.part_of or file.key or "")
+            if file.part_of is not None and shard is not None:  # removed as soon as that shard is complete
+                keep[keep] = first[keep] // self._per_shard == shard
+            self._found.add(file.path, first[keep], rows[keep], slots[keep], ours=shard is not None)
+            if not (wanted & (self._found.file == _NOWHERE)).any():
+                return
+
+    def _owner(self, first: np.ndarray) -> np.ndarray:
+        """Return the shards in whose company sequences are, given their first places."""
+        place = np.where(self._found.file[first] == _NOWHERE, self._in_missing[first], first)
+        return place // self._per_shard
+
+    def _lent_by_missing(self, missing: Sequence[int]) -> np.ndarray:
+        """Return which sequences, by first place, a missing shard scores for others."""
+        lent = np.zeros(len(self._ids), dtype=bool)
+        for number in missing:
+            first = self._first[self._places(number)]
+            lent[first[(self._owner(first) != number) & self._unknown[first]]] = True
+        return lent
+
+    def of(self, number: int) -> Need:
+        """Return the sequences of a shard; call it again when the shards that it awaits are complete."""
+        places = self._places(number)
+        first, where = np.unique(self._first[places], return_index=True)
+        order = np.argsort(where)  # of appearance
+        first, places = first[order], places[where[order]]
+        mine = self._owner(first) == number
+        found = dict(zip(first.tolist(), self._found.read(first), strict=True))
+        need = Need({}, {}, {}, {})
+        of_row: dict[int, list[TokenIds]] = {}
+        for one, place, owner, is_mine in zip(
+            first.tolist(), places.tolist(), self._owner(first).tolist(), mine.tolist(), strict=True
+        ):
+            name = self._name(place)
+            scores = found[one] if found[one] is not None else self._scores.get(one)
+            if is_mine and not self._found.is_foreign(one):
+                row, slot = divmod(place, self._width)
+                if row not in of_row:
+                    of_row = {row: self._plan.sequences(row)}
+                need.company[name] = of_row[row][slot]
+                if scores is not None:
+                    need.known[name] = scores
+            elif scores is not None:
+                need.given[name] = scores
+            else:
+                need.awaited[name] = owner
+        return need
+
+    def _name(self, place: int) -> str:
+        return bytes(self._ids[place]).hex()
+
+    def ids_of(self, row: int) -> list[str]:
+        """Return the ids of a row's sequences."""
+        return [self._name(place) for place in range(row * self._width, (row + 1) * self._width)]
+
+    def _scored_by(self, number: int) -> np.ndarray:
+        """Return the first places of the sequences that only the company of a shard scores."""
+        first = np.unique(self._first[self._places(number)])
+        return first[(self._in_missing[first] // self._per_shard == number) & (self._found.file[first] == _NOWHERE)]
+
+    def lent_by(self, number: int) -> list[str]:
+        """Return the ids of the sequences that a shard scores for other missing shards."""
+        first = self._scored_by(number)
+        return [self._name(place) for place in first[self._lent[first]].tolist()]
+
+    def complete(self, number: int, scores: Mapping[str, np.ndarray]) -> None:
+        """Note that a shard is complete.
+
+        Args:
+            scores: those of `lent_by`, and maybe others.
+        """
+        first = self._scored_by(number)
+        self._unknown[first] = False
+        self._scores.update((place, scores[self._name(place)]) for place in first[self._lent[first]].tolist())
+
+    def unscored(self) -> "PlannedSequences":
+        """Return the sequences that have no score, in the order of the plan."""
+        return PlannedSequences(self._plan, self._in_missing[np.flatnonzero(self._unknown)], self._width)
+
+    def shortest_unscored(self, count: int) -> list[TokenIds]:
+        """Return the shortest sequences that have no score, the shortest first."""
+        first = np.flatnonzero(self._unknown)
+        shortest = first[np.argsort(self._tokens[first], kind="stable")[:count]]
+        return [*PlannedSequences(self._plan, shortest, self._width)]
+
+    def count_kept(self, ids: Mapping[int, set[str]]) -> tuple[int, int]:
+        """Count what a stopped run leaves on disk.
+
+        Args:
+            ids: for each shard that was begun and is not complete, the sequences in its parts.
+
+        Returns:
+            Rows of these shards all of whose sequences have a score, and sequences without one.
+        """
+        for number, kept in ids.items():
+            first = np.unique(self._first[self._places(number)])
+            self._unknown[[place for place in first.tolist() if self._name(place) in kept]] = False
+        begun = [(~self._unknown[self._first[self._places(number)]]).reshape(-1, self._width) for number in ids]
+        return sum(int(rows.all(axis=1).sum()) for rows in begun), int(self._unknown.sum())
+
+
+class PlannedSequences(Sequence[TokenIds]):
+    """Some sequences of a plan, built on access.
+
+    Args:
+        places: in all sequences of the plan.
+        width: sequences of each row.
+    """
+
+    def __init__(self, plan: Plan, places: np.ndarray, width: int) -> None:
+        self._plan, self._at, self._width = plan, places, width
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row, slot = divmod(int(self._at[index]), self._width)
+        return self._plan.sequences(row)[slot]
+
+
+class _Found:
+    """Where the scores of sequences are on disk, by their first places."""
+
+    def __init__(self, count: int) -> None:
+        self._paths: list[Path] = []
+        self.file = np.full(count, _NOWHERE, dtype=np.int32)
+        self._row = np.zeros(count, dtype=np.int32)
+        self._slot = np.zeros(count, dtype=np.int16)
+        self._ours = np.zeros(count, dtype=bool)
+
+    def add(self, path: Path, first: np.ndarray, rows: np.ndarray, slots: np.ndarray, *, ours: bool) -> None:
+        """Add the sequences of a file.
+
+        Args:
+            ours: the file was scored for this plan, in the company that an undisturbed run would use. Scores of other
+                files take precedence: this plan never puts their sequences into a company.
+        """
+        if ours:
+            free = (self.file[first] == _NOWHERE) | self._ours[first]
+            first, rows, slots = first[free], rows[free], slots[free]
+        self.file[first], self._row[first], self._slot[first] = len(self._paths), rows, slots
+        self._ours[first] = ours
+        self._paths.append(path)
+
+    def is_foreign(self, first: int) -> bool:
+        return bool(self.file[first] != _NOWHERE and not self._ours[first])
+
+    def read(self, first: np.ndarray) -> list[np.ndarray | None]:
+        """Return the scores of sequences; None for those without."""
+        scores: list[np.ndarray | None] = [None] * len(first)
+        files = self.file[first]
+        for file in np.unique(files[files != _NOWHERE]).tolist():
+            at = np.flatnonzero(files == file)
+            found = read_scores(self._paths[file], self._row[first[at]], self._slot[first[at]])
+            for i, one in zip(at.tolist(), found, strict=True):
+                scores[i] = one
+        return scores
+
+
+def _halves(ids: np.ndarray) -> np.ndarray:
+    """Return ids as two numbers each, in whose order they are sorted; shape (ids, 2)."""
+    return np.ascontiguousarray(ids).view(np.uint64).reshape(-1, 2)
+
+
+def _sorted(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return an order in which equal ids are neighbours, the earlier one first, and which positions begin a new id."""
+    halves = _halves(ids)
+    order = np.lexsort((halves[:, 1], halves[:, 0]))
+    ordered = halves[order]
+    heads = np.ones(len(ids), dtype=bool)
+    heads[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return order, heads
+
+
+def _firsts(order: np.ndarray, heads: np.ndarray) -> np.ndarray:
+    """Return for each id the place of the first that is equal."""
+    first = np.empty(len(order), dtype=np.int64)
+    first[order] = order[heads][np.cumsum(heads) - 1]
+    return first
+
+
+class _Index:
+    """Finds ids among the distinct ids of a plan.
+
+    Args:
+        ids: all ids.
+        first: the first place of each distinct one, in the order of `_sorted`.
+    """
+
+    def __init__(self, ids: np.ndarray, first: np.ndarray) -> None:
+        self._first, self._halves = first, _halves(ids[first])
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """Return the first place of each id, or -1."""
+        wanted = _halves(ids)
+        found = np.full(len(ids), -1, dtype=np.int64)
+        at = np.searchsorted(self._halves[:, 0], wanted[:, 0])
+        left = np.arange(len(ids))
+        while len(left):  # once, unless two ids have the same first half
+            left = left[at[left] < len(self._first)]
+            left = left[self._halves[at[left], 0] == wanted[left, 0]]
+            hit = self._halves[at[left], 1] == wanted[left, 1]
+            found[left[hit]] = self._first[at[left[hit]]]
+            left = left[~hit]
+            at[left] += 1
+        return found

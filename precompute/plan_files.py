@@ -1,0 +1,193 @@
+"""Write and read what workers need to score: a file for each shard, and one for the run.
+
+refs/.plan/plan.json         the run: the fields that identify scores, and the key of every shard
+refs/.plan/00007.parquet     a shard without its scores
+
+A plan file has the columns of a shard. A list of scores is empty where there are none yet. The column `company` says of each
+sequence of a row whether it is scored together with the others of this shard (see `offline_kto.precompute.needs`).
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from offline_kto.kto_core.cache.shards import METADATA_KEY, CacheRow, Rows, open_shard, read_metadata, schema_of
+from offline_kto.kto_core.durable_files import replacing, write_json
+from offline_kto.kto_core.errors import CacheError, said_by
+from offline_kto.kto_core.hashing import sequence_id
+from offline_kto.kto_core.scoring.sequences import TokenIds
+from offline_kto.precompute.cache_rows import scored_row
+from offline_kto.precompute.needs import Need
+from offline_kto.precompute.out_folder import DONE, PLAN
+
+PLAN_FORMAT = 1
+_RUN = "plan.json"
+_COMPANY = "company"
+_GROUP = 64
+
+
+class PlannedShard(NamedTuple):
+    """One shard of a planned run: its number, its key and the number of its rows."""
+
+    number: int
+    key: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What identifies a run of kto-precompute for its workers.
+
+    Attributes:
+        token: of the process that planned it; names its folder in `.done`.
+        metadata: the footer that all shards have in common, with the identity.
+        versions: of the libraries that score.
+        hashes: of weights and adapter.
+        weights_state: of the files that were hashed; files in the same state are not hashed again.
+        vocabulary: vocabulary size of the reference.
+        shards: that have to be scored.
+    """
+
+    token: str
+    metadata: dict[str, Any]
+    versions: dict[str, str]
+    hashes: list[str | None]
+    weights_state: str
+    vocabulary: int
+    shards: list[PlannedShard]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        identity: dict[str, Any] = self.metadata["identity"]
+        return identity
+
+
+def plan_path(out: Path, index: int) -> Path:
+    """Return the path of a shard's plan file."""
+    return out / PLAN / f"{index:05d}.parquet"
+
+
+def done_path(out: Path, token: str, index: int) -> Path:
+    """Return the path to which a worker writes a shard.
+
+    Args:
+        token: of the run that asked for it, so that a worker of another run writes elsewhere.
+    """
+    return out / DONE / token / f"{index:05d}.parquet"
+
+
+def write_run(out: Path, run: PlannedRun) -> None:
+    """Write `plan.json`. Raises: CacheError: it cannot be written."""
+    folder = out / PLAN
+    try:
+        folder.mkdir(exist_ok=True)
+        write_json(folder / _RUN, {"format": PLAN_FORMAT, **dataclasses.asdict(run)})
+    except OSError as error:
+        raise CacheError(f"{folder / _RUN}: cannot be written: {error}.") from error
+
+
+def read_run(out: Path) -> PlannedRun | None:
+    """Read `plan.json`; None if there is none.
+
+    Raises:
+        CacheError: it cannot be read, or another version wrote it.
+    """
+    path = out / PLAN / _RUN
+    try:
+        content = json.loads(path.read_bytes())
+        if content.pop("format") != PLAN_FORMAT:
+            raise ValueError("another version of offline-kto wrote it")
+        return PlannedRun(**{**content, "shards": [PlannedShard(*shard) for shard in content["shards"]]})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CacheError(
+            f"{path}: cannot be read ({said_by(error)}). Plan again, with --plan-only or without --part."
+        ) from error
+
+
+def write_plan_file(
+    path: Path, rows: Sequence[CacheRow], ids: Sequence[Sequence[str]], need: Need, metadata: Mapping[str, object]
+) -> None:
+    """Write a shard without the scores that are not known yet.
+
+    Args:
+        rows: from `unscored_row`.
+        ids: of the sequences of each row.
+        metadata: JSON values for the footer: those of the shard.
+
+    Raises:
+        CacheError: the file cannot be written.
+    """
+    content = []
+    for row, names in zip(rows, ids, strict=True):
+        scores = {name: need.known.get(name, need.given.get(name, row["ref_token_logps"])) for name in names}
+        content.append({**scored_row(row, names, scores), _COMPANY: [name in need.company for name in names]})
+    schema = schema_of(rows, path.name).append(pa.field(_COMPANY, pa.list_(pa.bool_()), nullable=False))
+    table = pa.Table.from_pylist(content, schema=schema)
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            pq.write_table(table, temporary, row_group_size=_GROUP, compression="zstd", write_page_checksum=True)
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be written: {error}.") from error
+
+
+class PlanFile(NamedTuple):
+    """A shard without its scores.
+
+    Attributes:
+        metadata: of the shard.
+        rows: without scores that are new.
+        ids: of the sequences of each row.
+        company: sequences that are scored together, by id.
+        scores: of sequences that have one, in `company` or not.
+    """
+
+    metadata: dict[str, object]
+    rows: list[CacheRow]
+    ids: list[list[str]]
+    company: dict[str, TokenIds]
+    scores: dict[str, np.ndarray]
+
+
+def read_plan_file(path: Path) -> PlanFile:
+    """Read a plan file.
+
+    Raises:
+        CacheError: it is missing, or damaged.
+    """
+    metadata = read_metadata(path)
+    if metadata is None:
+        raise CacheError(f"{path}: missing or damaged. Run kto-precompute again without --part.")
+    try:
+        file = open_shard(path)
+        groups = [file.read_row_group(group) for group in range(file.num_row_groups)]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
+    found = PlanFile(metadata, [], [], {}, {})
+    for table in groups:
+        for row, members in zip(Rows(table), table.column(_COMPANY).to_pylist(), strict=True):
+            _add(found, row, members)
+    return found
+
+
+def _add(plan: PlanFile, row: CacheRow, members: Sequence[bool]) -> None:
+    completions = (row["completion_ids"], *row["kl_completion_ids"])
+    scores = (row["ref_token_logps"], *row["ref_kl_token_logps"])
+    ids = [sequence_id(row["prompt_ids"], completion) for completion in completions]
+    for name, completion, found, is_member in zip(ids, completions, scores, members, strict=True):
+        if is_member:
+            plan.company.setdefault(name, (row["prompt_ids"], completion))
+        if len(found):
+            plan.scores[name] = found
+    plan.rows.append(row)
+    plan.ids.append(ids)
