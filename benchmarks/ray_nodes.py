@@ -2,8 +2,9 @@
 
     python benchmarks/ray_nodes.py [--tasks 20] [--seconds 4]
 
-A first run is undisturbed; its start-up and its overhead a task are inputs of the simulation. In a second one a worker is
-killed, a node is removed and another is added. A worker scores by waiting, so that the load of the machine does not
+A first run is undisturbed; in a second one a worker is killed, a node is removed and another is added. The simulation is
+given the mean start-up of each run, the overhead of an undisturbed task, the times of the disturbances, and the times until
+a loss was noticed. A worker scores by waiting, so that the load of the machine does not
 count; it flushes what it has scored, and whoever takes its task over begins there. Needs Ray.
 """
 
@@ -18,7 +19,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,73 +28,96 @@ from typing import Any, TextIO
 from simulate_cluster import Job, Result, simulate
 from text_table import text_table
 
+from offline_kto.kto_core.progress import Progress
+from offline_kto.precompute.workers import Answer, Answered, Event, Lost, Ready, Task, WorkerPlace
+
 ROWS_A_SECOND, FLUSH_SECONDS = 10.0, 1.5
 OBJECT_STORE_BYTES = 100 * 2**20
 
-# Seconds after the start at which the second run is disturbed.
-SCRIPT = ((9.0, "kill worker"), (18.0, "remove node"), (27.0, "add node"))
+# Seconds after both workers are ready at which the second run is disturbed.
+SCRIPT = ((6.0, "kill worker"), (15.0, "remove node"), (20.0, "add node"))
 
 
-class TimedWork:
-    """A worker that scores at a fixed rate, and leaves in files how many rows of each task are scored and flushed."""
+class TimedEngine:
+    """An engine that scores at a fixed rate, and leaves in files how many rows of each task are scored and flushed."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-        self.scored = 0
+    def __init__(self, folder: str, rows: int) -> None:
+        self.folder, self.rows = Path(folder), rows
 
-    def score(self, task: tuple[int, int]) -> int:
-        index, rows = task
-        flushed = self.folder / f"{index}.flushed"
-        done = int(flushed.read_text()) if flushed.exists() else 0
-        began, before = time.monotonic(), done
-        last = began
-        while done < rows:
+    @property
+    def place(self) -> WorkerPlace:
+        return WorkerPlace("", "cpu", str(os.getpid()))
+
+    def score(self, task: Task, on_tokens: Callable[[int], None]) -> Answer:
+        flushed = self.folder / f"{task.shard}.flushed"
+        before = done = int(flushed.read_text()) if flushed.exists() else 0
+        began = last = time.monotonic()
+        while done < self.rows:
             done += 1
             time.sleep(max(0.0, began + (done - before) / ROWS_A_SECOND - time.monotonic()))
-            self.scored += 1
-            (self.folder / f"{index}.scored").write_text(str(done))
+            on_tokens(1)
+            (self.folder / f"{task.shard}.scored").write_text(str(done))
             if time.monotonic() - last >= FLUSH_SECONDS:
                 last = time.monotonic()
                 flushed.write_text(str(done))
-        return rows
+        return Answer(True, self.rows, 0, "", done - before, done - before, time.monotonic() - began, None)
 
-    def tokens(self) -> int:
-        return self.scored
+
+def open_timed(should_stop: Callable[[], bool], *, folder: str, rows: int) -> nullcontext[TimedEngine]:
+    return nullcontext(TimedEngine(folder, rows))
 
 
 def lead(address: str, tasks: int, rows: int, folder: str) -> None:
     """Be the leader, in a process of its own, and print a line of JSON for everything that happens."""
-    from offline_kto.precompute.ray_workers import Done, Lost, RayWorkers, Ready
+    from offline_kto.precompute.leader import Leader
+    from offline_kto.precompute.ray_workers import RayWorkers
 
     def say(what: str, **more: Any) -> None:
         print(json.dumps({"time": time.time(), "what": what, **more}), flush=True)
 
-    queue, left = deque(range(tasks)), tasks
-    with RayWorkers(address, partial(TimedWork, folder), gpus=0) as workers:
-        idle: deque[int] = deque()
-        say("start")
-        while left:
-            for event in workers.wait(5.0):
+    class Watched(RayWorkers):
+        """Workers whose events are printed."""
+
+        def __init__(self) -> None:
+            self.tasks: dict[str, int] = {}
+            super().__init__(address, partial(open_timed, folder=folder, rows=rows), gpus=0)
+
+        def submit(self, worker: str, task: Task) -> None:
+            self.tasks[worker] = task.shard
+            say("begin", worker=worker, task=task.shard)
+            super().submit(worker, task)
+
+        def wait(self, seconds: float) -> list[Event]:
+            events = super().wait(seconds)
+            for event in events:
+                task = self.tasks.get(event.worker)
                 if isinstance(event, Ready):
-                    say("ready", worker=event.worker, node=event.place.node, process=event.place.process)
-                    idle.append(event.worker)
-                elif isinstance(event, Done):
-                    left -= 1
-                    say("done", worker=event.worker, task=event.task[0])
-                    idle.append(event.worker)
+                    node = self._workers[event.worker].node.id
+                    say("ready", worker=event.worker, node=node, process=int(event.place.torch))
+                elif isinstance(event, Answered):
+                    say("done", worker=event.worker, task=self.tasks.pop(event.worker))
                 elif isinstance(event, Lost):
-                    if event.worker in idle:
-                        idle.remove(event.worker)
-                    task = event.task[0] if event.task else None
                     scored, flushed = rows_of(folder, task)
-                    say("lost", worker=event.worker, task=task, rows=scored - flushed, reason=event.reason)
-                    if task is not None:
-                        queue.appendleft(task)
-            while idle and queue:
-                index = queue.popleft()
-                say("begin", worker=idle[0], task=index)
-                workers.assign(idle.popleft(), (index, rows))
-        say("end")
+                    say("lost", worker=event.worker, task=task, rows=scored - flushed, reason=event.why)
+            return events
+
+    workers = Watched()
+    say("start")
+    with Progress("scoring", tasks * rows, "rows") as progress:
+        leader = Leader(
+            workers,
+            range(tasks),
+            "",
+            most=2,
+            prepare=lambda index: set(),
+            finish=lambda index, answer: None,
+            keep=lambda: None,
+            progress=progress,
+        )
+        try:
+            leader.run()
+        finally:
+            workers.stop()
 
 
 def rows_of(folder: str, task: int | None) -> tuple[int, int]:
@@ -116,7 +141,7 @@ class Run:
         self.events: list[dict[str, Any]] = []
         self.done: list[tuple[float, str]] = []
         self.nodes: dict[str, list[float | None]] = {node.node_id: [0.0, None] for node in nodes}
-        self.started = threading.Event()
+        self.both_ready = threading.Event()
 
     def run(self, script: tuple[tuple[float, str], ...]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -126,9 +151,10 @@ class Run:
                 assert leader.stdout is not None
                 reader = threading.Thread(target=self._read, args=(leader.stdout,))
                 reader.start()
-                self.started.wait()
+                self.both_ready.wait()
+                begin = time.time()
                 for seconds, what in script:
-                    time.sleep(max(0.0, self.zero + seconds - time.time()))
+                    time.sleep(max(0.0, begin + seconds - time.time()))
                     self._disturb(what)
                 reader.join()
         if leader.returncode:
@@ -141,8 +167,9 @@ class Run:
                 self.zero = event["time"]
             event["time"] -= self.zero
             self.events.append(event)
-            self.started.set()
-        self.started.set()
+            if len(self.times("ready")) == 2:
+                self.both_ready.set()
+        self.both_ready.set()
 
     def _disturb(self, what: str) -> None:
         """Kill a worker, or remove or add a node; raylets die with the thread that starts them, so this is the main one."""
@@ -191,6 +218,10 @@ class Run:
             total += sum(one - begin for one, begin in zip(ready, begins, strict=True))
         return total
 
+    def mean_startup(self) -> float:
+        """Return the mean seconds until a worker could score."""
+        return self._startup() / len(self.times("ready"))
+
     def overhead(self) -> float:
         """Return the mean seconds of an undisturbed task beyond its scoring."""
         begins, extra = {}, []
@@ -204,8 +235,7 @@ class Run:
 
 
 def predicted(quiet: Run, run: Run) -> Result:
-    """Simulate a run, with the start-up and the overhead of the undisturbed one."""
-    ready = quiet.times("ready")
+    """Simulate a run, with its own mean start-up and the overhead of the undisturbed one."""
     noticed = dict(zip([what for _, what in run.done if what != "add node"], run.times("lost"), strict=False))
     after = {what: noticed[what] - time for time, what in run.done if what in noticed}
     return simulate(
@@ -216,7 +246,7 @@ def predicted(quiet: Run, run: Run) -> Result:
             workers_a_node=1,
             rows_a_second=ROWS_A_SECOND,
             rate_spread=0.0,
-            startup=sum(ready) / len(ready),
+            startup=run.mean_startup(),
             startup_spread=0.0,
             overhead_a_shard=quiet.overhead(),
             overhead_a_row=0.0,
@@ -269,10 +299,8 @@ def main() -> None:
         if event["what"] == "lost":
             print(f"lost at {event['time']:.1f} s in task {event['task']}: {event['reason'][:100]}")
     print("disturbed: " + ", ".join(f"{what} at {time:.1f} s" for time, what in rough.done))
-    ready = quiet.times("ready")
-    print(
-        f"start-up {sum(ready) / len(ready):.2f} s and overhead {quiet.overhead():.3f} s of the undisturbed run are the inputs"
-    )
+    startups = [f"{run.mean_startup():.1f} s" for run in (quiet, rough)]
+    print(f"inputs: start-up {' and '.join(startups)}, overhead {quiet.overhead():.3f} s of a task, detection as above")
 
 
 if __name__ == "__main__":

@@ -37,16 +37,16 @@ class WaitingEngine:
         return WorkerPlace(socket.gethostname(), "cpu", torch.__version__)
 
     def score(self, task: Task, on_tokens: Callable[[int], None]) -> Answer:
-        (self.folder / f"{task.index}.{os.getpid()}").touch()
+        (self.folder / f"{task.shard}.{os.getpid()}").touch()
         for step in range(self.steps):
             time.sleep(0.05)
             on_tokens(1)
-            if step == self.steps // 2 and task.index == self.deadly:
+            if step == self.steps // 2 and task.shard == self.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if step == self.steps // 2 and task.index == self.broken:
-                raise CacheError(f"{task.out}: shard {task.index} cannot be written.")
+            if step == self.steps // 2 and task.shard == self.broken:
+                raise CacheError(f"{task.out}: shard {task.shard} cannot be written.")
             if self.should_stop():
-                (self.folder / f"{task.index}.stopped").touch()
+                (self.folder / f"{task.shard}.stopped").touch()
                 raise StoppedError
         return Answer(True, 1, 1, "", 1, self.steps, self.steps * 0.05, None)
 

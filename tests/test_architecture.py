@@ -31,7 +31,7 @@ train.loss_traits
 precompute.config train.config train.run_records
 precompute.records precompute.parts train.run_files train.samples_file train.suspects_file
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
-precompute.feedback precompute.ray_workers
+precompute.feedback
 precompute.plan precompute.store train.trainer train.report
 precompute.scoring precompute.judgement_page precompute.estimates train.publish
 precompute.plan_page train.run
