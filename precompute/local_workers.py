@@ -19,7 +19,6 @@ import torch
 
 from offline_kto.kto_core.console import LOGGER, shown_lines
 from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, ModelError
-from offline_kto.kto_core.options import as_plain
 from offline_kto.kto_core.streams import encode_all
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, gpu_groups
@@ -42,8 +41,6 @@ from offline_kto.precompute.workers import (
     WorkerSettings,
 )
 
-# Options of the leader that a worker does not have.
-_OF_LEADER = ("out", "workers", "plan_only", "part", "dry_run", "overwrite")
 # For a worker that was told to end, to write its scores.
 _SECONDS_TO_STOP = 60.0
 _ERRORS = {error.__name__: error for error in (RefusedError, DisagreementError, CacheError, ModelError)}
@@ -93,8 +90,7 @@ class LocalWorkers:
     """
 
     def __init__(self, config: PrecomputeConfig, out: str, gpus: Sequence[Sequence[int] | None]) -> None:
-        options = {name: value for name, value in as_plain(config).items() if name not in _OF_LEADER}
-        self._settings = WorkerSettings(options, out)
+        self._settings = WorkerSettings.of(config, out)
         self._gpus = list(gpus)
         self._node = socket.gethostname()
         self._children: dict[str, tuple[int, ChildProcess]] = {}  # by name, with the position of its GPUs

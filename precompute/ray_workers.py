@@ -211,7 +211,9 @@ class RayWorkers:
             max_task_retries=0,
             max_concurrency=2,
             # Pinned, so that it is known where a worker was that is lost before it answers.
-            scheduling_strategy=self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.id, soft=False),
+            scheduling_strategy=self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+                node.id, soft=False
+            ),
             **resources,
         )(_Actor)
         self._started += 1

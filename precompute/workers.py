@@ -5,12 +5,20 @@ happens to them. It decides nothing: which shard is next, whether a loss matters
 business. On its side a worker runs `offline_kto.precompute.worker.ShardWorker`.
 """
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from offline_kto.kto_core.cache.manifest_fields import ScoreDifference
 from offline_kto.kto_core.errors import KTOError
+from offline_kto.kto_core.options import as_plain
+from offline_kto.precompute.config import PrecomputeConfig
+
+# Options of the leader that a worker does not have.
+_OF_LEADER = ("out", "workers", "cluster", "plan_only", "part", "dry_run", "overwrite")
+# Options that name a file or a folder, or something that is none.
+_PATHS = ("model", "adapter", "chat_template")
 
 
 class Task(NamedTuple):
@@ -162,6 +170,15 @@ class WorkerSettings(NamedTuple):
 
     options: Mapping[str, Any]
     out: str
+
+    @classmethod
+    def of(cls, config: PrecomputeConfig, out: str) -> "WorkerSettings":
+        """Return the settings for a worker of a run. Paths are absolute, because it may run in another folder."""
+        options = {name: value for name, value in as_plain(config).items() if name not in _OF_LEADER}
+        for name in _PATHS:
+            if options[name] is not None and Path(options[name]).exists():
+                options[name] = os.path.abspath(options[name])
+        return cls(options, os.path.abspath(out))
 
     @property
     def folder(self) -> Path:

@@ -1,5 +1,7 @@
 """Workers on a real Ray cluster of three nodes on this machine: a head without CPUs, and two nodes of one CPU each."""
 
+import dataclasses
+import json
 import os
 import signal
 import sys
@@ -14,8 +16,10 @@ from ray_engines import refused, waiting
 
 from offline_kto.kto_core.errors import CacheError, ConfigError, ModelError
 from offline_kto.kto_core.progress import Progress
+from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.leader import Leader
 from offline_kto.precompute.ray_workers import Opener, RayWorkers, _room
+from offline_kto.precompute.run import precompute
 from offline_kto.precompute.worker import RefusedError
 from offline_kto.precompute.workers import Answer, Answered, Event, Ready, Task
 
@@ -212,6 +216,22 @@ def until(workers: RayWorkers, kind: type[Event]) -> Any:
             if isinstance(event, kind):
                 return event
     raise AssertionError(f"no {kind.__name__} came")
+
+
+def test_a_cache_from_a_cluster_equals_that_of_one_process(
+    nodes: Nodes, base: Path, feedback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    one = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "one", rows_per_shard=5, device="cpu")
+    precompute(one)
+    precompute(dataclasses.replace(one, out=tmp_path / "many", cluster=nodes.cluster.address))
+    shards = sorted(path.name for path in (tmp_path / "one/train").iterdir())
+    assert len(shards) >= 4
+    for name in shards:
+        assert (tmp_path / "many/train" / name).read_bytes() == (tmp_path / "one/train" / name).read_bytes()
+    found = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "many")]
+    assert found[0]["fingerprint"] == found[1]["fingerprint"]
+    assert sum(one["shards"] for one in found[1]["run"]["workers"]) == len(shards)
 
 
 def test_an_address_without_a_cluster_is_refused() -> None:

@@ -23,6 +23,7 @@ STEADY = Job(
     startup=30.0,
     startup_spread=0.0,
     leader_seconds=0.0,
+    leader_a_row=0.0,
     node_losses=0.0,
 )
 ROUGH = dataclasses.replace(STEADY, node_losses=20.0, worker_losses=2.0, startup_spread=0.3, rate_spread=0.1)
@@ -122,6 +123,10 @@ def test_a_cluster_that_loses_all_nodes_is_told_apart() -> None:
 def test_a_slow_leader_is_a_limit_of_its_own() -> None:
     job = dataclasses.replace(STEADY, rows_a_shard=10, leader_seconds=0.5)
     assert simulate(job).wall == pytest.approx(6400 * 0.5, rel=0.05)
+    planned = dataclasses.replace(STEADY, rows_a_second=1e6, leader_a_row=0.01)
+    assert simulate(planned).wall == pytest.approx(30.0 + 64_000 * 0.01, rel=0.05)
+    shared = dataclasses.replace(planned, leader_processes=8)
+    assert simulate(shared).wall == pytest.approx(30.0 + 64_000 * 0.01 / 8, rel=0.05)
 
 
 def test_the_recommended_size_has_the_fewest_shards_among_the_good_ones() -> None:
