@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -43,6 +44,7 @@ from offline_kto.precompute.workers import (
 )
 
 _SECONDS_BETWEEN_NEWS = 2.0
+_SECONDS_TO_CONNECT = 10.0
 # For a worker that was told to end, to write its scores.
 _SECONDS_TO_STOP = 60.0
 # Ray still lists a node that is gone until it has missed health checks: 13 s measured, 25 s by Ray's defaults.
@@ -324,8 +326,10 @@ def _connect(ray: Any, address: str) -> None:
     """Connect to a cluster, and keep our handler of SIGTERM: Ray's exits without a message."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        if address != "auto":
+            _check_reachable(address)
         ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
             f"--cluster {address}: no Ray cluster can be reached there: {in_one_line(error)} Start one with `ray start --head`, "
             "and use the same versions of Python and Ray on all nodes."
@@ -333,6 +337,14 @@ def _connect(ray: Any, address: str) -> None:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+
+
+def _check_reachable(address: str) -> None:
+    """Try an address for some seconds. Raises: OSError, ValueError. Ray itself would try for two minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not (separator and host and port.isdigit()):
+        raise ValueError("expected auto, HOST:PORT or ray://HOST:PORT.")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_CONNECT).close()
 
 
 def _room(resources: Mapping[str, float], gpus: int) -> int:

@@ -234,11 +234,12 @@ def test_a_cache_from_a_cluster_equals_that_of_one_process(
     assert sum(one["shards"] for one in found[1]["run"]["workers"]) == len(shards)
 
 
-def test_an_address_without_a_cluster_is_refused() -> None:
+@pytest.mark.parametrize(("address", "why"), [("127.0.0.1:1", "refused"), ("head", "expected auto, HOST:PORT")])
+def test_an_address_without_a_cluster_is_refused(address: str, why: str) -> None:
     pytest.importorskip("ray")
     streams = sys.stdout, sys.stderr
-    with pytest.raises(ConfigError, match=r"--cluster 127\.0\.0\.1:1: no Ray cluster can be reached there"):
-        RayWorkers("127.0.0.1:1", waiting(Path()), gpus=0)
+    with pytest.raises(ConfigError, match=f"--cluster {address}: no Ray cluster can be reached there: .*{why}"):
+        RayWorkers(address, waiting(Path()), gpus=0)
     assert (sys.stdout, sys.stderr) == streams
 
 
