@@ -174,6 +174,8 @@ class PrecomputeConfig:
             self._check_part()
         if self.cluster is not None:
             self._check_cluster()
+        if self.plan_only and is_url(self.out):
+            raise ConfigError("--plan-only: --out must be a folder that all parts see, not a URL.")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization:g}."

@@ -188,7 +188,8 @@ class Leader:
         """Return the shard of a worker that has ended."""
         if worker in self._idle:
             self._idle.remove(worker)
-        self._progress.add(-self._told.pop(worker, 0))
+        if told := self._told.pop(worker, 0):
+            self._progress.add(-told)
         return self._busy.pop(worker, None)
 
     def _failed(self, event: Failed) -> None:

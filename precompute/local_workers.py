@@ -19,6 +19,7 @@ import torch
 
 from offline_kto.kto_core.console import LOGGER, shown_lines
 from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, ModelError
+from offline_kto.kto_core.runtime import keep_freed_memory
 from offline_kto.kto_core.streams import encode_all
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, gpu_groups
@@ -203,6 +204,7 @@ class _Lines(logging.Handler):
 def main() -> None:
     """Serve the leader at the other end of standard input, in the child process."""
     encode_all()
+    keep_freed_memory()
     for number in (signal.SIGINT, signal.SIGTERM):  # the leader gets them too, and ends its workers
         signal.signal(number, signal.SIG_IGN)
     channel = channel_to_parent()

@@ -101,9 +101,11 @@ class Needs:
             keep = first >= 0
             keep[keep] = wanted[first[keep]]
             shard = number_of.get(file.part_of or file.key or "")
-            if file.part_of is not None and shard is not None:  # removed as soon as that shard is complete
+            is_part = file.part_of is not None and shard is not None
+            if is_part:
                 keep[keep] = first[keep] // self._per_shard == shard
-            self._found.add(file.path, first[keep], rows[keep], slots[keep], ours=shard is not None)
+            place = _FilePlaces(file.path, rows[keep], slots[keep])
+            self._found.add(place, first[keep], ours=shard is not None, is_part=is_part)
             if not (wanted & (self._found.file == _NOWHERE)).any():
                 return
 
@@ -117,7 +119,8 @@ class Needs:
         lent = np.zeros(len(self._ids), dtype=bool)
         for number in missing:
             first = self._first[self._places(number)]
-            lent[first[(self._owner(first) != number) & self._unknown[first]]] = True
+            passing = self._unknown[first] | self._found.is_part[first]
+            lent[first[(self._owner(first) != number) & passing]] = True
         return lent
 
     def of(self, number: int) -> Need:
@@ -156,12 +159,13 @@ class Needs:
         return [self._name(place) for place in range(row * self._width, (row + 1) * self._width)]
 
     def _scored_by(self, number: int) -> np.ndarray:
-        """Return the first places of the sequences that only the company of a shard scores."""
+        """Return the first places of the sequences whose scores are in no complete file before a shard is complete."""
         first = np.unique(self._first[self._places(number)])
-        return first[(self._in_missing[first] // self._per_shard == number) & (self._found.file[first] == _NOWHERE)]
+        passing = (self._found.file[first] == _NOWHERE) | self._found.is_part[first]
+        return first[(self._owner(first) == number) & passing]
 
     def lent_by(self, number: int) -> list[str]:
-        """Return the ids of the sequences that a shard scores for other missing shards."""
+        """Return the ids of the sequences of a shard whose scores other missing shards need when it is complete."""
         first = self._scored_by(number)
         return [self._name(place) for place in first[self._lent[first]].tolist()]
 
@@ -174,6 +178,7 @@ class Needs:
         first = self._scored_by(number)
         self._unknown[first] = False
         self._scores.update((place, scores[self._name(place)]) for place in first[self._lent[first]].tolist())
+        self._found.forget(first)  # its parts are removed
 
     def unscored(self) -> "PlannedSequences":
         """Return the sequences that have no score, in the order of the plan."""
@@ -222,6 +227,14 @@ class PlannedSequences(Sequence[TokenIds]):
         return self._plan.sequences(row)[slot]
 
 
+class _FilePlaces(NamedTuple):
+    """Sequences in a file, as `ScoredFile.sequences` returns them."""
+
+    path: Path
+    rows: np.ndarray
+    slots: np.ndarray
+
+
 class _Found:
     """Where the scores of sequences are on disk, by their first places."""
 
@@ -231,20 +244,28 @@ class _Found:
         self._row = np.zeros(count, dtype=np.int32)
         self._slot = np.zeros(count, dtype=np.int16)
         self._ours = np.zeros(count, dtype=bool)
+        self.is_part = np.zeros(count, dtype=bool)
 
-    def add(self, path: Path, first: np.ndarray, rows: np.ndarray, slots: np.ndarray, *, ours: bool) -> None:
-        """Add the sequences of a file.
+    def add(self, places: _FilePlaces, first: np.ndarray, *, ours: bool, is_part: bool) -> None:
+        """Add sequences of a file.
 
         Args:
+            first: their first places in the plan.
             ours: the file was scored for this plan, in the company that an undisturbed run would use. Scores of other
                 files take precedence: this plan never puts their sequences into a company.
+            is_part: the file is removed when its shard is complete. Files that stay take precedence.
         """
+        rows, slots = places.rows, places.slots
         if ours:
-            free = (self.file[first] == _NOWHERE) | self._ours[first]
+            free = (self.file[first] == _NOWHERE) | (self._ours[first] & (self.is_part[first] | (not is_part)))
             first, rows, slots = first[free], rows[free], slots[free]
         self.file[first], self._row[first], self._slot[first] = len(self._paths), rows, slots
-        self._ours[first] = ours
-        self._paths.append(path)
+        self._ours[first], self.is_part[first] = ours, is_part
+        self._paths.append(places.path)
+
+    def forget(self, first: np.ndarray) -> None:
+        """Forget sequences, whose files are about to be removed."""
+        self.file[first], self._ours[first], self.is_part[first] = _NOWHERE, False, False
 
     def is_foreign(self, first: int) -> bool:
         return bool(self.file[first] != _NOWHERE and not self._ours[first])

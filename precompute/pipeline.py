@@ -29,7 +29,8 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, choose_backend
 from offline_kto.precompute.engines.reference import Reference, ReferenceFiles
 from offline_kto.precompute.estimates import estimates
-from offline_kto.precompute.out_folder import MERGED, done_in, keeps_text, opened_out, rendered_on, shards_in
+from offline_kto.precompute.local_workers import worker_gpus
+from offline_kto.precompute.out_folder import MERGED, NEXT, done_in, keeps_text, opened_out, rendered_on, shards_in
 from offline_kto.precompute.plan import Plan, PlanCounts, make_plan
 from offline_kto.precompute.plan_files import PlannedRun, read_run
 from offline_kto.precompute.plan_page import describe, wrapped
@@ -50,6 +51,9 @@ def make_cache(config: PrecomputeConfig) -> None:
     _check_cluster(files)
     _print_reference(files, backend)  # opening it imports the libraries of models, which takes seconds
     reference = Reference.open(files)
+    gpus: list[list[int] | None] = [None]
+    if config.cluster is None:
+        gpus = worker_gpus(config, reference, backend)
     if backend.name == "transformers":
         tell(f"attention   {reference.attention.in_words}")
     with reference.hash_weights() as hashing:
@@ -84,7 +88,7 @@ def make_cache(config: PrecomputeConfig) -> None:
             rendered_on=plan.rendered_on,
             on_change=on_change,
         )
-        _fill(config, reference, plan, counts, store=store, backend=backend, sections=sections, mark=mark)
+        _fill(config, reference, plan, counts, gpus, store=store, backend=backend, sections=sections, mark=mark)
 
 
 def _check_cluster(files: ReferenceFiles) -> None:
@@ -112,13 +116,18 @@ def _fill(
     reference: Reference,
     plan: Plan,
     counts: PlanCounts,
+    gpus: list[list[int] | None],
     *,
     store: Store,
     backend: Backend,
     sections: ScoringSections,
     mark: str,
 ) -> None:
-    """Score what `--out` lacks, and write its manifest."""
+    """Score what `--out` lacks, and write its manifest.
+
+    Args:
+        gpus: of each worker.
+    """
     shutil.rmtree(store.out / MERGED, ignore_errors=True)  # a killed run leaves it behind
     labels_hash = _labels_hash(plan)
     places_hash = json_hash([row.place for row in plan.rows])
@@ -136,7 +145,7 @@ def _fill(
     if config.plan_only:
         _report_plan(config, scoring.plan_only())
         return
-    scoring.run(counts.sequences)
+    scoring.run(counts.sequences, gpus)
     scorer: ScorerFields = {**sections["scorer"]}
     if scoring.difference is not None:
         scorer["difference"] = scoring.difference
@@ -258,7 +267,9 @@ def score_part(config: PrecomputeConfig, part: int, parts: int) -> None:
     if run is None:
         raise CacheError(f"--part {config.part}: {out} contains no plan. Run the same command with --plan-only first.")
     mine = run.shards[part::parts]
-    there = {metadata.get("key") for metadata in map(read_metadata, (*done_in(out), *shards_in(out))) if metadata}
+    files = (*done_in(out), *shards_in(out), *shards_in(out / NEXT))
+    footers = [metadata for metadata in map(read_metadata, files) if metadata]
+    there = {metadata.get("key") for metadata in footers if metadata.get("identity") == run.identity}
     left = [shard for shard in mine if shard.key not in there]
     total = f"{counted(len(mine), 'shard')} of {len(run.shards):,}"
     tell(f"part        {part} of {parts} (counted from 0): {total}, {len(mine) - len(left)} done")

@@ -4,7 +4,7 @@ import contextlib
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,7 @@ from offline_kto.precompute.engines.comparison import DisagreementError, choose_
 from offline_kto.precompute.engines.protocol import Listener, Scorer
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.leader import Leader
-from offline_kto.precompute.local_workers import LocalWorkers, worker_gpus
+from offline_kto.precompute.local_workers import LocalWorkers
 from offline_kto.precompute.needs import Need, Needs
 from offline_kto.precompute.out_folder import MERGED
 from offline_kto.precompute.parts import Pace, ShardScores
@@ -89,11 +89,12 @@ class Scoring:
             entries.append([row.row_id, [bytes(one).hex() for one in ids[i, 1:]], *labels, row.place])
         return json_hash(entries)
 
-    def run(self, sequences: int) -> None:
+    def run(self, sequences: int, gpus: Sequence[Sequence[int] | None]) -> None:
         """Score missing sequences and write missing shards.
 
         Args:
             sequences: number of sequences in the whole plan, for messages.
+            gpus: of each worker that there may be.
         """
         if len(self.missing) < len(self._keys):
             tell(f"resuming    {len(self._keys) - len(self.missing)} of {len(self._keys)} shards are complete")
@@ -105,10 +106,14 @@ class Scoring:
             connect = partial(RayWorkers, self.config.cluster, ShardWorkerOpener(settings), gpus=gpus_of_one)
             self._score_with(connect, settings.out, self.config.workers or len(self.missing), sequences)
             return
-        gpus = worker_gpus(self.config, self.reference, self.backend)[: len(self.missing)]
-        if len(gpus) > 1 and self._needs.unknown_tokens:
+        workers = min(len(gpus), len(self.missing)) if self._needs.unknown_tokens else 1
+        if workers < len(gpus) and self._needs.unknown_tokens:
+            tell(
+                f"workers     {workers} of {len(gpus)}: there are no more shards; a smaller --rows-per-shard gives all of them work"
+            )
+        if workers > 1:
             out = str(self.store.out)
-            self._score_with(partial(LocalWorkers, self.config, out, gpus), out, len(gpus), sequences)
+            self._score_with(partial(LocalWorkers, self.config, out, gpus[:workers]), out, workers, sequences)
         else:
             self._score_here(sequences)
 

@@ -19,7 +19,7 @@ import torch
 from offline_kto.kto_core.cache.manifest import identity_of
 from offline_kto.kto_core.cache.manifest_fields import ScoreDifference
 from offline_kto.kto_core.cache.shards import CacheRow, write_shard
-from offline_kto.kto_core.errors import CacheError, KTOError, ModelError
+from offline_kto.kto_core.errors import CacheError, ModelError
 from offline_kto.kto_core.hashing import file_hash
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.cache_rows import scored_row
@@ -166,7 +166,7 @@ class ShardWorker:
         except DisagreementError:
             drop_parts(self._out, key)
             raise
-        except (KTOError, StoppedError):
+        except BaseException:  # any error, a scheduler's signal, or a leader that stops
             with contextlib.suppress(CacheError):  # a full disk may be the error that ends the run, which is reported
                 found.flush()
             raise

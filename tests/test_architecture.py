@@ -33,6 +33,11 @@ precompute.records precompute.parts train.run_files train.samples_file train.sus
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
 precompute.feedback
 precompute.plan precompute.store train.trainer train.report
+precompute.sequence_ids precompute.cache_rows precompute.workers
+precompute.needs
+precompute.plan_files
+precompute.worker
+precompute.leader precompute.local_workers precompute.ray_workers
 precompute.scoring precompute.judgement_page precompute.estimates train.publish
 precompute.plan_page train.run
 precompute.pipeline precompute.inspect_cache train.sweep

@@ -82,17 +82,6 @@ class TestChoice:
         with pytest.raises(ModelError, match=message):
             choose_backend(PrecomputeConfig(backend="vllm"))
 
-    def test_vllm_under_a_launcher(self, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        machine(gpu=True, vllm="0.32.0")
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        why = "vLLM must run in one process; without torchrun it would use all GPUs"
-        assert choose_backend(PrecomputeConfig()) == Backend("transformers", why)
-        machine(gpu=False, vllm=None)
-        assert choose_backend(PrecomputeConfig()) == Backend("transformers", "no GPU")
-        machine(gpu=True, vllm="0.32.0")
-        with pytest.raises(ModelError, match="with --tensor-parallel N"):
-            choose_backend(PrecomputeConfig(backend="vllm"))
-
     @pytest.mark.parametrize(("backend", "why"), [("auto", r" \(no GPU\)"), ("transformers", "")])
     def test_a_model_is_not_split_where_transformers_scores(self, machine: Any, backend: str, why: str) -> None:
         machine(gpu=False, vllm=None)

@@ -1,10 +1,8 @@
-"""Several engines that score at the same time, and how vLLM is asked for that: without vLLM and without GPUs."""
+"""Which GPUs engines and workers get, and how vLLM is asked: without vLLM and without GPUs."""
 
 import contextlib
 import copy
 import os
-import signal
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +11,10 @@ import numpy as np
 import pytest
 import torch
 from models import random_rows
-from offline_kto.precompute.engines.parallel import ParallelScorer
-from offline_kto.precompute.engines.shares import divide
 
-from offline_kto.kto_core.errors import ModelError
-from offline_kto.kto_core.options import as_plain
+from offline_kto.kto_core.errors import ConfigError, ModelError
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.engines.backend import Backend, choose_backend, gpu_groups, load_transformers, vllm_engine
-from offline_kto.precompute.engines.process import engine_process
-from offline_kto.precompute.engines.protocol import Listener, scores_of
+from offline_kto.precompute.engines.backend import Backend, choose_backend, gpu_groups, vllm_engine
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.engines.vllm_scorer import (
     VllmScorer,
@@ -29,76 +22,9 @@ from offline_kto.precompute.engines.vllm_scorer import (
     _memory_advice,
     _set_environment,
 )
+from offline_kto.precompute.local_workers import worker_gpus
 
 ROWS = random_rows(30)
-
-
-class TestEngines:
-    """Real engines of Transformers, each in a process of its own."""
-
-    @pytest.fixture(scope="class")
-    def settings(self, base: Path, feedback: Path) -> dict[str, Any]:
-        config = PrecomputeConfig(model=str(base), data=str(feedback), device="cpu")
-        plain = {name: value for name, value in as_plain(config).items() if name != "out"}
-        return {"engine": "transformers", "options": plain, "save_to": None}
-
-    def test_scores_are_those_of_one_engine_in_order(self, settings: dict[str, Any]) -> None:
-        alone = load_transformers(Reference.find(PrecomputeConfig(**settings["options"])), ROWS)
-        expected = scores_of(alone, ROWS)
-        told: list[int] = []
-        with ExitStack() as stack:
-            engines = [stack.enter_context(engine_process(settings, name=f"engine {i}")) for i in range(2)]
-            several = ParallelScorer(engines)
-            found = scores_of(several, ROWS, told.append)
-            known = frozenset(range(0, 30, 2))
-            rest: list[int] = []
-            several.score(ROWS, Listener(lambda done, scores: rest.extend(done)), known=known)
-            one = scores_of(several, ROWS[:1])  # the other engine has nothing to do
-            several.dismiss()
-        for ours, theirs in zip(found, expected, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5)
-        np.testing.assert_allclose(one[0], expected[0], atol=1e-5)
-        assert sum(told) == sum(len(x) + len(y) for x, y in ROWS)
-        assert set(rest) == set(range(30)) - known
-
-    def test_one_that_dies_is_named_once_with_its_log(self, settings: dict[str, Any]) -> None:
-        def score_with_an_accident() -> None:
-            with ExitStack() as stack:
-                engines = [stack.enter_context(engine_process(settings, name=f"vLLM on GPU {i}")) for i in range(2)]
-                several = ParallelScorer(engines)
-                scores_of(several, ROWS)
-                first, second = children()
-                os.kill(second, signal.SIGKILL)
-                try:
-                    scores_of(several, ROWS)
-                finally:
-                    os.kill(first, 0)  # the other one is still there
-
-        with pytest.raises(ModelError, match=r"^vLLM on GPU 1 ended unexpectedly.*SIGKILL.* Its log: ") as caught:
-            score_with_an_accident()
-        assert str(caught.value).count("Its log: ") == 1
-        assert children() == []
-        Path(str(caught.value).split("Its log: ")[1]).unlink()
-
-    def test_an_error_of_one_ends_all(self, settings: dict[str, Any]) -> None:
-        wrong = {**settings, "options": {**settings["options"], "model": "gone"}}
-
-        def score() -> None:
-            with ExitStack() as stack:
-                engines = [stack.enter_context(engine_process(one, name="engine")) for one in (wrong, settings)]
-                scores_of(ParallelScorer(engines), ROWS)
-
-        with pytest.raises(ModelError, match=r"gone: no such model folder.* Its log: ") as caught:
-            score()
-        assert str(caught.value).count("Its log: ") == 1
-        Path(str(caught.value).split("Its log: ")[1]).unlink()
-
-
-def children() -> list[int]:
-    """Engines of this process, the oldest first."""
-    pid = os.getpid()
-    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [child for child in found if "engines.child" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 class TestGroups:
@@ -128,6 +54,45 @@ class TestGroups:
             gpu_groups(PrecomputeConfig(tensor_parallel=4), torch.device("cuda"))
         with pytest.raises(ModelError, match="--tensor-parallel 2: --device cuda:1 names a single GPU"):
             gpu_groups(PrecomputeConfig(tensor_parallel=2), torch.device("cuda", 1))
+
+    @pytest.mark.parametrize(
+        ("options", "device", "expected"),
+        [
+            ({}, "cuda", [[0], [1], [2], [3]]),
+            ({"workers": 2}, "cuda", [[0], [1]]),
+            ({"backend": "vllm", "tensor_parallel": 2}, "cuda", [[0, 1], [2, 3]]),
+            ({"device": "cuda:1"}, "cuda:1", [None]),
+            ({"device": "all"}, "cuda", [None]),
+            ({}, "cpu", [None]),
+            ({"workers": 3}, "cpu", [None] * 3),
+        ],
+    )
+    def test_a_worker_for_each_gpu_or_group(
+        self, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], device: str, expected: list[Any]
+    ) -> None:
+        assert self.workers(monkeypatch, PrecomputeConfig(**options), device) == expected
+
+    @pytest.mark.parametrize(
+        ("options", "device", "message"),
+        [
+            ({"workers": 5}, "cuda", r"--workers 5: there are 4 GPUs here\. Leave it out"),
+            ({"workers": 3, "backend": "vllm", "tensor_parallel": 2}, "cuda", "4 GPUs here, and each worker takes 2"),
+            ({"workers": 2, "device": "cuda:1"}, "cuda:1", "--workers 2: --device cuda:1 names one GPU"),
+            ({"workers": 2, "device": "all"}, "cuda", "--workers 2: all GPUs share the model"),
+        ],
+    )
+    def test_more_workers_than_there_can_be(
+        self, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], device: str, message: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=message):
+            self.workers(monkeypatch, PrecomputeConfig(**options), device)
+
+    @staticmethod
+    def workers(monkeypatch: pytest.MonkeyPatch, config: PrecomputeConfig, device: str) -> list[Any]:
+        """Return the GPUs of workers on a machine with four of them, if the model fits on one."""
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        reference: Any = SimpleNamespace(device=torch.device(device), needs_all_gpus=config.device == "all")
+        return worker_gpus(config, reference, Backend(config.backend.replace("auto", "transformers")))
 
     def test_all_gpus_for_one_model_are_of_transformers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -248,10 +213,3 @@ class Flat:
 
     def __len__(self) -> int:
         return len(self.token_ids)
-
-
-def test_every_engine_gets_rows() -> None:
-    for engines in (2, 5):
-        shares = divide(ROWS, engines)
-        assert sorted(i for share in shares for i in share) == list(range(len(ROWS)))
-        assert all(shares)

@@ -1,18 +1,15 @@
 """Scores of a shard that was not finished: kept through kills, used again, and never in place of others."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import forks
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from feedback_files import chat_rows, write_feedback, write_rows
 from models import random_rows, save_tiny
 from test_crashes import killed_runs
-from test_ranks import SCORE
 
 import offline_kto.precompute.parts as precompute_parts
 from offline_kto.kto_core.cache.manifest import read_manifest
@@ -203,45 +200,6 @@ def test_scores_that_disagree_with_another_engine_are_not_kept(
     assert stopped(config, after=8, error=DisagreementError("log-probs differ")) == set()
     assert "kept  " not in capsys.readouterr().out
     assert not config.out.exists()
-
-
-@pytest.mark.slow
-def test_ranks_keep_what_each_of_them_scored(config: PrecomputeConfig, tmp_path: Path) -> None:
-    soon = "import offline_kto.precompute.parts as p; p.SECONDS_BETWEEN_PARTS = 0.1\n"
-    slowly = (
-        "import time\n"
-        "from offline_kto.kto_core.scoring.passes import ScoringPasses as P; real = P._forward\n"
-        "def forward(*a):\n    time.sleep(0.05)\n    return real(*a)\nP._forward = forward\n"
-    )
-    options = [
-        "--model",
-        config.model,
-        "--data",
-        config.data,
-        "--out",
-        config.out,
-        "--device",
-        "cpu",
-        "--max-tokens",
-        64,
-    ]
-    launch = forks.Fork(soon + slowly + SCORE, *options, ranks=2)
-    deadline = time.monotonic() + 100
-    while len(list(config.out.glob(".parts/train/[!.]*.parquet"))) < 4:
-        assert time.monotonic() < deadline
-        assert launch.is_running()
-        time.sleep(0.02)
-    launch.kill(1)
-    launch.wait(60)
-    kept = kept_in(config.out)
-    whole = config.out.with_name("whole")
-    for out in (config.out, whole):
-        options[5] = out
-        done = forks.run(SCORE, *options, ranks=2)
-        assert done.returncode == 0, done.stderr[-3000:]
-    run, undisturbed = read_manifest(config.out).run, read_manifest(whole).run
-    assert run["scored_sequences"] == undisturbed["scored_sequences"] - len(kept)
-    assert_same_bytes(config.out, config)
 
 
 def test_another_process_sends_scores_before_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
