@@ -96,6 +96,16 @@ class TestWriting:
         precompute(replace(config, out=tmp_path / "local"))
         assert_same_cache(fetch(memory, "/team/refs", tmp_path / "fetched"), tmp_path / "local")
 
+    def test_workers_write_the_same_cache(
+        self, config: PrecomputeConfig, tmp_path: Path, memory: Any, home: Path
+    ) -> None:
+        config = replace(config, device="cpu")
+        precompute(replace(config, workers=2))
+        assert names(memory) == {"manifest.json", *shards(5)}
+        precompute(replace(config, out=tmp_path / "local"))
+        assert_same_cache(fetch(memory, "/team/refs", tmp_path / "fetched"), tmp_path / "local")
+        assert [path for path in home.rglob("*") if path.is_file()] == []
+
     def test_nothing_stays_on_this_machine(self, config: PrecomputeConfig, home: Path, memory: Any) -> None:
         precompute(config)
         assert [path for path in home.rglob("*") if path.is_file()] == []

@@ -34,15 +34,20 @@ SLOWLY = (
 SOON = "import offline_kto.precompute.parts as p; p.SECONDS_BETWEEN_PARTS = 0.0\n"
 
 
-def killing(flag: Path | None, number: int = 12) -> str:
-    """A worker that kills itself in a pass; with a flag, only the first of all workers that comes so far."""
-    allowed = f"not os.path.exists({str(flag)!r})" if flag else "True"
-    mark = f"open({str(flag)!r}, 'w').close()" if flag else "pass"
-    return (
-        "import os, signal; from offline_kto.kto_core.scoring.passes import ScoringPasses as P; real = P._forward; made = []\n"
-        "def forward(*a):\n    made.append(1)\n"
-        f"    if len(made) > {number} and {allowed}:\n        {mark}\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(*a)\nP._forward = forward\n"
+AT_ONCE = (
+    "import os, signal; from offline_kto.kto_core.scoring.passes import ScoringPasses as P\n"
+    "def forward(*a):\n    os.kill(os.getpid(), signal.SIGKILL)\nP._forward = forward\n"
+)
+
+
+def killed_in_the_middle(flag: Path) -> str:
+    """The first of all workers that has written three parts kills itself."""
+    return SOON + (
+        "import os, signal; from offline_kto.precompute.parts import ShardScores as S; real = S.flush; made = []\n"
+        "def flush(self):\n    real(self)\n    made.append(1)\n"
+        f"    if len(made) > 2 and not os.path.exists({str(flag)!r}):\n"
+        f"        open({str(flag)!r}, 'w').close()\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "S.flush = flush\n"
     )
 
 
@@ -135,7 +140,7 @@ def test_a_worker_that_is_killed_is_replaced(
     workers_begin: Callable[[str], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    workers_begin(SOON + killing(tmp_path / "flag"))
+    workers_begin(killed_in_the_middle(tmp_path / "flag"))
     out = tmp_path / "two"
     precompute(replace(config, out=out, workers=2))
     printed = " ".join(capsys.readouterr().out.split())
@@ -150,7 +155,7 @@ def test_a_worker_that_is_killed_is_replaced(
 def test_a_shard_that_ends_its_workers_stops_the_run(
     config: PrecomputeConfig, tmp_path: Path, workers_begin: Callable[[str], None]
 ) -> None:
-    workers_begin(killing(None, number=0))
+    workers_begin(AT_ONCE)
     with pytest.raises(ModelError, match=r"^shard \d was lost 3 times.*SIGKILL.* Its log: /") as caught:
         precompute(replace(config, out=tmp_path / "two", workers=2))
     assert Path(str(caught.value).split("Its log: ")[1]).exists()

@@ -31,7 +31,7 @@ class Mirror:
 
     def __init__(self, remote: Remote, folder: Path, *, kept: str, check: Callable[[], None]) -> None:
         self._remote, self._folder, self._check = remote, folder, check
-        for path in [*folder.rglob("*.parquet")]:
+        for path in [path for path in folder.rglob("*.parquet") if _is_part(path.relative_to(folder).as_posix())]:
             aside = folder / kept / "train" / f"{file_hash(path)[:32]}.parquet"
             aside.parent.mkdir(parents=True, exist_ok=True)
             path.replace(aside)
