@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -232,6 +233,32 @@ def test_a_cache_from_a_cluster_equals_that_of_one_process(
     found = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "many")]
     assert found[0]["fingerprint"] == found[1]["fingerprint"]
     assert sum(one["shards"] for one in found[1]["run"]["workers"]) == len(shards)
+
+
+def test_a_killed_command_continues_with_the_shards_that_are_left(
+    nodes: Nodes, base: Path, feedback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    given = {"model": str(base), "data": str(feedback), "rows_per_shard": 1, "device": "cpu"}
+    program = "from offline_kto.precompute.cli import precompute; precompute()"
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    out = tmp_path / "many"
+    command = [sys.executable, "-c", program, *words, f"--out={out}", f"--cluster={nodes.cluster.address}"]
+    log = tmp_path / "log"
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as killed:
+        while killed.poll() is None and not list(out.glob("train/*.parquet")):
+            time.sleep(0.002)
+        killed.kill()
+    assert killed.returncode == -signal.SIGKILL, log.read_text()
+    assert not (out / "manifest.json").exists()
+    precompute(PrecomputeConfig(**given, out=tmp_path / "one"))
+    with log.open("w") as file:
+        subprocess.run(command, stdout=file, stderr=file, check=True)
+    assert "resuming " in log.read_text()
+    shards = sorted((tmp_path / "one/train").iterdir())
+    assert len(shards) == 20
+    for shard in shards:
+        assert (out / "train" / shard.name).read_bytes() == shard.read_bytes()
 
 
 @pytest.mark.parametrize(("address", "why"), [("127.0.0.1:1", "refused"), ("head", "expected auto, HOST:PORT")])
