@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -102,6 +103,56 @@ def _open_missing() -> None:
         sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def library_output_in(log: IO[str], *, threads: str) -> Iterator[None]:
+    """Send a library's output to a log while the block runs.
+
+    That is what is written to the descriptors 1 and 2, and what its threads print. Our own lines appear as before.
+
+    Args:
+        log: an open file.
+        threads: how the names of the library's threads begin.
+    """
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        stream.flush()
+    ours = os.dup(1), os.dup(2)
+    sys.stdout = _WithoutThreads(_moved(sys.stdout, _StandardOutput, 1, ours[0]), log, threads)
+    sys.stderr = _WithoutThreads(_moved(sys.stderr, _StandardError, 2, ours[1]), log, threads)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+        for number, one in enumerate(ours, start=1):
+            os.dup2(one, number)
+            os.close(one)
+
+
+def _moved(stream: Any, kind: type[io.FileIO], number: int, descriptor: int) -> Any:
+    """Return a stream that writes to another descriptor; one that is not the process's own stays as it is."""
+    if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != number:
+        return stream
+    return _rewrapped(stream, kind(descriptor, "w", closefd=False))
+
+
+class _WithoutThreads:
+    """A stream that sends to a log what some threads write."""
+
+    def __init__(self, stream: IO[str], log: IO[str], threads: str) -> None:
+        self._stream, self._log, self._threads = stream, log, threads
+
+    def write(self, text: str) -> int:
+        is_ours = not threading.current_thread().name.startswith(self._threads)
+        return (self._stream if is_ours else self._log).write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def encode_all() -> None:

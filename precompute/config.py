@@ -132,6 +132,11 @@ class PrecomputeConfig:
         "Processes that score, each on its own GPU (with --tensor-parallel, group of GPUs).  [default: all GPUs; on a CPU 1]",
         metavar="N",
     )
+    cluster: str | None = option(
+        None,
+        "Ray cluster whose GPUs score, or with --device cpu its CPUs; nodes may join and leave.",
+        metavar="auto|HOST:PORT|ray://HOST:PORT",
+    )
     plan_only: bool = option(False, "Write the plan of every shard into --out and stop; --part scores them.")
     part: str | None = option(
         None, "Score the I-th of N parts of the planned shards, I from 0; needs --plan-only first.", metavar="I/N"
@@ -167,12 +172,22 @@ class PrecomputeConfig:
             _ = self.graded
         if self.part is not None:
             self._check_part()
+        if self.cluster is not None:
+            self._check_cluster()
         if self.plan_only and is_url(self.out):
             raise ConfigError("--plan-only: --out must be a folder that all parts see, not a URL.")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization:g}."
             )
+
+    def _check_cluster(self) -> None:
+        if self.part is not None or self.plan_only:
+            raise ConfigError("--cluster has its own workers: remove --part and --plan-only, or --cluster.")
+        if self.device not in (AUTO, "cpu", "cuda"):
+            raise ConfigError(f"--cluster: Ray chooses the GPU of each worker. Remove --device {self.device}.")
+        if is_url(self.out):
+            raise ConfigError(f"--cluster {self.cluster}: --out must be a folder that all nodes see, not a URL.")
 
     def _check_part(self) -> None:
         _ = self.numbered_part

@@ -17,11 +17,12 @@ from offline_kto.kto_core.cache.manifest_fields import (
 )
 from offline_kto.kto_core.cache.repeats import count_repeats
 from offline_kto.kto_core.console import tell
-from offline_kto.kto_core.errors import ModelError, printable
+from offline_kto.kto_core.errors import ConfigError, ModelError, printable
 from offline_kto.kto_core.feedback.labels import UNANIMOUS
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.judgements import OBJECTIVES
 from offline_kto.kto_core.models.loading import longest_alike
+from offline_kto.kto_core.options import AUTO
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, choose_backend
 from offline_kto.precompute.engines.reference import Reference, ReferenceFiles
@@ -42,9 +43,12 @@ def make_cache(config: PrecomputeConfig) -> None:
     """
     backend = choose_backend(config)
     files = ReferenceFiles.find(config)
+    _check_cluster(files)
     _print_reference(files, backend)  # opening it imports the libraries of models, which takes seconds
     reference = Reference.open(files)
-    gpus = worker_gpus(config, reference, backend)
+    gpus: list[list[int] | None] = [None]
+    if config.cluster is None:
+        gpus = worker_gpus(config, reference, backend)
     if backend.name == "transformers":
         tell(f"attention   {reference.attention.in_words}")
     with reference.hash_weights() as hashing:
@@ -80,6 +84,18 @@ def make_cache(config: PrecomputeConfig) -> None:
             on_change=on_change,
         )
         _fill(config, reference, plan, counts, gpus, store=store, backend=backend, sections=sections, mark=mark)
+
+
+def _check_cluster(files: ReferenceFiles) -> None:
+    """Refuse to let a machine without a GPU choose precision and engine for workers that have one."""
+    config = files.config
+    if config.cluster is None or files.device.type != "cpu" or config.device == "cpu":
+        return
+    if AUTO in (config.dtype, config.backend):
+        raise ConfigError(
+            f"--cluster {config.cluster}: this machine has no GPU, so auto would choose --dtype float32 and --backend transformers for "
+            "workers that have one. Name both, like --dtype bfloat16 --backend transformers, or add --device cpu."
+        )
 
 
 def _print_reference(files: ReferenceFiles, backend: Backend) -> None:

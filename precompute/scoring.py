@@ -34,9 +34,10 @@ from offline_kto.precompute.plan_files import (
     write_plan_file,
     write_run,
 )
+from offline_kto.precompute.ray_workers import RayWorkers, ShardWorkerOpener
 from offline_kto.precompute.score_files import read_parts, read_scores_of
 from offline_kto.precompute.store import ShardSize, Store
-from offline_kto.precompute.workers import Answer
+from offline_kto.precompute.workers import Answer, Workers, WorkerSettings
 
 # Sequences on which Transformers' scoring is checked.
 _SHORTEST = 16
@@ -99,13 +100,20 @@ class Scoring:
             tell(f"resuming    {len(self._keys) - len(self.missing)} of {len(self._keys)} shards are complete")
         if self._needs.known:
             tell(f"known       {self._needs.known:,} of {self._needs.wanted:,} sequences are already scored")
+        if self.config.cluster is not None and self._needs.unknown_tokens:
+            settings = WorkerSettings.of(self.config, str(self.store.out))
+            gpus_of_one = 0 if self.config.device == "cpu" else self.config.tensor_parallel
+            connect = partial(RayWorkers, self.config.cluster, ShardWorkerOpener(settings), gpus=gpus_of_one)
+            self._score_with(connect, settings.out, self.config.workers or len(self.missing), sequences)
+            return
         workers = min(len(gpus), len(self.missing)) if self._needs.unknown_tokens else 1
         if workers < len(gpus) and self._needs.unknown_tokens:
             tell(
                 f"workers     {workers} of {len(gpus)}: there are no more shards; a smaller --rows-per-shard gives all of them work"
             )
         if workers > 1:
-            self._score_with(gpus[:workers], sequences)
+            out = str(self.store.out)
+            self._score_with(partial(LocalWorkers, self.config, out, gpus[:workers]), out, workers, sequences)
         else:
             self._score_here(sequences)
 
@@ -170,10 +178,9 @@ class Scoring:
             finally:
                 shutil.rmtree(merged, ignore_errors=True)
 
-    def _score_with(self, gpus: Sequence[Sequence[int] | None], sequences: int) -> None:
+    def _score_with(self, connect: Callable[[], Workers], out: str, most: int, sequences: int) -> None:
         run = self._write_run()
-        out = str(self.store.out)
-        workers = LocalWorkers(self.config, out, gpus)
+        workers = connect()
         pace = Pace()
 
         def keep() -> None:
@@ -186,7 +193,7 @@ class Scoring:
                 workers,
                 self.missing,
                 out,
-                most=len(gpus),
+                most=most,
                 prepare=self._prepare,
                 finish=partial(self._finish, run),
                 keep=keep,

@@ -5,6 +5,7 @@ happens to them. It decides nothing: which shard is next, whether a loss matters
 business. On its side a worker runs `offline_kto.precompute.worker.ShardWorker`.
 """
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -13,6 +14,11 @@ from offline_kto.kto_core.cache.manifest_fields import ScoreDifference
 from offline_kto.kto_core.errors import KTOError
 from offline_kto.kto_core.options import as_plain
 from offline_kto.precompute.config import PrecomputeConfig
+
+# Options of the leader that a worker does not have.
+_OF_LEADER = ("out", "workers", "cluster", "plan_only", "part", "dry_run", "overwrite")
+# Options that name a file or a folder, or something that is none.
+_PATHS = ("model", "adapter", "chat_template")
 
 
 class Task(NamedTuple):
@@ -159,10 +165,6 @@ class Workers(Protocol):
         """
 
 
-# Options that concern the leader only.
-_OF_LEADER = ("out", "workers", "plan_only", "part", "dry_run", "overwrite")
-
-
 class WorkerSettings(NamedTuple):
     """What a worker is started with, as JSON.
 
@@ -176,8 +178,12 @@ class WorkerSettings(NamedTuple):
 
     @classmethod
     def of(cls, config: PrecomputeConfig, out: str) -> "WorkerSettings":
-        options = as_plain(config)
-        return cls({name: value for name, value in options.items() if name not in _OF_LEADER}, out)
+        """Return the settings for a worker of a run. Paths are absolute, because it may run in another folder."""
+        options = {name: value for name, value in as_plain(config).items() if name not in _OF_LEADER}
+        for name in _PATHS:
+            if options[name] is not None and Path(options[name]).exists():
+                options[name] = os.path.abspath(options[name])
+        return cls(options, os.path.abspath(out))
 
     @property
     def config(self) -> PrecomputeConfig:

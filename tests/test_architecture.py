@@ -39,7 +39,7 @@ precompute.cache_rows precompute.workers
 precompute.needs
 precompute.plan_files
 precompute.worker
-precompute.leader precompute.local_workers
+precompute.leader precompute.local_workers precompute.ray_workers
 precompute.scoring precompute.judgement_page precompute.estimates train.publish
 precompute.plan_page train.run
 precompute.pipeline precompute.planned_part precompute.inspect_cache train.sweep
@@ -50,6 +50,7 @@ precompute.cli train.cli
 # Files that may import a library, where not all may.
 ONLY_IN = {
     "click": {"precompute/cli.py", "train/cli.py"},
+    "ray": {"precompute/ray_workers.py"},
     "vllm": {"precompute/engines/vllm_scorer.py"},
     "peft": {"train/model/lora.py"},
     "nltk": {"precompute/feedback/agreement.py"},

@@ -204,3 +204,54 @@ def test_a_worker_is_not_interrupted_before_it_can_say_so() -> None:
 
 def test_a_process_without_a_console_has_no_terminal() -> None:
     assert not is_terminal(None)
+
+
+LIBRARY = """
+import os, sys, threading
+from offline_kto.kto_core.streams import library_output_in, own_streams
+
+def library():
+    print("printed by a thread")
+    print("error of a thread", file=sys.stderr)
+
+with own_streams(), open(sys.argv[1], "w") as log:
+    print("before")
+    with library_output_in(log, threads="lib_"):
+        thread = threading.Thread(target=library, name="lib_listener")
+        thread.start()
+        thread.join()
+        os.write(1, b"written to 1\\n")
+        os.write(2, b"written to 2\\n")
+        print("ours")
+        print("our error", file=sys.stderr)
+        assert not sys.stdout.isatty()
+    print("after")
+    os.write(1, b"written after\\n")
+"""
+
+
+def test_what_a_library_prints_goes_to_its_log_and_our_lines_do_not(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIBRARY, tmp_path / "log"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "our error\n")
+    # The last line passes Python's buffer.
+    assert sorted(done.stdout.splitlines()) == ["after", "before", "ours", "written after"]
+    logged = ["error of a thread", "printed by a thread", "written to 1", "written to 2"]
+    assert sorted((tmp_path / "log").read_text().splitlines()) == logged
+
+
+def test_an_output_that_cannot_be_written_ends_the_command_next_to_a_library_too(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", '"$@" > /dev/full', "bash", sys.executable, "-c", LIBRARY, tmp_path / "log"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: standard output: cannot be written")

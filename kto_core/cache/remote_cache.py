@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
