@@ -36,6 +36,7 @@ CONVERSATIONS = (
     *("conversation_id", "conversationId", "thread_id", "threadId", "chat_id", "chatId"),
     *("dialogue_id", "dialogueId", "dialog_id", "dialogId", *_SESSIONS),
 )
+_CONVERSATIONS = frozenset(CONVERSATIONS)
 # Columns that say that an answer failed, was cut or was deleted, with the words for it; empty for any value but false.
 FAILURES: Final = {
     "status": frozenset(("failed", "error", "incomplete", "cancelled", "canceled")),
@@ -76,8 +77,8 @@ class Suspicions:
         for name in record.keys() & FAILURES.keys():
             if _failed(record[name], FAILURES[name]):
                 self.failed.setdefault(name, []).append(where)
-        for name in CONVERSATIONS:
-            value = record.get(name)
+        for name in record.keys() & _CONVERSATIONS:
+            value = record[name]
             if name in _SESSIONS and value is not None and record.keys().isdisjoint(_TURNS):
                 continue
             if isinstance(value, str | int) and value != "" and not isinstance(value, bool):
