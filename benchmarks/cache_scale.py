@@ -142,11 +142,19 @@ def run_reader(folder: Path, batches: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Start:
-    """The start of a kto-train: seconds to its first batch, CPU seconds and peak MiB to the end of its first update."""
+    """The start of a kto-train: seconds to its first batch, CPU seconds of all of it, peak MiB to its first update."""
 
     seconds: float
     cpu_seconds: float
     peak_mib: float
+
+
+def peak_mib(process: int) -> float:
+    """Return the peak resident memory of a running process (Linux)."""
+    for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("the system does not tell a process's peak memory")
 
 
 def run_training(cache: Path, out: Path, *options: str) -> Start:
@@ -158,14 +166,17 @@ def run_training(cache: Path, out: Path, *options: str) -> Start:
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    times, said = {}, []
+    times, said, peak = {}, [], 0.0
     for line in process.stdout:
         said.append(line)
-        times.setdefault(line.split()[0] if line.strip() else "", time.perf_counter() - started)
+        word = line.split()[0] if line.strip() else ""
+        if word == "step" and not peak:
+            peak = peak_mib(process.pid)
+        times.setdefault(word, time.perf_counter() - started)
     _, status, usage = os.wait4(process.pid, 0)
     if status or "step" not in times:
         raise RuntimeError(f"kto-train failed: {command}\n{''.join(said)}")
-    return Start(times["start"], usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    return Start(times["start"], usage.ru_utime + usage.ru_stime, peak)
 
 
 def measure(work: Path, rows: int, width: int) -> list[tuple[str, float, str]]:

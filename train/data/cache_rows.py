@@ -250,7 +250,7 @@ class CacheRows(Dataset[TrainingRow]):
         chosen = np.unique(np.linspace(0, groups - 1, min(groups, _GROUPS_SAMPLED)).astype(int))
         of_rows = []
         for group in chosen.tolist():
-            table = self._files.read(group, ["prompt_ids", "completion_ids", "label"])
+            table = self._files.read(group, ["prompt_ids", "completion_ids", "label"], keep=False)
             lists = [numbers(pc.list_value_length(table.column(name))) for name in ("prompt_ids", "completion_ids")]
             of_rows.append(np.stack([*lists, numbers(table.column("label")).astype(np.int64)]))
         prompts, completions, labels = np.concatenate(of_rows, axis=1)
@@ -271,7 +271,7 @@ class CacheRows(Dataset[TrainingRow]):
         return len(self._fitting)
 
     def __getitem__(self, key: "int | RowKey") -> TrainingRow:
-        key = RowKey(key, 0) if isinstance(key, int) else key
+        key = key if isinstance(key, RowKey) else RowKey(int(key), 0)
         number = int(self._fitting[key.index])
         (stored,) = self._reader.read([number], key.partner % self.partners, in_order=False)
         return self._row(key.index, stored)

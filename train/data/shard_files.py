@@ -59,11 +59,18 @@ class ShardFiles:
     def first_row(self, group: int) -> int:
         return int(self._ends[group - 1]) if group else 0
 
-    def read(self, group: int, columns: list[str]) -> pa.Table:
-        """Read some columns of a row group. Raises: CacheError: damaged content."""
+    def read(self, group: int, columns: list[str], *, keep: bool = True) -> pa.Table:
+        """Read some columns of a row group.
+
+        Args:
+            keep: keep the footer of its shard in memory, for further reads.
+
+        Raises:
+            CacheError: damaged content.
+        """
         shard = int(np.searchsorted(self._first_groups, group, side="right")) - 1
         position = group - int(self._first_groups[shard])
-        with self._footers.of(shard) as file:
+        with self._footers.of(shard) if keep else _File(self._sources[shard]) as file:
             (table,) = read_groups(self._paths[shard], file, columns=columns, groups=[position])
         return table
 
