@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -216,10 +216,8 @@ def main() -> None:
 def _serve(channel: WatchedChannel, settings: WorkerSettings) -> None:
     send = _Sender(channel)
     LOGGER.addHandler(_Lines(send))
-    options: dict[str, Any] = dict(settings.options)
     try:
-        config = PrecomputeConfig(**options)
-        with ShardWorker(config, settings.folder, should_stop=channel.is_dismissed.is_set) as worker:
+        with ShardWorker(settings.config, settings.folder, should_stop=channel.is_dismissed.is_set) as worker:
             send(ready=worker.place._asdict())
             while request := channel.recv_bytes():
                 answer = worker.score(Task(**json.loads(request)), lambda tokens: send(scored=tokens))

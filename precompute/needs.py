@@ -15,8 +15,8 @@ import numpy as np
 
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.plan import Plan
+from offline_kto.precompute.score_files import ScoredFile, read_scores
 from offline_kto.precompute.sequence_ids import SequenceIds
-from offline_kto.precompute.store import ScoredFile, read_scores
 
 # Sequences whose scores were found in no file.
 _NOWHERE = -1
@@ -47,7 +47,7 @@ class Needs:
         shards: row ranges of all shards; all but the last have the same number of rows.
         missing: numbers of the shards that are not complete.
         keys: of all shards.
-        files: scored files on disk, those that were scored for another plan first.
+        files: returns the scored files on disk.
 
     Attributes:
         wanted: number of sequences in missing shards.
@@ -163,6 +163,11 @@ class Needs:
         first = np.unique(self._first[self._places(number)])
         passing = (self._found.file[first] == _NOWHERE) | self._found.is_part[first]
         return first[(self._owner(first) == number) & passing]
+
+    def unknown_tokens_of(self, number: int) -> int:
+        """Return the tokens of the sequences that a shard has to score."""
+        first = self._scored_by(number)
+        return int(self._tokens[first[self._unknown[first]]].sum(dtype=np.int64))
 
     def lent_by(self, number: int) -> list[str]:
         """Return the ids of the sequences of a shard whose scores other missing shards need when it is complete."""

@@ -1,10 +1,7 @@
 """Make a cache from a plan: score missing sequences, write shards, and write the manifest."""
 
-import contextlib
 import shlex
 import shutil
-import time
-from pathlib import Path
 
 from offline_kto.kto_core.cache.manifest import fingerprint, identity_of
 from offline_kto.kto_core.cache.manifest_fields import (
@@ -16,9 +13,8 @@ from offline_kto.kto_core.cache.manifest_fields import (
     ScorerFields,
     ScoringSections,
 )
-from offline_kto.kto_core.cache.shards import read_metadata
 from offline_kto.kto_core.console import tell
-from offline_kto.kto_core.errors import CacheError, ConfigError, ModelError, printable
+from offline_kto.kto_core.errors import ConfigError, ModelError, printable
 from offline_kto.kto_core.feedback.labels import UNANIMOUS
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.hashing import json_hash
@@ -30,14 +26,11 @@ from offline_kto.precompute.engines.backend import Backend, choose_backend
 from offline_kto.precompute.engines.reference import Reference, ReferenceFiles
 from offline_kto.precompute.estimates import estimates
 from offline_kto.precompute.local_workers import worker_gpus
-from offline_kto.precompute.out_folder import MERGED, NEXT, done_in, keeps_text, opened_out, rendered_on, shards_in
+from offline_kto.precompute.out_folder import MERGED, keeps_text, opened_out, rendered_on
 from offline_kto.precompute.plan import Plan, PlanCounts, make_plan
-from offline_kto.precompute.plan_files import PlannedRun, read_run
 from offline_kto.precompute.plan_page import describe, wrapped
 from offline_kto.precompute.scoring import Scoring
 from offline_kto.precompute.store import Store
-from offline_kto.precompute.worker import ShardWorker
-from offline_kto.precompute.workers import Task
 
 
 def make_cache(config: PrecomputeConfig) -> None:
@@ -253,49 +246,4 @@ def _report_plan(config: PrecomputeConfig, shards: int) -> None:
         tell(
             "next        the same command with --part 0/N, --part 1/N, ... in place of --plan-only, each on any machine that sees "
             f"{config.out}; then without them, which writes the manifest"
-        )
-
-
-def score_part(config: PrecomputeConfig, part: int, parts: int) -> None:
-    """Score one of the parts into which the planned shards are divided.
-
-    Raises:
-        KTOError: there is no plan, this machine would compute other scores, or a shard cannot be scored.
-    """
-    out = Path(config.out)
-    run = read_run(out)
-    if run is None:
-        raise CacheError(f"--part {config.part}: {out} contains no plan. Run the same command with --plan-only first.")
-    mine = run.shards[part::parts]
-    files = (*done_in(out), *shards_in(out), *shards_in(out / NEXT))
-    footers = [metadata for metadata in map(read_metadata, files) if metadata]
-    there = {metadata.get("key") for metadata in footers if metadata.get("identity") == run.identity}
-    left = [shard for shard in mine if shard.key not in there]
-    total = f"{counted(len(mine), 'shard')} of {len(run.shards):,}"
-    tell(f"part        {part} of {parts} (counted from 0): {total}, {len(mine) - len(left)} done")
-    waiting = 0
-    started = time.monotonic()
-    tokens = 0
-    with contextlib.ExitStack() as stack:
-        worker = stack.enter_context(ShardWorker(config, out)) if left else None
-        for shard in left:
-            assert worker is not None
-            _check_plan(config, run)
-            answer = worker.score(Task(shard.number, str(out)))
-            waiting += not answer.is_written
-            tokens += answer.tokens
-            tell(f"shard       {shard.number}: {counted(answer.tokens, 'token')} in {answer.seconds:,.1f} s")
-    tell(f"scored      {counted(tokens, 'token')} in {time.monotonic() - started:,.1f} s")
-    if waiting:
-        tell(f"waiting     {counted(waiting, 'shard')} for scores of other parts; the last command completes them")
-    tell("next        when all parts are done: the same command without --part, which writes the manifest")
-
-
-def _check_plan(config: PrecomputeConfig, run: PlannedRun) -> None:
-    """Refuse to continue once another command has planned or finished the cache."""
-    now = read_run(Path(config.out))
-    if now is None or now.token != run.token:
-        raise CacheError(
-            f"--part {config.part}: another command has {'finished' if now is None else 'planned'} {config.out} meanwhile. Finished "
-            "shards are kept; start the parts again if some are missing."
         )

@@ -34,11 +34,12 @@ _GROUP = 64
 
 
 class PlannedShard(NamedTuple):
-    """One shard of a planned run: its number, its key and the number of its rows."""
+    """One shard of a planned run: its number, its key, the number of its rows, and the tokens to score."""
 
     number: int
     key: str
     rows: int
+    tokens: int
 
 
 @dataclass(frozen=True)

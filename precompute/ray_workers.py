@@ -26,7 +26,6 @@ from typing import IO, Any, NamedTuple, Protocol
 from offline_kto.kto_core.console import LOGGER
 from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, ModelError, in_one_line
 from offline_kto.kto_core.streams import library_output_in
-from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.comparison import DisagreementError
 from offline_kto.precompute.worker import RefusedError, ShardWorker, StoppedError
 from offline_kto.precompute.workers import (
@@ -71,8 +70,7 @@ class ShardWorkerOpener:
         self._settings = settings
 
     def __call__(self, should_stop: Callable[[], bool]) -> ShardWorker:
-        options: dict[str, Any] = dict(self._settings.options)
-        return ShardWorker(PrecomputeConfig(**options), self._settings.folder, should_stop=should_stop)
+        return ShardWorker(self._settings.config, self._settings.folder, should_stop=should_stop)
 
 
 class _Opened(NamedTuple):

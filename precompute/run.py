@@ -25,11 +25,12 @@ def precompute(config: PrecomputeConfig) -> None:
     if config.numbered_part is None:
         check_out(config.out)
         tell(f"starting    {config.data} -> {config.out}")
-    from offline_kto.precompute.pipeline import make_cache, score_part  # imports torch and transformers: seconds
+        from offline_kto.precompute.pipeline import make_cache  # imports torch and transformers, which takes seconds
 
-    if config.numbered_part is None:
         make_cache(config)
     else:
+        from offline_kto.precompute.planned_part import score_part
+
         score_part(config, *config.numbered_part)
 
 

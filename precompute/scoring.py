@@ -35,8 +35,9 @@ from offline_kto.precompute.plan_files import (
     write_run,
 )
 from offline_kto.precompute.ray_workers import RayWorkers, ShardWorkerOpener
+from offline_kto.precompute.score_files import read_parts, read_scores_of
 from offline_kto.precompute.sequence_ids import sequence_ids
-from offline_kto.precompute.store import ShardSize, Store, read_parts, read_scores_of
+from offline_kto.precompute.store import ShardSize, Store
 from offline_kto.precompute.workers import Answer, Workers, WorkerSettings
 
 # Sequences on which Transformers' scoring is checked.
@@ -217,7 +218,10 @@ class Scoring:
             hashes=[reference["weights_hash"], reference["adapter_hash"]],
             weights_state=self.reference.state_hash,
             vocabulary=self.reference.vocabulary,
-            shards=[PlannedShard(i, self._keys[i], len(self.shards[i])) for i in self.missing],
+            shards=[
+                PlannedShard(i, self._keys[i], len(self.shards[i]), self._needs.unknown_tokens_of(i))
+                for i in self.missing
+            ],
         )
         write_run(self.store.out, run)
         return run

@@ -12,12 +12,10 @@ refs/.done/TOKEN/...        shards that workers finished, until they are moved t
 import contextlib
 import itertools
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offline_kto.kto_core.cache.manifest import (
@@ -31,9 +29,6 @@ from offline_kto.kto_core.cache.manifest import (
 from offline_kto.kto_core.cache.manifest_fields import Identity, OptionalEntries, PairingFields, Sections, ShardFields
 from offline_kto.kto_core.cache.shards import (
     CacheRow,
-    Rows,
-    check_packing,
-    check_table,
     open_shard,
     read_metadata,
     shard_name,
@@ -44,8 +39,9 @@ from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import flush, remove_temporary, replacing
 from offline_kto.kto_core.errors import CacheError, NewerFormatError
 from offline_kto.kto_core.feedback.quoting import counted
-from offline_kto.kto_core.hashing import file_hash, json_hash, sequence_id
+from offline_kto.kto_core.hashing import file_hash
 from offline_kto.precompute.out_folder import DONE, KEPT, NEXT, PARTS, PLAN, done_in, made, shards_in
+from offline_kto.precompute.score_files import ScoredFile, drop_parts, is_whole, write_part
 
 
 class Store:
@@ -352,122 +348,6 @@ class ShardSize(NamedTuple):
     rows: int
     bytes: int
     sha256: str
-
-
-class ScoredFile(NamedTuple):
-    """A whole file with scores.
-
-    Attributes:
-        key: of the shard, if the file is one.
-        part_of: key of the shard, if the file is a part of one.
-    """
-
-    path: Path
-    key: str | None
-    part_of: str | None
-
-    @classmethod
-    def of(cls, path: Path, metadata: Mapping[str, object]) -> "ScoredFile":
-        key, part_of = (str(metadata[name]) if name in metadata else None for name in ("key", "part_of"))
-        return cls(path, key, part_of)
-
-    def sequences(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the ids of its sequences as 16 bytes (V16), the row of each, and its place in that row."""
-        ids, rows, slots = [], [], []
-        file, number = open_shard(self.path), 0
-        for group in range(file.num_row_groups):
-            for row in Rows(file.read_row_group(group)):
-                for slot, completion in enumerate((row["completion_ids"], *row["kl_completion_ids"])):
-                    ids.append(bytes.fromhex(sequence_id(row["prompt_ids"], completion)))
-                    rows.append(number)
-                    slots.append(slot)
-                number += 1
-        return (
-            np.frombuffer(b"".join(ids), dtype="V16"),
-            np.array(rows, dtype=np.int64),
-            np.array(slots, dtype=np.int64),
-        )
-
-
-def read_scores(path: Path, rows: np.ndarray, slots: np.ndarray) -> list[np.ndarray]:
-    """Return the scores of some sequences of a file.
-
-    Args:
-        rows, slots: as `ScoredFile.sequences` returns them.
-    """
-    file = open_shard(path)
-    ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
-    of = np.searchsorted(ends, rows, side="right")
-    found: dict[int, np.ndarray] = {}
-    for group in np.unique(of).tolist():
-        content = Rows(file.read_row_group(group))
-        start = int(ends[group]) - len(content)
-        for i in np.flatnonzero(of == group).tolist():
-            row, slot = content[int(rows[i]) - start], int(slots[i])
-            # A copy, because a view would keep the whole group in memory.
-            found[i] = (row["ref_token_logps"] if slot == 0 else row["ref_kl_token_logps"][slot - 1]).copy()
-    return [found[i] for i in range(len(rows))]
-
-
-def read_scores_of(path: Path, ids: Collection[str]) -> dict[str, np.ndarray]:
-    """Return the scores of some sequences of a file, by id."""
-    if not ids:
-        return {}
-    wanted = set(ids)
-    found, rows, slots = ScoredFile(path, None, None).sequences()
-    names = [bytes(one).hex() for one in found]
-    at = [i for i, name in enumerate(names) if name in wanted]
-    return dict(zip([names[i] for i in at], read_scores(path, rows[at], slots[at]), strict=True))
-
-
-def is_whole(path: Path, *, vocabulary: int, rows: int | None = None, partners: int | None = None) -> bool:
-    """Return whether a shard can be read and all its rows are valid. Invalid shards are rescored."""
-    if path.is_symlink():
-        return False
-    try:
-        check_packing(path, open_shard(path))
-        table = pq.read_table(path, page_checksum_verification=True)
-        check_table(table, path.name, vocabulary=vocabulary, partners=partners)
-    except (CacheError, OSError, MemoryError, pa.ArrowException):
-        return False
-    return rows is None or table.num_rows == rows
-
-
-def write_part(out: Path, key: str, rows: Sequence[CacheRow], metadata: Mapping[str, object]) -> None:
-    """Write some of the scores of a shard.
-
-    Args:
-        out: the folder of the cache; its folder for parts exists.
-        metadata: see `Store.metadata`.
-
-    Raises:
-        CacheError: they cannot be written.
-    """
-    content = json_hash([row["row_id"] for row in rows])
-    path = out / PARTS / "train" / _part_name(key, content[:32])
-    write_shard(path, rows, {**metadata, "part_of": key})
-
-
-def drop_parts(out: Path, key: str) -> None:
-    """Remove the parts of a shard. Their folder stays, because another process may be writing into it."""
-    for path in (out / PARTS / "train").glob(_part_name(key, "*")):
-        path.unlink(missing_ok=True)
-
-
-def read_parts(out: Path, key: str, identity: Mapping[str, object], *, vocabulary: int) -> dict[str, np.ndarray]:
-    """Return the scores in the parts of a shard, by sequence id."""
-    scores: dict[str, np.ndarray] = {}
-    for path in sorted((out / PARTS / "train").glob(_part_name(key, "*"))):
-        metadata = read_metadata(path) or {}
-        ours = metadata.get("part_of") == key and metadata.get("identity") == identity
-        if ours and is_whole(path, vocabulary=vocabulary):
-            ids, rows, slots = ScoredFile.of(path, metadata).sequences()
-            scores.update(zip((bytes(one).hex() for one in ids), read_scores(path, rows, slots), strict=True))
-    return scores
-
-
-def _part_name(key: str, content: str) -> str:
-    return f"{key[:32]}-{content}.parquet"
 
 
 def _is_same(old: Manifest, mark: str, labels_hash: str, rows_per_shard: int) -> bool:

@@ -31,7 +31,7 @@ from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.out_folder import MERGED, PARTS
 from offline_kto.precompute.parts import Pace, ShardScores
 from offline_kto.precompute.plan_files import PlanFile, done_path, plan_path, read_plan_file, read_run
-from offline_kto.precompute.store import drop_parts, read_parts, write_part
+from offline_kto.precompute.score_files import drop_parts, read_parts, write_part
 from offline_kto.precompute.workers import Answer, Task, WorkerPlace
 
 # Fields of the identity that describe the rows, not what scores them.

@@ -6,7 +6,7 @@ business. On its side a worker runs `offline_kto.precompute.worker.ShardWorker`.
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -14,11 +14,6 @@ from offline_kto.kto_core.cache.manifest_fields import ScoreDifference
 from offline_kto.kto_core.errors import KTOError
 from offline_kto.kto_core.options import as_plain
 from offline_kto.precompute.config import PrecomputeConfig
-
-# Options of the leader that a worker does not have.
-_OF_LEADER = ("out", "workers", "cluster", "plan_only", "part", "dry_run", "overwrite")
-# Options that name a file or a folder, or something that is none.
-_PATHS = ("model", "adapter", "chat_template")
 
 
 class Task(NamedTuple):
@@ -130,9 +125,14 @@ Event: TypeAlias = Ready | Scored | Said | Answered | Lost | Failed
 class Workers(Protocol):
     """A transport. All methods are called from one thread.
 
-    Workers need the options of the run and its folder (`ShardWorker` takes both); `Task`, `Answer` and `WorkerPlace` travel as
-    JSON or by the transport's own means. A worker that was lost or has failed is never reported on again, and its name is
-    never used again.
+    A worker is started with `WorkerSettings` and makes a `ShardWorker` of them, which takes seconds to minutes. It sends
+    `Ready`, then for each task `Scored` events and one `Answered`, and its log lines as `Said`. A `KTOError`, at any time, is
+    sent as `Failed` with its class kept (`RefusedError` and `DisagreementError` mean something to the leader); any other end is
+    `Lost`. After either of them nothing more is reported on that worker, and its name is never used again. All events of a
+    shard that was submitted before its worker was lost come before `Lost`.
+
+    Plan files, parts and shards go through the folder of the cache, which all machines see. Only small things go through the
+    transport: tasks, answers and events, as JSON or by its own means.
     """
 
     def grow(self, wanted: int, avoid: Collection[str]) -> int:
@@ -160,15 +160,21 @@ class Workers(Protocol):
         """
 
 
+# Options that concern the leader only.
+_OF_LEADER = ("out", "workers", "cluster", "plan_only", "part", "dry_run", "overwrite")
+# Options that name a file or a folder, or something that is none.
+_PATHS = ("model", "adapter", "chat_template")
+
+
 class WorkerSettings(NamedTuple):
     """What a worker is started with, as JSON.
 
     Attributes:
-        options: of `PrecomputeConfig`, for this worker.
-        out: folder of the cache.
+        options: of `PrecomputeConfig`.
+        out: folder of the cache, as the worker sees it.
     """
 
-    options: Mapping[str, Any]
+    options: dict[str, Any]
     out: str
 
     @classmethod
@@ -179,6 +185,10 @@ class WorkerSettings(NamedTuple):
             if options[name] is not None and Path(options[name]).exists():
                 options[name] = os.path.abspath(options[name])
         return cls(options, os.path.abspath(out))
+
+    @property
+    def config(self) -> PrecomputeConfig:
+        return PrecomputeConfig(**self.options)
 
     @property
     def folder(self) -> Path:

@@ -32,7 +32,8 @@ precompute.config train.config train.run_records
 precompute.records precompute.parts train.run_files train.samples_file train.suspects_file
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
 precompute.feedback
-precompute.plan precompute.store train.trainer train.report
+precompute.plan precompute.score_files train.trainer train.report
+precompute.store
 precompute.sequence_ids precompute.cache_rows precompute.workers
 precompute.needs
 precompute.plan_files
@@ -40,7 +41,7 @@ precompute.worker
 precompute.leader precompute.local_workers precompute.ray_workers
 precompute.scoring precompute.judgement_page precompute.estimates train.publish
 precompute.plan_page train.run
-precompute.pipeline precompute.inspect_cache train.sweep
+precompute.pipeline precompute.planned_part precompute.inspect_cache train.sweep
 precompute.run
 precompute.cli train.cli
 """
