@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 
 VENV_VLLM ?= .venv-vllm
 
-.PHONY: demo test test-slow test-gpu rehearse-gpu test-vllm check docs format install clean
+.PHONY: demo test test-slow test-ray test-gpu rehearse-gpu test-vllm check docs format install clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -15,7 +15,11 @@ test: $(VENV)/installed
 
 # What `make test` leaves out, so that it stays under six minutes: many kills, several ranks, whole sweeps, the browser.
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "slow and not vllm and not gpu" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "slow and not vllm and not gpu and not ray" $(ARGS)
+
+# Real Ray processes on three nodes of this machine, one test after the other.
+test-ray: $(VENV)/installed
+	$(BIN)/python -m pytest -m ray $(ARGS)
 
 # On a machine with a GPU. Each test that cannot run there says why it is skipped.
 test-gpu: $(VENV)/installed

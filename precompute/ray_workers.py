@@ -18,15 +18,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 from offline_kto.kto_core.console import LOGGER
 from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, ModelError, in_one_line
 from offline_kto.kto_core.streams import library_output_in
-from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.comparison import DisagreementError
 from offline_kto.precompute.worker import RefusedError, ShardWorker, StoppedError
 from offline_kto.precompute.workers import (
@@ -71,8 +70,7 @@ class ShardWorkerOpener:
         self._settings = settings
 
     def __call__(self, should_stop: Callable[[], bool]) -> ShardWorker:
-        options: dict[str, Any] = dict(self._settings.options)
-        return ShardWorker(PrecomputeConfig(**options), self._settings.folder, should_stop=should_stop)
+        return ShardWorker(self._settings.config, self._settings.folder, should_stop=should_stop)
 
 
 class _Opened(NamedTuple):
@@ -165,7 +163,7 @@ class _Worker:
 class RayWorkers:
     """Workers on a Ray cluster; see `offline_kto.precompute.workers.Workers`.
 
-    `ray.init` happens here, and Ray's own output goes to `log` until `stop`.
+    It connects to the cluster at once, and Ray's own output goes to `log` until `stop`.
 
     Args:
         address: `auto`, HOST:PORT, or ray://HOST:PORT.
@@ -185,10 +183,20 @@ class RayWorkers:
         self._last_news = float("-inf")
         self._suspects: dict[str, float] = {}  # nodes that are perhaps gone -> until when
         with contextlib.ExitStack() as undo:
-            self.log = undo.enter_context(_ray_output_in_log())
-            undo.callback(self._ray.shutdown)
-            _connect(self._ray, address)
+            self._log_file = undo.enter_context(_ray_output_in_log())
+            undo.callback(self._disconnect)
+            with redirect_stdout(self._log_file), redirect_stderr(self._log_file):
+                _connect(self._ray, address)
             self._undo = undo.pop_all()
+
+    @property
+    def log(self) -> Path:
+        """Ray's own output in this process."""
+        return Path(self._log_file.name)
+
+    def _disconnect(self) -> None:
+        with redirect_stdout(self._log_file), redirect_stderr(self._log_file):  # it prints what it held back
+            self._ray.shutdown()
 
     def grow(self, wanted: int, avoid: Collection[str]) -> int:
         held = Counter(worker.node.id for worker in self._workers.values())
@@ -294,7 +302,8 @@ class RayWorkers:
         why = "its process died" if is_node_alive else "its node is gone"
         if getattr(error, "preempted", False):
             why = "preempted"
-        return Lost(worker, one.node.name, why, is_node_alive, one.log or str(self.log))
+        log = one.log or str(self.log)
+        return Lost(worker, one.node.name, why, is_node_alive, log if is_node_alive else "")
 
     def _end(self, worker: str) -> None:
         one = self._workers.pop(worker)
@@ -353,7 +362,7 @@ def _room(resources: Mapping[str, float], gpus: int) -> int:
 
 
 @contextlib.contextmanager
-def _ray_output_in_log() -> Iterator[Path]:
+def _ray_output_in_log() -> Iterator[IO[str]]:
     """Send what Ray prints in this process to a log file: sixty lines for one lost node.
 
     The file is removed if the block ends without an error.
@@ -365,7 +374,7 @@ def _ray_output_in_log() -> Iterator[Path]:
         logger.handlers, logger.propagate = [handler], False
         try:
             with library_output_in(file, threads="ray_"):
-                yield log
+                yield file
         finally:
             logger.handlers, logger.propagate = handlers, propagate
     log.unlink()

@@ -142,7 +142,9 @@ def test_the_shard_of_a_killed_worker_is_taken_by_another(
     assert "raylet" not in printed, printed
 
 
-def test_a_removed_node_is_left_and_an_added_one_used(nodes: Nodes, tmp_path: Path) -> None:
+def test_a_removed_node_is_left_and_an_added_one_used(
+    nodes: Nodes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = Run(nodes, waiting(tmp_path), 40)
 
     def remove() -> None:
@@ -154,6 +156,9 @@ def test_a_removed_node_is_left_and_an_added_one_used(nodes: Nodes, tmp_path: Pa
     assert sorted(run.finished) == list(range(40))
     assert begun(tmp_path) == 41
     assert len(processes(tmp_path)) == 3
+    printed = "".join(capfd.readouterr())
+    assert "its node is gone" in printed
+    assert "raylet" not in printed, printed
 
 
 def test_a_shard_that_kills_its_workers_stops_the_run(nodes: Nodes, tmp_path: Path) -> None:
