@@ -159,10 +159,16 @@ class PlanCounts:
     def of(cls, plan: Plan) -> "PlanCounts":
         rows, ids, lengths = plan.rows, plan.sequence_ids, plan.completion_lengths
         cut = lengths < np.concatenate([rows.full_lengths[:, None], rows.full_lengths[plan.pairing.partners]], axis=1)
-        distinct, first = np.unique(ids, return_index=True)
         lengths += rows.prompt_lengths[:, None]
+        sequences = tokens = 0
+        hasher = ListHash()
+        for some in _distinct(ids.ravel()):
+            sequences += len(some)
+            tokens += int(lengths.ravel()[some].sum())
+            hasher.add(hex_ids(ids.ravel()[some]))
         desirable = int(rows.labels.sum())
-        repeated, both = _repeated(ids[:, 0], rows.labels)
+        different = _number_of(ids[:, 0])
+        of_classes = (_number_of(ids[rows.labels == label, 0]) for label in (True, False))
         return cls(
             read=plan.read,
             kept=len(rows),
@@ -171,30 +177,29 @@ class PlanCounts:
             undesirable=len(rows) - desirable,
             truncated=int(cut[:, 0].sum()),
             kl_truncated=int(cut[:, 1:].sum()),
-            prompts=len(np.unique(rows.ids("prompt_id"))),
-            sequences=len(distinct),
-            tokens=int(lengths.ravel()[first].sum()),
-            rows_hash=_hash_of_ids(distinct),
-            duplicates=repeated,
-            contradictions=both,
+            prompts=_number_of(rows.ids("prompt_id")),
+            sequences=sequences,
+            tokens=tokens,
+            rows_hash=hasher.hexdigest(),
+            duplicates=len(rows) - different,
+            contradictions=sum(of_classes) - different,
             masses=total(rows.judgements.masses),
             objectives={name: total(masses) for name, masses in rows.judgements.objectives.items()},
         )
 
 
-def _repeated(row_ids: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
-    """Return how many rows repeat another row, and how many completions have both labels."""
-    desirable, undesirable = (np.unique(row_ids[labels == label]) for label in (True, False))
-    both = len(np.intersect1d(desirable, undesirable, assume_unique=True))
-    return len(row_ids) - (len(desirable) + len(undesirable) - both), both
-
-
-def _hash_of_ids(ids: np.ndarray) -> str:
-    """Return `json_hash` of ids as texts."""
-    hasher = ListHash()
+def _distinct(ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield a position of each distinct id, in the order of the ids, some at a time: sorted copies would take more memory."""
+    order = np.argsort(ids)
     for start in range(0, len(ids), _HASH_ROWS):
-        hasher.add(hex_ids(ids[start : start + _HASH_ROWS]))
-    return hasher.hexdigest()
+        some = order[max(0, start - 1) : start + _HASH_ROWS]
+        is_new = ids[some[1:]] != ids[some[:-1]]
+        yield some[1:][is_new] if start else some[np.append(True, is_new)]
+
+
+def _number_of(ids: np.ndarray) -> int:
+    """Return the number of distinct ids."""
+    return sum(map(len, _distinct(ids)))
 
 
 class ReadRows(NamedTuple):
