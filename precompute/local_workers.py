@@ -111,13 +111,11 @@ class LocalWorkers:
         self._send(child, self._settings._asdict())
 
     def _environment(self, gpus: Sequence[int] | None) -> dict[str, str]:
-        if gpus is not None:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            names = visible.split(",") if visible else None
-            return {"CUDA_VISIBLE_DEVICES": ",".join(names[gpu] if names else str(gpu) for gpu in gpus)}
-        if "OMP_NUM_THREADS" in os.environ:
+        if gpus is None:
             return {}
-        return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // len(self._gpus)))}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else None
+        return {"CUDA_VISIBLE_DEVICES": ",".join(names[gpu] if names else str(gpu) for gpu in gpus)}
 
     def submit(self, worker: str, task: Task) -> None:
         self._send(self._children[worker][1], task._asdict())

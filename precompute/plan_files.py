@@ -53,6 +53,7 @@ class PlannedRun:
         hashes: of weights and adapter.
         weights_state: of the files that were hashed; files in the same state are not hashed again.
         vocabulary: vocabulary size of the reference.
+        threads: of torch on a CPU; their number changes the last bits of a score.
         shards: that have to be scored.
     """
 
@@ -62,6 +63,7 @@ class PlannedRun:
     hashes: list[str | None]
     weights_state: str
     vocabulary: int
+    threads: int
     shards: list[PlannedShard]
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 
 from offline_kto.kto_core.cache.manifest_fields import RunFields, ScoreDifference, ScoringSections, WorkerFields
 from offline_kto.kto_core.console import tell
@@ -218,6 +219,7 @@ class Scoring:
             hashes=[reference["weights_hash"], reference["adapter_hash"]],
             weights_state=self.reference.state_hash,
             vocabulary=self.reference.vocabulary,
+            threads=torch.get_num_threads(),
             shards=[
                 PlannedShard(i, self._keys[i], len(self.shards[i]), self._needs.unknown_tokens_of(i))
                 for i in self.missing

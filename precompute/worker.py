@@ -69,6 +69,8 @@ class ShardWorker:
         self._backend = choose_backend(config)
         self._reference = Reference.find(config)
         self._check_identity()
+        if self._reference.device.type == "cpu":
+            torch.set_num_threads(run.threads)
         self._keys = {shard.number: shard.key for shard in run.shards}
         self._engine = contextlib.ExitStack()
         self._scorer: Scorer | None = None
