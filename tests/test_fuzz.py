@@ -36,6 +36,7 @@ from models import CHAT_TEMPLATE, tiny_tokenizer
 from test_manifest import make_cache
 from test_shards import ROWS
 
+from offline_kto.kto_core.cache import verified_shards
 from offline_kto.kto_core.cache.manifest import MANIFEST, checksum, differences, fingerprint, identity_of, read_manifest
 from offline_kto.kto_core.cache.shards import check_table, open_shard, read_metadata, shard_name
 from offline_kto.kto_core.errors import CacheError, ConfigError, FeedbackError, KTOError, ModelError, TokenizationError
@@ -136,7 +137,8 @@ class _Watch:
         code = real.startswith((*self.LIBRARIES, str(ROOT))) and "__pycache__" in real + "__pycache__" * real.endswith(
             ".py"
         )
-        return code or real.startswith((*self.LIBRARIES, str(self.folder), "/proc/self", "/usr/share/zoneinfo"))
+        own = os.path.realpath(verified_shards.own_files())  # what was verified is remembered there
+        return code or real.startswith((*self.LIBRARIES, str(self.folder), own, "/proc/self", "/usr/share/zoneinfo"))
 
 
 @functools.cache

@@ -102,6 +102,7 @@ class TestWriting:
         precompute(replace(config, out=tmp_path / "local"))
         assert_same_cache(fetch(memory, "/team/refs", tmp_path / "fetched"), tmp_path / "local")
 
+    @pytest.mark.slow
     def test_workers_write_the_same_cache(
         self, config: PrecomputeConfig, tmp_path: Path, memory: Any, home: Path
     ) -> None:

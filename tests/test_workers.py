@@ -134,6 +134,7 @@ def test_two_workers_score_what_one_process_scores(
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced(
     config: PrecomputeConfig,
     tmp_path: Path,
@@ -210,6 +211,7 @@ def test_what_a_worker_cannot_do_is_told_once(config: PrecomputeConfig, tmp_path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_worker_with_another_library_is_refused_by_its_machine(
     config: PrecomputeConfig, tmp_path: Path, workers_begin: Callable[[str], None]
 ) -> None:
