@@ -254,33 +254,22 @@ class TestSweepOnOneGpu:
 class TestSeveralGpus:
     """g18 and g19."""
 
-    # After scoring, each rank prints how much it has allocated on every GPU.
-    RANK = (
-        "import atexit, os, torch\n"
-        "def used():\n"
-        "    if not torch.cuda.is_available(): return\n"
-        "    counts = [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]\n"
-        "    print('USED', os.environ['LOCAL_RANK'], torch.cuda.current_device(), *counts, flush=True)\n"
-        "atexit.register(used)\n"
-        "from offline_kto.precompute.cli import precompute; precompute()\n"
-    )
-
     @pytest.mark.parametrize("kind", ["16 bits", pytest.param("4 bits", marks=bitsandbytes)])
-    def test_each_rank_uses_its_own_gpu(
+    def test_a_worker_on_each_gpu_writes_the_cache_of_one(
         self, request: pytest.FixtureRequest, data: Path, tmp_path: Path, kind: str
     ) -> None:
         folder = request.getfixturevalue("model" if kind == "16 bits" else "four_bits")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(GPUS)]
-        command += ["--no-python", sys.executable, "-c", self.RANK, "--model", str(folder), "--data", str(data)]
-        command += ["--out", str(tmp_path / "refs"), "--backend", "transformers"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("USED")]
-        assert sorted(int(rank) for rank, *_ in lines) == list(range(GPUS)) or REHEARSAL
-        for rank, current, *used in lines:
-            assert current == rank
-            assert [i for i, count in enumerate(used) if int(count)] == [int(rank)]
-        verify(tmp_path / "refs")
+        config = PrecomputeConfig(
+            model=str(folder), data=str(data), out=tmp_path / "all", backend="transformers", rows_per_shard=8
+        )
+        precompute(replace(config, workers=GPUS if REHEARSAL else None))
+        precompute(replace(config, out=tmp_path / "one", workers=1))
+        shards = read_manifest(tmp_path / "one").shards
+        run = read_manifest(tmp_path / "all").run
+        assert sum(worker["shards"] for worker in run["workers"]) == len(shards)
+        assert [shard["sha256"] for shard in read_manifest(tmp_path / "all").shards] == [
+            shard["sha256"] for shard in shards
+        ]
 
     @card_only
     @pytest.mark.parametrize("precision", [FULL, HALF], ids=["float32", "bfloat16"])

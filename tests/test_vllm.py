@@ -147,16 +147,15 @@ def test_a_cache_from_vllm_trains(bos: bool, tmp_path: Path, capfd: pytest.Captu
     assert "WARNING" not in printed.out + printed.err  # what vLLM prints is in its log
 
 
-def test_two_engines_score_what_one_does(
-    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Start two engines as for two GPUs; on a CPU the second one is just another process."""
+def test_two_workers_with_an_engine_each_score_what_one_process_does(base: Path, tmp_path: Path) -> None:
+    """As for two GPUs; on a CPU the second engine is just another process."""
     data = write_feedback(tmp_path / "f.jsonl", 40, seed=5)
     config = PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "a", rows_per_shard=15)
     precompute(config)
-    monkeypatch.setattr("offline_kto.precompute.engines.backend.gpu_groups", lambda config, device: [[0], [1]])
-    precompute(replace(config, out=tmp_path / "b", backend="vllm"))
-    assert "engines     2 of vLLM: vLLM on GPU 0, vLLM on GPU 1" in capfd.readouterr().out
+    precompute(replace(config, out=tmp_path / "b", backend="vllm", workers=2))
+    manifest = read_manifest(tmp_path / "b")
+    assert sum(worker["shards"] for worker in manifest.run["workers"]) == 3
+    assert manifest.scorer["difference"]["rows"] > 0
     assert_agree(tmp_path / "a", tmp_path / "b")
     verify(tmp_path / "b")
 

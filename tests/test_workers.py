@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import forks
 import numpy as np
@@ -21,6 +22,7 @@ from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, Model
 from offline_kto.kto_core.hashing import sequence_id
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.inspect_cache import verify
+from offline_kto.precompute.local_workers import LocalWorkers
 from offline_kto.precompute.run import precompute
 from offline_kto.precompute.worker import RefusedError
 
@@ -304,3 +306,20 @@ class TestParts:
         with pytest.raises(KTOError, match=r"contains no plan\. Run the same command with --plan-only first"):
             precompute(replace(config, out=tmp_path / "refs", part="0/2"))
         assert not (tmp_path / "refs").exists()
+
+
+def test_each_worker_sees_its_own_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers count the GPUs that this process sees."""
+    environments: list[dict[str, str]] = []
+
+    class Child:
+        def __init__(self, module: str, function: str, *, environment: dict[str, str]) -> None:
+            environments.append(environment)
+            self.channel = mock.Mock()
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr("offline_kto.precompute.local_workers.ChildProcess", Child)
+    config = PrecomputeConfig(model="base", data="rows.jsonl", out=tmp_path)
+    workers = LocalWorkers(config, str(tmp_path), [[0, 1], [2, 3]])
+    assert workers.grow(2, set()) == 2
+    assert environments == [{"CUDA_VISIBLE_DEVICES": "4,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}]
