@@ -5,29 +5,34 @@ leader  -- settings, tasks -->  standard input of the child, one end of a socket
 """
 
 import json
-import logging
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import cast
 
 import torch
 
 from offline_kto.kto_core.console import LOGGER, shown_lines
-from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, ModelError
+from offline_kto.kto_core.errors import ConfigError, KTOError
 from offline_kto.kto_core.runtime import keep_freed_memory
 from offline_kto.kto_core.streams import encode_all
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, gpu_groups
 from offline_kto.precompute.engines.child import WatchedChannel, channel_to_parent
-from offline_kto.precompute.engines.comparison import DisagreementError
 from offline_kto.precompute.engines.process import ChildProcess
 from offline_kto.precompute.engines.reference import Reference
-from offline_kto.precompute.worker import RefusedError, ShardWorker, StoppedError
+from offline_kto.precompute.worker import (
+    KEPT_ERRORS,
+    SECONDS_TO_STOP,
+    LoggedLines,
+    ShardWorker,
+    StoppedError,
+    kept_error,
+)
 from offline_kto.precompute.workers import (
     Answer,
     Answered,
@@ -42,9 +47,7 @@ from offline_kto.precompute.workers import (
     WorkerSettings,
 )
 
-# For a worker that was told to end, to write its scores.
-_SECONDS_TO_STOP = 60.0
-_ERRORS = {error.__name__: error for error in (RefusedError, DisagreementError, CacheError, ModelError)}
+_ERRORS = {kind.__name__: kind for kind in KEPT_ERRORS}
 
 
 def worker_gpus(config: PrecomputeConfig, reference: Reference, backend: Backend) -> list[list[int] | None]:
@@ -149,7 +152,7 @@ class LocalWorkers:
                 return Answered(worker, Answer(**answer))
         self._end(worker)
         child.log.unlink()
-        return Failed(worker, self._node, _ERRORS.get(message["error"], ModelError)(message["message"]))
+        return Failed(worker, self._node, _ERRORS[message["error"]](message["message"]))
 
     def _lost(self, worker: str) -> Lost:
         child = self._children[worker][1]
@@ -169,7 +172,7 @@ class LocalWorkers:
                 child.channel.send_bytes(b"")
             except ConnectionError:
                 continue  # it has ended
-        deadline = time.monotonic() + _SECONDS_TO_STOP
+        deadline = time.monotonic() + SECONDS_TO_STOP
         for child in children:
             child.end(max(0.0, deadline - time.monotonic()))
             child.channel.close()
@@ -188,17 +191,6 @@ class _Sender:
             self._channel.send_bytes(json.dumps(event).encode())
 
 
-class _Lines(logging.Handler):
-    """A logging handler that sends the worker's lines to the leader."""
-
-    def __init__(self, send: Callable[..., None]) -> None:
-        super().__init__()
-        self._send_event = send
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._send_event(said=record.getMessage())
-
-
 def main() -> None:
     """Serve the leader at the other end of standard input, in the child process."""
     encode_all()
@@ -213,7 +205,7 @@ def main() -> None:
 
 def _serve(channel: WatchedChannel, settings: WorkerSettings) -> None:
     send = _Sender(channel)
-    LOGGER.addHandler(_Lines(send))
+    LOGGER.addHandler(LoggedLines(lambda line: send(said=line)))
     try:
         with ShardWorker(settings.config, settings.folder, should_stop=channel.is_dismissed.is_set) as worker:
             send(ready=worker.place._asdict())
@@ -223,5 +215,4 @@ def _serve(channel: WatchedChannel, settings: WorkerSettings) -> None:
     except StoppedError:
         return
     except KTOError as error:
-        kind = next((name for name, one in _ERRORS.items() if isinstance(error, one)), "ModelError")
-        send(error=kind, message=str(error))
+        send(error=type(kept_error(error)).__name__, message=str(error))

@@ -3,8 +3,6 @@
 import shlex
 import shutil
 
-import numpy as np
-
 from offline_kto.kto_core.cache.manifest import fingerprint, identity_of
 from offline_kto.kto_core.cache.manifest_fields import (
     DataFields,
@@ -15,7 +13,6 @@ from offline_kto.kto_core.cache.manifest_fields import (
     ScorerFields,
     ScoringSections,
 )
-from offline_kto.kto_core.cache.repeats import count_repeats
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ConfigError, ModelError, printable
 from offline_kto.kto_core.feedback.labels import UNANIMOUS
@@ -209,8 +206,6 @@ def _judgements(plan: Plan) -> OptionalEntries:
 
 
 def _data(plan: Plan, counts: PlanCounts, labels_hash: str, places_hash: str) -> DataFields:
-    row_ids = np.array([row.row_id for row in plan.rows], dtype="S32")
-    repeats = count_repeats(row_ids, np.array([row.label for row in plan.rows], dtype=bool))
     return {
         "files": [{"name": printable(f.name), "sha256": f.sha256, "bytes": f.bytes} for f in plan.files],
         "read": counts.read,
@@ -221,8 +216,8 @@ def _data(plan: Plan, counts: PlanCounts, labels_hash: str, places_hash: str) ->
         "truncated": counts.truncated,
         "kl_truncated": counts.kl_truncated,
         "prompts": counts.prompts,
-        "duplicates": repeats.duplicates,
-        "contradictions": repeats.contradictions,
+        "duplicates": counts.repeats.duplicates,
+        "contradictions": counts.repeats.contradictions,
         "rows_hash": counts.rows_hash,
         "labels_hash": labels_hash,
         "places_hash": places_hash,

@@ -16,6 +16,7 @@ import numpy as np
 
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.cache.places import place_of
+from offline_kto.kto_core.cache.repeats import Repeats, count_repeats
 from offline_kto.kto_core.errors import FeedbackError, PairingError, TokenizationError
 from offline_kto.kto_core.feedback.pairing import PairableRows, Pairing, pair_rotate, pair_shuffled
 from offline_kto.kto_core.feedback.quoting import counted
@@ -151,7 +152,7 @@ class PlanCounts:
     tokens: int
     rows_hash: str
     duplicates: int
-    contradictions: int
+    repeats: Repeats
     masses: Masses
     objectives: dict[str, Masses]
 
@@ -167,8 +168,6 @@ class PlanCounts:
             tokens += int(lengths.ravel()[some].sum())
             hasher.add(hex_ids(ids.ravel()[some]))
         desirable = int(rows.labels.sum())
-        different = _number_of(ids[:, 0])
-        of_classes = (_number_of(ids[rows.labels == label, 0]) for label in (True, False))
         return cls(
             read=plan.read,
             kept=len(rows),
@@ -181,8 +180,8 @@ class PlanCounts:
             sequences=sequences,
             tokens=tokens,
             rows_hash=hasher.hexdigest(),
-            duplicates=len(rows) - different,
-            contradictions=sum(of_classes) - different,
+            duplicates=len(rows) - _number_of(ids[:, 0]),
+            repeats=count_repeats(ids[:, 0], rows.labels),
             masses=total(rows.judgements.masses),
             objectives={name: total(masses) for name, masses in rows.judgements.objectives.items()},
         )

@@ -181,9 +181,11 @@ def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     found += warnings_about_judgements(plan)
     if rare := rare_class(counts.desirable, counts.undesirable):
         found.append(rare)
-    if counts.contradictions:
-        carry = "carries" if counts.contradictions == 1 else "carry"
-        found.append(f"{counted(counts.contradictions, 'completion')} {carry} both labels; the effects cancel out.")
+    if counts.repeats.contradictions:
+        carry = "carries" if counts.repeats.contradictions == 1 else "carry"
+        found.append(
+            f"{counted(counts.repeats.contradictions, 'completion')} {carry} both labels; the effects cancel out."
+        )
     elif counts.duplicates:
         found.append(f"rows that repeat another row: {counts.duplicates:,}.")
     if plan.pairing.same_prompt:

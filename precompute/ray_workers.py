@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from offline_kto.kto_core.console import LOGGER
-from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, ModelError, in_one_line
+from offline_kto.kto_core.errors import ConfigError, KTOError, in_one_line
 from offline_kto.kto_core.streams import library_output_in
-from offline_kto.precompute.engines.comparison import DisagreementError
-from offline_kto.precompute.worker import RefusedError, ShardWorker, StoppedError
+from offline_kto.precompute.worker import SECONDS_TO_STOP, LoggedLines, ShardWorker, StoppedError, kept_error
 from offline_kto.precompute.workers import (
     Answer,
     Answered,
@@ -44,11 +43,8 @@ from offline_kto.precompute.workers import (
 
 _SECONDS_BETWEEN_NEWS = 2.0
 _SECONDS_TO_CONNECT = 10.0
-# For a worker that was told to end, to write its scores.
-_SECONDS_TO_STOP = 60.0
 # Ray still lists a node that is gone until it has missed health checks: 13 s measured, 25 s by Ray's defaults.
 _SECONDS_UNTIL_NODE_IS_KNOWN_DEAD = 30.0
-_ERRORS = (RefusedError, DisagreementError, CacheError, ModelError)
 
 
 class Engine(Protocol):
@@ -93,13 +89,13 @@ class _Actor:
         self._lines: list[str] = []
 
     def open(self) -> _Opened | KTOError:
-        LOGGER.addHandler(_Lines(self._lines))
+        LOGGER.addHandler(LoggedLines(self._lines.append))
         LOGGER.setLevel(logging.INFO)
         try:
             self._context = self._open_engine(self._should_stop.is_set)
             self._engine = self._context.__enter__()
         except KTOError as error:
-            return _plain(error)
+            return kept_error(error)
         return _Opened(self._engine.place, os.path.realpath("/proc/self/fd/2"))
 
     def score(self, task: Task) -> Answer | KTOError | None:
@@ -109,7 +105,7 @@ class _Actor:
         except StoppedError:
             return None
         except KTOError as error:
-            return _plain(error)
+            return kept_error(error)
 
     def _add(self, tokens: int) -> None:
         self._tokens += tokens
@@ -125,23 +121,6 @@ class _Actor:
 
     def close(self) -> None:
         self._context.__exit__(None, None, None)
-
-
-class _Lines(logging.Handler):
-    """A logging handler that collects the worker's lines."""
-
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__()
-        self._lines = lines
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(record.getMessage())
-
-
-def _plain(error: KTOError) -> KTOError:
-    """Return an error without what could not travel."""
-    kind = next((kind for kind in _ERRORS if isinstance(error, kind)), ModelError)
-    return kind(str(error))
 
 
 class _Node(NamedTuple):
@@ -317,7 +296,7 @@ class RayWorkers:
             for worker in self._workers:
                 self._call(worker, "stop")
             if busy:
-                self._ray.wait(busy, num_returns=len(busy), timeout=_SECONDS_TO_STOP)
+                self._ray.wait(busy, num_returns=len(busy), timeout=SECONDS_TO_STOP)
             for worker in list(self._workers):
                 self._end(worker)
 

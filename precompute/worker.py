@@ -5,6 +5,7 @@ plan file -> scores -> shard in `.done/<token>`; about once a minute the scores 
 
 import contextlib
 import json
+import logging
 import secrets
 import socket
 import time
@@ -19,7 +20,7 @@ import torch
 from offline_kto.kto_core.cache.manifest import identity_of
 from offline_kto.kto_core.cache.manifest_fields import ScoreDifference
 from offline_kto.kto_core.cache.shards import CacheRow, write_shard
-from offline_kto.kto_core.errors import CacheError, ModelError
+from offline_kto.kto_core.errors import CacheError, KTOError, ModelError
 from offline_kto.kto_core.hashing import file_hash
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.cache_rows import scored_row
@@ -46,6 +47,30 @@ class RefusedError(ModelError):
 
 class StoppedError(Exception):
     """The worker was asked to stop; its scores are in parts."""
+
+
+# Kinds of errors that a transport keeps; any other `KTOError` arrives as a `ModelError`.
+KEPT_ERRORS = (RefusedError, DisagreementError, CacheError, ModelError)
+
+# For a worker that was told to end, to write its scores.
+SECONDS_TO_STOP = 60.0
+
+
+def kept_error(error: KTOError) -> KTOError:
+    """Return an error of its kind with its message, without what could not travel."""
+    kind = next((kind for kind in KEPT_ERRORS if isinstance(error, kind)), ModelError)
+    return kind(str(error))
+
+
+class LoggedLines(logging.Handler):
+    """A logging handler that hands the worker's lines to its transport."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
 
 
 class ShardWorker:

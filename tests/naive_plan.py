@@ -1,6 +1,7 @@
 """What the counts and hashes of a plan are, from its rows one by one, with everything in memory."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ def naive_counts(plan: Plan) -> dict[str, Any]:
             kl_truncated += len(y) < len(rows[t].full_completion_ids)
             lengths[sequence_id(row.prompt_ids, y)] = len(row.prompt_ids) + len(y)
     wanted, unwanted = ({row.row_id for row in rows if row.label is label} for label in (True, False))
+    occurrences = Counter(row.row_id for row in rows)
     names = rows[0].judgement.objectives
     return {
         "kept": len(rows),
@@ -35,7 +37,10 @@ def naive_counts(plan: Plan) -> dict[str, Any]:
         "tokens": sum(lengths.values()),
         "rows_hash": json_hash(sorted(lengths)),
         "duplicates": len(rows) - len(wanted | unwanted),
-        "contradictions": len(wanted & unwanted),
+        "repeats": (
+            sum(count > 1 for row_id, count in occurrences.items() if row_id not in wanted & unwanted),
+            len(wanted & unwanted),
+        ),
         "masses": _total([row.judgement.masses for row in rows]),
         "objectives": {name: _total([row.judgement.objectives[name] for row in rows]) for name in names},
     }

@@ -112,7 +112,7 @@ class TestAutomaticChoice:
     def test_a_kernel_of_the_hub_that_was_set_but_not_loaded_is_refused(
         self, gpu: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As transformers 5.17 to 5.19 do from the second time on."""
+        """Do as transformers 5.17 to 5.19 from the second time on."""
         gpu += ["kernels-community/flash-attn3"]
         monkeypatch.setattr(transformers.AttentionInterface, "valid_keys", lambda self: ["sdpa"])
         with pytest.raises(ModelError, match="flash-attn3: LlamaForCausalLM cannot use it: it could not be loaded"):

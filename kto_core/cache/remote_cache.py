@@ -15,6 +15,7 @@ from offline_kto.kto_core.cache.own_files import own_files
 from offline_kto.kto_core.cache.remote_folder import Remote, no_room
 from offline_kto.kto_core.cache.remote_lock import RemoteLock
 from offline_kto.kto_core.cache.remote_shards import SECONDS_TO_END, download_shards
+from offline_kto.kto_core.cache.verified_shards import FileState
 from offline_kto.kto_core.durable_files import OF_THE_DISK, remove_temporary, replacing
 from offline_kto.kto_core.errors import CacheError, KTOError, printable
 from offline_kto.kto_core.hashing import file_hash
@@ -226,7 +227,7 @@ def _copy(remote: Remote, *, anew: bool = False, stop: threading.Event | None = 
 
 
 # What this process knows of files that it downloaded or hashed: their state then, and the sha256.
-_hashed: dict[Path, tuple[tuple[int, ...], str]] = {}
+_hashed: dict[Path, tuple[list[int], str]] = {}
 
 
 def _lacking(shards: list[tuple[Path, ShardFields]]) -> list[tuple[Path, ShardFields]]:
@@ -235,9 +236,8 @@ def _lacking(shards: list[tuple[Path, ShardFields]]) -> list[tuple[Path, ShardFi
     def is_whole(entry: tuple[Path, ShardFields]) -> bool:
         path, shard = entry
         try:
-            found = path.stat()
-            state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-            if found.st_size != shard["bytes"]:
+            state = FileState.of(path).state
+            if path.stat().st_size != shard["bytes"]:
                 return False
             if path not in _hashed or _hashed[path][0] != state:
                 _hashed[path] = state, file_hash(path)

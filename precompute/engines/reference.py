@@ -285,7 +285,7 @@ class Reference(ReferenceFiles):
 
     @property
     def needs_all_gpus(self) -> bool:
-        """Whether all GPUs have to share the model: one is too small, or `--device all` says so."""
+        """Return whether all GPUs have to share the model: one is too small, or `--device all` says so."""
         name = self.config.device
         if self.device.type != "cuda" or torch.cuda.device_count() < 2:
             return False
