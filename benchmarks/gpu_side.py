@@ -30,6 +30,8 @@ _KERNELS = {
     "copies": ("memcpy", "memset", "copy_kernel", "direct_copy"),
 }
 
+_SHOWN_KERNELS = 60
+
 
 class Stamps(transformers.TrainerCallback):
     """Times the updates after the warm-up, and profiles them if asked.
@@ -53,6 +55,8 @@ class Stamps(transformers.TrainerCallback):
                 self.profiler.start()
         if state.global_step >= self.warmup:
             self.times.append(time.perf_counter())
+        if state.global_step == state.max_steps and self.profiler is not None:
+            self.profiler.stop()  # before the run checks and saves its weights
 
     def result(self) -> dict[str, Any]:
         """Return what was measured: seconds, bytes."""
@@ -158,6 +162,16 @@ def shares_by_kind(profiler: Any, seconds: float) -> dict[str, float]:
     return {**shares, "idle": max(0.0, 1 - sum(shares.values())), "kernels a second": kernels / seconds}
 
 
+def slowest_kernels(profiler: Any, updates: int) -> list[dict[str, Any]]:
+    """Return name, milliseconds and calls, both for an update, of the kernels that take the most time."""
+    found = [
+        {"name": event.key[:160], "ms": event.self_device_time_total / 1e3 / updates, "calls": event.count / updates}
+        for event in profiler.key_averages()
+        if event.self_device_time_total > 0 and "cuda" in str(event.device_type).lower()
+    ]
+    return sorted(found, key=lambda kernel: -kernel["ms"])[:_SHOWN_KERNELS]
+
+
 def main() -> None:
     """Train, measure, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,8 +196,8 @@ def main() -> None:
     found |= stamps.result()
     found["process_seconds"] = time.perf_counter() - begun
     if profiler is not None:
-        profiler.stop()
         found["shares"] = shares_by_kind(profiler, stamps.times[-1] - stamps.times[0])
+        found["kernels"] = slowest_kernels(profiler, args.updates)
     args.out.write_text(json.dumps(found), encoding="utf-8")
 
 

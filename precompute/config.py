@@ -59,7 +59,7 @@ class PrecomputeConfig:
     attention: str = option(
         AUTO,
         "Attention of Transformers: auto, sdpa, flash, flex, varlen, or a name in transformers or on the hub; changes "
-        "results only by rounding. auto is flash attention on a GPU where it is installed, otherwise the model's own.",
+        "results only by rounding. auto is flash attention on a GPU where it is installed, or else varlen, or else the model's own.",
         metavar="auto|sdpa|flash|NAME",
     )
     max_tokens: int | None = option(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import random_rows, save_tiny, tiny_model
+from models import FAMILIES, random_rows, save_tiny, tiny_model
 
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.models import attention_choice
@@ -17,8 +17,10 @@ from offline_kto.kto_core.models.attention_choice import Attention, choose_atten
 from offline_kto.kto_core.models.loading import load_causal_lm
 from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.runtime import deprioritize_cudnn_attention
+from offline_kto.kto_core.scoring import varlen_attention
 from offline_kto.kto_core.scoring.attention import attention_set_to
-from offline_kto.kto_core.scoring.logps import token_logps
+from offline_kto.kto_core.scoring.logps import add_scoring_forward, token_logps
+from offline_kto.kto_core.scoring.packing_check import measure_packing
 from offline_kto.kto_core.scoring.sequences import pad_sequences
 from offline_kto.kto_core.scoring.varlen_attention import VARLEN, why_not_varlen
 from offline_kto.precompute.config import PrecomputeConfig
@@ -70,6 +72,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     known = transformers.AttentionInterface.valid_keys
     monkeypatch.setattr(transformers.PreTrainedModel, "set_attn_implementation", set_kernel)
     monkeypatch.setattr(transformers.AttentionInterface, "valid_keys", lambda self: [*known(self), *installed])
+    monkeypatch.setattr(varlen_attention, "_why_it_fails", lambda size, device: None)
     return installed
 
 
@@ -87,9 +90,43 @@ class TestAutomaticChoice:
         gpu += ["flash_attention_3"]
         assert choose(device=CUDA).to_set == "flash_attention_3"
 
-    def test_a_gpu_without_flash_attention_keeps_the_model_s_own(self, gpu: list[str]) -> None:
+    def test_a_gpu_without_flash_attention_takes_varlen(self, gpu: list[str]) -> None:
         found = choose(device=CUDA)
-        assert (found.to_set, found.why) == (None, "flash attention is not installed")
+        assert (found.to_set, found.why, found.packs) == (VARLEN, "flash attention is not installed", True)
+
+    def test_a_gpu_on_which_varlen_fails_keeps_the_model_s_own(
+        self, gpu: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(varlen_attention, "_why_it_fails", lambda size, device: "it fails")
+        assert choose(device=CUDA).to_set is None
+        with pytest.raises(ModelError, match=f"--attention {VARLEN}: it fails"):
+            choose(VARLEN, device=CUDA)
+
+    def test_a_row_that_depends_on_the_others_of_its_pass_keeps_the_model_s_own(self, gpu: list[str]) -> None:
+        model = tiny_model()
+        model.config.quantization_config = {"load_in_8bit": True}
+        assert choose(model=model, device=CUDA).to_set is None
+
+    @pytest.mark.parametrize("promise", ["_supports_flash_attn", "_supports_attention_backend"])
+    def test_code_that_does_not_promise_to_pass_boundaries_on_keeps_its_own(
+        self, promise: str, gpu: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = tiny_model()
+        monkeypatch.setattr(type(model), promise, False)
+        assert choose(model=model, device=CUDA).to_set is None
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_varlen_is_taken_only_by_families_whose_rows_it_keeps_apart(self, family: str, gpu: list[str]) -> None:
+        model = tiny_model(family)
+        model.config.update({"head_dim": 8} if hasattr(model.config, "head_dim") else {})
+        choice = choose(model=model, device=CUDA)
+        if choice.to_set is None:
+            pytest.skip(f"{family} keeps its own attention: {choice.why}")
+        model = tiny_model(family)
+        model.set_attn_implementation(VARLEN)
+        add_scoring_forward(model)
+        found = measure_packing(model, CPU, random_rows(2))
+        assert found.moved <= 10 * found.moved_apart
 
     def test_float32_keeps_the_model_s_own(self, gpu: list[str]) -> None:
         gpu += ["flash_attention_2"]
@@ -124,7 +161,7 @@ class TestAutomaticChoice:
         monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
         monkeypatch.setattr(attention_choice.importlib.util, "find_spec", lambda name: object())
         gpu += ["kernels-community/flash-attn2", "kernels-community/flash-attn3"]
-        assert choose(device=CUDA).to_set is None
+        assert choose(device=CUDA).to_set == VARLEN
         (tmp_path / "kernels--kernels-community--flash-attn2/snapshots").mkdir(parents=True)
         assert choose(device=CUDA).to_set == "kernels-community/flash-attn2"
         (tmp_path / "models--kernels-community--flash-attn3/snapshots").mkdir(parents=True)
@@ -230,7 +267,7 @@ class TestChoiceOfTheUser:
         ],
     )
     def test_varlen_is_refused_for_heads_that_the_kernel_does_not_support(
-        self, settings: dict[str, int], message: str | None
+        self, settings: dict[str, int], message: str | None, gpu: list[str]
     ) -> None:
         config = tiny_model().config
         config.update(settings)
@@ -242,6 +279,31 @@ class TestChoiceOfTheUser:
     def test_varlen_knows_the_kernel_of_the_pytorch_that_is_installed(self) -> None:
         why = why_not_varlen(tiny_model().config, CUDA)
         assert why is None or torch.__version__ in why
+
+    def test_the_kernel_is_tried_where_it_will_run(self) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("the kernel may run on this machine's GPU")
+        assert re.search(r"the kernel of PyTorch .* fails here \(.+\)", varlen_attention._why_it_fails(64, CUDA) or "")
+
+    @pytest.mark.parametrize("takes_groups", [True, False])
+    def test_varlen_repeats_keys_only_for_a_kernel_without_groups(
+        self, takes_groups: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[int] = []
+
+        def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, **groups):  # type: ignore[no-untyped-def]
+            assert groups == ({"enable_gqa": True} if takes_groups else {})
+            seen.append(key.shape[1])
+            given = (cu_seq_q, cu_seq_k, max_q, max_k, window_size[0], scale)
+            return varlen_attention._one_by_one(varlen_attention._Sequences(query, key, value, *given))
+
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+        monkeypatch.setattr(varlen_attention, "_takes_groups", lambda: takes_groups)
+        heads = (torch.randn(8, count, 16) for count in (4, 2, 2))
+        ends = torch.tensor([0, 3, 8], dtype=torch.int32)
+        given = varlen_attention._Sequences(*heads, ends, ends, 5, 5, before=-1, scale=None)
+        torch.testing.assert_close(varlen_attention._with_kernel(given), varlen_attention._one_by_one(given))
+        assert seen == [2 if takes_groups else 4]
 
     def test_a_refusal_comes_before_the_model_is_loaded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         base = save_tiny(tmp_path / "base")

@@ -145,7 +145,7 @@ class TrainConfig:
     attention: str = option(
         AUTO,
         "Attention: auto, sdpa, flash, flex, varlen, or a name in transformers or on the hub; changes results only by "
-        "rounding. auto is flash attention on a GPU where it is installed, otherwise the model's own.",
+        "rounding. auto is flash attention on a GPU where it is installed, or else varlen, or else the model's own.",
         metavar="auto|sdpa|flash|NAME",
     )
     memory: str = option(

@@ -1,6 +1,7 @@
 """Choose the attention implementation of a run (`--attention`) before the model is loaded, and say why.
 
-auto    on a CUDA device flash attention where it is installed and the model supports it, otherwise the model's own
+auto    on a CUDA device flash attention where it is installed and the model supports it, or else varlen, or else the
+        model's own
 flash   flash attention, or an error
 sdpa, flex, varlen, or the name of an implementation in `transformers` or of a kernel on the hub
 """
@@ -138,7 +139,16 @@ def _automatic(
         if refusal is None:
             return kernel, "installed"
         refusals.append(refusal)
-    return own, refusals[0] if refusals else "flash attention is not installed"
+    why = refusals[0] if refusals else "flash attention is not installed"
+    if _tells_boundaries(shape) and not sees_whole_passes(shape):
+        if _why_not(shape, VARLEN, device, precision, library) is None:
+            return VARLEN, why
+    return own, why
+
+
+def _tells_boundaries(shape: Model) -> bool:
+    """Return whether a model's code promises to pass the boundaries of concatenated rows on to its attention."""
+    return all(getattr(shape, promise, False) for promise in ("_supports_flash_attn", "_supports_attention_backend"))
 
 
 def _flash(shape: Model, device: torch.device, precision: Precision, library: Transformers) -> str:

@@ -4,6 +4,7 @@ Registered with `transformers` under the name `varlen`. Without boundaries (the 
 where PyTorch has no such kernel, each sequence goes through sdpa alone.
 """
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.errors import ModelError, in_one_line, printable
 from offline_kto.kto_core.library_types import Model, ModelConfig, Transformers
 from offline_kto.kto_core.scoring.known_boundaries import current_batch
 
@@ -53,15 +54,38 @@ def why_not_varlen(config: ModelConfig, device: torch.device) -> str | None:
         return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen"
     from torch.nn.attention.varlen import varlen_attn
 
-    missing = {"window_size", "enable_gqa", "scale"} - set(inspect.signature(varlen_attn).parameters)
-    return f"the kernel of PyTorch {torch.__version__} has no {sorted(missing)[0]}" if missing else None
+    missing = {"window_size", "scale"} - set(inspect.signature(varlen_attn).parameters)
+    if missing:
+        return f"the kernel of PyTorch {torch.__version__} has no {sorted(missing)[0]}"
+    return _why_it_fails(_head_size(config.get_text_config()) or _LARGEST, device)
+
+
+def _why_it_fails(size: int, device: torch.device) -> str | None:
+    """Return why the kernel fails on a device, from two short sequences and their gradients; None if it runs.
+
+    PyTorch has the function in every build, but its kernel only in some.
+    """
+    try:
+        query, key, value = (
+            torch.zeros(8, heads, size, dtype=torch.bfloat16, device=device, requires_grad=True) for heads in (2, 1, 1)
+        )
+        ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+        _with_kernel(_Sequences(query, key, value, ends, ends, 5, 5, before=3, scale=None)).sum().backward()
+    except Exception as error:  # noqa: BLE001 (whatever a build, a driver or a GPU raises)
+        return f"the kernel of PyTorch {torch.__version__} fails here ({printable(in_one_line(error), 200)})"
+    return None
+
+
+def _head_size(config: ModelConfig) -> int | None:
+    """Return the largest size of a model's heads, as far as its settings say."""
+    heads = getattr(config, "num_attention_heads", None)
+    usual = config.hidden_size // heads if isinstance(heads, int) else None
+    return next((one for name in _SIZES if isinstance(one := getattr(config, name, None), int)), usual)
 
 
 def _why_not_of_size(config: ModelConfig) -> str | None:
     """Return why the kernel does not support the size of a model's heads; None if it does."""
-    heads = getattr(config, "num_attention_heads", None)
-    usual = config.hidden_size // heads if isinstance(heads, int) else None
-    size = next((one for name in _SIZES if isinstance(one := getattr(config, name, None), int)), usual)
+    size = _head_size(config)
     values = getattr(config, "v_head_dim", None) or size
     if size is None or (size % 8 == 0 and size <= _LARGEST and values == size):
         return None
@@ -165,20 +189,34 @@ def _with_kernel(given: _Sequences) -> Tensor:
 
     # RoPE leaves queries and keys in float32 under autocast, which does not reach into this kernel.
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else given.value.dtype
+    query, key, value = given.query.to(dtype), given.key.to(dtype), given.value.to(dtype)
+    grouped = {}
+    if given.has_groups and _takes_groups():
+        grouped = {"enable_gqa": True}
+    elif given.has_groups:
+        key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in (key, value))
     found = varlen_attn(
-        given.query.to(dtype),
-        given.key.to(dtype),
-        given.value.to(dtype),
+        query,
+        key,
+        value,
         given.query_boundaries,
         given.key_boundaries,
         given.longest_query,
         given.longest_key,
         scale=given.scale,
         window_size=(given.before, 0),
-        enable_gqa=given.has_groups,
+        **grouped,
     )
     assert isinstance(found, Tensor)
     return found
+
+
+@functools.cache
+def _takes_groups() -> bool:
+    """Return whether the kernel takes fewer heads of keys than of queries, as since PyTorch 2.12."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _one_by_one(given: _Sequences) -> Tensor:
