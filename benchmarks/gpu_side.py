@@ -15,10 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+if "ours" in sys.argv[1:2]:  # before torch is imported, as in kto-train
+    from offline_kto.kto_core.runtime import use_expandable_segments
+
+    use_expandable_segments()
 
 import torch
 import transformers

@@ -7,6 +7,7 @@ test_sharded.py, test_determinism.py.
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,14 @@ def test_every_pass_runs_under_autocast(config: TrainConfig, rank: int, monkeypa
     run = train(replace(in_bfloat16(config), lora_rank=rank))
     assert found == {torch.bfloat16}
     assert json.loads((run / "run.json").read_text())["precision"] == "bfloat16"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _segments() -> Iterator[None]:
+    """Let the allocator grow its segments, as kto-train does; torch reads this at the process's first allocation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        yield
 
 
 @pytest.fixture(scope="module")

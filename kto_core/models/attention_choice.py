@@ -140,10 +140,9 @@ def _automatic(
             return kernel, "installed"
         refusals.append(refusal)
     why = refusals[0] if refusals else "flash attention is not installed"
-    if _tells_boundaries(shape) and not sees_whole_passes(shape):
-        if _why_not(shape, VARLEN, device, precision, library) is None:
-            return VARLEN, why
-    return own, why
+    may_pack = _tells_boundaries(shape) and not sees_whole_passes(shape)
+    packs = may_pack and _why_not(shape, VARLEN, device, precision, library) is None
+    return (VARLEN if packs else own), why
 
 
 def _tells_boundaries(shape: Model) -> bool:

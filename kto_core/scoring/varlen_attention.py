@@ -190,7 +190,7 @@ def _with_kernel(given: _Sequences) -> Tensor:
     # RoPE leaves queries and keys in float32 under autocast, which does not reach into this kernel.
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else given.value.dtype
     query, key, value = given.query.to(dtype), given.key.to(dtype), given.value.to(dtype)
-    grouped = {}
+    grouped: Any = {}
     if given.has_groups and _takes_groups():
         grouped = {"enable_gqa": True}
     elif given.has_groups:
