@@ -1017,12 +1017,66 @@ def test_mistakes_in_dataset_info_name_it(tmp_path):
     assert read(path)[0] == [up("q", "a")]
 
 
-# Splits
-
-
 @pytest.fixture
 def datasets_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    """A folder without anything else in it."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    return folder
+
+
+SWAPPED = [
+    {"answer": "q", "question": "a", "kto_tag": True},
+    {"answer": "r", "question": "b", "kto_tag": False},
+]
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("container", ["as_jsonl", "as_json", "as_csv", "as_parquet", "as_packed"])
+def test_dataset_info_counts_for_a_folder_as_for_its_file(data_set, container):
+    entry = {"columns": {"prompt": "answer", "response": "question", "kto_tag": "kto_tag"}}
+    path = beside(globals()[container](data_set, SWAPPED), entry)
+    expected = [up("q", "a"), down("r", "b")]
+    assert read(path)[0] == expected
+    rows, _, feedback = read(data_set)
+    assert rows == expected
+    assert feedback.why == "dataset_info.json: mine"
+    assert feedback.unused_columns() == []
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("name", ["sub/f.jsonl", "sub", "sub/"])
+def test_an_entry_of_dataset_info_names_a_file_below_it_or_its_folder(data_set, name):
+    folder = data_set / "sub"
+    folder.mkdir()
+    path = as_jsonl(folder, SWAPPED)
+    entry = {"file_name": name, "columns": {"prompt": "answer", "response": "question", "kto_tag": "kto_tag"}}
+    (data_set / "dataset_info.json").write_text(json.dumps({"mine": entry}), encoding="utf-8")
+    for data in (path, folder, data_set):
+        assert read(data)[0] == [up("q", "a"), down("r", "b")]
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_each_file_of_a_folder_has_its_own_entry_of_dataset_info(data_set):
+    for name, prompt, response in (("one", "answer", "question"), ("two", "x", "y")):
+        good, bad = SWAPPED
+        rows = [{prompt: one["answer"], response: one["question"], "kto_tag": one["kto_tag"]} for one in (good, bad)]
+        (data_set / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    (data_set / "three.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    table = {
+        name: {"file_name": f"{name}.json", "columns": {"prompt": prompt, "response": response, "kto_tag": "kto_tag"}}
+        for name, prompt, response in (("one", "answer", "question"), ("two", "x", "y"))
+    }
+    (data_set / "dataset_info.json").write_text(json.dumps(table), encoding="utf-8")
+    assert read(data_set)[0] == [up("q", "a"), down("r", "b")] * 3
+
+
+# Splits
 
 
 ROWS = [{"prompt": "q", "completion": "a", "label": True}, {"prompt": "r", "completion": "b", "label": False}]

@@ -1,4 +1,4 @@
-"""Read a file by the column names in `dataset_info.json`, LLaMA-Factory's registry, in the same folder.
+"""Read files by the column names in `dataset_info.json`, LLaMA-Factory's registry, in the same folder or the one above.
 
     {"thumbs": {"file_name": "thumbs.json", "formatting": "sharegpt", "ranking": false,
                 "columns": {"messages": "turns", "kto_tag": "good"},
@@ -87,6 +87,7 @@ def entry_for(file_name: str, table: object, source: str) -> DatasetInfo | None:
     """Return the entry about a file; None if it is not listed.
 
     Args:
+        file_name: of the file, relative to the registry's folder. An entry may also name the folder that contains it.
         table: the content of `dataset_info.json`.
         source: its path, for errors.
 
@@ -98,7 +99,7 @@ def entry_for(file_name: str, table: object, source: str) -> DatasetInfo | None:
     named = {
         name: entry
         for name, entry in table.items()
-        if isinstance(entry, Mapping) and entry.get("file_name") == file_name
+        if isinstance(entry, Mapping) and entry.get("file_name") in (file_name, *_folders(file_name))
     }
     if len(named) > 1:
         raise ConfigError(
@@ -108,6 +109,12 @@ def entry_for(file_name: str, table: object, source: str) -> DatasetInfo | None:
     for name, entry in named.items():
         return _entry(str(name), entry, f"{source}: {name}")
     return None
+
+
+def _folders(file_name: str) -> tuple[str, ...]:
+    """Return the names of the folder of a file; none if it is beside the registry."""
+    folder, _, _ = file_name.rpartition("/")
+    return (folder, f"{folder}/") if folder else ()
 
 
 def _entry(name: str, entry: Mapping[str, Any], source: str) -> DatasetInfo:

@@ -21,7 +21,7 @@ from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.records.documents import Records, records_in, table_in
-from offline_kto.precompute.records.sources import format_of, read_records
+from offline_kto.precompute.records.sources import file_of, files_of, format_of, read_records
 from offline_kto.precompute.records.text_files import Located, OnBadLine
 
 # Keys of the native formats: an object with one of them is a record, not a document of records.
@@ -54,7 +54,7 @@ class DataFormat:
     def __init__(self, config: PrecomputeConfig) -> None:
         self._config = config
         self._document: tuple[str, Records] | None = None
-        self._info: DatasetInfo | None = None
+        self._infos: dict[str, DatasetInfo] = {}
         self.notes: list[str] = []
         self.mapping: Mapping | None = None
         self.passed_over: Mapping | None = None
@@ -64,12 +64,12 @@ class DataFormat:
     @property
     def is_native(self) -> bool:
         """Return whether the native formats are read, whose columns are known."""
-        return self.mapping is None and self._info is None
+        return self.mapping is None and not self._infos
 
     @property
     def renamed(self) -> set[str]:
         """The file's own names of columns that are read under others, by dataset_info.json."""
-        return set() if self._info is None else set(self._info.columns.values())
+        return {column for info in self._infos.values() for column in info.columns.values()}
 
     @property
     def label_paths(self) -> LabelPaths | None:
@@ -125,11 +125,15 @@ class DataFormat:
         """Yield the records of the file, or those in its only JSON object."""
         if self._document is not None:
             where, found = self._document
-            yield from ((f"{where} (record {number})", one) for number, one in enumerate(found.records, 1))
-            return
-        read = read_records(self._config.data, columns=columns, split=self._config.split, on_bad=on_bad or _pass_over)
+            read: Iterator[Located] = (
+                (f"{where} (record {number})", one) for number, one in enumerate(found.records, 1)
+            )
+        else:
+            config = self._config
+            read = read_records(config.data, columns=columns, split=config.split, on_bad=on_bad or _pass_over)
         for where, record in read:
-            yield where, record if self._info is None else self._info.record(record)
+            info = self._infos.get(file_of(where))
+            yield where, record if info is None else info.record(record)
 
     def _inner(self, where: str, record: dict[str, Any]) -> Iterator[Located]:
         """Yield the records inside a document, at the path that the mapping names."""
@@ -164,9 +168,9 @@ class DataFormat:
         self._open(None, given=[path for path in options.values() if path])
         if given:
             return None, f"by {' and '.join(given)}"
-        self._info = self._dataset_info()
-        if self._info is not None:
-            return None, f"dataset_info.json: {self._info.name}"
+        self._infos = self._dataset_infos()
+        if self._infos:
+            return None, f"dataset_info.json: {', '.join(info.name for info in self._infos.values())}"
         looked_at = _LOOKED_AT if config.limit is None else min(config.limit, _LOOKED_AT)
         seen: set[object] = set()  # most records have the same keys
         for where, record in itertools.islice(self._source(None), looked_at):
@@ -209,17 +213,19 @@ class DataFormat:
         were = "was" if count == 1 else "were"
         self.notes.append(f"{where} is one JSON object; its {counted(count, 'record')} {were} read {found.place}.")
 
-    def _dataset_info(self) -> DatasetInfo | None:
-        """Return the file's entry in a dataset_info.json of LLaMA-Factory in the same folder."""
-        path = FilePath(self._config.data)
-        beside = path.parent / "dataset_info.json"
-        if not path.is_file() or not beside.is_file() or beside == path:
-            return None
-        try:
-            table = json.loads(beside.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, RecursionError):
-            return None  # it may belong to another program
-        return entry_for(path.name, table, str(beside))
+    def _dataset_infos(self) -> dict[str, DatasetInfo]:
+        """Return the entries about the files of `--data` in a dataset_info.json of LLaMA-Factory, by the files' names."""
+        tables: dict[FilePath, object] = {}
+        found = {}
+        for name, file in files_of(self._config.data, self._config.split).items():
+            for folder in (file.parent, file.parent.parent):
+                table = folder / "dataset_info.json"
+                if table not in tables:
+                    tables[table] = _json_in(table)
+                info = entry_for(file.relative_to(folder).as_posix(), tables[table], str(table))
+                if info is not None:
+                    found.setdefault(name, info)
+        return found
 
     def _with_label(self, mapping: Mapping) -> Mapping:
         if mapping.refuse is not None:
@@ -271,6 +277,14 @@ class DataFormat:
             return LabelRule(_words(config.up), _words(config.down), votes=config.votes)
         except ConfigError as error:
             raise ConfigError(f"--up and --down: {error}") from None
+
+
+def _json_in(path: FilePath) -> object:
+    """Return the content of a file; None if there is none, or if it belongs to another program."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _pass_over(where: str, error: FeedbackError) -> None:

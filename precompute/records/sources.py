@@ -100,6 +100,25 @@ def read_records(
     return itertools.islice(_not_empty(records, name), limit)
 
 
+def files_of(data: str, split: str = "train") -> dict[str, Path]:
+    """Return the data files that read_records reads, by the names in their records' places; none for other data sets.
+
+    Raises:
+        FeedbackError: as read_records does.
+    """
+    path, kind = _look(data)
+    if kind == "file":
+        return {path.name: path}
+    if kind == "folder" and not is_saved(path):
+        return {os.path.relpath(file, path.resolve()): file for file in data_files(path, split)}
+    return {}
+
+
+def file_of(where: str) -> str:
+    """Return the name of the file in a record's place: "sub/feedback.jsonl" in "sub/feedback.jsonl:17"."""
+    return where.rpartition(":")[0]
+
+
 def describe_source(data: str, split: str = "train") -> list[SourceFile]:
     """Return name, hash and size of each file in `data`, in the order of the paths.
 
@@ -201,8 +220,8 @@ def _not_empty(records: Iterator[Located], name: str) -> Iterator[Located]:
 def _read_files(
     folder: Path, columns: Collection[str] | None, split: str, on_bad: OnBadLine | None
 ) -> Iterator[Located]:
-    for file in data_files(folder, split):
-        yield from _read_file(file, os.path.relpath(file, folder.resolve()), columns, on_bad)
+    for name, file in files_of(str(folder), split).items():
+        yield from _read_file(file, name, columns, on_bad)
 
 
 def _read_file(path: Path, name: str, columns: Collection[str] | None, on_bad: OnBadLine | None) -> Iterator[Located]:
