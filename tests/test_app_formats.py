@@ -110,6 +110,27 @@ def test_a_file_becomes_its_rows_in_any_container(tmp_path: Path, name: str, for
     assert name_of_format == presets()[case.preset].name
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.document])
+@pytest.mark.parametrize("orient", ["columns", "split", "index"])
+def test_a_table_of_pandas_is_read_as_its_records(tmp_path: Path, name: str, orient: str) -> None:
+    case = CASES[name]
+    keys = dict.fromkeys(key for one in case.records for key in one)
+    rows = {str(number): {key: one.get(key) for key in keys} for number, one in enumerate(case.records)}
+    document: dict[str, Any] = {
+        "columns": {key: {number: one[key] for number, one in rows.items()} for key in keys},
+        "split": {"columns": [*keys], "index": [*rows], "data": [[*one.values()] for one in rows.values()]},
+        "index": rows,
+    }[orient]
+    (tmp_path / "file.json").write_text(json.dumps(document), encoding="utf-8")
+    named = [] if presets()[case.preset].records else [{**case.options, "map": case.preset}]
+    for options in (case.options, *named):
+        found, left_out, name_of_format, feedback = read(tmp_path / "file.json", **options)
+        assert found == case.rows
+        assert left_out == case.left_out
+        assert name_of_format == presets()[case.preset].name
+    assert f"as a table of pandas ({orient})" in feedback.found.notes[0]
+
+
 @pytest.mark.parametrize(
     "name",
     [

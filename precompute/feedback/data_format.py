@@ -20,7 +20,7 @@ from offline_kto.kto_core.feedback.presets import named_mapping, recognised
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.records.documents import Records, records_in, table_in
+from offline_kto.precompute.records.documents import Records, columns_in, pandas_table, records_in
 from offline_kto.precompute.records.sources import file_of, files_of, format_of, read_records
 from offline_kto.precompute.records.text_files import Located, OnBadLine
 
@@ -197,21 +197,29 @@ class DataFormat:
         if len(begin) != 1 or format_of(config.data) not in (".json", ".jsonl", ".ndjson"):
             return
         (where, document), *_ = begin
-        if mapping is not None and (mapping.records is not None or mapping.fits(document, where)):
+        if mapping is not None and mapping.records is not None:
             return
-        if mapping is None and not given and recognised(document, where) is not None:
-            return
-        paths = [option_path(text, "--prompt-field or --completion-field") for text in given]
-        is_record = any(path.find(document, where) is not None for path in paths) or (
-            not given and mapping is None and any(document.get(key) is not None for key in _OWN_KEYS)
-        )
-        found = table_in(document, where) if is_record else records_in(document, where, config.split)
+        found = pandas_table(document, where) or self._records_in(document, where, mapping, given)
         if found is None:
             return
         self._document = where, found
         count = len(found.records)
         were = "was" if count == 1 else "were"
         self.notes.append(f"{where} is one JSON object; its {counted(count, 'record')} {were} read {found.place}.")
+
+    def _records_in(
+        self, document: dict[str, Any], where: str, mapping: Mapping | None, given: list[str]
+    ) -> Records | None:
+        """Return the records in an object that is no table of pandas; None if it is itself a record."""
+        if mapping is not None and mapping.fits(document, where):
+            return None
+        if mapping is None and not given and recognised(document, where) is not None:
+            return None
+        paths = [option_path(text, "--prompt-field or --completion-field") for text in given]
+        is_record = any(path.find(document, where) is not None for path in paths) or (
+            not given and mapping is None and any(document.get(key) is not None for key in _OWN_KEYS)
+        )
+        return columns_in(document) if is_record else records_in(document, where, self._config.split)
 
     def _dataset_infos(self) -> dict[str, DatasetInfo]:
         """Return the entries about the files of `--data` in a dataset_info.json of LLaMA-Factory, by the files' names."""

@@ -16,6 +16,11 @@ _MISSING = {
     "null",
     "NULL",
     "<NA>",
+    "NaT",
+    r"\N",  # MySQL, and COPY of PostgreSQL
+    "(null)",
+    "<null>",
+    "undefined",
     "N/A",
     "n/a",
     "#N/A",

@@ -44,12 +44,17 @@ def records_in(document: Record, where: str, split: str) -> Records | None:
     Raises:
         FeedbackError: several lists; no list of the split; a table whose rows have different lengths.
     """
-    return table_in(document, where) or _viewer(document) or _list(document, where, split)
+    return (
+        pandas_table(document, where)
+        or columns_in(document)
+        or _viewer(document)
+        or _list(document, where, split)
+    )
 
 
-def table_in(document: Record, where: str) -> Records | None:
-    """Return the records of a table only; its columns may have the names of a record's."""
-    return _split_table(document, where) or _table(document) or _columns(document)
+def pandas_table(document: Record, where: str) -> Records | None:
+    """Return the records of a table of pandas, which no record resembles: its columns may have the names of any format's."""
+    return _split_table(document, where) or _table(document)
 
 
 def _split_table(document: Record, where: str) -> Records | None:
@@ -78,7 +83,7 @@ def _table(document: Record) -> Records | None:
     return None
 
 
-def _columns(document: Record) -> Records | None:
+def columns_in(document: Record) -> Records | None:
     """Return the records of columns that are lists. A list of objects may be one conversation, so it is no column."""
     columns = {name: value for name, value in document.items() if isinstance(value, list)}
     sizes = {len(value) for value in columns.values()}
