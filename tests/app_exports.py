@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 UNRATED = "unrated"
+NOT_CHOSEN = "excluded by `where`"
 EMPTY = "empty answer"
 NO_PROMPT = "no prompt"
 MISSING = "missing messages"
@@ -1106,7 +1107,7 @@ EVALS = Case(
         evaluated(False, {"input": [], "output": [], "finish_reason": "stop"}, "error"),
     ],
     [row("Tea?", "Green", True), row("Tea?", "Green", False)],
-    {"excluded by `where`": 1},
+    {NOT_CHOSEN: 1},
 )
 
 

@@ -256,6 +256,20 @@ def test_dify_s_cut_answers_are_pointed_out(tmp_path: Path, case: Case) -> None:
     assert note.startswith("1 of the answers end in")
 
 
+def test_steps_of_chainlit_s_tools_are_pointed_out(tmp_path: Path) -> None:
+    (thread,) = CASES["CHAINLIT"].records
+    talk = [step for step in thread["steps"] if step["type"] != "tool"]
+    assert not read(write(tmp_path / "f.json", [{**thread, "steps": talk}]))[3].notes()
+    for kind in ("tool", "retrieval", "rerank"):
+        step = {"id": "t", "type": kind, "name": "search", "input": "q", "output": "found"}
+        one = {**thread, "steps": [talk[0], step, *talk[1:]]}
+        (note,) = read(write(tmp_path / "f.json", [one, {**thread, "steps": talk}]))[3].notes()
+        assert note.startswith("1 ")
+        assert "steps of tools or retrieval" in note
+    one["steps"][1] |= {"input": "", "output": ""}
+    assert not read(write(tmp_path / "f.json", [one]))[3].notes()
+
+
 def test_joined_rows_keep_the_order_of_the_file(tmp_path: Path) -> None:
     records = [
         {"chat": chat, "who": who, "text": f"{who}{chat}{i}", "ok": ok}
@@ -274,6 +288,16 @@ def test_joined_rows_keep_the_order_of_the_file(tmp_path: Path) -> None:
 def test_a_turn_that_is_its_own_ancestor_is_refused(tmp_path: Path) -> None:
     looped = openwebui(1, "a", message("q", "a", "user", "x"), message("a", "q", "assistant", "y"))
     assert "its own ancestor" in refusal(write(tmp_path / "f.json", [looped]))
+
+
+@pytest.mark.parametrize(
+    "question", ["And 3?", {"role": "user", "content": "And 3?"}, [{"role": "user", "content": "And 3?"}]]
+)
+@pytest.mark.parametrize("asked", [{"role": "user", "content": "And 3?"}, {"type": "human", "content": "And 3? "}])
+def test_a_history_that_ends_with_the_question_asks_it_once(tmp_path: Path, question: object, asked: object) -> None:
+    records = [trace("4", {"input": question, "chat_history": [*HELLO, asked]}, {"output": "six"}, thumb=[True])]
+    path = write(tmp_path / "f.jsonl", records)
+    assert read(path)[0] == [("system: Be kind. | user: Hello? | user: And 3?", "assistant: six", True)]
 
 
 def test_printed_python_is_not_taken_for_an_unrated_row(tmp_path: Path) -> None:

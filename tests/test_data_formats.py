@@ -1268,7 +1268,7 @@ def test_a_table_of_rows_of_other_lengths_is_refused(tmp_path):
 # Cells of tables
 
 
-@pytest.mark.parametrize("word", ["NaN", "nan", "None", "null", "<NA>"])
+@pytest.mark.parametrize("word", ["NaN", "nan", "None", "null", "<NA>", r"\N", "(null)"])
 @pytest.mark.parametrize("container", [as_csv, as_jsonl, as_parquet], ids=name_of)
 def test_names_of_missing_values_are_counted(tmp_path, container, word):
     _, _, feedback = read(container(tmp_path, [*ROWS, {"prompt": "s", "completion": word, "label": True}][1:]))
@@ -1342,7 +1342,16 @@ def test_a_folder_of_files_with_different_keys(tmp_path):
 @pytest.mark.parametrize(
     ("record", "part"),
     [
-        ({"prompt": "<image>\nWhat?"}, "<image>, <video> or <audio>: 1 (first: f.jsonl:2)"),
+        *[
+            ({side: text}, "media (data:image/..., @@@langfuseMedia:...): 1 (first: f.jsonl:2)")
+            for side, text in (
+                ("prompt", "<image>\nWhat?"),
+                ("prompt", "![](data:image/png;base64,AAAA) What?"),
+                ("prompt", [user("What? @@@langfuseMedia:type=image/jpeg|id=x|source=base64@@@")]),
+                ("completion", "Here: <img src='data:image/svg+xml;base64,AAAA'>"),
+                ("completion", "@@@langfuseMedia:type=audio/wav|id=x|source=bytes@@@"),
+            )
+        ],
         (
             {"completion": '[{"speaker": "me", "msg": "a"}]'},
             "looks like messages but is scored as text: 1 (first: f.jsonl:2)",

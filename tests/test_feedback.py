@@ -334,6 +334,48 @@ def test_two_usual_names_are_ambiguous():
     assert "--completion-field" in refusal({"question": "q", "response": "b", "answer": "a", "label": True})
 
 
+@pytest.mark.parametrize(
+    ("said", "results"),
+    [
+        ("<tool_response>\nrain\n</tool_response>", ["rain"]),
+        ('<tool_response>{"a": "<b>"}</tool_response>\n', ['{"a": "<b>"}']),
+        ("<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>", ["1", "2"]),
+        ("as <tool_response>1</tool_response>", ["as <tool_response>1</tool_response>"]),
+        ("<tool_response>1", ["<tool_response>1"]),
+        ("<tool_response><tool_response>1</tool_response></tool_response>",) * 2,
+    ],
+)
+@pytest.mark.parametrize(
+    "keys", [("role", "content", "tool"), ("from", "value", "tool"), ("from", "value", "observation")]
+)
+def test_results_of_tools_are_not_wrapped_twice(said, results, keys):
+    who, what, name = keys
+    spoken = [("user", "q"), ("assistant", "<tool_call>{}</tool_call>"), (name, said), ("assistant", "a")]
+    messages = [{who: role, what: text} for role, text in spoken]
+    prompt = one({"messages": messages, "label": True}).prompt
+    expected = [results] if isinstance(results, str) else results
+    assert [message["content"] for message in prompt[2:]] == expected
+    assert {message["role"] for message in prompt[2:]} == {"tool"}
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        [user("p"), assistant("b"), user(" q ")],
+        [["p", "b"], ["q", ""]],
+        [["p", "b"], ["q", None]],
+        [{"from": "human", "value": "p"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "q"}],
+    ],
+)
+@pytest.mark.parametrize("names", [("prompt", "completion"), ("query", "response"), ("instruction", "output")])
+def test_a_history_that_ends_with_the_question_asks_it_once(earlier, names):
+    record = {names[0]: "q", names[1]: "a", "history": earlier, "label": True}
+    assert one(record).prompt == (user("p"), assistant("b"), user("q"))
+    # Another last question is asked before it.
+    assert one({**record, names[0]: "r"}).prompt[-1] == user("r")
+    assert user("p") in one({**record, names[0]: "r"}).prompt
+
+
 def test_history_beside_query_and_response():
     record = {"query": "q", "response": "a", "history": [["p", "b"]], "system": "s", "label": True}
     row = one(record, chat=True)

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from app_exports import EMPTY, MEDIA, UNRATED, ZERO, Case, row
+from app_exports import EMPTY, MEDIA, NOT_CHOSEN, UNRATED, ZERO, Case, row
 
 ASKED_HI = [{"role": "user", "content": "Hi"}]
 SAID_HELLO = {"role": "assistant", "content": "Hello"}
@@ -37,6 +37,43 @@ LANGFUSE_BLOB = Case(
     ],
     BOTH,
     {UNRATED: 1},
+)
+PRODIGY = Case(
+    "prodigy",
+    [
+        {"prompt": "Hi", "text": "Hello", "answer": "accept", "_input_hash": 1, "_task_hash": 1},
+        {"prompt": "Hi", "text": "Hello", "answer": "reject", "_input_hash": 1, "_task_hash": 2},
+        {"prompt": "Hi", "text": "Hello", "answer": "ignore", "_input_hash": 1, "_task_hash": 3},
+    ],
+    BOTH,
+    {NOT_CHOSEN: 1},
+)
+PRODIGY_RESPONSE = Case(
+    "prodigy",
+    [
+        {"question": "Hi", "response": "Hello", "answer": "accept", "meta": {"system": "Be kind."}},
+        {"question": "Hi", "response": "Hello", "answer": "reject", "meta": {}},
+    ],
+    [row("system: Be kind. | user: Hi", "Hello", True), row("Hi", "Hello", False)],
+)
+PRODIGY_LABEL = Case(
+    "prodigy",
+    [
+        {"prompt": "Hi", "text": "Hello", "label": "GOOD", "answer": "accept"},
+        {"prompt": "Hi", "text": "Hello", "label": "BAD", "answer": "accept"},
+        {"prompt": "Hi", "text": "Hello", "label": "BAD", "answer": "reject"},  # it does not say which label is right
+    ],
+    BOTH,
+    {NOT_CHOSEN: 1},
+)
+PRODIGY_CHOICE = Case(
+    "prodigy",
+    [
+        {"prompt": "Hi", "text": "Hello", "options": [{"id": "up"}, {"id": "down"}], "accept": [one], "answer": answer}
+        for one, answer in (("up", "accept"), ("down", "accept"), ("down", "reject"))
+    ],
+    BOTH,
+    {NOT_CHOSEN: 1},
 )
 OBSERVATION = {
     "id": "o",

@@ -219,7 +219,7 @@ def alpaca_prompt(record: Mapping[str, object], where: str, *, conversation: boo
     turns: list[Message] = []
     if (system := system_text(record, where)) != "":
         turns.extend(said("system", system))
-    turns.extend(history(record, where))
+    turns.extend(unasked(history(record, where), "\n".join(question)))
     if conversation:
         return (*turns, *said("user", "\n".join(question)))
     return "\n\n".join([turn["content"] for turn in turns if turn["content"] != ""] + question)
@@ -248,8 +248,10 @@ def history(record: Mapping[str, object], where: str) -> tuple[Message, ...]:
     pairs = value if isinstance(value, list | tuple) else [value]
     if all(isinstance(one, Mapping) for one in pairs):
         return as_conversation(value, where, "history")
-    for pair in pairs:
+    for number, pair in enumerate(pairs, 1):
         match pair:
+            case [str() as asked, None] if number == len(pairs):
+                turns.extend(said("user", asked))
             case [str() as asked, str() as answered]:
                 turns.extend(said("user", asked) + said("assistant", answered))
             case _:
@@ -257,6 +259,15 @@ def history(record: Mapping[str, object], where: str) -> tuple[Message, ...]:
                     f"{where}: 'history' must be a list of [question, answer] pairs or of messages, got {quoted(value)}."
                 )
     return tuple(turns)
+
+
+def unasked(earlier: tuple[Message, ...], question: str) -> tuple[Message, ...]:
+    """Return earlier turns without the question, with which they end where a program appends it before it asks the model."""
+    begun = earlier
+    while begun and begun[-1]["role"] == "assistant" and not _says_something(begun[-1]):
+        begun = begun[:-1]
+    asks = bool(begun) and begun[-1]["role"] == "user" and begun[-1]["content"].strip() == question.strip()
+    return begun[:-1] if asks else earlier
 
 
 def system_text(record: Mapping[str, object], where: str) -> str:

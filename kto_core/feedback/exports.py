@@ -213,9 +213,9 @@ def _answered_messages(found: Mapping[str, Any]) -> str | None:
     messages = [] if name is None else opened(found[name])
     if len(messages) < 2 or not _is_assistant(messages[-1]):
         return None
-    said = messages[-1].get("content", messages[-1].get("value"))
+    said = _said(messages[-1])
     for other in _answer_keys(found):
-        if isinstance(found[other], str) and isinstance(said, str) and found[other].strip() != said.strip():
+        if isinstance(found[other], str) and isinstance(said, str) and found[other].strip() != said:
             raise ValueError(
                 f"it is not clear which of the keys '{name}', '{other}' has the answer, because they differ; {_DESCRIBE}"
             )
@@ -223,10 +223,28 @@ def _answered_messages(found: Mapping[str, Any]) -> str | None:
 
 
 def _is_assistant(message: object) -> bool:
+    return _role(message) == "assistant"
+
+
+def _role(message: object) -> str | None:
+    """Return the role of a message by its usual name; None for an unknown role."""
     if not isinstance(message, dict):
-        return False
+        return None
     role = next((message[key] for key in ("role", "from", "type") if isinstance(message.get(key), str)), "")
-    return ROLES.get(role.strip().lower()) == "assistant"
+    return ROLES.get(role.strip().lower())
+
+
+def _said(message: object) -> object:
+    """Return the content of a message."""
+    found = message.get("content", message.get("value")) if isinstance(message, dict) else None
+    return found.strip() if isinstance(found, str) else found
+
+
+def _question(value: object) -> object:
+    """Return the text of a question, also if it is the only message of a list."""
+    if isinstance(value, list):
+        return _said(value[0]) if len(value) == 1 else None
+    return value.strip() if isinstance(value, str) else None
 
 
 def asked_keys(found: object) -> list[str]:
@@ -273,7 +291,7 @@ def _as_text(value: object) -> object:
 
 def _with_context(found: Mapping[str, Any], text: object) -> object:
     """Return a question, preceded by the system text and the earlier turns of the same object."""
-    turns = text if isinstance(text, list) else None
+    turns = [text] if isinstance(text, Mapping) else text if isinstance(text, list) else None
     before: list[object] = []
     for name in _HISTORY:
         earlier = opened(found.get(name))
@@ -282,6 +300,9 @@ def _with_context(found: Mapping[str, Any], text: object) -> object:
         if not isinstance(earlier, list) or not all(isinstance(one, Mapping) for one in earlier):
             raise ValueError(f"'{name}' is not a list of messages")
         before += earlier
+    question = _question(turns or text)
+    if before and question is not None and _role(before[-1]) == "user" and _said(before[-1]) == question:
+        before.pop()  # programs append the question to the history before they ask the model
     system = next((found[name] for name in _SYSTEM if isinstance(found.get(name), str) and found[name].strip()), None)
     if system is not None:
         before.insert(0, {"role": "system", "content": system})

@@ -30,7 +30,7 @@ _DOWN = (
 LABEL_WORDS: Final[Mapping[str, bool]] = {**dict.fromkeys(_UP, True), **dict.fromkeys(_DOWN, False)}
 
 # Texts with which programs write a missing value.
-_NO_VALUE = {"", "nan", "none", "null", "n/a", "na", "<na>", "unrated", "norating", "--"}
+_NO_VALUE = {"", "nan", "none", "null", "n/a", "na", "<na>", "unrated", "norating", "--", r"\n", "(null)", "<null>"}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _COMPARISON = re.compile(r"(>=|<=|>|<|==|=)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.ASCII)
 _COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {

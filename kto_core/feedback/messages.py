@@ -62,6 +62,10 @@ _MEDIA_PARTS = re.compile("image|audio|video|file|document|media")
 
 _MESSAGE_TEXT = re.compile(r"\s*[\[{]")
 
+# Results of tools as the templates of Hermes and Qwen write them.
+_RESULT_TAG = "<tool_response>"
+_RESULT = re.compile(r"\s*<tool_response>\n?((?:(?!</?tool_response>).)*?)\n?</tool_response>\s*", re.DOTALL)
+
 # Keys of a message with media or attached files, which the text does not contain.
 MEDIA_KEYS: Final = (
     *("images", "image", "videos", "video", "audios", "audio", "image_url", "image_urls"),
@@ -335,12 +339,26 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
         text = refusal
     elif content is None and not calls:
         raise FeedbackError(f"{where}: {what} has no 'content'. Give it a string.")
-    yield {"role": role, "content": text, **copy.deepcopy(given), **({"tool_calls": calls} if calls else {})}
+    texts = _results_in(text) if role == "tool" and not calls else [text]
+    for one in texts:
+        yield {"role": role, "content": one, **copy.deepcopy(given), **({"tool_calls": calls} if calls else {})}
+
+
+def _results_in(text: str) -> list[str]:
+    """Return the results of tools in a text without the tags around them, which the chat template writes too."""
+    found: list[str] = []
+    end = 0
+    while end < len(text) and (match := _RESULT.match(text, end)) is not None:
+        found.append(match[1])
+        end = match.end()
+    return found if found and end == len(text) else [text]
 
 
 def _is_plain(role: object, content: object) -> bool:
     """Return whether a message of these two keys needs no conversion, as nearly all do."""
-    return isinstance(content, str) and role in ("user", "assistant", "system", "tool")
+    return isinstance(content, str) and (
+        role in ("user", "assistant", "system") or (role == "tool" and _RESULT_TAG not in content)
+    )
 
 
 def _has_calls_inside(content: object) -> bool:

@@ -216,7 +216,7 @@ class Feedback:
             raise one_class(config, self._format, found)
         if found.missing:
             found.notes.append(
-                "rows with NaN, None, null or N/A as a prompt, an answer or another text, as programs write missing values: "
+                r"rows with NaN, None, null, \N or N/A as a prompt, an answer or another text, as programs write missing values: "
                 f"{len(found.missing):,} (first: {found.missing[0]}). They are scored as text; remove these rows if the values "
                 "are missing."
             )

@@ -12,8 +12,9 @@ from offline_kto.kto_core.feedback.message_text import resembles_messages
 from offline_kto.kto_core.feedback.messages import ROLES, Turns
 from offline_kto.kto_core.feedback.records import FeedbackRow
 
-# What tools write in place of an image, a video or a sound.
+# What tools write into a prompt in place of an image, a video or a sound; and media, or references to them, in any text.
 _PLACEHOLDER = re.compile(r"<(?:image|video|audio)>")
+_MEDIA = re.compile(r"data:(?:image|video|audio)/[\w.+-]+;base64,|@@@langfuseMedia:")
 # Marks with which chat templates begin and end turns. Those of the tokenizer's own template are recognised before.
 _TEMPLATE = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant|system|end_of_turn)\|>|\[/INST\]"
@@ -51,7 +52,7 @@ class Suspicions:
     """Rows that are probably misread.
 
     Attributes:
-        media: places of rows whose prompt refers to media that the record does not have.
+        media: places of rows whose texts refer to media that the record does not have, or contain them in base64.
         messages: places of rows with a text that resembles messages.
         marks: places of rows of messages with the turn marks of a chat template that is not the tokenizer's.
         repeated: places of rows whose answer begins with its prompt.
@@ -88,7 +89,7 @@ class Suspicions:
         """Examine a row."""
         self.rows += 1
         asked, answered = _texts(row.prompt), _texts(row.completion)
-        if any(_PLACEHOLDER.search(text) for text in asked):
+        if any(map(_PLACEHOLDER.search, asked)) or any(map(_MEDIA.search, (*asked, *answered))):
             self.media.append(row.where)
         if any(map(resembles_messages, (*asked, *answered))):
             self.messages.append(row.where)
@@ -126,8 +127,8 @@ class Suspicions:
                 )
         if self.media:
             found.append(
-                f"rows whose prompt contains <image>, <video> or <audio>: {_counted(self.media)}. They are scored as text; "
-                "remove these rows if the answers need the media."
+                "rows with a prompt that contains <image>, <video> or <audio>, or a text with media (data:image/..., @@@langfuseMedia:...): "
+                f"{_counted(self.media)}. They are scored as text; remove these rows if the answers need the media."
             )
         if self.messages:
             found.append(

@@ -44,12 +44,7 @@ def records_in(document: Record, where: str, split: str) -> Records | None:
     Raises:
         FeedbackError: several lists; no list of the split; a table whose rows have different lengths.
     """
-    return (
-        pandas_table(document, where)
-        or columns_in(document)
-        or _viewer(document)
-        or _list(document, where, split)
-    )
+    return pandas_table(document, where) or columns_in(document) or _viewer(document) or _list(document, where, split)
 
 
 def pandas_table(document: Record, where: str) -> Records | None:
