@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,61 @@ def test_steps_of_chainlit_s_tools_are_pointed_out(tmp_path: Path) -> None:
         assert "steps of tools or retrieval" in note
     one["steps"][1] |= {"input": "", "output": ""}
     assert not read(write(tmp_path / "f.json", [one]))[3].notes()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "late"),
+    [
+        ("NATIVE", "OPEN_WEBUI", 2100),
+        ("NATIVE", "LANGFUSE", 2100),
+        ("NATIVE", "LANGFUSE", 0),
+        ("LANGFUSE", "NATIVE", 2100),
+        ("LANGFUSE", "OPEN_WEBUI", 0),
+    ],
+)
+def test_records_of_several_formats_are_named_as_such(tmp_path: Path, first: str, second: str, late: int) -> None:
+    native = [{"prompt": "q", "completion": "a", "label": one} for one in (True, False)]
+    parts = [native if name == "NATIVE" else CASES[name].records for name in (first, second)]
+    parts[0] = [*parts[0], *[parts[0][-1]] * late]
+    message = refusal(write(tmp_path / "f.jsonl", [*parts[0], *parts[1]]))
+    assert "the records have several formats" in message
+    for name, place in ((first, 1), (second, len(parts[0]) + 1)):
+        shown = "prompt and completion" if name == "NATIVE" else presets()[CASES[name].preset].name
+        assert re.search(rf"{re.escape(shown)}[^:;]*: [0-9,]+ records \(first: f.jsonl:{place}\)", message)
+
+
+def test_native_formats_may_be_mixed(tmp_path: Path) -> None:
+    records = [
+        {"prompt": "q", "completion": "a", "label": "so-so"},
+        {"messages": [{"role": "user", "content": "q"}], "label": 1},
+    ]
+    assert "several formats" not in refusal(write(tmp_path / "f.jsonl", records))
+
+
+def test_chats_of_chat_ui_from_before_its_trees_are_lists(tmp_path: Path) -> None:
+    def said(name: str, who: str, text: str, **more: Any) -> dict[str, Any]:
+        return {"id": name, "from": who, "content": text, "createdAt": "2023", **more}
+
+    talk = [said("a", "user", "Hi"), said("b", "assistant", "Hello", score=1)]
+    more = [said("c", "user", "Tea?"), said("d", "assistant", "Mud", score=-1)]
+    rows, left_out, name, _ = read(write(tmp_path / "f.jsonl", [{"messages": [*talk, *more], "preprompt": "Be kind."}]))
+    begun = "system: Be kind. | user: Hi"
+    assert rows == [
+        (begun, "assistant: Hello", True),
+        (f"{begun} | assistant: Hello | user: Tea?", "assistant: Mud", False),
+    ]
+    assert (left_out, name) == ({}, "chat-ui conversations")
+    # Two answers to one message are no list.
+    records = [{"messages": [*talk, said("d", "assistant", "Mud", score=-1)]}]
+    assert "nothing comes before" in refusal(write(tmp_path / "f.jsonl", records))
+
+
+def test_a_judged_turn_without_anything_before_it_has_no_prompt(tmp_path: Path) -> None:
+    (thread,) = CASES["CHAINLIT"].records
+    greeted = {**thread, "steps": [{**thread["steps"][2]}, *thread["steps"]]}
+    rows, left_out, _, _ = read(write(tmp_path / "f.json", [greeted]))
+    assert len(rows) == 2
+    assert left_out == {UNRATED: 1, "no prompt": 1}
 
 
 def test_joined_rows_keep_the_order_of_the_file(tmp_path: Path) -> None:

@@ -1277,6 +1277,12 @@ def test_names_of_missing_values_are_counted(tmp_path, container, word):
     assert "f." in note
 
 
+@pytest.mark.parametrize("column", ["messages", "conversations", "conversation"])
+def test_a_table_with_a_column_of_judged_messages_only(tmp_path, column):
+    records = [{column: [user("q"), {**assistant("a"), "label": good}]} for good in (True, False)]
+    assert read(as_csv(tmp_path, records))[0] == [up("q", "a"), down("q", "a")]
+
+
 @pytest.mark.parametrize("blank", [";;", ";", " ; ;\t", ";;;;;"])
 @pytest.mark.parametrize("header", ["prompt;completion;label", "user_query;ai_response;feedback_rating"])
 def test_empty_rows_of_a_spreadsheet_are_left_out(tmp_path, blank, header):

@@ -334,6 +334,37 @@ def test_two_usual_names_are_ambiguous():
     assert "--completion-field" in refusal({"question": "q", "response": "b", "answer": "a", "label": True})
 
 
+def test_messages_with_a_list_for_each_key():
+    talk = {"role": ["user", "assistant"], "content": ["q", "a"]}
+    shared = {"from": ["human", "gpt"], "value": ["q", "a"]}
+    for record in ({"messages": talk, "label": True}, {"conversations": shared, "label": True}):
+        row = one(record)
+        assert (row.prompt, row.completion) == ((user("q"),), (assistant("a"),))
+    for column in ("prompt", "completion"):
+        sides = {
+            "prompt": {"role": ["user"], "content": ["q"]},
+            "completion": {"role": ["assistant"], "content": ["a"]},
+        }
+        row = one({"prompt": [user("q")], "completion": [assistant("a")], "label": True, column: sides[column]})
+        assert (row.prompt, row.completion) == ((user("q"),), (assistant("a"),))
+    judged = one({"messages": {**talk, "label": [None, False]}})
+    assert (judged.prompt, judged.label) == ((user("q"),), False)
+
+
+@pytest.mark.parametrize("column", ["output", "reply", "generated_text"])
+def test_an_answer_beside_the_messages_is_pointed_out(column):
+    record = {"messages": [user("q")], column: "a", "label": True}
+    assert f"--completion-field {column}" in refusal(record)
+    row = one(record, completion=column)
+    assert (row.prompt, row.completion) == ((user("q"),), (assistant("a"),))
+
+
+def test_an_unknown_role_of_the_answer_is_named_as_such():
+    message = refusal({"messages": [user("q"), {"role": "agent", "content": "a"}], "label": True})
+    assert '"agent", which is not a known role' in message
+    assert "after the answer" not in message
+
+
 @pytest.mark.parametrize(
     ("said", "results"),
     [

@@ -8,6 +8,7 @@
     [{"type": "human", "data": {...}}]              LangChain; `data` may be left out
     [{"message.role": "user", ...}]                 OpenInference (Phoenix)
     [{"role": "user", "parts": [...]}]              the AI SDK, Gemini
+    {"role": ["user", ...], "content": [...]}       a list for each key, as the datasets library stores a `Sequence`
     [{"type": "function_call", "call_id": ...}]     items of OpenAI's Responses API, among messages
     '[{"role": "user", ...}]'                       any of these as JSON text, as tables store them
 
@@ -182,6 +183,8 @@ def _message_list(value: object) -> list[object] | None:
         elif isinstance(value.get("choices"), list | tuple) and value["choices"]:
             first = value["choices"][0]
             value = first.get("message") if isinstance(first, Mapping) else None
+        elif (columns := messages_in_columns(value)) is not None:
+            value = columns
     if isinstance(value, Mapping):
         return [value]
     if not isinstance(value, list | tuple):
@@ -189,6 +192,15 @@ def _message_list(value: object) -> list[object] | None:
     if len(value) == 1 and isinstance(value[0], list | tuple):  # LangChain writes a batch of one conversation
         value = value[0]
     return list(value)
+
+
+def messages_in_columns(value: Mapping[str, object]) -> list[object] | None:
+    """Return the messages in an object that has a list for each of their keys, as a `Sequence` of the datasets library is stored."""
+    lists = {key: one for key, one in value.items() if isinstance(one, list | tuple)}
+    sizes = {len(one) for one in lists.values()}
+    if len(sizes) != 1 or lists.keys() != value.keys() or not any(key in lists for key in _ROLE_KEYS):
+        return None
+    return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
 
 
 def _is_message(value: object) -> bool:

@@ -58,6 +58,7 @@ from offline_kto.kto_core.feedback.messages import (
     as_conversation,
     as_turns,
     has_tool_calls,
+    messages_in_columns,
 )
 from offline_kto.kto_core.feedback.preference_pairs import is_pair, pair_in
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -65,6 +66,19 @@ from offline_kto.kto_core.judgements import Judgement, Masses
 
 # Keys that say something about a message and are no part of it.
 _ABOUT = ("id", "label", "feedback", "rating", "score", "model", "created_at", "timestamp")
+# Columns that may have the answer beside messages, besides those that are read.
+_ANSWERS = (
+    "output",
+    "outputs",
+    "output_text",
+    "reply",
+    "result",
+    "generation",
+    "generated_text",
+    "model_output",
+    "text",
+    "content",
+)
 
 
 @dataclass(frozen=True)
@@ -127,6 +141,10 @@ def parse_record(record: Mapping[str, object], where: str, fields: FeedbackField
         present = {
             key: value for key, value in record.items() if value is not None and value == value
         }  # NaN is no value
+        for name in CONVERSATIONS:
+            value = present.get(name)
+            if isinstance(value, Mapping) and (messages := messages_in_columns(value)) is not None:
+                present[name] = messages
         calls = next((name for name in CALLS if are_tool_calls(present.get(name))), None)
         if calls is not None:
             present, calls = _with_calls(record, present, calls, where, fields)
@@ -306,6 +324,7 @@ def _single(
             raise LeftOut(EMPTY, f"the last message of '{name}'")
         messages = as_conversation(present[name], where, name)
         _check_prompt_beside(present, messages, where, name)
+        _check_ends_with_answer(present, messages, where, name)
         prompt, completion = split_conversation(messages, where, name)
         prompt = with_system(prompt, present, where)
     elif "instruction" in present and "output" in present:
@@ -402,6 +421,26 @@ def _check_prompt_beside(present: Mapping[str, object], messages: tuple[Message,
         raise FeedbackError(
             f"{where}: '{name}' do not contain the 'prompt' of the record, {quoted(prompt)}. Remove one of them, or add "
             "the prompt to the messages."
+        )
+
+
+def _check_ends_with_answer(
+    present: Mapping[str, object], messages: tuple[Message, ...], where: str, name: str
+) -> None:
+    """Refuse messages that end with an unknown role, or whose answer seems to be in a column beside them."""
+    role = messages[-1]["role"]
+    if role == "assistant":
+        return
+    begun = f"{where}: the label is that of the last message of '{name}', which must have the role \"assistant\", got {quoted(role)}"
+    beside = next((one for one in _ANSWERS if isinstance(present.get(one), str)), None)
+    if beside is not None:
+        raise FeedbackError(
+            f"{begun}. If '{beside}' has the answer to these messages, pass --completion-field {beside}."
+        )
+    if role not in ROLES.values():
+        raise FeedbackError(
+            f'{begun}, which is not a known role. If it is the model\'s, write "assistant" in its place, and "user", "system" and '
+            '"tool" for the others.'
         )
 
 

@@ -7,7 +7,15 @@ from typing import Any
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import has_no_value, number_in
-from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.left_out import (
+    MISSING_TURNS,
+    NO_PROMPT,
+    NOT_ASSISTANT,
+    NOT_CHOSEN,
+    TIE,
+    UNRATED,
+    LeftOut,
+)
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
 from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, REASONING, ROLES, TEXT_KEYS, Message, as_turns
 from offline_kto.kto_core.feedback.paths import Path
@@ -54,6 +62,8 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
             label = turns.label.read(turn if turns.rated is None else record, where)
             judged = list(conversation.message(turn))
             before = [one for other in conversation.before(number) for one in conversation.message(other)]
+            if not before:
+                raise LeftOut(NO_PROMPT, f"nothing comes before {conversation.name(number)}")
         except LeftOut as left:
             yield LeftOut(left.reason, left.detail or conversation.name(number))
             continue
@@ -122,6 +132,8 @@ class _Conversation:
         else:
             self.turns = found
             self._before = list(self._parents())
+            if all(one is None for one in self._before) and self._alternate():
+                self._before = _in_order(found)  # written before the program had trees
 
     def _walk(self, roots: list[dict[str, Any]], children: Path) -> None:
         """Collect the turns of a tree, each before those that follow it."""
@@ -139,7 +151,7 @@ class _Conversation:
     def _parents(self) -> Iterator[int | None]:
         spec = self._spec
         if spec.parent is None or spec.id is None:
-            yield from (number - 1 if number else None for number in range(len(self.turns)))
+            yield from _in_order(self.turns)
             return
         ids = [_key(spec.id.find(one, self._where)) for one in self.turns]
         by_id = {key: number for number, key in enumerate(ids)}
@@ -152,6 +164,11 @@ class _Conversation:
                     "belongs. Give each message an id of its own."
                 )
             yield by_id.get(_key(parent), _MISSING) if parent not in (None, "", False) else None
+
+    def _alternate(self) -> bool:
+        """Return whether each answer of the assistant follows a message of the user."""
+        roles = [role for role in map(self.role, self.turns) if role != "system"]
+        return all((role == "assistant") == bool(number % 2) for number, role in enumerate(roles))
 
     def asked_by(self, number: int) -> object:
         """Return what identifies the turn before one, also if it is not in the record."""
@@ -227,6 +244,11 @@ _KEPT = (
 )
 # All keys of a turn beside its text that are read.
 KEYS_OF_TURNS = (*_KEPT, *REASONING, "parts")
+
+
+def _in_order(turns: list[dict[str, Any]]) -> list[int | None]:
+    """Return the position of the turn before each in a list."""
+    return [number - 1 if number else None for number in range(len(turns))]
 
 
 def _parts(value: object) -> object:

@@ -174,9 +174,9 @@ class DataFormat:
         looked_at = _LOOKED_AT if config.limit is None else min(config.limit, _LOOKED_AT)
         seen: set[object] = set()  # most records have the same keys
         for where, record in itertools.islice(self._source(None), looked_at):
-            if (shape := _shape(record)) in seen:
+            if (keys := shape(record)) in seen:
                 continue
-            seen.add(shape)
+            seen.add(keys)
             found = recognised(record, where)
             if found is None:
                 check_sides_are_answers(record, where)
@@ -299,7 +299,7 @@ def _pass_over(where: str, error: FeedbackError) -> None:
     """Do nothing about a line that is no record: it is reported where the rows are read."""
 
 
-def _shape(record: AnyMapping[str, object]) -> object:
+def shape(record: AnyMapping[str, object]) -> object:
     """Return the keys of a record that have a value, with the keys of the objects among them."""
     return frozenset(
         (key, tuple(value) if isinstance(value, dict) else None) for key, value in record.items() if value is not None

@@ -34,6 +34,7 @@ from offline_kto.precompute.feedback.mistakes import (
     turned_round,
     unclear_rating,
 )
+from offline_kto.precompute.feedback.mixed_formats import with_formats
 from offline_kto.precompute.feedback.suspicions import CONVERSATIONS, FAILURES, Suspicions
 from offline_kto.precompute.feedback.used_columns import UsedColumns
 from offline_kto.precompute.records.text_files import Located
@@ -187,6 +188,12 @@ class Feedback:
         Raises:
             FeedbackError: all mistakes, the first of them with their places; no row; one class only.
         """
+        try:
+            self._finish()
+        except FeedbackError as error:
+            raise with_formats(error, self._config, self._format) from None
+
+    def _finish(self) -> None:
         config, found = self._config, self.found
         self._settle_one_counts()
         if (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from offline_kto.kto_core.errors import FeedbackError, said_by
+from offline_kto.kto_core.feedback.columns import CONVERSATIONS
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.records.class_names import ClassNames
 from offline_kto.precompute.records.text_files import (
@@ -143,7 +144,7 @@ def _bad_csv(error: csv.Error, where: str) -> FeedbackError:
 def _csv_header(cells: list[str], where: str, delimiter: str) -> list[str]:
     columns = [cell.strip() for cell in cells]
     named = [column for column in columns if column != ""]  # pandas writes its index without a column name
-    if len(named) < 2:
+    if len(named) < 2 and columns[0] not in CONVERSATIONS:  # whose messages may have labels of their own
         expected = "tabs" if delimiter == "\t" else "commas"
         raise FeedbackError(
             f"{where}: the header is the single column {quoted(columns[0])}. Separate columns by {expected}."
