@@ -12,8 +12,9 @@ from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.feedback.context_keys import is_context
 from offline_kto.precompute.feedback.rows import Feedback
-from offline_kto.precompute.feedback.used_columns import MATTERS_BESIDE
+from offline_kto.precompute.feedback.used_columns import matters_beside
 from offline_kto.precompute.judgement_page import judgements_in_words, masses_in_words, warnings_about_judgements
 from offline_kto.precompute.plan import Plan, PlanCounts
 from offline_kto.precompute.preview import block, folded, visible, width
@@ -24,7 +25,7 @@ _INDENT = 12
 _MATTERS = re.compile(
     r"split|system|score|rating|reward|feedback|thumb|vote|^weight$|image|img|audio|video|subset|partition|contexts?(?![a-z.])|documents|"
     r"passages|knowledge|functions|tool_?calls?|function_?calls?|^files$|quality|history|instruction|(?<![a-z])(?:fold|tools|grade|stars)(?![a-z])|"
-    r"^(?:messages|conversations|set|is_test|sys|preamble|persona|developer)$",
+    r"^(?:messages|conversations|set|is_test|inputs?|reasoning)$",
     re.IGNORECASE,
 )
 # Columns that identify feedback or say when it was given.
@@ -158,10 +159,10 @@ def warnings(plan: Plan, counts: PlanCounts) -> list[str]:
     found = [*plan.notes]
     aside = () if plan.feedback.mapping is None else plan.feedback.mapping.aside
     unused = [name for name in plan.feedback.unused_columns() if name not in aside]
-    matters = [name for name in unused if _MATTERS.search(name) and not _IDENTIFIES.search(name)]
+    matters = [name for name in unused if is_context(name) or (_MATTERS.search(name) and not _IDENTIFIES.search(name))]
     matters += [name for name in unused if name not in matters and name in plan.feedback.columns_of_messages()]
     matters = [name for name in matters if not any(note.startswith(f"'{name}' contradicts") for note in plan.notes)]
-    matters += [name for name in plan.feedback.unused_beside() if MATTERS_BESIDE.search(name)]
+    matters += [name for name in plan.feedback.unused_beside() if matters_beside(name)]
     if matters:
         system = next((key_path(name) for name in matters if "system" in name.lower()), "COLUMN")
         found.append(

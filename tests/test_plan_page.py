@@ -203,7 +203,13 @@ def warned(config: PrecomputeConfig) -> list[str]:
     return [] if found is None else found[1].split(", ")
 
 
-@pytest.mark.parametrize("name", [*MATTER, "grade", "Tools used", "images_url"])
+CONTEXT = (
+    *("sys_prompt", "developer_prompt", "Retrieved Chunks", "passage", "document", "reference", "earlier_turns"),
+    *("thread", "prior", "input", "inputs", "attachment", "reasoning", "pre_prompt"),
+)
+
+
+@pytest.mark.parametrize("name", [*MATTER, *CONTEXT, "grade", "Tools used", "images_url"])
 def test_unused_columns_that_matter_are_warned_of(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "feedback.jsonl", texts(8, **{name: "x"}, **dict.fromkeys(HARMLESS, "x")))

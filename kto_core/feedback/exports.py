@@ -247,13 +247,32 @@ def _question(value: object) -> object:
     return value.strip() if isinstance(value, str) else None
 
 
-def asked_keys(found: object) -> list[str]:
-    """Return the keys of an object that `asked` reads; empty for other values."""
-    return _keys_read(found, _ASKED, (*_HISTORY, *_SYSTEM))
+def asked_routes(found: object) -> list[tuple[str, ...]]:
+    """Return the routes to the values that `asked` reads in an object; empty for other values."""
+    if not isinstance(found, Mapping) or "role" in found:
+        return []
+    with contextlib.suppress(ValueError):  # raised where the prompt is read
+        call = _arguments(found)
+        if call is not found:
+            name = "args" if opened(found.get("args")) else "kwargs"
+            return [(name, *route) for route in asked_routes(call) or [()]]
+    keys = _keys_read(found, _ASKED, (*_HISTORY, *_SYSTEM))
+    return [
+        (key, *below) for key in keys for below in asked_routes(opened(found[key]) if key in _OBJECTS else None) or [()]
+    ]
 
 
-def answered_keys(found: object) -> list[str]:
-    """Return the keys of an object that `answered` reads; empty for other values."""
+def answered_routes(found: object) -> list[tuple[str, ...]]:
+    """Return the routes to the values that `answered` reads in an object; empty for other values."""
+    return [(key,) for key in _answered_keys(found)]
+
+
+def only_routes(found: object) -> list[tuple[str, ...]]:
+    """Return the route to the value that `only` chooses; empty if it returns the object."""
+    return [(key,) for key in only_keys(found)]
+
+
+def _answered_keys(found: object) -> list[str]:
     options = [name for name in _OPTIONS if isinstance(found, Mapping) and opened(found.get(name))]
     if options or not isinstance(found, Mapping) or "role" in found:
         return options[:1]

@@ -351,7 +351,7 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
         text = refusal
     elif content is None and not calls:
         raise FeedbackError(f"{where}: {what} has no 'content'. Give it a string.")
-    texts = _results_in(text) if role == "tool" and not calls else [text]
+    texts = _results_in(text) if role == "tool" and isinstance(text, str) and not calls else [text]
     for one in texts:
         yield {"role": role, "content": one, **copy.deepcopy(given), **({"tool_calls": calls} if calls else {})}
 

@@ -3,7 +3,7 @@
 A route without further keys is read whole, and so is a list, except for `rows`: the records that were joined.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from offline_kto.kto_core.feedback import exports
@@ -97,18 +97,14 @@ def _called(name: str, found: list[set[Route]], nodes: list[Any], record: Mappin
     if name == "submitted":
         return {("responses",), ("status",)}
     chosen = {
-        "asked": exports.asked_keys,
-        "asked_before": exports.asked_keys,
-        "answered": exports.answered_keys,
-        "only": exports.only_keys,
+        "asked": exports.asked_routes,
+        "asked_before": exports.asked_routes,
+        "answered": exports.answered_routes,
+        "only": exports.only_routes,
     }.get(name)
     if chosen is not None:
-        return {(*route, *one) for route in first for one in _below(chosen(_value_at(record, route)))}
+        return {(*route, *one) for route in first for one in chosen(_value_at(record, route)) or [()]}
     return set().union(*found)
-
-
-def _below(keys: Iterable[str]) -> list[Route]:
-    return [(key,) for key in keys] or [()]
 
 
 def _value_at(record: Mapping[str, Any], route: Route) -> object:

@@ -123,17 +123,18 @@ class DataFormat:
 
     def _source(self, columns: Collection[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
         """Yield the records of the file, or those in its only JSON object."""
-        if self._document is not None:
-            where, found = self._document
-            read: Iterator[Located] = (
-                (f"{where} (record {number})", one) for number, one in enumerate(found.records, 1)
-            )
-        else:
-            config = self._config
-            read = read_records(config.data, columns=columns, split=config.split, on_bad=on_bad or _pass_over)
-        for where, record in read:
+        for where, record in self._stored(columns, on_bad):
             info = self._infos.get(file_of(where))
             yield where, record if info is None else info.record(record)
+
+    def _stored(self, columns: Collection[str] | None, on_bad: OnBadLine | None) -> Iterator[Located]:
+        """Yield the records of the source as they are stored."""
+        if self._document is not None:
+            where, found = self._document
+            yield from ((f"{where} (record {number})", one) for number, one in enumerate(found.records, 1))
+            return
+        config = self._config
+        yield from read_records(config.data, columns=columns, split=config.split, on_bad=on_bad or _pass_over)
 
     def _inner(self, where: str, record: dict[str, Any]) -> Iterator[Located]:
         """Yield the records inside a document, at the path that the mapping names."""
@@ -224,7 +225,7 @@ class DataFormat:
     def _dataset_infos(self) -> dict[str, DatasetInfo]:
         """Return the entries about the files of `--data` in a dataset_info.json of LLaMA-Factory, by the files' names."""
         tables: dict[FilePath, object] = {}
-        found = {}
+        found: dict[str, DatasetInfo] = {}
         for name, file in files_of(self._config.data, self._config.split).items():
             for folder in (file.parent, file.parent.parent):
                 table = folder / "dataset_info.json"

@@ -127,7 +127,7 @@ class Suspicions:
                 )
         if self.media:
             found.append(
-                "rows with a prompt that contains <image>, <video> or <audio>, or a text with media (data:image/..., @@@langfuseMedia:...): "
+                "rows with <image>, <video> or <audio> in the prompt, or a text with media (data:image/..., @@@langfuseMedia:...): "
                 f"{_counted(self.media)}. They are scored as text; remove these rows if the answers need the media."
             )
         if self.messages:

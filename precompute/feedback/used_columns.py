@@ -25,22 +25,31 @@ from offline_kto.kto_core.feedback.messages import MESSAGE_KEYS, TEXT_KEYS
 from offline_kto.kto_core.feedback.paths import Path, opened_at, option_path
 from offline_kto.kto_core.feedback.reads import Route
 from offline_kto.kto_core.feedback.turns import KEYS_OF_TURNS
+from offline_kto.precompute.feedback.context_keys import (
+    changes_a_message,
+    context_names,
+    is_context,
+    unread_context,
+    unusual,
+)
 
 # Columns with lists of messages that the native formats read.
 _MESSAGES = (*CONVERSATIONS, *PROMPTS, *COMPLETIONS, "chosen", "rejected", "history")
-# Keys beside those that are read that change the meaning of a row, as in "input.context" and "messages[].files".
-MATTERS_BESIDE = re.compile(
-    r"\.(system\w*|tools|functions|\w*context|\w*documents|passages|\w*knowledge|\w*history|instructions|images?)$"
-    rf"|^(?:{'|'.join(_MESSAGES)})\[\]\.(?:files?|document|error|deleted|hidden|edited\w*|weight)$",
-    re.IGNORECASE,
-)
+# Messages of the native formats, as `UsedColumns.beside` names their keys.
+_OF_MESSAGES = tuple(f"{name}[]" for name in _MESSAGES)
 
 # A path that makes an object of two plain paths.
 _OBJECT = re.compile(r"\{[^{}\[\]()]*\}")
 _MEMBER = re.compile(r"(\w+)\s*:\s*([^,{}]+?)\s*(?=[,}])")
 
-# Records that are looked at even if their keys are those of an earlier one.
+# Records that are looked at even if their keys are those of an earlier one: later ones only if a name in them is new.
 _LOOKED_AT = 1000
+
+
+def matters_beside(name: str) -> bool:
+    """Return whether a key beside those that are read, as `UsedColumns.beside` names it, changes the meaning of a row."""
+    parent, _, key = name.rpartition(".")
+    return is_context(key) or (parent in _OF_MESSAGES and changes_a_message(key))
 
 
 class UsedColumns:
@@ -69,6 +78,8 @@ class UsedColumns:
         self._of_mapping = [*self._unmatched] if mapping is not None else []
         self._unmatched += [path for path in self._needed if path not in self._unmatched]
         self._keys: dict[str, set[str]] = {path.text: set() for path in self._needed}
+        self._texts = _paths_of_texts(mapping) if mapping is not None else _paths_of(fields)[:2]
+        self._roots: set[str] = set() if mapping is not None else {*_MESSAGES}
         self.read: set[str] = set()
         self.beside: Counter[str] = Counter()
         self.with_messages: set[str] = set()
@@ -79,16 +90,33 @@ class UsedColumns:
     def add(self, record: AnyMapping[str, Any]) -> None:
         """Look at the keys of a record."""
         self._records += 1
-        shape = frozenset(key for key, value in record.items() if value is not None)
+        columns = frozenset(key for key, value in record.items() if value is not None)
+        texts = [record[name] for name in self._roots & columns]
+        shape = columns, frozenset(context_names(texts)), self._keys_of_messages(texts)
         if shape in self._shapes and self._records > _LOOKED_AT:
             return
         self._shapes.add(shape)
         found: set[Route] = set().union(*(path.routes(record) for path in self._paths))
         self.read.update(route[0] for route in found)
         self.with_messages.update(key for key, value in record.items() if _are_messages(value))
-        self.beside.update({*_beside(record, found), *_in_lists(record, found - {("rows",)}, self._words)})
+        routes: set[Route] = set().union(*(path.routes(record) for path in self._texts))
+        roots = {route[0] for route in routes}
+        self._roots |= roots
+        beside = _beside(record, found) | unread_context(record, roots, found, self._words)
         if self._mapping is None:
-            self.beside.update(_in_lists(record, {(name,) for name in _MESSAGES}, self._words, self._is_unread))
+            beside |= _in_lists(record, [name for name in _MESSAGES if name in record], self._words, self._is_unread)
+            beside |= unread_context(
+                record, [name for name in _MESSAGES if _are_messages(record.get(name))], found, self._words
+            )
+        self.beside.update(beside)
+
+    def _keys_of_messages(self, texts: list[Any]) -> frozenset[str]:
+        """Return the keys of the messages of the native formats, of which any may be unread."""
+        if self._mapping is not None:
+            return frozenset()
+        messages = [one for value in texts if isinstance(value, list) for one in unusual(value)]
+        items = (item for one in messages if isinstance(one, dict) for item in one.items())
+        return frozenset(key for key, value in items if value or type(value) in (int, float))
 
     def _is_unread(self, key: str) -> bool:
         """Return whether a key of a message is read neither here nor by the chat template."""
@@ -175,6 +203,15 @@ def _paths_in(mapping: Mapping) -> list[Path]:
     return [path for path in found if path is not None]
 
 
+def _paths_of_texts(mapping: Mapping) -> list[Path]:
+    """Return the paths to prompts, answers and conversations in the record."""
+    turns, pair = mapping.turns, mapping.pair
+    found = [mapping.prompt, mapping.completion, mapping.conversation, mapping.each, *mapping.zip.values()]
+    found += [] if pair is None else [pair.first, pair.second]
+    found += [] if turns is None or mapping.join is not None else [turns.messages]
+    return [path for path in found if path is not None]
+
+
 def _paths_of_turns(mapping: Mapping) -> list[Path]:
     turns = mapping.turns
     if turns is None:
@@ -219,17 +256,19 @@ def _is_score(column: str, name: str) -> bool:
 
 
 def _beside(record: AnyMapping[str, Any], found: set[Route]) -> set[str]:
-    """Return the keys with a value beside those that are read; further up only those that matter."""
+    """Return the keys with a value beside those that are read."""
     whole = {route[:size] for route in found for size in range(1, len(route) + 1)}
     last = {route[:-1] for route in found}
+    read = {route[-1] for route in found if opened_at(record, route) is not None}  # the answers may repeat them
     names = set()
     for parent in whole - found:
         if any(parent[:size] in found for size in range(1, len(parent))):
             continue
         for key, item in _object_at(record, parent).items():
             name = ".".join((*parent, str(key)))
-            matters = parent in last or MATTERS_BESIDE.search(name)
-            if matters and (*parent, key) not in whole and item not in (None, "", [], {}):
+            if is_context(key) and key in read:
+                continue
+            if parent in last and (*parent, key) not in whole and item not in (None, "", [], {}):
                 names.add(name)
     return names
 
@@ -244,26 +283,22 @@ def _are_messages(value: object) -> bool:
 
 
 def _in_lists(
-    record: AnyMapping[str, Any],
-    found: set[Route],
-    words: set[str],
-    is_unread: Callable[[str], bool] = lambda key: False,
+    record: AnyMapping[str, Any], columns: Iterable[str], words: set[str], is_unread: Callable[[str], bool]
 ) -> set[str]:
-    """Return the keys in the objects of lists that are read, as "inputs[].context", that matter or are not read.
+    """Return the keys of the messages in some columns that are not read, as "messages[].comment".
 
     Args:
         words: names in the paths; a key with one of them is read.
     """
     names = set()
-    for route in {one[:size] for one in found for size in range(1, len(one) + 1)}:
-        items = opened_at(record, route)
+    for column in columns:
+        items = opened_at(record, (column,))
         for item in items if isinstance(items, list) else []:
             for key, value in item.items() if isinstance(item, dict) else ():
-                name = f"{'.'.join(route)}[].{key}"
                 if key in words or _says_nothing(key, value):
                     continue
-                if MATTERS_BESIDE.search(name) or is_unread(str(key)):
-                    names.add(name)
+                if changes_a_message(key) or is_unread(key):
+                    names.add(f"{column}[].{key}")
     return names
 
 
