@@ -48,6 +48,13 @@ _SKIN_TONE = re.compile(r":skin-tone-\d:")
 _FRACTION = re.compile(r"(\d{1,3})\s?/\s?([1-9]\d{0,2})", re.ASCII)
 
 # Beginnings of verdicts on two answers that prefer neither.
+# Words for a judgement that is neither good nor bad, or for none.
+_BETWEEN = re.compile(
+    r"[^\w+]*|mixed|medium|average|so[ _-]?so|ok(?:ay)?|maybe|partial(?:ly)?|unsure|unknown|unclear|undecided|other|pending"
+    r"|offered|skip(?:ped)?|(?:not|un)[ _-]?(?:rated|judged|scored|answered|set|available|applicable|sure)"
+    r"|no[ _-]?(?:rating|feedback|vote|answer|opinion)",
+    re.IGNORECASE,
+)
 _TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
 
 # Names of columns whose numbers are usually on a scale from 1 to 5 or 10.
@@ -427,14 +434,20 @@ def _proposed_words(words: Sequence[str]) -> str:
     up = [word for word, label in known.items() if label is True]
     down = [word for word, label in known.items() if label is False]
     others = [word for word, label in known.items() if label is None]
-    if len(others) == 2 and not up and not down:
+    if len(others) == 2 and not up and not down and not any(map(_is_between, others)):
         return f"--up {_option(others[:1])} --down {_option(others[1:])} (or the other way round)"
-    if len(others) == 1 and len(up + down) == 1 and not is_tie(others[0]):
+    if len(others) == 1 and len(up + down) == 1 and not _is_between(others[0]):
         return f"--up {_option(up or others)} --down {_option(down or others)}"
     if not up or not down:
         return ""
-    added = f", with {', '.join(others)} added to one of them" if 0 < len(others) <= 4 else ""
-    return f"--up {_option(up)} --down {_option(down)}{added or (', with the others added' if others else '')}"
+    named = ", ".join(others) if len(others) <= 4 else "the others"
+    added = f", with {named} added to one of them, or left out by a mapping (--map FILE) with `else: leave-out`"
+    return f"--up {_option(up)} --down {_option(down)}{added if others else ''}"
+
+
+def _is_between(word: str) -> bool:
+    """Return whether a word says neither good nor bad: "mixed", "not rated", "-"."""
+    return is_tie(word) or _BETWEEN.fullmatch(word.strip()) is not None
 
 
 def _option(words: Sequence[str]) -> str:

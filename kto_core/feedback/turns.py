@@ -243,7 +243,7 @@ _KEPT = (
     "refusal",
 )
 # All keys of a turn beside its text that are read.
-KEYS_OF_TURNS = (*_KEPT, *REASONING, "parts")
+KEYS_OF_TURNS = (*_KEPT, *REASONING, *MEDIA_KEYS, "parts")
 
 
 def _in_order(turns: list[dict[str, Any]]) -> list[int | None]:
