@@ -1333,6 +1333,32 @@ def test_messages_as_python_prints_them_are_refused(tmp_path, container, column)
 
 
 @pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize(
+    ("names", "outside"), [(["dev", "main"], "main.jsonl"), (["test_2024", "prod_2024"], "prod_2024.jsonl")]
+)
+def test_files_that_are_in_no_split_are_named(data_set, tmp_path, names, outside):
+    for name in names:
+        as_jsonl(tmp_path, ROWS).rename(data_set / f"{name}.jsonl")
+    message = refusal(data_set)
+    assert outside in message
+    assert "pass it as --data, or rename it to train.jsonl" in message
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_the_configurations_of_a_folder_are_named(data_set, tmp_path):
+    lines = []
+    for name in ("one", "two"):
+        (data_set / name).mkdir()
+        as_jsonl(tmp_path, ROWS).rename(data_set / name / "x.jsonl")
+        lines.append(f"- config_name: {name}\n  data_files: {name}/*.jsonl")
+    (data_set / "README.md").write_text("\n".join(["---", "configs:", *lines, "---", ""]), encoding="utf-8")
+    message = refusal(data_set)
+    assert '["one", "two"]' in message
+    assert "Pass the folder or the file of one of them." in message
+    assert read(data_set / "one")[0] == [up("q", "a"), down("r", "b")]
+
+
+@pytest.mark.usefixtures("datasets_cache")
 def test_a_folder_of_files_with_different_keys(tmp_path):
     root = tmp_path / "set"
     root.mkdir()

@@ -38,6 +38,8 @@ _HUB_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 # Splits with preferences, among those for fine-tuning and generation.
 _PREFERENCES = re.compile("pref|kto|dpo|pair|feedback")
 
+# What the datasets library says if a data set has several configurations.
+_MISSING_CONFIG = "Config name is missing"
 # JSON files of the datasets library without rows.
 _DATASET_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
@@ -69,6 +71,8 @@ def _load_hub(path: Path, split: str) -> "datasets.Dataset":
     except Exception as error:
         if "Unknown split" in str(error):
             raise no_split(name, split, _hub_splits(name)) from None
+        if _MISSING_CONFIG in str(error):
+            raise _several_configs(name, name, "Download the files of one of them, and pass their folder.") from None
         hint = suggest(path) if path.parent.is_dir() else " Check the name, or log in (hf auth login)."
         raise FeedbackError(
             f"{name}: neither a local path nor readable from the hub ({said_by(error)}).{hint}"
@@ -82,6 +86,17 @@ def _hub_splits(name: str) -> list[str]:
         return [str(split) for split in datasets.get_dataset_split_names(name)]
     except Exception:  # noqa: BLE001 - the message names no splits then
         return []
+
+
+def _several_configs(name: str, path: str, advice: str) -> FeedbackError:
+    """Return the error about a data set whose card describes several, each with its own files."""
+    import datasets
+
+    try:
+        names = quoted([str(one) for one in datasets.get_dataset_config_names(path)], 300)
+    except Exception:  # noqa: BLE001 - the message names none then
+        names = "several"
+    return FeedbackError(f"{name}: its README describes several data sets (configurations): {names}. {advice}")
 
 
 def no_split(name: str, wanted: str, found: Iterable[str]) -> FeedbackError:
@@ -148,12 +163,25 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
     if split in finer:
         return finer[split]
     if split not in found:
-        raise no_split(_shown_name(path), split, {**found, **finer})
+        raise _no_split_of_folder(path, split, {**found, **finer})
     files = [file for file in found[split] if file.name not in _DATASET_NOTES]
     merged = [name for name, named in finer.items() if set(named) & set(files)]
     if len(merged) > 1:
         raise no_split(_shown_name(path), split, merged)
     return files
+
+
+def _no_split_of_folder(path: Path, split: str, found: Iterable[str]) -> FeedbackError:
+    """Return the error about a split that no file of a folder has by its name, with the files that are in none."""
+    error = no_split(_shown_name(path), split, found)
+    unread = unread_files(path)
+    if not unread:
+        return error
+    them = "file is" if len(unread) == 1 else "files are"
+    return FeedbackError(
+        f"{error} {len(unread):,} {them} in no split, by the names of the folder's files: {quoted(unread[:5], 200)}. To read one, "
+        f"pass it as --data, or rename it to {split}{Path(unread[0]).suffix}."
+    )
 
 
 def _named_splits(path: Path, found: dict[str, list[Path]]) -> dict[str, list[Path]]:
@@ -189,6 +217,10 @@ def _splits(path: Path) -> dict[str, list[Path]]:
     try:
         found = datasets.load_dataset_builder(str(path)).config.data_files
     except Exception as error:
+        if _MISSING_CONFIG in str(error):
+            raise _several_configs(
+                _shown_name(path), str(path), "Pass the folder or the file of one of them."
+            ) from None
         raise FeedbackError(f"{_shown_name(path)}: not readable as a dataset ({said_by(error)}).") from error
     return {str(split): [Path(file) for file in files] for split, files in found.items()}
 
