@@ -318,12 +318,17 @@ def test_chats_of_chat_ui_from_before_its_trees_are_lists(tmp_path: Path) -> Non
     assert "nothing comes before" in refusal(write(tmp_path / "f.jsonl", records))
 
 
-def test_a_judged_turn_without_anything_before_it_has_no_prompt(tmp_path: Path) -> None:
+def test_a_judged_turn_without_anything_before_it_is_refused(tmp_path: Path) -> None:
     (thread,) = CASES["CHAINLIT"].records
-    greeted = {**thread, "steps": [{**thread["steps"][2]}, *thread["steps"]]}
-    rows, left_out, _, _ = read(write(tmp_path / "f.json", [greeted]))
-    assert len(rows) == 2
-    assert left_out == {UNRATED: 1, "no prompt": 1}
+    greeted = {**thread, "steps": [thread["steps"][2], *thread["steps"]]}
+    assert "message 1 is judged, but nothing comes before it" in refusal(write(tmp_path / "f.json", [greeted]))
+
+
+def test_steps_of_chainlit_are_in_the_order_of_their_times(tmp_path: Path) -> None:
+    (thread,) = CASES["CHAINLIT"].records
+    steps = [{**one, "createdAt": f"2026-01-01T00:00:{n:02}.000Z"} for n, one in enumerate(thread["steps"])]
+    path = write(tmp_path / "f.json", [{**thread, "steps": steps[::-1]}])
+    assert read(path)[0] == CASES["CHAINLIT"].rows
 
 
 def test_joined_rows_keep_the_order_of_the_file(tmp_path: Path) -> None:

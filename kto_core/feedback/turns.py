@@ -9,7 +9,6 @@ from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import has_no_value, number_in
 from offline_kto.kto_core.feedback.left_out import (
     MISSING_TURNS,
-    NO_PROMPT,
     NOT_ASSISTANT,
     NOT_CHOSEN,
     TIE,
@@ -63,7 +62,10 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
             judged = list(conversation.message(turn))
             before = [one for other in conversation.before(number) for one in conversation.message(other)]
             if not before:
-                raise LeftOut(NO_PROMPT, f"nothing comes before {conversation.name(number)}")
+                raise FeedbackError(
+                    f"{where}: {turns.messages.source}: {conversation.name(number)} is judged, but nothing comes before it. Put the "
+                    "messages in order, for example by their time; if it is a greeting, remove its judgement."
+                )
         except LeftOut as left:
             yield LeftOut(left.reason, left.detail or conversation.name(number))
             continue
