@@ -4,18 +4,16 @@ import contextlib
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 
 from offline_kto.kto_core.cache.manifest_fields import RunFields, ScoreDifference, ScoringSections, WorkerFields
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import CacheError
-from offline_kto.kto_core.hashing import json_hash
 from offline_kto.kto_core.progress import Progress
-from offline_kto.precompute.cache_rows import scored_row, unscored_row
+from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, load_transformers, vllm_engine
 from offline_kto.precompute.engines.comparison import DisagreementError, choose_sample
@@ -23,7 +21,7 @@ from offline_kto.precompute.engines.protocol import Listener, Scorer
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.leader import Leader
 from offline_kto.precompute.local_workers import LocalWorkers
-from offline_kto.precompute.needs import Need, Needs, SequenceIds
+from offline_kto.precompute.needs import Needs, SequenceIds
 from offline_kto.precompute.out_folder import MERGED
 from offline_kto.precompute.parts import Pace, ShardScores
 from offline_kto.precompute.plan import Plan, shard_rows
@@ -37,6 +35,7 @@ from offline_kto.precompute.plan_files import (
 )
 from offline_kto.precompute.ray_workers import RayWorkers, ShardWorkerOpener
 from offline_kto.precompute.score_files import read_parts, read_scores_of
+from offline_kto.precompute.shard_tables import scored_table, shard_key, unscored_table
 from offline_kto.precompute.store import ShardSize, Store
 from offline_kto.precompute.workers import Answer, Workers, WorkerSettings
 
@@ -71,24 +70,13 @@ class Scoring:
         self.difference: ScoreDifference | None = None
         self.workers: list[WorkerFields] = []
         self._underway: ShardScores | None = None
-        table = SequenceIds.of(plan)
-        self._keys = [self._key(rows, table.ids) for rows in self.shards]
+        self._keys = [shard_key(plan, rows) for rows in self.shards]
         store.adopt_done(self._keys)
         self.missing = [i for i, key in enumerate(self._keys) if not store.has(i, key, len(self.shards[i]))]
         store.set_aside(self.missing)
-        self._needs = Needs(plan, table, self.shards, missing=self.missing, keys=self._keys, files=store.scored_files)
-
-    def _key(self, rows: range, ids: np.ndarray) -> str:
-        """Return a hash of everything in a shard except the scores.
-
-        Args:
-            ids: of the sequences of all rows.
-        """
-        entries = []
-        for i, labels in zip(rows, self.plan.labels(rows), strict=True):
-            row = self.plan.rows[i]
-            entries.append([row.row_id, [bytes(one).hex() for one in ids[i, 1:]], *labels, row.place])
-        return json_hash(entries)
+        self._needs = Needs(
+            plan, SequenceIds.of(plan), self.shards, missing=self.missing, keys=self._keys, files=store.scored_files
+        )
 
     def run(self, sequences: int, gpus: Sequence[Sequence[int] | None]) -> None:
         """Score missing sequences and write missing shards.
@@ -135,24 +123,23 @@ class Scoring:
             self.reference.check_unchanged()
             for i in self.missing:
                 need = self._needs.of(i)
+                names, company = self._needs.ids_of(i), self._needs.company(i, need)
+                scores = {name: one for name, one in zip(names, need.scores, strict=True) if one is not None}
                 write = partial(self.store.write_part, self._keys[i])
-                self._underway = ShardScores(need.company, need.known, write, pace)
-                self._score(need, scorer, progress)
-                scores = {**need.given, **self._underway.scores}
-                self.store.write(
-                    i,
-                    self._keys[i],
-                    [scored_row(unscored_row(self.plan, j), self._needs.ids_of(j), scores) for j in self.shards[i]],
-                )
+                self._underway = ShardScores(company, scores, write, pace)
+                self._score(company, scorer, progress)
+                scores |= self._underway.scores
+                table = scored_table(unscored_table(self.plan, self.shards[i]), [scores[name] for name in names])
+                self.store.write(i, self._keys[i], table)
                 # A sequence that another shard also needs is scored only once.
                 self._needs.complete(i, scores)
                 left.remove(i)
                 pace.restart()
 
-    def _score(self, need: Need, scorer: Scorer | None, progress: Progress) -> None:
+    def _score(self, company: Mapping[str, TokenIds], scorer: Scorer | None, progress: Progress) -> None:
         """Score the missing sequences of the shard in progress."""
         assert self._underway is not None
-        before, sequences = self._underway.known, list(need.company.values())
+        before, sequences = self._underway.known, list(company.values())
         if scorer is None or len(before) == len(sequences):
             return
         started = time.monotonic()
@@ -229,15 +216,10 @@ class Scoring:
 
     def _prepare(self, index: int) -> set[int]:
         """Write the plan file of a shard. Returns: the shards whose scores it awaits."""
-        need, rows = self._needs.of(index), self.shards[index]
-        write_plan_file(
-            plan_path(self.store.out, index),
-            [unscored_row(self.plan, i) for i in rows],
-            [self._needs.ids_of(i) for i in rows],
-            need,
-            {**self.store.metadata, "key": self._keys[index]},
-        )
-        return set(need.awaited.values())
+        need, table = self._needs.of(index), unscored_table(self.plan, self.shards[index])
+        metadata = {**self.store.metadata, "key": self._keys[index]}
+        write_plan_file(plan_path(self.store.out, index), table, need, metadata)
+        return need.awaited
 
     def _finish(self, run: PlannedRun, index: int, answer: Answer) -> None:
         """Move a shard that a worker has written into place."""

@@ -215,19 +215,18 @@ def test_each_sequence_is_in_the_company_of_one_shard() -> None:
         assert needs.unknown_tokens == 3 * len(owners)
         assert len(needs.unscored()) == len(owners)
         for number in missing:
-            need = needs.of(number)
-            mine = list(dict.fromkeys(one for i in shards[number] for one in needs.ids_of(i)))
-            assert list(need.company) == [one for one in mine if owners[one] == number]
-            assert need.awaited == {one: owners[one] for one in mine if owners[one] != number and one not in need.given}
-            scores = {one: np.full(2, -float(number), dtype=np.float32) for one in need.company}
-            assert {one: need.given[one][0] for one in need.given} == {one: -float(owners[one]) for one in need.given}
-            lent = {
-                one
-                for one in need.company
-                for other in missing
-                if other > number and any(one in needs.ids_of(i) for i in shards[other])
-            }
+            need, mine = needs.of(number), needs.ids_of(number)
+            assert mine == [f"{int(name):016d}".encode().hex() for i in shards[number] for name in rows[i]]
+            assert [mine[i] for i in np.flatnonzero(need.in_company)] == [one for one in mine if owners[one] == number]
+            company = needs.company(number, need)
+            assert list(company) == [one for one in dict.fromkeys(mine) if owners[one] == number]
+            assert all(f"{int(x[0]):016d}".encode().hex() == one for one, (x, _) in company.items())
+            given = {name: one for name, one in zip(mine, need.scores, strict=True) if one is not None}
+            assert {one: scores[0] for one, scores in given.items()} == {one: -float(owners[one]) for one in given}
+            assert need.awaited == {owners[one] for one in mine if owners[one] != number and one not in given}
+            scores = {one: np.full(2, -float(number), dtype=np.float32) for one in company}
+            lent = {one for one in company for other in missing if other > number and one in needs.ids_of(other)}
             assert set(needs.lent_by(number)) == lent
             needs.complete(number, scores)
-            assert needs.of(number).awaited == {}
+            assert needs.of(number).awaited == set()
         assert len(needs.unscored()) == 0
