@@ -3,6 +3,7 @@
 import contextlib
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from offline_kto.kto_core.cache.manifest_fields import RunFields, ScoreDifference, ScoringSections, WorkerFields
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.progress import Progress
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
@@ -25,6 +27,7 @@ from offline_kto.precompute.needs import Needs, SequenceIds
 from offline_kto.precompute.out_folder import MERGED
 from offline_kto.precompute.parts import Pace, ShardScores
 from offline_kto.precompute.plan import Plan, shard_rows
+from offline_kto.precompute.plan_ahead import PlansAhead
 from offline_kto.precompute.plan_files import (
     PlannedRun,
     PlannedShard,
@@ -41,6 +44,8 @@ from offline_kto.precompute.workers import Answer, Workers, WorkerSettings
 
 # Sequences on which Transformers' scoring is checked.
 _SHORTEST = 16
+# What is proposed for workers without work: so many shards for each of them, none of fewer rows than this.
+_SHARDS_A_WORKER, _LEAST_ROWS = 3, 64
 
 
 class Scoring:
@@ -70,6 +75,7 @@ class Scoring:
         self.difference: ScoreDifference | None = None
         self.workers: list[WorkerFields] = []
         self._underway: ShardScores | None = None
+        self._finishing = threading.Lock()
         self._keys = [shard_key(plan, rows) for rows in self.shards]
         store.adopt_done(self._keys)
         self.missing = [i for i, key in enumerate(self._keys) if not store.has(i, key, len(self.shards[i]))]
@@ -93,24 +99,22 @@ class Scoring:
             settings = WorkerSettings.of(self.config, str(self.store.out))
             gpus_of_one = 0 if self.config.device == "cpu" else self.config.tensor_parallel
             connect = partial(RayWorkers, self.config.cluster, ShardWorkerOpener(settings), gpus=gpus_of_one)
-            self._score_with(connect, settings.out, self.config.workers or len(self.missing), sequences)
-            return
-        workers = min(len(gpus), len(self.missing)) if self._needs.unknown_tokens else 1
-        if workers < len(gpus) and self._needs.unknown_tokens:
-            tell(
-                f"workers     {workers} of {len(gpus)}: there are no more shards; a smaller --rows-per-shard gives all of them work"
-            )
-        if workers > 1:
+            self._score_with(connect, settings.out, sequences)
+        elif min(len(gpus), len(self.missing)) > 1 and self._needs.unknown_tokens:
             out = str(self.store.out)
-            self._score_with(partial(LocalWorkers, self.config, out, gpus[:workers]), out, workers, sequences)
+            self._score_with(partial(LocalWorkers, self.config, out, gpus), out, sequences)
         else:
+            if self._needs.unknown_tokens:
+                self._tell_of_idle(len(gpus))
             self._score_here(sequences)
 
     def plan_only(self) -> int:
         """Write the plan files of all missing shards. Returns: their number."""
         self._write_run()
-        for index in self.missing:
-            self._prepare(index)
+        with PlansAhead(self._prepare) as plans:
+            plans.begin(self.missing)
+            for index in self.missing:
+                plans.take(index)
         return len(self.missing)
 
     def _score_here(self, sequences: int) -> None:
@@ -166,9 +170,16 @@ class Scoring:
             finally:
                 shutil.rmtree(merged, ignore_errors=True)
 
-    def _score_with(self, connect: Callable[[], Workers], out: str, most: int, sequences: int) -> None:
+    def _tell_of_idle(self, workers: int) -> None:
+        """Log that there are fewer shards than workers."""
+        rows = len(self.plan.rows) if len(self.missing) == len(self.shards) else 0
+        if line := without_work(len(self.missing), workers, rows):
+            tell(f"workers     {line}")
+
+    def _score_with(self, connect: Callable[[], Workers], out: str, sequences: int) -> None:
         run = self._write_run()
         workers = connect()
+        self._tell_of_idle(min(workers.room, self.config.workers or workers.room))
         pace = Pace()
 
         def keep() -> None:
@@ -181,7 +192,7 @@ class Scoring:
                 workers,
                 self.missing,
                 out,
-                most=most,
+                most=self.config.workers or len(self.missing),
                 prepare=self._prepare,
                 finish=partial(self._finish, run),
                 keep=keep,
@@ -215,8 +226,10 @@ class Scoring:
         return run
 
     def _prepare(self, index: int) -> set[int]:
-        """Write the plan file of a shard. Returns: the shards whose scores it awaits."""
-        need, table = self._needs.of(index), unscored_table(self.plan, self.shards[index])
+        """Write the plan file of a shard, in any thread. Returns: the shards whose scores it awaits."""
+        with self._finishing:  # which removes parts, whose scores are read here
+            need = self._needs.of(index)
+        table = unscored_table(self.plan, self.shards[index])
         metadata = {**self.store.metadata, "key": self._keys[index]}
         write_plan_file(plan_path(self.store.out, index), table, need, metadata)
         return need.awaited
@@ -224,9 +237,10 @@ class Scoring:
     def _finish(self, run: PlannedRun, index: int, answer: Answer) -> None:
         """Move a shard that a worker has written into place."""
         entry = ShardSize(answer.rows, answer.bytes, answer.sha256)
-        path = self.store.adopt(index, self._keys[index], done_path(self.store.out, run.token, index), entry)
+        with self._finishing:
+            path = self.store.adopt(index, self._keys[index], done_path(self.store.out, run.token, index), entry)
+            self._needs.complete(index, read_scores_of(path, self._needs.lent_by(index)))
         plan_path(self.store.out, index).unlink(missing_ok=True)
-        self._needs.complete(index, read_scores_of(path, self._needs.lent_by(index)))
 
     def _take_answers(self, leader: Leader) -> None:
         self.scored = sum(answer.scored for answer in leader.answers)
@@ -289,3 +303,20 @@ class Scoring:
         if self.workers:
             run["workers"] = self.workers
         return run
+
+
+def without_work(shards: int, workers: int, rows: int) -> str:
+    """Return a line about workers without a shard; empty if there are none.
+
+    Args:
+        rows: of all shards, which could be smaller; 0 if some are complete already.
+    """
+    idle = workers - shards
+    if idle <= 0:
+        return ""
+    line = f"{counted(shards, 'shard')} for {workers} workers: {idle} {'has' if idle == 1 else 'have'} no work"
+    size = rows // (_SHARDS_A_WORKER * workers)
+    if size < _LEAST_ROWS:
+        return line
+    size = 1 << size.bit_length() - 1  # a power of two
+    return f"{line}; --rows-per-shard {size} makes {-(-rows // size)}"
