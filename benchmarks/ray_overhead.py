@@ -1,10 +1,10 @@
 """Measure what Ray adds to scoring with the real scorer: one worker on a simulated node beside one process.
 
-    python benchmarks/ray_overhead.py [--shards 20] [--rows-per-shard 64] [--repeat 2]
+    python benchmarks/ray_overhead.py [--shards 20] [--rows-per-shard 32] [--repeat 2]
 
 Both score the same rows with the same small model, one thread of torch each, in turns. The time is that between the end of
 the first shard and the end of the last one, so that no start-up counts; the overhead is its part that is not scoring,
-which a busy machine changes less than the time itself. Needs Ray.
+which a busy machine changes less than the time itself. A run takes two minutes of a core. Needs Ray.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
     """Print every run, and the overhead of Ray."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=20)
-    parser.add_argument("--rows-per-shard", type=int, default=64)
+    parser.add_argument("--rows-per-shard", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=2, help="runs of each")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which are the node's processes
@@ -83,7 +83,9 @@ def main() -> None:
             for turn in range(given.repeat):
                 for name, more in zip(found, ((), ("--cluster", cluster.address)), strict=True):
                     out = work / f"{name} {turn}"
-                    found[name].append(scored(workload, out, given.rows_per_shard, *more))
+                    run = scored(workload, out, given.rows_per_shard, *more)
+                    found[name].append(run)
+                    print(f"{name}: {run.seconds:.1f} s, of which it scored {run.scoring:.1f} s", flush=True)
     finally:
         cluster.shutdown()
     lines = [
