@@ -100,6 +100,10 @@ class LocalWorkers:
         self._children: dict[str, tuple[int, ChildProcess]] = {}  # by name, with the position of its GPUs
         self._started = 0
 
+    @property
+    def room(self) -> int:
+        return len(self._gpus)
+
     def grow(self, wanted: int, avoid: Collection[str]) -> int:
         taken = {slot for slot, _ in self._children.values()}
         free = [slot for slot in range(len(self._gpus)) if slot not in taken]

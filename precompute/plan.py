@@ -31,7 +31,7 @@ from offline_kto.precompute.feedback.mistakes import without_effect
 from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.feedback.weights import Weights, total
 from offline_kto.precompute.records.sources import SourceFile, describe_source, warnings_about
-from offline_kto.precompute.spool import PlannedRow, PlannedRows, Spool
+from offline_kto.precompute.spool import PlannedRow, PlannedRows, RowColumns, Spool
 from offline_kto.precompute.spool_folder import spool_folder
 
 # Rows tokenized in one call of the tokenizer.
@@ -108,15 +108,14 @@ class Plan:
         """The optional columns of the cache; empty if every row is one bit of weight 1."""
         return self.rows.judgements.mass_columns()
 
-    def labels(self, rows: range) -> list[list[object]]:
-        """Return what the scores do not depend on, for hashes: label, masses that a label does not say, pair and source."""
-        found: list[list[object]] = []
-        for row in rows:
-            columns = self.rows.columns_with(row)
-            i = row - columns.rows.start
-            judgement = self.rows.judgements[row]
-            masses = [judgement.masses, judgement.objectives] if self.mass_columns else []
-            found.append([bool(self.rows.labels[row]), columns.pair_ids[i], columns.sources[i], *masses])
+    def labels(self, columns: RowColumns) -> list[list[object]]:
+        """Return what the scores do not depend on, for hashes: label, pair, source, and masses that a label does not say."""
+        labels = self.rows.labels[columns.rows.start : columns.rows.stop].tolist()
+        found = [[*one] for one in zip(labels, columns.pair_ids, columns.sources, strict=True)]
+        if self.mass_columns:
+            for row, entry in zip(columns.rows, found, strict=True):
+                judgement = self.rows.judgements[row]
+                entry += [judgement.masses, judgement.objectives]
         return found
 
     @no_garbage_collection()
@@ -127,7 +126,7 @@ class Plan:
         """
         labels, places = ListHash(), ListHash()
         for columns in self.rows.columns():
-            entries = zip(columns.row_ids, self.labels(columns.rows), strict=True)
+            entries = zip(columns.row_ids, self.labels(columns), strict=True)
             labels.add([[row_id, *entry] for row_id, entry in entries])
             places.add(columns.places)
         return labels.hexdigest(), places.hexdigest()

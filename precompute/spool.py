@@ -45,6 +45,9 @@ _SCHEMA = pa.schema(
     ]
 )
 
+# Columns that are not kept in memory; of the token ids there are views.
+_DECODED = ["row_id", "prompt_id", "source", "pair_id", "place"]
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
@@ -170,7 +173,7 @@ def _id_column(ids: Iterable[str]) -> pa.Array:
 
 
 class RowColumns(NamedTuple):
-    """The columns of some rows that are not kept in memory, decoded."""
+    """The columns `_DECODED` of some rows."""
 
     rows: range
     row_ids: list[str]
@@ -261,6 +264,23 @@ class PlannedRows(Sequence[PlannedRow]):
         start = self._starts[index] + self.prompt_lengths[index]
         return self._tokens[start : start + self.full_lengths[index]]
 
+    def prompts_of(self, rows: np.ndarray) -> pa.ListArray:
+        """Return the prompts' ids of some rows."""
+        return self._lists(self._starts[rows], self.prompt_lengths[rows])
+
+    def completions_of(self, rows: np.ndarray, room: np.ndarray) -> pa.ListArray:
+        """Return the completions' ids of some rows.
+
+        Args:
+            room: tokens to which each of them is truncated.
+        """
+        return self._lists(self._starts[rows] + self.prompt_lengths[rows], np.minimum(self.full_lengths[rows], room))
+
+    def _lists(self, starts: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+        ends = np.cumsum(lengths, dtype=np.int64)
+        places = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
+        return pa.ListArray.from_arrays(pa.array(np.append(0, ends), pa.int32()), self._tokens[places])
+
     def ids(self, column: Literal["row_id", "prompt_id", "completion_id"]) -> np.ndarray:
         """Return an id of every row, shape (rows,), dtype `ID`; `completion_id` is that of the full completion."""
         found = np.empty(len(self), dtype=ID)
@@ -285,14 +305,19 @@ class PlannedRows(Sequence[PlannedRow]):
         """Return the columns of a row and of others around it; the last ones are kept."""
         decoded = self._decoded
         if decoded is None or index not in decoded.rows:
-            number = bisect.bisect_right(self._first_rows, index) - 1
-            batch = self._reader.get_batch(number)
-            row_ids, prompt_ids = (hex_ids(_fixed(batch.column(name))) for name in ("row_id", "prompt_id"))
-            texts = (batch.column(name).to_pylist() for name in ("source", "pair_id", "place"))
-            first = self._first_rows[number]
-            rows = range(first, first + batch.num_rows)
-            decoded = self._decoded = RowColumns(rows, row_ids, prompt_ids, *texts)
+            number = bisect.bisect_right(self._first_rows, index)
+            end = self._first_rows[number] if number < len(self._first_rows) else len(self)
+            decoded = self._decoded = self.columns_of(range(self._first_rows[number - 1], end))
         return decoded
+
+    def columns_of(self, rows: range) -> RowColumns:
+        """Return the columns of some rows, in the order of the plan."""
+        first = bisect.bisect_right(self._first_rows, rows.start) - 1
+        numbers = range(first, bisect.bisect_left(self._first_rows, rows.stop))
+        batches = [self._reader.get_batch(number).select(_DECODED) for number in numbers]
+        found = pa.Table.from_batches(batches).slice(rows.start - self._first_rows[first], len(rows)).combine_chunks()
+        row_ids, prompt_ids, *others = found.columns
+        return RowColumns(rows, _texts(row_ids), _texts(prompt_ids), *(column.to_pylist() for column in others))
 
     def _row(self, index: int, columns: RowColumns) -> PlannedRow:
         i = index - columns.rows.start
@@ -313,3 +338,7 @@ class PlannedRows(Sequence[PlannedRow]):
 
 def _fixed(column: pa.Array) -> np.ndarray:
     return np.frombuffer(column.buffers()[1], dtype=ID, count=len(column), offset=column.offset * ID.itemsize)
+
+
+def _texts(column: pa.ChunkedArray) -> list[str]:
+    return hex_ids(_fixed(column.combine_chunks()))

@@ -140,6 +140,10 @@ class Workers(Protocol):
     transport: tasks, answers and events, as JSON or by its own means.
     """
 
+    @property
+    def room(self) -> int:
+        """Number of workers that there can be now."""
+
     def grow(self, wanted: int, avoid: Collection[str]) -> int:
         """Start workers until so many are starting or ready, as far as there is room now; return at once.
 

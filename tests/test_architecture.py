@@ -35,7 +35,7 @@ precompute.feedback precompute.spool_folder
 precompute.spool
 precompute.plan precompute.score_files train.trainer train.report
 precompute.store
-precompute.cache_rows precompute.workers
+precompute.shard_tables precompute.workers precompute.plan_ahead
 precompute.needs
 precompute.plan_files
 precompute.worker
