@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from offline_kto.kto_core.cache import shards, verification, verified_shards
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.cache.repeats import Repeats, count_repeats
+from offline_kto.kto_core.equal_ids import EqualIds
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
@@ -28,7 +29,7 @@ from offline_kto.train.data.batches import BatchLoader, EpochBatches, split_by_p
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.held_out import held_out_prompts
 from offline_kto.train.data.repeated_rows import contradictions, repeated_rows
-from offline_kto.train.data.row_ids import RowIds, sortable
+from offline_kto.train.data.row_ids import RowIds, as_ids, id_array_of
 from offline_kto.train.run.inputs import KeptMaterials
 
 ROWS = 20
@@ -89,6 +90,15 @@ class Watched:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     return Watched(monkeypatch)
+
+
+# An id as kto-precompute writes them.
+PROMPT = "0123456789abcdef" * 2
+
+
+def id_column(texts: list[Any]) -> pa.ChunkedArray:
+    """Return texts as a column of ids, one chunk."""
+    return pa.chunked_array([as_ids(pa.array(texts, pa.string()))])
 
 
 NAMES = ["00000.parquet", "00001.parquet", "00002.parquet"]
@@ -237,25 +247,37 @@ class TestIds:
         )
         of_rows = np.array([label for _, label in rows], dtype=bool)
         for texts in ([f"{number:032x}" for number, _ in rows], ["x" * number for number, _ in rows]):
-            column = pa.chunked_array([pa.array(texts, pa.string())])
-            assert count_repeats(sortable(column), of_rows) == naive
-        hashes = np.array([f"{number:032x}" for number, _ in rows], dtype="S32")
-        assert count_repeats(hashes, of_rows) == naive
+            ids = id_array_of(id_column(texts))
+            assert count_repeats(EqualIds.of(ids), of_rows) == naive
 
     @given(st.lists(st.sampled_from(["a", "b", "ccc", None]), max_size=12), st.integers(0, 12))
     def test_ids_read_as_the_texts_they_are(self, texts: list[str | None], cut: int) -> None:
-        parts = [pa.array(part, pa.string()) for part in (texts[:cut], texts[cut:])]
-        ids = RowIds[str | None](pa.chunked_array(parts))
-        assert list(ids) == texts
-        assert list(ids.texts()) == list(dict.fromkeys(text for text in texts if text is not None))
-        assert ids.among(pa.array(["a", "x"])).tolist() == [text == "a" for text in texts]
+        texts = [PROMPT if text == "b" else text for text in texts]
+        ids = RowIds(pa.chunked_array([id_column(texts[:cut]).chunk(0), id_column(texts[cut:]).chunk(0)]))
+        present = [text for text in texts if text is not None]
+        assert len(ids.distinct) == len(set(present))
+        assert [code < 0 for code in ids.codes] == [text is None for text in texts]
+        known = list(ids.texts())
+        assert known == sorted(known)
+        for text, code in zip(texts, ids.codes.tolist(), strict=True):
+            assert [i for i, other in enumerate(texts) if other == text] == np.flatnonzero(ids.codes == code).tolist()
+            assert text != PROMPT or known[code] == PROMPT
+        among = ids.among(id_array_of(id_column(["x", "a", PROMPT])))
+        assert among.tolist() == [text in ("a", PROMPT) for text in texts]
+        assert ids.shared_with(RowIds(id_column(["x", "a", PROMPT]))) == len({"a", PROMPT} & set(present))
+
+    @given(st.lists(st.sampled_from([PROMPT, PROMPT.upper(), PROMPT[:-1] + " ", "x" * 32, PROMPT[:-2], "", "äöü"])))
+    def test_different_texts_have_different_ids(self, texts: list[str]) -> None:
+        """An id in capitals is another text than the same in small letters."""
+        ids = id_array_of(id_column(texts))
+        assert len({one.tobytes() for one in ids}) == len(set(texts))
 
     @given(
         st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.booleans(), st.booleans()), max_size=24),
     )
     def test_pairs_are_those_of_a_naive_search(self, rows: list[tuple[str | None, bool, bool]]) -> None:
         class Pairs:
-            pair_ids = RowIds[str | None](pa.chunked_array([pa.array([name for name, _, _ in rows], pa.string())]))
+            pair_ids = RowIds(id_column([name for name, _, _ in rows]))
             labels = np.array([label for _, label, _ in rows], dtype=bool)
 
         cache: Any = Pairs()
@@ -272,10 +294,11 @@ class TestIds:
     def test_prompts_are_held_out_by_their_keyed_hash(self, whole: Path, fraction: float) -> None:
         rows = CacheRows(whole)
         for seed in range(5):
-            prompts = sorted(set(rows.prompt_ids), key=lambda p: hashlib.blake2b(f"{seed}/{p}".encode()).digest())
+            of_rows = rows.column("prompt_id").to_pylist()
+            prompts = sorted(set(of_rows), key=lambda p: hashlib.blake2b(f"{seed}/{p}".encode()).digest())
             held = set(prompts[: held_out_prompts(fraction, len(prompts))])
             trained, held_out = split_by_prompt(rows, fraction, seed)
-            assert held_out.tolist() == [i for i, prompt in enumerate(rows.prompt_ids) if prompt in held]
+            assert held_out.tolist() == [i for i, prompt in enumerate(of_rows) if prompt in held]
             assert sorted([*trained, *held_out]) == list(range(ROWS))
 
     def test_counts_of_the_manifest_are_those_of_the_rows(self, base: Path, tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ class TestGroups:
         for group, chosen in ((found[-2], range(24)), (found[-1], range(24, 40))):
             rows = torch.tensor([*chosen])
             alone = Scores(
-                prompt_ids=[scores.prompt_ids[i] for i in chosen],
+                prompts=scores.prompts[chosen],
                 masses=scores.masses[rows],
                 objectives={},
                 tokens=scores.tokens[rows],

@@ -24,7 +24,7 @@ from offline_kto.kto_core.launch import read_launch
 from offline_kto.kto_core.losses.objective_masses import weighted_masses
 from offline_kto.kto_core.progress import Progress
 from offline_kto.train.data.objectives import check_objectives
-from offline_kto.train.data.row_ids import RowIds
+from offline_kto.train.data.row_ids import RowIds, as_ids, id_array_of
 from offline_kto.train.data.row_reader import RowReader, StoredRow
 from offline_kto.train.data.scored_sequences import ScoredSequence
 from offline_kto.train.data.shard_files import ShardFiles
@@ -141,9 +141,9 @@ class CacheRows(Dataset[TrainingRow]):
         return self._files.column(column, summary)
 
     @functools.cached_property
-    def prompt_ids(self) -> RowIds[str]:
+    def prompt_ids(self) -> RowIds:
         """Prompt id of each row; read when a hold-out needs it."""
-        return RowIds[str](self._of_rows("prompt_id"))
+        return RowIds(self._of_rows("prompt_id", as_ids))
 
     @property
     def prompts(self) -> int:
@@ -164,6 +164,10 @@ class CacheRows(Dataset[TrainingRow]):
     def ids(self, column: str, rows: np.ndarray) -> pa.ChunkedArray:
         """Return `row_id` or `prompt_id` of the rows at some positions."""
         return _taken(self.column(column), self._fitting[rows])
+
+    def row_ids(self, rows: np.ndarray) -> np.ndarray:
+        """Return the ids of the rows at some positions, dtype `hashing.ID`."""
+        return id_array_of(self.column("row_id", as_ids))[self._fitting[rows]]
 
     def places(self, rows: np.ndarray) -> list[str]:
         """Return the places in the feedback of the rows at some positions, or their numbers if the cache has no places."""
@@ -188,9 +192,9 @@ class CacheRows(Dataset[TrainingRow]):
         return found
 
     @functools.cached_property
-    def pair_ids(self) -> RowIds[str | None]:
+    def pair_ids(self) -> RowIds:
         """Preference pair of each row; read when a loss needs it."""
-        return RowIds[str | None](self._of_rows("pair_id"))
+        return RowIds(self._of_rows("pair_id", as_ids))
 
     @functools.cached_property
     def objectives(self) -> dict[str, np.ndarray]:
@@ -240,8 +244,8 @@ class CacheRows(Dataset[TrainingRow]):
         """Counts of rows that `max_length` dropped or truncated."""
         return {"dropped": self.dropped, "cut": int(self.cut.sum()), "kl_cut": self.kl_cut}
 
-    def _of_rows(self, column: str) -> pa.ChunkedArray:
-        return _taken(self.column(column), self._fitting)
+    def _of_rows(self, column: str, summary: Callable[[pa.Array], pa.Array] = lambda values: values) -> pa.ChunkedArray:
+        return _taken(self.column(column, summary), self._fitting)
 
     @functools.cached_property
     def lengths(self) -> SampledLengths:

@@ -257,4 +257,4 @@ def held_out_rows(
     logratios = scores.logratios.numpy()
     points = reference_points(scores, objective).numpy()
     then = np.full(len(logratios), np.nan) if before is None else before.logratios.numpy()
-    return ScoredRows(split, held_out.cache, np.asarray(held_out.indices), logratios, points, then)
+    return ScoredRows(split, held_out.cache, held_out.indices, logratios, points, then)

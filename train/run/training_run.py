@@ -366,7 +366,7 @@ class TrainingRun:
             return None
         found = summary(scores, self.objective, trainer.final_step, trainer.changes.untrained, self._tried)
         assert self.data.held_out is not None
-        files = self.data.held_out.cache.source_files(np.asarray(self.data.held_out.indices))
+        files = self.data.held_out.cache.source_files(self.data.held_out.indices)
         found["groups"] = held_out_groups(scores, trainer.changes.untrained, self.objective, files)
         found["fingerprint"] = self.data.rows.manifest.fingerprint
         write_json(self.out / EVALUATION, found)
