@@ -24,12 +24,13 @@ from offline_kto.kto_core.errors import CacheError
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.data import row_reader
+from offline_kto.train.data import row_reader, shard_files
 from offline_kto.train.data.batches import BatchLoader, EpochBatches, split_by_prompt, units_of
 from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.held_out import held_out_prompts
 from offline_kto.train.data.repeated_rows import contradictions, repeated_rows
 from offline_kto.train.data.row_ids import RowIds, as_ids, id_array_of
+from offline_kto.train.data.shard_files import ShardFiles
 from offline_kto.train.run.inputs import KeptMaterials
 
 ROWS = 20
@@ -317,26 +318,45 @@ class TestIds:
         assert contradictions(cache) == 2
 
 
+def waiting_bytes(rows: CacheRows, *, every: bool) -> list[int]:
+    """Return the bytes of the rows that wait after each batch of an epoch, or with `every` of one batch of all rows."""
+    found = []
+    batches = EpochBatches([np.arange(ROWS)[:, None]], ROWS if every else 2, shuffle=True, seed=1)
+    for _ in BatchLoader(rows, batches):
+        found.append(sum(one.decoded.nbytes for one in rows._reader._waiting.values()))
+    return found
+
+
 class TestReading:
     @pytest.fixture
     def expected(self, whole: Path) -> list[dict[str, Any]]:
         paths = sorted((whole / "train").iterdir())
         return [row for path in paths for row in pq.read_table(path).to_pylist()]
 
-    @pytest.mark.parametrize("memory", [0, 2 * 1800, 2**20])
+    @pytest.mark.parametrize(("of_block", "blocks"), [(64, 3), (2, 5), (1, 8)])
+    @pytest.mark.parametrize("memory", [0, 2000, 2**30])
     def test_batches_are_the_rows_of_the_files(
-        self, whole: Path, expected: list[dict[str, Any]], memory: int, monkeypatch: pytest.MonkeyPatch
+        self,
+        whole: Path,
+        expected: list[dict[str, Any]],
+        memory: int,
+        of_block: int,
+        blocks: int,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(row_reader, "_BYTES_AHEAD", memory)
+        monkeypatch.setattr(shard_files, "_GROUPS_OF_BLOCK", of_block)
         rows = CacheRows(whole)
+        assert rows._files.block_count == blocks
         decoded: list[int] = []
-        decode = row_reader.RowReader._decode
+        pieces = ShardFiles.pieces
 
-        def counted(reader: row_reader.RowReader, group: int) -> Any:
-            decoded.append(group)
-            return decode(reader, group)
+        def counted(files: ShardFiles, groups: np.ndarray, columns: list[str], *, most_bytes: int) -> Any:
+            for some, table in pieces(files, groups, columns, most_bytes=most_bytes):
+                decoded.extend(some.tolist())
+                yield some, table
 
-        monkeypatch.setattr(row_reader.RowReader, "_decode", counted)
+        monkeypatch.setattr(ShardFiles, "pieces", counted)
         batches = EpochBatches([np.arange(ROWS)[:, None]], 3, shuffle=True, seed=0)
         for epoch in range(3):
             batches.set_epoch(epoch)
@@ -354,19 +374,16 @@ class TestReading:
                 assert row.mismatched.ref_token_logps.tolist() == wanted["ref_kl_token_logps"][partner]
                 assert row.mismatched.ref_logps == wanted["ref_kl_logps"][partner]
             groups = rows._files.group_count
-            assert len(decoded) == groups if memory == 2**20 else len(decoded) > groups
-            assert rows._reader._kept == {}
-            assert rows._reader._kept_bytes == 0
+            assert len(decoded) == groups if memory == 2**30 else len(decoded) > groups
+            assert rows._reader._waiting == {}
 
     def test_memory_for_coming_rows_is_bounded(self, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(row_reader, "_BYTES_AHEAD", 4 * 1800)
-        rows = CacheRows(whole)
-        most = 0
-        for _ in BatchLoader(rows, EpochBatches([np.arange(ROWS)[:, None]], 2, shuffle=True, seed=1)):
-            kept = rows._reader._kept
-            assert rows._reader._kept_bytes == sum(row.nbytes for row in kept.values())
-            most = max(most, len(kept))
-        assert 1 <= most <= 5
+        """Check that as many rows wait as fit, up to chance: a block may have more than its share of the next rows."""
+        size = max(waiting_bytes(CacheRows(whole), every=True)) / ROWS
+        monkeypatch.setattr(row_reader, "_BYTES_AHEAD", 6 * size)
+        monkeypatch.setattr(row_reader, "_LARGE_ROW", size)
+        most = max(waiting_bytes(CacheRows(whole), every=False))
+        assert 2 * size <= most <= 12 * size
 
     def test_rows_out_of_order_disturb_nothing(self, whole: Path, expected: list[dict[str, Any]]) -> None:
         """An evaluation reads rows of the cache in the middle of an epoch, with their first mismatched completion."""

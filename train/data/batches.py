@@ -131,16 +131,20 @@ class BatchLoader(DataLoader[TrainingRow]):
     """Loader whose items are optimizer batches, lists of `TrainingRow`; the next is read while the last one trains."""
 
     def __init__(self, rows: CacheRows, batches: EpochBatches) -> None:
+        self._rows = rows
         batches.on_order = rows.expect
         super().__init__(rows, batch_sampler=batches, collate_fn=list)
 
     def __iter__(self) -> Iterator[list[TrainingRow]]:  # type: ignore[override]
         batches = super().__iter__()
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            coming = pool.submit(next, batches, None)
-            while (batch := coming.result()) is not None:
+        try:
+            with ThreadPoolExecutor(max_workers=1) as pool:
                 coming = pool.submit(next, batches, None)
-                yield batch
+                while (batch := coming.result()) is not None:
+                    coming = pool.submit(next, batches, None)
+                    yield batch
+        finally:
+            self._rows.expect_nothing()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; called by the Trainer at the start of each epoch."""

@@ -289,6 +289,10 @@ class CacheRows(Dataset[TrainingRow]):
         """Prepare for reading some rows once each, in this order and with this mismatched completion."""
         self._reader.expect(self._fitting[indices], partner % self.partners)
 
+    def expect_nothing(self) -> None:
+        """Release the rows that were read ahead."""
+        self._reader.expect_nothing()
+
     def _row(self, index: int, stored: StoredRow) -> TrainingRow:
         return TrainingRow(
             index=index,
