@@ -14,6 +14,11 @@ _TEXT = np.dtype(f"S{ID.itemsize}")
 _AT_ONCE = 65_536
 
 
+def index_type(count: int) -> type[np.signedinteger]:
+    """Return the smallest type of positions among a number of things: some of these arrays are kept all the time."""
+    return np.int32 if count < 2**31 else np.int64
+
+
 class EqualIds(NamedTuple):
     """Ids in the order of their bytes; of equal ids the earlier position is first.
 
@@ -64,8 +69,9 @@ class EqualIds(NamedTuple):
         # Without ids `reduceat` has nothing to reduce.
         return np.add.reduceat(values[self.order], self.starts, dtype=np.int64) if len(self.order) else self.starts
 
-    def numbers(self, dtype: type[np.signedinteger]) -> np.ndarray:
+    def numbers(self) -> np.ndarray:
         """Return for each position the number of its id among the distinct ids in their order, from 0."""
+        dtype = index_type(len(self.order))
         found = np.empty(len(self.order), dtype=dtype)
         found[self.order] = np.cumsum(self.heads, dtype=dtype) - 1
         return found

@@ -31,7 +31,7 @@ def test_groups_are_those_of_a_naive_search(rows: list[tuple[bytes, bool]], at_o
     assert found.group_count == len(names)
     assert found.sizes.tolist() == [ids.count(name) for name in names]
     assert found.sums(labels).tolist() == [sum(labels[i] for i in places if ids[i] == name) for name in names]
-    assert found.numbers(np.int32).tolist() == [names.index(one) for one in ids]
+    assert found.numbers().tolist() == [names.index(one) for one in ids]
     assert found.firsts().tolist() == [ids.index(one) for one in ids]
     assert [i for part in found.distinct(at_once) for i in part.tolist()] == [ids.index(name) for name in names]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offline_kto.kto_core.equal_ids import EqualIds
+from offline_kto.kto_core.equal_ids import EqualIds, index_type
 from offline_kto.kto_core.errors import PairingError
 from offline_kto.kto_core.feedback.quoting import counted
 
@@ -309,18 +309,14 @@ def _numbers_of_identical(rows: PairableRows) -> np.ndarray:
     order, heads = EqualIds.of(rows.row_id, then_by=rows.label)
     position = np.arange(len(order))
     first = np.maximum.accumulate(np.where(heads, position, 0))
-    numbers = np.empty(len(order), dtype=_index_type(len(order)))
+    numbers = np.empty(len(order), dtype=index_type(len(order)))
     numbers[order] = position - first
     return numbers
 
 
 def _codes(ids: np.ndarray) -> np.ndarray:
     """Return a number from 0 for each id, equal where the ids are."""
-    return EqualIds.of(ids).numbers(_index_type(len(ids)))
-
-
-def _index_type(rows: int) -> type[np.signedinteger]:
-    return np.int32 if rows < 2**31 else np.int64
+    return EqualIds.of(ids).numbers()
 
 
 def _check_satisfiable(prompt: np.ndarray, partners: int) -> None:

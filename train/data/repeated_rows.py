@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offline_kto.kto_core.cache.repeats import have_both_labels
+from offline_kto.kto_core.cache.repeats import Repeats, have_both_labels
 from offline_kto.kto_core.equal_ids import EqualIds
 from offline_kto.train.data.cache_rows import CacheRows
 
@@ -34,8 +34,10 @@ def repeated_rows(rows: CacheRows, *, most: int) -> RepeatedRows:
     Args:
         most: groups of each to list.
     """
-    judged = np.flatnonzero(rows.are_judged(slice(None)))
-    equal = EqualIds.of(rows.row_ids(judged))
+    if rows.repeats == Repeats(0, 0):
+        return RepeatedRows(Repeated([], 0), Repeated([], 0))
+    judged = rows.positions[rows.are_judged(slice(None))]
+    equal = EqualIds.of(rows.row_ids()[judged])
     all_starts, sizes = equal.starts, equal.sizes
     both = have_both_labels(equal, rows.labels[judged])
 

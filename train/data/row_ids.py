@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from offline_kto.kto_core.cache.shards import numbers
-from offline_kto.kto_core.equal_ids import EqualIds, IdIndex
+from offline_kto.kto_core.equal_ids import EqualIds, IdIndex, index_type
 from offline_kto.kto_core.hashing import ID, hex_ids
 
 # Texts that are Python objects at the same time.
@@ -24,7 +24,7 @@ class RowIds:
         column: from `as_ids`.
 
     Attributes:
-        codes: number of each row's id in `distinct`, -1 for none; int32, shape (rows,).
+        codes: number of each row's id in `distinct`, -1 for none; int32 where it suffices, shape (rows,).
         distinct: the ids in the order of their bytes, which is that of their texts; dtype `hashing.ID`.
     """
 
@@ -32,8 +32,8 @@ class RowIds:
         present = numbers(column.is_valid())
         ids = id_array_of(column)[present]
         equal = EqualIds.of(ids)
-        self.codes = np.full(len(column), -1, dtype=np.int32)
-        self.codes[present] = equal.numbers(np.int32)
+        self.codes = np.full(len(column), -1, dtype=index_type(len(column)))
+        self.codes[present] = equal.numbers()
         self.distinct = ids[equal.order[equal.heads]]
 
     def texts(self) -> Iterator[str]:

@@ -124,12 +124,15 @@ class ShardFiles:
 
     def column(self, name: str, summary: Callable[[pa.Array], pa.Array]) -> pa.ChunkedArray:
         """Read a column of all shards, and summarize it chunk by chunk. Raises: CacheError: damaged content."""
-        pieces: list[pa.Array] = []
+        return pa.chunked_array(
+            [summary(chunk) for table in self.tables([name]) for chunk in table.column(name).chunks]
+        )
+
+    def tables(self, columns: list[str]) -> Iterator[pa.Table]:
+        """Yield some columns of all rows, a few row groups at a time. Raises: CacheError: damaged content."""
         for path, source in zip(self._paths, self._sources, strict=True):
             file = pq.ParquetFile(source, pre_buffer=False)
-            for table in read_groups(path, file, columns=[name], at_once=_GROUPS_AT_ONCE):
-                pieces += [summary(chunk) for chunk in table.column(name).chunks]
-        return pa.chunked_array(pieces)
+            yield from read_groups(path, file, columns=columns, at_once=_GROUPS_AT_ONCE)
 
 
 class _File:

@@ -65,12 +65,12 @@ class TrainingData:
         """
         read = read or functools.partial(open_cache, trust_unchanged=config.trusts_unchanged)
         rows = read(config.cache, config.max_length).judged_by(config.objective_weights)
-        train = np.arange(len(rows))
+        train = rows.positions
         held_out: tuple[CacheRows, np.ndarray] | None = None
         if config.eval_cache is not None:
             held = read(config.eval_cache, config.max_length).judged_by(config.objective_weights)
             _same_reference(held, rows.manifest.identity, "--eval-cache", "--cache")
-            held_out = held, np.arange(len(held))
+            held_out = held, held.positions
         elif config.eval_fraction:
             seed = config.seed if config.eval_seed is None else config.eval_seed
             check_fraction(config.eval_fraction, rows.prompts)
@@ -215,7 +215,7 @@ def _alike(rows: CacheRows, pairs: np.ndarray) -> np.ndarray:
 
     Such a pair has no preference to learn.
     """
-    chosen, rejected = rows.row_ids(pairs.ravel()).reshape(pairs.shape).T
+    chosen, rejected = rows.row_ids()[pairs].T
     alike = np.asarray(chosen == rejected)
     for number in np.flatnonzero(rows.cut[pairs].any(axis=1)):  # only rows that were cut are read
         one, other = (rows[int(i)].matched.completion_ids for i in pairs[number])
@@ -292,11 +292,11 @@ def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: np
         held_out = TrainingData.open(config, read).held_out
         assert held_out is not None
         return RowsToEvaluate(held_out, "held out", of_run=True)
-    everything = np.arange(len(rows))
+    everything = rows.positions
     if trained_prompts is None:
         what = "all of them; there is no record of the rows that the run was trained on"
         return _perhaps_trained_on(_held_out(rows, everything, config), what)
-    new = np.flatnonzero(~rows.prompt_ids.among(trained_prompts))
+    new = everything[~rows.prompt_ids.among(trained_prompts)]
     day, trained_on = rows.manifest.tokenization.get("rendered_on"), record.get("rendered_on")
     other_day = day and (str(day)[:10] != str(trained_on)[:10] if trained_on else len(new) == len(rows))
     if other_day:

@@ -354,8 +354,7 @@ class TrainingRun:
         steps, logratios = trainer.row_logratios.over_ranks(trainer.policy.ranks)
         if not self.is_main:
             return None
-        seen = np.flatnonzero(steps >= 0)
-        write_rewards(self.out / REWARDS, self.data, seen, logratios[seen], scores)
+        write_rewards(self.out / REWARDS, self.data, steps, logratios, scores)
         self.scored_rows = self._scored_rows(steps, logratios, scores)
         final: FinalUpdate = {"step": trainer.final_step, "updates": trainer.state.global_step}
         final.update(self._speed())
