@@ -289,7 +289,7 @@ class TestIds:
             if name is not None:
                 sides[name][0 if label else 1].append(i)
         naive = sorted((pair for good, bad in sides.values() for pair in zip(good, bad, strict=False)), key=min)
-        assert units_of(cache, chosen, 2).tolist() == [list(pair) for pair in naive]
+        assert units_of(cache, np.array(chosen, dtype=np.int32), 2).tolist() == [list(pair) for pair in naive]
 
     @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5])
     def test_prompts_are_held_out_by_their_keyed_hash(self, whole: Path, fraction: float) -> None:

@@ -217,6 +217,8 @@ class TestChoice:
             return [row, {**row, "label": not row["label"]}] if number in (1, 2) else [row]
 
         rows = CacheRows(rewritten(cache, tmp_path / "repeated", change))
+        assert repeated_rows(rows, most=1).duplicates.total == 0  # as the manifest says, so that no id is read
+        rows.manifest.data["duplicates"] = 1
         found = repeated_rows(rows, most=1)
         assert [group.tolist() for group in found.duplicates.groups] == [[0, 1, 2]]
         assert [group.tolist() for group in found.contradictions.groups] == [[3, 4]]

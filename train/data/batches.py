@@ -34,13 +34,12 @@ def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[np.nda
     return rows.positions[~is_held], rows.positions[is_held]
 
 
-def units_of(rows: CacheRows, indices: Sequence[int] | np.ndarray, rows_in_unit: int) -> np.ndarray:
+def units_of(rows: CacheRows, chosen: np.ndarray, rows_in_unit: int) -> np.ndarray:
     """Return the units among some rows, in their order: shape (units, rows_in_unit).
 
     Only complete pairs are returned: a row without a partner, or whose partner was dropped or is not selected, is left
     out.
     """
-    chosen = np.asarray(indices)
     if rows_in_unit == 1:
         return chosen[:, None]
     codes = rows.pair_ids.codes[chosen]
