@@ -1,10 +1,12 @@
 """What makes large caches cheap changes nothing: remembered verification, ids as numbers, rows that are read ahead."""
 
+import gc
 import hashlib
 import json
 import os
 import shutil
 import time
+import tracemalloc
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,14 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data import row_reader, shard_files
-from offline_kto.train.data.batches import BatchLoader, EpochBatches, split_by_prompt, units_of
+from offline_kto.train.data.batches import BatchLoader, EpochBatches, split_by_prompt, strata_of, units_of
 from offline_kto.train.data.cache_rows import CacheRows
-from offline_kto.train.data.held_out import held_out_prompts
+from offline_kto.train.data.held_out import HeldOutRows, held_out_prompts
 from offline_kto.train.data.repeated_rows import contradictions, repeated_rows
 from offline_kto.train.data.row_ids import RowIds, as_ids, id_array_of
 from offline_kto.train.data.shard_files import ShardFiles
 from offline_kto.train.run.inputs import KeptMaterials
+from offline_kto.train.trainer.accumulators import RowLogratios
 
 ROWS = 20
 
@@ -406,3 +409,32 @@ class TestReading:
         for i in (0, 19, 8, 1, 18):
             assert rows[i].row_id == expected[i]["row_id"]
             assert len(rows._files._footers._files) == 1
+
+
+def test_a_row_takes_few_bytes_of_memory(whole: Path, tmp_path: Path) -> None:
+    """Compare an opened run of few rows with one of many: positions, labels and the order of an epoch, but no objects."""
+
+    def opened(copies: int) -> int:
+        folder = tmp_path / str(copies)
+        shutil.copytree(whole, folder)
+        rows = CacheRows(folder)
+        of_cache = len(rows)
+        rows.labels = np.tile(rows.labels, copies)
+        rows._fitting = np.tile(rows._fitting, copies)
+        strata = strata_of(rows, units_of(rows, rows.positions, 1), balance=True)
+        gc.collect()
+        tracemalloc.start()
+        held = HeldOutRows(rows, rows.positions)
+        batches = EpochBatches(strata, 32, shuffle=True, seed=0)
+        seen = RowLogratios(len(rows))
+        orders: list[np.ndarray] = []
+        batches.on_order = lambda order, partner: orders.append(order)
+        iterator = iter(batches)
+        next(iterator)
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(held.indices) == len(seen.steps) == len(orders[0]) == copies * of_cache
+        return taken
+
+    few, many = opened(100), opened(1000)
+    assert (many - few) / (900 * ROWS) < 24
