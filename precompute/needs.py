@@ -13,6 +13,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
+from offline_kto.kto_core.equal_ids import EqualIds, IdIndex
 from offline_kto.kto_core.hashing import hex_ids
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.plan import Plan
@@ -83,8 +84,8 @@ class Needs:
         self._width = table.ids.shape[1]
         self._ids, self._tokens = table.ids.reshape(-1), table.tokens.reshape(-1)
         self._per_shard = len(shards[0]) * self._width
-        order, heads = _sorted(self._ids)
-        self._first = _firsts(order, heads)
+        equal = EqualIds.of(self._ids)
+        self._first = equal.firsts()
         # Of a sequence that several missing shards need, its place in the first of them, under its first place of all.
         self._in_missing = np.full(len(self._ids), _NOWHERE, dtype=np.int64)
         for number in reversed(missing):
@@ -94,7 +95,8 @@ class Needs:
         wanted = self._in_missing >= 0
         self.wanted = int(wanted.sum())
         if self.wanted:
-            self._search(files(), _Index(self._ids, order[heads]), wanted)
+            first = equal.order[equal.heads]
+            self._search(files(), IdIndex(self._ids[first], first), wanted)
         have = self._found.file != _NOWHERE
         self.known = int((wanted & have).sum())
         self._unknown = wanted & ~have
@@ -107,7 +109,7 @@ class Needs:
         rows = self._shards[number]
         return np.arange(rows.start * self._width, rows.stop * self._width)
 
-    def _search(self, files: Iterable[ScoredFile], index: "_Index", wanted: np.ndarray) -> None:
+    def _search(self, files: Iterable[ScoredFile], index: IdIndex, wanted: np.ndarray) -> None:
         number_of = {key: number for number, key in enumerate(self._keys)}
         for file in files:
             ids, rows, slots = file.sequences()
@@ -297,52 +299,3 @@ class _Found:
             for i, one in zip(at.tolist(), found, strict=True):
                 scores[i] = one
         return scores
-
-
-def _halves(ids: np.ndarray) -> np.ndarray:
-    """Return ids as two numbers each, in whose order they are sorted; shape (ids, 2)."""
-    return np.ascontiguousarray(ids).view(np.uint64).reshape(-1, 2)
-
-
-def _sorted(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return an order in which equal ids are neighbours, the earlier one first, and which positions begin a new id."""
-    halves = _halves(ids)
-    order = np.lexsort((halves[:, 1], halves[:, 0]))
-    ordered = halves[order]
-    heads = np.ones(len(ids), dtype=bool)
-    heads[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    return order, heads
-
-
-def _firsts(order: np.ndarray, heads: np.ndarray) -> np.ndarray:
-    """Return for each id the place of the first that is equal."""
-    first = np.empty(len(order), dtype=np.int64)
-    first[order] = order[heads][np.cumsum(heads) - 1]
-    return first
-
-
-class _Index:
-    """Finds ids among the distinct ids of a plan.
-
-    Args:
-        ids: all ids.
-        first: the first place of each distinct one, in the order of `_sorted`.
-    """
-
-    def __init__(self, ids: np.ndarray, first: np.ndarray) -> None:
-        self._first, self._halves = first, _halves(ids[first])
-
-    def find(self, ids: np.ndarray) -> np.ndarray:
-        """Return the first place of each id, or -1."""
-        wanted = _halves(ids)
-        found = np.full(len(ids), -1, dtype=np.int64)
-        at = np.searchsorted(self._halves[:, 0], wanted[:, 0])
-        left = np.arange(len(ids))
-        while len(left):  # once, unless two ids have the same first half
-            left = left[at[left] < len(self._first)]
-            left = left[self._halves[at[left], 0] == wanted[left, 0]]
-            hit = self._halves[at[left], 1] == wanted[left, 1]
-            found[left[hit]] = self._first[at[left[hit]]]
-            left = left[~hit]
-            at[left] += 1
-        return found

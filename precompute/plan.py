@@ -17,6 +17,7 @@ import numpy as np
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.cache.places import place_of
 from offline_kto.kto_core.cache.repeats import Repeats, count_repeats
+from offline_kto.kto_core.equal_ids import EqualIds
 from offline_kto.kto_core.errors import FeedbackError, PairingError, TokenizationError
 from offline_kto.kto_core.feedback.pairing import PairableRows, Pairing, pair_rotate, pair_shuffled
 from offline_kto.kto_core.feedback.quoting import counted
@@ -162,11 +163,12 @@ class PlanCounts:
         lengths += rows.prompt_lengths[:, None]
         sequences = tokens = 0
         hasher = ListHash()
-        for some in _distinct(ids.ravel()):
+        for some in EqualIds.of(ids.ravel()).distinct(_HASH_ROWS):
             sequences += len(some)
             tokens += int(lengths.ravel()[some].sum())
             hasher.add(hex_ids(ids.ravel()[some]))
         desirable = int(rows.labels.sum())
+        equal_rows = EqualIds.of(ids[:, 0])
         return cls(
             read=plan.read,
             kept=len(rows),
@@ -175,29 +177,15 @@ class PlanCounts:
             undesirable=len(rows) - desirable,
             truncated=int(cut[:, 0].sum()),
             kl_truncated=int(cut[:, 1:].sum()),
-            prompts=_number_of(rows.ids("prompt_id")),
+            prompts=EqualIds.of(rows.ids("prompt_id")).group_count,
             sequences=sequences,
             tokens=tokens,
             rows_hash=hasher.hexdigest(),
-            duplicates=len(rows) - _number_of(ids[:, 0]),
-            repeats=count_repeats(ids[:, 0], rows.labels),
+            duplicates=len(rows) - equal_rows.group_count,
+            repeats=count_repeats(equal_rows, rows.labels),
             masses=total(rows.judgements.masses),
             objectives={name: total(masses) for name, masses in rows.judgements.objectives.items()},
         )
-
-
-def _distinct(ids: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield a position of each distinct id, in the order of the ids, some at a time: sorted copies would take more memory."""
-    order = np.argsort(ids)
-    for start in range(0, len(ids), _HASH_ROWS):
-        some = order[max(0, start - 1) : start + _HASH_ROWS]
-        is_new = ids[some[1:]] != ids[some[:-1]]
-        yield some[1:][is_new] if start else some[np.append(True, is_new)]
-
-
-def _number_of(ids: np.ndarray) -> int:
-    """Return the number of distinct ids."""
-    return sum(map(len, _distinct(ids)))
 
 
 class ReadRows(NamedTuple):
