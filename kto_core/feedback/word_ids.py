@@ -52,21 +52,30 @@ class WordIds:
 
     def _encode(self, texts: Sequence[str]) -> list[Ids]:
         words = [self._cut(text) if text.isascii() else None for text in texts]
-        if len(self._ids) > _MOST_WORDS:
-            self._ids.clear()
-        new = [*set[str]().union(*(some for some in words if some is not None)).difference(self._ids)]
-        for word, ids in zip(new, self._raw(new), strict=True):
-            self._ids[word] = tuple(ids) if self._cut(word) == [word] else None
         found = [None if some is None else self._joined(some) for some in words]
+        if self._learn([some for some, ids in zip(words, found, strict=True) if some is not None and ids is None]):
+            found = [
+                self._joined(some) if ids is None and some is not None else ids
+                for some, ids in zip(words, found, strict=True)
+            ]
         whole = iter(self._raw([text for text, ids in zip(texts, found, strict=True) if ids is None]))
         return [next(whole) if ids is None else ids for ids in found]
 
     def _joined(self, words: Sequence[str]) -> Ids | None:
-        """Return the ids of words; None if one of them would be cut in another way if it were alone."""
+        """Return the ids of words; None if one of them is new, or would be cut in another way if it were alone."""
         try:
             return [*chain.from_iterable(map(self._ids.__getitem__, words))]  # type: ignore[arg-type]
-        except TypeError:  # there is a None
+        except (KeyError, TypeError):  # there is a None
             return None
+
+    def _learn(self, texts: Sequence[Sequence[str]]) -> bool:
+        """Encode the words of some texts that are new. Returns: whether there are any."""
+        if len(self._ids) > _MOST_WORDS:
+            self._ids.clear()
+        new = [*set[str]().union(*texts).difference(self._ids)]
+        for word, ids in zip(new, self._raw(new), strict=True):
+            self._ids[word] = tuple(ids) if self._cut(word) == [word] else None
+        return bool(new)
 
     def _cut(self, text: str) -> list[str] | None:
         """Return the words and added tokens of an ASCII text; None if it is not cut, or not completely."""
