@@ -51,7 +51,9 @@ _FRACTION = re.compile(r"(\d{1,3})\s?/\s?([1-9]\d{0,2})", re.ASCII)
 _TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
 
 # Names of columns whose numbers are usually on a scale from 1 to 5 or 10.
-_RATING = re.compile(r"rating|(?<![a-z])stars?(?![a-z])|score|grade|points|likert|quality", re.IGNORECASE)
+_RATING = re.compile(
+    r"rating|(?<![a-z])stars?(?![a-z])|score|grade|points|likert|quality|(?<![a-z])(?:nps|csat)(?![a-z])", re.IGNORECASE
+)
 
 # Limit on the number of different values that are counted: a column of free text has one per row.
 _SHORT = 30  # characters of a value that are shown

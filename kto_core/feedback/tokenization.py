@@ -181,7 +181,8 @@ class Tokenizing:
             return lacking
         if prompt[:2] == [self._tokenizer.bos_token_id] * 2:
             self._findings.add("two_bos", row.where)
-        return Tokens(np.array(prompt, dtype=np.int32), np.array(completion, dtype=np.int32))
+        both = np.array([*prompt, *completion], dtype=np.int32)
+        return Tokens(both[: len(prompt)], both[len(prompt) :])
 
     def _is_closed(self, text: str, ids: list[int]) -> bool:
         """Return whether a completion ends with EOS or the template's end of a turn; a line break may follow either."""
