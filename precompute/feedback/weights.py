@@ -48,6 +48,18 @@ class Weights:
             self.largest, largest = row.where, weight
         self._range = least, largest
 
+    def merge(self, later: "Weights") -> None:
+        """Add the weights of rows that come after all others."""
+        self.values += later.values
+        self.first_without = self.first_without or later.first_without
+        self.without += later.without
+        least, largest = self._range
+        if later._range[0] < least:
+            self.least, least = later.least, later._range[0]
+        if later._range[1] > largest:
+            self.largest, largest = later.largest, later._range[1]
+        self._range = least, largest
+
     def __bool__(self) -> bool:
         return bool(self.values)
 
