@@ -4,12 +4,19 @@ import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.judgements import ONE_BIT, Judgement, Masses, mass_columns
+
+# A class of arrays takes no type of items before Python 3.12.
+if TYPE_CHECKING:
+    Doubles: TypeAlias = array[float]
+else:
+    Doubles = array
 
 # Relative to the mean: what the plan warns of, and what is refused, as such a row counts for nothing.
 EXTREME, _LEAST = 100.0, 1e-9
@@ -26,7 +33,7 @@ class Weights:
             largest weight.
     """
 
-    values: "array[float]" = field(default_factory=lambda: array("d"))
+    values: Doubles = field(default_factory=lambda: array("d"))
     without: int = 0
     first_without: str = ""
     least: str = ""
