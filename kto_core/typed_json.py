@@ -38,7 +38,7 @@ def from_json(kind: type[T], content: object) -> T:
 
 
 def _from(kind: Any, content: Any) -> object:
-    if content is None or kind in (str, int, float, bool):
+    if content is None or kind in (str, int, float, bool, Any):
         return content
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):

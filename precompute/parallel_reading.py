@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from offline_kto.kto_core.errors import CacheError, KTOError
+from offline_kto.kto_core.feedback.tokenization import Tokenizing
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.progress import Progress
 from offline_kto.precompute.config import PrecomputeConfig
@@ -23,6 +24,8 @@ from offline_kto.precompute.spool_folder import spool_folders
 _LEAST_BYTES = 64 * 2**20
 # Bytes of a part, and number of parts of large data: every part is a file that stays open.
 _PART_BYTES, _MOST_PARTS = 16 * 2**20, 400
+# Parts for each worker, of data for which that makes smaller ones: the last parts keep some workers waiting.
+_PARTS_FOR_EACH, _LEAST_PART_BYTES = 4, 4 * 2**20
 
 
 class Found(NamedTuple):
@@ -55,20 +58,20 @@ def read_feedback(
         CacheError: the disk is full, or a worker was lost.
     """
     today = day or datetime.now().replace(microsecond=0)
-    reading = Reading(config, tokenizer, today)
+    reading = Reading(config, Tokenizing(tokenizer, now=today))
     size = sum(file.bytes for file in files)
     folders = spool_folders(config.out, size)
-    ranges, part_config = _ranges(config, reading, size), reading.feedback.for_parts()
-    if ranges is None or part_config is None:
+    workers = _workers(config, size)
+    part_config = None if workers == 1 else reading.feedback.for_parts()
+    ranges = None if part_config is None else divided(config.data, config.split, _part_bytes(size, workers))
+    if part_config is None or ranges is None or len(ranges) == 1:
         with Spool(folders[0], config.max_length) as spool:
             rows = reading.read_all(spool)
         yield Found(rows, reading, today)
         return
-    key = parts_key(part_config, tokenizer, files, ranges, day)
-    with PartFiles.opened(folders, key, today) as parts:
-        count = min(len(ranges), _wanted(config, size))
+    with PartFiles.opened(folders, parts_key(part_config, tokenizer, files, ranges, day), today) as parts:
         try:
-            read = _read_parts(part_config, tokenizer, parts, ranges, model=model, count=count)
+            read = _read_parts(part_config, tokenizer, parts, ranges, model=model, workers=workers)
             yield Found(reading.merge_all(read), reading, parts.day)
         except CacheError:  # of the disk, or of a worker: the parts that are read can be used
             raise
@@ -78,15 +81,12 @@ def read_feedback(
         parts.remove()
 
 
-def _ranges(config: PrecomputeConfig, reading: Reading, size: int) -> list[LineRange] | None:
-    """Return the parts of the data; None if this process reads all of it at once."""
-    if _wanted(config, size) == 1 or reading.feedback.for_parts() is None:
-        return None
-    ranges = divided(config.data, config.split, max(_PART_BYTES, size // _MOST_PARTS))
-    return None if ranges is None or len(ranges) == 1 else ranges
+def _part_bytes(size: int, workers: int) -> int:
+    """Return the least number of bytes of a part."""
+    return max(min(_PART_BYTES, max(_LEAST_PART_BYTES, size // (_PARTS_FOR_EACH * workers))), size // _MOST_PARTS)
 
 
-def _wanted(config: PrecomputeConfig, size: int) -> int:
+def _workers(config: PrecomputeConfig, size: int) -> int:
     """Return the number of workers that would read so many bytes."""
     if config.read_workers is not None:
         return config.read_workers
@@ -105,7 +105,7 @@ def _read_parts(
     ranges: Sequence[LineRange],
     *,
     model: Path | None,
-    count: int,
+    workers: int,
 ) -> Iterator[tuple[LineRange, Path, ReadPart]]:
     """Yield the parts in their order, with the files of their rows."""
     missing = [number for number in range(len(ranges)) if not files.has(number)]
@@ -115,8 +115,8 @@ def _read_parts(
             reader = PartReader(config, tokenizer, files)
             finished = reader.read_all([(number, ranges[number]) for number in missing])
         else:
-            workers = stack.enter_context(PartWorkers(config, tokenizer, files, model, min(count, len(missing))))
-            finished = workers.read([(number, ranges[number]) for number in missing])
+            pool = PartWorkers(config, tokenizer, files, model, min(workers, len(missing)))
+            finished = stack.enter_context(pool).read([(number, ranges[number]) for number in missing])
         progress = stack.enter_context(Progress("reading", sum(one.end - one.start for one in ranges), "B"))
         progress.add(sum(ranges[number].end - ranges[number].start for number in done))
         for number, lines in enumerate(ranges):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from offline_kto.kto_core.durable_files import flush, remove_tree, write_text, written_to
 from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.feedback.tokenization import Tokenizing
 from offline_kto.kto_core.hashing import chat_template_hash, file_hash, json_hash, tokenizer_hash
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.lock import is_held, only_writer
@@ -151,7 +152,7 @@ class PartFiles:
 
 
 class PartReader:
-    """Reads parts of the feedback, each as if there were no other.
+    """Reads parts of the feedback, in any order.
 
     Args:
         config: of `Feedback.for_parts`.
@@ -159,7 +160,8 @@ class PartReader:
     """
 
     def __init__(self, config: PrecomputeConfig, tokenizer: Tokenizer, files: PartFiles) -> None:
-        self._config, self._tokenizer, self._files = config, tokenizer, files
+        self._config, self._files = config, files
+        self._tokenizing = Tokenizing(tokenizer, now=files.day)
 
     def read_all(self, parts: Sequence[tuple[int, LineRange]]) -> Iterator[int]:
         """Yield the numbers of parts as they are read. Raises: see `read`."""
@@ -171,8 +173,7 @@ class PartReader:
     def read(self, number: int, lines: LineRange) -> None:
         """Read a part. Raises: KTOError: an option cannot be used, or the disk is full."""
         folder = self._files.folder
-        # A reading of its own: what a tokenizer has proven on other parts must not decide on this one.
-        reading = Reading(self._config, self._tokenizer, self._files.day, is_part=True)
+        reading = Reading(self._config, self._tokenizing, is_part=True)
         path = folder / f".{number:05}.{os.getpid()}.tmp"
         with Spool(folder, self._config.max_length, path=path) as spool:
             part = reading.read_part(lines, spool)

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,6 @@ from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.tokenization import Tokenizing, TokenizingPart, Tokens
 from offline_kto.kto_core.hashing import ids_id, sequence_id
-from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.feedback_part import FeedbackPart, SaidError
 from offline_kto.precompute.feedback.mistakes import without_effect
@@ -103,22 +101,18 @@ class Reading:
 
     Args:
         config: options of `kto-precompute`; for one part those of `Feedback.for_parts`.
-        tokenizer: of the reference.
-        day: that chat templates with a date write.
+        tokenizing: with the reference's tokenizer.
         is_part: whether one part of the data is read.
 
     Raises:
         KTOError: an option that cannot be used, or a file that cannot be read.
     """
 
-    def __init__(self, config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime, *, is_part: bool = False) -> None:
+    def __init__(self, config: PrecomputeConfig, tokenizing: Tokenizing, *, is_part: bool = False) -> None:
         self._config = config
-        self.tokenizing = Tokenizing(tokenizer, now=day)
+        self.tokenizing = tokenizing
         self.feedback = Feedback(
-            config,
-            has_template=bool(getattr(tokenizer, "chat_template", None)),
-            rendered=self.tokenizing.rendered_text(),
-            is_part=is_part,
+            config, has_template=tokenizing.has_template, rendered=tokenizing.rendered_text(), is_part=is_part
         )
         self._tally = Tally()
 
@@ -146,7 +140,7 @@ class Reading:
         except (FeedbackError, TokenizationError, ConfigError) as found:
             error = SaidError.of(found)
         file = spool.map()
-        return ReadPart(self.feedback.part(), self.tokenizing.part(), self._tally, file.largest_id, error)
+        return ReadPart(self.feedback.part(), self.tokenizing.take_part(), self._tally, file.largest_id, error)
 
     def merge_all(self, parts: Iterable[tuple[LineRange, Path, ReadPart]]) -> ReadRows:
         """Return what `read_all` returns.

@@ -60,6 +60,10 @@ class Findings:
         self.counts[kind] += count
         self.first.setdefault(kind, where)
 
+    def clear(self) -> None:
+        self.counts.clear()
+        self.first.clear()
+
     def merge(self, later: "Findings") -> None:
         """Add the counts of rows that come after all others."""
         self.counts.update(later.counts)

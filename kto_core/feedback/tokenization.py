@@ -85,13 +85,22 @@ class Tokenizing:
         self._later_dated = False
 
     @property
+    def has_template(self) -> bool:
+        """Return whether the tokenizer has a chat template."""
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    @property
     def dated(self) -> bool:
         """Return whether a template wrote the date."""
         return self._renderer.dated or self._later_dated
 
-    def part(self) -> TokenizingPart:
-        """Return what was counted in one part of the feedback, for `merge`."""
-        return TokenizingPart(self._findings, self._rows, self._ids, self.dated)
+    def take_part(self) -> TokenizingPart:
+        """Return what was counted in one part of the feedback, for `merge`, and begin to count the next part."""
+        findings = Findings(self._findings.counts.copy(), self._findings.first.copy())
+        part = TokenizingPart(findings, self._rows, self._ids, self.dated)
+        self._findings.clear()
+        self._rows = self._ids = 0
+        return part
 
     def merge(self, later: TokenizingPart) -> None:
         """Add what was counted in the next part of the feedback."""
