@@ -6,11 +6,13 @@ parent  -- settings, parts -->  standard input of the child, one end of a socket
 
 import json
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from offline_kto.kto_core.console import shown_lines
@@ -22,8 +24,7 @@ from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries
 from offline_kto.kto_core.streams import encode_all
 from offline_kto.kto_core.typed_json import from_json, to_json
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.engines.child import WatchedChannel, channel_to_parent
-from offline_kto.precompute.engines.process import ChildProcess
+from offline_kto.precompute.engines.child_process import ChildProcess, WatchedChannel, channel_to_parent
 from offline_kto.precompute.engines.tokenizer import reference_tokenizer
 from offline_kto.precompute.feedback.feedback_part import SaidError
 from offline_kto.precompute.part_files import PartFiles, PartReader
@@ -148,9 +149,12 @@ def main() -> None:
 
 
 def _serve(channel: WatchedChannel, settings: ReaderSettings) -> None:
-    import transformers  # takes seconds
-
     config = PrecomputeConfig(**settings.options)
+    if not config.trust_remote_code:
+        # transformers then tokenizes without torch, whose imports take three seconds and 150 MiB of each worker.
+        sys.modules["torch"] = cast(ModuleType, None)
+    import transformers
+
     tokenizer, _ = reference_tokenizer(transformers.AutoTokenizer, config, Path(settings.model))
     if _hash(tokenizer) != settings.tokenizer:
         raise ModelError(f"{config.model}: its tokenizer changed while the feedback was read. Run the command again.")
