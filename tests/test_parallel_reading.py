@@ -567,6 +567,7 @@ print("plan", plan.counts().rows_hash, *plan.labels_and_places_hash(), flush=Tru
 """
 
 
+@pytest.mark.slow
 def test_a_killed_command_continues_with_the_parts_that_are_left(tmp_path: Path, base: Path) -> None:
     data = tmp_path / "feedback.jsonl"
     data.write_bytes(jsonl(chat_rows(40)))
