@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +72,9 @@ def read_feedback(
     with PartFiles.opened(folders, parts_key(part_config, tokenizer, files, ranges, day), today) as parts:
         try:
             read = _read_parts(part_config, tokenizer, parts, ranges, model=model, workers=workers)
-            yield Found(reading.merge_all(read), reading, parts.day)
+            with contextlib.closing(read):  # also after an error, so that no worker writes any longer
+                rows = reading.merge_all(read)
+            yield Found(rows, reading, parts.day)
         except CacheError:  # of the disk, or of a worker: the parts that are read can be used
             raise
         except KTOError:
@@ -106,7 +108,7 @@ def _read_parts(
     *,
     model: Path | None,
     workers: int,
-) -> Iterator[tuple[LineRange, Path, ReadPart]]:
+) -> Generator[tuple[LineRange, Path, ReadPart], None, None]:
     """Yield the parts in their order, with the files of their rows."""
     missing = [number for number in range(len(ranges)) if not files.has(number)]
     done = set(range(len(ranges))).difference(missing)
