@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from offline_kto.kto_core.errors import CacheError, KTOError
+from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.feedback.tokenization import Tokenizing
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.progress import Progress
@@ -77,7 +77,7 @@ def read_feedback(
             yield Found(rows, reading, parts.day)
         except CacheError:  # of the disk, or of a worker: the parts that are read can be used
             raise
-        except KTOError:
+        except Exception:  # of the data, or a damaged part
             parts.remove()
             raise
         parts.remove()

@@ -607,6 +607,28 @@ def test_a_killed_command_continues_with_the_parts_that_are_left(tmp_path: Path,
     assert not list(temporary.glob("kto-reading-*"))
 
 
+def test_a_damaged_part_is_not_used_for_ever(
+    tmp_path: Path, parts_of: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts_of(300)
+    path = tmp_path / "feedback.jsonl"
+    path.write_bytes(jsonl(texts(labels())))
+    expected = outcome(path, tiny_tokenizer(), read_workers=2)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("offline_kto.precompute.plan._pair", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            outcome(path, tiny_tokenizer(), read_workers=2)
+    kept = next((tmp_path / "temporary").glob("kto-reading-*"))
+    (kept / "00001.json").write_text("{")
+    with pytest.raises(ValueError, match="Expecting"):
+        outcome(path, tiny_tokenizer(), read_workers=2)
+    assert outcome(path, tiny_tokenizer(), read_workers=2) == expected
+
+
 def test_another_command_reads_its_own_parts(tmp_path: Path) -> None:
     with (
         PartFiles.opened([tmp_path], "a" * 40, DAY) as parts,
