@@ -57,12 +57,10 @@ class Contradictions:
     Attributes:
         seen: number of rows by column and (value as shown, label).
         first: place of the first row of each.
-        is_part: whether this is one part of the data, to be merged. Limits apply to all parts together.
     """
 
     seen: dict[str, Counter[tuple[str, bool]]] = field(default_factory=dict)
     first: dict[tuple[str, str, bool], str] = field(default_factory=dict)
-    is_part: bool = False
 
     def add(self, record: Mapping[str, object], label: bool, where: str) -> None:
         """Note the values of a record that became one row."""
@@ -74,12 +72,12 @@ class Contradictions:
 
     def _count(self, name: str, shown: str, label: bool, count: int, where: str) -> None:
         counts = self.seen.setdefault(name, Counter())
-        if (shown, label) in counts or self.is_part or len(counts) < 2 * (_MOST_VALUES + 1):
+        if (shown, label) in counts or len(counts) < 2 * (_MOST_VALUES + 1):
             counts[shown, label] += count
             self.first.setdefault((name, shown, label), where)
 
     def merge(self, later: "Contradictions") -> None:
-        """Add the values in the next part of the data."""
+        """Add the values in the next part of the data. A column that reached the limit there has too many values anyway."""
         for name, counts in later.seen.items():
             for (shown, label), count in counts.items():
                 self._count(name, shown, label, count, later.first[name, shown, label])

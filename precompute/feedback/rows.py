@@ -77,7 +77,7 @@ class Feedback:
         self._one_counts: list[tuple[str, OneCountLeftOut]] = []
         self._objectives_left_out: list[dict[str, str]] = []  # of rows that are kept
         self._suspicions = Suspicions(is_part=is_part)
-        self._contradictions = Contradictions(is_part=is_part)
+        self._contradictions = Contradictions()
         self._format = DataFormat(config, is_part=is_part)
         self.mapping, self.why = self._format.mapping, self._format.why
         self.found = Found(notes=self._format.notes, is_part=is_part)
