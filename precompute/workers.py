@@ -16,7 +16,7 @@ from offline_kto.kto_core.options import as_plain
 from offline_kto.precompute.config import PrecomputeConfig
 
 # Options of the leader that a worker does not have.
-_OF_LEADER = ("out", "workers", "cluster", "plan_only", "part", "dry_run", "overwrite")
+_OF_LEADER = ("out", "workers", "read_workers", "cluster", "plan_only", "part", "dry_run", "overwrite")
 # Options that name a file or a folder, or something that is none.
 _PATHS = ("model", "adapter", "chat_template")
 

@@ -18,7 +18,7 @@ SCRIPTS = ("kto-precompute", "kto-train", "kto-cache", "kto-sweep", "kto-report"
 # Rooms from the ground up: a module imports from its own room and from those in lines above its own. Modules that stand
 # directly in a package are rooms of their own.
 LAYERS = """
-kto_core.redaction kto_core.library_types kto_core.out_of_memory kto_core.judgements
+kto_core.redaction kto_core.library_types kto_core.out_of_memory kto_core.judgements kto_core.typed_json
 kto_core.errors
 kto_core.console
 kto_core.foreign_files kto_core.locations kto_core.streams kto_core.launch kto_core.hashing kto_core.durable_files
@@ -33,6 +33,10 @@ precompute.records precompute.parts train.run_files train.samples_file train.sus
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
 precompute.feedback precompute.spool_folder
 precompute.spool
+precompute.reading
+precompute.part_files
+precompute.part_workers
+precompute.parallel_reading
 precompute.plan precompute.score_files train.trainer train.report
 precompute.store
 precompute.shard_tables precompute.workers precompute.plan_ahead

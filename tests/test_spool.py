@@ -259,7 +259,7 @@ def test_the_folder_has_room_for_the_rows(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(spool_folder, "_free", free.__getitem__)
 
     def chosen(data_bytes: int, out: Path | str = beside / "new" / "refs") -> Path:
-        return spool_folder.spool_folder(out, data_bytes)
+        return spool_folder.spool_folders(out, data_bytes)[0]
 
     assert (chosen(25), chosen(26), chosen(10**9)) == (temporary, beside, beside)
     assert chosen(10**9, "s3://bucket/refs") == temporary

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Mapping as AnyMapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
@@ -43,12 +44,49 @@ _MEMBER = re.compile(r"(\w+)\s*:\s*([^,{}]+?)\s*(?=[,}])")
 _LOOKED_AT = 1000
 
 
+@dataclass
+class Look:
+    """What was seen in one record.
+
+    Attributes:
+        number: of the record in its part of the data, from 1.
+        shape: its columns with a value.
+        read, beside, with_messages: as in `UsedColumns`.
+    """
+
+    number: int
+    shape: frozenset[str]
+    read: set[str]
+    beside: list[str]
+    with_messages: set[str]
+
+
+@dataclass
+class UsedInPart:
+    """What one part of the data says about the columns.
+
+    Attributes:
+        records: number of records.
+        looks: the records that were looked at: every one that would be, whatever comes before this part.
+        named: columns that are read whatever the paths say.
+        unmatched: positions of the paths that have no value in this part.
+        keys: where a path has no value, the keys that records have there.
+    """
+
+    records: int = 0
+    looks: list[Look] = field(default_factory=list)
+    named: set[str] = field(default_factory=set)
+    unmatched: list[int] = field(default_factory=list)
+    keys: dict[str, set[str]] = field(default_factory=dict)
+
+
 class UsedColumns:
     """Which keys of the records are read.
 
     Args:
         mapping: None for the native formats.
         fields: the columns that options name.
+        is_part: whether the records are one part of the data, to be merged.
 
     Attributes:
         read: columns that the paths read.
@@ -56,8 +94,10 @@ class UsedColumns:
         with_messages: columns with a list of messages.
     """
 
-    def __init__(self, mapping: Mapping | None, fields: FeedbackFields) -> None:
+    def __init__(self, mapping: Mapping | None, fields: FeedbackFields, *, is_part: bool = False) -> None:
         self._mapping, self._fields = mapping, fields
+        self._looks: list[Look] | None = [] if is_part else None
+        self._named: set[str] = set()
         self._label = None if mapping is None else mapping.turns.label if mapping.turns is not None else mapping.label
         self._paths = _paths_in(mapping) if mapping is not None else _paths_of(fields)
         weight, self._votes = fields.weight, [] if fields.label is None else [_counts_at(fields.label)]
@@ -68,6 +108,7 @@ class UsedColumns:
         self._unmatched = [*self._needed] if mapping is None else [*self._paths, *_paths_of_turns(mapping)]
         self._of_mapping = [*self._unmatched] if mapping is not None else []
         self._unmatched += [path for path in self._needed if path not in self._unmatched]
+        self._all_paths = self._unmatched
         self._keys: dict[str, set[str]] = {path.text: set() for path in self._needed}
         self.read: set[str] = set()
         self.beside: Counter[str] = Counter()
@@ -80,15 +121,51 @@ class UsedColumns:
         """Look at the keys of a record."""
         self._records += 1
         shape = frozenset(key for key, value in record.items() if value is not None)
-        if shape in self._shapes and self._records > _LOOKED_AT:
-            return
-        self._shapes.add(shape)
+        if self._is_of_interest(shape, self._records):
+            look = self._look(record, shape)
+            self._note(look)
+            if self._looks is not None:
+                self._looks.append(look)
+
+    def _is_of_interest(self, shape: frozenset[str], number: int) -> bool:
+        return number <= _LOOKED_AT or shape not in self._shapes
+
+    def _look(self, record: AnyMapping[str, Any], shape: frozenset[str]) -> Look:
         found: set[Route] = set().union(*(path.routes(record) for path in self._paths))
-        self.read.update(route[0] for route in found)
-        self.with_messages.update(key for key, value in record.items() if _are_messages(value))
-        self.beside.update({*_beside(record, found), *_in_lists(record, found - {("rows",)}, self._words)})
+        # A list: a key that both find counts twice.
+        beside = [*{*_beside(record, found), *_in_lists(record, found - {("rows",)}, self._words)}]
         if self._mapping is None:
-            self.beside.update(_in_lists(record, {(name,) for name in _MESSAGES}, self._words, self._is_unread))
+            beside += _in_lists(record, {(name,) for name in _MESSAGES}, self._words, self._is_unread)
+        with_messages = {key for key, value in record.items() if _are_messages(value)}
+        return Look(self._records, shape, {route[0] for route in found}, beside, with_messages)
+
+    def _note(self, look: Look) -> None:
+        self._shapes.add(look.shape)
+        self.read |= look.read
+        self.beside.update(look.beside)
+        self.with_messages |= look.with_messages
+
+    def name(self, column: str) -> None:
+        """Note that a column is read whatever the paths say."""
+        self.read.add(column)
+        self._named.add(column)
+
+    def part(self) -> UsedInPart:
+        """Return what one part of the data says, for `merge`."""
+        unmatched = [number for number, path in enumerate(self._all_paths) if path in self._unmatched]
+        return UsedInPart(self._records, self._looks or [], self._named, unmatched, self._keys)
+
+    def merge(self, later: UsedInPart) -> None:
+        """Add what the next part of the data says."""
+        for look in later.looks:
+            if self._is_of_interest(look.shape, self._records + look.number):
+                self._note(look)
+        self._records += later.records
+        self.read |= later.named
+        still = [self._all_paths[number] for number in later.unmatched]
+        self._unmatched = [path for path in self._unmatched if path in still]
+        for text, keys in later.keys.items():
+            self._keys[text] |= keys
 
     def _is_unread(self, key: str) -> bool:
         """Return whether a key of a message is read neither here nor by the chat template."""
