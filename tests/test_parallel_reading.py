@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import CHAT_TEMPLATE, tiny_tokenizer
 
+from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import CacheError, KTOError
 from offline_kto.kto_core.typed_json import from_json, to_json
 from offline_kto.precompute import parallel_reading, part_workers
@@ -35,6 +36,7 @@ from offline_kto.precompute.plan import make_plan
 from offline_kto.precompute.plan_page import describe
 from offline_kto.precompute.records import line_ranges
 from offline_kto.precompute.records.sources import divided, read_range, read_records
+from offline_kto.precompute.run import precompute
 
 DAY = datetime(2026, 1, 31, 12)
 DATED = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
@@ -515,6 +517,21 @@ def test_processes_give_the_plan_of_one(tmp_path: Path, base: Path, parts_of: Ca
     assert found.counts() == expected.counts()
     assert found.labels_and_places_hash() == expected.labels_and_places_hash()
     assert not list((tmp_path / "temporary").glob("kto-*"))
+
+
+@pytest.mark.parametrize("workers", [1, 2], ids=["here", "workers"])
+def test_the_cache_is_that_of_one_process(
+    tmp_path: Path, base: Path, parts_of: Callable[[int], None], workers: int
+) -> None:
+    """Shards, and the plan files of workers, gather their tokens from the files of several parts."""
+    parts_of(700)
+    in_parts = config_of(tmp_path, base, chat_rows(40), kl_partners=2, rows_per_shard=9, workers=workers)
+    config = dataclasses.replace(in_parts, out=tmp_path / "whole", read_workers=1, workers=1)
+    precompute(config)
+    precompute(in_parts)
+    for path in sorted(config.out.glob("train/*.parquet")):
+        assert (in_parts.out / "train" / path.name).read_bytes() == path.read_bytes()
+    assert read_manifest(in_parts.out).fingerprint == read_manifest(config.out).fingerprint
 
 
 def test_a_lost_process_is_an_error_with_its_log(
